@@ -1,0 +1,52 @@
+# Everything happens in .venv, which is made and filled when a target needs it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/quickstart
+# Test processes; each computes with one thread, so tests that start ranks do not crowd the cores.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint format clean
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
+
+quickstart: $(VENV)/.installed-report  ## the whole chain on a small model, on a CPU, then its report
+	$(BIN)/rpo-trainer run recipes/quickstart/chain.yaml --run-dir $(RUN_DIR)
+
+test: $(VENV)/.installed-test  ## every test, slow ones too
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-test  ## only the fast tests
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test  ## format, lint and types, nothing is changed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test  ## format, and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is missing or older than 3.10; name another: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra: installed again when the project file or the pins change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[$*]'
+	@touch $@

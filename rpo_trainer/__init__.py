@@ -1,0 +1,56 @@
+"""Preference fine-tuning: two-stage SFT, DPO with an SFT term, RPO, and the chain of them.
+
+The names below are imported on first use, so that `rpo-trainer --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SFTTrainer": "rpo_trainer.trainers",
+    "SFTConfig": "rpo_trainer.trainers",
+    "DPOTrainer": "rpo_trainer.trainers",
+    "DPOConfig": "rpo_trainer.trainers",
+    "RPOTrainer": "rpo_trainer.trainers",
+    "RPOConfig": "rpo_trainer.trainers",
+    "preference_loss": "rpo_trainer.losses",
+    "linear_logprobs": "rpo_trainer.logprobs",
+    "load_recipe": "rpo_trainer.recipe",
+    "run_chain": "rpo_trainer.chain",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from rpo_trainer.chain import run_chain as run_chain
+    from rpo_trainer.logprobs import linear_logprobs as linear_logprobs
+    from rpo_trainer.losses import preference_loss as preference_loss
+    from rpo_trainer.recipe import load_recipe as load_recipe
+    from rpo_trainer.trainers import (
+        DPOConfig as DPOConfig,
+    )
+    from rpo_trainer.trainers import (
+        DPOTrainer as DPOTrainer,
+    )
+    from rpo_trainer.trainers import (
+        RPOConfig as RPOConfig,
+    )
+    from rpo_trainer.trainers import (
+        RPOTrainer as RPOTrainer,
+    )
+    from rpo_trainer.trainers import (
+        SFTConfig as SFTConfig,
+    )
+    from rpo_trainer.trainers import (
+        SFTTrainer as SFTTrainer,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,0 +1,159 @@
+"""One attention function for packed rows, registered with transformers as `rpo_packed`.
+
+A model set to it stays a whole model: with a packing plan among the keyword arguments the plan is followed,
+without one (generation, evaluation by other code) attention is what transformers does by `sdpa`.
+
+Shapes: query `[1, heads, T, D]`, key and value `[1, kv_heads, T, D]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rpo_trainer.batch import AttentionPlan
+
+ATTENTION_NAME = "rpo_packed"
+
+# Set while a packed forward builds its masks: the plan then stands in for the mask.
+_packing = False
+
+
+@contextmanager
+def packing_masks() -> Iterator[None]:
+    """Within it, transformers builds no mask for models set to `rpo_packed`."""
+    global _packing
+    before, _packing = _packing, True
+    try:
+        yield
+    finally:
+        _packing = before
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    packing_plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, the signature transformers calls.
+
+    Args:
+        sliding_window: tokens seen back, by position.
+        softcap: scores become `softcap · tanh(scores / softcap)` (Gemma-2).
+        s_aux: `[heads]`, attention sinks.
+        packing_plan: who sees whom in the packed row; None for stock attention.
+
+    Returns:
+        `[1, T, heads, D]`, and None for the weights.
+    """
+    if packing_plan is None:
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(  # type: ignore[no-any-return]
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        mask = attention_mask if attention_mask is not None else _causal(query, key)
+        out = _explicit(query, key, value, mask, scaling, dropout, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), None
+
+    pieces = []
+    for segment in packing_plan.segments:
+        q = query[:, :, segment.start : segment.stop]
+        k, v = (
+            x[:, :, segment.start : segment.stop]
+            if segment.prefix_stop == segment.prefix_start
+            else torch.cat(
+                [
+                    x[:, :, segment.prefix_start : segment.prefix_stop],
+                    x[:, :, segment.start : segment.stop],
+                ],
+                dim=2,
+            )
+            for x in (key, value)
+        )
+        window = sliding_window if sliding_window is not None and sliding_window < k.shape[2] else None
+        if softcap is not None or s_aux is not None:
+            mask = packing_plan.mask(segment, window, q.device)
+            pieces.append(_explicit(q, k, v, mask, scaling, dropout, softcap, s_aux))
+            continue
+        causal = window is None and q.shape[2] == k.shape[2]
+        pieces.append(
+            F.scaled_dot_product_attention(
+                q,
+                *_repeat(q, k, v),
+                attn_mask=None if causal else packing_plan.mask(segment, window, q.device),
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=scaling,
+            )
+        )
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention written out, for what no fused kernel does: soft-capped scores and sinks."""
+    key, value = _repeat(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    # Not −inf: the rows of padding may see nothing at all, and must not become NaN.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    at_least_float32 = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is not None:
+        sink = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
+        weights = scores.softmax(-1, dtype=at_least_float32)[..., :-1]
+    else:
+        weights = scores.softmax(-1, dtype=at_least_float32)
+    weights = F.dropout(weights.to(value.dtype), p=dropout, training=dropout > 0.0)
+    return weights @ value
+
+
+def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Grouped keys and values, one for each query head."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """transformers leaves a mask out only where it is plainly causal."""
+    q, k = query.shape[2], key.shape[2]
+    mask = torch.ones(q, k, dtype=torch.bool, device=query.device)
+    return mask if q == 1 else mask.tril(k - q)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _packing else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)

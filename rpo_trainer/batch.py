@@ -1,0 +1,226 @@
+"""Tokenised examples → one packed row per micro-batch, with the index tensors the step needs.
+
+Shapes: `B` examples, `R` responses of the micro-batch in order (example 1's, example 2's, ...), `T` tokens of
+the packed row, `N` trained response tokens, `L` longest padded row.
+
+A tokenised example is a mapping with `prompt_ids` `[p]`, `response_ids` K lists, `response_mask` K lists
+(1 = trained), and for preferences `rewards` and `reference_logps`, K numbers each. Three layouts:
+
+    shared   [1, T]  prompt, response 1, ..., response K, next example      (the prompt once per example)
+    packed   [1, T]  prompt, response 1, prompt, response 2, ...            (nothing shared)
+    padded   [R, L]  one row per response, padded on the right              (any model)
+
+Position ids restart behind the prompt for every response, so a response sees its prompt and itself and
+never its siblings; `AttentionPlan` says so to the attention function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Layout = Literal["shared", "packed", "padded"]
+
+
+class Segment(NamedTuple):
+    """Queries `[start, stop)` of the packed row see keys `[prefix_start, prefix_stop)` whole and themselves causally."""
+
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+
+
+@dataclass
+class AttentionPlan:
+    """Which tokens of a packed row see which: segments that tile the row in order.
+
+    Attributes:
+        segments: for the first response of an example prompt + response; for each further one the
+            response alone, with the prompt as its prefix.
+        masks: boolean masks by (prefix, queries, window), made once a step and used by every layer.
+    """
+
+    segments: tuple[Segment, ...]
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)
+
+    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
+        """`[queries, prefix + queries]`, True where a query sees a key.
+
+        Args:
+            window: sliding window in tokens; a query sees keys less than this far back, by position.
+        """
+        prefix = segment.prefix_stop - segment.prefix_start
+        queries = segment.stop - segment.start
+        key = (prefix, queries, window)
+        if key not in self.masks:
+            query_position = torch.arange(prefix, prefix + queries, device=device)[:, None]
+            key_position = torch.arange(prefix + queries, device=device)[None, :]
+            seen = key_position <= query_position
+            if window is not None:
+                seen &= key_position > query_position - window
+            self.masks[key] = seen
+        return self.masks[key]
+
+
+def forward_tokens(example: Mapping[str, Any], layout: Layout) -> int:
+    """Number of tokens the model has to process for an example: its cost, up to attention."""
+    responses = example["response_ids"]
+    prompts = 1 if layout == "shared" else len(responses)
+    return prompts * len(example["prompt_ids"]) + sum(map(len, responses))
+
+
+def pack(
+    examples: Sequence[Mapping[str, Any]], layout: Layout, *, pad_token_id: int = 0
+) -> dict[str, Any]:
+    """One micro-batch of tokenised examples as tensors.
+
+    Returns a dict:
+        model_inputs: what the model's forward takes: `input_ids`, `position_ids` (`[1, T]` or `[R, L]`),
+            `plan` (None when padded), `attention_mask` (None when packed), `predict_index` `[N]`, the flat
+            position whose hidden state predicts each trained token, and `labels` `[N]`, that token.
+        response_index: `[N]`, which of the R responses a token belongs to.
+        response_tokens: `[R]`, trained tokens of each response.
+        groups: `[b, k]` response numbers of the examples that have k responses, one tensor for each k.
+        example_order: example numbers in the order of the groups, a list.
+        rewards, reference_logps: `[R]` float64 → float32, where the examples have them, else None.
+        ids: row ids, a list of B.
+    """
+    if not examples:
+        raise ValueError("a micro-batch needs at least one example")
+    rows = _padded(examples, pad_token_id) if layout == "padded" else _packed(examples, layout)
+    groups, order = _groups(examples)
+    counts = torch.zeros(rows.responses, dtype=torch.long)
+    response_index = torch.tensor(rows.response_index, dtype=torch.long)
+    counts.index_add_(0, response_index, torch.ones_like(response_index))
+    return {
+        "model_inputs": {
+            "input_ids": rows.input_ids,
+            "position_ids": rows.position_ids,
+            "attention_mask": rows.attention_mask,
+            "plan": rows.plan,
+            "predict_index": torch.tensor(rows.predict_index, dtype=torch.long),
+            "labels": torch.tensor(rows.labels, dtype=torch.long),
+        },
+        "response_index": response_index,
+        "response_tokens": counts,
+        "groups": groups,
+        "example_order": order,
+        "rewards": _per_response(examples, "rewards"),
+        "reference_logps": _per_response(examples, "reference_logps"),
+        "ids": [str(example.get("id", "?")) for example in examples],
+    }
+
+
+@dataclass
+class _Rows:
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    plan: AttentionPlan | None
+    predict_index: list[int]
+    labels: list[int]
+    response_index: list[int]
+    responses: int
+
+
+def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    predict: list[int] = []
+    labels: list[int] = []
+    owner: list[int] = []
+    number = 0
+    for example in examples:
+        prompt = example["prompt_ids"]
+        prompt_start = prompt_stop = 0
+        for k, response in enumerate(example["response_ids"]):
+            start = len(tokens)
+            if k == 0 or layout == "packed":
+                prompt_start, prompt_stop = start, start + len(prompt)
+                tokens += prompt
+                positions += range(len(prompt))
+                prefix = (0, 0)
+            else:
+                prefix = (prompt_start, prompt_stop)
+            first = len(tokens)
+            tokens += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            if len(tokens) > start:
+                segments.append(Segment(start, len(tokens), *prefix))
+            # The token before the first one of a response is its prompt's last, wherever that lies.
+            for j, trained in enumerate(example["response_mask"][k]):
+                if trained:
+                    predict.append(first + j - 1 if j else prompt_stop - 1)
+                    labels.append(response[j])
+                    owner.append(number)
+            number += 1
+    return _Rows(
+        input_ids=torch.tensor([tokens], dtype=torch.long),
+        position_ids=torch.tensor([positions], dtype=torch.long),
+        attention_mask=None,
+        plan=AttentionPlan(tuple(segments)),
+        predict_index=predict,
+        labels=labels,
+        response_index=owner,
+        responses=number,
+    )
+
+
+def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> _Rows:
+    rows = [
+        (example["prompt_ids"], response, mask)
+        for example in examples
+        for response, mask in zip(example["response_ids"], example["response_mask"], strict=True)
+    ]
+    longest = max(len(prompt) + len(response) for prompt, response, _ in rows)
+    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    predict: list[int] = []
+    labels: list[int] = []
+    owner: list[int] = []
+    for number, (prompt, response, mask) in enumerate(rows):
+        ids = [*prompt, *response]
+        input_ids[number, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        attention_mask[number, : len(ids)] = 1
+        for j, trained in enumerate(mask):
+            if trained:
+                predict.append(number * longest + len(prompt) + j - 1)
+                labels.append(response[j])
+                owner.append(number)
+    position_ids = torch.arange(longest).expand(len(rows), longest).contiguous()
+    return _Rows(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        plan=None,
+        predict_index=predict,
+        labels=labels,
+        response_index=owner,
+        responses=len(rows),
+    )
+
+
+def _groups(examples: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Examples by their number of responses, so that each loss call sees a full `[b, k]`."""
+    by_k: dict[int, list[tuple[int, list[int]]]] = {}
+    number = 0
+    for i, example in enumerate(examples):
+        k = len(example["response_ids"])
+        by_k.setdefault(k, []).append((i, list(range(number, number + k))))
+        number += k
+    ordered = [by_k[k] for k in sorted(by_k)]
+    groups = tuple(torch.tensor([responses for _, responses in group]) for group in ordered)
+    return groups, [i for group in ordered for i, _ in group]
+
+
+def _per_response(examples: Sequence[Mapping[str, Any]], column: str) -> Tensor | None:
+    if any(example.get(column) is None for example in examples):
+        return None
+    values = [value for example in examples for value in example[column]]
+    return torch.tensor(values, dtype=torch.float32)

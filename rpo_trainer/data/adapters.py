@@ -1,0 +1,208 @@
+"""Raw rows of any known format → internal rows.
+
+A format is named in the recipe (`format:`) or found from the columns; `columns:` renames what is
+called otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
+from rpo_trainer.data.rows import Kind, Row, RowError, RowProblems, is_messages, reward_fault
+from rpo_trainer.data.sources import RawSource
+from rpo_trainer.errors import DataError
+
+KTO_WHY = (
+    "one response with a true/false label (KTO) has nothing to be compared with; the stages here "
+    "compare responses to the same prompt"
+)
+
+
+def find_format(columns: Collection[str], kind: Kind, name: str | None, where: str) -> Format:
+    """The named format, or the first one whose required columns are all there.
+
+    Raises:
+        DataError: unknown name, a format of another kind, or columns of no known format.
+    """
+    table = PROMPT_FORMATS if kind == "prompt" else FORMATS
+    if name is not None:
+        return _named_format(table, name, kind, where)
+    if "label" in columns and "completion" in columns:
+        raise DataError(
+            "unpaired true/false labels (KTO) cannot be trained on here",
+            where=where,
+            why=KTO_WHY,
+            fix="pair each prompt's good completion with a bad one; or, for SFT, keep the rows "
+            "whose label is true and remove the column `label`",
+        )
+    for format in table.values():
+        if format.kind == kind and all(column in columns for column in format.required):
+            return format
+    other = next((n for n, f in FORMATS.items() if all(c in columns for c in f.required)), None)
+    raise DataError(
+        f"the columns {', '.join(sorted(columns))} are of no format known for {_PURPOSE[kind]}",
+        where=where,
+        why=f"they look like {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
+        if other
+        else None,
+        fix="name the columns with `columns: {ours: theirs}`; known: "
+        + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
+    )
+
+
+_PURPOSE = {"sft": "SFT", "pair": "preferences", "prompt": "prompts"}
+
+
+def _named_format(table: Mapping[str, Format], name: str, kind: Kind, where: str) -> Format:
+    known = [n for n, f in table.items() if f.kind == kind]
+    if name in known:
+        return table[name]
+    if kind == "prompt" and name in FORMATS and "prompt" in FORMATS[name].required:
+        return table["prompt"]
+    near = difflib.get_close_matches(name, known, n=1)
+    raise DataError(
+        f"no format {name!r} for {_PURPOSE[kind]}"
+        + (f"; did you mean {near[0]!r}?" if near else ""),
+        where=where,
+        fix=f"format: {' | '.join(known)}",
+    )
+
+
+# ---------------------------------------------------------------- whole sources
+
+
+def adapt(
+    raw: RawSource,
+    *,
+    kind: Kind,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    require_rewards: bool = False,
+    audit: Audit,
+) -> list[Row]:
+    """Internal rows of one source.
+
+    Args:
+        raw: rows with their places; a row's id is its own `id` (text or whole number) or
+            "<source name>:<place>".
+        columns: {our name: name in the file}.
+        require_rewards: every response must have a finite reward (RPO). Otherwise rewards that
+            are no numbers are left out and counted.
+
+    Raises:
+        DataError, or Problems: how many rows have which fault, and the first three of each.
+    """
+    rows = _renamed(raw, columns or {})
+    present = {column for row in rows for column in row}
+    chosen = find_format(present, kind, format, raw.where)
+    used = {*chosen.required, *chosen.optional, *COMMON}
+    # A column that some rows have is one that all rows need, where the rows make no sense without.
+    needed = [*chosen.required, *({"prompt"} & present & set(chosen.optional))]
+    if extra := sorted(present - used):
+        audit.extra_columns[raw.name] = extra
+    problems = RowProblems(raw.where)
+    adapted = []
+    for row, place in zip(rows, raw.places, strict=True):
+        row_id = _row_id(row, raw.name, place)
+        try:
+            for column in needed:
+                if row.get(column) is None:
+                    raise RowError(f"`{column}` is absent or null")
+            new = {"id": row_id, "source": raw.name, **chosen.convert(row), **_tools(row)}
+            _finish(new, row, chosen, require_rewards, audit)
+        except RowError as error:
+            problems.add(str(error), row_id)
+            continue
+        if kind == "pair" and len(new["responses"]) < 2:
+            audit.drop("fewer_than_two_responses", row_id)
+        else:
+            adapted.append(new)
+    problems.raise_if_any(len(rows), fix="mend or remove these rows")
+    return adapted
+
+
+def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    if not columns:
+        return raw.rows
+    known = {
+        c for t in (FORMATS, PROMPT_FORMATS) for f in t.values() for c in f.required + f.optional
+    }
+    present = {column for row in raw.rows for column in row}
+    for ours, theirs in columns.items():
+        for name, table, what in (
+            (ours, known | set(COMMON), "we know"),
+            (theirs, present, "there is"),
+        ):
+            if name not in table:
+                near = difflib.get_close_matches(name, table, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise DataError(
+                    f"`columns` names {name!r}, and {what} no such column{hint}",
+                    where=raw.where,
+                    fix="`columns` is {our name: name in the file}",
+                )
+    renamed = []
+    for row in raw.rows:
+        rest = {name: value for name, value in row.items() if name not in columns.values()}
+        new = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        renamed.append({**rest, **new})
+    return renamed
+
+
+def _row_id(row: Raw, source: str, place: int) -> str:
+    own = row.get("id")
+    usable = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
+    return str(own) if usable else f"{source}:{place}"
+
+
+def _tools(row: Raw) -> Row:
+    """`tools` as a list of {"type": "function", "function": {...}}, the form templates expect."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            raise RowError("`tools` is text that is not JSON") from None
+    if not tools:
+        return {}
+    if not is_messages(tools):
+        raise RowError("`tools` is not a list of objects")
+    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return {"tools": wrapped}
+
+
+def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Audit) -> None:
+    """Adds what does not depend on the format: ground truth, rewards, the order best first."""
+    if format.kind == "sft":
+        return
+    truth = raw.get("ground_truth")
+    new["ground_truth"] = None if truth is None else str(truth)
+    if format.kind == "prompt":
+        return
+    new["rewards"] = _rewards(new, require_rewards, audit)
+    if format.sort and new["rewards"] is not None:
+        order = sorted(range(len(new["rewards"])), key=lambda i: -new["rewards"][i])  # stable
+        new["rewards"] = [new["rewards"][i] for i in order]
+        new["responses"] = [new["responses"][i] for i in order]
+    flag = raw.get("truth_chosen")
+    if flag is not None and not isinstance(flag, bool):
+        raise RowError("`truth_chosen` is neither true nor false")
+    is_truth = truth is not None and new["responses"][:1] == [str(truth)]
+    new["truth_chosen"] = bool(flag) or is_truth
+
+
+def _rewards(new: Row, required: bool, audit: Audit) -> list[float] | None:
+    rewards: Sequence[Any] = new["rewards"]
+    faults = [fault for fault in map(reward_fault, rewards) if fault]
+    if not faults:
+        return [float(reward) for reward in rewards]
+    if required:
+        raise RowError(f"a reward is {faults[0]}, and RPO needs one for every response")
+    if any(reward is not None for reward in rewards):
+        audit.warn("unusable_rewards", new["id"])
+    return None

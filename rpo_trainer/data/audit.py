@@ -1,0 +1,227 @@
+"""What happened to the data: rows read and kept, drops and warnings by reason, lengths.
+
+Everything that is dropped is counted here, with up to three row ids a reason, and shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rpo_trainer.data.rows import Row
+
+EXAMPLES = 3
+
+# reason → what people read; the short names are the keys of `Audit.as_dict()`.
+DROPS = {
+    "empty_response": "a response is empty or blank",
+    "fewer_than_two_responses": "fewer than two responses",
+    "identical_responses": "chosen is the same as rejected",
+    "identical_after_truncation": "chosen is the same as rejected once tokenised and cut",
+    "too_long": "longer than max_length",
+    "prompt_too_long": "the prompt leaves no room for a response",
+    "no_trained_tokens": "no trained token is left",
+    "no_prompt_tokens": "no token in front of the response",
+    "tie": "chosen and rejected have the same reward",
+    "reversed": "chosen has a lower reward than rejected",
+    "small_gap": "reward gap below min_gap",
+    "low_chosen_reward": "chosen reward below min_chosen_reward",
+}
+WARNINGS = {
+    "special_token_text": "text of a special token inside the data, tokenised as text",
+    "duplicate_prompt": "prompt seen before",
+    "duplicate_responses_removed": "the same response more than once; kept once",
+    "blank_responses_removed": "blank responses removed, the others kept",
+    "unusable_rewards": "rewards that are no numbers, ignored by this stage",
+    "tools_not_rendered": "tools that the chat template does not write",
+    "truncated": "cut to max_length",
+}
+LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
+SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label
+
+
+class Count:
+    """A number of rows and the ids of the first few."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.examples: list[str] = []
+
+    def add(self, row_id: str | None) -> None:
+        self.count += 1
+        if row_id is not None and len(self.examples) < EXAMPLES:
+            self.examples.append(row_id)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "examples": self.examples}
+
+
+class Audit:
+    """The counts of one data set (train or eval of one stage)."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, int] = {}
+        self.kept: dict[str, int] = {}
+        self.left_out: dict[str, int] = {}
+        self.dropped: dict[str, Count] = {}
+        self.warnings: dict[str, Count] = {}
+        self.remarks: list[str] = []
+        self.extra_columns: dict[str, list[str]] = {}
+        self.pairs: dict[str, Any] = {}
+        self.replay: dict[str, Any] = {}
+        self._lengths: dict[str, list[int]] = {}
+
+    def add_read(self, source: str, rows: int) -> None:
+        self.read[source] = self.read.get(source, 0) + rows
+
+    def keep(self, source: str) -> None:
+        self.kept[source] = self.kept.get(source, 0) + 1
+
+    def leave_out(self, source: str, rows: int) -> None:
+        """Rows that a mixture's weights, or `max_rows`, do not use."""
+        if rows:
+            self.left_out[source] = self.left_out.get(source, 0) + rows
+
+    def drop(self, reason: str, row_id: str | None = None) -> None:
+        """Counts a dropped row; `reason` is a key of DROPS, or words of its own."""
+        self.dropped.setdefault(reason, Count()).add(row_id)
+
+    def warn(self, reason: str, row_id: str | None = None) -> None:
+        """Counts a row worth a look; `reason` is a key of WARNINGS, or words of its own."""
+        self.warnings.setdefault(reason, Count()).add(row_id)
+
+    def remark(self, text: str) -> None:
+        """A warning about the whole data set."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+
+    def add_lengths(self, prompt: int, responses: Iterable[int]) -> None:
+        """Lengths in tokens of one example."""
+        self._lengths.setdefault("prompt", []).append(prompt)
+        self._lengths.setdefault("response", []).extend(responses)
+
+    def observe_prompts(self, rows: Sequence[Row]) -> None:
+        """Counts prompts that occur again."""
+        seen: set[str] = set()
+        for row in rows:
+            key = prompt_key(row)
+            if key in seen:
+                self.warn("duplicate_prompt", row["id"])
+            seen.add(key)
+
+    def observe_pairs(self, rows: Sequence[Row]) -> None:
+        """Counts ties and reversed pairs; compares the lengths (characters) of best and worst."""
+        gaps = sorted(row["rewards"][0] - row["rewards"][-1] for row in rows if row["rewards"])
+        best = sum(len(row["responses"][0]) for row in rows) / max(len(rows), 1)
+        worst = sum(len(row["responses"][-1]) for row in rows) / max(len(rows), 1)
+        self.pairs = {
+            "rows": len(rows),
+            "with_rewards": len(gaps),
+            "ties": sum(gap == 0 for gap in gaps),
+            "reversed": sum(gap < 0 for gap in gaps),
+            "gap": quantiles(gaps),
+            "mean_characters_chosen": best,
+            "mean_characters_rejected": worst,
+        }
+        if best > LONGER * worst:
+            self.remark(
+                f"chosen is much longer than rejected on average "
+                f"({best:.0f} against {worst:.0f} characters): the model may learn length"
+            )
+        if len(gaps) > 1 and gaps[0] == gaps[-1]:
+            self.remark(f"all reward gaps are equal ({gaps[0]:g})")
+
+    def check_target_gaps(self, rows: Sequence[Row], reward_scale: float) -> None:
+        """Remarks on targets σ(η · gap) that are 0 or 1 for most rows (η = `reward_scale`)."""
+        gaps = [row["rewards"][0] - row["rewards"][-1] for row in rows if row["rewards"]]
+        limit = math.log(SATURATED / (1 - SATURATED))
+        wide = sum(abs(reward_scale * gap) > limit for gap in gaps)
+        if gaps and 2 * wide > len(gaps):
+            self.remark(
+                f"the target gap is so wide that its sigmoid is 0 or 1 for {wide} of {len(gaps)} "
+                f"rows: RPO then learns no more than DPO; a smaller reward_scale keeps the gaps"
+            )
+
+    def check_overlap(self, train: Sequence[Row], evaluation: Sequence[Row]) -> int:
+        """Remarks on prompts that are in both; returns how many rows of `evaluation` that is."""
+        seen = {prompt_key(row) for row in train}
+        n = sum(prompt_key(row) in seen for row in evaluation)
+        if n:
+            self.remark(f"{n} of {len(evaluation)} eval rows have a prompt that is trained on")
+        return n
+
+    def lengths(self) -> dict[str, dict[str, float]]:
+        """Token counts: {"prompt" | "response": {min, median, mean, p95, max}}."""
+        return {name: quantiles(sorted(values)) for name, values in self._lengths.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "read": dict(self.read),
+            "kept": dict(self.kept),
+            "left_out": dict(self.left_out),
+            "dropped": {reason: count.as_dict() for reason, count in self.dropped.items()},
+            "warnings": {reason: count.as_dict() for reason, count in self.warnings.items()},
+            "remarks": list(self.remarks),
+            "extra_columns": dict(self.extra_columns),
+            "pairs": dict(self.pairs),
+            "replay": dict(self.replay),
+            "lengths": self.lengths(),
+        }
+
+    def summary_lines(self) -> list[str]:
+        """The same for people, one fact a line."""
+        lines = []
+        for source, n in self.read.items():
+            out = f", {self.left_out[source]} not used" if source in self.left_out else ""
+            kept = f", {self.kept[source]} kept" if source in self.kept else ""
+            lines.append(f"{source}: {n} rows read{kept}{out}")
+        if self.replay:
+            lines.append(
+                "replay of stage {stage}: {rows} of {available} rows".format(**self.replay)
+            )
+        lines += [_counted("dropped", DROPS.get(r, r), c) for r, c in self.dropped.items()]
+        if self.pairs.get("with_rewards"):
+            lines.append("{ties} ties, {reversed} reversed among {rows} rows".format(**self.pairs))
+        for name, q in self.lengths().items():
+            lines.append(
+                f"{name} tokens: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}"
+            )
+        lines += [_counted("warning", WARNINGS.get(r, r), c) for r, c in self.warnings.items()]
+        lines += [f"warning: {text}" for text in self.remarks]
+        for source, columns in self.extra_columns.items():
+            lines.append(f"warning: {source}: columns not used: {', '.join(columns)}")
+        return lines
+
+
+def _counted(what: str, text: str, count: Count) -> str:
+    rows = "row" if count.count == 1 else "rows"
+    examples = f" ({', '.join(count.examples)})" if count.examples else ""
+    return f"{what}: {count.count} {rows}, {text}{examples}"
+
+
+def prompt_key(row: Row) -> str:
+    """A row's prompt as one string: equal keys, equal prompts."""
+    prompt = row["prompt"] if "prompt" in row else _before_last_turn(row["messages"])
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+
+
+def _before_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: ends[-1]] if ends else messages
+
+
+def quantiles(ordered: Sequence[float]) -> dict[str, float]:
+    """min, median, mean, p95 and max of ascending numbers; {} for none."""
+    if not ordered:
+        return {}
+    last = len(ordered) - 1
+    return {
+        "min": ordered[0],
+        "median": ordered[last // 2],
+        "mean": sum(ordered) / len(ordered),
+        "p95": ordered[round(0.95 * last)],
+        "max": ordered[last],
+    }

@@ -1,0 +1,256 @@
+"""Rows as text, and exactly which characters of it are trained.
+
+A trained span is what the model has to write itself: from behind the generation prompt to the end
+marker of the turn, with the marker and without the line break behind it. Two ways find it:
+
+1. Prefixes. The conversation up to a turn, rendered alone with the generation prompt, is the
+   beginning of the whole; where it ends the turn begins. Rendered with the turn, it ends the turn.
+2. Sentinels, where a template renders a turn differently once others follow (it drops thinking,
+   say): the turn's content is replaced by a mark, and the mark is looked for.
+
+Text of special tokens inside the data is replaced by private-use characters while rendering, so
+that what the template wrote and what the data holds stay apart; `encode.py` makes text of it again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.templates import set_chat_template
+from rpo_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ChatRenderer", "Rendered", "set_chat_template"]
+
+Span = tuple[int, int]
+Tools = list[dict[str, Any]] | None
+
+SENTINEL = "\ue00frpo\ue00e"
+PRIVATE = 0xF0000  # a plane of characters that no text uses
+NO_END = "the chat template writes no end marker behind the assistant's turn"
+UNCLEAR = "the chat template rewrites the conversation so that the assistant's turn cannot be found"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text to tokenise.
+
+    Attributes:
+        spans: trained character ranges of `text`, ascending.
+        literal: character ranges of special-token text that came with the data.
+        plain: no chat template; nothing in it is control, and the end token is put behind it.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    literal: tuple[Span, ...] = ()
+    plain: bool = False
+
+
+def render_plain(prompt: str, response: str) -> Rendered:
+    """Prompt and response joined as they are."""
+    text = prompt + response
+    return Rendered(text, ((len(prompt), len(text)),), plain=True)
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that the tokenizer turns into control tokens, longest first."""
+    texts = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content}
+    return sorted(texts, key=lambda text: (-len(text), text))
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds the texts of control tokens; None for a tokenizer without any."""
+    texts = special_texts(tokenizer)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _fixed_date(format: str) -> str:
+    # Templates that write today's date would give other tokens, and other reference log-probs,
+    # tomorrow. This is the date that the first of them wrote when no clock was at hand.
+    return datetime.date(2024, 7, 26).strftime(format)
+
+
+@dataclass
+class ChatRenderer:
+    """Renders conversations by the chat template of `tokenizer`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    _special: re.Pattern[str] | None = field(init=False)
+    _names: list[str] = field(init=False)
+    _stand_in: re.Pattern[str] = field(init=False)
+    _reserved: re.Pattern[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._special = special_pattern(self.tokenizer)
+        self._names = special_texts(self.tokenizer)
+        last = chr(PRIVATE + max(len(self._names) - 1, 0))
+        self._stand_in = re.compile(f"[{chr(PRIVATE)}-{last}]")
+        self._reserved = re.compile(f"{self._stand_in.pattern}|{SENTINEL}")
+
+    def has_special_text(self, text: str) -> bool:
+        return self._special is not None and self._special.search(text) is not None
+
+    @property
+    def writes_tools(self) -> bool:
+        return "tools" in str(self.tokenizer.chat_template)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Rendered:
+        """The text a response is sampled behind: the conversation and the generation prompt."""
+        text = self._render(self._hide(messages), self._hide(tools), generation_prompt=True)
+        return self._show(text, [])
+
+    def conversation(
+        self, messages: Sequence[Message], tools: Tools = None, *, last_only: bool = False
+    ) -> Rendered:
+        """The whole conversation, every assistant turn trained, or only the last.
+
+        Raises:
+            RowError: the template refuses the conversation, writes no end marker, or rewrites the
+                turns so that neither way finds them.
+            DataError: there is no chat template.
+        """
+        hidden, tools = self._hide(messages), self._hide(tools)
+        turns = [i for i, message in enumerate(hidden) if message["role"] == "assistant"]
+        full = self._render(hidden, tools)
+        finder = _TurnFinder(self, hidden, tools, full)
+        spans = [finder.span(turn) for turn in (turns[-1:] if last_only else turns)]
+        return self._show(full, spans)
+
+    def _render(
+        self, messages: list[Message], tools: Tools, generation_prompt: bool = False
+    ) -> str:
+        import jinja2
+
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                "the rows are messages, and the tokenizer has no chat template",
+                where="model.chat_template",
+                fix="chat_template: chatml | plain | the path of a Jinja template",
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=[*tools] if tools else None,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                strftime_now=_fixed_date,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise RowError(f"the chat template refuses the row ({error})") from None
+        return str(text)
+
+    @cached_property
+    def opens_turn(self) -> bool:
+        """Whether the template writes anything for `add_generation_prompt`."""
+        probe: list[Message] = [{"role": "user", "content": "a"}]
+        return self._render(probe, None, True) != self._render(probe, None)
+
+    @cached_property
+    def ends_turn(self) -> bool:
+        """Whether the template writes an end marker behind an assistant turn that is the last."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
+        return self._render(probe, None).rpartition(SENTINEL)[2].strip() != ""
+
+    def _hide(self, value: Any) -> Any:
+        """`value` with the text of special tokens replaced by private-use characters."""
+        if isinstance(value, str):
+            if not value.isascii() and self._reserved.search(value):
+                raise RowError("the text holds private-use characters that are needed here")
+            if self._special is None:
+                return value
+            return self._special.sub(lambda m: chr(PRIVATE + self._names.index(m[0])), value)
+        if isinstance(value, dict):
+            return {key: self._hide(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hide(item) for item in value]
+        return value
+
+    def _show(self, text: str, spans: list[Span]) -> Rendered:
+        """The special-token texts put back, with the spans moved to fit."""
+        pieces, literal, moves, length, done = [], [], [(0, 0)], 0, 0
+        for match in self._stand_in.finditer(text):
+            name = self._names[ord(match[0]) - PRIVATE]
+            pieces += [text[done : match.start()], name]
+            length += match.start() - done
+            literal.append((length, length + len(name)))
+            length, done = length + len(name), match.end()
+            moves.append((done, length - done))
+        if not literal:
+            return Rendered(text, tuple(spans))
+
+        def moved(place: int) -> int:
+            return place + next(by for start, by in reversed(moves) if start <= place)
+
+        text = "".join([*pieces, text[done:]])
+        return Rendered(text, tuple((moved(a), moved(b)) for a, b in spans), tuple(literal))
+
+
+@dataclass
+class _TurnFinder:
+    """Finds the assistant turns of one rendered conversation."""
+
+    renderer: ChatRenderer
+    messages: list[Message]
+    tools: Tools
+    full: str
+
+    def span(self, turn: int) -> Span:
+        start, end = self._start(turn), self._end(turn)
+        if start >= end:
+            raise RowError(UNCLEAR)
+        return start, end
+
+    def _start(self, turn: int) -> int:
+        if turn and self.renderer.opens_turn:
+            prompt = self.renderer._render(self.messages[:turn], self.tools, True)
+            if self.full.startswith(prompt):
+                return len(prompt)
+        before, _ = self._around(turn)
+        if not self.full.startswith(before):
+            raise RowError(UNCLEAR)
+        return len(before)
+
+    def _end(self, turn: int) -> int:
+        if not self.renderer.ends_turn:
+            raise RowError(NO_END)
+        if turn == len(self.messages) - 1:
+            return len(self.full.rstrip())
+        until = self.renderer._render(self.messages[: turn + 1], self.tools)
+        if self.full.startswith(until):
+            return len(until.rstrip())
+        _, behind = self._around(turn)
+        if not self.full.endswith(behind):
+            raise RowError(UNCLEAR)
+        return len(self.full) - len(behind) + self._marker(turn, behind)
+
+    def _around(self, turn: int) -> tuple[str, str]:
+        """What the template writes before and behind the content of a turn."""
+        marked = [*self.messages]
+        marked[turn] = {**marked[turn], "content": SENTINEL}
+        parts = self.renderer._render(marked, self.tools).split(SENTINEL)
+        if len(parts) != 2 or SENTINEL in self.full:
+            raise RowError(UNCLEAR)
+        return parts[0], parts[1]
+
+    def _marker(self, turn: int, behind: str) -> int:
+        """Characters of the end marker at the beginning of what follows a turn's content."""
+        blank = len(behind) - len(behind.lstrip())
+        tokens = self.renderer.tokenizer.added_tokens_decoder.values()
+        for text in sorted((t.content for t in tokens), key=len, reverse=True):
+            if behind.startswith(text, blank):
+                return blank + len(text)
+        # The marker is words: it is what stands behind the turn when nothing follows.
+        alone = _TurnFinder(self.renderer, self.messages[: turn + 1], self.tools, "")
+        _, marker = alone._around(turn)
+        if not marker.strip() or not behind.startswith(marker.rstrip()):
+            raise RowError(NO_END)
+        return len(marker.rstrip())

@@ -1,0 +1,178 @@
+"""Rendered texts → token ids and masks, with special-token text of the data kept as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rpo_trainer.data.chat import ChatRenderer, Rendered, Span, special_pattern
+from rpo_trainer.data.rows import Message
+from rpo_trainer.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Encoded = tuple[list[int], list[int]]  # ids and mask (1 = trained), equally long
+_Piece = tuple[list[int], list[Span]]  # ids and their character ranges
+
+
+@dataclass
+class Encoder:
+    """Tokenises rendered texts by a fast tokenizer.
+
+    Raises:
+        ModelError: the tokenizer cannot tell which characters a token stands for.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    begin: list[int] = field(init=False)
+    _special: re.Pattern[str] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._special = special_pattern(self.tokenizer)
+        if not self.tokenizer.is_fast:
+            raise ModelError(
+                "the tokenizer is a slow one, without character offsets",
+                why="response masks are made from the offsets",
+                fix="use the fast tokenizer of the model (tokenizer.json)",
+            )
+        # The begin token, if the tokenizer itself puts it in front of every text.
+        bos = self.tokenizer.bos_token_id
+        first = self.tokenizer("a")["input_ids"][:1]
+        self.begin = [bos] if bos is not None and list(first) == [bos] else []
+
+    def end(self) -> int:
+        """The end token's id. Raises ModelError when there is none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has no end token",
+                why="a response that does not end is never a whole one",
+                fix="set eos_token in tokenizer_config.json",
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def encode(
+        self, texts: Sequence[Rendered], apart: Sequence[bool] | None = None
+    ) -> list[Encoded]:
+        """Ids and masks. A token is trained when it overlaps a trained span.
+
+        Args:
+            apart: which texts to tokenise piece by piece (see `_in_pieces`), beside those that
+                need it; responses to one prompt must all be, or none.
+        """
+        flags = [bool(t.literal) or bool(apart and apart[i]) for i, t in enumerate(texts)]
+        whole = [text for text, flag in zip(texts, flags, strict=True) if not flag]
+        plain = iter(self._batch([t.text for t in whole if t.plain], literal=True))
+        chat = iter(self._batch([t.text for t in whole if not t.plain], literal=False))
+        encoded = []
+        for text, flag in zip(texts, flags, strict=True):
+            piece = self._in_pieces(text) if flag else next(plain if text.plain else chat)
+            encoded.append(self._finished(text, *piece))
+        return encoded
+
+    def _finished(self, text: Rendered, ids: list[int], offsets: list[Span]) -> Encoded:
+        mask = mask_of(offsets, text.spans)
+        if text.plain:
+            ids, mask = [*ids, self.end()], [*mask, int(bool(text.spans))]
+        bos = self.tokenizer.bos_token
+        if self.begin and (text.plain or bos is None or not text.text.startswith(bos)):
+            ids, mask = [*self.begin, *ids], [0, *mask]
+        return ids, mask
+
+    def _batch(self, texts: list[str], *, literal: bool) -> list[_Piece]:
+        if not texts:
+            return []
+        found = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            split_special_tokens=literal,
+            verbose=False,
+        )
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    def _in_pieces(self, text: Rendered) -> _Piece:
+        """Stretches of text around the control tokens that the template wrote, each by itself.
+
+        A tokenizer cuts a text at its control tokens first, so this gives the same ids as the whole
+        text would, but that nothing of the data is taken for control. (One that marks only the
+        first word of a text marks the first of each stretch.)
+        """
+        if text.plain:
+            return self._batch([text.text], literal=True)[0]
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for start, end, control in self._stretches(text):
+            found, places = self._batch([text.text[start:end]], literal=not control)[0]
+            ids += found
+            offsets += [(a + start, b + start) for a, b in places]
+        return ids, offsets
+
+    def _stretches(self, text: Rendered) -> Iterator[tuple[int, int, bool]]:
+        done = 0
+        for start, end in self._control_spans(text):
+            if done < start:
+                yield done, start, False
+            yield start, end, True
+            done = end
+        if done < len(text.text):
+            yield done, len(text.text), False
+
+    def _control_spans(self, text: Rendered) -> Iterator[Span]:
+        place = 0
+        while self._special and (match := self._special.search(text.text, place)):
+            inside = [b for a, b in text.literal if a < match.end() and match.start() < b]
+            if inside:
+                place = max(inside)
+                continue
+            yield match.span()
+            place = match.end()
+
+
+def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """1 for each token that overlaps a span; a token without characters counts as one character."""
+    import numpy as np
+
+    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    starts = places[:, 0]
+    stops = np.maximum(places[:, 1], starts + 1)
+    mask = np.zeros(len(places), dtype=bool)
+    for start, end in spans:
+        mask |= (starts < end) & (stops > start)
+    trained: list[int] = mask.astype(int).tolist()
+    return trained
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
+    """Ids of a prompt to sample a response behind: the same tokens that training puts there.
+
+    A text goes in as it is, messages through the chat template with its generation prompt; the
+    begin token is there once.
+    """
+    renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
+    if not isinstance(prompt, str):
+        return encoder.encode([renderer.prompt(prompt, tools)])[0][0]
+    ids, _ = encoder._batch([prompt], literal=True)[0]
+    return [*encoder.begin, *ids]
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: the end token, and the marker that the chat template writes."""
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rendered = ChatRenderer(tokenizer).conversation(messages)
+        ids, mask = Encoder(tokenizer).encode([rendered])[0]
+        last = [token for token, trained in zip(ids, mask, strict=True) if trained][-1]
+        added = tokenizer.added_tokens_decoder
+        if last in added and added[last].special and last not in ends:
+            ends.append(last)
+    return ends

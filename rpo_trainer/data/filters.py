@@ -1,0 +1,93 @@
+"""Filters on preference rows by their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.rows import Row, RowProblems
+from rpo_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from rpo_trainer.recipe.schema import FilterSpec
+
+REVERSED_LIMIT = 0.005  # above this share of reversed pairs the columns are more likely swapped
+
+
+@dataclass(frozen=True)
+class _NoFilter:
+    """What holds where a recipe has no `filter`: the defaults of FilterSpec."""
+
+    min_chosen_reward: float | None = None
+    min_gap: float | None = None
+    ties: Literal["keep", "drop"] = "keep"
+    reversed: Literal["error", "drop", "keep"] = "error"
+
+
+def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> list[Row]:
+    """The rows that pass; each of the others is counted once, under the first reason that holds.
+
+    The gap of a row is the reward of its first response less that of its last (best and worst
+    where there are more than two), not scaled by η. A row passes `min_gap` and `min_chosen_reward`
+    when it is at least as large; a chosen response that is the ground truth always passes the
+    latter. Rows without rewards pass where no threshold is set.
+
+    Raises:
+        DataError: a threshold is set and rows have no rewards; more than 0.5 % of the rows are
+            reversed (`reversed: error`); no row is left.
+    """
+    used = spec or _NoFilter()
+    if used.min_chosen_reward is not None or used.min_gap is not None:
+        _need_rewards(rows)
+    if used.reversed == "error":
+        _refuse_reversed(rows)
+    kept = []
+    for row in rows:
+        reason = _reason(row, used)
+        if reason is None:
+            kept.append(row)
+        else:
+            audit.drop(reason, row["id"])
+    if rows and not kept:
+        raise DataError(
+            f"the filter leaves none of the {len(rows)} rows",
+            why="; ".join(audit.summary_lines()),
+            fix="lower the thresholds of `filter`",
+        )
+    return kept
+
+
+def _reason(row: Row, spec: FilterSpec | _NoFilter) -> str | None:
+    rewards = row["rewards"]
+    if rewards is None:
+        return None
+    gap = rewards[0] - rewards[-1]
+    if gap < 0 and spec.reversed != "keep":
+        return "reversed"
+    if gap == 0 and spec.ties == "drop":
+        return "tie"
+    if spec.min_gap is not None and gap < spec.min_gap:
+        return "small_gap"
+    low = spec.min_chosen_reward is not None and rewards[0] < spec.min_chosen_reward
+    return "low_chosen_reward" if low and not row.get("truth_chosen") else None
+
+
+def _need_rewards(rows: Sequence[Row]) -> None:
+    problems = RowProblems()
+    for row in rows:
+        if row["rewards"] is None:
+            problems.add("the filter needs rewards, and there are none", row["id"])
+    problems.raise_if_any(len(rows), fix="remove `filter`, or give rewards")
+
+
+def _refuse_reversed(rows: Sequence[Row]) -> None:
+    ids = [row["id"] for row in rows if row["rewards"] and row["rewards"][0] < row["rewards"][-1]]
+    if len(ids) > REVERSED_LIMIT * len(rows):
+        raise DataError(
+            f"chosen has a lower reward than rejected: {len(ids)} of {len(rows)} rows, "
+            f"first {', '.join(ids[:3])}",
+            why=f"above {REVERSED_LIMIT:.1%} it is more likely that the columns are swapped",
+            fix="swap the columns with `columns:`, or set `filter: {reversed: drop}` (or keep)",
+        )

@@ -1,0 +1,85 @@
+"""Chat templates that come with the package, and setting one on a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rpo_trainer.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tool calls given as data, and the tools themselves, are written as JSON: a model that is to call
+# tools must have seen them.
+_CALLS = "{{ (m.tool_calls | tojson) if m.tool_calls else '' }}"
+
+CHATML = (
+    "{% if tools %}<|im_start|>system\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "Tools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if not (tools and loop.first and m.role == 'system') %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}" + _CALLS + "<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# Plain text needs no tokens of its own but the end token. The blank behind "Assistant:" belongs to
+# the response, since most tokenizers put it into the response's first token.
+PLAIN = (
+    "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "Assistant: {{ m.content | trim }}" + _CALLS + "{{ eos_token }}\n"
+    "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path | None
+) -> PreTrainedTokenizerBase:
+    """Gives `tokenizer` a chat template and returns it.
+
+    Args:
+        name_or_path: `chatml`, `plain`, the path of a Jinja file, or None for the tokenizer's own.
+
+    Raises:
+        ModelError: no such name or file; the tokenizer lacks ChatML's tokens, or an end token.
+    """
+    if name_or_path is None:
+        return tokenizer
+    name = str(name_or_path)
+    if name in BUILT_IN:
+        _check_tokens(tokenizer, name)
+        tokenizer.chat_template = BUILT_IN[name]
+        return tokenizer
+    try:
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"the chat template {name!r} cannot be read ({error})",
+            where="model.chat_template",
+            fix=f"{' | '.join(BUILT_IN)} | the path of a Jinja template",
+        ) from None
+    return tokenizer
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if name == "chatml" and not added.issuperset(CHATML_TOKENS):
+        raise ModelError(
+            f"the tokenizer has no tokens {' and '.join(CHATML_TOKENS)}",
+            where="model.chat_template",
+            why="ChatML would be cut into pieces of words, with no end token",
+            fix="chat_template: plain",
+        )
+    if name == "plain" and tokenizer.eos_token is None:
+        raise ModelError(
+            "the tokenizer has no end token",
+            where="model.chat_template",
+            why="a response without one never ends",
+            fix="set eos_token in tokenizer_config.json",
+        )

@@ -1,0 +1,278 @@
+"""Internal rows → tokenised examples, in memory as Arrow.
+
+One example: prompt ids once, and behind them K responses with their masks (SFT: K = 1). The prompt
+is the longest common token prefix of the K tokenised texts, up to the first trained token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain
+from rpo_trainer.data.encode import Encoded, Encoder
+from rpo_trainer.data.rows import Row, RowError, RowProblems, is_blank, row_texts
+from rpo_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+TOKENISED = ("prompt_ids", "response_ids", "response_mask")
+BATCH = 1000  # rows tokenised at once: the ids of one batch are all that lives as Python integers
+
+Truncation = Literal["drop", "cut"]
+
+
+class _Dropped(Exception):
+    """The row cannot be trained on; the text is the audit's reason."""
+
+
+def tokenize_rows(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: Literal["sft", "pair"],
+    max_length: int,
+    truncation: Truncation,
+    audit: Audit,
+) -> datasets.Dataset:
+    """Tokenised examples of the rows that can be trained on; the others are counted in `audit`.
+
+    Columns: `id`, `source`, `prompt_ids` [p] (p ≥ 1), `response_ids` [K][r], `response_mask` [K][r]
+    (1 = trained; at least one in each response), all int32, and `rewards` [K] float64 or null.
+
+    SFT trains every assistant turn with its end marker, a preference row its last response only.
+    Blank responses and, of equal ones, all but the first leave the row; a preference row of which
+    fewer than two are left is dropped.
+
+    Args:
+        max_length: tokens of prompt and one response together.
+        truncation: `drop` a row with a longer text, or `cut` all its texts at this length; a cut
+            response has no end token.
+
+    Raises:
+        DataError: no chat template where rows are messages; a template that refuses rows, or in
+            which the turns cannot be found; no row left.
+        ModelError: no end token, or a tokenizer without offsets.
+    """
+    import datasets
+    import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+
+    batches = _Tokenizer(tokenizer, kind, max_length, truncation, audit).batches(rows)
+    tables = [pa.Table.from_pylist(batch, schema=_schema()) for batch in batches]
+    table = pa.concat_tables(tables) if tables else _schema().empty_table()
+    if not table.num_rows:
+        raise DataError(
+            "no row is left to train on",
+            why="; ".join(audit.summary_lines()) or "there were no rows",
+        )
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def _schema() -> Any:
+    import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+
+    ids = pa.list_(pa.int32())
+    return pa.schema(
+        {
+            "id": pa.string(),
+            "source": pa.string(),
+            "prompt_ids": ids,
+            "response_ids": pa.list_(ids),
+            "response_mask": pa.list_(ids),
+            "rewards": pa.list_(pa.float64()),
+        }
+    )
+
+
+class _Tokenizer:
+    """The work of `tokenize_rows`, batch by batch."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: Literal["sft", "pair"],
+        max_length: int,
+        truncation: Truncation,
+        audit: Audit,
+    ) -> None:
+        self.renderer = ChatRenderer(tokenizer)
+        self.encoder = Encoder(tokenizer)
+        self.kind = kind
+        self.max_length = max_length
+        self.truncation = truncation
+        self.audit = audit
+        self.problems = RowProblems()
+        self.seen = 0
+
+    def batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        for batch in _batched(rows, BATCH):
+            yield self._examples(batch)
+        self.problems.raise_if_any(
+            self.seen, fix="mend the rows, or choose another chat_template: chatml | plain | a path"
+        )
+
+    def _examples(self, batch: Sequence[Row]) -> list[Row]:
+        rendered: list[tuple[Row, list[Rendered]]] = []
+        for row in batch:
+            self.seen += 1
+            try:
+                used = _usable_sft(row) if self.kind == "sft" else self._usable_pair(row)
+                rendered.append((used, self._render(used)))
+            except _Dropped as reason:
+                self.audit.drop(str(reason), row["id"])
+            except RowError as error:
+                self.problems.add(str(error), row["id"])
+        if self.problems:
+            return []  # the end is an error: only more of its kind are of interest
+        # The responses to one prompt are tokenised in one way, so that they share its tokens.
+        apart = [any(text.literal for text in texts) for _, texts in rendered for _ in texts]
+        encoded = iter(self.encoder.encode([t for _, texts in rendered for t in texts], apart))
+        examples = []
+        for row, texts in rendered:
+            try:
+                examples.append(self._example(row, [next(encoded) for _ in texts]))
+            except _Dropped as reason:
+                self.audit.drop(str(reason), row["id"])
+        return examples
+
+    def _render(self, row: Row) -> list[Rendered]:
+        texts = self._texts(row)
+        if any(map(self.renderer.has_special_text, row_texts(row))):
+            self.audit.warn("special_token_text", row["id"])
+        if row.get("tools") and not self.renderer.writes_tools:
+            self.audit.warn("tools_not_rendered", row["id"])
+        return texts
+
+    def _texts(self, row: Row) -> list[Rendered]:
+        tools = row.get("tools")
+        if "messages" in row:
+            return [self.renderer.conversation(row["messages"], tools)]
+        responses = [row["response"]] if self.kind == "sft" else row["responses"]
+        if isinstance(row["prompt"], str):
+            return [render_plain(row["prompt"], response) for response in responses]
+        return [
+            self.renderer.conversation(
+                [*row["prompt"], {"role": "assistant", "content": response}], tools, last_only=True
+            )
+            for response in responses
+        ]
+
+    def _usable_pair(self, row: Row) -> Row:
+        """The row with its blank and repeated responses left out."""
+        texts = row["responses"]
+        filled = [i for i, text in enumerate(texts) if not is_blank(text)]
+        if len(filled) < 2:
+            raise _Dropped("empty_response")
+        first: dict[str, int] = {}
+        for i in filled:
+            first.setdefault(texts[i], i)
+        if len(first) < 2:
+            raise _Dropped("identical_responses")
+        if len(filled) < len(texts):
+            self.audit.warn("blank_responses_removed", row["id"])
+        if len(first) < len(filled):
+            self.audit.warn("duplicate_responses_removed", row["id"])
+        return _with_responses(row, list(first.values()))
+
+    def _example(self, row: Row, encoded: list[Encoded]) -> Row:
+        whole = [_trimmed(*text) for text in encoded]
+        texts = [self._fitted(*text) for text in whole]
+        if any(
+            len(ids) < len(all_ids) for (ids, _), (all_ids, _) in zip(texts, whole, strict=True)
+        ):
+            self.audit.warn("truncated", row["id"])
+        if self.kind == "pair":
+            row, texts = self._distinct(row, texts)
+        prompt = _shared_prompt(texts)
+        if not all(any(mask[prompt:]) for _, mask in texts):
+            raise _Dropped("no_trained_tokens")
+        self.audit.keep(row["source"])
+        self.audit.add_lengths(prompt, (len(ids) - prompt for ids, _ in texts))
+        return {
+            "id": row["id"],
+            "source": row["source"],
+            "prompt_ids": texts[0][0][:prompt],
+            "response_ids": [ids[prompt:] for ids, _ in texts],
+            "response_mask": [mask[prompt:] for _, mask in texts],
+            "rewards": row.get("rewards"),
+        }
+
+    def _fitted(self, ids: list[int], mask: list[int]) -> Encoded:
+        if len(ids) <= self.max_length:
+            return ids, mask
+        if mask.index(1) >= self.max_length:
+            raise _Dropped("prompt_too_long")
+        if self.truncation == "drop":
+            raise _Dropped("too_long")
+        return _trimmed(ids[: self.max_length], mask[: self.max_length])
+
+    def _distinct(self, row: Row, texts: list[Encoded]) -> tuple[Row, list[Encoded]]:
+        """What became equal by tokenising or cutting is kept once."""
+        first: dict[tuple[int, ...], int] = {}
+        for i, (ids, _) in enumerate(texts):
+            first.setdefault(tuple(ids), i)
+        if len(first) < 2:
+            raise _Dropped("identical_after_truncation")
+        if len(first) < len(texts):
+            self.audit.warn("duplicate_responses_removed", row["id"])
+        kept = list(first.values())
+        return _with_responses(row, kept), [texts[i] for i in kept]
+
+
+def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _usable_sft(row: Row) -> Row:
+    if "messages" in row:
+        turns = [m for m in row["messages"] if m["role"] == "assistant"]
+        blank = any(is_blank(m["content"]) and not m.get("tool_calls") for m in turns)
+    else:
+        blank = is_blank(row["response"])
+    if blank:
+        raise _Dropped("empty_response")
+    return row
+
+
+def _with_responses(row: Row, kept: list[int]) -> Row:
+    if len(kept) == len(row["responses"]):
+        return row
+    rewards = row["rewards"]
+    return {
+        **row,
+        "responses": [row["responses"][i] for i in kept],
+        "rewards": None if rewards is None else [rewards[i] for i in kept],
+    }
+
+
+def _trimmed(ids: list[int], mask: list[int]) -> Encoded:
+    """Without what follows the last trained token: nothing is predicted there."""
+    if 1 not in mask:
+        raise _Dropped("no_trained_tokens")
+    end = len(mask) - mask[::-1].index(1)
+    return ids[:end], mask[:end]
+
+
+def _shared_prompt(texts: Sequence[Encoded]) -> int:
+    """Length of the token prefix that all texts share, up to the first trained token of any."""
+    limit = min(mask.index(1) for _, mask in texts)
+    first = texts[0][0]
+    for ids, _ in texts[1:]:
+        limit = next((i for i in range(limit) if ids[i] != first[i]), limit)
+    if limit:
+        return limit
+    # Nothing stands in front of the first trained token, so nothing predicts it: it becomes the
+    # prompt, where all texts begin with it.
+    if any(ids[0] != first[0] for ids, _ in texts):
+        raise _Dropped("no_prompt_tokens")
+    return 1

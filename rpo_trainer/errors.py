@@ -1,0 +1,100 @@
+"""Errors meant for people: where, what, why, how to fix.
+
+The command line prints them without a traceback and ends with their `exit_code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RPOTrainerError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        what: one sentence, what is wrong.
+        where: file:line, recipe key or stage, so that the reader can go there.
+        why: why it matters, or why it cannot be guessed.
+        fix: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        why: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.why = why
+        self.fix = fix
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class RecipeError(RPOTrainerError, ValueError):
+    """The recipe, an argument or an option is wrong: the user's mistake."""
+
+    exit_code = 2
+
+
+class ModelError(RPOTrainerError):
+    """The model or the tokenizer cannot be used as asked."""
+
+    exit_code = 2
+
+
+class RunError(RPOTrainerError):
+    """The run directory cannot be used as asked (in use, not ours, changed inputs)."""
+
+    exit_code = 2
+
+
+class DataError(RPOTrainerError):
+    """The data cannot be used: a file, a row, a reward."""
+
+    exit_code = 3
+
+
+class NonFiniteError(RPOTrainerError):
+    """A loss or a gradient is NaN or infinite; the optimiser has not moved."""
+
+    exit_code = 4
+
+
+class StepZeroError(RPOTrainerError):
+    """The loss before the first update is not the constant that policy = reference gives."""
+
+    exit_code = 2
+
+
+class StoppedBySignal(RPOTrainerError):
+    """Stopped by a signal, behind a complete checkpoint."""
+
+    exit_code = 75
+
+
+class Problems(RPOTrainerError):
+    """Several errors, reported at once; the exit code is the largest of theirs."""
+
+    def __init__(self, problems: Sequence[RPOTrainerError]) -> None:
+        if not problems:
+            raise ValueError("Problems needs at least one error")
+        self.problems = list(problems)
+        self.exit_code = max(problem.exit_code for problem in problems)
+        n = len(self.problems)
+        super().__init__(f"{n} problem{'s' if n > 1 else ''} found")
+
+    def __str__(self) -> str:
+        return "\n".join([*(str(problem) for problem in self.problems), self.what])

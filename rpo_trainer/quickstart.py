@@ -1,0 +1,198 @@
+"""The quickstart's data and tokenizer, made by the package: nothing is downloaded.
+
+Two dialects of the same small questions, each with a known answer:
+
+* `quickstart/code`: Python expressions to evaluate, `'abc'[::-1] -> `
+* `quickstart/general`: plain instructions, `reverse abc: `
+
+Code is taught with right answers. The general training rows come from a *weak teacher*, right with
+probability `TEACHER_ACCURACY`: what is left to learn is what preference stages are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.rewards.verifiers import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CODE, GENERAL = "quickstart/code", "quickstart/general"
+TASKS = (CODE, GENERAL)
+SPLITS = ("train", "preference", "heldout")
+TEACHER_ACCURACY = 0.6
+
+# A prompt belongs to one split for ever, by a hash of its text: 60 %, 30 %, 10 %.
+_SPLIT_OF_BUCKET = ("train",) * 6 + ("preference",) * 3 + ("heldout",)
+
+
+class _Operation(NamedTuple):
+    """One kind of question: how it reads in each dialect, its arguments, its answer."""
+
+    code: str
+    general: tuple[str, ...]
+    draw: Callable[[Random], tuple[Any, ...]]
+    solve: Callable[..., str]
+
+
+def _word(rng: Random) -> tuple[str]:
+    return ("".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(3, 5))),)
+
+
+def _two_numbers(rng: Random) -> tuple[int, int]:
+    return rng.randint(10, 99), rng.randint(10, 99)
+
+
+def _larger_first(rng: Random) -> tuple[int, int]:
+    small, large = sorted(_two_numbers(rng))
+    return large, small
+
+
+def _number(rng: Random) -> tuple[int]:
+    return (rng.randint(10, 499),)
+
+
+_OPERATIONS = (
+    _Operation("'{0}'[::-1]", ("reverse {0}", "{0} backwards"), _word, lambda w: w[::-1]),
+    _Operation(
+        "''.join(sorted('{0}'))",
+        ("sort {0}", "put {0} in order"),
+        _word,
+        lambda w: "".join(sorted(w)),
+    ),
+    _Operation("'{0}'.upper()", ("{0} in capitals",), _word, lambda w: w.upper()),
+    _Operation("'{0}' * 2", ("repeat {0}", "write {0} twice"), _word, lambda w: w * 2),
+    _Operation("'{0}'[1:]", ("{0} without the first letter",), _word, lambda w: w[1:]),
+    _Operation("max('{0}')", ("latest letter of {0}",), _word, max),
+    _Operation(
+        "{0} + {1}",
+        ("add {0} and {1}", "{0} plus {1}"),
+        _two_numbers,
+        lambda a, b: str(a + b),
+    ),
+    _Operation(
+        "{0} - {1}",
+        ("take {1} from {0}", "{0} minus {1}"),
+        _larger_first,
+        lambda a, b: str(a - b),
+    ),
+    _Operation("2 * {0}", ("double {0}", "twice {0}"), _number, lambda n: str(2 * n)),
+)
+
+
+def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of a built-in task, the same for the same arguments on every machine.
+
+    Prompts do not repeat within one call, and a prompt belongs to one split whatever the seed, so
+    that `heldout` and `preference` share no prompt with any `train`.
+
+    Args:
+        name: one of `TASKS`.
+        split: `train` (rows for SFT; general ones by the weak teacher), `preference` (prompts to
+            sample responses for) or `heldout` (`response` is the right answer).
+        size: number of rows, at least 1.
+        seed: which rows; another seed gives other questions of the same split.
+
+    Returns:
+        Rows with `id`, `prompt`, `ground_truth` and, but for `preference`, `response`. The prompt
+        ends in a separator and is joined with its response as it is.
+
+    Raises:
+        RecipeError: unknown task or split, or a size below 1.
+    """
+    _require_known("task", name, TASKS)
+    _require_known("split", split, SPLITS)
+    if size < 1:
+        raise RecipeError(f"size is {size}", where=f"task {name}", fix="give at least 1 row")
+    rng = Random(f"{name} {split} {seed}")
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while len(rows) < size:
+        operation = rng.choice(_OPERATIONS)
+        arguments = operation.draw(rng)
+        prompt = _prompt(name, operation, arguments, rng)
+        if prompt in seen or split_of(prompt) != split:
+            continue
+        seen.add(prompt)
+        truth = operation.solve(*arguments)
+        row = {"id": f"{name}/{split}/{seed}/{len(rows)}", "prompt": prompt}
+        if split == "train" and name == GENERAL:
+            row["response"] = _weak_teacher(truth, arguments, rng)
+        elif split != "preference":
+            row["response"] = truth
+        rows.append({**row, "ground_truth": truth})
+    return rows
+
+
+def split_of(prompt: str) -> str:
+    """The split a prompt belongs to: a function of its text alone."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return _SPLIT_OF_BUCKET[int.from_bytes(digest[:8], "big") % len(_SPLIT_OF_BUCKET)]
+
+
+def _prompt(name: str, operation: _Operation, arguments: tuple[Any, ...], rng: Random) -> str:
+    if name == CODE:
+        return operation.code.format(*arguments) + " -> "
+    return rng.choice(operation.general).format(*arguments) + ": "
+
+
+def _weak_teacher(truth: str, arguments: tuple[Any, ...], rng: Random) -> str:
+    if rng.random() < TEACHER_ACCURACY:
+        return truth
+    return rng.choice(_slips(truth, str(arguments[0])))
+
+
+def _slips(truth: str, given: str) -> list[str]:
+    """Plausible wrong answers: off by one or ten, two letters swapped, the last lost, the input."""
+    if truth.isdigit():
+        number = int(truth)
+        found = [str(number + step) for step in (-10, -1, 1, 10) if number + step >= 0]
+    else:
+        found = [
+            truth[:i] + truth[i + 1] + truth[i] + truth[i + 2 :] for i in range(len(truth) - 1)
+        ]
+    found += [truth[:-1], given]
+    return [slip for slip in found if slip not in ("", truth)]
+
+
+def _require_known(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise RecipeError(
+            f"unknown {what} '{name}' of the built-in data{nearest(name, known)}",
+            fix=f"use one of: {', '.join(known)}",
+        )
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 100 tokens: printable ASCII and newline, one token a character, and 4 others.
+
+    `<s>` is put before a text, `</s>` ends a response, `<pad>` fills, any other character is
+    `<unk>`. It has no chat template.
+    """
+    from tokenizers import Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate(special + characters)}
+    # Byte-pair encoding without a merge is one token a character.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )

@@ -1,0 +1,51 @@
+"""Secrets stay out of recipes: how one is recognised, and how `${NAME}` reads a variable."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rpo_trainer.errors import RecipeError
+
+# Words in the name of a key whose text is a secret, and token fields that hold no secret.
+_SECRET_KEY = re.compile(
+    r"(^|_)(token|password|passwd|secret|api_?key|access_?key|private_?key|credentials?)$", re.I
+)
+_PLAIN_TOKEN = re.compile(r"^(eos|bos|pad|unk|sep|cls|mask|image|stop)_token$", re.I)
+_SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|glpat-|xox[bp]-)[A-Za-z0-9_-]{20,}")
+_VARIABLE = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
+
+
+def is_secret(key: str, value: object) -> bool:
+    """True for a text that must not stand in a recipe, which is copied into every run directory."""
+    if not isinstance(value, str) or not value or _VARIABLE.match(value):
+        return False
+    named = bool(_SECRET_KEY.search(key)) and not _PLAIN_TOKEN.match(key)
+    return named or bool(_SECRET_VALUE.search(value))
+
+
+def fill_from_environment(fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """A copy of `fields` in which a text `${NAME}` is replaced by the variable NAME of the
+    environment.
+
+    To be used on `training_args` just before they are given to a trainer, so that the value is
+    never written.
+
+    Raises:
+        RecipeError: the variable is not set; `where` says whose fields these are.
+    """
+    filled = dict(fields)
+    for key, value in fields.items():
+        match = _VARIABLE.match(value) if isinstance(value, str) else None
+        if match is None:
+            continue
+        if match[1] not in os.environ:
+            raise RecipeError(
+                f"`{key}` reads the environment variable {match[1]}, which is not set",
+                where=where,
+                fix=f"set it: export {match[1]}=...",
+            )
+        filled[key] = os.environ[match[1]]
+    return filled

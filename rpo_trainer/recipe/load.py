@@ -1,0 +1,212 @@
+"""A recipe file to a `Recipe`: all its mistakes at once, each with its place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rpo_trainer.errors import Problems, RecipeError
+from rpo_trainer.recipe.environment import is_secret
+from rpo_trainer.recipe.messages import Located, recipe_errors
+from rpo_trainer.recipe.overrides import (
+    Override,
+    apply_override,
+    drop_other_length,
+    parse_overrides,
+)
+from rpo_trainer.recipe.schema import Recipe
+from rpo_trainer.recipe.where import Origins
+from rpo_trainer.recipe.yaml12 import Document, Key, YamlProblem, parse
+
+MAX_BYTES = 2**20  # far above any recipe; keeps a data file given by mistake from being parsed
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe and where it came from; relative paths in it start at `base_dir`."""
+
+    recipe: Recipe
+    path: Path
+    base_dir: Path
+    source_text: str
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: words of the command line, `key=value`, or `--key` and its value.
+
+    Raises:
+        Problems: all that is wrong with it, in the order of the file, the overrides behind.
+    """
+    path = Path(path)
+    parsed, errors = parse_overrides(overrides)
+    try:
+        text = _read(path)
+        document = _parse(text, path)
+    except RecipeError as error:
+        raise Problems([error, *errors]) from error
+    origins = Origins(str(path), document.data, document.lines)
+    located = [_repeated(entry, origins) for entry in document.repeated]
+    located += [(10**9, error) for error in errors]
+    located += _apply_all(document.data, parsed, origins)
+    located += _take_out_forbidden(document.data, (), origins)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        located += recipe_errors(error, origins)
+    if recipe is None or located:
+        raise Problems([error for _, error in sorted(located, key=lambda entry: entry[0])])
+    return LoadedRecipe(recipe, path, path.absolute().parent, text)
+
+
+def resolve_path(base_dir: str | Path, path: str | Path) -> Path:
+    """A path of a recipe, ready to open: relative ones start at the recipe's directory."""
+    return Path(base_dir) / Path(path).expanduser()
+
+
+def _read(path: Path) -> str:
+    """The file's text, without a byte-order mark."""
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        near = _near_files(path)
+        hint = f"; did you mean `{near}`?" if near else ""
+        raise RecipeError(
+            f"there is no such file{hint}",
+            where=where,
+            fix="give the path of a recipe, a YAML file",
+        ) from error
+    except IsADirectoryError as error:
+        raise RecipeError(
+            "this is a directory, not a recipe", where=where, fix=_inside(path)
+        ) from error
+    except OSError as error:
+        raise RecipeError(
+            f"the file cannot be read: {error.strerror or error}",
+            where=where,
+            fix="check the path and its permissions",
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(
+            "the file is larger than 1 MiB, too large for a recipe",
+            where=where,
+            fix="give the recipe, a YAML file; data belongs in files that the recipe names",
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"byte {error.start} of the file is not UTF-8",
+            where=f"{where}:{line}",
+            fix="save the file as UTF-8",
+        ) from error
+
+
+def _near_files(path: Path) -> str | None:
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return str(path.parent / near[0]) if near else None
+
+
+def _inside(path: Path) -> str:
+    names = sorted(str(entry) for entry in path.glob("*.y*ml"))
+    return f"give a file in it: {', '.join(names[:5])}" if names else "give the path of a YAML file"
+
+
+def _parse(text: str, path: Path) -> Document:
+    try:
+        document = parse(text)
+    except YamlProblem as problem:
+        where = f"{path}:{problem.line}"
+        raise RecipeError(problem.what, where=where, fix=problem.fix) from problem
+    if isinstance(document.data, dict):
+        return document
+    kind = "a list" if isinstance(document.data, list) else "a single value"
+    raise RecipeError(
+        f"a recipe is a mapping; this file holds {kind}",
+        where=f"{path}:1",
+        fix="begin with `model:` and `stages:` at the left edge",
+    )
+
+
+def _repeated(entry: tuple[Key, int, int], origins: Origins) -> Located:
+    key, line, first = entry
+    error = RecipeError(
+        f"the key `{key[-1]}` is given twice, first on line {first}",
+        where=f"{origins.file}:{line} ({origins.dotted(key)})",
+        fix="keep one of the two",
+    )
+    return line, error
+
+
+def _apply_all(
+    data: dict[str, Any], overrides: Sequence[Override], origins: Origins
+) -> list[Located]:
+    """Apply the overrides in order; a later one wins."""
+    errors: list[Located] = []
+    done: set[Key] = set()
+    for override in overrides:
+        try:
+            key = apply_override(data, override)
+        except RecipeError as error:
+            errors.append((10**9, error))
+            continue
+        origins.override(key, override.where)
+        done.add(key)
+    for key in done:
+        drop_other_length(data, key, done)
+    return errors
+
+
+def _take_out_forbidden(data: Any, key: Key, origins: Origins) -> list[Located]:
+    """Errors for keys that no level may have; taken out, so that each is reported once."""
+    if isinstance(data, list):
+        items = list(enumerate(data))
+        return [e for i, item in items for e in _take_out_forbidden(item, (*key, i), origins)]
+    if not isinstance(data, dict):
+        return []
+    errors: list[Located] = []
+    for name, value in list(data.items()):
+        here = (*key, name)
+        error = _forbidden(name, value, origins.find(here)[1])
+        if error is None:
+            errors += _take_out_forbidden(value, here, origins)
+        else:
+            errors.append((origins.find(here)[0], error))
+            del data[name]
+    return errors
+
+
+def _forbidden(name: str, value: Any, where: str) -> RecipeError | None:
+    if name == "rpo_alpha":
+        return RecipeError(
+            "`rpo_alpha` is not a field here",
+            where=where,
+            why="elsewhere it means DPO plus the NLL of the chosen, which has no reward gap and is "
+            "not RPO",
+            fix="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation",
+        )
+    if is_secret(name, value):
+        return RecipeError(
+            f"`{name}` holds what looks like a secret",
+            where=where,
+            why="the recipe is copied into every run directory",
+            fix=f"remove it and set it in the environment (HF_TOKEN, WANDB_API_KEY, ...); under "
+            f"`training_args`, `{name}: ${{NAME}}` reads the variable NAME",
+        )
+    return None

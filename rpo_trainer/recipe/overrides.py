@@ -1,0 +1,194 @@
+"""Overrides from the command line: `stages.dpo.beta=0.005` or `--stages.dpo.beta 0.005`.
+
+A key is the way to a value: field names, names or indexes of stages, indexes of list elements,
+joined by dots. An index one past the end appends; a YAML list replaces the whole list. Values are
+YAML 1.2. What a key or a value may be is left to the schema, so that an override gets the same
+messages as the file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe.checks import LENGTH_FIELDS, did_you_mean, expanded_names
+from rpo_trainer.recipe.environment import is_secret
+from rpo_trainer.recipe.yaml12 import Key, YamlProblem, parse
+
+
+@dataclass(frozen=True)
+class Override:
+    """One override: the dotted key, the parsed value, and how to name it in an error."""
+
+    key: str
+    value: Any
+    where: str
+
+
+def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[RecipeError]]:
+    """Command-line words to overrides, and what is wrong with the words."""
+    overrides: list[Override] = []
+    errors: list[RecipeError] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals and word.startswith("--") and words and not words[0].startswith("--"):
+            equals, text = "=", words.pop(0)
+        try:
+            overrides.append(_override(key.strip(), bool(equals), text.strip(), word))
+        except RecipeError as error:
+            errors.append(error)
+    return overrides, errors
+
+
+def _override(key: str, has_value: bool, text: str, word: str) -> Override:
+    example = "write `key=value` or `--key value`, for example `stages.dpo.beta=0.005`"
+    where = f"override {word}"
+    if not key or any(not part for part in key.split(".")):
+        raise RecipeError(f"`{key}` is not a key", where=where, fix=example)
+    if not has_value and not word.startswith("--"):
+        raise RecipeError("there is no `=`", where=where, fix=example)
+    if not text:
+        raise RecipeError("there is no value", where=where, fix=f"{example}; `null` is a value too")
+    try:
+        value = parse(text).data
+    except YamlProblem as problem:
+        raise RecipeError(
+            f"the value is {problem.what}" if problem.what.startswith("not") else problem.what,
+            where=where,
+            fix="put quotes around a text with special characters: key='\"...\"'",
+        ) from problem
+    shown = "..." if is_secret(key.rpartition(".")[2], value) else text
+    return Override(key, value, f"override {key}={shown}")
+
+
+def apply_override(data: dict[str, Any], override: Override) -> Key:
+    """Set the value in the raw recipe and return its way in it.
+
+    Raises:
+        RecipeError: the way leads nowhere (no such stage, no such list element, a field of a
+            number).
+    """
+    parts = _split(data, override)
+    here: Any = data
+    walked: list[str | int] = []
+    for depth, following in enumerate(parts[1:]):
+        index = _index(here, parts, depth, override)
+        child = _child(here, index)
+        if child is None:
+            child = _inherited(data, walked, index)
+        if child is None:
+            child = [] if following == "0" else {}
+        _store(here, index, child)
+        here = child
+        walked.append(index)
+    index = _index(here, parts, len(parts) - 1, override)
+    _store(here, index, copy.deepcopy(override.value))
+    return (*walked, index)
+
+
+def drop_other_length(data: Mapping[str, Any], key: Key, overridden: set[Key]) -> None:
+    """`max_steps` on the command line takes the place of the file's `num_train_epochs`, and the
+    reverse.
+
+    Two overrides, one of each, stay as they are: that is the user's contradiction, and an error.
+    """
+    if key[-1] not in LENGTH_FIELDS or len(key) < 2:
+        return
+    holder: Any = data
+    for part in key[:-1]:
+        holder = holder[part]
+    if holder[key[-1]] is None:
+        return
+    for other in LENGTH_FIELDS:
+        if other != key[-1] and (*key[:-1], other) not in overridden:
+            holder.pop(other, None)
+
+
+def _split(data: Mapping[str, Any], override: Override) -> list[str]:
+    """The parts of a dotted key; names of stages may hold dots themselves."""
+    parts = override.key.split(".")
+    stages = data.get("stages")
+    if parts[0] != "stages" or len(parts) < 2 or not isinstance(stages, list):
+        return parts
+    rest = override.key.partition(".")[2]
+    names = [str(stage["name"]) for stage in stages if isinstance(stage, dict) and "name" in stage]
+    for name in sorted(names, key=len, reverse=True):
+        if rest == name or rest.startswith(f"{name}."):
+            tail = rest[len(name) + 1 :]
+            return ["stages", name, *(tail.split(".") if tail else [])]
+    return parts
+
+
+def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> str | int:
+    """The dictionary key or list index that `parts[depth]` means in `here`."""
+    part, place = parts[depth], ".".join(parts[:depth])
+    if isinstance(here, dict):
+        return part
+    if not isinstance(here, list):
+        raise RecipeError(
+            f"`{place}` is not a mapping, it has no `{part}`",
+            where=override.where,
+            fix=f"give `{place}` a whole value: `{place}=...`",
+        )
+    if place == "stages":
+        return _stage_index(here, part, override)
+    if part.isdecimal() and int(part) <= len(here):
+        return int(part)
+    present = "0" if len(here) == 1 else f"0 to {len(here) - 1}" if here else ""
+    raise RecipeError(
+        f"`{place}` is a list of {len(here)}; it has no element `{part}`",
+        where=override.where,
+        fix=f"use {present + ', or ' if present else ''}{len(here)} to append",
+    )
+
+
+def _stage_index(stages: Sequence[Any], part: str, override: Override) -> int:
+    mappings = [(i, s) for i, s in enumerate(stages) if isinstance(s, dict)]
+    for index, stage in mappings:
+        if stage.get("name") == part:
+            return index
+    if part.isdecimal() and int(part) < len(stages):
+        return int(part)
+    names = [str(stage["name"]) for _, stage in mappings if "name" in stage]
+    for _, stage in mappings:
+        if isinstance(stage.get("name"), str) and part in expanded_names(stage):
+            raise RecipeError(
+                f"`{part}` is one of the rounds that `repeat` makes of `{stage['name']}`",
+                where=override.where,
+                why="all rounds have the same fields",
+                fix=f"use `{stage['name']}`, or write the rounds as stages of their own",
+            )
+    near = did_you_mean(part, names)
+    hint = f"; did you mean `{near}`?" if near else ""
+    known = ", ".join(f"`{name}`" for name in names)
+    raise RecipeError(
+        f"there is no stage `{part}`{hint}",
+        where=override.where,
+        fix=f"the stages are {known}, or 0 to {len(stages) - 1}",
+    )
+
+
+def _child(here: Any, index: str | int) -> Any:
+    if isinstance(here, dict):
+        return here.get(str(index))
+    return here[index] if isinstance(index, int) and index < len(here) else None
+
+
+def _inherited(data: Mapping[str, Any], walked: Sequence[str | int], index: str | int) -> Any:
+    """A field that a stage takes from `defaults` whole: its copy is what the override changes."""
+    defaults = data.get("defaults")
+    if len(walked) != 2 or walked[0] != "stages" or not isinstance(defaults, dict):
+        return None
+    return copy.deepcopy(defaults.get(str(index)))
+
+
+def _store(here: Any, index: str | int, value: Any) -> None:
+    if isinstance(here, list) and index == len(here):
+        here.append(value)
+    else:
+        here[index] = value

@@ -1,0 +1,70 @@
+"""A valid recipe to the stages that run, every reference made concrete, and back to text."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from rpo_trainer.recipe.checks import expanded_names
+from rpo_trainer.recipe.schema import PreferenceStage, Recipe, SFTStage, Stage, StageBase
+
+
+def expand_stages(recipe: Recipe) -> list[Stage]:
+    """The stages in the order in which they run.
+
+    `repeat` is expanded (name-1 to name-n). `init` and `reference` are `model`, the name of a stage
+    that runs earlier, or a path as the recipe has it: `previous` is the stage before (`model` for
+    the first), `init` as a reference is what the stage starts from, and the name of a repeated
+    stage is its last round.
+    """
+    stages: list[Stage] = []
+    last_round: dict[str, str] = {}
+    for stage in recipe.stages:
+        names = expanded_names({"name": stage.name, "repeat": stage.repeat})
+        for number, name in enumerate(names):
+            previous = stages[-1].name if stages else "model"
+            wanted = stage.init if number == 0 else "previous"
+            changes: dict[str, Any] = {"name": name, "repeat": 1}
+            changes["init"] = init = _concrete(wanted, previous, last_round)
+            if isinstance(stage, PreferenceStage):
+                reference = init if stage.reference == "init" else stage.reference
+                changes["reference"] = _concrete(reference, previous, last_round)
+            if isinstance(stage, SFTStage) and stage.data.replay is not None:
+                source = last_round[stage.data.replay.stage]
+                replay = stage.data.replay.model_copy(update={"stage": source})
+                changes["data"] = stage.data.model_copy(update={"replay": replay})
+            stages.append(stage.model_copy(update=changes))
+        last_round |= dict.fromkeys([stage.name, names[-1]], names[-1])
+        last_round |= {name: name for name in names}
+    return stages
+
+
+def _concrete(target: str, previous: str, last_round: dict[str, str]) -> str:
+    if target == "previous":
+        return previous
+    return last_round.get(target, target)
+
+
+def dump_resolved(recipe: Recipe) -> str:
+    """YAML of the recipe as it runs: defaults merged, stages expanded, built-in values written out.
+
+    The text is a recipe again, with the same stages. Paths stay as written: they are relative to
+    the directory of the recipe it came from.
+    """
+    fields = recipe.model_dump(exclude_none=True, exclude={"defaults", "stages"})
+    fields["stages"] = [_plain(stage) for stage in expand_stages(recipe)]
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.allow_unicode = True
+    yaml.width = 4096
+    buffer = io.StringIO()
+    yaml.dump(fields, buffer)
+    return buffer.getvalue()
+
+
+def _plain(stage: StageBase) -> dict[str, Any]:
+    fields = stage.model_dump(exclude_none=True)
+    return {"name": fields.pop("name"), "kind": fields.pop("kind"), **fields}

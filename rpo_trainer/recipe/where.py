@@ -1,0 +1,155 @@
+"""Where in the recipe, and in its schema, a key stands: file and line, override, level."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS, Recipe
+from rpo_trainer.recipe.spec import Spec
+from rpo_trainer.recipe.yaml12 import Key
+
+
+@dataclass
+class Origins:
+    """What gave each value: a line of the file or an override."""
+
+    file: str
+    data: Any
+    lines: dict[Key, int] = field(default_factory=dict)
+    overrides: dict[Key, str] = field(default_factory=dict)
+
+    def override(self, key: Key, where: str) -> None:
+        """Note that an override gave the value at `key`, and what the file lacks above it."""
+        for table in (self.lines, self.overrides):
+            for known in [known for known in table if known[: len(key)] == key]:
+                del table[known]
+        for end in range(1, len(key) + 1):
+            if key[:end] not in self.lines:
+                self.overrides[key[:end]] = where
+
+    def find(self, key: Key) -> tuple[int, str]:
+        """A number to sort by and the words for an error."""
+        key = self._own_key(key)
+        for end in range(len(key), 0, -1):
+            if key[:end] in self.overrides:
+                return 10**9, self.overrides[key[:end]]
+            if key[:end] in self.lines:
+                line = self.lines[key[:end]]
+                return line, f"{self.file}:{line} ({self.dotted(key)})"
+        return 1, f"{self.file}:1"
+
+    def _own_key(self, key: Key) -> Key:
+        """The key in `defaults` where a stage has the field from there."""
+        if len(key) < 3 or key[0] != "stages" or not isinstance(self.data, dict):
+            return key
+        stage, defaults = self.value(key[:2]), self.data.get("defaults")
+        if not isinstance(stage, dict) or not isinstance(defaults, dict):
+            return key
+        inherited = key[2] not in stage and key[2] in defaults
+        return ("defaults", *key[2:]) if inherited else key
+
+    def value(self, key: Key) -> Any:
+        """The raw value at a key, None where there is none."""
+        here = self.data
+        for part in key:
+            try:
+                here = here[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return here
+
+    def stage_name(self, index: str | int) -> str:
+        """The name of a stage, or its index where it has none."""
+        name = self.value(("stages", index, "name"))
+        return name if isinstance(name, str) and name else str(index)
+
+    def dotted(self, key: Key) -> str:
+        """A key as an override would write it."""
+        parts = [str(part) for part in key]
+        if len(key) > 1 and key[0] == "stages":
+            parts[1] = self.stage_name(key[1])
+        return ".".join(parts)
+
+    def level(self, key: Key) -> str:
+        """Words for the mapping at a key: `stage ...`, `the recipe`, `data.filter`."""
+        if not key:
+            return "the recipe"
+        if len(key) == 2 and key[0] == "stages":
+            return f"stage `{self.stage_name(key[1])}`"
+        return f"`{self.dotted(key)}`"
+
+
+def specs_in(annotation: Any) -> list[type[Spec]]:
+    """The models that a field's annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return [annotation]
+    return [spec for part in typing.get_args(annotation) for spec in specs_in(part)]
+
+
+def fields_at(key: Key, data: Any) -> dict[str, str]:
+    """Names and descriptions of what the mapping at `key` may hold; empty where it is free."""
+    if key and key[0] == "defaults":
+        if len(key) == 1:
+            kinds = STAGE_KINDS.values()
+            every = {name: text for kind in kinds for name, text in _described(kind).items()}
+            return {name: text for name, text in every.items() if name not in NOT_DEFAULTS}
+        kind = next((k for k in STAGE_KINDS.values() if key[1] in k.model_fields), None)
+        return _described(_walk(kind, key[1:])) if kind else {}
+    if len(key) >= 2 and key[0] == "stages":
+        stage = Origins("", data).value(key[:2])
+        kind = STAGE_KINDS.get(str(stage.get("kind"))) if isinstance(stage, dict) else None
+        return _described(_walk(kind, key[2:])) if kind else {}
+    return _described(_walk(Recipe, key))
+
+
+def _walk(spec: type[Spec] | None, key: Key) -> type[Spec] | None:
+    for part in key:
+        if spec is None or isinstance(part, int):
+            continue  # an element of a list has the model of the list's field
+        info = spec.model_fields.get(part)
+        inside = specs_in(info.annotation) if info else []
+        spec = inside[0] if inside else None
+    return spec
+
+
+def _described(spec: type[Spec] | None) -> dict[str, str]:
+    if spec is None:
+        return {}
+    return {name: info.description or "" for name, info in spec.model_fields.items()}
+
+
+@lru_cache(maxsize=1)
+def places() -> Mapping[str, list[str]]:
+    """For each field name of the schema, the levels where it belongs, in words."""
+    table: dict[str, list[str]] = {}
+    kinds_of: dict[str, list[str]] = {}
+    for kind, stage in STAGE_KINDS.items():
+        for name in stage.model_fields:
+            kinds_of.setdefault(name, []).append(kind)
+    for name, kinds in kinds_of.items():
+        words = f"a stage of kind {' or '.join(kinds)}"
+        table[name] = ["a stage" if len(kinds) == len(STAGE_KINDS) else words]
+    for name in Recipe.model_fields:
+        table.setdefault(name, []).append("the top level of the recipe")
+    for stage in STAGE_KINDS.values():
+        _add_below(stage, ("data",), " of a stage", table)
+    for top in ("model", "eval"):
+        _add_below(Recipe, (top,), "", table)
+    return table
+
+
+def _add_below(
+    owner: type[Spec], way: tuple[str, ...], of: str, table: dict[str, list[str]]
+) -> None:
+    """Add the fields of the model at the end of `way`, and of all models below it."""
+    for spec in specs_in(owner.model_fields[way[-1]].annotation):
+        for inner in spec.model_fields:
+            known = table.setdefault(inner, [])
+            words = f"`{'.'.join(way)}`{of}"
+            if words not in known:
+                known.append(words)
+            _add_below(spec, (*way, inner), of, table)

@@ -1,0 +1,254 @@
+"""Reference log-probabilities: computed once by the policy's own code path, kept on disk by content.
+
+A stored value belongs to what it was made from and nothing else: the weights (adapter included), the dtype
+of the arithmetic, and the tokens of prompt and response. So it serves again when the learning rate, the
+output directory, the order or the mix of the data change, and never when one of the former does.
+
+    CACHE/<model key>/part-*.safetensors    keys [n, 2] int64, values [n] float32; each written whole or not at all
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rpo_trainer.batch import Layout, forward_tokens, pack
+from rpo_trainer.errors import ModelError
+from rpo_trainer.logprobs import response_sums
+from rpo_trainer.step import causal_lm, token_logprobs
+
+logger = logging.getLogger(__name__)
+
+# Counts up whenever the same weights and tokens would give other values.
+_VERSION = "1"
+_ROWS_PER_PART = 2048
+_VERIFIED_ROWS = 4
+
+Key = tuple[int, int]
+
+
+def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
+    """Content key of a model: every parameter and buffer, the config that changes its output, the dtype.
+
+    Args:
+        arithmetic: what else decides rounding, such as the autocast dtype.
+    """
+    digest = xxhash.xxh3_128()
+    inner = causal_lm(model)
+    config = inner.config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "use_cache", "architectures"):
+        config.pop(name, None)
+    digest.update(json.dumps([_VERSION, arithmetic, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.numel() and tensor.is_meta:
+            raise ModelError(f"weight {name} is not loaded, so the reference cannot be named")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+        digest.update(memoryview(flat.numpy()))
+    return str(digest.hexdigest())
+
+
+def response_key(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], mask: Sequence[int]
+) -> Key:
+    """Content key of one response behind its prompt, as two signed 64-bit numbers."""
+    digest = xxhash.xxh3_128()
+    for part in (prompt_ids, response_ids, mask):
+        digest.update(len(part).to_bytes(4, "little"))
+        digest.update(np.asarray(part, dtype=np.int32).tobytes())
+    low, high = np.frombuffer(digest.digest(), dtype=np.int64)
+    return int(low), int(high)
+
+
+class ReferenceCache:
+    """Values by key in one folder. A part that cannot be read is left out, loudly, and computed again."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.values: dict[Key, float] = {}
+        for part in sorted(self.folder.glob("part-*.safetensors")) if self.folder else ():
+            self._read(part)
+
+    def _read(self, part: Path) -> None:
+        try:
+            tensors = load_file(part)
+            keys, values = tensors["keys"], tensors["values"]
+            digest = xxhash.xxh3_64_intdigest(keys.tobytes() + values.tobytes())
+            if int(tensors["digest"][0]) != digest % 2**63:
+                raise ValueError("its content does not match its checksum")
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            logger.warning("%s is damaged (%s): its values are computed again", part, error)
+            part.unlink(missing_ok=True)
+            return
+        for (low, high), value in zip(keys.tolist(), values.tolist(), strict=True):
+            self.values[(low, high)] = value
+
+    def add(self, new: Mapping[Key, float]) -> None:
+        """Keeps values, on disk too where there is a folder."""
+        self.values.update(new)
+        if self.folder is None or not new:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keys = np.array(list(new), dtype=np.int64)
+        values = np.array(list(new.values()), dtype=np.float32)
+        digest = xxhash.xxh3_64_intdigest(keys.tobytes() + values.tobytes()) % 2**63
+        tensors = {"keys": keys, "values": values, "digest": np.array([digest], dtype=np.int64)}
+        handle, staged = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+        os.close(handle)
+        save_file(tensors, staged)
+        os.replace(staged, self.folder / f"part-{xxhash.xxh3_64_hexdigest(keys.tobytes())}.safetensors")
+
+    def forget(self) -> None:
+        """Drops every value, on disk too."""
+        self.values.clear()
+        for part in self.folder.glob("part-*.safetensors") if self.folder else ():
+            part.unlink(missing_ok=True)
+
+
+def reference_logps(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    layout: Layout,
+    cache: ReferenceCache,
+    batch_tokens: int = 8192,
+    pad_token_id: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    gather: Callable[[dict[Key, float]], dict[Key, float]] = lambda values: values,
+    progress: bool = False,
+    tolerance: float = 1e-3,
+) -> list[list[float]]:
+    """Σ log π_ref over the trained tokens of each response of each example.
+
+    Args:
+        model: the reference, installed for `layout`; it is put in eval mode and back.
+        examples: tokenised examples.
+        cache: values already known; new ones are added to it.
+        batch_tokens: tokens of one forward, no gradient is kept.
+        shard: (rank, world size): which part of what is missing this process computes.
+        gather: joins the values of all ranks.
+        progress: shows a bar.
+        tolerance: nats per token that a stored value may differ from a new one when it is checked.
+
+    Returns:
+        One list of K numbers for each example.
+    """
+    keys = [
+        [
+            response_key(example["prompt_ids"], response, mask)
+            for response, mask in zip(example["response_ids"], example["response_mask"], strict=True)
+        ]
+        for example in examples
+    ]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        run = _Pass(model, layout, pad_token_id, device)
+        _verify(run, examples, keys, cache, tolerance)
+        missing = [i for i, row in enumerate(keys) if any(key not in cache.values for key in row)]
+        missing.sort(key=lambda i: (-forward_tokens(examples[i], layout), i))
+        rank, world = shard
+        mine = missing[rank::world]
+        bar = tqdm(
+            total=len(mine), desc="reference log-probs", unit="row", disable=not progress or not mine
+        )
+        unsaved: dict[Key, float] = {}
+        for batch in _batches(mine, examples, layout, batch_tokens):
+            sums = run([examples[i] for i in batch])
+            flat = [key for i in batch for key in keys[i]]
+            unsaved.update(zip(flat, sums.tolist(), strict=True))
+            bar.update(len(batch))
+            # One process saves as it goes and so resumes; several save once they have met.
+            if world == 1 and len(unsaved) >= _ROWS_PER_PART:
+                cache.add(unsaved)
+                unsaved = {}
+        bar.close()
+        together = gather(unsaved)
+        if rank == 0:
+            cache.add(together)
+        else:
+            cache.values.update(together)
+    finally:
+        model.train(training)
+    return [[cache.values[key] for key in row] for row in keys]
+
+
+class _Pass:
+    """One forward without gradient: examples → `[R]` sums."""
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, pad_token_id: int, device: torch.device
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.pad_token_id = pad_token_id
+        self.device = device
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+        batch = pack(examples, self.layout, pad_token_id=self.pad_token_id)
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in batch["model_inputs"].items()
+        }
+        index = batch["response_index"].to(self.device)
+        with torch.no_grad():
+            logps = token_logprobs(self.model, inputs)
+            return response_sums(logps, index, len(batch["response_tokens"])).float().cpu()
+
+
+def _batches(
+    order: Sequence[int], examples: Sequence[Mapping[str, Any]], layout: Layout, batch_tokens: int
+) -> list[list[int]]:
+    """Consecutive examples, as many as fit the token budget, at least one."""
+    batches: list[list[int]] = []
+    room = 0
+    for index in order:
+        tokens = forward_tokens(examples[index], layout)
+        if not batches or tokens > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(index)
+        room -= tokens
+    return batches
+
+
+def _verify(
+    run: _Pass,
+    examples: Sequence[Mapping[str, Any]],
+    keys: Sequence[Sequence[Key]],
+    cache: ReferenceCache,
+    tolerance: float,
+) -> None:
+    """Computes a few stored rows again; if one differs, the whole cache is stale and is forgotten."""
+    known = [i for i, row in enumerate(keys) if all(key in cache.values for key in row)]
+    if not known:
+        return
+    chosen = np.random.default_rng(len(known)).choice(
+        known, size=min(_VERIFIED_ROWS, len(known)), replace=False
+    )
+    rows = [int(i) for i in chosen]
+    fresh = run([examples[i] for i in rows]).tolist()
+    stored = [cache.values[key] for i in rows for key in keys[i]]
+    tokens = [max(1, sum(mask)) for i in rows for mask in examples[i]["response_mask"]]
+    worst = max(abs(a - b) / n for a, b, n in zip(fresh, stored, tokens, strict=True))
+    if not worst <= tolerance:
+        logger.warning(
+            "reference cache %s is stale: %d stored rows were computed again and differ by up to "
+            "%.2g nats per token. All of it is computed again",
+            cache.folder, len(rows), worst,
+        )  # fmt: skip
+        cache.forget()

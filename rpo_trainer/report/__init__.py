@@ -1,0 +1,31 @@
+"""Run directory → one HTML file, and a table for the terminal.
+
+`build_report` needs the extra `report` (jinja2, matplotlib); `summary_table` does not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rpo_trainer.errors import RunError
+from rpo_trainer.report.table import summary_table
+
+__all__ = ["build_report", "summary_table"]
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html`, finished or not, and return its path.
+
+    Raises:
+        RunError: `run_dir` is not a run directory, or the extra `report` is not installed.
+    """
+    try:
+        from rpo_trainer.report.html import write_report
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("jinja2", "matplotlib"):
+            raise
+        raise RunError(
+            f"the report needs {error.name}, which is not installed",
+            fix="pip install 'rpo-trainer[report]'",
+        ) from error
+    return write_report(run_dir)

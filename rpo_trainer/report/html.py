@@ -1,0 +1,183 @@
+"""The page: everything that was collected and judged, in one self-contained HTML file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from rpo_trainer.report.collect import RunRecord, Sample, StageRecord, collect_run
+from rpo_trainer.report.plots import Plot, scores_plot, stage_plots
+from rpo_trainer.report.table import comparison
+from rpo_trainer.report.values import duration, short, size
+from rpo_trainer.report.verdict import Finding, Verdict, judge
+
+_OPEN_SAMPLES = 4
+_SETTINGS = {
+    "loss_type": "loss",
+    "beta": "β",
+    "reward_scale": "η",
+    "sft_loss_weight": "SFT weight",
+    "learning_rate": "learning rate",
+    "global_batch_size": "batch",
+}
+
+
+@dataclass(frozen=True)
+class StageView:
+    """What the page shows of a stage."""
+
+    record: StageRecord
+    anchor: str
+    parent: str
+    reference: str | None
+    settings: list[tuple[str, str]]
+    findings: list[Finding]
+    plots: list[Plot]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the policy after one stage answers to a prompt."""
+
+    stage: str
+    sample: Sample
+
+    def right(self, text: str | None) -> bool:
+        """Whether `text` is the known answer, but for spaces around it."""
+        truth = self.sample.ground_truth
+        return text is not None and truth is not None and text.strip() == truth.strip()
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """A fixed prompt and the answers after each stage, in the chain's order."""
+
+    prompt: str
+    ground_truth: str | None
+    answers: list[Answer]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` (complete or not at all) and return its path.
+
+    Raises:
+        RunError: `run_dir` is not a run directory.
+    """
+    page = render(collect_run(run_dir))
+    target = run_dir / "report.html"
+    staged = target.with_suffix(".html.tmp")
+    staged.write_text(
+        page, encoding="utf-8", errors="replace"
+    )  # a lone surrogate in a row is no reason to fail
+    os.replace(staged, target)
+    return target
+
+
+def render(run: RunRecord) -> str:
+    """The page of a run, as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rpo_trainer.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(short=short, svg=_svg)
+    verdict = judge(run)
+    samples = _prompts(run)
+    return environment.get_template("template.html.j2").render(
+        run=run,
+        verdict=verdict,
+        columns=comparison(run),
+        overview=_overview(run),
+        stages=[
+            _stage_view(run, stage, number, verdict) for number, stage in enumerate(run.stages, 1)
+        ],
+        open_prompts=samples[:_OPEN_SAMPLES],
+        more_prompts=samples[_OPEN_SAMPLES:],
+        total_time=duration(sum(stage.seconds or 0.0 for stage in run.stages)),
+        peak_memory=size(
+            max((stage.peak_memory_bytes or 0 for stage in run.stages), default=0) or None
+        ),
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _svg(plot: Plot) -> Markup:
+    # Made by this package from numbers; labels that come from the user were escaped by matplotlib.
+    return Markup(plot.svg)
+
+
+def _stage_view(run: RunRecord, stage: StageRecord, number: int, verdict: Verdict) -> StageView:
+    parent = run.parent(stage)
+    return StageView(
+        record=stage,
+        anchor=f"stage-{number}",
+        parent=parent.name if parent else _origin(stage.init),
+        reference=_reference(stage, parent),
+        settings=_settings(stage),
+        findings=verdict.of_stage(stage.name),
+        plots=stage_plots(stage),
+    )
+
+
+def _origin(init: str | None) -> str:
+    return "the model" if init in (None, "previous", "model") else str(init)
+
+
+def _reference(stage: StageRecord, parent: StageRecord | None) -> str | None:
+    """The reference by the name of the stage that made it; None for stages without one."""
+    if not stage.is_preference:
+        return None
+    if stage.reference in (None, "init", "previous"):
+        return parent.name if parent else _origin(stage.init)
+    return str(stage.reference).removesuffix("/final")
+
+
+def _settings(stage: StageRecord) -> list[tuple[str, str]]:
+    def text(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+    return [
+        (label, text(stage.settings[key]))
+        for key, label in _SETTINGS.items()
+        if stage.settings.get(key) is not None
+    ]
+
+
+def _overview(run: RunRecord) -> list[Plot]:
+    scored = [stage for stage in run.stages if stage.scores.main() is not None]
+    names, scores = [stage.name for stage in scored], [stage.scores for stage in scored]
+    plots = (
+        scores_plot(
+            names,
+            [score.reward_sampled for score in scores],
+            [score.reward_greedy for score in scores],
+            "mean reward on held-out prompts",
+        ),
+        scores_plot(
+            names,
+            [score.exact_sampled for score in scores],
+            [score.exact_greedy for score in scores],
+            "exact match on held-out prompts",
+        ),
+    )
+    return [plot for plot in plots if plot is not None]
+
+
+def _prompts(run: RunRecord) -> list[PromptView]:
+    """The prompts in the order they first appear, with every stage's answer."""
+    found: dict[str, PromptView] = {}
+    for stage in run.stages:
+        for sample in stage.samples:
+            view = found.setdefault(
+                sample.prompt, PromptView(sample.prompt, sample.ground_truth, [])
+            )
+            view.answers.append(Answer(stage.name, sample))
+    return list(found.values())

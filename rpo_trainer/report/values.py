@@ -1,0 +1,60 @@
+"""Reading values of a JSON file that may hold anything, and writing them for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def number(value: Any) -> float | None:
+    """`value` as a finite float; None for anything else (text, bool, NaN, infinite)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def count(value: Any) -> int | None:
+    """`value` as an int; None for anything that is not a finite number."""
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` where it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def short(value: float | None, digits: int = 2) -> str:
+    """A number for people: `digits` decimals, small ones as 1e-05; an en dash for None."""
+    if value is None:
+        return "–"
+    if value != 0 and abs(value) < 10**-digits:
+        return f"{value:.1e}".replace("-", "−", 1) if value < 0 else f"{value:.1e}"
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """Like `short`, with a plus sign where the value is not negative."""
+    text = short(value, digits)
+    return text if value is None or value < 0 else f"+{text}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as `42 s`, `3:20 min` or `5:07 h`."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def size(number_of_bytes: int | None) -> str:
+    """Bytes as MiB or GiB."""
+    if number_of_bytes is None:
+        return "–"
+    mib = number_of_bytes / 2**20
+    return f"{mib:,.0f} MiB" if mib < 1024 else f"{mib / 1024:,.1f} GiB"

@@ -1,0 +1,364 @@
+"""Plain words: did each stage do its job, and what to change where it did not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rpo_trainer.report.collect import Curve, RunRecord, StageRecord
+from rpo_trainer.report.values import short, signed
+
+Level = Literal["good", "info", "warn", "bad"]
+
+# A fall of the chosen log-prob by less than this many nats per response, or than this share of its
+# size, is noise.
+DECLINE_NATS = 0.5
+DECLINE_SHARE = 0.02
+# More than this share of sampled responses without an end makes their rewards doubtful.
+MANY_CUT = 0.05
+# More than this share of dropped rows deserves a look.
+MANY_DROPPED = 0.25
+# σ(target_gap) beyond these bounds asks for a gap that no finite training reaches.
+SATURATED = 0.99
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement about a stage; `advice` says what to change."""
+
+    stage: str
+    level: Level
+    text: str
+    advice: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The first thing a reader sees, then the findings of each stage in order."""
+
+    level: Level
+    headline: str
+    findings: list[Finding]
+
+    def of_stage(self, name: str) -> list[Finding]:
+        """The findings about one stage."""
+        return [finding for finding in self.findings if finding.stage == name]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What a reader should look at."""
+        return [finding for finding in self.findings if finding.level in ("warn", "bad")]
+
+
+def judge(run: RunRecord) -> Verdict:
+    """All findings of a run, and its headline."""
+    findings = [finding for stage in run.stages for finding in judge_stage(run, stage)]
+    levels = {finding.level for finding in findings}
+    level: Level = "bad" if "bad" in levels else "warn" if "warn" in levels else "good"
+    if level == "good" and not run.finished:
+        level = "info"
+    return Verdict(level, _headline(run), findings)
+
+
+def judge_stage(run: RunRecord, stage: StageRecord) -> list[Finding]:
+    """The findings of one stage, its state first."""
+    return list(_judge_stage(run, stage))
+
+
+def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
+    if stage.state == "pending":
+        yield Finding(stage.name, "info", "Has not started.")
+        return
+    if stage.state != "done":
+        step = stage.metrics[-1].get("step") if stage.metrics else None
+        reached = f"; last logged step: {step}" if step is not None else ""
+        of = f" of {stage.steps}" if step is not None and stage.steps else ""
+        yield Finding(
+            stage.name, "info", f"Not finished{reached}{of}. What follows is how it stands."
+        )
+    bad_step = stage.non_finite_step()
+    if bad_step is not None:
+        yield Finding(
+            stage.name,
+            "bad",
+            f"The loss was not finite at step {bad_step}.",
+            "Lower the learning rate or max_grad_norm, and look at the rows of that step.",
+        )
+    if stage.is_preference:
+        yield from _step_zero(stage)
+        yield from _outcome(run, stage)
+        yield from _gap(stage)
+        yield from _likelihood(stage)
+        yield from _saturation(stage)
+        yield from _cut_responses(stage)
+    else:
+        yield from _nll(run, stage)
+    yield from _data(stage)
+
+
+def _nll(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
+    """SFT: the negative log-likelihood should have fallen, best seen on held-out rows."""
+    parent = run.parent(stage)
+    held_out = stage.curve("eval_loss")
+    before, after, where = None, None, "Held-out NLL"
+    if len(held_out.values) >= 2:
+        before, after = held_out.values[0], held_out.values[-1]
+    elif parent is not None and parent.scores.nll and stage.scores.nll:
+        before, after = parent.scores.nll.value, stage.scores.nll.value
+    elif len(stage.curve("loss").values) >= 2:
+        before, after = stage.curve("loss").start(), stage.curve("loss").end()
+        where = "Training loss (there is no held-out NLL)"
+    if before is None or after is None:
+        yield Finding(stage.name, "info", "Too little was logged to judge it.")
+        return
+    if after < before:
+        yield Finding(
+            stage.name, "good", f"{where} fell from {short(before, 3)} to {short(after, 3)}."
+        )
+    else:
+        yield Finding(
+            stage.name,
+            "bad",
+            f"{where} did not fall: {short(before, 3)} before, {short(after, 3)} after.",
+            "Try a higher learning rate or more steps; if it rose at once, a lower one.",
+        )
+    yield from _overfitting(stage, held_out)
+
+
+def _overfitting(stage: StageRecord, held_out: Curve) -> Iterator[Finding]:
+    if len(held_out.values) < 3:
+        return
+    lowest = min(held_out.values)
+    if held_out.values[-1] > lowest * 1.02:
+        step = held_out.steps[held_out.values.index(lowest)]
+        yield Finding(
+            stage.name,
+            "warn",
+            f"Held-out NLL was lowest at step {step} ({short(lowest, 3)}) and rose again.",
+            "Train for fewer epochs, or on more data.",
+        )
+
+
+def _step_zero(stage: StageRecord) -> Iterator[Finding]:
+    check = stage.step0
+    if check is None or check.ok is None:
+        return
+    numbers = f"loss {short(check.loss, 4)}, expected {short(check.expected, 4)}"
+    if check.ok:
+        yield Finding(
+            stage.name, "good", f"Step-0 check passed ({numbers}): the reference is the seed."
+        )
+    else:
+        yield Finding(
+            stage.name,
+            "bad",
+            f"Step-0 check failed ({numbers}): policy and reference differ before any update.",
+            "Look for a wrong reference, a stale reference cache, dropout left on, or another "
+            "chat template.",
+        )
+
+
+def _outcome(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
+    """The held-out figure against that of the stage which seeded this one."""
+    main, parent = stage.scores.main(), run.parent(stage)
+    before = parent.scores.main() if parent is not None else None
+    if main is None or before is None or parent is None or main[0] != before[0]:
+        return
+    name, after = main
+    change = after.value - before[1].value
+    values = f"from {short(before[1].value)} to {short(after.value)}"
+    text = f"{name.capitalize()} {{}} {values} ({signed(change)} on {parent.name})."
+    if after.overlaps(before[1]):
+        yield Finding(
+            stage.name,
+            "info",
+            text.format("went") + " The intervals overlap: it may be noise.",
+            "More held-out prompts would tell.",
+        )
+    elif change > 0:
+        yield Finding(stage.name, "good", text.format("rose"))
+    else:
+        yield Finding(
+            stage.name,
+            "bad",
+            text.format("fell"),
+            "Raise β or lower the learning rate; sample the responses from the policy that seeds "
+            "the stage.",
+        )
+
+
+def _gap(stage: StageRecord) -> Iterator[Finding]:
+    margin, target = stage.curve("rewards/margins"), stage.curve("rewards/target_gap")
+    accuracy = stage.curve("rewards/accuracies")
+    if not margin:
+        return
+    reached = margin.end()
+    if stage.kind == "rpo" and target:
+        aim = target.end()
+        share = f" ({reached / aim:.0%} of it)" if aim > 0 else ""
+        level: Level = "good" if reached > 0 else "bad"
+        text = f"The implicit gap ended at {short(reached)}, the target gap is {short(aim)}{share}."
+        if aim > 0 and reached > 1.5 * aim:
+            yield Finding(
+                stage.name,
+                "warn",
+                text,
+                "The policy overshoots: raise β or lower the learning rate.",
+            )
+            return
+    else:
+        right = (
+            f", and the chosen response won in {accuracy.end():.0%} of the pairs"
+            if accuracy
+            else ""
+        )
+        level = "good" if reached > 0 else "bad"
+        text = f"The implicit gap ended at {short(reached)}{right}."
+    advice = None
+    if level == "bad":
+        advice = (
+            "It did not learn the preferences: check which response is the chosen one, then raise "
+            "the learning rate."
+        )
+    yield Finding(stage.name, level, text, advice)
+
+
+def _likelihood(stage: StageRecord) -> Iterator[Finding]:
+    """Likelihood decline: the chosen response became less likely than under the reference."""
+    delta = chosen_delta(stage)
+    if not delta:
+        return
+    change, level_of_logps = delta.end(), stage.curve("logps/chosen")
+    falling = stage.curve("logps/chosen_falling")
+    share = f"; it fell in {falling.end():.0%} of the examples" if falling else ""
+    bound = max(
+        DECLINE_NATS, DECLINE_SHARE * abs(level_of_logps.start()) if level_of_logps else 0.0
+    )
+    if change >= 0:
+        text = f"The log-prob of chosen responses rose by {short(change)} nats per response{share}."
+        yield Finding(stage.name, "good", text)
+    elif -change <= bound:
+        text = (
+            f"The log-prob of chosen responses hardly fell, by {short(-change)} nats per response"
+        )
+        yield Finding(stage.name, "good", f"{text}{share}.")
+    else:
+        size = abs(level_of_logps.start()) if level_of_logps else 0.0
+        relative = f" ({-change / size:.0%} of its size)" if size else ""
+        text = (
+            f"Likelihood decline: the log-prob of chosen responses fell by {short(-change)} nats "
+            f"per response{relative}{share}. {_rejected_too(stage, change)}"
+        )
+        yield Finding(stage.name, "warn", text, _decline_advice(stage))
+
+
+def _rejected_too(stage: StageRecord, chosen_change: float) -> str:
+    """Where the margin came from, if the chosen log-prob fell."""
+    rejected = rejected_delta(stage)
+    if not rejected:
+        return "A margin then comes from pushing rejected responses down, not chosen ones up."
+    fall = short(-rejected.end())
+    if rejected.end() < chosen_change:
+        return f"Rejected ones fell by {fall}: the margin comes from pushing them down alone."
+    return "Rejected ones did not fall by more, so that there is no margin either."
+
+
+def _decline_advice(stage: StageRecord) -> str:
+    weight, beta = stage.setting("sft_loss_weight"), stage.setting("beta")
+    advice = []
+    if not weight:
+        advice.append("set sft_loss_weight above 0 (it is 0), which holds the chosen log-prob up")
+    else:
+        advice.append(f"raise sft_loss_weight (it is {weight:g}; try three times as much)")
+    advice.append(f"raise β (it is {beta:g})" if beta else "raise β")
+    advice.append("lower the learning rate or train fewer steps")
+    text = "; or ".join(advice) + "."
+    return text[0].upper() + text[1:]
+
+
+def _saturation(stage: StageRecord) -> Iterator[Finding]:
+    targets = [gap.target for gap in stage.gaps if gap.target is not None]
+    if stage.kind != "rpo" or not targets:
+        return
+    bound = math.log(SATURATED / (1 - SATURATED))
+    share = sum(abs(target) > bound for target in targets) / len(targets)
+    if share > 0.5:
+        yield Finding(
+            stage.name,
+            "warn",
+            f"σ(target gap) is above {SATURATED} or below {1 - SATURATED:.2f} for {share:.0%} of "
+            "the examples: there RPO asks for no more than DPO does.",
+            "Lower reward_scale (η), so that rewards tell small gaps from large ones.",
+        )
+
+
+def _cut_responses(stage: StageRecord) -> Iterator[Finding]:
+    share = stage.scores.unfinished
+    if share is not None and share > MANY_CUT:
+        yield Finding(
+            stage.name,
+            "warn",
+            f"{share:.0%} of the sampled responses were cut by max_new_tokens before they ended.",
+            "Raise max_new_tokens, or look whether responses grow longer stage by stage.",
+        )
+
+
+def _data(stage: StageRecord) -> Iterator[Finding]:
+    """What the audit of the training data found."""
+    audit = stage.audit
+    if audit.dropped:
+        share, main = audit.dropped_share(), audit.dropped[0]
+        part = f" ({share:.0%})" if share is not None else ""
+        level: Level = "warn" if share is not None and share > MANY_DROPPED else "info"
+        text = f"{audit.dropped_rows:,} rows were dropped{part}; most often: {main.text}"
+        yield Finding(stage.name, level, f"{text} ({main.rows:,}).")
+    for remark in audit.remarks:
+        yield Finding(stage.name, "warn", f"About the data: {remark}.")
+
+
+def chosen_delta(stage: StageRecord) -> Curve:
+    """Log-prob of chosen responses minus the reference's, nats per response; may be empty."""
+    return stage.curve("logps/chosen_delta") or _delta(stage, "chosen")
+
+
+def rejected_delta(stage: StageRecord) -> Curve:
+    """As `chosen_delta`, of rejected responses; from their implicit reward, which is β times it."""
+    return stage.curve("logps/rejected_delta") or _delta(stage, "rejected")
+
+
+def _delta(stage: StageRecord, which: str) -> Curve:
+    beta, rewards = stage.setting("beta"), stage.curve(f"rewards/{which}")
+    if not beta or not rewards:
+        return Curve([], [])
+    return Curve(rewards.steps, [value / beta for value in rewards.values])
+
+
+def _headline(run: RunRecord) -> str:
+    done = sum(stage.state == "done" for stage in run.stages)
+    if not run.stages:
+        return "Nothing has run yet."
+    plural = "s" if len(run.stages) > 1 else ""
+    text = (
+        f"The chain finished: {done} stage{plural}."
+        if run.finished
+        else f"The chain is not finished: {done} of {len(run.stages)} stage{plural} done."
+    )
+    return text + _whole_change(run)
+
+
+def _whole_change(run: RunRecord) -> str:
+    """The main figure after the last stage, against the seed of the first preference stage."""
+    first = next((stage for stage in run.stages if stage.is_preference), None)
+    base = run.parent(first) if first is not None else None
+    scored = [stage for stage in run.stages if stage.is_preference and stage.scores.main()]
+    start, end = base.scores.main() if base else None, scored[-1].scores.main() if scored else None
+    if base is None or start is None or end is None or start[0] != end[0]:
+        return ""
+    change = end[1].value - start[1].value
+    moved = "rose" if change > 0 else "fell" if change < 0 else "stayed"
+    return (
+        f" {start[0].capitalize()} {moved} from {short(start[1].value)} after {base.name} "
+        f"to {short(end[1].value)} after {scored[-1].name} ({signed(change)})."
+    )

@@ -1,0 +1,200 @@
+"""One forward of a causal language model: a packed micro-batch → log-probability of each trained token.
+
+`install(model, layout)` teaches a transformers model to answer `model(packed=inputs)`. The work happens
+inside the model's own `forward`, so whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT) sees a normal call
+and its hooks have the weights whole where they are used, the head's included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rpo_trainer.attention import ATTENTION_NAME, packing_masks
+from rpo_trainer.errors import ModelError
+from rpo_trainer.logprobs import DEFAULT_TILE_BYTES, linear_logprobs, logprobs_from_logits
+
+# How a family's logits differ from its head's plain product: config attribute → scale.
+_SCALES = {
+    "cohere": ("logit_scale", False),
+    "cohere2": ("logit_scale", False),
+    "granite": ("logits_scaling", True),
+    "granitemoe": ("logits_scaling", True),
+    "granitemoeshared": ("logits_scaling", True),
+}
+
+
+@dataclass
+class Head:
+    """What stands between the last hidden state and the logits.
+
+    Attributes:
+        fused: False where only the model's own forward knows; then its logits are taken whole.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    fused: bool = True
+    tile_bytes: int = DEFAULT_TILE_BYTES
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever wraps it."""
+    seen = model
+    while not isinstance(seen, PreTrainedModel):
+        inner = getattr(seen, "module", None)
+        if inner is None and hasattr(seen, "get_base_model"):
+            inner = seen.get_base_model()
+        if not isinstance(inner, nn.Module):
+            raise ModelError(
+                f"{type(model).__name__} holds no transformers model",
+                why="the step runs inside a PreTrainedModel's forward",
+                fix="pass a transformers causal language model, wrapped by PEFT or not",
+            )
+        seen = inner
+    return seen
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Scale and soft-cap of the logits, from the config; checked by the start-up probe."""
+    config = model.config.get_text_config()
+    head = Head()
+    if config.model_type in _SCALES:
+        name, divide = _SCALES[config.model_type]
+        value = float(getattr(config, name, 1.0))
+        head.logit_scale = 1.0 / value if divide else value
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head.softcap = None if softcap is None else float(softcap)
+    return head
+
+
+def install(model: nn.Module, *, padded: bool = False, head: Head | None = None) -> PreTrainedModel:
+    """Teaches the model to answer `model(packed=inputs)`; installing again changes the settings.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        padded: the rows will come padded, so attention stays the model's own.
+        head: how logits are made; by default from the model's config.
+
+    Returns:
+        The transformers model inside.
+    """
+    inner = causal_lm(model)
+    stock = getattr(inner, "_rpo_stock", None)
+    if stock is None:
+        stock = (inner.forward, inner.config._attn_implementation)
+        inner._rpo_stock = stock
+
+        @functools.wraps(inner.forward)
+        def forward(*args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+            if packed is None:
+                return stock[0](*args, **kwargs)
+            return _packed_logprobs(inner, packed)
+
+        inner.forward = forward
+    inner.set_attn_implementation(stock[1] if padded else ATTENTION_NAME)
+    inner._rpo_head = head or head_of(inner)
+    return inner
+
+
+def uninstall(model: nn.Module) -> None:
+    """Gives the model its own forward and attention back."""
+    inner = causal_lm(model)
+    if hasattr(inner, "_rpo_stock"):
+        forward, attention = inner._rpo_stock
+        inner.forward = forward
+        inner.set_attn_implementation(attention)
+        del inner._rpo_stock, inner._rpo_head
+
+
+def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """log π of each trained token of a micro-batch made by `batch.pack`: `[N]`, float32 or better."""
+    return model(packed=model_inputs)  # type: ignore[no-any-return]
+
+
+def _packed_logprobs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    head: Head = model._rpo_head
+    decoder_inputs = {
+        "input_ids": inputs["input_ids"],
+        "position_ids": inputs["position_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "use_cache": False,
+    }
+    if inputs["plan"] is not None:
+        decoder_inputs["packing_plan"] = inputs["plan"]
+    if not head.fused:
+        return _through_own_logits(model, decoder_inputs, inputs)
+    with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
+        hidden = model.get_decoder()(**decoder_inputs).last_hidden_state
+    gathered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["predict_index"])
+    return _run_head(model, gathered, inputs["labels"], head)
+
+
+def _run_head(model: PreTrainedModel, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """Calls the head as a module, with the fused log-probs in place of its forward, so that its hooks run."""
+    module = model.get_output_embeddings()
+    if type(module) is not nn.Linear:
+        return _generic_head(module, hidden, labels, head)
+    own = module.forward
+
+    def fused(x: Tensor) -> Tensor:
+        return linear_logprobs(
+            _autocast(x),
+            module.weight,
+            labels,
+            module.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            tile_bytes=head.tile_bytes,
+        )
+
+    module.forward = fused  # type: ignore[method-assign]
+    try:
+        return module(hidden)  # type: ignore[no-any-return]
+    finally:
+        module.forward = own  # type: ignore[method-assign]
+
+
+def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """A head that is no plain linear layer (LoRA, quantised): its own forward, recomputed by chunks."""
+
+    def chunk(h: Tensor, y: Tensor) -> Tensor:
+        logits = module(h) * head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return logprobs_from_logits(logits, y)
+
+    vocabulary = getattr(module, "out_features", None) or 2**17
+    size = max(1, head.tile_bytes // (4 * vocabulary))
+    pieces = [
+        torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(size), labels.split(size), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def _through_own_logits(
+    model: PreTrainedModel, decoder_inputs: dict[str, Any], inputs: Mapping[str, Any]
+) -> Tensor:
+    """The last resort, always right: the model's own forward, all its logits."""
+    with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
+        logits = model._rpo_stock[0](**decoder_inputs).logits
+    flat = logits.reshape(-1, logits.shape[-1]).index_select(0, inputs["predict_index"])
+    return logprobs_from_logits(flat, inputs["labels"])
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under autocast the last norm may hand over float32; the head then works in the autocast dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+

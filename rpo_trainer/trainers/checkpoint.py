@@ -1,0 +1,111 @@
+"""Checkpoints that are complete or absent: staged, a manifest with hashes written last, then renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from rpo_trainer.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STAGING = ".staging"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a file's content."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+def write_manifest(folder: Path) -> None:
+    """Sizes and hashes of every file of the folder, to its `manifest.json`, on disk when it returns."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    staged = folder / f".{MANIFEST}"
+    with staged.open("w") as file:
+        json.dump({"version": 1, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, folder / MANIFEST)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has to agree with its manifest; None: nothing."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"no {MANIFEST}: it was not written to its end"
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (ValueError, KeyError, OSError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes, {expected['size']} were written"
+        if file_digest(path) != expected["xxh3_128"]:
+            return f"the content of {name} has changed"
+    return None
+
+
+def commit(staged: Path, final: Path) -> None:
+    """Turns a staged folder into a complete checkpoint at `final`."""
+    write_manifest(staged)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(staged, final)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, the newest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [path for path in output_dir.iterdir() if _NAME.match(path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def last_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint that agrees with its manifest; damaged ones are passed over, loudly."""
+    for path in checkpoints(output_dir):
+        fault = damage(path)
+        if fault is None:
+            return path
+        logger.warning("checkpoint %s is damaged (%s): the one before is taken", path, fault)
+    return None
+
+
+def require_complete(folder: Path) -> None:
+    """Raises RunError where a checkpoint that has a manifest does not agree with it."""
+    if (folder / MANIFEST).is_file() and (fault := damage(folder)) is not None:
+        raise RunError(
+            f"the checkpoint is damaged: {fault}",
+            where=str(folder),
+            fix="resume from an earlier checkpoint (resume_from_checkpoint=True finds one)",
+        )
+
+
+def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
+    """Removes the oldest checkpoints beyond `limit`, never the one at `keep`."""
+    if not limit or limit < 1:
+        return
+    kept = Path(keep).name if keep else None
+    for path in checkpoints(output_dir)[limit:]:
+        if path.name != kept:
+            shutil.rmtree(path, ignore_errors=True)

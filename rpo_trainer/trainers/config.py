@@ -1,0 +1,171 @@
+"""What a trainer can be told, beside all of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.losses import REWARD_LOSSES
+from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class StepConfig(TrainingArguments):
+    """Fields that all our trainers share."""
+
+    max_length: int | None = _help("Longest prompt + response, in tokens; None: no limit.", 1024)
+    truncation: str = _help("What becomes of longer rows: `drop` or `cut` (responses lose their end).", "drop")
+    global_batch_size: int | None = _help(
+        "Examples of one optimizer step over all ranks; accumulation follows from it. None: "
+        "per_device_train_batch_size × gradient_accumulation_steps × ranks.",
+        None,
+    )
+    layout: str = _help(
+        "How responses lie in a row: `shared` (each prompt once), `packed`, `padded`, or `auto`: the "
+        "first of them that agrees with the model's plain forward.",
+        "auto",
+    )
+    tile_bytes: int = _help("Most memory for one tile of logits.", DEFAULT_TILE_BYTES)
+    shuffle: bool = _help("Draw the examples of an epoch in random order.", True)
+    remove_unused_columns: bool = _help("Kept off: the collator reads the columns itself.", False)
+    logging_nan_inf_filter: bool = _help("Off: a loss that is not finite stops the run.", False)
+    logging_steps: float = _help("Log every so many optimizer steps.", 10)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = list(self._problems())
+        if problems:
+            raise RecipeError("; ".join(problems), where=type(self).__name__)
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
+
+    def mixed_precision_dtype(self) -> torch.dtype | None:
+        """The autocast dtype of bf16 / fp16 runs; None: the weights' own."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    def _problems(self) -> list[str]:
+        """Sentences on what does not fit."""
+        problems = []
+        if self.truncation not in ("drop", "cut"):
+            problems.append(f"truncation must be drop or cut, got {self.truncation!r}")
+        if self.layout not in ("auto", "shared", "packed", "padded"):
+            problems.append(f"layout must be auto, shared, packed or padded, got {self.layout!r}")
+        if self.max_length is not None and self.max_length < 2:
+            problems.append(f"max_length must be 2 or more, got {self.max_length}")
+        if self.tile_bytes < 1:
+            problems.append(f"tile_bytes must be positive, got {self.tile_bytes}")
+        if self.remove_unused_columns:
+            problems.append("remove_unused_columns must stay off: the collator reads the columns")
+        return problems
+
+    def _accumulation(self, batch: int) -> int:
+        micro = self.world_size * self.per_device_train_batch_size
+        if batch < 1 or batch % micro:
+            nearest = sorted({max(micro, batch // micro * micro), (batch // micro + 1) * micro})
+            raise RecipeError(
+                f"global_batch_size {batch} does not divide by {self.world_size} rank(s) × "
+                f"per_device_train_batch_size {self.per_device_train_batch_size}",
+                where=type(self).__name__,
+                why="every micro-batch of every rank holds the same number of examples",
+                fix=f"take {' or '.join(map(str, nearest))}, or another micro-batch size",
+            )
+        return batch // micro
+
+
+@dataclass
+class SFTConfig(StepConfig):
+    """Supervised fine-tuning: the mean over trained tokens of the global batch of −log π."""
+
+
+@dataclass
+class PreferenceConfig(StepConfig):
+    """Fields that DPO and RPO share."""
+
+    _losses: ClassVar[frozenset[str]] = frozenset()
+
+    learning_rate: float = _help("Peak learning rate.", 1e-6)
+    beta: float = _help("β: strength of the implicit reward.", 0.1)
+    loss_type: str = _help("Which preference loss.", "dpo")
+    sft_loss_weight: float = _help("Weight of the SFT term on the chosen (best) responses.", 0.0)
+    sft_reduction: str = _help(
+        "SFT term: `sum` over a response's tokens, then mean over examples; `token_mean` over all "
+        "chosen tokens of the global batch; `sequence_mean` over a response's tokens, then examples.",
+        "sum",
+    )
+    average_logps: bool = _help("Divide each response's log-prob by its number of tokens.", False)
+    disable_dropout: bool = _help("Set all dropout to 0: the reference has none.", True)
+    step0_check: bool = _help(
+        "Stop before the first update if policy and reference disagree where they must not.", True
+    )
+    reference_cache_dir: str | None = _help(
+        "Where reference log-probs are kept; None: `reference-cache` in output_dir.", None
+    )
+    reference_batch_tokens: int = _help("Tokens of one forward of the reference pass.", 8192)
+    rpo_alpha: None = _help("Refused: see the message.", None)
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if self.rpo_alpha is not None:
+            problems.append(
+                "rpo_alpha is not taken: elsewhere it means DPO plus NLL and has no reward gap. Use "
+                "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
+                "Optimization"
+            )
+        if self.loss_type not in self._losses:
+            known = ", ".join(sorted(self._losses))
+            problems.append(f"loss_type {self.loss_type!r} is not one of {known}")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            problems.append(f"beta must be a positive number, got {self.beta}")
+        if not (math.isfinite(self.sft_loss_weight) and self.sft_loss_weight >= 0):
+            problems.append(f"sft_loss_weight must be 0 or more, got {self.sft_loss_weight}")
+        if self.sft_reduction not in ("sum", "token_mean", "sequence_mean"):
+            problems.append(
+                f"sft_reduction must be sum, token_mean or sequence_mean, got {self.sft_reduction!r}"
+            )
+        if self.reference_batch_tokens < 1:
+            problems.append(
+                f"reference_batch_tokens must be positive, got {self.reference_batch_tokens}"
+            )
+        return problems
+
+
+@dataclass
+class DPOConfig(PreferenceConfig):
+    """Direct Preference Optimization (arXiv 2305.18290), with an SFT term on the chosen responses."""
+
+    _losses: ClassVar[frozenset[str]] = frozenset({"dpo", "ipo"})
+
+    label_smoothing: float = _help("Share of labels taken to be wrong: cDPO (loss_type dpo).", 0.0)
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if not 0.0 <= self.label_smoothing < 0.5:
+            problems.append(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss_type != "dpo":
+            problems.append(f"label_smoothing belongs to dpo, not to {self.loss_type}")
+        return problems
+
+
+@dataclass
+class RPOConfig(PreferenceConfig):
+    """Reward-aware Preference Optimization (Nemotron-4 340B report, section 3.3.2)."""
+
+    _losses: ClassVar[frozenset[str]] = REWARD_LOSSES
+
+    loss_type: str = _help("rpo_bwd_kl (the report's), rpo_fwd_kl, rpo_sq or rpo_sqloo.", "rpo_bwd_kl")
+    reward_scale: float = _help("η: scale of the given rewards.", 1.0)
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if not (math.isfinite(self.reward_scale) and self.reward_scale > 0):
+            problems.append(f"reward_scale must be a positive number, got {self.reward_scale}")
+        return problems

@@ -1,0 +1,308 @@
+"""DPO and RPO: one trainer, two row kinds, the loss a function of `rpo_trainer.losses`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from rpo_trainer import reference
+from rpo_trainer.errors import DataError, RecipeError, RunError
+from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
+from rpo_trainer.step import install
+from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
+from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.step_zero import StepZero, disable_dropout
+
+logger = logging.getLogger(__name__)
+
+_REFERENCE_FILE = "reference.json"
+
+
+class PreferenceTrainer(PackedTrainer):
+    """What DPO and RPO share: reference log-probs, the step-0 check, loss and metrics.
+
+    Args:
+        model: a causal language model, or a name or path to load one from.
+        ref_model: the reference; None: the policy as it is when training starts.
+        args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers: see
+            `SFTTrainer`. Rows: `prompt`, `chosen`, `rejected`, or `prompt`, `responses`, or tokenised.
+    """
+
+    config_class: type[PreferenceConfig] = PreferenceConfig
+    row_kind = "pair"
+    args: PreferenceConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: str | nn.Module | None = None,
+        args: PreferenceConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if isinstance(ref_model, str):
+            ref_model = AutoModelForCausalLM.from_pretrained(ref_model)
+        self.ref_model = None if ref_model is model else ref_model
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+        for name, examples in self._data_sets().items():
+            self._check_rows(name, examples)
+        self._reference_key: str | None = None
+        self._step_zero: StepZero | None = None
+
+    # --- data ---
+
+    def _data_sets(self) -> dict[str, Examples]:
+        evaluation = self.eval_dataset
+        if not isinstance(evaluation, dict):
+            evaluation = {"eval": evaluation}
+        sets = {"train": self.train_dataset, **evaluation}
+        return {name: examples for name, examples in sets.items() if examples is not None}
+
+    def _check_rows(self, name: str, examples: Examples) -> None:
+        counts = examples.response_counts()
+        if (counts < 2).any():
+            raise DataError(f"{int((counts < 2).sum())} rows of the {name} data have one response")
+        if self.args.loss_type in PAIR_ONLY_LOSSES and (counts != 2).any():
+            raise DataError(
+                f"{int((counts != 2).sum())} rows of the {name} data have more than two responses",
+                why=f"{self.args.loss_type} is a loss of pairs",
+                fix="make pairs of them (best against worst), or take rpo_bwd_kl or rpo_sqloo",
+            )
+        if self.needs_rewards:
+            missing = [i for i in range(len(examples)) if examples[i].get("rewards") is None]
+            if missing:
+                raise DataError(
+                    f"{len(missing)} rows of the {name} data have no rewards, the first at {missing[:3]}",
+                    why="RPO matches the gap of the rewards",
+                    fix="give chosen_reward and rejected_reward (or rewards), or use DPO",
+                )
+
+    # --- reference ---
+
+    def before_training(self, resume_from_checkpoint: str | None) -> None:
+        """Reference log-probs of all data, while the policy still is what it starts from."""
+        if self._reference_key is None:
+            same = self._prepare_reference()
+            if same and self.args.step0_check and resume_from_checkpoint is None:
+                self._step_zero = StepZero(self)
+        if resume_from_checkpoint is not None:
+            self._check_same_reference(Path(resume_from_checkpoint))
+
+    def _prepare_reference(self) -> bool:
+        """Fills in `reference_logps`; True if the reference is the policy itself."""
+        model = self.model
+        arithmetic = str(self.args.mixed_precision_dtype())
+        policy_key = reference.model_key(self.model, arithmetic=arithmetic)
+        key = policy_key
+        if self.ref_model is not None:
+            model = self.ref_model.to(self.args.device)
+            install(model, padded=self.layout == "padded")
+            disable_dropout(model)
+            key = reference.model_key(model, arithmetic=arithmetic)
+            self._check_vocabulary(model)
+        folder = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference-cache")
+        cache = reference.ReferenceCache(folder / key)
+        for examples in self._data_sets().values():
+            examples.extra["reference_logps"] = self._reference_of(model, examples, cache)
+        self._reference_key = key
+        if self.ref_model is not None:
+            self.ref_model.to("cpu")
+            if key != policy_key:
+                logger.info("the reference is not the policy's start: no step-0 check")
+        return key == policy_key
+
+    def _reference_of(
+        self, model: nn.Module, examples: Examples, cache: reference.ReferenceCache
+    ) -> list[list[float]]:
+        args = self.args
+        dtype = args.mixed_precision_dtype() or next(model.parameters()).dtype
+        with self.accelerator.autocast():
+            return reference.reference_logps(
+                model,
+                examples,  # type: ignore[arg-type]
+                layout=self.layout,
+                cache=cache,
+                batch_tokens=args.reference_batch_tokens,
+                pad_token_id=self.pad_token_id,
+                shard=(args.process_index, args.world_size),
+                gather=self._gather_values,
+                progress=not args.disable_tqdm and args.process_index == 0,
+                tolerance=0.1 if dtype in (torch.bfloat16, torch.float16) else 1e-3,
+            )
+
+    def _gather_values(self, values: dict[Any, float]) -> dict[Any, float]:
+        if self.args.world_size == 1:
+            return values
+        from accelerate.utils import gather_object
+
+        return {key: value for part in gather_object([values]) for key, value in part.items()}
+
+    def _check_vocabulary(self, model: nn.Module) -> None:
+        policy = self.model.get_input_embeddings().weight.shape[0]
+        other = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        if policy != other:
+            raise RecipeError(
+                f"the reference has {other} tokens, the policy {policy}",
+                why="their log-probs would be of different tokens",
+                fix="take a reference with the policy's tokenizer",
+            )
+
+    def _check_same_reference(self, folder: Path) -> None:
+        path = folder / _REFERENCE_FILE
+        if path.is_file() and json.loads(path.read_text())["key"] != self._reference_key:
+            raise RunError(
+                "the reference is not the one this checkpoint was trained with",
+                where=str(folder),
+                why="with ref_model=None the reference is the model as it is given, which has changed",
+                fix="start again from the model that the run started from, or pass it as ref_model",
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            (Path(output_dir) / _REFERENCE_FILE).write_text(json.dumps({"key": self._reference_key}))
+
+    def _eval_examples(self, eval_dataset: Any) -> Examples:
+        examples = super()._eval_examples(eval_dataset)
+        if "reference_logps" in examples.extra:
+            return examples
+        if self._reference_key is None:
+            self._prepare_reference()
+        if "reference_logps" not in examples.extra:
+            # A data set nobody has seen yet: only a reference that is still at hand can tell.
+            self._check_rows("eval", examples)
+            model = self.ref_model
+            if model is None and self.state.global_step == 0:
+                model = self.model
+            if model is None:
+                raise RecipeError(
+                    "this eval data came after training, and the reference (the policy's start) is gone",
+                    fix="give eval_dataset to the constructor, or pass ref_model",
+                )
+            examples.extra["reference_logps"] = self._reference_of(
+                model.to(self.args.device), examples, reference.ReferenceCache(None)
+            )
+        return examples
+
+    # --- the step ---
+
+    def before_update(self) -> None:
+        """Guards of the base, then the step-0 check before the very first update."""
+        super().before_update()
+        if self._step_zero is not None:
+            check, self._step_zero = self._step_zero, None
+            self.step_zero = check.finish()
+
+    def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
+        """Preference loss and SFT term of each example, in the order of the groups."""
+        args = self.args
+        policy, ref = sums, batch["reference_logps"].to(sums.dtype)
+        tokens = batch["response_tokens"]
+        if args.average_logps:
+            policy, ref = policy / tokens, ref / tokens
+        results = [self._preference(policy, ref, batch["rewards"], g) for g in batch["groups"]]
+        chosen = torch.cat([group[:, 0] for group in batch["groups"]])
+        nll, _ = sft_loss(-sums[chosen], tokens[chosen], args.sft_reduction)  # type: ignore[arg-type]
+        preference = torch.cat([result.losses for result in results])
+        if self._step_zero is not None and self.model.training:
+            self._step_zero.add(sums, batch, preference)
+        return StepResult(
+            terms={
+                "preference": Term(preference, per="examples"),
+                "sft": Term(
+                    nll,
+                    per="tokens" if args.sft_reduction == "token_mean" else "examples",
+                    coefficient=args.sft_loss_weight,
+                ),
+            },
+            metrics=_metrics(results, sums.detach(), batch),
+        )
+
+    def _preference(
+        self, policy: Tensor, ref: Tensor, rewards: Tensor | None, group: Tensor
+    ) -> PreferenceLoss:
+        return preference_loss(
+            policy[group],
+            ref[group],
+            loss_type=self.args.loss_type,  # type: ignore[arg-type]
+            beta=self.args.beta,
+            rewards=rewards[group] if self.needs_rewards and rewards is not None else None,
+            reward_scale=getattr(self.args, "reward_scale", 1.0),
+            label_smoothing=getattr(self.args, "label_smoothing", 0.0),
+        )
+
+
+def _metrics(
+    results: list[PreferenceLoss], sums: Tensor, batch: dict[str, Any]
+) -> dict[str, Tensor]:
+    """TRL's names, and ours beside them; for K > 2 "rejected" is the mean of the others."""
+    groups = batch["groups"]
+    deltas = sums - batch["reference_logps"]
+
+    def others(values: list[Tensor]) -> Tensor:
+        return torch.cat([v[:, 1:].mean(-1) for v in values])
+
+    implicit = [result.implicit_rewards for result in results]
+    chosen = torch.cat([v[:, 0] for v in implicit])
+    gap = torch.cat([result.implicit_gap for result in results])
+    chosen_delta = torch.cat([deltas[g[:, 0]] for g in groups])
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": others(implicit),
+        "rewards/margins": gap,
+        "rewards/accuracies": torch.cat(
+            [(v[:, :1] > v[:, 1:]).to(v.dtype).mean(-1) for v in implicit]
+        ),
+        "logps/chosen": torch.cat([sums[g[:, 0]] for g in groups]),
+        "logps/rejected": others([sums[g] for g in groups]),
+        "logps/chosen_delta": chosen_delta,
+        "logps/rejected_delta": others([deltas[g] for g in groups]),
+        "logps/chosen_falling": (chosen_delta < 0).to(sums.dtype),
+    }
+    if results[0].target_gap is not None:
+        target = torch.cat([result.target_gap for result in results if result.target_gap is not None])
+        metrics["rewards/target_gap"] = target
+        metrics["rewards/gap_error"] = (gap - target).abs()
+    return metrics
+
+
+class DPOTrainer(PreferenceTrainer):
+    """Direct Preference Optimization with a weighted SFT loss on the chosen responses.
+
+    Per example: `dpo` (or `ipo`) loss + `sft_loss_weight` · SFT loss of the chosen response. Plain DPO
+    lowers the likelihood of both responses while their gap widens; the SFT term holds the chosen one.
+    """
+
+    config_class = DPOConfig
+
+
+class RPOTrainer(PreferenceTrainer):
+    """Reward-aware Preference Optimization: the implicit gap is matched to the given rewards' gap.
+
+    Rows carry rewards: `chosen_reward` and `rejected_reward`, or `rewards` for K responses.
+    """
+
+    config_class = RPOConfig
+    needs_rewards = True

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from rpo_trainer.recipe import DPOStage, LoadedRecipe, RPOStage
+
+Load = Callable[..., LoadedRecipe]
+Show = Callable[..., list[str]]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stages.dpo.beta=5e-3"],
+        ["--stages.dpo.beta=0.005"],
+        ["--stages.dpo.beta", "0.005"],
+        ["stages.2.beta=0.005"],
+        ["stages.dpo.beta=7", "stages.dpo.beta=0.005"],
+    ],
+)
+def test_forms_of_an_override(load: Load, valid: str, words: list[str]) -> None:
+    stage = load(valid, words).recipe.stages[2]
+    assert isinstance(stage, DPOStage)
+    assert stage.beta == 0.005
+
+
+def test_values_are_yaml(load: Load, valid: str) -> None:
+    words = [
+        "seed=010",
+        "defaults.max_length=512",
+        "run_dir=a=b",
+        "stages.dpo.training_args={x: no}",
+    ]
+    recipe = load(valid, words).recipe
+    assert (recipe.seed, recipe.run_dir) == (10, "a=b")
+    assert all(stage.max_length == 512 for stage in recipe.stages)
+    assert recipe.stages[2].training_args == {"x": "no"}
+
+
+def test_a_negative_number_is_a_value(problems: Show, valid: str) -> None:
+    shown = problems(valid, ["--stages.dpo.beta", "-1"])
+    assert shown[0].startswith("override stages.dpo.beta=-1: `beta` must be greater than 0")
+
+
+def test_a_repeated_stage_goes_by_its_own_name(load: Load, problems: Show, valid: str) -> None:
+    stage = load(valid, ["stages.rpo.beta=0.5"]).recipe.stages[3]
+    assert isinstance(stage, RPOStage)
+    assert stage.beta == 0.5
+    assert "use `rpo`" in problems(valid, ["stages.rpo-2.beta=0.5"])[0]
+
+
+def test_a_stage_name_may_hold_dots(load: Load, valid: str) -> None:
+    text = valid.replace("name: dpo", "name: v1.5.dpo")
+    assert load(text, ["stages.v1.5.dpo.max_length=9"]).recipe.stages[2].max_length == 9
+
+
+def test_list_elements_by_index_and_one_past_the_end(load: Load, valid: str) -> None:
+    words = ["stages.sft.data.train.0.path=x.jsonl", "stages.sft.data.train.1.path=y.jsonl"]
+    sources = load(valid, words).recipe.stages[1].data.train
+    assert [source.path for source in sources] == ["x.jsonl", "y.jsonl"]
+    sources = load(valid, ["stages.sft.data.train=[{path: a}, {path: b}]"]).recipe.stages[1]
+    assert [source.path for source in sources.data.train] == ["a", "b"]
+    evals = load(valid, ["stages.sft.data.eval.0.path=e"]).recipe.stages[1].data.eval
+    assert [source.path for source in evals] == ["e"]
+
+
+def test_levels_that_the_file_lacks_are_made(load: Load, valid: str) -> None:
+    data = load(valid, ["stages.dpo.data.filter.min_gap=1"]).recipe.stages[2].data
+    assert data.filter is not None
+    assert data.filter.min_gap == 1
+
+
+def test_a_mapping_from_the_defaults_is_changed_for_one_stage_only(load: Load, valid: str) -> None:
+    text = valid.replace("defaults:\n", "defaults:\n  training_args: {a: 1}\n")
+    stages = load(text, ["stages.dpo.training_args.b=2"]).recipe.stages
+    assert [stage.training_args for stage in stages[1:3]] == [{"a": 1}, {"a": 1, "b": 2}]
+
+
+def test_max_steps_takes_the_place_of_epochs(load: Load, problems: Show, valid: str) -> None:
+    text = valid.replace("    beta: 0.1\n", "    beta: 0.1\n    num_train_epochs: 2\n")
+    stage = load(text, ["stages.dpo.max_steps=5"]).recipe.stages[2]
+    assert (stage.num_train_epochs, stage.max_steps) == (None, 5)
+    both = ["stages.dpo.max_steps=5", "stages.dpo.num_train_epochs=1"]
+    assert "both given" in problems(text, both)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "what"),
+    [
+        (["stages.dpo.bta=1"], "override stages.dpo.bta=1", "did you mean `beta`?"),
+        (["sede=1"], "override sede=1", "did you mean `seed`?"),
+        (["beta=1"], "override beta=1", "a stage of kind dpo or rpo"),
+        (["stages.dop.beta=1"], "override stages.dop.beta=1", "did you mean `dpo`?"),
+        (["stages.9.beta=1"], "override stages.9.beta=1", "there is no stage `9`"),
+        (["stages.dpo.dta.filter.x=1"], "override stages.dpo.dta.filter.x=1", "`data`?"),
+        (["stages.dpo.data.fliter.min_gap=1"], "override stages.dpo.data.fli", "`filter`?"),
+        (["stages.dpo.data.train.3.path=x"], "override stages.dpo.data.train.3", "0, or 1 to ap"),
+        (["seed.x=1"], "override seed.x=1", "`seed`"),
+        (["stages.dpo.beta"], "override stages.dpo.beta", "there is no `=`"),
+        (["stages.dpo.beta="], "override stages.dpo.beta=", "there is no value"),
+        (["--stages.dpo.beta"], "override --stages.dpo.beta", "there is no value"),
+        (["--stages.dpo.beta", "--seed=1"], "override --stages.dpo.beta", "there is no value"),
+        (["=3"], "override =3", "not a key"),
+        (["stages..beta=3"], "override stages..beta=3", "not a key"),
+        (["run_dir=[1"], "override run_dir=[1", "quotes"),
+        (["run_dir=@x"], "override run_dir=@x", "quotes"),
+        (["stages.dpo.beta=x"], "override stages.dpo.beta=x", "must be a number, got the text 'x'"),
+        (["stages.dpo.init=rpo"], "override stages.dpo.init=rpo", "not earlier"),
+        (["stages.dpo.rpo_alpha=1"], "override stages.dpo.rpo_alpha=1", "no reward gap"),
+    ],
+)
+def test_a_bad_override_is_named_in_its_error(
+    problems: Show, valid: str, words: list[str], where: str, what: str
+) -> None:
+    shown = problems(valid, words)
+    assert len(shown) == 1, shown
+    assert shown[0].startswith(where)
+    assert what in shown[0]
+
+
+def test_an_override_can_mend_the_file(load: Load, valid: str) -> None:
+    assert load(valid.replace("beta: 0.1", "beta: '0.1'"), ["stages.dpo.beta=0.1"])
+
+
+def test_errors_of_the_file_come_first(problems: Show, valid: str) -> None:
+    shown = problems(valid.replace("beta: 0.01", "beta: 0"), ["seed=x", "oops"])
+    assert [text.split(" ")[0] for text in shown] == ["chain.yaml:22", "override", "override"]

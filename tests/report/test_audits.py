@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from rpo_trainer.data.audit import DROPS, Audit
+from rpo_trainer.report.audits import read_audit
+
+
+def test_an_audit_is_read_back_in_words() -> None:
+    audit = Audit()
+    audit.add_read("a.jsonl", 9)
+    audit.add_read("b.jsonl", 1)
+    for row in range(3):
+        audit.drop("tie", f"a.jsonl:{row}")
+    audit.drop("too_long", "b.jsonl:1")
+    audit.warn("duplicate_prompt", "a.jsonl:8")
+    audit.remark("all reward gaps are equal (1)")
+    found = read_audit(audit.as_dict())
+    assert (found.read, found.dropped_rows, found.dropped_share()) == (10, 4, 0.4)
+    assert [(reason.text, reason.rows) for reason in found.dropped] == [
+        (DROPS["tie"], 3),
+        (DROPS["too_long"], 1),
+    ]
+    assert found.dropped[0].examples == ["a.jsonl:0", "a.jsonl:1", "a.jsonl:2"]
+    assert [reason.rows for reason in found.noticed] == [1]
+    assert found.remarks == ["all reward gaps are equal (1)"]
+
+
+def test_plain_counts_and_unknown_reasons_are_kept() -> None:
+    found = read_audit({"dropped": {"made_up_reason": 7, "none": 0}, "kept": {"a": 3}})
+    assert [(reason.text, reason.rows) for reason in found.dropped] == [("made up reason", 7)]
+    assert found.dropped_share() == 0.7
+
+
+def test_an_empty_audit_has_no_share() -> None:
+    assert read_audit({}).dropped_share() is None
+    assert read_audit({"dropped": None, "remarks": "text"}).dropped == []
