@@ -66,39 +66,41 @@ def packed_attention(
     """
     if packing_plan is None:
         if softcap is None and s_aux is None:
-            return sdpa_attention_forward(  # type: ignore[no-any-return]
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            return sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                **kwargs,
             )
         mask = attention_mask if attention_mask is not None else _causal(query, key)
         out = _explicit(query, key, value, mask, scaling, dropout, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
 
     pieces = []
-    for segment in packing_plan.segments:
-        q = query[:, :, segment.start : segment.stop]
-        k, v = (
-            x[:, :, segment.start : segment.stop]
-            if segment.prefix_stop == segment.prefix_start
-            else torch.cat(
-                [
-                    x[:, :, segment.prefix_start : segment.prefix_stop],
-                    x[:, :, segment.start : segment.stop],
-                ],
-                dim=2,
-            )
-            for x in (key, value)
-        )
-        window = sliding_window if sliding_window is not None and sliding_window < k.shape[2] else None
+    for number, unit in enumerate(packing_plan.units):
+        first, last = unit[0], unit[-1]
+        own = slice(first.start, last.stop)
+        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
+        if len(unit) == 1 and first.prefix_stop > first.prefix_start:
+            prefix = slice(first.prefix_start, first.prefix_stop)
+            k = torch.cat([key[:, :, prefix], k], dim=2)
+            v = torch.cat([value[:, :, prefix], v], dim=2)
+        narrow = sliding_window is not None and sliding_window < k.shape[2]
+        window = sliding_window if narrow else None
         if softcap is not None or s_aux is not None:
-            mask = packing_plan.mask(segment, window, q.device)
+            mask = packing_plan.mask(number, window, q.device)
             pieces.append(_explicit(q, k, v, mask, scaling, dropout, softcap, s_aux))
             continue
-        causal = window is None and q.shape[2] == k.shape[2]
+        causal = window is None and len(unit) == 1 and q.shape[2] == k.shape[2]
         pieces.append(
             F.scaled_dot_product_attention(
                 q,
                 *_repeat(q, k, v),
-                attn_mask=None if causal else packing_plan.mask(segment, window, q.device),
+                attn_mask=None if causal else packing_plan.mask(number, window, q.device),
                 dropout_p=dropout,
                 is_causal=causal,
                 scale=scaling,

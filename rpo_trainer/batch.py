@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,10 @@ class Segment(NamedTuple):
     prefix_stop: int = 0
 
 
+# Up to here a dense mask over several short examples costs less than a kernel call for each.
+_DENSE_TOKENS = 256
+
+
 @dataclass
 class AttentionPlan:
     """Which tokens of a packed row see which: segments that tile the row in order.
@@ -42,29 +47,74 @@ class AttentionPlan:
     Attributes:
         segments: for the first response of an example prompt + response; for each further one the
             response alone, with the prompt as its prefix.
-        masks: boolean masks by (prefix, queries, window), made once a step and used by every layer.
     """
 
     segments: tuple[Segment, ...]
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
 
-    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
-        """`[queries, prefix + queries]`, True where a query sees a key.
+    @cached_property
+    def units(self) -> tuple[tuple[Segment, ...], ...]:
+        """Runs of segments that one kernel call does: short examples together, else one alone."""
+        examples: list[list[Segment]] = []
+        for segment in self.segments:
+            if segment.prefix_stop > segment.prefix_start:
+                examples[-1].append(segment)
+            else:
+                examples.append([segment])
+        units: list[list[Segment]] = []
+        for example in examples:
+            if example[-1].stop - example[0].start > _DENSE_TOKENS:
+                units += [[segment] for segment in example]
+            elif (
+                units
+                and not units[-1][0].prefix_stop  # of a long example: its prompt lies elsewhere
+                and example[-1].stop - units[-1][0].start <= _DENSE_TOKENS
+            ):
+                units[-1] += example
+            else:
+                units.append(list(example))
+        return tuple(map(tuple, units))
+
+    def mask(self, number: int, window: int | None, device: torch.device) -> Tensor:
+        """Who sees whom in unit `number`, made once a step and used by every layer.
 
         Args:
             window: sliding window in tokens; a query sees keys less than this far back, by position.
+
+        Returns:
+            `[queries, keys]`, True where a query sees a key; the keys are the unit's own tokens, behind
+            the prefix where the unit is a single segment that has one.
         """
-        prefix = segment.prefix_stop - segment.prefix_start
-        queries = segment.stop - segment.start
-        key = (prefix, queries, window)
-        if key not in self.masks:
-            query_position = torch.arange(prefix, prefix + queries, device=device)[:, None]
-            key_position = torch.arange(prefix + queries, device=device)[None, :]
-            seen = key_position <= query_position
-            if window is not None:
-                seen &= key_position > query_position - window
-            self.masks[key] = seen
-        return self.masks[key]
+        if (number, window) not in self._masks:
+            unit = self.units[number]
+            mask = _single_mask(unit[0], window) if len(unit) == 1 else _dense_mask(unit, window)
+            self._masks[number, window] = mask.to(device)
+        return self._masks[number, window]
+
+
+def _single_mask(segment: Segment, window: int | None) -> Tensor:
+    prefix = segment.prefix_stop - segment.prefix_start
+    queries = segment.stop - segment.start
+    return _seen(torch.arange(prefix, prefix + queries), torch.arange(prefix + queries), window)
+
+
+def _dense_mask(unit: tuple[Segment, ...], window: int | None) -> Tensor:
+    origin, tokens = unit[0].start, unit[-1].stop - unit[0].start
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for start, stop, prefix_start, prefix_stop in unit:
+        prefix = prefix_stop - prefix_start
+        position = torch.arange(prefix, prefix + stop - start)
+        own = slice(start - origin, stop - origin)
+        mask[own, own] = _seen(position, position, window)
+        if prefix:
+            keys = slice(prefix_start - origin, prefix_stop - origin)
+            mask[own, keys] = _seen(position, torch.arange(prefix), window)
+    return mask
+
+
+def _seen(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:
+    behind = query_position[:, None] - key_position[None, :]
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
 def forward_tokens(example: Mapping[str, Any], layout: Layout) -> int:
@@ -92,6 +142,8 @@ def pack(
     """
     if not examples:
         raise ValueError("a micro-batch needs at least one example")
+    for example in examples:
+        _check(example)
     rows = _padded(examples, pad_token_id) if layout == "padded" else _packed(examples, layout)
     groups, order = _groups(examples)
     counts = torch.zeros(rows.responses, dtype=torch.long)
@@ -217,6 +269,22 @@ def _groups(examples: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, ...], 
     ordered = [by_k[k] for k in sorted(by_k)]
     groups = tuple(torch.tensor([responses for _, responses in group]) for group in ordered)
     return groups, [i for group in ordered for i, _ in group]
+
+
+def _check(example: Mapping[str, Any]) -> None:
+    """An example that does not fit itself would be packed into something else without a word."""
+    responses = example["response_ids"]
+    fault = None
+    if not example["prompt_ids"]:
+        fault = "an empty prompt, so nothing predicts the first token"
+    elif [*map(len, responses)] != [*map(len, example["response_mask"])]:
+        fault = "response_ids and response_mask of different lengths"
+    for column in ("rewards", "reference_logps"):
+        values = example.get(column)
+        if values is not None and len(values) != len(responses):
+            fault = f"{len(values)} {column} for {len(responses)} responses"
+    if fault:
+        raise ValueError(f"row {example.get('id', '?')} has {fault}")
 
 
 def _per_response(examples: Sequence[Mapping[str, Any]], column: str) -> Tensor | None:

@@ -107,7 +107,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return target - normaliser
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, normaliser, tile = ctx.saved_tensors
         logit_scale, softcap, block, width, dtype = ctx.settings
         n, v = hidden.shape[0], weight.shape[0]

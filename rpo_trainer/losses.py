@@ -115,7 +115,9 @@ def preference_loss(
         losses=losses,
         implicit_rewards=implicit.detach(),
         implicit_gap=_gap(implicit.detach()),
-        target_gap=_gap(target.detach()) if loss_type in REWARD_LOSSES and target is not None else None,
+        target_gap=_gap(target.detach())
+        if loss_type in REWARD_LOSSES and target is not None
+        else None,
     )
 
 
@@ -145,11 +147,13 @@ def step_zero_losses(
         constant = math.log(2.0) if loss_type == "dpo" else 1.0 / (4.0 * beta * beta)
         return torch.full((batch_size,), constant, dtype=torch.float64)
     if loss_type not in REWARD_LOSSES:
-        return step_zero_losses(loss_type, beta=beta, batch_size=rewards.shape[0]).to(rewards.device)
+        return step_zero_losses(loss_type, beta=beta, batch_size=rewards.shape[0]).to(
+            rewards.device
+        )
     target = (reward_scale * rewards.double()).clamp(-_INFINITE_REWARD, _INFINITE_REWARD)
     log_k = math.log(rewards.shape[1])
     if loss_type == "rpo_bwd_kl":
-        entropy = torch.special.entr(target.softmax(-1)).sum(-1)
+        entropy: Tensor = torch.special.entr(target.softmax(-1)).sum(-1)
         return log_k - entropy
     if loss_type == "rpo_fwd_kl":
         return target.logsumexp(-1) - log_k - target.mean(-1)

@@ -46,7 +46,7 @@ def probe(
     model.eval()
     try:
         expected = _plain(model, examples)
-        failures = []
+        failures: list[str] = []
         for fused in (True, False):
             for candidate in (layout,) if layout else _LAYOUTS:
                 tried = dataclasses.replace(head, fused=fused)
@@ -138,7 +138,7 @@ def _disagreement(
         return f"log-probs differ by {off:.2g} nats"
     if grad is not None and expected[1] is not None:
         scale = expected[1].float().norm().clamp_min(1e-12)
-        error = ((grad.float() - expected[1].float()).norm() / scale).item()
-        if not error <= (0.2 if low else 1e-2):
-            return f"a gradient differs by {error:.0%}"
+        relative = ((grad.float() - expected[1].float()).norm() / scale).item()
+        if not relative <= (0.2 if low else 1e-2):
+            return f"a gradient differs by {relative:.0%}"
     return None

@@ -51,7 +51,8 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
     config = inner.config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version", "use_cache", "architectures"):
         config.pop(name, None)
-    digest.update(json.dumps([_VERSION, arithmetic, config], sort_keys=True, default=str).encode())
+    parts = [_VERSION, arithmetic, config, _adapter_settings(model)]
+    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.numel() and tensor.is_meta:
             raise ModelError(f"weight {name} is not loaded, so the reference cannot be named")
@@ -59,6 +60,18 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
         digest.update(memoryview(flat.numpy()))
     return str(digest.hexdigest())
+
+
+def _adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """What decides an adapter's output beside its weights, such as its scale."""
+    adapters = getattr(model, "peft_config", None) or {}
+    settings = {name: dict(config.to_dict()) for name, config in sorted(adapters.items())}
+    for values in settings.values():
+        for name in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
+            values.pop(name, None)
+        # Sets have no order of their own.
+        values.update({k: sorted(v) for k, v in values.items() if isinstance(v, set)})
+    return settings
 
 
 def response_key(
@@ -105,11 +118,17 @@ class ReferenceCache:
         keys = np.array(list(new), dtype=np.int64)
         values = np.array(list(new.values()), dtype=np.float32)
         digest = xxhash.xxh3_64_intdigest(keys.tobytes() + values.tobytes()) % 2**63
-        tensors = {"keys": keys, "values": values, "digest": np.array([digest], dtype=np.int64)}
+        tensors: dict[str, Any] = {
+            "keys": keys,
+            "values": values,
+            "digest": np.array([digest], dtype=np.int64),
+        }
         handle, staged = tempfile.mkstemp(dir=self.folder, prefix=".part-")
         os.close(handle)
         save_file(tensors, staged)
-        os.replace(staged, self.folder / f"part-{xxhash.xxh3_64_hexdigest(keys.tobytes())}.safetensors")
+        os.replace(
+            staged, self.folder / f"part-{xxhash.xxh3_64_hexdigest(keys.tobytes())}.safetensors"
+        )
 
     def forget(self) -> None:
         """Drops every value, on disk too."""
@@ -149,7 +168,9 @@ def reference_logps(
     keys = [
         [
             response_key(example["prompt_ids"], response, mask)
-            for response, mask in zip(example["response_ids"], example["response_mask"], strict=True)
+            for response, mask in zip(
+                example["response_ids"], example["response_mask"], strict=True
+            )
         ]
         for example in examples
     ]
@@ -164,7 +185,10 @@ def reference_logps(
         rank, world = shard
         mine = missing[rank::world]
         bar = tqdm(
-            total=len(mine), desc="reference log-probs", unit="row", disable=not progress or not mine
+            total=len(mine),
+            desc="reference log-probs",
+            unit="row",
+            disable=not progress or not mine,
         )
         unsaved: dict[Key, float] = {}
         for batch in _batches(mine, examples, layout, batch_tokens):

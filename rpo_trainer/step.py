@@ -46,9 +46,9 @@ class Head:
     tile_bytes: int = DEFAULT_TILE_BYTES
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside whatever wraps it."""
-    seen = model
+    seen: Any = model
     while not isinstance(seen, PreTrainedModel):
         inner = getattr(seen, "module", None)
         if inner is None and hasattr(seen, "get_base_model"):
@@ -63,7 +63,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return seen
 
 
-def head_of(model: PreTrainedModel) -> Head:
+def head_of(model: Any) -> Head:
     """Scale and soft-cap of the logits, from the config; checked by the start-up probe."""
     config = model.config.get_text_config()
     head = Head()
@@ -76,7 +76,7 @@ def head_of(model: PreTrainedModel) -> Head:
     return head
 
 
-def install(model: nn.Module, *, padded: bool = False, head: Head | None = None) -> PreTrainedModel:
+def install(model: nn.Module, *, padded: bool = False, head: Head | None = None) -> Any:
     """Teaches the model to answer `model(packed=inputs)`; installing again changes the settings.
 
     Args:
@@ -120,7 +120,7 @@ def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
     return model(packed=model_inputs)  # type: ignore[no-any-return]
 
 
-def _packed_logprobs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     head: Head = model._rpo_head
     decoder_inputs = {
         "input_ids": inputs["input_ids"],
@@ -138,9 +138,9 @@ def _packed_logprobs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tenso
     return _run_head(model, gathered, inputs["labels"], head)
 
 
-def _run_head(model: PreTrainedModel, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     """Calls the head as a module, with the fused log-probs in place of its forward, so that its hooks run."""
-    module = model.get_output_embeddings()
+    module: Any = model.get_output_embeddings()
     if type(module) is not nn.Linear:
         return _generic_head(module, hidden, labels, head)
     own = module.forward
@@ -156,11 +156,11 @@ def _run_head(model: PreTrainedModel, hidden: Tensor, labels: Tensor, head: Head
             tile_bytes=head.tile_bytes,
         )
 
-    module.forward = fused  # type: ignore[method-assign]
+    module.forward = fused
     try:
         return module(hidden)  # type: ignore[no-any-return]
     finally:
-        module.forward = own  # type: ignore[method-assign]
+        module.forward = own
 
 
 def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
@@ -176,13 +176,13 @@ def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head)
     size = max(1, head.tile_bytes // (4 * vocabulary))
     pieces = [
         torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False)
-        for h, y in zip(hidden.split(size), labels.split(size), strict=True)
+        for h, y in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
     ]
     return torch.cat(pieces)
 
 
 def _through_own_logits(
-    model: PreTrainedModel, decoder_inputs: dict[str, Any], inputs: Mapping[str, Any]
+    model: Any, decoder_inputs: dict[str, Any], inputs: Mapping[str, Any]
 ) -> Tensor:
     """The last resort, always right: the model's own forward, all its logits."""
     with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
@@ -196,5 +196,3 @@ def _autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-

@@ -38,7 +38,9 @@ FAMILIES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def make_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **extra):
+def make_model(
+    family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **extra
+):
     """A random model of two layers with dropout off; biases and norms are random too."""
     settings = {**({} if family == "gpt2" else _COMMON), **FAMILIES[family], **extra}
     if family == "gpt2":

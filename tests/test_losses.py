@@ -174,9 +174,7 @@ def test_step_zero_constant_is_the_loss_at_policy_equal_to_reference(loss_type, 
     actual = preference_loss(
         logps, logps, loss_type=loss_type, beta=0.3, rewards=given, reward_scale=1.7
     ).losses
-    constant = step_zero_losses(
-        loss_type, beta=0.3, rewards=given, reward_scale=1.7, batch_size=3
-    )
+    constant = step_zero_losses(loss_type, beta=0.3, rewards=given, reward_scale=1.7, batch_size=3)
     torch.testing.assert_close(constant, actual, rtol=1e-10, atol=1e-12)
 
 
@@ -317,7 +315,9 @@ def test_golden_k_responses(golden):
 def test_golden_token_level_with_the_sft_term(golden):
     for case in golden["token_level"]:
         x = case["inputs"]
-        masks = [torch.tensor(x[f"{side}_mask"], dtype=torch.float64) for side in ("chosen", "rejected")]
+        masks = [
+            torch.tensor(x[f"{side}_mask"], dtype=torch.float64) for side in ("chosen", "rejected")
+        ]
 
         def responses(who, x=x, masks=masks):
             tokens = [

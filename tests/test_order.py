@@ -60,7 +60,5 @@ def test_epochs_differ_and_drop_last():
 
 
 def test_evaluation_goes_longest_first():
-    sampler = StepBatchSampler(
-        [3, 9, 1, 7], global_batch_size=2, micro_batch_size=2, shuffle=False
-    )
+    sampler = StepBatchSampler([3, 9, 1, 7], global_batch_size=2, micro_batch_size=2, shuffle=False)
     assert list(sampler) == [[1, 3], [0, 2]]

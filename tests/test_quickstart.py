@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rpo_trainer import quickstart
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.quickstart import (
     CODE,
@@ -52,8 +53,8 @@ def _general_answer(question: str) -> str:
             return sorted(word)[-1]
         case ["add", a, "and", b] | [a, "plus", b]:
             return str(int(a) + int(b))
-        case ["take", b, "from", a] | [a, "minus", b]:
-            return str(int(a) - int(b))
+        case ["length", "of", word] | ["letters", "in", word]:
+            return str(len(list(word)))
         case ["double", a] | ["twice", a]:
             return str(int(a) + int(a))
     raise AssertionError(f"no reading of {question!r}")
@@ -139,7 +140,13 @@ def test_prompts_are_distinct_short_and_of_every_kind(task: str) -> None:
     assert max(len(row["prompt"]) for row in rows) <= 32
     assert max(len(row["ground_truth"]) for row in rows) <= 10
     kinds = Counter("number" if row["ground_truth"].isdigit() else "text" for row in rows)
-    assert min(kinds.values()) > ROWS / 5
+    assert min(kinds.values()) > ROWS / 10
+
+
+def test_a_size_beyond_what_there_is_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "_LETTERS", "a")
+    with pytest.raises(RecipeError, match="different prompts, asked for 5000"):
+        load_task(CODE, "heldout", 5000, 0)
 
 
 def test_split_of_does_not_change_between_versions() -> None:

@@ -110,9 +110,7 @@ def test_many_responses_and_spans_with_holes(seed):
 def test_tied_embeddings_and_small_tiles():
     model = make_model("llama", dtype=torch.float64, tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    compare(
-        model, random_examples(3), "shared", rtol=1e-7, atol=1e-7, head=Head(tile_bytes=8 * 50)
-    )
+    compare(model, random_examples(3), "shared", rtol=1e-7, atol=1e-7, head=Head(tile_bytes=8 * 50))
 
 
 def test_attention_sinks_equal_plain_forwards():

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["ChatRenderer", "Rendered", "set_chat_template"]
 
 Span = tuple[int, int]
-Tools = list[dict[str, Any]] | None
+Tools = list[Any] | None
 
 SENTINEL = "\ue00frpo\ue00e"
 PRIVATE = 0xF0000  # a plane of characters that no text uses
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1\s*\)")
 NO_END = "the chat template writes no end marker behind the assistant's turn"
 UNCLEAR = "the chat template rewrites the conversation so that the assistant's turn cannot be found"
 
@@ -73,10 +74,14 @@ def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | Non
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def _fixed_date(format: str) -> str:
-    # Templates that write today's date would give other tokens, and other reference log-probs,
-    # tomorrow. This is the date that the first of them wrote when no clock was at hand.
-    return datetime.date(2024, 7, 26).strftime(format)
+def stop_clock(template: str) -> str:
+    """`template` with today's date replaced by a fixed one.
+
+    Otherwise tomorrow's tokens, and with them the reference log-probs, would be others. The date is
+    the one that the first templates of this kind write where there is no clock.
+    """
+    date = datetime.date(2024, 7, 26)
+    return CLOCK.sub(lambda match: repr(date.strftime(match[2])), template)
 
 
 @dataclass
@@ -139,12 +144,12 @@ class ChatRenderer:
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
-                tools=[*tools] if tools else None,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                strftime_now=_fixed_date,
+                chat_template=stop_clock(self.tokenizer.get_chat_template(None, tools)),
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the chat template refuses the row ({error})") from None
         return str(text)
 
@@ -210,13 +215,17 @@ class _TurnFinder:
         return start, end
 
     def _start(self, turn: int) -> int:
-        if turn and self.renderer.opens_turn:
-            prompt = self.renderer._render(self.messages[:turn], self.tools, True)
-            if self.full.startswith(prompt):
-                return len(prompt)
+        prompt = self.renderer._render(self.messages[:turn], self.tools, True) if turn else ""
+        begins = self.full.startswith(prompt) and turn > 0
+        if begins and self.renderer.opens_turn:
+            return len(prompt)
         before, _ = self._around(turn)
         if not self.full.startswith(before):
             raise RowError(UNCLEAR)
+        # A template without a generation prompt: the model is to write the blank in front of its
+        # words, but not a heading, which is the template's.
+        if begins and len(prompt) < len(before) and not before[len(prompt) :].strip():
+            return len(prompt)
         return len(before)
 
     def _end(self, turn: int) -> int:

@@ -31,13 +31,13 @@ class Encoder:
     _special: re.Pattern[str] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._special = special_pattern(self.tokenizer)
         if not self.tokenizer.is_fast:
             raise ModelError(
                 "the tokenizer is a slow one, without character offsets",
                 why="response masks are made from the offsets",
                 fix="use the fast tokenizer of the model (tokenizer.json)",
             )
+        self._special = special_pattern(self.tokenizer)
         # The begin token, if the tokenizer itself puts it in front of every text.
         bos = self.tokenizer.bos_token_id
         first = self.tokenizer("a")["input_ids"][:1]
@@ -77,7 +77,9 @@ class Encoder:
         if text.plain:
             ids, mask = [*ids, self.end()], [*mask, int(bool(text.spans))]
         bos = self.tokenizer.bos_token
-        if self.begin and (text.plain or bos is None or not text.text.startswith(bos)):
+        written = not text.plain and bos is not None and text.text.startswith(bos)
+        by_data = bool(text.literal) and text.literal[0][0] == 0
+        if self.begin and (by_data or not written):
             ids, mask = [*self.begin, *ids], [0, *mask]
         return ids, mask
 

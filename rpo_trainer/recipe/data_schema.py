@@ -52,8 +52,7 @@ class ReplaySpec(Spec):
     of: Literal["mix", "source"] = Field(
         "mix",
         description="what the fraction is of: `mix` = of this stage's blend, `source` = of the "
-        "earlier "
-        "stage's rows",
+        "earlier stage's rows",
     )
 
 
@@ -74,8 +73,7 @@ class FilterSpec(Spec):
     reversed: Literal["error", "drop", "keep"] = Field(
         "error",
         description="rows whose chosen reward is below the rejected: `error` stops above 0.5 % of "
-        "the rows "
-        "and drops them otherwise",
+        "the rows and drops them otherwise",
     )
 
 

@@ -67,7 +67,8 @@ def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:
     excused = {meant for key in unknown for meant in _meant_keys(key, origins)}
     for key, item in items:
         inherited = ("defaults", key[2]) if len(key) == 3 else key
-        if item["type"] in ("missing", CHECK) and (key in excused or inherited in excused):
+        absent = item["type"] in ("missing", CHECK) and origins.value(key) is None
+        if absent and (key in excused or inherited in excused):
             continue
         place, where = origins.find(key)
         what, fix, why = _words(dict(item), key, origins)

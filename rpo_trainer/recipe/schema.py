@@ -64,8 +64,7 @@ class ModelSpec(Spec):
     tokenizer: Text | None = Field(
         None,
         description="directory or hub name of the tokenizer, or `characters` (the built-in one of "
-        "the "
-        "quickstart); by default that of `name_or_path`",
+        "the quickstart); by default that of `name_or_path`",
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "bfloat16", description="data type of the weights; `auto` takes the checkpoint's"
@@ -73,8 +72,7 @@ class ModelSpec(Spec):
     chat_template: Text | None = Field(
         None,
         description="path of a Jinja chat template, or a built-in one (`chatml`, `plain`); by "
-        "default the "
-        "tokenizer's own",
+        "default the tokenizer's own",
     )
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(
@@ -106,8 +104,7 @@ class StageBase(Spec):
     init: Text = Field(
         "previous",
         description="where the weights come from: `previous`, `model`, the name of an earlier "
-        "stage, or a "
-        "path (with a slash)",
+        "stage, or a path (with a slash)",
     )
     data: DataSpec = Field(description="what the stage trains on")
     max_length: int = Field(2048, ge=2, description="longest prompt + response, in tokens")
@@ -171,8 +168,8 @@ class StageBase(Spec):
         1,
         ge=1,
         le=100,
-        description="run the stage so many times, as name-1, name-2, ...; each starts from the one "
-        "before",
+        description="run the stage so many times, as name-1, name-2, ...; each starts from the "
+        "one before",
     )
 
     @classmethod
@@ -197,9 +194,8 @@ class PreferenceStage(StageBase):
 
     reference: Text = Field(
         "init",
-        description="the reference policy: `init` (the weights the stage starts from), `previous`, "
-        "`model`, "
-        "the name of an earlier stage, or a path (with a slash)",
+        description="the reference policy: `init` (the weights the stage starts from), "
+        "`previous`, `model`, the name of an earlier stage, or a path (with a slash)",
     )
     beta: float = Field(
         gt=0, description="β, the strength of the tie to the reference, for example 0.01"
@@ -209,9 +205,8 @@ class PreferenceStage(StageBase):
     )
     sft_reduction: Literal["sum", "token_mean", "sequence_mean"] = Field(
         "sum",
-        description="`sum` over a response's tokens then mean over examples, `token_mean` over all "
-        "tokens of "
-        "the batch, or `sequence_mean`",
+        description="`sum` over a response's tokens then mean over examples, `token_mean` over "
+        "all tokens of the batch, or `sequence_mean`",
     )
     average_logps: bool = Field(
         False, description="use the mean log-probability of a response's tokens in place of the sum"
@@ -257,8 +252,7 @@ class Recipe(Spec):
     defaults: dict[str, Any] = Field(
         {},
         description="stage fields that hold for every stage that has them and does not give its "
-        "own; a field "
-        "is taken whole, never merged",
+        "own; a field is taken whole, never merged",
     )
     eval: EvalSpec | None = Field(None, description="what is measured after every stage")
     stages: list[Annotated[Stage, Field(discriminator="kind")]] = Field(

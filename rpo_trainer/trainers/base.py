@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from rpo_trainer.batch import Layout
@@ -57,9 +59,13 @@ class PackedTrainer(Trainer):
     """Base of the trainers; a subclass says what the losses are and what its rows look like."""
 
     config_class: type[StepConfig] = StepConfig
-    row_kind = "sft"
+    row_kind: Literal["sft", "pair"] = "sft"
     needs_rewards = False
     args: StepConfig
+    # transformers types these as unions with None and with data sets we never hold.
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -87,19 +93,24 @@ class PackedTrainer(Trainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
         if peft_config is not None:
+            # The adapter's random start is part of the run: a resumed one needs the same again.
+            set_seed(args.seed)
             model = _with_adapter(model, peft_config)
         processing_class = processing_class or _tokenizer_of(model)
         self.audits: dict[str, Any] = {}
         train = self._examples(train_dataset, processing_class, args, "train")
         evaluation = (
-            {name: self._examples(d, processing_class, args, name) for name, d in eval_dataset.items()}
+            {
+                name: self._examples(d, processing_class, args, f"eval_{name}")
+                for name, d in eval_dataset.items()
+            }
             if isinstance(eval_dataset, dict)
             else self._examples(eval_dataset, processing_class, args, "eval")
         )
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda examples: examples,  # replaced below: it depends on the probe
+            data_collator=PackingCollator("padded", 0),  # replaced below: it depends on the probe
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
@@ -117,6 +128,7 @@ class PackedTrainer(Trainer):
         self._train_metrics = MetricSums()
         self._eval_metrics = MetricSums()
         self._step_losses: list[tuple[Tensor, list[str]]] = []
+        self._grad_norm: Tensor | float = 0.0
         self._staging: Path | None = None
         self.add_callback(_BeforeUpdate(self))
 
@@ -132,7 +144,9 @@ class PackedTrainer(Trainer):
 
     # --- data ---
 
-    def _examples(self, dataset: Any, tokenizer: Any, args: StepConfig, name: str) -> Examples | None:
+    def _examples(
+        self, dataset: Any, tokenizer: Any, args: StepConfig, name: str
+    ) -> Examples | None:
         if dataset is None or isinstance(dataset, Examples):
             return dataset
         from rpo_trainer.data import Audit, prepare_dataset
@@ -142,8 +156,8 @@ class PackedTrainer(Trainer):
             dataset,
             tokenizer,
             kind=self.row_kind,
-            max_length=args.max_length,
-            truncation=args.truncation,
+            max_length=sys.maxsize if args.max_length is None else args.max_length,
+            truncation=args.truncation,  # type: ignore[arg-type]
             require_rewards=self.needs_rewards,
             audit=audit,
         )
@@ -160,7 +174,7 @@ class PackedTrainer(Trainer):
         args = self.args
         return _EpochLoader(
             examples,
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             collate_fn=PackingCollator(self.layout, self.pad_token_id, examples),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -228,7 +242,7 @@ class PackedTrainer(Trainer):
         """Moves tensors, and leaves their dtype: rewards and log-probs stay float32 under DeepSpeed."""
         return _to(inputs, self.args.device)  # type: ignore[no-any-return]
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -257,7 +271,17 @@ class PackedTrainer(Trainer):
         if training:
             self._step_losses.append((loss.detach(), inputs["ids"]))
             loss = loss * self.args.world_size  # the engines average gradients over ranks
-        return (loss, {"logps": sums.detach()}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        gaps = {
+            short: result.metrics[name]
+            for name, short in (
+                ("rewards/margins", "implicit_gap"),
+                ("rewards/target_gap", "target_gap"),
+            )
+            if name in result.metrics
+        }
+        return loss, {"logps": sums.detach(), "gaps": gaps}
 
     def prediction_step(
         self,
@@ -277,11 +301,12 @@ class PackedTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._eval_metrics.drain(self._reduce)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        output.metrics[f"{prefix}_loss"] = sum(
+        metrics: dict[str, float] = output.metrics or {}
+        metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        metrics[f"{prefix}_loss"] = sum(
             coefficient * means[name] for name, coefficient in self._coefficients.items()
         )
-        return output
+        return output._replace(metrics=metrics)
 
     def _reduce(self, sums: Tensor) -> Tensor:
         if self.args.world_size == 1:
@@ -296,19 +321,34 @@ class PackedTrainer(Trainer):
 
     # --- guards ---
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        return self._grad_norm
+
     def _check_finite(self) -> None:
-        """One host sync per optimizer step: is every loss of it finite?"""
+        """Before each optimizer step: is every loss of it finite, and the gradient?"""
         losses, self._step_losses = self._step_losses, []
         if not losses:
             return
         finite = torch.stack([loss for loss, _ in losses]).isfinite()
         bad = (~finite).sum().double()
-        if self._reduce(bad).item() == 0:
+        # A loss scaler (float16) meets infinite gradients by design, and skips the step itself.
+        grad_finite = self.accelerator.scaler is not None or math.isfinite(float(self._grad_norm))
+        loss_finite = self._reduce(bad).item() == 0
+        if loss_finite and grad_finite:
             return
-        rows = [row for ok, (_, ids) in zip(finite.tolist(), losses, strict=True) if not ok for row in ids]
+        rows = [
+            row
+            for ok, (_, ids) in zip(finite.tolist(), losses, strict=True)
+            if loss_finite or not ok
+            for row in ids
+        ]
         raise NonFiniteError(
-            f"the loss is not finite at step {self.state.global_step + 1}",
-            where=f"rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}" if rows else "another rank",
+            f"the {'gradient' if loss_finite else 'loss'} is not finite at step "
+            f"{self.state.global_step + 1}",
+            where=f"rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}"
+            if rows
+            else "another rank",
             why="the optimizer has not moved; the last checkpoint is good",
             fix="look at these rows; lower learning_rate or beta, or use bfloat16 in place of float16",
         )
@@ -342,17 +382,20 @@ class PackedTrainer(Trainer):
             checkpoint.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def train(
+    def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint."""
         if resume_from_checkpoint is True:
-            found = checkpoint.last_complete(Path(self.args.output_dir))
+            found = checkpoint.last_complete(Path(str(self.args.output_dir)))
             if found is None:
-                raise RunError("there is no complete checkpoint to resume from", where=self.args.output_dir)
+                raise RunError(
+                    "there is no complete checkpoint to resume from", where=self.args.output_dir
+                )
             resume_from_checkpoint = str(found)
         elif resume_from_checkpoint:
             checkpoint.require_complete(Path(resume_from_checkpoint))
+        self._train_metrics, self._step_losses = MetricSums(), []
         self.before_training(resume_from_checkpoint or None)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -395,7 +438,7 @@ def _with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
             "peft_config was given for a model that has an adapter already",
             fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
         )
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type,no-any-return]
+    return get_peft_model(model, peft_config)
 
 
 def _tokenizer_of(model: nn.Module) -> Any:

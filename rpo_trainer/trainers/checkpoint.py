@@ -50,17 +50,20 @@ def damage(folder: Path) -> str | None:
     if not manifest.is_file():
         return f"no {MANIFEST}: it was not written to its end"
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, OSError) as error:
+        files = [
+            (str(name), int(entry["size"]), str(entry["xxh3_128"]))
+            for name, entry in json.loads(manifest.read_text())["files"].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
+    for name, expected_size, expected_digest in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes, {expected['size']} were written"
-        if file_digest(path) != expected["xxh3_128"]:
+        if size != expected_size:
+            return f"{name} has {size} bytes, {expected_size} were written"
+        if file_digest(path) != expected_digest:
             return f"the content of {name} has changed"
     return None
 
@@ -102,10 +105,13 @@ def require_complete(folder: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`, never the one at `keep`."""
+    """Removes the oldest checkpoints beyond `limit`, never the newest nor the one at `keep`."""
     if not limit or limit < 1:
         return
-    kept = Path(keep).name if keep else None
-    for path in checkpoints(output_dir)[limit:]:
-        if path.name != kept:
-            shutil.rmtree(path, ignore_errors=True)
+    found = checkpoints(output_dir)
+    kept = {path.name for path in found[:1]}
+    if keep and (output_dir / Path(keep).name) in found:
+        kept.add(Path(keep).name)
+    others = [path for path in found if path.name not in kept]
+    for path in others[max(0, limit - len(kept)) :]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -10,8 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.losses import REWARD_LOSSES
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
+from rpo_trainer.losses import REWARD_LOSSES
 
 
 def _help(text: str, default: Any) -> Any:
@@ -23,7 +23,9 @@ class StepConfig(TrainingArguments):
     """Fields that all our trainers share."""
 
     max_length: int | None = _help("Longest prompt + response, in tokens; None: no limit.", 1024)
-    truncation: str = _help("What becomes of longer rows: `drop` or `cut` (responses lose their end).", "drop")
+    truncation: str = _help(
+        "What becomes of longer rows: `drop` or `cut` (responses lose their end).", "drop"
+    )
     global_batch_size: int | None = _help(
         "Examples of one optimizer step over all ranks; accumulation follows from it. None: "
         "per_device_train_batch_size × gradient_accumulation_steps × ranks.",
@@ -41,7 +43,7 @@ class StepConfig(TrainingArguments):
     logging_steps: float = _help("Log every so many optimizer steps.", 10)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         problems = list(self._problems())
         if problems:
             raise RecipeError("; ".join(problems), where=type(self).__name__)
@@ -78,7 +80,7 @@ class StepConfig(TrainingArguments):
                 why="every micro-batch of every rank holds the same number of examples",
                 fix=f"take {' or '.join(map(str, nearest))}, or another micro-batch size",
             )
-        return batch // micro
+        return int(batch // micro)
 
 
 @dataclass
@@ -110,7 +112,7 @@ class PreferenceConfig(StepConfig):
         "Where reference log-probs are kept; None: `reference-cache` in output_dir.", None
     )
     reference_batch_tokens: int = _help("Tokens of one forward of the reference pass.", 8192)
-    rpo_alpha: None = _help("Refused: see the message.", None)
+    rpo_alpha: Any = _help("Refused: see the message.", None)
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -161,7 +163,9 @@ class RPOConfig(PreferenceConfig):
 
     _losses: ClassVar[frozenset[str]] = REWARD_LOSSES
 
-    loss_type: str = _help("rpo_bwd_kl (the report's), rpo_fwd_kl, rpo_sq or rpo_sqloo.", "rpo_bwd_kl")
+    loss_type: str = _help(
+        "rpo_bwd_kl (the report's), rpo_fwd_kl, rpo_sq or rpo_sqloo.", "rpo_bwd_kl"
+    )
     reward_scale: float = _help("η: scale of the given rewards.", 1.0)
 
     def _problems(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class PreferenceTrainer(PackedTrainer):
     """
 
     config_class: type[PreferenceConfig] = PreferenceConfig
-    row_kind = "pair"
+    row_kind: Literal["sft", "pair"] = "pair"
     args: PreferenceConfig
 
     def __init__(
@@ -69,13 +69,16 @@ class PreferenceTrainer(PackedTrainer):
         for name, examples in self._data_sets().items():
             self._check_rows(name, examples)
         self._reference_key: str | None = None
+        self._reference_is_policy = False
         self._step_zero: StepZero | None = None
 
     # --- data ---
 
     def _data_sets(self) -> dict[str, Examples]:
         evaluation = self.eval_dataset
-        if not isinstance(evaluation, dict):
+        if isinstance(evaluation, dict):
+            evaluation = {f"eval_{name}": examples for name, examples in evaluation.items()}
+        else:
             evaluation = {"eval": evaluation}
         sets = {"train": self.train_dataset, **evaluation}
         return {name: examples for name, examples in sets.items() if examples is not None}
@@ -104,14 +107,15 @@ class PreferenceTrainer(PackedTrainer):
     def before_training(self, resume_from_checkpoint: str | None) -> None:
         """Reference log-probs of all data, while the policy still is what it starts from."""
         if self._reference_key is None:
-            same = self._prepare_reference()
-            if same and self.args.step0_check and resume_from_checkpoint is None:
-                self._step_zero = StepZero(self)
+            self._prepare_reference()
+        at_start = resume_from_checkpoint is None and self.state.global_step == 0
+        if at_start and self._reference_is_policy and self.args.step0_check:
+            self._step_zero = StepZero(self)
         if resume_from_checkpoint is not None:
             self._check_same_reference(Path(resume_from_checkpoint))
 
-    def _prepare_reference(self) -> bool:
-        """Fills in `reference_logps`; True if the reference is the policy itself."""
+    def _prepare_reference(self) -> None:
+        """Fills in `reference_logps`, and whether the reference is the policy itself."""
         model = self.model
         arithmetic = str(self.args.mixed_precision_dtype())
         policy_key = reference.model_key(self.model, arithmetic=arithmetic)
@@ -122,7 +126,9 @@ class PreferenceTrainer(PackedTrainer):
             disable_dropout(model)
             key = reference.model_key(model, arithmetic=arithmetic)
             self._check_vocabulary(model)
-        folder = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference-cache")
+        folder = Path(
+            self.args.reference_cache_dir or Path(str(self.args.output_dir)) / "reference-cache"
+        )
         cache = reference.ReferenceCache(folder / key)
         for examples in self._data_sets().values():
             examples.extra["reference_logps"] = self._reference_of(model, examples, cache)
@@ -131,7 +137,7 @@ class PreferenceTrainer(PackedTrainer):
             self.ref_model.to("cpu")
             if key != policy_key:
                 logger.info("the reference is not the policy's start: no step-0 check")
-        return key == policy_key
+        self._reference_is_policy = key == policy_key
 
     def _reference_of(
         self, model: nn.Module, examples: Examples, cache: reference.ReferenceCache
@@ -182,7 +188,9 @@ class PreferenceTrainer(PackedTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            (Path(output_dir) / _REFERENCE_FILE).write_text(json.dumps({"key": self._reference_key}))
+            (Path(output_dir) / _REFERENCE_FILE).write_text(
+                json.dumps({"key": self._reference_key})
+            )
 
     def _eval_examples(self, eval_dataset: Any) -> Examples:
         examples = super()._eval_examples(eval_dataset)
@@ -282,7 +290,9 @@ def _metrics(
         "logps/chosen_falling": (chosen_delta < 0).to(sums.dtype),
     }
     if results[0].target_gap is not None:
-        target = torch.cat([result.target_gap for result in results if result.target_gap is not None])
+        target = torch.cat(
+            [result.target_gap for result in results if result.target_gap is not None]
+        )
         metrics["rewards/target_gap"] = target
         metrics["rewards/gap_error"] = (gap - target).abs()
     return metrics

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from rpo_trainer.errors import DataError
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
-from rpo_trainer.trainers.config import SFTConfig
+from rpo_trainer.trainers.config import SFTConfig, StepConfig
+from rpo_trainer.trainers.examples import Examples
 
 
 class SFTTrainer(PackedTrainer):
@@ -28,7 +30,19 @@ class SFTTrainer(PackedTrainer):
     """
 
     config_class = SFTConfig
-    row_kind = "sft"
+    row_kind: Literal["sft", "pair"] = "sft"
+
+    def _examples(
+        self, dataset: Any, tokenizer: Any, args: StepConfig, name: str
+    ) -> Examples | None:
+        examples = super()._examples(dataset, tokenizer, args, name)
+        if examples is not None and (wrong := int((examples.response_counts() != 1).sum())):
+            raise DataError(
+                f"{wrong} rows of the {name} data have more or less than one response",
+                why="supervised fine-tuning takes one response a row",
+                fix="give rows with messages, or with prompt and response",
+            )
+        return examples
 
     def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
         """The negative log-likelihood of each example, per trained token of the global batch."""

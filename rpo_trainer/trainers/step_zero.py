@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Dropout that modules apply by a number of their own rather than by an nn.Dropout.
-_DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "attn_dropout", "hidden_dropout", "dropout_p")
+_DROPOUT_ATTRIBUTES = (
+    "dropout",
+    "attention_dropout",
+    "attn_dropout",
+    "hidden_dropout",
+    "dropout_p",
+)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -99,7 +105,9 @@ class StepZero:
         dtype = trainer.args.mixed_precision_dtype() or next(trainer.model.parameters()).dtype
         tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-4
         if values["nats_per_token"] <= tolerance:
-            logger.info("step-0 check: loss %.6f, expected %.6f", values["loss"], values["expected"])
+            logger.info(
+                "step-0 check: loss %.6f, expected %.6f", values["loss"], values["expected"]
+            )
             return values
         what, fix = self._diagnose(tolerance)
         raise StepZeroError(

@@ -77,8 +77,8 @@ def test_what_was_put_in_is_in_the_page(make_run: Make, make_stage: Make) -> Non
     other = [make_stage("dpo", "dpo", data={"fingerprint": "f" * 32, "audit": audit})]
     (run_dir / "chain.json").write_text(json.dumps({"stages": other}), encoding="utf-8")
     words = page_of(run_dir).words()
-    assert "dpo chosen and rejected have the same reward 317 a.jsonl:12" in words
-    assert "prompt seen before 23 a.jsonl:7" in words
+    assert "dpo chosen and rejected have the same reward such as a.jsonl:12 317" in words
+    assert "prompt seen before such as a.jsonl:7 23" in words
 
 
 def test_the_verdict_comes_first(make_run: Make, make_preference_rows: Make) -> None:

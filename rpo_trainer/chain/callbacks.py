@@ -1,0 +1,124 @@
+"""What a stage tells while it trains: metrics.jsonl, a bar or plain lines, and how it is stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from rpo_trainer.errors import StoppedBySignal
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/target_gap": "target",
+    "rewards/accuracies": "acc",
+    "logps/chosen_delta": "Δchosen",
+}
+
+
+class MetricsLog(TrainerCallback):
+    """Every log line of a stage as one JSON line."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path = path
+        self.stage = stage
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")
+
+
+class StageProgress(TrainerCallback):
+    """One bar for the stage, its place in the chain in front; plain lines where there is no terminal."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.label, unit="step"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        shown = {short: logs[name] for name, short in _SHOWN.items() if name in logs}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif shown:
+            logger.info("%s step %d/%d  %s", self.label, state.global_step, state.max_steps, text)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM or SIGINT: the step in hand is finished, a checkpoint written, the run ends with code 75.
+
+    A second signal ends it at once. Outside of training there is nothing to save, and the first does.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.training = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handles the signals while it is entered."""
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None or not self.training:
+            raise StoppedBySignal(
+                f"stopped by {signal.Signals(number).name}",
+                fix="run the same command again: it goes on from the last checkpoint",
+            )
+        self.received = signal.Signals(number)
+        logger.warning(
+            "%s: finishing the step and saving (once more to stop at once)", self.received.name
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = False
+
+    def raise_if_stopped(self) -> None:
+        """After training: StoppedBySignal if a signal ended it."""
+        if self.received is not None:
+            raise StoppedBySignal(
+                f"stopped by {self.received.name} behind a complete checkpoint",
+                fix="run the same command again: it goes on from there",
+            )

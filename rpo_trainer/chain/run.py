@@ -1,0 +1,352 @@
+"""The stages of a recipe as a resumable state machine."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_trainer.chain.callbacks import MetricsLog, StageProgress, StopOnSignal
+from rpo_trainer.chain.data import (
+    StageData,
+    build_evaluation,
+    build_rows,
+    evaluation_prompts,
+    source_digests,
+    tokenize_stage,
+)
+from rpo_trainer.chain.stage import (
+    make_trainer,
+    output_fingerprint,
+    train_stage,
+    training_config,
+    write_gaps,
+    write_output,
+)
+from rpo_trainer.chain.state import (
+    METRICS_FILE,
+    ChainState,
+    forget_metrics,
+    locked,
+    open_run_dir,
+)
+from rpo_trainer.data import Audit
+from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.loading import load_model, load_tokenizer, load_weights
+from rpo_trainer.recipe import (
+    LoadedRecipe,
+    PreferenceStage,
+    Stage,
+    dump_resolved,
+    expand_stages,
+    resolve_path,
+)
+from rpo_trainer.trainers.checkpoint import damage
+from rpo_trainer.trainers.preference import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
+
+_VERSIONS = ("rpo-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")
+
+
+def default_run_dir(loaded: LoadedRecipe) -> Path:
+    """`run_dir` of the recipe, else `runs/` and the recipe's folder or file name."""
+    if loaded.recipe.run_dir is not None:
+        return Path(loaded.recipe.run_dir).expanduser()
+    name = loaded.path.stem if loaded.path.stem != "chain" else loaded.base_dir.name
+    return Path("runs") / name
+
+
+def run_chain(
+    loaded: LoadedRecipe, run_dir: Path | None = None, *, only: Collection[str] | None = None
+) -> Path:
+    """Runs the stages that are not finished; run again, it goes on where it stopped.
+
+    Args:
+        loaded: a recipe of `load_recipe`.
+        run_dir: where to; None: `default_run_dir`.
+        only: names of the stages to run, the others are left as they are; None: all.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        RunError, RecipeError, DataError, ModelError: what is wrong, before or at the stage concerned.
+        StoppedBySignal: behind a complete checkpoint.
+    """
+    run_dir = default_run_dir(loaded) if run_dir is None else run_dir
+    open_run_dir(run_dir)
+    with locked(run_dir):
+        return _Chain(loaded, run_dir).run(only)
+
+
+class _Chain:
+    def __init__(self, loaded: LoadedRecipe, run_dir: Path) -> None:
+        self.recipe = loaded.recipe
+        self.base_dir = loaded.base_dir
+        self.run_dir = run_dir
+        self.stages = expand_stages(loaded.recipe)
+        self.state = ChainState(run_dir)
+        self.state.adopt(
+            [stage.model_dump(mode="json") for stage in self.stages],
+            loaded.recipe.model.model_dump(mode="json"),
+            loaded.recipe.seed,
+        )
+        self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
+        self.stop = StopOnSignal()
+
+    def run(self, only: Collection[str] | None) -> Path:
+        self._check_finished()
+        self.state.save()
+        _write_recipe(self.run_dir / "recipe.yaml", dump_resolved(self.recipe))
+        with self.stop.installed():
+            for stage in self.stages:
+                record = self._record(stage.name)
+                if record["state"] != "done" and (only is None or stage.name in only):
+                    self._run_stage(stage, record)
+        return self.run_dir
+
+    def _record(self, name: str) -> dict[str, Any]:
+        record = self.state.stage(name)
+        assert record is not None  # adopted
+        return record
+
+    def _check_finished(self) -> None:
+        """Finished stages must still be what they were, their data files too."""
+        for stage in self.stages:
+            record = self._record(stage.name)
+            if record["state"] == "pending":
+                continue
+            changed = {
+                name: digest
+                for name, digest in source_digests(stage.data.train, self.base_dir).items()
+                if record.get("sources", {}).get(name, digest) != digest
+            }
+            if changed:
+                raise RunError(
+                    f"the data has changed since stage {stage.name} began: {', '.join(changed)}",
+                    where=str(self.run_dir),
+                    why="a run goes on only with the data it began with",
+                    fix="restore the files, or start in a new directory (--run-dir)",
+                )
+            fault = damage(self._final(stage.name)) if record["state"] == "done" else None
+            if fault is not None:
+                raise RunError(
+                    f"the output of the finished stage {stage.name} is damaged: {fault}",
+                    where=str(self._final(stage.name)),
+                    why="later stages start from it",
+                    fix=f"restore it, or remove {self.run_dir / stage.name} and start in a new directory",
+                )
+
+    def _final(self, name: str) -> Path:
+        return self.run_dir / name / "final"
+
+    # --- models ---
+
+    def _model(self, source: str, stage: Stage) -> PreTrainedModel:
+        """`model`, the output of a finished stage, or a local directory."""
+        if source == "model":
+            return load_model(
+                self.recipe.model,
+                self.base_dir,
+                seed=self.recipe.seed,
+                vocabulary=len(self.tokenizer),
+            )
+        if self.state.stage(source) is not None:
+            if self._record(source)["state"] != "done":
+                raise RunError(
+                    f"stage {stage.name} starts from {source}, which is not finished",
+                    where=str(self.run_dir),
+                    fix=f"run the whole chain, or set stages.{stage.name}.init to model or a path",
+                )
+            return load_weights(self._final(source))
+        return load_weights(resolve_path(self.base_dir, source))
+
+    def _policy(self, stage: Stage) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model: Any = self._model(stage.init, stage)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), self.tokenizer
+
+    # --- one stage ---
+
+    def _run_stage(self, stage: Stage, record: dict[str, Any]) -> None:
+        began = time.monotonic()
+        folder = self.run_dir / stage.name
+        folder.mkdir(exist_ok=True)
+        seed = self.recipe.seed if stage.seed is None else stage.seed
+        if damage(self._final(stage.name)) is not None or "steps" not in record:
+            self._train(stage, record, folder, seed)
+        self._evaluate(stage, record, folder, seed)
+        record["state"] = "done"
+        record["finished"] = _now()
+        record["seconds"] = record.get("seconds", 0.0) + time.monotonic() - began
+        record["output"] = {"fingerprint": output_fingerprint(self._final(stage.name))}
+        self.state.save()
+        logger.info("%s finished", self._label(stage))
+
+    def _label(self, stage: Stage) -> str:
+        return f"[{self.stages.index(stage) + 1}/{len(self.stages)} {stage.name}]"
+
+    def _train(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> None:
+        label = self._label(stage)
+        logger.info("%s preparing data", label)
+        data = self._data(stage, record, folder, seed)
+        config = training_config(
+            stage, self.recipe.model, seed=seed, folder=folder, run_dir=self.run_dir
+        )
+        reference = None
+        if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
+            reference = self._model(stage.reference, stage)
+        trainer = make_trainer(
+            stage,
+            config,
+            self._model(stage.init, stage),
+            reference,
+            self.tokenizer,
+            data,
+            [
+                MetricsLog(self.run_dir / METRICS_FILE, stage.name),
+                StageProgress(label),
+                self.stop,
+            ],
+        )
+        logger.info("%s training on %d examples", label, len(data.train))
+
+        def begin(step: int) -> None:
+            forget_metrics(self.run_dir / METRICS_FILE, stage.name, step)
+
+        results = train_stage(trainer, folder, begin)
+        self.stop.raise_if_stopped()
+        write_output(trainer, folder)
+        if isinstance(trainer, PreferenceTrainer):
+            write_gaps(trainer, folder / "gaps.jsonl")
+        record.update({k: v for k, v in results.items() if not k.startswith("eval_")})
+        before, after = results.get("eval_before"), results.get("eval_after")
+        if before:
+            record["eval_before"] = before
+        if after:
+            record["eval_after"] = after
+        self.state.save()
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _data(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> StageData:
+        audit = Audit()
+        rows = build_rows(
+            stage,
+            self.base_dir,
+            seed=seed,
+            audit=audit,
+            earlier=self._earlier_rows,
+            policy=lambda: self._policy(stage),
+            cache=folder / "generated.jsonl",
+        )
+        train = tokenize_stage(stage, rows, self.tokenizer, audit)
+        held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed)
+        if held_out is not None:
+            audit.check_overlap(rows, held_out[1])
+        for line in audit.summary_lines():
+            logger.info("%s data: %s", self._label(stage), line)
+        data = StageData(train, held_out[0] if held_out else None, audit, rows)
+        fingerprint = data.fingerprint()
+        known = record.get("data", {}).get("fingerprint", fingerprint)
+        if known != fingerprint:
+            raise RunError(
+                f"the examples of stage {stage.name} are not those it began with",
+                where=str(self.run_dir),
+                why="a data source, the tokenizer or its template has changed",
+                fix="undo the change, or start in a new directory (--run-dir)",
+            )
+        record.update(
+            state="running",
+            started=record.get("started") or _now(),
+            examples=len(train),
+            sources=source_digests(stage.data.train, self.base_dir),
+            data={"fingerprint": fingerprint, "audit": audit.as_dict()},
+        )
+        self.state.save()
+        return data
+
+    def _earlier_rows(self, name: str) -> list[dict[str, Any]]:
+        stage = next(stage for stage in self.stages if stage.name == name)
+        seed = self.recipe.seed if stage.seed is None else stage.seed
+        return build_rows(
+            stage, self.base_dir, seed=seed, audit=Audit(), earlier=self._earlier_rows
+        )
+
+    def _evaluate(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> None:
+        """Held-out NLL or preferences, and sampled responses under the verifier."""
+        scores: dict[str, Any] = {}
+        if "eval_after" in record:
+            scores["nll"] = record["eval_after"].get("eval_loss/sft")
+            scores["nll_before"] = record.get("eval_before", {}).get("eval_loss/sft")
+        spec = stage.eval or self.recipe.eval
+        if spec is not None and spec.generate is not None and spec.score is not None:
+            from rpo_trainer.evaluate import evaluate_policy
+
+            logger.info("%s sampling held-out responses", self._label(stage))
+            model: Any = load_weights(self._final(stage.name))
+            result = evaluate_policy(
+                model.to("cuda" if torch.cuda.is_available() else "cpu"),
+                self.tokenizer,
+                evaluation_prompts(spec, self.base_dir, seed=self.recipe.seed),
+                generate=spec.generate,
+                verifier=spec.score.verifier,
+                greedy=spec.greedy,
+                seed=self.recipe.seed,
+            ).as_dict()
+            samples = result.pop("samples")
+            (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+            scores |= result
+        record["eval"] = scores
+
+
+def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
+    """The stage that `rpo-trainer sft | dpo | rpo` means.
+
+    Raises:
+        RecipeError: there is none, or several and no name.
+    """
+    stages = [stage for stage in expand_stages(loaded.recipe) if stage.kind == kind]
+    names = [stage.name for stage in stages]
+    if name is not None and name not in names:
+        raise RecipeError(
+            f"there is no {kind} stage {name!r}",
+            where=str(loaded.path),
+            fix=f"one of: {', '.join(names)}",
+        )
+    if not names:
+        raise RecipeError(f"the recipe has no {kind} stage", where=str(loaded.path))
+    if name is None and len(names) > 1:
+        raise RecipeError(
+            f"the recipe has {len(names)} {kind} stages",
+            where=str(loaded.path),
+            fix=f"choose with --stage: {', '.join(names)}",
+        )
+    return name or names[0]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _write_recipe(path: Path, text: str) -> None:
+    versions = []
+    for name in _VERSIONS:
+        try:
+            versions.append(f"# {name} {importlib.metadata.version(name)}\n")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    staged = path.with_name(f".{path.name}")
+    staged.write_text("".join(versions) + text)
+    os.replace(staged, path)

@@ -1,0 +1,227 @@
+"""One stage: its trainer from its recipe, training, the output, and what is measured afterwards."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from rpo_trainer.chain.data import StageData
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe import (
+    DPOStage,
+    ModelSpec,
+    PreferenceStage,
+    RPOStage,
+    Stage,
+    fill_from_environment,
+)
+from rpo_trainer.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    RPOConfig,
+    RPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.checkpoint import MANIFEST, last_complete, write_manifest
+
+logger = logging.getLogger(__name__)
+
+_GAPS_SHOWN = 512  # examples of the scatter in the report
+
+# Stage fields that bear the same name in our configs.
+_SAME = (
+    "max_length", "truncation", "global_batch_size", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
+    "gradient_checkpointing", "logging_steps", "save_total_limit", "report_to",
+    "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
+    "disable_dropout", "label_smoothing", "reward_scale",
+)  # fmt: skip
+
+
+def training_config(
+    stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
+) -> SFTConfig | DPOConfig | RPOConfig:
+    """The trainer's config of a stage.
+
+    Raises:
+        RecipeError: a field of `training_args` that transformers does not know or take.
+    """
+    settings: dict[str, Any] = {
+        name: getattr(stage, name) for name in _SAME if hasattr(stage, name)
+    }
+    settings |= {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": stage.micro_batch_size,
+        "per_device_eval_batch_size": stage.micro_batch_size,
+        "num_train_epochs": stage.num_train_epochs or 1.0,
+        "max_steps": stage.max_steps or -1,
+        "save_strategy": "steps" if stage.save_steps else "no",
+        "save_steps": stage.save_steps or 500,
+        "seed": seed,
+        "bf16": model.dtype == "bfloat16",
+        "fp16": model.dtype == "float16",
+        "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        "disable_tqdm": True,
+        "log_level": "warning",
+    }
+    if stage.data.eval and stage.eval_steps:
+        settings |= {"eval_strategy": "steps", "eval_steps": stage.eval_steps}
+    if isinstance(stage, PreferenceStage):
+        settings["reference_cache_dir"] = str(run_dir / "reference-cache")
+    where = f"stages.{stage.name}.training_args"
+    settings |= fill_from_environment(stage.training_args, where=where)
+    config = _config_class(stage)
+    unknown = sorted(set(settings) - set(inspect.signature(config).parameters))
+    if unknown:
+        raise RecipeError(
+            f"transformers has no training argument {', '.join(unknown)}",
+            where=where,
+            fix="see transformers.TrainingArguments for the names",
+        )
+    try:
+        return config(**settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error), where=f"stages.{stage.name}") from error
+
+
+def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig]:
+    if isinstance(stage, DPOStage):
+        return DPOConfig
+    return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
+
+
+def make_trainer(
+    stage: Stage,
+    config: SFTConfig | DPOConfig | RPOConfig,
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: StageData,
+    callbacks: list[TrainerCallback],
+) -> PackedTrainer:
+    """The trainer of a stage, told nothing that the stage does not say."""
+    common: dict[str, Any] = {
+        "model": model,
+        "args": config,
+        "train_dataset": data.train,
+        "eval_dataset": data.evaluation,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
+    if stage.peft is not None:
+        from peft import LoraConfig
+
+        try:
+            common["peft_config"] = LoraConfig(**{"task_type": "CAUSAL_LM", **stage.peft})
+        except (TypeError, ValueError) as error:
+            raise RecipeError(str(error), where=f"stages.{stage.name}.peft") from error
+    trainer: PackedTrainer
+    if isinstance(stage, DPOStage):
+        trainer = DPOTrainer(ref_model=reference, **common)
+    elif isinstance(stage, RPOStage):
+        trainer = RPOTrainer(ref_model=reference, **common)
+    else:
+        trainer = SFTTrainer(**common)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train_stage(
+    trainer: PackedTrainer, folder: Path, begin: Callable[[int], None]
+) -> dict[str, Any]:
+    """Trains, or goes on from the last complete checkpoint; returns what the record of the stage says.
+
+    Args:
+        begin: called with the step that training starts from, before it does.
+    """
+    checkpoint = last_complete(folder)
+    begin(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    record: dict[str, Any] = {}
+    held_out = trainer.eval_dataset is not None
+    if held_out and checkpoint is None:
+        record["eval_before"] = _finite(trainer.evaluate())
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    record["steps"] = trainer.state.global_step
+    step_zero = getattr(trainer, "step_zero", None)
+    if step_zero is not None:
+        record["step0"] = {**step_zero, "ok": True}
+    if held_out:
+        record["eval_after"] = _finite(trainer.evaluate())
+    record["peak_memory_bytes"] = peak_memory()
+    return record
+
+
+def _finite(metrics: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def peak_memory() -> int:
+    """Most bytes held so far: on the GPU where there is one, else by the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def write_output(trainer: PackedTrainer, folder: Path) -> None:
+    """`final/`: model and tokenizer, complete or absent; an adapter is merged, and kept beside it."""
+    final, staged = folder / "final", folder / ".final"
+    shutil.rmtree(staged, ignore_errors=True)
+    model: Any = trainer.model
+    if stage_adapter := hasattr(model, "merge_and_unload"):
+        model.save_pretrained(folder / "adapter")
+        model = model.merge_and_unload()
+    if stage_adapter or trainer.args.world_size == 1:
+        model.save_pretrained(staged)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(staged)
+    else:
+        trainer.save_model(str(staged))
+    if trainer.args.should_save:
+        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle
+        write_manifest(staged)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staged, final)
+
+
+def output_fingerprint(final: Path) -> str:
+    """Short content key of a stage's output: the hashes of its weights."""
+    files = json.loads((final / MANIFEST).read_text())["files"]
+    weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
+    return "+".join(digest[:16] for digest in weights)
+
+
+def write_gaps(trainer: PackedTrainer, path: Path) -> None:
+    """Implicit and target gap of some training examples after the stage, one JSON line each."""
+    examples = trainer.train_dataset
+    rows = [examples[i] for i in range(min(len(examples), _GAPS_SHOWN))]
+    size = trainer.args.per_device_train_batch_size
+    lines: list[str] = []
+    trainer.model.eval()
+    for start in range(0, len(rows), size):
+        batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
+        with torch.no_grad(), trainer.accelerator.autocast():
+            _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        for number, i in enumerate(batch["example_order"]):
+            gaps = {name: float(values[number]) for name, values in outputs["gaps"].items()}
+            lines.append(json.dumps({"id": batch["ids"][i], **gaps}) + "\n")
+    trainer._eval_metrics.drain()
+    path.write_text("".join(lines))

@@ -1,0 +1,157 @@
+"""The command line: arguments only, no logic. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rpo_trainer import __version__
+from rpo_trainer.errors import RPOTrainerError
+
+_OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+_recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+_overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+_run_dir_option = click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Where the run is written."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rpo-trainer")
+@click.option("-v", "--verbose", is_flag=True, help="Show every message.")
+def cli(verbose: bool) -> None:
+    """Preference fine-tuning: two-stage SFT, DPO with an SFT term, RPO, and the chain of them."""
+    _show_messages(verbose)
+
+
+@cli.command(context_settings=_OVERRIDES)
+@_recipe_argument
+@_overrides_argument
+@_run_dir_option
+@click.option("--no-report", is_flag=True, help="Write no report.html at the end.")
+def run(recipe: Path, overrides: Sequence[str], run_dir: Path | None, no_report: bool) -> None:
+    """Run the chain of RECIPE; run again, it goes on where it stopped.
+
+    OVERRIDES change the recipe: stages.dpo.beta=0.005, or --stages.dpo.beta 0.005.
+    """
+    _run(recipe, overrides, run_dir, None, not no_report)
+
+
+@cli.command(context_settings=_OVERRIDES)
+@_recipe_argument
+@_overrides_argument
+@_run_dir_option
+def check(recipe: Path, overrides: Sequence[str], run_dir: Path | None) -> None:
+    """Check RECIPE: its text, its data, tokenizer and template, disk. Loads no model."""
+    from rpo_trainer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from rpo_trainer.chain import default_run_dir
+    from rpo_trainer.chain.check import check_recipe
+
+    for line in check_recipe(loaded, run_dir or default_run_dir(loaded)):
+        click.echo(line)
+    click.echo(f"{recipe} is good to run")
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+def status(run_dir: Path) -> None:
+    """Where RUN is: its stages and what they measured."""
+    _table(run_dir)
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+def report(run_dir: Path) -> None:
+    """Write RUN/report.html, finished or not."""
+    from rpo_trainer.report import build_report
+
+    click.echo(f"report: {build_report(run_dir)}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from rpo_trainer.recipe import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _stage_command(kind: str) -> Callable[..., None]:
+    @cli.command(kind, context_settings=_OVERRIDES, help=f"Run one {kind} stage of RECIPE alone.")
+    @_recipe_argument
+    @_overrides_argument
+    @_run_dir_option
+    @click.option("--stage", help="Which one, where the recipe has several.")
+    def command(
+        recipe: Path, overrides: Sequence[str], run_dir: Path | None, stage: str | None
+    ) -> None:
+        _run(recipe, overrides, run_dir, (kind, stage), with_report=False)
+
+    return command
+
+
+for _kind in ("sft", "dpo", "rpo"):
+    _stage_command(_kind)
+
+
+def _run(
+    recipe: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    only: tuple[str, str | None] | None,
+    with_report: bool,
+) -> None:
+    from rpo_trainer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)  # errors of the recipe come before torch is imported
+    from rpo_trainer.chain import run_chain, select_stage
+
+    names = None if only is None else {select_stage(loaded, *only)}
+    folder = run_chain(loaded, run_dir, only=names)
+    _table(folder)
+    if with_report:
+        from rpo_trainer.report import build_report
+
+        click.echo(f"report: {build_report(folder)}")
+
+
+def _table(run_dir: Path) -> None:
+    from rich.console import Console
+
+    from rpo_trainer.report import summary_table
+
+    Console().print(summary_table(run_dir))
+
+
+def _show_messages(verbose: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("rpo_trainer")
+    package.handlers = [handler]
+    package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    package.propagate = False
+
+
+def main(args: Sequence[str] | None = None) -> Any:
+    """Entry point; a user's mistake ends with its message and exit code, without a traceback."""
+    try:
+        cli(args=list(args) if args is not None else None, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except RPOTrainerError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)

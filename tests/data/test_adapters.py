@@ -1,0 +1,409 @@
+"""Every known format becomes the one internal row; every bad row is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.formats import FORMATS
+from rpo_trainer.data.sources import RawSource
+from rpo_trainer.errors import DataError, Problems
+
+Q = {"role": "user", "content": "q"}
+A = {"role": "assistant", "content": "a"}
+Q2 = {"role": "user", "content": "q2"}
+
+
+def good(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def adapted(rows: list[Any], kind: Any, audit: Audit | None = None, **options: Any) -> list[Any]:
+    raw = RawSource("src", rows, list(range(1, len(rows) + 1)), "file.jsonl")
+    return adapt(raw, kind=kind, audit=audit or Audit(), **options)
+
+
+def one(row: dict[str, Any], kind: Any, **options: Any) -> dict[str, Any]:
+    (found,) = adapted([row], kind, **options)
+    assert (found.pop("id"), found.pop("source")) == ("src:1", "src")
+    return found
+
+
+def test_ids() -> None:
+    rows = [{"id": i, "text": "x"} for i in ("own", 7, True, None, "")]
+    assert [row["id"] for row in adapted(rows, "sft")] == ["own", "7", "src:3", "src:4", "src:5"]
+
+
+SFT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "messages": ({"messages": [Q, A]}, {"messages": [Q, A]}),
+    "prompt_response": (
+        {"prompt": "p", "response": " r"},
+        {"prompt": "p", "response": " r"},
+    ),
+    "prompt_response of messages": (
+        {"prompt": [Q], "response": "a"},
+        {"messages": [Q, A]},
+    ),
+    "prompt_completion": ({"prompt": "p", "completion": "c"}, {"prompt": "p", "response": "c"}),
+    "prompt_completion of messages": (
+        {"prompt": [Q], "completion": [A]},
+        {"messages": [Q, A]},
+    ),
+    "text": ({"text": "t"}, {"prompt": "", "response": "t"}),
+    "alpaca": (
+        {"instruction": "q", "input": "", "output": "a"},
+        {"messages": [Q, A]},
+    ),
+    "alpaca with all": (
+        {
+            "instruction": "q2",
+            "input": "more",
+            "output": "a",
+            "system": "s",
+            "history": [["q", "a"]],
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                Q,
+                A,
+                {"role": "user", "content": "q2\n\nmore"},
+                A,
+            ]
+        },
+    ),
+    "sharegpt": (
+        {
+            "system": "s",
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": "{}"},
+                {"from": "observation", "value": "rain"},
+                {"from": "gpt", "value": "a"},
+            ],
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                Q,
+                good("{}"),
+                {"role": "tool", "content": "rain"},
+                A,
+            ]
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SFT)
+def test_sft_formats(case: str) -> None:
+    raw, wanted = SFT[case]
+    assert one(raw, "sft") == wanted
+    assert one(raw, "sft", format=case.split()[0]) == wanted
+
+
+def pair(prompt: Any, *responses: str, rewards: list[float] | None = None) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "responses": list(responses),
+        "rewards": rewards,
+        "ground_truth": None,
+        "truth_chosen": False,
+    }
+
+
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "pairs": ({"prompt": "p", "chosen": "x", "rejected": "y"}, pair("p", "x", "y")),
+    "pairs with rewards, chosen first though lower": (
+        {"prompt": [Q], "chosen": "x", "rejected": "y", "chosen_reward": 1, "rejected_reward": 2.5},
+        pair([Q], "x", "y", rewards=[1.0, 2.5]),
+    ),
+    "pairs, conversational": (
+        {"prompt": [Q], "chosen": [good("x")], "rejected": [good("y")]},
+        pair([Q], "x", "y"),
+    ),
+    "pairs, one message each": (
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "x"},
+            "rejected": {"from": "gpt", "value": "y"},
+        },
+        pair([Q], "x", "y"),
+    ),
+    "pairs, implicit prompt of messages": (
+        {"chosen": [Q, A, Q2, good("x")], "rejected": [Q, A, Q2, good("y")]},
+        pair([Q, A, Q2], "x", "y"),
+    ),
+    "pairs, implicit prompt of text": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is bright."},
+        pair("The sky is", " blue.", " bright."),
+    ),
+    "pairs, implicit prompt with marks": (
+        {
+            "chosen": "\n\nHuman: hi\n\nAssistant: yes we can",
+            "rejected": "\n\nHuman: hi\n\nAssistant: yes no",
+        },
+        pair("\n\nHuman: hi\n\nAssistant:", " yes we can", " yes no"),
+    ),
+    "ultrafeedback_binarized": (
+        {
+            "prompt": "q",
+            "chosen": [Q, good("x")],
+            "rejected": [Q, good("y")],
+            "score_chosen": 8.5,
+            "score_rejected": 3,
+            "messages": [Q, A],
+        },
+        pair([Q], "x", "y", rewards=[8.5, 3.0]),
+    ),
+    "helpsteer3, first better": (
+        {"context": [Q], "response1": "x", "response2": "y", "overall_preference": -3},
+        pair([Q], "x", "y", rewards=[1.5, -1.5]),
+    ),
+    "helpsteer3, second better": (
+        {"context": [Q], "response1": "x", "response2": "y", "overall_preference": 1},
+        pair([Q], "y", "x", rewards=[0.5, -0.5]),
+    ),
+    "helpsteer3, equal": (
+        {"context": [Q], "response1": "x", "response2": "y", "overall_preference": 0},
+        pair([Q], "x", "y", rewards=[0.0, 0.0]),
+    ),
+    "nemo": (
+        {
+            "prompt": "p",
+            "chosen_response": "x",
+            "chosen_reward": 5,
+            "rejected_response": "y",
+            "rejected_reward": 2,
+        },
+        pair("p", "x", "y", rewards=[5.0, 2.0]),
+    ),
+    "ranked": ({"prompt": "p", "responses": ["x", "y", "z"]}, pair("p", "x", "y", "z")),
+    "ranked, by ranks": (
+        {"prompt": "p", "responses": ["x", "y", "z"], "ranks": [2, 0, 1]},
+        pair("p", "y", "z", "x"),
+    ),
+    "responses, best first and ties as given": (
+        {"prompt": [Q], "responses": ["a", "b", "c", "d"], "rewards": [1, 3, 1.0, 2]},
+        pair([Q], "b", "d", "a", "c", rewards=[3.0, 2.0, 1.0, 1.0]),
+    ),
+    "responses, two": (
+        {"prompt": "p", "responses": ["a", "b"], "rewards": [0, 1]},
+        pair("p", "b", "a", rewards=[1.0, 0.0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_preference_formats(case: str) -> None:
+    raw, wanted = PAIRS[case]
+    assert one(raw, "pair") == wanted
+    assert one(raw, "pair", format=case.split(",")[0].split()[0]) == wanted
+
+
+def test_every_format_is_tested() -> None:
+    assert set(FORMATS) == {case.split(",")[0].split()[0] for case in (*SFT, *PAIRS)}
+
+
+@pytest.mark.parametrize(
+    ("raw", "prompt"),
+    [
+        ({"prompt": "p", "answer": "x"}, "p"),
+        ({"prompt": [Q], "chosen": "x", "rejected": "y"}, [Q]),
+        ({"messages": [Q, A, Q2, A]}, [Q, A, Q2]),
+        ({"messages": [Q]}, [Q]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [Q]),
+        ({"instruction": "q", "output": "a"}, [Q]),
+    ],
+)
+def test_prompts(raw: dict[str, Any], prompt: Any) -> None:
+    found = one({**raw, "ground_truth": 42}, "prompt")
+    assert found == {"prompt": prompt, "ground_truth": "42"}
+
+
+def test_ground_truth_marks_the_chosen() -> None:
+    raw = {"prompt": "p", "chosen": "42", "rejected": "43"}
+    assert one({**raw, "ground_truth": 42}, "pair")["truth_chosen"]
+    assert not one({**raw, "ground_truth": "43"}, "pair")["truth_chosen"]
+    assert one({**raw, "truth_chosen": True}, "pair")["truth_chosen"]
+
+
+def test_tools_in_every_spelling() -> None:
+    wrapped = {"type": "function", "function": {"name": "f"}}
+    for tools in ('[{"name": "f"}]', [{"name": "f"}], [wrapped]):
+        assert one({"messages": [Q, A], "tools": tools}, "sft")["tools"] == [wrapped]
+    for none in ("[]", "", None, []):
+        assert "tools" not in one({"messages": [Q, A], "tools": none}, "sft")
+
+
+def test_null_keys_that_arrow_adds_are_absent_keys() -> None:
+    messages = [{**Q, "tool_calls": None}, {**A, "reasoning_content": "hm"}]
+    assert one({"messages": messages}, "sft")["messages"] == [Q, messages[1]]
+
+
+def test_columns_are_renamed() -> None:
+    raw = {"frage": "q", "antwort": "a", "prompt": "not this"}
+    found = one(raw, "sft", columns={"prompt": "frage", "response": "antwort"})
+    assert found == {"prompt": "q", "response": "a"}
+    swapped = {"prompt": "p", "chosen": "bad", "rejected": "good"}
+    columns = {"chosen": "rejected", "rejected": "chosen"}
+    assert one(swapped, "pair", columns=columns)["responses"] == ["good", "bad"]
+    with pytest.raises(DataError, match="'fragen', and there is no such column; did you mean 'fr"):
+        one(raw, "sft", columns={"prompt": "fragen"})
+    with pytest.raises(DataError, match="'promt', and we know no such column; did you mean 'pr"):
+        one(raw, "sft", columns={"promt": "frage"})
+
+
+def test_extra_columns_are_listed(audit: Audit) -> None:
+    adapted([{"text": "t", "topic": 1, "id": "x"}, {"text": "t", "author": 2}], "sft", audit)
+    assert audit.extra_columns == {"src": ["author", "topic"]}
+
+
+def test_kto_is_refused_politely() -> None:
+    for kind in ("sft", "pair"):
+        with pytest.raises(DataError, match=r"KTO[^$]*nothing to be compared with"):
+            one({"prompt": "p", "completion": "c", "label": True}, kind)
+
+
+def test_unknown_columns_and_formats() -> None:
+    with pytest.raises(DataError, match="question are of no format known for SFT"):
+        one({"question": "x"}, "sft")
+    with pytest.raises(DataError, match="look like 'pairs', which is for preferences"):
+        one({"prompt": "p", "chosen": "x", "rejected": "y"}, "sft")
+    with pytest.raises(DataError, match="no format 'nemmo' for preferences; did you mean 'nemo'"):
+        one({"prompt": "p"}, "pair", format="nemmo")
+
+
+def bad_rows(make: Callable[[int], dict[str, Any]], n: int = 10) -> list[dict[str, Any]]:
+    """Good rows, of which every second, from the first, is updated by `make`."""
+    base = {"prompt": "p", "chosen": "x", "rejected": "y", "chosen_reward": 2, "rejected_reward": 1}
+    return [{**base, "id": f"r{i}", **({} if i % 2 else make(i))} for i in range(n)]
+
+
+REWARDS = {
+    "absent or null": None,
+    "text": "3",
+    "a bool": True,
+    "NaN": math.nan,
+    "infinite": -math.inf,
+    "of type list": [1],
+}
+
+
+@pytest.mark.parametrize("fault", REWARDS)
+@pytest.mark.parametrize("column", ["chosen_reward", "rejected_reward"])
+def test_rewards_that_rpo_cannot_use(fault: str, column: str) -> None:
+    rows = bad_rows(lambda i: {column: REWARDS[fault]})
+    message = f"file.jsonl: a reward is {fault}.*: 5 of 10 rows, first r0, r2, r4\n"
+    with pytest.raises(DataError, match=message):
+        adapted(rows, "pair", require_rewards=True)
+    audit = Audit()
+    found = adapted(rows, "pair", audit)  # DPO does without
+    assert [row["rewards"] for row in found[:2]] == [None, [2.0, 1.0]]
+    assert audit.warnings["unusable_rewards"].count == 5
+
+
+def test_rewards_absent_altogether() -> None:
+    rows = [{"prompt": "p", "chosen": "x", "rejected": "y"}] * 4
+    with pytest.raises(DataError, match="4 of 4 rows, first src:1, src:2, src:3"):
+        adapted(rows, "pair", require_rewards=True)
+    audit = Audit()
+    assert adapted(rows, "pair", audit)[0]["rewards"] is None
+    assert audit.warnings == {}
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "chosen": ({"chosen": None}, "`chosen` is absent or null"),
+    "prompt": ({"prompt": None}, "`prompt` is absent or null"),
+    "number": ({"chosen": 3}, "`chosen` is not a list of messages"),
+    "content": ({"chosen": [{"role": "assistant", "content": 3}]}, "not text but int"),
+    "parts": ({"chosen": [{"role": "assistant", "content": [{}]}]}, "not text but list"),
+    "role": ({"chosen": [{"role": "narrator", "content": "x"}]}, "the unknown role 'narrator'"),
+    "no answer": ({"chosen": [Q]}, "does not end with a turn of the assistant"),
+    "calls": (
+        {"chosen": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+        "ends with `tool_calls`",
+    ),
+    "other prompt": (
+        {"chosen": [Q, good("x")], "rejected": [Q2, good("y")]},
+        "the prompts of `chosen` and of another response differ",
+    ),
+    "twice": ({"prompt": [Q, Q2]}, "roles of `prompt` are out of order"),
+    "system late": ({"prompt": [Q, {"role": "system", "content": "s"}]}, "out of order"),
+    "tool early": ({"prompt": [Q, {"role": "tool", "content": "s"}]}, "out of order"),
+    "prefill": ({"prompt": [Q, A]}, "ends with a turn of the assistant"),
+    "starts": ({"prompt": [A, Q]}, "starts with a turn of assistant"),
+    "surrogate": ({"chosen": "\ud83d"}, "half of a surrogate pair"),
+    "flag": ({"truth_chosen": "yes"}, "`truth_chosen` is neither true nor false"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_are_counted_and_named(case: str) -> None:
+    update, message = FAULTS[case]
+    with pytest.raises(DataError, match=message) as error:
+        adapted(bad_rows(lambda i: update), "pair")
+    assert "5 of 10 rows, first r0, r2, r4" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [A]}, "starts with a turn of assistant"),
+        ({"messages": [Q]}, "has no turn of the assistant"),
+        ({"messages": [Q, A, A]}, "out of order .'assistant' as message 3"),
+        ({"messages": []}, "not a list of messages"),
+        ({"messages": [Q, A], "tools": "{"}, "`tools` is text that is not JSON"),
+        ({"messages": [Q, A], "tools": [3]}, "`tools` is not a list of objects"),
+        ({"instruction": "q", "output": "a", "history": ["q"]}, "`history` is not a list of"),
+        ({"prompt": [Q, A], "response": "a"}, "ends with a turn of the assistant"),
+        ({"prompt": [Q], "completion": [Q2, A]}, "out of order"),
+    ],
+)
+def test_faults_of_sft_rows(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        one(row, "sft")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "responses": "xy", "rewards": [1, 2]}, "`responses` is not a list"),
+        ({"prompt": "p", "responses": ["x", "y"], "rewards": [1]}, "one reward a response"),
+        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1]}, "one rank a response"),
+        ({"prompt": "p", "responses": ["x", "y"], "ranks": [1, "b"]}, "not all numbers"),
+        (
+            {"context": [Q], "response1": "x", "response2": "y", "overall_preference": 4},
+            "not a number from -3 to 3",
+        ),
+        ({"chosen": "abc", "rejected": "xyz"}, "share no beginning"),
+    ],
+)
+def test_faults_of_preference_rows(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        one(row, "pair")
+
+
+def test_several_kinds_of_faults_come_at_once() -> None:
+    rows = bad_rows(lambda i: {"chosen": None} if i < 5 else {"prompt": 3})
+    with pytest.raises(Problems) as error:
+        adapted(rows, "pair")
+    text = str(error.value)
+    assert "`chosen` is absent or null: 3 of 10 rows, first r0, r2, r4" in text
+    assert "2 of 10 rows, first r6, r8" in text
+
+
+def test_a_single_response_is_dropped_and_counted(audit: Audit) -> None:
+    rows = [{"prompt": "p", "responses": r} for r in (["x", "y"], ["x"], [])]
+    assert len(adapted(rows, "pair", audit)) == 1
+    assert audit.dropped["fewer_than_two_responses"].count == 2
+
+
+def test_a_call_may_follow_the_sentence_that_announces_it() -> None:
+    messages = [Q, A, {"role": "function_call", "content": "{}"}]
+    assert one({"messages": messages}, "sft")["messages"] == [Q, A, good("{}")]

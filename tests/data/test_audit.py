@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from rpo_trainer.data.audit import DROPS, WARNINGS, Audit
+
+
+def pair(i: int, prompt: Any, rewards: list[float] | None, chosen: str = "a") -> dict[str, Any]:
+    return {"id": f"p{i}", "prompt": prompt, "responses": [chosen, "b"], "rewards": rewards}
+
+
+def test_counts_keep_three_examples(audit: Audit) -> None:
+    for i in range(5):
+        audit.drop("too_long", f"r{i}")
+    audit.drop("words of its own")
+    assert audit.as_dict()["dropped"] == {
+        "too_long": {"count": 5, "examples": ["r0", "r1", "r2"]},
+        "words of its own": {"count": 1, "examples": []},
+    }
+    lines = audit.summary_lines()
+    assert "dropped: 5 rows, longer than max_length (r0, r1, r2)" in lines
+    assert "dropped: 1 row, words of its own" in lines
+
+
+def test_as_dict_is_json(audit: Audit) -> None:
+    audit.add_read("s", 2)
+    audit.observe_pairs([pair(0, "x", [2, 1]), pair(1, "x", None)])
+    audit.add_lengths(3, [4, 5])
+    audit.keep("s")
+    assert json.loads(json.dumps(audit.as_dict())) == audit.as_dict()
+    assert audit.as_dict()["lengths"]["response"]["max"] == 5
+
+
+def test_duplicate_prompts_and_overlap(audit: Audit) -> None:
+    messages = [{"role": "user", "content": "q"}]
+    rows = [pair(0, messages, None), pair(1, list(messages), None), pair(2, "q", None)]
+    sft = {"id": "s", "messages": [*messages, {"role": "assistant", "content": "a"}]}
+    audit.observe_prompts([*rows, sft])
+    assert audit.warnings["duplicate_prompt"].examples == ["p1", "s"]
+    assert audit.check_overlap(rows, [sft, pair(9, "new", None)]) == 1
+    assert "1 of 2 eval rows" in audit.remarks[0]
+
+
+def test_pairs_ties_reversed_and_length(audit: Audit) -> None:
+    rows = [pair(0, "x", [1, 1], "long " * 9), pair(1, "y", [0, 1]), pair(2, "z", [3, 1])]
+    audit.observe_pairs(rows)
+    assert (audit.pairs["ties"], audit.pairs["reversed"]) == (1, 1)
+    assert any("much longer" in text for text in audit.remarks)
+
+
+def test_equal_and_saturated_gaps(audit: Audit) -> None:
+    rows = [pair(i, str(i), [9.0, 1.0]) for i in range(4)]
+    audit.observe_pairs(rows)
+    assert "all reward gaps are equal (8)" in audit.remarks
+    audit.check_target_gaps(rows, 0.5)  # σ(4) = 0.982
+    assert len(audit.remarks) == 1
+    audit.check_target_gaps(rows, 1.0)  # σ(8) = 0.9997
+    assert "4 of 4 rows" in audit.remarks[1]
+
+
+@pytest.mark.parametrize("table", [DROPS, WARNINGS])
+def test_reasons_are_used(table: dict[str, str]) -> None:
+    """No reason in the tables that the package never gives."""
+    from pathlib import Path
+
+    import rpo_trainer.data.audit as module
+
+    files = Path(module.__file__).parent.glob("*.py")
+    code = "".join(file.read_text() for file in files if file.name != "audit.py")
+    code += Path(module.__file__).read_text().split("class Audit")[1]
+    assert [reason for reason in table if f'"{reason}"' not in code] == []

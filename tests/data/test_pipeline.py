@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rpo_trainer.data import (
+    Audit,
+    filter_rows,
+    load_rows,
+    prepare_dataset,
+    set_chat_template,
+    tokenize_rows,
+)
+from rpo_trainer.errors import DataError, Problems
+
+PAIR = {"prompt": "p", "chosen": "x", "rejected": "y", "chosen_reward": 2, "rejected_reward": 1}
+
+
+def test_sources_are_mixed_counted_and_named(
+    tmp_path: Path, source: Any, jsonl: Callable[..., str], audit: Audit
+) -> None:
+    (tmp_path / "sub").mkdir()
+    jsonl([{"text": f"a{i}"} for i in range(10)])
+    jsonl([{"text": f"b{i}"} for i in range(90)], "sub/rows.jsonl")
+    specs = [
+        source("rows.jsonl", weight=1.0),
+        source("sub/rows.jsonl", weight=2.0, max_rows=50),
+    ]
+    rows = load_rows(specs, kind="sft", base_dir=tmp_path, audit=audit, seed=0)
+    assert Counter(row["source"] for row in rows) == {"rows.jsonl": 10, "rows.jsonl (2)": 20}
+    assert audit.read == {"rows.jsonl": 10, "rows.jsonl (2)": 90}
+    assert audit.left_out == {"rows.jsonl (2)": 70}
+    assert all(int(row["response"][1:]) < 50 for row in rows)
+    assert "rows.jsonl (2): 90 rows read, 70 not used" in audit.summary_lines()
+
+
+def test_faults_of_all_sources_come_at_once(
+    tmp_path: Path, source: Any, jsonl: Callable[..., str], audit: Audit
+) -> None:
+    specs = [
+        source(jsonl([{"text": 1}], "bad.jsonl")),
+        source("absent.jsonl"),
+        source(jsonl([{"text": "a"}])),
+    ]
+    with pytest.raises(Problems) as error:
+        load_rows(specs, kind="sft", base_dir=tmp_path, audit=audit, seed=0)
+    assert "no such file" in str(error.value)
+    assert "`text` is not text but int" in str(error.value)
+    assert error.value.exit_code == 3
+
+
+def test_the_recipes_own_spec(tmp_path: Path, jsonl: Callable[..., str], audit: Audit) -> None:
+    """The stand-in that the other tests use has the fields of the real one."""
+    schema = pytest.importorskip("rpo_trainer.recipe.data_schema")
+    specs = [schema.SourceSpec(path=jsonl([PAIR, PAIR]), max_rows=1)]
+    rows = load_rows(specs, kind="pair", base_dir=tmp_path, audit=audit, seed=0)
+    assert filter_rows(rows, schema.FilterSpec(min_gap=1.0), audit) == rows
+    assert audit.read == {"rows.jsonl": 2}
+
+
+def test_prepare_dataset_takes_rows_datasets_and_tokenised_data(chatml: Any) -> None:
+    import datasets
+
+    rows = [{"prompt": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}] * 2
+    options: dict[str, Any] = {"kind": "pair", "max_length": 50}
+    from_list = prepare_dataset(rows, chatml, **options)
+    from_dataset = prepare_dataset(datasets.Dataset.from_list(rows), chatml, **options)
+    assert from_list.to_list() == from_dataset.to_list()
+    assert from_list["id"][:] == ["dataset:0", "dataset:1"]
+    assert prepare_dataset(from_list, chatml, **options) is from_list
+    assert prepare_dataset(from_list.to_list(), chatml, **options).to_list() == from_list.to_list()
+
+
+def test_prepare_dataset_refuses(chatml: Any) -> None:
+    import datasets
+
+    options: dict[str, Any] = {"kind": "pair", "max_length": 50}
+    with pytest.raises(DataError, match="no rows"):
+        prepare_dataset([], chatml, **options)
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([PAIR])})
+    with pytest.raises(DataError, match="a DatasetDict cannot be trained on"):
+        prepare_dataset(splits, chatml, **options)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="a reward is absent"):
+        prepare_dataset([{**PAIR, "chosen_reward": None}], chatml, require_rewards=True, **options)
+    with pytest.raises(DataError, match="chosen has a lower reward than rejected"):
+        prepare_dataset([{**PAIR, "chosen_reward": 0}], chatml, **options)
+
+
+def test_prepare_dataset_logs_what_nobody_else_counts(
+    plain_text: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="rpo_trainer"):
+        prepare_dataset([PAIR, {**PAIR, "rejected": "x"}], plain_text, kind="pair", max_length=50)
+    assert "dropped: 1 row, chosen is the same as rejected (dataset:1)" in caplog.text
+
+
+# ---------------------------------------------------------------- real data
+
+
+@pytest.fixture(scope="module")
+def dev(shared_dir: Path) -> Path:
+    return shared_dir / "data/dev"
+
+
+@pytest.fixture(scope="module")
+def stories(shared_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = shared_dir / "data/fixtures/models/stories260K"
+    return set_chat_template(AutoTokenizer.from_pretrained(folder), "plain")
+
+
+def raw_rows(dev: Path, name: str) -> list[dict[str, Any]]:
+    with (dev / f"{name}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "ties", "identical", "empty"),
+    [("pref_scored_ultrafeedback", 920, 102, 3, 2), ("pref_scored_tulu_human", 810, 261, 29, 0)],
+)
+def test_known_oddities_of_real_pairs_are_counted(
+    dev: Path, source: Any, name: str, rows: int, ties: int, identical: int, empty: int
+) -> None:
+    raw = raw_rows(dev, name)
+    assert ties == sum(row["chosen_reward"] == row["rejected_reward"] for row in raw)
+    assert identical == sum(row["chosen"] == row["rejected"] for row in raw)
+
+    from rpo_trainer.quickstart import character_tokenizer
+
+    audit = Audit()
+    tokenizer = set_chat_template(character_tokenizer(), "plain")
+    loaded = load_rows(
+        [source(f"{name}.jsonl")],
+        kind="pair",
+        base_dir=dev,
+        require_rewards=True,
+        audit=audit,
+        seed=0,
+    )
+    assert audit.pairs["ties"] == ties
+    assert audit.pairs["reversed"] == 0
+    data = tokenize_rows(
+        loaded, tokenizer, kind="pair", max_length=10**6, truncation="drop", audit=audit
+    )
+    dropped = {reason: count.count for reason, count in audit.dropped.items()}
+    assert dropped.pop("identical_responses") == identical
+    assert dropped.pop("empty_response", 0) == empty
+    # characters that the tokenizer does not know can make two texts alike
+    assert len(data) == rows - identical - empty - sum(dropped.values())
+    assert sum(dropped.values()) <= 2
+
+    spec = SimpleNamespace(min_chosen_reward=None, min_gap=None, ties="drop", reversed="error")
+    assert len(filter_rows(loaded, spec, audit)) == rows - ties
+    assert audit.dropped["tie"].count == ties
+
+
+def test_real_tool_conversations(dev: Path, source: Any, stories: Any) -> None:
+    audit = Audit()
+    rows = load_rows(
+        [source("general_sft_mixed.jsonl")], kind="sft", base_dir=dev, audit=audit, seed=0
+    )
+    assert len(rows) == 1344
+    roles = Counter(message["role"] for row in rows for message in row["messages"])
+    assert roles == {"user": 1664, "assistant": 1664 + 170, "tool": 170}
+    with_tools = [row for row in rows if "tools" in row][:20]
+    data = tokenize_rows(
+        with_tools, stories, kind="sft", max_length=10_000, truncation="drop", audit=audit
+    )
+    for row, example in zip(with_tools, data, strict=True):
+        turns = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        (ids,), (mask,) = example["response_ids"], example["response_mask"]
+        ends = [t for t, m in zip(ids, mask, strict=True) if m and t == stories.eos_token_id]
+        trained = stories.decode([t for t, m in zip(ids, mask, strict=True) if m])
+        assert len(ends) == len(turns)
+        assert trained.split() == "</s> ".join([*turns, ""]).split()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rewards"),
+    [
+        ("code_sft_mbpp", "sft", False),
+        ("pref_multi_prometheus_vicuna", "pair", True),
+        ("pref_pairs_unscored", "pair", False),
+        ("pref_ranked_oasst_zh", "pair", False),
+        ("eval_gsm8k_test", "prompt", False),
+        ("eval_ifeval", "prompt", False),
+    ],
+)
+def test_real_files_load_whole(dev: Path, source: Any, name: str, kind: Any, rewards: bool) -> None:
+    audit = Audit()
+    rows = load_rows(
+        [source(f"{name}.jsonl")],
+        kind=kind,
+        base_dir=dev,
+        require_rewards=rewards,
+        audit=audit,
+        seed=0,
+    )
+    assert len(rows) == len(raw_rows(dev, name))
+    assert audit.dropped == {}
+
+
+def test_real_responses_are_best_first(dev: Path, source: Any, stories: Any) -> None:
+    audit = Audit()
+    rows = load_rows(
+        [source("pref_multi_gsm8k.jsonl", max_rows=60)],
+        kind="pair",
+        base_dir=dev,
+        require_rewards=True,
+        audit=audit,
+        seed=0,
+    )
+    raw = {row["id"]: row for row in raw_rows(dev, "pref_multi_gsm8k")}
+    for row in rows:
+        given = dict(zip(raw[row["id"]]["responses"], raw[row["id"]]["rewards"], strict=True))
+        assert row["rewards"] == sorted(row["rewards"], reverse=True)
+        assert row["rewards"] == [given[response] for response in row["responses"]]
+    data = tokenize_rows(
+        rows, stories, kind="pair", max_length=4096, truncation="drop", audit=audit
+    )
+    for example in data:
+        prompt = stories.decode(example["prompt_ids"], skip_special_tokens=True)
+        assert prompt.rstrip().endswith("Assistant:")
+        assert len(example["response_ids"]) == len(example["rewards"])
+
+
+def test_real_truth_labels_are_refused(dev: Path, source: Any, audit: Audit) -> None:
+    with pytest.raises(DataError, match="KTO"):
+        load_rows(
+            [source("pref_unpaired_kto.jsonl")], kind="pair", base_dir=dev, audit=audit, seed=0
+        )

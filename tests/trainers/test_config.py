@@ -1,0 +1,96 @@
+"""What the configs refuse, and what they work out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.trainers import DPOConfig, RPOConfig, SFTConfig
+
+REFUSED: list[tuple[type, dict[str, Any], str]] = [
+    (SFTConfig, {"truncation": "keep_end"}, "truncation must be drop or cut, got 'keep_end'"),
+    (SFTConfig, {"layout": "dense"}, "layout must be auto, shared, packed or padded, got 'dense'"),
+    (SFTConfig, {"max_length": 1}, "max_length must be 2 or more, got 1"),
+    (SFTConfig, {"tile_bytes": 0}, "tile_bytes must be positive, got 0"),
+    (SFTConfig, {"remove_unused_columns": True}, "remove_unused_columns must stay off"),
+    (DPOConfig, {"loss_type": "rpo_bwd_kl"}, "loss_type 'rpo_bwd_kl' is not one of dpo, ipo"),
+    (
+        RPOConfig,
+        {"loss_type": "dpo"},
+        "loss_type 'dpo' is not one of rpo_bwd_kl, rpo_fwd_kl, rpo_sq, rpo_sqloo",
+    ),
+    (DPOConfig, {"beta": 0.0}, "beta must be a positive number, got 0.0"),
+    (DPOConfig, {"beta": math.nan}, "beta must be a positive number, got nan"),
+    (DPOConfig, {"beta": math.inf}, "beta must be a positive number, got inf"),
+    (DPOConfig, {"sft_loss_weight": -1e-5}, "sft_loss_weight must be 0 or more, got -1e-05"),
+    (RPOConfig, {"sft_loss_weight": math.inf}, "sft_loss_weight must be 0 or more, got inf"),
+    (DPOConfig, {"sft_reduction": "mean"}, "sum, token_mean or sequence_mean, got 'mean'"),
+    (RPOConfig, {"reference_batch_tokens": 0}, "reference_batch_tokens must be positive, got 0"),
+    (DPOConfig, {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+    (DPOConfig, {"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 0.5\), got -0.1"),
+    (
+        DPOConfig,
+        {"label_smoothing": 0.1, "loss_type": "ipo"},
+        "label_smoothing belongs to dpo, not to ipo",
+    ),
+    (RPOConfig, {"reward_scale": 0.0}, "reward_scale must be a positive number, got 0.0"),
+    (
+        DPOConfig,
+        {"rpo_alpha": 0.1},
+        "elsewhere it means DPO plus NLL and has no reward gap. Use sft_loss_weight",
+    ),
+    (RPOConfig, {"rpo_alpha": 1.0}, "rpo_alpha is not taken"),
+]
+
+
+def make(config: type, tmp_path: Path, **settings: Any) -> Any:
+    return config(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
+
+
+@pytest.mark.parametrize(("config", "settings", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(config, settings, message, tmp_path):
+    with pytest.raises(RecipeError, match=message) as caught:
+        make(config, tmp_path, **settings)
+    assert caught.value.where == config.__name__
+    assert caught.value.exit_code == 2
+
+
+def test_all_that_does_not_fit_is_said_at_once(tmp_path):
+    with pytest.raises(RecipeError, match="beta must be.*sft_reduction must be.*reward_scale"):
+        make(RPOConfig, tmp_path, beta=-1.0, sft_reduction="none", reward_scale=-2.0)
+
+
+def test_accumulation_follows_from_the_global_batch(tmp_path):
+    args = make(SFTConfig, tmp_path, per_device_train_batch_size=4, global_batch_size=32)
+    assert args.gradient_accumulation_steps == 8
+    args = make(
+        SFTConfig, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3
+    )
+    assert args.gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("micro", "batch", "nearest"), [(4, 30, "28 or 32"), (8, 3, "take 8"), (4, 0, "take 4")]
+)
+def test_a_global_batch_that_does_not_divide_names_the_nearest(micro, batch, nearest, tmp_path):
+    with pytest.raises(RecipeError, match=f"global_batch_size {batch} does not divide") as caught:
+        make(SFTConfig, tmp_path, per_device_train_batch_size=micro, global_batch_size=batch)
+    assert nearest in str(caught.value)
+
+
+def test_defaults_are_those_of_the_method(tmp_path):
+    dpo, rpo = make(DPOConfig, tmp_path), make(RPOConfig, tmp_path)
+    assert (dpo.loss_type, dpo.beta, dpo.sft_loss_weight, dpo.sft_reduction) == ("dpo", 0.1, 0, "sum")
+    assert (rpo.loss_type, rpo.reward_scale) == ("rpo_bwd_kl", 1.0)
+    assert dpo.disable_dropout and dpo.step0_check
+    assert not dpo.logging_nan_inf_filter and not dpo.remove_unused_columns
+
+
+def test_autocast_dtype(tmp_path):
+    assert make(SFTConfig, tmp_path).mixed_precision_dtype() is None
+    assert make(SFTConfig, tmp_path, bf16=True).mixed_precision_dtype() is torch.bfloat16

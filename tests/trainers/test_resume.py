@@ -1,0 +1,307 @@
+"""Killed and resumed is bitwise the run that was never killed; checkpoints are complete or absent."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from rpo_trainer.errors import RunError
+from rpo_trainer.trainers import checkpoint
+from tests.models import make_model
+from tests.trainers.plain import assert_bitwise_equal, make_rows
+
+STEPS = 8  # ten rows in batches of four: epochs of three steps, the last of each half full
+_PROCESSES = itertools.count()
+
+
+class Killed(Exception):
+    pass
+
+
+class KillBefore(TrainerCallback):
+    """Ends the process, so to speak, when step `step` is saved and the next one begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def starts() -> dict[str, Any]:
+    """SFT's has dropout, so that the random state counts."""
+    noisy = make_model("gpt2")
+    for module in noisy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    return {"sft": noisy, "rpo": make_model(), "lora": make_model()}
+
+
+def rows_of(kind: str) -> list[dict[str, Any]]:
+    if kind == "sft":
+        return make_rows(0, (1,) * 10, spans=True)
+    return make_rows(0, (2, 3, 2, 5, 2, 2, 3, 2, 4, 2), rewards=True)
+
+
+@pytest.fixture()
+def trainer_of(make_trainer, starts, tmp_path):
+    def make(kind: str, out: str, **settings: Any) -> Any:
+        if kind == "lora":
+            from peft import LoraConfig
+
+            torch.manual_seed(next(_PROCESSES))  # processes do not begin alike
+            settings["peft_config"] = LoraConfig(target_modules=["q_proj"], r=2, lora_dropout=0.1)
+            kind_of_trainer, model = "rpo", starts["lora"]
+        else:
+            kind_of_trainer, model = kind, starts[kind]
+        return make_trainer(
+            kind_of_trainer, copy.deepcopy(model), rows_of(kind),
+            **{
+                "output_dir": str(tmp_path / out), "max_steps": STEPS, "global_batch_size": 4,
+                "per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2,
+                "lr_scheduler_type": "cosine", "warmup_steps": 2, "max_grad_norm": 1.0,
+                "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2,
+                "logging_strategy": "steps", "logging_steps": 2, **settings,
+            },
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight_models() -> dict[str, Any]:
+    return {}
+
+
+def straight(kind: str, trainer_of: Any, models: dict[str, Any]) -> Any:
+    """The uninterrupted run, once."""
+    if kind not in models:
+        trainer = trainer_of(kind, f"straight-{kind}")
+        trainer.train()
+        assert trainer.state.global_step == STEPS
+        models[kind] = trainer.model
+    return models[kind]
+
+
+def kill(trainer: Any, step: int) -> None:
+    trainer.add_callback(KillBefore(step))
+    with pytest.raises(Killed):
+        trainer.train()
+
+
+# Within the first epoch, at its end, within the second, at its end, within the third.
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 7])
+@pytest.mark.parametrize("kind", ["sft", "rpo", "lora"])
+def test_killed_and_resumed_is_bitwise_the_straight_run(kind, step, trainer_of, straight_models):
+    expected = straight(kind, trainer_of, straight_models)
+    kill(trainer_of(kind, "out"), step)
+    resumed = trainer_of(kind, "out")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == STEPS
+    assert_bitwise_equal(resumed.model, expected)
+
+
+def test_killed_twice(trainer_of, straight_models):
+    expected = straight("rpo", trainer_of, straight_models)
+    kill(trainer_of("rpo", "out"), 2)
+    again = trainer_of("rpo", "out", callbacks=[KillBefore(5)])
+    with pytest.raises(Killed):
+        again.train(resume_from_checkpoint=True)
+    last = trainer_of("rpo", "out")
+    last.train(resume_from_checkpoint=True)
+    assert_bitwise_equal(last.model, expected)
+
+
+def test_loader_workers_resume_alike(trainer_of, straight_models):
+    expected = straight("rpo", trainer_of, straight_models)
+    kill(trainer_of("rpo", "out", dataloader_num_workers=1), 4)
+    resumed = trainer_of("rpo", "out", dataloader_num_workers=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert_bitwise_equal(resumed.model, expected)
+
+
+def test_a_named_checkpoint_is_resumed_from(trainer_of, straight_models, tmp_path):
+    expected = straight("rpo", trainer_of, straight_models)
+    kill(trainer_of("rpo", "out"), 4)
+    resumed = trainer_of("rpo", "elsewhere")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert_bitwise_equal(resumed.model, expected)
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "optimizer.pt", 100)
+
+
+def remove(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def unfinished(folder: Path) -> None:
+    (folder / checkpoint.MANIFEST).unlink()
+
+
+def garbage(folder: Path) -> None:
+    (folder / checkpoint.MANIFEST).write_text("[1, 2")
+
+
+@pytest.mark.parametrize("harm", [cut, remove, unfinished, garbage])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    harm, trainer_of, straight_models, tmp_path, caplog
+):
+    expected = straight("rpo", trainer_of, straight_models)
+    kill(trainer_of("rpo", "out"), 5)
+    assert {p.name for p in checkpoint.checkpoints(tmp_path / "out")} == {
+        "checkpoint-4", "checkpoint-5",
+    }  # fmt: skip
+    harm(tmp_path / "out" / "checkpoint-5")
+    resumed = trainer_of("rpo", "out")
+    started_at: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            started_at.append(state.global_step)
+
+    resumed.add_callback(Watch())
+    resumed.train(resume_from_checkpoint=True)
+    assert started_at == [4]
+    assert "checkpoint-5 is damaged" in caplog.text
+    assert_bitwise_equal(resumed.model, expected)
+
+
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(trainer_of, tmp_path):
+    with pytest.raises(RunError, match="no complete checkpoint"):
+        trainer_of("rpo", "out").train(resume_from_checkpoint=True)
+    kill(trainer_of("rpo", "out"), 2)
+    for path in checkpoint.checkpoints(tmp_path / "out"):
+        unfinished(path)
+    with pytest.raises(RunError, match="no complete checkpoint"):
+        trainer_of("rpo", "out").train(resume_from_checkpoint=True)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(trainer_of, tmp_path):
+    kill(trainer_of("rpo", "out"), 2)
+    folder = tmp_path / "out" / "checkpoint-2"
+    cut(folder)
+    with pytest.raises(RunError, match=r"the checkpoint is damaged: optimizer.pt has 100 bytes"):
+        trainer_of("rpo", "out").train(resume_from_checkpoint=str(folder))
+
+
+def test_another_reference_is_refused(trainer_of, make_trainer, tmp_path):
+    kill(trainer_of("rpo", "out"), 2)
+    changed = make_trainer(
+        "rpo", make_model(seed=1), rows_of("rpo"), output_dir=str(tmp_path / "out"),
+        max_steps=STEPS, global_batch_size=4,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="the reference is not the one this checkpoint was trained"):
+        changed.train(resume_from_checkpoint=True)
+
+
+def test_resuming_computes_no_reference_again(trainer_of, monkeypatch):
+    from rpo_trainer import reference
+
+    kill(trainer_of("rpo", "out"), 2)
+    monkeypatch.setattr(reference, "_VERIFIED_ROWS", 0)
+    monkeypatch.setattr(reference, "_verify", lambda *args: None)
+    monkeypatch.setattr(reference, "token_logprobs", None)
+    trainer_of("rpo", "out").train(resume_from_checkpoint=True)
+
+
+# --- what lies on disk ---
+
+
+def test_leftovers_of_a_save_are_ignored_and_cleared(trainer_of, straight_models, tmp_path):
+    expected = straight("rpo", trainer_of, straight_models)
+    kill(trainer_of("rpo", "out"), 2)
+    leftover = tmp_path / "out" / checkpoint.STAGING / "checkpoint-3"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_text("half")
+    resumed = trainer_of("rpo", "out")
+    resumed.train(resume_from_checkpoint=True)
+    assert_bitwise_equal(resumed.model, expected)
+    assert not (tmp_path / "out" / checkpoint.STAGING).exists()
+
+
+@pytest.mark.parametrize(
+    "method", ["_save", "_save_optimizer_and_scheduler", "_save_rng_state", "commit"]
+)
+def test_a_crash_while_saving_leaves_no_checkpoint(method, trainer_of, tmp_path, monkeypatch):
+    trainer = trainer_of("rpo", "out")
+
+    def crash(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 2:
+            raise OSError("disk full")
+        return own(*args, **kwargs)
+
+    if method == "commit":
+        own = checkpoint.write_manifest
+        monkeypatch.setattr(checkpoint, "write_manifest", crash)
+    else:
+        own = getattr(trainer, method)
+        monkeypatch.setattr(trainer, method, crash)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    assert checkpoint.damage(tmp_path / "out" / "checkpoint-1") is None
+
+
+def test_checkpoints_are_limited_and_whole(trainer_of, tmp_path):
+    trainer_of("rpo", "out", save_total_limit=3).train()
+    found = checkpoint.checkpoints(tmp_path / "out")
+    assert [p.name for p in found] == ["checkpoint-8", "checkpoint-7", "checkpoint-6"]
+    for folder in found:
+        assert checkpoint.damage(folder) is None
+        files = set(json.loads((folder / checkpoint.MANIFEST).read_text())["files"])
+        assert {
+            "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+            "trainer_state.json", "reference.json", "config.json",
+        } <= files  # fmt: skip
+
+
+def test_a_checkpoint_is_a_model_that_loads(trainer_of, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    trainer = trainer_of("rpo", "out")
+    trainer.train()
+    assert_bitwise_equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-8"), trainer.model
+    )
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, None])
+def test_the_best_model_is_kept_and_loaded_at_the_end(limit, make_trainer, starts, tmp_path):
+    from safetensors.torch import load_file
+
+    # Rewards turned round in the eval data: every step makes it worse, so the first one is best.
+    rows = rows_of("rpo")
+    worse = [{**row, "rewards": row["rewards"][::-1]} for row in rows]
+    trainer = make_trainer(
+        "rpo", copy.deepcopy(starts["rpo"]), rows, eval_rows=worse, output_dir=str(tmp_path / "out"),
+        max_steps=4, global_batch_size=10, save_strategy="steps", save_steps=1,
+        save_total_limit=limit, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=False, learning_rate=1.0,
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert losses == sorted(losses) and losses[0] < losses[-1]
+    best = tmp_path / "out" / "checkpoint-1"
+    assert Path(trainer.state.best_model_checkpoint) == best and best.is_dir()
+    # With a limit of one, transformers leaves the best alone at the end.
+    left = {None: {1, 2, 3, 4}, 3: {1, 3, 4}, 2: {1, 4}, 1: {1}}[limit]
+    assert {int(p.name[11:]) for p in checkpoint.checkpoints(tmp_path / "out")} == left
+    for folder in checkpoint.checkpoints(tmp_path / "out"):
+        assert checkpoint.damage(folder) is None
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]) == best
+    stored = load_file(best / "model.safetensors")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name

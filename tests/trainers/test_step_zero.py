@@ -1,0 +1,197 @@
+"""The step-0 check: when it holds, when it stops, and that nothing has moved then."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rpo_trainer import reference
+from rpo_trainer.errors import StepZeroError
+from rpo_trainer.trainers.step_zero import disable_dropout, has_dropout
+from tests.models import make_model
+from tests.trainers.plain import assert_bitwise_equal, make_rows
+
+
+@pytest.fixture(scope="module")
+def start() -> Any:
+    return make_model()
+
+
+def with_dropout(p: float = 0.1, family: str = "gpt2") -> Any:
+    model = make_model(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = p
+    return model
+
+
+def closed_form(loss_type: str, rewards: list[float], beta: float) -> float:
+    """The constants, from the formulas with policy = reference."""
+    if loss_type == "dpo":
+        return math.log(2)
+    if loss_type == "ipo":
+        return (1 / (2 * beta)) ** 2
+    k, gap = len(rewards), rewards[0] - rewards[1]
+    weights = [math.exp(r) / sum(map(math.exp, rewards)) for r in rewards]
+    if loss_type == "rpo_bwd_kl":  # ln K − H(softmax(rewards))
+        return math.log(k) + sum(p * math.log(p) for p in weights)
+    if loss_type == "rpo_fwd_kl":
+        if k == 2:
+            return math.log(math.cosh(gap / 2))
+        return sum(math.log(1 / k / p) for p in weights) / k
+    if loss_type == "rpo_sq":
+        return gap**2
+    others = [(sum(rewards) - r) / (k - 1) for r in rewards]
+    return 0.5 * sum((r - o) ** 2 for r, o in zip(rewards, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss_type", "ks", "settings"),
+    [
+        ("dpo", "dpo", (2,) * 6, {}),
+        ("dpo", "dpo", (2,) * 6, {"label_smoothing": 0.3, "sft_loss_weight": 1.0}),
+        ("dpo", "ipo", (2,) * 6, {"beta": 0.7}),
+        ("rpo", "rpo_bwd_kl", (2,) * 6, {}),
+        ("rpo", "rpo_fwd_kl", (2,) * 6, {"average_logps": True}),
+        ("rpo", "rpo_sq", (2,) * 6, {}),
+        ("rpo", "rpo_sqloo", (2, 3, 4, 2, 5, 2), {}),
+        ("rpo", "rpo_bwd_kl", (2, 3, 4, 2, 5, 2), {}),
+        ("rpo", "rpo_fwd_kl", (2, 3, 4, 2, 5, 2), {}),
+    ],
+)
+def test_the_first_loss_is_the_constant_of_the_data(
+    kind, loss_type, ks, settings, start, make_trainer
+):
+    rows = make_rows(0, ks, rewards=True)
+    trainer = make_trainer(
+        kind, copy.deepcopy(start), rows, loss_type=loss_type, global_batch_size=6,
+        per_device_train_batch_size=3, **settings,
+    )  # fmt: skip
+    trainer.train()
+    beta = settings.get("beta", 0.1)
+    constant = sum(closed_form(loss_type, row["rewards"], beta) for row in rows) / len(rows)
+    assert trainer.step_zero["loss"] == pytest.approx(constant, rel=1e-4)
+    assert trainer.step_zero["expected"] == pytest.approx(constant, rel=1e-6)
+    assert trainer.step_zero["nats_per_token"] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_dropout_left_on_is_found_and_named(family, make_trainer):
+    model = with_dropout(0.2, family)
+    before = copy.deepcopy(model)
+    trainer = make_trainer(
+        "dpo", model, make_rows(0, (2,) * 4), disable_dropout=False, global_batch_size=4
+    )
+    with pytest.raises(StepZeroError, match=r"dropout is on(.|\n)*disable_dropout") as caught:
+        trainer.train()
+    assert caught.value.exit_code == 2
+    assert_bitwise_equal(model, before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_dropout_is_off_by_default(family, make_trainer):
+    model = with_dropout(0.2, family)
+    trainer = make_trainer("dpo", model, make_rows(0, (2,) * 4), global_batch_size=4)
+    assert not has_dropout(trainer.model)
+    trainer.train()
+    assert trainer.step_zero["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_has_dropout_and_disable_dropout():
+    for family in ("gpt2", "llama"):
+        model = with_dropout(0.2, family)
+        assert has_dropout(model)
+        disable_dropout(model)
+        assert not has_dropout(model)
+    assert not has_dropout(make_model())
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_a_stale_reference_stops_the_run_before_it_moves(optim, start, make_trainer, monkeypatch):
+    own = reference.reference_logps
+
+    def stale(*args: Any, **kwargs: Any) -> list[list[float]]:
+        return [[value - 0.5 for value in row] for row in own(*args, **kwargs)]
+
+    monkeypatch.setattr(reference, "reference_logps", stale)
+    model = copy.deepcopy(start)
+    trainer = make_trainer(
+        "rpo", model, make_rows(0, (2, 3, 2, 2), rewards=True), optim=optim, global_batch_size=4
+    )
+    with pytest.raises(StepZeroError, match=r"cache is stale(.|\n)*reference-cache"):
+        trainer.train()
+    assert_bitwise_equal(model, start)
+
+
+def test_a_shift_that_the_loss_does_not_show_is_found_too(start, make_trainer, monkeypatch):
+    """Both responses off by the same: DPO's loss is still ln 2, its reference still wrong."""
+    own = reference.reference_logps
+    monkeypatch.setattr(
+        reference,
+        "reference_logps",
+        lambda *a, **k: [[value + 3.0 for value in row] for row in own(*a, **k)],
+    )
+    trainer = make_trainer("dpo", copy.deepcopy(start), make_rows(0, (2,) * 4))
+    with pytest.raises(StepZeroError, match="nats per token"):
+        trainer.train()
+
+
+def test_the_check_can_be_turned_off(make_trainer):
+    trainer = make_trainer(
+        "dpo", with_dropout(0.2), make_rows(0, (2,) * 4), disable_dropout=False, step0_check=False
+    )
+    assert trainer.train().global_step == 1
+    assert not hasattr(trainer, "step_zero")
+
+
+def test_another_reference_is_not_checked(start, make_trainer, caplog):
+    caplog.set_level("INFO", "rpo_trainer")
+    trainer = make_trainer(
+        "dpo", copy.deepcopy(start), make_rows(0, (2,) * 4), ref_model=make_model(seed=1)
+    )
+    trainer.train()
+    assert not hasattr(trainer, "step_zero")
+    assert "no step-0 check" in caplog.text
+
+
+def test_an_equal_reference_is_checked(start, make_trainer):
+    trainer = make_trainer(
+        "dpo", copy.deepcopy(start), make_rows(0, (2,) * 4), ref_model=copy.deepcopy(start)
+    )
+    trainer.train()
+    assert trainer.step_zero["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_policy_itself_may_be_given_as_reference(start, make_trainer):
+    model = copy.deepcopy(start)
+    trainer = make_trainer("dpo", model, make_rows(0, (2,) * 4), ref_model=model, max_steps=2)
+    assert trainer.ref_model is None
+    trainer.train()
+    assert trainer.step_zero["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_noise_that_is_no_dropout_is_told_apart(start, make_trainer):
+    model = copy.deepcopy(start)
+
+    def noise(module: Any, args: Any, output: Any) -> Any:
+        return output + 0.5 * torch.randn_like(output) if module.training else output
+
+    model.model.norm.register_forward_hook(noise)
+    trainer = make_trainer("dpo", model, make_rows(0, (2,) * 4))
+    with pytest.raises(StepZeroError, match="in train mode is not the policy in eval mode"):
+        trainer.train()
+
+
+def test_only_the_first_step_is_checked(start, make_trainer):
+    trainer = make_trainer(
+        "dpo", copy.deepcopy(start), make_rows(0, (2,) * 4), max_steps=3, learning_rate=10.0
+    )
+    assert trainer.train().global_step == 3
+    trainer.args.max_steps = 6
+    assert trainer.train().global_step == 6  # trained already: policy and reference differ by now
