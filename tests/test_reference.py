@@ -41,7 +41,7 @@ def model() -> Any:
     return found
 
 
-@pytest.fixture()
+@pytest.fixture
 def computed(monkeypatch) -> list[int]:
     """How many responses each forward of the reference pass computed."""
     counts: list[int] = []
@@ -56,10 +56,10 @@ def computed(monkeypatch) -> list[int]:
     return counts
 
 
-def compute(model: Any, rows: Any, folder: Path | None = None, **settings: Any) -> list[list[float]]:
-    return reference_logps(
-        model, rows, layout="shared", cache=ReferenceCache(folder), **settings
-    )
+def compute(
+    model: Any, rows: Any, folder: Path | None = None, **settings: Any
+) -> list[list[float]]:
+    return reference_logps(model, rows, layout="shared", cache=ReferenceCache(folder), **settings)
 
 
 # --- values ---
@@ -138,8 +138,11 @@ def test_every_token_and_mask_counts():
         response_key([1, 2], [4, 3], [1, 1]),
         response_key([1, 2], [3, 4], [0, 1]),
         response_key([1, 2], [3], [1]),
+        # The same numbers in a row, cut elsewhere.
+        response_key([1], [2, 1], [1, 1]),
+        response_key([1, 2, 1], [1], [1]),
     }
-    assert len(keys) == 7
+    assert len(keys) == 9
     assert response_key([1, 2], [3, 4], [1, 1]) in keys
 
 
@@ -272,7 +275,9 @@ def lora(model: Any, **settings: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    config = LoraConfig(**{"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False, **settings})
+    config = LoraConfig(
+        **{"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False, **settings}
+    )
     return get_peft_model(copy.deepcopy(model), config)
 
 
@@ -313,9 +318,9 @@ def test_key_changes_with_whatever_changes_the_values(part):
 # --- through the trainers ---
 
 
-@pytest.fixture()
+@pytest.fixture
 def train(tmp_path, computed):
-    """Trains one step with a common cache, and says how many responses the reference pass computed."""
+    """Trains one step with a common cache, and says how many responses the reference computed."""
     from rpo_trainer.quickstart import character_tokenizer
     from rpo_trainer.trainers import DPOConfig, DPOTrainer
 

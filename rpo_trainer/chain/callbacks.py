@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,19 @@ class MetricsLog(TrainerCallback):
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")
+
+
+class StepZeroLog(TrainerCallback):
+    """Hands on what the step-0 check measured, as soon as it is known: a resumed stage has none."""
+
+    def __init__(self, trainer: Any, note: Callable[[dict[str, Any]], None]) -> None:
+        self.trainer = trainer
+        self.note = note
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        values = getattr(self.trainer, "step_zero", None)
+        if values is not None and state.global_step == 1:
+            self.note({"step0": {**values, "ok": True}})
 
 
 class StageProgress(TrainerCallback):
@@ -76,16 +91,22 @@ class StageProgress(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM or SIGINT: the step in hand is finished, a checkpoint written, the run ends with code 75.
 
-    A second signal ends it at once. Outside of training there is nothing to save, and the first does.
+    While a stage trains (`busy`), the first signal is only noted; behind the last step the output is
+    still written. At any other time nothing would be lost, and the first signal ends the run at once,
+    as the second always does.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.training = False
+        self.busy = False
+        self._process = os.getpid()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles the signals while it is entered."""
+        """Handles the signals while it is entered; only the main thread of a process can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -94,31 +115,35 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None or not self.training:
-            raise StoppedBySignal(
-                f"stopped by {signal.Signals(number).name}",
-                fix="run the same command again: it goes on from the last checkpoint",
-            )
+        if os.getpid() != self._process:
+            return  # a loader's worker, which has inherited this handler: its parent decides
+        again = self.received is not None
         self.received = signal.Signals(number)
+        if again or not self.busy:
+            self.raise_if_stopped()
         logger.warning(
             "%s: finishing the step and saving (once more to stop at once)", self.received.name
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training = True
+        # What a signal raised may have been swallowed where exceptions are (a finaliser, a library).
+        self.raise_if_stopped()
+        self.busy = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training = False
+    def output_written(self) -> None:
+        """The stage is safe on disk: a signal that came meanwhile ends the run now."""
+        self.busy = False
+        self.raise_if_stopped()
 
     def raise_if_stopped(self) -> None:
-        """After training: StoppedBySignal if a signal ended it."""
+        """StoppedBySignal if a signal has come."""
         if self.received is not None:
             raise StoppedBySignal(
-                f"stopped by {self.received.name} behind a complete checkpoint",
-                fix="run the same command again: it goes on from there",
+                f"stopped by {self.received.name}",
+                fix="run the same command again: it goes on where it stopped",
             )

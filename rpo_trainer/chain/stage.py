@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from rpo_trainer.chain.callbacks import StepZeroLog
 from rpo_trainer.chain.data import StageData
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import (
@@ -36,7 +37,7 @@ from rpo_trainer.trainers import (
     SFTTrainer,
 )
 from rpo_trainer.trainers.base import PackedTrainer
-from rpo_trainer.trainers.checkpoint import MANIFEST, last_complete, write_manifest
+from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ _GAPS_SHOWN = 512  # examples of the scatter in the report
 _SAME = (
     "max_length", "truncation", "global_batch_size", "learning_rate", "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
-    "gradient_checkpointing", "logging_steps", "save_total_limit", "report_to",
+    "logging_steps", "save_total_limit", "report_to",
     "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
     "disable_dropout", "label_smoothing", "reward_scale",
 )  # fmt: skip
@@ -85,7 +86,12 @@ def training_config(
     where = f"stages.{stage.name}.training_args"
     settings |= fill_from_environment(stage.training_args, where=where)
     config = _config_class(stage)
-    unknown = sorted(set(settings) - set(inspect.signature(config).parameters))
+    known = set(inspect.signature(config).parameters)
+    if stage.gradient_checkpointing:
+        # transformers has renamed it; the old name warns where the new one is known.
+        new, old = "activation_checkpointing", "gradient_checkpointing"
+        settings[new if new in known else old] = True
+    unknown = sorted(set(settings) - known)
     if unknown:
         raise RecipeError(
             f"transformers has no training argument {', '.join(unknown)}",
@@ -141,35 +147,64 @@ def make_trainer(
 
 
 def train_stage(
-    trainer: PackedTrainer, folder: Path, begin: Callable[[int], None]
-) -> dict[str, Any]:
-    """Trains, or goes on from the last complete checkpoint; returns what the record of the stage says.
+    trainer: PackedTrainer,
+    folder: Path,
+    *,
+    begin: Callable[[int, bool], None],
+    note: Callable[[dict[str, Any]], None],
+) -> dict[str, Any] | None:
+    """Trains, or goes on from the last complete checkpoint.
 
     Args:
-        begin: called with the step that training starts from, before it does.
+        begin: called before training, with the step it starts from (-1: from nothing) and whether the
+            held-out examples were already evaluated at that step.
+        note: called with what the record of the stage is to say before the stage is at its end.
+
+    Returns:
+        What the record is to say at the end; None: training was stopped before it.
     """
     checkpoint = last_complete(folder)
-    begin(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    record: dict[str, Any] = {}
+    for later in checkpoints(folder):
+        if later == checkpoint:
+            break
+        shutil.rmtree(later)  # damaged: it must not outlive the good ones that are written now
+    if checkpoint is None:
+        begin(-1, False)
+    else:
+        step = int(checkpoint.name.split("-")[1])
+        begin(step, _evaluation_at(step, _history(checkpoint)) is not None)
     held_out = trainer.eval_dataset is not None
     if held_out and checkpoint is None:
-        record["eval_before"] = _finite(trainer.evaluate())
+        note({"eval_before": _finite(trainer.evaluate())})
+    trainer.add_callback(StepZeroLog(trainer, note))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    record["steps"] = trainer.state.global_step
-    step_zero = getattr(trainer, "step_zero", None)
-    if step_zero is not None:
-        record["step0"] = {**step_zero, "ok": True}
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        return None
+    results: dict[str, Any] = {"steps": state.global_step}
     if held_out:
-        record["eval_after"] = _finite(trainer.evaluate())
-    record["peak_memory_bytes"] = peak_memory()
-    return record
+        # With eval_steps, the last step may have been evaluated within training.
+        known = _evaluation_at(state.global_step, state.log_history)
+        results["eval_after"] = _finite(trainer.evaluate() if known is None else known)
+    return {**results, "peak_memory_bytes": peak_memory()}
+
+
+def _history(checkpoint: Path) -> list[dict[str, Any]]:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    history: list[dict[str, Any]] = state["log_history"]
+    return history
+
+
+def _evaluation_at(step: int, history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The log line of the evaluation at a step, if there is one."""
+    return next((e for e in history if e.get("step") == step and "eval_loss" in e), None)
 
 
 def _finite(metrics: dict[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
+        if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
     }
 
 
@@ -186,10 +221,10 @@ def write_output(trainer: PackedTrainer, folder: Path) -> None:
     final, staged = folder / "final", folder / ".final"
     shutil.rmtree(staged, ignore_errors=True)
     model: Any = trainer.model
-    if stage_adapter := hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter")
+    if has_adapter := hasattr(model, "merge_and_unload"):
+        _write_adapter(model, folder / "adapter")
         model = model.merge_and_unload()
-    if stage_adapter or trainer.args.world_size == 1:
+    if has_adapter or trainer.args.world_size == 1:
         model.save_pretrained(staged)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(staged)
@@ -200,6 +235,15 @@ def write_output(trainer: PackedTrainer, folder: Path) -> None:
         write_manifest(staged)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staged, final)
+
+
+def _write_adapter(model: Any, folder: Path) -> None:
+    """The adapter by itself, without the place of the weights it was trained on: a run can be moved."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = None
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
 
 
 def output_fingerprint(final: Path) -> str:

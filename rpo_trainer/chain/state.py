@@ -50,13 +50,18 @@ class ChainState:
     def _read(self) -> None:
         try:
             content = json.loads(self.path.read_text())
-            self.stages, self.model = content["stages"], content["model"]
-            self.seed = content["seed"]
-        except (ValueError, KeyError, TypeError) as error:
+            if content["version"] != _VERSION:
+                raise ValueError(f"its version is {content['version']}, not {_VERSION}")
+            self.stages, self.model = list(content["stages"]), dict(content["model"])
+            self.seed = int(content["seed"])
+            for record in self.stages:
+                if not {"name", "state", "spec"} <= record.keys():
+                    raise ValueError("a stage lacks its name, state or spec")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
-                f"the state of the run cannot be read: {error}",
+                f"the state of the run cannot be read: {error!r}",
                 where=str(self.path),
-                fix="start in another directory, or restore the file",
+                fix="restore the file, or start in another directory (--run-dir)",
             ) from error
 
     def save(self) -> None:
@@ -106,14 +111,14 @@ class ChainState:
     ) -> None:
         changes = differences("model", self.model, model)
         changes += differences("seed", self.seed, seed)
-        names = [spec["name"] for spec in stages]
-        for position, record in enumerate(begun):
+        specs = {spec["name"]: spec for spec in stages}
+        for record in begun:
             name = record["name"]
-            if position >= len(names) or names[position] != name:
-                changes.append(f"stages.{name}: has begun, and is no longer stage {position + 1}")
+            if name not in specs:
+                changes.append(f"stages.{name}: has begun, and is no longer in the recipe")
                 continue
             old = {k: v for k, v in record["spec"].items() if k not in SAFE_FIELDS}
-            new = {k: v for k, v in stages[position].items() if k not in SAFE_FIELDS}
+            new = {k: v for k, v in specs[name].items() if k not in SAFE_FIELDS}
             changes += differences(f"stages.{name}", old, new)
         if changes:
             raise RunError(
@@ -201,8 +206,12 @@ def locked(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def forget_metrics(path: Path, stage: str, after_step: int) -> None:
-    """Drops the lines of a stage beyond the step it goes on from, so that no step stands twice."""
+def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool = True) -> None:
+    """Drops the lines of a stage beyond the step it goes on from, so that no step stands twice.
+
+    Args:
+        evaluated: keep the evaluation at that step; False: it will be done again.
+    """
     if not path.is_file():
         return
     kept = []
@@ -211,7 +220,9 @@ def forget_metrics(path: Path, stage: str, after_step: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue  # a line cut by a kill
-        if row.get("stage") != stage or row.get("step", 0) <= after_step:
+        step = row.get("step", 0)
+        again = step > after_step or (step == after_step and not evaluated and "eval_loss" in row)
+        if row.get("stage") != stage or not again:
             kept.append(line + "\n")
     staged = path.with_name(f".{path.name}")
     staged.write_text("".join(kept))

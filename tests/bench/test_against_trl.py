@@ -102,8 +102,13 @@ def test_losses_and_margins_agree(case: str, tmp_path: Path, capsys: Any) -> Non
         processing_class=tokenizer,
     )  # fmt: skip
     for row, other in zip(ours.train_dataset.rows, theirs.train_dataset, strict=True):
-        assert row["prompt_ids"] + row["response_ids"][0] == other["prompt_ids"] + other["chosen_ids"]
-        assert row["prompt_ids"] + row["response_ids"][1] == other["prompt_ids"] + other["rejected_ids"]
+        assert (
+            row["prompt_ids"] + row["response_ids"][0] == other["prompt_ids"] + other["chosen_ids"]
+        )
+        assert (
+            row["prompt_ids"] + row["response_ids"][1]
+            == other["prompt_ids"] + other["rejected_ids"]
+        )
     ours.train()
     theirs.train()
 

@@ -12,6 +12,7 @@ import torch
 
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.trainers import DPOTrainer, RPOTrainer, SFTTrainer
+from tests.models import make_model
 
 TRAINERS = {"sft": SFTTrainer, "dpo": DPOTrainer, "rpo": RPOTrainer}
 
@@ -42,9 +43,21 @@ def tokenizer() -> Any:
     return character_tokenizer()
 
 
-@pytest.fixture()
+@pytest.fixture(scope="session")
+def start() -> Any:
+    """The policy's start; tests train copies."""
+    return make_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def other() -> Any:
+    """A reference that is not the policy, so that no gap is 0."""
+    return make_model(dtype=torch.float64, seed=1)
+
+
+@pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
-    """`make_config("dpo", learning_rate=...)`: plain SGD without clipping, no saving, no logging."""
+    """`make_config("dpo", learning_rate=...)`: plain SGD, no clipping, saving or logging."""
 
     def make(kind: str, **settings: Any) -> Any:
         defaults = {
@@ -67,7 +80,7 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_trainer(make_config: Callable[..., Any], tokenizer: Any) -> Callable[..., Any]:
     """`make_trainer("dpo", model, rows, ref_model=..., learning_rate=...)`."""
 

@@ -1,4 +1,4 @@
-"""Training written out plainly: one full-logits forward per response, formulas as in the papers, no packing."""
+"""Training written out plainly: one full-logits forward per response, formulas as in papers."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def make_rows(
             row["rewards"].sort(reverse=True)
         rows.append(row)
     return rows
+
+
+PAIRS = (2,) * 8
+
+
+def rows_of(kind: str, ks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a preference trainer: with rewards for `rpo`."""
+    return make_rows(seed, ks, rewards=kind == "rpo")
 
 
 def plain_sums(model: torch.nn.Module, row: dict[str, Any]) -> Tensor:
@@ -166,7 +174,12 @@ def plain_train(
 
 
 def global_batches(
-    rows: Sequence[dict[str, Any]], size: int, *, epoch: int = 0, shuffle: bool = True, seed: int = 42
+    rows: Sequence[dict[str, Any]],
+    size: int,
+    *,
+    epoch: int = 0,
+    shuffle: bool = True,
+    seed: int = 42,
 ) -> list[list[dict[str, Any]]]:
     """The rows of each optimizer step; which rows meet is proved in tests/test_order.py."""
     costs = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]

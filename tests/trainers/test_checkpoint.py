@@ -12,7 +12,7 @@ from rpo_trainer.errors import RunError
 from rpo_trainer.trainers import checkpoint
 
 
-@pytest.fixture()
+@pytest.fixture
 def output(tmp_path: Path) -> Path:
     """checkpoint-9, -20 and -100, complete."""
     for step in (9, 20, 100):
@@ -76,8 +76,9 @@ def manifest_of(text: str | bytes):
     return write
 
 
-GARBAGE = [b"\xff\xfe\x00", "", "{", "[]", "null", "{}", '{"files": 3}', '{"files": {"a": 1}}',
-           '{"files": {"a": {"size": 1}}}', '{"files": {"a": {"size": null, "xxh3_128": ""}}}']  # fmt: skip
+GARBAGE = [b"\xff\xfe\x00", "", "{", "[]", "null", "{}", '{"files": 3}',
+           '{"files": {"a": 1}}', '{"files": {"a": {"size": 1}}}',
+           '{"files": {"a": {"size": null, "xxh3_128": ""}}}']  # fmt: skip
 
 
 @pytest.mark.parametrize("harm", [cut, flip, remove, no_manifest, *map(manifest_of, GARBAGE)])
@@ -114,8 +115,8 @@ def test_files_added_later_do_no_harm(output):
     ("limit", "keep", "left"),
     [(None, None, {9, 20, 100}), (0, None, {9, 20, 100}), (1, None, {100}), (2, None, {20, 100}),
      (1, "checkpoint-9", {9, 100}), (2, "checkpoint-9", {9, 100}), (1, "checkpoint-100", {100}),
-     (2, "checkpoint-100", {20, 100}), (3, "checkpoint-9", {9, 20, 100}), (2, "checkpoint-7", {20, 100}),
-     (5, None, {9, 20, 100})],
+     (2, "checkpoint-100", {20, 100}), (3, "checkpoint-9", {9, 20, 100}),
+     (2, "checkpoint-7", {20, 100}), (5, None, {9, 20, 100})],
 )  # fmt: skip
 def test_rotation_keeps_the_newest_and_the_best(limit, keep, left, output):
     (output / "runs").mkdir()

@@ -61,16 +61,14 @@ def test_what_does_not_fit_is_refused(config, settings, message, tmp_path):
 
 
 def test_all_that_does_not_fit_is_said_at_once(tmp_path):
-    with pytest.raises(RecipeError, match="beta must be.*sft_reduction must be.*reward_scale"):
+    with pytest.raises(RecipeError, match=r"beta must be.*sft_reduction must be.*reward_scale"):
         make(RPOConfig, tmp_path, beta=-1.0, sft_reduction="none", reward_scale=-2.0)
 
 
 def test_accumulation_follows_from_the_global_batch(tmp_path):
     args = make(SFTConfig, tmp_path, per_device_train_batch_size=4, global_batch_size=32)
     assert args.gradient_accumulation_steps == 8
-    args = make(
-        SFTConfig, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3
-    )
+    args = make(SFTConfig, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     assert args.gradient_accumulation_steps == 3
 
 
@@ -85,7 +83,12 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest(micro, batch, nea
 
 def test_defaults_are_those_of_the_method(tmp_path):
     dpo, rpo = make(DPOConfig, tmp_path), make(RPOConfig, tmp_path)
-    assert (dpo.loss_type, dpo.beta, dpo.sft_loss_weight, dpo.sft_reduction) == ("dpo", 0.1, 0, "sum")
+    assert (dpo.loss_type, dpo.beta, dpo.sft_loss_weight, dpo.sft_reduction) == (
+        "dpo",
+        0.1,
+        0,
+        "sum",
+    )
     assert (rpo.loss_type, rpo.reward_scale) == ("rpo_bwd_kl", 1.0)
     assert dpo.disable_dropout and dpo.step0_check
     assert not dpo.logging_nan_inf_filter and not dpo.remove_unused_columns

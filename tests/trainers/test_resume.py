@@ -1,4 +1,4 @@
-"""Killed and resumed is bitwise the run that was never killed; checkpoints are complete or absent."""
+"""Killed and resumed is bitwise the run never killed; checkpoints are complete or absent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
     return make_rows(0, (2, 3, 2, 5, 2, 2, 3, 2, 4, 2), rewards=True)
 
 
-@pytest.fixture()
+@pytest.fixture
 def trainer_of(make_trainer, starts, tmp_path):
     def make(kind: str, out: str, **settings: Any) -> Any:
         if kind == "lora":
@@ -285,10 +285,11 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(limit, make_trainer, start
     rows = rows_of("rpo")
     worse = [{**row, "rewards": row["rewards"][::-1]} for row in rows]
     trainer = make_trainer(
-        "rpo", copy.deepcopy(starts["rpo"]), rows, eval_rows=worse, output_dir=str(tmp_path / "out"),
-        max_steps=4, global_batch_size=10, save_strategy="steps", save_steps=1,
-        save_total_limit=limit, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", greater_is_better=False, learning_rate=1.0,
+        "rpo", copy.deepcopy(starts["rpo"]), rows, eval_rows=worse,
+        output_dir=str(tmp_path / "out"), max_steps=4, global_batch_size=10, learning_rate=1.0,
+        save_strategy="steps", save_steps=1, save_total_limit=limit, eval_strategy="steps",
+        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        greater_is_better=False,
     )  # fmt: skip
     trainer.train()
     losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]

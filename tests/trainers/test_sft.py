@@ -1,4 +1,4 @@
-"""SFT against training written out plainly: several trained spans, the mean over all trained tokens."""
+"""SFT against training written out plainly: trained spans, the mean over all trained tokens."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ from tests.trainers.plain import (
     plain_train,
     trained,
 )
-
-
-@pytest.fixture(scope="module")
-def start() -> Any:
-    return make_model(dtype=torch.float64)
 
 
 def make_sft_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -146,9 +141,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, make_trainer):
     with torch.no_grad():
         model.model.embed_tokens.weight[2] = math.inf
     before = copy.deepcopy(model)
-    trainer = make_trainer(
-        "sft", model, rows, global_batch_size=6, per_device_train_batch_size=2
-    )
+    trainer = make_trainer("sft", model, rows, global_batch_size=6, per_device_train_batch_size=2)
     with pytest.raises(NonFiniteError, match=r"row-4(.|\n)*the optimizer has not moved") as caught:
         trainer.train()
     assert caught.value.exit_code == 4
