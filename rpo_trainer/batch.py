@@ -28,7 +28,7 @@ Layout = Literal["shared", "packed", "padded"]
 
 
 class Segment(NamedTuple):
-    """Queries `[start, stop)` of the packed row see keys `[prefix_start, prefix_stop)` whole and themselves causally."""
+    """Queries `[start, stop)` see keys `[prefix_start, prefix_stop)` whole and themselves causally."""
 
     start: int
     stop: int

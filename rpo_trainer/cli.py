@@ -1,4 +1,4 @@
-"""The command line: arguments only, no logic. Nothing here imports torch before a command needs it."""
+"""The command line: arguments only, no logic. No torch before a command needs it."""
 
 from __future__ import annotations
 
@@ -115,6 +115,7 @@ def _run(
     loaded = load_recipe(recipe, overrides)  # errors of the recipe come before torch is imported
     from rpo_trainer.chain import run_chain, select_stage
 
+    _hide_bars()
     names = None if only is None else {select_stage(loaded, *only)}
     folder = run_chain(loaded, run_dir, only=names)
     _table(folder)
@@ -130,6 +131,13 @@ def _table(run_dir: Path) -> None:
     from rpo_trainer.report import summary_table
 
     Console().print(summary_table(run_dir))
+
+
+def _hide_bars() -> None:
+    """transformers shows a bar for every file it reads or writes; ours would drown in them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _show_messages(verbose: bool) -> None:

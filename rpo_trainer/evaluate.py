@@ -89,6 +89,7 @@ def evaluate_policy(
     judge = get_verifier(verifier)
     require_ground_truth(rows, judge)
     prompts = [row["prompt"] for row in rows]
+    tools = [row.get("tools") for row in rows]
     sampled = sample_responses(
         model,
         tokenizer,
@@ -100,6 +101,7 @@ def evaluate_policy(
         max_new_tokens=generate.max_new_tokens,
         batch_size=generate.batch_size,
         seed=seed,
+        tools=tools,
     )
     likeliest = None
     if greedy:
@@ -109,6 +111,7 @@ def evaluate_policy(
             prompts,
             max_new_tokens=generate.max_new_tokens,
             batch_size=generate.batch_size,
+            tools=tools,
         )
     return _result(rows, judge, sampled, likeliest, seed, samples)
 

@@ -4,7 +4,9 @@ A stored value belongs to what it was made from and nothing else: the weights (a
 of the arithmetic, and the tokens of prompt and response. So it serves again when the learning rate, the
 output directory, the order or the mix of the data change, and never when one of the former does.
 
-    CACHE/<model key>/part-*.safetensors    keys [n, 2] int64, values [n] float32; each written whole or not at all
+    CACHE/<model key>/part-*.safetensors    keys [n, 2] int64, values [n] float32
+
+Each part is written whole or not at all.
 """
 
 from __future__ import annotations

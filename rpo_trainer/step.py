@@ -143,7 +143,7 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     module: Any = model.get_output_embeddings()
     if type(module) is not nn.Linear:
         return _generic_head(module, hidden, labels, head)
-    own = module.forward
+    hooked = vars(module).get("forward")  # accelerate's hooks put one here
 
     def fused(x: Tensor) -> Tensor:
         return linear_logprobs(
@@ -156,11 +156,13 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
             tile_bytes=head.tile_bytes,
         )
 
-    module.forward = fused
+    vars(module)["forward"] = fused
     try:
         return module(hidden)  # type: ignore[no-any-return]
     finally:
-        module.forward = own
+        del vars(module)["forward"]
+        if hooked is not None:
+            vars(module)["forward"] = hooked
 
 
 def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:

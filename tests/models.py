@@ -48,7 +48,9 @@ def make_model(
         settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # transformers 5.17 gives Gemma-2 an sdpa that drops the soft-cap of its scores.
+    eager = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

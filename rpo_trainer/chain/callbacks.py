@@ -1,4 +1,4 @@
-"""What a stage tells while it trains: metrics.jsonl, a bar or plain lines, and how it is stopped."""
+"""What a stage tells while it trains: metrics.jsonl, a bar or plain lines; how it is stopped."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class StepZeroLog(TrainerCallback):
 
 
 class StageProgress(TrainerCallback):
-    """One bar for the stage, its place in the chain in front; plain lines where there is no terminal."""
+    """A bar for the stage, its place in the chain in front; plain lines without a terminal."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -89,11 +89,11 @@ class StageProgress(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGINT: the step in hand is finished, a checkpoint written, the run ends with code 75.
+    """SIGTERM or SIGINT: the step in hand is finished, a checkpoint written, the exit code is 75.
 
-    While a stage trains (`busy`), the first signal is only noted; behind the last step the output is
-    still written. At any other time nothing would be lost, and the first signal ends the run at once,
-    as the second always does.
+    While a stage trains (`busy`), the first signal is only noted; behind the last step the output
+    is still written. At any other time nothing would be lost, and the first signal ends the run at
+    once, as the second always does.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class StopOnSignal(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # What a signal raised may have been swallowed where exceptions are (a finaliser, a library).
+        # What a signal raised may have been swallowed (in a finaliser, by a library).
         self.raise_if_stopped()
         self.busy = True
 

@@ -1,4 +1,4 @@
-"""The rows of a stage, from its recipe: read, filter, replay, or generate → score → pairs; then tokenise."""
+"""The rows of a stage: read, filter, replay, or generate → score → pairs; then tokenise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rpo_trainer.recipe import RPOStage, SFTStage, SourceSpec, Stage, resolve_pa
 from rpo_trainer.trainers.checkpoint import file_digest
 
 if TYPE_CHECKING:
-    from rpo_trainer.recipe import DataSpec, EvalSpec
+    from rpo_trainer.recipe import DataSpec, EvalSpec, Recipe
 
 
 @dataclass
@@ -60,6 +60,11 @@ def source_digests(sources: Sequence[SourceSpec], base_dir: Path) -> dict[str, s
     return found
 
 
+def stage_seed(stage: Stage, recipe: Recipe) -> int:
+    """The stage's own seed, else the recipe's."""
+    return recipe.seed if stage.seed is None else stage.seed
+
+
 def needs_policy(data: DataSpec) -> bool:
     """Whether the responses are sampled from the policy that seeds the stage."""
     return data.generate is not None
@@ -80,7 +85,7 @@ def build_rows(
     Args:
         earlier: training rows of an earlier stage by name, for replay.
         policy: the model and tokenizer that seed the stage; needed where it generates.
-        cache: file for generated rows: read if it is there, else written, whole or not at all.
+        cache: folder for generated rows: read if they are there, else written, whole or not at all.
     """
     data = stage.data
     if isinstance(stage, SFTStage):
@@ -163,8 +168,9 @@ def _generated(
     judge = get_verifier(data.score.verifier)
     rows = load_rows(data.train, kind="prompt", base_dir=base_dir, audit=audit, seed=seed)
     require_ground_truth(rows, judge)
-    if cache is not None and cache.is_file():
-        scored = [json.loads(line) for line in cache.read_text().splitlines()]
+    file = None if cache is None else cache / f"generated-{_key(stage, base_dir, seed)}.jsonl"
+    if file is not None and file.is_file():
+        scored = [json.loads(line) for line in file.read_text().splitlines()]
     else:
         assert policy is not None  # a stage that generates has one
         model, tokenizer = policy()
@@ -173,13 +179,13 @@ def _generated(
             model, tokenizer, [row["prompt"] for row in rows],
             responses=spec.responses, max_new_tokens=spec.max_new_tokens,
             temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k,
-            batch_size=spec.batch_size, seed=seed,
+            batch_size=spec.batch_size, seed=seed, tools=[row.get("tools") for row in rows],
         )  # fmt: skip
         for row, samples in zip(rows, sampled, strict=True):
             row["responses"] = [sample.text for sample in samples]
         scored = score_rows(rows, judge)
-        if cache is not None:
-            _write_whole(cache, "".join(json.dumps(row) + "\n" for row in scored))
+        if file is not None:
+            _write_whole(file, "".join(json.dumps(row) + "\n" for row in scored))
     pairs = data.pairs
     return make_preference_rows(
         scored,
@@ -187,6 +193,13 @@ def _generated(
         min_gap=pairs.min_gap if pairs else 0.0,
         audit=audit,
     )
+
+
+def _key(stage: Stage, base_dir: Path, seed: int) -> str:
+    """What the generated rows of a stage depend on, beside the weights."""
+    data = stage.data.model_dump(mode="json", include={"train", "generate", "score"})
+    parts = [data, stage.init, seed, source_digests(stage.data.train, base_dir)]
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode()))
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -16,12 +16,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_trainer.chain.callbacks import MetricsLog, StageProgress, StopOnSignal
+from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.data import (
     StageData,
     build_evaluation,
     build_rows,
     evaluation_prompts,
     source_digests,
+    stage_seed,
     tokenize_stage,
 )
 from rpo_trainer.chain.stage import (
@@ -41,7 +43,7 @@ from rpo_trainer.chain.state import (
 )
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RecipeError, RunError
-from rpo_trainer.loading import load_model, load_tokenizer, load_weights
+from rpo_trainer.loading import check_vocabulary, load_model, load_tokenizer, load_weights
 from rpo_trainer.recipe import (
     LoadedRecipe,
     PreferenceStage,
@@ -80,8 +82,8 @@ def run_chain(
         The run directory.
 
     Raises:
-        RunError, RecipeError, DataError, ModelError: what is wrong, before or at the stage concerned.
-        StoppedBySignal: behind a complete checkpoint.
+        RPOTrainerError: what is wrong; all that can be known, before the first stage.
+        StoppedBySignal: by SIGTERM or SIGINT, behind a complete checkpoint.
     """
     run_dir = default_run_dir(loaded) if run_dir is None else run_dir
     open_run_dir(run_dir)
@@ -91,6 +93,7 @@ def run_chain(
 
 class _Chain:
     def __init__(self, loaded: LoadedRecipe, run_dir: Path) -> None:
+        self.loaded = loaded
         self.recipe = loaded.recipe
         self.base_dir = loaded.base_dir
         self.run_dir = run_dir
@@ -106,13 +109,24 @@ class _Chain:
 
     def run(self, only: Collection[str] | None) -> Path:
         self._check_finished()
-        self.state.save()
-        _write_recipe(self.run_dir / "recipe.yaml", dump_resolved(self.recipe))
+        wanted = [
+            (stage, record)
+            for stage in self.stages
+            if (record := self._record(stage.name))["state"] != "done"
+            and (only is None or stage.name in only)
+        ]
+        if not wanted:
+            logger.info("done: there is nothing left to run in %s", self.run_dir)
+            return self.run_dir
+        pending = {stage.name for stage, record in wanted if record["state"] == "pending"}
+        self._check_starts(wanted)
         with self.stop.installed():
-            for stage in self.stages:
-                record = self._record(stage.name)
-                if record["state"] != "done" and (only is None or stage.name in only):
-                    self._run_stage(stage, record)
+            if len(pending) == len(wanted):  # a fault of the last stage must not wait for the first
+                check_recipe(self.loaded, self.run_dir, only=pending)
+            self.state.save()
+            _write_recipe(self.run_dir / "recipe.yaml", dump_resolved(self.recipe))
+            for stage, record in wanted:
+                self._run_stage(stage, record)
         return self.run_dir
 
     def _record(self, name: str) -> dict[str, Any]:
@@ -138,22 +152,47 @@ class _Chain:
                     why="a run goes on only with the data it began with",
                     fix="restore the files, or start in a new directory (--run-dir)",
                 )
-            fault = damage(self._final(stage.name)) if record["state"] == "done" else None
-            if fault is not None:
-                raise RunError(
-                    f"the output of the finished stage {stage.name} is damaged: {fault}",
-                    where=str(self._final(stage.name)),
-                    why="later stages start from it",
-                    fix=f"restore it, or remove {self.run_dir / stage.name} and start in a new directory",
-                )
+            if record["state"] == "done":
+                self._check_output(stage.name, record)
+
+    def _check_output(self, name: str, record: dict[str, Any]) -> None:
+        final = self._final(name)
+        fault = damage(final)
+        if fault is None and output_fingerprint(final) != record["output"]["fingerprint"]:
+            fault = "these are other weights than the stage has written"
+        if fault is not None:
+            raise RunError(
+                f"the output of the finished stage {name} is damaged: {fault}",
+                where=str(final),
+                why="later stages start from it",
+                fix="restore it from a copy, or start in a new directory (--run-dir)",
+            )
+
+    def _check_starts(self, wanted: list[tuple[Stage, dict[str, Any]]]) -> None:
+        """Every stage that a wanted one starts from is finished, or will be."""
+        there = {stage.name for stage, _ in wanted}
+        for stage, _ in wanted:
+            sources = {"init": stage.init}
+            if isinstance(stage, PreferenceStage):
+                sources["reference"] = stage.reference
+            for field, source in sources.items():
+                record = self.state.stage(source)
+                if record is not None and record["state"] != "done" and source not in there:
+                    raise RunError(
+                        f"the {field} of stage {stage.name} is stage {source}, "
+                        "which is not finished",
+                        where=str(self.run_dir),
+                        fix=f"run the whole chain first (rpo-trainer run), or set "
+                        f"stages.{stage.name}.{field} to model or a path",
+                    )
 
     def _final(self, name: str) -> Path:
         return self.run_dir / name / "final"
 
     # --- models ---
 
-    def _model(self, source: str, stage: Stage) -> PreTrainedModel:
-        """`model`, the output of a finished stage, or a local directory."""
+    def _model(self, source: str) -> PreTrainedModel:
+        """`model`, the output of a finished stage (`_check_starts`), or a local directory."""
         if source == "model":
             return load_model(
                 self.recipe.model,
@@ -162,17 +201,13 @@ class _Chain:
                 vocabulary=len(self.tokenizer),
             )
         if self.state.stage(source) is not None:
-            if self._record(source)["state"] != "done":
-                raise RunError(
-                    f"stage {stage.name} starts from {source}, which is not finished",
-                    where=str(self.run_dir),
-                    fix=f"run the whole chain, or set stages.{stage.name}.init to model or a path",
-                )
             return load_weights(self._final(source))
-        return load_weights(resolve_path(self.base_dir, source))
+        model = load_weights(resolve_path(self.base_dir, source))
+        check_vocabulary(model, len(self.tokenizer))
+        return model
 
     def _policy(self, stage: Stage) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model: Any = self._model(stage.init, stage)
+        model: Any = self._model(stage.init)
         return model.to("cuda" if torch.cuda.is_available() else "cpu"), self.tokenizer
 
     # --- one stage ---
@@ -181,7 +216,7 @@ class _Chain:
         began = time.monotonic()
         folder = self.run_dir / stage.name
         folder.mkdir(exist_ok=True)
-        seed = self.recipe.seed if stage.seed is None else stage.seed
+        seed = stage_seed(stage, self.recipe)
         if damage(self._final(stage.name)) is not None or "steps" not in record:
             self._train(stage, record, folder, seed)
         self._evaluate(stage, record, folder, seed)
@@ -204,11 +239,11 @@ class _Chain:
         )
         reference = None
         if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
-            reference = self._model(stage.reference, stage)
+            reference = self._model(stage.reference)
         trainer = make_trainer(
             stage,
             config,
-            self._model(stage.init, stage),
+            self._model(stage.init),
             reference,
             self.tokenizer,
             data,
@@ -220,21 +255,22 @@ class _Chain:
         )
         logger.info("%s training on %d examples", label, len(data.train))
 
-        def begin(step: int) -> None:
-            forget_metrics(self.run_dir / METRICS_FILE, stage.name, step)
+        def begin(step: int, evaluated: bool) -> None:
+            forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
-        results = train_stage(trainer, folder, begin)
-        self.stop.raise_if_stopped()
-        write_output(trainer, folder)
+        def note(values: dict[str, Any]) -> None:
+            record.update(values)
+            self.state.save()
+
+        results = train_stage(trainer, folder, begin=begin, note=note)
+        if results is None:
+            self.stop.raise_if_stopped()
+            raise RunError(f"the training of stage {stage.name} ended before its last step")
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
-        record.update({k: v for k, v in results.items() if not k.startswith("eval_")})
-        before, after = results.get("eval_before"), results.get("eval_after")
-        if before:
-            record["eval_before"] = before
-        if after:
-            record["eval_after"] = after
-        self.state.save()
+        write_output(trainer, folder)
+        note(results)
+        self.stop.output_written()
         del trainer
         gc.collect()
         if torch.cuda.is_available():
@@ -249,7 +285,7 @@ class _Chain:
             audit=audit,
             earlier=self._earlier_rows,
             policy=lambda: self._policy(stage),
-            cache=folder / "generated.jsonl",
+            cache=folder,
         )
         train = tokenize_stage(stage, rows, self.tokenizer, audit)
         held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed)
@@ -279,7 +315,7 @@ class _Chain:
 
     def _earlier_rows(self, name: str) -> list[dict[str, Any]]:
         stage = next(stage for stage in self.stages if stage.name == name)
-        seed = self.recipe.seed if stage.seed is None else stage.seed
+        seed = stage_seed(stage, self.recipe)
         return build_rows(
             stage, self.base_dir, seed=seed, audit=Audit(), earlier=self._earlier_rows
         )
@@ -319,14 +355,14 @@ def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
     """
     stages = [stage for stage in expand_stages(loaded.recipe) if stage.kind == kind]
     names = [stage.name for stage in stages]
+    if not names:
+        raise RecipeError(f"the recipe has no {kind} stage", where=str(loaded.path))
     if name is not None and name not in names:
         raise RecipeError(
             f"there is no {kind} stage {name!r}",
             where=str(loaded.path),
             fix=f"one of: {', '.join(names)}",
         )
-    if not names:
-        raise RecipeError(f"the recipe has no {kind} stage", where=str(loaded.path))
     if name is None and len(names) > 1:
         raise RecipeError(
             f"the recipe has {len(names)} {kind} stages",

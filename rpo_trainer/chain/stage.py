@@ -12,10 +12,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from rpo_trainer.chain.callbacks import StepZeroLog
 from rpo_trainer.chain.data import StageData
@@ -39,6 +40,9 @@ from rpo_trainer.trainers import (
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 logger = logging.getLogger(__name__)
 
 _GAPS_SHOWN = 512  # examples of the scatter in the report
@@ -59,7 +63,8 @@ def training_config(
     """The trainer's config of a stage.
 
     Raises:
-        RecipeError: a field of `training_args` that transformers does not know or take.
+        RecipeError: a name or value that transformers does not know or take, in `training_args` or
+            elsewhere; a tracker that is not installed.
     """
     settings: dict[str, Any] = {
         name: getattr(stage, name) for name in _SAME if hasattr(stage, name)
@@ -99,15 +104,34 @@ def training_config(
             fix="see transformers.TrainingArguments for the names",
         )
     try:
-        return config(**settings)
-    except (ValueError, TypeError) as error:
+        made = config(**settings)
+        for tracker in get_reporting_integration_callbacks(made.report_to):
+            tracker()  # says here, not when training starts, that it is not installed
+    except (ValueError, TypeError, RuntimeError) as error:
         raise RecipeError(str(error), where=f"stages.{stage.name}") from error
+    return made
 
 
 def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig]:
     if isinstance(stage, DPOStage):
         return DPOConfig
     return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
+
+
+def lora_config(stage: Stage) -> LoraConfig | None:
+    """The adapter of a stage; None: it trains all weights.
+
+    Raises:
+        RecipeError: a field of `peft` that LoraConfig does not know or take.
+    """
+    if stage.peft is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **stage.peft})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(str(error), where=f"stages.{stage.name}.peft") from error
 
 
 def make_trainer(
@@ -129,12 +153,7 @@ def make_trainer(
         "callbacks": callbacks,
     }
     if stage.peft is not None:
-        from peft import LoraConfig
-
-        try:
-            common["peft_config"] = LoraConfig(**{"task_type": "CAUSAL_LM", **stage.peft})
-        except (TypeError, ValueError) as error:
-            raise RecipeError(str(error), where=f"stages.{stage.name}.peft") from error
+        common["peft_config"] = lora_config(stage)
     trainer: PackedTrainer
     if isinstance(stage, DPOStage):
         trainer = DPOTrainer(ref_model=reference, **common)
@@ -156,8 +175,8 @@ def train_stage(
     """Trains, or goes on from the last complete checkpoint.
 
     Args:
-        begin: called before training, with the step it starts from (-1: from nothing) and whether the
-            held-out examples were already evaluated at that step.
+        begin: called before training, with the step it starts from (-1: from nothing) and whether
+            the held-out examples were already evaluated at that step.
         note: called with what the record of the stage is to say before the stage is at its end.
 
     Returns:
@@ -217,7 +236,7 @@ def peak_memory() -> int:
 
 
 def write_output(trainer: PackedTrainer, folder: Path) -> None:
-    """`final/`: model and tokenizer, complete or absent; an adapter is merged, and kept beside it."""
+    """`final/`: model and tokenizer, complete or absent; an adapter is merged, and kept besides."""
     final, staged = folder / "final", folder / ".final"
     shutil.rmtree(staged, ignore_errors=True)
     model: Any = trainer.model
@@ -238,10 +257,8 @@ def write_output(trainer: PackedTrainer, folder: Path) -> None:
 
 
 def _write_adapter(model: Any, folder: Path) -> None:
-    """The adapter by itself, without the place of the weights it was trained on: a run can be moved."""
+    """The adapter by itself."""
     shutil.rmtree(folder, ignore_errors=True)
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = None
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
 

@@ -19,7 +19,7 @@ CHECK = "recipe_check"  # the error type of everything found here
 PREFERENCE_KINDS = ("dpo", "rpo")
 PREFERENCE_DATA = ("filter", "generate", "score", "pairs")
 LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
-PAIR_LOSSES = ("rpo_fwd_kl", "rpo_sq")  # defined for two responses only
+PAIR_LOSSES = ("rpo_sq",)  # defined for two responses only
 ANY_PLACE = ("previous", "model")  # words that `init` and `reference` always understand
 RUN_FILES = ("recipe.yaml", "chain.json", "metrics.jsonl", "report.html")
 # TrainingArguments fields that the recipe says in other words

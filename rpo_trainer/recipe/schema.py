@@ -67,7 +67,9 @@ class ModelSpec(Spec):
         "the quickstart); by default that of `name_or_path`",
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "bfloat16", description="data type of the weights; `auto` takes the checkpoint's"
+        "bfloat16",
+        description="data type of the arithmetic (autocast); weights stay float32, since small steps "
+        "are lost in bfloat16 weights. `auto`: bfloat16 on a GPU that has it, else float32",
     )
     chat_template: Text | None = Field(
         None,
@@ -141,7 +143,9 @@ class StageBase(Spec):
     )
     logging_steps: int = Field(10, ge=1, description="steps in a logging window")
     save_steps: int | None = Field(
-        None, ge=1, description="steps between checkpoints; by default only at the end"
+        None,
+        ge=1,
+        description="steps between checkpoints; without it a stage that is killed begins again",
     )
     save_total_limit: int = Field(1, ge=1, description="checkpoints kept")
     eval_steps: int | None = Field(

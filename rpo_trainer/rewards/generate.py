@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from rpo_trainer.data import encode_prompt, end_token_ids
 from rpo_trainer.errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[dict[str, Any]]
+Tools = Sequence[list[dict[str, Any]] | None]  # of each prompt
 
 
 class Sample(NamedTuple):
@@ -39,6 +41,7 @@ def sample_responses(
     top_k: int = 0,
     batch_size: int = 64,
     seed: int = 0,
+    tools: Tools | None = None,
 ) -> list[list[Sample]]:
     """K sampled responses for each prompt, in the prompts' order.
 
@@ -54,11 +57,12 @@ def sample_responses(
         top_p: the smallest set of tokens with this probability in all; 1 is every token.
         top_k: the k likeliest tokens; 0 is every token.
         batch_size: responses decoded at once; a prompt's K are never parted.
+        tools: function descriptions of each prompt, for the chat template.
 
     Raises:
         RecipeError: an argument out of its range, or longer than the model's context.
-        ModelError: no end token, or no chat template where prompts are messages.
-        DataError: a prompt without a token.
+        ModelError: no end token.
+        DataError: a prompt without a token, or messages without a chat template.
     """
     if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0 or responses < 1:
         raise RecipeError(
@@ -74,7 +78,7 @@ def sample_responses(
         "top_k": top_k,
         "num_return_sequences": responses,
     }
-    return _generate(model, tokenizer, prompts, decoding, max_new_tokens, batch_size, seed)
+    return _generate(model, tokenizer, prompts, decoding, max_new_tokens, batch_size, seed, tools)
 
 
 def greedy_responses(
@@ -84,10 +88,11 @@ def greedy_responses(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
+    tools: Tools | None = None,
 ) -> list[Sample]:
     """The likeliest next token at every step: one response a prompt; else as `sample_responses`."""
     decoding = {"do_sample": False, "num_return_sequences": 1}
-    found = _generate(model, tokenizer, prompts, decoding, max_new_tokens, batch_size, seed=0)
+    found = _generate(model, tokenizer, prompts, decoding, max_new_tokens, batch_size, 0, tools)
     return [sample for (sample,) in found]
 
 
@@ -99,11 +104,17 @@ def _generate(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    tools: Tools | None,
 ) -> list[list[Sample]]:
     """Batches of prompts of like length, longest first: memory runs out at once or never."""
     if max_new_tokens < 1 or batch_size < 1:
         raise RecipeError("max_new_tokens and batch_size must be at least 1", where="generate")
-    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    encoded = [
+        encode_prompt(tokenizer, prompt, tools[index] if tools is not None else None)
+        for index, prompt in enumerate(prompts)
+    ]
+    if not all(encoded):
+        raise DataError("the prompt has no token", where=f"prompt {encoded.index([])}")
     _check_context(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
     config = _generation_config(tokenizer, ends, max_new_tokens, decoding)
@@ -142,37 +153,6 @@ def _generate_batch(
     return rows
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> list[int]:
-    """Token ids of a prompt as training sees it: a text with the tokenizer's own begin token,
-    messages through the template, which brings its own."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = _begin_tokens(tokenizer) + list(ids)
-    else:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                "prompts are messages, but the tokenizer has no chat template",
-                where=f"prompt {index}",
-                fix="set model.chat_template in the recipe",
-            )
-        text = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=False
-        )
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise DataError("the prompt has no token", where=f"prompt {index}")
-    return ids
-
-
-def _begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text: most put one begin token, many none."""
-    empty: list[int] = tokenizer("")["input_ids"]
-    # Some put an end token behind, too: a prompt must not end.
-    return (
-        empty[: empty.index(tokenizer.bos_token_id) + 1] if tokenizer.bos_token_id in empty else []
-    )
-
-
 def _decoder(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prompt_ids: list[int]
 ) -> Callable[[list[int]], str]:
@@ -204,9 +184,10 @@ def _sample(row: list[int], ends: list[int], to_text: Callable[[list[int]], str]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token and those of the checkpoint (a chat model often has several)."""
+    """What ends a response in training, and the end tokens of the checkpoint, often several."""
     named = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    listed = named if isinstance(named, list) else [named]
+    ends = {*end_token_ids(tokenizer), *(token for token in listed if token is not None)}
     if not ends:
         raise ModelError(
             "the tokenizer has no end token",

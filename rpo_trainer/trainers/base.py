@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import sys
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from rpo_trainer.batch import Layout
-from rpo_trainer.errors import DataError, ModelError, NonFiniteError, RecipeError, RunError
+from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.logprobs import response_sums
 from rpo_trainer.order import StepBatchSampler
 from rpo_trainer.probe import probe
 from rpo_trainer.step import token_logprobs
 from rpo_trainer.trainers import checkpoint
 from rpo_trainer.trainers.config import StepConfig
-from rpo_trainer.trainers.examples import Examples, PackingCollator
+from rpo_trainer.trainers.examples import EpochLoader, Examples, PackingCollator, to_device
+from rpo_trainer.trainers.guards import require_finite
 from rpo_trainer.trainers.metrics import MetricSums
+from rpo_trainer.trainers.setup import pad_token_id_of, tokenizer_of, with_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -95,8 +98,8 @@ class PackedTrainer(Trainer):
         if peft_config is not None:
             # The adapter's random start is part of the run: a resumed one needs the same again.
             set_seed(args.seed)
-            model = _with_adapter(model, peft_config)
-        processing_class = processing_class or _tokenizer_of(model)
+            model = with_adapter(model, peft_config)
+        processing_class = processing_class or tokenizer_of(model)
         self.audits: dict[str, Any] = {}
         train = self._examples(train_dataset, processing_class, args, "train")
         evaluation = (
@@ -123,7 +126,7 @@ class PackedTrainer(Trainer):
         self.layout: Layout
         wanted = None if args.layout == "auto" else args.layout
         self.layout, _ = probe(self.model, layout=wanted, tile_bytes=args.tile_bytes)  # type: ignore[arg-type]
-        self.pad_token_id = _pad_token_id(processing_class)
+        self.pad_token_id = pad_token_id_of(processing_class)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self._train_metrics = MetricSums()
         self._eval_metrics = MetricSums()
@@ -134,9 +137,9 @@ class PackedTrainer(Trainer):
 
     # --- what a subclass says ---
 
+    @abstractmethod
     def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
         """Terms and metrics from `[R]` summed log-probs and a batch of `PackingCollator`."""
-        raise NotImplementedError
 
     def before_update(self) -> None:
         """Runs before each optimizer step, gradients in place; raises to keep the optimizer still."""
@@ -172,7 +175,7 @@ class PackedTrainer(Trainer):
 
     def _loader(self, examples: Examples, sampler: StepBatchSampler) -> DataLoader[Any]:
         args = self.args
-        return _EpochLoader(
+        return EpochLoader(
             examples,
             batch_sampler=sampler,
             collate_fn=PackingCollator(self.layout, self.pad_token_id, examples),
@@ -230,6 +233,10 @@ class PackedTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of one optimizer step, and the counts of the whole global batch `[2]`."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last step of all: transformers would notice one step too late.
+            self.control.should_training_stop = True
+            return [], None
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
@@ -240,7 +247,7 @@ class PackedTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Moves tensors, and leaves their dtype: rewards and log-probs stay float32 under DeepSpeed."""
-        return _to(inputs, self.args.device)  # type: ignore[no-any-return]
+        return to_device(inputs, self.args.device)  # type: ignore[no-any-return]
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -326,34 +333,26 @@ class PackedTrainer(Trainer):
         return self._grad_norm
 
     def _check_finite(self) -> None:
-        """Before each optimizer step: is every loss of it finite, and the gradient?"""
         losses, self._step_losses = self._step_losses, []
-        if not losses:
-            return
-        finite = torch.stack([loss for loss, _ in losses]).isfinite()
-        bad = (~finite).sum().double()
         # A loss scaler (float16) meets infinite gradients by design, and skips the step itself.
-        grad_finite = self.accelerator.scaler is not None or math.isfinite(float(self._grad_norm))
-        loss_finite = self._reduce(bad).item() == 0
-        if loss_finite and grad_finite:
-            return
-        rows = [
-            row
-            for ok, (_, ids) in zip(finite.tolist(), losses, strict=True)
-            if loss_finite or not ok
-            for row in ids
-        ]
-        raise NonFiniteError(
-            f"the {'gradient' if loss_finite else 'loss'} is not finite at step "
-            f"{self.state.global_step + 1}",
-            where=f"rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}"
-            if rows
-            else "another rank",
-            why="the optimizer has not moved; the last checkpoint is good",
-            fix="look at these rows; lower learning_rate or beta, or use bfloat16 in place of float16",
+        scaled = self.accelerator.scaler is not None
+        require_finite(
+            losses,
+            0.0 if scaled else self._grad_norm,
+            step=self.state.global_step + 1,
+            reduce=self._reduce,
         )
 
     # --- checkpoints ---
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Without transformers' pickle of the arguments: it names absolute paths, and nobody reads it."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -411,49 +410,3 @@ class _BeforeUpdate(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.before_update()
-
-
-class _EpochLoader(DataLoader[Any]):
-    """A loader that hands the epoch on to our sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
-def _to(data: Any, device: torch.device) -> Any:
-    if isinstance(data, Tensor):
-        return data.to(device, non_blocking=True)
-    if isinstance(data, dict):
-        return {name: _to(value, device) for name, value in data.items()}
-    if isinstance(data, tuple):
-        return tuple(_to(value, device) for value in data)
-    return data
-
-
-def _with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
-    from peft import PeftModel, get_peft_model
-
-    if isinstance(model, PeftModel):
-        raise ModelError(
-            "peft_config was given for a model that has an adapter already",
-            fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
-        )
-    return get_peft_model(model, peft_config)
-
-
-def _tokenizer_of(model: nn.Module) -> Any:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        raise ModelError(
-            "no tokenizer: the model does not know where it came from",
-            fix="pass processing_class=tokenizer",
-        )
-    return AutoTokenizer.from_pretrained(name)
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    for name in ("pad_token_id", "eos_token_id"):
-        value = getattr(tokenizer, name, None)
-        if value is not None:
-            return int(value)
-    return 0

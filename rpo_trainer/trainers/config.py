@@ -112,7 +112,7 @@ class PreferenceConfig(StepConfig):
         "Where reference log-probs are kept; None: `reference-cache` in output_dir.", None
     )
     reference_batch_tokens: int = _help("Tokens of one forward of the reference pass.", 8192)
-    rpo_alpha: Any = _help("Refused: see the message.", None)
+    rpo_alpha: float | None = _help("Refused: see the message.", None)
 
     def _problems(self) -> list[str]:
         problems = super()._problems()

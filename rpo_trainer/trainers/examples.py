@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from rpo_trainer.batch import Layout, forward_tokens, pack
 
@@ -90,3 +91,22 @@ class PackingCollator:
             [len(examples), tokens] if real else [0, 0], dtype=torch.float64
         )
         return batch
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader that hands the epoch on to our sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation of the next iteration."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """Tensors of a nested batch on the device; everything else, and every dtype, as it is."""
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=True)
+    if isinstance(data, dict):
+        return {name: to_device(value, device) for name, value in data.items()}
+    if isinstance(data, tuple):
+        return tuple(to_device(value, device) for value in data)
+    return data

@@ -59,9 +59,13 @@ class StepZero:
 
     def __init__(self, trainer: PreferenceTrainer) -> None:
         self.trainer = trainer
-        # Σ |policy − reference|, tokens, Σ loss, Σ constant, examples
+        dtype = trainer.args.mixed_precision_dtype() or next(trainer.model.parameters()).dtype
+        low = dtype in (torch.bfloat16, torch.float16)
+        # Nats per token: the mean over all of them, and any single response's.
+        self.tolerance, self.tolerance_each = (0.05, 0.5) if low else (1e-4, 1e-3)
+        # Σ |policy − reference|, tokens, responses that are off, Σ loss, Σ constant, examples
         self.sums: Tensor | None = None
-        self.first: dict[str, Any] | None = None
+        self.batches: list[dict[str, Any]] = []
 
     def add(self, sums: Tensor, batch: dict[str, Any], losses: Tensor) -> None:
         """One micro-batch: `[R]` policy log-probs, the batch, `[B]` preference losses."""
@@ -79,56 +83,64 @@ class StepZero:
                 for group in batch["groups"]
             ]
         )
-        off = (sums.detach() - batch["reference_logps"]).abs().double().sum()
+        real = weights.max()  # 0 for the filler of a rank without examples
+        off = (sums.detach() - batch["reference_logps"]).abs().double()
+        tokens = batch["response_tokens"]
         part = torch.stack(
             [
-                off * weights.max(),
-                batch["response_tokens"].sum().double() * weights.max(),
+                off.sum() * real,
+                tokens.sum().double() * real,
+                (off / tokens > self.tolerance_each).sum().double() * real,
                 (losses.detach().double() * weights).sum(),
                 (constants * weights).sum(),
                 weights.sum(),
             ]
         )
         self.sums = part if self.sums is None else self.sums + part
-        self.first = self.first or batch
+        self.batches.append(batch)
 
     def finish(self) -> dict[str, float]:
         """`loss`, `expected` and `nats_per_token` at step 0; raises StepZeroError if they disagree."""
         assert self.sums is not None  # at least one micro-batch
         trainer = self.trainer
-        off, tokens, loss, expected, examples = trainer._reduce(self.sums).tolist()
+        off, tokens, wrong, loss, expected, examples = trainer._reduce(self.sums).tolist()
         values = {
             "loss": loss / examples,
             "expected": expected / examples,
             "nats_per_token": off / max(tokens, 1.0),
         }
-        dtype = trainer.args.mixed_precision_dtype() or next(trainer.model.parameters()).dtype
-        tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-4
-        if values["nats_per_token"] <= tolerance:
+        if wrong == 0 and values["nats_per_token"] <= self.tolerance:
             logger.info(
                 "step-0 check: loss %.6f, expected %.6f", values["loss"], values["expected"]
             )
             return values
-        what, fix = self._diagnose(tolerance)
+        what, fix = self._diagnose()
         raise StepZeroError(
             f"before the first update the loss is {values['loss']:.6g}, where policy = reference gives "
             f"{values['expected']:.6g}",
             where="step-0 check",
-            why=f"{what}; log-probs differ by {values['nats_per_token']:.2g} nats per token",
+            why=f"{what}; log-probs differ by {values['nats_per_token']:.2g} nats per token on average, "
+            f"{wrong:.0f} responses by more than {self.tolerance_each:g}",
             fix=fix,
         )
 
-    def _diagnose(self, tolerance: float) -> tuple[str, str]:
-        trainer, batch = self.trainer, self.first
-        assert batch is not None
-        model = trainer.model
+    def _worst(self) -> float:
+        """Nats per token that the response furthest off is off by, in eval mode."""
+        model, worst = self.trainer.model, 0.0
         model.eval()
-        with torch.no_grad(), trainer.accelerator.autocast():
-            logps = token_logprobs(model, batch["model_inputs"])
-            sums = response_sums(logps, batch["response_index"], len(batch["response_tokens"]))
+        for batch in self.batches:
+            tokens = batch["response_tokens"]
+            with torch.no_grad(), self.trainer.accelerator.autocast():
+                logps = token_logprobs(model, batch["model_inputs"])
+            sums = response_sums(logps, batch["response_index"], len(tokens))
+            off = (sums - batch["reference_logps"]).abs() / tokens
+            worst = max(worst, off.max().item())
         model.train()
-        off = (sums - batch["reference_logps"]).abs().sum() / batch["response_tokens"].sum()
-        if off.item() <= tolerance:
+        return worst
+
+    def _diagnose(self) -> tuple[str, str]:
+        trainer, model = self.trainer, self.trainer.model
+        if self._worst() <= self.tolerance_each:
             if has_dropout(model):
                 return "dropout is on in the policy", "set disable_dropout=True (the default)"
             return "the policy in train mode is not the policy in eval mode", "look for noise in it"

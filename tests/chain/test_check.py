@@ -1,0 +1,131 @@
+"""`check`: everything that can be known without a model, all of it at once, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.chain import check as module
+from rpo_trainer.chain.check import check_recipe
+from rpo_trainer.errors import Problems
+from tests.chain import tiny
+
+
+def check(folder: Path, recipe: tiny.Recipe | None = None, **settings: Any) -> list[str]:
+    return check_recipe(tiny.load(folder, recipe), folder / "run", **settings)
+
+
+def problems(folder: Path, recipe: tiny.Recipe) -> Problems:
+    with pytest.raises(Problems) as error:
+        check(folder, recipe)
+    return error.value
+
+
+def test_a_good_recipe_shows_examples_and_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def no_model(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", no_model)
+    monkeypatch.setattr(transformers.PreTrainedModel, "__init__", no_model)
+    recipe = tiny.tiny_recipe()
+    del tiny.stage_of(recipe, "code")["max_steps"]
+    tiny.stage_of(recipe, "code")["num_train_epochs"] = 1.5
+    lines = check(tmp_path, recipe)
+    assert lines[:3] == ["code (sft)", "  40 examples, 8 steps", "  8 held-out examples"]
+    assert "  44 examples, 6 steps" in lines
+    assert "  48 prompts; the responses come from general" in lines
+    assert "  48 prompts; the responses come from rpo-1" in lines
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "code (sft)", "general (sft)", "dpo (dpo)", "rpo-1 (rpo)", "rpo-2 (rpo)",
+    ]  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_only_some_stages(tmp_path: Path) -> None:
+    assert check(tmp_path, only={"dpo"})[0] == "dpo (dpo)"
+
+
+def test_steps_are_those_that_training_takes(finished: Path, tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    stage = tiny.stage_of(recipe, "code")
+    del stage["max_steps"]
+    stage["num_train_epochs"], stage["global_batch_size"] = 1.5, 24
+    recipe["stages"] = [stage]
+    (line,) = [x for x in check(tmp_path, recipe) if "steps" in x]
+    run_dir = tiny.run(tmp_path, recipe)
+    assert line == f"  40 examples, {tiny.records(run_dir)['code']['steps']} steps"
+
+
+def broken(folder: Path) -> tiny.Recipe:
+    recipe = tiny.tiny_recipe()
+    bad = [{"prompt": "p", "chosen": "a"}]
+    (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    tiny.stage_of(recipe, "code")["training_args"] = {"adam_eps": 1.0}
+    tiny.stage_of(recipe, "code")["data"]["train"] = [{"path": "absent.jsonl"}]
+    tiny.stage_of(recipe, "general")["peft"] = {"rang": 2}
+    tiny.stage_of(recipe, "dpo")["reference"] = "./nowhere"
+    tiny.stage_of(recipe, "dpo")["optim"] = "adam_typo"
+    tiny.stage_of(recipe, "rpo")["data"] = {"train": [{"path": "bad.jsonl"}]}
+    recipe["eval"] = {"data": [{"path": "held-out.jsonl"}]}
+    return recipe
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    found = problems(tmp_path, broken(tmp_path))
+    text = str(found)
+    for part in (
+        "no training argument adam_eps", "absent.jsonl: no such file", "rang", "nowhere",
+        "adam_typo", "held-out.jsonl: no such file", "rejected",
+    ):  # fmt: skip
+        assert part in text, part
+    assert found.exit_code == 3
+    # Replay makes stage 2 read stage 1's file, every stage has the evaluation, `rpo` two rounds.
+    assert text.count("absent.jsonl: no such file") == 1
+    assert text.count("held-out.jsonl") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    recipe = tiny.changed(tiny.tiny_recipe(), "code.optim", "adam_typo")
+    assert problems(tmp_path, recipe).exit_code == 2
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "code")["data"]["train"] = [{"path": "absent.jsonl"}]
+    assert problems(tmp_path, recipe).exit_code == 3
+
+
+def test_a_missing_tokenizer_does_not_hide_faults_of_the_data(tmp_path: Path) -> None:
+    recipe = broken(tmp_path)
+    recipe["model"]["tokenizer"] = "./no-tokenizer"
+    text = str(problems(tmp_path, recipe))
+    assert "the tokenizer cannot be loaded" in text
+    assert "absent.jsonl: no such file" in text
+
+
+def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "add 1 and 2"}], "ground_truth": "3"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "rpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
+    assert "no chat template" in str(problems(tmp_path, recipe))
+    recipe["model"]["chat_template"] = "plain"
+    assert check(tmp_path, recipe)
+    del rows[0]["ground_truth"]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert "1 of 1 rows have no ground_truth" in str(problems(tmp_path, recipe))
+
+
+def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(2**40, 0, 5 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(Problems, match="only 5 MiB of disk are free"):
+        check(tmp_path, only=())

@@ -1,0 +1,255 @@
+"""Killed anywhere and run again: bitwise the weights of the run that never was."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.trainers import checkpoint
+from tests.chain import tiny
+from tests.chain.killer import MARKER, in_process, run_until
+
+
+def last_step(run_dir: Path, stage: str) -> int:
+    """Of the last complete checkpoint; 0 without one."""
+    found = checkpoint.last_complete(run_dir / stage)
+    return 0 if found is None else int(found.name.split("-")[1])
+
+
+def assert_like_straight(
+    run_dir: Path, finished: Path, stages: Sequence[str] = tiny.STAGES
+) -> None:
+    """Weights, state, and every logged step once."""
+    found, expected = tiny.weights(run_dir), tiny.weights(finished)
+    after, straight = tiny.records(run_dir), tiny.records(finished)
+    for name in stages:
+        assert found[name] == expected[name]
+        assert after[name]["state"] == "done"
+        assert tiny.metric_steps(run_dir, name) == tiny.metric_steps(finished, name)
+        for key in ("examples", "steps", "data", "output", "step0"):
+            assert after[name].get(key) == straight[name].get(key), (name, key)
+        for key in ("eval_before", "eval_after"):
+            losses = [r[name].get(key, {}).get("eval_loss") for r in (after, straight)]
+            assert losses[0] == losses[1]
+    for stage in set(stages) - {"code", "general"}:
+        gaps = [(run / stage / "gaps.jsonl").read_text() for run in (run_dir, finished)]
+        assert gaps[0] == gaps[1]
+    assert not list(run_dir.glob("*/.final")) and not list(run_dir.glob("*/.staging"))
+
+
+# --- in this process, by an exception, from the stage concerned on ---
+
+# The point, the stage it is in, the last complete checkpoint there, and whether there is an output.
+POINTS = [
+    ("step:code:0", "code", 0, False),
+    ("step:code:4", "code", 4, False),
+    ("evaluated:code", "code", 6, False),
+    ("step:general:3", "general", 3, False),
+    ("file:general/.staging/checkpoint-3/optimizer.pt", "general", 2, False),
+    ("replace:general/.staging/checkpoint-3/manifest.json", "general", 2, False),
+    ("replace:general/checkpoint-3", "general", 2, False),
+    ("replaced:general/checkpoint-3", "general", 3, False),
+    ("file:general/.final/model.safetensors", "general", 6, False),
+    ("replace:general/.final/manifest.json", "general", 6, False),
+    ("replace:general/final", "general", 6, False),
+    ("replaced:general/final", "general", 6, True),
+    ("saved:general:done", "general", 6, True),
+    ("begin:dpo", "dpo", 0, False),
+    ("generated:2", "dpo", 0, False),
+    ("replace:dpo/generated-", "dpo", 0, False),
+    ("replaced:dpo/generated-", "dpo", 0, False),
+    ("saved:dpo:running", "dpo", 0, False),
+    ("replace:reference-cache", "dpo", 0, False),
+    ("replaced:reference-cache", "dpo", 0, False),
+    ("step:dpo:1", "dpo", 1, False),
+    ("step:rpo-1:2", "rpo-1", 2, False),
+    ("file:rpo-2/.staging/checkpoint-2/model.safetensors", "rpo-2", 1, False),
+    ("step:rpo-2:1", "rpo-2", 1, False),
+]
+# Of each kind of point one or two; the others are slow tests.
+FAST = {
+    "step:code:4", "evaluated:code", "file:general/.staging/checkpoint-3/optimizer.pt",
+    "replace:general/checkpoint-3", "file:general/.final/model.safetensors",
+    "replaced:general/final", "generated:2", "replaced:dpo/generated-", "step:dpo:1",
+    "step:rpo-1:2",
+}  # fmt: skip
+_IN_PROCESS = [
+    pytest.param(*p, id=p[0], marks=() if p[0] in FAST else pytest.mark.slow) for p in POINTS
+]
+
+
+def assert_stopped_there(run_dir: Path, stage: str, step: int, output: bool) -> None:
+    assert last_step(run_dir, stage) == step
+    assert (checkpoint.damage(run_dir / stage / "final") is None) == output
+    later = tiny.STAGES[tiny.STAGES.index(stage) + 1 :]
+    assert not any((run_dir / name).exists() for name in later)
+
+
+@pytest.mark.parametrize(("point", "stage", "step", "output"), _IN_PROCESS)
+def test_stopped_and_run_again(
+    point: str, stage: str, step: int, output: bool, finished: Path, prefix: Any, tmp_path: Path
+) -> None:
+    # The other stages are taken from the straight run; the slow tests run all of them.
+    run_dir = prefix(tmp_path, stage)
+    run_until(point, lambda: tiny.run(tmp_path, only={stage}))
+    assert_stopped_there(run_dir, stage, step, output)
+    tiny.run(tmp_path, only={stage})
+    assert_like_straight(run_dir, finished, [stage])
+
+
+def test_stopped_again_and_again(finished: Path, tmp_path: Path) -> None:
+    points = ["step:code:2", "step:general:5", "generated:1", "step:dpo:2", "step:rpo-1:0"]
+    for point in [*points, "begin:rpo-2", "step:rpo-2:2"]:
+        run_until(point, lambda: tiny.run(tmp_path))
+    tiny.run(tmp_path)
+    assert_like_straight(tmp_path / "run", finished)
+
+
+def test_without_checkpoints_a_stage_starts_again(finished: Path, tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    recipe["defaults"]["save_steps"] = None
+    for point in ("evaluated:code", "step:dpo:2"):
+        run_until(point, lambda: tiny.run(tmp_path, recipe))
+    tiny.run(tmp_path, recipe)
+    assert not list((tmp_path / "run").glob("*/checkpoint-*"))
+    assert_like_straight(tmp_path / "run", finished)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_removed(
+    finished: Path, prefix: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = prefix(tmp_path, "rpo-1")
+    recipe = tiny.changed(tiny.tiny_recipe(), "rpo.save_total_limit", 3)
+    run_until("step:rpo-1:2", lambda: tiny.run(tmp_path, recipe))
+    for step in (1, 2):  # both: the stage starts again
+        (run_dir / "rpo-1" / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"x")
+    # A damaged later one must not make the rotation remove the good ones that come now.
+    run_until("step:rpo-1:1", lambda: tiny.run(tmp_path))
+    assert "checkpoint-2 is damaged" in caplog.text
+    assert last_step(run_dir, "rpo-1") == 1
+    tiny.run(tmp_path, only={"rpo-1"})
+    assert_like_straight(run_dir, finished, ["rpo-1"])
+
+
+def test_a_damaged_reference_cache_is_computed_again(
+    finished: Path, prefix: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = prefix(tmp_path, "dpo")
+    run_until("step:dpo:1", lambda: tiny.run(tmp_path))
+    (part,) = (run_dir / "reference-cache").rglob("part-*")
+    part.write_bytes(part.read_bytes()[:-20])
+    tiny.run(tmp_path, only={"dpo"})
+    assert "is damaged" in caplog.text
+    assert_like_straight(run_dir, finished, ["dpo"])
+
+
+def test_a_line_of_metrics_that_was_cut_is_mended(
+    finished: Path, prefix: Any, tmp_path: Path
+) -> None:
+    run_dir = prefix(tmp_path, "dpo")
+    run_until("step:dpo:2", lambda: tiny.run(tmp_path))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "dpo", "st')
+    tiny.run(tmp_path, only={"dpo"})
+    assert_like_straight(run_dir, finished, ["dpo"])
+
+
+# --- by SIGKILL, in a process of its own, the whole chain ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "stage", "step", "output"), [pytest.param(*p, id=p[0]) for p in POINTS]
+)
+def test_killed_and_run_again(
+    point: str, stage: str, step: int, output: bool, finished: Path, tmp_path: Path
+) -> None:
+    tiny.write_recipe(tmp_path, tiny.tiny_recipe())
+    assert in_process(tmp_path, point) == -signal.SIGKILL, (tmp_path / "output").read_text()
+    assert (tmp_path / MARKER).read_text() == point
+    assert_stopped_there(tmp_path / "run", stage, step, output)
+    assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
+    assert_like_straight(tmp_path / "run", finished)
+
+
+def test_killed_in_training_and_while_sampling(finished: Path, tmp_path: Path) -> None:
+    """Two of the slow matrix, for the fast suite."""
+    tiny.write_recipe(tmp_path, tiny.tiny_recipe())
+    for point in ("step:general:3", "generated:5"):
+        assert in_process(tmp_path, point) == -signal.SIGKILL, (tmp_path / "output").read_text()
+        assert (tmp_path / MARKER).read_text() == point
+    holder = (tmp_path / "run" / ".lock-holder").read_text()
+    assert holder.startswith("process ")  # nobody could clean up
+    assert tiny.records(tmp_path / "run")["dpo"]["state"] == "done"
+    assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
+    assert_like_straight(tmp_path / "run", finished)
+
+
+# --- SIGTERM ---
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_stopped_by_a_signal_in_training(
+    number: signal.Signals, finished: Path, prefix: Any, tmp_path: Path
+) -> None:
+    recipe = tiny.tiny_recipe()
+    recipe["defaults"]["save_steps"] = None  # the only checkpoint is the signal's
+    tiny.write_recipe(tmp_path, recipe)
+    run_dir = prefix(tmp_path, "general")
+    command = ("sft", "--stage", "general")
+    assert in_process(tmp_path, "step:general:2", number, *command) == 75
+    output = (tmp_path / "output").read_text()
+    assert f"stopped by {number.name}" in output and "Traceback" not in output
+    assert "goes on where it stopped" in output
+    assert_stopped_there(run_dir, "general", 3, False)  # the step in hand is finished
+    assert tiny.records(run_dir)["general"]["state"] == "running"
+    assert not (run_dir / ".lock-holder").exists()
+    assert in_process(tmp_path, None, 0, *command) == 0
+    assert_like_straight(run_dir, finished, ["general"])
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "generated:2",
+        pytest.param("replaced:dpo/generated-", marks=pytest.mark.slow),
+        pytest.param("begin:dpo", marks=pytest.mark.slow),
+        pytest.param("replace:reference-cache", marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_by_a_signal_outside_of_training(
+    point: str, finished: Path, prefix: Any, tmp_path: Path
+) -> None:
+    tiny.write_recipe(tmp_path, tiny.tiny_recipe())
+    run_dir = prefix(tmp_path, "dpo")
+    assert in_process(tmp_path, point, signal.SIGTERM, "dpo") == 75
+    output = (tmp_path / "output").read_text()
+    assert "stopped by SIGTERM" in output and "Traceback" not in output
+    assert_stopped_there(run_dir, "dpo", 0, False)
+    tiny.run(tmp_path, only={"dpo"})
+    assert_like_straight(run_dir, finished, ["dpo"])
+
+
+@pytest.mark.parametrize(
+    "point", ["evaluated:code", pytest.param("replace:code/final", marks=pytest.mark.slow)]
+)
+def test_behind_the_last_step_the_output_is_still_written(
+    point: str, finished: Path, tmp_path: Path
+) -> None:
+    recipe = tiny.tiny_recipe()
+    recipe["defaults"]["save_steps"] = None  # there is no checkpoint to fall back on
+    tiny.write_recipe(tmp_path, recipe)
+    assert in_process(tmp_path, point, signal.SIGTERM) == 75
+    run_dir = tmp_path / "run"
+    assert_stopped_there(run_dir, "code", 0, True)
+    assert "eval_after" in tiny.records(run_dir)["code"]
+    written = tiny.content(run_dir / "code" / "final")
+    tiny.run(tmp_path, only={"code"})
+    assert tiny.content(run_dir / "code" / "final") == written
+    assert_like_straight(run_dir, finished, ["code"])

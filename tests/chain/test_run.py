@@ -1,0 +1,579 @@
+"""The chain: who starts from whom, what lies in the run directory, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from rpo_trainer.chain import default_run_dir, run_chain, select_stage
+from rpo_trainer.chain import run as chain_run
+from rpo_trainer.chain.state import locked
+from rpo_trainer.errors import DataError, ModelError, Problems, RecipeError, RunError
+from rpo_trainer.recipe import expand_stages, load_recipe
+from rpo_trainer.trainers.checkpoint import damage
+from tests.chain import tiny
+from tests.chain.killer import run_until
+
+# --- the chain itself ---
+
+
+def test_each_stage_starts_from_the_one_before_and_has_it_as_reference(finished: Path) -> None:
+    records = tiny.records(finished)
+    assert tuple(records) == tiny.STAGES
+    starts = ["model", "code", "general", "dpo", "rpo-1"]
+    assert [records[name]["init"] for name in tiny.STAGES] == starts
+    assert [records[n]["reference"] for n in tiny.STAGES] == [None, None, *starts[2:]]
+    for name in tiny.STAGES[2:]:
+        check = records[name]["step0"]
+        assert check["ok"] and check["nats_per_token"] < 1e-5
+        assert check["loss"] == pytest.approx(check["expected"], abs=1e-6)
+    assert records["dpo"]["step0"]["expected"] == pytest.approx(math.log(2))
+    assert len(set(tiny.weights(finished).values())) == len(tiny.STAGES)
+
+
+def test_the_weights_a_trainer_gets_are_those_of_the_stage_before(
+    finished: Path, prefix: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = prefix(tmp_path, "dpo")
+    seen: dict[str, Any] = {}
+    make = chain_run.make_trainer
+
+    def spy(stage: Any, config: Any, model: Any, reference: Any, *args: Any) -> Any:
+        seen["reference"] = reference
+        seen["weights"] = {k: v.clone() for k, v in model.state_dict().items()}
+        return make(stage, config, model, reference, *args)
+
+    monkeypatch.setattr(chain_run, "make_trainer", spy)
+    tiny.run(tmp_path, only={"dpo"})
+    before = load_file(finished / "general" / "final" / "model.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(seen["weights"][name], tensor)
+    assert seen["reference"] is None  # the policy itself, as it starts
+    assert tiny.weights(run_dir)["dpo"] != tiny.weights(run_dir)["general"]
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `make_trainer` is given as policy and reference: (weights, weights or None)."""
+    calls: list[Any] = []
+    make = chain_run.make_trainer
+
+    def copy(model: Any) -> Any:
+        return None if model is None else {k: v.clone() for k, v in model.state_dict().items()}
+
+    def spy(stage: Any, config: Any, model: Any, reference: Any, *args: Any) -> Any:
+        calls.append((copy(model), copy(reference)))
+        return make(stage, config, model, reference, *args)
+
+    monkeypatch.setattr(chain_run, "make_trainer", spy)
+    return calls
+
+
+def same(weights: dict[str, Any], final: Path) -> bool:
+    stored = load_file(final / "model.safetensors")
+    return all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
+
+
+def test_init_and_reference_can_be_an_earlier_stage_or_a_path(
+    finished: Path, prefix: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.tiny_recipe()
+    shutil.copytree(finished / "general" / "final", tmp_path / "elsewhere")
+    tiny.stage_of(recipe, "rpo").update(repeat=1, init="./elsewhere", reference="code")
+    run_dir = prefix(tmp_path, "rpo-1")
+    calls = spied(monkeypatch)
+    state = json.loads((run_dir / "chain.json").read_text())
+    state["stages"] = [r for r in state["stages"] if r["state"] == "done"]
+    (run_dir / "chain.json").write_text(json.dumps(state))
+    tiny.run(tmp_path, recipe)
+    ((policy, reference),) = calls
+    assert same(policy, finished / "general" / "final")
+    assert same(reference, finished / "code" / "final")
+    record = tiny.records(run_dir)["rpo"]
+    assert (record["init"], record["reference"]) == ("./elsewhere", "code")
+    assert "step0" not in record  # policy ≠ reference: there is no constant to check
+
+
+def test_init_model_starts_from_the_recipes_model(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.tiny_recipe()
+    del tiny.stage_of(recipe, "general")["data"]["replay"]
+    tiny.stage_of(recipe, "general")["init"] = "model"
+    recipe["stages"] = recipe["stages"][:2]
+    calls = spied(monkeypatch)
+    tiny.run(tmp_path, recipe)
+    (first, _), (second, _) = calls
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_explicit_reference_that_equals_init_is_the_policy_itself(
+    prefix: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix(tmp_path, "dpo")
+    calls = spied(monkeypatch)
+    recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "previous")
+    tiny.run(tmp_path, recipe, only={"dpo"})
+    assert calls[0][1] is None
+    assert tiny.records(tmp_path / "run")["dpo"]["step0"]["ok"]
+
+
+def test_replay_brings_rows_of_the_earlier_stage(finished: Path) -> None:
+    record = tiny.records(finished)["general"]
+    assert record["data"]["audit"]["replay"]["rows"] == 4
+    assert record["examples"] == 44
+
+
+def test_responses_are_sampled_from_the_policy_that_seeds_the_stage(finished: Path) -> None:
+    from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer.rewards.generate import sample_responses
+
+    (file,) = (finished / "rpo-2").glob("generated-*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(finished / "rpo-1" / "final")
+    again = sample_responses(
+        model, character_tokenizer(), [row["prompt"] for row in rows], responses=3,
+        max_new_tokens=5, batch_size=48, seed=3,
+    )  # fmt: skip
+    assert [row["responses"] for row in rows] == [[s.text for s in each] for each in again]
+    other = AutoModelForCausalLM.from_pretrained(finished / "code" / "final")
+    different = sample_responses(
+        other, character_tokenizer(), [row["prompt"] for row in rows], responses=3,
+        max_new_tokens=5, batch_size=48, seed=3,
+    )  # fmt: skip
+    assert different != again
+
+
+def test_run_again_is_done_and_rewrites_nothing(
+    finished_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    before = tiny.content(finished_copy)
+    assert tiny.run(tmp_path) == finished_copy
+    assert tiny.content(finished_copy) == before
+    assert "done: there is nothing left to run" in caplog.text
+
+
+def test_a_moved_run_goes_on(finished: Path, prefix: Any, tmp_path: Path) -> None:
+    prefix(tmp_path / "here", "rpo-1")
+    run_until("step:rpo-1:2", lambda: tiny.run(tmp_path / "here", only={"rpo-1"}))
+    shutil.move(tmp_path / "here", tmp_path / "there" / "deep")
+    tiny.run(tmp_path / "there" / "deep")
+    run_dir = tmp_path / "there" / "deep" / "run"
+    assert tiny.weights(run_dir) == tiny.weights(finished)
+    before = tiny.content(run_dir)
+    shutil.move(run_dir, tmp_path / "last")
+    run_chain(load_recipe(tmp_path / "there" / "deep" / "recipe.yaml"), tmp_path / "last")
+    assert tiny.content(tmp_path / "last") == before
+
+
+# --- the run directory ---
+
+
+def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert names == {"recipe.yaml", "chain.json", "metrics.jsonl", "reference-cache", *tiny.STAGES}
+    for stage in tiny.STAGES:
+        final = finished / stage / "final"
+        assert damage(final) is None
+        listed = set(json.loads((final / "manifest.json").read_text())["files"])
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= listed
+        assert listed == {p.name for p in final.iterdir()} - {"manifest.json"}
+        assert not list(final.glob("*.bin"))  # nothing pickled
+        assert [p.name for p in (finished / stage).glob("checkpoint-*")] == [
+            f"checkpoint-{tiny.records(finished)[stage]['steps']}"
+        ]
+
+
+def test_no_file_names_a_place(finished: Path) -> None:
+    suspects = [str(finished), str(finished.parent), str(Path.cwd()), str(Path.home()), "/tmp/"]
+    for path in finished.rglob("*"):
+        if not path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+            continue
+        text = path.read_text()
+        for suspect in suspects:
+            assert suspect not in text, f"{suspect} in {path.relative_to(finished)}"
+
+
+def test_outputs_load_with_transformers(finished: Path) -> None:
+    final = finished / "rpo-2" / "final"
+    model = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    ids = tokenizer("reverse abc: ", return_tensors="pt")
+    assert ids["input_ids"][0, 0] == tokenizer.bos_token_id
+    assert model(**ids).logits.shape == (1, ids["input_ids"].shape[1], 100)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_recipe_kept_is_a_recipe_again(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "recipe.yaml").read_text()
+    assert re.search(r"^# torch \d", text, re.MULTILINE)
+    assert re.search(r"^# transformers \d", text, re.MULTILINE)
+    again = load_recipe(finished / "recipe.yaml")
+    assert expand_stages(again.recipe) == expand_stages(tiny.load(tmp_path).recipe)
+
+
+def test_metrics_hold_every_step_of_every_stage_once(finished: Path) -> None:
+    for stage in tiny.STAGES:
+        last = tiny.SFT_STEPS if stage in ("code", "general") else tiny.PREFERENCE_STEPS
+        expected = [(step, False) for step in range(1, last + 1)]
+        if stage == "code":  # held-out examples, before and behind
+            expected = [(0, True), *expected, (last, True)]
+        assert tiny.metric_steps(finished, stage) == expected
+    rpo = [m for m in tiny.metrics(finished) if m["stage"] == "rpo-2"]
+    assert all({"loss", "rewards/margins", "rewards/target_gap", "loss/sft"} <= set(m) for m in rpo)
+
+
+def test_the_state_says_what_was_done(finished: Path) -> None:
+    record = tiny.records(finished)["code"]
+    assert record["state"] == "done" and record["seconds"] > 0
+    assert record["started"] <= record["finished"]
+    assert record["examples"] == 40 and record["steps"] == tiny.SFT_STEPS
+    assert record["eval"]["nll"] < record["eval"]["nll_before"]
+    assert record["output"]["fingerprint"] == tiny.weights(finished)["code"][:16]
+    gaps = [json.loads(x) for x in (finished / "rpo-1" / "gaps.jsonl").read_text().splitlines()]
+    assert len(gaps) == tiny.records(finished)["rpo-1"]["examples"]
+    assert set(gaps[0]) == {"id", "implicit_gap", "target_gap"}
+
+
+def test_scores_and_samples_are_kept_where_asked_for(finished: Path, prefix: Any, tmp_path: Path):
+    recipe = tiny.tiny_recipe()
+    recipe["eval"] = {
+        "data": [tiny.task("general", "heldout", 6)],
+        "generate": {"responses": 2, "max_new_tokens": 5},
+        "score": {"verifier": "partial_match"},
+    }
+    run_dir = prefix(tmp_path, "rpo-2")
+    tiny.run(tmp_path, recipe)
+    record = tiny.records(run_dir)["rpo-2"]
+    assert record["eval"]["prompts"] == 6 and record["eval"]["responses"] == 12
+    assert 0 <= record["eval"]["reward_mean"] <= 5
+    assert len((run_dir / "rpo-2" / "samples.jsonl").read_text().splitlines()) == 6
+    assert tiny.weights(run_dir) == tiny.weights(finished)  # measuring changes nothing
+
+
+# --- what may change and what may not ---
+
+
+def pairs_file(path: Path, shift: float = 0.0) -> Path:
+    rows = [
+        {"prompt": f"add {i} and 1: ", "chosen": str(i + 1), "rejected": str(i + 2),
+         "chosen_reward": 5.0 + shift, "rejected_reward": 3.0}
+        for i in range(12)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rpo_from_file(folder: Path) -> tiny.Recipe:
+    """One RPO stage, from random weights, on a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs_file(folder / "pairs.jsonl")
+    recipe = tiny.tiny_recipe()
+    stage = tiny.stage_of(recipe, "rpo")
+    stage.update(repeat=1, data={"train": [{"path": "pairs.jsonl"}]})
+    recipe["stages"] = [stage]
+    return recipe
+
+
+def config_of(recipe: tiny.Recipe) -> dict[str, Any]:
+    config: dict[str, Any] = recipe["model"]["from_config"]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (lambda r: tiny.changed(r, "rpo.beta", 0.7), "stages.rpo.beta: 0.5 → 0.7"),
+        (lambda r: tiny.changed(r, "seed", 4), "seed: 3 → 4"),
+        (lambda r: tiny.changed(r, "rpo.learning_rate", 1e-4), "learning_rate: 0.001 → 0.0001"),
+        (
+            lambda r: tiny.changed(r, "rpo.loss_type", "rpo_sq"),
+            'loss_type: "rpo_bwd_kl" → "rpo_sq"',
+        ),
+        (
+            lambda r: tiny.changed(r, "model", {**r["model"], "dtype": "bfloat16"}),
+            'model.dtype: "float32" → "bfloat16"',
+        ),
+        (
+            lambda r: tiny.changed(
+                r, "model", {**r["model"], "from_config": {**config_of(r), "hidden_size": 16}}
+            ),
+            "model.from_config.hidden_size: 32 → 16",
+        ),
+    ],
+    ids=["beta", "seed", "learning_rate", "loss_type", "dtype", "model"],
+)
+def test_a_recipe_changed_after_the_start_is_refused(
+    change: Callable[[tiny.Recipe], tiny.Recipe], shown: str, tmp_path: Path
+) -> None:
+    recipe = rpo_from_file(tmp_path)
+    run_until("step:rpo:0", lambda: tiny.run(tmp_path, recipe))
+    with pytest.raises(RunError, match="has changed where this run has already computed") as error:
+        tiny.run(tmp_path, change(recipe))
+    assert shown in str(error.value)
+    tiny.run(tmp_path, recipe)
+
+
+def test_data_changed_after_the_start_is_refused(tmp_path: Path) -> None:
+    recipe = rpo_from_file(tmp_path)
+    run_until("step:rpo:1", lambda: tiny.run(tmp_path, recipe))
+    pairs_file(tmp_path / "pairs.jsonl", shift=1.0)
+    with pytest.raises(RunError, match=r"data has changed since stage rpo began: pairs\.jsonl"):
+        tiny.run(tmp_path, recipe)
+    pairs_file(tmp_path / "pairs.jsonl")
+    tiny.run(tmp_path, recipe)
+    (tmp_path / "pairs.jsonl").write_text("x")  # of a finished stage, too
+    with pytest.raises(RunError, match=r"data has changed since stage rpo began: pairs\.jsonl"):
+        tiny.run(tmp_path, recipe)
+
+
+def test_examples_that_became_others_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = rpo_from_file(tmp_path)
+    run_until("step:rpo:1", lambda: tiny.run(tmp_path, recipe))
+    build = chain_run.build_rows
+    monkeypatch.setattr(chain_run, "build_rows", lambda *a, **k: build(*a, **k)[1:])
+    with pytest.raises(RunError, match="the examples of stage rpo are not those it began with"):
+        tiny.run(tmp_path, recipe)
+
+
+def test_safe_settings_may_change_within_a_stage(tmp_path: Path) -> None:
+    recipe = rpo_from_file(tmp_path)
+    straight = tiny.run(tmp_path / "straight", rpo_from_file(tmp_path / "straight"))
+    run_until("step:rpo:1", lambda: tiny.run(tmp_path, recipe))
+    new = tiny.changed(recipe, "eval", {"data": [tiny.task("general", "heldout", 4)]})
+    tiny.stage_of(new, "rpo").update(
+        micro_batch_size=2, gradient_checkpointing=True, logging_steps=2, save_steps=2,
+        save_total_limit=4, eval_steps=1,
+    )  # fmt: skip
+    run_dir = tiny.run(tmp_path, new)
+    expected = load_file(straight / "rpo" / "final" / "model.safetensors")
+    for name, tensor in load_file(run_dir / "rpo" / "final" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5)
+    assert {p.name for p in (run_dir / "rpo").glob("checkpoint-*")} == {
+        "checkpoint-1", "checkpoint-2", "checkpoint-3",
+    }  # fmt: skip
+
+
+def test_a_stage_added_to_a_finished_run_is_run(finished_copy: Path, tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    more = {**tiny.stage_of(recipe, "dpo"), "name": "more", "max_steps": 1}
+    recipe["stages"].append(more)
+    before = tiny.weights(finished_copy)
+    tiny.run(tmp_path, recipe)
+    after = tiny.weights(finished_copy)
+    assert set(after) - set(before) == {"more"}
+    assert tiny.records(finished_copy)["more"]["init"] == "rpo-2"
+
+
+# --- refusals ---
+
+
+def edit(final: Path) -> None:
+    file = final / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+def swap(final: Path) -> None:
+    """The output of another stage, sound in itself."""
+    shutil.rmtree(final)
+    shutil.copytree(final.parents[1] / "code" / "final", final)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (edit, "the content of model.safetensors has changed"),
+        (lambda final: (final / "config.json").unlink(), "config.json is missing"),
+        (shutil.rmtree, "no manifest.json"),
+        (swap, "other weights than the stage has written"),
+    ],
+    ids=["edited", "file removed", "removed", "swapped"],
+)
+def test_a_finished_output_that_was_harmed_is_refused(
+    harm: Callable[[Path], None], message: str, finished_copy: Path, tmp_path: Path
+) -> None:
+    harm(finished_copy / "general" / "final")
+    with pytest.raises(RunError, match="finished stage general is damaged") as error:
+        tiny.run(tmp_path)
+    assert message in str(error.value)
+
+
+def test_a_directory_that_cannot_be_used_is_refused_before_anything(tmp_path: Path) -> None:
+    loaded = tiny.load(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="this is a file"):
+        run_chain(loaded, tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    with pytest.raises(RunError, match="no run of ours"):
+        run_chain(loaded, tmp_path / "other")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "chain.json").write_text("{")
+    with pytest.raises(RunError, match="state of the run cannot be read"):
+        run_chain(loaded, tmp_path / "broken")
+    (tmp_path / "busy").mkdir()
+    with locked(tmp_path / "busy"), pytest.raises(RunError, match=f"by process {os.getpid()} on"):
+        run_chain(loaded, tmp_path / "busy")
+    for name in ("other", "broken", "busy"):
+        assert not (tmp_path / name / "recipe.yaml").exists()
+
+
+def test_faults_of_the_last_stage_are_found_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "rpo")["data"] = {"train": [{"path": "absent.jsonl"}]}
+    monkeypatch.setattr(chain_run, "load_model", None)
+    with pytest.raises(Problems, match=r"absent\.jsonl: no such file") as error:
+        tiny.run(tmp_path, recipe)
+    assert error.value.exit_code == DataError.exit_code
+    assert not (tmp_path / "run" / "chain.json").exists()
+
+
+def test_a_stage_alone_needs_what_it_starts_from(tmp_path: Path) -> None:
+    for stage, field, source in (("dpo", "init", "general"), ("rpo-2", "init", "rpo-1")):
+        with pytest.raises(
+            RunError, match=f"the {field} of stage {stage} is stage {source}, which is not finished"
+        ):
+            tiny.run(tmp_path, only={stage})
+    recipe = tiny.changed(tiny.tiny_recipe(), "dpo.init", "model")
+    recipe = tiny.changed(recipe, "dpo.reference", "code")
+    with pytest.raises(RunError, match="the reference of stage dpo is stage code"):
+        tiny.run(tmp_path, recipe, only={"dpo"})
+    # The refusal has not begun the stage: its recipe may still be mended as the message says.
+    assert not (tmp_path / "run" / "dpo").exists()
+    assert "dpo" not in str(tiny.content(tmp_path / "run"))
+
+
+def test_a_stage_run_alone_is_part_of_the_chain_afterwards(tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "general")["init"] = "model"
+    recipe["stages"] = recipe["stages"][:2]
+    run_dir = tiny.run(tmp_path, recipe, only={"general"})
+    assert {n: r["state"] for n, r in tiny.records(run_dir).items()} == {
+        "code": "pending", "general": "done",
+    }  # fmt: skip
+    before = tiny.content(run_dir / "general")
+    tiny.run(tmp_path, recipe)
+    assert tiny.records(run_dir)["code"]["state"] == "done"
+    assert tiny.content(run_dir / "general") == before
+
+
+def test_an_init_path_without_a_model_or_with_another_vocabulary_is_refused(
+    finished: Path, tmp_path: Path
+) -> None:
+    recipe = rpo_from_file(tmp_path)
+    with pytest.raises(Problems, match="there is no model here"):
+        tiny.run(tmp_path, tiny.changed(recipe, "rpo.init", "./nowhere"))
+    small = AutoModelForCausalLM.from_pretrained(finished / "code" / "final")
+    small.resize_token_embeddings(50)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ModelError, match="the tokenizer has 100 tokens, the model 50 embeddings"):
+        tiny.run(tmp_path, tiny.changed(recipe, "rpo.init", "./small"))
+
+
+# --- choosing a stage, naming a run ---
+
+
+def test_select_stage(tmp_path: Path) -> None:
+    loaded = tiny.load(tmp_path)
+    assert select_stage(loaded, "dpo", None) == "dpo"
+    assert select_stage(loaded, "sft", "general") == "general"
+    assert select_stage(loaded, "rpo", "rpo-2") == "rpo-2"
+    with pytest.raises(RecipeError, match="the recipe has 2 sft stages") as error:
+        select_stage(loaded, "sft", None)
+    assert "--stage: code, general" in str(error.value)
+    with pytest.raises(RecipeError, match="there is no dpo stage 'general'") as error:
+        select_stage(loaded, "dpo", "general")
+    assert "one of: dpo" in str(error.value)
+    recipe = tiny.tiny_recipe()
+    recipe["stages"] = recipe["stages"][:1]
+    for name in (None, "x"):
+        with pytest.raises(RecipeError, match="the recipe has no rpo stage"):
+            select_stage(tiny.load(tmp_path, recipe), "rpo", name)
+
+
+def test_default_run_dir(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path / "mine", tiny.tiny_recipe())
+    assert default_run_dir(load_recipe(path)) == Path("runs/recipe")
+    chain = path.rename(path.with_name("chain.yaml"))
+    assert default_run_dir(load_recipe(chain)) == Path("runs/mine")
+    assert default_run_dir(load_recipe(chain, ["run_dir=~/x"])) == Path.home() / "x"
+
+
+# --- LoRA ---
+
+
+def test_an_adapter_is_merged_kept_and_the_next_stage_starts_from_the_merged(
+    prefix: Any, tmp_path: Path
+) -> None:
+    recipe = tiny.tiny_recipe()
+    peft = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
+    for name in ("dpo", "rpo"):
+        tiny.stage_of(recipe, name).update(peft=peft, learning_rate=1e-2)
+    run_dir = prefix(tmp_path, "dpo")
+    run_until("step:rpo-1:2", lambda: tiny.run(tmp_path, recipe))
+    tiny.run(tmp_path, recipe)
+    records = tiny.records(run_dir)
+    for name in ("dpo", "rpo-1", "rpo-2"):
+        assert records[name]["step0"]["ok"] and records[name]["step0"]["nats_per_token"] < 1e-5
+        files = {p.name for p in (run_dir / name / "adapter").iterdir()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+        assert not [p for p in (run_dir / name / "final").iterdir() if "adapter" in p.name]
+    base = AutoModelForCausalLM.from_pretrained(run_dir / "general" / "final")
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "dpo" / "final")
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(base, run_dir / "dpo" / "adapter")
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        with adapted.disable_adapter():
+            before = adapted(ids).logits
+        after = adapted(ids).logits
+        assert (after - merged(ids).logits).abs().max() < 1e-5
+        assert (after - before).abs().max() > 1e-3
+    test_no_file_names_a_place(run_dir)
+    prefix(tmp_path / "straight", "dpo")
+    straight = tiny.run(tmp_path / "straight", recipe)
+    assert tiny.weights(straight) == tiny.weights(run_dir)
+
+
+# --- stopping early otherwise ---
+
+
+class _StopEarly(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def test_training_that_ends_too_early_is_no_finished_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = rpo_from_file(tmp_path)
+    make = chain_run.make_trainer
+
+    def short(*args: Any) -> Any:
+        trainer = make(*args)
+        trainer.add_callback(_StopEarly())
+        return trainer
+
+    monkeypatch.setattr(chain_run, "make_trainer", short)
+    with pytest.raises(RunError, match="ended before its last step"):
+        tiny.run(tmp_path, recipe)
+    assert not (tmp_path / "run" / "rpo" / "final").exists()

@@ -1,0 +1,270 @@
+"""chain.json, what may change between two starts, the directory and its lock."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.chain.state import (
+    SAFE_FIELDS,
+    ChainState,
+    differences,
+    forget_metrics,
+    locked,
+    open_run_dir,
+)
+from rpo_trainer.errors import RunError
+from rpo_trainer.recipe.schema import STAGE_KINDS
+
+# Every field of a stage is on one of two lists: who adds one must say which.
+MATHEMATICAL = {
+    "name", "kind", "init", "data", "max_length", "truncation", "global_batch_size",
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim", "seed", "peft",
+    "training_args", "repeat", "reference", "beta", "sft_loss_weight", "sft_reduction",
+    "average_logps", "disable_dropout", "loss_type", "label_smoothing", "reward_scale",
+}  # fmt: skip
+
+
+def test_every_stage_field_is_declared_safe_or_mathematical() -> None:
+    fields = {name for kind in STAGE_KINDS.values() for name in kind.model_fields}
+    assert fields == MATHEMATICAL | SAFE_FIELDS
+    assert not MATHEMATICAL & SAFE_FIELDS
+
+
+def spec(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "kind": "dpo", "init": "model", "reference": "model", **fields}
+
+
+def begun(run_dir: Path, **fields: Any) -> None:
+    """A run of two stages, the first begun."""
+    state = ChainState(run_dir)
+    state.adopt([spec("a", **fields), spec("b")], {"name_or_path": "m"}, 0)
+    state.stages[0]["state"] = "running"
+    state.stages[0]["steps"] = 7
+    state.save()
+
+
+def again(run_dir: Path, stages: list[dict[str, Any]], model: str = "m", seed: int = 0) -> Any:
+    state = ChainState(run_dir)
+    state.adopt(stages, {"name_or_path": model}, seed)
+    return state
+
+
+def test_records_of_stages_that_have_begun_are_kept(tmp_path: Path) -> None:
+    begun(tmp_path, beta=0.1)
+    state = again(tmp_path, [spec("a", beta=0.1), spec("b", beta=0.7), spec("c")])
+    assert [r["state"] for r in state.stages] == ["running", "pending", "pending"]
+    assert state.stage("a")["steps"] == 7
+    assert state.stage("b")["spec"]["beta"] == 0.7  # not begun: may change
+    assert state.stage("x") is None
+
+
+def test_a_stage_run_alone_may_be_preceded_by_pending_ones(tmp_path: Path) -> None:
+    begun(tmp_path)
+    state = again(tmp_path, [spec("new"), spec("a"), spec("b")])
+    assert [r["state"] for r in state.stages] == ["pending", "running", "pending"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"stages": [spec("a", beta=0.2)]}, "stages.a.beta: 0.1 → 0.2"),
+        ({"stages": [spec("a")]}, "stages.a.beta: 0.1 → null"),
+        (
+            {"stages": [spec("a", beta=0.1, data={"train": 1})]},
+            'stages.a.data: null → {"train": 1}',
+        ),
+        ({"stages": [spec("b")]}, "stages.a: has begun, and is no longer in the recipe"),
+        ({"stages": [spec("a", beta=0.1)], "model": "n"}, 'model.name_or_path: "m" → "n"'),
+        ({"stages": [spec("a", beta=0.1)], "seed": 5}, "seed: 0 → 5"),
+    ],
+)
+def test_changes_where_it_has_computed_are_refused(
+    changes: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    begun(tmp_path, beta=0.1)
+    with pytest.raises(RunError, match="has changed where this run has already computed") as error:
+        again(tmp_path, **changes)
+    assert f"\n    {line}\n" in str(error.value)
+    assert "--run-dir" in str(error.value)
+
+
+def test_all_changes_are_shown_at_once(tmp_path: Path) -> None:
+    begun(tmp_path, beta=0.1, data={"train": [{"path": "x", "weight": 1}]})
+    new = spec("a", beta=0.3, data={"train": [{"path": "y", "weight": 1}]})
+    with pytest.raises(RunError) as error:
+        again(tmp_path, [new], seed=1)
+    for text in ("seed: 0 → 1", "beta: 0.1 → 0.3", '"path": "y"'):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("field", sorted(SAFE_FIELDS))
+def test_safe_fields_may_change(field: str, tmp_path: Path) -> None:
+    begun(tmp_path, **{field: 1})
+    state = again(tmp_path, [spec("a", **{field: 2}), spec("b")])
+    assert state.stage("a")["spec"][field] == 2
+    assert state.stage("a")["state"] == "running"
+
+
+def test_before_anything_has_begun_everything_may_change(tmp_path: Path) -> None:
+    state = ChainState(tmp_path)
+    state.adopt([spec("a", beta=0.1)], {"name_or_path": "m"}, 0)
+    state.save()
+    again(tmp_path, [spec("z", beta=3.0)], model="n", seed=9)
+
+
+def test_differences_go_down_to_the_leaves() -> None:
+    old = {"a": {"b": 1, "c": [1]}, "d": None}
+    new = {"a": {"b": 1, "c": [2]}, "e": "x"}
+    assert differences("k", old, new) == ["k.a.c: [1] → [2]", 'k.e: null → "x"']
+    assert differences("k", old, old) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", '{"version": 1}', b"\xff\xfe",
+        '{"version": 2, "model": {}, "seed": 0, "stages": []}',
+        '{"version": 1, "model": {}, "seed": 0, "stages": [1]}',
+        '{"version": 1, "model": {}, "seed": 0, "stages": [{"name": "a"}]}',
+        '{"version": 1, "model": 3, "seed": 0, "stages": []}',
+        '{"version": 1, "model": {}, "seed": null, "stages": []}',
+    ],
+)  # fmt: skip
+def test_a_corrupt_chain_json_is_an_error_for_people(text: str | bytes, tmp_path: Path) -> None:
+    raw = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "chain.json").write_bytes(raw)
+    with pytest.raises(RunError, match="the state of the run cannot be read") as error:
+        ChainState(tmp_path)
+    assert "chain.json" in str(error.value)
+    assert (tmp_path / "chain.json").read_bytes() == raw
+
+
+def test_a_save_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(tmp_path)
+    before = (tmp_path / "chain.json").read_bytes()
+    state = ChainState(tmp_path)
+    state.stages[0]["steps"] = object()
+    with pytest.raises(TypeError):
+        state.save()
+    assert (tmp_path / "chain.json").read_bytes() == before
+    assert json.loads(before)["stages"][0]["steps"] == 7
+
+
+# --- the directory ---
+
+
+def test_new_empty_and_own_directories_are_opened(tmp_path: Path) -> None:
+    open_run_dir(tmp_path / "new" / "deep")
+    assert (tmp_path / "new" / "deep").is_dir()
+    open_run_dir(tmp_path / "new" / "deep")
+    (tmp_path / "new" / "deep" / ".lock").write_text("")  # all that a start that failed leaves
+    open_run_dir(tmp_path / "new" / "deep")
+    begun(tmp_path / "new" / "deep")
+    (tmp_path / "new" / "deep" / "a").mkdir()
+    open_run_dir(tmp_path / "new" / "deep")
+
+
+def test_a_directory_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"no run of ours \(thesis.tex lies in it\)"):
+        open_run_dir(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(RunError, match="this is a file, not a directory"):
+        open_run_dir(tmp_path / "run")
+    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+        open_run_dir(tmp_path / "run" / "below")
+    assert (tmp_path / "run").read_text() == "x"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(RunError, match="cannot be written: Permission denied"):
+            open_run_dir(tmp_path)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_file_system_that_refuses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(RunError, match="cannot be written: No space left on device"):
+        open_run_dir(tmp_path)
+
+
+def test_a_directory_in_use_names_its_holder(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        with (
+            pytest.raises(RunError, match=f"in use by process {os.getpid()} on "),
+            locked(tmp_path),
+        ):
+            pass
+        # The one that was refused has not taken the lock away.
+        with pytest.raises(RunError, match="in use"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+def _hold_and_die(folder: Path) -> None:
+    with locked(folder):
+        os._exit(9)
+
+
+def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_hold_and_die, args=(tmp_path,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert (tmp_path / ".lock-holder").read_text().startswith(f"process {process.pid} on ")
+    with locked(tmp_path):
+        assert (tmp_path / ".lock-holder").read_text().startswith(f"process {os.getpid()} on ")
+
+
+# --- metrics ---
+
+
+def test_metrics_behind_the_step_gone_on_from_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    forget_metrics(path, "a", 2)  # nothing there yet
+    assert not path.exists()
+
+    def write() -> None:
+        lines = [
+            {"stage": "a", "step": 0, "eval_loss": 9.0}, {"stage": "a", "step": 1, "loss": 1.0},
+            {"stage": "a", "step": 2, "loss": 2.0}, {"stage": "a", "step": 2, "eval_loss": 8.0},
+            {"stage": "b", "step": 5, "loss": 3.0}, {"stage": "a", "step": 3, "loss": 4.0},
+        ]  # fmt: skip
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        path.write_text(text + '{"stage": "a", "ste')
+
+    def left(**settings: Any) -> list[Any]:
+        write()
+        forget_metrics(path, "a", **settings)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(r["stage"], r["step"], "eval_loss" in r) for r in rows]
+
+    early = [("a", 0, True), ("a", 1, False), ("a", 2, False)]
+    assert left(after_step=2) == [*early, ("a", 2, True), ("b", 5, False)]
+    assert left(after_step=2, evaluated=False) == [*early, ("b", 5, False)]
+    assert left(after_step=-1) == [("b", 5, False)]

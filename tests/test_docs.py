@@ -1,0 +1,133 @@
+"""What the documents say is true of the code: recipes load, programs run, names and links exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rpo_trainer
+from rpo_trainer.cli import cli
+from rpo_trainer.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(rpo_trainer.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
+)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+RECIPES = [
+    pytest.param(block, path, id=f"{name_of(path)}-{number}")
+    for path in DOCUMENTS
+    for number, block in enumerate(blocks(path.read_text(encoding="utf-8"), "yaml"), start=1)
+    if re.search(r"^stages:", block, flags=re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("block", "path"), RECIPES)
+def test_a_recipe_in_a_document_loads(block: str, path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(block, encoding="utf-8")
+    assert load_recipe(file).recipe.stages
+
+
+def test_the_readme_has_a_recipe_and_says_what_every_line_of_it_is() -> None:
+    found = [param for param in RECIPES if param.values[1].name == "README.md"]
+    assert any(param.values[1] == ROOT / "README.md" for param in found)
+    (block,) = [b for b in blocks(README, "yaml") if "stages:" in b]
+    assert [line for line in block.splitlines() if " # " not in line] == []
+
+
+def test_the_readmes_program_runs_and_logs_the_metrics_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program,) = blocks(README, "python")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    # Through a file name of its own, so that a traceback shows where in the README it failed.
+    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
+    logged = {*state["log_history"][0]} - {"step", "epoch", "grad_norm", "learning_rate"}
+    table = README.split("| name | is |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.strip().splitlines()[1:]]
+    assert {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)} == logged
+
+
+def test_the_readme_and_the_command_line_know_the_same_commands() -> None:
+    named = set(re.findall(r"`rpo-trainer ([a-z]+)", README))
+    assert named == set(cli.commands)
+
+
+def test_the_data_flow_names_every_module_and_nothing_else() -> None:
+    (picture,) = [block for block in blocks(README, "") if "recipe YAML" in block]
+    drawn = re.findall(r"^[^\w]*(\w+\.py|\w+/)\s{2,}\S", picture, flags=re.MULTILINE)
+    modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    modules |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert len(drawn) == len(set(drawn))
+    assert set(drawn) == modules
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    local = [link.split("#")[0] for link in links if "://" not in link]
+    assert [link for link in local if link and not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_files_of_the_repository_named_in_a_document_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    pattern = r"(?<![\w./-])((?:recipes|tests|rpo_trainer|benchmarks|\.ci)/[\w./-]*\w)"
+    named = {name for name in re.findall(pattern, text) if not (ROOT / name).exists()}
+    assert named == set()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_a_document_names_no_path_of_some_machine(path: Path) -> None:
+    text = re.sub(r"\w+://\S+", "", path.read_text(encoding="utf-8"))
+    # A slash that opens a word, and another behind it: an absolute path, or one of a home directory.
+    assert re.findall(r"(?<![\w.\-/)\]}>])~?/\w[\w.-]*/\S*", text) == []
+
+
+def test_what_may_change_on_resume_is_what_the_readme_says() -> None:
+    from rpo_trainer.chain.state import SAFE_FIELDS
+
+    (sentence,) = re.findall(r"these may change: (.*?)\.\n", README, flags=re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) == set(SAFE_FIELDS)
+
+
+def test_every_format_is_in_the_readmes_table() -> None:
+    from rpo_trainer.data.formats import FORMATS, PROMPT_FORMATS
+
+    table = README.split("### Rows and formats")[1].split("\n\n")[1]
+    cells = [line.split("|")[2] for line in table.splitlines()[2:]]
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == {
+        *FORMATS,
+        *PROMPT_FORMATS,
+    }
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    from rpo_trainer import errors
+
+    table = README.split("| exit code | means |")[1].split("\n\n")[0]
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)}
+    raised = {
+        value.exit_code
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.RPOTrainerError)
+    }
+    assert listed == raised | {0, 130}
