@@ -46,7 +46,12 @@ def linear_logprobs(
     """
     if tile_bytes < 1:
         raise ValueError(f"tile_bytes must be positive, got {tile_bytes}")
-    return _LinearLogProbs.apply(hidden, weight, bias, labels, logit_scale, softcap, tile_bytes)  # type: ignore[no-any-return,no-untyped-call]
+    frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
+    learns = torch.is_grad_enabled() and hidden.requires_grad
+    function: Any = _FrozenHeadLogProbs if frozen and learns else _LinearLogProbs
+    return function.apply(  # type: ignore[no-any-return]
+        hidden, weight, bias, labels, logit_scale, softcap, tile_bytes
+    )
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -124,18 +129,12 @@ class _LinearLogProbs(torch.autograd.Function):
                 logits = tile
                 if logits is None:
                     logits = _logits(h, w, b, logit_scale, softcap, dtype)
-                slope = None if softcap is None else 1.0 - (logits / softcap).square()
-                g = grad[t0:t1]
-                # A kept tile stays as it is, for a second backward; one made here is used up.
-                in_place = logits if tile is None else None
-                d_logits = torch.sub(logits, normaliser[t0:t1, None], out=in_place)
-                d_logits.exp_().mul_(-g[:, None])
-                index, inside = _where(labels[t0:t1], v0, v1)
-                d_logits.scatter_add_(1, index, (g * inside)[:, None])
-                if slope is not None:
-                    d_logits.mul_(slope)
-                if logit_scale != 1.0:
-                    d_logits.mul_(logit_scale)
+                d_logits = _slope(
+                    logits, normaliser[t0:t1], _where(labels[t0:t1], v0, v1), logit_scale, softcap,
+                    # A kept tile stays as it is, for a second backward; one made here is used up.
+                    in_place=tile is None,
+                )  # fmt: skip
+                d_logits.mul_(grad[t0:t1, None])
                 if wants_hidden:
                     d_hidden[t0:t1].addmm_(d_logits, w.to(dtype))
                 if wants_weight:
@@ -157,6 +156,62 @@ class _LinearLogProbs(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _FrozenHeadLogProbs(torch.autograd.Function):
+    """With a frozen head the only gradient is the hidden states'. Per token it is one vector times the
+    upstream gradient, so it is made with the forward's logits, and the backward is a scaling."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        logit_scale: float,
+        softcap: float | None,
+        tile_bytes: int,
+    ) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        n, v = hidden.shape[0], weight.shape[0]
+        w, b = _slice(weight, bias, 0, v, hidden)
+        logps = torch.empty(n, dtype=dtype, device=hidden.device)
+        unscaled = torch.empty(n, hidden.shape[1], dtype=dtype, device=hidden.device)
+        for t0, t1 in _spans(n, max(1, tile_bytes // (dtype.itemsize * v))):
+            logits = _logits(hidden[t0:t1], w, b, logit_scale, softcap, dtype)
+            index, inside = _where(labels[t0:t1], 0, v)
+            normaliser = logits.logsumexp(dim=1)
+            logps[t0:t1] = logits.gather(1, index).squeeze(1) - normaliser
+            slope = _slope(logits, normaliser, (index, inside), logit_scale, softcap, in_place=True)
+            torch.mm(slope, w.to(dtype), out=unscaled[t0:t1])
+        ctx.save_for_backward(unscaled.to(hidden.dtype))
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (unscaled,) = ctx.saved_tensors
+        return (unscaled * grad[:, None].to(unscaled.dtype), *[None] * 6)
+
+
+def _slope(
+    logits: Tensor,
+    normaliser: Tensor,
+    where: tuple[Tensor, Tensor],
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    in_place: bool,
+) -> Tensor:
+    """d log-prob / d (hidden @ weightᵀ) of one tile: (1[label] − softmax), through cap and scale."""
+    cap = None if softcap is None else 1.0 - (logits / softcap).square()
+    slope = torch.sub(logits, normaliser[:, None], out=logits if in_place else None)
+    slope.exp_().neg_()
+    index, inside = where
+    slope.scatter_add_(1, index, inside[:, None].to(slope.dtype))
+    if cap is not None:
+        slope.mul_(cap)
+    return slope.mul_(logit_scale) if logit_scale != 1.0 else slope
 
 
 def _slice(

@@ -65,15 +65,38 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
         torch.testing.assert_close(grad.double(), want, rtol=tolerance, atol=tolerance)
 
 
-def test_frozen_head_gets_no_gradient_and_hidden_the_same_one():
-    hidden, weight, labels, _, upstream, _ = tensors(torch.float64)
-    (full,) = torch.autograd.grad(linear_logprobs(hidden, weight, labels), [hidden], upstream)
+@pytest.mark.parametrize("tile_bytes", [1, 8 * V * 2, 2**29])
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.25, 3.0, True)])
+def test_frozen_head_gets_no_gradient_and_hidden_the_same_one(tile_bytes, scale, softcap, bias):
+    hidden, weight, labels, b, upstream, _ = tensors(torch.float64, bias=bias)
+    expected = dense(hidden, weight, labels, b, scale, softcap)
+    (wanted,) = torch.autograd.grad(expected, [hidden], upstream)
     frozen = weight.detach()
-    (part,) = torch.autograd.grad(
-        linear_logprobs(hidden, frozen, labels, tile_bytes=64), [hidden], upstream
+    b = None if b is None else b.detach()
+    actual = linear_logprobs(
+        hidden, frozen, labels, b, logit_scale=scale, softcap=softcap, tile_bytes=tile_bytes
     )
-    torch.testing.assert_close(part, full, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(actual, [hidden], upstream)
+    torch.testing.assert_close(grad, wanted, rtol=1e-11, atol=1e-12)
     assert frozen.grad is None
+
+
+def test_frozen_head_costs_two_products_in_all():
+    """Logits and dH, nothing recomputed: the backward multiplies no matrices."""
+    hidden, weight, labels, *_ = tensors(torch.float64)
+    products = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products.extend([func] if func._schema.name in ("aten::mm", "aten::addmm") else [])
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        logps = linear_logprobs(hidden, weight.detach(), labels, tile_bytes=8 * V * N)
+        assert len(products) == 2
+        logps.sum().backward()
+    assert len(products) == 2
 
 
 def test_extreme_logits_stay_finite():

@@ -19,7 +19,8 @@ from rpo_trainer.chain.data import (
 )
 from rpo_trainer.chain.stage import lora_config, training_config
 from rpo_trainer.data import Audit, encode_prompt, load_rows
-from rpo_trainer.errors import ModelError, Problems, RPOTrainerError, RunError
+from rpo_trainer.data.rows import RowError
+from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, RunError
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import LoadedRecipe, PreferenceStage, Stage, expand_stages, resolve_path
 from rpo_trainer.rewards.verifiers import get_verifier, require_ground_truth
@@ -127,9 +128,13 @@ class _Check:
         )
         assert stage.data.score is not None  # the schema
         require_ground_truth(rows, get_verifier(stage.data.score.verifier))
-        if self.tokenizer is not None:
-            for row in rows:
-                encode_prompt(self.tokenizer, row["prompt"], row.get("tools"))
+        for row in rows if self.tokenizer is not None else ():
+            try:
+                encode_prompt(self.tokenizer, row["prompt"], row.get("tools"))  # type: ignore[arg-type]
+            except RowError as error:
+                raise DataError(
+                    str(error), where=f"stages.{stage.name}: row {row['id']}"
+                ) from error
         self.lines.append(f"  {len(rows)} prompts; the responses come from {stage.init}")
 
     def _evaluation(self, spec: EvalSpec) -> None:

@@ -14,7 +14,9 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_trainer.data import Audit, add_replay, filter_rows, load_rows, tokenize_rows
-from rpo_trainer.recipe import RPOStage, SFTStage, SourceSpec, Stage, resolve_path
+from rpo_trainer.recipe import PairsSpec, RPOStage, SFTStage, SourceSpec, Stage, resolve_path
+from rpo_trainer.rewards.pairs import make_preference_rows
+from rpo_trainer.rewards.verifiers import get_verifier, require_ground_truth, score_rows
 from rpo_trainer.trainers.checkpoint import file_digest
 
 if TYPE_CHECKING:
@@ -96,14 +98,10 @@ def build_rows(
     if data.generate is not None:
         rows = _generated(stage, base_dir, seed, audit, policy, cache)
     else:
-        rows = load_rows(
-            data.train,
-            kind="pair",
-            base_dir=base_dir,
-            require_rewards=isinstance(stage, RPOStage),
-            audit=audit,
-            seed=seed,
-        )
+        rows = _given(stage, base_dir, seed, audit)
+    if data.generate is not None or data.score is not None or data.pairs is not None:
+        pairs = data.pairs or PairsSpec(select="best_worst", min_gap=0.0)
+        rows = make_preference_rows(rows, select=pairs.select, min_gap=pairs.min_gap, audit=audit)
     rows = filter_rows(rows, data.filter, audit)
     if isinstance(stage, RPOStage):
         audit.check_target_gaps(rows, stage.reward_scale)
@@ -151,6 +149,20 @@ def evaluation_prompts(spec: EvalSpec, base_dir: Path, *, seed: int) -> list[dic
     return rows[: spec.max_rows]
 
 
+def _given(stage: Stage, base_dir: Path, seed: int, audit: Audit) -> list[dict[str, Any]]:
+    """Rows that come with their responses; `score` gives these rewards, in place of any of their own."""
+    data = stage.data
+    rows = load_rows(
+        data.train,
+        kind="pair",
+        base_dir=base_dir,
+        require_rewards=isinstance(stage, RPOStage) and data.score is None,
+        audit=audit,
+        seed=seed,
+    )
+    return rows if data.score is None else score_rows(rows, get_verifier(data.score.verifier))
+
+
 def _generated(
     stage: Stage,
     base_dir: Path,
@@ -159,10 +171,6 @@ def _generated(
     policy: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None,
     cache: Path | None,
 ) -> list[dict[str, Any]]:
-    from rpo_trainer.rewards.generate import sample_responses
-    from rpo_trainer.rewards.pairs import make_preference_rows
-    from rpo_trainer.rewards.verifiers import get_verifier, require_ground_truth, score_rows
-
     data = stage.data
     assert data.generate is not None and data.score is not None  # the schema
     judge = get_verifier(data.score.verifier)
@@ -173,6 +181,8 @@ def _generated(
         scored = [json.loads(line) for line in file.read_text().splitlines()]
     else:
         assert policy is not None  # a stage that generates has one
+        from rpo_trainer.rewards.generate import sample_responses
+
         model, tokenizer = policy()
         spec = data.generate
         sampled = sample_responses(
@@ -186,13 +196,7 @@ def _generated(
         scored = score_rows(rows, judge)
         if file is not None:
             _write_whole(file, "".join(json.dumps(row) + "\n" for row in scored))
-    pairs = data.pairs
-    return make_preference_rows(
-        scored,
-        select=pairs.select if pairs else "best_worst",
-        min_gap=pairs.min_gap if pairs else 0.0,
-        audit=audit,
-    )
+    return scored
 
 
 def _key(stage: Stage, base_dir: Path, seed: int) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from rpo_trainer.chain.callbacks import StepZeroLog
 from rpo_trainer.chain.data import StageData
@@ -105,7 +105,8 @@ def training_config(
         )
     try:
         made = config(**settings)
-        for tracker in get_reporting_integration_callbacks(made.report_to):
+        trackers: Any = get_reporting_integration_callbacks
+        for tracker in trackers(made.report_to):
             tracker()  # says here, not when training starts, that it is not installed
     except (ValueError, TypeError, RuntimeError) as error:
         raise RecipeError(str(error), where=f"stages.{stage.name}") from error

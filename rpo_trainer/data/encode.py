@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.chat import ChatRenderer, Rendered, Span, special_pattern
-from rpo_trainer.data.rows import Message
+from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.errors import ModelError
 
 if TYPE_CHECKING:
@@ -167,11 +167,14 @@ def encode_prompt(
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: the end token, and the marker that the chat template writes."""
+    """Ids that end a response: the end token, and the marker that the chat template writes, if any."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        rendered = ChatRenderer(tokenizer).conversation(messages)
+        try:
+            rendered = ChatRenderer(tokenizer).conversation(messages)
+        except RowError:
+            return ends  # the template writes none, or not for such a short conversation
         ids, mask = Encoder(tokenizer).encode([rendered])[0]
         last = [token for token, trained in zip(ids, mask, strict=True) if trained][-1]
         added = tokenizer.added_tokens_decoder

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rpo_trainer.data import encode_prompt, end_token_ids
+from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def sample_responses(
     Raises:
         RecipeError: an argument out of its range, or longer than the model's context.
         ModelError: no end token.
-        DataError: a prompt without a token, or messages without a chat template.
+        DataError: a prompt without a token, messages that the chat template refuses, or without one.
     """
     if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0 or responses < 1:
         raise RecipeError(
@@ -110,11 +111,9 @@ def _generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise RecipeError("max_new_tokens and batch_size must be at least 1", where="generate")
     encoded = [
-        encode_prompt(tokenizer, prompt, tools[index] if tools is not None else None)
+        _encode(tokenizer, prompt, tools[index] if tools is not None else None, index)
         for index, prompt in enumerate(prompts)
     ]
-    if not all(encoded):
-        raise DataError("the prompt has no token", where=f"prompt {encoded.index([])}")
     _check_context(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
     config = _generation_config(tokenizer, ends, max_new_tokens, decoding)
@@ -151,6 +150,21 @@ def _generate_batch(
         )
     rows: list[list[int]] = output[:, width:].tolist()
     return rows
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    tools: list[dict[str, Any]] | None,
+    index: int,
+) -> list[int]:
+    try:
+        ids = encode_prompt(tokenizer, prompt, tools)
+    except RowError as error:
+        raise DataError(str(error), where=f"prompt {index}") from error
+    if not ids:
+        raise DataError("the prompt has no token", where=f"prompt {index}")
+    return ids
 
 
 def _decoder(

@@ -15,78 +15,13 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 
 from rpo_trainer.errors import DataError, ModelError, RecipeError
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.rewards.generate import Sample, greedy_responses, sample_responses
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
-PROMPTS = ["reverse abc: ", "x", "12 plus 30: ", "put dcba in order: ", "ab"]
-
-
-def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 100,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.3,  # sharp distributions: greedy choices without near ties
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **changes,
-        }
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def next_token_model(table: dict[str, dict[str, float]]) -> LlamaForCausalLM:
-    """A Llama whose next token depends on the last one alone, with the given probabilities.
-
-    All layers are silent, the embedding of a token is one-hot, and the head holds log-probs.
-    """
-    tokenizer = character_tokenizer()
-    model = llama(hidden_size=100, num_attention_heads=2, tie_word_embeddings=False)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(100))
-        model.lm_head.weight.fill_(-100.0)
-        for last, follows in table.items():
-            for token, probability in follows.items():
-                row = tokenizer.convert_tokens_to_ids(token)
-                column = tokenizer.convert_tokens_to_ids(last)
-                logit = torch.tensor(probability).log()
-                # The final norm makes a one-hot vector of 100 entries ten times as long.
-                model.lm_head.weight[row, column] = logit / 10
-    return model
-
-
-def plain_greedy(model: LlamaForCausalLM, prompt: str, limit: int) -> Sample:
-    """Token by token, one prompt alone, no cache, no padding."""
-    tokenizer = character_tokenizer()
-    ids = tokenizer(prompt)["input_ids"]
-    start = len(ids)
-    while len(ids) < start + limit:
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-        token = int(logits.argmax())
-        if token == tokenizer.eos_token_id:
-            return Sample(tokenizer.decode(ids[start:], skip_special_tokens=True), True)
-        ids.append(token)
-    return Sample(tokenizer.decode(ids[start:], skip_special_tokens=True), False)
+from tests.rewards.policies import PROMPTS, TEMPLATE, llama, next_token_model, plain_greedy
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
@@ -327,12 +262,20 @@ def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_unusable_tokenizers_and_prompts_are_refused() -> None:
     model, tokenizer = llama(), character_tokenizer()
-    with pytest.raises(ModelError, match="no chat template"):
+    with pytest.raises(DataError, match="no chat template"):
         greedy_responses(model, tokenizer, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
     tokenizer.eos_token = None
+    kept = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None
     with pytest.raises(ModelError, match="no end token"):
         greedy_responses(model, tokenizer, ["a"], max_new_tokens=2)
+    model.generation_config.eos_token_id = kept
+    refusing = character_tokenizer()
+    refusing.chat_template = "{{ raise_exception('no systems') }}"
+    with pytest.raises(DataError, match=r"prompt 0: .*no systems"):
+        greedy_responses(model, refusing, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
+    # To texts the template is nothing.
+    assert greedy_responses(model, refusing, ["ab"], max_new_tokens=2)
     beginless = character_tokenizer()
     beginless.bos_token = None
     beginless._tokenizer.post_processor = None

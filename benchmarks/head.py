@@ -1,0 +1,103 @@
+"""The head alone: log-probs of N tokens and their gradients, ours against others, alternating.
+
+    python benchmarks/head.py                     # N = 1024, H = 512, V = 32,000
+    python benchmarks/head.py --vocabulary 128256 --tile-mib 128
+
+dense: all logits, log_softmax, autograd. torch: `linear_cross_entropy`, where torch has it. liger: Liger's
+fused linear cross-entropy, where it is installed and runs (it needs a GPU). Peak is what is allocated beyond
+the inputs: measured on a GPU, not on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpo_trainer.logprobs import linear_logprobs
+
+
+def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """All the logits at once."""
+    logits = (hidden @ weight.t()).float()
+    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def candidates(tile_bytes: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Functions of (hidden `[N, H]`, weight `[V, H]`, labels `[N]`) to log-probs `[N]`."""
+    found = {
+        "ours": lambda h, w, y: linear_logprobs(h, w, y, tile_bytes=tile_bytes),
+        "dense": dense,
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        found["torch"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none")
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+
+        if torch.cuda.is_available():
+            found["liger"] = lambda h, w, y: -liger(h, w, y, reduction="none")
+    except ImportError:
+        pass
+    return found
+
+
+def main() -> None:
+    """Prints a line for each: seconds, ratio to ours with its spread, distance from float64."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--tile-mib", type=int, default=512)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    hidden = torch.randn(args.tokens, args.hidden, device=device).to(dtype)
+    weight = (torch.randn(args.vocabulary, args.hidden, device=device) * 0.05).to(dtype)
+    labels = torch.randint(args.vocabulary, (args.tokens,), device=device)
+    exact = dense(hidden[:64].double(), weight.double(), labels[:64])
+    functions = candidates(args.tile_mib * 2**20)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    errors: dict[str, float] = {}
+    for turn in range(args.rounds + 1):
+        for name, function in functions.items():
+            taken, logps = _timed(function, hidden, weight, labels, device)
+            errors[name] = (logps[:64].double() - exact).abs().max().item()
+            if turn:
+                seconds[name].append(taken)
+    for name, values in seconds.items():
+        pairs = [b / a for a, b in zip(seconds["ours"], values, strict=True)]
+        print(
+            f"{name:6} {statistics.median(values) * 1e3:9.1f} ms   "
+            f"{statistics.median(pairs):5.2f} of ours ({min(pairs):.2f} to {max(pairs):.2f})   "
+            f"off by {errors[name]:.1e} nats"
+        )
+
+
+def _timed(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    device: str,
+) -> tuple[float, Tensor]:
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    logps = function(h, w, labels)
+    logps.sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, logps.detach()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`score` and `pairs` on rows that come with their responses: nothing of a recipe is left unread."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.chain.data import build_rows
+from rpo_trainer.data import Audit
+from rpo_trainer.errors import DataError
+from rpo_trainer.recipe import expand_stages, load_recipe
+
+ROWS = [
+    {
+        "prompt": "1 + 1 = ",
+        "ground_truth": "2",
+        "responses": ["3", "2", "22"],
+        "rewards": [9, 1, 5],
+    },
+    {
+        "prompt": "2 + 1 = ",
+        "ground_truth": "3",
+        "responses": ["3", "33", "4"],
+        "rewards": [1, 2, 3],
+    },
+]
+RECIPE = """
+model: {{name_or_path: ./m}}
+stages:
+  - name: s
+    kind: {kind}
+    beta: 0.1
+    learning_rate: 1.0e-5
+    global_batch_size: 2
+    data:
+      train: [{{path: rows.jsonl}}]
+{extra}
+"""
+
+
+def rows_of(tmp_path: Path, kind: str, *extra: str, rows: list[dict[str, Any]] | None = None):
+    text = "".join(json.dumps(row) + "\n" for row in rows or ROWS)
+    (tmp_path / "rows.jsonl").write_text(text)
+    (tmp_path / "r.yaml").write_text(
+        RECIPE.format(kind=kind, extra="".join(f"      {line}\n" for line in extra))
+    )
+    (stage,) = expand_stages(load_recipe(tmp_path / "r.yaml").recipe)
+    made = build_rows(stage, tmp_path, seed=0, audit=Audit(), earlier=lambda name: [])
+    return [(row["responses"], row["rewards"]) for row in made]
+
+
+def test_pairs_makes_pairs_of_k_responses_by_their_rewards(tmp_path):
+    assert rows_of(tmp_path, "dpo", "pairs: {select: best_worst}") == [
+        (["3", "2"], [9.0, 1.0]),
+        (["4", "3"], [3.0, 1.0]),
+    ]
+
+
+def test_score_replaces_the_rewards(tmp_path):
+    made = rows_of(tmp_path, "rpo", "score: {verifier: exact}", "pairs: {select: all_responses}")
+    assert made == [(["2", "3", "22"], [1.0, 0.0, 0.0]), (["3", "4", "33"], [1.0, 0.0, 0.0])]
+
+
+def test_score_gives_rewards_where_there_are_none(tmp_path):
+    bare = [{k: v for k, v in row.items() if k != "rewards"} for row in ROWS]
+    made = rows_of(tmp_path, "dpo", "score: {verifier: partial_match}", rows=bare)
+    assert [responses for responses, _ in made] == [["2", "3"], ["3", "4"]]
+
+
+def test_min_gap_is_read(tmp_path):
+    assert len(rows_of(tmp_path, "dpo", "pairs: {min_gap: 2.0}")) == 1
+
+
+def test_pairs_without_rewards_say_what_to_do(tmp_path):
+    bare = [{k: v for k, v in row.items() if k != "rewards"} for row in ROWS]
+    with pytest.raises(DataError, match="do not have one finite reward for each response"):
+        rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=bare)
