@@ -69,7 +69,11 @@ class Row:
 
 
 def make_rows(
-    count: int, lengths: Sequence[tuple[int, Sequence[int]]], vocabulary: int, *, jitter: float = 0.25
+    count: int,
+    lengths: Sequence[tuple[int, Sequence[int]]],
+    vocabulary: int,
+    *,
+    jitter: float = 0.25,
 ) -> list[Row]:
     """Random tokens; `lengths` (prompt, responses) are used in turn."""
     rng = random.Random(0)
@@ -85,13 +89,17 @@ def make_rows(
     return rows
 
 
-def lengths_of(path: Path, limit: int, *, characters_per_token: float = 4.0) -> list[tuple[int, list[int]]]:
+def lengths_of(
+    path: Path, limit: int, *, characters_per_token: float = 4.0
+) -> list[tuple[int, list[int]]]:
     """Prompt and response lengths in tokens, estimated from the characters of a JSONL file of pairs."""
     found = []
     for line in path.read_text().splitlines()[:limit]:
         row = json.loads(line)
         prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-        sizes = [len(text) / characters_per_token for text in (prompt, row["chosen"], row["rejected"])]
+        sizes = [
+            len(text) / characters_per_token for text in (prompt, row["chosen"], row["rejected"])
+        ]
         if all(2 <= size <= 1024 for size in sizes):
             found.append((round(sizes[0]), [round(sizes[1]), round(sizes[2])]))
     return found

@@ -75,7 +75,9 @@ def common_settings(args: argparse.Namespace, *, micro: int, accumulation: int) 
     }
 
 
-def ours(args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[Row]) -> tuple[Any, StepTimes]:
+def ours(
+    args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[Row]
+) -> tuple[Any, StepTimes]:
     """Our trainer: DPO for pairs, RPO for K responses."""
     from rpo_trainer import DPOConfig, DPOTrainer, RPOConfig, RPOTrainer
 
@@ -90,7 +92,9 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[Row]) 
         }
         for i, row in enumerate(rows)
     ]
-    trainer_class, config_class = (DPOTrainer, DPOConfig) if args.k == 2 else (RPOTrainer, RPOConfig)
+    trainer_class, config_class = (
+        (DPOTrainer, DPOConfig) if args.k == 2 else (RPOTrainer, RPOConfig)
+    )
     times = StepTimes()
     settings = common_settings(args, micro=args.micro, accumulation=args.batch // args.micro)
     trainer = trainer_class(
@@ -103,7 +107,9 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[Row]) 
     return trainer, times
 
 
-def trl(args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[Row]) -> tuple[Any, StepTimes]:
+def trl(
+    args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[Row]
+) -> tuple[Any, StepTimes]:
     """TRL's trainer on the same pairs; K responses become K − 1 pairs with the best."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -122,9 +128,7 @@ def trl(args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[Row]) -
     ]
     each = args.k - 1
     times = StepTimes()
-    settings = common_settings(
-        args, micro=args.micro * each, accumulation=args.batch // args.micro
-    )
+    settings = common_settings(args, micro=args.micro * each, accumulation=args.batch // args.micro)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**settings, precompute_ref_log_probs=True),
@@ -140,7 +144,9 @@ def build(args: argparse.Namespace, name: str) -> tuple[Any, StepTimes]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(args.size, args.vocabulary, dtype=getattr(torch, args.dtype), device=device)
     with quiet():
-        return {"ours": ours, "trl": trl}[name](args, model, make_tokenizer(args.vocabulary), rows_of(args))
+        return {"ours": ours, "trl": trl}[name](
+            args, model, make_tokenizer(args.vocabulary), rows_of(args)
+        )
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
@@ -165,7 +171,9 @@ def compare(args: argparse.Namespace) -> None:
     mine = sorted(seconds["ours"])[len(seconds["ours"]) // 2]
     again = matmul_flops(device, getattr(torch, args.dtype))
     print(f"ratio {middle:.2f} (from {low:.2f} to {high:.2f} over {len(seconds['ours'])} steps)")
-    print(f"model FLOPs utilisation, ours: {flops / mine / max(peak, again):.0%} of a matrix product")
+    print(
+        f"model FLOPs utilisation, ours: {flops / mine / max(peak, again):.0%} of a matrix product"
+    )
 
 
 def memory(args: argparse.Namespace) -> None:
