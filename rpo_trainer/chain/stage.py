@@ -57,6 +57,14 @@ _SAME = (
 )  # fmt: skip
 
 
+def arithmetic(model: ModelSpec) -> str:
+    """The dtype of a recipe's arithmetic; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if model.dtype != "auto":
+        return model.dtype
+    has = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bfloat16" if has else "float32"
+
+
 def training_config(
     stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
 ) -> SFTConfig | DPOConfig | RPOConfig:
@@ -78,8 +86,8 @@ def training_config(
         "save_strategy": "steps" if stage.save_steps else "no",
         "save_steps": stage.save_steps or 500,
         "seed": seed,
-        "bf16": model.dtype == "bfloat16",
-        "fp16": model.dtype == "float16",
+        "bf16": arithmetic(model) == "bfloat16",
+        "fp16": arithmetic(model) == "float16",
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         "disable_tqdm": True,
         "log_level": "warning",

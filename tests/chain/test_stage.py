@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.stage import lora_config, output_fingerprint, training_config
+from rpo_trainer.chain.stage import arithmetic, lora_config, output_fingerprint, training_config
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe import Stage, expand_stages
+from rpo_trainer.recipe import ModelSpec, Stage, expand_stages
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from tests.chain import tiny
 
@@ -100,6 +100,15 @@ def test_checkpointing_is_asked_for_without_a_warning(tmp_path: Path) -> None:
 def test_dtype_is_the_arithmetic(dtype: str, bf16: bool, fp16: bool, tmp_path: Path) -> None:
     made = config(tmp_path, "code", dtype)
     assert (made.bf16, made.fp16) == (bf16, fp16)
+
+
+def test_auto_is_bfloat16_where_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.tiny_recipe()["model"]
+    spec = ModelSpec.model_validate({**model, "dtype": "auto"})
+    for has, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda has=has: has)
+        assert arithmetic(spec) == expected
 
 
 @pytest.mark.parametrize(
