@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from rpo_trainer import __version__
-from rpo_trainer.errors import RPOTrainerError
+from rpo_trainer.errors import RPOTrainerError, RunError
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -120,9 +120,17 @@ def _run(
     folder = run_chain(loaded, run_dir, only=names)
     _table(folder)
     if with_report:
-        from rpo_trainer.report import build_report
+        _report_if_possible(folder)
 
+
+def _report_if_possible(folder: Path) -> None:
+    """A chain that has run is done, also where the extra for its report is not installed."""
+    from rpo_trainer.report import build_report
+
+    try:
         click.echo(f"report: {build_report(folder)}")
+    except RunError as error:
+        click.echo(f"no report: {error}", err=True)
 
 
 def _table(run_dir: Path) -> None:

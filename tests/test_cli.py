@@ -220,6 +220,18 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 # --- runs ---
 
 
+def test_a_finished_run_without_the_report_extra_is_done(
+    recipe: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "rpo_trainer.report.html", raising=False)
+    assert call("run", recipe, "--run-dir", finished) == 0
+    assert "no report: the report needs jinja2" in capsys.readouterr().err
+
+
 def test_run_shows_a_table_and_again_is_done(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,9 +26,14 @@ from rpo_trainer.step import token_logprobs
 from rpo_trainer.trainers import checkpoint
 from rpo_trainer.trainers.config import StepConfig
 from rpo_trainer.trainers.examples import EpochLoader, Examples, PackingCollator, to_device
-from rpo_trainer.trainers.guards import require_finite
+from rpo_trainer.trainers.guards import BeforeUpdate, require_finite
 from rpo_trainer.trainers.metrics import MetricSums
-from rpo_trainer.trainers.setup import pad_token_id_of, tokenizer_of, with_adapter
+from rpo_trainer.trainers.setup import (
+    pad_token_id_of,
+    require_one_gpu,
+    tokenizer_of,
+    with_adapter,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -86,12 +91,7 @@ class PackedTrainer(Trainer):
             raise RecipeError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}"
             )
-        if args.n_gpu > 1:
-            raise RecipeError(
-                f"{args.n_gpu} GPUs are visible to one process",
-                why="one process drives one GPU here",
-                fix="start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0",
-            )
+        require_one_gpu(args)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
@@ -133,7 +133,7 @@ class PackedTrainer(Trainer):
         self._step_losses: list[tuple[Tensor, list[str]]] = []
         self._grad_norm: Tensor | float = 0.0
         self._staging: Path | None = None
-        self.add_callback(_BeforeUpdate(self))
+        self.add_callback(BeforeUpdate(self.before_update))
 
     # --- what a subclass says ---
 
@@ -400,13 +400,3 @@ class PackedTrainer(Trainer):
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
         """Runs before the loop starts, the model as it was given."""
-
-
-class _BeforeUpdate(TrainerCallback):
-    """Calls the trainer's guards where transformers has gradients and has not moved yet."""
-
-    def __init__(self, trainer: PackedTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.before_update()

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from rpo_trainer.errors import NonFiniteError
 
 _ROWS_SHOWN = 8
+
+
+class BeforeUpdate(TrainerCallback):
+    """Calls the guards where transformers has gradients and has not moved yet."""
+
+    def __init__(self, guards: Callable[[], None]) -> None:
+        self.guards = guards
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.guards()
 
 
 def require_finite(

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
-from rpo_trainer.errors import ModelError
+from rpo_trainer.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+def require_one_gpu(args: TrainingArguments) -> None:
+    """Raises RecipeError where transformers would spread one process over several GPUs."""
+    if args.n_gpu > 1:
+        raise RecipeError(
+            f"{args.n_gpu} GPUs are visible to one process",
+            why="one process drives one GPU here",
+            fix="start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0",
+        )
 
 
 def with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
