@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import datasets
 import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rpo_trainer.chain.state import write_whole
 from rpo_trainer.data import Audit, add_replay, filter_rows, load_rows, tokenize_rows
 from rpo_trainer.recipe import PairsSpec, RPOStage, SFTStage, SourceSpec, Stage, resolve_path
 from rpo_trainer.rewards.pairs import make_preference_rows
@@ -195,7 +195,7 @@ def _generated(
             row["responses"] = [sample.text for sample in samples]
         scored = score_rows(rows, judge)
         if file is not None:
-            _write_whole(file, "".join(json.dumps(row) + "\n" for row in scored))
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in scored))
     return scored
 
 
@@ -204,10 +204,3 @@ def _key(stage: Stage, base_dir: Path, seed: int) -> str:
     data = stage.data.model_dump(mode="json", include={"train", "generate", "score"})
     parts = [data, stage.init, seed, source_digests(stage.data.train, base_dir)]
     return str(xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode()))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}")
-    staged.write_text(text)
-    os.replace(staged, path)

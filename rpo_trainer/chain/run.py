@@ -6,7 +6,6 @@ import gc
 import importlib.metadata
 import json
 import logging
-import os
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -40,6 +39,7 @@ from rpo_trainer.chain.state import (
     forget_metrics,
     locked,
     open_run_dir,
+    write_whole,
 )
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RecipeError, RunError
@@ -216,10 +216,9 @@ class _Chain:
         began = time.monotonic()
         folder = self.run_dir / stage.name
         folder.mkdir(exist_ok=True)
-        seed = stage_seed(stage, self.recipe)
         if damage(self._final(stage.name)) is not None or "steps" not in record:
-            self._train(stage, record, folder, seed)
-        self._evaluate(stage, record, folder, seed)
+            self._train(stage, record, folder, stage_seed(stage, self.recipe))
+        self._evaluate(stage, record, folder)
         record["state"] = "done"
         record["finished"] = _now()
         record["seconds"] = record.get("seconds", 0.0) + time.monotonic() - began
@@ -320,7 +319,7 @@ class _Chain:
             stage, self.base_dir, seed=seed, audit=Audit(), earlier=self._earlier_rows
         )
 
-    def _evaluate(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> None:
+    def _evaluate(self, stage: Stage, record: dict[str, Any], folder: Path) -> None:
         """Held-out NLL or preferences, and sampled responses under the verifier."""
         scores: dict[str, Any] = {}
         if "eval_after" in record:
@@ -383,6 +382,4 @@ def _write_recipe(path: Path, text: str) -> None:
             versions.append(f"# {name} {importlib.metadata.version(name)}\n")
         except importlib.metadata.PackageNotFoundError:
             continue
-    staged = path.with_name(f".{path.name}")
-    staged.write_text("".join(versions) + text)
-    os.replace(staged, path)
+    write_whole(path, "".join(versions) + text)

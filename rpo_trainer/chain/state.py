@@ -36,6 +36,17 @@ SAFE_FIELDS = frozenset(
 )
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; it is on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}")
+    with staged.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+
+
 class ChainState:
     """chain.json: one record for each stage, written whole at every change."""
 
@@ -72,12 +83,7 @@ class ChainState:
             "seed": self.seed,
             "stages": self.stages,
         }
-        staged = self.path.with_name(f".{self.path.name}")
-        with staged.open("w") as file:
-            json.dump(content, file, indent=1, allow_nan=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, self.path)
+        write_whole(self.path, json.dumps(content, indent=1))
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """The record of a stage by name."""
@@ -224,6 +230,4 @@ def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool =
         again = step > after_step or (step == after_step and not evaluated and "eval_loss" in row)
         if row.get("stage") != stage or not again:
             kept.append(line + "\n")
-    staged = path.with_name(f".{path.name}")
-    staged.write_text("".join(kept))
-    os.replace(staged, path)
+    write_whole(path, "".join(kept))
