@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model, pairs of given lengths, and timed training of ours and of a peer.
+"""What the benchmarks share: a model, rows of given lengths, the work of a step, a machine's speed.
 
 Shapes: prompts of `p` tokens, responses of `r`, K responses each. Lengths vary by ± 25 % around the given
 ones, as real ones do, unless they come from a file.
@@ -6,13 +6,15 @@ ones, as real ones do, unless they come from a file.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import csv
+import functools
 import io
+import itertools
 import json
 import logging
 import random
-import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES: dict[str, dict[str, int]] = {
     # 42 M parameters take part in a token's forward (the embedding table does not).
@@ -31,8 +35,22 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def make_model(size: str, vocabulary: int, *, dtype: torch.dtype, device: str) -> Any:
-    """A random Llama; the same one for every call."""
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark can be told."""
+    made = argparse.ArgumentParser(
+        description=(description or "").splitlines()[0], allow_abbrev=False
+    )
+    made.add_argument("--size", default="42m", choices=SIZES)
+    made.add_argument("--vocabulary", type=int, default=32000)
+    made.add_argument("--dtype", default="float32", help="of the weights, and so of everything")
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--tile-mib", type=int, default=512, help="most memory of one tile of logits")
+    made.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    return made
+
+
+def make_model(size: str, vocabulary: int, *, dtype: str) -> Any:
+    """A random Llama on the device; the same one for every call."""
     shape = SIZES[size]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -47,9 +65,11 @@ def make_model(size: str, vocabulary: int, *, dtype: torch.dtype, device: str) -
         eos_token_id=1,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).to(device=device, dtype=dtype)
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
+@functools.cache
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """One token a word, `w2` to `w<V-1>`, so that lengths are exact for both."""
     words = {"<pad>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
@@ -66,6 +86,17 @@ class Row:
 
     prompt: list[int]
     responses: list[list[int]]
+
+    def example(self, number: int) -> dict[str, Any]:
+        """As our trainers take it, best response first."""
+        return {
+            "id": str(number),
+            "source": "bench",
+            "prompt_ids": self.prompt,
+            "response_ids": self.responses,
+            "response_mask": [[1] * len(response) for response in self.responses],
+            "rewards": [float(-k) for k in range(len(self.responses))],
+        }
 
 
 def make_rows(
@@ -90,71 +121,59 @@ def make_rows(
 
 
 def lengths_of(
-    path: Path, limit: int, *, characters_per_token: float = 4.0
+    path: Path, count: int, k: int, *, longest: int = 1024, characters_per_token: float = 4.0
 ) -> list[tuple[int, list[int]]]:
-    """Prompt and response lengths in tokens, estimated from the characters of a JSONL file of pairs."""
-    found = []
-    for line in path.read_text().splitlines()[:limit]:
-        row = json.loads(line)
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-        sizes = [
-            len(text) / characters_per_token for text in (prompt, row["chosen"], row["rejected"])
-        ]
-        if all(2 <= size <= 1024 for size in sizes):
-            found.append((round(sizes[0]), [round(sizes[1]), round(sizes[2])]))
-    return found
+    """Prompt and response lengths of real rows, in tokens: `count` of them, evenly spread over their totals.
+
+    Args:
+        path: `prompt,chosen,rejected` as CSV; or JSONL of pairs, tokens then estimated from characters.
+        k: responses each; those of a pair are used in turn.
+        longest: rows with a longer part, or one of less than two tokens, are left out.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        if path.suffix == ".csv":
+            found = [[int(n) for n in row] for row in itertools.islice(csv.reader(file), 1, None)]
+        else:
+            found = [
+                [
+                    round(_characters(json.loads(line)[name]) / characters_per_token)
+                    for name in _PAIR
+                ]
+                for line in file
+            ]
+    found = sorted(
+        (row for row in found if all(2 <= n <= longest for n in row)),
+        key=lambda row: (sum(row), row),
+    )
+    picked = [found[(2 * i + 1) * len(found) // (2 * count)] for i in range(count)]
+    random.Random(0).shuffle(picked)
+    return [(prompt, list(itertools.islice(itertools.cycle(rest), k))) for prompt, *rest in picked]
 
 
-class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, device work included."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _wait()
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _wait()
-        self.seconds.append(time.perf_counter() - self._start)
+_PAIR = ("prompt", "chosen", "rejected")
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
+def _characters(text: Any) -> int:
+    return len(text if isinstance(text, str) else json.dumps(text))
+
+
+def wait() -> None:
+    """Until the device has done what it was told."""
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def alternate(trainers: dict[str, tuple[Any, StepTimes]], rounds: int) -> dict[str, list[float]]:
-    """Trains each in turn, round after round; the first step of each training is warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(rounds):
-        for name, (trainer, times) in trainers.items():
-            times.seconds.clear()
-            with quiet():
-                trainer.train()
-            seconds[name] += times.seconds[1:]
-    return seconds
-
-
-def ratios(seconds: dict[str, list[float]], ours: str, peer: str) -> tuple[float, float, float]:
-    """Median, least and largest of peer / ours over the steps in their order."""
-    pairs = [b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)]
-    return statistics.median(pairs), min(pairs), max(pairs)
-
-
-def matmul_flops(device: str, dtype: torch.dtype, *, seconds: float = 1.5) -> float:
+def matmul_flops(dtype: str, *, seconds: float = 1.5) -> float:
     """Floating-point operations per second of a large matrix product, measured now."""
-    n = 8192 if device == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    n = 8192 if DEVICE == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
     best = 0.0
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop:
-        _wait()
+        wait()
         start = time.perf_counter()
         a @ b
-        _wait()
+        wait()
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
 
@@ -182,8 +201,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def scratch() -> str:
-    """A folder that trainers may write to."""
-    return tempfile.mkdtemp(prefix="bench-")

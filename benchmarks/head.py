@@ -4,8 +4,8 @@
     python benchmarks/head.py --vocabulary 128256 --tile-mib 128
 
 dense: all logits, log_softmax, autograd. torch: `linear_cross_entropy`, where torch has it. liger: Liger's
-fused linear cross-entropy, where it is installed and runs (it needs a GPU). Peak is what is allocated beyond
-the inputs: measured on a GPU, not on a CPU.
+fused linear cross-entropy, where it is installed and runs (it needs a GPU). On a GPU also the peak beyond the
+inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import record
 import torch
 import torch.nn.functional as F
+from common import DEVICE, wait
 from torch import Tensor
 
 from rpo_trainer.logprobs import linear_logprobs
@@ -24,7 +27,8 @@ from rpo_trainer.logprobs import linear_logprobs
 
 def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """All the logits at once."""
-    logits = (hidden @ weight.t()).float()
+    logits = hidden @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
@@ -55,30 +59,39 @@ def main() -> None:
     parser.add_argument("--tile-mib", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    hidden = torch.randn(args.tokens, args.hidden, device=device).to(dtype)
-    weight = (torch.randn(args.vocabulary, args.hidden, device=device) * 0.05).to(dtype)
-    labels = torch.randint(args.vocabulary, (args.tokens,), device=device)
+    hidden = torch.randn(args.tokens, args.hidden, device=DEVICE).to(dtype)
+    weight = (torch.randn(args.vocabulary, args.hidden, device=DEVICE) * 0.05).to(dtype)
+    labels = torch.randint(args.vocabulary, (args.tokens,), device=DEVICE)
     exact = dense(hidden[:64].double(), weight.double(), labels[:64])
     functions = candidates(args.tile_mib * 2**20)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     errors: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     for turn in range(args.rounds + 1):
         for name, function in functions.items():
-            taken, logps = _timed(function, hidden, weight, labels, device)
+            taken, peaks[name], logps = _timed(function, hidden, weight, labels)
             errors[name] = (logps[:64].double() - exact).abs().max().item()
             if turn:
                 seconds[name].append(taken)
+    ratios = {name: record.spread(seconds["ours"], values) for name, values in seconds.items()}
     for name, values in seconds.items():
-        pairs = [b / a for a, b in zip(seconds["ours"], values, strict=True)]
         print(
             f"{name:6} {statistics.median(values) * 1e3:9.1f} ms   "
-            f"{statistics.median(pairs):5.2f} of ours ({min(pairs):.2f} to {max(pairs):.2f})   "
-            f"off by {errors[name]:.1e} nats"
+            + "{:5.2f} of ours ({:.2f} to {:.2f})   ".format(*ratios[name])
+            + f"off by {errors[name]:.1e} nats"
+            + (f"   {record.mib(peaks[name])}" if DEVICE == "cuda" else "")
         )
+    record.append(
+        args,
+        seconds={name: statistics.median(values) for name, values in seconds.items()},
+        ratios=ratios,
+        errors=errors,
+        peaks=peaks if DEVICE == "cuda" else {},
+    )
 
 
 def _timed(
@@ -86,17 +99,17 @@ def _timed(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    device: str,
-) -> tuple[float, Tensor]:
+) -> tuple[float, int, Tensor]:
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = record.memory_now()
     start = time.perf_counter()
     logps = function(h, w, labels)
     logps.sum().backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, logps.detach()
+    wait()
+    return time.perf_counter() - start, record.memory_peak() - before, logps.detach()
 
 
 if __name__ == "__main__":
