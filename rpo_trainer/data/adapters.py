@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from rpo_trainer.data.audit import Audit
@@ -17,9 +19,38 @@ from rpo_trainer.data.rows import Kind, Row, RowError, RowProblems, is_messages,
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 
-KTO_WHY = (
-    "one response with a true/false label (KTO) has nothing to be compared with; the stages here "
-    "compare responses to the same prompt"
+
+@dataclass(frozen=True)
+class _Refused:
+    """Rows that are known, and why nothing here can be made of them."""
+
+    columns: tuple[str, ...]
+    what: str
+    why: str
+    fix: str
+
+
+_COMPARED = "preference stages compare responses to the same prompt"
+REFUSED = (
+    _Refused(
+        ("completion", "label"),
+        "unpaired true/false labels (KTO) cannot be trained on here",
+        f"one response with a label has nothing to be compared with; {_COMPARED}",
+        "pair each prompt's good completion with a bad one; or, for SFT, keep the rows "
+        "whose label is true and remove the column `label`",
+    ),
+    _Refused(
+        ("completions", "labels"),
+        "labels for the steps of an answer (process rewards) cannot be trained on here",
+        f"a label of a step says nothing of whole responses; {_COMPARED}",
+        "for SFT, join the steps of right answers to one `completion`",
+    ),
+)
+ONLY_PROMPTS = _Refused(
+    ("prompt",),
+    "the rows have prompts and no responses",
+    _COMPARED,
+    "let the stage sample responses: `data: {generate: ..., score: ...}`, or add the responses",
 )
 
 
@@ -32,17 +63,14 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
     table = PROMPT_FORMATS if kind == "prompt" else FORMATS
     if name is not None:
         return _named_format(table, name, kind, where)
-    if "label" in columns and "completion" in columns:
-        raise DataError(
-            "unpaired true/false labels (KTO) cannot be trained on here",
-            where=where,
-            why=KTO_WHY,
-            fix="pair each prompt's good completion with a bad one; or, for SFT, keep the rows "
-            "whose label is true and remove the column `label`",
-        )
+    for refused in REFUSED if kind != "prompt" else ():
+        if set(refused.columns) <= set(columns):
+            raise DataError(refused.what, where=where, why=refused.why, fix=refused.fix)
     for format in table.values():
         if format.kind == kind and all(column in columns for column in format.required):
             return format
+    if kind == "pair" and not set(columns) - {"prompt", *COMMON}:
+        raise DataError(ONLY_PROMPTS.what, where=where, why=ONLY_PROMPTS.why, fix=ONLY_PROMPTS.fix)
     other = next((n for n, f in FORMATS.items() if all(c in columns for c in f.required)), None)
     raise DataError(
         f"the columns {', '.join(sorted(columns))} are of no format known for {_PURPOSE[kind]}",
@@ -55,7 +83,15 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
     )
 
 
-_PURPOSE = {"sft": "SFT", "pair": "preferences", "prompt": "prompts"}
+def kind_of(columns: Collection[str]) -> Kind | None:
+    """The kind of the first format that these columns fit, a row by itself; None: of no format."""
+    for format in FORMATS.values():
+        if not format.together and all(column in columns for column in format.required):
+            return format.kind
+    return None
+
+
+_PURPOSE = {"sft": "SFT", "pair": "preferences", "rating": "ratings", "prompt": "prompts"}
 
 
 def _named_format(table: Mapping[str, Format], name: str, kind: Kind, where: str) -> Format:
@@ -83,6 +119,8 @@ def adapt(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     require_rewards: bool = False,
+    keep: Collection[str] | None = (),
+    as_given: bool = False,
     audit: Audit,
 ) -> list[Row]:
     """Internal rows of one source.
@@ -93,6 +131,9 @@ def adapt(
         columns: {our name: name in the file}.
         require_rewards: every response must have a finite reward (RPO). Otherwise rewards that
             are no numbers are left out and counted.
+        keep: other columns that stay in the rows as they are (a verifier's); None: all others, and the row's
+            own `source` in place of the file's name.
+        as_given: every row stays, with its responses in their order.
 
     Raises:
         DataError, or Problems: how many rows have which fault, and the first three of each.
@@ -100,30 +141,62 @@ def adapt(
     rows = _renamed(raw, columns or {})
     present = {column for row in rows for column in row}
     chosen = find_format(present, kind, format, raw.where)
-    used = {*chosen.required, *chosen.optional, *COMMON}
+    if as_given:
+        chosen = replace(chosen, sort=False)
+    own = {*chosen.required, *chosen.optional}
+    kept = present - own if keep is None else set(keep) - own
+    used = {*own, *COMMON, *kept}
     # A column that some rows have is one that all rows need, where the rows make no sense without.
-    needed = [*chosen.required, *({"prompt"} & present & set(chosen.optional))]
+    never_null = [c for c in chosen.required if c not in chosen.nullable]
+    needed = [*never_null, *({"prompt"} & present & set(chosen.optional))]
     if extra := sorted(present - used):
         audit.extra_columns[raw.name] = extra
     problems = RowProblems(raw.where)
     adapted = []
-    for row, place in zip(rows, raw.places, strict=True):
+    places: Sequence[int] = raw.places
+    if chosen.together:
+        rows, places = _together(rows, places, chosen.together)
+        audit.joined[raw.name] = len(rows)
+    for row, place in zip(rows, places, strict=True):
         row_id = _row_id(row, raw.name, place)
         try:
             for column in needed:
                 if row.get(column) is None:
                     raise RowError(f"`{column}` is absent or null")
             new = {"id": row_id, "source": raw.name, **chosen.convert(row), **_tools(row)}
+            given = new.get("rewards")
             _finish(new, row, chosen, require_rewards, audit)
+            if as_given and row.get("judge") is not None:  # a judge leaves responses undecided
+                new["rewards"] = _decided(given, new["rewards"])
+            new = {**{c: row[c] for c in row if c in kept}, **new}
+            if keep is None and isinstance(row.get("source"), str):
+                new["source"] = row["source"]
         except RowError as error:
             problems.add(str(error), row_id)
             continue
-        if kind == "pair" and len(new["responses"]) < 2:
+        if kind == "pair" and len(new["responses"]) < 2 and not as_given:
             audit.drop("fewer_than_two_responses", row_id)
         else:
             adapted.append(new)
     problems.raise_if_any(len(rows), fix="mend or remove these rows")
     return adapted
+
+
+def _together(
+    rows: Sequence[Row], places: Sequence[int], columns: Sequence[str]
+) -> tuple[list[Row], list[int]]:
+    """One row for each run of rows with the same prompt, with lists in `columns`; the first's place.
+
+    A column that one of them has not is null, as in a row of its own.
+    """
+    joined, firsts = [], []
+    for _, run in groupby(range(len(rows)), key=lambda i: repr(rows[i].get("prompt"))):
+        alike = list(run)
+        lists = {c: [rows[i].get(c) for i in alike] for c in columns}
+        whole = {c: None if None in values else values for c, values in lists.items()}
+        joined.append({**rows[alike[0]], **whole})
+        firsts.append(places[alike[0]])
+    return joined, firsts
 
 
 def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -178,7 +251,7 @@ def _tools(row: Raw) -> Row:
 
 def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Audit) -> None:
     """Adds what does not depend on the format: ground truth, rewards, the order best first."""
-    if format.kind == "sft":
+    if format.kind in ("sft", "rating"):
         return
     truth = raw.get("ground_truth")
     new["ground_truth"] = None if truth is None else str(truth)
@@ -194,6 +267,12 @@ def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Au
         raise RowError("`truth_chosen` is neither true nor false")
     is_truth = truth is not None and new["responses"][:1] == [str(truth)]
     new["truth_chosen"] = bool(flag) or is_truth
+
+
+def _decided(given: Sequence[Any] | None, found: list[float] | None) -> list[Any] | None:
+    """The rewards with null for those that are absent; None where another fault is in them."""
+    absent_only = given is not None and all(r is None or not reward_fault(r) for r in given)
+    return list(given) if given is not None and absent_only else found
 
 
 def _rewards(new: Row, required: bool, audit: Audit) -> list[float] | None:

@@ -5,12 +5,13 @@ Everything that is dropped is counted here, with up to three row ids a reason, a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rpo_trainer.data.duplicates import repeated, shared
 from rpo_trainer.data.rows import Row
+from rpo_trainer.errors import DataError
 
 EXAMPLES = 3
 
@@ -24,22 +25,34 @@ DROPS = {
     "prompt_too_long": "the prompt leaves no room for a response",
     "no_trained_tokens": "no trained token is left",
     "no_prompt_tokens": "no token in front of the response",
+    "no_ratings": "no rating of any attribute",
+    "repeated_prompt": "prompt used before (dedup)",
     "tie": "chosen and rejected have the same reward",
     "reversed": "chosen has a lower reward than rejected",
     "small_gap": "reward gap below min_gap",
     "low_chosen_reward": "chosen reward below min_chosen_reward",
+    "chosen_below_quantile": "chosen reward below min_chosen_quantile",
+    "chosen_not_in_top": "chosen reward not in top_chosen_share",
+    "unreadable": "the row cannot be read",
+    "no_verdict": "the judge gave no consistent verdict",
 }
 WARNINGS = {
     "special_token_text": "text of a special token inside the data, tokenised as text",
     "duplicate_prompt": "prompt seen before",
+    "similar_prompt": "prompt seen before but for case, white space or Unicode form",
     "duplicate_responses_removed": "the same response more than once; kept once",
+    "blank_response": "a response is blank: it, or the row, will be dropped",
+    "equal_responses": "responses to one prompt are the same: all but the first will be dropped",
+    "undecided_responses_removed": "responses without a consistent verdict removed, the others kept",
     "blank_responses_removed": "blank responses removed, the others kept",
     "unusable_rewards": "rewards that are no numbers, ignored by this stage",
     "tools_not_rendered": "tools that the chat template does not write",
+    "text_left_out": "assistant text that the chat template leaves out (thinking in earlier turns)",
     "truncated": "cut to max_length",
 }
 LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
 SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label
+FLAT = 0.55  # σ(target_gap) below which a target says next to nothing
 
 
 class Count:
@@ -54,23 +67,36 @@ class Count:
         if row_id is not None and len(self.examples) < EXAMPLES:
             self.examples.append(row_id)
 
+    def add_all(self, other: Count) -> None:
+        """The rows of another count behind these."""
+        self.count += other.count
+        self.examples = [*self.examples, *other.examples][:EXAMPLES]
+
     def as_dict(self) -> dict[str, Any]:
         return {"count": self.count, "examples": self.examples}
 
 
 class Audit:
-    """The counts of one data set (train or eval of one stage)."""
+    """The counts of one data set (train or eval of one stage).
+
+    `joined` counts the prompts of a source where several rows of the file made one.
+    """
 
     def __init__(self) -> None:
         self.read: dict[str, int] = {}
         self.kept: dict[str, int] = {}
+        self.joined: dict[str, int] = {}
         self.left_out: dict[str, int] = {}
         self.dropped: dict[str, Count] = {}
         self.warnings: dict[str, Count] = {}
         self.remarks: list[str] = []
         self.extra_columns: dict[str, list[str]] = {}
         self.pairs: dict[str, Any] = {}
+        self.filter: dict[str, Any] = {}
+        self.calibration: dict[str, Any] = {}
         self.replay: dict[str, Any] = {}
+        self.ratings: dict[str, dict[str, float]] = {}
+        self.overlap: dict[str, int] = {}
         self._lengths: dict[str, list[int]] = {}
 
     def add_read(self, source: str, rows: int) -> None:
@@ -102,14 +128,23 @@ class Audit:
         self._lengths.setdefault("prompt", []).append(prompt)
         self._lengths.setdefault("response", []).extend(responses)
 
+    def add_tokenised(self, other: Audit) -> None:
+        """Counts what another audit took of further rows: kept, dropped, warned of, lengths."""
+        for source, rows in other.kept.items():
+            self.kept[source] = self.kept.get(source, 0) + rows
+        for mine, theirs in ((self.dropped, other.dropped), (self.warnings, other.warnings)):
+            for reason, count in theirs.items():
+                mine.setdefault(reason, Count()).add_all(count)
+        for name, lengths in other._lengths.items():
+            self._lengths.setdefault(name, []).extend(lengths)
+
     def observe_prompts(self, rows: Sequence[Row]) -> None:
-        """Counts prompts that occur again."""
-        seen: set[str] = set()
-        for row in rows:
-            key = prompt_key(row)
-            if key in seen:
-                self.warn("duplicate_prompt", row["id"])
-            seen.add(key)
+        """Counts prompts that occur again, exactly or nearly."""
+        same, alike = repeated(rows)
+        for row in same:
+            self.warn("duplicate_prompt", row["id"])
+        for row in alike:
+            self.warn("similar_prompt", row["id"])
 
     def observe_pairs(self, rows: Sequence[Row]) -> None:
         """Counts ties and reversed pairs; compares the lengths (characters) of best and worst."""
@@ -133,8 +168,16 @@ class Audit:
         if len(gaps) > 1 and gaps[0] == gaps[-1]:
             self.remark(f"all reward gaps are equal ({gaps[0]:g})")
 
+    def observe_ratings(
+        self, names: Sequence[str], ratings: Sequence[Sequence[float | None]]
+    ) -> None:
+        """How often each attribute is rated, and the quantiles of its ratings."""
+        for number, name in enumerate(names):
+            found = sorted(value for row in ratings if (value := row[number]) is not None)
+            self.ratings[name] = {"rated": len(found), **quantiles(found)}
+
     def check_target_gaps(self, rows: Sequence[Row], reward_scale: float) -> None:
-        """Remarks on targets σ(η · gap) that are 0 or 1 for most rows (η = `reward_scale`)."""
+        """Remarks on targets σ(η · gap) that are 0 or 1, or ½, for most rows (η = `reward_scale`)."""
         gaps = [row["rewards"][0] - row["rewards"][-1] for row in rows if row["rewards"]]
         limit = math.log(SATURATED / (1 - SATURATED))
         wide = sum(abs(reward_scale * gap) > limit for gap in gaps)
@@ -143,14 +186,45 @@ class Audit:
                 f"the target gap is so wide that its sigmoid is 0 or 1 for {wide} of {len(gaps)} "
                 f"rows: RPO then learns no more than DPO; a smaller reward_scale keeps the gaps"
             )
+        limit = math.log(FLAT / (1 - FLAT))
+        flat = sum(abs(reward_scale * gap) < limit for gap in gaps)
+        if gaps and 2 * flat > len(gaps):
+            self.remark(
+                f"the target gap is so small that its sigmoid is within {FLAT - 0.5:g} of 1/2 for "
+                f"{flat} of {len(gaps)} rows: RPO then learns next to nothing; a larger "
+                f"reward_scale shows the gaps"
+            )
 
-    def check_overlap(self, train: Sequence[Row], evaluation: Sequence[Row]) -> int:
-        """Remarks on prompts that are in both; returns how many rows of `evaluation` that is."""
-        seen = {prompt_key(row) for row in train}
-        n = sum(prompt_key(row) in seen for row in evaluation)
-        if n:
-            self.remark(f"{n} of {len(evaluation)} eval rows have a prompt that is trained on")
-        return n
+    def check_overlap(
+        self, train: Sequence[Row], evaluation: Sequence[Row], *, held_out: bool = False
+    ) -> int:
+        """Remarks on prompts that are in both; returns how many rows of `evaluation` that is.
+
+        Args:
+            held_out: the evaluation is named as held out, so no prompt of it may be trained on.
+
+        Raises:
+            DataError: it is, and some are.
+        """
+        same, alike = shared(train, evaluation)
+        found = [*same, *alike]
+        self.overlap = {"rows": len(evaluation), "exact": len(same), "normalised": len(alike)}
+        if not found:
+            return 0
+        nearly = f", {len(alike)} of them but for case, white space or Unicode form"
+        what = (
+            f"{len(found)} of {len(evaluation)} eval rows have a prompt that is trained on"
+            f"{nearly if alike else ''} ({', '.join(str(row['id']) for row in found[:EXAMPLES])})"
+        )
+        if held_out:
+            raise DataError(
+                what,
+                where="data.eval",
+                why="`held_out` says that they are not, and a loss on them would look too good",
+                fix="remove these rows from train or eval, or remove `held_out`",
+            )
+        self.remark(what)
+        return len(found)
 
     def lengths(self) -> dict[str, dict[str, float]]:
         """Token counts: {"prompt" | "response": {min, median, mean, p95, max}}."""
@@ -160,6 +234,7 @@ class Audit:
         """Everything, ready for JSON."""
         return {
             "read": dict(self.read),
+            "joined": dict(self.joined),
             "kept": dict(self.kept),
             "left_out": dict(self.left_out),
             "dropped": {reason: count.as_dict() for reason, count in self.dropped.items()},
@@ -167,7 +242,11 @@ class Audit:
             "remarks": list(self.remarks),
             "extra_columns": dict(self.extra_columns),
             "pairs": dict(self.pairs),
+            "filter": dict(self.filter),
+            "calibration": dict(self.calibration),
             "replay": dict(self.replay),
+            "ratings": dict(self.ratings),
+            "overlap": dict(self.overlap),
             "lengths": self.lengths(),
         }
 
@@ -176,15 +255,32 @@ class Audit:
         lines = []
         for source, n in self.read.items():
             out = f", {self.left_out[source]} not used" if source in self.left_out else ""
+            joined = f", for {self.joined[source]} prompts" if source in self.joined else ""
             kept = f", {self.kept[source]} kept" if source in self.kept else ""
-            lines.append(f"{source}: {n} rows read{kept}{out}")
+            lines.append(f"{source}: {n} rows read{joined}{kept}{out}")
         if self.replay:
             lines.append(
                 "replay of stage {stage}: {rows} of {available} rows".format(**self.replay)
             )
         lines += [_counted("dropped", DROPS.get(r, r), c) for r, c in self.dropped.items()]
+        if self.filter:
+            lines.append(_filtered(self.filter))
+        if self.calibration:
+            how = {
+                "labels": "the likelihood of {pairs} labels, {against} of them against the rewards"
+            }
+            text = how.get(self.calibration["method"], "the median of {pairs} gaps")
+            lines.append(
+                f"reward_scale (η): {self.calibration['reward_scale']:g}, fitted by "
+                + text.format(**self.calibration)
+            )
         if self.pairs.get("with_rewards"):
             lines.append("{ties} ties, {reversed} reversed among {rows} rows".format(**self.pairs))
+        for name, q in self.ratings.items():
+            spread = (
+                f", from {q['min']:g} to {q['max']:g}, mean {q['mean']:.2f}" if "min" in q else ""
+            )
+            lines.append(f"{name}: {q['rated']:g} ratings{spread}")
         for name, q in self.lengths().items():
             lines.append(
                 f"{name} tokens: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}"
@@ -196,21 +292,16 @@ class Audit:
         return lines
 
 
+def _filtered(found: dict[str, Any]) -> str:
+    threshold = found.get("min_chosen_reward")
+    at_least = "" if threshold is None else f" (chosen reward at least {threshold:g})"
+    return f"filter: {found['passed']} of {found['rows']} rows pass{at_least}"
+
+
 def _counted(what: str, text: str, count: Count) -> str:
     rows = "row" if count.count == 1 else "rows"
     examples = f" ({', '.join(count.examples)})" if count.examples else ""
     return f"{what}: {count.count} {rows}, {text}{examples}"
-
-
-def prompt_key(row: Row) -> str:
-    """A row's prompt as one string: equal keys, equal prompts."""
-    prompt = row["prompt"] if "prompt" in row else _before_last_turn(row["messages"])
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-
-
-def _before_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: ends[-1]] if ends else messages
 
 
 def quantiles(ordered: Sequence[float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ Tools = list[Any] | None
 
 SENTINEL = "\ue00frpo\ue00e"
 PRIVATE = 0xF0000  # a plane of characters that no text uses
+# The date that the first templates with a clock write where there is none.
+DATE = datetime.datetime(2024, 7, 26)
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1\s*\)")
 NO_END = "the chat template writes no end marker behind the assistant's turn"
 UNCLEAR = "the chat template rewrites the conversation so that the assistant's turn cannot be found"
@@ -65,23 +67,37 @@ def render_plain(prompt: str, response: str) -> Rendered:
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The texts that the tokenizer turns into control tokens, longest first."""
     texts = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content}
+    return _longest_first(texts)
+
+
+def _longest_first(texts: Iterable[str]) -> list[str]:
     return sorted(texts, key=lambda text: (-len(text), text))
 
 
-def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds the texts of control tokens; None for a tokenizer without any."""
-    texts = special_texts(tokenizer)
+def special_pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
+    """Finds the texts of control tokens; None where there are none."""
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def stop_clock(template: str) -> str:
-    """`template` with today's date replaced by a fixed one.
+def trained_turns(messages: Sequence[Message]) -> list[int]:
+    """Places of the assistant's turns, without those that the data gives the weight 0."""
+    return [
+        i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0
+    ]
 
-    Otherwise tomorrow's tokens, and with them the reference log-probs, would be others. The date is
-    the one that the first templates of this kind write where there is no clock.
+
+def stop_clock(template: str) -> str:
+    """`template` with a clock that stands still.
+
+    Otherwise tomorrow's tokens, and with them the reference log-probs, would be others.
     """
-    date = datetime.date(2024, 7, 26)
-    return CLOCK.sub(lambda match: repr(date.strftime(match[2])), template)
+    template = CLOCK.sub(lambda match: repr(DATE.strftime(match[2])), template)
+    if "strftime_now(" not in template:
+        return template
+    # The form comes from elsewhere: a macro of the same name, which is slower.
+    parts = "".join(f".replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "AaBbdeHIjMmpSYy")
+    clock = "{%- macro strftime_now(form) -%}{{ form" + parts + " }}{%- endmacro -%}"
+    return clock + template
 
 
 @dataclass
@@ -95,11 +111,23 @@ class ChatRenderer:
     _reserved: re.Pattern[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._special = special_pattern(self.tokenizer)
-        self._names = special_texts(self.tokenizer)
+        self._names = _longest_first({*special_texts(self.tokenizer), *self._marks()})
+        self._special = special_pattern(self._names)
         last = chr(PRIVATE + max(len(self._names) - 1, 0))
         self._stand_in = re.compile(f"[{chr(PRIVATE)}-{last}]")
         self._reserved = re.compile(f"{self._stand_in.pattern}|{SENTINEL}")
+
+    def _marks(self) -> list[str]:
+        """Tokens that the template writes around turns although the tokenizer does not call them
+        special: in the data they are text as well."""
+        added = [t.content for t in self.tokenizer.added_tokens_decoder.values() if not t.special]
+        if not added or not self.tokenizer.chat_template:
+            return []
+        try:
+            text = self._render([{"role": "user", "content": "a"}], None) + self.ending[0]
+        except RowError:
+            return []
+        return [name for name in added if name.strip() and name in text and name != "a"]
 
     def has_special_text(self, text: str) -> bool:
         return self._special is not None and self._special.search(text) is not None
@@ -124,7 +152,7 @@ class ChatRenderer:
             DataError: there is no chat template.
         """
         hidden, tools = self._hide(messages), self._hide(tools)
-        turns = [i for i, message in enumerate(hidden) if message["role"] == "assistant"]
+        turns = trained_turns(hidden)
         full = self._render(hidden, tools)
         finder = _TurnFinder(self, hidden, tools, full)
         spans = [finder.span(turn) for turn in (turns[-1:] if last_only else turns)]
@@ -160,10 +188,20 @@ class ChatRenderer:
         return self._render(probe, None, True) != self._render(probe, None)
 
     @cached_property
-    def ends_turn(self) -> bool:
-        """Whether the template writes an end marker behind an assistant turn that is the last."""
+    def ending(self) -> tuple[str, int]:
+        """What the template writes behind an assistant turn that is the last, and how many characters
+        of it are the end marker: some end the whole conversation too (`<|end|>`, `<|endoftext|>`).
+        """
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-        return self._render(probe, None).rpartition(SENTINEL)[2].strip() != ""
+        text = self._render(probe, None).rpartition(SENTINEL)[2].rstrip()
+        return text, self._control_end(text) or len(text)
+
+    def _control_end(self, text: str) -> int:
+        """Where the control token ends that `text` begins with, behind blanks; 0 for none."""
+        blank = len(text) - len(text.lstrip())
+        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        found = [name for name in tokens if name and text.startswith(name, blank)]
+        return blank + len(max(found, key=len)) if found else 0
 
     def _hide(self, value: Any) -> Any:
         """`value` with the text of special tokens replaced by private-use characters."""
@@ -222,17 +260,28 @@ class _TurnFinder:
         before, _ = self._around(turn)
         if not self.full.startswith(before):
             raise RowError(UNCLEAR)
-        # A template without a generation prompt: the model is to write the blank in front of its
-        # words, but not a heading, which is the template's.
-        if begins and len(prompt) < len(before) and not before[len(prompt) :].strip():
-            return len(prompt)
-        return len(before)
+        return len(before) - len(self._lead(turn, prompt, before))
+
+    def _lead(self, turn: int, prompt: str, before: str) -> str:
+        """What the model is to write between the prompt and the turn's own words.
+
+        Without a generation prompt that is the blank in front of the words, not a heading: that is
+        the template's.
+        """
+        if not turn:
+            return ""
+        alone, _ = self._until(turn)._around(turn)
+        lead = alone[len(prompt) :] if alone.startswith(prompt) else ""
+        own = self.renderer.opens_turn or not lead.strip()
+        return lead if own and before.endswith(lead) else ""
 
     def _end(self, turn: int) -> int:
-        if not self.renderer.ends_turn:
+        ending, marker = self.renderer.ending
+        if not ending:
             raise RowError(NO_END)
         if turn == len(self.messages) - 1:
-            return len(self.full.rstrip())
+            text = self.full.rstrip()
+            return len(text) - (len(ending) - marker if text.endswith(ending) else 0)
         until = self.renderer._render(self.messages[: turn + 1], self.tools)
         if self.full.startswith(until):
             return len(until.rstrip())
@@ -240,6 +289,10 @@ class _TurnFinder:
         if not self.full.endswith(behind):
             raise RowError(UNCLEAR)
         return len(self.full) - len(behind) + self._marker(turn, behind)
+
+    def _until(self, turn: int) -> _TurnFinder:
+        """The conversation that ends with this turn."""
+        return _TurnFinder(self.renderer, self.messages[: turn + 1], self.tools, "")
 
     def _around(self, turn: int) -> tuple[str, str]:
         """What the template writes before and behind the content of a turn."""
@@ -252,14 +305,10 @@ class _TurnFinder:
 
     def _marker(self, turn: int, behind: str) -> int:
         """Characters of the end marker at the beginning of what follows a turn's content."""
-        blank = len(behind) - len(behind.lstrip())
-        tokens = self.renderer.tokenizer.added_tokens_decoder.values()
-        for text in sorted((t.content for t in tokens), key=len, reverse=True):
-            if behind.startswith(text, blank):
-                return blank + len(text)
+        if end := self.renderer._control_end(behind):
+            return end
         # The marker is words: it is what stands behind the turn when nothing follows.
-        alone = _TurnFinder(self.renderer, self.messages[: turn + 1], self.tools, "")
-        _, marker = alone._around(turn)
+        _, marker = self._until(turn)._around(turn)
         if not marker.strip() or not behind.startswith(marker.rstrip()):
             raise RowError(NO_END)
         return len(marker.rstrip())

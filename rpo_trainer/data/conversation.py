@@ -17,6 +17,8 @@ from rpo_trainer.data.rows import (
 )
 
 LAST_TURN = "\n\nAssistant:"  # how text-only preference data marks the turn that is compared
+# How NVIDIA's data writes the turns of a conversation into one text.
+MARKED_TURN = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
 
 
 def sharegpt_messages(raw: Mapping[str, Any]) -> list[Message]:
@@ -42,6 +44,21 @@ def alpaca_messages(raw: Mapping[str, Any]) -> list[Message]:
     if raw.get("input"):
         question += "\n\n" + check_text(raw["input"], "`input`")
     return [*messages, {"role": "user", "content": question}]
+
+
+def marked_messages(prompt: object) -> list[Message]:
+    """Messages of a text whose turns begin with `<extra_id_1>User` and the like.
+
+    Words in front of the first mark are the user's. An empty system turn, and the mark that a
+    response is to follow, are left out.
+    """
+    first, *rest = MARKED_TURN.split(check_text(prompt, "`prompt`"))
+    turns = [("User", first)] if first or not rest else []
+    turns += zip(rest[::2], rest[1::2], strict=True)
+    if len(turns) > 1 and turns[-1] == ("Assistant", ""):
+        turns.pop()
+    named = [{"role": role.lower(), "content": words} for role, words in turns]
+    return [turn for turn in named if turn["content"] or turn["role"] != "system"]
 
 
 def sft_completion(prompt: object, answer: object, name: str) -> Row:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.chat import ChatRenderer, Rendered, Span, special_pattern
+from rpo_trainer.data.chat import ChatRenderer, Rendered, Span, special_pattern, special_texts
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AddedToken, PreTrainedTokenizerBase
 
 Encoded = tuple[list[int], list[int]]  # ids and mask (1 = trained), equally long
 _Piece = tuple[list[int], list[Span]]  # ids and their character ranges
@@ -29,6 +29,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     begin: list[int] = field(init=False)
     _special: re.Pattern[str] | None = field(init=False)
+    _greedy: dict[int, AddedToken] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -37,7 +38,10 @@ class Encoder:
                 why="response masks are made from the offsets",
                 fix="use the fast tokenizer of the model (tokenizer.json)",
             )
-        self._special = special_pattern(self.tokenizer)
+        self._special = special_pattern(special_texts(self.tokenizer))
+        # Control tokens that take the white space beside them with them.
+        added = self.tokenizer.added_tokens_decoder
+        self._greedy = {i: t for i, t in added.items() if t.special and (t.rstrip or t.lstrip)}
         # The begin token, if the tokenizer itself puts it in front of every text.
         bos = self.tokenizer.bos_token_id
         first = self.tokenizer("a")["input_ids"][:1]
@@ -73,7 +77,7 @@ class Encoder:
         return encoded
 
     def _finished(self, text: Rendered, ids: list[int], offsets: list[Span]) -> Encoded:
-        mask = mask_of(offsets, text.spans)
+        mask = mask_of(self._own_text(text.text, ids, offsets), text.spans)
         if text.plain:
             ids, mask = [*ids, self.end()], [*mask, int(bool(text.spans))]
         bos = self.tokenizer.bos_token
@@ -82,6 +86,21 @@ class Encoder:
         if self.begin and (by_data or not written):
             ids, mask = [*self.begin, *ids], [0, *mask]
         return ids, mask
+
+    def _own_text(self, text: str, ids: list[int], offsets: list[Span]) -> list[Span]:
+        """The ranges with those of control tokens narrowed to their own text.
+
+        One that takes the white space behind it with it would else be trained wherever a response
+        begins with white space.
+        """
+        if not self._greedy:
+            return offsets
+        found = []
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            name = self._greedy[token].content if token in self._greedy else ""
+            place = text.find(name, start, end) if name else -1
+            found.append((start, end) if place < 0 else (place, place + len(name)))
+        return found
 
     def _batch(self, texts: list[str], *, literal: bool) -> list[_Piece]:
         if not texts:
@@ -117,22 +136,42 @@ class Encoder:
     def _stretches(self, text: Rendered) -> Iterator[tuple[int, int, bool]]:
         done = 0
         for start, end in self._control_spans(text):
-            if done < start:
-                yield done, start, False
+            yield from self._literal(text, done, start)
             yield start, end, True
             done = end
-        if done < len(text.text):
-            yield done, len(text.text), False
+        yield from self._literal(text, done, len(text.text))
+
+    def _literal(self, text: Rendered, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """A stretch without control tokens. Text of a token that is not special would be taken for
+        the token even so: it is cut behind its first character."""
+        for a, b in text.literal:
+            if start <= a < end and not (self._special and self._special.match(text.text, a, b)):
+                yield start, a + 1, False
+                start = a + 1
+        if start < end:
+            yield start, end, False
 
     def _control_spans(self, text: Rendered) -> Iterator[Span]:
-        place = 0
+        place = done = 0
         while self._special and (match := self._special.search(text.text, place)):
             inside = [b for a, b in text.literal if a < match.end() and match.start() < b]
             if inside:
                 place = max(inside)
                 continue
-            yield match.span()
-            place = match.end()
+            start, end = self._with_blanks(text.text, *match.span())
+            yield max(start, done), end
+            place = done = end
+
+    def _with_blanks(self, text: str, start: int, end: int) -> Span:
+        """A control token's range with the white space that it takes with it."""
+        for token in self._greedy.values():
+            if token.content == text[start:end]:
+                if token.lstrip:
+                    start = len(text[:start].rstrip())
+                if token.rstrip:
+                    end = len(text) - len(text[end:].lstrip())
+                break
+        return start, end
 
 
 def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
@@ -178,6 +217,6 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ids, mask = Encoder(tokenizer).encode([rendered])[0]
         last = [token for token, trained in zip(ids, mask, strict=True) if trained][-1]
         added = tokenizer.added_tokens_decoder
-        if last in added and added[last].special and last not in ends:
+        if last in added and last not in ends:
             ends.append(last)
     return ends

@@ -21,6 +21,8 @@ class _NoFilter:
     """What holds where a recipe has no `filter`: the defaults of FilterSpec."""
 
     min_chosen_reward: float | None = None
+    min_chosen_quantile: float | None = None
+    top_chosen_share: float | None = None
     min_gap: float | None = None
     ties: Literal["keep", "drop"] = "keep"
     reversed: Literal["error", "drop", "keep"] = "error"
@@ -30,16 +32,18 @@ def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> l
     """The rows that pass; each of the others is counted once, under the first reason that holds.
 
     The gap of a row is the reward of its first response less that of its last (best and worst
-    where there are more than two), not scaled by η. A row passes `min_gap` and `min_chosen_reward`
-    when it is at least as large; a chosen response that is the ground truth always passes the
-    latter. Rows without rewards pass where no threshold is set.
+    where there are more than two), not scaled by η. A row passes `min_gap` when it is at least as
+    large. The chosen's quality is looked at last, among the rows that pass all else: at least
+    `min_chosen_reward`, or the `min_chosen_quantile` of these rows, or one of their
+    `top_chosen_share`, of equal ones the earlier; a chosen response that is the ground truth always
+    passes. Rows without rewards pass where no threshold is set. `audit.filter` counts what passes.
 
     Raises:
         DataError: a threshold is set and rows have no rewards; more than 0.5 % of the rows are
             reversed (`reversed: error`); no row is left.
     """
     used = spec or _NoFilter()
-    if used.min_chosen_reward is not None or used.min_gap is not None:
+    if used.min_gap is not None or _quality(used) is not None:
         _need_rewards(rows)
     if used.reversed == "error":
         _refuse_reversed(rows)
@@ -50,6 +54,9 @@ def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> l
             kept.append(row)
         else:
             audit.drop(reason, row["id"])
+    kept = _good_enough(kept, used, audit)
+    if spec is not None:
+        audit.filter |= {"rows": len(rows), "passed": len(kept)}
     if rows and not kept:
         raise DataError(
             f"the filter leaves none of the {len(rows)} rows",
@@ -68,10 +75,41 @@ def _reason(row: Row, spec: FilterSpec | _NoFilter) -> str | None:
         return "reversed"
     if gap == 0 and spec.ties == "drop":
         return "tie"
-    if spec.min_gap is not None and gap < spec.min_gap:
-        return "small_gap"
-    low = spec.min_chosen_reward is not None and rewards[0] < spec.min_chosen_reward
-    return "low_chosen_reward" if low and not row.get("truth_chosen") else None
+    return "small_gap" if spec.min_gap is not None and gap < spec.min_gap else None
+
+
+def _quality(spec: FilterSpec | _NoFilter) -> float | None:
+    """The one threshold of the chosen reward that is set, in whatever units."""
+    thresholds = (spec.min_chosen_reward, spec.min_chosen_quantile, spec.top_chosen_share)
+    return next((value for value in thresholds if value is not None), None)
+
+
+def _good_enough(rows: list[Row], spec: FilterSpec | _NoFilter, audit: Audit) -> list[Row]:
+    """The rows whose chosen is good enough, or is the ground truth."""
+    if _quality(spec) is None or not rows:
+        return rows
+    chosen = [row["rewards"][0] for row in rows]
+    best_first = sorted(range(len(rows)), key=lambda i: -chosen[i])  # stable
+    if spec.top_chosen_share is not None:
+        reason = "chosen_not_in_top"
+        count = max(1, round(spec.top_chosen_share * len(rows)))
+        passes = set(best_first[:count])
+        threshold = chosen[best_first[count - 1]]
+    else:
+        reason, threshold = "low_chosen_reward", spec.min_chosen_reward
+        if spec.min_chosen_quantile is not None:
+            reason = "chosen_below_quantile"
+            threshold = sorted(chosen)[int(spec.min_chosen_quantile * len(rows))]
+        assert threshold is not None
+        passes = {i for i, reward in enumerate(chosen) if reward >= threshold}
+    audit.filter["min_chosen_reward"] = threshold
+    kept = []
+    for i, row in enumerate(rows):
+        if i in passes or row.get("truth_chosen"):
+            kept.append(row)
+        else:
+            audit.drop(reason, row["id"])
+    return kept
 
 
 def _need_rewards(rows: Sequence[Row]) -> None:

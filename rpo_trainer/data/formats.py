@@ -9,6 +9,7 @@ from typing import Any
 from rpo_trainer.data.conversation import (
     alpaca_messages,
     implicit_text_pair,
+    marked_messages,
     preference,
     sft_completion,
     sharegpt_messages,
@@ -21,9 +22,11 @@ from rpo_trainer.data.rows import (
     check_conversation,
     check_prompt_end,
     check_text,
+    is_messages,
     reward_fault,
     to_messages,
 )
+from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 Raw = Mapping[str, Any]
 
@@ -38,6 +41,8 @@ class Format:
         optional: columns it also reads.
         convert: raw row → fields of an internal row (without id and source); raises RowError.
         sort: put the responses in the order of their rewards (a pair's chosen stays first).
+        nullable: those of `required` that may be null in a row.
+        together: rows in a row with the same `prompt` are one, with lists in these columns.
     """
 
     kind: Kind
@@ -45,6 +50,8 @@ class Format:
     optional: tuple[str, ...]
     convert: Callable[[Raw], Row]
     sort: bool = False
+    nullable: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
 
 # Read for every format, beside its own columns.
@@ -99,6 +106,12 @@ def _pairs(raw: Raw) -> Row:
     return {**row, "rewards": [raw.get("chosen_reward"), raw.get("rejected_reward")]}
 
 
+def _margin(raw: Raw) -> Row:
+    # The gap is the margin; as in HelpSteer3 neither reward means anything alone.
+    half = None if reward_fault(raw["margin"]) else raw["margin"] / 2
+    return {**_pairs(raw), "rewards": [half, None if half is None else -half]}
+
+
 def _ultrafeedback(raw: Raw) -> Row:
     scores = {"chosen_reward": raw["score_chosen"], "rejected_reward": raw["score_rejected"]}
     return _pairs({**raw, **scores})
@@ -106,24 +119,56 @@ def _ultrafeedback(raw: Raw) -> Row:
 
 def _nemo(raw: Raw) -> Row:
     names = ["chosen_response", "rejected_response"]
-    row = preference(raw["prompt"], [raw[name] for name in names], [f"`{n}`" for n in names])
+    prompt, answers = raw["prompt"], [raw[name] for name in names]
+    if isinstance(prompt, str) and prompt.startswith("<extra_id_0>System\n"):
+        prompt = marked_messages(prompt)
+        answers = [
+            answer.removesuffix("\n<extra_id_1>") if isinstance(answer, str) else answer
+            for answer in answers
+        ]
+    row = preference(prompt, answers, [f"`{n}`" for n in names])
     return {**row, "rewards": [raw.get("chosen_reward"), raw.get("rejected_reward")]}
 
 
-def _helpsteer3(raw: Raw) -> Row:
-    value = raw["overall_preference"]
+def _nemo_rl(raw: Raw) -> Row:
+    given = raw["completions"]
+    if not is_messages(given):
+        raise RowError("`completions` is not a list of objects")
+    if any(reward_fault(one.get("rank")) for one in given):
+        raise RowError("the `rank` of `completions` are not all numbers")
+    best_first = sorted(given, key=lambda one: one["rank"])
+    names = [f"`completions` of rank {one['rank']}" for one in best_first]
+    row = preference(raw["context"], [one.get("completion") for one in best_first], names)
+    return {**row, "rewards": [None] * len(row["responses"])}
+
+
+def _strength(prompt: object, raw: Raw, first: str, second: str, column: str) -> Row:
+    """Two responses and a preference from -3 (the first) to 3; the gap is its strength."""
+    value = raw[column]
     if reward_fault(value) or not -3 <= value <= 3:
-        raise RowError("`overall_preference` is not a number from -3 to 3")
-    # Negative: response1 is better. The gap is the strength of the preference.
-    answers = [raw["response1"], raw["response2"]]
-    names = ["`response1`", "`response2`"]
-    if value > 0:
-        answers.reverse()
-        names.reverse()
-    return {
-        **preference(raw["context"], answers, names),
-        "rewards": [abs(value) / 2, -abs(value) / 2],
-    }
+        raise RowError(f"`{column}` is not a number from -3 to 3")
+    names = [second, first] if value > 0 else [first, second]
+    row = preference(prompt, [raw[name] for name in names], [f"`{name}`" for name in names])
+    return {**row, "rewards": [abs(value) / 2, -abs(value) / 2]}
+
+
+def _helpsteer3(raw: Raw) -> Row:
+    return _strength(raw["context"], raw, "response1", "response2", "overall_preference")
+
+
+def _helpsteer2_preference(raw: Raw) -> Row:
+    prompt = marked_messages(raw["prompt"])
+    return _strength(prompt, raw, "response_1", "response_2", "preference_strength")
+
+
+def _helpsteer2_pairs(raw: Raw) -> Row:
+    answers = raw["response"]
+    for value in raw["helpfulness"]:
+        if not reward_fault(value) and not 0 <= value <= 4:
+            raise RowError("`helpfulness` is not from 0 to 4")
+    prompt = marked_messages(raw["prompt"])
+    row = preference(prompt, answers, ["`response`"] * len(answers))
+    return {**row, "rewards": list(raw["helpfulness"])}
 
 
 def _responses(raw: Raw) -> Row:
@@ -151,6 +196,38 @@ def _ranked(raw: Raw) -> Row:
         order = sorted(range(len(ranks)), key=lambda i: ranks[i])
         row["responses"] = [row["responses"][i] for i in order]
     return {**row, "rewards": [None] * len(row["responses"])}
+
+
+# ---------------------------------------------------------------- ratings
+
+
+def _rated(raw: Raw, prompt: object, ratings: Mapping[str, Any]) -> Row:
+    for name, value in ratings.items():
+        if value is not None and (fault := reward_fault(value)):
+            raise RowError(f"the rating `{name}` is {fault}")
+    return {
+        **preference(prompt, [raw["response"]], ["`response`"]),
+        "attributes": {str(n): None if v is None else float(v) for n, v in ratings.items()},
+    }
+
+
+def _attributes(raw: Raw) -> Row:
+    ratings = raw["attributes"]
+    if not isinstance(ratings, Mapping) or not ratings:
+        raise RowError("`attributes` is not an object of ratings by name")
+    return _rated(raw, raw["prompt"], ratings)
+
+
+def _score(raw: Raw) -> Row:
+    return _rated(raw, raw["prompt"], {"score": raw["score"]})
+
+
+def _helpsteer2(raw: Raw) -> Row:
+    row = _rated(raw, marked_messages(raw["prompt"]), {n: raw.get(n) for n in HELPSTEER_ATTRIBUTES})
+    for name, value in row["attributes"].items():
+        if value is not None and not 0 <= value <= 4:
+            raise RowError(f"`{name}` is not a number from 0 to 4")
+    return row
 
 
 # ---------------------------------------------------------------- prompts
@@ -184,6 +261,7 @@ def _open_conversation(messages: list[Message]) -> list[Message]:
 
 _SHAREGPT = ("system",)
 _REWARDS = ("chosen_reward", "rejected_reward")
+_RATED = ("prompt", "response")
 
 # In the order in which they are tried: the more telling columns first.
 FORMATS: dict[str, Format] = {
@@ -192,6 +270,21 @@ FORMATS: dict[str, Format] = {
     ),
     "ranked": Format("pair", ("prompt", "responses"), ("ranks",), _ranked),
     "nemo": Format("pair", ("prompt", "chosen_response", "rejected_response"), _REWARDS, _nemo),
+    "nemo_rl": Format("pair", ("context", "completions"), (), _nemo_rl),
+    "helpsteer2_pairs": Format(
+        "pair",
+        ("prompt", "response", "helpfulness"),
+        (),
+        _helpsteer2_pairs,
+        sort=True,
+        together=("response", "helpfulness"),
+    ),
+    "helpsteer2_preference": Format(
+        "pair",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        (),
+        _helpsteer2_preference,
+    ),
     "helpsteer3": Format(
         "pair", ("context", "response1", "response2", "overall_preference"), (), _helpsteer3
     ),
@@ -204,6 +297,19 @@ FORMATS: dict[str, Format] = {
     "pairs": Format(
         "pair", ("chosen", "rejected"), ("prompt", "conversations", "system", *_REWARDS), _pairs
     ),
+    # Only by name: `pairs` has the same columns.
+    "margin": Format(
+        "pair", ("chosen", "rejected", "margin"), ("prompt", "conversations", "system"), _margin
+    ),
+    "attributes": Format("rating", (*_RATED, "attributes"), (), _attributes),
+    "helpsteer2": Format(
+        "rating",
+        (*_RATED, *HELPSTEER_ATTRIBUTES),
+        (),
+        _helpsteer2,
+        nullable=HELPSTEER_ATTRIBUTES,
+    ),
+    "score": Format("rating", (*_RATED, "score"), (), _score),
     "messages": Format("sft", ("messages",), (), _messages),
     "sharegpt": Format("sft", ("conversations",), _SHAREGPT, _sharegpt),
     "prompt_response": Format("sft", ("prompt", "response"), (), _prompt_response),

@@ -57,7 +57,7 @@ def _share(name: str, weight: float | None) -> Fraction:
         )
     if not 0 < weight < float("inf"):
         raise DataError(f"a weight must be a positive number, not {weight}", where=name)
-    return _exact(weight)
+    return exact(weight)
 
 
 def add_replay(
@@ -71,7 +71,7 @@ def add_replay(
     Raises:
         DataError: `earlier` has fewer rows than that.
     """
-    fraction = _exact(spec.fraction)
+    fraction = exact(spec.fraction)
     wanted = len(rows) * fraction / (1 - fraction) if spec.of == "mix" else len(earlier) * fraction
     count = int(wanted + Fraction(1, 2))
     if count > len(earlier):
@@ -100,6 +100,6 @@ def sample(rows: Sequence[Row], count: int, key: str) -> list[Row]:
     return [rows[i] for i in sorted(random.Random(key).sample(range(len(rows)), count))]
 
 
-def _exact(number: float) -> Fraction:
+def exact(number: float) -> Fraction:
     """The decimal that was written: 0.02 is one fiftieth, not the nearest binary fraction."""
     return Fraction(repr(number))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.duplicates import Dedup, drop_duplicates
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.mix import mix_sources
+from rpo_trainer.data.ratings import rating_targets
 from rpo_trainer.data.rows import Kind, Row, raise_all
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.data.tokenize import TOKENISED, Truncation, tokenize_rows
@@ -31,15 +33,19 @@ def load_rows(
     kind: Kind,
     base_dir: Path | None,
     require_rewards: bool = False,
+    dedup: Dedup | None = None,
+    keep: Collection[str] = (),
     audit: Audit,
     seed: int,
 ) -> list[Row]:
     """Internal rows of all sources, mixed by their weights; nothing is filtered yet.
 
     Args:
-        kind: `sft`, `pair` (two or more responses a prompt) or `prompt`.
+        kind: `sft`, `pair` (two or more responses a prompt), `rating` or `prompt`.
         base_dir: relative paths start here.
         require_rewards: every response must have a finite reward (RPO).
+        dedup: keep the first row of each prompt, compared exactly or normalised; None: keep all.
+        keep: other columns that stay in the rows as they are (a verifier's).
         seed: of the mixture's sample, and of tasks without a seed of their own.
 
     Raises:
@@ -59,6 +65,7 @@ def load_rows(
                 format=spec.format,
                 columns=spec.columns,
                 require_rewards=require_rewards,
+                keep=keep,
                 audit=audit,
             )
             named.append((raw.name, rows))
@@ -67,6 +74,8 @@ def load_rows(
         except Problems as found:
             errors += [error for error in found.problems if isinstance(error, DataError)]
     raise_all(errors)
+    if dedup is not None:
+        named = _without_duplicates(named, dedup, audit)
     rows = mix_sources(named, [spec.weight for spec in sources], seed=seed, audit=audit)
     _observe(rows, kind, audit)
     return rows
@@ -76,16 +85,20 @@ def prepare_dataset(
     dataset: datasets.Dataset | Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    kind: Literal["sft", "pair"],
+    kind: Literal["sft", "pair", "rating"],
     max_length: int,
     truncation: Truncation = "drop",
     require_rewards: bool = False,
+    attributes: Sequence[str] = (),
+    rating_range: tuple[float, float] | None = None,
     audit: Audit | None = None,
 ) -> datasets.Dataset:
     """Tokenised examples of raw rows in any known format; tokenised ones are returned as they are.
 
     Args:
-        dataset: a map-style `datasets.Dataset`, or a list of rows.
+        dataset: a map-style `datasets.Dataset`, a list of rows, or anything else that has `len()` and
+            gives rows by number, such as a `torch.utils.data.Dataset`.
+        attributes, rating_range: of ratings, see `rating_targets`.
         audit: counts what is dropped; None: the counts are logged.
 
     Raises:
@@ -97,16 +110,11 @@ def prepare_dataset(
         if set(TOKENISED) <= set(dataset.column_names):
             return dataset
         raw_rows = dataset.to_list()
-    elif isinstance(dataset, Sequence):
-        raw_rows = list(dataset)
     else:
-        raise DataError(
-            f"a {type(dataset).__name__} cannot be trained on",
-            fix="give a datasets.Dataset (one split, not streamed) or a list of rows",
-        )
+        raw_rows = _by_number(dataset)
     if not raw_rows:
         raise DataError("the data set has no rows")
-    if isinstance(dataset, Sequence) and set(TOKENISED) <= set(raw_rows[0]):
+    if not isinstance(dataset, datasets.Dataset) and set(TOKENISED) <= set(raw_rows[0]):
         return datasets.Dataset.from_list(raw_rows)
     counted = audit or Audit()
     raw = RawSource("dataset", raw_rows, list(range(len(raw_rows))), "dataset")
@@ -115,6 +123,8 @@ def prepare_dataset(
     _observe(rows, kind, counted)
     if kind == "pair":
         rows = filter_rows(rows, None, counted)
+    elif kind == "rating":
+        rows = rating_targets(rows, attributes, rating_range=rating_range, audit=counted)
     tokenised = tokenize_rows(
         rows, tokenizer, kind=kind, max_length=max_length, truncation=truncation, audit=counted
     )
@@ -125,8 +135,50 @@ def prepare_dataset(
     return tokenised
 
 
+def _without_duplicates(
+    named: Sequence[tuple[str, list[Row]]], dedup: Dedup, audit: Audit
+) -> list[tuple[str, list[Row]]]:
+    """The sources without prompts that occurred before, there or in an earlier source."""
+    kept = {
+        id(row) for row in drop_duplicates([r for _, rows in named for r in rows], dedup, audit)
+    }
+    return [(name, [row for row in rows if id(row) in kept]) for name, rows in named]
+
+
+def _by_number(dataset: Any) -> list[dict[str, Any]]:
+    """The rows of a list, or of somebody's own map-style data set."""
+    if isinstance(dataset, Sequence):
+        return list(dataset)
+    what = f"a {type(dataset).__name__} cannot be trained on"
+    if any(kind.__name__ == "IterableDataset" for kind in type(dataset).__mro__) or not hasattr(
+        dataset, "__getitem__"
+    ):
+        raise DataError(
+            what,
+            why="an epoch is a permutation of the rows, and a resumed run finds its place in it: both "
+            "need rows by number, which a stream does not have",
+            fix="make it a list, or datasets.Dataset.from_generator(...), which keeps the rows on disk",
+        )
+    if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
+        raise DataError(
+            what,
+            fix="give a datasets.Dataset (one split, not streamed), a list of rows, or a data set with "
+            "`len()` and rows by number",
+        )
+    rows = [dataset[number] for number in range(len(dataset))]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"row {number} of the {type(dataset).__name__} is a {type(row).__name__}",
+                fix="give rows as dicts in one of the formats, for example "
+                '{"prompt": ..., "chosen": ..., "rejected": ...}',
+            )
+    return rows
+
+
 def _observe(rows: Sequence[Row], kind: Kind, audit: Audit) -> None:
-    audit.observe_prompts(rows)
+    if kind != "rating":  # several responses to a prompt are a row each
+        audit.observe_prompts(rows)
     if kind == "pair":
         audit.observe_pairs(rows)
 

@@ -7,6 +7,8 @@ Rows are plain dicts, so that they can be written to JSON as they are:
     preference row  {"id", "source", "prompt": str | messages, "responses": [str] * K (best first),
                      "rewards": [float] * K | None, "ground_truth": str | None,
                      "truth_chosen": bool}
+    rating row      {"id", "source", "prompt": str | messages, "responses": [str] (one),
+                     "attributes": {name: float | None}}
     prompt row      {"id", "source", "prompt": str | messages, "ground_truth": str | None}
 
 A row with messages may carry "tools" (a list of function descriptions for the chat template).
@@ -14,6 +16,7 @@ A row with messages may carry "tools" (a list of function descriptions for the c
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +25,7 @@ from rpo_trainer.errors import DataError, Problems
 
 Row = dict[str, Any]
 Message = dict[str, Any]
-Kind = Literal["sft", "pair", "prompt"]
+Kind = Literal["sft", "pair", "rating", "prompt"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -61,6 +64,11 @@ class RowProblems:
 
     def add(self, reason: str, row_id: str) -> None:
         self._rows.setdefault(reason, []).append(row_id)
+
+    def add_all(self, others: RowProblems) -> None:
+        """The faults of further rows."""
+        for reason, ids in others._rows.items():
+            self._rows.setdefault(reason, []).extend(ids)
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -118,7 +126,7 @@ def to_messages(value: object, what: str) -> list[Message]:
     if not is_messages(value):
         raise RowError(f"{what} is not a list of messages")
     assert isinstance(value, list)
-    raw_roles = [str(m.get("role", m.get("from"))) for m in value]
+    raw_roles = [str(m.get("role", m.get("from"))).lower() for m in value]
     for role in raw_roles:
         if role not in ROLE_NAMES:
             raise RowError(f"{what} has the unknown role {role!r}")
@@ -137,7 +145,35 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     for key, value in raw.items():
         if key not in ("role", "from", "content", "value") and value is not None:
             message[key] = value
+    if message.get("tool_calls"):
+        message["tool_calls"] = _to_calls(message["tool_calls"], what)
+    if message.get("weight", 1) not in (0, 1):
+        raise RowError(f"a `weight` in {what} is neither 0 nor 1")
     return message
+
+
+def _to_calls(calls: object, what: str) -> list[Row]:
+    """Tool calls whose arguments are objects, as templates expect, not JSON inside a text."""
+    if not is_messages(calls):
+        raise RowError(f"`tool_calls` in {what} is not a list of objects")
+    assert isinstance(calls, list)
+    return [
+        {**call, "function": _to_function(call["function"])}
+        if isinstance(call.get("function"), Mapping)
+        else _to_function(call)
+        for call in calls
+    ]
+
+
+def _to_function(function: Mapping[str, Any]) -> Row:
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(function)
+    try:
+        found = json.loads(arguments)
+    except ValueError:
+        found = None
+    return {**function, "arguments": found if isinstance(found, dict) else arguments}
 
 
 def check_conversation(messages: Sequence[Message], what: str) -> None:

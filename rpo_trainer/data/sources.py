@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES = 64 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
+GIVE_ROWS = "give a file with rows"
 
 
 @dataclass
@@ -51,9 +54,9 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
         return _load_task(spec, seed)
     assert spec.path is not None
     local = (base_dir or Path()) / Path(spec.path).expanduser()
-    if local.is_dir():
+    if os.path.isdir(local):  # unlike the method of Path, it takes every text for a name
         return _indexed(local.name, _read_saved(local, spec.split), str(local))
-    if local.exists():
+    if os.path.exists(local):
         return _load_file(local, spec.split)
     if _may_be_hub_name(spec.path):
         return _indexed(spec.path, _read_hub(spec.path, spec.split), spec.path)
@@ -64,7 +67,7 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
 
 def _indexed(name: str, rows: list[dict[str, Any]], where: str) -> RawSource:
     if not rows:
-        raise DataError("the data set has no rows", where=where)
+        raise DataError("the data set has no rows", where=where, fix="give one with rows")
     return RawSource(name, rows, list(range(len(rows))), where)
 
 
@@ -106,15 +109,17 @@ def _load_file(path: Path, split: str | None) -> RawSource:
             rows, places = _read_lines(lines, where)
             return RawSource(path.name, rows, places, where)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"the gzip file is cut or damaged ({error})", where=where) from None
+        what = f"the gzip file is cut or damaged ({error})"
+        raise DataError(what, where=where, why=NOT_WHOLE, fix=AGAIN) from None
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", where=where) from None
+        what = f"cannot be read ({error.strerror or error})"
+        raise DataError(what, where=where, fix="give its reader the right to read it") from None
 
 
 def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
     head = file.read(4)
     if not head:
-        raise DataError("the file is empty", where=where)
+        raise DataError("the file is empty", where=where, fix=GIVE_ROWS)
     found = (
         "gzip" if head.startswith(GZIP_MAGIC) else "parquet" if head == PARQUET_MAGIC else "text"
     )
@@ -128,7 +133,8 @@ def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
     if kind == ".parquet":
         file.seek(-4, 2)
         if file.read() != PARQUET_MAGIC:
-            raise DataError("the parquet file is cut: its end is missing", where=where)
+            what = "the parquet file is cut: its end is missing"
+            raise DataError(what, where=where, why=NOT_WHOLE, fix=AGAIN)
     file.seek(0)
 
 
@@ -137,9 +143,32 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 
     try:
-        return list(pyarrow.parquet.ParquetFile(path).read().to_pylist())
+        table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"the parquet file is damaged ({error})", where=str(path)) from None
+        what = f"the parquet file is damaged ({_first_line(error)})"
+        raise DataError(what, where=str(path), why=NOT_WHOLE, fix=AGAIN) from None
+    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"the column {twice!r} is there twice",
+            where=str(path),
+            why="only the last would be read",
+            fix="write the file again with one of them",
+        )
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(
+                f"the column {name!r} holds what is no text ({_first_line(error)})",
+                where=str(path),
+                fix="write the file again, with its texts in UTF-8",
+            ) from None
+    return list(table.to_pylist())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[int]]:
@@ -150,15 +179,20 @@ def _read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[
     for number, raw, last in _with_last(lines):
         here = f"{where}:{number}"
         if len(raw) > MAX_LINE_BYTES:
-            raise DataError(f"the line is longer than {MAX_LINE_BYTES} bytes", where=here)
-        text = _decode(raw, offset, here)
+            raise DataError(
+                f"the line is longer than {MAX_LINE_BYTES} bytes",
+                where=here,
+                why="so long a line is more likely a file without line breaks than a row",
+                fix="one row a line; a file that is one JSON list has the name .json",
+            )
+        text = decode(raw, offset, here)
         offset += len(raw)
         if text.strip():
-            rows.append(_row(_parse(text, here, last=last), here))
+            rows.append(_row(parse(text.rstrip("\r\n"), here, last=last), here))
             places.append(number)
     if not rows:
         what = "the file has only blank lines" if offset else "the file is empty"
-        raise DataError(what, where=where)
+        raise DataError(what, where=where, fix=GIVE_ROWS)
     return rows, places
 
 
@@ -176,99 +210,35 @@ def _with_last(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def _read_json(data: bytes, where: str) -> list[dict[str, Any]]:
-    text = _decode(data, 0, where)
+    text = decode(data, 0, where)
     if not text.strip():
-        raise DataError("the file has only blank lines", where=where)
+        raise DataError("the file has only blank lines", where=where, fix=GIVE_ROWS)
     if text.lstrip().startswith("{"):
         raise DataError(
             "the file is an object, not a list of objects",
             where=where,
             fix="rename it to .jsonl if every line is an object, else wrap the rows in [ ]",
         )
-    value = _parse(text, where, last=True)
+    value = parse(text, where, last=True)
     if not isinstance(value, list):
-        raise DataError(f"the file holds {_json_type(value)}, not a list of objects", where=where)
+        what = f"the file holds {_json_type(value)}, not a list of objects"
+        raise DataError(what, where=where, fix="wrap the rows in [ ]")
     return [_row(item, f"{where}, item {index}") for index, item in enumerate(value)]
 
 
 def _row(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"the row is {_json_type(value)}, not an object", where=where)
+        raise DataError(
+            f"the row is {_json_type(value)}, not an object",
+            where=where,
+            fix='name the columns: {"prompt": ..., "response": ...}',
+        )
     return value
 
 
 def _json_type(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "a bool", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-# ---------------------------------------------------------------- strict JSON
-
-
-def _decode(raw: bytes, offset: int, where: str) -> str:
-    if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
-        raw, offset = raw[3:], 3
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}",
-            where=where,
-            fix="convert the file to UTF-8",
-        ) from None
-
-
-def _parse(text: str, where: str, *, last: bool) -> Any:
-    try:
-        value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        cut = last and not text.rstrip().endswith(("}", "]"))
-        what = "the last line is cut" if cut else "not valid JSON"
-        line = f"{where}:{error.lineno}" if error.lineno > 1 else where
-        raise DataError(f"{what} ({error.msg}, column {error.colno})", where=line) from None
-    except _StrictError as error:
-        raise DataError(str(error), where=where) from None
-    except RecursionError:
-        raise DataError("nested too deeply", where=where) from None
-    # Only an escape can bring half a surrogate pair through the UTF-8 decoder.
-    if "\\ud" in text or "\\uD" in text:
-        _no_half_surrogates(value, where)
-    return value
-
-
-class _StrictError(ValueError):
-    """Valid for Python's JSON reader, not for us."""
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _StrictError(f"the key {twice!r} is given twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise _StrictError(f"{name} is not JSON; a missing number is null")
-
-
-def _no_half_surrogates(value: Any, where: str) -> None:
-    if isinstance(value, str):
-        if re.search("[\ud800-\udfff]", value):
-            raise DataError(
-                "a text holds half of a surrogate pair (\\ud800 to \\udfff)",
-                where=where,
-                why="it is no character, and no tokenizer takes it",
-                fix="write the pair whole, or the character itself",
-            )
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _no_half_surrogates(key, where)
-            _no_half_surrogates(item, where)
-    elif isinstance(value, list):
-        for item in value:
-            _no_half_surrogates(item, where)
 
 
 # ---------------------------------------------------------------- `datasets`
@@ -283,11 +253,39 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
         )
     import datasets
 
+    _check_shards(path)
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"the saved data set is damaged ({error})", where=str(path)) from None
+        what = f"the saved data set is damaged ({_first_line(error)})"
+        raise DataError(what, where=str(path), fix="save the data set again") from None
     return _rows_of(data, split, str(path))
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises DataError where the Arrow files of a saved data set have different columns."""
+    import pyarrow  # type: ignore[import-untyped, unused-ignore]
+
+    for state in folder.rglob("state.json"):
+        try:
+            files = [state.parent / entry["filename"] for entry in _data_files(state)]
+            shards = [(file, pyarrow.ipc.open_stream(file).schema) for file in files]
+        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+            continue  # `datasets` says what is wrong with it
+        for file, schema in shards[1:]:
+            first, columns = shards[0]
+            if set(schema.names) != set(columns.names):
+                raise DataError(
+                    f"the shards disagree on columns: {first.name} has "
+                    f"{', '.join(columns.names)}; {file.name} has {', '.join(schema.names)}",
+                    where=str(state.parent),
+                    fix="save the data set again, with the same columns in every shard",
+                )
+
+
+def _data_files(state: Path) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+    return found
 
 
 def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
@@ -314,9 +312,9 @@ def _read_hub(name: str, split: str | None) -> list[dict[str, Any]]:
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"no file of this name, and the hub gives no data set of this name ({first})",
+            "no file of this name, and the hub gives no data set of this name "
+            f"({_first_line(error)})",
             where=name,
             fix="check the path (relative to the recipe), the hub name, or the network",
         ) from None

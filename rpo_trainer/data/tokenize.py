@@ -7,11 +7,13 @@ is the longest common token prefix of the K tokenised texts, up to the first tra
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain
+from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain, trained_turns
 from rpo_trainer.data.encode import Encoded, Encoder
+from rpo_trainer.data.processes import map_batches, processes_for
 from rpo_trainer.data.rows import Row, RowError, RowProblems, is_blank, row_texts
 from rpo_trainer.errors import DataError
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENISED = ("prompt_ids", "response_ids", "response_mask")
-BATCH = 1000  # rows tokenised at once: the ids of one batch are all that lives as Python integers
+BATCH = 500  # rows tokenised at once: the ids of one batch are all that lives as Python integers
 
 Truncation = Literal["drop", "cut"]
 
@@ -33,17 +35,19 @@ def tokenize_rows(
     rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    kind: Literal["sft", "pair"],
+    kind: Literal["sft", "pair", "rating"],
     max_length: int,
     truncation: Truncation,
     audit: Audit,
+    processes: int | None = None,
 ) -> datasets.Dataset:
     """Tokenised examples of the rows that can be trained on; the others are counted in `audit`.
 
     Columns: `id`, `source`, `prompt_ids` [p] (p ≥ 1), `response_ids` [K][r], `response_mask` [K][r]
-    (1 = trained; at least one in each response), all int32, and `rewards` [K] float64 or null.
+    (1 = trained; at least one in each response), all int32, and `rewards` [K] float64 or null. Rows
+    of ratings have one response, and `attributes` float64, a list with null for what is not rated.
 
-    SFT trains every assistant turn with its end marker, a preference row its last response only.
+    SFT trains every assistant turn with its end marker, the others their last response only.
     Blank responses and, of equal ones, all but the first leave the row; a preference row of which
     fewer than two are left is dropped.
 
@@ -51,6 +55,7 @@ def tokenize_rows(
         max_length: tokens of prompt and one response together.
         truncation: `drop` a row with a longer text, or `cut` all its texts at this length; a cut
             response has no end token.
+        processes: None: as many as it pays for; the result is the same.
 
     Raises:
         DataError: no chat template where rows are messages; a template that refuses rows, or in
@@ -60,9 +65,19 @@ def tokenize_rows(
     import datasets
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-    batches = _Tokenizer(tokenizer, kind, max_length, truncation, audit).batches(rows)
-    tables = [pa.Table.from_pylist(batch, schema=_schema()) for batch in batches]
-    table = pa.concat_tables(tables) if tables else _schema().empty_table()
+    work = _Tokenizer(tokenizer, kind, max_length, truncation)
+    batches = list(_batched(rows, BATCH))
+    count = processes_for(len(batches)) if processes is None else processes
+    tables, problems = [_schema(kind).empty_table()], RowProblems()
+    for done in map_batches(work, batches, count):
+        tables.append(done.table)
+        audit.add_tokenised(done.audit)
+        problems.add_all(done.problems)
+    problems.raise_if_any(
+        sum(map(len, batches)),
+        fix="mend the rows, or choose another chat_template: chatml | plain | a path",
+    )
+    table = pa.concat_tables(tables)
     if not table.num_rows:
         raise DataError(
             "no row is left to train on",
@@ -71,55 +86,60 @@ def tokenize_rows(
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
-def _schema() -> Any:
+def _schema(kind: str) -> Any:
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
     ids = pa.list_(pa.int32())
-    return pa.schema(
-        {
-            "id": pa.string(),
-            "source": pa.string(),
-            "prompt_ids": ids,
-            "response_ids": pa.list_(ids),
-            "response_mask": pa.list_(ids),
-            "rewards": pa.list_(pa.float64()),
-        }
-    )
+    numbers = pa.list_(pa.float64())
+    columns = {
+        "id": pa.string(),
+        "source": pa.string(),
+        "prompt_ids": ids,
+        "response_ids": pa.list_(ids),
+        "response_mask": pa.list_(ids),
+        "rewards": numbers,
+    }
+    return pa.schema({**columns, "attributes": numbers} if kind == "rating" else columns)
+
+
+@dataclass
+class _Tokenised:
+    """What became of one batch: examples (an Arrow table), and the counts of the others."""
+
+    table: Any
+    audit: Audit
+    problems: RowProblems
 
 
 class _Tokenizer:
-    """The work of `tokenize_rows`, batch by batch."""
+    """The work of `tokenize_rows`, batch by batch; one batch does not change the next."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        kind: Literal["sft", "pair"],
+        kind: Literal["sft", "pair", "rating"],
         max_length: int,
         truncation: Truncation,
-        audit: Audit,
     ) -> None:
         self.renderer = ChatRenderer(tokenizer)
         self.encoder = Encoder(tokenizer)
         self.kind = kind
         self.max_length = max_length
         self.truncation = truncation
-        self.audit = audit
-        self.problems = RowProblems()
-        self.seen = 0
+        self.audit, self.problems = Audit(), RowProblems()
 
-    def batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
-        for batch in _batched(rows, BATCH):
-            yield self._examples(batch)
-        self.problems.raise_if_any(
-            self.seen, fix="mend the rows, or choose another chat_template: chatml | plain | a path"
-        )
+    def __call__(self, batch: Sequence[Row]) -> _Tokenised:
+        import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+
+        self.audit, self.problems = Audit(), RowProblems()
+        table = pa.Table.from_pylist(self._examples(batch), schema=_schema(self.kind))
+        return _Tokenised(table, self.audit, self.problems)
 
     def _examples(self, batch: Sequence[Row]) -> list[Row]:
         rendered: list[tuple[Row, list[Rendered]]] = []
         for row in batch:
-            self.seen += 1
             try:
-                used = _usable_sft(row) if self.kind == "sft" else self._usable_pair(row)
+                used = self._usable(row)
                 rendered.append((used, self._render(used)))
             except _Dropped as reason:
                 self.audit.drop(str(reason), row["id"])
@@ -149,7 +169,9 @@ class _Tokenizer:
     def _texts(self, row: Row) -> list[Rendered]:
         tools = row.get("tools")
         if "messages" in row:
-            return [self.renderer.conversation(row["messages"], tools)]
+            rendered = self.renderer.conversation(row["messages"], tools)
+            self._check_turns(row, rendered)
+            return [rendered]
         responses = [row["response"]] if self.kind == "sft" else row["responses"]
         if isinstance(row["prompt"], str):
             return [render_plain(row["prompt"], response) for response in responses]
@@ -159,6 +181,28 @@ class _Tokenizer:
             )
             for response in responses
         ]
+
+    def _usable(self, row: Row) -> Row:
+        if self.kind == "pair":
+            return self._usable_pair(row)
+        if self.kind == "rating" and is_blank(row["responses"][0]):
+            raise _Dropped("empty_response")
+        return _usable_sft(row) if self.kind == "sft" else row
+
+    def _check_turns(self, row: Row, rendered: Rendered) -> None:
+        """What the assistant says and calls must be in what the template writes."""
+        turns = [row["messages"][i] for i in trained_turns(row["messages"])]
+        left_out = False
+        for turn, (start, end) in zip(turns, rendered.spans, strict=True):
+            written = _without_blanks(rendered.text[start:end])
+            for call in turn.get("tool_calls", ()):
+                name = call.get("function", call).get("name")
+                if not name or _without_blanks(str(name)) not in written:
+                    raise RowError("the chat template does not write the assistant's `tool_calls`")
+            said = (turn["content"], turn.get("reasoning_content") or "")
+            left_out |= any(_without_blanks(text) not in written for text in said)
+        if left_out:
+            self.audit.warn("text_left_out", row["id"])
 
     def _usable_pair(self, row: Row) -> Row:
         """The row with its blank and repeated responses left out."""
@@ -198,6 +242,7 @@ class _Tokenizer:
             "response_ids": [ids[prompt:] for ids, _ in texts],
             "response_mask": [mask[prompt:] for _, mask in texts],
             "rewards": row.get("rewards"),
+            **({"attributes": row["attributes"]} if self.kind == "rating" else {}),
         }
 
     def _fitted(self, ids: list[int], mask: list[int]) -> Encoded:
@@ -222,6 +267,11 @@ class _Tokenizer:
         return _with_responses(row, kept), [texts[i] for i in kept]
 
 
+def _without_blanks(text: str) -> str:
+    """Templates trim texts and put thinking on lines of its own."""
+    return "".join(text.split())
+
+
 def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
     batch: list[Row] = []
     for row in rows:
@@ -235,7 +285,7 @@ def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 def _usable_sft(row: Row) -> Row:
     if "messages" in row:
-        turns = [m for m in row["messages"] if m["role"] == "assistant"]
+        turns = [row["messages"][i] for i in trained_turns(row["messages"])]
         blank = any(is_blank(m["content"]) and not m.get("tool_calls") for m in turns)
     else:
         blank = is_blank(row["response"])

@@ -183,6 +183,38 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         pair("p", "x", "y", rewards=[5.0, 2.0]),
     ),
+    "nemo, with its marks": (
+        {
+            "prompt": "<extra_id_0>System\n\n<extra_id_1>User\nq\n<extra_id_1>Assistant\n",
+            "chosen_response": "x\n<extra_id_1>",
+            "rejected_response": "y\n<extra_id_1>",
+            "chosen_reward": 4.0,
+            "rejected_reward": 2.0,
+        },
+        pair([Q], "x", "y", rewards=[4.0, 2.0]),
+    ),
+    "nemo_rl": (
+        {
+            "context": [Q],
+            "completions": [
+                {"rank": 2, "completion": [good("z")]},
+                {"rank": 0, "completion": [good("x")]},
+                {"rank": 1, "completion": [good("y")]},
+            ],
+        },
+        pair([Q], "x", "y", "z"),
+    ),
+    "helpsteer2_preference": (
+        {
+            "prompt": "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nq2",
+            "response_1": "x",
+            "response_2": "y",
+            "preference_strength": 2,
+            "preference_statement": "better",
+            "split": "train",
+        },
+        pair([Q, A, Q2], "y", "x", rewards=[1.0, -1.0]),
+    ),
     "ranked": ({"prompt": "p", "responses": ["x", "y", "z"]}, pair("p", "x", "y", "z")),
     "ranked, by ranks": (
         {"prompt": "p", "responses": ["x", "y", "z"], "ranks": [2, 0, 1]},
@@ -207,7 +239,12 @@ def test_preference_formats(case: str) -> None:
 
 
 def test_every_format_is_tested() -> None:
-    assert set(FORMATS) == {case.split(",")[0].split()[0] for case in (*SFT, *PAIRS)}
+    elsewhere = {
+        "helpsteer2_pairs",
+        "margin",
+        *(n for n, f in FORMATS.items() if f.kind == "rating"),
+    }
+    assert set(FORMATS) == elsewhere | {case.split(",")[0].split()[0] for case in (*SFT, *PAIRS)}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +268,65 @@ def test_ground_truth_marks_the_chosen() -> None:
     assert one({**raw, "ground_truth": 42}, "pair")["truth_chosen"]
     assert not one({**raw, "ground_truth": "43"}, "pair")["truth_chosen"]
     assert one({**raw, "truth_chosen": True}, "pair")["truth_chosen"]
+
+
+HELPSTEER2 = [
+    {"prompt": "q", "response": "x", "helpfulness": 3, "correctness": 4, "verbosity": 1},
+    {"prompt": "q", "response": "y", "helpfulness": 4, "correctness": 4, "verbosity": 2},
+    {"prompt": "q2", "response": "z", "helpfulness": 0, "correctness": 1, "verbosity": 0},
+    {"prompt": "q2", "response": "w", "helpfulness": 0, "correctness": 0, "verbosity": 0},
+    {"prompt": "alone", "response": "v", "helpfulness": 1, "correctness": 0, "verbosity": 0},
+]
+
+
+def test_helpsteer2_rows_in_a_row_are_a_pair(audit: Audit) -> None:
+    first, second = adapted(HELPSTEER2, "pair", audit, require_rewards=True)
+    assert first == {**pair([Q], "y", "x", rewards=[4.0, 3.0]), "id": "src:1", "source": "src"}
+    assert (second["id"], second["responses"], second["rewards"]) == ("src:3", ["z", "w"], [0, 0])
+    assert audit.dropped["fewer_than_two_responses"].examples == ["src:5"]
+    audit.add_read("src", 5)
+    assert "src: 5 rows read, for 3 prompts" in audit.summary_lines()
+
+
+def test_helpsteer2_rows_with_faults() -> None:
+    out = [{**row, "helpfulness": 5} if i == 3 else row for i, row in enumerate(HELPSTEER2)]
+    with pytest.raises(
+        DataError, match="`helpfulness` is not from 0 to 4: 1 of 3 rows, first src:3"
+    ):
+        adapted(out, "pair")
+    absent = [{**row, "response": None} if i == 1 else row for i, row in enumerate(HELPSTEER2)]
+    with pytest.raises(DataError, match="`response` is absent or null: 1 of 3 rows, first src:1"):
+        adapted(absent, "pair")
+
+
+def test_calls_in_openais_layout() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        Q,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        {**A, "weight": 0},
+    ]
+    found = one({"messages": messages, "parallel_tool_calls": False}, "sft")["messages"]
+    assert found[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert found[1]["tool_calls"][0]["id"] == "c1"
+    assert found[1]["content"] == ""
+    assert found[2:] == [messages[2], {**A, "weight": 0}]
+    # Text that is no object is left as it is: the template writes it.
+    call["function"]["arguments"] = "{broken"  # type: ignore[index]
+    found = one({"messages": messages}, "sft")["messages"]
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == "{broken"
+    bare = [Q, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}]
+    found = one({"messages": bare}, "sft")["messages"]
+    assert found[1]["tool_calls"] == [{"name": "f", "arguments": {"a": 1}}]
+
+
+def test_roles_in_capitals() -> None:
+    """As NeMo-Aligner writes them."""
+    turns = [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a"}]
+    assert one({"system": "", "mask": "User", "conversations": turns}, "sft") == {
+        "messages": [Q, A]
+    }
 
 
 def test_tools_in_every_spelling() -> None:
@@ -268,6 +364,21 @@ def test_kto_is_refused_politely() -> None:
     for kind in ("sft", "pair"):
         with pytest.raises(DataError, match=r"KTO[^$]*nothing to be compared with"):
             one({"prompt": "p", "completion": "c", "label": True}, kind)
+
+
+def test_labels_of_steps_are_refused_politely() -> None:
+    """TRL's stepwise supervision."""
+    row = {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]}
+    for kind in ("sft", "pair"):
+        with pytest.raises(DataError, match=r"labels for the steps[^$]*fix: for SFT, join"):
+            one(row, kind)
+
+
+def test_prompts_alone_are_refused_politely() -> None:
+    """TRL's prompt-only rows, as its online trainers (RLOO, GRPO) take them."""
+    with pytest.raises(DataError, match=r"no responses[^$]*fix: let the stage sample responses"):
+        one({"prompt": [Q], "ground_truth": "a"}, "pair")
+    assert one({"prompt": [Q]}, "prompt")["prompt"] == [Q]
 
 
 def test_unknown_columns_and_formats() -> None:
@@ -360,6 +471,8 @@ def test_faults_are_counted_and_named(case: str) -> None:
         ({"messages": []}, "not a list of messages"),
         ({"messages": [Q, A], "tools": "{"}, "`tools` is text that is not JSON"),
         ({"messages": [Q, A], "tools": [3]}, "`tools` is not a list of objects"),
+        ({"messages": [Q, {**A, "tool_calls": "f()"}]}, "`tool_calls` in `messages` is not a list"),
+        ({"messages": [Q, {**A, "weight": 0.5}]}, "a `weight` in `messages` is neither 0 nor 1"),
         ({"instruction": "q", "output": "a", "history": ["q"]}, "`history` is not a list of"),
         ({"prompt": [Q, A], "response": "a"}, "ends with a turn of the assistant"),
         ({"prompt": [Q], "completion": [Q2, A]}, "out of order"),
@@ -382,6 +495,12 @@ def test_faults_of_sft_rows(row: dict[str, Any], message: str) -> None:
             "not a number from -3 to 3",
         ),
         ({"chosen": "abc", "rejected": "xyz"}, "share no beginning"),
+        ({"context": [Q], "completions": ["x", "y"]}, "`completions` is not a list of objects"),
+        ({"context": [Q], "completions": [{"completion": [A]}]}, "`rank` .* are not all numbers"),
+        (
+            {"prompt": "q", "response_1": "x", "response_2": "y", "preference_strength": "2"},
+            "`preference_strength` is not a number from -3 to 3",
+        ),
     ],
 )
 def test_faults_of_preference_rows(row: dict[str, Any], message: str) -> None:

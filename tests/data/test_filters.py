@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.errors import DataError
+from rpo_trainer.recipe import FilterSpec
 
 
 def row(i: int, *rewards: float, truth: bool = False) -> dict[str, Any]:
@@ -19,9 +19,8 @@ def row(i: int, *rewards: float, truth: bool = False) -> dict[str, Any]:
     }
 
 
-def spec(**fields: Any) -> Any:
-    base = {"min_chosen_reward": None, "min_gap": None, "ties": "keep", "reversed": "error"}
-    return SimpleNamespace(**{**base, **fields})
+def spec(**fields: Any) -> FilterSpec:
+    return FilterSpec(**fields)
 
 
 def ids(rows: list[dict[str, Any]]) -> list[str]:
@@ -69,3 +68,49 @@ def test_rows_without_rewards_pass_unless_a_threshold_needs_them(audit: Audit) -
 def test_nothing_left(audit: Audit) -> None:
     with pytest.raises(DataError, match="leaves none of the 1 rows"):
         filter_rows([row(0, 2, 1)], spec(min_chosen_reward=9.0), audit)
+
+
+def chosen_rows(*rewards: float, truth: int | None = None) -> list[dict[str, Any]]:
+    return [row(i, reward, -1.0, truth=i == truth) for i, reward in enumerate(rewards)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept", "threshold"),
+    [
+        ({"min_chosen_reward": 3.0}, "r0 r2 r3", 3.0),
+        ({"min_chosen_quantile": 0.75}, "r2 r3", 4.0),  # what equals the last of the best quarter
+        ({"min_chosen_quantile": 0.0}, "r0 r1 r2 r3", 1.0),
+        ({"top_chosen_share": 0.25}, "r2", 4.0),  # of equal ones the earlier
+        ({"top_chosen_share": 0.5}, "r2 r3", 4.0),
+        ({"top_chosen_share": 0.01}, "r2", 4.0),  # never none
+        ({"top_chosen_share": 1.0}, "r0 r1 r2 r3", 1.0),
+    ],
+)
+def test_the_chosens_quality(fields: Any, kept: str, threshold: float) -> None:
+    audit = Audit()
+    passed = filter_rows(chosen_rows(3.0, 1.0, 4.0, 4.0), spec(**fields), audit)
+    assert [each["id"] for each in passed] == kept.split()
+    assert audit.filter == {"rows": 4, "passed": len(passed), "min_chosen_reward": threshold}
+    assert any(
+        line.startswith(f"filter: {len(passed)} of 4 rows") for line in audit.summary_lines()
+    )
+    assert audit.as_dict()["filter"] == audit.filter
+
+
+@pytest.mark.parametrize(
+    "fields", [{"min_chosen_reward": 4.0}, {"min_chosen_quantile": 0.9}, {"top_chosen_share": 0.25}]
+)
+def test_a_chosen_that_is_ground_truth_always_passes(fields: Any) -> None:
+    passed = filter_rows(chosen_rows(3.0, 1.0, 5.0, truth=1), spec(**fields), Audit())
+    assert [each["id"] for each in passed] == ["r1", "r2"]
+
+
+def test_the_threshold_is_taken_among_rows_that_pass_all_else() -> None:
+    rows = [row(0, 9.0, 9.0), row(1, 5.0, 1.0), row(2, 3.0, 1.0)]
+    audit = Audit()
+    passed = filter_rows(rows, spec(ties="drop", top_chosen_share=0.5), audit)
+    assert [each["id"] for each in passed] == ["r1"]
+    assert {reason: count.count for reason, count in audit.dropped.items()} == {
+        "tie": 1,
+        "chosen_not_in_top": 1,
+    }

@@ -5,10 +5,10 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rpo_trainer.data import (
     Audit,
@@ -19,6 +19,7 @@ from rpo_trainer.data import (
     tokenize_rows,
 )
 from rpo_trainer.errors import DataError, Problems
+from rpo_trainer.recipe import FilterSpec
 
 PAIR = {"prompt": "p", "chosen": "x", "rejected": "y", "chosen_reward": 2, "rejected_reward": 1}
 
@@ -93,6 +94,59 @@ def test_prepare_dataset_refuses(chatml: Any) -> None:
         prepare_dataset([{**PAIR, "chosen_reward": 0}], chatml, **options)
 
 
+class Own(torch.utils.data.Dataset):
+    """Somebody's own map-style data set."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.rows[number]
+
+
+def test_prepare_dataset_takes_somebodys_own_by_number(chatml: Any) -> None:
+    options: dict[str, Any] = {"kind": "pair", "max_length": 50}
+    rows = [PAIR, {**PAIR, "prompt": "another"}]
+    theirs: Any = Own(rows)
+    made = prepare_dataset(theirs, chatml, **options)
+    expected = prepare_dataset(rows, chatml, **options)
+    assert [{**row, "id": ""} for row in made] == [{**row, "id": ""} for row in expected]
+    tokenised: Any = Own(expected.to_list())
+    assert prepare_dataset(tokenised, chatml, **options).to_list() == expected.to_list()
+    with pytest.raises(DataError, match="row 1 of the Own is a tuple"):
+        prepare_dataset(Own([PAIR, ("a", "b")]), chatml, **options)  # type: ignore[arg-type]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter([PAIR])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class NoLength(torch.utils.data.Dataset):
+    def __getitem__(self, number: int) -> Any:
+        return PAIR
+
+
+def test_prepare_dataset_refuses_what_has_no_rows_by_number(chatml: Any) -> None:
+    import datasets
+
+    options: dict[str, Any] = {"kind": "pair", "max_length": 50}
+    streamed = datasets.Dataset.from_list([PAIR]).to_iterable_dataset()
+    for stream in (Stream(), streamed, iter([PAIR]), (row for row in [PAIR])):
+        with pytest.raises(DataError, match="cannot be trained on") as error:
+            prepare_dataset(stream, chatml, **options)  # type: ignore[arg-type]
+        assert "a stream does not have" in str(error.value)
+        assert "from_generator" in str(error.value)
+    with pytest.raises(DataError, match="a NoLength cannot be trained on"):
+        prepare_dataset(NoLength(), chatml, **options)  # type: ignore[arg-type]
+
+
 def test_prepare_dataset_logs_what_nobody_else_counts(
     plain_text: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,7 +211,7 @@ def test_known_oddities_of_real_pairs_are_counted(
     assert len(data) == rows - identical - empty - sum(dropped.values())
     assert sum(dropped.values()) <= 2
 
-    spec = SimpleNamespace(min_chosen_reward=None, min_gap=None, ties="drop", reversed="error")
+    spec = FilterSpec(ties="drop")
     assert len(filter_rows(loaded, spec, audit)) == rows - ties
     assert audit.dropped["tie"].count == ties
 

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data import sources
-from rpo_trainer.data.sources import load_source
+from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.errors import DataError
 
 ROWS = [{"prompt": "a", "response": "b"}, {"prompt": "ç 🙂", "response": "ד"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 
 
-def load(path: Path, source: Any, **fields: Any) -> sources.RawSource:
+def load(path: Path, source: Any, **fields: Any) -> RawSource:
     return load_source(source(path.name, **fields), path.parent, 0)
 
 
@@ -92,83 +91,6 @@ def test_task_rows(source: Any) -> None:
     assert first.rows != load_source(spec, None, 4).rows
     own = source(task="quickstart/code", size=5, seed=3)
     assert load_source(own, None, 4).rows == first.rows
-
-
-BAD = {
-    "empty": (b"", "the file is empty"),
-    "blank": (b"\n  \n\r\n", "only blank lines"),
-    "cut": (LINES[:-10], r"bad\.jsonl:2: the last line is cut"),
-    "cut_in_a_word": (b'{"a": 1}\n{"a": tr', r"bad\.jsonl:2: the last line is cut"),
-    "not_json": (b'{"a": 1}\n{a: 1}\n{"a": 1}\n', r"bad\.jsonl:2: not valid JSON"),
-    "not_utf8": (b'{"a": 1}\n{"a": "\xff"}\n', r"bad\.jsonl:2: not UTF-8: byte 0xff at offset 16"),
-    "utf16": ('{"a": 1}\n'.encode("utf-16"), "not UTF-8: byte 0xff at offset 0"),
-    "surrogate": (b'{"a": ["\\ud83d"]}\n', r"bad\.jsonl:1: a text holds half of a surrogate"),
-    "nan": (b'{"a": 1}\n\n{"a": NaN}\n', r"bad\.jsonl:3: NaN is not JSON"),
-    "infinity": (b'{"a": -Infinity}\n', "-Infinity is not JSON"),
-    "twice": (b'{"a": {"b": 1, "b": 2}}\n', r"bad\.jsonl:1: the key 'b' is given twice"),
-    "not_object": (b"[1]\n", r"bad\.jsonl:1: the row is a list, not an object"),
-    "gzip": (gzip.compress(LINES), r"the name ends with \.jsonl but the content is gzip"),
-    "parquet": (b"PAR1....PAR1", "the content is parquet"),
-    "deep": (b"[" * 100_000 + b"]" * 100_000 + b"\n", "nested too deeply"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_json_lines(tmp_path: Path, source: Any, case: str) -> None:
-    content, message = BAD[case]
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        load(path, source)
-
-
-BAD_OTHER = {
-    "a.json": (b'{"a": 1}\n{"a": 2}\n', "an object, not a list"),
-    "b.json": (b"3", "a number, not a list"),
-    "c.json": (b'[{"a": 1}, 2]', "item 1: the row is a number"),
-    "d.json": (b'[{"a": 1},\n {"a": ', r"d\.json:2: the last line is cut"),
-    "e.json": (b"  \n", "only blank lines"),
-    "f.json": (b"[]", "no rows"),
-    "a.jsonl.gz": (LINES, "the content is text"),
-    "b.jsonl.gz": (gzip.compress(LINES)[:-12], "the gzip file is cut or damaged"),
-    "c.jsonl.gz": (gzip.compress(b""), "the file is empty"),
-    "a.parquet": (LINES, "the content is text"),
-    "b.parquet": (b"PAR1 and then nothing", "the parquet file is cut"),
-    "c.parquet": (b"PAR1 nothing that makes sense PAR1", "the parquet file is damaged"),
-    "a.csv": (b"a,b\n", "unknown kind of file '.csv'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_OTHER)
-def test_bad_files_of_other_kinds(tmp_path: Path, source: Any, name: str) -> None:
-    content, message = BAD_OTHER[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        load(tmp_path / name, source)
-
-
-def test_line_over_the_limit(tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 20)
-    path = tmp_path / "long.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a": "' + b"x" * 50 + b'"}\n')
-    with pytest.raises(DataError, match=r"long\.jsonl:2: the line is longer than 20 bytes"):
-        load(path, source)
-
-
-def test_what_must_work(tmp_path: Path, source: Any) -> None:
-    """CRLF, a byte-order mark, blank lines between, line separators and NUL inside texts."""
-    folder = tmp_path / "mit Leerzeichen ü 🙂"
-    folder.mkdir()
-    path = folder / "rows one.jsonl"
-    row = {"a": "x\u2028y\u0085z\x00", "b": "🙂 e\u0301 שלום"}
-    text = json.dumps(row, ensure_ascii=False)
-    path.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n\r\n{text}".encode())
-    found = load(path, source)
-    assert found.rows == [row, row]
-    assert found.places == [1, 3]
-    escaped = tmp_path / "pair.jsonl"
-    escaped.write_bytes(b'{"a": "\\ud83d\\ude42"}\n')  # a whole pair is one character
-    assert load(escaped, source).rows == [{"a": "🙂"}]
 
 
 def test_a_file_has_no_splits(tmp_path: Path, source: Any) -> None:

@@ -1,0 +1,100 @@
+"""Prompts that occur again: the same, or the same but for case, white space and Unicode form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from rpo_trainer.data.rows import Message, Row
+
+if TYPE_CHECKING:
+    from rpo_trainer.data.audit import Audit
+
+Dedup = Literal["exact", "normalised"]
+
+
+def prompt_key(row: Row) -> bytes:
+    """A digest of a row's prompt: equal keys, equal prompts."""
+    prompt = _prompt(row)
+    if not isinstance(prompt, str):
+        prompt = json.dumps(prompt, sort_keys=True, default=str)
+    return _digest(prompt)
+
+
+def loose_prompt_key(row: Row) -> bytes:
+    """The same for prompts that a reader would call the same.
+
+    Unicode in form NFKC, case folded, each run of white space one blank; of messages the words
+    alone, so that a text and the same text as a message are equal.
+    """
+    prompt = _prompt(row)
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+    return _digest("\n".join(_loose(text) for text in texts))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _loose(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _prompt(row: Row) -> str | list[Message]:
+    if "prompt" in row:
+        prompt: str | list[Message] = row["prompt"]
+        return prompt
+    messages: list[Message] = row["messages"]
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: ends[-1]] if ends else messages
+
+
+def repeated(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows whose prompt an earlier one has: exactly; and only when loosely compared."""
+    exact: set[bytes] = set()
+    loose: set[bytes] = set()
+    same, alike = [], []
+    for row in rows:
+        key, loose_key = prompt_key(row), loose_prompt_key(row)
+        if key in exact:
+            same.append(row)
+        elif loose_key in loose:
+            alike.append(row)
+        exact.add(key)
+        loose.add(loose_key)
+    return same, alike
+
+
+def shared(rows: Iterable[Row], others: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Those of `others` whose prompt is in `rows`: exactly; and only when loosely compared."""
+    exact: set[bytes] = set()
+    loose: set[bytes] = set()
+    for row in rows:
+        exact.add(prompt_key(row))
+        loose.add(loose_prompt_key(row))
+    same = [prompt_key(row) in exact for row in others]
+    alike = [loose_prompt_key(row) in loose for row in others]
+    return (
+        [row for row, yes in zip(others, same, strict=True) if yes],
+        [row for row, yes, no in zip(others, alike, same, strict=True) if yes and not no],
+    )
+
+
+def drop_duplicates(rows: Sequence[Row], how: Dedup | None, audit: Audit) -> list[Row]:
+    """The first row of each prompt; the others are counted."""
+    if how is None:
+        return list(rows)
+    key = prompt_key if how == "exact" else loose_prompt_key
+    seen: set[bytes] = set()
+    kept = []
+    for row in rows:
+        found = key(row)
+        if found in seen:
+            audit.drop("repeated_prompt", row["id"])
+        else:
+            seen.add(found)
+            kept.append(row)
+    return kept
