@@ -1,1 +1,1 @@
-"""Responses sampled from a policy, scored by a verifier, and made into preference rows."""
+"""From responses to reward gaps: sampled, scored, judged, made into preference rows, calibrated."""

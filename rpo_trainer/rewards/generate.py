@@ -1,16 +1,30 @@
 """Responses sampled from a policy with transformers' own `generate`.
 
+Each response has random numbers of its own, one for every token, that follow from the seed, the
+prompt's key and the response's number alone: what else is in the batch, and where a run was
+interrupted, does not matter. (It does to the last bit of the logits, on hardware whose sums depend
+on the shape of a batch: a number would have to fall into that bit to give another token.)
+
 What a checkpoint says about decoding (a temperature, a repetition penalty, a top-k) is set aside:
 the responses come from the policy itself, as the caller's arguments shape it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+import xxhash
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rpo_trainer.data import encode_prompt, end_token_ids
 from rpo_trainer.data.rows import RowError
@@ -30,6 +44,9 @@ class Sample(NamedTuple):
     finished: bool
 
 
+Gather = Callable[[dict[int, list[Sample]]], dict[int, list[Sample]]]
+
+
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,23 +59,64 @@ def sample_responses(
     top_k: int = 0,
     batch_size: int = 64,
     seed: int = 0,
+    keys: Sequence[str] | None = None,
     tools: Tools | None = None,
+    shard: tuple[int, int] = (0, 1),
+    gather: Gather = lambda found: found,
 ) -> list[list[Sample]]:
-    """K sampled responses for each prompt, in the prompts' order.
+    """K sampled responses for each prompt, in the prompts' order; arguments as `iter_responses`.
 
-    The same arguments give the same responses whatever the state of the global generators, which
-    are left as they were, as are the model's mode and its configs. `batch_size` belongs to the
-    arguments: it decides which random number meets which prompt.
+    Args:
+        gather: joins what the processes of a `shard` have found.
+    """
+    found = gather(
+        dict(
+            iter_responses(
+                model, tokenizer, prompts, range(len(prompts)), responses=responses,
+                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                batch_size=batch_size, seed=seed, keys=keys, tools=tools, shard=shard,
+            )
+        )
+    )  # fmt: skip
+    return [found[index] for index in range(len(prompts))]
+
+
+def iter_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    wanted: Collection[int],
+    *,
+    responses: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    batch_size: int = 64,
+    seed: int = 0,
+    keys: Sequence[str] | None = None,
+    tools: Tools | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[int, list[Sample]]]:
+    """(index of a wanted prompt, its K sampled responses), a batch at a time.
+
+    The same seed and keys give the same responses, whatever the state of the global generators,
+    which are not used. The model's mode and its configs are left as they were.
 
     Args:
         prompts: texts, or lists of messages for the tokenizer's chat template.
+        wanted: indices of the prompts to sample for. Batches are those of all prompts: a run that
+            goes on computes with the shapes, and so the rounding, of one that was never stopped.
         responses: K, at least 1.
         max_new_tokens: limit of a response, its end token included.
         temperature: above 0; 1 samples from the policy as it is.
         top_p: the smallest set of tokens with this probability in all; 1 is every token.
         top_k: the k likeliest tokens; 0 is every token.
         batch_size: responses decoded at once; a prompt's K are never parted.
+        keys: names the random numbers of each prompt; None: its index. Prompts with one key get the
+            same numbers.
         tools: function descriptions of each prompt, for the chat template.
+        shard: (rank, world size): which of the batches this process decodes.
 
     Raises:
         RecipeError: an argument out of its range, or longer than the model's context.
@@ -72,14 +130,56 @@ def sample_responses(
             where="generate",
             fix="responses >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0",
         )
-    decoding = {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "num_return_sequences": responses,
-    }
-    return _generate(model, tokenizer, prompts, decoding, max_new_tokens, batch_size, seed, tools)
+    warpers: list[Any] = []
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+
+    def choose(batch: Sequence[int], width: int) -> list[LogitsProcessor]:
+        names = [keys[i] if keys is not None else str(i) for i in batch]
+        numbers = [
+            _numbers(f"{seed}:{name}:{copy}", max_new_tokens)
+            for name in names
+            for copy in range(responses)
+        ]
+        return [*warpers, _Draw(np.stack(numbers), width)]
+
+    yield from _generate(
+        model, tokenizer, prompts, wanted, choose, responses, max_new_tokens, batch_size, tools,
+        shard,
+    )  # fmt: skip
+
+
+def _numbers(key: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Uniform numbers in [0, 1), a pure function of the key."""
+    return np.random.default_rng(xxhash.xxh3_128_intdigest(key.encode())).random(count)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row possible: the one at which its number falls.
+
+    The likeliest token of what is left is then a sample of the distribution that came in.
+
+    Args:
+        numbers: [rows, steps] in [0, 1).
+        width: tokens of the prompts, with their padding.
+    """
+
+    def __init__(self, numbers: np.ndarray[Any, np.dtype[np.float64]], width: int) -> None:
+        self.numbers = torch.from_numpy(numbers)
+        self.width = width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.width
+        filled = scores.float().softmax(-1).double().cumsum(-1)  # [rows, V]
+        total = filled[:, -1:]
+        level = self.numbers[:, step : step + 1].to(scores.device) * total
+        level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
+        token = torch.searchsorted(filled, level, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 def greedy_responses(
@@ -90,24 +190,36 @@ def greedy_responses(
     max_new_tokens: int,
     batch_size: int = 64,
     tools: Tools | None = None,
+    shard: tuple[int, int] = (0, 1),
+    gather: Gather = lambda found: found,
 ) -> list[Sample]:
     """The likeliest next token at every step: one response a prompt; else as `sample_responses`."""
-    decoding = {"do_sample": False, "num_return_sequences": 1}
-    found = _generate(model, tokenizer, prompts, decoding, max_new_tokens, batch_size, 0, tools)
-    return [sample for (sample,) in found]
+    own = _generate(
+        model, tokenizer, prompts, range(len(prompts)), lambda *_: [], 1, max_new_tokens, batch_size,
+        tools, shard,
+    )  # fmt: skip
+    found = gather(dict(own))
+    return [found[index][0] for index in range(len(prompts))]
 
 
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    decoding: dict[str, Any],
+    wanted: Collection[int],
+    choose: Callable[[Sequence[int], int], list[LogitsProcessor]],
+    copies: int,
     max_new_tokens: int,
     batch_size: int,
-    seed: int,
     tools: Tools | None,
-) -> list[list[Sample]]:
-    """Batches of prompts of like length, longest first: memory runs out at once or never."""
+    shard: tuple[int, int],
+) -> Iterator[tuple[int, list[Sample]]]:
+    """Batches of prompts of like length, longest first: memory runs out at once or never.
+
+    Args:
+        choose: from a batch's prompts and their width to what shapes the choice of its tokens.
+        copies: responses for each prompt.
+    """
     if max_new_tokens < 1 or batch_size < 1:
         raise RecipeError("max_new_tokens and batch_size must be at least 1", where="generate")
     encoded = [
@@ -116,27 +228,37 @@ def _generate(
     ]
     _check_context(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
-    config = _generation_config(tokenizer, ends, max_new_tokens, decoding)
-    copies = decoding["num_return_sequences"]
-    prompts_per_batch = max(1, batch_size // copies)
+    config = _generation_config(tokenizer, ends, max_new_tokens)
+    prompts_per_batch, left = max(1, batch_size // copies), set(wanted)
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
-    found: list[list[Sample]] = [[] for _ in prompts]
     device = next(model.parameters()).device
-    with _seeded(device, seed), _set_aside(model):
-        for start in range(0, len(order), prompts_per_batch):
-            batch = order[start : start + prompts_per_batch]
-            rows = _generate_batch(model, [encoded[index] for index in batch], config, device)
-            for place, index in enumerate(batch):
+    rank, world = shard
+    batches = [
+        order[start : start + prompts_per_batch]
+        for start in range(0, len(order), prompts_per_batch)
+    ]
+    for batch in batches[rank::world]:
+        if left.isdisjoint(batch):
+            continue
+        width = len(encoded[batch[0]])
+        repeated = [encoded[index] for index in batch for _ in range(copies)]
+        with _set_aside(model):
+            rows = _generate_batch(model, repeated, config, choose(batch, width), device)
+        for place, index in enumerate(batch):
+            if index in left:
                 to_text = _decoder(tokenizer, prompts[index], encoded[index])
-                for row in rows[place * copies : (place + 1) * copies]:
-                    found[index].append(_sample(row, ends, to_text))
-    return found
+                own = rows[place * copies : (place + 1) * copies]
+                yield index, [_sample(row, ends, to_text) for row in own]
 
 
 def _generate_batch(
-    model: PreTrainedModel, encoded: list[list[int]], config: GenerationConfig, device: torch.device
+    model: PreTrainedModel,
+    encoded: list[list[int]],
+    config: GenerationConfig,
+    choice: list[LogitsProcessor],
+    device: torch.device,
 ) -> list[list[int]]:
-    """The new tokens of each response: [prompts × K] lists, those of a prompt side by side."""
+    """The new tokens behind each of the encoded prompts."""
     width = max(map(len, encoded))
     pad = config.pad_token_id
     ids = [[pad] * (width - len(row)) + row for row in encoded]
@@ -147,6 +269,8 @@ def _generate_batch(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
+            logits_processor=LogitsProcessorList(choice),
+            synced_gpus=False,  # each process has the whole model, and batches of its own
         )
     rows: list[list[int]] = output[:, width:].tolist()
     return rows
@@ -215,7 +339,6 @@ def _generation_config(
     tokenizer: PreTrainedTokenizerBase,
     ends: list[int],
     max_new_tokens: int,
-    decoding: dict[str, Any],
 ) -> GenerationConfig:
     from transformers import GenerationConfig
 
@@ -225,7 +348,7 @@ def _generation_config(
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
         use_cache=True,
-        **decoding,
+        do_sample=False,  # the draw is in the logits processors, see `_Draw`
     )
 
 
@@ -239,25 +362,6 @@ def _check_context(model: PreTrainedModel, encoded: list[list[int]], max_new_tok
             where="generate",
             fix="lower max_new_tokens, or leave the longest prompts out",
         )
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """The generators of the CPU and of this device start from `seed`, and are put back after."""
-    on_cuda = device.type == "cuda"
-    cpu_state = torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state(device) if on_cuda else None
-    try:
-        # Not torch.manual_seed, which would also seed devices whose state is not kept here.
-        torch.default_generator.manual_seed(seed)
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(cpu_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
 
 
 @contextmanager

@@ -3,96 +3,175 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
     from rpo_trainer.data.audit import Audit
+    from rpo_trainer.recipe import PairsSpec
+
+Select = Literal["best_worst", "best_random", "all_pairs", "all_responses"]
+
+
+class Scored(NamedTuple):
+    """A response and its reward; of ranked rows the reward is only an order."""
+
+    text: str
+    reward: float
 
 
 def make_preference_rows(
     rows: Sequence[dict[str, Any]],
     *,
-    select: Literal["best_worst", "all_responses"],
-    min_gap: float,
+    select: Select = "best_worst",
+    chosen: Literal["best", "ground_truth"] = "best",
+    ties: Literal["drop", "keep"] = "drop",
+    min_gap: float = 0.0,
+    seed: int = 0,
     audit: Audit,
 ) -> list[dict[str, Any]]:
-    """Preference rows, best response first, from rows with K scored responses.
+    """Preference rows, chosen response first, from rows with K scored responses.
 
     Of responses with the same text the first is kept, and blank ones are left out, so that K may
     differ between rows. A row is dropped, and counted in `audit` by reason, where fewer than two
-    responses are left, all rewards are equal, or best minus worst is not above `min_gap`. Of equal
-    rewards the earlier response goes first.
+    responses are left, all rewards are equal, the chosen has the lowest reward, or the gap is not
+    above `min_gap` (of `all_pairs`: in every pair). Of equal rewards the earlier goes first.
+
+    Rows without any reward are ranked: their responses stand best first (format `ranked`), and so
+    do those of what is made of them, without rewards. Responses on which a judge has no consistent
+    verdict have no reward, and are left out.
 
     Args:
         rows: with `id`, `source`, `prompt`, `responses` (K texts), `rewards` (K numbers) and
-            perhaps `ground_truth`.
-        select: `best_worst` keeps two responses, `all_responses` every one.
-        min_gap: in units of the rewards.
+            perhaps `ground_truth`, `tools`.
+        select: what to reject: the worst, a random one that is worse, each in turn; or
+            `all_responses` keeps K.
+        chosen: the best; or the response that is the row's ground truth, where there is one.
+        ties: what becomes of equal rewards; `keep` is of use to RPO alone.
+        min_gap: in units of the rewards; not read for ranked rows.
+        seed: of `best_random`; what is drawn depends on it and on the row's id.
 
     Raises:
-        DataError: rewards that are absent, not one a response, or not finite.
+        DataError: some rows have rewards and others not, or not one finite number a response.
     """
-    _check_rewards(rows)
-    made = []
+    ranked = bool(rows) and all(_is_ranked(row) for row in rows)
+    if not ranked:
+        _check_rewards(rows)
+    made: list[dict[str, Any]] = []
     for row in rows:
-        ranked = sorted(_distinct(row, audit), key=lambda pair: -pair[1])
-        reason = _reason_to_drop(ranked, min_gap)
-        if reason is not None:
-            audit.drop(reason, str(row["id"]))
+        responses, truth_first = _in_order(_distinct(row, ranked, audit), row, chosen)
+        if len(responses) < 2:
+            audit.drop(_too_few(row), str(row["id"]))
             continue
-        made.append(_preference_row(row, ranked if select == "all_responses" else _ends(ranked)))
+        margin = 0.0 if ranked else min_gap
+        reasons: dict[str, None] = {}
+        kept = []
+        for candidate in _candidates(responses, select, row, seed):
+            reason = _reason_to_drop(candidate, margin, ties)
+            if reason is None:
+                kept.append(candidate)
+            reasons[reason or ""] = None
+        if select != "all_pairs" or not kept:
+            for reason in [r for r in reasons if r][:1]:
+                audit.drop(reason, str(row["id"]))
+        for number, candidate in enumerate(kept, start=1):
+            new_id = f"{row['id']}/{number}" if select == "all_pairs" else row["id"]
+            made.append(_preference_row(row, new_id, candidate, ranked, truth_first))
     return made
 
 
-Scored = list[tuple[str, float]]
+def pairs_arguments(spec: PairsSpec | None) -> dict[str, Any]:
+    """The arguments that a recipe's `pairs` stands for."""
+    return {} if spec is None else spec.model_dump()
 
 
-def _distinct(row: dict[str, Any], audit: Audit) -> Scored:
-    """Responses that say something, each once, in their order."""
-    said = [
-        (response, float(reward))
-        for response, reward in zip(row["responses"], row["rewards"], strict=True)
-        if response.strip()
-    ]
+def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
+    """Responses that say something and have a reward, each once, in their order."""
+    texts = row["responses"]
+    rewards = [-float(i) for i in range(len(texts))] if ranked else row["rewards"]
+    scored = [(text, reward) for text, reward in zip(texts, rewards, strict=True)]
+    decided = [(text, float(reward)) for text, reward in scored if reward is not None]
+    said = [pair for pair in decided if pair[0].strip()]
     found: dict[str, float] = {}
-    for response, reward in said:
-        found.setdefault(response, reward)
-    if len(said) < len(row["responses"]):
-        audit.warn("blank_responses_removed", str(row["id"]))
-    if len(found) < len(said):
-        audit.warn("duplicate_responses_removed", str(row["id"]))
-    return list(found.items())
+    for text, reward in said:
+        found.setdefault(text, reward)
+    for left, before, warning in (
+        (decided, scored, "undecided_responses_removed"),
+        (said, decided, "blank_responses_removed"),
+        (found, said, "duplicate_responses_removed"),
+    ):
+        if len(left) < len(before):
+            audit.warn(warning, str(row["id"]))
+    return [Scored(*pair) for pair in found.items()]
 
 
-def _ends(ranked: Scored) -> Scored:
-    """The best, and the first of the worst."""
-    worst = ranked[-1][1]
-    return [ranked[0], next(pair for pair in ranked if pair[1] == worst)]
+def _in_order(
+    responses: list[Scored], row: dict[str, Any], chosen: str
+) -> tuple[list[Scored], bool]:
+    """Best first, or the ground truth first and the others behind it; whether the truth is first."""
+    ordered = sorted(responses, key=lambda scored: -scored.reward)  # stable
+    truth = str(row.get("ground_truth") or "").strip()
+    found = [scored for scored in ordered if truth and scored.text.strip() == truth]
+    if chosen == "ground_truth" and found:
+        ordered = [found[0], *(scored for scored in ordered if scored is not found[0])]
+    return ordered, bool(found) and ordered[0] is found[0]
 
 
-def _reason_to_drop(ranked: Scored, min_gap: float) -> str | None:
-    if len(ranked) < 2:
-        return "fewer_than_two_responses"
-    gap = ranked[0][1] - ranked[-1][1]
-    if gap == 0:
+def _candidates(
+    ordered: list[Scored], select: Select, row: dict[str, Any], seed: int
+) -> Iterator[list[Scored]]:
+    best, others = ordered[0], ordered[1:]
+    if select == "all_responses":
+        yield ordered
+    elif select == "all_pairs":
+        for i, first in enumerate(ordered):
+            yield from ([first, second] for second in ordered[i + 1 :])
+    elif select == "best_random":
+        worse = [scored for scored in others if scored.reward < best.reward] or others
+        yield [best, random.Random(f"{seed}:rejected:{row['id']}").choice(worse)]
+    else:
+        worst = min(scored.reward for scored in others)
+        yield [best, next(scored for scored in others if scored.reward == worst)]
+
+
+def _reason_to_drop(candidate: list[Scored], min_gap: float, ties: str) -> str | None:
+    gap = candidate[0].reward - min(scored.reward for scored in candidate[1:])
+    if gap < 0:
+        return "reversed"
+    if gap == 0 and ties == "drop":
         return "tie"
-    return None if gap > min_gap else "small_gap"
+    return "small_gap" if gap <= min_gap and gap > 0 else None
 
 
-def _preference_row(row: dict[str, Any], ranked: Scored) -> dict[str, Any]:
-    truth = row.get("ground_truth")
+def _too_few(row: dict[str, Any]) -> str:
+    undecided = row.get("rewards") is not None and None in row["rewards"]
+    return "no_verdict" if undecided else "fewer_than_two_responses"
+
+
+def _preference_row(
+    row: dict[str, Any], new_id: str, kept: list[Scored], ranked: bool, truth_first: bool
+) -> dict[str, Any]:
     return {
-        "id": row["id"],
+        "id": new_id,
         "source": row["source"],
         "prompt": row["prompt"],
-        "responses": [response for response, _ in ranked],
-        "rewards": [reward for _, reward in ranked],
-        "ground_truth": truth,
-        "truth_chosen": truth is not None and ranked[0][0].strip() == truth.strip(),
+        **({"tools": row["tools"]} if row.get("tools") else {}),
+        "responses": [scored.text for scored in kept],
+        "rewards": None if ranked else [scored.reward for scored in kept],
+        "ground_truth": row.get("ground_truth"),
+        "truth_chosen": truth_first and _is_truth(kept[0].text, row),
     }
+
+
+def _is_truth(text: str, row: dict[str, Any]) -> bool:
+    return text.strip() == str(row.get("ground_truth") or "").strip()
+
+
+def _is_ranked(row: dict[str, Any]) -> bool:
+    return "judge" not in row and row.get("rewards") is None
 
 
 def _check_rewards(rows: Sequence[dict[str, Any]]) -> None:
@@ -110,10 +189,12 @@ def _has_rewards(row: dict[str, Any]) -> bool:
     return (
         isinstance(rewards, list)
         and len(rewards) == len(row["responses"])
-        and all(
-            isinstance(reward, (int, float))
-            and not isinstance(reward, bool)
-            and math.isfinite(reward)
-            for reward in rewards
-        )
+        and all(_is_reward(reward, "judge" in row) for reward in rewards)
     )
+
+
+def _is_reward(value: object, may_be_absent: bool) -> bool:
+    if value is None:
+        return may_be_absent
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]

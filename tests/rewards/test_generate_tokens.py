@@ -97,7 +97,7 @@ def test_sampling_sees_the_tokens_that_training_sees(
     for i, example in enumerate(examples):
         for ids in example["response_ids"]:
             whole = example["prompt_ids"] + ids
-            (sampled_behind,) = [s for s in seen if whole[: len(s)] == s]
+            (sampled_behind,) = {tuple(s) for s in seen if whole[: len(s)] == s}
             assert sampled_behind.count(tokenizer.bos_token_id) == 1
             trained = example["response_mask"][0].index(1)
             assert len(sampled_behind) == len(example["prompt_ids"]) + trained, i

@@ -1,0 +1,230 @@
+"""What the commands `score`, `generate`, `pairs` and `calibrate` do, apart from their arguments."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from rpo_trainer.data.filters import filter_rows
+from rpo_trainer.data.rows import Row
+from rpo_trainer.errors import DataError, RunError
+from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
+from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
+from rpo_trainer.rewards.rowfile import complete, content_key, read_rows, unfinished, write_rows
+
+if TYPE_CHECKING:
+    from rpo_trainer.recipe import (
+        FilterSpec,
+        GenerateSpec,
+        PairsSpec,
+        ScoreSpec,
+        SourceSpec,
+    )
+    from rpo_trainer.rewards.calibrate import Calibration
+
+logger = logging.getLogger(__name__)
+
+REPORT = ".report.json"  # behind the name of the output: how it was made
+Say = Callable[[str], None]
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The output belongs to this process until the end."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            "another process is writing this file", where=str(out), fix="wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _finished(out: Path, key: str) -> bool:
+    """Whether the output is there, made of the same rows with the same settings.
+
+    Raises:
+        RunError: another file is there.
+    """
+    if not out.exists() or unfinished(out).exists():  # the latter is removed last of all
+        return False
+    from rpo_trainer.trainers.checkpoint import file_digest
+
+    report = out.with_name(out.name + REPORT)
+    try:
+        found = json.loads(report.read_text())
+    except (OSError, ValueError):
+        found = {}
+    if found.get("key") == key and found.get("xxh3_128") == file_digest(out):
+        return True
+    raise RunError(
+        "the output exists, and was not made by this command",
+        where=str(out),
+        fix="name another output with -o, or remove it",
+    )
+
+
+def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
+    """What the output was made with; written behind it, and what makes it finished."""
+    from rpo_trainer.chain.state import write_whole
+    from rpo_trainer.trainers.checkpoint import file_digest
+
+    content = {"key": key, "xxh3_128": file_digest(out), "rows": rows, "settings": settings}
+    write_whole(out.with_name(out.name + REPORT), json.dumps(content, indent=1))
+
+
+def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list[Row]:
+    """Rewards for every row of a file; resumed where it was interrupted.
+
+    Raises:
+        DataError, Problems: rows that cannot be read or scored.
+        RunError: the output is another file, or unfinished work of other settings lies there.
+    """
+    from rpo_trainer.rewards.judge import bias_lines, biases
+    from rpo_trainer.rewards.scorers import make_scorer, weights_key
+
+    def model(path: str) -> tuple[str, str]:
+        return path, weights_key(Path(path)) if Path(path).is_dir() else path
+
+    found = read_responses(source)
+    scorer = make_scorer(spec, model=model)
+    with _held(out):
+        key = content_key(scorer.key, found.rows)
+        if _finished(out, key):
+            say(f"{out} is finished already: nothing to do")
+            return read_rows(out)
+        scorer.check(found.rows)
+        settings: dict[str, Any] = {"score": spec.model_dump(exclude_none=True)}
+
+        def assemble(fields: Sequence[dict[str, Any]]) -> list[Row]:
+            rows = [{**row, **new} for row, new in zip(found.rows, fields, strict=True)]
+            if spec.judge is not None:
+                settings["judge"] = biases(rows)
+            return found.written(rows)
+
+        written = complete(
+            out, [row["id"] for row in found.rows], scorer.work(found.rows), assemble,
+            key=key, what="scored", then=lambda rows: _report(out, key, len(rows), settings),
+        )  # fmt: skip
+    for line in bias_lines(settings["judge"]) if spec.judge is not None else ():
+        say(line)
+    say(f"{len(written)} rows scored: {out}")
+    return written
+
+
+def generate_file(
+    source: SourceSpec,
+    out: Path,
+    spec: GenerateSpec,
+    *,
+    seed: int,
+    chat_template: str | None,
+    say: Say,
+) -> list[Row]:
+    """Responses for every prompt of a file, from all policies; resumed where it was interrupted.
+
+    Raises:
+        DataError, Problems: prompts that cannot be read, or finally have no response.
+        ModelError: a policy that cannot be loaded.
+        RunError: as `score_file`.
+    """
+    from rpo_trainer.rewards.sampling import EndpointPolicy, LocalPolicy, Policy, sample_rows
+    from rpo_trainer.rewards.scorers import weights_key
+
+    rows = read_prompts(source)
+    policies: list[Policy] = []
+    for name in spec.policies:
+        weights = weights_key(Path(name)) if Path(name).is_dir() else name
+        load = _loader(name, chat_template)
+        policies.append(
+            LocalPolicy(name, load, spec, weights=f"{weights}:{chat_template}", seed=seed)
+        )
+    policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
+    with _held(out):
+        key = content_key([policy.key for policy in policies], rows, seed)
+        if _finished(out, key):
+            say(f"{out} is finished already: nothing to do")
+            return read_rows(out)
+        settings = {"generate": spec.model_dump(exclude_none=True), "seed": seed}
+        made = sample_rows(
+            out, rows, policies, spec, seed=seed,
+            then=lambda made: _report(out, key, len(made), settings),
+        )  # fmt: skip
+    count = sum(len(row["responses"]) for row in made)
+    cut = sum(not flag for row in made for flag in row["finished"])
+    say(f"{count} responses to {len(made)} prompts, {cut} cut by max_new_tokens: {out}")
+    return made
+
+
+def _loader(name: str, chat_template: str | None) -> Callable[[], Any]:
+    def load() -> Any:
+        import torch
+
+        from rpo_trainer.loading import load_model, load_tokenizer
+        from rpo_trainer.recipe import ModelSpec
+
+        cuda = torch.cuda.is_available()
+        spec = ModelSpec.model_validate({"name_or_path": name, "chat_template": chat_template})
+        tokenizer = load_tokenizer(spec, Path())
+        model: Any = load_model(spec, Path(), seed=0, vocabulary=len(tokenizer))
+        model = model.to(device="cuda", dtype=torch.bfloat16) if cuda else model
+        return model, tokenizer
+
+    return load
+
+
+def pairs_file(
+    source: SourceSpec,
+    out: Path,
+    spec: PairsSpec,
+    filter: FilterSpec | None,
+    *,
+    seed: int,
+    say: Say,
+) -> list[Row]:
+    """Preference rows of a file of scored or ranked responses, as a stage reads them.
+
+    Raises:
+        DataError, Problems: rows that cannot be read, without rewards, or of which none is left.
+    """
+    if out.exists():
+        raise RunError("the output exists", where=str(out), fix="name another, or remove it")
+    rows, audit = read_pairs(source, keep_all=True)
+    made = make_preference_rows(rows, **pairs_arguments(spec), seed=seed, audit=audit)
+    made = filter_rows(made, filter, audit) if made else made
+    audit.observe_pairs(made)
+    for line in audit.summary_lines():
+        say(line)
+    if not made:
+        raise DataError("no row is left", where=str(source.path))
+    from rpo_trainer.rewards.files import written_pairs
+
+    write_rows(out, written_pairs(made))
+    say(f"{len(made)} rows: {out}")
+    return made
+
+
+def calibrate_file(
+    sources: Sequence[SourceSpec], reward_scale: float | None
+) -> dict[str, Calibration]:
+    """Calibrations of the rows of some files, by source and for all.
+
+    Raises:
+        DataError, Problems: rows that cannot be read, or have no rewards.
+    """
+    from rpo_trainer.rewards.calibrate import by_source
+
+    rows = [row for source in sources for row in read_pairs(source)[0]]
+    return by_source(rows, reward_scale)

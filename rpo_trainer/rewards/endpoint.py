@@ -1,0 +1,166 @@
+"""OpenAI-compatible endpoints: requests that are repeated until their answer can be read.
+
+The `openai` client sends them, waits between tries (longer each time, or as long as `Retry-After`
+says) and gives up a stalled one after `timeout` seconds. An answer that comes but makes no sense is
+asked for again as often. What fails after that fails its row, with the reason, and no other row.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rpo_trainer.data.rows import Message
+from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.rewards.rowfile import RowFailed
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from rpo_trainer.recipe import EndpointSpec
+
+T = TypeVar("T")
+_SHOWN = 200  # characters of an unreadable answer
+
+
+class Unreadable(Exception):
+    """An answer that is not what was asked for."""
+
+
+class Endpoint:
+    """One model at one endpoint.
+
+    Raises:
+        RecipeError: the library `openai` is not installed.
+    """
+
+    def __init__(self, spec: EndpointSpec) -> None:
+        self.spec = spec
+        self.client = _client(spec)
+
+    def ask(self, send: Callable[[OpenAI], Any], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the answer to `send`.
+
+        Raises:
+            RowFailed: no answer, a refusal of this request, or none that could be read.
+            RunError: the endpoint refuses every request (no such model, no permission).
+        """
+        import openai
+
+        unreadable = ""
+        for _ in range(self.spec.retries + 1):
+            try:
+                answer = send(self.client)
+            except (
+                openai.AuthenticationError,
+                openai.PermissionDeniedError,
+                openai.NotFoundError,
+            ) as error:
+                raise RunError(
+                    f"the endpoint refuses: {_reason(error)}",
+                    where=self.spec.url,
+                    fix=f"check the url, the model's name, and the key in {self.spec.api_key_env}",
+                ) from None
+            except openai.APIStatusError as error:
+                served = error.status_code >= 500 or error.status_code in (408, 409, 429)
+                raise RowFailed(f"the endpoint refuses: {_reason(error)}", service=served) from None
+            except openai.APITimeoutError:
+                raise RowFailed(f"no answer within {self.spec.timeout:g} s", service=True) from None
+            except openai.APIConnectionError as error:
+                cause = error.__cause__ or error
+                raise RowFailed(f"the endpoint is not reached ({cause})", service=True) from None
+            except (openai.OpenAIError, ValueError) as error:  # an answer that is no JSON
+                unreadable = _short(str(error))
+                continue
+            try:
+                return read(answer)
+            except Unreadable as error:
+                unreadable = str(error)
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                unreadable = f"not a chat completion ({_short(str(error))})"
+        raise RowFailed(f"the answer cannot be read: {unreadable}")
+
+    def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
+        """The same for one chat completion."""
+        given: Any = list(messages)
+        return self.ask(
+            lambda client: client.chat.completions.create(
+                model=self.spec.model,
+                messages=given,
+                **options,
+            ),
+            read,
+        )
+
+    def close(self) -> None:
+        """Ends what is still under way."""
+        self.client.close()
+
+
+def _client(spec: EndpointSpec) -> OpenAI:
+    try:
+        import openai
+    except ImportError:
+        raise RecipeError(
+            "endpoints need the library openai", fix="pip install 'rpo-trainer[endpoint]'"
+        ) from None
+    return openai.OpenAI(
+        base_url=spec.url,
+        # A server of one's own asks for no key, and the client for some text.
+        api_key=os.environ.get(spec.api_key_env) or "none",
+        timeout=spec.timeout,
+        max_retries=spec.retries,
+    )
+
+
+def _reason(error: Any) -> str:
+    message = error.body.get("message") if isinstance(error.body, dict) else None
+    return f"{error.status_code} {_short(str(message or error.message))}"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+# ---------------------------------------------------------------- reading answers
+
+
+def message_of(answer: Any) -> str:
+    """The text of a chat completion. Raises Unreadable where there is none."""
+    message = answer.choices[0].message
+    if isinstance(message, list):  # as some reward endpoints have it
+        message = message[0]
+    content = message.get("content") if isinstance(message, Mapping) else message.content
+    if isinstance(content, str) and content.strip():
+        return content
+    raise Unreadable("a completion without text")
+
+
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_PAIR = re.compile(rf"\s*([A-Za-z][\w -]*?)\s*[:=]\s*({_NUMBER})\s*")
+
+
+def attribute_scores(answer: Any) -> dict[str, float]:
+    """The scores by attribute that a reward endpoint answers with.
+
+    Two forms are in use: `helpfulness:1.6,correctness:1.7` as the text of the message (NIM), and
+    the attributes as the tokens of `logprobs`, each with its score as the log-prob (the hosted
+    Nemotron reward models).
+
+    Raises:
+        Unreadable: neither is there.
+    """
+    tokens = getattr(getattr(answer.choices[0], "logprobs", None), "content", None)
+    try:
+        text = message_of(answer)
+    except Unreadable:
+        text = ""
+    pairs = [_PAIR.fullmatch(part) for part in re.split(r"[,\n;]", text) if part.strip()]
+    if pairs and all(pairs):
+        return {pair[1]: float(pair[2]) for pair in pairs if pair}
+    if tokens:
+        return {str(token.token): float(token.logprob) for token in tokens}
+    raise Unreadable(f"no scores by attribute in {_short(text)!r}")

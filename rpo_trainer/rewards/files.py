@@ -1,0 +1,161 @@
+"""Rows of a file as scorers and policies see them, and back to a file that stages read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rpo_trainer.data.adapters import adapt, find_format, kind_of
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.formats import FORMATS
+from rpo_trainer.data.rows import Kind, Row
+from rpo_trainer.data.sources import load_source
+from rpo_trainer.errors import DataError
+from rpo_trainer.recipe import SourceSpec
+
+Shape = Literal["pair", "responses", "single"]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Rows with responses to score.
+
+    Attributes:
+        rows: internal rows with `prompt` and `responses`, each with the file's other columns.
+        shape: how they are written again: `pair` (chosen, rejected), `responses` (K), or `single`.
+    """
+
+    rows: list[Row]
+    shape: Shape
+    audit: Audit
+
+    def written(self, rows: Sequence[Row]) -> list[Row]:
+        """The scored rows as they are written, in the columns of a known format."""
+        return [_WRITTEN[self.shape](row) for row in rows]
+
+
+def source_of(
+    path: Path | str, format: str | None = None, columns: dict[str, str] | None = None
+) -> SourceSpec:
+    """A source as a recipe would name it."""
+    return SourceSpec.model_validate(
+        {"path": str(path), "format": format, "columns": columns or None}
+    )
+
+
+def read_responses(source: SourceSpec) -> Responses:
+    """Every row of a file of pairs, K responses, ratings or SFT, in its order, none left out.
+
+    Raises:
+        DataError, or Problems: columns of no known format, rows that cannot be read.
+    """
+    raw = load_source(source, None, 0)
+    present = {column for row in raw.rows for column in row}
+    present |= set(source.columns or ())
+    kind: Kind | None
+    if source.format is not None:
+        kind = FORMATS[source.format].kind if source.format in FORMATS else None
+    else:
+        kind = kind_of(present)
+    if kind is None:
+        find_format(present, "pair", source.format, raw.where)  # says what is known
+        raise DataError("the columns are of no known format", where=raw.where)
+    audit = Audit()
+    audit.add_read(raw.name, len(raw.rows))
+    rows = adapt(
+        raw, kind=kind, format=source.format, columns=source.columns, keep=None, as_given=True,
+        audit=audit,
+    )  # fmt: skip
+    if kind == "pair":
+        labelled = not find_format(present, "pair", source.format, raw.where).sort
+        pairs = labelled and all(len(row["responses"]) == 2 for row in rows)
+        return Responses(rows, "pair" if pairs else "responses", audit)
+    return Responses([_single(row) for row in rows], "single", audit)
+
+
+def _single(row: Row) -> Row:
+    """A row of one response: what stands before the last assistant turn is its prompt."""
+    if "messages" not in row:
+        return row if "responses" in row else {**row, "responses": [row["response"]]}
+    messages = row["messages"]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return {**row, "prompt": messages[:last], "responses": [messages[last]["content"]]}
+
+
+def _pair(row: Row) -> Row:
+    rest = {k: v for k, v in row.items() if k not in ("responses", "rewards")}
+    chosen, rejected = row["responses"]
+    rewards = row["rewards"] or [None, None]
+    return {
+        **rest,
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_reward": rewards[0],
+        "rejected_reward": rewards[1],
+    }
+
+
+def _responses(row: Row) -> Row:
+    return row
+
+
+def _one(row: Row) -> Row:
+    rest = {k: v for k, v in row.items() if k not in ("responses", "rewards")}
+    if "messages" in row:
+        del rest["prompt"]
+    else:
+        rest["response"] = row["responses"][0]
+    return {**rest, "reward": row["rewards"][0]}
+
+
+_WRITTEN: dict[Shape, Any] = {"pair": _pair, "responses": _responses, "single": _one}
+
+
+def written_pairs(rows: Sequence[Row]) -> list[Row]:
+    """Preference rows as pairs where each has two responses, else as K responses."""
+    two = all(len(row["responses"]) == 2 for row in rows)
+    ranked = all(row["rewards"] is None for row in rows)
+    made = [_pair(row) for row in rows] if two else [dict(row) for row in rows]
+    if ranked:
+        absent = ("rewards", "chosen_reward", "rejected_reward")
+        made = [{k: v for k, v in row.items() if k not in absent} for row in made]
+    return made
+
+
+def read_pairs(source: SourceSpec, *, keep_all: bool = False) -> tuple[list[Row], Audit]:
+    """Preference rows of a file.
+
+    Args:
+        keep_all: every row and column, responses in their order and without rewards where a judge
+            gave none; else as a stage reads them, best first.
+    """
+    raw = load_source(source, None, 0)
+    audit = Audit()
+    audit.add_read(raw.name, len(raw.rows))
+    rows = adapt(
+        raw, kind="pair", format=source.format, columns=source.columns,
+        keep=None, as_given=keep_all, audit=audit,
+    )  # fmt: skip
+    return rows, audit
+
+
+def read_prompts(source: SourceSpec) -> list[Row]:
+    """Prompts of a file, with its other columns.
+
+    Raises:
+        DataError: it has responses already.
+    """
+    raw = load_source(source, None, 0)
+    taken = {"responses", "finished", "policies", "sampling"}
+    found = sorted({column for row in raw.rows for column in row} & taken)
+    if found:
+        raise DataError(
+            f"the rows have {', '.join(found)} already",
+            where=raw.where,
+            fix="take the file of prompts, or remove these columns",
+        )
+    return adapt(
+        raw, kind="prompt", format=source.format, columns=source.columns, keep=None, audit=Audit()
+    )

@@ -1,0 +1,174 @@
+"""An LLM as the judge of two responses: asked twice, in both orders; only a verdict that stays is kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rpo_trainer.data.rows import Message, Row
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
+
+# {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].
+TEMPLATE = """\
+Two assistants have answered the same conversation. Say which answer serves the user better: is it \
+right, does it do what was asked, is it clear? Neither the order in which the answers stand nor \
+their length is a reason to prefer one.
+
+<conversation>
+{prompt}
+</conversation>
+
+<answer_A>
+{first}
+</answer_A>
+
+<answer_B>
+{second}
+</answer_B>
+
+Give your reasons in a few sentences. Then end with your verdict, and nothing behind it: [[A]] if \
+answer A is better, [[B]] if answer B is better, [[C]] if they are equally good.
+"""
+_PLACES = ("{prompt}", "{first}", "{second}")
+_VERDICT = re.compile(r"\[\[([ABC])\]\]")
+_FIRST, _SECOND, _EQUAL = "A", "B", "C"
+
+
+def read_template(path: Path | None) -> str:
+    """The template of that file, or ours.
+
+    Raises:
+        RecipeError: it cannot be read, or one of its three places is missing.
+    """
+    if path is None:
+        return TEMPLATE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"the judge's template cannot be read ({error})", where=str(path)
+        ) from None
+    missing = [place for place in _PLACES if place not in text]
+    if missing:
+        raise RecipeError(
+            f"the judge's template has no {', '.join(missing)}",
+            where=str(path),
+            fix=f"write {', '.join(_PLACES)} where they belong, and ask for [[A]], [[B]] or [[C]]",
+        )
+    return text
+
+
+def fill_template(template: str, prompt: str, first: str, second: str) -> str:
+    """The template with its places filled; what looks like a place inside of a text stays text."""
+    texts = dict(zip(_PLACES, (prompt, first, second), strict=True))
+    pattern = "|".join(map(re.escape, _PLACES))
+    return re.sub(pattern, lambda match: texts[match[0]], template)
+
+
+def as_text(prompt: str | Sequence[Message]) -> str:
+    """A prompt as the judge reads it."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
+
+
+def read_verdict(answer: Any) -> tuple[str, str]:
+    """(A, B or C; the whole text). The last verdict counts. Raises Unreadable without one."""
+    text = message_of(answer)
+    found = _VERDICT.findall(text)
+    if not found:
+        raise Unreadable(f"no verdict in {' '.join(text.split())[-80:]!r}")
+    return found[-1], text
+
+
+def judge_row(endpoint: Endpoint, template: str, row: Row, **options: Any) -> dict[str, Any]:
+    """Rewards of a row's responses: the mean of their comparisons, 1 won, ½ equal, 0 lost.
+
+    Every pair of responses is judged, in both orders: K (K − 1) requests.
+
+    Returns:
+        `rewards`, None for a response without any consistent comparison; and `judge`, each
+        comparison with both answers as they came.
+
+    Raises:
+        RowFailed: a request has finally failed.
+    """
+    prompt = as_text(row["prompt"])
+    responses = row["responses"]
+    points: list[list[float]] = [[] for _ in responses]
+    comparisons = []
+    for a, b in combinations(range(len(responses)), 2):
+        verdicts, answers = [], []
+        for first, second in ((a, b), (b, a)):
+            text = fill_template(template, prompt, responses[first], responses[second])
+            messages = [{"role": "user", "content": text}]
+            verdict, answer = endpoint.chat(messages, read_verdict, **options)
+            verdicts.append(verdict)
+            answers.append(answer)
+        better = _consistent(*verdicts)
+        if better is not None:
+            points[a].append(better)
+            points[b].append(1 - better)
+        comparisons.append(
+            {"responses": [a, b], "verdicts": verdicts, "better": better, "answers": answers}
+        )
+    rewards = [sum(p) / len(p) if p else None for p in points]
+    return {"rewards": rewards, "judge": comparisons}
+
+
+def _consistent(straight: str, swapped: str) -> float | None:
+    """What response a of (a, b) gets; None where the two orders disagree."""
+    if straight == swapped == _EQUAL:
+        return 0.5
+    if (straight, swapped) == (_FIRST, _SECOND):
+        return 1.0
+    return 0.0 if (straight, swapped) == (_SECOND, _FIRST) else None
+
+
+def biases(rows: Sequence[Row]) -> dict[str, Any]:
+    """Position and length bias of a judge, from its judged rows.
+
+    Returns:
+        `comparisons`, `consistent`, `equal`: counts; `first_position`: among single verdicts that
+        name a winner, the share for the answer shown first (½ without bias); `longer_wins`: among
+        consistent winners, the share that is the longer answer; None where there are none.
+    """
+    compared = [(row, c) for row in rows for c in row.get("judge") or ()]
+    named = [v for _, c in compared for v in c["verdicts"] if v != _EQUAL]
+    won = [(row, c) for row, c in compared if c["better"] in (0, 1)]
+    longer = []
+    for row, c in won:
+        lengths = [len(row["responses"][i]) for i in c["responses"]]
+        if lengths[0] != lengths[1]:
+            longer.append((lengths[0] > lengths[1]) == (c["better"] == 1))
+    return {
+        "comparisons": len(compared),
+        "consistent": sum(c["better"] is not None for _, c in compared),
+        "equal": sum(c["better"] == 0.5 for _, c in compared),
+        "first_position": _share(v == _FIRST for v in named),
+        "longer_wins": _share(longer),
+    }
+
+
+def _share(values: Any) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def bias_lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    lines = [
+        "judge: {consistent} of {comparisons} comparisons consistent, {equal} equal".format(**found)
+    ]
+    if found["first_position"] is not None:
+        lines.append(
+            f"judge: {found['first_position']:.0%} of its verdicts are for the answer shown first "
+            "(50 % without position bias)"
+        )
+    if found["longer_wins"] is not None:
+        lines.append(f"judge: the longer answer wins {found['longer_wins']:.0%} of the time")
+    return lines

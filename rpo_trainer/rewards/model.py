@@ -1,0 +1,187 @@
+"""Rewards of responses from a reward model on this machine, in padded batches of like length."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rpo_trainer.data.chat import ChatRenderer, render_plain
+from rpo_trainer.data.encode import Encoder
+from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.reward_model import attributes_of
+from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard
+from rpo_trainer.rewards.weights import resolve_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError)
+
+
+class RewardModel:
+    """A sequence classifier: one score for each of its labels, weighted to one reward.
+
+    A response is read as the policy is trained on it: behind its prompt, through the chat template,
+    with its end marker. The scores are those at the last token.
+
+    Args:
+        path: a directory, or a hub name.
+        weights: see `resolve_weights`; None: `reward_weights` of its config, else the mean.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no decoder with a score head.
+        RecipeError: weights that do not fit its labels.
+    """
+
+    def __init__(self, path: str | Path, weights: str | Mapping[str, float] | None = None) -> None:
+        self.path = str(path)
+        self.model, self.tokenizer = _load(self.path)
+        self.attributes = attributes_of(self.model)
+        if weights is None:
+            weights = getattr(self.model.config, "reward_weights", None)
+        by_name = resolve_weights(weights, self.attributes)
+        self.weights = [by_name[name] for name in self.attributes]
+        self._renderer = ChatRenderer(self.tokenizer)
+        self._encoder = Encoder(self.tokenizer)
+
+    def score(
+        self, rows: Sequence[Row], pending: Sequence[int], batch_tokens: int, shard: Shard = (0, 1)
+    ) -> Iterator[Done]:
+        """`rewards` and `scores` (by label) of the responses of the pending rows.
+
+        The batches depend on all rows, not on what is pending, so that rounding is the same
+        whenever a run is taken up again. The longest come first: memory runs out at once or never.
+
+        Args:
+            shard: (rank, ranks): which of the batches this process computes.
+            batch_tokens: at most so many tokens in a forward pass, padding counted; a row's
+                responses are never parted.
+        """
+        wanted = set(pending)
+        rank, world = shard
+        encoded: dict[int, list[list[int]]] = {}
+        for index, row in enumerate(rows):
+            try:
+                encoded[index] = self.encode(row)
+            except RowError as error:
+                if index in wanted and rank == 0:
+                    yield Done(index, None, RowFailed(str(error)))
+        for batch in list(_batches(encoded, batch_tokens))[rank::world]:
+            if wanted.isdisjoint(batch):
+                continue
+            scores = iter(self._forward([ids for index in batch for ids in encoded[index]]))
+            for index in batch:
+                own = [next(scores) for _ in encoded[index]]
+                if index in wanted:
+                    yield Done(index, self._fields(own))
+
+    def encode(self, row: Row) -> list[list[int]]:
+        """Token ids of the prompt with each response. Raises RowError: longer than the context."""
+        prompt, tools = row["prompt"], row.get("tools")
+        if isinstance(prompt, str):
+            texts = [render_plain(prompt, response) for response in row["responses"]]
+        else:
+            texts = [
+                self._renderer.conversation(
+                    [*prompt, {"role": "assistant", "content": response}], tools, last_only=True
+                )
+                for response in row["responses"]
+            ]
+        apart = [any(text.literal for text in texts)] * len(texts)
+        found = [_until_end(*each) for each in self._encoder.encode(texts, apart)]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, found), default=0)
+        if limit is not None and longest > limit:
+            raise RowError(f"longer than the reward model's context of {limit} tokens")
+        return found
+
+    def _forward(self, texts: list[list[int]]) -> list[list[float]]:
+        """[texts][labels] scores, read at each text's last token."""
+        device = next(self.model.parameters()).device
+        width = max(map(len, texts))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in texts], device=device)
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in texts], device=device
+        )
+        last = mask.sum(dim=1) - 1
+        with torch.no_grad():
+            # Not the classifier's own pooling, which looks for the last token that is not the pad
+            # token: where that is the end token too, it finds the one before.
+            hidden = self.model.base_model(ids, attention_mask=mask, use_cache=False)[0]
+            scores = self.model.score(hidden[torch.arange(len(texts), device=device), last])
+        found: list[list[float]] = scores.double().tolist()
+        return found
+
+    def _fields(self, scores: list[list[float]]) -> dict[str, Any]:
+        rewards = [sum(w * s for w, s in zip(self.weights, each, strict=True)) for each in scores]
+        if not all(reward == reward and abs(reward) != float("inf") for reward in rewards):
+            raise ModelError("the reward model gives a score that is not finite", where=self.path)
+        named = [dict(zip(self.attributes, each, strict=True)) for each in scores]
+        return {"rewards": rewards, "scores": named}
+
+
+def _batches(encoded: Mapping[int, list[list[int]]], batch_tokens: int) -> Iterator[list[int]]:
+    longest = {index: max(map(len, texts), default=0) for index, texts in encoded.items()}
+    batch: list[int] = []
+    width = count = 0
+    for index in sorted(encoded, key=lambda i: (-longest[i], i)):
+        if batch and (count + len(encoded[index])) * width > batch_tokens:
+            yield batch
+            batch, count = [], 0
+        width = width if batch else longest[index]
+        batch.append(index)
+        count += len(encoded[index])
+    if batch:
+        yield batch
+
+
+def _until_end(ids: list[int], mask: list[int]) -> list[int]:
+    """Up to the response's last token: what a template writes behind it is not part of it."""
+    if 1 not in mask:
+        raise RowError("a response without a token")
+    return ids[: len(mask) - mask[::-1].index(1)]
+
+
+def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    factory: Any = AutoModelForSequenceClassification
+    cuda = torch.cuda.is_available()
+    try:
+        model = factory.from_pretrained(
+            path, dtype="auto" if cuda else torch.float32, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except _LOADING_ERRORS as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"the reward model cannot be loaded: {first}",
+            where=path,
+            fix="give a directory with a sequence classifier and its tokenizer, or a hub name",
+        ) from error
+    if not hasattr(model, "score"):
+        raise ModelError(
+            f"a {type(model).__name__} has no score head on a decoder",
+            where=path,
+            fix="give a decoder saved as AutoModelForSequenceClassification",
+        )
+    model.to("cuda" if cuda else "cpu").eval()
+    return model, tokenizer
+
+
+def check_template(model: RewardModel, rows: Sequence[Row]) -> None:
+    """Raises DataError where rows are messages and the reward model has no chat template."""
+    if model.tokenizer.chat_template is None and any(
+        not isinstance(r["prompt"], str) for r in rows
+    ):
+        raise DataError(
+            "the rows are messages, and the reward model's tokenizer has no chat template",
+            where=model.path,
+            fix="give it the template it was trained with (chat_template.jinja beside its files)",
+        )

@@ -1,0 +1,381 @@
+"""A file of rows that are made one by one: what is done survives a kill; the file is whole or absent.
+
+Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order. Started
+again with the same rows and settings, only what is missing is made, and the file is byte for byte
+that of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import xxhash
+
+from rpo_trainer.data.rows import Row
+from rpo_trainer.errors import DataError, RunError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SYNC_SECONDS = 1.0  # a kill loses nothing that was written; a power cut at most so much
+_REPORT_SECONDS = 15.0
+_GIVE_UP = 20  # failures in a row, without one success, that speak of the service and not of rows
+
+
+class RowFailed(Exception):
+    """A row has no result; `service` says that the reason lies with the service asked, not the row."""
+
+    def __init__(self, reason: str, *, service: bool = False) -> None:
+        super().__init__(reason)
+        self.service = service
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of the row at `index`: the fields it gains, or why there are none."""
+
+    index: int
+    fields: dict[str, Any] | None
+    failed: RowFailed | None = None
+
+
+Shard = tuple[int, int]  # (rank, ranks)
+Work = Callable[[Sequence[int], Shard], Iterator[Done]]
+
+
+class Ranks(Protocol):
+    """The processes that share the work; `rpo_trainer.distributed` is one."""
+
+    def rank(self) -> int:
+        """Number of this process."""
+
+    def world_size(self) -> int:
+        """How many there are."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """An error of one inside becomes the error of all."""
+
+    def merge(self, values: dict[Any, T]) -> dict[Any, T]:
+        """The entries of all, on each."""
+
+    def on_main(self, do: Callable[[], T]) -> T:
+        """What the first gives, on each."""
+
+    def barrier(self) -> None:
+        """Waits for all."""
+
+
+class _Alone:
+    """One process."""
+
+    def rank(self) -> int:
+        return 0
+
+    def world_size(self) -> int:
+        return 1
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def merge(self, values: dict[Any, T]) -> dict[Any, T]:
+        return values
+
+    def on_main(self, do: Callable[[], T]) -> T:
+        return do()
+
+    def barrier(self) -> None:
+        pass
+
+
+ALONE: Ranks = _Alone()
+
+
+def content_key(*parts: Any) -> str:
+    """xxh3-64 of anything JSON can write."""
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode()))
+
+
+Assemble = Callable[[Sequence[dict[str, Any]]], list[Row]]
+
+
+def complete_rows(
+    path: Path,
+    rows: Sequence[Row],
+    work: Work,
+    *,
+    key: str,
+    what: str,
+    ranks: Ranks = ALONE,
+) -> list[Row]:
+    """`rows` with the fields that `work` makes of each, also written to `path` as JSON lines.
+
+    Args:
+        rows: plain rows; a result is merged into its row.
+        work, key, what, ranks: as `complete`.
+    """
+    ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
+
+    def merge(found: Sequence[dict[str, Any]]) -> list[Row]:
+        return [{**row, **fields} for row, fields in zip(rows, found, strict=True)]
+
+    return complete(path, ids, work, merge, key=key, what=what, ranks=ranks)
+
+
+def complete(
+    path: Path,
+    ids: Sequence[str],
+    work: Work,
+    assemble: Assemble,
+    *,
+    key: str,
+    what: str,
+    then: Callable[[list[Row]], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Row]:
+    """The rows made of the results of all units of work, also written to `path` as JSON lines.
+
+    Args:
+        ids: names the units in messages.
+        work: from the indices of units still to do, and the part of them that is this process's, to
+            their results, in any order.
+        assemble: from the results of all units, in order, to the rows.
+        key: of all that the results depend on; unfinished work under another key is refused.
+        what: names the work in messages ("scored").
+        then: called with the rows when they are written, before the unfinished work is removed.
+        ranks: the processes that share the work; all of them call this.
+
+    Raises:
+        DataError: units have finally failed; those that have not are kept, and tried no more.
+        RunError: unfinished work of other rows or settings lies there, or the service is down.
+    """
+    failures = _Failures(what, ids)
+    with ranks.together():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # By all of them before any writes: a run may go on with another number of processes.
+        found = _read_partials(path, key, len(ids))
+    pending = [i for i in range(len(ids)) if i not in found]
+    if found and pending:
+        logger.info("%d of %d rows are %s already", len(found), len(ids), what)
+    ranks.barrier()
+    with ranks.together():
+        own = unfinished(path, ranks.rank())
+        found |= _work_off(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
+    failures.reasons = ranks.merge(failures.reasons)
+    found = ranks.merge(found)
+    failures.raise_if_any(path)
+    rows = assemble([found[i] for i in range(len(ids))])
+
+    def finish() -> None:
+        write_rows(path, rows)
+        if then is not None:
+            then(rows)
+        for partial in _partials(path):
+            partial.unlink()
+
+    ranks.on_main(finish)
+    return rows
+
+
+def _work_off(
+    path: Path,
+    key: str,
+    work: Work,
+    pending: Sequence[int],
+    shard: Shard,
+    failures: _Failures,
+) -> dict[int, dict[str, Any]]:
+    """This process's part of what is pending, noted down as it comes."""
+    found: dict[int, dict[str, Any]] = {}
+    if not pending:
+        return found
+    partial = _Partial(path, key)
+    try:
+        for done in work(pending, shard):
+            if done.failed is not None:
+                failures.add(done.index, done.failed)
+            else:
+                assert done.fields is not None
+                found[done.index] = done.fields
+                partial.write([done.index, done.fields])
+                failures.in_a_row = 0
+            failures.show(len(failures.ids) - len(pending) + len(found))
+    finally:
+        partial.close()
+    return found
+
+
+def unfinished(path: Path, rank: int = 0) -> Path:
+    """Where a process's results for `path` are until it is whole."""
+    return path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
+
+
+def _partials(path: Path) -> list[Path]:
+    """Those of all processes, the first's last: while it is there, the work is not finished."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.partial*"), reverse=True)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """JSON lines, whole or not at all; on disk when this returns."""
+    staged = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of `write_rows`."""
+    # Not splitlines(), which also cuts at the line separators that a text may hold.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+@dataclass
+class _Failures:
+    """Why units have failed, by index."""
+
+    what: str
+    ids: Sequence[str]
+    reasons: dict[int, str] = field(default_factory=dict)
+    in_a_row: int = 0
+    _shown: float = field(default_factory=time.monotonic)
+
+    def add(self, index: int, failed: RowFailed) -> None:
+        self.reasons[index] = str(failed)
+        self.in_a_row = self.in_a_row + 1 if failed.service else 0
+        if self.in_a_row >= _GIVE_UP:
+            raise RunError(
+                f"{self.in_a_row} rows in a row have failed: {failed}",
+                why="the service does not answer as it should; what is done is kept",
+                fix="mend it, and run the same command again",
+            )
+
+    def show(self, finished: int) -> None:
+        if time.monotonic() - self._shown > _REPORT_SECONDS:
+            self._shown = time.monotonic()
+            logger.info("%d of %d rows %s", finished, len(self.ids), self.what)
+
+    def raise_if_any(self, path: Path) -> None:
+        if not self.reasons:
+            return
+        rows: dict[str, list[str]] = {}
+        for index, reason in sorted(self.reasons.items()):
+            rows.setdefault(reason, []).append(self.ids[index])
+        lines = [
+            f"{len(ids)} rows ({', '.join(ids[:3])}): {reason}" for reason, ids in rows.items()
+        ]
+        raise DataError(
+            f"{len(self.reasons)} of {len(self.ids)} rows could not be {self.what}\n    "
+            + "\n    ".join(lines[:10])
+            + (f"\n    and {len(lines) - 10} reasons more" if len(lines) > 10 else ""),
+            where=str(path),
+            why="no row is left out in silence; the others are kept",
+            fix="run the same command again for these rows alone, or mend or remove them",
+        )
+
+
+def _read_partials(path: Path, key: str, total: int) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for partial in _partials(path):
+        lines, _ = _sound_lines(partial)
+        if lines:
+            _check_key(lines[0], key, partial)
+        found |= {index: fields for index, fields in lines[1:] if 0 <= index < total}
+    return found
+
+
+def _sound_lines(path: Path) -> tuple[list[Any], int]:
+    """The lines up to one cut by a kill, and how many bytes they are."""
+    lines, good = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                lines.append(json.loads(line) if line.endswith(b"\n") else None)
+            except ValueError:
+                lines.append(None)
+            if lines[-1] is None:
+                return lines[:-1], good
+            good += len(line)
+    return lines, good
+
+
+def _check_key(header: Any, key: str, path: Path) -> None:
+    if not isinstance(header, dict) or header.get("key") != key:
+        raise RunError(
+            "unfinished work lies here, of other rows or with other settings",
+            where=str(path),
+            why="going on would mix the two in one file",
+            fix="give the rows and settings it began with, remove it, or name another output",
+        )
+
+
+class _Partial:
+    """The append-only file of one process's results."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        good = _sound_lines(path)[1] if path.exists() else 0
+        self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(good)
+        self._file.seek(good)
+        self._synced = time.monotonic()
+        if not good:
+            self.write({"key": key})
+
+    def write(self, value: Any) -> None:
+        """One line, out of this process when it returns."""
+        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """On disk when it returns."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def one_by_one(make: Callable[[int], dict[str, Any]], workers: int = 1) -> Work:
+    """Work that makes the fields of each row by itself, `workers` of them at a time."""
+
+    def attempt(index: int) -> Done:
+        try:
+            return Done(index, make(index))
+        except RowFailed as failed:
+            return Done(index, None, failed)
+
+    def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
+        rank, world = shard
+        own = pending[rank::world]
+        if workers == 1:
+            yield from map(attempt, own)
+            return
+        executor = ThreadPoolExecutor(workers)
+        waiting: set[Future[Done]] = set()
+        try:
+            for index in own:
+                waiting.add(executor.submit(attempt, index))
+                if len(waiting) >= 2 * workers:  # never all 300,000 at once
+                    finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in finished)
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    return work

@@ -1,0 +1,207 @@
+"""Rows of prompts to rows of responses: from policies on this machine and behind endpoints, mixed."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import xxhash
+
+from rpo_trainer.data.rows import Row
+from rpo_trainer.rewards.endpoint import Endpoint, Unreadable
+from rpo_trainer.rewards.rowfile import ALONE, Done, Ranks, Shard, complete, content_key, one_by_one
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rpo_trainer.recipe import EndpointSpec, GenerateSpec
+
+Loaded = Callable[[], "tuple[PreTrainedModel, PreTrainedTokenizerBase]"]
+
+
+class Policy(Protocol):
+    """What responses are sampled from; `key` is of all that they depend on beside the rows."""
+
+    name: str
+    key: str
+
+    def sample(
+        self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
+    ) -> Iterator[Done]:
+        """`responses` and `finished` (not cut by the limit) of the pending rows."""
+
+
+class LocalPolicy:
+    """A model of transformers, loaded when the first row needs it.
+
+    Args:
+        load: gives model and tokenizer.
+        weights: a key of the weights.
+        seed: of the random numbers, with the key of each row.
+    """
+
+    def __init__(
+        self, name: str, load: Loaded, spec: GenerateSpec, *, weights: str, seed: int
+    ) -> None:
+        self.name = name
+        self.spec = spec
+        self.seed = seed
+        self._load = load
+        self.key = content_key("local", weights, sampling_settings(spec), seed)
+
+    def sample(
+        self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
+    ) -> Iterator[Done]:
+        import torch
+
+        from rpo_trainer.rewards.generate import iter_responses
+
+        model, tokenizer = self._load()
+        spec = self.spec
+        found = iter_responses(
+            model, tokenizer, [row["prompt"] for row in rows], pending,
+            responses=spec.responses, max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k,
+            batch_size=spec.batch_size, seed=self.seed, keys=keys,
+            tools=[row.get("tools") for row in rows], shard=shard,
+        )  # fmt: skip
+        for index, samples in found:
+            texts = [sample.text for sample in samples]
+            yield Done(index, _fields(texts, [sample.finished for sample in samples]))
+        del model, found
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class EndpointPolicy:
+    """A model behind an OpenAI-compatible endpoint; each response is a request with its own seed."""
+
+    def __init__(self, endpoint: EndpointSpec, spec: GenerateSpec, *, seed: int) -> None:
+        self.name = endpoint.model
+        self.spec = spec
+        self.seed = seed
+        self.endpoint = Endpoint(endpoint)
+        settings = sampling_settings(spec)
+        self.key = content_key("endpoint", endpoint.url, endpoint.model, settings, seed)
+
+    def sample(
+        self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
+    ) -> Iterator[Done]:
+        def make(index: int) -> dict[str, Any]:
+            found = [
+                self._one(rows[index], f"{self.seed}:{keys[index]}:{copy}")
+                for copy in range(self.spec.responses)
+            ]
+            return _fields([text for text, _ in found], [finished for _, finished in found])
+
+        yield from one_by_one(make, workers=self.endpoint.spec.concurrency)(pending, shard)
+
+    def _one(self, row: Row, key: str) -> tuple[str, bool]:
+        spec = self.spec
+        options: dict[str, Any] = {
+            "model": self.endpoint.spec.model,
+            "max_tokens": spec.max_new_tokens,
+            "temperature": spec.temperature,
+            "top_p": spec.top_p,
+            "seed": xxhash.xxh3_64_intdigest(key.encode()) % 2**31,
+        }
+        if spec.top_k:  # not in OpenAI's own interface; vLLM and most servers know it
+            options["extra_body"] = {"top_k": spec.top_k}
+        prompt = row["prompt"]
+
+        def send(client: OpenAI) -> Any:
+            if isinstance(prompt, str):
+                return client.completions.create(prompt=prompt, **options)
+            tools = {"tools": row["tools"]} if row.get("tools") else {}
+            return client.chat.completions.create(messages=[*prompt], **options, **tools)
+
+        return self.endpoint.ask(send, _response)
+
+
+def _response(answer: Any) -> tuple[str, bool]:
+    choice = answer.choices[0]
+    text = choice.message.content if hasattr(choice, "message") else choice.text
+    if not isinstance(text, str):
+        raise Unreadable("a completion without text")
+    return text, choice.finish_reason != "length"
+
+
+def _fields(texts: list[str], finished: list[bool]) -> dict[str, Any]:
+    return {"responses": texts, "finished": finished}
+
+
+def sampling_settings(spec: GenerateSpec) -> dict[str, Any]:
+    """What of a spec shapes the responses, as it is kept in the rows."""
+    names = ("responses", "temperature", "top_p", "top_k", "max_new_tokens")
+    return {name: getattr(spec, name) for name in names}
+
+
+def row_keys(rows: Sequence[Row], prefix: str = "") -> list[str]:
+    """A name for the random numbers of each row: its id, numbered where others have it too."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for row in rows:
+        name = f"{row['source']}/{row['id']}"
+        seen[name] += 1
+        keys.append(f"{prefix}{name}" if seen[name] == 1 else f"{prefix}{name}#{seen[name]}")
+    return keys
+
+
+def sample_rows(
+    path: Path,
+    rows: Sequence[Row],
+    policies: Sequence[Policy],
+    spec: GenerateSpec,
+    *,
+    seed: int,
+    prefix: str = "",
+    then: Callable[[list[Row]], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Row]:
+    """The rows with `responses` of all policies, one after the other, also written to `path`.
+
+    Beside them each row gains `finished` and `policies` (one entry a response) and `sampling`.
+    Responses depend on the seed, the policy's place, `prefix` and the row's id alone.
+
+    Args:
+        path: resumed where it was interrupted, see `rowfile`.
+        then, ranks: as `complete`.
+        prefix: of the keys; two rounds with different ones sample different numbers.
+
+    Raises:
+        DataError, RunError: as `complete` and `iter_responses`.
+    """
+    count = len(rows)
+    keys = row_keys(rows, prefix)
+
+    def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
+        for place, policy in enumerate(policies):
+            own = [unit - place * count for unit in pending if unit // count == place]
+            if own:
+                names = [f"{place}:{key}" if place else key for key in keys]
+                for done in policy.sample(rows, own, names, shard):
+                    yield Done(place * count + done.index, done.fields, done.failed)
+
+    def assemble(found: Sequence[dict[str, Any]]) -> list[Row]:
+        made = []
+        for index, row in enumerate(rows):
+            parts = [found[place * count + index] for place in range(len(policies))]
+            made.append(
+                {
+                    **row,
+                    "responses": [text for part in parts for text in part["responses"]],
+                    "finished": [flag for part in parts for flag in part["finished"]],
+                    "policies": [p.name for p in policies for _ in range(spec.responses)],
+                    "sampling": {**sampling_settings(spec), "seed": seed},
+                }
+            )
+        return made
+
+    ids = [str(row["id"]) for _ in policies for row in rows]
+    key = content_key([policy.key for policy in policies], list(rows), seed, prefix)
+    return complete(path, ids, work, assemble, key=key, what="sampled", then=then, ranks=ranks)

@@ -1,0 +1,205 @@
+"""Where rewards come from: a verifier, a reward model here, one behind an endpoint, or an LLM judge.
+
+Every scorer works alike: it looks at all rows before time is spent, and then gives each row, one by
+one, the fields `rewards` (one a response) and, where there is more to tell, `scores` or `judge`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
+from rpo_trainer.rewards.judge import judge_row, read_template
+from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard, Work, content_key, one_by_one
+from rpo_trainer.rewards.verifiers import Verifier, check_rows, get_verifier
+from rpo_trainer.rewards.weights import PRESETS, resolve_weights
+
+if TYPE_CHECKING:
+    from rpo_trainer.recipe import EndpointSpec, JudgeSpec, ScoreSpec
+
+BATCH_TOKENS = 16384
+
+
+class Scorer(Protocol):
+    """Gives rewards to the responses of rows.
+
+    Attributes:
+        columns: what it reads of a row beside its prompt and responses.
+        key: of all that the rewards depend on, beside the rows.
+    """
+
+    columns: tuple[str, ...]
+    key: str
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raises DataError, or Problems, where rows cannot be scored, before any is."""
+
+    def work(self, rows: Sequence[Row]) -> Work:
+        """What `complete_rows` needs."""
+
+
+def make_scorer(
+    spec: ScoreSpec,
+    *,
+    base_dir: Path | None = None,
+    model: Callable[[str], tuple[str, str]] | None = None,
+) -> Scorer:
+    """The scorer that a recipe's `score` describes.
+
+    Args:
+        base_dir: where relative paths start.
+        model: from what the spec calls a reward model to its directory or hub name, and a key of its
+            weights.
+
+    Raises:
+        RecipeError: a library that is not installed, a template without its places, code that may
+            not be run, no such weights.
+    """
+    if spec.verifier is not None:
+        return _ByVerifier(
+            get_verifier(spec.verifier, allow_code_execution=spec.allow_code_execution)
+        )
+    if spec.model is not None:
+        path, weights_key = model(spec.model) if model is not None else (spec.model, "")
+        return _ByModel(spec, path, weights_key)
+    if spec.endpoint is not None:
+        return _ByEndpoint(spec.endpoint, spec.weights)
+    assert spec.judge is not None  # the schema
+    return _ByJudge(spec.judge, base_dir)
+
+
+class _ByVerifier:
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
+        self.columns = verifier.columns
+        self.key = content_key("verifier", verifier.name)
+
+    def check(self, rows: Sequence[Row]) -> None:
+        check_rows(rows, self.verifier)
+
+    def work(self, rows: Sequence[Row]) -> Work:
+        def make(index: int) -> dict[str, Any]:
+            try:
+                check = self.verifier.prepare(rows[index])
+                return {"rewards": [check(response) for response in rows[index]["responses"]]}
+            except RowError as error:
+                raise RowFailed(str(error)) from None
+
+        # Tests of code wait for another process; the rest is faster without threads.
+        outside = self.verifier.name == "asserts"
+        return one_by_one(make, workers=(os.cpu_count() or 1) if outside else 1)
+
+
+class _ByModel:
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, spec: ScoreSpec, path: str, weights_key: str) -> None:
+        self.spec = spec
+        self.path = path
+        self.batch_tokens = spec.batch_tokens or BATCH_TOKENS
+        self.key = content_key("model", weights_key or path, spec.weights)
+
+    def check(self, rows: Sequence[Row]) -> None:
+        if isinstance(self.spec.weights, str) and self.spec.weights not in PRESETS:
+            resolve_weights(self.spec.weights, ())
+
+    def work(self, rows: Sequence[Row]) -> Work:
+        def run(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
+            from rpo_trainer.rewards.model import RewardModel, check_template
+
+            model = RewardModel(self.path, self.spec.weights)
+            check_template(model, rows)
+            yield from model.score(rows, pending, self.batch_tokens, shard)
+
+        return run
+
+
+class _ByEndpoint:
+    """Without weights, the endpoint must answer with one attribute called `reward`."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, spec: EndpointSpec, weights: dict[str, float] | str | None) -> None:
+        by_name = PRESETS.get(weights, {}) if isinstance(weights, str) else weights
+        names = list(by_name) if by_name is not None else ["reward"]
+        self.weights = resolve_weights(weights, names)
+        self.endpoint = Endpoint(spec)
+        self.key = content_key("endpoint", spec.url, spec.model, self.weights)
+
+    def check(self, rows: Sequence[Row]) -> None:
+        pass  # any text can be scored
+
+    def work(self, rows: Sequence[Row]) -> Work:
+        def make(index: int) -> dict[str, Any]:
+            row = rows[index]
+            scores = [
+                self.endpoint.chat(_conversation(row, response), self._read)
+                for response in row["responses"]
+            ]
+            rewards = [sum(w * each[name] for name, w in self.weights.items()) for each in scores]
+            return {"rewards": rewards, "scores": scores}
+
+        return one_by_one(make, workers=self.endpoint.spec.concurrency)
+
+    def _read(self, answer: Any) -> dict[str, float]:
+        scores = attribute_scores(answer)
+        if missing := [name for name in self.weights if name not in scores]:
+            raise Unreadable(
+                f"no score for {', '.join(missing)}, but for {', '.join(scores)}; "
+                "`weights` says which attributes make the reward"
+            )
+        return scores
+
+
+class _ByJudge:
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, spec: JudgeSpec, base_dir: Path | None) -> None:
+        path = None
+        if spec.template is not None:
+            path = (base_dir or Path()) / Path(spec.template).expanduser()
+        self.template = read_template(path)
+        self.endpoint = Endpoint(spec)
+        self.options = {"max_tokens": spec.max_tokens, "temperature": spec.temperature}
+        self.key = content_key("judge", spec.url, spec.model, self.template, self.options)
+
+    def check(self, rows: Sequence[Row]) -> None:
+        single = [str(row["id"]) for row in rows if len(row["responses"]) < 2]
+        if single:
+            raise DataError(
+                f"{len(single)} of {len(rows)} rows have one response",
+                where=f"rows {', '.join(single[:3])}",
+                why="the judge compares responses in pairs",
+                fix="score single responses with a verifier, a reward model or a reward endpoint",
+            )
+
+    def work(self, rows: Sequence[Row]) -> Work:
+        return one_by_one(
+            lambda index: judge_row(self.endpoint, self.template, rows[index], **self.options),
+            workers=self.endpoint.spec.concurrency,
+        )
+
+
+def _conversation(row: Row, response: str) -> list[dict[str, Any]]:
+    prompt = row["prompt"]
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    return [*before, {"role": "assistant", "content": response}]
+
+
+def weights_key(path: Path) -> str:
+    """A key of the model files in a directory: of their hashes, by name.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    from rpo_trainer.trainers.checkpoint import file_digest
+
+    files = sorted(p for p in path.glob("*.safetensors")) if path.is_dir() else []
+    if not files:
+        raise RecipeError("there are no weights (safetensors) here", where=str(path))
+    return content_key([(file.name, file_digest(file)) for file in files])

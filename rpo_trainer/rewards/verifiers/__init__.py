@@ -1,0 +1,85 @@
+"""Rewards computed from what a row says about right answers: no reward model, no judge."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from rpo_trainer.data.rows import Row, RowError, RowProblems
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.rewards.verifiers.asserts import ASSERTS, require_permission
+from rpo_trainer.rewards.verifiers.base import Verifier
+from rpo_trainer.rewards.verifiers.instructions import INSTRUCTION_CHECKS
+from rpo_trainer.rewards.verifiers.json_schema import JSON_SCHEMA
+from rpo_trainer.rewards.verifiers.numeric import NUMERIC
+from rpo_trainer.rewards.verifiers.text import EXACT, MULTIPLE_CHOICE, PARTIAL_MATCH, REGEX
+
+__all__ = ["VERIFIERS", "Verifier", "check_rows", "get_verifier", "nearest", "score_rows"]
+
+VERIFIERS = {
+    verifier.name: verifier
+    for verifier in (
+        EXACT, PARTIAL_MATCH, NUMERIC, MULTIPLE_CHOICE, JSON_SCHEMA, REGEX, INSTRUCTION_CHECKS,
+        ASSERTS,
+    )
+}  # fmt: skip
+
+
+def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
+    """The verifier of that name, one of `VERIFIERS`.
+
+    Raises:
+        RecipeError: there is no such verifier, or it runs code and that has not been allowed.
+    """
+    if name not in VERIFIERS:
+        raise RecipeError(
+            f"unknown verifier '{name}'{nearest(name, VERIFIERS)}",
+            fix=f"use one of: {', '.join(VERIFIERS)}",
+        )
+    if name == ASSERTS.name:
+        require_permission(allow_code_execution)
+    return VERIFIERS[name]
+
+
+def score_rows(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
+    """The rows with `rewards`, one for each of their `responses`.
+
+    Raises:
+        DataError, or Problems: rows that cannot be verified; all are counted, the first three of
+            each kind are named.
+    """
+    problems = RowProblems()
+    scored = []
+    for row in rows:
+        try:
+            check = verifier.prepare(row)
+            scored.append({**row, "rewards": [check(response) for response in row["responses"]]})
+        except RowError as error:
+            problems.add(str(error), str(row["id"]))
+    _raise(problems, len(rows), verifier)
+    return scored
+
+
+def check_rows(rows: Sequence[Row], verifier: Verifier) -> None:
+    """Raises what `score_rows` would, before time is spent on sampling responses."""
+    problems = RowProblems()
+    for row in rows:
+        try:
+            verifier.prepare(row)
+        except RowError as error:
+            problems.add(str(error), str(row["id"]))
+    _raise(problems, len(rows), verifier)
+
+
+def _raise(problems: RowProblems, total: int, verifier: Verifier) -> None:
+    problems.where = f"verifier '{verifier.name}'"
+    problems.raise_if_any(
+        total,
+        fix=f"give what it reads ({', '.join(verifier.columns)}), or leave these rows out",
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,304 @@
+"""Verifiable instructions of the IFEval kind: does a response do what it was told.
+
+The ids and their arguments are those of the data set (instruction_id_list, kwargs); what each means
+is written here from its description in "Instruction-Following Evaluation for Large Language Models"
+(arXiv 2311.07911). Where the paper counts sentences with a trained splitter, a plain rule does here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.rewards.verifiers.base import Check, Verifier, required
+from rpo_trainer.rewards.verifiers.json_schema import is_json
+from rpo_trainer.rewards.verifiers.text import missing_library
+
+Instruction = Callable[..., bool]
+INSTRUCTIONS: dict[str, Instruction] = {}
+
+
+def _instruction(name: str) -> Callable[[Instruction], Instruction]:
+    def register(function: Instruction) -> Instruction:
+        INSTRUCTIONS[name] = function
+        return function
+
+    return register
+
+
+def _instructions(row: Row) -> Check:
+    """The share of the row's instructions that the response follows: 1 where it follows all.
+
+    `instruction_id_list` names them, `kwargs` holds the arguments of each (null ones are absent).
+    """
+    checks = [
+        _bound(str(name), arguments)
+        for name, arguments in zip(*_lists_of(row), strict=True)
+    ]  # fmt: skip
+    return lambda response: sum(map(bool, (c(response) for c in checks))) / len(checks)
+
+
+def _lists_of(row: Row) -> tuple[list[Any], list[Any]]:
+    names = required(row, "instruction_id_list")
+    arguments = row.get("kwargs")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise RowError("`kwargs` is text that is not JSON") from None
+    if not isinstance(names, list) or not names:
+        raise RowError("`instruction_id_list` is not a list of ids")
+    if not isinstance(arguments, list) or len(arguments) != len(names):
+        raise RowError("`kwargs` is not a list with one object an instruction")
+    return names, arguments
+
+
+def _bound(name: str, arguments: object) -> Callable[[str], bool]:
+    """The instruction with its arguments, checked before any response is there."""
+    if name not in INSTRUCTIONS:
+        raise RowError(f"unknown instruction id {name!r}")
+    if not isinstance(arguments, Mapping):
+        raise RowError(f"the arguments of {name} are not an object")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    function = INSTRUCTIONS[name]
+    expected = dict(list(inspect.signature(function).parameters.items())[1:])
+    if set(given) != set(expected):
+        raise RowError(f"{name} takes the arguments {', '.join(expected) or 'none'}")
+    for key, parameter in expected.items():
+        given[key] = _typed(given[key], str(parameter.annotation), f"{key} of {name}")
+    if name in _NEED_LANGUAGE:
+        _need_language_library()
+    return lambda response: function(response, **given)
+
+
+def _typed(value: Any, kind: str, what: str) -> Any:
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)  # Arrow and JavaScript write whole numbers so
+    right = {
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "str": isinstance(value, str) and value.strip() != "",
+        "list[str]": isinstance(value, list) and all(isinstance(v, str) for v in value),
+    }[kind]
+    if not right:
+        raise RowError(f"{what} is not {kind}")
+    if what.split()[0].endswith("relation") and value not in RELATIONS:
+        raise RowError(f"{what} is neither of {', '.join(RELATIONS)}")
+    return value
+
+
+RELATIONS: dict[str, Callable[[int, int], bool]] = {
+    "at least": lambda count, limit: count >= limit,
+    "less than": lambda count, limit: count < limit,
+}
+
+# ---------------------------------------------------------------- key words
+
+
+@_instruction("keywords:existence")
+def _existence(text: str, keywords: list[str]) -> bool:
+    return all(word.casefold() in text.casefold() for word in keywords)
+
+
+@_instruction("keywords:frequency")
+def _frequency(text: str, keyword: str, frequency: int, relation: str) -> bool:
+    return RELATIONS[relation](text.casefold().count(keyword.casefold()), frequency)
+
+
+@_instruction("keywords:forbidden_words")
+def _forbidden(text: str, forbidden_words: list[str]) -> bool:
+    return not any(
+        re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
+        for word in forbidden_words
+    )
+
+
+@_instruction("keywords:letter_frequency")
+def _letters(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
+    return RELATIONS[let_relation](text.casefold().count(letter.casefold()), let_frequency)
+
+
+# ---------------------------------------------------------------- length
+
+_ENDS = re.compile(r"(?:[.!?…]+[\"'”’)\]*]*(?=\s|\Z))|[。！？]+|\n{2,}|\n(?=\s*[-*•\d])")
+_NO_END = re.compile(
+    r"\b(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|vs|etc|Inc|Ltd|e\.g|i\.e|No|Fig)\.$"
+)
+
+
+def count_sentences(text: str) -> int:
+    """Stretches with a word in them, cut behind . ! ? and at empty lines and list items.
+
+    A full stop behind an initial or a common abbreviation does not end one.
+    """
+    count, begin = 0, 0
+    for match in _ENDS.finditer(text):
+        stretch = text[begin : match.end()].strip()
+        if match[0].startswith(".") and _NO_END.search(stretch) and match.end() < len(text):
+            continue
+        count += re.search(r"\w", stretch) is not None
+        begin = match.end()
+    return count + (re.search(r"\w", text[begin:]) is not None)
+
+
+@_instruction("length_constraints:number_sentences")
+def _sentences(text: str, num_sentences: int, relation: str) -> bool:
+    return RELATIONS[relation](count_sentences(text), num_sentences)
+
+
+@_instruction("length_constraints:number_words")
+def _words(text: str, num_words: int, relation: str) -> bool:
+    return RELATIONS[relation](len(re.findall(r"\w+", text)), num_words)
+
+
+@_instruction("length_constraints:number_paragraphs")
+def _paragraphs(text: str, num_paragraphs: int) -> bool:
+    """Paragraphs with the divider `***` between them; none of them empty."""
+    parts = [part.strip() for part in re.split(r"\*\*\*", text)]
+    if not parts[0]:
+        parts = parts[1:]
+    if parts and not parts[-1]:
+        parts = parts[:-1]
+    return len(parts) == num_paragraphs and all(parts)
+
+
+@_instruction("length_constraints:nth_paragraph_first_word")
+def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """Paragraphs with an empty line between them; the nth begins with a word."""
+    parts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+    if len(parts) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
+        return False
+    word = re.match(r"\W*([^\s.,!?;:'\"”’)]*)", parts[nth_paragraph - 1])
+    return word is not None and word[1].casefold() == first_word.casefold()
+
+
+# ---------------------------------------------------------------- content and format
+
+
+@_instruction("detectable_content:number_placeholders")
+def _placeholders(text: str, num_placeholders: int) -> bool:
+    return len(re.findall(r"\[[^\[\]\n]+\]", text)) >= num_placeholders
+
+
+@_instruction("detectable_content:postscript")
+def _postscript(text: str, postscript_marker: str) -> bool:
+    """The marker, its blanks and last dot as one likes, with something behind it."""
+    letters = [re.escape(part) for part in re.split(r"[.\s]+", postscript_marker) if part]
+    return (
+        re.search(r"(?<!\w)" + r"\.?\s?".join(letters) + r"\b[.:]?\s*[^\s.:]", text, re.IGNORECASE)
+        is not None
+    )
+
+
+@_instruction("detectable_format:number_bullet_lists")
+def _bullets(text: str, num_bullets: int) -> bool:
+    return len(re.findall(r"^\s*(?:\*(?!\*)|-(?!-))\s*\S", text, re.MULTILINE)) == num_bullets
+
+
+@_instruction("detectable_format:constrained_response")
+def _constrained(text: str) -> bool:
+    return any(f"my answer is {word}." in text.casefold() for word in ("yes", "no", "maybe"))
+
+
+@_instruction("detectable_format:number_highlighted_sections")
+def _highlights(text: str, num_highlights: int) -> bool:
+    """*So* or **so**, on one line and not empty."""
+    found = re.findall(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*", text)
+    return sum(bool((double or single).strip()) for double, single in found) >= num_highlights
+
+
+@_instruction("detectable_format:multiple_sections")
+def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
+    """Sections that begin with the word and a number."""
+    found = re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)
+    return len(found) >= num_sections
+
+
+@_instruction("detectable_format:json_format")
+def _json(text: str) -> bool:
+    return is_json(text)
+
+
+@_instruction("detectable_format:title")
+def _title(text: str) -> bool:
+    return re.search(r"<<[^\n<>]*[^\s<>][^\n<>]*>>", text) is not None
+
+
+@_instruction("combination:two_responses")
+def _two_responses(text: str) -> bool:
+    """Two different answers with six asterisks between them."""
+    parts = [part.strip() for part in text.split("******")]
+    parts = [part for i, part in enumerate(parts) if part or 0 < i < len(parts) - 1]
+    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
+
+
+@_instruction("combination:repeat_prompt")
+def _repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
+    return text.strip().casefold().startswith(prompt_to_repeat.strip().casefold())
+
+
+@_instruction("startend:end_checker")
+def _end(text: str, end_phrase: str) -> bool:
+    return text.strip().strip('"').casefold().endswith(end_phrase.strip().strip('"').casefold())
+
+
+@_instruction("startend:quotation")
+def _quotation(text: str) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] == text[-1] == '"'
+
+
+@_instruction("punctuation:no_comma")
+def _no_comma(text: str) -> bool:
+    return "," not in text
+
+
+# ---------------------------------------------------------------- case and language
+
+
+@_instruction("change_case:capital_word_frequency")
+def _capital_words(text: str, capital_frequency: int, capital_relation: str) -> bool:
+    capitals = [word for word in re.findall(r"[\w'’-]+", text) if word.isupper()]
+    return RELATIONS[capital_relation](len(capitals), capital_frequency)
+
+
+@_instruction("change_case:english_capital")
+def _all_capital(text: str) -> bool:
+    return text.isupper() and _language(text) == "en"
+
+
+@_instruction("change_case:english_lowercase")
+def _all_lower(text: str) -> bool:
+    return text.islower() and _language(text) == "en"
+
+
+@_instruction("language:response_language")
+def _response_language(text: str, language: str) -> bool:
+    return _language(text) == language.lower().split("-")[0]
+
+
+_NEED_LANGUAGE = (
+    "change_case:english_capital", "change_case:english_lowercase", "language:response_language",
+)  # fmt: skip
+
+
+def _need_language_library() -> None:
+    try:
+        import py3langid  # noqa: F401
+    except ImportError:
+        raise missing_library("instructions", "py3langid") from None
+
+
+def _language(text: str) -> str:
+    """The likeliest language, as its code of two letters; of no words, nothing."""
+    import py3langid
+
+    if not re.search(r"[^\W\d_]", text):
+        return ""
+    return str(py3langid.classify(text.lower())[0])
+
+
+INSTRUCTION_CHECKS = Verifier("instructions", 1.0, ("instruction_id_list", "kwargs"), _instructions)

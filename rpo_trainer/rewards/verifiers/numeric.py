@@ -1,0 +1,119 @@
+"""The numeric verifier: the number a response ends with, compared exactly with the right one."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from fractions import Fraction
+
+from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.rewards.verifiers.base import Check, Verifier, ground_truth
+
+_CURRENCY = "$€£¥₹"
+_DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?![\d.]))?"
+_FRACTION = r"\\[dt]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}"
+_NUMBER = re.compile(
+    # Not inside a word, an exponent ("m^2") or a longer number. A minus is a sign unless
+    # something that can be subtracted from stands right in front of it.
+    rf"(?<![\w^])(?<!\d\.)(?<!\^\{{)"
+    rf"(?P<sign>(?<![\w)%])[-−+](?=[\d.{_CURRENCY}\\]))?"
+    rf"\\?[{_CURRENCY}]?\s?"
+    rf"(?P<inner>(?<=[{_CURRENCY}])[-−])?"
+    rf"(?:(?P<whole>\d+)\s+(?P<over>\d+)\s*/\s*(?P<under>\d+)(?![\d.])"
+    rf"|(?P<mixed>\d+)?\s*{_FRACTION}"
+    rf"|(?P<top>{_DECIMAL})\s*/\s*(?P<bottom>{_DECIMAL})(?!\s*[/\d])"
+    rf"|(?P<plain>{_DECIMAL}))"
+    r"(?P<percent>\s?\\?%)?",
+)
+_SEPARATORS = re.compile(r",|\{,\}|\\,")
+
+
+def _numeric(row: Row) -> Check:
+    """1 where the response's answer is the number of `ground_truth`, 0 else and without a number.
+
+    The answer is the last number of the last \\boxed{…}, else the first behind the last `####`, else
+    the last of the whole response, as in GSM8K. Thousands separators, currencies, units, fractions
+    (3/4, 1 1/2, \\frac{3}{4}) and exponents are read; numbers are compared exactly. A percent sign
+    may be left out (50 for 50 %) or worked in (0.5 for 50 %).
+    """
+    truth = last_number(ground_truth(row))
+    if truth is None:
+        raise RowError("ground_truth holds no number")
+
+    def check(response: str) -> float:
+        found = last_number(response)
+        return float(found is not None and not truth.isdisjoint(found))
+
+    return check
+
+
+def last_number(text: str) -> set[Fraction] | None:
+    """The readings of a text's answer; None where it holds no number."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return _last_in(boxed)
+    _, mark, behind = text.rpartition("####")
+    return next(_numbers_in(behind), None) if mark else _last_in(text)
+
+
+def _last_in(text: str) -> set[Fraction] | None:
+    last = deque(_numbers_in(text), maxlen=1)
+    return last[0] if last else None
+
+
+def _numbers_in(text: str) -> Iterator[set[Fraction]]:
+    for match in _NUMBER.finditer(text):
+        readings = _readings(match)
+        if readings is not None:
+            yield readings
+
+
+def _readings(match: re.Match[str]) -> set[Fraction] | None:
+    value = _value(match)
+    if value is None:
+        return None
+    if match["sign"] in ("-", "−") or match["inner"]:
+        value = -value
+    return {value, value / 100} if match["percent"] else {value}
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    """The size of a number; None for a division by nought."""
+    try:
+        if match["plain"]:
+            return _decimal(match["plain"])
+        if match["top"]:
+            return _decimal(match["top"]) / _decimal(match["bottom"])
+        if match["whole"]:
+            return int(match["whole"]) + Fraction(int(match["over"]), int(match["under"]))
+        # The two groups of _FRACTION have no names: it could not be used twice else.
+        top, bottom = match.groups()[_FRACTION_AT : _FRACTION_AT + 2]
+        return int(match["mixed"] or 0) + _decimal(top) / _decimal(bottom)
+    except (ZeroDivisionError, ValueError):
+        return None
+
+
+_FRACTION_AT = _NUMBER.groupindex["mixed"]  # groups() counts from 0, groupindex from 1
+
+
+def _decimal(text: str) -> Fraction:
+    return Fraction(_SEPARATORS.sub("", text))
+
+
+def _last_boxed(text: str) -> str | None:
+    """What stands between the braces of the last \\boxed{…}."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start:place]
+    return text[start:]
+
+
+NUMERIC = Verifier("numeric", 1.0, ("ground_truth",), _numeric)

@@ -1,0 +1,59 @@
+"""From the scores of several attributes to one reward: weights by name, published ones among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rpo_trainer.errors import RecipeError
+
+HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+# What the model cards recommend for one scalar reward; the attributes are HelpSteer2's, rated 0 to 4.
+#   https://huggingface.co/nvidia/Nemotron-4-340B-Reward
+#   https://huggingface.co/nvidia/Llama3-70B-SteerLM-RM
+PRESETS: dict[str, dict[str, float]] = {
+    "nemotron-4-340b-reward": dict(
+        zip(HELPSTEER_ATTRIBUTES, (0.3, 0.74, 0.46, 0.47, -0.33), strict=True)
+    ),
+    "llama3-70b-steerlm-rm": dict(
+        zip(HELPSTEER_ATTRIBUTES, (0.65, 0.8, 0.45, 0.55, -0.4), strict=True)
+    ),
+}
+
+
+def resolve_weights(
+    weights: str | Mapping[str, float] | None, attributes: Sequence[str]
+) -> dict[str, float]:
+    """The weight of each attribute, in their order.
+
+    Args:
+        weights: the name of a preset, weights by attribute, or None: the mean of the attributes.
+
+    Raises:
+        RecipeError: no such preset, an attribute without a weight, a weight without an attribute,
+            or only zeros.
+    """
+    if weights is None:
+        return {name: 1.0 / len(attributes) for name in attributes}
+    if isinstance(weights, str):
+        if weights not in PRESETS:
+            raise RecipeError(
+                f"there are no published weights {weights!r}",
+                where="reward_weights",
+                fix=f"use one of {', '.join(PRESETS)}, or give weights by attribute",
+            )
+        weights = PRESETS[weights]
+    missing = [name for name in attributes if name not in weights]
+    unknown = [name for name in weights if name not in attributes]
+    if missing or unknown:
+        faults = [f"no weight for {name}" for name in missing]
+        faults += [f"a weight for {name}, which is no attribute of the model" for name in unknown]
+        raise RecipeError(
+            "; ".join(faults),
+            where="reward_weights",
+            why=f"the attributes are {', '.join(attributes)}",
+            fix="give each attribute its weight; 0 leaves it out of the reward",
+        )
+    if not any(weights[name] for name in attributes):
+        raise RecipeError("all weights are 0", where="reward_weights", fix="give one above 0")
+    return {name: float(weights[name]) for name in attributes}

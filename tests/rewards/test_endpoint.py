@@ -1,0 +1,137 @@
+"""Endpoints that fail, stall, limit the rate or answer nonsense: asked again, and no row lost."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from rpo_trainer.errors import RunError
+from rpo_trainer.recipe import EndpointSpec
+from rpo_trainer.rewards.endpoint import Endpoint, attribute_scores, message_of
+from rpo_trainer.rewards.rowfile import RowFailed
+from tests.rewards.server import SOON, Answer, Server, refused, serving
+
+HELLO = [{"role": "user", "content": "hello"}]
+SCORES = {"helpfulness": 1.5, "correctness": -0.25}
+
+
+def endpoint(server: Server, **fields: Any) -> Endpoint:
+    settings = {"retries": 3, "timeout": 5.0, **fields}
+    return Endpoint(EndpointSpec(url=server.url, model="m", **settings))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        refused(500),
+        refused(503),
+        refused(429),
+        refused(408),
+        Answer(hang_up=True),
+        Answer(body=b"<html>gateway</html>"),
+        Answer(body=b'{"choices": []}'),
+        Answer(body=b'{"choices": [{"message": null}]}'),
+        Answer(body=b"[]"),
+        Answer(body=b'"text"'),
+        Answer(text=""),
+        Answer(text=" \n"),
+    ],
+    ids=lambda answer: f"{answer.status} {(answer.body or b'hangs up or blank')[:20]!r}",
+)
+def test_trouble_is_asked_again(trouble: Answer) -> None:
+    with serving(lambda _, count: Answer("fine") if count == 2 else trouble) as server:
+        assert endpoint(server).chat(HELLO, message_of) == "fine"
+        assert len(server.asked) == 3
+
+
+def test_a_stalled_answer_is_given_up() -> None:
+    with serving(lambda _, count: Answer("late", stall=0 if count else 3.0)) as server:
+        start = time.monotonic()
+        assert endpoint(server, timeout=0.3).chat(HELLO, message_of) == "late"
+        assert time.monotonic() - start < 2.5
+
+
+def test_the_wait_that_is_asked_for_is_kept() -> None:
+    limited = refused(429, **{"retry-after-ms": "400"})
+    with serving(lambda _, count: Answer("fine") if count else limited) as server:
+        start = time.monotonic()
+        assert endpoint(server).chat(HELLO, message_of) == "fine"
+        assert 0.4 <= time.monotonic() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason", "service"),
+    [
+        (refused(500, "boom"), "refuses: 500 boom", True),
+        (refused(429, "slow down"), "refuses: 429 slow down", True),
+        (refused(400, "too long"), "refuses: 400 too long", False),
+        (Answer(hang_up=True), "is not reached", True),
+        (Answer("x", stall=1.0), "no answer within 0.2 s", True),
+        (Answer(body=b"{"), "cannot be read", False),
+        (Answer(text=""), "cannot be read: a completion without text", False),
+    ],
+)
+def test_what_fails_for_good_is_a_failed_row_with_the_reason(
+    trouble: Answer, reason: str, service: bool
+) -> None:
+    trouble.headers |= SOON
+    with serving(lambda *_: trouble) as server, pytest.raises(RowFailed, match=reason) as failed:
+        endpoint(server, retries=1, timeout=0.2).chat(HELLO, message_of)
+    assert failed.value.service == service
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_refuses_every_request_stops_the_run(status: int) -> None:
+    with (
+        serving(lambda *_: refused(status, "not you")) as server,
+        pytest.raises(RunError, match=f"{status} not you") as error,
+    ):
+        endpoint(server).chat(HELLO, message_of)
+    assert len(server.asked) == 1
+    assert "OPENAI_API_KEY" in str(error.value)
+
+
+def test_nobody_there() -> None:
+    with serving(lambda *_: Answer("x")) as server:
+        pass
+    with pytest.raises(RowFailed, match="is not reached") as failed:
+        endpoint(server, retries=0).chat(HELLO, message_of)
+    assert failed.value.service
+
+
+def test_the_key_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("MY_KEY", "mine")
+    with serving(lambda *_: Answer("x")) as server:
+        endpoint(server).chat(HELLO, message_of)
+        endpoint(server, api_key_env="MY_KEY").chat(HELLO, message_of)
+    assert server.keys == ["Bearer none", "Bearer mine"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer("helpfulness:1.5,correctness:-0.25"),
+        Answer("helpfulness: 1.5\ncorrectness = -2.5e-1"),
+        Answer("", logprobs=SCORES),
+    ],
+    ids=["comma", "lines", "logprobs"],
+)
+def test_scores_by_attribute(answer: Answer) -> None:
+    with serving(lambda *_: answer) as server:
+        assert endpoint(server).chat(HELLO, attribute_scores) == SCORES
+
+
+def test_a_list_of_messages_is_read_too() -> None:
+    body = b'{"choices": [{"message": [{"content": "reward:-9.5", "role": "assistant"}]}]}'
+    with serving(lambda *_: Answer(body=body)) as server:
+        assert endpoint(server).chat(HELLO, attribute_scores) == {"reward": -9.5}
+
+
+@pytest.mark.parametrize("text", ["good", "helpfulness:high", "helpfulness:1 and so on", "1.5"])
+def test_texts_without_scores(text: str) -> None:
+    with serving(lambda *_: Answer(text)) as server, pytest.raises(RowFailed, match="no scores"):
+        endpoint(server, retries=1).chat(HELLO, attribute_scores)
+    assert len(server.asked) == 2

@@ -1,0 +1,160 @@
+"""Rewards from a reward model on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from rpo_trainer.errors import DataError, ModelError, RecipeError
+from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.rewards.model import RewardModel, check_template
+from tests.rewards.policies import TEMPLATE
+
+ROWS = [
+    {"id": "a", "prompt": "12 plus 30: ", "responses": ["42", "43 or so", "x"]},
+    {"id": "b", "prompt": "reverse abc: ", "responses": ["cba", "a much longer answer"]},
+    {"id": "c", "prompt": "x", "responses": ["y"]},
+    {"id": "d", "prompt": "", "responses": ["z", "zz"]},
+]
+
+
+def save_model(folder: Path, *, template: str | None = None, **config: Any) -> Path:
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer()
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 1, **config,
+    }  # fmt: skip
+    model = LlamaForSequenceClassification(LlamaConfig(**settings))
+    model.score.weight.data.normal_()
+    model.save_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def scores(model: RewardModel, rows: Any = ROWS, **settings: Any) -> dict[int, Any]:
+    arguments = {"pending": range(len(rows)), "batch_tokens": 10_000, **settings}
+    return {done.index: done.fields for done in model.score(rows, **arguments)}
+
+
+def test_each_response_alone_by_transformers_own_classifier(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    found = scores(RewardModel(folder))
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = character_tokenizer()
+    for index, row in enumerate(ROWS):
+        for response, reward in zip(row["responses"], found[index]["rewards"], strict=True):
+            ids = [*tokenizer(row["prompt"] + response)["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                expected = plain(torch.tensor([ids])).logits[0, 0]
+            assert reward == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_pad_token_may_be_the_end_token(tmp_path: Path) -> None:
+    mine = scores(RewardModel(save_model(tmp_path / "a")))
+    folder = save_model(tmp_path / "b")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 2}))
+    assert scores(RewardModel(folder)) == mine
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 90])
+def test_batches_do_not_matter(batch_tokens: int, tmp_path: Path) -> None:
+    model = RewardModel(save_model(tmp_path))
+    whole, parts = scores(model), scores(model, batch_tokens=batch_tokens)
+    for index in whole:
+        assert parts[index]["rewards"] == pytest.approx(whole[index]["rewards"], abs=1e-5)
+
+
+def test_the_longest_come_first_and_shards_share_the_batches(tmp_path: Path) -> None:
+    model = RewardModel(save_model(tmp_path))
+    order = [done.index for done in model.score(ROWS, range(4), 1)]
+    assert order == [1, 0, 3, 2] or order == [1, 0, 2, 3]
+    shards = [[done.index for done in model.score(ROWS, range(4), 1, (r, 2))] for r in (0, 1)]
+    assert sorted(shards[0] + shards[1]) == [0, 1, 2, 3] and len(shards[0]) == 2
+
+
+def test_only_what_is_pending_in_the_batches_of_all(tmp_path: Path) -> None:
+    model = RewardModel(save_model(tmp_path))
+    whole = scores(model)
+    assert scores(model, pending=[2]) == {2: whole[2]}
+
+
+def test_several_heads_and_their_weights(tmp_path: Path) -> None:
+    names = {0: "helpfulness", 1: "verbosity"}
+    folder = save_model(
+        tmp_path, num_labels=2, id2label=names, label2id={v: k for k, v in names.items()}
+    )
+    mean = scores(RewardModel(folder))[0]
+    assert [*mean["scores"][0]] == ["helpfulness", "verbosity"]
+    assert mean["rewards"][0] == pytest.approx(sum(mean["scores"][0].values()) / 2)
+    given = scores(RewardModel(folder, {"helpfulness": 2.0, "verbosity": -0.5}))[0]
+    one = given["scores"][0]
+    assert given["rewards"][0] == pytest.approx(2 * one["helpfulness"] - 0.5 * one["verbosity"])
+    with pytest.raises(RecipeError, match="no weight for verbosity"):
+        RewardModel(folder, {"helpfulness": 1.0})
+    own = save_model(
+        tmp_path / "own",
+        num_labels=2,
+        id2label=names,
+        reward_weights={"helpfulness": 1.0, "verbosity": 0.0},
+    )
+    found = scores(RewardModel(own))[0]
+    assert found["rewards"][0] == pytest.approx(found["scores"][0]["helpfulness"])
+
+
+def test_messages_go_through_its_template(tmp_path: Path) -> None:
+    template = TEMPLATE.replace("{% for", "{% for", 1).replace(
+        "{{ m['content'] }}\n",
+        "{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}\n",
+    )
+    model = RewardModel(save_model(tmp_path, template=template))
+    row = {"id": "m", "prompt": [{"role": "user", "content": "hi"}], "responses": ["yo"]}
+    (ids,) = model.encode(row)
+    tokenizer = character_tokenizer()
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "u:hia:yo"
+    )  # it has no line break
+    assert ids[-1] == tokenizer.eos_token_id  # and not the line break behind it
+    check_template(model, [row])
+
+
+def test_what_cannot_be_scored(tmp_path: Path) -> None:
+    model = RewardModel(save_model(tmp_path))
+    long = {"id": "l", "prompt": "p", "responses": ["x" * 100]}
+    done = {d.index: d for d in model.score([*ROWS, long], range(5), 100)}
+    assert "context of 64 tokens" in str(done[4].failed)
+    assert all(done[i].failed is None for i in range(4))
+    messages = {"id": "m", "prompt": [{"role": "user", "content": "hi"}], "responses": ["yo"]}
+    with pytest.raises(DataError, match="no chat template"):
+        check_template(model, [messages])
+    with torch.no_grad():
+        model.model.score.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        scores(model)
+
+
+def test_what_is_no_reward_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        RewardModel(tmp_path / "none")
+    config = BertConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    character_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="no score head"):
+        RewardModel(tmp_path / "bert")

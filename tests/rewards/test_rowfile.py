@@ -1,0 +1,294 @@
+"""Rows made one by one: killed anywhere, failed anywhere, the file comes out the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.errors import DataError, RunError
+from rpo_trainer.rewards import rowfile
+from rpo_trainer.rewards.rowfile import (
+    Done,
+    RowFailed,
+    Shard,
+    complete_rows,
+    content_key,
+    one_by_one,
+    read_rows,
+    unfinished,
+)
+
+ROWS = [{"id": f"r{i}", "text": "x\u2028" * i} for i in range(12)]
+EXPECTED = [{**row, "n": i} for i, row in enumerate(ROWS)]
+
+
+def run(path: Path, make: Any = lambda i: {"n": i}, workers: int = 1, **more: Any) -> Any:
+    settings = {"key": "k", "what": "made", **more}
+    return complete_rows(path, ROWS, one_by_one(make, workers), **settings)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_order_is_kept_and_nothing_else_is_left(workers: int, tmp_path: Path) -> None:
+    def make(index: int) -> dict[str, Any]:
+        time.sleep(0.002 * (len(ROWS) - index))
+        return {"n": index}
+
+    path = tmp_path / "deep" / "out.jsonl"
+    assert run(path, make, workers) == EXPECTED == read_rows(path)
+    assert [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_no_more_at_once_than_asked_for(tmp_path: Path) -> None:
+    lock, now, most = threading.Lock(), 0, 0
+
+    def make(index: int) -> dict[str, Any]:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.01)
+        with lock:
+            now -= 1
+        return {"n": index}
+
+    run(tmp_path / "out.jsonl", make, workers=3)
+    assert most == 3
+
+
+@pytest.mark.parametrize("kept", range(0, 14))
+def test_stopped_anywhere_it_goes_on_and_makes_only_what_is_missing(
+    kept: int, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.jsonl"
+    run(whole)
+    path = tmp_path / "out.jsonl"
+    lines = [
+        json.dumps({"key": "k"}),
+        *(json.dumps([i, {"n": i}]) for i in (3, 1, 0, *range(4, 12), 2)),
+    ]
+    unfinished(path).write_text("".join(line + "\n" for line in lines[:kept]))
+    made: list[int] = []
+    run(path, lambda i: made.append(i) or {"n": i})
+    assert made == [
+        i for i in range(12) if i not in (3, 1, 0, *range(4, 12), 2)[: max(0, kept - 1)]
+    ]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    good = b'{"key": "k"}\n[0, {"n": 0}]\n'
+    for cut in (b'[1, {"n"', b'[1, {"n": 1}]', b"\x00\x00\x00\n", b"\n"):
+        unfinished(path).write_bytes(good + cut)
+        made: list[int] = []
+        assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED  # noqa: B023
+        assert made == list(range(1, 12))
+
+
+def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    unfinished(path).write_text('{"key": "other"}\n[0, {"n": 5}]\n')
+    before = unfinished(path).read_bytes()
+    with pytest.raises(RunError, match="of other rows or with other settings"):
+        run(path)
+    assert unfinished(path).read_bytes() == before
+    assert not path.exists()
+
+
+def test_failed_rows_are_reported_and_the_others_kept(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+
+    def make(index: int) -> dict[str, Any]:
+        if index in (2, 5, 6, 7, 8):
+            raise RowFailed("too long" if index == 2 else "bad")
+        return {"n": index}
+
+    with pytest.raises(DataError) as error:
+        run(path, make, workers=2)
+    shown = str(error.value)
+    assert "5 of 12 rows could not be made" in shown
+    assert "1 rows (r2): too long" in shown and "4 rows (r5, r6, r7): bad" in shown
+    assert not path.exists()
+    made: list[int] = []
+    assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED
+    assert sorted(made) == [2, 5, 6, 7, 8]
+
+
+def test_a_service_that_is_down_is_not_asked_for_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowfile, "_GIVE_UP", 4)
+    asked: list[int] = []
+
+    def make(index: int) -> dict[str, Any]:
+        asked.append(index)
+        if index > 2:
+            raise RowFailed("no answer", service=True)
+        return {"n": index}
+
+    with pytest.raises(RunError, match="4 rows in a row have failed: no answer"):
+        run(tmp_path / "out.jsonl", make)
+    assert asked == list(range(7))
+    assert run(tmp_path / "out.jsonl") == EXPECTED
+
+
+def test_rows_that_fail_by_themselves_are_no_sign_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowfile, "_GIVE_UP", 4)
+
+    def make(index: int) -> dict[str, Any]:
+        raise RowFailed("no", service=index % 3 > 0)
+
+    with pytest.raises(DataError, match="12 of 12"):
+        run(tmp_path / "out.jsonl", make)
+
+
+class Group:
+    """Some ranks as threads, with what `rpo_trainer.distributed` has."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.local = threading.local()
+        self.wall = threading.Barrier(size, timeout=20)
+        self.box: list[Any] = [None] * size
+
+    def rank(self) -> int:
+        return int(self.local.rank)
+
+    def world_size(self) -> int:
+        return self.size
+
+    def barrier(self) -> None:
+        self.wall.wait()
+
+    def _share(self, value: Any) -> list[Any]:
+        self.box[self.rank()] = value
+        self.wall.wait()
+        found = list(self.box)
+        self.wall.wait()
+        return found
+
+    def together(self) -> Any:
+        group = self
+
+        class Together:
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+                first = next((e for e in group._share(error) if e is not None), None)
+                if first is not None:
+                    raise first
+                return True
+
+        return Together()
+
+    def merge(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        return {k: v for part in self._share(values) for k, v in part.items()}
+
+    def on_main(self, do: Any) -> Any:
+        return self._share(do() if self.rank() == 0 else None)[0]
+
+    def run(self, work: Any) -> list[Any]:
+        results: list[Any] = [None] * self.size
+
+        def one(rank: int) -> None:
+            self.local.rank = rank
+            try:
+                results[rank] = work(self)
+            except BaseException as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=one, args=(r,)) for r in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+def test_several_processes_share_the_rows_and_go_on_in_another_number(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    made: list[int] = []
+
+    def make(index: int) -> dict[str, Any]:
+        if index in broken:
+            raise RowFailed("bad")
+        made.append(index)
+        return {"n": index}
+
+    broken = {4, 9}
+    errors = Group(3).run(lambda ranks: run(path, make, ranks=ranks))
+    assert all(isinstance(error, DataError) and "2 of 12" in str(error) for error in errors)
+    assert sorted(made) == [i for i in range(12) if i not in broken]
+    assert len(list(tmp_path.glob("out.jsonl.partial*"))) == 3
+    broken = set()
+    assert Group(2).run(lambda ranks: run(path, make, ranks=ranks)) == [EXPECTED] * 2
+    assert sorted(made) == list(range(12))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_work_may_come_in_any_order(tmp_path: Path) -> None:
+    def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
+        assert shard == (0, 1)
+        for index in reversed(pending):
+            yield Done(index, {"n": index})
+
+    rows = complete_rows(tmp_path / "o.jsonl", ROWS, work, key="k", what="made")
+    assert rows == EXPECTED
+
+
+def test_keys_follow_content() -> None:
+    assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
+    assert content_key("a", 1) != content_key("a", 2)
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from rpo_trainer.rewards.rowfile import complete_rows, one_by_one
+def make(i):
+    time.sleep(0.01)
+    return {"n": i * i}
+rows = [{"id": str(i)} for i in range(60)]
+complete_rows(Path(sys.argv[1]), rows, one_by_one(make, 4), key="k", what="made")
+"""
+
+
+def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    command = [sys.executable, "-c", SLOW]
+    subprocess.run([*command, str(whole)], check=True)
+    kills = 0
+    for _ in range(30):
+        process = subprocess.Popen([*command, str(path)])
+        deadline = time.monotonic() + 30
+        before = _size(path)
+        while process.poll() is None and _size(path) <= before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.03)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if path.exists():
+            break
+    assert kills >= 2
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
+def _size(path: Path) -> int:
+    partial = unfinished(path)
+    return partial.stat().st_size if partial.exists() else 0

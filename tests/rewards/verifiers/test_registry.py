@@ -1,0 +1,91 @@
+"""What all verifiers have in common, and the two that compare characters."""
+
+from __future__ import annotations
+
+import pytest
+
+from rpo_trainer.data.rows import RowError
+from rpo_trainer.errors import DataError, Problems, RecipeError
+from rpo_trainer.rewards.verifiers import VERIFIERS, check_rows, get_verifier, score_rows
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [("42", 1), (" 42\n", 1), ("42.", 0), ("", 0), ("4 2", 0), ("Forty-two", 0)],
+)
+def test_exact_is_one_for_the_right_answer_only(response: str, reward: float) -> None:
+    assert get_verifier("exact")(response, {"ground_truth": "42 "}) == reward
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("abcd", 5.0),
+        (" abcd ", 5.0),
+        ("abdc", 4 * 2 / 4),  # two letters swapped
+        ("abc", 4 * 3 / 4),  # the last letter lost
+        ("abcde", 4 * 4 / 5),  # one too many: divided by the longer text
+        ("bcda", 0.0),
+        ("", 0.0),
+        ("ABCD", 0.0),
+    ],
+)
+def test_partial_match_is_four_times_the_share_of_right_places(
+    response: str, reward: float
+) -> None:
+    check = get_verifier("partial_match")
+    assert check(response, {"ground_truth": "abcd"}) == pytest.approx(reward)
+
+
+def test_partial_match_of_a_wrong_answer_stays_below_a_right_one() -> None:
+    truth = "x" * 1000
+    assert get_verifier("partial_match")(truth + "y", {"ground_truth": truth}) < 4.0
+    assert get_verifier("partial_match").maximum == 5.0
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+@pytest.mark.parametrize("value", [None, "", " ", 7])
+def test_a_row_without_what_is_needed_is_an_error_and_never_a_reward(
+    name: str, value: object
+) -> None:
+    verifier = get_verifier(name, allow_code_execution=True)
+    with pytest.raises(RowError):
+        verifier("anything", dict.fromkeys(verifier.columns, value) if value != " " else {})
+
+
+def test_unknown_verifier_is_named_with_the_nearest_known() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean 'partial_match'\?"):
+        get_verifier("partialmatch")
+
+
+def test_code_is_not_run_unless_asked_for() -> None:
+    with pytest.raises(RecipeError, match="runs code that a model has written") as error:
+        get_verifier("asserts")
+    assert "--allow-code-execution" in str(error.value)
+
+
+def test_score_rows_gives_one_reward_a_response_and_leaves_its_input() -> None:
+    rows = [{"id": "a", "ground_truth": "12", "responses": ["12", "13", "7"]}]
+    (scored,) = score_rows(rows, get_verifier("partial_match"))
+    assert scored["rewards"] == [5.0, 2.0, 0.0]
+    assert "rewards" not in rows[0]
+
+
+def test_all_rows_that_cannot_be_verified_are_counted() -> None:
+    rows = [{"id": f"row-{i}", "responses": ["x"], "ground_truth": None} for i in range(5)]
+    rows.append({"id": "good", "responses": ["x"], "ground_truth": "x"})
+    for work in (score_rows, check_rows):
+        with pytest.raises(DataError, match="5 of 6 rows, first row-0, row-1, row-2") as error:
+            work(rows, get_verifier("exact"))
+        assert "give what it reads (ground_truth)" in str(error.value)
+
+
+def test_faults_of_several_kinds_come_together() -> None:
+    rows = [
+        {"id": "a", "responses": [], "ground_truth": "no number"},
+        {"id": "b", "responses": [], "ground_truth": None},
+        {"id": "c", "responses": [], "ground_truth": "5"},
+    ]
+    with pytest.raises(Problems, match="2 problems") as error:
+        check_rows(rows, get_verifier("numeric"))
+    assert "ground_truth holds no number: 1 of 3 rows, first a" in str(error.value)
