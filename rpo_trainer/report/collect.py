@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rpo_trainer.errors import RunError
+from rpo_trainer.report.agreement import Agreement, read_agreement
 from rpo_trainer.report.audits import AuditRecord, read_audit
 from rpo_trainer.report.scores import EvalScores, read_scores
 from rpo_trainer.report.values import count, mapping, number
@@ -95,6 +96,7 @@ class StageRecord:
     audit: AuditRecord = field(default_factory=AuditRecord)
     step0: StepZero | None = None
     scores: EvalScores = field(default_factory=EvalScores)
+    agreement: Agreement = field(default_factory=Agreement)
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -226,6 +228,7 @@ def _stage_from_chain(entry: Mapping[str, Any]) -> StageRecord:
         if step0
         else None,
         scores=read_scores(evaluation),
+        agreement=read_agreement(evaluation),
         samples=[_sample(mapping(row)) for row in evaluation.get("samples") or ()],
     )
 
@@ -317,6 +320,8 @@ def _text(value: Any) -> str | None:
 
 def _guess_kind(row: Mapping[str, Any]) -> str:
     """The kind of a stage that only metrics.jsonl knows."""
+    if "loss/bradley_terry" in row or "loss/regression" in row:
+        return "reward"
     if "rewards/target_gap" in row:
         return "rpo"
     return "dpo" if "loss/preference" in row or "rewards/margins" in row else "sft"

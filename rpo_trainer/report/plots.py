@@ -78,7 +78,10 @@ class Line:
 
 def stage_plots(stage: StageRecord) -> list[Plot]:
     """The figures of one stage that there are values for."""
-    plots = _preference_plots(stage) if stage.is_preference else _sft_plots(stage)
+    if stage.kind == "reward":
+        plots = _reward_plots(stage)
+    else:
+        plots = _preference_plots(stage) if stage.is_preference else _sft_plots(stage)
     return [plot for plot in plots if plot is not None]
 
 
@@ -123,6 +126,37 @@ def scores_plot(
         axes.legend(loc="best")
 
     return _plot(f"scores-{what}", what, draw, height=2.7)
+
+
+def _reward_plots(stage: StageRecord) -> list[Plot | None]:
+    loss = Line("training", stage.curve("loss"), FIRST)
+    held_out = Line("held out", stage.curve("eval_loss"), SECOND)
+    right = [
+        Line("training", stage.curve("accuracy"), FIRST),
+        Line("held out", stage.curve("eval_accuracy"), SECOND),
+    ]
+    tables = stage.agreement.calibration.items()
+    return [
+        _lines(stage, "loss", "loss", [loss, held_out]),
+        _lines(stage, "accuracy", "share of pairs in their order", right, bounds=(0.0, 1.0)),
+        *(_calibration(stage, name, points) for name, points in tables),
+        _learning_rate(stage),
+    ]
+
+
+def _calibration(stage: StageRecord, name: str, points: list[tuple[float, float]]) -> Plot | None:
+    """What was predicted against what it was, bin by bin; on the diagonal the two agree."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+
+    def draw(axes: Axes) -> None:
+        ends = min(xs + ys), max(xs + ys)
+        axes.plot(ends, ends, color=_MUTED, linestyle=":", label="equal")
+        axes.plot(xs, ys, color=FIRST, marker="o", markersize=4, label="held-out rows")
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("share right" if name == "pairs" else "rated")
+        _legend_above(axes)
+
+    return _plot(f"{stage.name}-calibration-{name}", f"calibration: {name}", draw)
 
 
 def _sft_plots(stage: StageRecord) -> list[Plot | None]:

@@ -58,8 +58,8 @@ def read_scores(record: Mapping[str, Any]) -> EvalScores:
     """From `EvalResult.as_dict()` and `nll`: a number, or one for each source (then their mean)."""
     prompts = count(record.get("prompts"))
     return EvalScores(
-        exact_greedy=_share(record.get("greedy_exact"), prompts),
-        exact_sampled=_share(record.get("exact"), prompts),
+        exact_greedy=share(record.get("greedy_exact"), prompts),
+        exact_sampled=share(record.get("exact"), prompts),
         reward_greedy=_measure(record.get("greedy_reward_mean")),
         reward_sampled=_measure(
             record.get("reward_mean"), record.get("reward_low"), record.get("reward_high")
@@ -75,8 +75,8 @@ def _measure(value: Any, low: Any = None, high: Any = None) -> Measure | None:
     return None if found is None else Measure(found, number(low), number(high))
 
 
-def _share(value: Any, prompts: int | None) -> Measure | None:
-    """A share with Wilson's interval for one trial per prompt.
+def share(value: Any, prompts: int | None) -> Measure | None:
+    """A share with Wilson's interval for one trial per prompt, or pair.
 
     For several responses a prompt it is too wide rather than too narrow: the responses to one
     prompt are not independent, but their mean varies no more than one of them does.

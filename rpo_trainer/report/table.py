@@ -42,6 +42,21 @@ def comparison(run: RunRecord) -> list[Column]:
         _measures("mean reward, greedy", "reward\ngreedy", [x.reward_greedy for x in scores], 2),
         _measures("mean reward, sampled", "reward\nsampled", [x.reward_sampled for x in scores], 2),
         _nll(stages),
+        _measures(
+            "better response has the higher reward",
+            "pairs\nright",
+            [stage.agreement.accuracy for stage in stages],
+            3,
+        ),
+        _measures(
+            "correlation with given rewards",
+            "corre-\nlation",
+            [
+                None if (found := stage.agreement.correlation()) is None else Measure(found)
+                for stage in stages
+            ],
+            3,
+        ),
         Column("step-0 check", "step-0\ncheck", [Cell(_step_zero(stage)) for stage in stages]),
         Column("examples", None, [Cell(_whole(stage.examples)) for stage in stages]),
         Column("steps", None, [Cell(_whole(stage.steps)) for stage in stages]),
@@ -100,7 +115,7 @@ def _nll(stages: Sequence[StageRecord]) -> Column:
     evaluated = [stage.scores.nll for stage in stages]
     if any(measure is not None for measure in evaluated):
         return _measures("NLL", "NLL", evaluated, 3, best=min)
-    own = [None if stage.is_preference else stage.curve("eval_loss") for stage in stages]
+    own = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
     last = [Measure(curve.values[-1]) if curve else None for curve in own]
     return _measures("held-out NLL, own data", "own\nNLL", last, 3, best=None)
 

@@ -93,6 +93,8 @@ def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
         yield from _likelihood(stage)
         yield from _saturation(stage)
         yield from _cut_responses(stage)
+    elif stage.kind == "reward":
+        yield from _reward_model(stage)
     else:
         yield from _nll(run, stage)
     yield from _data(stage)
@@ -124,10 +126,40 @@ def _nll(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
             f"{where} did not fall: {short(before, 3)} before, {short(after, 3)} after.",
             "Try a higher learning rate or more steps; if it rose at once, a lower one.",
         )
-    yield from _overfitting(stage, held_out)
+    yield from _overfitting(stage, held_out, "NLL")
 
 
-def _overfitting(stage: StageRecord, held_out: Curve) -> Iterator[Finding]:
+def _reward_model(stage: StageRecord) -> Iterator[Finding]:
+    """A reward model should order held-out responses as the given rewards do, better than chance."""
+    accuracy, correlation = stage.agreement.accuracy, stage.agreement.correlation()
+    if accuracy is None and correlation is None:
+        yield Finding(
+            stage.name,
+            "info",
+            "Nothing was held out, so nobody knows how well it scores.",
+            "Give `data.eval`, or set some prompts aside with `data.eval_share`.",
+        )
+        return
+    if accuracy is not None:
+        better = (accuracy.value if accuracy.low is None else accuracy.low) > 0.5
+        yield Finding(
+            stage.name,
+            "good" if better else "bad",
+            f"Of held-out pairs {short(100 * accuracy.value, 1)} % have the higher reward on the "
+            "better response." + ("" if better else " That is no better than chance."),
+            None if better else "More data, more steps or another learning rate.",
+        )
+    if correlation is not None:
+        named = ", ".join(f"{n} {short(v)}" for n, v in stage.agreement.correlations.items())
+        yield Finding(
+            stage.name,
+            "info" if correlation > 0 else "bad",
+            f"Correlation with held-out ratings: {named}.",
+        )
+    yield from _overfitting(stage, stage.curve("eval_loss"), "loss")
+
+
+def _overfitting(stage: StageRecord, held_out: Curve, what: str) -> Iterator[Finding]:
     if len(held_out.values) < 3:
         return
     lowest = min(held_out.values)
@@ -136,7 +168,7 @@ def _overfitting(stage: StageRecord, held_out: Curve) -> Iterator[Finding]:
         yield Finding(
             stage.name,
             "warn",
-            f"Held-out NLL was lowest at step {step} ({short(lowest, 3)}) and rose again.",
+            f"Held-out {what} was lowest at step {step} ({short(lowest, 3)}) and rose again.",
             "Train for fewer epochs, or on more data.",
         )
 

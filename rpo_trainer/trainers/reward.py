@@ -1,0 +1,219 @@
+"""Reward models: regression on the ratings of several attributes, or Bradley-Terry on pairs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.trainer_utils import EvalLoopOutput
+
+from rpo_trainer.loading import auto_class
+from rpo_trainer.reward_losses import bradley_terry_loss, regression_losses
+from rpo_trainer.reward_model import as_reward_model, attributes_of, weights_of, with_pad_token
+from rpo_trainer.step import response_scores
+from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.trainers.config import RewardConfig, StepConfig
+from rpo_trainer.trainers.examples import Examples, PackingCollator
+from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_pairs, check_rated
+from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
+from rpo_trainer.trainers.setup import tokenizer_of
+
+
+class RewardTrainer(PackedTrainer):
+    """Trains a sequence classifier whose score at a response's last token is its reward.
+
+    `regression`: the squared error of each rated attribute, mean over all ratings of the global
+    batch; rows `prompt`, `response`, `attributes` (name → number or null) or HelpSteer2's columns.
+    `bradley_terry`: −log σ(r_c − r_r − margin), mean over pairs, r the weighted sum of the scores and
+    margin = `margin_scale` · (reward of c − reward of r); rows as for DPO.
+
+    After an evaluation `calibration` holds its tables: by prefix and attribute, bins of mean
+    prediction against mean rating.
+
+    Args:
+        model: a causal language model, which gets a new head, a sequence classifier, or a name or
+            path to load one from.
+        args: a `RewardConfig`.
+        train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers: see
+            `SFTTrainer`.
+    """
+
+    config_class = RewardConfig
+    args: RewardConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: RewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = RewardConfig(output_dir="trainer_output") if args is None else args
+        if isinstance(args, RewardConfig):  # else the base says what is wrong
+            regression = args.objective == "regression"
+            self.row_kind: Literal["pair", "rating"] = "rating" if regression else "pair"
+            self.needs_rewards = args.margin_scale > 0
+            start = _load(model) if isinstance(model, str) else model
+            processing_class = processing_class or (
+                AutoTokenizer.from_pretrained(model)
+                if isinstance(model, str)
+                else tokenizer_of(model)
+            )
+            reward_model: nn.Module = as_reward_model(
+                start, attributes=args.attributes, weights=args.reward_weights, seed=args.seed
+            )
+            processing_class = with_pad_token(processing_class, reward_model)
+            model = reward_model
+        self._seen: list[dict[str, Any]] = []
+        self.calibration: dict[str, dict[str, Table]] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.attributes = attributes_of(self.model)
+        self.weights = weights_of(self.model)
+
+    # --- data ---
+
+    def data_options(self, args: StepConfig) -> dict[str, Any]:
+        """What the ratings are of."""
+        assert isinstance(args, RewardConfig)
+        if args.objective != "regression":
+            return {}
+        return {"attributes": args.attributes, "rating_range": args.rating_range}
+
+    def _examples(
+        self, dataset: Any, tokenizer: Any, args: StepConfig, name: str
+    ) -> Examples | None:
+        examples = super()._examples(dataset, tokenizer, args, name)
+        if examples is None or examples is dataset:
+            return examples
+        assert isinstance(args, RewardConfig)
+        if self.row_kind == "rating":
+            check_rated(examples, args.attributes or (), name)
+        else:
+            check_pairs(examples, self.needs_rewards, name)
+        check_ends(examples, tokenizer, name)
+        return examples
+
+    def _collator(self, examples: Examples) -> PackingCollator:
+        if self.row_kind == "pair":
+            return super()._collator(examples)
+        return RatingCollator(self.layout, self.pad_token_id, examples)
+
+    # --- the step ---
+
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Scores `[R, A]` at the responses' last tokens."""
+        return response_scores(model, inputs["model_inputs"])
+
+    def losses(self, scores: Tensor, batch: dict[str, Any]) -> StepResult:
+        """The loss of each example; metrics for pairs, those of ratings come with evaluation."""
+        if self.row_kind == "rating":
+            errors = regression_losses(scores, batch["attributes"]).sum(-1)
+            rows = torch.cat([group[:, 0] for group in batch["groups"]])
+            return StepResult({"regression": Term(errors[rows], per="ratings")}, metrics={})
+        rewards = scores @ self.weights.to(scores)
+        (pairs,) = batch["groups"]
+        chosen, rejected = rewards[pairs].unbind(-1)
+        loss = bradley_terry_loss(chosen, rejected, self._margin(pairs, batch))
+        gap = (chosen - rejected).detach()
+        return StepResult(
+            {"bradley_terry": Term(loss, per="examples")},
+            metrics={
+                "accuracy": (gap > 0).to(gap.dtype),
+                "rewards/chosen": chosen.detach(),
+                "rewards/rejected": rejected.detach(),
+                "rewards/margins": gap,
+            },
+        )
+
+    def _margin(self, pairs: Tensor, batch: dict[str, Any]) -> Tensor | None:
+        if not self.needs_rewards:
+            return None
+        given = batch["rewards"][pairs]
+        margin: Tensor = self.args.margin_scale * (given[:, 0] - given[:, 1])
+        return margin
+
+    # --- evaluation ---
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss of one evaluation micro-batch; its scores are kept for the correlations."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if bool(inputs["weights"].any()):  # not the filler of a rank without examples
+            self._seen += self._predictions(outputs["logps"], inputs)
+        return loss.detach(), None, None
+
+    def _predictions(self, scores: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.row_kind == "rating":
+            columns = batch["prompt_keys"], scores.tolist(), batch["attributes"].tolist()
+            return [
+                {"prompt": prompt, "scores": found, "ratings": rated}
+                for prompt, found, rated in zip(*columns, strict=True)
+            ]
+        (pairs,) = batch["groups"]
+        rewards = (scores @ self.weights.to(scores))[pairs]
+        gaps = (rewards[:, 0] - rewards[:, 1]).tolist()
+        if batch["rewards"] is None:
+            return [{"gap": gap, "target": None} for gap in gaps]
+        given = batch["rewards"][pairs]
+        targets = (given[:, 0] - given[:, 1]).tolist()
+        return [{"gap": g, "target": t} for g, t in zip(gaps, targets, strict=True)]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The base's loop, with accuracy, correlations and calibration over all ranks."""
+        self._seen = []
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        rows, self._seen = self._gathered(self._seen), []
+        found, self.calibration[prefix] = self._agreement(rows)
+        metrics: dict[str, float] = output.metrics or {}
+        metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        return output._replace(metrics=metrics)
+
+    def _gathered(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.args.world_size == 1:
+            return rows
+        from accelerate.utils import gather_object
+
+        return gather_object(rows)  # type: ignore[no-any-return]
+
+    def _agreement(self, rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, Table]]:
+        if self.row_kind == "rating":
+            return rating_metrics(
+                np.array([row["scores"] for row in rows]),
+                np.array([row["ratings"] for row in rows]),
+                self.attributes,
+                self.weights.numpy(),
+                [row["prompt"] for row in rows],
+            )
+        targets = [row["target"] for row in rows]
+        known = None if None in targets else np.array(targets)
+        return pair_metrics(np.array([row["gap"] for row in rows]), known)
+
+
+def _load(source: str) -> nn.Module:
+    factory = auto_class(AutoConfig.from_pretrained(source), reward=True, where=source)
+    model: nn.Module = factory.from_pretrained(source)
+    return model

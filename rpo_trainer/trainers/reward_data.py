@@ -1,0 +1,128 @@
+"""What reward models are trained on: checks of tokenised rows, and their ratings in a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.trainers.examples import Examples, PackingCollator
+
+
+class RatingCollator(PackingCollator):
+    """Packs rated responses; adds their ratings, and counts them in place of tokens.
+
+    Adds to `PackingCollator`:
+        attributes: `[R, A]` float32, NaN where there is no rating.
+        prompt_keys: a hash of each prompt, a list of R.
+        counts: `[2]` float64: examples, and ratings.
+    """
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        real = bool(examples)
+        if not real:
+            assert self.examples is not None  # the base has taken its filler there
+            examples = [self.examples[0]]
+        ratings = torch.tensor(
+            [
+                [float("nan") if value is None else value for value in example["attributes"]]
+                for example in examples
+            ]
+        )
+        batch["attributes"] = ratings
+        batch["prompt_keys"] = [
+            xxhash.xxh3_64_intdigest(np.asarray(example["prompt_ids"], dtype=np.int64).tobytes())
+            for example in examples
+        ]
+        batch["counts"][1] = (~ratings.isnan()).sum() if real else 0
+        return batch
+
+
+def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> None:
+    """Raises DataError where rows are no single responses with ratings of these attributes."""
+    _check_counts(
+        examples,
+        1,
+        name,
+        why="regression takes rated responses",
+        fix="give a row for each response",
+    )
+    _check_column(examples, "attributes", name, fix="give ratings, or train on pairs")
+    width = len(attributes)
+    wrong = [i for i, row in enumerate(_column(examples, "attributes")) if not _fits(row, width)]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} rows of the {name} data are not rated by numbers or null, one for each of "
+            f"{', '.join(attributes)}, the first at {wrong[:3]}"
+        )
+
+
+def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
+    """Raises DataError where rows are no pairs, or have no rewards where they must."""
+    _check_counts(
+        examples,
+        2,
+        name,
+        why="Bradley-Terry is a loss of pairs",
+        fix="make pairs of them (best against worst)",
+    )
+    if needs_rewards:
+        fix = "give chosen_reward and rejected_reward, or set margin_scale to 0"
+        _check_column(examples, "rewards", name, fix=fix)
+
+
+def check_ends(examples: Examples, tokenizer: Any, name: str) -> None:
+    """Raises ModelError where a response ends with the pad token: a classifier would not see its end."""
+    if tokenizer.pad_token_id in _last_tokens(examples):
+        raise ModelError(
+            f"responses of the {name} data end with the pad token {tokenizer.pad_token!r}",
+            why="a classifier reads its scores at the last token that is not padding",
+            fix="give the tokenizer another pad token",
+        )
+
+
+def _check_counts(examples: Examples, wanted: int, name: str, *, why: str, fix: str) -> None:
+    if wrong := int((examples.response_counts() != wanted).sum()):
+        responses = "one response" if wanted == 1 else "two responses"
+        raise DataError(
+            f"{wrong} rows of the {name} data do not have {responses}", why=why, fix=fix
+        )
+
+
+def _check_column(examples: Examples, column: str, name: str, *, fix: str) -> None:
+    missing = examples.without(column)
+    if len(missing):
+        raise DataError(
+            f"{len(missing)} rows of the {name} data have no {column}, "
+            f"the first at {missing[:3].tolist()}",
+            fix=fix,
+        )
+
+
+def _column(examples: Examples, name: str) -> Iterable[Any]:
+    rows = examples.rows
+    return rows[name] if hasattr(rows, "with_format") else [row[name] for row in rows]
+
+
+def _fits(ratings: Any, width: int) -> bool:
+    return (
+        len(ratings) == width
+        and any(value is not None for value in ratings)
+        and all(value is None or np.isfinite(value) for value in ratings)
+    )
+
+
+def _last_tokens(examples: Examples) -> set[int]:
+    if not hasattr(examples.rows, "with_format"):
+        return {r[-1] for row in examples.rows for r in row["response_ids"] if len(r)}
+    import pyarrow.compute as pc
+
+    responses = pc.list_flatten(examples.rows.with_format("arrow")[:]["response_ids"])
+    lengths = pc.list_value_length(responses).to_numpy()
+    tokens = pc.list_flatten(responses).to_numpy()
+    return set(tokens[np.cumsum(lengths)[lengths > 0] - 1].tolist())
