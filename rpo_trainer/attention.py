@@ -3,6 +3,11 @@
 A model set to it stays a whole model: with a packing plan among the keyword arguments the plan is followed,
 without one (generation, evaluation by other code) attention is what transformers does by `sdpa`.
 
+A plan is followed in one of two ways. On a GPU in half precision all of the row goes through one call of
+the variable-length kernel (`varlen.py`). What that kernel does not do goes unit by unit through torch's
+scaled dot product attention, which picks a kernel that fits: any device, float32 and float64, dropout, any
+head size. And what no fused kernel of torch does, soft-capped scores and sinks, is written out.
+
 Shapes: query `[1, heads, T, D]`, key and value `[1, kv_heads, T, D]`.
 """
 
@@ -19,23 +24,24 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rpo_trainer import varlen
 from rpo_trainer.batch import AttentionPlan
 
 ATTENTION_NAME = "rpo_packed"
 
-# Set while a packed forward builds its masks: the plan then stands in for the mask.
-_packing = False
-
 
 @contextmanager
 def packing_masks() -> Iterator[None]:
-    """Within it, transformers builds no mask for models set to `rpo_packed`."""
-    global _packing
-    before, _packing = _packing, True
+    """Within it, transformers builds no mask for models set to `rpo_packed`: the plan stands in for it."""
+    # An implementation without a mask function is left alone. With one, transformers would first look
+    # into the position ids for packed sequences, and the host would wait for the device.
+    masks = AttentionMaskInterface._global_mapping
+    known = masks.pop(ATTENTION_NAME, None)
     try:
         yield
     finally:
-        _packing = before
+        if known is not None:
+            masks[ATTENTION_NAME] = known
 
 
 def packed_attention(
@@ -80,15 +86,32 @@ def packed_attention(
         out = _explicit(query, key, value, mask, scaling, dropout, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
 
+    query, key, value = (in_autocast_dtype(x) for x in (query, key, value))
+    index = packing_plan.index
+    if index is not None and varlen.applies(
+        query, key, value, dropout=dropout, softcap=softcap, sinks=s_aux
+    ):
+        out = varlen.attend(
+            query, key, value, index, scaling=scaling, sliding_window=sliding_window
+        )
+        return out, None
+
     pieces = []
-    for number, unit in enumerate(packing_plan.units):
-        first, last = unit[0], unit[-1]
-        own = slice(first.start, last.stop)
-        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
+    units = packing_plan.units
+    # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
+    sizes = [unit[-1].stop - unit[0].start for unit in units]
+    queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
+    owner = 0  # the unit that holds the prompt of those that follow
+    for number, unit in enumerate(units):
+        first = unit[0]
+        q, k, v = queries[number], keys[number], values[number]
         if len(unit) == 1 and first.prefix_stop > first.prefix_start:
-            prefix = slice(first.prefix_start, first.prefix_stop)
-            k = torch.cat([key[:, :, prefix], k], dim=2)
-            v = torch.cat([value[:, :, prefix], v], dim=2)
+            start = units[owner][0].start
+            prefix = slice(first.prefix_start - start, first.prefix_stop - start)
+            k = torch.cat([keys[owner][:, :, prefix], k], dim=2)
+            v = torch.cat([values[owner][:, :, prefix], v], dim=2)
+        else:
+            owner = number
         narrow = sliding_window is not None and sliding_window < k.shape[2]
         window = sliding_window if narrow else None
         if softcap is not None or s_aux is not None:
@@ -107,6 +130,13 @@ def packed_attention(
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """As a product under autocast would take it: a norm may have handed over float32."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def _explicit(
@@ -153,9 +183,5 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return mask if q == 1 else mask.tril(k - q)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _packing else sdpa_mask(*args, **kwargs)
-
-
 AttentionInterface.register(ATTENTION_NAME, packed_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

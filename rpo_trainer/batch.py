@@ -16,13 +16,15 @@ never its siblings; `AttentionPlan` says so to the attention function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rpo_trainer.varlen import VarlenIndex
 
 Layout = Literal["shared", "packed", "padded"]
 
@@ -47,10 +49,25 @@ class AttentionPlan:
     Attributes:
         segments: for the first response of an example prompt + response; for each further one the
             response alone, with the prompt as its prefix.
+        index: the same for the kernel that takes all segments in one call; None: only units.
     """
 
     segments: tuple[Segment, ...]
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
+    index: VarlenIndex | None = field(default=None, repr=False, compare=False)
+    _masks: dict[tuple[int, int | None], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> AttentionPlan:
+        """The plan with its tensors on the device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AttentionPlan:
+        """The plan with its tensors where the device can fetch them by itself; a data loader asks for it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> AttentionPlan:
+        return replace(self, index=self.index and self.index.map(move), _masks={})
 
     @cached_property
     def units(self) -> tuple[tuple[Segment, ...], ...]:
@@ -87,34 +104,46 @@ class AttentionPlan:
         """
         if (number, window) not in self._masks:
             unit = self.units[number]
-            mask = _single_mask(unit[0], window) if len(unit) == 1 else _dense_mask(unit, window)
-            self._masks[number, window] = mask.to(device)
+            # On the device itself: a copy from the host would have it wait.
+            make = _dense_mask if len(unit) > 1 else _single_mask
+            self._masks[number, window] = make(unit, window, device)
         return self._masks[number, window]
 
 
-def _single_mask(segment: Segment, window: int | None) -> Tensor:
-    prefix = segment.prefix_stop - segment.prefix_start
-    queries = segment.stop - segment.start
-    return _seen(torch.arange(prefix, prefix + queries), torch.arange(prefix + queries), window)
+def _single_mask(unit: tuple[Segment, ...], window: int | None, device: torch.device) -> Tensor:
+    start, stop, prefix_start, prefix_stop = unit[0]
+    position = torch.arange(prefix_stop - prefix_start + stop - start, device=device)
+    return _seen(position[prefix_stop - prefix_start :], position, window)
 
 
-def _dense_mask(unit: tuple[Segment, ...], window: int | None) -> Tensor:
+def _dense_mask(unit: tuple[Segment, ...], window: int | None, device: torch.device) -> Tensor:
     origin, tokens = unit[0].start, unit[-1].stop - unit[0].start
-    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool, device=device)
     for start, stop, prefix_start, prefix_stop in unit:
         prefix = prefix_stop - prefix_start
-        position = torch.arange(prefix, prefix + stop - start)
+        position = torch.arange(prefix, prefix + stop - start, device=device)
         own = slice(start - origin, stop - origin)
         mask[own, own] = _seen(position, position, window)
         if prefix:
             keys = slice(prefix_start - origin, prefix_stop - origin)
-            mask[own, keys] = _seen(position, torch.arange(prefix), window)
+            mask[own, keys] = _seen(position, torch.arange(prefix, device=device), window)
     return mask
 
 
 def _seen(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:
     behind = query_position[:, None] - key_position[None, :]
     return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """Tensors and plans of a nested batch on the device; everything else, and every dtype, as it is."""
+    if isinstance(data, (Tensor, AttentionPlan)):
+        return data.to(device, non_blocking=True)
+    if isinstance(data, dict):
+        return {name: to_device(value, device) for name, value in data.items()}
+    if isinstance(data, tuple):
+        return tuple(to_device(value, device) for value in data)
+    return data
 
 
 def forward_tokens(example: Mapping[str, Any], layout: Layout) -> int:
@@ -132,7 +161,8 @@ def pack(
     Returns a dict:
         model_inputs: what the model's forward takes: `input_ids`, `position_ids` (`[1, T]` or `[R, L]`),
             `plan` (None when padded), `attention_mask` (None when packed), `predict_index` `[N]`, the flat
-            position whose hidden state predicts each trained token, and `labels` `[N]`, that token.
+            position whose hidden state predicts each trained token, `labels` `[N]`, that token, and
+            `last_index` `[R]`, the flat position of each response's last token.
         response_index: `[N]`, which of the R responses a token belongs to.
         response_tokens: `[R]`, trained tokens of each response.
         groups: `[b, k]` response numbers of the examples that have k responses, one tensor for each k.
@@ -157,6 +187,7 @@ def pack(
             "plan": rows.plan,
             "predict_index": torch.tensor(rows.predict_index, dtype=torch.long),
             "labels": torch.tensor(rows.labels, dtype=torch.long),
+            "last_index": torch.tensor(rows.last_index, dtype=torch.long),
         },
         "response_index": response_index,
         "response_tokens": counts,
@@ -177,6 +208,7 @@ class _Rows:
     predict_index: list[int]
     labels: list[int]
     response_index: list[int]
+    last_index: list[int]
     responses: int
 
 
@@ -187,6 +219,7 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
     predict: list[int] = []
     labels: list[int] = []
     owner: list[int] = []
+    last: list[int] = []
     number = 0
     for example in examples:
         prompt = example["prompt_ids"]
@@ -211,15 +244,17 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
                     predict.append(first + j - 1 if j else prompt_stop - 1)
                     labels.append(response[j])
                     owner.append(number)
+            last.append(len(tokens) - 1 if response else prompt_stop - 1)
             number += 1
     return _Rows(
         input_ids=torch.tensor([tokens], dtype=torch.long),
         position_ids=torch.tensor([positions], dtype=torch.long),
         attention_mask=None,
-        plan=AttentionPlan(tuple(segments)),
+        plan=AttentionPlan(tuple(segments), VarlenIndex.of(segments)),
         predict_index=predict,
         labels=labels,
         response_index=owner,
+        last_index=last,
         responses=number,
     )
 
@@ -236,10 +271,12 @@ def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> _Rows:
     predict: list[int] = []
     labels: list[int] = []
     owner: list[int] = []
+    last: list[int] = []
     for number, (prompt, response, mask) in enumerate(rows):
         ids = [*prompt, *response]
         input_ids[number, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         attention_mask[number, : len(ids)] = 1
+        last.append(number * longest + len(ids) - 1)
         for j, trained in enumerate(mask):
             if trained:
                 predict.append(number * longest + len(prompt) + j - 1)
@@ -254,6 +291,7 @@ def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> _Rows:
         predict_index=predict,
         labels=labels,
         response_index=owner,
+        last_index=last,
         responses=len(rows),
     )
 

@@ -7,6 +7,9 @@ tensor of a language model's step, so they are made in tiles of bounded size: sl
 outermost, so that each slice of the weight's gradient is written once, and blocks of tokens within. The
 forward keeps the log of each token's normaliser, and the tile too if a single one is enough; otherwise
 the backward makes the tiles again.
+
+Tiles are float32 whatever the inputs are. A GPU multiplies halves into float32 at full speed, so there the
+factors stay as they are; on a CPU they are widened first. Autocast has no say in it: it would round the tile.
 """
 
 from __future__ import annotations
@@ -18,6 +21,11 @@ import torch
 from torch import Tensor
 
 DEFAULT_TILE_BYTES = 512 * 2**20
+_LEAST_WIDTH = 1024  # of a slice of the vocabulary: narrower products are slow
+# On a CPU fresh memory costs more than the arithmetic on it, so what is made for a moment stays small enough
+# to be used again: by the allocator, or by the cache.
+_CPU_CELLS = 2**22
+_CACHED_CELLS = 2**19
 
 
 def linear_logprobs(
@@ -39,7 +47,9 @@ def linear_logprobs(
         bias: `[V]` or None.
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma-2).
-        tile_bytes: the most that one tile of logits may take.
+        tile_bytes: the most that one tile of logits may take. The copies that a product in another dtype
+            needs of a slice of the weight, and of its gradient, are held to it too; a soft-cap's slope and
+            halves of a tile's gradient come on top, one of each at a time.
 
     Returns:
         `[N]`, nats; float32, or float64 for float64 inputs.
@@ -65,11 +75,13 @@ def response_sums(token_logprobs: Tensor, response_index: Tensor, responses: int
     return token_logprobs.new_zeros(responses).index_add(0, response_index, token_logprobs)
 
 
-def _tiles(tokens: int, vocabulary: int, itemsize: int, tile_bytes: int) -> tuple[int, int]:
-    """Tokens and vocabulary entries of one tile: whole tokens first, since slices write dW once."""
-    cells = max(1, tile_bytes // itemsize)
-    token_block = min(tokens, max(1, cells // min(vocabulary, 1024)))
-    return token_block, min(vocabulary, max(1, cells // token_block))
+def _tiles(tokens: int, vocabulary: int, hidden: int, cells: int) -> tuple[int, int]:
+    """Tokens and vocabulary entries of one tile: whole tokens first, since slices write dW once.
+
+    A slice of the weight may have to be copied, in another dtype, so it takes no more than a tile either.
+    """
+    block = max(1, min(tokens, cells // min(vocabulary, _LEAST_WIDTH)))
+    return block, min(vocabulary, max(1, min(cells // block, cells // hidden)))
 
 
 def _spans(total: int, size: int) -> Iterator[tuple[int, int]]:
@@ -93,20 +105,28 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         n, v = hidden.shape[0], weight.shape[0]
-        block, width = _tiles(n, v, dtype.itemsize, tile_bytes)
+        cells = max(1, tile_bytes // dtype.itemsize)
+        block, width = _tiles(n, v, hidden.shape[1], cells)
         normaliser = torch.full((n,), float("-inf"), dtype=dtype, device=hidden.device)
         target = torch.zeros_like(normaliser)
-        keep = block == n and width == v and any(ctx.needs_input_grad[:3])
+        # The backward of a tile that is kept needs a slice of another beside it.
+        keep = width == v and n * (v + _LEAST_WIDTH) <= cells and any(ctx.needs_input_grad[:3])
         tile = None
         for v0, v1 in _spans(v, width):
             w, b = _slice(weight, bias, v0, v1, hidden)
             for t0, t1 in _spans(n, block):
-                logits = _logits(hidden[t0:t1], w, b, logit_scale, softcap, dtype)
+                h = hidden[t0:t1].to(w.dtype)
+                logits = _logits(h, w, b, logit_scale, softcap, dtype)
                 index, inside = _where(labels[t0:t1], v0, v1)
                 found = logits.gather(1, index).squeeze(1)
                 target[t0:t1] += torch.where(inside, found, found.new_zeros(()))
-                normaliser[t0:t1] = torch.logaddexp(normaliser[t0:t1], logits.logsumexp(dim=1))
+                total = _logsumexp(logits, in_place=not keep)
+                normaliser[t0:t1] = torch.logaddexp(normaliser[t0:t1], total)
                 tile = logits if keep else None
+                del logits  # before the next tile is made
+        if keep and n:
+            width = min(v, max(1, (cells if hidden.is_cuda else min(cells, _CPU_CELLS)) // n))
+            width = min(width, max(_LEAST_WIDTH, cells // n - v))
         ctx.save_for_backward(hidden, weight, bias, labels, normaliser, tile)
         ctx.settings = (logit_scale, softcap, block, width, dtype)
         return target - normaliser
@@ -117,16 +137,22 @@ class _LinearLogProbs(torch.autograd.Function):
         logit_scale, softcap, block, width, dtype = ctx.settings
         n, v = hidden.shape[0], weight.shape[0]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros(n, hidden.shape[1], dtype=dtype, device=hidden.device)
+        d_hidden = torch.empty(n, hidden.shape[1], dtype=dtype, device=hidden.device)
         d_weight = torch.empty_like(weight) if wants_weight else None
-        d_bias = torch.empty_like(bias) if wants_bias else None
+        d_bias = torch.zeros_like(bias, dtype=dtype) if wants_bias else None
+        if d_weight is not None and n == 0:
+            d_weight.zero_()  # nothing below would write it
         grad = grad.to(dtype)
         for v0, v1 in _spans(v, width):
             w, b = _slice(weight, bias, v0, v1, hidden)
-            dw = db = None
+            dw = None
+            if d_weight is not None:
+                # Summed over the blocks of tokens in `dtype`, in its place where that is its own.
+                dw = d_weight[v0:v1]
+                dw = dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
             for t0, t1 in _spans(n, block):
-                h = hidden[t0:t1]
-                logits = tile
+                h = hidden[t0:t1].to(w.dtype)
+                logits = tile[:, v0:v1] if tile is not None else None
                 if logits is None:
                     logits = _logits(h, w, b, logit_scale, softcap, dtype)
                 d_logits = _slope(
@@ -135,22 +161,20 @@ class _LinearLogProbs(torch.autograd.Function):
                     in_place=tile is None,
                 )  # fmt: skip
                 d_logits.mul_(grad[t0:t1, None])
+                if d_bias is not None:
+                    d_bias[v0:v1] += d_logits.sum(dim=0)
+                d_logits = d_logits.to(w.dtype)
                 if wants_hidden:
-                    d_hidden[t0:t1].addmm_(d_logits, w.to(dtype))
-                if wants_weight:
-                    part = d_logits.t() @ h.to(dtype)
-                    dw = part if dw is None else dw.add_(part)
-                if wants_bias:
-                    total = d_logits.sum(dim=0)
-                    db = total if db is None else db.add_(total)
-            if d_weight is not None and dw is not None:
+                    _add_product(d_hidden[t0:t1], d_logits, w, first=v0 == 0)
+                if dw is not None:
+                    _add_product(dw, d_logits.t(), h, first=t0 == 0)
+                del logits, d_logits
+            if d_weight is not None and dw is not None and dw.dtype != d_weight.dtype:
                 d_weight[v0:v1] = dw
-            if d_bias is not None and db is not None:
-                d_bias[v0:v1] = db
         return (
             d_hidden.to(hidden.dtype) if wants_hidden else None,
             d_weight,
-            d_bias,
+            None if bias is None or d_bias is None else d_bias.to(bias.dtype),
             None,
             None,
             None,
@@ -175,16 +199,33 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         n, v = hidden.shape[0], weight.shape[0]
-        w, b = _slice(weight, bias, 0, v, hidden)
+        cells = max(1, tile_bytes // dtype.itemsize)
+        # All logits of a token are needed at once; only a weight that has to be copied is cut. Beside the
+        # logits lie the pieces they are joined from, then what their normaliser is summed over.
+        copied = weight.dtype != _factor_dtype(hidden)
+        slices = list(_spans(v, max(1, cells // hidden.shape[1]) if copied else v))
+        block = max(1, cells // (2 * v))
         logps = torch.empty(n, dtype=dtype, device=hidden.device)
         unscaled = torch.empty(n, hidden.shape[1], dtype=dtype, device=hidden.device)
-        for t0, t1 in _spans(n, max(1, tile_bytes // (dtype.itemsize * v))):
-            logits = _logits(hidden[t0:t1], w, b, logit_scale, softcap, dtype)
+        for t0, t1 in _spans(n, block):
+            h = hidden[t0:t1].to(_factor_dtype(hidden))
+            pieces = []
+            for v0, v1 in slices:
+                w, b = _slice(weight, bias, v0, v1, hidden)
+                pieces.append(_logits(h, w, b, logit_scale, softcap, dtype))
+            logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+            del pieces
             index, inside = _where(labels[t0:t1], 0, v)
-            normaliser = logits.logsumexp(dim=1)
-            logps[t0:t1] = logits.gather(1, index).squeeze(1) - normaliser
+            found = logits.gather(1, index).squeeze(1)
+            normaliser = _logsumexp(logits, in_place=False)
+            logps[t0:t1] = found - normaliser
             slope = _slope(logits, normaliser, (index, inside), logit_scale, softcap, in_place=True)
-            torch.mm(slope, w.to(dtype), out=unscaled[t0:t1])
+            slope = slope.to(h.dtype)
+            for v0, v1 in slices:
+                if len(slices) > 1:
+                    w, b = _slice(weight, bias, v0, v1, hidden)
+                _add_product(unscaled[t0:t1], slope[:, v0:v1], w, first=v0 == 0)
+            del logits, slope
         ctx.save_for_backward(unscaled.to(hidden.dtype))
         return logps
 
@@ -214,12 +255,38 @@ def _slope(
     return slope.mul_(logit_scale) if logit_scale != 1.0 else slope
 
 
+def _factor_dtype(hidden: Tensor) -> torch.dtype:
+    """What the factors of a product are held in. A GPU sums the product of two halves in float32 and hands
+    that over; a CPU would round it to half, so there they are widened."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return hidden.dtype
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
 def _slice(
     weight: Tensor, bias: Tensor | None, v0: int, v1: int, hidden: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Part of the head, in the dtype of the hidden states (they differ under autocast)."""
-    w = weight[v0:v1].to(hidden.dtype)
+    """Part of the head as a factor, in the precision of the hidden states (they differ under autocast)."""
+    w = weight[v0:v1].to(hidden.dtype).to(_factor_dtype(hidden))
     return w, None if bias is None else bias[v0:v1]
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, a fresh tensor in `dtype`: the factors' own, or float32 for halves on a GPU."""
+    if a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or total = a @ b where it is the first."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(_product(a, b, total.dtype))
+    else:
+        total.add_(_product(a, b, total.dtype))
 
 
 def _logits(
@@ -231,7 +298,7 @@ def _logits(
     dtype: torch.dtype,
 ) -> Tensor:
     """One tile of logits, a fresh tensor in `dtype`."""
-    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    logits = _product(hidden, weight.t(), dtype)
     if bias is not None:
         logits += bias.to(dtype)
     if logit_scale != 1.0:
@@ -239,6 +306,20 @@ def _logits(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits
+
+
+def _logsumexp(logits: Tensor, *, in_place: bool) -> Tensor:
+    """`[t, w]` → `[t]`; in place it uses the tile up, where torch's own takes a second one."""
+    rows = len(logits) if logits.is_cuda else max(1, _CACHED_CELLS // logits.shape[1])
+    parts = [_rows_logsumexp(part, in_place) for part in torch.split(logits, max(1, rows))]
+    return torch.cat(parts)
+
+
+def _rows_logsumexp(logits: Tensor, in_place: bool) -> Tensor:
+    # A slice that is −inf throughout (a vocabulary padded by its bias) must not become −inf − −inf.
+    top = logits.amax(dim=1).clamp_min_(torch.finfo(logits.dtype).min)
+    shifted = torch.sub(logits, top[:, None], out=logits if in_place else None)
+    return shifted.exp_().sum(dim=1).log_().add_(top)
 
 
 def _where(labels: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:

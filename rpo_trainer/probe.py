@@ -14,9 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpo_trainer.batch import Layout, pack
+from rpo_trainer.adapters import lowest_precision
+from rpo_trainer.batch import Layout, pack, to_device
 from rpo_trainer.errors import ModelError
-from rpo_trainer.step import Head, causal_lm, head_of, install, token_logprobs, uninstall
+from rpo_trainer.sharding import device_of, has_shards
+from rpo_trainer.step import (
+    Head,
+    causal_lm,
+    head_of,
+    install,
+    is_classifier,
+    response_scores,
+    token_logprobs,
+    uninstall,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +40,7 @@ def probe(
     """Installs the fastest way that agrees with plain forwards, and says which.
 
     Args:
-        model: a causal language model, wrapped or not, with whole weights.
+        model: a causal language model or a sequence classifier, wrapped or not, with whole weights.
         layout: the only one to try; None: shared, then packed, then padded.
         tile_bytes: size of the head's tiles; None: the default.
 
@@ -41,11 +52,13 @@ def probe(
     head = head_of(inner)
     if tile_bytes is not None:
         head.tile_bytes = tile_bytes
-    examples = _random_examples(inner.config.get_text_config().vocab_size)
+    config = inner.config.get_text_config()
+    examples = _random_examples(config.vocab_size, avoid=config.pad_token_id)
     training = model.training
     model.eval()
     try:
-        expected = _plain(model, examples)
+        plain = _plain_scores if is_classifier(model) else _plain_logprobs
+        expected = plain(model, examples)
         failures: list[str] = []
         for fused in (True, False):
             for candidate in (layout,) if layout else _LAYOUTS:
@@ -74,11 +87,13 @@ def _report(failures: list[str], layout: Layout, head: Head) -> None:
         logger.info("step layout: %s", layout)
 
 
-def _random_examples(vocabulary: int) -> list[dict[str, Any]]:
+def _random_examples(vocabulary: int, avoid: int | None) -> list[dict[str, Any]]:
+    """Two prompts with several responses; a classifier reads its score in front of a pad token."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(n: int) -> list[int]:
-        return torch.randint(vocabulary, (n,), generator=generator).tolist()
+        found = torch.randint(vocabulary, (n,), generator=generator).tolist()
+        return [(token + 1) % vocabulary if token == avoid else token for token in found]
 
     return [
         {
@@ -90,9 +105,11 @@ def _random_examples(vocabulary: int) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
+def _plain_logprobs(
+    model: nn.Module, examples: list[dict[str, Any]]
+) -> tuple[Tensor, Tensor | None]:
     """Log-probs by one stock forward per response, and one gradient."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     pieces = []
     with torch.enable_grad():
         for example in examples:
@@ -106,12 +123,30 @@ def _plain(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[Tensor, Te
         return _with_gradient(model, torch.cat(pieces))
 
 
+def _plain_scores(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
+    """Scores by one stock forward of right-padded rows, as any other tool would do it; and one gradient."""
+    inputs = pack(examples, "padded", pad_token_id=_pad_token(model))["model_inputs"]
+    device = device_of(model)
+    with torch.enable_grad():
+        scores = model(
+            input_ids=inputs["input_ids"].to(device),
+            attention_mask=inputs["attention_mask"].to(device),
+            use_cache=False,
+        ).logits
+        return _with_gradient(model, scores.to(torch.promote_types(scores.dtype, torch.float32)))
+
+
+def _pad_token(model: nn.Module) -> int:
+    return causal_lm(model).config.get_text_config().pad_token_id or 0
+
+
 def _with_gradient(model: nn.Module, logps: Tensor) -> tuple[Tensor, Tensor | None]:
     parameter = next((p for p in model.parameters() if p.requires_grad), None)
-    if parameter is None:
-        return logps.detach(), None
-    weights = torch.linspace(-1.0, 1.0, len(logps), device=logps.device, dtype=logps.dtype)
-    (grad,) = torch.autograd.grad((logps * weights).sum(), [parameter], allow_unused=True)
+    if parameter is None or has_shards(model):
+        return logps.detach(), None  # an engine wants its gradients for itself
+    weights = torch.linspace(-1.0, 1.0, logps.numel(), device=logps.device, dtype=logps.dtype)
+    total = (logps.flatten() * weights).sum()
+    (grad,) = torch.autograd.grad(total, [parameter], allow_unused=True)
     return logps.detach(), grad
 
 
@@ -124,18 +159,27 @@ def _disagreement(
 ) -> str | None:
     install(model, padded=layout == "padded", head=head)
     device = expected[0].device
-    inputs = pack(examples, layout)["model_inputs"]
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    inputs = pack(examples, layout, pad_token_id=_pad_token(model))["model_inputs"]
+    inputs = to_device(inputs, device)
+    scored = is_classifier(model)
+    run = response_scores if scored else token_logprobs
     try:
         with torch.enable_grad():
-            logps, grad = _with_gradient(model, token_logprobs(model, inputs))
+            logps, grad = _with_gradient(model, run(model, inputs))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    low = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    low = lowest_precision(model) in (torch.bfloat16, torch.float16)
     # Rounding alone; a token that sees what it should not is off by far more.
     off = (logps - expected[0]).abs().max().item()
-    if not off <= (0.25 if low else 1e-3):
-        return f"log-probs differ by {off:.2g} nats"
+    # A fresh head gives small scores, so theirs is relative to the largest.
+    size = (expected[0].abs().max().item() or 1.0) if scored else 1.0
+    if not off <= (0.25 if low else 1e-3) * size:
+        what = (
+            f"scores differ by {off / size:.1%}"
+            if scored
+            else f"log-probs differ by {off:.2g} nats"
+        )
+        return what
     if grad is not None and expected[1] is not None:
         scale = expected[1].float().norm().clamp_min(1e-12)
         relative = ((grad.float() - expected[1].float()).norm() / scale).item()

@@ -1,6 +1,7 @@
-"""One forward of a causal language model: a packed micro-batch → log-probability of each trained token.
+"""One forward of a packed micro-batch: a causal language model gives the log-probability of each trained
+token, a sequence classifier the scores of each response.
 
-`install(model, layout)` teaches a transformers model to answer `model(packed=inputs)`. The work happens
+`install(model)` teaches a transformers model to answer `model(packed=inputs)`. The work happens
 inside the model's own `forward`, so whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT) sees a normal call
 and its hooks have the weights whole where they are used, the head's included.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rpo_trainer.attention import ATTENTION_NAME, packing_masks
+from rpo_trainer.attention import ATTENTION_NAME, in_autocast_dtype, packing_masks
 from rpo_trainer.errors import ModelError
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES, linear_logprobs, logprobs_from_logits
 
@@ -30,6 +32,9 @@ _SCALES = {
     "granitemoe": ("logits_scaling", True),
     "granitemoeshared": ("logits_scaling", True),
 }
+
+
+CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of these classes
 
 
 @dataclass
@@ -63,6 +68,11 @@ def causal_lm(model: nn.Module) -> Any:
     return seen
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether it is a sequence classifier, the class of reward models, and no language model."""
+    return type(causal_lm(model)).__name__.endswith(CLASSIFIER)
+
+
 def head_of(model: Any) -> Head:
     """Scale and soft-cap of the logits, from the config; checked by the start-up probe."""
     config = model.config.get_text_config()
@@ -80,7 +90,7 @@ def install(model: nn.Module, *, padded: bool = False, head: Head | None = None)
     """Teaches the model to answer `model(packed=inputs)`; installing again changes the settings.
 
     Args:
-        model: a causal language model, wrapped or not.
+        model: a causal language model or a sequence classifier, wrapped or not.
         padded: the rows will come padded, so attention stays the model's own.
         head: how logits are made; by default from the model's config.
 
@@ -88,19 +98,19 @@ def install(model: nn.Module, *, padded: bool = False, head: Head | None = None)
         The transformers model inside.
     """
     inner = causal_lm(model)
-    stock = getattr(inner, "_rpo_stock", None)
-    if stock is None:
-        stock = (inner.forward, inner.config._attn_implementation)
-        inner._rpo_stock = stock
+    if not hasattr(inner, "_rpo_stock"):
+        inner._rpo_stock = (inner.forward, inner.config._attn_implementation)
+        run = _packed_scores if is_classifier(inner) else _packed_logprobs
 
         @functools.wraps(inner.forward)
-        def forward(*args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-            if packed is None:
-                return stock[0](*args, **kwargs)
-            return _packed_logprobs(inner, packed)
+        def forward(
+            self: Any, *args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any
+        ) -> Any:
+            return self._rpo_stock[0](*args, **kwargs) if packed is None else run(self, packed)
 
-        inner.forward = forward
-    inner.set_attn_implementation(stock[1] if padded else ATTENTION_NAME)
+        # Bound, so that a deep copy of the model runs its own weights and not these.
+        inner.forward = types.MethodType(forward, inner)
+    inner.set_attn_implementation(inner._rpo_stock[1] if padded else ATTENTION_NAME)
     inner._rpo_head = head or head_of(inner)
     return inner
 
@@ -120,8 +130,12 @@ def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
     return model(packed=model_inputs)  # type: ignore[no-any-return]
 
 
-def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    head: Head = model._rpo_head
+def response_scores(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """Scores of a sequence classifier at each response's last token: `[R, A]`, float32 or better."""
+    return model(packed=model_inputs)  # type: ignore[no-any-return]
+
+
+def _decoder_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     decoder_inputs = {
         "input_ids": inputs["input_ids"],
         "position_ids": inputs["position_ids"],
@@ -130,6 +144,28 @@ def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     }
     if inputs["plan"] is not None:
         decoder_inputs["packing_plan"] = inputs["plan"]
+    return decoder_inputs
+
+
+def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    decoder_inputs = _decoder_inputs(inputs)
+    if not model._rpo_head.fused:
+        if inputs["plan"] is not None:
+            raise ValueError("the model's own forward scores one response a row")
+        scores: Tensor = model._rpo_stock[0](**decoder_inputs).logits
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
+        hidden = model.base_model(**decoder_inputs).last_hidden_state
+    last = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["last_index"])
+    # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
+    with torch.autocast(last.device.type, enabled=False):
+        scores = model.score(last.to(next(model.score.parameters()).dtype))
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    head: Head = model._rpo_head
+    decoder_inputs = _decoder_inputs(inputs)
     if not head.fused:
         return _through_own_logits(model, decoder_inputs, inputs)
     with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
@@ -147,7 +183,7 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
     def fused(x: Tensor) -> Tensor:
         return linear_logprobs(
-            _autocast(x),
+            in_autocast_dtype(x),
             module.weight,
             labels,
             module.bias,
@@ -191,10 +227,3 @@ def _through_own_logits(
         logits = model._rpo_stock[0](**decoder_inputs).logits
     flat = logits.reshape(-1, logits.shape[-1]).index_select(0, inputs["predict_index"])
     return logprobs_from_logits(flat, inputs["labels"])
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Under autocast the last norm may hand over float32; the head then works in the autocast dtype."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x

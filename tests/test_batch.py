@@ -42,6 +42,7 @@ def test_shared():
         # 30 is predicted by the prompt's last token, not by 21 that lies before it.
         "predict_index": [2, 3, 2, 6, 8],
         "labels": [20, 21, 30, 40, 42],
+        "last_index": [4, 5, 9],
     }
 
 
@@ -53,6 +54,7 @@ def test_packed():
         "plan": AttentionPlan((Segment(0, 5), Segment(5, 9), Segment(9, 13))),
         "predict_index": [2, 3, 7, 9, 11],
         "labels": [20, 21, 30, 40, 42],
+        "last_index": [4, 8, 12],
     }
 
 
@@ -64,6 +66,7 @@ def test_padded():
         "plan": None,
         "predict_index": [2, 3, 7, 10, 12],
         "labels": [20, 21, 30, 40, 42],
+        "last_index": [4, 8, 13],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -224,3 +225,23 @@ def test_pretrained_model_packed_equals_plain(shared_dir):
     folder = shared_dir / "data" / "fixtures" / "models" / "stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     compare(model, random_examples(9, vocabulary=512), "shared", rtol=1e-7, atol=1e-7)
+
+
+def test_a_copy_of_an_installed_model_runs_its_own_weights():
+    model = make_model()
+    install(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    inputs = pack(
+        [{"prompt_ids": [3, 4], "response_ids": [[5, 6], [7]], "response_mask": [[1, 1], [1]]}],
+        "shared",
+    )["model_inputs"]
+    fresh = make_model()
+    fresh.load_state_dict(other.state_dict())
+    install(fresh)
+    torch.testing.assert_close(token_logprobs(other, inputs), token_logprobs(fresh, inputs))
+    assert not torch.allclose(token_logprobs(other, inputs), token_logprobs(model, inputs))
+    plain = torch.tensor([[3, 4]])
+    torch.testing.assert_close(other(plain).logits, fresh(plain).logits)

@@ -1,0 +1,155 @@
+"""A packed row through torch's variable-length flash attention: all of its segments in one kernel call.
+
+Shapes: `T` tokens of the row, `S` segments, `U` keys of all segments, `D` head size.
+
+The queries of a row lie as the kernel wants them, segment after segment: prompt + response 1, response 2, ...
+So do their keys, until a prompt is shared: a further response needs the prompt's keys in front of its own,
+and keys and values are gathered into [prompt + response 1, prompt + response 2, ...]. The kernel aligns
+queries and keys at the end of a segment. So a response sees its whole prompt and itself causally, and what
+a sliding window counts is a distance in position.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+# torch 2.11 has no word for grouped keys, 2.12 and later do.
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class VarlenIndex:
+    """Where the segments of a row lie, as the kernel wants to know it. Made once for a micro-batch.
+
+    Attributes:
+        query_starts: `[S + 1]` int32, where the queries of each segment start, and T.
+        longest_query: tokens.
+        key_starts: `[S + 1]` int32, the same of gathered keys, and U; None where nothing is gathered.
+        longest_key: tokens.
+        keys: `[U]`, the token of the row that each gathered key is; None where nothing is gathered.
+    """
+
+    query_starts: Tensor
+    longest_query: int
+    key_starts: Tensor | None
+    longest_key: int
+    keys: Tensor | None
+
+    @classmethod
+    def of(cls, segments: Sequence[tuple[int, int, int, int]]) -> VarlenIndex:
+        """From (start, stop, prefix start, prefix stop) of segments that tile the row."""
+        queries = [stop - start for start, stop, _, _ in segments]
+        lengths = [
+            stop - start + prefix_stop - prefix_start
+            for start, stop, prefix_start, prefix_stop in segments
+        ]
+        key_starts = keys = None
+        if lengths != queries:
+            key_starts = _starts(lengths)
+            spans = [span for segment in segments for span in (segment[2:], segment[:2])]
+            keys = torch.cat([torch.arange(start, stop) for start, stop in spans])
+        return cls(_starts(queries), max(queries), key_starts, max(lengths), keys)
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> VarlenIndex:
+        """The same with every tensor moved."""
+        return VarlenIndex(
+            move(self.query_starts),
+            self.longest_query,
+            None if self.key_starts is None else move(self.key_starts),
+            self.longest_key,
+            None if self.keys is None else move(self.keys),
+        )
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def applies(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> bool:
+    """Whether the kernel computes this. `[1, heads, T, D]`; nothing here looks into a tensor.
+
+    It has no soft-cap, sinks or dropout that torch lets through, takes halves only, and heads of up to 256
+    in steps of 8; some consumer GPUs cannot go backward through heads between 192 and 256.
+    """
+    size = query.shape[-1]
+    return (
+        dropout == 0.0
+        and softcap is None
+        and sinks is None
+        and query.dtype in _DTYPES
+        and query.dtype == key.dtype == value.dtype
+        and key.shape[-1] == value.shape[-1] == size
+        and size % 8 == 0
+        and (size <= 192 or size == 256)
+        and _has_kernel(query.device)
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernel(device: torch.device) -> bool:
+    """torch's builds for CUDA have it, for GPUs from compute capability 8.0 (A100) on."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None  # other kernels stand behind the same function there
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: VarlenIndex,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attention of one layer over a packed row.
+
+    Args:
+        query: `[1, heads, T, D]`.
+        key: `[1, kv_heads, T, D]`.
+        value: `[1, kv_heads, T, D]`.
+        index: on the same device.
+        scaling: of the scores; None: 1 / √D.
+        sliding_window: tokens seen back, by position, the query's own included.
+
+    Returns:
+        `[1, T, heads, D]`.
+    """
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    key_starts = index.query_starts
+    if index.keys is not None and index.key_starts is not None:
+        key_starts = index.key_starts
+        k, v = k.index_select(0, index.keys), v.index_select(0, index.keys)
+    settings: dict[str, Any] = {"scale": scaling}
+    # (back, forward): causal, which is aligned at the end of a segment; −1 is no bound.
+    settings["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
+    if q.shape[1] != k.shape[1]:
+        if _TAKES_GROUPS:
+            settings["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out: Any = varlen_attn(
+        q, k, v, index.query_starts, key_starts, index.longest_query, index.longest_key, **settings
+    )
+    return torch.unsqueeze(out, 0)
