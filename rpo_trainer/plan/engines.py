@@ -1,0 +1,103 @@
+"""How each engine spreads what a step holds over the devices, and how it is started.
+
+`n` weights on `W` devices. Weights, their gradients and Adam's state are 4 + 4 + 8 bytes each on one device.
+
+    ddp            all of it on every device, and the gradients once more in the buckets they travel in
+    fsdp2          1/W of it; in turn the gathered weights of two layers and of what lies outside the layers
+    zero2          weights whole; 1/W of gradients, of the optimizer and of a float32 copy of the weights
+    zero3          1/W of everything, that float32 copy too; gathered weights as for fsdp2
+    zero3_offload  as zero3, with optimizer, float32 copy and weights at rest in the host's memory
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rpo_trainer.plan.memory import StepMemory
+
+Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device while a stage trains, by part; `host` is what its process holds besides.
+
+    Attributes:
+        gathered: weights that a sharding engine holds whole for a moment; the buckets of DDP.
+        reference: peak of the reference pass, which comes before gradients and optimizer exist.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    reference: int
+    host: int = 0
+
+    @property
+    def training(self) -> int:
+        """Peak of an optimizer step."""
+        parts = (self.weights, self.gradients, self.optimizer, self.gathered, self.activations)
+        return sum(parts)
+
+    @property
+    def peak(self) -> int:
+        """Peak of the stage."""
+        return max(self.training, self.reference)
+
+
+def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) -> DeviceMemory:
+    """Spreads a simulated step over `devices`.
+
+    Args:
+        half: the arithmetic is bfloat16 or float16, so that gathered weights (and DeepSpeed's own) take
+            2 bytes each.
+    """
+    gathered_bytes = 2 if half else 4
+
+    def share(size: int) -> int:
+        return -(-size // devices)
+
+    weights, gradients, optimizer = memory.parameters, memory.gradients, memory.optimizer
+    # Sharded layers are gathered one ahead of the one at work; what lies outside stays whole.
+    unsharded = (memory.root + 2 * memory.layer) * gathered_bytes // 4
+    parts = {"gathered": 0, "host": 0}
+    if engine == "ddp":
+        parts["gathered"] = gradients if devices > 1 else 0
+    elif engine == "fsdp2":
+        weights, gradients, optimizer = map(share, (weights, gradients, optimizer))
+        parts["gathered"] = unsharded if devices > 1 else 0
+    elif engine in ("zero2", "zero3", "zero3_offload"):
+        trained = gradients
+        optimizer = share(optimizer + trained)  # with the float32 copy it updates
+        gradients = share(trained * gathered_bytes // 4)
+        weights = weights * gathered_bytes // 4
+        if engine != "zero2":
+            weights = share(weights)
+            parts["gathered"] = unsharded
+        if engine == "zero3_offload":
+            parts["host"] = optimizer + weights
+            optimizer = weights = 0
+    return DeviceMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=memory.activations,
+        reference=(weights + parts["gathered"] + memory.reference) if memory.reference else 0,
+        **parts,
+    )
+
+
+def launch_line(recipe: str, engine: Engine, devices: int, nodes: int) -> str:
+    """The command that starts the chain so."""
+    if engine == "single":
+        return f"rpo-trainer run {recipe}"
+    config = "multi_node" if nodes > 1 and engine == "ddp" else engine
+    several = f" --num_machines {nodes} --machine_rank RANK --main_process_ip HOST" * (nodes > 1)
+    return (
+        f"accelerate launch --config_file recipes/accelerate/{config}.yaml "
+        f"--num_processes {devices}{several} -m rpo_trainer run {recipe}"
+    )

@@ -1,0 +1,294 @@
+"""A plan of every stage: examples, steps, tokens, memory, disk, and the time of a measured step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from rpo_trainer.adapters import with_adapter
+from rpo_trainer.batch import forward_tokens, pack, to_device
+from rpo_trainer.chain.data import build_rows, needs_policy, stage_seed, tokenize_stage
+from rpo_trainer.chain.stage import arithmetic, lora_config, training_config
+from rpo_trainer.data import Audit, encode_prompt, load_rows
+from rpo_trainer.loading import load_config, load_model, load_tokenizer
+from rpo_trainer.plan.engines import DeviceMemory, Engine, launch_line, per_device
+from rpo_trainer.plan.memory import StepMemory, step_memory
+from rpo_trainer.recipe import LoadedRecipe, PreferenceStage, Stage, expand_stages
+from rpo_trainer.step import install, token_logprobs
+from rpo_trainer.trainers.config import PreferenceConfig, StepConfig
+from rpo_trainer.trainers.examples import Examples, PackingCollator
+from rpo_trainer.trainers.loaders import train_loader
+
+_CELL = 60  # bytes of one reference log-prob in the cache, its key and file overhead included
+
+
+@dataclass
+class StagePlan:
+    """What one stage will need.
+
+    Attributes:
+        examples: of one pass over the data.
+        tokens: that forwards and backwards go through in the whole stage.
+        assumed: the responses are not there yet and were taken to be as long as they may get.
+        memory: bytes on one device by part.
+        disk: bytes by what is kept.
+        seconds: of the whole stage on this machine's one device; None: not measured.
+    """
+
+    name: str
+    kind: str
+    examples: int
+    steps: int
+    tokens: int
+    assumed: bool
+    memory: DeviceMemory
+    disk: dict[str, int]
+    seconds: float | None = None
+
+
+@dataclass
+class Plan:
+    """The stages in order, the engine they were planned for, and how to start it."""
+
+    stages: list[StagePlan]
+    engine: Engine
+    devices: int
+    parameters: int
+    launch: str
+
+    @property
+    def peak(self) -> int:
+        """Bytes on one device, of the stage that needs most."""
+        return max(stage.memory.peak for stage in self.stages)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the whole run directory."""
+        return sum(sum(stage.disk.values()) for stage in self.stages)
+
+
+def plan_recipe(
+    loaded: LoadedRecipe,
+    run_dir: Path,
+    *,
+    engine: Engine = "single",
+    devices: int = 1,
+    nodes: int = 1,
+    measure: bool = False,
+) -> Plan:
+    """Plans every stage of a recipe. Reads and tokenises the data; loads weights only to measure.
+
+    Args:
+        devices: of all nodes together.
+        measure: time one forward and backward of an average micro-batch with the real model.
+    """
+    planner = _Planner(loaded, run_dir, engine, devices)
+    stages = [planner.stage(stage) for stage in planner.stages]
+    plan = Plan(
+        stages=stages,
+        engine=engine,
+        devices=devices,
+        parameters=planner.parameters,
+        launch=launch_line(str(loaded.path), engine, devices, nodes),
+    )
+    if measure:
+        planner.measure(plan)
+    return plan
+
+
+class _Planner:
+    def __init__(self, loaded: LoadedRecipe, run_dir: Path, engine: Engine, devices: int) -> None:
+        self.loaded = loaded
+        self.recipe = loaded.recipe
+        self.base_dir = loaded.base_dir
+        self.run_dir = run_dir
+        self.engine = engine
+        self.devices = devices
+        self.stages = expand_stages(loaded.recipe)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(loaded.recipe.model, self.base_dir)
+        self.parameters = 0
+        self.half = arithmetic(loaded.recipe.model) != "float32"
+        self.typical: dict[str, tuple[Stage, list[dict[str, Any]]]] = {}
+
+    def stage(self, stage: Stage) -> StagePlan:
+        """One stage."""
+        config = training_config(
+            stage, self.recipe.model, seed=0, folder=self.run_dir / stage.name, run_dir=self.run_dir
+        )
+        examples, assumed = self._examples(stage)
+        costs = examples.costs("shared")
+        batches = _micro_batches(examples, config)
+        heaviest = max(batches, key=lambda batch: sum(costs[i] for i in batch))
+        steps, tokens = _steps(stage, costs)
+        per_step = stage.micro_batch_size * self.devices
+        memory = step_memory(
+            lambda dtype: self._model(stage, dtype),
+            [examples[i] for i in heaviest],
+            reference_batch=_reference_batch(config, examples, costs),
+            optim=str(getattr(config.optim, "value", config.optim)),
+            autocast=config.mixed_precision_dtype(),
+            # Sharding engines hold the weights in half precision themselves.
+            half_weights=self.half and self.engine not in ("single", "ddp"),
+            accumulation=-(-stage.global_batch_size // per_step),
+            checkpointing=stage.gradient_checkpointing,
+            tile_bytes=config.tile_bytes,
+        )
+        self.parameters = max(self.parameters, memory.parameters // 4)
+        typical = sorted(batches, key=lambda batch: sum(costs[i] for i in batch))[len(batches) // 2]
+        self.typical[stage.name] = (stage, [examples[i] for i in typical])
+        return StagePlan(
+            name=stage.name,
+            kind=stage.kind,
+            examples=len(examples),
+            steps=steps,
+            tokens=tokens,
+            assumed=assumed,
+            memory=per_device(memory, self.engine, self.devices, half=self.half),
+            disk=_disk(stage, memory, int(examples.response_counts().sum())),
+        )
+
+    def _model(self, stage: Stage, dtype: torch.dtype) -> nn.Module:
+        """The stage's model, adapter included, of weights that nobody has read."""
+        source = stage.init
+        by_name = {other.name: other for other in self.stages}
+        while source in by_name:
+            source = by_name[source].init
+        config = load_config(
+            self.recipe.model,
+            self.base_dir,
+            None if source == "model" else source,
+            len(self.tokenizer),
+        )
+        factory: Any = AutoModelForCausalLM
+        model: nn.Module = factory.from_config(config, dtype=dtype)
+        adapter = lora_config(stage)
+        return model if adapter is None else with_adapter(model, adapter)
+
+    def _examples(self, stage: Stage) -> tuple[Examples, bool]:
+        """Training examples, and whether their responses are only assumed: none has been sampled yet."""
+        seed = stage_seed(stage, self.recipe)
+        if not needs_policy(stage.data):
+            audit = Audit()
+            rows = build_rows(stage, self.base_dir, seed=seed, audit=audit, earlier=self._rows_of)
+            return Examples(tokenize_stage(stage, rows, self.tokenizer, audit)), False
+        sampled = stage.data
+        while sampled.rows_of is not None:
+            sampled = next(s.data for s in self.stages if s.name == sampled.rows_of)
+        spec = sampled.generate
+        assert spec is not None
+        rows = load_rows(
+            stage.data.train, kind="prompt", base_dir=self.base_dir, audit=Audit(), seed=seed
+        )
+        pairs = stage.data.pairs is None or stage.data.pairs.select != "all_responses"
+        count = 2 if pairs else spec.responses * (len(spec.policies) + len(spec.endpoints))
+        response = [0] * spec.max_new_tokens
+        mask = [1] * spec.max_new_tokens
+        return Examples(
+            [
+                {
+                    "prompt_ids": encode_prompt(self.tokenizer, row["prompt"], row.get("tools")),
+                    "response_ids": [response] * count,
+                    "response_mask": [mask] * count,
+                }
+                for row in rows
+            ]
+        ), True
+
+    def _rows_of(self, name: str) -> list[dict[str, Any]]:
+        stage = next(stage for stage in self.stages if stage.name == name)
+        return build_rows(
+            stage, self.base_dir, seed=stage_seed(stage, self.recipe), audit=Audit(),
+            earlier=self._rows_of,
+        )  # fmt: skip
+
+    def measure(self, plan: Plan) -> None:
+        """Fills in `seconds`: one forward and backward of a middling micro-batch, on this device."""
+        vocabulary = len(self.tokenizer)
+        model: Any = load_model(self.recipe.model, self.base_dir, seed=0, vocabulary=vocabulary)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device).train()
+        install(model)
+        for stage in plan.stages:
+            spec, examples = self.typical[stage.name]
+            batch = to_device(pack(examples, "shared"), device)
+            tokens = sum(forward_tokens(example, "shared") for example in examples)
+            dtype = getattr(torch, arithmetic(self.recipe.model))
+            taken = _timed(model, batch, device, dtype if self.half else None)
+            passes = 1.0
+            if isinstance(spec, PreferenceStage):
+                epochs = stage.steps * spec.global_batch_size / max(1, stage.examples)
+                passes += 1 / (3 * max(1e-9, epochs))  # the reference pass: forwards, once
+            stage.seconds = taken / tokens * stage.tokens * passes
+
+
+def _timed(model: Any, batch: dict[str, Any], device: torch.device, dtype: Any) -> float:
+    """Seconds of one forward and backward, the better of two behind a warm-up."""
+    seconds = []
+    for _ in range(3):
+        model.zero_grad()
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            logps = token_logprobs(model, batch["model_inputs"])
+        torch.autograd.backward(logps.sum())
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _micro_batches(examples: Examples, config: StepConfig) -> list[list[int]]:
+    """The micro-batches of the first epoch."""
+    collate = PackingCollator("shared", 0, examples)
+    sampler: Any = train_loader(
+        examples, config, collate, config.per_device_train_batch_size
+    ).batch_sampler
+    batches = list(sampler)
+    if config.micro_batch_tokens is not None:  # whole steps
+        batches = [batch for step in batches for batch in step]
+    return [batch for batch in batches if batch]
+
+
+def _reference_batch(
+    config: StepConfig, examples: Examples, costs: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The longest examples, as many as one forward of the reference pass takes."""
+    if not isinstance(config, PreferenceConfig):
+        return []
+    longest = sorted(range(len(examples)), key=lambda i: -costs[i])
+    taken: list[dict[str, Any]] = []
+    tokens = 0
+    for i in longest:
+        tokens += costs[i]
+        if taken and tokens > config.reference_batch_tokens:
+            break
+        taken.append(examples[i])
+    return taken
+
+
+def _steps(stage: Stage, costs: Sequence[int]) -> tuple[int, int]:
+    """Optimizer steps, and the tokens of all their forwards."""
+    per_epoch = -(-len(costs) // stage.global_batch_size)
+    steps = stage.max_steps or math.ceil(per_epoch * (stage.num_train_epochs or 1.0))
+    return steps, round(sum(costs) * steps / per_epoch)
+
+
+def _disk(stage: Stage, memory: StepMemory, responses: int) -> dict[str, int]:
+    """Bytes by what is kept: the output, `save_total_limit` checkpoints and one being written, the cache."""
+    trained = memory.gradients
+    adapter = trained if stage.peft is not None else 0
+    parts = {"output": memory.parameters}
+    if stage.save_steps:
+        one = (adapter or memory.parameters) + memory.optimizer
+        parts["checkpoints"] = one * (stage.save_total_limit + 1)
+    if isinstance(stage, PreferenceStage):
+        parts["reference cache"] = responses * _CELL
+    return parts

@@ -1,0 +1,79 @@
+"""A plan as text for a terminal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from rpo_trainer.plan.estimate import Plan
+from rpo_trainer.report.values import duration, size
+
+# Parts of memory and their heads, for a terminal of 80 columns.
+_HEADS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "gathered": "gathered",
+    "activations": "activ",
+    "reference": "ref pass",
+    "host": "host",
+}
+
+
+def plan_view(plan: Plan, run_dir: Path) -> Any:
+    """Two tables, what to bear in mind, and the launch line; for `rich`."""
+    return Group(_work(plan), _memory(plan), *_lines(plan, run_dir))
+
+
+def _work(plan: Plan) -> Table:
+    timed = any(stage.seconds is not None for stage in plan.stages)
+    table = Table(title="work and disk", title_justify="left", box=box.SIMPLE, padding=0)
+    heads = ["stage", "kind", "examples", "steps", "tokens", "disk", *(["time"] * timed)]
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("stage", "kind") else "right")
+    for stage in plan.stages:
+        mark = "≤ " if stage.assumed else ""
+        row = [
+            stage.name, stage.kind, f"{stage.examples:,}", f"{stage.steps:,}",
+            f"{mark}{stage.tokens:,}", size(sum(stage.disk.values())),
+        ]  # fmt: skip
+        table.add_row(*row, *([mark + duration(stage.seconds)] if timed else []))
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    title = f"memory of each of {plan.devices} devices, {plan.engine}"
+    if plan.devices == 1:
+        title = f"memory of the device, {plan.engine}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
+    shown = [part for part in _HEADS if any(getattr(stage.memory, part) for stage in plan.stages)]
+    table.add_column("stage")
+    for head in [*(_HEADS[part] for part in shown), "peak"]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        values = [size(getattr(stage.memory, part)) for part in shown]
+        table.add_row(stage.name, *values, size(stage.memory.peak))
+    return table
+
+
+def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
+    yield f"parameters: {plan.parameters:,}; peak: {size(plan.peak)} a device; disk: {size(plan.disk)}"
+    yield (
+        "activ: activations of the costliest micro-batch, logit tiles included. Not counted: the process "
+        "and its libraries, and what the allocator keeps of what was freed."
+    )
+    if any(stage.memory.reference for stage in plan.stages):
+        yield "ref pass: peak of the reference pass, before gradients and optimizer are there."
+    if any(stage.assumed for stage in plan.stages):
+        yield "≤: responses still to be sampled, taken at their full max_new_tokens."
+    folder = run_dir.absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if plan.disk > free:
+        yield f"DISK: {size(plan.disk)} are needed, {size(free)} are free at {run_dir}"
+    yield f"start it with:\n  {plan.launch}"

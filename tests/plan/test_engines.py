@@ -1,0 +1,69 @@
+"""How engines spread memory: the arithmetic, and the command that starts each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from rpo_trainer.plan import ENGINES, StepMemory, per_device
+from rpo_trainer.plan.engines import launch_line
+
+ROOT = Path(__file__).resolve().parents[2]
+MEMORY = StepMemory(
+    parameters=4000, gradients=4000, optimizer=8000, activations=700, reference=300,
+    root=1000, layer=200,
+)  # fmt: skip
+
+
+def test_one_device_holds_everything() -> None:
+    found = per_device(MEMORY, "single", 1, half=False)
+    assert (found.weights, found.gradients, found.optimizer) == (4000, 4000, 8000)
+    assert found.training == 4000 + 4000 + 8000 + 700
+    assert found.reference == 4300
+    assert found.peak == found.training
+
+
+def test_ddp_holds_the_gradients_twice() -> None:
+    assert per_device(MEMORY, "ddp", 4, half=False).training == 16700 + 4000
+    assert per_device(MEMORY, "ddp", 1, half=False).training == 16700
+
+
+@pytest.mark.parametrize(("half", "gathered"), [(False, 1400), (True, 700)])
+def test_fsdp2_shards_all_and_gathers_two_layers_and_the_rest(half: bool, gathered: int) -> None:
+    found = per_device(MEMORY, "fsdp2", 4, half=half)
+    assert (found.weights, found.gradients, found.optimizer) == (1000, 1000, 2000)
+    assert found.gathered == gathered
+    assert found.reference == 1000 + gathered + 300
+
+
+def test_zero2_keeps_the_weights_and_shards_gradients_and_state() -> None:
+    found = per_device(MEMORY, "zero2", 4, half=False)
+    assert (found.weights, found.gradients, found.optimizer) == (4000, 1000, 3000)
+    half = per_device(MEMORY, "zero2", 4, half=True)
+    assert (half.weights, half.gradients, half.optimizer) == (2000, 500, 3000)
+
+
+def test_zero3_shards_the_weights_too_and_offload_moves_them_to_the_host() -> None:
+    found = per_device(MEMORY, "zero3", 4, half=True)
+    assert (found.weights, found.gradients, found.optimizer, found.host) == (500, 500, 3000, 0)
+    away = per_device(MEMORY, "zero3_offload", 4, half=True)
+    assert (away.weights, away.optimizer, away.host) == (0, 0, 3500)
+
+
+def test_more_devices_never_need_more_of_each() -> None:
+    for engine in ENGINES[2:]:
+        peaks = [per_device(MEMORY, engine, n, half=True).peak for n in (2, 4, 8, 64)]
+        assert peaks == sorted(peaks, reverse=True)
+
+
+def test_the_launch_line_names_a_config_that_ships() -> None:
+    assert launch_line("r.yaml", "single", 1, 1) == "rpo-trainer run r.yaml"
+    for engine in ENGINES[1:]:
+        words = launch_line("r.yaml", engine, 16, 1).split()
+        config = words[words.index("--config_file") + 1]
+        assert YAML().load((ROOT / config).read_text())["compute_environment"] == "LOCAL_MACHINE"
+        assert words[words.index("--num_processes") + 1] == "16"
+    several = launch_line("r.yaml", "ddp", 16, 2)
+    assert "multi_node.yaml" in several and "--num_machines 2" in several

@@ -1,0 +1,68 @@
+"""A plan of a whole chain, and how it is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rpo_trainer import cli
+from rpo_trainer.plan import Plan, plan_recipe
+from rpo_trainer.recipe import load_recipe
+from tests.chain import tiny
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_recipe(tmp_path_factory.mktemp("plan"), tiny.tiny_recipe())
+
+
+@pytest.fixture(scope="module")
+def plan(recipe: Path) -> Plan:
+    return plan_recipe(load_recipe(recipe), recipe.parent / "run", measure=True)
+
+
+def test_every_stage_is_planned(plan: Plan) -> None:
+    assert [stage.name for stage in plan.stages] == list(tiny.STAGES)
+    assert [stage.steps for stage in plan.stages] == [tiny.SFT_STEPS] * 2 + [
+        tiny.PREFERENCE_STEPS
+    ] * 3
+
+
+def test_tokens_of_sampled_stages_are_an_upper_bound(plan: Plan) -> None:
+    assert [stage.assumed for stage in plan.stages] == [False, False, True, True, True]
+
+
+def test_the_reference_pass_belongs_to_preference_stages(plan: Plan) -> None:
+    assert [stage.memory.reference > 0 for stage in plan.stages] == [False, False, True, True, True]
+    assert ["reference cache" in stage.disk for stage in plan.stages] == [
+        stage.memory.reference > 0 for stage in plan.stages
+    ]
+
+
+def test_disk_is_what_a_run_writes(plan: Plan) -> None:
+    """Output and two checkpoints (one that is being written), each of weights and Adam's two moments."""
+    n = plan.parameters
+    disk = plan.stages[0].disk
+    assert disk["output"] == pytest.approx(4 * n, rel=0.01)
+    assert disk["checkpoints"] == pytest.approx(2 * 12 * n, rel=0.01)
+    assert plan.disk == sum(sum(stage.disk.values()) for stage in plan.stages)
+
+
+def test_time_is_measured_on_request(plan: Plan, recipe: Path) -> None:
+    assert all(stage.seconds and stage.seconds > 0 for stage in plan.stages)
+
+
+def test_the_command_shows_it_and_writes_nothing(recipe: Path) -> None:
+    run_dir = recipe.parent / "unused"
+    done = CliRunner().invoke(
+        cli.cli,
+        ["plan", str(recipe), "--run-dir", str(run_dir), "--engine", "zero3", "--devices", "4"],
+    )
+    assert done.exit_code == 0, done.output
+    assert not run_dir.exists()
+    for text in (*tiny.STAGES, "gathered", "ref pass", "memory of each of 4 devices, zero3", "≤"):
+        assert text in done.output
+    assert "accelerate launch --config_file recipes/accelerate/zero3.yaml" in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
