@@ -17,6 +17,8 @@ _EXPORTS = {
     "DPOConfig": "rpo_trainer.trainers",
     "RPOTrainer": "rpo_trainer.trainers",
     "RPOConfig": "rpo_trainer.trainers",
+    "RewardTrainer": "rpo_trainer.trainers",
+    "RewardConfig": "rpo_trainer.trainers",
     "preference_loss": "rpo_trainer.losses",
     "linear_logprobs": "rpo_trainer.logprobs",
     "load_recipe": "rpo_trainer.recipe",
@@ -35,6 +37,12 @@ if TYPE_CHECKING:
     )
     from rpo_trainer.trainers import (
         DPOTrainer as DPOTrainer,
+    )
+    from rpo_trainer.trainers import (
+        RewardConfig as RewardConfig,
+    )
+    from rpo_trainer.trainers import (
+        RewardTrainer as RewardTrainer,
     )
     from rpo_trainer.trainers import (
         RPOConfig as RPOConfig,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 from rpo_trainer import __version__
 from rpo_trainer.errors import RPOTrainerError, RunError
+from rpo_trainer.rewards.cli import COMMANDS as REWARD_COMMANDS
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -26,6 +28,7 @@ _run_dir_option = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rpo-trainer")
 @click.option("-v", "--verbose", is_flag=True, help="Show every message.")
+@click.option("--local_rank", type=int, hidden=True, expose_value=False)  # of deepspeed's launcher
 def cli(verbose: bool) -> None:
     """Preference fine-tuning: two-stage SFT, DPO with an SFT term, RPO, and the chain of them."""
     _show_messages(verbose)
@@ -61,6 +64,45 @@ def check(recipe: Path, overrides: Sequence[str], run_dir: Path | None) -> None:
     click.echo(f"{recipe} is good to run")
 
 
+@cli.command(context_settings=_OVERRIDES)
+@_recipe_argument
+@_overrides_argument
+@_run_dir_option
+@click.option(
+    "--engine",
+    type=click.Choice(["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]),
+    default="single",
+    show_default=True,
+    help="How the devices share the work.",
+)
+@click.option("--devices", type=click.IntRange(1), default=1, help="GPUs of all nodes together.")
+@click.option("--nodes", type=click.IntRange(1), default=1, help="Machines.")
+@click.option("--measure", is_flag=True, help="Time a step of each stage, with the real weights.")
+def plan(
+    recipe: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    engine: Any,
+    devices: int,
+    nodes: int,
+    measure: bool,
+) -> None:
+    """What RECIPE will need: steps, tokens, memory by part, disk, and how to start it."""
+    from rpo_trainer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from rich.console import Console
+
+    from rpo_trainer.chain import default_run_dir
+    from rpo_trainer.plan import plan_recipe, plan_view
+
+    run_dir = run_dir or default_run_dir(loaded)
+    planned = plan_recipe(
+        loaded, run_dir, engine=engine, devices=devices, nodes=nodes, measure=measure
+    )
+    Console().print(plan_view(planned, run_dir))
+
+
 @cli.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 def status(run_dir: Path) -> None:
@@ -85,6 +127,10 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2))
 
 
+for _command in REWARD_COMMANDS:
+    cli.add_command(_command)
+
+
 def _stage_command(kind: str) -> Callable[..., None]:
     @cli.command(kind, context_settings=_OVERRIDES, help=f"Run one {kind} stage of RECIPE alone.")
     @_recipe_argument
@@ -99,7 +145,7 @@ def _stage_command(kind: str) -> Callable[..., None]:
     return command
 
 
-for _kind in ("sft", "dpo", "rpo"):
+for _kind in ("sft", "dpo", "rpo", "reward"):
     _stage_command(_kind)
 
 
@@ -118,9 +164,15 @@ def _run(
     _hide_bars()
     names = None if only is None else {select_stage(loaded, *only)}
     folder = run_chain(loaded, run_dir, only=names)
-    _table(folder)
-    if with_report:
-        _report_if_possible(folder)
+    if _rank("RANK") == 0:
+        _table(folder)
+        if with_report:
+            _report_if_possible(folder)
+
+
+def _rank(name: str) -> int:
+    """Of this process, as launchers tell it: RANK among all, LOCAL_RANK on this host."""
+    return int(os.environ.get(name, 0))
 
 
 def _report_if_possible(folder: Path) -> None:
@@ -153,7 +205,9 @@ def _show_messages(verbose: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("rpo_trainer")
     package.handlers = [handler]
-    package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    # Other processes than the first say only what ends them.
+    loudness = logging.DEBUG if verbose else logging.INFO
+    package.setLevel(loudness if _rank("RANK") == 0 else logging.ERROR)
     package.propagate = False
 
 
@@ -168,6 +222,7 @@ def main(args: Sequence[str] | None = None) -> Any:
         click.echo("stopped", err=True)
         sys.exit(130)
     except RPOTrainerError as error:
-        click.echo(f"error: {error}", err=True)
+        if _rank("LOCAL_RANK") == 0 or not error.everywhere:
+            click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -19,6 +19,7 @@ class RPOTrainerError(Exception):
     """
 
     exit_code = 1
+    everywhere = False  # every process of a run raises it: one of them shows it
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class RecipeError(RPOTrainerError, ValueError):
     """The recipe, an argument or an option is wrong: the user's mistake."""
 
     exit_code = 2
+    everywhere = True
 
 
 class ModelError(RPOTrainerError):
@@ -71,18 +73,21 @@ class NonFiniteError(RPOTrainerError):
     """A loss or a gradient is NaN or infinite; the optimiser has not moved."""
 
     exit_code = 4
+    everywhere = True
 
 
 class StepZeroError(RPOTrainerError):
     """The loss before the first update is not the constant that policy = reference gives."""
 
     exit_code = 2
+    everywhere = True
 
 
 class StoppedBySignal(RPOTrainerError):
     """Stopped by a signal, behind a complete checkpoint."""
 
     exit_code = 75
+    everywhere = True
 
 
 class Problems(RPOTrainerError):
@@ -93,8 +98,12 @@ class Problems(RPOTrainerError):
             raise ValueError("Problems needs at least one error")
         self.problems = list(problems)
         self.exit_code = max(problem.exit_code for problem in problems)
+        self.everywhere = all(problem.everywhere for problem in problems)
         n = len(self.problems)
         super().__init__(f"{n} problem{'s' if n > 1 else ''} found")
+
+    def __reduce__(self) -> tuple[type[Problems], tuple[list[RPOTrainerError]]]:
+        return Problems, (self.problems,)
 
     def __str__(self) -> str:
         return "\n".join([*(str(problem) for problem in self.problems), self.what])

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.generate import Sample, greedy_responses, sample_responses
-from rpo_trainer.rewards.verifiers import Verifier, get_verifier, require_ground_truth, score_rows
+from rpo_trainer.rewards.generate import Gather, Sample, greedy_responses, sample_responses
+from rpo_trainer.rewards.verifiers import Verifier, check_rows, get_verifier, score_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,19 +66,24 @@ def evaluate_policy(
     *,
     generate: GenerateSpec,
     verifier: str,
+    allow_code_execution: bool = False,
     greedy: bool = True,
     seed: int = 0,
     samples: int = 8,
+    shard: tuple[int, int] = (0, 1),
+    gather: Gather = lambda found: found,
 ) -> EvalResult:
     """Scores sampled responses, and greedy ones if asked, to prompts with a known answer.
 
     Args:
-        rows: with `id`, `prompt` and `ground_truth`.
+        rows: with `id`, `prompt` and what the verifier reads.
         generate: how to sample; its K responses a prompt make the mean less noisy.
         verifier: one of `rpo_trainer.rewards.verifiers.VERIFIERS`.
+        allow_code_execution: needed for the verifier `asserts`.
         greedy: also decode greedily.
         seed: of sampling and of the bootstrap.
         samples: rows shown as they are, evenly spaced: the same ones for every policy.
+        shard, gather: see `rpo_trainer.rewards.generate.sample_responses`.
 
     Raises:
         DataError: no rows, or rows without ground truth.
@@ -86,8 +91,8 @@ def evaluate_policy(
     """
     if not rows:
         raise DataError("there are no rows to evaluate on", where="eval.data")
-    judge = get_verifier(verifier)
-    require_ground_truth(rows, judge)
+    judge = get_verifier(verifier, allow_code_execution=allow_code_execution)
+    check_rows(rows, judge)
     prompts = [row["prompt"] for row in rows]
     tools = [row.get("tools") for row in rows]
     sampled = sample_responses(
@@ -102,6 +107,8 @@ def evaluate_policy(
         batch_size=generate.batch_size,
         seed=seed,
         tools=tools,
+        shard=shard,
+        gather=gather,
     )
     likeliest = None
     if greedy:
@@ -112,6 +119,8 @@ def evaluate_policy(
             max_new_tokens=generate.max_new_tokens,
             batch_size=generate.batch_size,
             tools=tools,
+            shard=shard,
+            gather=gather,
         )
     return _result(rows, judge, sampled, likeliest, seed, samples)
 
@@ -133,7 +142,7 @@ def _result(
         EvalSample(
             id=str(rows[i]["id"]),
             prompt=rows[i]["prompt"],
-            ground_truth=rows[i]["ground_truth"],
+            ground_truth=str(rows[i].get("ground_truth") or ""),
             sampled=sampled[i][0].text,
             reward=float(rewards[i, 0]),
             greedy=None if likeliest is None else likeliest[i].text,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,8 +22,11 @@ from transformers import (
 
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError
+from rpo_trainer.sharding import loading_whole, rows_of
 
 if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
     from rpo_trainer.recipe import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -54,30 +58,96 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     return set_chat_template(tokenizer, template)
 
 
-def load_model(spec: ModelSpec, base_dir: Path, *, seed: int, vocabulary: int) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec,
+    base_dir: Path,
+    *,
+    seed: int,
+    vocabulary: int,
+    quantization: BitsAndBytesConfig | None = None,
+    reward: bool = False,
+) -> PreTrainedModel:
     """The model that the first stage starts from.
 
     Weights are kept in float32 whatever `dtype` says: steps of 1e-7 are lost in bfloat16 weights.
     `dtype` is the arithmetic (autocast) of the stages.
+
+    Args:
+        quantization: how its linear layers are held, where they are frozen.
+        reward: a reward model will do too (see `auto_class`).
     """
     if spec.from_config is not None:
         model: Any = _random_model({"vocab_size": vocabulary, **spec.from_config}, seed)
     else:
         assert spec.name_or_path is not None  # the schema
+        config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
         model = _load(
-            AutoModelForCausalLM,
+            auto_class(config, reward=reward, where=f"model: {spec.name_or_path}"),
             spec.name_or_path,
             base_dir,
             spec,
             what="model",
             dtype=torch.float32,
             use_safetensors=True,
+            **_quantized(quantization),
         )
     check_vocabulary(model, vocabulary)
     return _named(model, spec.name_or_path or "")
 
 
-def _random_model(settings: dict[str, Any], seed: int) -> Any:
+def auto_class(config: Any, *, reward: bool, where: str) -> Any:
+    """The class to load a checkpoint with: sequence classifiers are reward models, all others policies.
+
+    Args:
+        config: the checkpoint's.
+        reward: whether a reward model is wanted, or a policy to make one of.
+
+    Raises:
+        ModelError: a reward model where a policy is wanted; its language head would be random.
+    """
+    names = map(str, getattr(config, "architectures", None) or ())
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return AutoModelForCausalLM
+    if not reward:
+        raise ModelError(
+            "this is a reward model (a sequence classifier), and no policy",
+            where=where,
+            why="it cannot say how likely a token is",
+            fix="start from a causal language model",
+        )
+    return AutoModelForSequenceClassification
+
+
+def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
+    """The configuration alone: of the recipe's model, or of the directory `source`."""
+    if source is None and spec.from_config is not None:
+        return _configuration({"vocab_size": vocabulary, **spec.from_config})
+    name = source if source is not None else spec.name_or_path
+    assert name is not None  # the schema
+    return _load(AutoConfig, name, base_dir, spec, what="model's configuration")
+
+
+def check_context(config: Any, max_length: int, where: str) -> None:
+    """Raises ModelError where `max_length` tokens are more than the model has positions for.
+
+    A rope that is stretched (yarn, linear) reaches its factor times the length it was trained at.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit is not None and isinstance(rope.get("factor"), int | float):
+        trained = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(trained * rope["factor"]))
+    if limit is not None and max_length > limit:
+        raise ModelError(
+            f"max_length {max_length} is beyond the model's context of {limit} tokens",
+            where=where,
+            why="the model has never seen positions so far out, if it has them at all",
+            fix=f"max_length: {limit}, or less",
+        )
+
+
+def _configuration(settings: dict[str, Any]) -> Any:
     where = "model.from_config"
     try:
         known = AutoConfig.for_model(settings["model_type"])
@@ -98,15 +168,21 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
             why="it would be ignored",
             fix=f"did you mean `{near[0]}`?" if near else "remove it",
         )
+    return config
+
+
+def _random_model(settings: dict[str, Any], seed: int) -> Any:
+    config = _configuration(settings)
     set_seed(seed)
     factory: Any = AutoModelForCausalLM
     try:
-        return factory.from_config(config, dtype=torch.float32)
+        with loading_whole():  # in parts, each rank would draw other numbers
+            return factory.from_config(config, dtype=torch.float32)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
         raise ModelError(
             f"no model can be made of this configuration: {type(error).__name__}: "
             f"{_last_line(error).split(' Model type should be one of')[0]}",
-            where=where,
+            where="model.from_config",
         ) from error
 
 
@@ -118,18 +194,31 @@ def _last_line(error: Exception) -> str:
     return [type(error).__name__, *str(error).strip().splitlines()][-1].strip()
 
 
-def load_weights(folder: Path) -> PreTrainedModel:
-    """A stage's output, or any local model directory; float32.
+def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
+    return {} if config is None else {"quantization_config": config}
+
+
+def load_weights(
+    folder: Path, *, quantization: BitsAndBytesConfig | None = None, reward: bool = False
+) -> PreTrainedModel:
+    """A stage's output, or any local model directory; float32, or its linear layers quantised.
+
+    Args:
+        reward: a reward model will do too (see `auto_class`).
 
     Raises:
         ModelError: there is no model, or none in safetensors.
     """
     if not (folder / "config.json").is_file():
         raise ModelError("there is no model here", where=str(folder))
-    factory: Any = AutoModelForCausalLM
     try:
-        model = factory.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = auto_class(config, reward=reward, where=str(folder)).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            **_quantized(quantization),
         )
     except _LOADING_ERRORS as error:
         raise ModelError(
@@ -148,7 +237,7 @@ def _named(model: Any, name: str) -> PreTrainedModel:
 
 def check_vocabulary(model: Any, tokens: int) -> None:
     """Raises ModelError where the tokenizer has more tokens than the model has embeddings."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = rows_of(model.get_input_embeddings().weight)
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens, the model {rows} embeddings",

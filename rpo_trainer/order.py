@@ -1,13 +1,16 @@
 """Which examples meet in which optimizer step: a pure function of seed, epoch and step.
 
 An epoch is a permutation, cut into global batches. Within one, examples are dealt by cost, longest first
-and in snake order, into ranks × accumulation bins of equal count: a permutation inside one optimizer step,
-so the update is that of any other order, and no rank waits long for another.
+and in snake order, into ranks × accumulation bins of equal count, or into as many bins as a token budget
+needs: a permutation inside one optimizer step, so the update is that of any other order, and no rank waits
+long for another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -33,16 +36,60 @@ def deal(batch: Sequence[int], costs: Sequence[int], bins: int) -> list[list[int
     return dealt
 
 
-class StepBatchSampler:
-    """Micro-batches of one rank, epoch after epoch, as lists of example indices.
+@dataclass
+class _Bin:
+    """Examples of one forward: `rows` rows, each as long as the longest."""
 
-    Every rank gets the same number of micro-batches; where a last batch has fewer examples than ranks,
-    some are empty lists, and the collator puts in an example of weight zero.
+    items: list[int] = field(default_factory=list)
+    rows: int = 0
+    length: int = 0
+
+    def cost_with(self, rows: int = 0, length: int = 0) -> int:
+        return (self.rows + rows) * max(self.length, length)
+
+    def add(self, index: int, rows: int, length: int) -> None:
+        self.items.append(index)
+        self.rows += rows
+        self.length = max(self.length, length)
+
+
+def deal_within(
+    batch: Sequence[int], shapes: Sequence[tuple[int, int]], budget: int, ranks: int = 1
+) -> list[list[int]]:
+    """Deals a global batch into as few bins as first fit finds for a budget, then as evenly as may be.
+
+    Args:
+        batch: example indices.
+        shapes: (rows, length) of every example of the data set, by index: a bin costs Σ rows × its
+            greatest length. Where examples share one packed row, each of their tokens is a row of one.
+        budget: the most that a bin may cost; an example that costs more is a bin of its own.
+        ranks: the number of bins is a multiple of it; some may be empty.
+
+    Returns:
+        Bins of indices, the dearest first, so that neighbours cost about the same.
+    """
+    order = sorted(batch, key=lambda i: (-shapes[i][1], -shapes[i][0], i))
+    bins: list[_Bin] = []
+    for index in order:
+        place = next((b for b in bins if b.cost_with(*shapes[index]) <= budget), None)
+        if place is None:
+            bins.append(place := _Bin())
+        place.add(index, *shapes[index])
+    bins += [_Bin() for _ in range(-len(bins) % ranks)]
+    even = [_Bin() for _ in bins]
+    for index in order:
+        min(even, key=lambda b: b.cost_with(*shapes[index])).add(index, *shapes[index])
+    if all(b.cost_with() <= budget or len(b.items) == 1 for b in even):
+        bins = even
+    return [b.items for b in sorted(bins, key=lambda b: -b.cost_with())]
+
+
+class GlobalBatches:
+    """The optimizer steps of an epoch, each a list of example indices, over all ranks.
 
     Args:
         costs: cost of every example, such as its tokens.
         global_batch_size: examples of one optimizer step, over all ranks.
-        micro_batch_size: the most examples of one forward of one rank.
         shuffle: False: longest first, for evaluation.
         drop_last: leave out the last global batch of an epoch if it is not full.
     """
@@ -52,7 +99,6 @@ class StepBatchSampler:
         costs: Sequence[int],
         *,
         global_batch_size: int,
-        micro_batch_size: int,
         world_size: int = 1,
         rank: int = 0,
         seed: int = 0,
@@ -61,7 +107,6 @@ class StepBatchSampler:
     ) -> None:
         self.costs = list(costs)
         self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
         self.world_size = world_size
         self.rank = rank
         self.seed = seed
@@ -85,6 +130,22 @@ class StepBatchSampler:
             batches.pop()
         return batches
 
+
+class StepBatchSampler(GlobalBatches):
+    """Micro-batches of one rank, epoch after epoch, as lists of example indices.
+
+    Every rank gets the same number of micro-batches; where a last batch has fewer examples than ranks,
+    some are empty lists, and the collator puts in an example of weight zero.
+
+    Args:
+        costs, settings: see `GlobalBatches`.
+        micro_batch_size: the most examples of one forward of one rank.
+    """
+
+    def __init__(self, costs: Sequence[int], *, micro_batch_size: int, **settings: Any) -> None:
+        super().__init__(costs, **settings)
+        self.micro_batch_size = micro_batch_size
+
     def _accumulation(self, examples: int) -> int:
         return -(-examples // (self.micro_batch_size * self.world_size))
 
@@ -98,3 +159,30 @@ class StepBatchSampler:
         full, rest = divmod(len(self.costs), self.global_batch_size)
         last = 0 if self.drop_last else self._accumulation(rest)
         return full * self._accumulation(self.global_batch_size) + last
+
+
+class TokenBudgetSampler(GlobalBatches):
+    """Whole optimizer steps of one rank: lists of micro-batches, as many as the lengths need.
+
+    Every rank gets the same number of micro-batches in each step, the dearest first; some are empty where
+    there are more ranks than micro-batches.
+
+    Args:
+        shapes: (rows, length) of every example, see `deal_within`.
+        budget: the most tokens of one forward of one rank, for every example that fits.
+        settings: see `GlobalBatches`.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], *, budget: int, **settings: Any) -> None:
+        super().__init__([rows * length for rows, length in shapes], **settings)
+        self.shapes = list(shapes)
+        self.budget = budget
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        for batch in self.global_batches():
+            bins = deal_within(batch, self.shapes, self.budget, self.world_size)
+            yield bins[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.costs), self.global_batch_size)
+        return full + bool(rest and not self.drop_last)

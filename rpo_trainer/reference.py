@@ -27,9 +27,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rpo_trainer.batch import Layout, forward_tokens, pack
+from rpo_trainer.batch import Layout, forward_tokens, pack, to_device
 from rpo_trainer.errors import ModelError
 from rpo_trainer.logprobs import response_sums
+from rpo_trainer.sharding import device_of, whole
 from rpo_trainer.step import causal_lm, token_logprobs
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,13 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
         config.pop(name, None)
     parts = [_VERSION, arithmetic, config, _adapter_settings(model)]
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.numel() and tensor.is_meta:
+    for name, weight in sorted(model.state_dict(keep_vars=True).items()):
+        if weight.numel() and weight.is_meta:
             raise ModelError(f"weight {name} is not loaded, so the reference cannot be named")
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-        digest.update(memoryview(flat.numpy()))
+        with whole(weight) as tensor:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.contiguous().reshape(-1).view(torch.uint8).cpu()
+            digest.update(flat.numpy().data)
     return str(digest.hexdigest())
 
 
@@ -111,10 +113,10 @@ class ReferenceCache:
         for (low, high), value in zip(keys.tolist(), values.tolist(), strict=True):
             self.values[(low, high)] = value
 
-    def add(self, new: Mapping[Key, float]) -> None:
+    def add(self, new: Mapping[Key, float], *, on_disk: bool = True) -> None:
         """Keeps values, on disk too where there is a folder."""
         self.values.update(new)
-        if self.folder is None or not new:
+        if self.folder is None or not new or not on_disk:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         keys = np.array(list(new), dtype=np.int64)
@@ -176,7 +178,7 @@ def reference_logps(
         ]
         for example in examples
     ]
-    device = next(model.parameters()).device
+    device = device_of(model)
     training = model.training
     model.eval()
     try:
@@ -185,29 +187,28 @@ def reference_logps(
         missing = [i for i, row in enumerate(keys) if any(key not in cache.values for key in row)]
         missing.sort(key=lambda i: (-forward_tokens(examples[i], layout), i))
         rank, world = shard
-        mine = missing[rank::world]
+        batches = _batches(missing, examples, layout, batch_tokens)
         bar = tqdm(
-            total=len(mine),
+            total=len(missing),
             desc="reference log-probs",
             unit="row",
-            disable=not progress or not mine,
+            disable=not progress or not missing,
         )
         unsaved: dict[Key, float] = {}
-        for batch in _batches(mine, examples, layout, batch_tokens):
+        waiting = 0
+        # In each round every rank has a batch, a copy where none is left: sharded weights need all of them.
+        for start in range(0, len(batches), world):
+            batch = batches[min(start + rank, len(batches) - 1)]
             sums = run([examples[i] for i in batch])
             flat = [key for i in batch for key in keys[i]]
             unsaved.update(zip(flat, sums.tolist(), strict=True))
-            bar.update(len(batch))
-            # One process saves as it goes and so resumes; several save once they have met.
-            if world == 1 and len(unsaved) >= _ROWS_PER_PART:
-                cache.add(unsaved)
-                unsaved = {}
+            done = [i for part in batches[start : start + world] for i in part]
+            bar.update(len(done))
+            waiting += sum(len(keys[i]) for i in done)
+            if waiting >= _ROWS_PER_PART or start + world >= len(batches):
+                cache.add(gather(unsaved), on_disk=rank == 0)
+                unsaved, waiting = {}, 0
         bar.close()
-        together = gather(unsaved)
-        if rank == 0:
-            cache.add(together)
-        else:
-            cache.values.update(together)
     finally:
         model.train(training)
     return [[cache.values[key] for key in row] for row in keys]
@@ -226,10 +227,7 @@ class _Pass:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
         batch = pack(examples, self.layout, pad_token_id=self.pad_token_id)
-        inputs = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in batch["model_inputs"].items()
-        }
+        inputs = to_device(batch["model_inputs"], self.device)
         index = batch["response_index"].to(self.device)
         with torch.no_grad():
             logps = token_logprobs(self.model, inputs)

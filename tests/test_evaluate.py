@@ -130,5 +130,5 @@ def test_unusable_input_is_refused() -> None:
 
 def test_rows_without_ground_truth_are_refused_before_sampling() -> None:
     rows = [*rows_with_truth("ab"), {"id": "bare", "prompt": "p", "ground_truth": None}]
-    with pytest.raises(DataError, match="1 of 2 rows have no ground_truth"):
+    with pytest.raises(DataError, match=r"no ground_truth to compare .* with: 1 of 2 rows"):
         run(rows)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rpo_trainer.order import StepBatchSampler, deal, epoch_order
+from rpo_trainer.order import (
+    StepBatchSampler,
+    TokenBudgetSampler,
+    deal,
+    deal_within,
+    epoch_order,
+)
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -62,3 +68,67 @@ def test_epochs_differ_and_drop_last():
 def test_evaluation_goes_longest_first():
     sampler = StepBatchSampler([3, 9, 1, 7], global_batch_size=2, micro_batch_size=2, shuffle=False)
     assert list(sampler) == [[1, 3], [0, 2]]
+
+
+def cost(items, shapes):
+    return sum(shapes[i][0] for i in items) * max((shapes[i][1] for i in items), default=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("examples", [64, 61, 2, 1])
+def test_bins_within_a_budget(examples, ranks, padded):
+    lengths = np.random.default_rng(examples).integers(10, 1500, size=64).tolist()
+    shapes = [(2 + n % 3, n) if padded else (n, 1) for n in lengths]
+    budget = 4096
+    bins = deal_within(range(examples), shapes, budget, ranks)
+    assert sorted(i for b in bins for i in b) == list(range(examples))
+    assert len(bins) % ranks == 0
+    costs = [cost(b, shapes) for b in bins]
+    assert costs == sorted(costs, reverse=True)
+    for b, c in zip(bins, costs, strict=True):
+        assert c <= budget or len(b) == 1
+    if examples > 60 and not padded:
+        needed = -(-sum(costs) // budget)
+        assert len(bins) <= 1.1 * needed + ranks
+        # Rank r runs bins r, r + ranks, ...: in each round all of them together.
+        rounds = [costs[start : start + ranks] for start in range(0, len(costs), ranks)]
+        assert sum(max(r) - min(r) for r in rounds) < 0.05 * sum(costs)
+
+
+def test_bins_are_evened_out():
+    shapes = [(n, 1) for n in (6, 4, 4, 3, 3)]
+    costs = sorted(cost(b, shapes) for b in deal_within(range(5), shapes, 16))
+    assert costs == [9, 11]  # first fit alone: 16 and 4
+
+
+def test_padded_bins_hold_examples_of_like_length():
+    shapes = [(1, n) for n in (100, 10, 100, 10, 10, 10)]
+    assert sorted(map(sorted, deal_within(range(6), shapes, 200))) == [[0, 2], [1, 3, 4, 5]]
+
+
+def test_what_is_beyond_the_budget_goes_alone():
+    shapes = [(n, 1) for n in (3, 50, 4, 60)]
+    assert deal_within(range(4), shapes, 10) == [[3], [1], [2, 0]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_budgeted_steps_are_the_global_batches_and_alike_on_every_rank(world, drop_last):
+    lengths = np.random.default_rng(0).integers(1, 100, size=31).tolist()
+    common = {"global_batch_size": 12, "seed": 7, "drop_last": drop_last}
+    whole = StepBatchSampler(lengths, micro_batch_size=1, **common)
+    shapes = [(n, 1) for n in lengths]
+    ranks = [
+        TokenBudgetSampler(shapes, budget=120, world_size=world, rank=r, **common)
+        for r in range(world)
+    ]
+    for epoch in (0, 1):
+        for sampler in (whole, *ranks):
+            sampler.set_epoch(epoch)
+        steps = list(zip(*ranks, strict=True))
+        assert len(steps) == len(ranks[0]) == (2 if drop_last else 3)
+        assert len({len(step[0]) for step in steps}) > 1 or drop_last
+        for step, batch in zip(steps, whole.global_batches(), strict=True):
+            assert len({len(micro) for micro in step}) == 1
+            assert sorted(i for micro in step for b in micro for i in b) == sorted(batch)

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from rpo_trainer import distributed
 from rpo_trainer.errors import StoppedBySignal
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ _SHOWN = {
     "rewards/margins": "margin",
     "rewards/target_gap": "target",
     "rewards/accuracies": "acc",
+    "accuracy": "acc",
     "logps/chosen_delta": "Δchosen",
 }
 
@@ -41,6 +43,18 @@ class MetricsLog(TrainerCallback):
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")
+
+
+class EvaluateBefore(TrainerCallback):
+    """Evaluates the held-out examples before the first step, the model ready to be trained."""
+
+    def __init__(self, trainer: Any, note: Callable[[dict[str, Any]], None]) -> None:
+        self.trainer = trainer
+        self.note = note
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.note(self.trainer.evaluate())
 
 
 class StepZeroLog(TrainerCallback):
@@ -94,6 +108,9 @@ class StopOnSignal(TrainerCallback):
     While a stage trains (`busy`), the first signal is only noted; behind the last step the output
     is still written. At any other time nothing would be lost, and the first signal ends the run at
     once, as the second always does.
+
+    Of several processes one may get the signal alone: they tell each other at every step's end, so
+    that all save the same step; outside of training, at the next point where they meet.
     """
 
     def __init__(self) -> None:
@@ -119,8 +136,8 @@ class StopOnSignal(TrainerCallback):
             return  # a loader's worker, which has inherited this handler: its parent decides
         again = self.received is not None
         self.received = signal.Signals(number)
-        if again or not self.busy:
-            self.raise_if_stopped()
+        if again or not (self.busy or distributed.world_size() > 1):
+            self._raise_if_stopped()
         logger.warning(
             "%s: finishing the step and saving (once more to stop at once)", self.received.name
         )
@@ -131,7 +148,7 @@ class StopOnSignal(TrainerCallback):
         self.busy = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received is not None:
+        if self._agreed() is not None:
             control.should_save = True
             control.should_training_stop = True
 
@@ -141,7 +158,16 @@ class StopOnSignal(TrainerCallback):
         self.raise_if_stopped()
 
     def raise_if_stopped(self) -> None:
-        """StoppedBySignal if a signal has come."""
+        """StoppedBySignal if a signal has come, to any process; all of them call it."""
+        self._agreed()
+        self._raise_if_stopped()
+
+    def _agreed(self) -> signal.Signals | None:
+        number = distributed.greatest(self.received or 0)
+        self.received = signal.Signals(number) if number else None
+        return self.received
+
+    def _raise_if_stopped(self) -> None:
         if self.received is not None:
             raise StoppedBySignal(
                 f"stopped by {self.received.name}",

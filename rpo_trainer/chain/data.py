@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import xxhash
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.chain.state import write_whole
-from rpo_trainer.data import Audit, add_replay, filter_rows, load_rows, tokenize_rows
-from rpo_trainer.recipe import PairsSpec, RPOStage, SFTStage, SourceSpec, Stage, resolve_path
-from rpo_trainer.rewards.pairs import make_preference_rows
-from rpo_trainer.rewards.verifiers import get_verifier, require_ground_truth, score_rows
+from rpo_trainer.chain.made import load_given, scorer_columns
+from rpo_trainer.data import (
+    Audit,
+    add_replay,
+    filter_rows,
+    hold_out,
+    load_rows,
+    rating_targets,
+    tokenize_rows,
+)
+from rpo_trainer.errors import DataError
+from rpo_trainer.recipe import (
+    RewardStage,
+    RPOStage,
+    SFTStage,
+    SourceSpec,
+    Stage,
+    resolve_path,
+)
+from rpo_trainer.rewards.calibrate import fit_reward_scale, label_gaps
+from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
+from rpo_trainer.rewards.verifiers import get_verifier, score_rows
 from rpo_trainer.trainers.checkpoint import file_digest
 
 if TYPE_CHECKING:
-    from rpo_trainer.recipe import DataSpec, EvalSpec, Recipe
+    from rpo_trainer.data.rows import Kind
+    from rpo_trainer.recipe import DataSpec, EvalSpec, Recipe, ScoreSpec
 
 
 @dataclass
@@ -44,10 +62,12 @@ class StageData:
 
 
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
-    """xxh3-128 over tokens, masks and rewards."""
+    """xxh3-128 over tokens, masks, and rewards or ratings."""
     digest = xxhash.xxh3_128()
+    columns = ["prompt_ids", "response_ids", "response_mask", "rewards"]
+    columns += [name for name in ("attributes",) if name in dataset.column_names]
     for row in dataset:
-        parts = [row[name] for name in ("prompt_ids", "response_ids", "response_mask", "rewards")]
+        parts = [row[name] for name in columns]
         digest.update(json.dumps(parts).encode())
     return str(digest.hexdigest())
 
@@ -67,9 +87,21 @@ def stage_seed(stage: Stage, recipe: Recipe) -> int:
     return recipe.seed if stage.seed is None else stage.seed
 
 
+def row_kind(stage: Stage) -> Literal["sft", "pair", "rating"]:
+    """What the rows of a stage are."""
+    if isinstance(stage, RewardStage) and stage.objective == "regression":
+        return "rating"
+    return "sft" if isinstance(stage, SFTStage) else "pair"
+
+
+def _needs_rewards(stage: Stage) -> bool:
+    margin = isinstance(stage, RewardStage) and stage.margin_scale > 0
+    return isinstance(stage, RPOStage) or margin
+
+
 def needs_policy(data: DataSpec) -> bool:
-    """Whether the responses are sampled from the policy that seeds the stage."""
-    return data.generate is not None
+    """Whether there are no responses before the run has sampled them."""
+    return data.generate is not None or data.rows_of is not None
 
 
 def build_rows(
@@ -79,33 +111,56 @@ def build_rows(
     seed: int,
     audit: Audit,
     earlier: Callable[[str], list[dict[str, Any]]],
-    policy: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
-    cache: Path | None = None,
+    made: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Training rows of a stage, not yet tokenised.
 
     Args:
         earlier: training rows of an earlier stage by name, for replay.
-        policy: the model and tokenizer that seed the stage; needed where it generates.
-        cache: folder for generated rows: read if they are there, else written, whole or not at all.
+        made: what `RowMaker` has made; None: before a run, where a verifier scores here and now, and
+            other scorers leave the rows as they are.
     """
     data = stage.data
     if isinstance(stage, SFTStage):
-        rows = load_rows(data.train, kind="sft", base_dir=base_dir, audit=audit, seed=seed)
+        rows = load_rows(
+            data.train, kind="sft", base_dir=base_dir, dedup=data.dedup, audit=audit, seed=seed
+        )
         if data.replay is not None:
             rows = add_replay(rows, earlier(data.replay.stage), data.replay, seed=seed, audit=audit)
         return rows
-    if data.generate is not None:
-        rows = _generated(stage, base_dir, seed, audit, policy, cache)
-    else:
-        rows = _given(stage, base_dir, seed, audit)
-    if data.generate is not None or data.score is not None or data.pairs is not None:
-        pairs = data.pairs or PairsSpec(select="best_worst", min_gap=0.0)
-        rows = make_preference_rows(rows, select=pairs.select, min_gap=pairs.min_gap, audit=audit)
+    if isinstance(stage, RewardStage) and stage.objective == "regression":
+        rows = load_rows(
+            data.train, kind="rating", base_dir=base_dir, dedup=data.dedup, audit=audit, seed=seed
+        )
+        return _targets(stage, rows, audit)
+    rows = _given(stage, base_dir, seed, audit) if made is None else made
+    labelled = not needs_policy(data)
+    given_gaps = label_gaps(rows) if labelled else []
+    if made is not None or data.pairs is not None or _scored_here(data.score):
+        rows = make_preference_rows(rows, **pairs_arguments(data.pairs), seed=seed, audit=audit)
     rows = filter_rows(rows, data.filter, audit)
-    if isinstance(stage, RPOStage):
-        audit.check_target_gaps(rows, stage.reward_scale)
+    if isinstance(stage, RewardStage) and (wide := [r for r in rows if len(r["responses"]) > 2]):
+        raise DataError(
+            f"{len(wide)} of {len(rows)} rows have more than two responses, first {wide[0]['id']}",
+            where=f"stages.{stage.name}",
+            why="Bradley-Terry is a loss of pairs",
+            fix="add `pairs: {select: best_worst}` to `data`",
+        )
+    if isinstance(stage, RPOStage) and (gaps := label_gaps(rows)):
+        scale = stage.reward_scale
+        if scale == "auto":
+            against = any(gap < 0 for gap in given_gaps)
+            fit = fit_reward_scale(given_gaps if against else gaps, labelled=against)
+            audit.calibration, scale = asdict(fit), fit.reward_scale
+        audit.check_target_gaps(rows, scale)
     return rows
+
+
+def fitted_stage(stage: Stage, audit: Audit) -> Stage:
+    """The stage with the η that `build_rows` has fitted, where it is to be fitted."""
+    if not audit.calibration:
+        return stage
+    return stage.model_copy(update={"reward_scale": audit.calibration["reward_scale"]})
 
 
 def tokenize_stage(
@@ -115,92 +170,88 @@ def tokenize_stage(
     return tokenize_rows(
         rows,
         tokenizer,
-        kind="sft" if isinstance(stage, SFTStage) else "pair",
+        kind=row_kind(stage),
         max_length=stage.max_length,
         truncation=stage.truncation,
         audit=audit,
     )
 
 
+def _targets(stage: RewardStage, rows: list[dict[str, Any]], audit: Audit) -> list[dict[str, Any]]:
+    assert stage.attributes is not None  # the schema
+    bounds = None if stage.rating_range is None else (stage.rating_range[0], stage.rating_range[1])
+    return rating_targets(rows, stage.attributes, rating_range=bounds, audit=audit)
+
+
+def set_aside(
+    stage: Stage, rows: list[dict[str, Any]], *, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Rows to train on, and those that `data.eval_share` keeps for the evaluation."""
+    share = stage.data.eval_share
+    return (rows, None) if share is None else hold_out(rows, share, seed=seed)
+
+
 def build_evaluation(
-    stage: Stage, base_dir: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    stage: Stage,
+    base_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    rows: list[dict[str, Any]] | None = None,
 ) -> tuple[datasets.Dataset, list[dict[str, Any]], Audit] | None:
-    """Held-out examples for the loss, their rows and their audit; None without `data.eval`."""
-    if not stage.data.eval:
-        return None
+    """Held-out examples for the loss, their rows and their audit; None without any.
+
+    Args:
+        rows: those of `set_aside`; None: those of `data.eval`.
+    """
     audit = Audit()
-    sft = isinstance(stage, SFTStage)
-    rows = load_rows(
-        stage.data.eval,
-        kind="sft" if sft else "pair",
-        base_dir=base_dir,
-        require_rewards=isinstance(stage, RPOStage),
-        audit=audit,
-        seed=seed,
-    )
-    if not sft:
-        rows = filter_rows(rows, None, audit)
+    if rows is None:
+        if not stage.data.eval:
+            return None
+        kind: Kind = row_kind(stage)
+        rows = load_rows(
+            stage.data.eval,
+            kind=kind,
+            base_dir=base_dir,
+            require_rewards=_needs_rewards(stage),
+            audit=audit,
+            seed=seed,
+        )
+        if kind == "pair":
+            rows = filter_rows(rows, None, audit)
+        elif isinstance(stage, RewardStage):
+            rows = _targets(stage, rows, audit)
     return tokenize_stage(stage, rows, tokenizer, audit), rows, audit
 
 
 def evaluation_prompts(spec: EvalSpec, base_dir: Path, *, seed: int) -> list[dict[str, Any]]:
     """Prompts to sample responses to, at most `max_rows` of them."""
-    rows = load_rows(spec.data, kind="prompt", base_dir=base_dir, audit=Audit(), seed=seed)
+    keep = scorer_columns(spec.score)
+    rows = load_rows(
+        spec.data, kind="prompt", base_dir=base_dir, keep=keep, audit=Audit(), seed=seed
+    )
     return rows[: spec.max_rows]
+
+
+def _scored_here(score: ScoreSpec | None) -> bool:
+    """Whether the rewards cost nothing and touch nothing: rows can be scored before a run."""
+    return score is not None and score.verifier not in (None, "asserts")
 
 
 def _given(stage: Stage, base_dir: Path, seed: int, audit: Audit) -> list[dict[str, Any]]:
     """Rows that come with their responses; `score` gives these rewards, in place of any of their own."""
     data = stage.data
-    rows = load_rows(
+    if data.score is not None:
+        rows = load_given(data, base_dir, seed=seed, audit=audit)
+        if not _scored_here(data.score) or data.score.verifier is None:
+            return [{**row, "rewards": None} for row in rows]
+        return score_rows(rows, get_verifier(data.score.verifier))
+    return load_rows(
         data.train,
         kind="pair",
         base_dir=base_dir,
-        require_rewards=isinstance(stage, RPOStage) and data.score is None,
+        require_rewards=_needs_rewards(stage),
+        dedup=data.dedup,
         audit=audit,
         seed=seed,
     )
-    return rows if data.score is None else score_rows(rows, get_verifier(data.score.verifier))
-
-
-def _generated(
-    stage: Stage,
-    base_dir: Path,
-    seed: int,
-    audit: Audit,
-    policy: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None,
-    cache: Path | None,
-) -> list[dict[str, Any]]:
-    data = stage.data
-    assert data.generate is not None and data.score is not None  # the schema
-    judge = get_verifier(data.score.verifier)
-    rows = load_rows(data.train, kind="prompt", base_dir=base_dir, audit=audit, seed=seed)
-    require_ground_truth(rows, judge)
-    file = None if cache is None else cache / f"generated-{_key(stage, base_dir, seed)}.jsonl"
-    if file is not None and file.is_file():
-        scored = [json.loads(line) for line in file.read_text().splitlines()]
-    else:
-        assert policy is not None  # a stage that generates has one
-        from rpo_trainer.rewards.generate import sample_responses
-
-        model, tokenizer = policy()
-        spec = data.generate
-        sampled = sample_responses(
-            model, tokenizer, [row["prompt"] for row in rows],
-            responses=spec.responses, max_new_tokens=spec.max_new_tokens,
-            temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k,
-            batch_size=spec.batch_size, seed=seed, tools=[row.get("tools") for row in rows],
-        )  # fmt: skip
-        for row, samples in zip(rows, sampled, strict=True):
-            row["responses"] = [sample.text for sample in samples]
-        scored = score_rows(rows, judge)
-        if file is not None:
-            write_whole(file, "".join(json.dumps(row) + "\n" for row in scored))
-    return scored
-
-
-def _key(stage: Stage, base_dir: Path, seed: int) -> str:
-    """What the generated rows of a stage depend on, beside the weights."""
-    data = stage.data.model_dump(mode="json", include={"train", "generate", "score"})
-    parts = [data, stage.init, seed, source_digests(stage.data.train, base_dir)]
-    return str(xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode()))

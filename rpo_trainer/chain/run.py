@@ -8,12 +8,14 @@ import json
 import logging
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rpo_trainer import distributed
 from rpo_trainer.chain.callbacks import MetricsLog, StageProgress, StopOnSignal
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.data import (
@@ -21,11 +23,17 @@ from rpo_trainer.chain.data import (
     build_evaluation,
     build_rows,
     evaluation_prompts,
+    fitted_stage,
+    set_aside,
     source_digests,
     stage_seed,
     tokenize_stage,
 )
+from rpo_trainer.chain.made import RowMaker, source_key, sources_of_rows
+from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.stage import (
+    agreement_of,
+    arithmetic,
     make_trainer,
     output_fingerprint,
     train_stage,
@@ -43,17 +51,21 @@ from rpo_trainer.chain.state import (
 )
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RecipeError, RunError
-from rpo_trainer.loading import check_vocabulary, load_model, load_tokenizer, load_weights
+from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import (
     LoadedRecipe,
     PreferenceStage,
+    RewardStage,
     Stage,
     dump_resolved,
     expand_stages,
     resolve_path,
 )
+from rpo_trainer.rewards.rowfile import content_key
+from rpo_trainer.sharding import loading_whole
 from rpo_trainer.trainers.checkpoint import damage
 from rpo_trainer.trainers.preference import PreferenceTrainer
+from rpo_trainer.trainers.reward import RewardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +98,19 @@ def run_chain(
         StoppedBySignal: by SIGTERM or SIGINT, behind a complete checkpoint.
     """
     run_dir = default_run_dir(loaded) if run_dir is None else run_dir
-    open_run_dir(run_dir)
-    with locked(run_dir):
-        return _Chain(loaded, run_dir).run(only)
+    distributed.start()
+    with ExitStack() as held:
+
+        def hold() -> None:
+            open_run_dir(run_dir)
+            held.enter_context(locked(run_dir))
+
+        with distributed.together():
+            if distributed.is_main():
+                hold()
+        with distributed.together():
+            chain = _Chain(loaded, run_dir)
+        return chain.run(only)
 
 
 class _Chain:
@@ -105,10 +127,19 @@ class _Chain:
             loaded.recipe.seed,
         )
         self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
+        self.models = Models(
+            self.recipe, self.base_dir, run_dir, self.stages,
+            vocabulary=len(self.tokenizer), arithmetic=arithmetic(self.recipe.model),
+        )  # fmt: skip
+        self.maker = RowMaker(
+            self.base_dir, run_dir, {stage.name: stage for stage in self.stages},
+            seed=lambda stage: stage_seed(stage, self.recipe), policy=self._policy,
+            weights=self._weights, ranks=distributed,
+        )  # fmt: skip
         self.stop = StopOnSignal()
 
     def run(self, only: Collection[str] | None) -> Path:
-        self._check_finished()
+        distributed.on_main(self._check_finished)
         wanted = [
             (stage, record)
             for stage in self.stages
@@ -120,14 +151,30 @@ class _Chain:
             return self.run_dir
         pending = {stage.name for stage, record in wanted if record["state"] == "pending"}
         self._check_starts(wanted)
-        with self.stop.installed():
+
+        def begin() -> None:
             if len(pending) == len(wanted):  # a fault of the last stage must not wait for the first
                 check_recipe(self.loaded, self.run_dir, only=pending)
             self.state.save()
             _write_recipe(self.run_dir / "recipe.yaml", dump_resolved(self.recipe))
+
+        with self.stop.installed():
+            self._start_engines([stage for stage, _ in wanted])
+            distributed.on_main(begin)
             for stage, record in wanted:
                 self._run_stage(stage, record)
         return self.run_dir
+
+    def _start_engines(self, stages: list[Stage]) -> None:
+        """DeepSpeed joins its processes when arguments are made for it: all must make them."""
+        if distributed.world_size() == 1:
+            return
+        with distributed.together():
+            for stage in stages:
+                training_config(
+                    stage, self.recipe.model, seed=stage_seed(stage, self.recipe),
+                    folder=self.run_dir / stage.name, run_dir=self.run_dir,
+                )  # fmt: skip
 
     def _record(self, name: str) -> dict[str, Any]:
         record = self.state.stage(name)
@@ -157,7 +204,10 @@ class _Chain:
 
     def _check_output(self, name: str, record: dict[str, Any]) -> None:
         final = self._final(name)
+        base = final.with_name("base")
         fault = damage(final)
+        if fault is None and base.is_dir() and (fault := damage(base)) is not None:
+            fault = f"base: {fault}"
         if fault is None and output_fingerprint(final) != record["output"]["fingerprint"]:
             fault = "these are other weights than the stage has written"
         if fault is not None:
@@ -175,6 +225,7 @@ class _Chain:
             sources = {"init": stage.init}
             if isinstance(stage, PreferenceStage):
                 sources["reference"] = stage.reference
+            sources |= sources_of_rows(stage.data)
             for field, source in sources.items():
                 record = self.state.stage(source)
                 if record is not None and record["state"] != "done" and source not in there:
@@ -191,24 +242,33 @@ class _Chain:
 
     # --- models ---
 
-    def _model(self, source: str) -> PreTrainedModel:
-        """`model`, the output of a finished stage (`_check_starts`), or a local directory."""
-        if source == "model":
-            return load_model(
-                self.recipe.model,
-                self.base_dir,
-                seed=self.recipe.seed,
-                vocabulary=len(self.tokenizer),
+    def _policy(self, stage: Stage, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """What a stage samples from: its start (`init`), or another source."""
+        with loading_whole():
+            if source != "init":
+                return self.models.output(source).to(distributed.device()), self.tokenizer
+            # A reward stage trains something else: the pairs come from what it is made of.
+            model = (
+                self.models.output(stage.init)
+                if isinstance(stage, RewardStage)
+                else self.models.start(stage, stage_seed(stage, self.recipe))
             )
-        if self.state.stage(source) is not None:
-            return load_weights(self._final(source))
-        model = load_weights(resolve_path(self.base_dir, source))
-        check_vocabulary(model, len(self.tokenizer))
-        return model
+        return model.to(distributed.device()), self.tokenizer
 
-    def _policy(self, stage: Stage) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model: Any = self._model(stage.init)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), self.tokenizer
+    def _weights(self, stage: Stage, source: str) -> str:
+        """A key of the weights behind such a source."""
+        source = stage.init if source == "init" else source
+        if source == "model":
+            name = self.recipe.model.name_or_path
+            own = source_key(resolve_path(self.base_dir, name), name) if name else ""
+            return content_key(self.recipe.model.model_dump(mode="json"), self.recipe.seed, own)
+        if self.state.stage(source) is not None:
+            return output_fingerprint(self._final(source))
+        return source_key(resolve_path(self.base_dir, source), source)
+
+    def _save(self) -> None:
+        if distributed.is_main():
+            self.state.save()
 
     # --- one stage ---
 
@@ -216,14 +276,15 @@ class _Chain:
         began = time.monotonic()
         folder = self.run_dir / stage.name
         folder.mkdir(exist_ok=True)
-        if damage(self._final(stage.name)) is not None or "steps" not in record:
+        fault = distributed.on_main(lambda: damage(self._final(stage.name)))
+        if fault is not None or "steps" not in record:
             self._train(stage, record, folder, stage_seed(stage, self.recipe))
         self._evaluate(stage, record, folder)
         record["state"] = "done"
         record["finished"] = _now()
         record["seconds"] = record.get("seconds", 0.0) + time.monotonic() - began
         record["output"] = {"fingerprint": output_fingerprint(self._final(stage.name))}
-        self.state.save()
+        self._save()
         logger.info("%s finished", self._label(stage))
 
     def _label(self, stage: Stage) -> str:
@@ -232,17 +293,19 @@ class _Chain:
     def _train(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> None:
         label = self._label(stage)
         logger.info("%s preparing data", label)
-        data = self._data(stage, record, folder, seed)
-        config = training_config(
-            stage, self.recipe.model, seed=seed, folder=folder, run_dir=self.run_dir
-        )
+        data = self._data(stage, record, seed)
+        stage = fitted_stage(stage, data.audit)
+        with distributed.together():
+            config = training_config(
+                stage, self.recipe.model, seed=seed, folder=folder, run_dir=self.run_dir
+            )
         reference = None
         if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
-            reference = self._model(stage.reference)
+            reference = self.models.output(stage.reference)
         trainer = make_trainer(
             stage,
             config,
-            self._model(stage.init),
+            self.models.start(stage, seed),
             reference,
             self.tokenizer,
             data,
@@ -255,11 +318,12 @@ class _Chain:
         logger.info("%s training on %d examples", label, len(data.train))
 
         def begin(step: int, evaluated: bool) -> None:
-            forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
+            if distributed.is_main():
+                forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
         def note(values: dict[str, Any]) -> None:
             record.update(values)
-            self.state.save()
+            self._save()
 
         results = train_stage(trainer, folder, begin=begin, note=note)
         if results is None:
@@ -267,7 +331,12 @@ class _Chain:
             raise RunError(f"the training of stage {stage.name} ended before its last step")
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
-        write_output(trainer, folder)
+        if stage.peft is None:
+            write_output(trainer, folder)
+        else:
+            self.models.write_output(trainer, stage)
+        if isinstance(trainer, RewardTrainer):
+            results["calibration"] = trainer.calibration.get("eval", {})
         note(results)
         self.stop.output_written()
         del trainer
@@ -275,33 +344,38 @@ class _Chain:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _data(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> StageData:
+    def _data(self, stage: Stage, record: dict[str, Any], seed: int) -> StageData:
         audit = Audit()
-        rows = build_rows(
-            stage,
-            self.base_dir,
-            seed=seed,
-            audit=audit,
-            earlier=self._earlier_rows,
-            policy=lambda: self._policy(stage),
-            cache=folder,
-        )
-        train = tokenize_stage(stage, rows, self.tokenizer, audit)
-        held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed)
-        if held_out is not None:
-            audit.check_overlap(rows, held_out[1])
+        made = self.maker.rows(stage, audit)
+        with distributed.together():
+            rows = build_rows(
+                stage, self.base_dir, seed=seed, audit=audit, earlier=self._earlier_rows, made=made
+            )
+            rows, held = set_aside(stage, rows, seed=seed)
+            train = tokenize_stage(stage, rows, self.tokenizer, audit)
+            held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
+            if held_out is not None:
+                audit.check_overlap(rows, held_out[1], held_out=stage.data.held_out)
         for line in audit.summary_lines():
             logger.info("%s data: %s", self._label(stage), line)
         data = StageData(train, held_out[0] if held_out else None, audit, rows)
         fingerprint = data.fingerprint()
-        known = record.get("data", {}).get("fingerprint", fingerprint)
-        if known != fingerprint:
-            raise RunError(
-                f"the examples of stage {stage.name} are not those it began with",
-                where=str(self.run_dir),
-                why="a data source, the tokenizer or its template has changed",
-                fix="undo the change, or start in a new directory (--run-dir)",
-            )
+        made_here = distributed.merge({distributed.rank(): fingerprint})
+        with distributed.together():
+            if len(set(made_here.values())) > 1:
+                raise RunError(
+                    f"the processes have made different examples of stage {stage.name}",
+                    why="each reads the data for itself, and the hosts do not have the same files",
+                    fix="give every host the same data, tokenizer and library versions",
+                )
+            known = record.get("data", {}).get("fingerprint", fingerprint)
+            if known != fingerprint:
+                raise RunError(
+                    f"the examples of stage {stage.name} are not those it began with",
+                    where=str(self.run_dir),
+                    why="a data source, the tokenizer or its template has changed",
+                    fix="undo the change, or start in a new directory (--run-dir)",
+                )
         record.update(
             state="running",
             started=record.get("started") or _now(),
@@ -309,7 +383,9 @@ class _Chain:
             sources=source_digests(stage.data.train, self.base_dir),
             data={"fingerprint": fingerprint, "audit": audit.as_dict()},
         )
-        self.state.save()
+        if audit.calibration:
+            record["reward_scale"] = audit.calibration["reward_scale"]
+        self._save()
         return data
 
     def _earlier_rows(self, name: str) -> list[dict[str, Any]]:
@@ -321,33 +397,43 @@ class _Chain:
 
     def _evaluate(self, stage: Stage, record: dict[str, Any], folder: Path) -> None:
         """Held-out NLL or preferences, and sampled responses under the verifier."""
+        if isinstance(stage, RewardStage):
+            record["eval"] = agreement_of(record)
+            return
         scores: dict[str, Any] = {}
         if "eval_after" in record:
             scores["nll"] = record["eval_after"].get("eval_loss/sft")
             scores["nll_before"] = record.get("eval_before", {}).get("eval_loss/sft")
         spec = stage.eval or self.recipe.eval
         if spec is not None and spec.generate is not None and spec.score is not None:
+            assert spec.score.verifier is not None  # the schema
             from rpo_trainer.evaluate import evaluate_policy
 
             logger.info("%s sampling held-out responses", self._label(stage))
-            model: Any = load_weights(self._final(stage.name))
+            with loading_whole():
+                model = self.models.output(stage.name)
             result = evaluate_policy(
-                model.to("cuda" if torch.cuda.is_available() else "cpu"),
+                model.to(distributed.device()),
                 self.tokenizer,
                 evaluation_prompts(spec, self.base_dir, seed=self.recipe.seed),
                 generate=spec.generate,
                 verifier=spec.score.verifier,
+                allow_code_execution=spec.score.allow_code_execution,
                 greedy=spec.greedy,
                 seed=self.recipe.seed,
+                shard=(distributed.rank(), distributed.world_size()),
+                gather=distributed.merge,
             ).as_dict()
             samples = result.pop("samples")
-            (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+            if distributed.is_main():
+                lines = (json.dumps(sample) + "\n" for sample in samples)
+                (folder / "samples.jsonl").write_text("".join(lines))
             scores |= result
         record["eval"] = scores
 
 
 def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
-    """The stage that `rpo-trainer sft | dpo | rpo` means.
+    """The stage that `rpo-trainer sft | dpo | rpo | reward` means.
 
     Raises:
         RecipeError: there is none, or several and no name.

@@ -10,7 +10,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +18,26 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from rpo_trainer.chain.callbacks import StepZeroLog
+from rpo_trainer import adapters, distributed
+from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
 from rpo_trainer.chain.data import StageData
-from rpo_trainer.errors import RecipeError
+from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.recipe import (
     DPOStage,
     ModelSpec,
+    PeftSpec,
     PreferenceStage,
+    RewardStage,
     RPOStage,
     Stage,
     fill_from_environment,
 )
+from rpo_trainer.recipe.checks import did_you_mean
 from rpo_trainer.trainers import (
     DPOConfig,
     DPOTrainer,
+    RewardConfig,
+    RewardTrainer,
     RPOConfig,
     RPOTrainer,
     SFTConfig,
@@ -39,6 +45,7 @@ from rpo_trainer.trainers import (
 )
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
+from rpo_trainer.trainers.engine import asks_for_shards
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,11 +56,13 @@ _GAPS_SHOWN = 512  # examples of the scatter in the report
 
 # Stage fields that bear the same name in our configs.
 _SAME = (
-    "max_length", "truncation", "global_batch_size", "learning_rate", "lr_scheduler_type",
+    "max_length", "truncation", "global_batch_size", "micro_batch_tokens", "learning_rate",
+    "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
     "logging_steps", "save_total_limit", "report_to",
     "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
     "disable_dropout", "label_smoothing", "reward_scale",
+    "objective", "attributes", "reward_weights", "rating_range", "margin_scale",
 )  # fmt: skip
 
 
@@ -67,7 +76,7 @@ def arithmetic(model: ModelSpec) -> str:
 
 def training_config(
     stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
-) -> SFTConfig | DPOConfig | RPOConfig:
+) -> SFTConfig | DPOConfig | RPOConfig | RewardConfig:
     """The trainer's config of a stage.
 
     Raises:
@@ -77,6 +86,8 @@ def training_config(
     settings: dict[str, Any] = {
         name: getattr(stage, name) for name in _SAME if hasattr(stage, name)
     }
+    if settings.get("reward_scale") == "auto":
+        del settings["reward_scale"]  # before the data is read; see `fitted_stage`
     settings |= {
         "output_dir": str(folder),
         "per_device_train_batch_size": stage.micro_batch_size,
@@ -88,11 +99,13 @@ def training_config(
         "seed": seed,
         "bf16": arithmetic(model) == "bfloat16",
         "fp16": arithmetic(model) == "float16",
-        "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        "use_cpu": not torch.cuda.is_available()
+        and not torch.backends.mps.is_available()
+        and not asks_for_shards(stage.training_args),
         "disable_tqdm": True,
         "log_level": "warning",
     }
-    if stage.data.eval and stage.eval_steps:
+    if (stage.data.eval or stage.data.eval_share) and stage.eval_steps:
         settings |= {"eval_strategy": "steps", "eval_steps": stage.eval_steps}
     if isinstance(stage, PreferenceStage):
         settings["reference_cache_dir"] = str(run_dir / "reference-cache")
@@ -116,36 +129,86 @@ def training_config(
         trackers: Any = get_reporting_integration_callbacks
         for tracker in trackers(made.report_to):
             tracker()  # says here, not when training starts, that it is not installed
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(str(error), where=f"stages.{stage.name}") from error
     return made
 
 
-def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig]:
+def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | RewardConfig]:
     if isinstance(stage, DPOStage):
         return DPOConfig
+    if isinstance(stage, RewardStage):
+        return RewardConfig
     return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
 
 
 def lora_config(stage: Stage) -> LoraConfig | None:
-    """The adapter of a stage; None: it trains all weights.
+    """The adapter that a stage would begin; None: it trains all weights.
 
     Raises:
-        RecipeError: a field of `peft` that LoraConfig does not know or take.
+        RecipeError: a field of `peft` that LoraConfig does not know or take, or an adapter that cannot be
+            trained here.
     """
     if stage.peft is None:
         return None
     from peft import LoraConfig
 
+    where = f"stages.{stage.name}.peft"
+    fields = {"task_type": "CAUSAL_LM", **stage.peft.lora_fields()}
+    _require_lora(str(fields.pop("peft_type", "LORA")).upper(), where)
+    known = set(inspect.signature(LoraConfig).parameters)
+    for name in fields:
+        if name not in known:
+            near = did_you_mean(name, [*known, *PeftSpec.model_fields])
+            raise RecipeError(
+                f"LoraConfig has no field {name}",
+                where=where,
+                fix=f"did you mean {near}?" if near else "see peft.LoraConfig for the names",
+            )
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **stage.peft})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(str(error), where=f"stages.{stage.name}.peft") from error
+        config = LoraConfig(**fields)
+        adapters.require_fit(config)
+        adapters.require_plain_start(config)
+        if stage.peft.quantization is not None:
+            adapters.nf4(torch.float32)
+    except ModelError as error:
+        raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
+    except RecipeError as error:
+        raise RecipeError(error.what, where=where, fix=error.fix) from error
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(str(error), where=where) from error
+    if stage.peft.quantization is not None and adapters.changes_base(config):
+        raise RecipeError(
+            f"init_lora_weights: {config.init_lora_weights} changes the weights below the adapter, "
+            "which are in 4 bits",
+            where=where,
+            why="what it takes from them would be rounded away",
+            fix="leave out init_lora_weights, or quantization",
+        )
+    return config
+
+
+def _require_lora(kind: str, where: str) -> None:
+    from peft import LoraConfig
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if kind == "LORA":
+        return
+    methods = {str(name.value): method for name, method in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    prompt = issubclass(methods.get(kind, LoraConfig), PromptLearningConfig)
+    raise RecipeError(
+        f"peft_type {kind}: a recipe trains LoRA adapters",
+        where=where,
+        why="the virtual tokens of a prompt-learning method stand before a row, and a row here holds many "
+        "examples" if prompt else None,
+        fix="leave peft_type out" + ("" if prompt else "; a trainer takes other methods (peft_config)"),
+    )  # fmt: skip
 
 
 def make_trainer(
     stage: Stage,
-    config: SFTConfig | DPOConfig | RPOConfig,
+    config: SFTConfig | DPOConfig | RPOConfig | RewardConfig,
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -161,13 +224,13 @@ def make_trainer(
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
-    if stage.peft is not None:
-        common["peft_config"] = lora_config(stage)
     trainer: PackedTrainer
     if isinstance(stage, DPOStage):
         trainer = DPOTrainer(ref_model=reference, **common)
     elif isinstance(stage, RPOStage):
         trainer = RPOTrainer(ref_model=reference, **common)
+    elif isinstance(stage, RewardStage):
+        trainer = RewardTrainer(**common)
     else:
         trainer = SFTTrainer(**common)
     trainer.remove_callback(PrinterCallback)
@@ -191,11 +254,7 @@ def train_stage(
     Returns:
         What the record is to say at the end; None: training was stopped before it.
     """
-    checkpoint = last_complete(folder)
-    for later in checkpoints(folder):
-        if later == checkpoint:
-            break
-        shutil.rmtree(later)  # damaged: it must not outlive the good ones that are written now
+    checkpoint = distributed.on_main(lambda: _resume_from(folder))
     if checkpoint is None:
         begin(-1, False)
     else:
@@ -203,7 +262,8 @@ def train_stage(
         begin(step, _evaluation_at(step, _history(checkpoint)) is not None)
     held_out = trainer.eval_dataset is not None
     if held_out and checkpoint is None:
-        note({"eval_before": _finite(trainer.evaluate())})
+        evaluated = EvaluateBefore(trainer, lambda found: note({"eval_before": _finite(found)}))
+        trainer.add_callback(evaluated)
     trainer.add_callback(StepZeroLog(trainer, note))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
@@ -214,7 +274,16 @@ def train_stage(
         # With eval_steps, the last step may have been evaluated within training.
         known = _evaluation_at(state.global_step, state.log_history)
         results["eval_after"] = _finite(trainer.evaluate() if known is None else known)
-    return {**results, "peak_memory_bytes": peak_memory()}
+    return {**results, "peak_memory_bytes": distributed.greatest(peak_memory())}
+
+
+def _resume_from(folder: Path) -> Path | None:
+    found = last_complete(folder)
+    for later in checkpoints(folder):
+        if later == found:
+            break
+        shutil.rmtree(later)  # damaged: it must not outlive the good ones that are written now
+    return found
 
 
 def _history(checkpoint: Path) -> list[dict[str, Any]]:
@@ -226,6 +295,16 @@ def _history(checkpoint: Path) -> list[dict[str, Any]]:
 def _evaluation_at(step: int, history: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The log line of the evaluation at a step, if there is one."""
     return next((e for e in history if e.get("step") == step and "eval_loss" in e), None)
+
+
+_AGREEMENT = ("accuracy", "pearson/", "spearman/", "rmse/", "bias/", "calibration/")
+
+
+def agreement_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reward stage's record says of held-out rows: the metrics, and the tables of calibration."""
+    after = {k.removeprefix("eval_"): v for k, v in record.get("eval_after", {}).items()}
+    found: dict[str, Any] = {k: v for k, v in after.items() if k.startswith(_AGREEMENT)}
+    return {**found, "calibration": record["calibration"]} if record.get("calibration") else found
 
 
 def _finite(metrics: dict[str, Any]) -> dict[str, float]:
@@ -245,31 +324,17 @@ def peak_memory() -> int:
 
 
 def write_output(trainer: PackedTrainer, folder: Path) -> None:
-    """`final/`: model and tokenizer, complete or absent; an adapter is merged, and kept besides."""
+    """`final/` of a stage that trains all weights: model and tokenizer, complete or absent."""
     final, staged = folder / "final", folder / ".final"
-    shutil.rmtree(staged, ignore_errors=True)
-    model: Any = trainer.model
-    if has_adapter := hasattr(model, "merge_and_unload"):
-        _write_adapter(model, folder / "adapter")
-        model = model.merge_and_unload()
-    if has_adapter or trainer.args.world_size == 1:
-        model.save_pretrained(staged)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(staged)
-    else:
-        trainer.save_model(str(staged))
-    if trainer.args.should_save:
-        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
+    trainer.save_model(str(staged))
+
+    def commit() -> None:
         write_manifest(staged)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staged, final)
 
-
-def _write_adapter(model: Any, folder: Path) -> None:
-    """The adapter by itself."""
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
+    distributed.on_main(commit)
 
 
 def output_fingerprint(final: Path) -> str:
@@ -294,4 +359,5 @@ def write_gaps(trainer: PackedTrainer, path: Path) -> None:
             gaps = {name: float(values[number]) for name, values in outputs["gaps"].items()}
             lines.append(json.dumps({"id": batch["ids"][i], **gaps}) + "\n")
     trainer._eval_metrics.drain()
-    path.write_text("".join(lines))
+    if distributed.is_main():  # all have computed them: sharded weights need every process
+        path.write_text("".join(lines))

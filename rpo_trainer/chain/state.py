@@ -24,6 +24,7 @@ _VERSION = 1
 SAFE_FIELDS = frozenset(
     {
         "micro_batch_size",
+        "micro_batch_tokens",
         "gradient_checkpointing",
         "logging_steps",
         "save_steps",

@@ -17,7 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 CHECK = "recipe_check"  # the error type of everything found here
 PREFERENCE_KINDS = ("dpo", "rpo")
-PREFERENCE_DATA = ("filter", "generate", "score", "pairs")
+PREFERENCE_DATA = ("filter", "generate", "score", "pairs", "refresh", "rows_of")
 LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
 PAIR_LOSSES = ("rpo_sq",)  # defined for two responses only
 ANY_PLACE = ("previous", "model")  # words that `init` and `reference` always understand
@@ -121,6 +121,9 @@ def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     """Weights for all sources or none; sampled responses need rewards and something to compare."""
     for field in ("train", "eval"):
         yield from _weight_checks(raw.get(field), field)
+    if raw.get("held_out") is True and not raw.get("eval"):
+        what = "`held_out` without `eval`: there are no rows that it says this of"
+        yield wrong(("held_out",), what, fix="add `eval`, or remove `held_out`")
     generate = raw.get("generate")
     if not isinstance(generate, dict):
         return
@@ -130,7 +133,9 @@ def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
             "`generate` without `score`: sampled responses would have no rewards",
             fix="add `score: {verifier: ...}` beside `generate`",
         )
-    if generate.get("responses") == 1:
+    others = [generate.get("policies", ["init"]), generate.get("endpoints", [])]
+    sampled = sum(len(names) for names in others if isinstance(names, list))
+    if generate.get("responses") == 1 and sampled < 2:
         yield wrong(
             ("generate", "responses"),
             "one response for each prompt gives nothing to compare",
@@ -152,8 +157,17 @@ def _weight_checks(sources: object, field: str) -> Iterator[InitErrorDetails]:
 
 
 def eval_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-    """Rewards need responses."""
+    """Rewards need responses; of this policy, from a verifier."""
     yield from _weight_checks(raw.get("data"), "data")
+    score, generate = raw.get("score"), raw.get("generate")
+    if isinstance(score, dict) and score.get("verifier") is None:
+        what = "an evaluation is scored by a verifier"
+        yield wrong(("score",), what, fix="write `score: {verifier: ...}`")
+    elsewhere = isinstance(generate, dict) and generate.get("policies", ["init"]) != ["init"]
+    if isinstance(generate, dict) and (elsewhere or generate.get("endpoints")):
+        field = "policies" if elsewhere else "endpoints"
+        what = f"an evaluation samples from the policy that the stage has made, not from `{field}`"
+        yield wrong(("generate", field), what, fix=f"remove `{field}`")
     if raw.get("score") is not None and raw.get("generate") is None:
         yield wrong(
             ("score",),
@@ -204,6 +218,8 @@ def _warmup_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
 
 def _batch_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     total, micro = raw.get("global_batch_size"), raw.get("micro_batch_size", 1)
+    if raw.get("micro_batch_tokens") is not None:
+        return  # any number of examples is dealt out
     if not (isinstance(total, int) and isinstance(micro, int)) or total < 1 or micro < 1:
         return
     if total % micro:
@@ -245,17 +261,22 @@ def _data_of_kind_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     data, kind = raw.get("data"), raw.get("kind")
     if not isinstance(data, dict):
         return
-    unread = {"sft": PREFERENCE_DATA, "dpo": ("replay",), "rpo": ("replay",)}.get(str(kind), ())
+    no_pairs = kind == "sft" or raw.get("objective") == "regression"
+    unread: tuple[str, ...] = PREFERENCE_DATA if no_pairs else ()
+    unread += () if kind == "sft" else ("replay",)
+    unread += () if kind == "reward" else ("eval_share",)
     for field in _given(data, *unread):
-        kinds = "sft" if field == "replay" else "dpo or rpo"
+        kinds = {"replay": "sft", "eval_share": "reward"}.get(
+            field, "dpo, rpo or reward (bradley_terry)"
+        )
         what = f"`data.{field}` is for stages of kind {kinds}; this one is {kind}"
         yield wrong(("data", field), what, fix=f"remove `{field}`")
     pairs, generate = data.get("pairs"), data.get("generate")
     if not isinstance(pairs, dict) or pairs.get("select") != "all_responses":
         return
     responses = generate.get("responses", 4) if isinstance(generate, dict) else None
-    loss = raw.get("loss_type")
-    if kind == "dpo" or (loss in PAIR_LOSSES and responses not in (None, 2)):
+    loss = raw.get("objective") if kind == "reward" else raw.get("loss_type")
+    if kind in ("dpo", "reward") or (loss in PAIR_LOSSES and responses not in (None, 2)):
         name = loss or kind
         yield wrong(
             ("data", "pairs", "select"),
@@ -310,7 +331,8 @@ def looks_like_path(text: str) -> bool:
     return "/" in text or "\\" in text or text.startswith("~")
 
 
-def _names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+def stage_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every name of raw stages, those of their rounds too."""
     return [name for stage in stages for name in [stage["name"], *expanded_names(stage)]]
 
 
@@ -320,6 +342,7 @@ def _reference_checks(
     earlier: Sequence[Mapping[str, Any]],
     every: Sequence[Mapping[str, Any]],
 ) -> Iterator[InitErrorDetails]:
+    yield from _policy_checks(index, stage, earlier)
     words: dict[str, tuple[str, ...]] = {"init": ANY_PLACE}
     if stage.get("kind") in PREFERENCE_KINDS:
         words["reference"] = (*ANY_PLACE, "init")
@@ -327,21 +350,41 @@ def _reference_checks(
         target = stage.get(field)
         if not isinstance(target, str) or not target or target in known or looks_like_path(target):
             continue
-        yield from _unknown_stage(("stages", index, field), target, earlier, every, known)
+        yield from unknown_stage(("stages", index, field), target, earlier, every, known)
     data = stage.get("data")
     replay = data.get("replay") if isinstance(data, dict) else None
     target = replay.get("stage") if isinstance(replay, dict) else None
     if not isinstance(target, str) or not target or stage.get("kind") in PREFERENCE_KINDS:
         return
     at = ("stages", index, "data", "replay", "stage")
-    yield from _unknown_stage(at, target, earlier, every, ())
-    kinds = [s.get("kind") for s in earlier if target in _names([s])]
+    yield from unknown_stage(at, target, earlier, every, ())
+    kinds = [s.get("kind") for s in earlier if target in stage_names([s])]
     if kinds and kinds[0] != "sft":
         what = f"`replay.stage` must be an sft stage; `{target}` is {kinds[0]}"
         yield wrong(at, what, fix="name an earlier sft stage")
 
 
-def _unknown_stage(
+def _policy_checks(
+    index: int, stage: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]
+) -> Iterator[InitErrorDetails]:
+    """A policy cannot go on from a reward model, nor be compared with one or sampled from it."""
+    rewards = stage_names([s for s in earlier if s.get("kind") == "reward"])
+    data = stage.get("data")
+    samples = isinstance(data, dict) and data.get("generate") is not None
+    for field in ("init", "reference"):
+        target = stage.get(field)
+        if not isinstance(target, str) or target not in rewards:
+            continue
+        if stage.get("kind") == "reward" and not samples:
+            continue
+        yield wrong(
+            ("stages", index, field),
+            f"`{field}` refers to `{target}`, a reward stage, which leaves no policy",
+            fix="name a stage of another kind; `previous` is the policy before the reward stage",
+        )
+
+
+def unknown_stage(
     at: tuple[str | int, ...],
     target: str,
     earlier: Sequence[Mapping[str, Any]],
@@ -349,7 +392,7 @@ def _unknown_stage(
     words: Sequence[str],
 ) -> Iterator[InitErrorDetails]:
     """An error unless `target` is the name of an earlier stage."""
-    before = _names(earlier)
+    before = stage_names(earlier)
     if target in before:
         return
     field = re.sub(r"^stages\.\d+\.(data\.)?", "", ".".join(map(str, at)))
@@ -357,7 +400,7 @@ def _unknown_stage(
     fix = f"use one of {choices}" if choices else "there is no earlier stage: remove it"
     if words:
         fix += ", or a path with a slash (./name)"
-    if target in _names(every):
+    if target in stage_names(every):
         what = f"`{field}` refers to `{target}`, which is not earlier in the chain"
         yield wrong(at, what, fix=fix, why="a stage can only use what is there when it starts")
         return

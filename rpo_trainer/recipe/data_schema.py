@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe import checks
+from rpo_trainer.recipe import checks, reward_checks
 from rpo_trainer.recipe.spec import Spec, Text
 
 
@@ -64,6 +64,20 @@ class FilterSpec(Spec):
         description="drop rows whose chosen reward is lower; a chosen that is ground truth always "
         "passes",
     )
+    min_chosen_quantile: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="the same with the threshold at this quantile of all chosen rewards; 0.75 keeps "
+        "the best quarter, and what equals its last",
+    )
+    top_chosen_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="keep this share of the rows, those with the best chosen rewards, and beside "
+        "them every chosen that is ground truth",
+    )
     min_gap: float | None = Field(
         None,
         ge=0,
@@ -76,39 +90,122 @@ class FilterSpec(Spec):
         "the rows and drops them otherwise",
     )
 
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        return reward_checks.filter_checks(raw)
+
+
+class EndpointSpec(Spec):
+    """A model behind an OpenAI-compatible endpoint."""
+
+    url: Text = Field(description="base url, for example http://localhost:8000/v1")
+    model: Text = Field(description="the model's name there")
+    api_key_env: Text = Field(
+        "OPENAI_API_KEY",
+        description="environment variable that holds the key; it is written nowhere",
+    )
+    concurrency: int = Field(8, ge=1, description="requests at a time")
+    timeout: float = Field(60.0, gt=0, description="seconds without an answer before the next try")
+    retries: int = Field(
+        6, ge=0, description="further tries of a request, each after a longer wait (Retry-After)"
+    )
+
+
+class JudgeSpec(EndpointSpec):
+    """An LLM that says which of two responses is better, asked in both orders."""
+
+    template: Text | None = Field(
+        None,
+        description="file with the prompt, with {prompt}, {first} and {second} in it; it must ask "
+        "for [[A]], [[B]] or [[C]]",
+    )
+    max_tokens: int = Field(1024, ge=1, description="longest answer, in tokens")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature of the judge")
+
 
 class GenerateSpec(Spec):
-    """Responses sampled from the policy as it is when the stage starts."""
+    """Responses sampled from the policy as it is when the stage starts, or from other policies."""
 
-    responses: int = Field(4, ge=1, description="responses for each prompt")
+    responses: int = Field(4, ge=1, description="responses for each prompt, from each policy")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 turns it off")
     top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 turns it off")
     max_new_tokens: int = Field(ge=1, description="longest response, in tokens")
     batch_size: int = Field(64, ge=1, description="sequences generated at once")
+    policies: list[Text] = Field(
+        ["init"],
+        description="what is sampled from: `init` (the policy that seeds the stage), an earlier "
+        "stage, or a path (with a slash); several are mixed",
+    )
+    endpoints: list[EndpointSpec] = Field(
+        [], description="policies behind OpenAI-compatible endpoints, beside `policies`"
+    )
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        return reward_checks.generate_checks(raw)
+
+
+VerifierName = Literal[
+    "exact", "partial_match", "numeric", "multiple_choice", "json_schema", "regex",
+    "instructions", "asserts",
+]  # fmt: skip
 
 
 class ScoreSpec(Spec):
-    """Where the rewards of the responses come from."""
+    """Where the rewards of the responses come from; one of the first four."""
 
-    verifier: Literal["exact", "partial_match"] = Field(
-        description="built-in verifier that compares a response with the row's `ground_truth`"
+    verifier: VerifierName | None = Field(
+        None, description="built-in verifier: rewards from what a row says about right answers"
     )
+    model: Text | None = Field(
+        None,
+        description="reward model: the name of an earlier reward stage, or a path (with a slash)",
+    )
+    endpoint: EndpointSpec | None = Field(
+        None, description="reward model behind an endpoint that answers with scores by attribute"
+    )
+    judge: JudgeSpec | None = Field(None, description="LLM that compares the responses in pairs")
+    weights: dict[str, float] | Text | None = Field(
+        None,
+        description="weight of each attribute of a reward model, or the name of published weights; "
+        "by default the model's own, else the mean",
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens in a forward pass of a reward model, padding counted; by default 16384",
+    )
+    allow_code_execution: bool = Field(
+        False, description="let the verifier `asserts` run code that a model has written"
+    )
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        return reward_checks.score_checks(raw)
 
 
 class PairsSpec(Spec):
     """How scored responses become preference rows."""
 
-    select: Literal["best_worst", "all_responses"] = Field(
+    select: Literal["best_worst", "best_random", "all_pairs", "all_responses"] = Field(
         "best_worst",
-        description="`best_worst` makes a pair, `all_responses` keeps the row with all its "
-        "responses",
+        description="`best_worst`, `best_random` (best against a random worse one) and `all_pairs` "
+        "make pairs, `all_responses` keeps the row with all its responses",
+    )
+    chosen: Literal["best", "ground_truth"] = Field(
+        "best",
+        description="`ground_truth`: the chosen is the response that is the row's ground truth, "
+        "where there is one, else the best",
+    )
+    ties: Literal["drop", "keep"] = Field(
+        "drop", description="rows (or pairs) whose rewards are all equal"
     )
     min_gap: float = Field(
         0.0,
         ge=0,
-        description="drop rows whose gap between best and worst reward is not larger; they are "
-        "counted",
+        description="drop rows (or pairs) whose gap between best and worst reward is not larger; "
+        "they are counted",
     )
 
 
@@ -119,8 +216,25 @@ class DataSpec(Spec):
     eval: list[SourceSpec] = Field(
         [], description="held-out sources for the loss during training (`eval_steps`)"
     )
+    eval_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="set this share of the prompts aside, with all their rows, and evaluate on them "
+        "in place of `eval` (reward only)",
+    )
     replay: ReplaySpec | None = Field(
         None, description="rows of an earlier sft stage mixed in (sft only)"
+    )
+    dedup: Literal["exact", "normalised"] | None = Field(
+        None,
+        description="keep the first training row of each prompt and count the others; `normalised` "
+        "compares without regard to case, white space and Unicode form",
+    )
+    held_out: bool = Field(
+        False,
+        description="`eval` is held out: a prompt of it that is trained on, exactly or normalised, is "
+        "an error and not a warning",
     )
     filter: FilterSpec | None = Field(
         None, description="quality filter for preference rows (dpo and rpo only)"
@@ -135,10 +249,21 @@ class DataSpec(Spec):
     pairs: PairsSpec | None = Field(
         None, description="make pairs from scored responses (dpo and rpo only)"
     )
+    refresh: Literal["each", "never"] | None = Field(
+        None,
+        description="with `repeat` and `generate`: `each` round samples from the policy that seeds "
+        "it (the default), or `never` again after the first, whose responses all rounds use",
+    )
+    rows_of: Text | None = Field(
+        None,
+        description="use the sampled and scored responses of this earlier stage, in place of "
+        "`generate` and `score`",
+    )
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        return checks.data_checks(raw)
+        yield from checks.data_checks(raw)
+        yield from reward_checks.rows_of_checks(raw)
 
 
 class EvalSpec(Spec):

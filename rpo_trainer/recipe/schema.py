@@ -14,32 +14,39 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe import checks
+from rpo_trainer.recipe import checks, reward_checks
 from rpo_trainer.recipe.data_schema import (
     DataSpec,
+    EndpointSpec,
     EvalSpec,
     FilterSpec,
     GenerateSpec,
+    JudgeSpec,
     PairsSpec,
     ReplaySpec,
     ScoreSpec,
     SourceSpec,
 )
+from rpo_trainer.recipe.peft_schema import PeftSpec, peft_chain_checks
 from rpo_trainer.recipe.spec import Spec, Text
 
 __all__ = [
     "STAGE_KINDS",
     "DPOStage",
     "DataSpec",
+    "EndpointSpec",
     "EvalSpec",
     "FilterSpec",
     "GenerateSpec",
+    "JudgeSpec",
     "ModelSpec",
     "PairsSpec",
+    "PeftSpec",
     "PreferenceStage",
     "RPOStage",
     "Recipe",
     "ReplaySpec",
+    "RewardStage",
     "SFTStage",
     "ScoreSpec",
     "SourceSpec",
@@ -96,6 +103,14 @@ def _text_or_list(value: object) -> object:
     raise checks.wrong_value("must be a name or a list of names", "write for example `tensorboard`")
 
 
+def _scale_or_auto(value: object) -> object:
+    """One message for a union; pydantic alone gives one for each member."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "auto" or (number and value > 0):  # type: ignore[operator]
+        return value
+    raise checks.wrong_value("must be a number above 0, or `auto`", "write for example `1.0`")
+
+
 class StageBase(Spec):
     """What stages of every kind have."""
 
@@ -121,6 +136,13 @@ class StageBase(Spec):
         ge=1,
         description="examples for each forward pass of a process; changes memory and speed, not "
         "the result",
+    )
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of each forward pass of a process in training, in place of "
+        "`micro_batch_size`, which then holds for evaluation alone: each global batch is dealt into "
+        "as many forward passes as its lengths need; changes memory and speed, not the result",
     )
     num_train_epochs: float | None = Field(
         None, gt=0, description="passes over the data; 1 if `max_steps` is not given either"
@@ -157,8 +179,9 @@ class StageBase(Spec):
     report_to: Annotated[str | list[str], BeforeValidator(_text_or_list)] = Field(
         "none", description="trackers, as in `transformers`: `none`, `tensorboard`, `wandb`, ..."
     )
-    peft: dict[str, Any] | None = Field(
-        None, description="train an adapter: fields of `peft.LoraConfig`"
+    peft: PeftSpec | None = Field(
+        None,
+        description="train an adapter: fields of `peft.LoraConfig`, and what becomes of it",
     )
     training_args: dict[str, Any] = Field(
         {},
@@ -238,11 +261,62 @@ class RPOStage(PreferenceStage):
     loss_type: Literal["rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq", "rpo_sqloo"] = Field(
         "rpo_bwd_kl", description="the preference loss; `rpo_bwd_kl` is the paper's"
     )
-    reward_scale: float = Field(1.0, gt=0, description="η, the scale of the given rewards")
+    reward_scale: Annotated[float | Literal["auto"], BeforeValidator(_scale_or_auto)] = Field(
+        1.0,
+        description="η, the scale of the given rewards; `auto` fits it to the training rows: to "
+        "their preference labels where these do not follow the rewards, else to the median gap",
+    )
 
 
-Stage: TypeAlias = SFTStage | DPOStage | RPOStage
-STAGE_KINDS: dict[str, type[Stage]] = {"sft": SFTStage, "dpo": DPOStage, "rpo": RPOStage}
+class RewardStage(StageBase):
+    """A reward model: a sequence classifier whose score at the end of a response is its reward.
+
+    It is no policy: `previous` in a later stage is the policy before it.
+    """
+
+    kind: Literal["reward"] = Field("reward", description="`reward`: a reward model")
+    objective: Literal["bradley_terry", "regression"] = Field(
+        description="`bradley_terry`: pairs, −log σ(r_c − r_r − margin); `regression`: rated "
+        "responses, the mean squared error over all ratings"
+    )
+    attributes: list[Text] | None = Field(
+        None,
+        min_length=1,
+        description="what is rated, a head of the model for each (regression); a missing rating is "
+        "masked",
+    )
+    reward_weights: dict[str, float] | Text | None = Field(
+        None,
+        description="weight of each attribute in the reward, by name, or published weights "
+        "(`nemotron-4-340b-reward`, `llama3-70b-steerlm-rm`); by default those of the model it "
+        "starts from, else the mean",
+    )
+    rating_range: list[float] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="lowest and highest rating that can be right (regression); others are errors",
+    )
+    margin_scale: float = Field(
+        0.0,
+        ge=0,
+        description="the margin is this times the gap of the given rewards (bradley_terry); 0: no "
+        "margin, and no rewards are needed",
+    )
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        yield from super().cross_checks(raw)
+        yield from reward_checks.reward_stage_checks(raw)
+
+
+Stage: TypeAlias = SFTStage | DPOStage | RPOStage | RewardStage
+STAGE_KINDS: dict[str, type[Stage]] = {
+    "sft": SFTStage,
+    "dpo": DPOStage,
+    "rpo": RPOStage,
+    "reward": RewardStage,
+}
 
 
 class Recipe(Spec):
@@ -278,6 +352,8 @@ class Recipe(Spec):
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         yield from _default_checks(raw.get("defaults"))
         yield from checks.recipe_checks(raw)
+        yield from reward_checks.reference_checks(raw)
+        yield from peft_chain_checks(raw)
 
 
 def with_defaults(stage: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,23 +8,32 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from rpo_trainer.recipe.checks import expanded_names
-from rpo_trainer.recipe.schema import PreferenceStage, Recipe, SFTStage, Stage, StageBase
+from rpo_trainer.recipe.data_schema import DataSpec
+from rpo_trainer.recipe.schema import (
+    PreferenceStage,
+    Recipe,
+    RewardStage,
+    SFTStage,
+    Stage,
+    StageBase,
+)
 
 
 def expand_stages(recipe: Recipe) -> list[Stage]:
     """The stages in the order in which they run.
 
     `repeat` is expanded (name-1 to name-n). `init` and `reference` are `model`, the name of a stage
-    that runs earlier, or a path as the recipe has it: `previous` is the stage before (`model` for
-    the first), `init` as a reference is what the stage starts from, and the name of a repeated
-    stage is its last round.
+    that runs earlier, or a path as the recipe has it: `previous` is the stage before that left a
+    policy (`model` where there is none), `init` as a reference is what the stage starts from, and
+    the name of a repeated stage is its last round.
     """
     stages: list[Stage] = []
     last_round: dict[str, str] = {}
     for stage in recipe.stages:
         names = expanded_names({"name": stage.name, "repeat": stage.repeat})
         for number, name in enumerate(names):
-            previous = stages[-1].name if stages else "model"
+            policies = [s.name for s in stages if not isinstance(s, RewardStage)]
+            previous = policies[-1] if policies else "model"
             wanted = stage.init if number == 0 else "previous"
             changes: dict[str, Any] = {"name": name, "repeat": 1}
             changes["init"] = init = _concrete(wanted, previous, last_round)
@@ -35,10 +44,30 @@ def expand_stages(recipe: Recipe) -> list[Stage]:
                 source = last_round[stage.data.replay.stage]
                 replay = stage.data.replay.model_copy(update={"stage": source})
                 changes["data"] = stage.data.model_copy(update={"replay": replay})
+            else:
+                changes["data"] = _rewarded(stage.data, number, names[0], last_round)
             stages.append(stage.model_copy(update=changes))
         last_round |= dict.fromkeys([stage.name, names[-1]], names[-1])
         last_round |= {name: name for name in names}
     return stages
+
+
+def _rewarded(data: DataSpec, number: int, first: str, last_round: dict[str, str]) -> DataSpec:
+    """`data` of one round: the stages it names are those that run, and never again is said so."""
+    changes: dict[str, Any] = {"refresh": None}
+    if number > 0 and data.refresh == "never":
+        return data.model_copy(
+            update={**changes, "generate": None, "score": None, "rows_of": first}
+        )
+    if data.rows_of is not None:
+        changes["rows_of"] = last_round[data.rows_of]
+    if data.score is not None and data.score.model is not None:
+        model = last_round.get(data.score.model, data.score.model)
+        changes["score"] = data.score.model_copy(update={"model": model})
+    if data.generate is not None:
+        policies = [last_round.get(name, name) for name in data.generate.policies]
+        changes["generate"] = data.generate.model_copy(update={"policies": policies})
+    return data.model_copy(update=changes)
 
 
 def _concrete(target: str, previous: str, last_round: dict[str, str]) -> str:

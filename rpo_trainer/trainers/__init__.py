@@ -1,13 +1,15 @@
-"""Trainers on `transformers.Trainer`: SFT, DPO, RPO."""
+"""Trainers on `transformers.Trainer`: SFT, DPO, RPO, reward models."""
 
 from rpo_trainer.trainers.config import (
     DPOConfig,
     PreferenceConfig,
+    RewardConfig,
     RPOConfig,
     SFTConfig,
     StepConfig,
 )
 from rpo_trainer.trainers.preference import DPOTrainer, PreferenceTrainer, RPOTrainer
+from rpo_trainer.trainers.reward import RewardTrainer
 from rpo_trainer.trainers.sft import SFTTrainer
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "PreferenceTrainer",
     "RPOConfig",
     "RPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "StepConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sys
@@ -11,29 +12,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from rpo_trainer.batch import Layout
+from rpo_trainer.adapters import awake
+from rpo_trainer.batch import Layout, to_device
+from rpo_trainer.distributed import on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.logprobs import response_sums
-from rpo_trainer.order import StepBatchSampler
 from rpo_trainer.probe import probe
+from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import token_logprobs
 from rpo_trainer.trainers import checkpoint
+from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.config import StepConfig
-from rpo_trainer.trainers.examples import EpochLoader, Examples, PackingCollator, to_device
-from rpo_trainer.trainers.guards import BeforeUpdate, require_finite
+from rpo_trainer.trainers.engine import check_same_engine
+from rpo_trainer.trainers.examples import Examples, PackingCollator
+from rpo_trainer.trainers.guards import require_finite
+from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
 from rpo_trainer.trainers.setup import (
     pad_token_id_of,
     require_one_gpu,
     tokenizer_of,
+    unprepared,
     with_adapter,
 )
+from rpo_trainer.trainers.wrapping import WrappingTrainer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -47,7 +56,8 @@ class Term:
 
     Attributes:
         numerators: `[B]`, with gradient where `coefficient` is not 0.
-        per: what it is a mean over: `examples`, or `tokens` (trained ones of the first responses).
+        per: what it is a mean over: `examples`, or what `counts` counts beside them: `tokens` (trained
+            ones of the first responses) or `ratings`.
     """
 
     numerators: Tensor
@@ -63,11 +73,11 @@ class StepResult:
     metrics: dict[str, Tensor]
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(WrappingTrainer):
     """Base of the trainers; a subclass says what the losses are and what its rows look like."""
 
     config_class: type[StepConfig] = StepConfig
-    row_kind: Literal["sft", "pair"] = "sft"
+    row_kind: Literal["sft", "pair", "rating"] = "sft"
     needs_rewards = False
     args: StepConfig
     # transformers types these as unions with None and with data sets we never hold.
@@ -95,10 +105,7 @@ class PackedTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
-        if peft_config is not None:
-            # The adapter's random start is part of the run: a resumed one needs the same again.
-            set_seed(args.seed)
-            model = with_adapter(model, peft_config)
+        model = with_adapter(unprepared(model), peft_config, args.seed)
         processing_class = processing_class or tokenizer_of(model)
         self.audits: dict[str, Any] = {}
         train = self._examples(train_dataset, processing_class, args, "train")
@@ -123,23 +130,47 @@ class PackedTrainer(Trainer):
         # Our loss is already divided by the counts of the whole accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.layout: Layout
-        wanted = None if args.layout == "auto" else args.layout
-        self.layout, _ = probe(self.model, layout=wanted, tile_bytes=args.tile_bytes)  # type: ignore[arg-type]
+        self.settle_engine()
+        self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
+        self._probed = False
+        if whole_on_every_rank(self.model):
+            self._probe()
+        compile_if_asked(self.model, self.accelerator)
         self.pad_token_id = pad_token_id_of(processing_class)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self._train_metrics = MetricSums()
         self._eval_metrics = MetricSums()
         self._step_losses: list[tuple[Tensor, list[str]]] = []
-        self._grad_norm: Tensor | float = 0.0
         self._staging: Path | None = None
-        self.add_callback(BeforeUpdate(self.before_update))
+
+    def _probe(self) -> None:
+        wanted: Any = None if self.args.layout == "auto" else self.args.layout
+        with awake(self.model):
+            self.layout, _ = probe(self.model, layout=wanted, tile_bytes=self.args.tile_bytes)
+        self._probed = True
+
+    def wrapped(self, train_dataloader: Any) -> Any:
+        """Asks weights that were not whole before; the loader was dealt by the costs of a guess."""
+        if self._probed:
+            return train_dataloader
+        self._probe()
+        self.data_collator = self._collator(self.train_dataset)
+        return self.get_train_dataloader()
 
     # --- what a subclass says ---
 
     @abstractmethod
     def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
-        """Terms and metrics from `[R]` summed log-probs and a batch of `PackingCollator`."""
+        """Terms and metrics from `outputs` and a batch of `PackingCollator`."""
+
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What the losses are made of, for each response: `[R]` summed log-probs."""
+        logps = token_logprobs(model, inputs["model_inputs"])
+        return response_sums(logps, inputs["response_index"], len(inputs["response_tokens"]))
+
+    def data_options(self, args: StepConfig) -> dict[str, Any]:
+        """Further arguments of `prepare_dataset`."""
+        return {}
 
     def before_update(self) -> None:
         """Runs before each optimizer step, gradients in place; raises to keep the optimizer still."""
@@ -162,6 +193,7 @@ class PackedTrainer(Trainer):
             max_length=sys.maxsize if args.max_length is None else args.max_length,
             truncation=args.truncation,  # type: ignore[arg-type]
             require_rewards=self.needs_rewards,
+            **self.data_options(args),
             audit=audit,
         )
         for line in audit.summary_lines():
@@ -173,49 +205,20 @@ class PackedTrainer(Trainer):
             )
         return Examples(rows)
 
-    def _loader(self, examples: Examples, sampler: StepBatchSampler) -> DataLoader[Any]:
-        args = self.args
-        return EpochLoader(
-            examples,
-            batch_sampler=sampler,
-            collate_fn=PackingCollator(self.layout, self.pad_token_id, examples),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
+    def _collator(self, examples: Examples) -> PackingCollator:
+        return PackingCollator(self.layout, self.pad_token_id, examples)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this rank; the sampler itself shards, so accelerate must not."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        args = self.args
-        micro = self._train_batch_size
-        sampler = StepBatchSampler(
-            self.train_dataset.costs(self.layout),
-            global_batch_size=micro * args.gradient_accumulation_steps * args.world_size,
-            micro_batch_size=micro,
-            world_size=args.world_size,
-            rank=args.process_index,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.shuffle,
-            drop_last=args.dataloader_drop_last,
-        )
-        return self._loader(self.train_dataset, sampler)
+        examples = self.train_dataset
+        return train_loader(examples, self.args, self._collator(examples), self._train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Micro-batches of this rank, longest first."""
         examples = self._eval_examples(eval_dataset)
-        args = self.args
-        sampler = StepBatchSampler(
-            examples.costs(self.layout),
-            global_batch_size=args.eval_batch_size * args.world_size,
-            micro_batch_size=args.eval_batch_size,
-            world_size=args.world_size,
-            rank=args.process_index,
-            shuffle=False,
-        )
-        return self._loader(examples, sampler)
+        return eval_loader(examples, self.args, self._collator(examples))
 
     def _eval_examples(self, eval_dataset: Any) -> Examples:
         if isinstance(eval_dataset, str):
@@ -240,10 +243,36 @@ class PackedTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
-        counts = torch.stack([batch["counts"] for batch in batches]).sum(0).to(device)
+        counts = torch.stack([batch["counts"] for batch in batches]).sum(0)
+        counts = counts.to(device, non_blocking=True)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Examples of one optimizer step, over all ranks."""
+        if args.micro_batch_tokens is not None:
+            return int(args.examples_per_step())
+        return int(super().get_total_train_batch_size(args))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; with a token budget of all those of the step."""
+        if "micro_batches" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        batches, accelerator = inputs["micro_batches"], self.accelerator
+        # An engine of its own counts its backward passes; DDP and FSDP reduce with the last one.
+        always = (
+            accelerator.distributed_type == DistributedType.DEEPSPEED
+            or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        )
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(batches, 1):
+            accelerator.sync_gradients = last = number == len(batches)
+            with contextlib.nullcontext() if last or always else accelerator.no_sync(model):
+                total += super().training_step(model, batch, num_items_in_batch)
+        return total
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Moves tensors, and leaves their dtype: rewards and log-probs stay float32 under DeepSpeed."""
@@ -257,8 +286,7 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Loss of one micro-batch, scaled so that the sum over micro-batches and ranks is the batch's."""
-        logps = token_logprobs(model, inputs["model_inputs"])
-        sums = response_sums(logps, inputs["response_index"], len(inputs["response_tokens"]))
+        sums = self.outputs(model, inputs)
         result = self.losses(sums, inputs)
         training = num_items_in_batch is not None
         counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
@@ -386,17 +414,24 @@ class PackedTrainer(Trainer):
     ) -> Any:
         """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint."""
         if resume_from_checkpoint is True:
-            found = checkpoint.last_complete(Path(str(self.args.output_dir)))
+            output = Path(str(self.args.output_dir))
+            found = on_main(lambda: checkpoint.last_complete(output))
             if found is None:
                 raise RunError(
                     "there is no complete checkpoint to resume from", where=self.args.output_dir
                 )
             resume_from_checkpoint = str(found)
         elif resume_from_checkpoint:
-            checkpoint.require_complete(Path(resume_from_checkpoint))
+            folder = Path(resume_from_checkpoint)
+            on_main(lambda: checkpoint.require_complete(folder))
         self._train_metrics, self._step_losses = MetricSums(), []
-        self.before_training(resume_from_checkpoint or None)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        resume = resume_from_checkpoint or None
+        if resume is not None:
+            check_same_engine(Path(resume), self.accelerator)
+        self.before_training(resume)
+        if not self.wraps_late:
+            self.policy_ready(resume)
+        return super().train(resume_from_checkpoint=resume, **kwargs)
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
         """Runs before the loop starts, the model as it was given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from transformers import TrainingArguments
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
 from rpo_trainer.losses import REWARD_LOSSES
+
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 def _help(text: str, default: Any) -> Any:
@@ -31,6 +34,11 @@ class StepConfig(TrainingArguments):
         "per_device_train_batch_size × gradient_accumulation_steps × ranks.",
         None,
     )
+    micro_batch_tokens: int | None = _help(
+        "Tokens of one training forward, in place of per_device_train_batch_size: each global batch "
+        "is dealt into as many forwards as its lengths need. A longer example goes alone.",
+        None,
+    )
     layout: str = _help(
         "How responses lie in a row: `shared` (each prompt once), `packed`, `padded`, or `auto`: the "
         "first of them that agrees with the model's plain forward.",
@@ -47,8 +55,20 @@ class StepConfig(TrainingArguments):
         problems = list(self._problems())
         if problems:
             raise RecipeError("; ".join(problems), where=type(self).__name__)
-        if self.global_batch_size is not None:
+        if self.micro_batch_tokens is not None:
+            if self.global_batch_size is None:
+                self.global_batch_size = self.examples_per_step()
+            # The loop of transformers counts batches: it is handed one for each optimizer step.
+            self.gradient_accumulation_steps = 1
+        elif self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
+
+    def examples_per_step(self) -> int:
+        """Examples of one optimizer step, over all ranks."""
+        if self.micro_batch_tokens is not None and self.global_batch_size is not None:
+            return self.global_batch_size
+        micro = self.per_device_train_batch_size * self.world_size
+        return int(micro * self.gradient_accumulation_steps)
 
     def mixed_precision_dtype(self) -> torch.dtype | None:
         """The autocast dtype of bf16 / fp16 runs; None: the weights' own."""
@@ -63,8 +83,17 @@ class StepConfig(TrainingArguments):
             problems.append(f"layout must be auto, shared, packed or padded, got {self.layout!r}")
         if self.max_length is not None and self.max_length < 2:
             problems.append(f"max_length must be 2 or more, got {self.max_length}")
+        if self.micro_batch_tokens is not None:
+            for name in ("micro_batch_tokens", "global_batch_size"):
+                if (value := getattr(self, name)) is not None and value < 1:
+                    problems.append(f"{name} must be positive, got {value}")
         if self.tile_bytes < 1:
             problems.append(f"tile_bytes must be positive, got {self.tile_bytes}")
+        if self.torch_compile_mode in _CUDA_GRAPHS:
+            problems.append(
+                f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of a "
+                "row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs"
+            )
         if self.remove_unused_columns:
             problems.append("remove_unused_columns must stay off: the collator reads the columns")
         return problems
@@ -172,4 +201,55 @@ class RPOConfig(PreferenceConfig):
         problems = super()._problems()
         if not (math.isfinite(self.reward_scale) and self.reward_scale > 0):
             problems.append(f"reward_scale must be a positive number, got {self.reward_scale}")
+        return problems
+
+
+@dataclass
+class RewardConfig(StepConfig):
+    """Reward models: regression on attributes (arXiv 2406.08673), or Bradley-Terry on pairs."""
+
+    learning_rate: float = _help("Peak learning rate.", 1e-5)
+    objective: str = _help(
+        "`bradley_terry` (pairs) or `regression` (ratings of attributes).", "bradley_terry"
+    )
+    attributes: tuple[str, ...] | None = _help(
+        "Regression: what is rated, in the order of the model's heads.", None
+    )
+    reward_weights: str | Mapping[str, float] | None = _help(
+        "Weight of each attribute in the reward, by name; or a published set: "
+        "nemotron-4-340b-reward, llama3-70b-steerlm-rm. None: what the model has, else the mean.",
+        None,
+    )
+    rating_range: tuple[float, float] | None = _help(
+        "Regression: lowest and highest rating that can be right; None: any number.", None
+    )
+    margin_scale: float = _help(
+        "Bradley-Terry: −log σ(r_c − r_r − margin) with margin = this times the gap of the given "
+        "rewards. 0: no margin, and no rewards are needed.",
+        0.0,
+    )
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if self.objective not in ("bradley_terry", "regression"):
+            problems.append(
+                f"objective must be bradley_terry or regression, got {self.objective!r}"
+            )
+        names = list(self.attributes or ())
+        if self.objective == "regression":
+            if not names or len(set(names)) < len(names):
+                problems.append("regression needs attributes, each named once")
+            if self.margin_scale:
+                problems.append("margin_scale belongs to bradley_terry, not to regression")
+        else:
+            given = ("attributes", self.attributes), ("rating_range", self.rating_range)
+            problems += [
+                f"{name} belongs to regression, not to {self.objective}"
+                for name, value in given
+                if value is not None
+            ]
+        if self.rating_range is not None and not self.rating_range[0] < self.rating_range[1]:
+            problems.append(f"rating_range must rise, got {list(self.rating_range)}")
+        if not (math.isfinite(self.margin_scale) and self.margin_scale >= 0):
+            problems.append(f"margin_scale must be 0 or more, got {self.margin_scale}")
         return problems

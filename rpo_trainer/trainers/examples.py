@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from rpo_trainer.batch import Layout, forward_tokens, pack
 
@@ -33,6 +32,23 @@ class Examples(Dataset[dict[str, Any]]):
             row[name] = values[index]
         return row
 
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
+        """Rows of a micro-batch, or of each micro-batch of a step: lists of indices as lists of rows."""
+        return [self.__getitems__(i) if isinstance(i, list) else self[i] for i in indices]
+
+    def without(self, column: str) -> np.ndarray:
+        """Numbers of the examples whose `column` is missing or null."""
+        if column in self.extra:
+            values: Any = self.extra[column]
+        elif not hasattr(self.rows, "with_format"):
+            values = [row.get(column) for row in self.rows]
+        elif column not in self.rows.column_names:
+            return np.arange(len(self.rows))
+        else:
+            values = self.rows.with_format("arrow")[:][column]
+            return np.flatnonzero(values.is_null().to_numpy())
+        return np.flatnonzero([value is None for value in values])
+
     def response_counts(self) -> np.ndarray:
         """K of each example."""
         return np.array([len(lengths) for lengths in self._response_lengths()], dtype=np.int64)
@@ -44,6 +60,23 @@ class Examples(Dataset[dict[str, Any]]):
         prompts = self._lengths("prompt_ids")
         return [
             (1 if layout == "shared" else len(lengths)) * int(prompt) + int(sum(lengths))
+            for prompt, lengths in zip(prompts, self._response_lengths(), strict=True)
+        ]
+
+    def shapes(self, layout: Layout) -> list[tuple[int, int]]:
+        """(rows, length) of each example: a forward costs Σ rows × its greatest length, in tokens.
+
+        Padded, an example is K rows as long as its longest; packed, each of its tokens is a row of one.
+        """
+        if layout != "padded":
+            return [(cost, 1) for cost in self.costs(layout)]
+        prompts = (
+            self._lengths("prompt_ids")
+            if hasattr(self.rows, "with_format")
+            else [len(row["prompt_ids"]) for row in self.rows]
+        )
+        return [
+            (len(lengths), prompt + max(lengths))
             for prompt, lengths in zip(prompts, self._response_lengths(), strict=True)
         ]
 
@@ -93,20 +126,15 @@ class PackingCollator:
         return batch
 
 
-class EpochLoader(DataLoader[Any]):
-    """A loader that hands the epoch on to our sampler."""
+class StepCollator:
+    """The micro-batches of a whole optimizer step, each collated, with the counts of them all."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation of the next iteration."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+    def __init__(self, collate: PackingCollator) -> None:
+        self.collate = collate
 
-
-def to_device(data: Any, device: torch.device) -> Any:
-    """Tensors of a nested batch on the device; everything else, and every dtype, as it is."""
-    if isinstance(data, Tensor):
-        return data.to(device, non_blocking=True)
-    if isinstance(data, dict):
-        return {name: to_device(value, device) for name, value in data.items()}
-    if isinstance(data, tuple):
-        return tuple(to_device(value, device) for value in data)
-    return data
+    def __call__(self, step: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        batches = [self.collate(examples) for examples in step]
+        return {
+            "micro_batches": batches,
+            "counts": torch.stack([batch["counts"] for batch in batches]).sum(0),
+        }

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rpo_trainer import reference
+from rpo_trainer.adapters import starts_as
+from rpo_trainer.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
+from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
 from rpo_trainer.step import install
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
+from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.setup import unprepared
 from rpo_trainer.trainers.step_zero import StepZero, disable_dropout
 
 logger = logging.getLogger(__name__)
@@ -63,11 +68,20 @@ class PreferenceTrainer(PackedTrainer):
         )
         if isinstance(ref_model, str):
             ref_model = AutoModelForCausalLM.from_pretrained(ref_model)
-        self.ref_model = None if ref_model is model else ref_model
+        elif ref_model is not None and ref_model is not model:
+            ref_model = unprepared(ref_model)
+        if ref_model is not model and any(ref_model is part for part in self.model.modules()):
+            raise RecipeError(
+                "ref_model is the model inside the policy's adapter",
+                why="it answers with the adapter, and would be trained",
+                fix="leave ref_model out (the policy as it starts), or load the reference anew",
+            )
+        self.ref_model: Any = None if ref_model is model else ref_model
         if self.args.disable_dropout:
             disable_dropout(self.model)
         for name, examples in self._data_sets().items():
             self._check_rows(name, examples)
+        self._policy_key: str | None = None
         self._reference_key: str | None = None
         self._reference_is_policy = False
         self._step_zero: StepZero | None = None
@@ -94,7 +108,7 @@ class PreferenceTrainer(PackedTrainer):
                 fix="make pairs of them (best against worst), or take rpo_bwd_kl or rpo_sqloo",
             )
         if self.needs_rewards:
-            missing = [i for i in range(len(examples)) if examples[i].get("rewards") is None]
+            missing = examples.without("rewards").tolist()
             if missing:
                 raise DataError(
                     f"{len(missing)} rows of the {name} data have no rewards, the first at {missing[:3]}",
@@ -105,6 +119,11 @@ class PreferenceTrainer(PackedTrainer):
     # --- reference ---
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
+        """Names the policy by its weights, while they are in float32 and in one piece."""
+        if self._policy_key is None:
+            self._policy_key = self._key_of(self.model)
+
+    def policy_ready(self, resume_from_checkpoint: str | None) -> None:
         """Reference log-probs of all data, while the policy still is what it starts from."""
         if self._reference_key is None:
             self._prepare_reference()
@@ -117,27 +136,35 @@ class PreferenceTrainer(PackedTrainer):
     def _prepare_reference(self) -> None:
         """Fills in `reference_logps`, and whether the reference is the policy itself."""
         model = self.model
-        arithmetic = str(self.args.mixed_precision_dtype())
-        policy_key = reference.model_key(self.model, arithmetic=arithmetic)
-        key = policy_key
+        if self._policy_key is None:
+            self._policy_key = self._key_of(self.model)
+        key = self._policy_key
+        silent = self.ref_model is not None and starts_as(self.model, self.ref_model)
         if self.ref_model is not None:
-            model = self.ref_model.to(self.args.device)
-            install(model, padded=self.layout == "padded")
-            disable_dropout(model)
-            key = reference.model_key(model, arithmetic=arithmetic)
-            self._check_vocabulary(model)
+            self._check_vocabulary(self.ref_model)
+            key = self._key_of(self.ref_model)
+            install(self.ref_model, padded=self.layout == "padded")
+            disable_dropout(self.ref_model)
+            model = shard_reference(self.ref_model, self.accelerator)
         folder = Path(
             self.args.reference_cache_dir or Path(str(self.args.output_dir)) / "reference-cache"
         )
-        cache = reference.ReferenceCache(folder / key)
+        cache = on_main(lambda: reference.ReferenceCache(folder / key))
         for examples in self._data_sets().values():
             examples.extra["reference_logps"] = self._reference_of(model, examples, cache)
         self._reference_key = key
         if self.ref_model is not None:
-            self.ref_model.to("cpu")
-            if key != policy_key:
+            self.ref_model = self.ref_model.to("cpu") if whole_on_every_rank(model) else None
+            if key != self._policy_key and not silent:
                 logger.info("the reference is not the policy's start: no step-0 check")
-        self._reference_is_policy = key == policy_key
+        self._reference_is_policy = silent or key == self._policy_key
+
+    def _key_of(self, model: nn.Module) -> str:
+        """The same on every rank; computed by one of them, with the others' help where it is sharded."""
+        key = ""
+        if is_main() or has_shards(model):
+            key = reference.model_key(model, arithmetic=str(self.args.mixed_precision_dtype()))
+        return broadcast(key)
 
     def _reference_of(
         self, model: nn.Module, examples: Examples, cache: reference.ReferenceCache
@@ -153,21 +180,14 @@ class PreferenceTrainer(PackedTrainer):
                 batch_tokens=args.reference_batch_tokens,
                 pad_token_id=self.pad_token_id,
                 shard=(args.process_index, args.world_size),
-                gather=self._gather_values,
+                gather=merge,
                 progress=not args.disable_tqdm and args.process_index == 0,
                 tolerance=0.1 if dtype in (torch.bfloat16, torch.float16) else 1e-3,
             )
 
-    def _gather_values(self, values: dict[Any, float]) -> dict[Any, float]:
-        if self.args.world_size == 1:
-            return values
-        from accelerate.utils import gather_object
-
-        return {key: value for part in gather_object([values]) for key, value in part.items()}
-
     def _check_vocabulary(self, model: nn.Module) -> None:
-        policy = self.model.get_input_embeddings().weight.shape[0]
-        other = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        policy = rows_of(self.model.get_input_embeddings().weight)
+        other = rows_of(model.get_input_embeddings().weight)  # type: ignore[operator]
         if policy != other:
             raise RecipeError(
                 f"the reference has {other} tokens, the policy {policy}",
@@ -210,7 +230,9 @@ class PreferenceTrainer(PackedTrainer):
                     fix="give eval_dataset to the constructor, or pass ref_model",
                 )
             examples.extra["reference_logps"] = self._reference_of(
-                model.to(self.args.device), examples, reference.ReferenceCache(None)
+                model if self.wraps_late else model.to(self.args.device),
+                examples,
+                reference.ReferenceCache(None),
             )
         return examples
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import AutoTokenizer, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 
+from rpo_trainer import adapters
 from rpo_trainer.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -23,16 +27,34 @@ def require_one_gpu(args: TrainingArguments) -> None:
         )
 
 
-def with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
-    """The model with a fresh adapter; refuses one that has an adapter already."""
-    from peft import PeftModel, get_peft_model
+def unprepared(model: Any) -> Any:
+    """The model as it was before somebody's `accelerator.prepare`; the trainer prepares it by its arguments.
 
-    if isinstance(model, PeftModel):
+    Raises:
+        ModelError: its weights are sharded already.
+    """
+    if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
+        model, FSDPModule
+    ):
         raise ModelError(
-            "peft_config was given for a model that has an adapter already",
-            fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
+            f"the model is prepared for an engine already (a {type(model).__name__})",
+            why="the trainer prepares it by its own arguments, reference and checkpoints included",
+            fix="pass the model as it is before accelerator.prepare",
         )
-    return get_peft_model(model, peft_config)
+    if "_original_forward" in vars(model) or isinstance(model, DistributedDataParallel):
+        return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return model
+
+
+def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
+    """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
+    adapters.steady(model)
+    if peft_config is None:
+        adapters.require_fit_model(model)
+        return model
+    # The adapter's random start is part of the run: a resumed one needs the same again.
+    set_seed(seed)
+    return adapters.with_adapter(model, peft_config)
 
 
 def tokenizer_of(model: nn.Module) -> Any:

@@ -120,7 +120,9 @@ def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
     assert check(tmp_path, recipe)
     del rows[0]["ground_truth"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert "1 of 1 rows have no ground_truth" in str(problems(tmp_path, recipe))
+    assert "no ground_truth to compare the responses with: 1 of 1 rows" in str(
+        problems(tmp_path, recipe)
+    )
 
 
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +131,35 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(Problems, match="only 5 MiB of disk are free"):
         check(tmp_path, only=())
+
+
+def test_max_length_beyond_the_context(tmp_path: Path) -> None:
+    recipe = tiny.changed(tiny.tiny_recipe(), "dpo.max_length", 65)
+    assert str(problems(tmp_path, recipe)) == (
+        "stages.dpo.max_length: max_length 65 is beyond the model's context of 64 tokens\n"
+        "  why: the model has never seen positions so far out, if it has them at all\n"
+        "  fix: max_length: 64, or less\n"
+        "1 problem found"
+    )
+
+
+def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
+    """A warning, or an error where the recipe says that they are held out."""
+    recipe = tiny.tiny_recipe()
+    data = tiny.stage_of(recipe, "code")["data"]
+    data["eval"] = [tiny.task("code", "train", 8)]
+    shown = "8 of 8 eval rows have a prompt that is trained on"
+    assert any(line.startswith(f"  warning: {shown}") for line in check(tmp_path, recipe))
+    data["held_out"] = True
+    assert str(problems(tmp_path, recipe)).startswith(f"data.eval: {shown}")
+
+
+def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt": p, "response": "x"} for p in ("a b", "A  b", "a b", "c")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny.tiny_recipe()
+    data = tiny.stage_of(recipe, "code")["data"]
+    data |= {"train": [{"path": "rows.jsonl"}], "dedup": "normalised"}
+    del data["eval"]
+    lines = check(tmp_path, recipe, only={"code"})
+    assert "  dropped: 2 rows, prompt used before (dedup) (rows.jsonl:2, rows.jsonl:3)" in lines

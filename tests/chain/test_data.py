@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from rpo_trainer.chain.data import (
     build_rows,
     dataset_fingerprint,
     evaluation_prompts,
+    fitted_stage,
     needs_policy,
     source_digests,
     stage_seed,
     tokenize_stage,
 )
+from rpo_trainer.chain.made import RowMaker
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import DataError
 from rpo_trainer.loading import load_tokenizer, load_weights
@@ -36,7 +39,25 @@ def rows(stage: Stage, folder: Path, audit: Audit | None = None, **more: Any) ->
     return build_rows(stage, folder, **settings)
 
 
-def no_policy() -> Any:
+def made(
+    found: dict[str, Stage],
+    name: str,
+    folder: Path,
+    *,
+    policy: Any,
+    run: Path | None = None,
+    weights: Any = lambda stage, source: "weights",
+    seed: int = 3,
+) -> list[Any]:
+    """The rows of a stage whose responses a run makes."""
+    maker = RowMaker(
+        folder, run or folder, found, seed=lambda stage: seed, policy=policy, weights=weights
+    )
+    stage = found[name]
+    return rows(stage, folder, seed=seed, made=maker.rows(stage, Audit()))
+
+
+def no_policy(*_: Any) -> Any:
     raise AssertionError("the policy was asked for")
 
 
@@ -61,49 +82,155 @@ def test_replay_takes_rows_of_the_earlier_stage(tmp_path: Path) -> None:
 
 
 def test_responses_are_sampled_once_and_read_again(finished: Path, tmp_path: Path) -> None:
-    stage = stages(tmp_path)["dpo"]
-    assert needs_policy(stage.data) and not needs_policy(stages(tmp_path)["code"].data)
+    found = stages(tmp_path)
+    assert needs_policy(found["dpo"].data) and not needs_policy(found["code"].data)
     asked = []
 
-    def policy() -> Any:
-        asked.append(1)
+    def policy(stage: Stage, source: str) -> Any:
+        asked.append((stage.name, source))
         return load_weights(finished / "general" / "final"), character_tokenizer()
 
-    first = rows(stage, tmp_path, policy=policy, cache=tmp_path / "dpo")
-    again = rows(stage, tmp_path, policy=no_policy, cache=tmp_path / "dpo")
-    assert asked == [1] and again == first
+    first = made(found, "dpo", tmp_path, policy=policy)
+    again = made(found, "dpo", tmp_path, policy=no_policy)
+    assert asked == [("dpo", "init")] and again == first
     # What the run of the conftest has sampled from the same policy.
     (mine,) = (tmp_path / "dpo").glob("generated-*.jsonl")
-    assert mine.read_text() == (finished / "dpo" / mine.name).read_text()
-    assert not list((tmp_path / "dpo").glob(".*"))
+    (theirs,) = (finished / "dpo").glob("generated-*.jsonl")
+    assert mine.read_text() == theirs.read_text()
+    assert len(list((tmp_path / "dpo").iterdir())) == 2  # the responses, and with their rewards
+
+
+@pytest.fixture
+def sampled(finished: Path, tmp_path: Path) -> Path:
+    """A run whose stage dpo has sampled its responses."""
+
+    def policy(stage: Stage, source: str) -> Any:
+        return load_weights(finished / "general" / "final"), character_tokenizer()
+
+    made(stages(tmp_path), "dpo", tmp_path, policy=policy)
+    return tmp_path
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"generate": {"responses": 2, "max_new_tokens": 5, "batch_size": 48}},
-        {"score": {"verifier": "exact"}},
         {"train": [tiny.task("general", "preference", 20, seed=1)]},
     ],
-    ids=["generate", "score", "train"],
+    ids=["generate", "train"],
 )
-def test_other_settings_are_sampled_again(change: Any, finished: Path, tmp_path: Path) -> None:
-    cache = finished / "dpo"
-    assert rows(stages(tmp_path)["dpo"], tmp_path, policy=no_policy, cache=cache)
+def test_other_settings_are_sampled_again(change: Any, sampled: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"].update(change)
-    stage = stages(tmp_path, recipe)["dpo"]
     with pytest.raises(AssertionError, match="the policy was asked for"):
-        rows(stage, tmp_path, policy=no_policy, cache=cache)
+        made(stages(sampled, recipe), "dpo", sampled, policy=no_policy)
 
 
-def test_other_seeds_and_starts_are_sampled_again(finished: Path, tmp_path: Path) -> None:
-    cache = finished / "dpo"
+def test_other_seeds_and_weights_are_sampled_again(sampled: Path) -> None:
+    found = stages(sampled)
+    assert made(found, "dpo", sampled, policy=no_policy)
     with pytest.raises(AssertionError, match="the policy was asked for"):
-        rows(stages(tmp_path)["dpo"], tmp_path, policy=no_policy, cache=cache, seed=4)
-    recipe = tiny.changed(tiny.tiny_recipe(), "dpo.init", "code")
+        made(found, "dpo", sampled, policy=no_policy, seed=4)
     with pytest.raises(AssertionError, match="the policy was asked for"):
-        rows(stages(tmp_path, recipe)["dpo"], tmp_path, policy=no_policy, cache=cache)
+        made(found, "dpo", sampled, policy=no_policy, weights=lambda *_: "others")
+
+
+def test_another_scorer_scores_the_same_responses(sampled: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "dpo")["data"]["score"] = {"verifier": "exact"}
+    made(stages(sampled, recipe), "dpo", sampled, policy=no_policy)
+    files = [p.name.split("-")[0] for p in (sampled / "dpo").iterdir()]
+    assert sorted(files) == ["generated", "generated", "responses"]
+
+
+def test_rows_of_takes_the_scored_responses_of_another_stage(sampled: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "rpo")["data"] = {
+        "train": [tiny.task("general", "preference", 48, seed=1)], "rows_of": "dpo",
+        "pairs": {"select": "all_responses"},
+    }  # fmt: skip
+    found = stages(sampled, recipe)
+    taken = made(found, "rpo-2", sampled, policy=no_policy)
+    (file,) = (sampled / "dpo").glob("generated-*.jsonl")
+    scored = {row["id"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert taken and all(
+        set(row["responses"]) <= set(scored[row["id"]]["responses"]) for row in taken
+    )
+    assert any(len(row["responses"]) == 3 for row in taken)
+
+
+def test_rounds_sample_again_or_never(finished: Path, tmp_path: Path) -> None:
+    def policy(stage: Stage, source: str) -> Any:
+        asked.append(stage.name)
+        return load_weights(finished / "general" / "final"), character_tokenizer()
+
+    for refresh, sampling in (("never", ["rpo-1"]), ("each", ["rpo-1", "rpo-2"])):
+        asked: list[str] = []
+        recipe = tiny.tiny_recipe()
+        tiny.stage_of(recipe, "rpo")["data"]["refresh"] = refresh
+        found = stages(tmp_path, recipe)
+        rounds = [
+            made(found, name, tmp_path, policy=policy, run=tmp_path / refresh)
+            for name in ("rpo-1", "rpo-2")
+        ]
+        assert asked == sampling
+        # The second round of `each` draws other numbers, from what is the same policy here.
+        assert (rounds[0] == rounds[1]) == (refresh == "never")
+
+
+def test_given_responses_are_scored_and_kept(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"{n} + 1 = ", "ground_truth": str(n + 1), "responses": [str(n), f"#### {n + 1}"],
+         "rewards": [7, 7]}
+        for n in range(4)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = tiny.tiny_recipe()
+    data = {"train": [{"path": "rows.jsonl"}], "score": {"verifier": "numeric"}}
+    tiny.stage_of(recipe, "dpo")["data"] = data
+    found = stages(tmp_path, recipe)
+    mine = made(found, "dpo", tmp_path, policy=no_policy)
+    assert [row["responses"][0] for row in mine] == [f"#### {n + 1}" for n in range(4)]
+    assert mine == rows(found["dpo"], tmp_path)  # what `check` and `plan` see
+    assert [p.name.split("-")[0] for p in (tmp_path / "dpo").iterdir()] == ["scored"]
+
+
+def rpo_on(lines: list[Any], folder: Path, **data: Any) -> tuple[Stage, Audit, list[Any]]:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = tiny.changed(tiny.tiny_recipe(), "rpo.reward_scale", "auto")
+    tiny.stage_of(recipe, "rpo")["data"] = {"train": [{"path": "rows.jsonl"}], **data}
+    stage, audit = stages(folder, recipe)["rpo-1"], Audit()
+    return stage, audit, rows(stage, folder, audit)
+
+
+def test_reward_scale_auto_is_fitted_to_the_gaps(tmp_path: Path) -> None:
+    scales = {}
+    for unit in (1.0, 100.0):
+        lines = [
+            {"prompt": f"p{i}", "chosen": "a", "rejected": "b", "chosen_reward": unit * (i % 3 + 1),
+             "rejected_reward": 0.0}
+            for i in range(9)
+        ]  # fmt: skip
+        stage, audit, _ = rpo_on(lines, tmp_path)
+        assert audit.calibration["method"] == "quantile"
+        fitted = fitted_stage(stage, audit)
+        scales[unit] = fitted.reward_scale
+        assert stage.reward_scale == "auto"
+        assert any("reward_scale" in line for line in audit.summary_lines())
+    assert scales[1.0] == pytest.approx(math.log(9) / 2, rel=1e-3)  # the median gap is 2
+    assert scales[100.0] == pytest.approx(scales[1.0] / 100)
+
+
+def test_reward_scale_auto_follows_labels_that_go_against_the_rewards(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"p{i}", "chosen": "a", "rejected": "b",
+         "chosen_reward": 2.0 if i % 4 else 0.0, "rejected_reward": 0.0 if i % 4 else 2.0}
+        for i in range(40)
+    ]  # fmt: skip
+    _, audit, kept = rpo_on(lines, tmp_path, filter={"reversed": "drop"})
+    assert len(kept) == 30  # the labels are read before the filter
+    assert audit.calibration["method"] == "labels"
+    assert audit.calibration["reward_scale"] == pytest.approx(math.log(3) / 2, rel=1e-3)
 
 
 def test_filters_pairs_and_rewards(tmp_path: Path) -> None:

@@ -74,7 +74,17 @@ def test_min_gap_is_read(tmp_path):
     assert len(rows_of(tmp_path, "dpo", "pairs: {min_gap: 2.0}")) == 1
 
 
-def test_pairs_without_rewards_say_what_to_do(tmp_path):
+def test_ranked_rows_become_pairs_without_rewards(tmp_path):
     bare = [{k: v for k, v in row.items() if k != "rewards"} for row in ROWS]
+    assert rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=bare) == [
+        (["3", "22"], None),
+        (["3", "4"], None),
+    ]
+    with pytest.raises(DataError, match="RPO needs one for every response"):
+        rows_of(tmp_path, "rpo", "pairs: {select: best_worst}", rows=bare)
+
+
+def test_some_rows_without_rewards_say_what_to_do(tmp_path):
+    rows = [ROWS[0], {**ROWS[1], "rewards": [1, None, 3]}]
     with pytest.raises(DataError, match="do not have one finite reward for each response"):
-        rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=bare)
+        rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=rows)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from rpo_trainer.chain import models as chain_models
 from rpo_trainer.chain import run as chain_run
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.state import locked
@@ -205,7 +206,7 @@ def test_faults_of_the_last_stage_are_found_before_the_first(
 ) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "rpo")["data"] = {"train": [{"path": "absent.jsonl"}]}
-    monkeypatch.setattr(chain_run, "load_model", None)
+    monkeypatch.setattr(chain_models, "load_model", None)
     with pytest.raises(Problems, match=r"absent\.jsonl: no such file") as error:
         tiny.run(tmp_path, recipe)
     assert error.value.exit_code == DataError.exit_code

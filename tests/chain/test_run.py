@@ -135,19 +135,21 @@ def test_replay_brings_rows_of_the_earlier_stage(finished: Path) -> None:
 def test_responses_are_sampled_from_the_policy_that_seeds_the_stage(finished: Path) -> None:
     from rpo_trainer.quickstart import character_tokenizer
     from rpo_trainer.rewards.generate import sample_responses
+    from rpo_trainer.rewards.sampling import row_keys
 
     (file,) = (finished / "rpo-2").glob("generated-*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(finished / "rpo-1" / "final")
+    keys = row_keys(rows, "rpo-2/")
     again = sample_responses(
         model, character_tokenizer(), [row["prompt"] for row in rows], responses=3,
-        max_new_tokens=5, batch_size=48, seed=3,
+        max_new_tokens=5, batch_size=48, seed=3, keys=keys,
     )  # fmt: skip
     assert [row["responses"] for row in rows] == [[s.text for s in each] for each in again]
     other = AutoModelForCausalLM.from_pretrained(finished / "code" / "final")
     different = sample_responses(
         other, character_tokenizer(), [row["prompt"] for row in rows], responses=3,
-        max_new_tokens=5, batch_size=48, seed=3,
+        max_new_tokens=5, batch_size=48, seed=3, keys=keys,
     )  # fmt: skip
     assert different != again
 

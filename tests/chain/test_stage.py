@@ -44,6 +44,7 @@ def config(folder: Path, name: str, dtype: str = "float32", **fields: Any) -> An
 
 OTHER: dict[str, Any] = {
     "max_length": 33, "truncation": "cut", "global_batch_size": 24, "micro_batch_size": 4,
+    "micro_batch_tokens": 96,
     "max_steps": 9, "learning_rate": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 2,
     "weight_decay": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.75, "max_grad_norm": 3.0,
     "optim": "sgd", "logging_steps": 4, "save_steps": 7, "save_total_limit": 5,
@@ -64,7 +65,33 @@ def test_every_field_reaches_the_trainers_config(field: str, tmp_path: Path) -> 
 def test_no_field_is_forgotten() -> None:
     own = {"label_smoothing", "num_train_epochs", "eval_steps", "report_to"}  # tested below
     fields = {name for kind in STAGE_KINDS.values() for name in kind.model_fields}
-    assert fields == set(OTHER) | set(READ_ELSEWHERE) | own
+    assert fields == set(OTHER) | set(READ_ELSEWHERE) | own | set(REWARD)
+
+
+REWARD: dict[str, Any] = {
+    "objective": "regression", "attributes": ["wit", "depth"], "rating_range": [1, 5],
+    "reward_weights": {"wit": 1.0, "depth": 0.5}, "margin_scale": 0.5,
+}  # fmt: skip
+
+
+def test_every_field_of_a_reward_stage_reaches_the_config(tmp_path: Path) -> None:
+    rated = {name: value for name, value in REWARD.items() if name != "margin_scale"}
+    base = {"kind": "reward", "max_steps": 1, "data": {"train": [{"path": "r"}], "eval_share": 0.5}}
+    recipe = tiny.tiny_recipe()
+    recipe["stages"] = [
+        {**base, "name": "rated", **rated, "eval_steps": 2},
+        {**base, "name": "pairs", "objective": "bradley_terry", "margin_scale": 0.5},
+    ]
+    loaded = tiny.load(tmp_path, recipe)
+    made = [
+        training_config(
+            stage, loaded.recipe.model, seed=5, folder=tmp_path / stage.name, run_dir=tmp_path
+        )
+        for stage in expand_stages(loaded.recipe)
+    ]
+    assert {name: getattr(made[0], name) for name in rated} == rated
+    assert (made[0].eval_strategy, made[0].eval_steps) == ("steps", 2)
+    assert (made[1].objective, made[1].margin_scale) == ("bradley_terry", 0.5)
 
 
 def test_fields_with_other_names_or_conditions(tmp_path: Path) -> None:

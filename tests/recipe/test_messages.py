@@ -121,11 +121,17 @@ BAD: dict[str, tuple[str, str, str, list[str]]] = {
         ":18",
         ["`data.replay` is for stages of kind sft"],
     ),
+    "held out without eval": (
+        "{train: [{path: code.jsonl}]}",
+        "{train: [{path: p}], held_out: true}",
+        ":9",
+        ["`held_out` without `eval`", "fix: add `eval`, or remove `held_out`"],
+    ),
     "filter in sft": (
         "{train: [{path: code.jsonl}]}",
         "{train: [{path: p}], filter: {min_gap: 1}}",
         ":9",
-        ["`data.filter` is for stages of kind dpo or rpo"],
+        ["`data.filter` is for stages of kind dpo, rpo or reward"],
     ),
     "generate without score": (
         "{train: [{path: pairs.jsonl}]}",
@@ -210,6 +216,12 @@ def test_stages_must_be_there(problems: Show) -> None:
     assert "`stages` is missing" in problems("model: {name_or_path: x}\n")[0]
     assert "`stages` is empty" in problems("model: {name_or_path: x}\nstages: []\n")[0]
     assert "must be a list" in problems("model: {name_or_path: x}\nstages:\n")[0]
+
+
+def test_with_a_token_budget_the_global_batch_is_any_number(load: Load, valid: str) -> None:
+    old, new = _dpo("micro_batch_size: 3\n    micro_batch_tokens: 4096")
+    stage = load(valid.replace(old, new, 1)).recipe.stages[2]
+    assert (stage.global_batch_size, stage.micro_batch_tokens) == (8, 4096)
 
 
 def test_a_bad_default_is_reported_once_at_its_own_line(problems: Show, valid: str) -> None:

@@ -6,10 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from rpo_trainer.recipe import DPOStage, RPOStage, dump_resolved, expand_stages, load_recipe
+from rpo_trainer.recipe import (
+    DPOStage,
+    RewardStage,
+    RPOStage,
+    dump_resolved,
+    expand_stages,
+    load_recipe,
+)
+from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHIPPED = sorted(RECIPES.rglob("*.yaml"))
+# What lies in accelerate/ are the launchers' own files.
+SHIPPED = sorted(p for p in RECIPES.rglob("*.yaml") if p.parent.name != "accelerate")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(RECIPES)))
@@ -44,3 +53,13 @@ def test_the_papers_chain() -> None:
     assert (rpo.loss_type, rpo.reward_scale, rpo.sft_loss_weight) == ("rpo_bwd_kl", 1.0, 1e-5)
     assert 1e-3 <= rpo.beta <= 1
     assert rpo.reference == "dpo"
+
+
+def test_the_reward_model_of_helpsteer2() -> None:
+    (stage,) = expand_stages(load_recipe(RECIPES / "reward" / "helpsteer2.yaml").recipe)
+    assert isinstance(stage, RewardStage)
+    assert (stage.objective, stage.rating_range) == ("regression", [0, 4])
+    assert tuple(stage.attributes or ()) == HELPSTEER_ATTRIBUTES
+    assert stage.reward_weights == "nemotron-4-340b-reward"
+    assert (stage.num_train_epochs, stage.global_batch_size) == (2, 128)
+    assert (stage.lr_scheduler_type, stage.warmup_steps) == ("constant", 0)

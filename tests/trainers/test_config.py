@@ -17,6 +17,12 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SFTConfig, {"layout": "dense"}, "layout must be auto, shared, packed or padded, got 'dense'"),
     (SFTConfig, {"max_length": 1}, "max_length must be 2 or more, got 1"),
     (SFTConfig, {"tile_bytes": 0}, "tile_bytes must be positive, got 0"),
+    (SFTConfig, {"micro_batch_tokens": 0}, "micro_batch_tokens must be positive, got 0"),
+    (
+        SFTConfig,
+        {"micro_batch_tokens": 9, "global_batch_size": 0},
+        "global_batch_size must be positive, got 0",
+    ),
     (SFTConfig, {"remove_unused_columns": True}, "remove_unused_columns must stay off"),
     (DPOConfig, {"loss_type": "rpo_bwd_kl"}, "loss_type 'rpo_bwd_kl' is not one of dpo, ipo"),
     (
@@ -70,6 +76,22 @@ def test_accumulation_follows_from_the_global_batch(tmp_path):
     assert args.gradient_accumulation_steps == 8
     args = make(SFTConfig, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     assert args.gradient_accumulation_steps == 3
+
+
+def test_with_a_token_budget_any_number_of_examples_is_one_batch_to_the_loop(tmp_path):
+    args = make(SFTConfig, tmp_path, micro_batch_tokens=64, global_batch_size=30)
+    assert (args.gradient_accumulation_steps, args.examples_per_step()) == (1, 30)
+    args = make(
+        SFTConfig, tmp_path, micro_batch_tokens=64, per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+    )  # fmt: skip
+    assert (args.gradient_accumulation_steps, args.examples_per_step()) == (1, 12)
+    again = make(
+        SFTConfig, tmp_path, micro_batch_tokens=64, per_device_train_batch_size=4,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        global_batch_size=args.global_batch_size,
+    )  # fmt: skip
+    assert again.examples_per_step() == 12  # as it is when made again from its own fields
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rpo_trainer.batch import forward_tokens
-from rpo_trainer.trainers.examples import Examples, PackingCollator
+from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
 from tests.trainers.plain import make_rows
 
 ROWS = make_rows(0, (2, 1, 4, 3), spans=True)
@@ -43,6 +43,30 @@ def test_extra_columns_lie_beside_the_rows():
     examples.extra["reference_logps"] = [[float(i)] for i in range(4)]
     assert examples[2]["reference_logps"] == [2.0]
     assert examples[2]["id"] == "row-2"
+
+
+@pytest.mark.parametrize("stored", [list, datasets.Dataset.from_list])
+def test_what_lacks_a_column_is_found(stored):
+    rows = [{**row, "rewards": None if i % 2 else [1.0]} for i, row in enumerate(ROWS)]
+    assert Examples(stored(rows)).without("rewards").tolist() == [1, 3]
+    assert Examples(stored(ROWS)).without("rewards").tolist() == [0, 1, 2, 3]
+    examples = Examples(stored(ROWS))
+    examples.extra["rewards"] = [[1.0], None, [1.0], [1.0]]
+    assert examples.without("rewards").tolist() == [1]
+    if stored is not list:
+        assert Examples(stored(rows).select([2, 3, 1])).without("rewards").tolist() == [1, 2]
+
+
+def test_the_micro_batches_of_a_step_come_together():
+    examples = Examples(ROWS)
+    step = StepCollator(PackingCollator("shared", 0, examples))(
+        examples.__getitems__([[2, 0], [], [1]])
+    )
+    assert [batch["ids"] for batch in step["micro_batches"]] == [
+        ["row-2", "row-0"], ["row-0"], ["row-1"],
+    ]  # fmt: skip
+    assert [batch["weights"].sum() for batch in step["micro_batches"]] == [2, 0, 1]
+    assert step["counts"].tolist() == sum(b["counts"] for b in step["micro_batches"]).tolist()
 
 
 def test_collator_counts_examples_and_tokens_of_the_first_responses():

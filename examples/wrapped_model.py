@@ -1,0 +1,30 @@
+"""A model that PEFT has wrapped already: trained as it is, and its own reference.
+
+`ref_model=None` means the policy as it starts, adapter included: so an adapter that has learnt something in
+one run is what the next one starts from *and* is compared with. (Other trainers take the model without its
+adapter there.) Its log-probs are computed once, before the first step; no second adapter is held in memory.
+
+    python examples/wrapped_model.py
+"""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import ROWS, SETTINGS, TOKENIZER, model
+
+from rpo_trainer import RPOConfig, RPOTrainer, SFTConfig, SFTTrainer
+
+lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], task_type="CAUSAL_LM")
+policy = get_peft_model(model(), lora)
+
+rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in ROWS]
+SFTTrainer(policy, SFTConfig(**SETTINGS), rows, processing_class=TOKENIZER).train()
+
+args = RPOConfig(**SETTINGS, beta=0.5, reward_scale=1.0)
+trainer = RPOTrainer(policy, args=args, train_dataset=ROWS, processing_class=TOKENIZER)
+trainer.train()
+print("step 0:", trainer.step_zero)
+
+trainer.save_model("out/adapter")  # the adapter alone
+again = PeftModel.from_pretrained(model(), "out/adapter")
+again.merge_and_unload().save_pretrained("out/merged")

@@ -1,0 +1,411 @@
+"""PEFT adapters: which are taken, how one is begun, loaded and merged, and 4-bit bases.
+
+Nothing is believed that can be asked: a fresh adapter must leave the model's answers as they are, and a
+merged model must answer as the adapted one does. Both are compared on a few random tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.sharding import whole_on_every_rank
+from rpo_trainer.step import causal_lm, is_classifier
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_LOW = (torch.bfloat16, torch.float16)
+
+# Methods that are no change of weights, by `peft_type`.
+_NOT_WEIGHTS = {
+    "ADAPTION_PROMPT": "it puts a prompt of its own into the attention of every row",
+    "ADALORA": "its rank schedule and its regulariser need calls from a training loop made for it",
+    "XLORA": "it runs the model twice to mix adapters row by row",
+    "POLY": "it needs a task id with every row",
+}
+# Starts of LoRA that PEFT makes from data, in a step of its own before or after the adapter is added.
+_FROM_DATA = ("eva", "corda", "lora_ga")
+# Starts that take from the base what they put into the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+# --- which are taken ---
+
+
+def require_fit(config: PeftConfig) -> None:
+    """Raises ModelError for methods that the packed step cannot be right for."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning:
+        why = (
+            "its virtual tokens stand before a row, and a row here holds many examples, "
+            "of which only the first would see them"
+        )
+    elif kind in _NOT_WEIGHTS:
+        why = _NOT_WEIGHTS[kind]
+    elif getattr(config, "alora_invocation_tokens", None) is not None:
+        kind, why = "activated LoRA", "it is switched on by tokens of a row, which here is packed"
+    elif getattr(config, "monteclora_config", None) is not None:
+        kind, why = "MonteCLoRA", "it adds a term of its own to the loss, which nobody would add"
+    else:
+        return
+    raise ModelError(
+        f"the adapter method {kind} cannot be trained here",
+        why=why,
+        fix="take LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
+    )
+
+
+def require_plain_start(config: PeftConfig) -> None:
+    """Raises ModelError where a fresh adapter would need data that a config does not bring."""
+    start = getattr(config, "init_lora_weights", True)
+    if start is False:
+        raise ModelError(
+            "init_lora_weights=False starts the adapter at random",
+            why="the policy would not start as the model it is made from",
+            fix="leave init_lora_weights out",
+        )
+    if isinstance(start, str) and start in _FROM_DATA:
+        raise ModelError(
+            f"init_lora_weights={start!r} is made from data, in a step that is not part of a trainer",
+            why="without that step PEFT starts with other weights, or not at all",
+            fix="wrap the model yourself as PEFT's documentation says and pass the wrapped model, "
+            "or take another start (pissa, olora, orthogonal)",
+        )
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether the start of the adapter changes the weights below it."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has wrapped the model."""
+    from peft import PeftMixedModel, PeftModel
+
+    return isinstance(model, (PeftModel, PeftMixedModel))
+
+
+def require_fit_model(model: nn.Module) -> None:
+    """The same as `require_fit` for a model that somebody else has wrapped."""
+    from peft import PeftMixedModel
+
+    if isinstance(model, PeftMixedModel):
+        raise ModelError(
+            "a PeftMixedModel cannot be trained here",
+            why="PEFT cannot save one",
+            fix="take a PeftModel with one adapter",
+        )
+    if is_adapted(model):
+        for config in model.peft_config.values():  # type: ignore[operator]
+            require_fit(config)
+
+
+# --- beginning ---
+
+
+def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """The model with a fresh adapter, which leaves its answers as they are.
+
+    Raises:
+        ModelError: the model has an adapter already, or the method does not fit, or the model would
+            start as another one.
+    """
+    from peft import get_peft_model
+
+    if is_adapted(model):
+        raise ModelError(
+            "peft_config was given for a model that has an adapter already",
+            fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
+        )
+    require_fit(config)
+    require_plain_start(config)
+    before = _answers(model)
+    try:
+        wrapped: Any = get_peft_model(model, config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ModelError(f"PEFT makes no adapter of this: {error}", where="peft") from error
+    _require_same(
+        wrapped, before,
+        what="the adapter changes the model before anything is learnt",
+        fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
+    )  # fmt: skip
+    return wrapped  # type: ignore[no-any-return]
+
+
+@contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """Within it an adapter's parameters that start at zero do not, so that a test of paths can see them."""
+    asleep = [
+        p
+        for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())
+        if p.requires_grad and p.is_floating_point() and not p.any()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in asleep:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for p in asleep:
+                p.zero_()
+
+
+def starts_as(model: nn.Module, other: nn.Module) -> bool:
+    """Whether an adapted model is another one below its adapter, and the adapter does nothing yet."""
+    if not is_adapted(model) or is_adapted(other) or not whole_on_every_rank(model):
+        return False
+    below, theirs = _base_state(model), other.state_dict()
+    if below.keys() != theirs.keys() or not all(
+        torch.equal(t.to(theirs[n].device), theirs[n]) for n, t in below.items()
+    ):
+        return False
+    with model.disable_adapter():  # type: ignore[operator]
+        before = _answers(model)
+    return _off(model, before) < 1e-4
+
+
+def _base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights below the adapter, under the names that they have without one."""
+    kept = {}
+    for name, tensor in causal_lm(model).state_dict().items():
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if plain != name or not any(mark in name for mark in ("lora_", ".modules_to_save.")):
+            kept[plain] = tensor
+    return kept
+
+
+# --- asking a model ---
+
+
+def lowest_precision(model: nn.Module) -> torch.dtype:
+    """The dtype that decides how closely two ways to the same answer can agree."""
+    for module in model.modules():
+        compute = getattr(module, "compute_dtype", None)  # of bitsandbytes' linear layers
+        if compute in _LOW:
+            return compute  # type: ignore[no-any-return]
+    return next(model.parameters()).dtype
+
+
+def _answers(model: nn.Module) -> Tensor | None:
+    """Log-probs (scores, of a classifier) on a few random tokens; None: the weights are not here whole."""
+    if not whole_on_every_rank(model):
+        return None
+    inner = causal_lm(model)
+    vocabulary = inner.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        model.train(training)
+    return logits if is_classifier(inner) else logits.log_softmax(-1)
+
+
+def _off(model: nn.Module, expected: Tensor | None) -> float:
+    actual = _answers(model)
+    if actual is None or expected is None:
+        return 0.0
+    return (actual - expected.to(actual.device)).abs().max().item()
+
+
+def _require_same(model: nn.Module, expected: Tensor | None, *, what: str, fix: str) -> None:
+    off = _off(model, expected)
+    if not off <= (0.25 if lowest_precision(model) in _LOW else 1e-3):
+        raise ModelError(what, why=f"its log-probs change by {off:.2g} nats", fix=fix)
+
+
+# --- on disk ---
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether an adapter lies there, and no whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def describe(folder: Path, base: str, *, plain_start: bool = False) -> None:
+    """Writes into a saved adapter what it is an adapter of.
+
+    Args:
+        base: directory or hub name; a relative directory is seen from the adapter's.
+        plain_start: the base is what the adapter's start made of it, so loading must not do so again.
+    """
+    path = folder / CONFIG
+    settings = json.loads(path.read_text())
+    settings["base_model_name_or_path"] = base
+    if plain_start:
+        settings["init_lora_weights"] = True
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
+
+
+def base_of(folder: Path) -> str:
+    """Directory or hub name of the model that a saved adapter belongs to.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(
+            "the adapter does not say what it is an adapter of",
+            where=str(folder / CONFIG),
+            fix="write the model's directory or hub name there as base_model_name_or_path",
+        )
+    local = folder / Path(name).expanduser()
+    return str(local.resolve()) if local.is_dir() else str(name)
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
+    """The model with a saved adapter; its weights are float32.
+
+    Raises:
+        ModelError: the adapter does not belong to this model, or its method is not taken.
+    """
+    from peft import PeftConfig, PeftModel
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        require_fit(config)
+        model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the adapter cannot be loaded: {str(error).strip().splitlines()[0]}",
+            where=str(folder),
+            fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
+        ) from error
+    return model  # type: ignore[no-any-return]
+
+
+def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises RecipeError where a saved adapter is not what a recipe says of it."""
+    saved = json.loads((folder / CONFIG).read_text())
+    for name, value in wanted.items():
+        if name == "init_lora_weights" or name not in saved or value == "all-linear":
+            continue  # it has started already; PEFT writes names in place of `all-linear`
+        old, new = saved[name], value
+        if isinstance(old, list) and isinstance(new, list):
+            old, new = sorted(old, key=str), sorted(new, key=str)
+        if old != new:
+            raise RecipeError(
+                f"the adapter goes on here, with {name} {saved[name]}, not {value}",
+                where=str(folder),
+                fix=f"write {name}: {saved[name]}, or merge the adapter first",
+            )
+
+
+# --- merging ---
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """The model with its adapter merged in; answers as before, and can be trained.
+
+    Embeddings and head that shared a weight come apart where the adapter has changed one of them alone.
+
+    Raises:
+        ModelError: the method cannot be merged, or the merged model is another one.
+    """
+    before = _answers(model)
+    tied = _untie(model.get_base_model())
+    try:
+        plain: Any = model.merge_and_unload()
+    except (AttributeError, ValueError, NotImplementedError, TypeError) as error:
+        raise ModelError(
+            f"the adapter cannot be merged: {error}",
+            fix="write `between_stages: keep` without `merge`, or take a method that can be merged",
+        ) from error
+    if tied:
+        _tie_again(plain)
+    _require_same(
+        plain, before,
+        what="the merged model is not the adapted one",
+        fix="write `between_stages: keep` without `merge`, or report the method",
+    )  # fmt: skip
+    return plain.requires_grad_()  # type: ignore[no-any-return]
+
+
+def _untie(model: Any) -> bool:
+    """Gives the head a weight of its own: merging into a shared one would change the embeddings too."""
+    head = model.get_output_embeddings()
+    shared = {id(p) for p in model.get_input_embeddings().parameters()}
+    found = False
+    for module in () if head is None else head.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) in shared:
+                module._parameters[name] = nn.Parameter(p.detach().clone(), p.requires_grad)
+                found = True
+    return found
+
+
+def _tie_again(model: Any) -> None:
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = torch.equal(embeddings.weight, head.weight)
+    if tied:
+        head.weight = embeddings.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
+
+
+# --- 4 bits ---
+
+
+def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+    """How a frozen base is held in 4 bits (QLoRA, arXiv 2305.14314): NF4, its constants quantised too.
+
+    Args:
+        compute: dtype of the products.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "`quantization: nf4` needs bitsandbytes, which is not installed",
+            fix="pip install 'rpo-trainer[qlora]'",
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def steady(model: nn.Module) -> None:
+    """Keeps bitsandbytes from another arithmetic in eval mode.
+
+    On a CPU with bfloat16 instructions its 4-bit layers turn, at the first forward without gradient, into a
+    bfloat16 form that is less exact and has no backward: the reference would not be the policy's.
+    """
+    name = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if hasattr(module, name):
+            setattr(module, name, False)
+
+
+def in_full(model: PreTrainedModel) -> PreTrainedModel:
+    """A 4-bit model as the float32 model that it stands for; any other one as it is."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    whole: Any = model.dequantize(torch.float32)  # type: ignore[no-untyped-call]
+    return whole  # type: ignore[no-any-return]

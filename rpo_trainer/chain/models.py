@@ -1,0 +1,270 @@
+"""The models of a chain: what a stage starts from, what it is compared with, and what it leaves behind.
+
+A stage without `peft` leaves a whole model in `final`. One with `between_stages: merge` leaves the merged
+model there, and the adapter by itself in `adapter`; one with `keep` leaves the adapter in `final`, and the
+next stage goes on with it over the same base. `base` is there where an adapter's base is nowhere else: random
+weights, or weights that the start of the adapter has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from rpo_trainer import adapters, distributed
+from rpo_trainer.chain.stage import lora_config
+from rpo_trainer.loading import check_vocabulary, load_model, load_weights
+from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
+from rpo_trainer.sharding import loading_whole
+from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.checkpoint import damage, write_manifest
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+_BASE, _START = "base", "start"
+
+
+@dataclass(frozen=True)
+class _Base:
+    """Weights below an adapter: where they are, and what the adapter is to call them."""
+
+    place: Path | str | None  # a directory, a hub name, or None: the recipe's model
+    name: str
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter that a stage, or somebody else, has left."""
+
+    folder: Path
+    base: _Base
+    quantization: str | None
+
+
+class Models:
+    """Loads and writes the models of a chain.
+
+    Args:
+        vocabulary: tokens of the tokenizer.
+        arithmetic: the dtype of the stages' arithmetic, for products of 4-bit weights.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base_dir: Path,
+        run_dir: Path,
+        stages: Sequence[Stage],
+        *,
+        vocabulary: int,
+        arithmetic: str,
+    ) -> None:
+        self.recipe = recipe
+        self.base_dir = base_dir
+        self.run_dir = run_dir
+        self.stages = {stage.name: stage for stage in stages}
+        self.vocabulary = vocabulary
+        self.compute: torch.dtype = getattr(torch, arithmetic)
+
+    # --- what there is ---
+
+    def output(self, source: str) -> Any:
+        """The policy that a source is: `model`, the output of a finished stage, or a directory."""
+        left = self._adapter(source)
+        if left is None:
+            return self._load(self._place(source).place)
+        base = self._load(left.base.place, left.quantization)
+        return adapters.load_adapter(base, left.folder, trainable=False)
+
+    def start(self, stage: Stage, seed: int) -> Any:
+        """The policy that a stage starts from, ready to be trained; a reward stage's may be a reward model.
+
+        Args:
+            seed: of a fresh adapter's random part.
+        """
+        left = self._adapter(stage.init)
+        if stage.peft is None:
+            return self._whole(stage) if left is None else self._merged(left)
+        if left is not None:
+            if stage.init not in self.stages:  # of stages the recipe is checked
+                adapters.require_same_config(left.folder, stage.peft.lora_fields())
+            base = self._load(left.base.place, stage.peft.quantization)
+            return adapters.load_adapter(base, left.folder, trainable=True)
+        if not self._brings_base(stage):
+            return self._fresh(stage, seed)
+        own = self.run_dir / stage.name / _BASE
+        distributed.on_main(lambda: self._write_base(stage, seed, own))
+        return adapters.load_adapter(load_weights(own), own / _START, trainable=True)
+
+    def _adapter(self, source: str) -> _Adapter | None:
+        """What lies at a source, where it is an adapter."""
+        stage = self.stages.get(source)
+        if stage is not None:
+            if stage.peft is None or stage.peft.between_stages == "merge":
+                return None
+            return _Adapter(self._final(source), self._base(stage), stage.peft.quantization)
+        if source == "model":
+            return None
+        folder = resolve_path(self.base_dir, source)
+        if not adapters.is_adapter(folder):
+            return None
+        name = adapters.base_of(folder)
+        here = Path(name)
+        base = _Base(here, self._way_to(here)) if here.is_dir() else _Base(name, name)
+        return _Adapter(folder, base, None)
+
+    def _base(self, stage: Stage) -> _Base:
+        """What lies below the adapter of a stage."""
+        left = self._adapter(stage.init)
+        if left is not None:
+            return left.base
+        if self._brings_base(stage):
+            return self._in_run(stage.name, _BASE)
+        return self._place(stage.init)
+
+    def _brings_base(self, stage: Stage) -> bool:
+        """Whether the weights below the adapter that a stage begins are nowhere else."""
+        assert stage.peft is not None
+        config = lora_config(stage)
+        random = stage.init == "model" and self.recipe.model.from_config is not None
+        kept = stage.peft.between_stages == "keep"
+        return (random and kept) or (config is not None and adapters.changes_base(config))
+
+    def _place(self, source: str) -> _Base:
+        if source == "model":
+            name = self.recipe.model.name_or_path or ""
+            here = resolve_path(self.base_dir, name)
+            local = name and here.is_dir() and not Path(name).is_absolute()
+            return _Base(None, self._way_to(here) if local else name)
+        if source in self.stages:
+            return self._in_run(source, "final")
+        here = resolve_path(self.base_dir, source)
+        return _Base(here, source if Path(source).is_absolute() else self._way_to(here))
+
+    def _in_run(self, stage: str, folder: str) -> _Base:
+        here = self.run_dir / stage / folder
+        return _Base(here, self._way_to(here))
+
+    def _way_to(self, folder: Path) -> str:
+        """A directory as it is seen from an adapter, so that a run can be moved with what it needs."""
+        return os.path.relpath(folder, self.run_dir / "stage" / "final")
+
+    def _final(self, name: str) -> Path:
+        return self.run_dir / name / "final"
+
+    def _load(
+        self, place: Path | str | None, quantization: str | None = None, *, reward: bool = False
+    ) -> PreTrainedModel:
+        four_bits = None if quantization is None else adapters.nf4(self.compute)
+        if isinstance(place, Path):
+            model = load_weights(place, quantization=four_bits, reward=reward)
+            check_vocabulary(model, self.vocabulary)
+        else:
+            model = self._load_named(place, four_bits, reward)
+        adapters.steady(model)
+        return model
+
+    def _load_named(
+        self, name: str | None, quantization: BitsAndBytesConfig | None, reward: bool
+    ) -> PreTrainedModel:
+        spec = self.recipe.model
+        if name is not None:
+            spec = spec.model_copy(
+                update={"name_or_path": name, "from_config": None, "revision": None}
+            )
+        return load_model(
+            spec,
+            self.base_dir,
+            seed=self.recipe.seed,
+            vocabulary=self.vocabulary,
+            quantization=quantization,
+            reward=reward,
+        )
+
+    # --- adapters ---
+
+    def _whole(self, stage: Stage) -> PreTrainedModel:
+        """What a stage starts from, where that is no adapter."""
+        quantization = None if stage.peft is None else stage.peft.quantization
+        reward = isinstance(stage, RewardStage)
+        return self._load(self._place(stage.init).place, quantization, reward=reward)
+
+    def _fresh(self, stage: Stage, seed: int) -> Any:
+        base = self._whole(stage)
+        set_seed(seed)  # a resumed run needs the same random start
+        config = lora_config(stage)
+        assert config is not None
+        return adapters.with_adapter(base, config)
+
+    def _write_base(self, stage: Stage, seed: int, own: Path) -> None:
+        """`base`: the weights below a fresh adapter and its `start`; complete or absent."""
+        if damage(own) is None:
+            return
+        staged = own.with_name(f".{own.name}")
+        shutil.rmtree(staged, ignore_errors=True)
+        with loading_whole():
+            model = self._fresh(stage, seed)
+        model.save_pretrained(staged / _START)
+        adapters.describe(staged / _START, "..", plain_start=True)
+        model.unload().save_pretrained(staged)
+        write_manifest(staged)
+        shutil.rmtree(own, ignore_errors=True)
+        os.replace(staged, own)
+
+    def _merged(self, left: _Adapter) -> PreTrainedModel:
+        """Base and adapter in one."""
+        with loading_whole():
+            base = adapters.in_full(self._load(left.base.place, left.quantization))
+            return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
+
+    def write_output(self, trainer: PackedTrainer, stage: Stage) -> None:
+        """`final` of a stage with an adapter, complete or absent; `adapter` or `merged` beside it."""
+        assert stage.peft is not None
+        folder = self.run_dir / stage.name
+        staged = folder / ".final"
+        distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
+        trainer.save_model(str(staged))
+        distributed.on_main(lambda: self._finish(trainer, stage, folder, staged))
+
+    def _finish(self, trainer: PackedTrainer, stage: Stage, folder: Path, staged: Path) -> None:
+        spec = stage.peft
+        assert spec is not None
+        base = self._base(stage)
+        changed = isinstance(base.place, Path) and base.place.name == _BASE
+        adapters.describe(staged, base.name, plain_start=changed)
+        left = _Adapter(staged, base, spec.quantization)
+        if spec.between_stages == "keep":
+            if spec.merge:
+                self._write_merged(left, trainer, folder / ".merged")
+                _replace(folder / ".merged", folder / "merged")
+        else:
+            alone = folder / "adapter"
+            shutil.rmtree(alone, ignore_errors=True)
+            alone.mkdir()
+            for name in (adapters.CONFIG, adapters.WEIGHTS):
+                os.replace(staged / name, alone / name)
+            shutil.rmtree(staged)
+            self._write_merged(dataclasses.replace(left, folder=alone), trainer, staged)
+        write_manifest(staged)
+        _replace(staged, folder / "final")
+
+    def _write_merged(self, left: _Adapter, trainer: PackedTrainer, folder: Path) -> None:
+        """Merged from what is on disk, as every reader would: whole, whatever the engine has sharded."""
+        shutil.rmtree(folder, ignore_errors=True)
+        self._merged(left).save_pretrained(folder)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
+
+
+def _replace(staged: Path, final: Path) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(staged, final)

@@ -1,0 +1,138 @@
+"""One program on several ranks: who writes, where they meet, one error for all of them.
+
+A thin layer over accelerate's `PartialState`, which knows whatever launcher has started the ranks. Everything
+here does nothing special in a single process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from rpo_trainer.errors import RPOTrainerError
+
+T = TypeVar("T")
+
+# The ranks wait this long for one that writes a large model, say; a dead one is noticed by the launcher.
+_TIMEOUT = timedelta(hours=2)
+
+
+def start() -> None:
+    """Joins the ranks that a launcher has started, each on its own device."""
+    gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {}
+    if "LOCAL_RANK" in os.environ:
+        settings["timeout"] = _TIMEOUT
+        if gpu:
+            settings["backend"] = "cuda:nccl,cpu:gloo"  # small things are agreed on without the GPU
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            _meet_again(settings.get("backend", "gloo"))
+    PartialState(cpu=not gpu and not torch.backends.mps.is_available(), **settings)
+
+
+def _meet_again(backend: str) -> None:
+    """Joins the ranks that torchrun has restarted.
+
+    It keeps one store for all its attempts, in which a rank may find the address of one that has died.
+    """
+    store, own_rank, ranks = next(rendezvous("env://"))
+    torch.distributed.init_process_group(
+        backend,
+        store=PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store),
+        rank=own_rank,
+        world_size=ranks,
+        timeout=_TIMEOUT,
+    )
+
+
+def rank() -> int:
+    """Number of this process among all, from 0."""
+    return int(PartialState().process_index)
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(PartialState().num_processes)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    return bool(PartialState().is_main_process)
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device(PartialState().device)
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    PartialState().wait_for_everyone()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An error of one process inside becomes the error of all; what is done inside must not communicate."""
+    error: RPOTrainerError | None = None
+    try:
+        yield
+    except RPOTrainerError as raised:
+        error = raised
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    first = next((one for one in gather_object([error]) if one is not None), None)
+    if first is not None:
+        first.everywhere = True
+        raise first
+
+
+def on_main(do: Callable[[], T]) -> T:
+    """What `do` gives, or the error it raises, on every process; it runs on the main one alone."""
+    result: Any = None
+    with together():
+        if is_main():
+            result = do()
+    return broadcast(result)  # type: ignore[no-any-return]
+
+
+def broadcast(value: T) -> T:
+    """The main process's value."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    broadcast_object_list(box)
+    return box[0]  # type: ignore[no-any-return]
+
+
+def merge(values: dict[Any, T]) -> dict[Any, T]:
+    """The entries of all processes, on each of them."""
+    if world_size() == 1:
+        return values
+    return {key: value for part in gather_object([values]) for key, value in part.items()}
+
+
+def greatest(value: int) -> int:
+    """The greatest of all processes' values; one small exchange, off the GPU where gloo is there."""
+    if world_size() == 1:
+        return value
+    on_cpu = "gloo" in torch.distributed.get_backend_config()
+    found = torch.tensor([value], device="cpu" if on_cpu else device())
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
+def end() -> None:
+    """Takes leave of the other processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

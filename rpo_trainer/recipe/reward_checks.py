@@ -1,0 +1,213 @@
+"""Errors of a recipe about rewards, more than one field at a time: generate, score, filter, reward stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic_core import InitErrorDetails
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe.checks import (
+    PREFERENCE_KINDS,
+    looks_like_path,
+    stage_names,
+    unknown_stage,
+    wrong,
+)
+from rpo_trainer.rewards.weights import PRESETS, resolve_weights
+
+SCORERS = ("verifier", "model", "endpoint", "judge")
+CHOSEN_FILTERS = ("min_chosen_reward", "min_chosen_quantile", "top_chosen_share")
+
+
+def _given(raw: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if raw.get(name) is not None]
+
+
+def score_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """One source of rewards, with the fields that belong to it."""
+    given = _given(raw, SCORERS)
+    if not given:
+        yield wrong(
+            ("verifier",),
+            "`score` says nothing of where the rewards come from",
+            fix=f"give one of {', '.join(f'`{name}`' for name in SCORERS)}",
+        )
+    for name in given[1:]:
+        yield wrong(
+            (name,), f"`score` has both `{given[0]}` and `{name}`", fix="keep one of the two"
+        )
+    if len(given) != 1:
+        return
+    owners = {
+        "weights": ("model", "endpoint"),
+        "batch_tokens": ("model",),
+        "allow_code_execution": ("verifier",),
+    }
+    for name in _given(raw, tuple(owners)):
+        if raw[name] is not False and given[0] not in owners[name]:
+            what = f"`{name}` belongs to `{'` or `'.join(owners[name])}`, not to `{given[0]}`"
+            yield wrong((name,), what, fix=f"remove `{name}`")
+    code, allowed = raw.get("verifier") == "asserts", raw.get("allow_code_execution")
+    if code and allowed is not True:
+        yield wrong(
+            ("verifier",),
+            "the verifier `asserts` runs code that a model has written",
+            fix="add `allow_code_execution: true`, and best run it inside a container",
+            why="that code can do harm; it runs with limits, which are no wall",
+        )
+    if allowed is True and given[0] == "verifier" and not code:
+        yield wrong(
+            ("allow_code_execution",),
+            "only the verifier `asserts` runs code",
+            fix="remove `allow_code_execution`",
+        )
+
+
+def generate_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """Somebody to sample from."""
+    if raw.get("policies") == [] and not raw.get("endpoints"):
+        yield wrong(
+            ("policies",),
+            "there is no policy to sample from",
+            fix="name one under `policies` or `endpoints`",
+        )
+
+
+def rows_of_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """Rows are made here or taken from another stage; what is never made is never made again."""
+    for field in _given(raw, ("generate", "score")) if raw.get("rows_of") is not None else ():
+        what = f"`rows_of` takes scored responses of another stage; `{field}` would make them here"
+        yield wrong((field,), what, fix="keep one of the two")
+    if raw.get("refresh") is not None and not isinstance(raw.get("generate"), dict):
+        what = "`refresh` without `generate`: the same rows are read in each round anyway"
+        yield wrong(("refresh",), what, fix="remove `refresh`")
+
+
+def reference_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """What `data` of a stage says of other stages: they are earlier, and of a kind that serves."""
+    stages = raw.get("stages")
+    if not isinstance(stages, list):
+        return
+    named = [
+        (i, s)
+        for i, s in enumerate(stages)
+        if isinstance(s, dict) and isinstance(s.get("name"), str)
+    ]
+    for i, stage in enumerate(stages):
+        data = stage.get("data") if isinstance(stage, dict) else None
+        if isinstance(data, dict):
+            earlier = [s for j, s in named if j < i]
+            every = [s for _, s in named]
+            for at, target, kinds, words in _data_references(data):
+                if target not in words:
+                    at = ("stages", i, "data", *at)
+                    yield from _stage_of_kind(at, target, kinds, words, earlier, every)
+
+
+_Reference = tuple[tuple[str | int, ...], str, tuple[str, ...], tuple[str, ...]]
+
+
+def _data_references(data: Mapping[str, Any]) -> Iterator[_Reference]:
+    """(key, stage, kinds that serve, words that are no stage) for each."""
+    score, generate, rows_of = data.get("score"), data.get("generate"), data.get("rows_of")
+    model = score.get("model") if isinstance(score, dict) else None
+    if isinstance(model, str) and model and not looks_like_path(model):
+        yield ("score", "model"), model, ("reward",), ()
+    policies = generate.get("policies") if isinstance(generate, dict) else None
+    for i, policy in enumerate(policies if isinstance(policies, list) else ()):
+        if isinstance(policy, str) and policy and not looks_like_path(policy):
+            kinds = ("sft", *PREFERENCE_KINDS)
+            yield ("generate", "policies", i), policy, kinds, ("init", "model")
+    if isinstance(rows_of, str) and rows_of:
+        yield ("rows_of",), rows_of, PREFERENCE_KINDS, ()
+
+
+def _stage_of_kind(
+    at: tuple[str | int, ...],
+    target: str,
+    kinds: Sequence[str],
+    words: Sequence[str],
+    earlier: Sequence[Mapping[str, Any]],
+    every: Sequence[Mapping[str, Any]],
+) -> Iterator[InitErrorDetails]:
+    yield from unknown_stage(at, target, earlier, every, words)
+    found = next((s for s in earlier if target in stage_names([s])), None)
+    if found is None:
+        return
+    key = ".".join(map(str, at[3:]))
+    if found.get("kind") not in kinds:
+        what = f"`{key}` cannot be `{target}`, a stage of kind {found.get('kind')}"
+        yield wrong(at, what, fix=f"name an earlier stage of kind {' or '.join(kinds)}")
+    elif key == "rows_of" and not _makes_rows(found):
+        what = f"`rows_of` refers to `{target}`, which samples no responses"
+        yield wrong(at, what, fix="name a stage with `data: {generate: ..., score: ...}`")
+
+
+def _makes_rows(stage: Mapping[str, Any]) -> bool:
+    data = stage.get("data")
+    return isinstance(data, dict) and any(data.get(f) is not None for f in ("generate", "rows_of"))
+
+
+def filter_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """One threshold for the chosen reward."""
+    given = _given(raw, CHOSEN_FILTERS)
+    for name in given[1:]:
+        what = f"`filter` has both `{given[0]}` and `{name}`"
+        why = "each of them says which chosen responses are good enough"
+        yield wrong((name,), what, fix="keep one of the two", why=why)
+
+
+def reward_stage_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """A reward stage: fields of its objective alone, and nothing that only a policy has."""
+    objective = raw.get("objective")
+    if objective == "regression" and raw.get("attributes") is None:
+        what = "`objective: regression` needs `attributes`, the names of what is rated"
+        yield wrong(("attributes",), what, fix="add for example `attributes: [helpfulness]`")
+    foreign = {"regression": ("margin_scale",), "bradley_terry": ("attributes", "rating_range")}
+    for field in _given(raw, foreign.get(str(objective), ())):
+        if raw[field] != 0:
+            what = f"`{field}` has no meaning for `objective: {objective}`"
+            yield wrong((field,), what, fix=f"remove `{field}`")
+    names = raw.get("attributes")
+    if isinstance(names, list) and len(set(map(str, names))) < len(names):
+        yield wrong(("attributes",), "an attribute is named twice", fix="name each once")
+    bounds = raw.get("rating_range")
+    pair = bounds if isinstance(bounds, list) and len(bounds) == 2 else [0, 1]
+    if all(map(_is_number, pair)) and not pair[0] < pair[1]:
+        what = f"`rating_range` goes from {pair[0]} to {pair[1]}"
+        yield wrong(("rating_range",), what, fix="write the lowest rating first")
+    yield from _weights_checks(raw.get("reward_weights"), names)
+    if raw.get("eval") is not None:
+        what = "`eval` samples from a policy, and a reward model is none"
+        yield wrong(
+            ("eval",), what, fix="remove it; `data.eval` or `data.eval_share` test the rewards"
+        )
+    if raw.get("peft") is not None:
+        what = "a reward stage trains all weights; `peft` is for the other kinds"
+        yield wrong(("peft",), what, fix="remove `peft`")
+    if isinstance(raw.get("repeat"), int) and raw["repeat"] > 1:
+        what = "`repeat` of a reward stage: every round would start from the same policy"
+        yield wrong(("repeat",), what, fix="remove it, and raise `num_train_epochs`")
+    data = raw.get("data")
+    if isinstance(data, dict) and data.get("eval_share") is not None and data.get("eval"):
+        what = "`data` has both `eval` and `eval_share`"
+        yield wrong(("data", "eval_share"), what, fix="keep one of the two")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _weights_checks(weights: object, names: object) -> Iterator[InitErrorDetails]:
+    """What `resolve_weights` would say later, where the attributes are known."""
+    known = [str(name) for name in names] if isinstance(names, list) else []
+    if isinstance(weights, str):
+        known = known or list(PRESETS.get(weights, ()))
+    elif not (isinstance(weights, dict) and known and all(map(_is_number, weights.values()))):
+        return
+    try:
+        resolve_weights(weights, known)
+    except RecipeError as error:
+        yield wrong(("reward_weights",), error.what, fix=str(error.fix), why=error.why)

@@ -1,0 +1,63 @@
+"""`torch_compile`: the decoder's layers compiled one by one, for packed rows of any length.
+
+A packed row is as long as its examples make it, and its plan is a Python object: a model compiled whole
+would be compiled again in every step. The layers are alike and hold nearly all of the work, so one of
+them is compiled, with lengths as variables, and all take it. Attention follows the plan outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rpo_trainer.attention import ATTENTION_NAME, packed_attention
+from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.step import causal_lm
+
+
+def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:
+    """Takes the compiling over from accelerate, which would compile the model whole.
+
+    Raises:
+        ModelError: the model has no layers that transformers marks as such.
+        RecipeError: the backend does not work on this machine.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    backend, mode = plugin.backend.value.lower(), plugin.mode
+    plugin.backend = DynamoBackend.NO
+    settings = {"backend": backend, "mode": None if mode == "default" else mode, "dynamic": True}
+    _require_compiler(settings, accelerator.device)
+    outside: Any = torch.compiler.disable  # untyped
+    AttentionInterface.register(ATTENTION_NAME, outside(packed_attention))
+    layers = [
+        module for module in causal_lm(model).modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    ]  # fmt: skip
+    if not layers:
+        raise ModelError(
+            f"torch_compile: no layers to compile were found in {type(causal_lm(model)).__name__}",
+            why="layers are compiled one by one, so that rows of all lengths share the result",
+            fix="leave torch_compile out for this model",
+        )
+    for layer in layers:
+        layer.compile(**settings)
+
+
+def _require_compiler(settings: dict[str, Any], device: torch.device) -> None:
+    """A backend may need a compiler of the machine's: better known before the data is prepared."""
+    try:
+        torch.compile(torch.sin, **settings)(torch.zeros(2, device=device))
+    except Exception as error:
+        raise RecipeError(
+            f"torch_compile: the backend {settings['backend']} does not work on this machine",
+            why=str(error).strip().splitlines()[0],
+            fix="install what it names, or leave torch_compile out",
+        ) from error

@@ -1,0 +1,89 @@
+"""Which examples reach which forward: the data loaders of training and evaluation."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from rpo_trainer.order import GlobalBatches, StepBatchSampler, TokenBudgetSampler
+from rpo_trainer.trainers.config import StepConfig
+from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
+
+logger = logging.getLogger(__name__)
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader that hands the epoch on to our sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation of the next iteration."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def train_loader(
+    examples: Examples, args: StepConfig, collate: PackingCollator, micro_batch_size: int
+) -> DataLoader[Any]:
+    """Micro-batches of this rank; with a token budget whole optimizer steps (`StepCollator`)."""
+    settings: dict[str, Any] = {
+        "world_size": args.world_size,
+        "rank": args.process_index,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "shuffle": args.shuffle,
+        "drop_last": args.dataloader_drop_last,
+    }
+    if args.micro_batch_tokens is None:
+        sampler = StepBatchSampler(
+            examples.costs(collate.layout),
+            global_batch_size=micro_batch_size * args.gradient_accumulation_steps * args.world_size,
+            micro_batch_size=micro_batch_size,
+            **settings,
+        )
+        return _loader(examples, args, sampler, collate)
+    shapes = examples.shapes(collate.layout)
+    longer = [cost for rows, length in shapes if (cost := rows * length) > args.micro_batch_tokens]
+    if longer and args.process_index == 0:
+        logger.warning(
+            "%d of %d examples alone take more than micro_batch_tokens (%d), the longest %d: each is "
+            "a forward of its own",
+            len(longer), len(shapes), args.micro_batch_tokens, max(longer),
+        )  # fmt: skip
+    steps = TokenBudgetSampler(
+        shapes,
+        budget=args.micro_batch_tokens,
+        global_batch_size=args.examples_per_step(),
+        **settings,
+    )
+    return _loader(examples, args, steps, StepCollator(collate))
+
+
+def eval_loader(examples: Examples, args: StepConfig, collate: PackingCollator) -> DataLoader[Any]:
+    """Micro-batches of this rank, longest first."""
+    sampler = StepBatchSampler(
+        examples.costs(collate.layout),
+        global_batch_size=args.eval_batch_size * args.world_size,
+        micro_batch_size=args.eval_batch_size,
+        world_size=args.world_size,
+        rank=args.process_index,
+        shuffle=False,
+    )
+    return _loader(examples, args, sampler, collate)
+
+
+def _loader(
+    examples: Examples,
+    args: StepConfig,
+    sampler: GlobalBatches,
+    collate: PackingCollator | StepCollator,
+) -> DataLoader[Any]:
+    return EpochLoader(
+        examples,
+        batch_sampler=sampler,  # type: ignore[arg-type]  # any iterable of batches will do
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )

@@ -1,0 +1,128 @@
+"""Chains whose rows are made by a reward model of the chain, by endpoints, and at an η of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.errors import DataError, ModelError, Problems
+from tests.chain import tiny
+from tests.rewards.server import Answer, refused, serving
+from tests.rewards.test_judge import by_length
+
+
+def recipe_with(score: dict[str, Any], **generate: Any) -> dict[str, Any]:
+    """SFT → a reward model on pairs → RPO twice on responses that it scores, at a fitted η."""
+    recipe = tiny.tiny_recipe()
+    code, rpo = tiny.stage_of(recipe, "code"), tiny.stage_of(recipe, "rpo")
+    rm = {
+        "name": "rm", "kind": "reward", "objective": "bradley_terry", "max_steps": 2,
+        "data": {"train": [{"path": "pairs.jsonl"}]},
+    }  # fmt: skip
+    rpo["reward_scale"] = "auto"
+    rpo["data"] |= {"score": score, "generate": {**rpo["data"]["generate"], **generate}}
+    recipe["stages"] = [code, rm, rpo]
+    return recipe
+
+
+def write_pairs(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt": f"double {n}: ", "chosen": str(2 * n), "rejected": str(n + 1)}
+        for n in range(2, 18)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(run_dir: Path, stage: str, kind: str = "generated") -> list[dict[str, Any]]:
+    (file,) = (run_dir / stage).glob(f"{kind}-*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_reward_model_of_the_chain_scores_its_rounds(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    run_dir = tiny.run(tmp_path, recipe_with({"model": "rm"}))
+    found = tiny.records(run_dir)
+    assert all(record["state"] == "done" for record in found.values())
+    rows = [rows_of(run_dir, name) for name in ("rpo-1", "rpo-2")]
+    assert all(set(score) == {"reward"} for row in rows[0] for score in row["scores"])
+    assert rows[0][0]["policies"] == ["code"] * 3 and rows[1][0]["policies"] == ["rpo-1"] * 3
+    for name in ("rpo-1", "rpo-2"):
+        fitted = found[name]["data"]["audit"]["calibration"]
+        assert fitted["method"] == "quantile" and fitted["reward_scale"] > 0
+        assert found[name]["reward_scale"] == fitted["reward_scale"]
+        gaps = [json.loads(x) for x in (run_dir / name / "gaps.jsonl").read_text().splitlines()]
+        (row,) = [r for r in rows[name == "rpo-2"] if r["id"] == gaps[0]["id"]]
+        said = {t: r for t, r in zip(row["responses"], row["rewards"], strict=True) if t.strip()}
+        best, *others = sorted(said.values(), reverse=True)
+        gap = best - sum(others) / len(others)
+        target = gaps[0].get("target", gaps[0].get("target_gap"))
+        assert target == pytest.approx(fitted["reward_scale"] * gap, rel=1e-3)
+
+
+def test_several_policies_and_endpoints_with_a_judge(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+
+    def answer(request: dict[str, Any], count: int) -> Answer:
+        if count == 0:
+            return refused(503)
+        if "prompt" in request:
+            return Answer("x" * (request["seed"] % 7 + 6))  # longer than the policies' can be
+        return by_length(request, count)
+
+    with serving(answer) as server:
+        at = {"url": server.url, "model": "m"}
+        recipe = recipe_with({"judge": at}, responses=1, policies=["init", "model"], endpoints=[at])
+        data = tiny.stage_of(recipe, "rpo")["data"]
+        data |= {"refresh": "never", "train": [tiny.task("general", "preference", 12, seed=2)]}
+        run_dir = tiny.run(tmp_path, recipe)
+    rows = rows_of(run_dir, "rpo-1")
+    assert rows[0]["policies"] == ["code", "model", "m"]
+    assert all(len(row["judge"]) == 3 and max(row["rewards"]) == row["rewards"][2] for row in rows)
+    assert not list((run_dir / "rpo-2").glob("generated-*"))
+    found = tiny.records(run_dir)
+    first, second = (found[f"rpo-{n}"]["data"]["fingerprint"] for n in (1, 2))
+    assert first == second
+
+
+def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    bad = True
+
+    def answer(request: dict[str, Any], count: int) -> Answer:
+        text = request["messages"][-1]["content"]
+        if bad and "1" in text:
+            return refused(400, "no ones")
+        return Answer(f"reward:{len(text)}")
+
+    with serving(answer) as server:
+        recipe = recipe_with({"endpoint": {"url": server.url, "model": "m"}})
+        with pytest.raises(DataError, match="could not be scored"):
+            tiny.run(tmp_path, recipe)
+        bad, before = False, len(server.asked)
+        tiny.run(tmp_path, recipe)
+        total = sum(
+            len(r["responses"]) for n in (1, 2) for r in rows_of(tmp_path / "run", f"rpo-{n}")
+        )
+        assert len(server.asked) - before < total
+    assert all(r["state"] == "done" for r in tiny.records(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({"model": "./nowhere"}, "there is no reward model here"),
+        ({"judge": {"url": "http://x", "model": "m", "template": "none.txt"}}, "cannot be read"),
+        ({"verifier": "instructions"}, "`instruction_id_list` is absent or null"),
+    ],
+)
+def test_what_can_be_known_is_said_before_the_run(
+    score: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path)
+    with pytest.raises((Problems, ModelError), match=message):
+        tiny.run(tmp_path, recipe_with(score))
+    assert not (tmp_path / "run" / "code").exists()

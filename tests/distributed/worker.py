@@ -1,0 +1,186 @@
+"""Trains small models under one engine: the process that a launcher starts, once for each rank.
+
+    python -m tests.distributed.worker ENGINE OUT CASE...
+
+Each case leaves OUT/CASE.pt, written by the first rank: losses by step, final weights, rows by rank. The
+models lie beside OUT; they are loaded after the engine is chosen, so ZeRO-3 loads each rank's part alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import gloo
+
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+STEPS = 3
+
+
+def engine_settings(engine: str) -> dict[str, Any]:
+    """Training arguments that start an engine on CPUs."""
+    if engine in ("none", "ddp"):
+        return {"use_cpu": True}
+    if engine == "fsdp2":
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        return {"fsdp": True, "fsdp_config": config}
+    return {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": int(engine[-1]),
+                "overlap_comm": False,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+        }
+    }
+
+
+def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
+    """The trainer of a case; the global batch is the same whatever the world size."""
+    from rpo_trainer.quickstart import character_tokenizer
+    from tests.trainers.conftest import TRAINERS
+    from tests.trainers.plain import make_rows
+
+    kind, world = case["kind"], int(os.environ.get("WORLD_SIZE", 1))
+    accumulation = case["accumulation"]
+    batch = 4 * accumulation
+    ks = (1,) if kind == "sft" else (2,) if kind == "dpo" else (2, 3)
+    # The last global batch of the epoch has two rows: with accumulation, some forwards are fillers.
+    rows = make_rows(1, (ks * batch)[:batch] * 2 + ks[:1] * 2, spans=kind == "sft", rewards=True)
+    extra = {} if kind == "sft" else {"beta": 0.3}
+    if kind != "sft":
+        extra |= {"sft_loss_weight": 0.1, "reference_cache_dir": str(out / "reference")}
+    args = TRAINERS[kind].config_class(
+        **{
+            "output_dir": str(out / "run"), "max_steps": STEPS, "global_batch_size": batch,
+            "per_device_train_batch_size": 4 // world, "per_device_eval_batch_size": 2,
+            "micro_batch_tokens": case.get("tokens"),
+            "learning_rate": 1e-2, "lr_scheduler_type": "linear", "optim": "adamw_torch",
+            "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1, "save_strategy": "no",
+            "activation_checkpointing": case["checkpointing"], "report_to": "none",
+            "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS,
+            "eval_on_start": True, **extra, **engine_settings(engine), **case.get("settings", {}),
+        }
+    )  # fmt: skip
+    return TRAINERS[kind](
+        model=str(out.parent.parent / ("tied" if case["tied"] else "untied")),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows[:5],
+        processing_class=character_tokenizer(),
+    )
+
+
+def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
+    import torch
+
+    from rpo_trainer.distributed import merge, rank, world_size
+    from rpo_trainer.sharding import full_state_dict
+    from rpo_trainer.trainers.engine import engine_name
+
+    trainer = trainer_of(engine, case, out)
+    seen: dict[tuple[int, int], list[str]] = {}
+    own = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("num_items_in_batch") is not None and inputs["weights"].any():
+            rows = seen.setdefault((rank(), trainer.state.global_step), [])
+            rows += inputs["ids"]
+        return own(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    history = trainer.state.log_history
+    return {
+        "engine": engine_name(trainer.accelerator),
+        "world_size": world_size(),
+        "losses": [line for line in history if "loss" in line],
+        "evaluations": [line for line in history if "eval_loss" in line],
+        "seen": merge(seen),
+        "weights": full_state_dict(trainer.model, keep=rank() == 0),
+        "step_zero": getattr(trainer, "step_zero", None),
+        "references": _references(out),
+        "torch": torch.__version__,
+    }
+
+
+def _references(out: Path) -> dict[Any, float]:
+    """The reference log-probs on disk."""
+    from rpo_trainer.reference import ReferenceCache
+
+    found: dict[Any, float] = {}
+    for folder in sorted((out / "reference").glob("*")):
+        found |= {(folder.name, key): value for key, value in ReferenceCache(folder).values.items()}
+    return found
+
+
+def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The second step's loss or gradient is not finite, on the second rank alone."""
+    from transformers import TrainerCallback
+
+    from rpo_trainer.distributed import merge, rank
+    from rpo_trainer.errors import NonFiniteError
+    from rpo_trainer.sharding import full_state_dict
+
+    trainer = trainer_of(engine, case, out)
+    own = trainer.losses
+    before: dict[str, Any] = {}
+
+    def losses(sums: Any, batch: Any) -> Any:
+        result = own(sums, batch)
+        if rank() == 1 and trainer.state.global_step == 1 and trainer.model.training:
+            term = next(iter(result.terms.values()))
+            if case["harm"] == "loss":
+                term.numerators = term.numerators * float("inf")
+            else:  # 0, with a gradient that is no number
+                term.numerators = (
+                    term.numerators + (term.numerators - term.numerators.detach()).abs().sqrt()
+                )
+        return result
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            before.update(full_state_dict(trainer.model, keep=rank() == 0))
+
+    trainer.losses = losses
+    trainer.add_callback(Remember())
+    error = None
+    try:
+        trainer.train()
+    except NonFiniteError as raised:
+        error = str(raised)
+    return {
+        "errors": merge({rank(): error}),
+        "steps": trainer.state.global_step,
+        "before": before,
+        "after": full_state_dict(trainer.model, keep=rank() == 0),
+    }
+
+
+def main(engine: str, out: Path, *cases: str) -> None:
+    gloo.allow()
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("rpo_trainer").setLevel(logging.ERROR)
+    from rpo_trainer import distributed
+
+    for name in cases:
+        case = json.loads(name)
+        folder = out / case["name"]
+        result = harm(engine, case, folder) if "harm" in case else train(engine, case, folder)
+        if distributed.is_main():
+            torch.save(result, folder.with_suffix(".pt"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

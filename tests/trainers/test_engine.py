@@ -1,0 +1,161 @@
+"""What is refused and set right before an engine wraps the model; engines at work: tests/distributed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.trainers import SFTTrainer, engine
+from tests.trainers.plain import make_rows
+
+
+def accelerator(kind: DistributedType, ranks: int = 2, **plugins: Any) -> Any:
+    return SimpleNamespace(
+        distributed_type=kind, num_processes=ranks, state=SimpleNamespace(**plugins)
+    )
+
+
+def arguments(**more: Any) -> Any:
+    given = {
+        "deepspeed": None, "fsdp": None, "bf16": False, "fp16": False, "mixed_precision": "no",
+        "max_grad_norm": 1.0,
+    }  # fmt: skip
+    return SimpleNamespace(**{**given, **more})
+
+
+NONE = accelerator(DistributedType.NO, 1)
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch):
+    engine.check_engine(arguments(), NONE)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="2 processes were launched, and accelerate has joined 1"):
+        engine.check_engine(arguments(), NONE)
+
+
+def test_the_trainer_checks(monkeypatch: pytest.MonkeyPatch, make_config, start, tokenizer):
+    args = make_config("sft")  # accelerate has found one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="each would train alone, on the same data"):
+        SFTTrainer(copy.deepcopy(start), args, make_rows(0, (1,) * 4), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "name"),
+    [
+        ({"deepspeed": {}}, None, None),
+        ({"deepspeed": {"zero_optimization": {}}}, None, "DeepSpeed"),
+        ({"fsdp": True}, None, "FSDP"),
+        ({}, "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ({}, "ACCELERATE_USE_FSDP", "FSDP"),
+    ],
+)
+def test_an_engine_that_has_not_started_is_refused(
+    given: Any, variable: Any, name: Any, monkeypatch: pytest.MonkeyPatch
+):
+    if variable is not None:
+        monkeypatch.setenv(variable, "true")
+    assert engine.asks_for_shards(given) == (name is not None)
+    if name is None:
+        engine.check_engine(arguments(**given), NONE)
+        return
+    with pytest.raises(RecipeError, match=f"{name} was asked for and has not started"):
+        engine.check_engine(arguments(**given), NONE)
+
+
+def test_fsdp_1_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    with pytest.raises(RecipeError, match="FSDP 1 is not taken"):
+        engine.check_engine(arguments(fsdp=True), first)
+
+
+@pytest.mark.parametrize(
+    ("launched", "given"), [("bf16", {}), ("no", {"bf16": True}), ("bf16", {"fp16": True})]
+)
+def test_a_launcher_of_another_precision_is_refused(launched: str, given: Any):
+    with pytest.raises(RecipeError, match=f"the launcher asks for mixed precision {launched}"):
+        engine.check_engine(arguments(mixed_precision=launched, **given), NONE)
+
+
+def test_fsdp_does_not_round_log_probs():
+    low = torch.bfloat16
+    plugin = SimpleNamespace(
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=low, output_dtype=low
+        )
+    )
+    engine.settle(arguments(), accelerator(DistributedType.FSDP, fsdp_plugin=plugin))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (low, torch.float32)
+    assert policy.output_dtype is None
+
+
+@pytest.mark.parametrize("clipping", [{}, {"gradient_clipping": "auto"}, {"gradient_clipping": 1}])
+def test_deepspeed_clips_as_the_recipe_says(clipping: Any):
+    config = dict(clipping)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+    engine.settle(arguments(), accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin))
+    assert config["gradient_clipping"] == 1.0
+
+
+def test_deepspeed_that_would_clip_otherwise_is_refused():
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config={"gradient_clipping": 0.5}))
+    wrapped = accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
+    with pytest.raises(RecipeError, match=r"gradient_clipping is 0.5 .* max_grad_norm 1.0"):
+        engine.settle(arguments(), wrapped)
+
+
+def deepspeed(stage: int, ranks: int) -> Any:
+    plugin = SimpleNamespace(zero_stage=stage)
+    return accelerator(DistributedType.DEEPSPEED, ranks, deepspeed_plugin=plugin)
+
+
+FSDP = accelerator(DistributedType.FSDP, 4, fsdp_plugin=SimpleNamespace(fsdp_version=2))
+DDP = accelerator(DistributedType.MULTI_CPU)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (NONE, NONE), (NONE, DDP), (DDP, NONE), (deepspeed(3, 2), deepspeed(3, 2)),
+        (accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=2)), FSDP),
+    ],
+)  # fmt: skip
+def test_checkpoints_of_another_world_are_taken_where_they_can_be(before, now, tmp_path):
+    engine.check_same_engine(tmp_path, now)  # of a time before there was this note
+    engine.write_engine(tmp_path, before)
+    engine.check_same_engine(tmp_path, now)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (deepspeed(3, 2), deepspeed(3, 4), "written by zero3 on 2 ranks, and this is zero3 on 4"),
+        (deepspeed(2, 2), deepspeed(3, 2), "written by zero2 on 2 ranks, and this is zero3 on 2"),
+        (DDP, FSDP, "written by ddp on 2 ranks, and this is fsdp2 on 4"),
+        (FSDP, NONE, "written by fsdp2 on 4 ranks, and this is none on 1"),
+    ],
+)
+def test_checkpoints_that_cannot_be_read_are_refused(before, now, message, tmp_path):
+    engine.write_engine(tmp_path, before)
+    with pytest.raises(RunError, match=message):
+        engine.check_same_engine(tmp_path, now)
+
+
+def test_a_checkpoint_says_who_wrote_it(make_trainer, start, tmp_path):
+    trainer = make_trainer(
+        "sft", start, make_rows(0, (1,) * 4), save_strategy="steps", save_steps=1,
+        output_dir=str(tmp_path),
+    )  # fmt: skip
+    trainer.train()
+    noted = json.loads((tmp_path / "checkpoint-1" / engine.ENGINE_FILE).read_text())
+    assert noted == {"engine": "none", "world_size": 1}
