@@ -7,6 +7,7 @@ KEY stands for all that they depend on, the weights too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from rpo_trainer.rewards.rowfile import ALONE, Ranks, complete_rows, content_key
 from rpo_trainer.rewards.sampling import EndpointPolicy, LocalPolicy, Policy, sample_rows
 from rpo_trainer.rewards.scorers import Scorer, make_scorer, weights_key
 from rpo_trainer.rewards.verifiers import VERIFIERS
+
+logger = logging.getLogger(__name__)
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -150,7 +153,20 @@ class RowMaker:
         )
 
     def _read(self, path: Path) -> list[Row] | None:
-        return read_rows(path) if self.ranks.on_main(path.is_file) else None
+        return read_rows(path) if self.ranks.on_main(lambda: _is_sound(path)) else None
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the rows are there and can be read; what cannot is removed, and made again."""
+    if not path.is_file():
+        return False
+    try:
+        read_rows(path)
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): its rows are made again", path, error)
+        path.unlink()
+        return False
+    return True
 
 
 def source_key(path: Path, name: str) -> str:

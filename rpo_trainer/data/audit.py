@@ -196,19 +196,26 @@ class Audit:
             )
 
     def check_overlap(
-        self, train: Sequence[Row], evaluation: Sequence[Row], *, held_out: bool = False
+        self,
+        train: Sequence[Row],
+        evaluation: Sequence[Row],
+        *,
+        held_out: bool = False,
+        where: str | None = None,
     ) -> int:
         """Remarks on prompts that are in both; returns how many rows of `evaluation` that is.
 
         Args:
             held_out: the evaluation is named as held out, so no prompt of it may be trained on.
+            where: the field that names the evaluation, if not `data.eval`; several add up in `overlap`.
 
         Raises:
             DataError: it is, and some are.
         """
         same, alike = shared(train, evaluation)
         found = [*same, *alike]
-        self.overlap = {"rows": len(evaluation), "exact": len(same), "normalised": len(alike)}
+        counts = {"rows": len(evaluation), "exact": len(same), "normalised": len(alike)}
+        self.overlap = {name: self.overlap.get(name, 0) + n for name, n in counts.items()}
         if not found:
             return 0
         nearly = f", {len(alike)} of them but for case, white space or Unicode form"
@@ -219,11 +226,11 @@ class Audit:
         if held_out:
             raise DataError(
                 what,
-                where="data.eval",
-                why="`held_out` says that they are not, and a loss on them would look too good",
+                where=where or "data.eval",
+                why="`held_out` says that they are not, and what is measured would look too good",
                 fix="remove these rows from train or eval, or remove `held_out`",
             )
-        self.remark(what)
+        self.remark(what if where is None else f"{where}: {what}")
         return len(found)
 
     def lengths(self) -> dict[str, dict[str, float]]:

@@ -79,6 +79,10 @@ def _prompt_completion(raw: Raw) -> Row:
     return sft_completion(raw["prompt"], raw["completion"], "`completion`")
 
 
+def _helpsteer2_sft(raw: Raw) -> Row:
+    return sft_completion(marked_messages(raw["prompt"]), raw["response"], "`response`")
+
+
 def _text(raw: Raw) -> Row:
     return {"prompt": "", "response": check_text(raw["text"], "`text`")}
 
@@ -240,6 +244,10 @@ def _prompt(raw: Raw) -> Row:
     return {"prompt": _open_conversation(to_messages(prompt, "`prompt`"))}
 
 
+def _helpsteer2_prompt(raw: Raw) -> Row:
+    return {"prompt": _open_conversation(marked_messages(raw["prompt"]))}
+
+
 def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]:
     """The prompt of a whole conversation: all before the last assistant turn."""
 
@@ -312,12 +320,26 @@ FORMATS: dict[str, Format] = {
     "score": Format("rating", (*_RATED, "score"), (), _score),
     "messages": Format("sft", ("messages",), (), _messages),
     "sharegpt": Format("sft", ("conversations",), _SHAREGPT, _sharegpt),
+    "helpsteer2_sft": Format(
+        "sft",
+        (*_RATED, *HELPSTEER_ATTRIBUTES),
+        (),
+        _helpsteer2_sft,
+        nullable=HELPSTEER_ATTRIBUTES,
+    ),
     "prompt_response": Format("sft", ("prompt", "response"), (), _prompt_response),
     "prompt_completion": Format("sft", ("prompt", "completion"), (), _prompt_completion),
     "alpaca": Format("sft", ("instruction", "output"), ("input", "system", "history"), _alpaca),
     "text": Format("sft", ("text",), (), _text),
 }
 PROMPT_FORMATS: dict[str, Format] = {
+    "helpsteer2": Format(
+        "prompt",
+        ("prompt", *HELPSTEER_ATTRIBUTES),
+        (),
+        _helpsteer2_prompt,
+        nullable=HELPSTEER_ATTRIBUTES,
+    ),
     "prompt": Format("prompt", ("prompt",), (), _prompt),
     "messages": Format(
         "prompt",

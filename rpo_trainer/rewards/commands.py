@@ -1,11 +1,16 @@
-"""What the commands `score`, `generate`, `pairs` and `calibrate` do, apart from their arguments."""
+"""What the commands `score`, `generate`, `pairs` and `calibrate` do, apart from their arguments.
+
+`score` and `generate` also run as several processes of a launcher: these share the rows, and the first writes
+the file.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +21,15 @@ from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
-from rpo_trainer.rewards.rowfile import complete, content_key, read_rows, unfinished, write_rows
+from rpo_trainer.rewards.rowfile import (
+    ALONE,
+    Ranks,
+    complete,
+    content_key,
+    read_rows,
+    unfinished,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import (
@@ -35,8 +48,32 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The output belongs to this process until the end."""
+def _processes() -> Iterator[Ranks]:
+    """Those that a launcher has started for this command, met and, at the end, parted."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield ALONE
+        return
+    from rpo_trainer import distributed
+
+    distributed.start()
+    try:
+        yield distributed
+    finally:
+        distributed.end()
+
+
+@contextmanager
+def _held(out: Path, ranks: Ranks) -> Iterator[None]:
+    """The output belongs to these processes until the end."""
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.rank() == 0:
+                held.enter_context(_locked(out))
+        yield
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
@@ -98,30 +135,39 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
     def model(path: str) -> tuple[str, str]:
         return path, weights_key(Path(path)) if Path(path).is_dir() else path
 
-    found = read_responses(source)
-    scorer = make_scorer(spec, model=model)
-    with _held(out):
-        key = content_key(scorer.key, found.rows)
-        if _finished(out, key):
-            say(f"{out} is finished already: nothing to do")
-            return read_rows(out)
-        scorer.check(found.rows)
-        settings: dict[str, Any] = {"score": spec.model_dump(exclude_none=True)}
+    settings: dict[str, Any] = {"score": spec.model_dump(exclude_none=True)}
+    with _processes() as ranks:
+        if ranks.rank():
+            say = _silently
+        with ranks.together():
+            found = read_responses(source)
+            scorer = make_scorer(spec, model=model)
+            key = content_key(scorer.key, found.rows)
+        with _held(out, ranks):
+            if ranks.on_main(lambda: _finished(out, key)):
+                say(f"{out} is finished already: nothing to do")
+                return read_rows(out)
+            with ranks.together():
+                scorer.check(found.rows)
 
-        def assemble(fields: Sequence[dict[str, Any]]) -> list[Row]:
-            rows = [{**row, **new} for row, new in zip(found.rows, fields, strict=True)]
-            if spec.judge is not None:
-                settings["judge"] = biases(rows)
-            return found.written(rows)
+            def assemble(fields: Sequence[dict[str, Any]]) -> list[Row]:
+                rows = [{**row, **new} for row, new in zip(found.rows, fields, strict=True)]
+                if spec.judge is not None:
+                    settings["judge"] = biases(rows)
+                return found.written(rows)
 
-        written = complete(
-            out, [row["id"] for row in found.rows], scorer.work(found.rows), assemble,
-            key=key, what="scored", then=lambda rows: _report(out, key, len(rows), settings),
-        )  # fmt: skip
+            written = complete(
+                out, [row["id"] for row in found.rows], scorer.work(found.rows), assemble, key=key,
+                what="scored", then=lambda rows: _report(out, key, len(rows), settings), ranks=ranks,
+            )  # fmt: skip
     for line in bias_lines(settings["judge"]) if spec.judge is not None else ():
         say(line)
     say(f"{len(written)} rows scored: {out}")
     return written
+
+
+def _silently(_: str) -> None:
+    """One process speaks for all."""
 
 
 def generate_file(
@@ -143,25 +189,29 @@ def generate_file(
     from rpo_trainer.rewards.sampling import EndpointPolicy, LocalPolicy, Policy, sample_rows
     from rpo_trainer.rewards.scorers import weights_key
 
-    rows = read_prompts(source)
-    policies: list[Policy] = []
-    for name in spec.policies:
-        weights = weights_key(Path(name)) if Path(name).is_dir() else name
-        load = _loader(name, chat_template)
-        policies.append(
-            LocalPolicy(name, load, spec, weights=f"{weights}:{chat_template}", seed=seed)
-        )
-    policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
-    with _held(out):
-        key = content_key([policy.key for policy in policies], rows, seed)
-        if _finished(out, key):
-            say(f"{out} is finished already: nothing to do")
-            return read_rows(out)
-        settings = {"generate": spec.model_dump(exclude_none=True), "seed": seed}
-        made = sample_rows(
-            out, rows, policies, spec, seed=seed,
-            then=lambda made: _report(out, key, len(made), settings),
-        )  # fmt: skip
+    settings = {"generate": spec.model_dump(exclude_none=True), "seed": seed}
+    with _processes() as ranks:
+        if ranks.rank():
+            say = _silently
+        with ranks.together():
+            rows = read_prompts(source)
+            policies: list[Policy] = []
+            for name in spec.policies:
+                weights = weights_key(Path(name)) if Path(name).is_dir() else name
+                load = _loader(name, chat_template)
+                policies.append(
+                    LocalPolicy(name, load, spec, weights=f"{weights}:{chat_template}", seed=seed)
+                )
+            policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
+            key = content_key([policy.key for policy in policies], rows, seed)
+        with _held(out, ranks):
+            if ranks.on_main(lambda: _finished(out, key)):
+                say(f"{out} is finished already: nothing to do")
+                return read_rows(out)
+            made = sample_rows(
+                out, rows, policies, spec, seed=seed, ranks=ranks,
+                then=lambda made: _report(out, key, len(made), settings),
+            )  # fmt: skip
     count = sum(len(row["responses"]) for row in made)
     cut = sum(not flag for row in made for flag in row["finished"])
     say(f"{count} responses to {len(made)} prompts, {cut} cut by max_new_tokens: {out}")

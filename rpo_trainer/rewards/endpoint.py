@@ -143,8 +143,8 @@ _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _PAIR = re.compile(rf"\s*([A-Za-z][\w -]*?)\s*[:=]\s*({_NUMBER})\s*")
 
 
-def attribute_scores(answer: Any) -> dict[str, float]:
-    """The scores by attribute that a reward endpoint answers with.
+def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
+    """The scores by attribute that a reward endpoint answers with, and the answer as it came.
 
     Two forms are in use: `helpfulness:1.6,correctness:1.7` as the text of the message (NIM), and
     the attributes as the tokens of `logprobs`, each with its score as the log-prob (the hosted
@@ -160,7 +160,8 @@ def attribute_scores(answer: Any) -> dict[str, float]:
         text = ""
     pairs = [_PAIR.fullmatch(part) for part in re.split(r"[,\n;]", text) if part.strip()]
     if pairs and all(pairs):
-        return {pair[1]: float(pair[2]) for pair in pairs if pair}
+        return {pair[1]: float(pair[2]) for pair in pairs if pair}, text
     if tokens:
-        return {str(token.token): float(token.logprob) for token in tokens}
+        scores = {str(token.token): float(token.logprob) for token in tokens}
+        return scores, ",".join(f"{name}:{score}" for name, score in scores.items())
     raise Unreadable(f"no scores by attribute in {_short(text)!r}")

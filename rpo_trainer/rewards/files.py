@@ -69,7 +69,9 @@ def read_responses(source: SourceSpec) -> Responses:
         audit=audit,
     )  # fmt: skip
     if kind == "pair":
-        labelled = not find_format(present, "pair", source.format, raw.where).sort
+        found = find_format(present, "pair", source.format, raw.where)
+        # Two of K responses are no chosen and rejected: nobody has said which is better.
+        labelled = not found.sort and "responses" not in found.required
         pairs = labelled and all(len(row["responses"]) == 2 for row in rows)
         return Responses(rows, "pair" if pairs else "responses", audit)
     return Responses([_single(row) for row in rows], "single", audit)

@@ -1,4 +1,4 @@
-"""Rewards of responses from a reward model on this machine, in padded batches of like length."""
+"""Rewards of responses from a reward model on this machine: the packed step, in batches of like length."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rpo_trainer.batch import Layout, forward_tokens, pack, to_device
 from rpo_trainer.data.chat import ChatRenderer, render_plain
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.probe import probe
 from rpo_trainer.reward_model import attributes_of
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard
 from rpo_trainer.rewards.weights import resolve_weights
+from rpo_trainer.step import response_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,20 +33,29 @@ class RewardModel:
     """A sequence classifier: one score for each of its labels, weighted to one reward.
 
     A response is read as the policy is trained on it: behind its prompt, through the chat template,
-    with its end marker. The scores are those at the last token.
+    with its end marker. The scores are those at the last token. A row's prompt is computed once for
+    all its responses, and no token is padding, if the model allows it (see `probe`).
 
     Args:
         path: a directory, or a hub name.
         weights: see `resolve_weights`; None: `reward_weights` of its config, else the mean.
+        layout: the only one to try; None: the fastest that agrees with plain forwards.
 
     Raises:
-        ModelError: it cannot be loaded, or is no decoder with a score head.
+        ModelError: it cannot be loaded, is no decoder with a score head, or agrees with no layout.
         RecipeError: weights that do not fit its labels.
     """
 
-    def __init__(self, path: str | Path, weights: str | Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        weights: str | Mapping[str, float] | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> None:
         self.path = str(path)
         self.model, self.tokenizer = _load(self.path)
+        self.layout, _ = probe(self.model, layout=layout)
         self.attributes = attributes_of(self.model)
         if weights is None:
             weights = getattr(self.model.config, "reward_weights", None)
@@ -62,24 +74,24 @@ class RewardModel:
 
         Args:
             shard: (rank, ranks): which of the batches this process computes.
-            batch_tokens: at most so many tokens in a forward pass, padding counted; a row's
-                responses are never parted.
+            batch_tokens: at most so many tokens in a forward pass, padding counted where there is
+                any; a row's responses are never parted.
         """
         wanted = set(pending)
         rank, world = shard
-        encoded: dict[int, list[list[int]]] = {}
+        examples: dict[int, list[_Example]] = {}
         for index, row in enumerate(rows):
             try:
-                encoded[index] = self.encode(row)
+                examples[index] = _examples(self.encode(row))
             except RowError as error:
                 if index in wanted and rank == 0:
                     yield Done(index, None, RowFailed(str(error)))
-        for batch in list(_batches(encoded, batch_tokens))[rank::world]:
+        for batch in list(_batches(examples, self.layout, batch_tokens))[rank::world]:
             if wanted.isdisjoint(batch):
                 continue
-            scores = iter(self._forward([ids for index in batch for ids in encoded[index]]))
+            scores = iter(self._forward([one for index in batch for one in examples[index]]))
             for index in batch:
-                own = [next(scores) for _ in encoded[index]]
+                own = [next(scores) for _ in rows[index]["responses"]]
                 if index in wanted:
                     yield Done(index, self._fields(own))
 
@@ -103,21 +115,19 @@ class RewardModel:
             raise RowError(f"longer than the reward model's context of {limit} tokens")
         return found
 
-    def _forward(self, texts: list[list[int]]) -> list[list[float]]:
-        """[texts][labels] scores, read at each text's last token."""
+    def _forward(self, examples: list[_Example]) -> list[list[float]]:
+        """[responses][labels] scores, read at each response's last token."""
+        if not examples:
+            return []
         device = next(self.model.parameters()).device
-        width = max(map(len, texts))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in texts], device=device)
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in texts], device=device
-        )
-        last = mask.sum(dim=1) - 1
+        untrained = [
+            {**e, "response_mask": [[0] * len(ids) for ids in e["response_ids"]]} for e in examples
+        ]
+        inputs = to_device(pack(untrained, self.layout)["model_inputs"], device)
         with torch.no_grad():
             # Not the classifier's own pooling, which looks for the last token that is not the pad
             # token: where that is the end token too, it finds the one before.
-            hidden = self.model.base_model(ids, attention_mask=mask, use_cache=False)[0]
-            scores = self.model.score(hidden[torch.arange(len(texts), device=device), last])
-        found: list[list[float]] = scores.double().tolist()
+            found: list[list[float]] = response_scores(self.model, inputs).double().tolist()
         return found
 
     def _fields(self, scores: list[list[float]]) -> dict[str, Any]:
@@ -128,17 +138,44 @@ class RewardModel:
         return {"rewards": rewards, "scores": named}
 
 
-def _batches(encoded: Mapping[int, list[list[int]]], batch_tokens: int) -> Iterator[list[int]]:
-    longest = {index: max(map(len, texts), default=0) for index, texts in encoded.items()}
+_Example = dict[str, Any]  # of `batch.pack`, without its masks
+
+
+def _examples(texts: list[list[int]]) -> list[_Example]:
+    """Texts of one row behind the tokens that they share; each by itself where they share none."""
+    columns = enumerate(zip(*texts, strict=False))
+    shortest = min(map(len, texts), default=0)
+    shared = next((i for i, column in columns if len({*column}) > 1), shortest)
+    if not shared:
+        return [{"prompt_ids": text, "response_ids": [[]]} for text in texts]
+    return [{"prompt_ids": texts[0][:shared], "response_ids": [text[shared:] for text in texts]}]
+
+
+def _batches(
+    examples: Mapping[int, list[_Example]], layout: Layout, batch_tokens: int
+) -> Iterator[list[int]]:
+    """Rows of like length, the longest first; a batch of one row may have more tokens."""
+
+    def longest(index: int) -> int:
+        found = examples[index]
+        return max(
+            (len(e["prompt_ids"]) + len(r) for e in found for r in e["response_ids"]), default=0
+        )
+
+    def tokens(index: int, width: int) -> int:
+        if layout == "padded":
+            return width * sum(len(e["response_ids"]) for e in examples[index])
+        return sum(forward_tokens(e, layout) for e in examples[index])
+
     batch: list[int] = []
     width = count = 0
-    for index in sorted(encoded, key=lambda i: (-longest[i], i)):
-        if batch and (count + len(encoded[index])) * width > batch_tokens:
+    for index in sorted(examples, key=lambda i: (-longest(i), i)):
+        if batch and count + tokens(index, width) > batch_tokens:
             yield batch
             batch, count = [], 0
-        width = width if batch else longest[index]
+        width = width if batch else longest(index)
         batch.append(index)
-        count += len(encoded[index])
+        count += tokens(index, width)
     if batch:
         yield batch
 

@@ -173,7 +173,8 @@ def complete(
         found |= _work_off(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
     failures.reasons = ranks.merge(failures.reasons)
     found = ranks.merge(found)
-    failures.raise_if_any(path)
+    with ranks.together():  # all know the same: one of them says it
+        failures.raise_if_any(path)
     rows = assemble([found[i] for i in range(len(ids))])
 
     def finish() -> None:

@@ -1,7 +1,7 @@
 """Where rewards come from: a verifier, a reward model here, one behind an endpoint, or an LLM judge.
 
 Every scorer works alike: it looks at all rows before time is spent, and then gives each row, one by
-one, the fields `rewards` (one a response) and, where there is more to tell, `scores` or `judge`.
+one, the fields `rewards` (one a response) and, where there is more to tell, `scores`, `answers` or `judge`.
 """
 
 from __future__ import annotations
@@ -137,23 +137,24 @@ class _ByEndpoint:
     def work(self, rows: Sequence[Row]) -> Work:
         def make(index: int) -> dict[str, Any]:
             row = rows[index]
-            scores = [
+            found = [
                 self.endpoint.chat(_conversation(row, response), self._read)
                 for response in row["responses"]
             ]
+            scores = [by_name for by_name, _ in found]
             rewards = [sum(w * each[name] for name, w in self.weights.items()) for each in scores]
-            return {"rewards": rewards, "scores": scores}
+            return {"rewards": rewards, "scores": scores, "answers": [text for _, text in found]}
 
         return one_by_one(make, workers=self.endpoint.spec.concurrency)
 
-    def _read(self, answer: Any) -> dict[str, float]:
-        scores = attribute_scores(answer)
+    def _read(self, answer: Any) -> tuple[dict[str, float], str]:
+        scores, text = attribute_scores(answer)
         if missing := [name for name in self.weights if name not in scores]:
             raise Unreadable(
                 f"no score for {', '.join(missing)}, but for {', '.join(scores)}; "
                 "`weights` says which attributes make the reward"
             )
-        return scores
+        return scores, text
 
 
 class _ByJudge:

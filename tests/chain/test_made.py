@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rpo_trainer.errors import DataError, ModelError, Problems
 from tests.chain import tiny
@@ -61,6 +63,36 @@ def test_a_reward_model_of_the_chain_scores_its_rounds(tmp_path: Path) -> None:
         gap = best - sum(others) / len(others)
         target = gaps[0].get("target", gaps[0].get("target_gap"))
         assert target == pytest.approx(fitted["reward_scale"] * gap, rel=1e-3)
+
+
+def test_rewards_in_other_units_train_the_same_policy(finished: Path, tmp_path: Path) -> None:
+    """With a fitted η; with a given one they would not, and the targets are said to be saturated."""
+    rows = rows_of(finished, "rpo-1")
+    made, remarks = {}, {}
+    for name, unit, eta in (("one", 1, "auto"), ("hundred", 100, "auto"), ("given", 100, 1.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [{**row, "rewards": [unit * reward for reward in row["rewards"]]} for row in rows]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        recipe = tiny.tiny_recipe()
+        stage = tiny.stage_of(recipe, "rpo")
+        del stage["repeat"]
+        stage |= {"init": str(finished / "dpo" / "final"), "reward_scale": eta}
+        stage["data"] = {
+            "train": [{"path": "rows.jsonl"}], "pairs": {"select": "all_responses"},
+        }  # fmt: skip
+        recipe["stages"] = [stage]
+        run_dir = tiny.run(folder, recipe)
+        record = tiny.records(run_dir)["rpo"]
+        remarks[name] = record["data"]["audit"]["remarks"]
+        made[name] = load_file(run_dir / "rpo/final/model.safetensors"), record.get("reward_scale")
+    assert made["hundred"][1] == pytest.approx(made["one"][1] / 100, rel=1e-3)
+    for key, weights in made["one"][0].items():
+        torch.testing.assert_close(made["hundred"][0][key], weights, rtol=0, atol=1e-6)
+    apart = [made["given"][0][key] - weights for key, weights in made["one"][0].items()]
+    assert max(float(one.abs().max()) for one in apart) > 1e-4
+    assert any("sigmoid is 0 or 1" in remark for remark in remarks["given"])
+    assert not any("sigmoid is 0 or 1" in remark for remark in remarks["one"] + remarks["hundred"])
 
 
 def test_several_policies_and_endpoints_with_a_judge(tmp_path: Path) -> None:

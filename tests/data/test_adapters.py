@@ -13,6 +13,7 @@ from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.formats import FORMATS
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError, Problems
+from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 Q = {"role": "user", "content": "q"}
 A = {"role": "assistant", "content": "a"}
@@ -39,6 +40,7 @@ def test_ids() -> None:
     assert [row["id"] for row in adapted(rows, "sft")] == ["own", "7", "src:3", "src:4", "src:5"]
 
 
+HELPSTEER2 = dict.fromkeys(HELPSTEER_ATTRIBUTES, 3)
 SFT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "messages": ({"messages": [Q, A]}, {"messages": [Q, A]}),
     "prompt_response": (
@@ -55,6 +57,18 @@ SFT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"messages": [Q, A]},
     ),
     "text": ({"text": "t"}, {"prompt": "", "response": "t"}),
+    "helpsteer2_sft of one turn": (
+        {"prompt": "q", "response": "a", **HELPSTEER2},
+        {"messages": [Q, A]},
+    ),
+    "helpsteer2_sft of several turns": (
+        {
+            "prompt": "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nq2",
+            "response": "a",
+            **{**HELPSTEER2, "verbosity": None},
+        },
+        {"messages": [Q, A, {"role": "user", "content": "q2"}, A]},
+    ),
     "alpaca": (
         {"instruction": "q", "input": "", "output": "a"},
         {"messages": [Q, A]},

@@ -93,6 +93,9 @@ def test_overlap_is_a_remark(audit: Audit) -> None:
         "2 of 3 eval rows have a prompt that is trained on, 1 of them but for case, white space or "
         "Unicode form (r10, r11)"
     ]
+    assert audit.check_overlap(train, [text_row(20, "c")], where="eval") == 1
+    assert audit.overlap == {"rows": 4, "exact": 2, "normalised": 1}
+    assert audit.remarks[1] == "eval: 1 of 1 eval rows have a prompt that is trained on (r20)"
     clean = Audit()
     assert clean.check_overlap(train, held_out[2:], held_out=True) == 0
     assert clean.remarks == []
@@ -105,6 +108,6 @@ def test_overlap_of_what_is_held_out_is_an_error(audit: Audit) -> None:
     assert error.value.exit_code == 3
     assert str(error.value) == (
         "data.eval: 1 of 2 eval rows have a prompt that is trained on (r9)\n"
-        "  why: `held_out` says that they are not, and a loss on them would look too good\n"
+        "  why: `held_out` says that they are not, and what is measured would look too good\n"
         "  fix: remove these rows from train or eval, or remove `held_out`"
     )

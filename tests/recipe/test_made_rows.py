@@ -89,22 +89,6 @@ def test_rows_of_a_stage_that_samples_none(problems: Show) -> None:
     assert "refers to `dpo`, which samples no responses" in shown
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ("score: {model: ./rm}", "an evaluation is scored by a verifier"),
-        ("score: {verifier: exact}, generate: {max_new_tokens: 3, policies: [sft]}", "`policies`"),
-    ],
-)
-def test_an_evaluation_is_of_the_policy_by_a_verifier(
-    problems: Show, extra: str, message: str
-) -> None:
-    if "generate" not in extra:
-        extra += ", generate: {max_new_tokens: 3}"
-    shown = problems(chain() + f"eval: {{data: [{{path: e.jsonl}}], {extra}}}\n")
-    assert any(message in line for line in shown), shown
-
-
 @pytest.mark.parametrize("value", ["0", "-1.0", "automatic", "true", "[1]"])
 def test_reward_scale_is_a_number_or_auto(problems: Show, value: str) -> None:
     text = chain().replace("    repeat: 3\n", f"    repeat: 3\n    reward_scale: {value}\n")

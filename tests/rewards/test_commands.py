@@ -68,6 +68,12 @@ def test_k_responses_and_single_ones(tmp_path: Path) -> None:
     assert run("score", write(tmp_path / "i.jsonl", MANY), "--verifier", "numeric", "-o", out) == 0
     assert [row["responses"] for row in read(out)] == [row["responses"] for row in MANY]
     assert {tuple(row["rewards"]) for row in read(out)} == {(0.0, 1.0, 0.0)}
+    two = [{**row, "responses": row["responses"][:2]} for row in MANY]
+    out = tmp_path / "two.jsonl"
+    assert run("score", write(tmp_path / "j.jsonl", two), "--verifier", "numeric", "-o", out) == 0
+    assert [(r["responses"], r["rewards"]) for r in read(out)] == [
+        (row["responses"], [0.0, 1.0]) for row in two
+    ]
     single = [
         {"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}],
          "ground_truth": "2"}
@@ -163,6 +169,7 @@ def test_a_reward_endpoint_in_trouble_loses_no_row(tmp_path: Path) -> None:
         expected = [len(text) - 2 * (text.count("i") + 0.5) for text in row["responses"]]
         assert row["rewards"] == expected
         assert row["scores"][1] == {"helpfulness": 7.0, "verbosity": 2.5}
+        assert row["answers"][1] == "helpfulness:7,verbosity:2.5"
 
 
 def test_a_row_that_finally_fails_is_reported_and_tried_again_alone(
@@ -389,15 +396,38 @@ def test_generate_killed_at_any_moment_and_started_again(
         sys.executable, "-m", "rpo_trainer", "generate", data, "--policy", str(policies[0]),
         "--policy", str(policies[1]), "--max-new-tokens", "20", "--batch-size", "8",
     ]  # fmt: skip
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert_killed_is_whole(command, tmp_path)
+
+
+@pytest.mark.slow
+def test_score_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": str(i),
+            "prompt": f"say {i}: ",
+            "responses": [f"{i}", f"it is {i}", "x" * (i % 9 + 1)],
+        }
+        for i in range(300)
+    ]
+    command = [
+        sys.executable, "-m", "rpo_trainer", "score", write(tmp_path / "s.jsonl", rows),
+        "--model", str(save_model(tmp_path / "rm")), "--batch-tokens", "60",
+    ]  # fmt: skip
+    assert_killed_is_whole(command, tmp_path)
+
+
+def assert_killed_is_whole(command: list[str], folder: Path) -> None:
+    """A command that is killed and started again until it is done writes what it would have written."""
+    whole, out = folder / "whole.jsonl", folder / "out.jsonl"
     subprocess.run([*command, "-o", str(whole)], check=True)
-    kills, partial = 0, tmp_path / "out.jsonl.partial"
+    kills, partial = 0, folder / "out.jsonl.partial"
+    part = whole.stat().st_size // 4  # each start takes seconds
     for _ in range(20):
         process = subprocess.Popen([*command, "-o", str(out)])
         before = partial.stat().st_size if partial.exists() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if partial.exists() and partial.stat().st_size > before + 2000:
+            if partial.exists() and partial.stat().st_size > before + part:
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
                 break

@@ -121,13 +121,15 @@ def test_the_key_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_scores_by_attribute(answer: Answer) -> None:
     with serving(lambda *_: answer) as server:
-        assert endpoint(server).chat(HELLO, attribute_scores) == SCORES
+        scores, raw = endpoint(server).chat(HELLO, attribute_scores)
+    assert scores == SCORES and raw == (answer.text or "helpfulness:1.5,correctness:-0.25")
 
 
 def test_a_list_of_messages_is_read_too() -> None:
     body = b'{"choices": [{"message": [{"content": "reward:-9.5", "role": "assistant"}]}]}'
     with serving(lambda *_: Answer(body=body)) as server:
-        assert endpoint(server).chat(HELLO, attribute_scores) == {"reward": -9.5}
+        found = endpoint(server).chat(HELLO, attribute_scores)
+    assert found == ({"reward": -9.5}, "reward:-9.5")
 
 
 @pytest.mark.parametrize("text", ["good", "helpfulness:high", "helpfulness:1 and so on", "1.5"])

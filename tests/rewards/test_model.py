@@ -63,6 +63,42 @@ def test_each_response_alone_by_transformers_own_classifier(tmp_path: Path) -> N
             assert reward == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_no_padding_and_the_prompt_once_give_the_scores_of_padded_rows(
+    layout: Any, tmp_path: Path
+) -> None:
+    folder = save_model(
+        tmp_path, num_labels=3, num_key_value_heads=1, reward_weights={
+            "LABEL_0": 1.0, "LABEL_1": -0.5, "LABEL_2": 2.0,
+        },
+    )  # fmt: skip
+    mine, padded = RewardModel(folder, layout=layout), RewardModel(folder, layout="padded")
+    assert RewardModel(folder).layout == "shared" and padded.layout == "padded"
+    seen: list[int] = []
+    mine.model.base_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    repeats = {"id": "e", "prompt": "ab", "responses": ["c", "cd", "c"]}
+    rows = [*ROWS, repeats, {"id": "n", "prompt": "x", "responses": []}]
+    found, expected = scores(mine, rows), scores(padded, rows)
+    assert found.keys() == expected.keys() == set(range(6)) and found[5]["rewards"] == []
+    for index, fields in expected.items():
+        assert found[index]["rewards"] == pytest.approx(fields["rewards"], abs=1e-5)
+        for one, other in zip(found[index]["scores"], fields["scores"], strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    texts = [mine.encode(row) for row in rows]
+    every = sum(len(ids) for row in texts for ids in row)
+    assert sum(seen) == every if layout == "packed" else sum(seen) < 0.8 * every
+
+
+def test_texts_without_a_token_in_common(tmp_path: Path) -> None:
+    model = RewardModel(save_model(tmp_path))
+    model._encoder.begin = []
+    row = {"id": "d", "prompt": "", "responses": ["z", "yy"]}
+    single = [scores(model, [{**row, "responses": [r]}])[0]["rewards"][0] for r in ("z", "yy")]
+    assert scores(model, [row])[0]["rewards"] == pytest.approx(single, abs=1e-5)
+
+
 def test_the_pad_token_may_be_the_end_token(tmp_path: Path) -> None:
     mine = scores(RewardModel(save_model(tmp_path / "a")))
     folder = save_model(tmp_path / "b")
