@@ -1,4 +1,4 @@
-"""PEFT adapters: which are taken, how one is begun, loaded and merged, and 4-bit bases.
+"""PEFT adapters: which are taken, how one is begun, loaded and merged.
 
 Nothing is believed that can be asked: a fresh adapter must leave the model's answers as they are, and a
 merged model must answer as the adapted one does. Both are compared on a few random tokens.
@@ -6,7 +6,6 @@ merged model must answer as the adapted one does. Both are compared on a few ran
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from rpo_trainer.step import causal_lm, is_classifier
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import BitsAndBytesConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -362,50 +360,3 @@ def _tie_again(model: Any) -> None:
         head.weight = embeddings.weight
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = tied
-
-
-# --- 4 bits ---
-
-
-def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
-    """How a frozen base is held in 4 bits (QLoRA, arXiv 2305.14314): NF4, its constants quantised too.
-
-    Args:
-        compute: dtype of the products.
-
-    Raises:
-        RecipeError: bitsandbytes is not installed.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            "`quantization: nf4` needs bitsandbytes, which is not installed",
-            fix="pip install 'rpo-trainer[qlora]'",
-        )
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
-
-
-def steady(model: nn.Module) -> None:
-    """Keeps bitsandbytes from another arithmetic in eval mode.
-
-    On a CPU with bfloat16 instructions its 4-bit layers turn, at the first forward without gradient, into a
-    bfloat16 form that is less exact and has no backward: the reference would not be the policy's.
-    """
-    name = "support_avx512bf16_for_cpu"
-    for module in model.modules():
-        if hasattr(module, name):
-            setattr(module, name, False)
-
-
-def in_full(model: PreTrainedModel) -> PreTrainedModel:
-    """A 4-bit model as the float32 model that it stands for; any other one as it is."""
-    if getattr(model, "hf_quantizer", None) is None:
-        return model
-    whole: Any = model.dequantize(torch.float32)  # type: ignore[no-untyped-call]
-    return whole  # type: ignore[no-any-return]

@@ -60,8 +60,9 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return int(PartialState().num_processes)
+    """How many processes there are; a signal may ask while the state is being made."""
+    known = PartialState._shared_state.get("num_processes")
+    return int(os.environ.get("WORLD_SIZE", 1) if known is None else known)
 
 
 def is_main() -> bool:

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from rpo_trainer.data import end_token_ids
 from rpo_trainer.errors import ModelError
 from rpo_trainer.rewards.weights import resolve_weights
+from rpo_trainer.sharding import loading_whole
 from rpo_trainer.step import causal_lm, is_classifier
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     config.num_labels = len(names)
     factory: Any = AutoModelForSequenceClassification
     try:
-        with init_empty_weights(include_buffers=False):  # the decoder is there already
+        # The decoder is there already, and what stands in for it must not be handed out to the ranks.
+        with loading_whole(), init_empty_weights(include_buffers=False):
             made = factory.from_config(config)
     except ValueError as error:
         raise ModelError(

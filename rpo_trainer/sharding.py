@@ -82,12 +82,14 @@ def full_state_dict(
 
     Args:
         keep: False gathers for the others' sake, and gives nothing.
-        trained_only: leaves out frozen weights and buffers.
+        trained_only: leaves out frozen weights and buffers, but for what PEFT writes beside an adapter of
+            the embeddings or the head: the weights below it.
     """
     found: dict[str, Tensor] = {}
+    below = _below_adapters(model)
     known: dict[int, Tensor] = {}  # tied weights stay one
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if trained_only and not tensor.requires_grad:
+        if trained_only and not (tensor.requires_grad or name.startswith(below)):
             continue
         if id(tensor) not in known:
             full = _full_precision(tensor)
@@ -96,6 +98,15 @@ def full_state_dict(
         if keep:
             found[name] = known[id(tensor)]
     return found
+
+
+def _below_adapters(model: nn.Module) -> tuple[str, ...]:
+    """How the names of weights begin that lie below an adapter of the embeddings or the head."""
+    ends = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
+    layers = [getattr(end(), "base_layer", None) for end in ends if end is not None]
+    return tuple(
+        f"{name}." for name, part in model.named_modules() if any(part is one for one in layers)
+    )
 
 
 def _full_precision(tensor: Any) -> Tensor:

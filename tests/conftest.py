@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +19,17 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("the real data beside the checkout is absent")
     return path
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the tables that tests have recorded as properties, a line each: `table: TITLE` → LINE."""
+    reports = [r for reports in terminalreporter.stats.values() for r in reports]
+    tables: dict[str, list[str]] = {}
+    for report in reports:
+        if getattr(report, "when", None) == "call":
+            for name, line in report.user_properties:
+                if name.startswith("table: "):
+                    tables.setdefault(name.removeprefix("table: "), []).append(line)
+    for title, lines in tables.items():
+        terminalreporter.section(title)
+        terminalreporter.line("\n".join(lines))

@@ -4,9 +4,11 @@
 
     ddp            all of it on every device, and the gradients once more in the buckets they travel in
     fsdp2          1/W of it; in turn the gathered weights of two layers and of what lies outside the layers
-    zero2          weights whole; 1/W of gradients, of the optimizer and of a float32 copy of the weights
-    zero3          1/W of everything, that float32 copy too; gathered weights as for fsdp2
-    zero3_offload  as zero3, with optimizer, float32 copy and weights at rest in the host's memory
+    zero2          weights whole; 1/W of gradients, of the optimizer and of a copy of the weights for it; in
+                   turn a bucket of gradients on their way
+    zero3          1/W of everything, that copy too; such a bucket, and as many gathered weights as DeepSpeed
+                   keeps live
+    zero3_offload  as zero3, with optimizer, its copy of the weights and weights at rest in the host's memory
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from rpo_trainer.plan.memory import StepMemory
 
 Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
 ENGINES: tuple[str, ...] = get_args(Engine)
+
+# DeepSpeed's stage3_max_live_parameters and reduce_bucket_size, as they are where nobody sets them.
+_LIVE, _BUCKET = 10**9, 5 * 10**8
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,16 @@ def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) 
     """Spreads a simulated step over `devices`.
 
     Args:
-        half: the arithmetic is bfloat16 or float16, so that gathered weights (and DeepSpeed's own) take
-            2 bytes each.
+        half: the arithmetic is bfloat16, so that gathered weights take 2 bytes each.
     """
-    gathered_bytes = 2 if half else 4
 
     def share(size: int) -> int:
         return -(-size // devices)
 
-    weights, gradients, optimizer = memory.parameters, memory.gradients, memory.optimizer
+    fixed = memory.unsharded
+    weights, gradients, optimizer = memory.parameters - fixed, memory.gradients, memory.optimizer
     # Sharded layers are gathered one ahead of the one at work; what lies outside stays whole.
-    unsharded = (memory.root + 2 * memory.layer) * gathered_bytes // 4
+    unsharded = (memory.root + 2 * memory.layer) // (2 if half else 1)
     parts = {"gathered": 0, "host": 0}
     if engine == "ddp":
         parts["gathered"] = gradients if devices > 1 else 0
@@ -72,15 +76,16 @@ def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) 
         parts["gathered"] = unsharded if devices > 1 else 0
     elif engine in ("zero2", "zero3", "zero3_offload"):
         trained = gradients
-        optimizer = share(optimizer + trained)  # with the float32 copy it updates
-        gradients = share(trained * gathered_bytes // 4)
-        weights = weights * gathered_bytes // 4
+        gradients, optimizer = share(trained), share(optimizer + trained)
+        parts["gathered"] = min(trained, 4 * _BUCKET)
         if engine != "zero2":
+            live = min(weights, max(4 * _LIVE, memory.root + 2 * memory.layer))
+            parts["gathered"] = (parts["gathered"] + live) // (2 if half else 1)
             weights = share(weights)
-            parts["gathered"] = unsharded
         if engine == "zero3_offload":
             parts["host"] = optimizer + weights
             optimizer = weights = 0
+    weights += fixed
     return DeviceMemory(
         weights=weights,
         gradients=gradients,

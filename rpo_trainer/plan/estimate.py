@@ -12,23 +12,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.adapters import with_adapter
 from rpo_trainer.batch import forward_tokens, pack, to_device
 from rpo_trainer.chain.data import build_rows, needs_policy, stage_seed, tokenize_stage
-from rpo_trainer.chain.stage import arithmetic, lora_config, training_config
+from rpo_trainer.chain.disk import stage_disk, together, unread_model
+from rpo_trainer.chain.stage import arithmetic, training_config
 from rpo_trainer.data import Audit, encode_prompt, load_rows
-from rpo_trainer.loading import load_config, load_model, load_tokenizer
+from rpo_trainer.loading import load_model, load_tokenizer
 from rpo_trainer.plan.engines import DeviceMemory, Engine, launch_line, per_device
-from rpo_trainer.plan.memory import StepMemory, step_memory
-from rpo_trainer.recipe import LoadedRecipe, PreferenceStage, Stage, expand_stages
+from rpo_trainer.plan.memory import step_memory
+from rpo_trainer.plan.nf4 import hold_in_nf4
+from rpo_trainer.recipe import (
+    LoadedRecipe,
+    PreferenceStage,
+    RewardStage,
+    Stage,
+    expand_stages,
+)
+from rpo_trainer.reward_model import as_reward_model
 from rpo_trainer.step import install, token_logprobs
 from rpo_trainer.trainers.config import PreferenceConfig, StepConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader
-
-_CELL = 60  # bytes of one reference log-prob in the cache, its key and file overhead included
 
 
 @dataclass
@@ -40,7 +46,7 @@ class StagePlan:
         tokens: that forwards and backwards go through in the whole stage.
         assumed: the responses are not there yet and were taken to be as long as they may get.
         memory: bytes on one device by part.
-        disk: bytes by what is kept.
+        disk: bytes by what is kept, and `saving`: of a checkpoint while it is written.
         seconds: of the whole stage on this machine's one device; None: not measured.
     """
 
@@ -73,7 +79,7 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes of the whole run directory."""
-        return sum(sum(stage.disk.values()) for stage in self.stages)
+        return together([stage.disk for stage in self.stages])
 
 
 def plan_recipe(
@@ -136,13 +142,12 @@ class _Planner:
             reference_batch=_reference_batch(config, examples, costs),
             optim=str(getattr(config.optim, "value", config.optim)),
             autocast=config.mixed_precision_dtype(),
-            # Sharding engines hold the weights in half precision themselves.
-            half_weights=self.half and self.engine not in ("single", "ddp"),
+            # Engines that shard the weights gather them in half precision.
+            half_weights=self.half and self.engine not in ("single", "ddp", "zero2"),
             accumulation=-(-stage.global_batch_size // per_step),
             checkpointing=stage.gradient_checkpointing,
             tile_bytes=config.tile_bytes,
         )
-        self.parameters = max(self.parameters, memory.parameters // 4)
         typical = sorted(batches, key=lambda batch: sum(costs[i] for i in batch))[len(batches) // 2]
         self.typical[stage.name] = (stage, [examples[i] for i in typical])
         return StagePlan(
@@ -153,25 +158,24 @@ class _Planner:
             tokens=tokens,
             assumed=assumed,
             memory=per_device(memory, self.engine, self.devices, half=self.half),
-            disk=_disk(stage, memory, int(examples.response_counts().sum())),
+            disk=stage_disk(
+                stage,
+                parameters=4 * self.parameters,  # whatever holds them in training
+                trained=memory.gradients,
+                optimizer=memory.optimizer,
+                responses=int(examples.response_counts().sum()),
+            ),
         )
 
     def _model(self, stage: Stage, dtype: torch.dtype) -> nn.Module:
-        """The stage's model, adapter included, of weights that nobody has read."""
-        source = stage.init
-        by_name = {other.name: other for other in self.stages}
-        while source in by_name:
-            source = by_name[source].init
-        config = load_config(
-            self.recipe.model,
-            self.base_dir,
-            None if source == "model" else source,
-            len(self.tokenizer),
+        """The stage's model, a frozen base held as in training."""
+        model = unread_model(
+            stage, self.stages, self.recipe, self.base_dir, len(self.tokenizer), dtype
         )
-        factory: Any = AutoModelForCausalLM
-        model: nn.Module = factory.from_config(config, dtype=dtype)
-        adapter = lora_config(stage)
-        return model if adapter is None else with_adapter(model, adapter)
+        self.parameters = max(self.parameters, sum(p.numel() for p in model.parameters()))
+        if stage.peft is not None and stage.peft.quantization is not None:
+            hold_in_nf4(model, getattr(torch, arithmetic(self.recipe.model)))
+        return model
 
     def _examples(self, stage: Stage) -> tuple[Examples, bool]:
         """Training examples, and whether their responses are only assumed: none has been sampled yet."""
@@ -213,12 +217,15 @@ class _Planner:
     def measure(self, plan: Plan) -> None:
         """Fills in `seconds`: one forward and backward of a middling micro-batch, on this device."""
         vocabulary = len(self.tokenizer)
-        model: Any = load_model(self.recipe.model, self.base_dir, seed=0, vocabulary=vocabulary)
+        start: Any = load_model(self.recipe.model, self.base_dir, seed=0, vocabulary=vocabulary)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device).train()
-        install(model)
+        start.to(device).train()
         for stage in plan.stages:
             spec, examples = self.typical[stage.name]
+            model: Any = start
+            if isinstance(spec, RewardStage):
+                model = as_reward_model(start, attributes=spec.attributes)
+            install(model)
             batch = to_device(pack(examples, "shared"), device)
             tokens = sum(forward_tokens(example, "shared") for example in examples)
             dtype = getattr(torch, arithmetic(self.recipe.model))
@@ -279,16 +286,3 @@ def _steps(stage: Stage, costs: Sequence[int]) -> tuple[int, int]:
     per_epoch = -(-len(costs) // stage.global_batch_size)
     steps = stage.max_steps or math.ceil(per_epoch * (stage.num_train_epochs or 1.0))
     return steps, round(sum(costs) * steps / per_epoch)
-
-
-def _disk(stage: Stage, memory: StepMemory, responses: int) -> dict[str, int]:
-    """Bytes by what is kept: the output, `save_total_limit` checkpoints and one being written, the cache."""
-    trained = memory.gradients
-    adapter = trained if stage.peft is not None else 0
-    parts = {"output": memory.parameters}
-    if stage.save_steps:
-        one = (adapter or memory.parameters) + memory.optimizer
-        parts["checkpoints"] = one * (stage.save_total_limit + 1)
-    if isinstance(stage, PreferenceStage):
-        parts["reference cache"] = responses * _CELL
-    return parts

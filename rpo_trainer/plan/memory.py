@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from rpo_trainer.batch import Layout, pack
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.logprobs import response_sums
-from rpo_trainer.step import install, token_logprobs
+from rpo_trainer.step import install, is_classifier, token_logprobs
 
 # Bytes of state per trained parameter, for optimizers that need a library or a device to be made.
 _STATE_BYTES = {
@@ -45,6 +45,7 @@ class StepMemory:
         reference: what the reference pass holds for a moment beyond the weights.
         root, layer: weights outside the decoder's layers, and of its largest layer: what a sharding
             engine gathers at once.
+        unsharded: those of `parameters` that are held in 4 bits, which no engine shards.
     """
 
     parameters: int
@@ -54,6 +55,7 @@ class StepMemory:
     reference: int
     root: int
     layer: int
+    unsharded: int = 0
 
 
 def step_memory(
@@ -100,6 +102,8 @@ def step_memory(
         def run(batch: Mapping[str, Any]) -> Tensor:
             with _autocast(autocast):
                 logps = token_logprobs(model, _inputs(mode, batch["model_inputs"]))
+            if is_classifier(model):
+                return logps  # a reward model's: scores
             index = mode.from_tensor(batch["response_index"])
             return response_sums(logps, index, len(batch["response_tokens"]))
 
@@ -112,7 +116,7 @@ def step_memory(
         state = _STATE_BYTES.get(optim, 0) * sum(p.numel() for p in trained)
         if optimizer is not None:
             optimizer.step()
-            state = sum(map(_bytes, _state(optimizer))) * as_float32
+            state = sum(map(_bytes_in_float32, _state(optimizer)))
             with _Held() as held:  # its temporaries may be more than the activations were
                 optimizer.step()
             activations = max(activations, held.peak * as_float32)
@@ -124,15 +128,35 @@ def step_memory(
                 run(pack(reference_batch, layout))
             reference = held.peak
         layers = _layers(inner)
+        unsharded = sum(_bytes(p) for p in model.parameters() if not p.is_floating_point())
         return StepMemory(
-            parameters=_held(model) * as_float32,
-            gradients=gradients * as_float32,
+            parameters=_held(model) + unsharded,
+            gradients=sum(map(_bytes_in_float32, trained)),
             optimizer=state,
             activations=activations,
             reference=reference,
-            root=(_held(inner) - sum(map(_held, layers))) * as_float32,
-            layer=max(map(_held, layers), default=0) * as_float32,
+            root=_held(inner) - sum(map(_held, layers)),
+            layer=max(map(_held, layers), default=0),
+            unsharded=unsharded,
         )
+
+
+def optimizer_bytes(model: nn.Module, optim: str) -> int:
+    """Bytes of the optimizer's state once it has taken a step; the model is on `meta`, in float32.
+
+    Raises:
+        RecipeError: the optimizer's size is not known.
+    """
+    with _fake():
+        _give_fake_weights(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = _optimizer(optim, trained)
+        if optimizer is None:
+            return _STATE_BYTES[optim] * sum(p.numel() for p in trained)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        return sum(map(_bytes, _state(optimizer)))
 
 
 @contextmanager
@@ -205,9 +229,15 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _bytes_in_float32(tensor: Tensor) -> int:
+    """As it is reported: halves as float32, what is float32 (PEFT's adapters on halves are) as it is."""
+    return max(4, tensor.element_size()) * tensor.numel()
+
+
 def _held(module: nn.Module) -> int:
-    """Bytes of weights and buffers, tied ones once."""
-    return sum(map(_bytes, [*module.parameters(), *module.buffers()]))
+    """Bytes of weights and buffers in float32, tied ones once, those in 4 bits left out."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(_bytes_in_float32(tensor) for tensor in tensors if tensor.is_floating_point())
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.step import causal_lm, is_classifier
 
 ENGINE_FILE = "engine.json"
 
@@ -65,6 +66,12 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
             why="it flattens weights that the head needs whole",
             fix="set fsdp_version: 2",
         )
+    if kind == DistributedType.DEEPSPEED and args.fp16:
+        raise RecipeError(
+            "float16 under DeepSpeed is not taken",
+            why="DeepSpeed rounds the weights to it before it copies them to float32",
+            fix="take bfloat16, or DDP or FSDP2",
+        )
     arithmetic = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if args.mixed_precision != arithmetic:
         raise RecipeError(
@@ -80,8 +87,29 @@ def asks_for_shards(arguments: Mapping[str, Any]) -> bool:
     return launched or bool(arguments.get("deepspeed") or arguments.get("fsdp"))
 
 
+def asks_for_deepspeed(arguments: Mapping[str, Any]) -> bool:
+    """Whether training arguments, or the launcher, ask for DeepSpeed."""
+    return _set("ACCELERATE_USE_DEEPSPEED") or bool(arguments.get("deepspeed"))
+
+
 def _set(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true")
+
+
+def load_in_float32(args: Any) -> None:
+    """Lets models that ZeRO-3 hands out while they are loaded keep their float32; when arguments are made.
+
+    DeepSpeed's own bfloat16 rounds the weights first and copies them to float32 then: what a stage has
+    learnt in steps of 1e-7 would be lost when the next one starts. See `settle`.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None or not args.bf16:
+        return
+    plugin.deepspeed_config.pop("bf16", None)
+    if (
+        getattr(plugin, "dschf", None) is not None
+    ):  # made by the launcher: a copy is what loading sees
+        plugin.set_deepspeed_weakref()
 
 
 def settle(args: Any, accelerator: Accelerator) -> None:
@@ -95,6 +123,15 @@ def settle(args: Any, accelerator: Accelerator) -> None:
             )
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.hf_ds_config.config
+        if args.bf16:
+            # Autocast, as everywhere else. What ZeRO-3 gathers comes in bfloat16, by DeepSpeed's list of safe
+            # modules: autocast would keep a copy of it all. Elsewhere gradients are summed in float32.
+            config["bf16"] = {"enabled": False}
+            zero3 = config["zero_optimization"]["stage"] == 3
+            safe: dict[str, Any] = {} if zero3 else {"lower_precision_safe_modules": []}
+            given = config.get("torch_autocast", {})
+            config["torch_autocast"] = {"dtype": "bfloat16", **safe, **given, "enabled": True}
+            accelerator.native_amp = True  # `accelerator.autocast` would be none under DeepSpeed
         # DeepSpeed clips by its own setting; left out, it would not clip at all.
         clipping = config.get("gradient_clipping")
         if clipping in (None, "auto"):
@@ -105,6 +142,28 @@ def settle(args: Any, accelerator: Accelerator) -> None:
                 f"{args.max_grad_norm}",
                 fix='set gradient_clipping to "auto"',
             )
+
+
+def settle_unused(model: nn.Module, args: Any, accelerator: Accelerator) -> None:
+    """Has DDP look for weights without a gradient only where there may be some: each time ranks must meet."""
+    if accelerator.ddp_handler is not None and args.ddp_find_unused_parameters is None:
+        accelerator.ddp_handler.find_unused_parameters = may_be_unused(model)
+
+
+def may_be_unused(model: nn.Module) -> bool:
+    """Whether a packed step may leave a trained weight out: beside decoder and head, or a list of experts."""
+    inner = causal_lm(model)
+    parts = (
+        (inner.base_model, inner.score)
+        if is_classifier(inner)
+        else (inner.get_decoder(), inner.get_output_embeddings())
+    )
+    used = {id(p) for part in parts if part is not None for p in part.parameters()}
+    if any(p.requires_grad and id(p) not in used for p in model.parameters()):
+        return True
+    lists = [module for module in inner.modules() if isinstance(module, nn.ModuleList)]
+    inside = {id(part) for one in lists for part in one.modules() if part is not one}
+    return any(id(one) in inside for one in lists)
 
 
 # --- the step of DeepSpeed ---
@@ -128,9 +187,9 @@ class DeepSpeedGuard:
             self.called = True
             self.guards(float(getattr(self.zero, "_global_grad_norm", None) or 0.0))
 
-    def after_step(self, *, may_skip: bool) -> None:
+    def after_step(self) -> None:
         """The guards, where DeepSpeed has left the step out because of what the gradient was."""
-        if not self.called and not may_skip:
+        if not self.called:
             self.guards(float("inf"))
         self.called = False
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
-from rpo_trainer import adapters
+from rpo_trainer import adapters, four_bits
 from rpo_trainer.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def unprepared(model: Any) -> Any:
 
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
-    adapters.steady(model)
+    four_bits.steady(model)
     if peft_config is None:
         adapters.require_fit_model(model)
         return model

@@ -21,6 +21,7 @@ from rpo_trainer.trainers.engine import (
     DeepSpeedGuard,
     check_engine,
     settle,
+    settle_unused,
     wraps_late,
     write_engine,
 )
@@ -38,6 +39,7 @@ class WrappingTrainer(Trainer):
         """Checks and settles the engine; once, when the trainer is made."""
         check_engine(self.args, self.accelerator)
         settle(self.args, self.accelerator)
+        settle_unused(self.model, self.args, self.accelerator)
         self.wraps_late = wraps_late(self.accelerator)
         self._deepspeed_guard: DeepSpeedGuard | None = None
         self.add_callback(BeforeUpdate(self._before_optimizer_step))
@@ -45,8 +47,12 @@ class WrappingTrainer(Trainer):
     # --- what a subclass says ---
 
     @abstractmethod
-    def before_update(self) -> None:
-        """Runs before each optimizer step, gradients in place; raises to keep the optimizer still."""
+    def before_update(self) -> bool:
+        """Runs before each optimizer step, gradients in place; raises to keep the optimizer still.
+
+        Returns:
+            Whether the step is taken.
+        """
 
     def wrapped(self, train_dataloader: Any) -> Any:
         """Runs when such an engine has wrapped the model; gives the loader to train with."""
@@ -106,7 +112,7 @@ class WrappingTrainer(Trainer):
         if self._deepspeed_guard is None:
             self.before_update()
         else:
-            self._deepspeed_guard.after_step(may_skip=self.args.fp16)
+            self._deepspeed_guard.after_step()
 
     def _guard_deepspeed(self, grad_norm: float) -> None:
         self._grad_norm = grad_norm

@@ -1,9 +1,9 @@
-"""The command line in one rank of a run, which may end itself at a point (see `tests.chain.killer`).
+"""The command line in one rank of a run, to which something may happen (see `tests.chain.killer`).
 
-    python -m tests.distributed.chain_worker FOLDER [RANK SIGNAL POINT | RANK rows FAULT]
+    python -m tests.distributed.chain_worker FOLDER [RANK (SIGNAL POINT)... | RANK fault FAULT]
 
-Runs FOLDER/recipe.yaml in FOLDER/run. Each rank leaves its exit code in FOLDER/exit-RANK. With `rows`, what
-one rank reads is `missing` (an error) or `fewer` than what the others read.
+Runs FOLDER/recipe.yaml in FOLDER/run. Each rank leaves its exit code in FOLDER/exit-RANK. A signal comes
+once, also where the point is reached again by a later attempt.
 """
 
 from __future__ import annotations
@@ -18,42 +18,63 @@ from unittest import mock
 from tests.distributed import gloo
 
 
-def other_rows(fault: str) -> Any:
+def fault(name: str) -> Any:
+    """What one rank reads is `missing` (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
     from rpo_trainer.chain import data
     from rpo_trainer.errors import DataError
+    from rpo_trainer.trainers.base import PackedTrainer
 
-    own = data.load_rows
+    load_rows, outputs = data.load_rows, PackedTrainer.outputs
 
-    def load_rows(*args: Any, **kwargs: Any) -> Any:
-        if fault == "missing":
-            raise DataError("there is no such file on this host")
-        return own(*args, **kwargs)[1:]
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise DataError("there is no such file on this host")
 
-    return mock.patch.object(data, "load_rows", load_rows)
+    def fewer(*args: Any, **kwargs: Any) -> Any:
+        return load_rows(*args, **kwargs)[1:]
+
+    def nan(self: Any, *args: Any) -> Any:
+        factor = float("nan") if self.model.training and self.state.global_step == 1 else 1.0
+        return outputs(self, *args) * factor
+
+    def breaks(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 1:
+            raise RuntimeError("the device of this rank is broken")
+        return outputs(self, *args)
+
+    if name in ("missing", "fewer"):
+        return mock.patch.object(data, "load_rows", missing if name == "missing" else fewer)
+    return mock.patch.object(PackedTrainer, "outputs", nan if name == "nan" else breaks)
 
 
-def main(folder: Path, rank: str = "", number: str = "0", point: str = "") -> None:
+def signal_once(folder: Path, number: str, point: str) -> Any:
+    from tests.chain import killer
+
+    marker = folder / f"{killer.MARKER}-{point}"
+
+    def send() -> None:
+        if not marker.exists():
+            marker.write_text("")
+            os.kill(os.getpid(), int(number))
+
+    return killer.at(point, send)
+
+
+def main(folder: Path, rank: str = "", *happens: str) -> None:
     if "WORLD_SIZE" in os.environ:
         gloo.allow()
     from rpo_trainer.cli import main as command
-    from tests.chain import killer
 
-    mine, marker = os.environ.get("RANK", "0"), folder / killer.MARKER
-
-    def signal_once() -> None:
-        if not marker.exists():
-            marker.write_text(point)
-            os.kill(os.getpid(), int(number))
-
-    here = contextlib.nullcontext()
-    if mine == rank:
-        here = other_rows(point) if number == "rows" else killer.at(point, signal_once)
-    try:
-        with here:
+    mine = os.environ.get("RANK", "0")
+    with contextlib.ExitStack() as stack:
+        for what, where in zip(happens[::2], happens[1::2], strict=True):
+            if mine == rank:
+                here = fault(where) if what == "fault" else signal_once(folder, what, where)
+                stack.enter_context(here)
+        try:
             command(["run", f"{folder}/recipe.yaml", "--run-dir", f"{folder}/run", "--no-report"])
-    except SystemExit as ended:
-        (folder / f"exit-{mine}").write_text(str(ended.code))
-        raise
+        except SystemExit as ended:
+            (folder / f"exit-{mine}").write_text(str(ended.code))
+            raise
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def allow() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
     own = PartialState._prepare_backend
 
@@ -27,3 +28,5 @@ def allow() -> None:
         return backend, kind
 
     PartialState._prepare_backend = prepare_backend
+    # bfloat16 is asked of a GPU unless `use_cpu` says otherwise, and that would leave out the engines.
+    training_args.is_torch_bf16_gpu_available = lambda: True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -49,11 +51,49 @@ def torchrun(*command: str, ranks: int = 2, restarts: int = 0) -> list[str]:
     ]  # fmt: skip
 
 
+def documented(launcher: str) -> list[str]:
+    """The command line of a launcher as the documentation has it, without the recipe."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    lines = [
+        line
+        for page in pages
+        for line in re.findall(rf"^ *({launcher} .* run) RECIPE", page.read_text(), re.MULTILINE)
+    ]
+    assert len(set(lines)) == 1, (launcher, lines)
+    return shlex.split(lines[0])
+
+
+def by_launcher(launcher: str, processes: str, ranks: int = 2) -> list[str]:
+    """That command line with `ranks` processes and a port of its own.
+
+    Args:
+        processes: the option that says how many there are.
+    """
+    words = documented(launcher)
+    words[words.index(processes) + 1] = str(ranks)
+    return [words[0], "--master_port", str(free_port()), *words[1:]]
+
+
+def accelerate(config: str, ranks: int = 2) -> list[str]:
+    """The command line of accelerate, with another shipped configuration."""
+    words = documented("accelerate launch")
+    words[words.index("--config_file") + 1] = f"recipes/accelerate/{config}.yaml"
+    processes = [] if config == "single" else ["--num_processes", str(ranks)]
+    return [*words[:2], "--main_process_port", str(free_port()), *processes, *words[2:]]
+
+
 def run(
-    command: Sequence[str], *, timeout: float = 300, **more: str
-) -> subprocess.CompletedProcess:
-    """Runs to the end; the output of all ranks is in `stdout`."""
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**more), text=True, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    command: Sequence[str], *, timeout: float = 600, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs to the end; the output of all ranks is in `stdout`. Behind the timeout the ranks are ended too."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(**more), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # a launcher passes it on
+        output, _ = process.communicate()
+        raise AssertionError(f"not at its end in {timeout} s: {output[-5000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output)

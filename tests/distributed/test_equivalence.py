@@ -17,31 +17,82 @@ from tests.models import make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
-TOLERANCE = 1e-5
+TITLE = "two ranks against one: largest differences"
 KINDS = ("sft", "dpo", "rpo")
-CASES = {
-    f"{kind}-{accumulation}{'-checkpointing' * checkpointing}": {
+Case = dict[str, Any]
+MATRIX: dict[str, Case] = {
+    f"{kind} ×{accumulation}{' checkpointing' * checkpointing}": {
         "kind": kind, "accumulation": accumulation, "checkpointing": checkpointing,
         "tied": checkpointing ^ (accumulation == 4),
     }
     for kind, accumulation, checkpointing in itertools.product(KINDS, (1, 4), (False, True))
 }  # fmt: skip
-# With a token budget the number of forwards follows the lengths; some examples alone are longer.
-CASES["rpo-tokens"] = {
-    "kind": "rpo", "accumulation": 4, "checkpointing": False, "tied": False, "tokens": 40,
+ATTENTION = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16}
+HEAD = {**ATTENTION, "target_modules": ["q_proj", "lm_head"]}
+OTHERS: dict[str, Case] = {
+    # With a token budget the number of forwards follows the lengths; some examples alone are longer.
+    "rpo short forwards": {
+        "kind": "rpo", "accumulation": 4, "settings": {"micro_batch_tokens": 40},
+    },
+    "rpo long forwards": {
+        "kind": "rpo", "accumulation": 4, "tied": True, "settings": {"micro_batch_tokens": 90},
+    },
+    "rpo other reference": {"kind": "rpo", "other_reference": True},
+    "reward": {"kind": "reward", "accumulation": 4},
+    "sft LoRA": {"kind": "sft", "accumulation": 4, "lora": ATTENTION},
+    "rpo LoRA on the head": {"kind": "rpo", "tied": True, "checkpointing": True, "lora": HEAD},
+    "dpo DoRA": {"kind": "dpo", "lora": {**ATTENTION, "use_dora": True}},
+    "dpo LoRA, head saved": {"kind": "dpo", "lora": {**ATTENTION, "modules_to_save": ["lm_head"]}},
+    "rpo ×4 offload": {
+        **MATRIX["rpo ×4 checkpointing"],
+        "settings": {"activation_checkpointing_kwargs": {"offload": True}},
+    },
 }  # fmt: skip
-CASES["rpo-tokens"] = {
-    "kind": "rpo", "accumulation": 4, "checkpointing": False, "tied": True,
-    "settings": {"micro_batch_tokens": 90},
+BF16: dict[str, Case] = {
+    f"{name} bfloat16": {**(MATRIX | OTHERS)[name], "settings": {"bf16": True}}
+    for name in ("sft ×4", "rpo ×1", "rpo LoRA on the head")
+}
+# No weight may be rounded on its way into an engine: its step is lost in what that takes away.
+SMALL = "sft small steps bfloat16"
+BF16[SMALL] = {"kind": "sft", "settings": {"bf16": True, "learning_rate": 1e-6}}
+CASES = MATRIX | OTHERS | BF16
+# FSDP's own settings; one rank has nothing to compare them with but the case they are like.
+OF_FSDP: dict[str, Case] = {
+    "rpo FSDP checkpointing": {
+        **MATRIX["rpo ×4"], "like": "rpo ×4", "fsdp": {"activation_checkpointing": True},
+    },
+    "rpo loaded by one rank": {
+        **MATRIX["rpo ×1"], "like": "rpo ×1", "fsdp": {"cpu_ram_efficient_loading": True},
+    },
+    "rpo other reference, loaded by one rank": {
+        **OTHERS["rpo other reference"], "like": "rpo other reference",
+        "fsdp": {"cpu_ram_efficient_loading": True},
+    },
 }  # fmt: skip
 HARMS = {
-    f"not-finite-{harm}": {
-        "kind": "rpo", "accumulation": 1, "checkpointing": False, "tied": True, "harm": harm,
-    }
+    f"not-finite-{harm}": {"kind": "rpo", "tied": True, "harm": harm}
     for harm in ("loss", "gradient")
-}  # fmt: skip
+}
+LATE = "checkpoint of a late rank"
+SAVED: Case = {
+    "kind": "sft",
+    "late": True,
+    "settings": {"save_strategy": "steps", "save_steps": STEPS},
+}
 # Metrics on the size of log-probs, tens of nats, are compared relative to it.
 NOISY = ("accuracies", "falling", "runtime", "second")
+
+
+def cases_of(engine: str) -> dict[str, Case]:
+    """The cases that are trained and compared under an engine."""
+    return CASES | (OF_FSDP if engine == "fsdp2" else {})
+
+
+def limits(name: str) -> dict[str, float]:
+    """Of `difference`. bfloat16 keeps 8 bits, and FSDP casts what autocast leaves; weights move by 2e-2."""
+    if "bfloat16" not in name:
+        return dict.fromkeys(("loss", "means", "weights"), 1e-5)
+    return {"loss": 5e-3, "means": 2e-2, "weights": 4e-6 if name == SMALL else 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     for name, tied in (("tied", True), ("untied", False)):
         make_model(tie_word_embeddings=tied).save_pretrained(folder / name)
+    make_model(seed=1).save_pretrained(folder / "other")
     return folder
 
 
@@ -60,7 +112,7 @@ def results(models: Path) -> Any:
     def of(engine: str) -> dict[str, Any]:
         require(engine)
         if engine not in known:
-            wanted = CASES if engine == "none" else CASES | HARMS
+            wanted = cases_of(engine) | ({} if engine == "none" else {**HARMS, LATE: SAVED})
             cases = [json.dumps({"name": name, **case}) for name, case in wanted.items()]
             worker = ["tests.distributed.worker", engine, str(models / engine), *cases]
             alone = [sys.executable, "-m", *worker]
@@ -73,6 +125,12 @@ def results(models: Path) -> Any:
         return known[engine]
 
     return of
+
+
+def pairs_of(engine: str, results: Any) -> list[tuple[str, Any, Any]]:
+    """(case, result of two ranks under an engine, result of one rank)."""
+    mine, one = results(engine), results("none")
+    return [(name, mine[name], one[c.get("like", name)]) for name, c in cases_of(engine).items()]
 
 
 def difference(mine: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
@@ -100,48 +158,59 @@ def difference(mine: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_are_one(engine: str, results: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    mine, one = results(engine), results("none")
-    table = {name: difference(mine[name], one[name]) for name in CASES}
-    with capsys.disabled():
-        print(f"\n{engine:8}{'loss':>28}{'means':>12}{'weights':>12}")
-        for name, values in table.items():
-            print(f"  {name:22}" + "".join(f"{value:12.1e}" for value in values.values()))
-    for name, values in table.items():
-        assert mine[name]["engine"] == engine and mine[name]["world_size"] == 2
-        moved = max(
-            (weight - weights_of_start(CASES[name], results)[key]).abs().max()
-            for key, weight in one[name]["weights"].items()
-        )
-        assert moved > 1e-3  # something has been trained
-        assert max(values.values()) <= TOLERANCE, (name, values)
+def test_two_ranks_are_one(engine: str, results: Any, record_property: Any) -> None:
+    table = {name: difference(mine, one) for name, mine, one in pairs_of(engine, results)}
+    head = f"{engine:42}" + "".join(f"{column:>10}" for column in ("loss", "means", "weights"))
+    record_property(f"table: {TITLE}", head)
+    for name, found in table.items():
+        line = f"  {name:40}" + "".join(f"{value:10.1e}" for value in found.values())
+        record_property(f"table: {TITLE}", line)
+    for name, mine, one in pairs_of(engine, results):
+        assert mine["engine"] == engine and mine["world_size"] == 2
+        moved = max((w - one["start"][key]).abs().max() for key, w in one["weights"].items())
+        assert moved > (1e-6 if name == SMALL else 1e-3)  # something has been trained
+        assert bool(mine["offloads"]) == ("offload" in name)
+        for column, limit in limits(name).items():
+            assert table[name][column] <= limit, (name, table[name])
 
 
-def weights_of_start(case: dict[str, Any], results: Any) -> dict[str, torch.Tensor]:
-    return make_model(tie_word_embeddings=case["tied"]).state_dict()
+@pytest.mark.parametrize("engine", ["none", *ENGINES])
+def test_half_precision_is_of_the_arithmetic_alone(engine: str, results: Any) -> None:
+    for name in BF16:
+        found = results(engine)[name]
+        assert found["optimizer_dtypes"] == {"torch.float32"}, name
+        assert {w.dtype for w in found["weights"].values()} == {torch.float32}
+        rounded = [not torch.equal(w, w.bfloat16().float()) for w in found["weights"].values()]
+        assert all(rounded), name  # steps smaller than bfloat16 can take are kept
+        if name != SMALL:
+            whole = results(engine)[name.removesuffix(" bfloat16")]
+            assert found["losses"][0]["loss"] != whole["losses"][0]["loss"]  # it was bfloat16
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_ranks_see_different_rows_and_all_of_them(engine: str, results: Any) -> None:
-    for name in CASES:
-        mine, one = results(engine)[name]["seen"], results("none")[name]["seen"]
+    for name, mine, one in pairs_of(engine, results):
         for step in range(STEPS):
-            first, second = (sorted(mine.get((rank, step), [])) for rank in (0, 1))
+            first, second = (sorted(mine["seen"].get((rank, step), [])) for rank in (0, 1))
             assert not set(first) & set(second), name
-            assert sorted(first + second) == sorted(one[0, step]), name
+            assert sorted(first + second) == sorted(one["seen"][0, step]), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -> None:
-    for name, case in CASES.items():
-        mine, one = results(engine)[name], results("none")[name]
+    for name, mine, one in pairs_of(engine, results):
         assert mine["references"].keys() == one["references"].keys()
-        if case["kind"] == "sft":
+        if name.startswith(("sft", "reward")):
             continue
         assert one["references"]
+        exact = "bfloat16" not in name
         for key, value in one["references"].items():
-            assert mine["references"][key] == pytest.approx(value, abs=1e-4), name
-        assert mine["step_zero"]["nats_per_token"] < 1e-6
+            off = 1e-4 if exact else 0.02 * abs(value)
+            assert mine["references"][key] == pytest.approx(value, abs=off), name
+        if "other reference" in name:
+            assert mine["step_zero"] is None  # it is not what the policy starts from
+            continue
+        assert mine["step_zero"]["nats_per_token"] < (1e-6 if exact else 0.02)
         assert mine["step_zero"]["loss"] == pytest.approx(one["step_zero"]["loss"], abs=1e-6)
 
 
@@ -158,3 +227,10 @@ def test_what_is_not_finite_on_one_rank_stops_all_before_a_weight_moves(
     assert found["errors"][0].startswith("rows row-")
     for name, weight in found["before"].items():
         assert torch.equal(found["after"][name], weight), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_waits_for_the_last_rank(engine: str, results: Any) -> None:
+    found = results(engine)[LATE]
+    assert found["damage"] is None
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(found["files"])

@@ -8,12 +8,16 @@ models lie beside OUT; they are loaded after the engine is chosen, so ZeRO-3 loa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.distributed import gloo
 
@@ -21,18 +25,19 @@ ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 STEPS = 3
 
 
-def engine_settings(engine: str) -> dict[str, Any]:
-    """Training arguments that start an engine on CPUs."""
+def engine_settings(engine: str, **more: Any) -> dict[str, Any]:
+    """Training arguments that start an engine on CPUs; `more` goes into FSDP's own settings."""
     if engine in ("none", "ddp"):
         return {"use_cpu": True}
     if engine == "fsdp2":
         config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        return {"fsdp": True, "fsdp_config": config}
+        return {"fsdp": True, "fsdp_config": config | more}
     return {
         "deepspeed": {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": int(engine[-1]),
@@ -47,37 +52,82 @@ def engine_settings(engine: str) -> dict[str, Any]:
 def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
     """The trainer of a case; the global batch is the same whatever the world size."""
     from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer.trainers import RewardTrainer
     from tests.trainers.conftest import TRAINERS
-    from tests.trainers.plain import make_rows
 
     kind, world = case["kind"], int(os.environ.get("WORLD_SIZE", 1))
-    accumulation = case["accumulation"]
-    batch = 4 * accumulation
-    ks = (1,) if kind == "sft" else (2,) if kind == "dpo" else (2, 3)
-    # The last global batch of the epoch has two rows: with accumulation, some forwards are fillers.
-    rows = make_rows(1, (ks * batch)[:batch] * 2 + ks[:1] * 2, spans=kind == "sft", rewards=True)
-    extra = {} if kind == "sft" else {"beta": 0.3}
-    if kind != "sft":
-        extra |= {"sft_loss_weight": 0.1, "reference_cache_dir": str(out / "reference")}
-    args = TRAINERS[kind].config_class(
+    accumulation, models = case.get("accumulation", 1), out.parent.parent
+    trainer, batch = {**TRAINERS, "reward": RewardTrainer}[kind], 4 * accumulation
+    extra: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    if kind == "reward":
+        extra |= {"objective": "regression", "attributes": ("quality", "depth")}
+    elif kind != "sft":
+        extra |= {"beta": 0.3, "sft_loss_weight": 0.1}
+        # Several forwards of the reference pass, an odd number of them.
+        extra |= {"reference_cache_dir": str(out / "reference"), "reference_batch_tokens": 60}
+        given["ref_model"] = str(models / "other") if case.get("other_reference") else None
+    if "lora" in case:
+        from peft import LoraConfig
+
+        given["peft_config"] = LoraConfig(**case["lora"])
+    args = trainer.config_class(
         **{
             "output_dir": str(out / "run"), "max_steps": STEPS, "global_batch_size": batch,
             "per_device_train_batch_size": 4 // world, "per_device_eval_batch_size": 2,
-            "micro_batch_tokens": case.get("tokens"),
             "learning_rate": 1e-2, "lr_scheduler_type": "linear", "optim": "adamw_torch",
             "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1, "save_strategy": "no",
-            "activation_checkpointing": case["checkpointing"], "report_to": "none",
+            "activation_checkpointing": case.get("checkpointing", False), "report_to": "none",
             "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS,
-            "eval_on_start": True, **extra, **engine_settings(engine), **case.get("settings", {}),
+            "eval_on_start": True, **extra, **engine_settings(engine, **case.get("fsdp", {})),
+            **case.get("settings", {}),
         }
     )  # fmt: skip
-    return TRAINERS[kind](
-        model=str(out.parent.parent / ("tied" if case["tied"] else "untied")),
+    rows = rows_of(kind, batch)
+    return trainer(
+        model=str(models / ("tied" if case.get("tied") else "untied")),
         args=args,
         train_dataset=rows,
         eval_dataset=rows[:5],
         processing_class=character_tokenizer(),
+        **given,
     )
+
+
+def rows_of(kind: str, batch: int) -> list[dict[str, Any]]:
+    """Two global batches and two rows more: with accumulation, some of the last forwards are fillers."""
+    from tests.trainers.plain import make_rows
+
+    ks = (2,) if kind == "dpo" else (2, 3) if kind == "rpo" else (1,)
+    rows = make_rows(1, (ks * batch)[:batch] * 2 + ks[:1] * 2, spans=kind == "sft", rewards=True)
+    if kind == "reward":
+        for number, row in enumerate(rows):  # not all of them are rated
+            row["attributes"] = [number % 5, None if number % 3 == 0 else number % 4]
+    return rows
+
+
+@contextlib.contextmanager
+def counted_offloads() -> Iterator[list[None]]:
+    """Counts the layers whose activations transformers offloads; into pinned memory on a GPU alone."""
+    from transformers import modeling_utils
+
+    own, done = modeling_utils.save_on_cpu, []
+
+    def save_on_cpu(*, pin_memory: bool, **settings: Any) -> Any:
+        done.append(None)
+        return own(pin_memory=False, **settings)
+
+    with mock.patch.object(modeling_utils, "save_on_cpu", save_on_cpu):
+        yield done
+
+
+def optimizer_dtypes(trainer: Any) -> set[str]:
+    """Of the weights that the innermost optimizer moves, and of its moments."""
+    inner = trainer.optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    moments = [t for state in inner.state.values() for t in state.values() if hasattr(t, "dtype")]
+    return {str(tensor.dtype) for tensor in [*inner.state, *moments]}
 
 
 def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -98,7 +148,9 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
         return own(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute_loss
-    trainer.train()
+    start = full_state_dict(trainer.model, keep=True) if world_size() == 1 else None
+    with counted_offloads() as offloads:
+        trainer.train()
     history = trainer.state.log_history
     return {
         "engine": engine_name(trainer.accelerator),
@@ -106,7 +158,10 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
         "losses": [line for line in history if "loss" in line],
         "evaluations": [line for line in history if "eval_loss" in line],
         "seen": merge(seen),
-        "weights": full_state_dict(trainer.model, keep=rank() == 0),
+        "weights": full_state_dict(trainer.model, keep=rank() == 0, trained_only="lora" in case),
+        "start": start,
+        "offloads": len(offloads),
+        "optimizer_dtypes": optimizer_dtypes(trainer),
         "step_zero": getattr(trainer, "step_zero", None),
         "references": _references(out),
         "torch": torch.__version__,
@@ -166,6 +221,25 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     }
 
 
+def save_late(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The second rank is late with what it writes into a checkpoint."""
+    from rpo_trainer.distributed import rank
+    from rpo_trainer.trainers import checkpoint
+
+    trainer = trainer_of(engine, case, out)
+    own = trainer._save_rng_state
+
+    def save_rng_state(folder: str) -> None:
+        time.sleep(rank())
+        own(folder)
+
+    trainer._save_rng_state = save_rng_state
+    trainer.train()
+    folder = out / "run" / f"checkpoint-{STEPS}"
+    files = json.loads((folder / checkpoint.MANIFEST).read_text())["files"]
+    return {"damage": checkpoint.damage(folder), "files": sorted(files)}
+
+
 def main(engine: str, out: Path, *cases: str) -> None:
     gloo.allow()
     import torch
@@ -177,7 +251,8 @@ def main(engine: str, out: Path, *cases: str) -> None:
     for name in cases:
         case = json.loads(name)
         folder = out / case["name"]
-        result = harm(engine, case, folder) if "harm" in case else train(engine, case, folder)
+        do = save_late if case.get("late") else harm if "harm" in case else train
+        result = do(engine, case, folder)
         if distributed.is_main():
             torch.save(result, folder.with_suffix(".pt"))
 

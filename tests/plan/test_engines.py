@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -41,15 +42,26 @@ def test_fsdp2_shards_all_and_gathers_two_layers_and_the_rest(half: bool, gather
 def test_zero2_keeps_the_weights_and_shards_gradients_and_state() -> None:
     found = per_device(MEMORY, "zero2", 4, half=False)
     assert (found.weights, found.gradients, found.optimizer) == (4000, 1000, 3000)
-    half = per_device(MEMORY, "zero2", 4, half=True)
-    assert (half.weights, half.gradients, half.optimizer) == (2000, 500, 3000)
+    assert found.gathered == 4000  # all gradients are in one bucket of so small a model
+    assert per_device(MEMORY, "zero2", 4, half=True) == found  # its weights are float32
 
 
 def test_zero3_shards_the_weights_too_and_offload_moves_them_to_the_host() -> None:
     found = per_device(MEMORY, "zero3", 4, half=True)
-    assert (found.weights, found.gradients, found.optimizer, found.host) == (500, 500, 3000, 0)
+    assert (found.weights, found.gradients, found.optimizer, found.host) == (1000, 1000, 3000, 0)
+    assert found.gathered == (4000 + 4000) // 2  # so small a model stays whole, and is one bucket
+    large = dataclasses.replace(MEMORY, parameters=4 * 10**10, gradients=4 * 10**10)
+    assert per_device(large, "zero3", 4, half=False).gathered == 4 * 10**9 + 2 * 10**9
     away = per_device(MEMORY, "zero3_offload", 4, half=True)
-    assert (away.weights, away.optimizer, away.host) == (0, 0, 3500)
+    assert (away.weights, away.optimizer, away.host) == (0, 0, 4000)
+
+
+def test_4_bit_weights_are_whole_on_every_device() -> None:
+    held = dataclasses.replace(MEMORY, unsharded=2000)
+    for engine in ENGINES[2:]:
+        more = per_device(held, engine, 4, half=False).weights
+        sharded = (4000 - 2000) // (1 if engine == "zero2" else 4)
+        assert more == 2000 + (0 if engine == "zero3_offload" else sharded)
 
 
 def test_more_devices_never_need_more_of_each() -> None:

@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from rpo_trainer.adapters import with_adapter
 from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.reward_model import as_reward_model
 from rpo_trainer.trainers import SFTTrainer, engine
+from tests.models import make_model
 from tests.trainers.plain import make_rows
 
 
@@ -107,11 +111,86 @@ def test_deepspeed_clips_as_the_recipe_says(clipping: Any):
     assert config["gradient_clipping"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("stage", "given", "expected"),
+    [
+        (2, {}, {"lower_precision_safe_modules": []}), (3, {}, {}),
+        (2, {"lower_precision_safe_modules": ["x"]}, {"lower_precision_safe_modules": ["x"]}),
+    ],
+)  # fmt: skip
+def test_bfloat16_under_deepspeed_is_autocast(stage: int, given: Any, expected: Any):
+    config = {
+        "bf16": {"enabled": True}, "torch_autocast": given, "zero_optimization": {"stage": stage},
+    }  # fmt: skip
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+    wrapped = accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
+    engine.settle(arguments(bf16=True), wrapped)
+    assert config["bf16"] == {"enabled": False} and wrapped.native_amp
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", **expected}
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_deepspeed_loads_weights_in_float32(launched: bool):
+    refreshed: list[bool] = []
+    plugin = SimpleNamespace(
+        deepspeed_config={"bf16": {"enabled": True}}, dschf=object() if launched else None,
+        set_deepspeed_weakref=lambda: refreshed.append(True),
+    )  # fmt: skip
+    for half in (False, True):
+        engine.load_in_float32(arguments(deepspeed_plugin=plugin, bf16=half))
+        assert ("bf16" in plugin.deepspeed_config) == (not half)
+    assert bool(refreshed) == launched
+    engine.load_in_float32(arguments(deepspeed_plugin=None, bf16=True))
+
+
+def test_float16_under_deepspeed_is_refused():
+    with pytest.raises(RecipeError, match="float16 under DeepSpeed is not taken"):
+        engine.check_engine(
+            arguments(fp16=True, deepspeed={"x": 1}), accelerator(DistributedType.DEEPSPEED, 1)
+        )
+
+
 def test_deepspeed_that_would_clip_otherwise_is_refused():
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config={"gradient_clipping": 0.5}))
     wrapped = accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
     with pytest.raises(RecipeError, match=r"gradient_clipping is 0.5 .* max_grad_norm 1.0"):
         engine.settle(arguments(), wrapped)
+
+
+def experts() -> Any:
+    model = make_model()
+    model.model.layers[0].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    return model
+
+
+def beside() -> Any:
+    model = make_model()
+    model.tower = torch.nn.Linear(2, 2)
+    return model
+
+
+def frozen_beside() -> Any:
+    model = beside()
+    model.tower.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (make_model, False), (lambda: make_model("gpt2"), False), (experts, True), (beside, True),
+        (frozen_beside, False), (lambda: as_reward_model(make_model()), False),
+        (lambda: with_adapter(make_model(), LoraConfig(modules_to_save=["lm_head"])), False),
+    ],
+)  # fmt: skip
+def test_ddp_looks_for_unused_weights_where_there_may_be_some(make: Any, expected: bool):
+    model, handler = make(), SimpleNamespace(find_unused_parameters=None)
+    for told, found in ((None, expected), (True, None)):
+        handler.find_unused_parameters = None
+        args = arguments(ddp_find_unused_parameters=told)
+        engine.settle_unused(model, args, SimpleNamespace(ddp_handler=handler))
+        assert handler.find_unused_parameters is found
+    engine.settle_unused(model, arguments(), SimpleNamespace(ddp_handler=None))
 
 
 def deepspeed(stage: int, ranks: int) -> Any:

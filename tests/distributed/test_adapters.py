@@ -1,0 +1,63 @@
+"""A chain of LoRA stages on two ranks: merged, begun again, kept and merged besides; as on one."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rpo_trainer import adapters
+from tests.chain import tiny
+from tests.distributed.chains import launched, recipe, start
+from tests.distributed.launch import require
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+SPECS = {
+    "code": {**LORA, "target_modules": ["q_proj", "lm_head"]},
+    "dpo": {**LORA, "between_stages": "keep"},
+    "rpo": {**LORA, "between_stages": "keep", "merge": True},
+}
+# What each stage leaves; `code` is merged, and its adapter lies beside.
+LEFT = (
+    "code/adapter/adapter_model.safetensors", "code/final/model.safetensors",
+    "dpo/final/adapter_model.safetensors", "rpo/final/adapter_model.safetensors",
+    "rpo/merged/model.safetensors",
+)  # fmt: skip
+
+
+def adapted(engine: str) -> tiny.Recipe:
+    made = recipe(engine, stages=tuple(SPECS))
+    del made["eval"]
+    for stage in made["stages"]:
+        stage |= {"peft": SPECS[stage["name"]], "learning_rate": 1e-2}
+    return made
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    tiny.write_recipe(folder, adapted("none"))
+    return launched(shlex.split("python -m rpo_trainer run"), folder) / "run"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_two_ranks_leave_what_one_leaves(engine: str, one: Path, tmp_path: Path) -> None:
+    require(engine)
+    tiny.write_recipe(tmp_path, adapted(engine))
+    code, output = start(tmp_path)
+    assert code == 0, output[-5000:]
+    for name in LEFT:
+        mine, alone = load_file(tmp_path / "run" / name), load_file(one / name)
+        assert mine.keys() == alone.keys(), name
+        for key, tensor in alone.items():
+            torch.testing.assert_close(mine[key], tensor, atol=1e-5, rtol=0)
+    a, b = (load_file(one / f"{name}/final" / adapters.WEIGHTS) for name in ("dpo", "rpo"))
+    assert max((a[key] - b[key]).abs().max() for key in a) > 1e-3  # the second stage goes on
+    for name in ("dpo", "rpo"):
+        check = tiny.records(tmp_path / "run")[name]["step0"]
+        assert check["ok"] and check["nats_per_token"] < 1e-5
