@@ -13,7 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rpo_trainer import evaluate
 from rpo_trainer.errors import DataError, RecipeError
-from rpo_trainer.evaluate import EvalResult, evaluate_policy
+from rpo_trainer.evaluate import (
+    EvalResult,
+    estimate,
+    evaluate_policy,
+    nll_figures,
+    preference_figures,
+    win_rate,
+)
 from rpo_trainer.quickstart import GENERAL, character_tokenizer, load_task
 from rpo_trainer.rewards.generate import Sample
 
@@ -132,3 +139,45 @@ def test_rows_without_ground_truth_are_refused_before_sampling() -> None:
     rows = [*rows_with_truth("ab"), {"id": "bare", "prompt": "p", "ground_truth": None}]
     with pytest.raises(DataError, match=r"no ground_truth to compare .* with: 1 of 2 rows"):
         run(rows)
+
+
+def test_an_estimate_is_a_ratio_of_sums() -> None:
+    found = estimate([6.0, 2.0], seed=0, weights=[3, 1])
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+    rows = [0.0, 1.0] * 200
+    plain = estimate(rows, seed=0)
+    half_width = 1.96 * 0.5 / np.sqrt(400)
+    assert plain.value == 0.5
+    assert plain.low == pytest.approx(0.5 - half_width, abs=0.01)
+    assert plain.high == pytest.approx(0.5 + half_width, abs=0.01)
+    assert estimate(rows, seed=0) == plain != estimate(rows, seed=1)
+
+
+def test_a_win_rate_compares_all_responses_to_a_prompt() -> None:
+    # 3 of 4 comparisons won; then one tie and one lost of two.
+    found = win_rate([[5.0, 1.0], [2.0]], [[0.0, 3.0], [2.0, 4.0]], seed=0)
+    assert found.value == pytest.approx((0.75 + 0.25) / 2)
+    assert (found.low, found.high) == (0.25, 0.75)
+    assert win_rate([[1.0]] * 3, [[1.0]] * 3, seed=0).value == 0.5
+
+
+def test_preferences_against_a_baseline() -> None:
+    policy = [[-10.0, -12.0], [-20.0, -15.0, -30.0]]
+    baseline = [[-9.0, -10.0], [-24.0, -15.0, -30.0]]
+    found = preference_figures(policy, baseline, seed=0)
+    # Gains: -1 and -2; then +4, 0 and 0.
+    assert found["pairs"] == 2
+    assert found["ranked"]["value"] == pytest.approx((1 + 0.5) / 2)
+    assert found["accuracy"]["value"] == 1.0
+    assert found["margin"]["value"] == pytest.approx((1 + 4) / 2)
+    assert found["chosen_delta"]["value"] == pytest.approx((-1 + 4) / 2)
+    assert (found["margin"]["low"], found["margin"]["high"]) == (1.0, 4.0)
+    assert set(preference_figures(policy, None, seed=0)) == {"pairs", "ranked"}
+    same = preference_figures(policy, policy, seed=0)
+    assert same["accuracy"]["value"] == 0.5 and same["margin"]["value"] == 0.0
+
+
+def test_nll_is_over_the_tokens_of_each_source() -> None:
+    found = nll_figures([-6.0, -2.0, -8.0], [3, 1, 2], ["a", "a", "b"], seed=0)
+    assert found["a"] == {"value": 2.0, "low": 2.0, "high": 2.0, "rows": 2}
+    assert found["b"]["value"] == 4.0 and found["b"]["rows"] == 1

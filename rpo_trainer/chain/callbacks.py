@@ -1,4 +1,4 @@
-"""What a stage tells while it trains: metrics.jsonl, a bar or plain lines; how it is stopped."""
+"""What a stage notes down while it trains, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -6,29 +6,18 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from rpo_trainer import distributed
 from rpo_trainer.errors import StoppedBySignal
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = {
-    "loss": "loss",
-    "rewards/margins": "margin",
-    "rewards/target_gap": "target",
-    "rewards/accuracies": "acc",
-    "accuracy": "acc",
-    "logps/chosen_delta": "Δchosen",
-}
 
 
 class MetricsLog(TrainerCallback):
@@ -68,38 +57,6 @@ class StepZeroLog(TrainerCallback):
         values = getattr(self.trainer, "step_zero", None)
         if values is not None and state.global_step == 1:
             self.note({"step0": {**values, "ok": True}})
-
-
-class StageProgress(TrainerCallback):
-    """A bar for the stage, its place in the chain in front; plain lines without a terminal."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.label, unit="step"
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        shown = {short: logs[name] for name, short in _SHOWN.items() if name in logs}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        elif shown:
-            logger.info("%s step %d/%d  %s", self.label, state.global_step, state.max_steps, text)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 class StopOnSignal(TrainerCallback):

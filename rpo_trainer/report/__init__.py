@@ -1,6 +1,6 @@
 """Run directory → one HTML file, and a table for the terminal.
 
-`build_report` needs the extra `report` (jinja2, matplotlib); `summary_table` does not.
+`build_report` needs the extra `report` (jinja2, matplotlib); `status_view` and `summary_table` do not.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from rpo_trainer.errors import RunError
-from rpo_trainer.report.table import summary_table
+from rpo_trainer.report.table import status_view, summary_table
 
-__all__ = ["build_report", "summary_table"]
+__all__ = ["build_report", "status_view", "summary_table"]
 
 
 def build_report(run_dir: Path) -> Path:

@@ -12,11 +12,12 @@ from rpo_trainer.report.values import count, mapping
 
 @dataclass(frozen=True)
 class Reason:
-    """Rows that share a fate: why, in words, how many, and the ids of the first few."""
+    """Rows that share a fate: why, in words, how many, the ids of the first few; its short name."""
 
     text: str
     rows: int
     examples: list[str]
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,5 +68,5 @@ def _reasons(record: Any, words: Mapping[str, str]) -> list[Reason]:
         if rows:
             text = words.get(key, key.replace("_", " "))
             ids = [str(example) for example in examples] if isinstance(examples, list) else []
-            found.append(Reason(text, rows, ids))
+            found.append(Reason(text, rows, ids, key))
     return sorted(found, key=lambda reason: -reason.rows)

@@ -70,6 +70,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Said:
+    """A warning given while the stage trained."""
+
+    step: int | None
+    text: str
+    advice: str | None
+
+
+@dataclass(frozen=True)
 class Gap:
     """One example: β times the difference of log-ratios, and η times that of the given rewards."""
 
@@ -92,6 +101,7 @@ class StageRecord:
     tokens: int | None = None
     peak_memory_bytes: int | None = None
     data_fingerprint: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)  # data files and their hashes
     output_fingerprint: str | None = None
     audit: AuditRecord = field(default_factory=AuditRecord)
     step0: StepZero | None = None
@@ -101,11 +111,18 @@ class StageRecord:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
 
     @property
     def is_preference(self) -> bool:
         """Whether the stage trains on preferences, so that it has a reference and gaps."""
         return self.kind in PREFERENCE_KINDS
+
+    @property
+    def samples_data(self) -> bool:
+        """Whether its responses were sampled in the run."""
+        data = mapping(self.settings.get("data"))
+        return any(data.get(field) is not None for field in ("generate", "rows_of"))
 
     def curve(self, name: str) -> Curve:
         """The finite values of the metric `name`, by step; empty where it was never logged."""
@@ -218,6 +235,7 @@ def _stage_from_chain(entry: Mapping[str, Any]) -> StageRecord:
         tokens=count(entry.get("tokens")),
         peak_memory_bytes=count(entry.get("peak_memory_bytes")),
         data_fingerprint=_text(data.get("fingerprint")),
+        sources={str(name): str(key) for name, key in mapping(entry.get("sources")).items()},
         output_fingerprint=_text(mapping(entry.get("output")).get("fingerprint")),
         audit=read_audit(mapping(data.get("audit"))),
         step0=StepZero(
@@ -230,7 +248,15 @@ def _stage_from_chain(entry: Mapping[str, Any]) -> StageRecord:
         scores=read_scores(evaluation),
         agreement=read_agreement(evaluation),
         samples=[_sample(mapping(row)) for row in evaluation.get("samples") or ()],
+        said=list(_said(entry.get("warnings"))),
     )
+
+
+def _said(warnings: Any) -> Iterator[Said]:
+    for raw in warnings if isinstance(warnings, list) else ():
+        entry = mapping(raw)
+        if (text := _text(entry.get("text"))) is not None:
+            yield Said(count(entry.get("step")), text, _text(entry.get("advice")))
 
 
 def _read_recipe(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:

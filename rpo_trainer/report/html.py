@@ -12,10 +12,11 @@ import jinja2
 from markupsafe import Markup
 
 from rpo_trainer.report.collect import RunRecord, Sample, StageRecord, collect_run
+from rpo_trainer.report.findings import Finding
 from rpo_trainer.report.plots import Plot, scores_plot, stage_plots
 from rpo_trainer.report.table import comparison
 from rpo_trainer.report.values import duration, short, size
-from rpo_trainer.report.verdict import Finding, Verdict, judge
+from rpo_trainer.report.verdict import Verdict, judge
 
 _OPEN_SAMPLES = 4
 _SETTINGS = {

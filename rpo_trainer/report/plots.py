@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rpo_trainer.report.collect import Curve, Gap, StageRecord
+from rpo_trainer.report.likelihood import chosen_delta, rejected_delta
 from rpo_trainer.report.scores import Measure
-from rpo_trainer.report.verdict import chosen_delta, rejected_delta
 
 # matplotlib draws with these stand-ins; in the page each becomes the variable of its name.
 _COLOURS = {
@@ -123,7 +123,7 @@ def scores_plot(
         axes.set_xticks(range(len(names)), labels=list(names), rotation=30, ha="right")
         axes.set_xlim(-0.4, len(names) - 0.6)
         axes.grid(visible=False, axis="x")
-        axes.legend(loc="best")
+        _legend_above(axes)
 
     return _plot(f"scores-{what}", what, draw, height=2.7)
 

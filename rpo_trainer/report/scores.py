@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,16 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A named measure; `higher` says whether more of it is better, None: nobody knows."""
+
+    name: str
+    measure: Measure | None
+    higher: bool | None = True
+    digits: int = 3
+
+
+@dataclass(frozen=True)
 class EvalScores:
     """Held-out figures after a stage; None for what was not measured.
 
@@ -42,6 +52,21 @@ class EvalScores:
     nll: Measure | None = None
     unfinished: float | None = None
     prompts: int | None = None
+    baseline: str | None = None
+    win_rate: Measure | None = None
+    others: tuple[Figure, ...] = ()  # held-out pairs, NLL by source, tasks of lm-eval
+
+    def all(self) -> list[Figure]:
+        """Everything that was measured, in reading order."""
+        named = [
+            Figure("exact match, greedy", self.exact_greedy),
+            Figure("exact match, sampled", self.exact_sampled),
+            Figure("mean reward, greedy", self.reward_greedy, digits=2),
+            Figure("mean reward, sampled", self.reward_sampled, digits=2),
+            Figure(f"win rate against {self.baseline or 'the baseline'}", self.win_rate),
+            Figure("NLL", self.nll, higher=False),
+        ]
+        return [figure for figure in (*named, *self.others) if figure.measure is not None]
 
     def main(self) -> tuple[str, Measure] | None:
         """The figure that tells best whether a preference stage helped, and its name."""
@@ -57,6 +82,8 @@ class EvalScores:
 def read_scores(record: Mapping[str, Any]) -> EvalScores:
     """From `EvalResult.as_dict()` and `nll`: a number, or one for each source (then their mean)."""
     prompts = count(record.get("prompts"))
+    named = record.get("baseline")
+    baseline = named if isinstance(named, str) else None
     return EvalScores(
         exact_greedy=share(record.get("greedy_exact"), prompts),
         exact_sampled=share(record.get("exact"), prompts),
@@ -67,7 +94,38 @@ def read_scores(record: Mapping[str, Any]) -> EvalScores:
         nll=_nll(record.get("nll")),
         unfinished=number(record.get("unfinished")),
         prompts=prompts,
+        baseline=baseline,
+        win_rate=_estimate(record.get("win_rate")),
+        others=tuple(_others(record, baseline)),
     )
+
+
+def _others(record: Mapping[str, Any], baseline: str | None) -> Iterator[Figure]:
+    pairs, against = mapping(record.get("preferences")), f"against {baseline or 'the baseline'}"
+    names = {
+        "ranked": ("pairs: chosen likelier", 3),
+        "accuracy": (f"pairs right {against}", 3),
+        "margin": (f"margin {against}, nats", 2),
+        "chosen_delta": (f"log-prob of chosen {against}, nats", 2),
+    }
+    for key, (name, digits) in names.items():
+        if (measure := _estimate(pairs.get(key))) is not None:
+            yield Figure(name, measure, digits=digits)
+    for source, entry in mapping(record.get("nll_by_source")).items():
+        if (measure := _estimate(entry)) is not None:
+            yield Figure(f"NLL, {source}", measure, higher=False)
+    for task, metrics in mapping(record.get("lm_eval")).items():
+        for metric, entry in mapping(metrics).items():
+            if (measure := _estimate(entry)) is not None:
+                better = mapping(entry).get("higher_is_better")
+                yield Figure(
+                    f"{task}: {metric}", measure, better if isinstance(better, bool) else None
+                )
+
+
+def _estimate(record: Any) -> Measure | None:
+    entry = mapping(record)
+    return _measure(entry.get("value"), entry.get("low"), entry.get("high"))
 
 
 def _measure(value: Any, low: Any = None, high: Any = None) -> Measure | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from rpo_trainer.report.collect import RunRecord, StageRecord, collect_run
-from rpo_trainer.report.scores import Measure
+from rpo_trainer.report.scores import EvalScores, Measure
 from rpo_trainer.report.values import duration, short, size
+
+_SHOWN_WARNINGS = 4  # the last ones: a status is one screen
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ def comparison(run: RunRecord) -> list[Column]:
         _measures("exact match, sampled", "exact\nsampled", [x.exact_sampled for x in scores], 3),
         _measures("mean reward, greedy", "reward\ngreedy", [x.reward_greedy for x in scores], 2),
         _measures("mean reward, sampled", "reward\nsampled", [x.reward_sampled for x in scores], 2),
+        _wins(scores),
         _nll(stages),
+        *_others(scores),
         _measures(
             "better response has the higher reward",
             "pairs\nright",
@@ -60,10 +65,33 @@ def comparison(run: RunRecord) -> list[Column]:
         Column("step-0 check", "step-0\ncheck", [Cell(_step_zero(stage)) for stage in stages]),
         Column("examples", None, [Cell(_whole(stage.examples)) for stage in stages]),
         Column("steps", None, [Cell(_whole(stage.steps)) for stage in stages]),
-        Column("time", "time", [Cell(duration(stage.seconds)) for stage in stages]),
+        Column("time", "time", [Cell(_time(stage)) for stage in stages]),
         Column("peak memory", "memory", [Cell(size(x.peak_memory_bytes)) for x in stages]),
     ]
     return [column for column in columns if any(cell.text != "–" for cell in column.cells)]
+
+
+def status_view(run_dir: Path) -> Group:
+    """One screen: the table of the stages, and below it what was warned of while they trained.
+
+    Raises:
+        RunError: `run_dir` is not a run directory.
+    """
+    run = collect_run(run_dir)
+    said = [(stage.name, warning) for stage in run.stages for warning in stage.said]
+    lines = [
+        Text(
+            f"{name}, step {warning.step}: {warning.text}. To try: {warning.advice}.",
+            style="yellow",
+            overflow="fold",
+        )
+        for name, warning in said[-_SHOWN_WARNINGS:]
+    ]
+    if left := len(said) - len(lines):
+        lines.insert(
+            0, Text(f"{left} earlier warning{'s' if left > 1 else ''} (rpo-trainer report)")
+        )
+    return Group(_table(run), *([Text()] if lines else []), *lines)
 
 
 def summary_table(run_dir: Path) -> Table:
@@ -72,29 +100,31 @@ def summary_table(run_dir: Path) -> Table:
     Raises:
         RunError: `run_dir` is not a run directory.
     """
-    run = collect_run(run_dir)
+    return _table(collect_run(run_dir))
+
+
+def _table(run: RunRecord) -> Table:
     table = Table(title=run.name, title_justify="left", box=None, pad_edge=False)
     table.add_column("after", no_wrap=True)
     columns = [column for column in comparison(run) if column.brief is not None]
     for column in columns:
         table.add_column(column.brief or "", justify="right", no_wrap=True)
     for row, stage in enumerate(run.stages):
-        name = stage.name if stage.state == "done" else f"{stage.name} ({stage.state})"
         cells = [column.cells[row] for column in columns]
-        table.add_row(Text(name), *(Text(x.text, "bold" if x.best else "") for x in cells))
+        table.add_row(Text(stage.name), *(Text(x.text, "bold" if x.best else "") for x in cells))
     return table
 
 
 def _measures(
     head: str,
-    brief: str,
+    brief: str | None,
     found: Sequence[Measure | None],
     digits: int,
     best: Callable[[list[float]], float] | None = max,
 ) -> Column:
     values = [measure.value for measure in found if measure is not None]
-    # With one value there is nothing to compare.
-    winner = best(values) if best is not None and len(values) > 1 else None
+    # With one value, or the same throughout, there is nothing to compare.
+    winner = best(values) if best is not None and len(set(values)) > 1 else None
     cells = []
     for measure in found:
         if measure is None:
@@ -107,23 +137,54 @@ def _measures(
     return Column(head, brief, cells)
 
 
-def _nll(stages: Sequence[StageRecord]) -> Column:
-    """NLL of the chain's evaluation; without one, each SFT stage's own held-out loss.
+def _wins(scores: Sequence[EvalScores]) -> Column:
+    """Stages may have baselines of their own: the cell says which, where they do."""
+    names = {score.baseline for score in scores if score.win_rate is not None}
+    head = f"win rate against {names.pop()}" if len(names) == 1 else "win rate"
+    # A terminal has room for it where nothing else tells the responses apart, as with a judge.
+    brief = None if any(score.reward_sampled for score in scores) else "win\nrate"
+    column = _measures(head, brief, [score.win_rate for score in scores], 3)
+    if not names:  # one baseline for all: the head says which
+        return column
+    cells = [
+        replace(cell, interval=f"{cell.interval} against {score.baseline}")
+        if cell.interval
+        else cell
+        for cell, score in zip(column.cells, scores, strict=True)
+    ]
+    return Column(head, column.brief, cells)
 
-    Those are on the data of each stage, so none of them is the best.
-    """
-    evaluated = [stage.scores.nll for stage in stages]
-    if any(measure is not None for measure in evaluated):
-        return _measures("NLL", "NLL", evaluated, 3, best=min)
-    own = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
-    last = [Measure(curve.values[-1]) if curve else None for curve in own]
-    return _measures("held-out NLL, own data", "own\nNLL", last, 3, best=None)
+
+def _others(scores: Sequence[EvalScores]) -> list[Column]:
+    """Held-out pairs, NLL by source, tasks: a column for each that some stage has; the page's alone."""
+    by_stage = [{figure.name: figure for figure in score.others} for score in scores]
+    first = {name: figure for own in by_stage for name, figure in own.items()}
+    columns = []
+    for name, figure in first.items():
+        best = None if figure.higher is None else max if figure.higher else min
+        found = [own[name].measure if name in own else None for own in by_stage]
+        columns.append(_measures(name, None, found, figure.digits, best))
+    return columns
+
+
+def _nll(stages: Sequence[StageRecord]) -> Column:
+    """Each SFT stage's held-out loss: on rows of its own kind, so that none of them is the best."""
+    measured = [stage.scores.nll for stage in stages]
+    if not any(measured):
+        curves = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
+        measured = [Measure(curve.values[-1]) if curve else None for curve in curves]
+    return _measures("held-out NLL, own data", "NLL", measured, 3, best=None)
 
 
 def _step_zero(stage: StageRecord) -> str:
     if stage.step0 is None or stage.step0.ok is None:
         return "–"
     return "passed" if stage.step0.ok else "FAILED"
+
+
+def _time(stage: StageRecord) -> str:
+    """What is not done has taken no time yet: in its place stands how far it is."""
+    return duration(stage.seconds) if stage.state == "done" else stage.state
 
 
 def _whole(value: int | None) -> str:

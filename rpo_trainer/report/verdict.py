@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from rpo_trainer.report.collect import Curve, RunRecord, StageRecord
+from rpo_trainer.report.findings import Finding, Level
+from rpo_trainer.report.likelihood import judge_likelihood
 from rpo_trainer.report.values import short, signed
 
-Level = Literal["good", "info", "warn", "bad"]
-
-# A fall of the chosen log-prob by less than this many nats per response, or than this share of its
-# size, is noise.
-DECLINE_NATS = 0.5
-DECLINE_SHARE = 0.02
 # More than this share of sampled responses without an end makes their rewards doubtful.
 MANY_CUT = 0.05
 # More than this share of dropped rows deserves a look.
 MANY_DROPPED = 0.25
+# What becomes of prompts to which a policy gives equal responses, or equally good ones.
+_SAME_AGAIN = ("fewer_than_two_responses", "tie", "identical_responses", "small_gap")
 # σ(target_gap) beyond these bounds asks for a gap that no finite training reaches.
 SATURATED = 0.99
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One statement about a stage; `advice` says what to change."""
-
-    stage: str
-    level: Level
-    text: str
-    advice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,13 @@ class Verdict:
     def warnings(self) -> list[Finding]:
         """What a reader should look at."""
         return [finding for finding in self.findings if finding.level in ("warn", "bad")]
+
+    def grouped_warnings(self) -> list[Finding]:
+        """The same, those that several stages share once, with all their names."""
+        stages: dict[Finding, list[str]] = {}
+        for finding in self.warnings:
+            stages.setdefault(replace(finding, stage=""), []).append(finding.stage)
+        return [replace(shared, stage=", ".join(names)) for shared, names in stages.items()]
 
 
 def judge(run: RunRecord) -> Verdict:
@@ -89,26 +83,25 @@ def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     if stage.is_preference:
         yield from _step_zero(stage)
         yield from _outcome(run, stage)
+        yield from _wins(stage)
         yield from _gap(stage)
-        yield from _likelihood(stage)
+        yield from judge_likelihood(stage)
         yield from _saturation(stage)
         yield from _cut_responses(stage)
+        yield from _said(stage)
     elif stage.kind == "reward":
         yield from _reward_model(stage)
     else:
-        yield from _nll(run, stage)
+        yield from _nll(stage)
     yield from _data(stage)
 
 
-def _nll(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
+def _nll(stage: StageRecord) -> Iterator[Finding]:
     """SFT: the negative log-likelihood should have fallen, best seen on held-out rows."""
-    parent = run.parent(stage)
     held_out = stage.curve("eval_loss")
     before, after, where = None, None, "Held-out NLL"
     if len(held_out.values) >= 2:
         before, after = held_out.values[0], held_out.values[-1]
-    elif parent is not None and parent.scores.nll and stage.scores.nll:
-        before, after = parent.scores.nll.value, stage.scores.nll.value
     elif len(stage.curve("loss").values) >= 2:
         before, after = stage.curve("loss").start(), stage.curve("loss").end()
         where = "Training loss (there is no held-out NLL)"
@@ -221,6 +214,23 @@ def _outcome(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
         )
 
 
+def _wins(stage: StageRecord) -> Iterator[Finding]:
+    """Against a baseline that most likely is no better: the interval should lie above one half."""
+    wins = stage.scores.win_rate
+    if wins is None or wins.low is None or wins.high is None:
+        return
+    text = (
+        f"Its responses win {wins.value:.0%} of the time against {stage.scores.baseline} "
+        f"({wins.low:.0%} to {wins.high:.0%})."
+    )
+    if wins.low > 0.5:
+        yield Finding(stage.name, "good", text)
+    elif wins.high < 0.5:
+        yield Finding(stage.name, "bad", text, "Raise β or lower the learning rate.")
+    else:
+        yield Finding(stage.name, "info", f"{text} That may be noise.")
+
+
 def _gap(stage: StageRecord) -> Iterator[Finding]:
     margin, target = stage.curve("rewards/margins"), stage.curve("rewards/target_gap")
     accuracy = stage.curve("rewards/accuracies")
@@ -257,59 +267,6 @@ def _gap(stage: StageRecord) -> Iterator[Finding]:
     yield Finding(stage.name, level, text, advice)
 
 
-def _likelihood(stage: StageRecord) -> Iterator[Finding]:
-    """Likelihood decline: the chosen response became less likely than under the reference."""
-    delta = chosen_delta(stage)
-    if not delta:
-        return
-    change, level_of_logps = delta.end(), stage.curve("logps/chosen")
-    falling = stage.curve("logps/chosen_falling")
-    share = f"; it fell in {falling.end():.0%} of the examples" if falling else ""
-    bound = max(
-        DECLINE_NATS, DECLINE_SHARE * abs(level_of_logps.start()) if level_of_logps else 0.0
-    )
-    if change >= 0:
-        text = f"The log-prob of chosen responses rose by {short(change)} nats per response{share}."
-        yield Finding(stage.name, "good", text)
-    elif -change <= bound:
-        text = (
-            f"The log-prob of chosen responses hardly fell, by {short(-change)} nats per response"
-        )
-        yield Finding(stage.name, "good", f"{text}{share}.")
-    else:
-        size = abs(level_of_logps.start()) if level_of_logps else 0.0
-        relative = f" ({-change / size:.0%} of its size)" if size else ""
-        text = (
-            f"Likelihood decline: the log-prob of chosen responses fell by {short(-change)} nats "
-            f"per response{relative}{share}. {_rejected_too(stage, change)}"
-        )
-        yield Finding(stage.name, "warn", text, _decline_advice(stage))
-
-
-def _rejected_too(stage: StageRecord, chosen_change: float) -> str:
-    """Where the margin came from, if the chosen log-prob fell."""
-    rejected = rejected_delta(stage)
-    if not rejected:
-        return "A margin then comes from pushing rejected responses down, not chosen ones up."
-    fall = short(-rejected.end())
-    if rejected.end() < chosen_change:
-        return f"Rejected ones fell by {fall}: the margin comes from pushing them down alone."
-    return "Rejected ones did not fall by more, so that there is no margin either."
-
-
-def _decline_advice(stage: StageRecord) -> str:
-    weight, beta = stage.setting("sft_loss_weight"), stage.setting("beta")
-    advice = []
-    if not weight:
-        advice.append("set sft_loss_weight above 0 (it is 0), which holds the chosen log-prob up")
-    else:
-        advice.append(f"raise sft_loss_weight (it is {weight:g}; try three times as much)")
-    advice.append(f"raise β (it is {beta:g})" if beta else "raise β")
-    advice.append("lower the learning rate or train fewer steps")
-    text = "; or ".join(advice) + "."
-    return text[0].upper() + text[1:]
-
-
 def _saturation(stage: StageRecord) -> Iterator[Finding]:
     targets = [gap.target for gap in stage.gaps if gap.target is not None]
     if stage.kind != "rpo" or not targets:
@@ -337,34 +294,33 @@ def _cut_responses(stage: StageRecord) -> Iterator[Finding]:
         )
 
 
+def _said(stage: StageRecord) -> Iterator[Finding]:
+    """What was warned of while the stage trained, as it was then."""
+    for said in stage.said:
+        when = "In training" if said.step is None else f"In training, at step {said.step}"
+        advice = f"To try: {said.advice}." if said.advice else None
+        yield Finding(stage.name, "warn", f"{when}: {said.text}.", advice)
+
+
 def _data(stage: StageRecord) -> Iterator[Finding]:
     """What the audit of the training data found."""
     audit = stage.audit
     if audit.dropped:
         share, main = audit.dropped_share(), audit.dropped[0]
         part = f" ({share:.0%})" if share is not None else ""
-        level: Level = "warn" if share is not None and share > MANY_DROPPED else "info"
+        # A policy that is sure of itself says one thing K times: such prompts teach nothing.
+        sampled = stage.samples_data and main.key in _SAME_AGAIN
+        many = share is not None and share > MANY_DROPPED and not sampled
         text = f"{audit.dropped_rows:,} rows were dropped{part}; most often: {main.text}"
-        yield Finding(stage.name, level, f"{text} ({main.rows:,}).")
+        advice = "More responses a prompt, or a higher temperature, leave fewer such prompts."
+        yield Finding(
+            stage.name,
+            "warn" if many else "info",
+            f"{text} ({main.rows:,}).",
+            advice if sampled else None,
+        )
     for remark in audit.remarks:
         yield Finding(stage.name, "warn", f"About the data: {remark}.")
-
-
-def chosen_delta(stage: StageRecord) -> Curve:
-    """Log-prob of chosen responses minus the reference's, nats per response; may be empty."""
-    return stage.curve("logps/chosen_delta") or _delta(stage, "chosen")
-
-
-def rejected_delta(stage: StageRecord) -> Curve:
-    """As `chosen_delta`, of rejected responses; from their implicit reward, which is β times it."""
-    return stage.curve("logps/rejected_delta") or _delta(stage, "rejected")
-
-
-def _delta(stage: StageRecord, which: str) -> Curve:
-    beta, rewards = stage.setting("beta"), stage.curve(f"rewards/{which}")
-    if not beta or not rewards:
-        return Curve([], [])
-    return Curve(rewards.steps, [value / beta for value in rewards.values])
 
 
 def _headline(run: RunRecord) -> str:

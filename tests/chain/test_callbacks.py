@@ -1,9 +1,8 @@
-"""Signals, metrics and progress of a stage in training."""
+"""Signals and metrics of a stage in training."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl
 
-from rpo_trainer.chain.callbacks import MetricsLog, StageProgress, StepZeroLog, StopOnSignal
+from rpo_trainer.chain.callbacks import MetricsLog, StepZeroLog, StopOnSignal
 from rpo_trainer.errors import StoppedBySignal
 
 
@@ -144,27 +143,3 @@ def test_the_step_zero_check_is_handed_on_once() -> None:
     callback.on_step_end(None, state(1), None)
     callback.on_step_end(None, state(2), None)
     assert noted == [{"step0": {**trainer.step_zero, "ok": True}}]
-
-
-def test_progress_without_a_terminal_is_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    progress = StageProgress("[3/6 dpo]")
-    progress.on_train_begin(None, state(), None)
-    progress.on_log(None, state(2), None, logs={"loss": 0.5, "rewards/accuracies": 0.75, "x": 1})
-    progress.on_log(None, state(2), None, logs={"eval_loss": 0.5})
-    progress.on_train_end(None, state(), None)
-    assert caplog.messages == ["[3/6 dpo] step 2/4  loss 0.5  acc 0.75"]
-
-
-def test_progress_in_a_terminal_is_one_bar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    progress = StageProgress("[3/6 dpo]")
-    progress.on_train_begin(None, state(1), None)
-    progress.on_step_end(None, state(3), None)
-    assert progress.bar.n == 3 and progress.bar.total == 4
-    progress.on_log(None, state(3), None, logs={"rewards/margins": 0.25})
-    progress.on_train_end(None, state(4), None)
-    shown = capsys.readouterr().err
-    assert "[3/6 dpo]" in shown and "margin 0.25" in shown

@@ -102,6 +102,13 @@ def test_lineage_names_seed_and_reference(make_run: Make, make_stage: Make) -> N
     assert "3. c rpo state done starts from b reference a" in words
 
 
+def test_data_files_are_in_the_lineage_with_their_hashes(make_run: Make, make_stage: Make) -> None:
+    sources = {"rows.jsonl": "0123456789abcdef" * 2}
+    run_dir = make_run(stages=[make_stage("a", "sft", init="model", sources=sources)], metrics=[])
+    assert "file rows.jsonl 0123456789ab" in page_of(run_dir).words()
+    assert sources["rows.jsonl"] in (run_dir / "report.html").read_text(encoding="utf-8")
+
+
 def test_samples_of_all_stages_stand_together(make_run: Make) -> None:
     def answer(greedy: str) -> list[dict[str, Any]]:
         row = {"prompt": "reverse abc", "ground_truth": "cba", "greedy": greedy, "greedy_reward": 5}

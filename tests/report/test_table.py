@@ -6,16 +6,16 @@ from typing import Any
 
 from rich.console import Console
 
-from rpo_trainer.report import summary_table
+from rpo_trainer.report import status_view, summary_table
 from rpo_trainer.report.collect import collect_run
 from rpo_trainer.report.table import comparison
 
 Make = Callable[..., Any]
 
 
-def printed(run_dir: Any, width: int = 80) -> str:
+def printed(run_dir: Any, width: int = 80, view: Callable[[Any], Any] = summary_table) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(summary_table(run_dir))
+    console.print(view(run_dir))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -38,8 +38,17 @@ def test_empty_columns_are_left_out_and_states_shown(make_run: Make, make_stage:
     stages = [make_stage("sft", "sft", state="running", peak_memory_bytes=None, seconds=None)]
     run_dir = make_run(stages=stages, metrics=[])
     heads = [column.head for column in comparison(collect_run(run_dir))]
-    assert heads == ["examples", "steps"]
-    assert "sft (running)" in printed(run_dir)
+    assert heads == ["examples", "steps", "time"]
+    assert "running" in printed(run_dir)
+
+
+def test_an_unfinished_chain_fits_80_columns_too(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    done = make_stage("general-sft", "sft", eval=make_evaluation(2.0), seconds=752.0)
+    stages = [done, *(make_stage(f"rpo-{n}", "rpo", state="pending") for n in range(3))]
+    text = printed(make_run(stages=stages, metrics=[]))
+    assert "…" not in text and "12:32 min" in text and text.count("pending") == 3
 
 
 def test_own_held_out_loss_stands_in_for_a_missing_nll(make_run: Make, make_stage: Make) -> None:
@@ -51,3 +60,70 @@ def test_own_held_out_loss_stands_in_for_a_missing_nll(make_run: Make, make_stag
 def test_markup_in_a_name_is_text(make_run: Make, make_stage: Make) -> None:
     run_dir = make_run(stages=[make_stage("[red]sft", "sft")], metrics=[])
     assert "[red]sft" in printed(run_dir)
+
+
+MORE = {
+    "baseline": "sft",
+    "win_rate": {"value": 0.625, "low": 0.55, "high": 0.7},
+    "preferences": {
+        "pairs": 40,
+        "accuracy": {"value": 0.7, "low": 0.6, "high": 0.8},
+        "margin": {"value": 3.25, "low": 1.0, "high": 5.0},
+    },
+    "nll_by_source": {"a.jsonl": {"value": 1.5, "low": 1.25, "high": 1.75, "rows": 9}},
+    "lm_eval": {
+        "gsm8k": {"exact_match": {"value": 0.4, "low": 0.3, "high": 0.5, "higher_is_better": True}},
+        "wikitext": {"perplexity": {"value": 9.0, "higher_is_better": False}},
+    },
+}
+
+
+def test_further_figures_have_columns_of_their_own(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    more_perplexed = {"perplexity": {"value": 12.0, "higher_is_better": False}}
+    worse = {**MORE, "lm_eval": {"wikitext": more_perplexed}}
+    stages = [
+        make_stage("sft", "sft", init="model", eval=make_evaluation(2.0)),
+        make_stage("dpo", "dpo", eval={**make_evaluation(2.5), **MORE}),
+        make_stage("rpo", "rpo", eval={**make_evaluation(2.6), **worse}),
+    ]
+    run_dir = make_run(stages=stages, metrics=[])
+    columns = {column.head: column.cells for column in comparison(collect_run(run_dir))}
+    wins = columns["win rate against sft"]
+    assert [cell.text for cell in wins] == ["–", "0.625", "0.625"]
+    assert wins[1].interval == "0.550 to 0.700"
+    assert columns["margin against sft, nats"][1].text == "3.25"
+    assert columns["pairs right against sft"][1].interval == "0.600 to 0.800"
+    assert columns["NLL, a.jsonl"][1].text == "1.500"
+    assert [cell.text for cell in columns["gsm8k: exact_match"]] == ["–", "0.400", "–"]
+    assert [cell.best for cell in columns["wikitext: perplexity"]] == [False, True, False]
+    text = printed(run_dir)
+    assert "win" not in text and "gsm8k" not in text  # 80 columns hold the main figures alone
+
+
+def test_stages_with_baselines_of_their_own_say_which(make_run: Make, make_stage: Make) -> None:
+    other = {**MORE, "baseline": "model"}
+    stages = [make_stage("dpo", "dpo", eval=MORE), make_stage("rpo", "rpo", eval=other)]
+    run_dir = make_run(stages=stages, metrics=[])
+    columns = {column.head: column.cells for column in comparison(collect_run(run_dir))}
+    intervals = [cell.interval for cell in columns["win rate"]]
+    assert intervals == ["0.550 to 0.700 against sft", "0.550 to 0.700 against model"]
+    assert "0.625" in printed(run_dir)  # there is no reward that would say more
+
+
+def test_a_status_is_one_screen_with_the_last_warnings(make_run: Make, make_stage: Make) -> None:
+    def warning(step: int) -> dict[str, Any]:
+        return {"step": step, "text": f"margins are {step}", "advice": "raise beta"}
+
+    stages = [make_stage("dpo", "dpo", warnings=[warning(step) for step in range(10, 70, 10)])]
+    text = printed(make_run(stages=stages, metrics=[]), view=status_view)
+    assert "2 earlier warnings (rpo-trainer report)" in text
+    assert "dpo, step 60: margins are 60. To try: raise beta." in text
+    assert "margins are 30" in text and "margins are 20" not in text
+    assert len(text.splitlines()) < 24
+
+
+def test_a_status_without_warnings_is_the_table(make_run: Make) -> None:
+    run_dir = make_run()
+    assert printed(run_dir, view=status_view) == printed(run_dir)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rpo_trainer.report.collect import RunRecord, collect_run
-from rpo_trainer.report.verdict import Finding, judge
+from rpo_trainer.report.findings import Finding
+from rpo_trainer.report.verdict import judge
 
 Make = Callable[..., Any]
 
@@ -163,3 +164,54 @@ def test_an_unfinished_run_says_how_far_it_is(make_run: Make, make_stage: Make) 
         "Not finished; last logged step: 20 of 90"
     )
     assert [finding.text for finding in verdict.of_stage("dpo")] == ["Has not started."]
+
+
+def test_a_win_rate_is_judged_by_its_interval(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    def level(low: float, high: float) -> str:
+        wins = {"value": (low + high) / 2, "low": low, "high": high}
+        scored = {**make_evaluation(3.0), "baseline": "sft", "win_rate": wins}
+        chain = json.loads((run_dir / "chain.json").read_text())
+        chain["stages"] = [make_stage("dpo", "dpo", eval=scored)]
+        (run_dir / "chain.json").write_text(json.dumps(chain))
+        return about(collect_run(run_dir), "dpo", "of the time against sft").level
+
+    run_dir = make_run()
+    assert [level(0.55, 0.65), level(0.3, 0.4), level(0.4, 0.6)] == ["good", "bad", "info"]
+
+
+def test_warnings_given_in_training_are_kept(make_run: Make, make_stage: Make) -> None:
+    said = {"step": 20, "text": "the implicit gap is 12", "advice": "lower learning_rate"}
+    stages = [make_stage("dpo", "dpo", warnings=[said, "nonsense", {"step": "x"}])]
+    finding = about(collect_run(make_run(stages=stages)), "dpo", "In training, at step 20: the")
+    assert finding.level == "warn" and finding.advice == "To try: lower learning_rate."
+
+
+def test_prompts_that_get_one_answer_again_and_again_are_no_alarm(
+    make_run: Make, make_stage: Make
+) -> None:
+    dropped = {"fewer_than_two_responses": {"count": 400, "examples": []}}
+    audit = {"read": {"a": 1000}, "kept": {"a": 600}, "dropped": dropped}
+    run_dir = make_run(stages=[make_stage("dpo", "dpo", data={"audit": audit})], metrics=[])
+    assert about(collect_run(run_dir), "dpo", "400 rows were dropped (40%)").level == "warn"
+    recipe = (run_dir / "recipe.yaml").read_text()
+    sampled = recipe.replace("kind: dpo,", "kind: dpo, data: {generate: {responses: 4}},")
+    (run_dir / "recipe.yaml").write_text(sampled)
+    finding = about(collect_run(run_dir), "dpo", "400 rows were dropped (40%)")
+    assert finding.level == "info" and "higher temperature" in str(finding.advice)
+
+
+def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make) -> None:
+    def stage(name: str, remark: str) -> Any:
+        return make_stage(name, "dpo", data={"audit": {"remarks": [remark, f"about {name}"]}})
+
+    run_dir = make_run(stages=[stage("a", "x"), stage("b", "x"), stage("c", "y")], metrics=[])
+    shown = [(f.stage, f.text) for f in judge(collect_run(run_dir)).grouped_warnings()]
+    assert shown == [
+        ("a, b", "About the data: x."),
+        ("a", "About the data: about a."),
+        ("b", "About the data: about b."),
+        ("c", "About the data: y."),
+        ("c", "About the data: about c."),
+    ]

@@ -1,0 +1,207 @@
+"""The model card of a stage's output: where it comes from, how it was trained, what was measured."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from ruamel.yaml import YAML
+
+from rpo_trainer.adapters import is_adapter
+from rpo_trainer.chain.state import library_versions, write_whole
+from rpo_trainer.recipe import Recipe, Stage, resolve_path
+from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.report.agreement import read_agreement
+from rpo_trainer.report.scores import Figure, read_scores
+from rpo_trainer.report.values import short
+from rpo_trainer.trainers.checkpoint import MANIFEST, file_digest
+
+CARD = "README.md"
+_KINDS = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct preference optimisation with an SFT term",
+    "rpo": "Reward-aware preference optimisation",
+    "reward": "A reward model",
+}
+_SETTINGS = {
+    "loss_type": "loss", "objective": "objective", "beta": "β", "reward_scale": "η",
+    "sft_loss_weight": "SFT weight", "learning_rate": "learning rate",
+    "lr_scheduler_type": "schedule", "global_batch_size": "examples a step",
+    "num_train_epochs": "epochs", "max_steps": "steps", "max_length": "longest example, tokens",
+}  # fmt: skip
+
+
+def write_card(
+    final: Path,
+    stage: Stage,
+    stages: Sequence[Stage],
+    records: Mapping[str, Mapping[str, Any]],
+    recipe: Recipe,
+    base_dir: Path,
+) -> None:
+    """`README.md` of an output, and its place in the manifest.
+
+    The same run gives the same card: a run that goes on here changes nothing.
+
+    Args:
+        records: of all stages, as chain.json has them, by name.
+    """
+    text = card(final, stage, stages, records, recipe, base_dir)
+    path = final / CARD
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+    manifest = json.loads((final / MANIFEST).read_text())
+    entry = {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
+    if manifest["files"].get(CARD) != entry:
+        manifest["files"][CARD] = entry
+        write_whole(final / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def card(
+    final: Path,
+    stage: Stage,
+    stages: Sequence[Stage],
+    records: Mapping[str, Mapping[str, Any]],
+    recipe: Recipe,
+    base_dir: Path,
+) -> str:
+    """The text of the card."""
+    names = [other.name for other in stages]
+    line = _lineage(stage, {other.name: other for other in stages})
+    way = " → ".join([_start(recipe, line[0]), *(other.name for other in line[:-1])])
+    parts = [
+        f"---\n{_metadata(final, stage, recipe, base_dir)}\n---\n",
+        f"# {stage.name}\n",
+        f"{_KINDS[stage.kind]}: stage {names.index(stage.name) + 1} of {len(names)} of a "
+        f"chain trained with rpo-trainer, {way} → **{stage.name}**.\n",
+        "## Lineage\n",
+        _table(
+            ("stage", "kind", "starts from", "reference", "data", "examples", "weights"),
+            [_descent(other, records.get(other.name, {})) for other in line],
+        ),
+        "Data files by the start of their xxh3-128; `data` alone is that of the examples as they were "
+        "trained on. Weights by the start of the hashes of their files.\n",
+        "## Settings\n",
+        _table(("", ""), _settings(stage, records.get(stage.name, {}))),
+        *_measured(records.get(stage.name, {})),
+        "## Recipe of this stage\n",
+        f"```yaml\n{_excerpt(stage)}```\n",
+        "Built-in values are left out.\n",
+        "## Versions\n",
+        ", ".join(f"{name} {version}" for name, version in library_versions().items()) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def _metadata(final: Path, stage: Stage, recipe: Recipe, base_dir: Path) -> str:
+    name = recipe.model.name_or_path
+    of_hub = name is not None and not looks_like_local(name, base_dir)
+    reward = stage.kind == "reward"
+    data = ModelCardData(
+        base_model=name if of_hub else None,
+        library_name="peft" if is_adapter(final) else "transformers",
+        pipeline_tag="text-classification" if reward else "text-generation",
+        tags=["rpo-trainer", stage.kind, *(["reward-model"] if reward else [])],
+    )
+    return str(data.to_yaml()).strip()
+
+
+def looks_like_local(name: str, base_dir: Path) -> bool:
+    """Whether a model's name is a directory here, which nobody else has."""
+    path = resolve_path(base_dir, name)
+    return path.exists() or name.startswith((".", "~", "/"))
+
+
+def _start(recipe: Recipe, first: Stage) -> str:
+    if first.init != "model":
+        return f"`{Path(first.init).name}`"
+    name = recipe.model.name_or_path
+    if name is None:
+        return "random weights"
+    return f"`{Path(name).name if Path(name).is_absolute() else name}`"
+
+
+def _lineage(stage: Stage, by_name: Mapping[str, Stage]) -> list[Stage]:
+    """The stages that the weights went through, the first one first."""
+    line = [stage]
+    while (before := by_name.get(line[0].init)) is not None:
+        line.insert(0, before)
+    return line
+
+
+def _descent(stage: Stage, record: Mapping[str, Any]) -> list[str]:
+    files = [
+        f"{Path(name).name} `{digest[:12]}`"
+        for name, digest in sorted(record.get("sources", {}).items())
+    ]
+    tasks = [str(source.task) for source in stage.data.train if source.task]
+    fingerprint = record.get("data", {}).get("fingerprint", "")
+    data = "<br>".join([*files, *tasks, f"data `{fingerprint[:12]}`" if fingerprint else ""])
+    weights = record.get("output", {}).get("fingerprint", "")
+    init, reference = (
+        Path(source).name if looks_like_path(source) else source
+        for source in (stage.init, str(getattr(stage, "reference", "") or ""))
+    )
+    examples = record.get("examples")
+    return [
+        stage.name, stage.kind, init, reference, data,
+        "" if examples is None else f"{examples:,}", f"`{weights[:12]}`" if weights else "",
+    ]  # fmt: skip
+
+
+def _settings(stage: Stage, record: Mapping[str, Any]) -> list[list[str]]:
+    found = []
+    for field, label in _SETTINGS.items():
+        value = getattr(stage, field, None)
+        if field == "reward_scale" and value == "auto" and "reward_scale" in record:
+            found.append([label, f"{record['reward_scale']:g} (fitted)"])
+        elif value is not None:
+            found.append([label, f"{value:g}" if isinstance(value, float) else str(value)])
+    return found
+
+
+def _measured(record: Mapping[str, Any]) -> list[str]:
+    figures = read_scores(record.get("eval") or {}).all()
+    accuracy = read_agreement(record.get("eval") or {}).accuracy
+    if accuracy is not None:
+        figures.insert(0, Figure("better response has the higher reward", accuracy))
+    if not figures:
+        return []
+    rows = []
+    for figure in figures:
+        measure = figure.measure
+        assert measure is not None  # of `all`
+        interval = ""
+        if measure.low is not None and measure.high is not None:
+            interval = (
+                f"{short(measure.low, figure.digits)} to {short(measure.high, figure.digits)}"
+            )
+        rows.append([figure.name, short(measure.value, figure.digits), interval])
+    scorer = (record.get("eval") or {}).get("scorer")
+    by = f" Rewards and wins are by {scorer}." if scorer else ""
+    return [
+        "## Measured on held-out data\n",
+        _table(("", "value", "95 % interval"), rows),
+        f"Intervals are over prompts and rows, not over training seeds.{by}\n",
+    ]
+
+
+def _excerpt(stage: Stage) -> str:
+    fields = stage.model_dump(exclude_none=True, exclude_defaults=True)
+    fields = {"name": stage.name, "kind": stage.kind, **fields}
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.allow_unicode = True
+    buffer = io.StringIO()
+    yaml.dump(fields, buffer)
+    return buffer.getvalue()
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)

@@ -1,0 +1,293 @@
+"""What is measured with a stage's output: held-out responses, pairs and rows, and lm-eval tasks.
+
+What costs time is kept under `evaluation/` of the run by content: the baseline's responses and log-probs
+are made once for all stages, and an evaluation that was stopped goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rpo_trainer import distributed, evaluate
+from rpo_trainer.chain.data import evaluation_prompts
+from rpo_trainer.chain.harness import run_tasks
+from rpo_trainer.chain.state import write_whole
+from rpo_trainer.data import Audit, load_rows, tokenize_rows
+from rpo_trainer.probe import probe
+from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
+from rpo_trainer.reference import ReferenceCache, reference_logps, response_key
+from rpo_trainer.rewards.rowfile import complete_rows, content_key, read_rows
+from rpo_trainer.rewards.sampling import sampling_settings
+from rpo_trainer.sharding import loading_whole
+from rpo_trainer.step import uninstall
+
+if TYPE_CHECKING:
+    from rpo_trainer.data.rows import Row
+    from rpo_trainer.recipe import EvalSpec, ScoreSpec, SourceSpec
+    from rpo_trainer.rewards.scorers import Scorer
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "evaluation"
+
+
+def baseline_of(spec: EvalSpec, stages: Sequence[Stage]) -> str | None:
+    """What the outputs of the stages are compared with; None: nothing is."""
+    if spec.baseline is not None:
+        return spec.baseline
+    return next((stage.init for stage in stages if isinstance(stage, PreferenceStage)), None)
+
+
+def _name(score: ScoreSpec) -> str:
+    """Where the rewards come from, for people."""
+    if score.judge is not None:
+        return f"judge {score.judge.model}"
+    if score.endpoint is not None:
+        return f"reward model {score.endpoint.model}"
+    return (
+        f"reward model {score.model}" if score.model is not None else f"verifier {score.verifier}"
+    )
+
+
+class Evaluation:
+    """Measures the outputs of one run.
+
+    Args:
+        stages: all stages, in their order.
+        load: from a source (a stage, `model`, a path) to its policy.
+        weights: from such a source to a key of its weights.
+        scorer: from a recipe's `score` to what gives the rewards.
+        arithmetic: the dtype of the log-probs, as in training.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base_dir: Path,
+        run_dir: Path,
+        stages: Sequence[Stage],
+        tokenizer: Any,
+        *,
+        load: Callable[[str], Any],
+        weights: Callable[[str], str],
+        scorer: Callable[[ScoreSpec], Scorer],
+        arithmetic: str,
+    ) -> None:
+        self.recipe = recipe
+        self.base_dir = base_dir
+        self.run_dir = run_dir
+        self.stages = stages
+        self.tokenizer = tokenizer
+        self.load = load
+        self.weights = weights
+        self.scorer = scorer
+        self.dtype: torch.dtype = getattr(torch, arithmetic)
+        self._policies: dict[str, Any] = {}
+
+    def measure(self, stage: Stage, label: str) -> dict[str, Any]:
+        """All that the stage's `eval` asks for, as plain data; `samples.jsonl` is written beside it."""
+        spec = stage.eval or self.recipe.eval
+        if spec is None:
+            return {}
+        baseline = self._baseline(spec, stage)
+        found: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
+        try:
+            if spec.generate is not None:
+                logger.info("%s sampling held-out responses", label)
+                found |= self._responses_of(stage, spec, baseline)
+            if spec.preferences:
+                found["preferences"] = self._preferences(stage, spec, baseline, label)
+            if spec.nll:
+                found["nll_by_source"] = self._nll(stage, spec, label)
+            if spec.lm_eval is not None:
+                tasks = spec.lm_eval
+                logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
+                policy = self._policy(stage.name)
+                found["lm_eval"] = distributed.on_main(
+                    lambda: run_tasks(
+                        policy, self.tokenizer, tasks, self.base_dir, seed=self.recipe.seed
+                    )
+                )
+        finally:
+            self._policies.clear()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return found
+
+    def _baseline(self, spec: EvalSpec, stage: Stage) -> str | None:
+        """The stage's baseline, where that is another policy and is there already."""
+        baseline = baseline_of(spec, self.stages)
+        names = [other.name for other in self.stages]
+        later = names[names.index(stage.name) :]
+        return None if baseline in later else baseline
+
+    def _policy(self, source: str) -> Any:
+        if source not in self._policies:
+            with loading_whole():
+                self._policies[source] = self.load(source).to(distributed.device())
+        return self._policies[source]
+
+    # --- sampled responses ---
+
+    def _responses_of(self, stage: Stage, spec: EvalSpec, baseline: str | None) -> dict[str, Any]:
+        assert spec.score is not None  # the schema
+        rows = evaluation_prompts(spec, self.base_dir, seed=self.recipe.seed)
+        scorer = self.scorer(spec.score)
+        mine = self._answers(stage.name, rows, spec)
+        theirs = None if baseline is None else self._answers(baseline, rows, spec)
+        if spec.score.judge is not None:
+            found = self._judged(rows, scorer, mine, theirs)
+        else:
+            found = self._scored(rows, scorer, mine, theirs)
+        found["scorer"] = _name(spec.score)
+        samples = found.pop("samples")
+        if distributed.is_main():
+            lines = (json.dumps(sample) + "\n" for sample in samples)
+            write_whole(self.run_dir / stage.name / "samples.jsonl", "".join(lines))
+        return found
+
+    def _answers(self, source: str, rows: list[Row], spec: EvalSpec) -> list[dict[str, Any]]:
+        """What a policy says to the prompts, of which the responses are kept."""
+        assert spec.generate is not None
+        seed = self.recipe.seed
+        settings = [sampling_settings(spec.generate), spec.greedy, seed]
+        key = content_key("answers", self.weights(source), rows, settings)
+        path = self.run_dir / FOLDER / f"responses-{key}.jsonl"
+        if distributed.on_main(path.is_file):
+            return read_rows(path)
+        answers = evaluate.respond(
+            self._policy(source), self.tokenizer, rows, generate=spec.generate, greedy=spec.greedy,
+            seed=seed, shard=(distributed.rank(), distributed.world_size()),
+            gather=distributed.merge,
+        )  # fmt: skip
+        text = "".join(json.dumps(answer) + "\n" for answer in answers)
+        distributed.on_main(lambda: write_whole(path, text))
+        return answers
+
+    def _rewards(self, rows: list[Row], scorer: Scorer) -> list[Any]:
+        """`rewards` of the responses of each row."""
+        key = content_key(scorer.key, rows)
+        path = self.run_dir / FOLDER / f"rewards-{key}.jsonl"
+        scored = read_rows(path) if distributed.on_main(path.is_file) else None
+        if scored is None:
+            scored = complete_rows(
+                path, rows, scorer.work(rows), key=key, what="scored", ranks=distributed
+            )
+        return [row["rewards"] for row in scored]
+
+    def _scored(
+        self,
+        rows: list[Row],
+        scorer: Scorer,
+        mine: list[dict[str, Any]],
+        theirs: list[dict[str, Any]] | None,
+    ) -> dict[str, Any]:
+        verifier = getattr(scorer, "verifier", None)
+        rewards = self._rewards(evaluate.to_score(rows, mine), scorer)
+        result = evaluate.summarise(
+            rows, mine, rewards, seed=self.recipe.seed,
+            maximum=None if verifier is None else verifier.maximum,
+        )  # fmt: skip
+        found = result.as_dict()
+        if theirs is not None:
+            others = self._rewards(evaluate.to_score(rows, theirs), scorer)
+            k = len(mine[0]["responses"])
+            wins = evaluate.win_rate(
+                [row[:k] for row in rewards], [row[:k] for row in others], self.recipe.seed
+            )
+            found["win_rate"] = asdict(wins)
+        return found
+
+    def _judged(
+        self,
+        rows: list[Row],
+        scorer: Scorer,
+        mine: list[dict[str, Any]],
+        theirs: list[dict[str, Any]] | None,
+    ) -> dict[str, Any]:
+        """A judge has no rewards, but a winner for each prompt; what is the same is not asked for."""
+        found: dict[str, Any] = {
+            "prompts": len(rows),
+            "responses": sum(len(answer["responses"]) for answer in mine),
+            "unfinished": evaluate.unfinished(mine),
+            "samples": [asdict(sample) for sample in evaluate.samples_of(rows, mine)],
+        }
+        if theirs is None:
+            return found
+        pairs = [
+            {**row, "responses": [own["responses"][0], other["responses"][0]]}
+            for row, own, other in zip(rows, mine, theirs, strict=True)
+        ]
+        differ = [row for row in pairs if row["responses"][0] != row["responses"][1]]
+        verdicts = [row[0] for row in self._rewards(differ, scorer)] if differ else []
+        decided = [0.5] * (len(pairs) - len(differ)) + [v for v in verdicts if v is not None]
+        found["undecided"] = len(pairs) - len(decided)
+        if decided:
+            found["win_rate"] = asdict(evaluate.estimate(decided, self.recipe.seed))
+        return found
+
+    # --- held-out responses ---
+
+    def _preferences(
+        self, stage: Stage, spec: EvalSpec, baseline: str | None, label: str
+    ) -> dict[str, Any]:
+        examples = self._examples(spec.preferences, "pair", spec, f"{label} held-out pairs")
+        own = self._logps(stage.name, examples)
+        other = None if baseline is None else self._logps(baseline, examples)
+        return evaluate.preference_figures(own, other, self.recipe.seed)
+
+    def _nll(self, stage: Stage, spec: EvalSpec, label: str) -> dict[str, Any]:
+        examples = self._examples(spec.nll, "sft", spec, f"{label} held-out rows")
+        logps = [row[0] for row in self._logps(stage.name, examples)]
+        tokens = [sum(example["response_mask"][0]) for example in examples]
+        sources = [example["source"] for example in examples]
+        return evaluate.nll_figures(logps, tokens, sources, self.recipe.seed)
+
+    def _examples(
+        self, sources: list[SourceSpec], kind: Any, spec: EvalSpec, what: str
+    ) -> list[Mapping[str, Any]]:
+        audit, seed = Audit(), self.recipe.seed
+        with distributed.together():
+            rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
+            examples = tokenize_rows(
+                rows[: spec.max_rows], self.tokenizer, kind=kind, truncation="drop", audit=audit,
+                max_length=max(stage.max_length for stage in self.stages),
+            )  # fmt: skip
+        for line in audit.summary_lines():
+            logger.info("%s: %s", what, line)
+        return list(examples)
+
+    def _logps(self, source: str, examples: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """Σ log π over the trained tokens of each response, computed as in training."""
+        key = content_key("logps", self.weights(source), str(self.dtype))
+        cache = distributed.on_main(lambda: ReferenceCache(self.run_dir / FOLDER / f"logps-{key}"))
+        known = [
+            [cache.values.get(response_key(e["prompt_ids"], ids, mask)) for ids, mask in
+             zip(e["response_ids"], e["response_mask"], strict=True)]
+            for e in examples
+        ]  # fmt: skip
+        if all(value is not None for row in known for value in row):
+            return known  # type: ignore[return-value]
+        policy = self._policy(source)
+        layout, _ = probe(policy)
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
+        try:
+            with precision:
+                return reference_logps(
+                    policy, examples, layout=layout, cache=cache,
+                    shard=(distributed.rank(), distributed.world_size()), gather=distributed.merge,
+                    pad_token_id=self.tokenizer.pad_token_id or 0, tolerance=0.1 if half else 1e-3,
+                )  # fmt: skip
+        finally:
+            uninstall(policy)

@@ -1,0 +1,68 @@
+"""Outputs on the hub: `push_to_hub` and its companions in `training_args`, as transformers names them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rpo_trainer.errors import RecipeError, RPOTrainerError
+
+logger = logging.getLogger(__name__)
+
+_STRATEGIES = ("end", "every_save")
+
+
+def check_strategy(arguments: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError where checkpoints are to be pushed: a chain pushes finished outputs alone."""
+    strategy = str(getattr(s := arguments.get("hub_strategy", "end"), "value", s))
+    if arguments.get("push_to_hub") and strategy not in _STRATEGIES:
+        raise RecipeError(
+            f"hub_strategy {strategy}: a chain pushes the finished output of a stage, not its checkpoints",
+            where=where,
+            why="the output goes there whole, with its card and the figures that were measured",
+            fix="leave hub_strategy out",
+        )
+
+
+def push_output(
+    final: Path, arguments: Mapping[str, Any], *, stage: str, run: str
+) -> dict[str, Any] | None:
+    """Uploads a stage's output where `push_to_hub` asks for it; a push that fails is only said.
+
+    Args:
+        arguments: `training_args` of the stage: `push_to_hub`, `hub_model_id` (by default `run`-`stage`,
+            in the namespace of whom the token belongs to), `hub_token`, `hub_private_repo`,
+            `hub_revision`.
+
+    Returns:
+        `repo`, and the `commit` or the `error`; None: nothing was asked for.
+    """
+    if not arguments.get("push_to_hub"):
+        return None
+    repo = str(arguments.get("hub_model_id") or f"{run}-{stage}")
+    try:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=arguments.get("hub_token"))
+        made = api.create_repo(
+            repo, private=arguments.get("hub_private_repo"), exist_ok=True, repo_type="model"
+        )
+        repo = made.repo_id
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=str(final), commit_message=f"Output of stage {stage}",
+            revision=arguments.get("hub_revision"),
+        )  # fmt: skip
+    except RPOTrainerError:
+        raise  # a signal that came meanwhile
+    except Exception as error:  # the network, the token, the hub: the output is safe on disk
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        logger.warning(
+            "the output of stage %s is not on the hub (%s): %s. It is complete in its `final`; "
+            "`hf upload %s` pushes it by hand",
+            stage, repo, first, repo,
+        )  # fmt: skip
+        return {"repo": repo, "error": first}
+    logger.info("the output of stage %s is on the hub: %s", stage, repo)
+    return {"repo": repo, "commit": str(commit.oid)}

@@ -1,0 +1,319 @@
+"""What `eval` measures after a stage: responses, pairs, rows and tasks, against a baseline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rpo_trainer.chain.evaluation import baseline_of
+from rpo_trainer.errors import ModelError, Problems, RunError
+from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.recipe import expand_stages
+from tests.chain import tiny
+from tests.rewards.server import Answer, serving
+
+pytestmark = pytest.mark.slow
+
+GENERATE = {"responses": 2, "max_new_tokens": 5}
+
+
+def pairs() -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"{n} + 1 = ", "chosen": f"{n + 1}", "rejected": f"{n}!"} for n in range(2, 8)
+    ]
+
+
+def texts() -> list[dict[str, Any]]:
+    return [{"prompt": f"say {w}: ", "response": w} for w in ("a", "bcd", "efghij")]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.name
+
+
+def recipe_with(folder: Path, **spec: Any) -> dict[str, Any]:
+    """The tiny chain, measured on held-out pairs and rows of two files."""
+    recipe = tiny.tiny_recipe()
+    recipe["eval"] = {
+        "preferences": [{"path": write(folder / "pairs.jsonl", pairs())}],
+        "nll": [
+            {"path": write(folder / "one.jsonl", texts())},
+            {"path": write(folder / "two.jsonl", texts()[:1])},
+        ],
+        **spec,
+    }
+    return recipe
+
+
+def logp(model: Any, prompt: str, response: str) -> float:
+    """Of the response's tokens and its end token, by a plain forward."""
+    tokenizer = character_tokenizer()
+    before = tokenizer(prompt)["input_ids"]
+    after = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = torch.tensor([before + after])
+    with torch.no_grad():
+        logps = model(ids).logits.double().log_softmax(-1)
+    places = range(len(before), ids.shape[1])
+    return float(sum(logps[0, i - 1, ids[0, i]] for i in places))
+
+
+@pytest.fixture(scope="module")
+def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished chain whose last round was measured in every way that needs nothing from elsewhere."""
+    folder = tmp_path_factory.mktemp("measured")
+    run_dir = tiny.cut_before(finished, folder / "run", "rpo-2")
+    recipe = recipe_with(
+        folder,
+        data=[tiny.task("general", "heldout", 6)],
+        generate=GENERATE,
+        score={"verifier": "partial_match"},
+        max_rows=5,
+    )
+    tiny.run(folder, recipe)
+    return run_dir
+
+
+def test_responses_are_scored_and_compared_with_the_baseline(measured: Path) -> None:
+    found = tiny.records(measured)["rpo-2"]["eval"]
+    assert (found["prompts"], found["responses"], found["scorer"]) == (
+        5, 10, "verifier partial_match",
+    )  # fmt: skip
+    assert found["baseline"] == "general"  # what the first preference stage starts from
+    assert 0 <= found["win_rate"]["low"] <= found["win_rate"]["value"] <= found["win_rate"]["high"]
+    kept = {p.name.split("-")[0] for p in (measured / "evaluation").iterdir()}
+    assert kept == {"responses", "rewards", "logps"}
+    files = sorted((measured / "evaluation").glob("rewards-*.jsonl"))
+    tables = [[json.loads(x)["rewards"] for x in f.read_text().splitlines()] for f in files]
+    means = {sum(sum(row[:2]) for row in table) / 10 for table in tables}
+    assert any(found["reward_mean"] == pytest.approx(mean) for mean in means)
+    assert len((measured / "rpo-2" / "samples.jsonl").read_text().splitlines()) == 5
+
+
+def test_pairs_and_rows_are_those_of_plain_forwards(measured: Path) -> None:
+    found = tiny.records(measured)["rpo-2"]["eval"]
+    policy = AutoModelForCausalLM.from_pretrained(measured / "rpo-2" / "final")
+    base = AutoModelForCausalLM.from_pretrained(measured / "general" / "final")
+    gains, ranked = [], []
+    for row in pairs()[:5]:
+        own = [logp(policy, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        other = [logp(base, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        gains.append([a - b for a, b in zip(own, other, strict=True)])
+        ranked.append(own[0] > own[1])
+    preferences = found["preferences"]
+    assert preferences["pairs"] == 5
+    assert preferences["ranked"]["value"] == pytest.approx(sum(ranked) / 5)
+    assert preferences["accuracy"]["value"] == pytest.approx(sum(c > r for c, r in gains) / 5)
+    margin = sum(c - r for c, r in gains) / 5
+    assert preferences["margin"]["value"] == pytest.approx(margin, abs=1e-4)
+    delta = sum(c for c, _ in gains) / 5
+    assert preferences["chosen_delta"]["value"] == pytest.approx(delta, abs=1e-4)
+    nll = found["nll_by_source"]
+    rows = texts()
+    assert {name: entry["rows"] for name, entry in nll.items()} == {"one.jsonl": 3, "two.jsonl": 1}
+    total = -sum(logp(policy, row["prompt"], row["response"]) for row in rows)
+    tokens = sum(len(row["response"]) + 1 for row in rows)
+    assert nll["one.jsonl"]["value"] == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_measuring_changes_nothing(measured: Path, finished: Path) -> None:
+    assert tiny.weights(measured) == tiny.weights(finished)
+
+
+def test_what_was_sampled_and_computed_is_not_made_again(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from rpo_trainer import evaluate
+    from rpo_trainer.chain import evaluation
+
+    shutil.copytree(measured.parent, tmp_path / "again")
+    state = tmp_path / "again" / "run" / "chain.json"
+    content = json.loads(state.read_text())
+    before = content["stages"][-1].pop("eval")
+    del content["digest"]
+    content["stages"][-1]["state"] = "running"  # as if it had been killed behind its last step
+    state.write_text(json.dumps(content))
+    monkeypatch.setattr(evaluate, "respond", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr(evaluation, "reference_logps", lambda *_, **__: pytest.fail("computed"))
+    from rpo_trainer.chain import run_chain
+    from rpo_trainer.recipe import load_recipe
+
+    run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), tmp_path / "again" / "run")
+    assert tiny.records(tmp_path / "again" / "run")["rpo-2"]["eval"] == before
+
+
+def test_the_baseline_is_compared_with_nothing(finished: Path, tmp_path: Path) -> None:
+    tiny.cut_before(finished, tmp_path / "run", "dpo")
+    recipe = recipe_with(tmp_path, baseline="dpo")
+    tiny.run(tmp_path, recipe, only={"dpo"})
+    found = tiny.records(tmp_path / "run")["dpo"]["eval"]
+    assert "baseline" not in found and set(found["preferences"]) == {"pairs", "ranked"}
+
+
+def test_the_default_baseline(tmp_path: Path) -> None:
+    loaded = tiny.load(tmp_path, recipe_with(tmp_path))
+    stages = expand_stages(loaded.recipe)
+    spec = loaded.recipe.eval
+    assert spec is not None
+    assert baseline_of(spec, stages) == "general"
+    assert baseline_of(spec, stages[:2]) is None
+    assert baseline_of(spec.model_copy(update={"baseline": "model"}), stages) == "model"
+
+
+def test_a_judge_gives_a_win_rate_and_what_is_undecided(finished: Path, tmp_path: Path) -> None:
+    def always_first(request: dict[str, Any], _: int) -> Answer:
+        return Answer("[[A]]")  # it turns with the order: no verdict at all
+
+    def longer(request: dict[str, Any], _: int) -> Answer:
+        text = request["messages"][0]["content"]
+        first = text.split("<answer_A>\n")[1].split("\n</answer_A>")[0]
+        second = text.split("<answer_B>\n")[1].split("\n</answer_B>")[0]
+        sizes = (len(first), first), (len(second), second)
+        return Answer("[[A]]" if sizes[0] > sizes[1] else "[[B]]")
+
+    def measured_by(answer: Any, folder: Path) -> dict[str, Any]:
+        tiny.cut_before(finished, folder / "run", "rpo-2")
+        with serving(answer) as server:
+            judge = {"url": server.url, "model": "judge-1", "retries": 0}
+            recipe = tiny.tiny_recipe()
+            recipe["eval"] = {
+                "data": [tiny.task("general", "heldout", 6)], "generate": GENERATE,
+                "greedy": False, "score": {"judge": judge}, "baseline": "code",
+            }  # fmt: skip
+            tiny.run(folder, recipe)
+        return tiny.records(folder / "run")["rpo-2"]["eval"]
+
+    found = measured_by(longer, tmp_path / "a")
+    assert found["scorer"] == "judge judge-1" and found["baseline"] == "code"
+    assert found["undecided"] == 0 and "reward_mean" not in found
+    answers = [
+        [json.loads(line)["responses"][0] for line in path.read_text().splitlines()]
+        for path in (tmp_path / "a" / "run" / "evaluation").glob("responses-*.jsonl")
+    ]
+    wins = sum((len(a), a) > (len(b), b) for a, b in zip(*answers, strict=True))
+    ties = sum(a == b for a, b in zip(*answers, strict=True))
+    share = (wins + ties / 2) / 6
+    assert found["win_rate"]["value"] in (pytest.approx(share), pytest.approx(1 - share))
+    found = measured_by(always_first, tmp_path / "b")
+    assert found["undecided"] == 6 - ties
+    assert ("win_rate" in found) == (ties > 0)
+
+
+# --- lm-eval ---
+
+TASK = """\
+task: count_up
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def questions() -> list[dict[str, Any]]:
+    return [
+        {"question": f"{n} + 1 =", "choices": [str(n), str(n + 1)], "label": 1} for n in range(2, 8)
+    ]
+
+
+def tasks_of(folder: Path) -> dict[str, Any]:
+    file = folder / "tasks" / "questions.jsonl"
+    write(file, questions())
+    (folder / "tasks" / "count_up.yaml").write_text(TASK.format(file=file))
+    return {"tasks": ["count_up"], "include_path": "./tasks", "limit": 5}
+
+
+def test_tasks_of_lm_eval_are_run_on_the_output(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    tiny.cut_before(finished, tmp_path / "run", "rpo-2")
+    recipe = tiny.tiny_recipe()
+    recipe["eval"] = {"lm_eval": tasks_of(tmp_path)}
+    tiny.run(tmp_path, recipe)
+    found = tiny.records(tmp_path / "run")["rpo-2"]["eval"]["lm_eval"]["count_up"]["acc"]
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "rpo-2" / "final")
+    tokenizer = character_tokenizer()
+
+    def score(question: str, choice: str) -> float:
+        before = tokenizer(question)["input_ids"]
+        whole = tokenizer(f"{question} {choice}")["input_ids"]
+        with torch.no_grad():
+            logps = policy(torch.tensor([whole])).logits.log_softmax(-1)
+        return float(sum(logps[0, i - 1, whole[i]] for i in range(len(before), len(whole))))
+
+    right = [
+        max(range(2), key=lambda i: score(row["question"], row["choices"][i])) == row["label"]
+        for row in questions()[:5]
+    ]
+    assert found["value"] == pytest.approx(sum(right) / 5)
+
+
+def test_tasks_that_cannot_be_run_are_found_by_check(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    from rpo_trainer.chain.check import check_recipe
+
+    def shown(**spec: Any) -> str:
+        recipe = tiny.tiny_recipe()
+        recipe["stages"] = recipe["stages"][:2]
+        recipe["eval"] = {"lm_eval": {**tasks_of(tmp_path), **spec}}
+        with pytest.raises(Problems) as caught:
+            check_recipe(tiny.load(tmp_path, recipe), tmp_path / "run")
+        assert caught.value.exit_code == 2
+        assert len(caught.value.problems) == 1  # not once a stage
+        return str(caught.value)
+
+    text = shown(tasks=["count_down"])
+    assert "lm-eval knows no task 'count_down'" in text and "did you mean count_up?" in text
+    assert "runs code that the model has written" in shown(tasks=["humaneval"])
+    assert "there is no such directory" in shown(include_path="./nowhere")
+
+
+def test_without_the_extra_check_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from rpo_trainer.chain.check import check_recipe
+
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    recipe = tiny.tiny_recipe()
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["eval"] = {"lm_eval": {"tasks": ["ifeval"]}}
+    with pytest.raises(Problems, match=r"rpo-trainer\[eval\]") as caught:
+        check_recipe(tiny.load(tmp_path, recipe), tmp_path / "run")
+    assert caught.value.exit_code == 2
+
+
+def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    from rpo_trainer.chain.harness import run_tasks
+    from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from tests.models import make_model
+
+    spec = LmEvalSpec.model_validate(tasks_of(tmp_path))
+    (tmp_path / "tasks" / "questions.jsonl").unlink()
+    with pytest.raises(RunError, match="lm-eval failed") as caught:
+        run_tasks(make_model(), character_tokenizer(), spec, tmp_path, seed=0)
+    assert "count_up" in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
+    from rpo_trainer.chain.check import check_recipe
+
+    with pytest.raises(Problems, match="there is no model here") as caught:
+        check_recipe(tiny.load(tmp_path, recipe_with(tmp_path, baseline="./no")), tmp_path / "run")
+    assert [type(problem) for problem in caught.value.problems] == [ModelError]
