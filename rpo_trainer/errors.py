@@ -5,7 +5,7 @@ The command line prints them without a traceback and ends with their `exit_code`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class RPOTrainerError(Exception):
@@ -34,6 +34,12 @@ class RPOTrainerError(Exception):
         self.why = why
         self.fix = fix
         super().__init__(self._text())
+
+    def at(self, where: str) -> RPOTrainerError:
+        """The same error, at a place that somebody knows better."""
+        self.where = where
+        self.args = (self._text(),)
+        return self
 
     def _text(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
@@ -81,6 +87,7 @@ class StepZeroError(RPOTrainerError):
 
     exit_code = 2
     everywhere = True
+    values: Mapping[str, float] = {}  # what was measured
 
 
 class StoppedBySignal(RPOTrainerError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +12,20 @@ from rpo_trainer.adapters import base_of, is_adapter
 from rpo_trainer.chain.data import (
     build_evaluation,
     build_rows,
+    check_overlap,
     evaluation_prompts,
     needs_policy,
     set_aside,
     stage_seed,
     tokenize_stage,
 )
+from rpo_trainer.chain.disk import check_disk
+from rpo_trainer.chain.harness import check_tasks
 from rpo_trainer.chain.made import load_given, load_prompts
 from rpo_trainer.chain.stage import lora_config, training_config
-from rpo_trainer.data import Audit, encode_prompt
+from rpo_trainer.data import Audit, encode_prompt, load_rows
 from rpo_trainer.data.rows import RowError
-from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, RunError
+from rpo_trainer.errors import DataError, ModelError, Problems, RecipeError, RPOTrainerError
 from rpo_trainer.loading import check_context, load_config, load_tokenizer
 from rpo_trainer.recipe import (
     LoadedRecipe,
@@ -33,13 +35,13 @@ from rpo_trainer.recipe import (
     expand_stages,
     resolve_path,
 )
-from rpo_trainer.recipe.checks import looks_like_path
+from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.rewards.scorers import make_scorer
+from rpo_trainer.trainers.step_zero import dropout_of
 
 if TYPE_CHECKING:
-    from rpo_trainer.recipe import EvalSpec
-
-_LOW_DISK = 2**30
+    from rpo_trainer.recipe import EvalSpec, ScoreSpec
+    from rpo_trainer.recipe.where import Origins
 
 
 def check_recipe(
@@ -60,13 +62,9 @@ def check_recipe(
     for stage in check.stages:
         if only is None or stage.name in only:
             check.stage(stage)
-    free = shutil.disk_usage(_existing(run_dir)).free
-    if free < _LOW_DISK:
-        check.problems.append(
-            RunError(f"only {free / 2**20:.0f} MiB of disk are free", where=str(run_dir))
-        )
+    check.disk(only)
     if check.problems:
-        raise Problems(_distinct(check.problems))
+        raise Problems(_distinct(check.problems, loaded.origins))
     return check.lines
 
 
@@ -80,6 +78,7 @@ class _Check:
         self.lines: list[str] = []
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.config: Any = None
+        self.responses: dict[str, int] = {}
         with _Collected(self.problems):
             self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
             self.config = load_config(
@@ -100,9 +99,10 @@ class _Check:
                 check_context(self.config, stage.max_length, f"stages.{stage.name}.max_length")
         with _Collected(self.problems):
             lora_config(stage)
+        self._dropout(stage)
         for key, source in _sources(stage):
             with _Collected(self.problems):
-                self._start(stage, key, source)
+                self._start(f"stages.{stage.name}.{key}", source)
         with _Collected(self.problems):
             if needs_policy(stage.data):
                 self._prompts(stage, seed)
@@ -113,14 +113,40 @@ class _Check:
             with _Collected(self.problems):
                 self._evaluation(spec)
 
-    def _start(self, stage: Stage, key: str, source: str) -> None:
+    def disk(self, only: Collection[str] | None) -> None:
+        """Room for what the stages will write."""
+        wanted = [stage for stage in self.stages if only is None or stage.name in only]
+        if any(not isinstance(problem, DataError) for problem in self.problems):
+            return  # the size of the model is not known, or what is kept of it
+        with _Collected(self.problems):
+            check_disk(
+                self.recipe, self.base_dir, self.run_dir, wanted, self.stages,
+                len(self.tokenizer), self.responses,  # type: ignore[arg-type]
+            )  # fmt: skip
+
+    def _dropout(self, stage: Stage) -> None:
+        if self.config is None or not isinstance(stage, PreferenceStage):
+            return
+        found = dropout_of(self.config)
+        if found and stage.disable_dropout:
+            self.lines.append(
+                f"  warning: the model's config has dropout ({found}): it is set to 0 in this stage, "
+                "since the reference has none"
+            )
+
+    def _start(self, key: str, source: str) -> None:
         if source == "model" or any(source == other.name for other in self.stages):
             return
         folder = resolve_path(self.base_dir, source)
         if is_adapter(folder):
             base_of(folder)
         elif not (folder / "config.json").is_file():
-            raise ModelError("there is no model here", where=f"stages.{stage.name}.{key}: {folder}")
+            raise ModelError(
+                "there is no model here",
+                where=f"{key}: {folder}",
+                why="the stage could not begin",
+                fix="give a directory with config.json and weights in safetensors",
+            )
 
     def _examples(self, stage: Stage, seed: int) -> None:
         audit = Audit()
@@ -131,12 +157,27 @@ class _Check:
         held_out = None
         if self.tokenizer is not None:
             examples = tokenize_stage(stage, rows, self.tokenizer, audit)
-            self.lines.append(f"  {len(examples)} examples, {_steps(stage, len(examples))} steps")
+            self._length(stage, len(examples))
+            self.responses[stage.name] = sum(map(len, examples["response_ids"]))
             held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
         if held_out is not None:
-            audit.check_overlap(rows, held_out[1], held_out=stage.data.held_out)
             self.lines.append(f"  {len(held_out[0])} held-out examples")
+        check_overlap(stage, self.recipe, self.base_dir, rows, held_out and held_out[1], audit)
         self.lines += [f"  {line}" for line in audit.summary_lines()]
+
+    def _length(self, stage: Stage, examples: int) -> None:
+        steps = _steps(stage, examples)
+        self.lines.append(f"  {examples} examples, {steps} steps")
+        if stage.warmup_steps > steps:
+            self.problems.append(
+                RecipeError(
+                    f"`warmup_steps` is {stage.warmup_steps}, longer than the stage, which has "
+                    f"{steps} steps",
+                    where=f"stages.{stage.name}.warmup_steps",
+                    why="the learning rate would never reach its peak",
+                    fix=f"write at most {steps}, or raise `num_train_epochs`",
+                )
+            )
 
     def _rows_of(self, name: str) -> list[dict[str, Any]]:
         stage = next(stage for stage in self.stages if stage.name == name)
@@ -162,28 +203,43 @@ class _Check:
         policies = [stage.init if p == "init" else p for p in stage.data.generate.policies]
         policies += [endpoint.model for endpoint in stage.data.generate.endpoints]
         self.lines.append(f"  {len(rows)} prompts; the responses come from {', '.join(policies)}")
+        audit = Audit()
+        check_overlap(stage, self.recipe, self.base_dir, rows, None, audit)
+        self.lines += [f"  {line}" for line in audit.summary_lines()]
 
     def _scorer(self, stage: Stage, rows: list[dict[str, Any]]) -> None:
         """What can be known of the scorer of a stage; a reward model of the run is not there yet."""
-        score = stage.data.score
-        if score is None:
-            return
+        if stage.data.score is not None:
+            self._scorable(stage.data.score, rows, f"stages.{stage.name}.data.score")
+
+    def _scorable(self, score: ScoreSpec, rows: list[dict[str, Any]], where: str) -> None:
         if score.model is not None and any(score.model == other.name for other in self.stages):
             return
 
         def model(name: str) -> tuple[str, str]:
             folder = resolve_path(self.base_dir, name)
             if looks_like_path(name) and not (folder / "config.json").is_file():
-                where = f"stages.{stage.name}.data.score.model: {folder}"
-                raise ModelError("there is no reward model here", where=where)
+                raise ModelError("there is no reward model here", where=f"{where}.model: {folder}")
             return name, name
 
         make_scorer(score, base_dir=self.base_dir, model=model).check(rows)
 
     def _evaluation(self, spec: EvalSpec) -> None:
-        rows = evaluation_prompts(spec, self.base_dir, seed=self.recipe.seed)
-        if spec.score is not None:
-            make_scorer(spec.score).check(rows)
+        options: dict[str, Any] = {"base_dir": self.base_dir, "seed": self.recipe.seed}
+        if spec.data:
+            rows = evaluation_prompts(spec, **options)
+            if spec.score is not None:
+                self._scorable(
+                    spec.score, [{**r, "responses": ["", ""]} for r in rows], "eval.score"
+                )
+        if spec.preferences:
+            load_rows(spec.preferences, kind="pair", audit=Audit(), **options)
+        if spec.nll:
+            load_rows(spec.nll, kind="sft", audit=Audit(), **options)
+        if spec.baseline is not None:
+            self._start("eval.baseline", spec.baseline)
+        if spec.lm_eval is not None:
+            check_tasks(spec.lm_eval, self.base_dir)
 
 
 class _Collected:
@@ -205,7 +261,7 @@ class _Collected:
 
 def _sources(stage: Stage) -> Iterator[tuple[str, str]]:
     yield "init", stage.init
-    if isinstance(stage, PreferenceStage):
+    if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
         yield "reference", stage.reference
 
 
@@ -216,11 +272,7 @@ def _steps(stage: Stage, examples: int) -> int:
     return int(-(-per_epoch * (stage.num_train_epochs or 1.0) // 1))
 
 
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)
-
-
-def _distinct(problems: list[RPOTrainerError]) -> list[RPOTrainerError]:
-    """The rounds of a repeated stage find the same faults."""
-    return list({str(problem): problem for problem in problems}.values())
+def _distinct(problems: list[RPOTrainerError], origins: Origins) -> list[RPOTrainerError]:
+    """Each with its line; the rounds of a repeated stage find the same faults."""
+    placed = [p if p.where is None else p.at(origins.locate(p.where)) for p in problems]
+    return list({str(problem): problem for problem in placed}.values())

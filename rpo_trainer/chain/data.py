@@ -233,6 +233,33 @@ def evaluation_prompts(spec: EvalSpec, base_dir: Path, *, seed: int) -> list[dic
     return rows[: spec.max_rows]
 
 
+def check_overlap(
+    stage: Stage,
+    recipe: Recipe,
+    base_dir: Path,
+    rows: Sequence[dict[str, Any]],
+    held_out: Sequence[dict[str, Any]] | None,
+    audit: Audit,
+) -> None:
+    """Remarks on prompts of `rows` that the stage is also measured with, by `data.eval` or by `eval`.
+
+    Raises:
+        DataError: there are some, and `data.held_out` says that there are none.
+    """
+    named = stage.data.held_out
+    if held_out is not None:
+        audit.check_overlap(rows, held_out, held_out=named)
+    spec = stage.eval or recipe.eval
+    if spec is None:
+        return
+    kinds: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": "sft"}
+    for name, kind in kinds.items():
+        if sources := getattr(spec, name):
+            options: dict[str, Any] = {"base_dir": base_dir, "seed": recipe.seed}
+            found = load_rows(sources, kind=kind, audit=Audit(), **options)[: spec.max_rows]
+            audit.check_overlap(rows, found, held_out=named, where=f"eval.{name}")
+
+
 def _scored_here(score: ScoreSpec | None) -> bool:
     """Whether the rewards cost nothing and touch nothing: rows can be scored before a run."""
     return score is not None and score.verifier not in (None, "asserts")

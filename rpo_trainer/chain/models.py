@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from rpo_trainer import adapters, distributed
+from rpo_trainer import adapters, distributed, four_bits
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
@@ -164,13 +164,13 @@ class Models:
     def _load(
         self, place: Path | str | None, quantization: str | None = None, *, reward: bool = False
     ) -> PreTrainedModel:
-        four_bits = None if quantization is None else adapters.nf4(self.compute)
+        held = None if quantization is None else four_bits.nf4(self.compute)
         if isinstance(place, Path):
-            model = load_weights(place, quantization=four_bits, reward=reward)
+            model = load_weights(place, quantization=held, reward=reward)
             check_vocabulary(model, self.vocabulary)
         else:
-            model = self._load_named(place, four_bits, reward)
-        adapters.steady(model)
+            model = self._load_named(place, held, reward)
+        four_bits.steady(model)
         return model
 
     def _load_named(
@@ -223,7 +223,7 @@ class Models:
     def _merged(self, left: _Adapter) -> PreTrainedModel:
         """Base and adapter in one."""
         with loading_whole():
-            base = adapters.in_full(self._load(left.base.place, left.quantization))
+            base = four_bits.in_full(self._load(left.base.place, left.quantization))
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: PackedTrainer, stage: Stage) -> None:

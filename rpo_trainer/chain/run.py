@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
-import json
 import logging
 import time
 from collections.abc import Collection
@@ -13,24 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_trainer import distributed
-from rpo_trainer.chain.callbacks import MetricsLog, StageProgress, StopOnSignal
+from rpo_trainer.chain.asked import default_run_dir
+from rpo_trainer.chain.callbacks import MetricsLog, StopOnSignal
+from rpo_trainer.chain.card import write_card
+from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.data import (
     StageData,
     build_evaluation,
     build_rows,
-    evaluation_prompts,
+    check_overlap,
     fitted_stage,
     set_aside,
     source_digests,
     stage_seed,
     tokenize_stage,
 )
-from rpo_trainer.chain.made import RowMaker, source_key, sources_of_rows
+from rpo_trainer.chain.disk import check_disk, raise_if_refused
+from rpo_trainer.chain.evaluation import Evaluation
+from rpo_trainer.chain.finished import check_finished, check_starts
+from rpo_trainer.chain.hub import push_output
+from rpo_trainer.chain.made import RowMaker, source_key
 from rpo_trainer.chain.models import Models
+from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.stage import (
     agreement_of,
     arithmetic,
@@ -46,11 +53,12 @@ from rpo_trainer.chain.state import (
     ChainState,
     forget_metrics,
     locked,
+    now,
     open_run_dir,
-    write_whole,
+    write_recipe,
 )
 from rpo_trainer.data import Audit
-from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.errors import RunError, StepZeroError
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import (
     LoadedRecipe,
@@ -59,6 +67,7 @@ from rpo_trainer.recipe import (
     Stage,
     dump_resolved,
     expand_stages,
+    fill_from_environment,
     resolve_path,
 )
 from rpo_trainer.rewards.rowfile import content_key
@@ -69,19 +78,13 @@ from rpo_trainer.trainers.reward import RewardTrainer
 
 logger = logging.getLogger(__name__)
 
-_VERSIONS = ("rpo-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")
-
-
-def default_run_dir(loaded: LoadedRecipe) -> Path:
-    """`run_dir` of the recipe, else `runs/` and the recipe's folder or file name."""
-    if loaded.recipe.run_dir is not None:
-        return Path(loaded.recipe.run_dir).expanduser()
-    name = loaded.path.stem if loaded.path.stem != "chain" else loaded.base_dir.name
-    return Path("runs") / name
-
 
 def run_chain(
-    loaded: LoadedRecipe, run_dir: Path | None = None, *, only: Collection[str] | None = None
+    loaded: LoadedRecipe,
+    run_dir: Path | None = None,
+    *,
+    only: Collection[str] | None = None,
+    allow_changed: Collection[str] = (),
 ) -> Path:
     """Runs the stages that are not finished; run again, it goes on where it stopped.
 
@@ -89,6 +92,8 @@ def run_chain(
         loaded: a recipe of `load_recipe`.
         run_dir: where to; None: `default_run_dir`.
         only: names of the stages to run, the others are left as they are; None: all.
+        allow_changed: keys of the recipe that may differ from what the run has computed with; what
+            has changed is kept in chain.json.
 
     Returns:
         The run directory.
@@ -102,19 +107,25 @@ def run_chain(
     with ExitStack() as held:
 
         def hold() -> None:
-            open_run_dir(run_dir)
-            held.enter_context(locked(run_dir))
+            new = open_run_dir(run_dir)
+            held.enter_context(locked(run_dir, new=new))
 
         with distributed.together():
             if distributed.is_main():
                 hold()
         with distributed.together():
-            chain = _Chain(loaded, run_dir)
-        return chain.run(only)
+            chain = _Chain(loaded, run_dir, allow_changed)
+        try:
+            return chain.run(only)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise_if_refused(error, run_dir)
+            raise
 
 
 class _Chain:
-    def __init__(self, loaded: LoadedRecipe, run_dir: Path) -> None:
+    def __init__(
+        self, loaded: LoadedRecipe, run_dir: Path, allow_changed: Collection[str] = ()
+    ) -> None:
         self.loaded = loaded
         self.recipe = loaded.recipe
         self.base_dir = loaded.base_dir
@@ -125,6 +136,7 @@ class _Chain:
             [stage.model_dump(mode="json") for stage in self.stages],
             loaded.recipe.model.model_dump(mode="json"),
             loaded.recipe.seed,
+            allowed=allow_changed,
         )
         self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
         self.models = Models(
@@ -137,9 +149,14 @@ class _Chain:
             weights=self._weights, ranks=distributed,
         )  # fmt: skip
         self.stop = StopOnSignal()
+        self.progress = ChainProgress(len(self.stages))
 
     def run(self, only: Collection[str] | None) -> Path:
-        distributed.on_main(self._check_finished)
+        distributed.on_main(
+            lambda: check_finished(
+                self.stages, self.state, base_dir=self.base_dir, run_dir=self.run_dir
+            )
+        )
         wanted = [
             (stage, record)
             for stage in self.stages
@@ -147,18 +164,25 @@ class _Chain:
             and (only is None or stage.name in only)
         ]
         if not wanted:
+            if self.state.allowed:
+                self._save()  # what has changed on purpose
             logger.info("done: there is nothing left to run in %s", self.run_dir)
             return self.run_dir
         pending = {stage.name for stage, record in wanted if record["state"] == "pending"}
-        self._check_starts(wanted)
+        check_starts([stage for stage, _ in wanted], self.state, self.run_dir)
 
         def begin() -> None:
             if len(pending) == len(wanted):  # a fault of the last stage must not wait for the first
                 check_recipe(self.loaded, self.run_dir, only=pending)
+            else:
+                check_disk(
+                    self.recipe, self.base_dir, self.run_dir, [stage for stage, _ in wanted],
+                    self.stages, len(self.tokenizer), {},
+                )  # fmt: skip
             self.state.save()
-            _write_recipe(self.run_dir / "recipe.yaml", dump_resolved(self.recipe))
+            write_recipe(self.run_dir, dump_resolved(self.recipe))
 
-        with self.stop.installed():
+        with self.stop.installed(), self.progress.shown():
             self._start_engines([stage for stage, _ in wanted])
             distributed.on_main(begin)
             for stage, record in wanted:
@@ -180,62 +204,6 @@ class _Chain:
         record = self.state.stage(name)
         assert record is not None  # adopted
         return record
-
-    def _check_finished(self) -> None:
-        """Finished stages must still be what they were, their data files too."""
-        for stage in self.stages:
-            record = self._record(stage.name)
-            if record["state"] == "pending":
-                continue
-            changed = {
-                name: digest
-                for name, digest in source_digests(stage.data.train, self.base_dir).items()
-                if record.get("sources", {}).get(name, digest) != digest
-            }
-            if changed:
-                raise RunError(
-                    f"the data has changed since stage {stage.name} began: {', '.join(changed)}",
-                    where=str(self.run_dir),
-                    why="a run goes on only with the data it began with",
-                    fix="restore the files, or start in a new directory (--run-dir)",
-                )
-            if record["state"] == "done":
-                self._check_output(stage.name, record)
-
-    def _check_output(self, name: str, record: dict[str, Any]) -> None:
-        final = self._final(name)
-        base = final.with_name("base")
-        fault = damage(final)
-        if fault is None and base.is_dir() and (fault := damage(base)) is not None:
-            fault = f"base: {fault}"
-        if fault is None and output_fingerprint(final) != record["output"]["fingerprint"]:
-            fault = "these are other weights than the stage has written"
-        if fault is not None:
-            raise RunError(
-                f"the output of the finished stage {name} is damaged: {fault}",
-                where=str(final),
-                why="later stages start from it",
-                fix="restore it from a copy, or start in a new directory (--run-dir)",
-            )
-
-    def _check_starts(self, wanted: list[tuple[Stage, dict[str, Any]]]) -> None:
-        """Every stage that a wanted one starts from is finished, or will be."""
-        there = {stage.name for stage, _ in wanted}
-        for stage, _ in wanted:
-            sources = {"init": stage.init}
-            if isinstance(stage, PreferenceStage):
-                sources["reference"] = stage.reference
-            sources |= sources_of_rows(stage.data)
-            for field, source in sources.items():
-                record = self.state.stage(source)
-                if record is not None and record["state"] != "done" and source not in there:
-                    raise RunError(
-                        f"the {field} of stage {stage.name} is stage {source}, "
-                        "which is not finished",
-                        where=str(self.run_dir),
-                        fix=f"run the whole chain first (rpo-trainer run), or set "
-                        f"stages.{stage.name}.{field} to model or a path",
-                    )
 
     def _final(self, name: str) -> Path:
         return self.run_dir / name / "final"
@@ -279,19 +247,35 @@ class _Chain:
         fault = distributed.on_main(lambda: damage(self._final(stage.name)))
         if fault is not None or "steps" not in record:
             self._train(stage, record, folder, stage_seed(stage, self.recipe))
-        self._evaluate(stage, record, folder)
-        record["state"] = "done"
-        record["finished"] = _now()
-        record["seconds"] = record.get("seconds", 0.0) + time.monotonic() - began
+        self._evaluate(stage, record)
         record["output"] = {"fingerprint": output_fingerprint(self._final(stage.name))}
+        self._publish(stage, record)
+        record["state"] = "done"
+        record["finished"] = now()
+        record["seconds"] = record.get("seconds", 0.0) + time.monotonic() - began
         self._save()
         logger.info("%s finished", self._label(stage))
+
+    def _publish(self, stage: Stage, record: dict[str, Any]) -> None:
+        """The output's card, and the output on the hub where that is asked for."""
+        final = self._final(stage.name)
+        records = {each["name"]: each for each in self.state.stages}
+        arguments = fill_from_environment(
+            stage.training_args, where=f"stages.{stage.name}.training_args"
+        )
+
+        def publish() -> dict[str, Any] | None:
+            write_card(final, stage, self.stages, records, self.recipe, self.base_dir)
+            return push_output(final, arguments, stage=stage.name, run=self.run_dir.resolve().name)
+
+        if (pushed := distributed.on_main(publish)) is not None:
+            record["hub"] = pushed
 
     def _label(self, stage: Stage) -> str:
         return f"[{self.stages.index(stage) + 1}/{len(self.stages)} {stage.name}]"
 
     def _train(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> None:
-        label = self._label(stage)
+        label, number = self._label(stage), self.stages.index(stage) + 1
         logger.info("%s preparing data", label)
         data = self._data(stage, record, seed)
         stage = fitted_stage(stage, data.audit)
@@ -311,13 +295,14 @@ class _Chain:
             data,
             [
                 MetricsLog(self.run_dir / METRICS_FILE, stage.name),
-                StageProgress(label),
+                self.progress.callback(label, number),
                 self.stop,
             ],
         )
         logger.info("%s training on %d examples", label, len(data.train))
 
         def begin(step: int, evaluated: bool) -> None:
+            record.pop("skipped", None)  # the checkpoint knows what was skipped before it
             if distributed.is_main():
                 forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
@@ -325,7 +310,11 @@ class _Chain:
             record.update(values)
             self._save()
 
-        results = train_stage(trainer, folder, begin=begin, note=note)
+        try:
+            results = train_stage(trainer, folder, begin=begin, note=note)
+        except StepZeroError as error:
+            note({"step0": {**error.values, "ok": False, "why": error.why}})
+            raise
         if results is None:
             self.stop.raise_if_stopped()
             raise RunError(f"the training of stage {stage.name} ended before its last step")
@@ -354,8 +343,7 @@ class _Chain:
             rows, held = set_aside(stage, rows, seed=seed)
             train = tokenize_stage(stage, rows, self.tokenizer, audit)
             held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
-            if held_out is not None:
-                audit.check_overlap(rows, held_out[1], held_out=stage.data.held_out)
+            check_overlap(stage, self.recipe, self.base_dir, rows, held_out and held_out[1], audit)
         for line in audit.summary_lines():
             logger.info("%s data: %s", self._label(stage), line)
         data = StageData(train, held_out[0] if held_out else None, audit, rows)
@@ -370,15 +358,18 @@ class _Chain:
                 )
             known = record.get("data", {}).get("fingerprint", fingerprint)
             if known != fingerprint:
-                raise RunError(
-                    f"the examples of stage {stage.name} are not those it began with",
-                    where=str(self.run_dir),
-                    why="a data source, the tokenizer or its template has changed",
-                    fix="undo the change, or start in a new directory (--run-dir)",
-                )
+                if not self.state.allows_other_data(stage.name):
+                    raise data_changed(
+                        f"the examples of stage {stage.name} are not those it began with",
+                        stage.name,
+                        self.run_dir,
+                        why="a data source, the tokenizer or its template has changed",
+                        undo="undo the change",
+                    )
+                self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
         record.update(
             state="running",
-            started=record.get("started") or _now(),
+            started=record.get("started") or now(),
             examples=len(train),
             sources=source_digests(stage.data.train, self.base_dir),
             data={"fingerprint": fingerprint, "audit": audit.as_dict()},
@@ -395,8 +386,15 @@ class _Chain:
             stage, self.base_dir, seed=seed, audit=Audit(), earlier=self._earlier_rows
         )
 
-    def _evaluate(self, stage: Stage, record: dict[str, Any], folder: Path) -> None:
-        """Held-out NLL or preferences, and sampled responses under the verifier."""
+    def _evaluation(self, stage: Stage) -> Evaluation:
+        return Evaluation(
+            self.recipe, self.base_dir, self.run_dir, self.stages, self.tokenizer,
+            load=self.models.output, weights=lambda source: self._weights(stage, source),
+            scorer=self.maker.scorer, arithmetic=arithmetic(self.recipe.model),
+        )  # fmt: skip
+
+    def _evaluate(self, stage: Stage, record: dict[str, Any]) -> None:
+        """Held-out rows of the stage itself, and what the recipe's `eval` asks for."""
         if isinstance(stage, RewardStage):
             record["eval"] = agreement_of(record)
             return
@@ -404,68 +402,5 @@ class _Chain:
         if "eval_after" in record:
             scores["nll"] = record["eval_after"].get("eval_loss/sft")
             scores["nll_before"] = record.get("eval_before", {}).get("eval_loss/sft")
-        spec = stage.eval or self.recipe.eval
-        if spec is not None and spec.generate is not None and spec.score is not None:
-            assert spec.score.verifier is not None  # the schema
-            from rpo_trainer.evaluate import evaluate_policy
-
-            logger.info("%s sampling held-out responses", self._label(stage))
-            with loading_whole():
-                model = self.models.output(stage.name)
-            result = evaluate_policy(
-                model.to(distributed.device()),
-                self.tokenizer,
-                evaluation_prompts(spec, self.base_dir, seed=self.recipe.seed),
-                generate=spec.generate,
-                verifier=spec.score.verifier,
-                allow_code_execution=spec.score.allow_code_execution,
-                greedy=spec.greedy,
-                seed=self.recipe.seed,
-                shard=(distributed.rank(), distributed.world_size()),
-                gather=distributed.merge,
-            ).as_dict()
-            samples = result.pop("samples")
-            if distributed.is_main():
-                lines = (json.dumps(sample) + "\n" for sample in samples)
-                (folder / "samples.jsonl").write_text("".join(lines))
-            scores |= result
+        scores |= self._evaluation(stage).measure(stage, self._label(stage))
         record["eval"] = scores
-
-
-def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
-    """The stage that `rpo-trainer sft | dpo | rpo | reward` means.
-
-    Raises:
-        RecipeError: there is none, or several and no name.
-    """
-    stages = [stage for stage in expand_stages(loaded.recipe) if stage.kind == kind]
-    names = [stage.name for stage in stages]
-    if not names:
-        raise RecipeError(f"the recipe has no {kind} stage", where=str(loaded.path))
-    if name is not None and name not in names:
-        raise RecipeError(
-            f"there is no {kind} stage {name!r}",
-            where=str(loaded.path),
-            fix=f"one of: {', '.join(names)}",
-        )
-    if name is None and len(names) > 1:
-        raise RecipeError(
-            f"the recipe has {len(names)} {kind} stages",
-            where=str(loaded.path),
-            fix=f"choose with --stage: {', '.join(names)}",
-        )
-    return name or names[0]
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _write_recipe(path: Path, text: str) -> None:
-    versions = []
-    for name in _VERSIONS:
-        try:
-            versions.append(f"# {name} {importlib.metadata.version(name)}\n")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    write_whole(path, "".join(versions) + text)

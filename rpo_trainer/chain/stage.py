@@ -7,21 +7,22 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
-from rpo_trainer import adapters, distributed
+from rpo_trainer import adapters, distributed, four_bits
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
 from rpo_trainer.chain.data import StageData
-from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.chain.hub import check_strategy
+from rpo_trainer.errors import ModelError, Problems, RecipeError
 from rpo_trainer.recipe import (
     DPOStage,
     ModelSpec,
@@ -46,12 +47,15 @@ from rpo_trainer.trainers import (
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 from rpo_trainer.trainers.engine import asks_for_shards
+from rpo_trainer.trainers.warnings import EarlyWarnings
+from rpo_trainer.usage import peak_memory
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 logger = logging.getLogger(__name__)
 
+_UNREAD = "nothing would read it"
 _GAPS_SHOWN = 512  # examples of the scatter in the report
 
 # Stage fields that bear the same name in our configs.
@@ -59,7 +63,7 @@ _SAME = (
     "max_length", "truncation", "global_batch_size", "micro_batch_tokens", "learning_rate",
     "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
-    "logging_steps", "save_total_limit", "report_to",
+    "logging_steps", "save_total_limit", "report_to", "nonfinite",
     "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
     "disable_dropout", "label_smoothing", "reward_scale",
     "objective", "attributes", "reward_weights", "rating_range", "margin_scale",
@@ -110,28 +114,60 @@ def training_config(
     if isinstance(stage, PreferenceStage):
         settings["reference_cache_dir"] = str(run_dir / "reference-cache")
     where = f"stages.{stage.name}.training_args"
-    settings |= fill_from_environment(stage.training_args, where=where)
+    given = fill_from_environment(stage.training_args, where=where)
+    check_strategy(given, where)
+    # The chain pushes outputs itself, with their cards: see `push_output`.
+    settings |= {**given, "push_to_hub": False}
     config = _config_class(stage)
     known = set(inspect.signature(config).parameters)
     if stage.gradient_checkpointing:
         # transformers has renamed it; the old name warns where the new one is known.
         new, old = "activation_checkpointing", "gradient_checkpointing"
         settings[new if new in known else old] = True
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise RecipeError(
-            f"transformers has no training argument {', '.join(unknown)}",
-            where=where,
-            fix="see transformers.TrainingArguments for the names",
+    problems = [
+        RecipeError(
+            f"transformers has no training argument {name}",
+            where=f"{where}.{name}",
+            why=_UNREAD,
+            fix=_or_see(did_you_mean(name, sorted(known)), "transformers.TrainingArguments"),
         )
+        for name in sorted(set(settings) - known)
+    ]
+    problems += _unknown_names(stage)
+    if problems:
+        raise Problems(problems)
     try:
         made = config(**settings)
         trackers: Any = get_reporting_integration_callbacks
         for tracker in trackers(made.report_to):
             tracker()  # says here, not when training starts, that it is not installed
+    except RecipeError as error:
+        _, _, field = (error.where or "").partition(".")
+        raise error.at(f"stages.{stage.name}" + (f".{field}" if field else "")) from None
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise RecipeError(str(error), where=f"stages.{stage.name}") from error
+        raise RecipeError(
+            str(error),
+            where=f"stages.{stage.name}",
+            why="transformers does not take these arguments together, or not on this machine",
+            fix="see transformers.TrainingArguments for what it takes",
+        ) from error
     return made
+
+
+def _unknown_names(stage: Stage) -> Iterator[RecipeError]:
+    for field, names in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        known = [str(name.value) for name in names]
+        if (value := getattr(stage, field)) not in known:
+            yield RecipeError(
+                f"transformers has no {field} {value}",
+                where=f"stages.{stage.name}.{field}",
+                why="none is taken in place of another",
+                fix=_or_see(did_you_mean(value, known), "transformers.TrainingArguments"),
+            )
+
+
+def _or_see(near: str | None, place: str) -> str:
+    return f"did you mean {near}?" if near else f"see {place} for the names"
 
 
 def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | RewardConfig]:
@@ -162,15 +198,16 @@ def lora_config(stage: Stage) -> LoraConfig | None:
             near = did_you_mean(name, [*known, *PeftSpec.model_fields])
             raise RecipeError(
                 f"LoraConfig has no field {name}",
-                where=where,
-                fix=f"did you mean {near}?" if near else "see peft.LoraConfig for the names",
+                where=f"{where}.{name}",
+                why=_UNREAD,
+                fix=_or_see(near, "peft.LoraConfig"),
             )
     try:
         config = LoraConfig(**fields)
         adapters.require_fit(config)
         adapters.require_plain_start(config)
         if stage.peft.quantization is not None:
-            adapters.nf4(torch.float32)
+            four_bits.nf4(torch.float32)
     except ModelError as error:
         raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
     except RecipeError as error:
@@ -265,6 +302,10 @@ def train_stage(
         evaluated = EvaluateBefore(trainer, lambda found: note({"eval_before": _finite(found)}))
         trainer.add_callback(evaluated)
     trainer.add_callback(StepZeroLog(trainer, note))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyWarnings):
+            callback.note = lambda found: note({"warnings": found})
+    trainer.step_guard.note = lambda skipped: note({"skipped": skipped})
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if state.global_step < state.max_steps:
@@ -313,14 +354,6 @@ def _finite(metrics: dict[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
     }
-
-
-def peak_memory() -> int:
-    """Most bytes held so far: on the GPU where there is one, else by the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def write_output(trainer: PackedTrainer, folder: Path) -> None:

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from filelock import FileLock, Timeout
 
+from rpo_trainer.chain.changes import (
+    Change,
+    computed_with,
+    covers,
+    differences,
+    is_fixed,
+    require_key,
+    ways_out,
+)
 from rpo_trainer.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 CHAIN_FILE = "chain.json"
 METRICS_FILE = "metrics.jsonl"
+RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"
 _VERSION = 1
-
-# Stage fields that say how a stage runs, not what it computes: these may change when a run goes on.
-SAFE_FIELDS = frozenset(
-    {
-        "micro_batch_size",
-        "micro_batch_tokens",
-        "gradient_checkpointing",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "eval_steps",
-        "report_to",
-        "step0_check",
-        "eval",
-    }
-)
+_LIBRARIES = ("rpo-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -49,13 +50,20 @@ def write_whole(path: Path, text: str) -> None:
 
 
 class ChainState:
-    """chain.json: one record for each stage, written whole at every change."""
+    """chain.json: one record for each stage, written whole at every change.
+
+    Attributes:
+        stages: the records, in order.
+        changes: what was changed on purpose while the run went on, the oldest first.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / CHAIN_FILE
         self.stages: list[dict[str, Any]] = []
         self.model: dict[str, Any] = {}
         self.seed: int | None = None
+        self.changes: list[dict[str, Any]] = []
+        self.allowed: tuple[str, ...] = ()
         if self.path.is_file():
             self._read()
 
@@ -64,8 +72,11 @@ class ChainState:
             content = json.loads(self.path.read_text())
             if content["version"] != _VERSION:
                 raise ValueError(f"its version is {content['version']}, not {_VERSION}")
+            if content.pop("digest", None) not in (None, _digest(content)):
+                raise ValueError("its checksum does not match its content")
             self.stages, self.model = list(content["stages"]), dict(content["model"])
             self.seed = int(content["seed"])
+            self.changes = list(content.get("changes", ()))
             for record in self.stages:
                 if not {"name", "state", "spec"} <= record.keys():
                     raise ValueError("a stage lacks its name, state or spec")
@@ -73,35 +84,51 @@ class ChainState:
             raise RunError(
                 f"the state of the run cannot be read: {error!r}",
                 where=str(self.path),
+                why="what has been computed, and with what, stands in it",
                 fix="restore the file, or start in another directory (--run-dir)",
             ) from error
 
     def save(self) -> None:
         """Writes the file whole or not at all."""
-        content = {
+        content: dict[str, Any] = {
             "version": _VERSION,
             "model": self.model,
             "seed": self.seed,
             "stages": self.stages,
         }
+        if self.changes:
+            content["changes"] = self.changes
+        content["digest"] = _digest(content)
         write_whole(self.path, json.dumps(content, indent=1))
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """The record of a stage by name."""
         return next((record for record in self.stages if record["name"] == name), None)
 
-    def adopt(self, stages: list[dict[str, Any]], model: dict[str, Any], seed: int) -> None:
+    def adopt(
+        self,
+        stages: list[dict[str, Any]],
+        model: dict[str, Any],
+        seed: int,
+        *,
+        allowed: Collection[str] = (),
+    ) -> None:
         """Takes over a recipe's stages; records of stages that have begun are kept.
 
         Args:
             stages: the specs of all stages as plain data, `name` among them.
+            allowed: keys of the recipe that may have changed, with all that is below them.
 
         Raises:
+            RecipeError: an allowed key is none of the recipe.
             RunError: something that has already been computed with has changed.
         """
+        for key in allowed:
+            require_key(key, stages, model)
+        self.allowed = tuple(allowed)
         begun = [record for record in self.stages if record["state"] != "pending"]
         if begun:
-            self._refuse_changes(begun, stages, model, seed)
+            self._go_on(begun, stages, model, seed)
         known = {record["name"]: record for record in begun}
         self.stages = [
             {**known.get(spec["name"], {"state": "pending"}), **_head(spec), "spec": spec}
@@ -109,44 +136,62 @@ class ChainState:
         ]
         self.model, self.seed = model, seed
 
-    def _refuse_changes(
+    def _go_on(
         self,
         begun: list[dict[str, Any]],
         stages: list[dict[str, Any]],
         model: dict[str, Any],
         seed: int,
     ) -> None:
+        """Notes the changes that are allowed; refuses all others at once."""
         changes = differences("model", self.model, model)
         changes += differences("seed", self.seed, seed)
+        fixed = [change for change in changes if is_fixed(change.key)]
+        lines = []
         specs = {spec["name"]: spec for spec in stages}
         for record in begun:
             name = record["name"]
             if name not in specs:
-                changes.append(f"stages.{name}: has begun, and is no longer in the recipe")
+                lines.append(f"stages.{name}: has begun, and is no longer in the recipe")
                 continue
-            old = {k: v for k, v in record["spec"].items() if k not in SAFE_FIELDS}
-            new = {k: v for k, v in specs[name].items() if k not in SAFE_FIELDS}
-            changes += differences(f"stages.{name}", old, new)
-        if changes:
+            old, new = computed_with(record["spec"]), computed_with(specs[name])
+            found = differences(f"stages.{name}", old, new)
+            fixed += [change for change in found if is_fixed(change.key, name)]
+            changes += found
+        refused = [c for c in changes if c in fixed or not covers(self.allowed, c.key)]
+        lines = [*map(str, refused), *lines]
+        if lines:
+            keys = [change.key for change in refused if change not in fixed]
             raise RunError(
                 "the recipe has changed where this run has already computed:\n    "
-                + "\n    ".join(changes),
+                + "\n    ".join(lines),
                 where=str(self.path.parent),
                 why="going on would mix two recipes in one run",
-                fix="undo the change, or start in a new directory (--run-dir)",
+                fix=ways_out("undo the change", keys),
             )
+        for change in changes:
+            self.note(*change)
+
+    def note(self, key: str, old: Any, new: Any) -> None:
+        """Keeps a change that was allowed in the history of the run; it is saved with the next save."""
+        logger.warning("allowed: %s. What has been computed stays as it is", Change(key, old, new))
+        self.changes.append({"when": now(), "key": key, "from": old, "to": new})
+
+    def allows_other_data(self, stage: str) -> bool:
+        """Whether the examples of a stage may be others: by its data, or anything they are made with."""
+        own = f"stages.{stage}"
+        below = (f"{own}.", "model.")
+        return any(key in ("seed", "model", own) or key.startswith(below) for key in self.allowed)
 
 
-def differences(key: str, old: Any, new: Any) -> list[str]:
-    """`key: old → new` for every leaf that differs."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = [*old, *(name for name in new if name not in old)]
-        return [
-            line
-            for name in names
-            for line in differences(f"{key}.{name}", old.get(name), new.get(name))
-        ]
-    return [] if old == new else [f"{key}: {json.dumps(old)} → {json.dumps(new)}"]
+def now() -> str:
+    """The time as the files of a run have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(content))  # as it will be read: keys are text
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode()))
 
 
 def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,15 +203,21 @@ def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_run_dir(run_dir: Path) -> None:
+def open_run_dir(run_dir: Path) -> bool:
     """Makes the directory, or checks that it is one of ours.
+
+    Returns:
+        Whether it is new.
 
     Raises:
         RunError: it holds something else, or cannot be written.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(
-            "this is a file, not a directory", where=str(run_dir), fix="name another --run-dir"
+            "this is a file, not a directory",
+            where=str(run_dir),
+            why="a run is a directory of its own",
+            fix="name another --run-dir",
         )
     others = (
         [p for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
@@ -178,6 +229,7 @@ def open_run_dir(run_dir: Path) -> None:
             why="a run must never mix with other files",
             fix="name an empty or new directory with --run-dir",
         )
+    new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".write-test"
@@ -187,13 +239,19 @@ def open_run_dir(run_dir: Path) -> None:
         raise RunError(
             f"the directory cannot be written: {error.strerror}",
             where=str(run_dir),
+            why="checkpoints and outputs could not be written either",
             fix="name another --run-dir, or change its rights",
         ) from error
+    return new
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory; the lock goes with the process, however it ends."""
+def locked(run_dir: Path, *, new: bool = False) -> Iterator[None]:
+    """Holds the run directory; the lock goes with the process, however it ends.
+
+    Args:
+        new: the directory has been made for this: it goes again if nothing was written into it.
+    """
     lock = FileLock(run_dir / _LOCK)
     holder = run_dir / _HOLDER
     try:
@@ -203,6 +261,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         raise RunError(
             f"the run directory is in use by {who}",
             where=str(run_dir),
+            why="two runs in one directory would mix their checkpoints",
             fix="wait for it, stop it, or name another --run-dir",
         ) from error
     try:
@@ -210,7 +269,13 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        unused = new and {path.name for path in run_dir.iterdir()} <= {_LOCK}
+        if unused:
+            (run_dir / _LOCK).unlink(missing_ok=True)  # while it is held: nobody else can hold it
         lock.release()
+        if unused:
+            with suppress(OSError):
+                run_dir.rmdir()
 
 
 def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool = True) -> None:
@@ -221,14 +286,34 @@ def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool =
     """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, unread = [], 0
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a line cut by a kill
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):
+            unread += 1  # cut by a kill, or harmed since
+            continue
         step = row.get("step", 0)
         again = step > after_step or (step == after_step and not evaluated and "eval_loss" in row)
         if row.get("stage") != stage or not again:
             kept.append(line + "\n")
+    if unread:
+        logger.warning("%d lines of %s could not be read and were left out", unread, path)
     write_whole(path, "".join(kept))
+
+
+def library_versions() -> dict[str, str]:
+    """What computes here, by name; libraries that are not installed are left out."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_recipe(run_dir: Path, resolved: str) -> None:
+    """`recipe.yaml`: the recipe as it runs, under the versions of the libraries."""
+    versions = [f"# {name} {version}\n" for name, version in library_versions().items()]
+    write_whole(run_dir / RECIPE_FILE, "".join(versions) + resolved)

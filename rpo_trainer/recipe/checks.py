@@ -8,7 +8,6 @@ the key to go to.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ PREFERENCE_KINDS = ("dpo", "rpo")
 PREFERENCE_DATA = ("filter", "generate", "score", "pairs", "refresh", "rows_of")
 LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
 PAIR_LOSSES = ("rpo_sq",)  # defined for two responses only
-ANY_PLACE = ("previous", "model")  # words that `init` and `reference` always understand
-RUN_FILES = ("recipe.yaml", "chain.json", "metrics.jsonl", "report.html")
 # TrainingArguments fields that the recipe says in other words
 OTHER_NAMES = {
     "per_device_train_batch_size": "`micro_batch_size`",
@@ -34,7 +31,10 @@ OTHER_NAMES = {
 }
 
 
-def wrong_value(what: str, fix: str, why: str | None = None) -> PydanticCustomError:
+NOT_CONVERTED = "what is written is taken as it is, and never converted"
+
+
+def wrong_value(what: str, fix: str, why: str | None = NOT_CONVERTED) -> PydanticCustomError:
     """An error that keeps what, why and fix apart."""
     return PydanticCustomError(CHECK, "{what}; {fix}", {"what": what, "fix": fix, "why": why})
 
@@ -80,10 +80,12 @@ def _exactly_one(
     given = _given(raw, first, second)
     if len(given) == 2:
         what = f"{owner} has both `{first}` and `{second}`"
-        yield wrong((second,), what, fix="keep one of the two")
+        why = "which of the two is meant cannot be guessed"
+        yield wrong((second,), what, why=why, fix="keep one of the two")
     elif not given:
         what = f"{owner} needs `{first}` or `{second}`"
-        yield wrong((first,), what, fix=f"add `{first}: ...` or `{second}: ...`")
+        why = "nothing says where it comes from"
+        yield wrong((first,), what, why=why, fix=f"add `{first}: ...` or `{second}: ...`")
 
 
 def model_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
@@ -120,7 +122,7 @@ def source_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
 def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     """Weights for all sources or none; sampled responses need rewards and something to compare."""
     for field in ("train", "eval"):
-        yield from _weight_checks(raw.get(field), field)
+        yield from weight_checks(raw.get(field), field)
     if raw.get("held_out") is True and not raw.get("eval"):
         what = "`held_out` without `eval`: there are no rows that it says this of"
         yield wrong(("held_out",), what, fix="add `eval`, or remove `held_out`")
@@ -143,7 +145,7 @@ def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         )
 
 
-def _weight_checks(sources: object, field: str) -> Iterator[InitErrorDetails]:
+def weight_checks(sources: object, field: str) -> Iterator[InitErrorDetails]:
     """A source without a weight has no defined share among others that have one."""
     if not isinstance(sources, list):
         return
@@ -153,26 +155,6 @@ def _weight_checks(sources: object, field: str) -> Iterator[InitErrorDetails]:
             (field, weighted.index(False)),
             "this source has no `weight`, others of the mixture have one",
             fix="give every source of the mixture a weight, or none",
-        )
-
-
-def eval_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-    """Rewards need responses; of this policy, from a verifier."""
-    yield from _weight_checks(raw.get("data"), "data")
-    score, generate = raw.get("score"), raw.get("generate")
-    if isinstance(score, dict) and score.get("verifier") is None:
-        what = "an evaluation is scored by a verifier"
-        yield wrong(("score",), what, fix="write `score: {verifier: ...}`")
-    elsewhere = isinstance(generate, dict) and generate.get("policies", ["init"]) != ["init"]
-    if isinstance(generate, dict) and (elsewhere or generate.get("endpoints")):
-        field = "policies" if elsewhere else "endpoints"
-        what = f"an evaluation samples from the policy that the stage has made, not from `{field}`"
-        yield wrong(("generate", field), what, fix=f"remove `{field}`")
-    if raw.get("score") is not None and raw.get("generate") is None:
-        yield wrong(
-            ("score",),
-            "`score` without `generate`: there are no responses to score",
-            fix="add `generate: {max_new_tokens: ...}` beside `score`",
         )
 
 
@@ -206,12 +188,14 @@ def _warmup_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         yield wrong(
             ("warmup_steps",),
             f"`warmup_steps` is {warmup}, longer than the stage, whose `max_steps` is {steps}",
+            why="the learning rate would never reach its peak",
             fix=f"write at most {steps}, or raise `max_steps`",
         )
     if raw.get("lr_scheduler_type", "constant") == "constant":
         yield wrong(
             ("warmup_steps",),
             "`lr_scheduler_type: constant` has no warm-up; `warmup_steps` would be ignored",
+            why="transformers has a schedule of its own for a constant rate behind a warm-up",
             fix="write `lr_scheduler_type: constant_with_warmup`",
         )
 
@@ -228,6 +212,7 @@ def _batch_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         yield wrong(
             ("global_batch_size",),
             f"`global_batch_size` {total} is not a multiple of `micro_batch_size` {micro}",
+            why="every forward pass of every process holds the same number of examples",
             fix=f"write {nearest}, or another `micro_batch_size`",
         )
 
@@ -246,12 +231,14 @@ def _training_args_checks(
         yield wrong(
             ("training_args", key),
             f"`{key}` does not belong in `training_args`: the recipe has its own field for it",
+            why="one setting in two places could not say which of them holds",
             fix=f"use {name} {place}",
         )
     if arguments.get("bf16") is True and arguments.get("fp16") is True:
         yield wrong(
             ("training_args", "fp16"),
             "`bf16` and `fp16` are both on",
+            why="the arithmetic is in one of them",
             fix="keep `bf16: true` where the hardware has it, else `fp16: true`",
         )
 
@@ -283,127 +270,3 @@ def _data_of_kind_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
             f"`select: all_responses` gives more than two responses; the loss `{name}` takes two",
             fix="write `select: best_worst`, or use `rpo_bwd_kl` or `rpo_sqloo` in an rpo stage",
         )
-
-
-def recipe_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-    """Names of stages and the references between them."""
-    stages = raw.get("stages")
-    if not isinstance(stages, list):
-        return
-    named = [
-        (i, s)
-        for i, s in enumerate(stages)
-        if isinstance(s, dict) and isinstance(s.get("name"), str)
-    ]
-    taken: set[str] = set()
-    for i, stage in named:
-        for name in dict.fromkeys([stage["name"], *expanded_names(stage)]):
-            if name in taken:
-                yield wrong(
-                    ("stages", i, "name"),
-                    f"two stages have the name `{name}`",
-                    fix="give each stage a name of its own; `repeat` makes name-1, name-2, ...",
-                )
-                break
-            taken.add(name)
-        if stage["name"] in (*ANY_PLACE, "init", *RUN_FILES):
-            yield wrong(
-                ("stages", i, "name"),
-                f"`{stage['name']}` cannot be the name of a stage: it has another meaning",
-                fix="choose another name",
-            )
-    for i, stage in enumerate(stages):
-        if isinstance(stage, dict):
-            earlier = [s for j, s in named if j < i]
-            yield from _reference_checks(i, stage, earlier, [s for _, s in named])
-
-
-def expanded_names(stage: Mapping[str, Any]) -> list[str]:
-    """The names that a raw stage has after `repeat` is expanded."""
-    name, repeat = stage["name"], stage.get("repeat", 1)
-    if not isinstance(repeat, int) or not 1 < repeat <= 100:
-        return [name]
-    return [f"{name}-{number}" for number in range(1, repeat + 1)]
-
-
-def looks_like_path(text: str) -> bool:
-    """Tell a path from the name of a stage, which holds no slash."""
-    return "/" in text or "\\" in text or text.startswith("~")
-
-
-def stage_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every name of raw stages, those of their rounds too."""
-    return [name for stage in stages for name in [stage["name"], *expanded_names(stage)]]
-
-
-def _reference_checks(
-    index: int,
-    stage: Mapping[str, Any],
-    earlier: Sequence[Mapping[str, Any]],
-    every: Sequence[Mapping[str, Any]],
-) -> Iterator[InitErrorDetails]:
-    yield from _policy_checks(index, stage, earlier)
-    words: dict[str, tuple[str, ...]] = {"init": ANY_PLACE}
-    if stage.get("kind") in PREFERENCE_KINDS:
-        words["reference"] = (*ANY_PLACE, "init")
-    for field, known in words.items():
-        target = stage.get(field)
-        if not isinstance(target, str) or not target or target in known or looks_like_path(target):
-            continue
-        yield from unknown_stage(("stages", index, field), target, earlier, every, known)
-    data = stage.get("data")
-    replay = data.get("replay") if isinstance(data, dict) else None
-    target = replay.get("stage") if isinstance(replay, dict) else None
-    if not isinstance(target, str) or not target or stage.get("kind") in PREFERENCE_KINDS:
-        return
-    at = ("stages", index, "data", "replay", "stage")
-    yield from unknown_stage(at, target, earlier, every, ())
-    kinds = [s.get("kind") for s in earlier if target in stage_names([s])]
-    if kinds and kinds[0] != "sft":
-        what = f"`replay.stage` must be an sft stage; `{target}` is {kinds[0]}"
-        yield wrong(at, what, fix="name an earlier sft stage")
-
-
-def _policy_checks(
-    index: int, stage: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]
-) -> Iterator[InitErrorDetails]:
-    """A policy cannot go on from a reward model, nor be compared with one or sampled from it."""
-    rewards = stage_names([s for s in earlier if s.get("kind") == "reward"])
-    data = stage.get("data")
-    samples = isinstance(data, dict) and data.get("generate") is not None
-    for field in ("init", "reference"):
-        target = stage.get(field)
-        if not isinstance(target, str) or target not in rewards:
-            continue
-        if stage.get("kind") == "reward" and not samples:
-            continue
-        yield wrong(
-            ("stages", index, field),
-            f"`{field}` refers to `{target}`, a reward stage, which leaves no policy",
-            fix="name a stage of another kind; `previous` is the policy before the reward stage",
-        )
-
-
-def unknown_stage(
-    at: tuple[str | int, ...],
-    target: str,
-    earlier: Sequence[Mapping[str, Any]],
-    every: Sequence[Mapping[str, Any]],
-    words: Sequence[str],
-) -> Iterator[InitErrorDetails]:
-    """An error unless `target` is the name of an earlier stage."""
-    before = stage_names(earlier)
-    if target in before:
-        return
-    field = re.sub(r"^stages\.\d+\.(data\.)?", "", ".".join(map(str, at)))
-    choices = ", ".join(f"`{name}`" for name in dict.fromkeys([*words, *before]))
-    fix = f"use one of {choices}" if choices else "there is no earlier stage: remove it"
-    if words:
-        fix += ", or a path with a slash (./name)"
-    if target in stage_names(every):
-        what = f"`{field}` refers to `{target}`, which is not earlier in the chain"
-        yield wrong(at, what, fix=fix, why="a stage can only use what is there when it starts")
-        return
-    near = did_you_mean(target, [*words, *before])
-    hint = f"; did you mean `{near}`?" if near else ""
-    yield wrong(at, f"`{field}` refers to `{target}`, which is not a stage{hint}", fix=fix)

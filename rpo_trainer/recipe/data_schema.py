@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe import checks, reward_checks
+from rpo_trainer.recipe import checks, eval_checks, reward_checks
 from rpo_trainer.recipe.spec import Spec, Text
 
 
@@ -174,7 +174,8 @@ class ScoreSpec(Spec):
     batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens in a forward pass of a reward model, padding counted; by default 16384",
+        description="tokens in a forward pass of a reward model, padding counted where there is any; "
+        "by default 16384",
     )
     allow_code_execution: bool = Field(
         False, description="let the verifier `asserts` run code that a model has written"
@@ -233,8 +234,8 @@ class DataSpec(Spec):
     )
     held_out: bool = Field(
         False,
-        description="`eval` is held out: a prompt of it that is trained on, exactly or normalised, is "
-        "an error and not a warning",
+        description="`eval`, and the recipe's, is held out: a prompt of it that is trained on, exactly "
+        "or normalised, is an error and not a warning",
     )
     filter: FilterSpec | None = Field(
         None, description="quality filter for preference rows (dpo and rpo only)"
@@ -266,15 +267,56 @@ class DataSpec(Spec):
         yield from reward_checks.rows_of_checks(raw)
 
 
+class LmEvalSpec(Spec):
+    """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`)."""
+
+    tasks: list[Text] = Field(
+        min_length=1, description="tasks or groups of tasks, for example `ifeval` or `gsm8k`"
+    )
+    limit: int | None = Field(None, ge=1, description="use at most so many examples of each task")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="solved examples before each; by default as many as the task says"
+    )
+    batch_size: int = Field(8, ge=1, description="sequences in a forward pass")
+    chat_template: bool = Field(
+        False, description="put the questions through the chat template, as instruct models expect"
+    )
+    include_path: Text | None = Field(None, description="directory with task files of your own")
+    allow_code_execution: bool = Field(
+        False, description="let tasks such as `humaneval` run code that the model has written"
+    )
+
+
 class EvalSpec(Spec):
     """What is measured with the policy after a stage."""
 
-    data: list[SourceSpec] = Field(min_length=1, description="held-out sources")
+    data: list[SourceSpec] = Field([], description="held-out prompts to sample responses to")
     generate: GenerateSpec | None = Field(None, description="sample responses to the prompts")
-    score: ScoreSpec | None = Field(None, description="give rewards to the sampled responses")
+    score: ScoreSpec | None = Field(
+        None, description="give rewards to the sampled responses, or let a judge compare them"
+    )
     greedy: bool = Field(True, description="decode greedily too, beside sampling")
-    max_rows: int | None = Field(None, ge=1, description="use at most so many rows")
+    preferences: list[SourceSpec] = Field(
+        [],
+        description="held-out pairs: how often, and by how many nats, the policy prefers the chosen "
+        "response more than the baseline does",
+    )
+    nll: list[SourceSpec] = Field(
+        [], description="held-out SFT rows: negative log-likelihood a token, for each source"
+    )
+    lm_eval: LmEvalSpec | None = Field(
+        None, description="tasks of lm-evaluation-harness (extra `eval`)"
+    )
+    baseline: Text | None = Field(
+        None,
+        description="what responses and preferences are compared with: `model`, a stage, or a path "
+        "(with a slash); by default what the first preference stage starts from. Stages before it "
+        "are compared with nothing",
+    )
+    max_rows: int | None = Field(
+        None, ge=1, description="use at most so many rows of each of `data`, `preferences`, `nll`"
+    )
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        return checks.eval_checks(raw)
+        return eval_checks.eval_checks(raw)

@@ -14,7 +14,11 @@ _SECRET_KEY = re.compile(
     r"(^|_)(token|password|passwd|secret|api_?key|access_?key|private_?key|credentials?)$", re.I
 )
 _PLAIN_TOKEN = re.compile(r"^(eos|bos|pad|unk|sep|cls|mask|image|stop)_token$", re.I)
-_SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|glpat-|xox[bp]-)[A-Za-z0-9_-]{20,}")
+_SECRET_VALUE = re.compile(
+    r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[bp]-)[A-Za-z0-9_-]{20,}"
+    r"|\bAKIA[A-Z0-9]{16}\b"
+    r"|://[^/\s:@]+:[^/\s@]+@"  # the password of an address
+)
 _VARIABLE = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
 
 

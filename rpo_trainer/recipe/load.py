@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rpo_trainer.recipe.schema import Recipe
 from rpo_trainer.recipe.where import Origins
 from rpo_trainer.recipe.yaml12 import Document, Key, YamlProblem, parse
 
+_HIDDEN = "..."  # stands for a secret that must not be shown by other errors
 MAX_BYTES = 2**20  # far above any recipe; keeps a data file given by mistake from being parsed
 
 
@@ -34,6 +35,7 @@ class LoadedRecipe:
     path: Path
     base_dir: Path
     source_text: str
+    origins: Origins = field(repr=False, compare=False)  # to say where a value stands
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -65,7 +67,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         located += recipe_errors(error, origins)
     if recipe is None or located:
         raise Problems([error for _, error in sorted(located, key=lambda entry: entry[0])])
-    return LoadedRecipe(recipe, path, path.absolute().parent, text)
+    return LoadedRecipe(recipe, path, path.absolute().parent, text, origins)
 
 
 def resolve_path(base_dir: str | Path, path: str | Path) -> Path:
@@ -85,22 +87,28 @@ def _read(path: Path) -> str:
         raise RecipeError(
             f"there is no such file{hint}",
             where=where,
+            why="the recipe says all that is to run",
             fix="give the path of a recipe, a YAML file",
         ) from error
     except IsADirectoryError as error:
         raise RecipeError(
-            "this is a directory, not a recipe", where=where, fix=_inside(path)
+            "this is a directory, not a recipe",
+            where=where,
+            why="which of its files is meant cannot be guessed",
+            fix=_inside(path),
         ) from error
     except OSError as error:
         raise RecipeError(
             f"the file cannot be read: {error.strerror or error}",
             where=where,
+            why="the operating system refuses it",
             fix="check the path and its permissions",
         ) from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(
             "the file is larger than 1 MiB, too large for a recipe",
             where=where,
+            why="it is most likely a data file given by mistake",
             fix="give the recipe, a YAML file; data belongs in files that the recipe names",
         )
     try:
@@ -110,6 +118,7 @@ def _read(path: Path) -> str:
         raise RecipeError(
             f"byte {error.start} of the file is not UTF-8",
             where=f"{where}:{line}",
+            why="which character was meant cannot be guessed",
             fix="save the file as UTF-8",
         ) from error
 
@@ -133,13 +142,14 @@ def _parse(text: str, path: Path) -> Document:
         document = parse(text)
     except YamlProblem as problem:
         where = f"{path}:{problem.line}"
-        raise RecipeError(problem.what, where=where, fix=problem.fix) from problem
+        raise RecipeError(problem.what, where=where, why=problem.why, fix=problem.fix) from problem
     if isinstance(document.data, dict):
         return document
     kind = "a list" if isinstance(document.data, list) else "a single value"
     raise RecipeError(
         f"a recipe is a mapping; this file holds {kind}",
         where=f"{path}:1",
+        why="each part of a recipe goes by its name",
         fix="begin with `model:` and `stages:` at the left edge",
     )
 
@@ -149,6 +159,7 @@ def _repeated(entry: tuple[Key, int, int], origins: Origins) -> Located:
     error = RecipeError(
         f"the key `{key[-1]}` is given twice, first on line {first}",
         where=f"{origins.file}:{line} ({origins.dotted(key)})",
+        why="which of the two is meant cannot be guessed",
         fix="keep one of the two",
     )
     return line, error
@@ -177,7 +188,13 @@ def _take_out_forbidden(data: Any, key: Key, origins: Origins) -> list[Located]:
     """Errors for keys that no level may have; taken out, so that each is reported once."""
     if isinstance(data, list):
         items = list(enumerate(data))
-        return [e for i, item in items for e in _take_out_forbidden(item, (*key, i), origins)]
+        found = [e for i, item in items for e in _take_out_forbidden(item, (*key, i), origins)]
+        for i, item in items:
+            place, where = origins.find((*key, i))
+            if (error := _forbidden(f"{key[-1]}.{i}", item, where)) is not None:
+                found.append((place, error))
+                data[i] = _HIDDEN
+        return found
     if not isinstance(data, dict):
         return []
     errors: list[Located] = []
@@ -188,7 +205,10 @@ def _take_out_forbidden(data: Any, key: Key, origins: Origins) -> list[Located]:
             errors += _take_out_forbidden(value, here, origins)
         else:
             errors.append((origins.find(here)[0], error))
-            del data[name]
+            if _forbidden(name, _HIDDEN, "") is None:
+                data[name] = _HIDDEN  # the field may stand here, with another value
+            else:
+                del data[name]
     return errors
 
 

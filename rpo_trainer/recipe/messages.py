@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.checks import CHECK, did_you_mean
+from rpo_trainer.recipe.checks import CHECK, NOT_CONVERTED, did_you_mean
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS
 from rpo_trainer.recipe.where import Origins, fields_at, places
 from rpo_trainer.recipe.yaml12 import Key, plain_scalar
@@ -32,6 +32,22 @@ BOUNDS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+# Why each of these is an error, and nothing is guessed, by what pydantic calls it
+WHY = {
+    "missing": "no value is right for every run",
+    "extra_forbidden": "nothing reads it there: it would be ignored in silence",
+    "finite_number": "all that is computed with it would be NaN or infinite",
+    "literal_error": "each choice is another computation, and none is guessed",
+    "union_tag_invalid": "the kind decides what is trained, and which fields there are",
+    "union_tag_not_found": "the kind decides what is trained, and which fields there are",
+    "too_short": "without any there is nothing to do",
+    "string_too_short": "an empty text names nothing",
+    "string_pattern_mismatch": "it is the name of a directory in the run directory",
+}
+WHY |= dict.fromkeys(EXPECTED, NOT_CONVERTED)
+WHY |= dict.fromkeys(
+    BOUNDS, "outside of its range it means nothing, or fails in the middle of a run"
+)
 # What other tools call our fields
 SYNONYMS = {
     "lr": "learning_rate",
@@ -72,7 +88,7 @@ def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:
             continue
         place, where = origins.find(key)
         what, fix, why = _words(dict(item), key, origins)
-        problem = RecipeError(what, where=where, why=why, fix=fix)
+        problem = RecipeError(what, where=where, why=why or WHY.get(item["type"]), fix=fix)
         found.setdefault((where, what), (place, problem))
     return list(found.values())
 

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.checks import LENGTH_FIELDS, did_you_mean, expanded_names
+from rpo_trainer.recipe.chain_checks import expanded_names
+from rpo_trainer.recipe.checks import LENGTH_FIELDS, did_you_mean
 from rpo_trainer.recipe.environment import is_secret
 from rpo_trainer.recipe.yaml12 import Key, YamlProblem, parse
+
+_WHY = "each word behind the recipe is one change of it"
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,21 @@ def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Reci
 
 def _override(key: str, has_value: bool, text: str, word: str) -> Override:
     example = "write `key=value` or `--key value`, for example `stages.dpo.beta=0.005`"
-    where = f"override {word}"
+    where = f"override {f'{key}=...' if is_secret(key.rpartition('.')[2], text) else word}"
     if not key or any(not part for part in key.split(".")):
-        raise RecipeError(f"`{key}` is not a key", where=where, fix=example)
+        raise RecipeError(f"`{key}` is not a key", where=where, why=_WHY, fix=example)
     if not has_value and not word.startswith("--"):
-        raise RecipeError("there is no `=`", where=where, fix=example)
+        raise RecipeError("there is no `=`", where=where, why=_WHY, fix=example)
     if not text:
-        raise RecipeError("there is no value", where=where, fix=f"{example}; `null` is a value too")
+        fix = f"{example}; `null` is a value too"
+        raise RecipeError("there is no value", where=where, why=_WHY, fix=fix)
     try:
         value = parse(text).data
     except YamlProblem as problem:
         raise RecipeError(
             f"the value is {problem.what}" if problem.what.startswith("not") else problem.what,
             where=where,
+            why="values of overrides are YAML, as in the file",
             fix="put quotes around a text with special characters: key='\"...\"'",
         ) from problem
     shown = "..." if is_secret(key.rpartition(".")[2], value) else text
@@ -133,6 +138,7 @@ def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> s
         raise RecipeError(
             f"`{place}` is not a mapping, it has no `{part}`",
             where=override.where,
+            why="the parts of the key are the way to a value of the recipe",
             fix=f"give `{place}` a whole value: `{place}=...`",
         )
     if place == "stages":
@@ -143,6 +149,7 @@ def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> s
     raise RecipeError(
         f"`{place}` is a list of {len(here)}; it has no element `{part}`",
         where=override.where,
+        why="the parts of the key are the way to a value of the recipe",
         fix=f"use {present + ', or ' if present else ''}{len(here)} to append",
     )
 
@@ -169,6 +176,7 @@ def _stage_index(stages: Sequence[Any], part: str, override: Override) -> int:
     raise RecipeError(
         f"there is no stage `{part}`{hint}",
         where=override.where,
+        why="an override changes a stage that is there",
         fix=f"the stages are {known}, or 0 to {len(stages) - 1}",
     )
 

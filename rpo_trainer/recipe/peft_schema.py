@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe.checks import expanded_names, wrong
+from rpo_trainer.recipe.chain_checks import expanded_names
+from rpo_trainer.recipe.checks import wrong
 from rpo_trainer.recipe.spec import Spec
 
 _AT_THE_END = ("between_stages", "merge")  # may differ between stages that one adapter goes through

@@ -8,13 +8,8 @@ from typing import Any
 from pydantic_core import InitErrorDetails
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.checks import (
-    PREFERENCE_KINDS,
-    looks_like_path,
-    stage_names,
-    unknown_stage,
-    wrong,
-)
+from rpo_trainer.recipe.chain_checks import looks_like_path, stage_names, unknown_stage
+from rpo_trainer.recipe.checks import PREFERENCE_KINDS, wrong
 from rpo_trainer.rewards.weights import PRESETS, resolve_weights
 
 SCORERS = ("verifier", "model", "endpoint", "judge")

@@ -8,13 +8,14 @@ its mistakes at once. Paths are kept as written; they are relative to the recipe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe import checks, reward_checks
+from rpo_trainer.recipe import chain_checks, checks, eval_checks, reward_checks
 from rpo_trainer.recipe.data_schema import (
     DataSpec,
     EndpointSpec,
@@ -27,6 +28,7 @@ from rpo_trainer.recipe.data_schema import (
     ScoreSpec,
     SourceSpec,
 )
+from rpo_trainer.recipe.model_schema import ModelSpec
 from rpo_trainer.recipe.peft_schema import PeftSpec, peft_chain_checks
 from rpo_trainer.recipe.spec import Spec, Text
 
@@ -57,43 +59,6 @@ __all__ = [
 NOT_DEFAULTS = ("name", "kind")  # what makes a stage that stage cannot come from `defaults`
 
 
-class ModelSpec(Spec):
-    """The model that the first stage starts from."""
-
-    name_or_path: Text | None = Field(
-        None, description="directory or hub name of a model with safetensors weights"
-    )
-    from_config: dict[str, Any] | None = Field(
-        None,
-        description="start from random weights: fields of the model's configuration, with "
-        "`model_type`",
-    )
-    tokenizer: Text | None = Field(
-        None,
-        description="directory or hub name of the tokenizer, or `characters` (the built-in one of "
-        "the quickstart); by default that of `name_or_path`",
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "bfloat16",
-        description="data type of the arithmetic (autocast); weights stay float32, since small steps "
-        "are lost in bfloat16 weights. `auto`: bfloat16 on a GPU that has it, else float32",
-    )
-    chat_template: Text | None = Field(
-        None,
-        description="path of a Jinja chat template, or a built-in one (`chatml`, `plain`); by "
-        "default the tokenizer's own",
-    )
-    revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
-    trust_remote_code: bool = Field(
-        False,
-        description="run code that comes with the model; off, because it is somebody else's code",
-    )
-
-    @classmethod
-    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        return checks.model_checks(raw)
-
-
 def _text_or_list(value: object) -> object:
     """One message for a union; pydantic alone gives one for each member."""
     if isinstance(value, str) or (
@@ -109,6 +74,15 @@ def _scale_or_auto(value: object) -> object:
     if value == "auto" or (number and value > 0):  # type: ignore[operator]
         return value
     raise checks.wrong_value("must be a number above 0, or `auto`", "write for example `1.0`")
+
+
+def _stop_or_skip(value: object) -> object:
+    """`stop`, or `skip(n)` with a whole number from 1."""
+    if isinstance(value, str) and re.fullmatch(r"stop|skip\([1-9][0-9]{0,8}\)", value):
+        return value
+    raise checks.wrong_value(
+        "must be `stop`, or `skip(n)` with a whole number from 1", "write for example `skip(3)`"
+    )
 
 
 class StageBase(Spec):
@@ -178,6 +152,11 @@ class StageBase(Spec):
     )
     report_to: Annotated[str | list[str], BeforeValidator(_text_or_list)] = Field(
         "none", description="trackers, as in `transformers`: `none`, `tensorboard`, `wandb`, ..."
+    )
+    nonfinite: Annotated[str, BeforeValidator(_stop_or_skip)] = Field(
+        "stop",
+        description="a loss or gradient that is NaN or infinite: `stop` before the weights move, or "
+        "`skip(n)`: leave out such steps, up to n in the stage",
     )
     peft: PeftSpec | None = Field(
         None,
@@ -351,8 +330,9 @@ class Recipe(Spec):
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         yield from _default_checks(raw.get("defaults"))
-        yield from checks.recipe_checks(raw)
+        yield from chain_checks.recipe_checks(raw)
         yield from reward_checks.reference_checks(raw)
+        yield from eval_checks.eval_reference_checks(raw)
         yield from peft_chain_checks(raw)
 
 

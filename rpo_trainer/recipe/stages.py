@@ -7,7 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from rpo_trainer.recipe.checks import expanded_names
+from rpo_trainer.recipe.chain_checks import expanded_names
 from rpo_trainer.recipe.data_schema import DataSpec
 from rpo_trainer.recipe.schema import (
     PreferenceStage,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from rpo_trainer.recipe.chain_checks import stage_names
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS, Recipe
 from rpo_trainer.recipe.spec import Spec
 from rpo_trainer.recipe.yaml12 import Key
@@ -61,6 +62,36 @@ class Origins:
             except (KeyError, IndexError, TypeError):
                 return None
         return here
+
+    def locate(self, where: str) -> str:
+        """File and line in place of `stages.NAME...` or `model...`, with what stands behind it.
+
+        Stages go by the names they run under, those of their rounds too.
+        """
+        dotted, colon, rest = where.partition(": ")
+        first, _, below = dotted.partition(".")
+        key: Key
+        if first != "stages":
+            if first not in Recipe.model_fields:
+                return where
+            key = (first, *below.split("."))
+        else:
+            named = self._stage_of(below)
+            if named is None:
+                return where
+            index, name = named
+            key = ("stages", index, *below[len(name) + 1 :].split("."))
+        key = tuple(int(p) if str(p).isdecimal() else p for p in key if p != "")
+        return f"{self.find(key)[1]}{colon}{rest}"
+
+    def _stage_of(self, dotted: str) -> tuple[int, str] | None:
+        """The index of the stage that a dotted key begins with, and the name it has there."""
+        stages = self.value(("stages",))
+        for index, stage in enumerate(stages if isinstance(stages, list) else ()):
+            for name in stage_names([stage]):
+                if dotted == name or dotted.startswith(f"{name}."):
+                    return index, name
+        return None
 
     def stage_name(self, index: str | int) -> str:
         """The name of a stage, or its index where it has none."""

@@ -30,6 +30,7 @@ from ruamel.yaml.events import (
 Key: TypeAlias = tuple[str | int, ...]
 MAX_NODES = 50_000  # values in a document, aliases expanded
 MAX_DEPTH = 40
+_WHY = "a recipe is one document of plain YAML 1.2, which every reader takes alike"
 
 # The core schema of YAML 1.2 (section 10.3.2); the lengths keep `int` and `float` within their own
 # limits.
@@ -53,9 +54,9 @@ class Document:
 class YamlProblem(Exception):
     """Text that gives no values at all."""
 
-    def __init__(self, what: str, *, line: int, fix: str) -> None:
+    def __init__(self, what: str, *, line: int, fix: str, why: str = _WHY) -> None:
         super().__init__(what)
-        self.what, self.line, self.fix = what, line, fix
+        self.what, self.line, self.fix, self.why = what, line, fix, why
 
 
 def plain_scalar(text: str) -> Any:
@@ -109,7 +110,8 @@ def _refuse_tabs(text: str) -> None:
             raise YamlProblem(
                 "a tab in the indentation",
                 line=number,
-                fix="indent with spaces, YAML allows no tabs",
+                fix="indent with spaces",
+                why="YAML allows none: how deep a tab is depends on who reads it",
             )
 
 
@@ -129,7 +131,10 @@ class _Builder:
             event = next(self.events)
         if isinstance(event, StreamEndEvent):
             raise YamlProblem(
-                "the file is empty", line=1, fix="write at least `model` and `stages`"
+                "the file is empty",
+                line=1,
+                fix="write at least `model` and `stages`",
+                why="there is nothing to run",
             )
         self.result.data = self.value(event, ())
         for event in self.events:
@@ -138,6 +143,7 @@ class _Builder:
                     "a second document begins here",
                     line=_line(event),
                     fix="keep one document: remove the `---` and what does not belong",
+                    why="one file is one chain; which of the two is meant cannot be guessed",
                 )
         return self.result
 
@@ -155,6 +161,7 @@ class _Builder:
                 f"the tag `{_short_tag(str(tag))}` is not allowed",
                 line=_line(event),
                 fix="write a plain value; quotes make text of anything",
+                why="a tag can make any object of a value, and run code to do it",
             )
         before = self.nodes
         if anchor:
@@ -231,6 +238,7 @@ class _Builder:
                 f"more than {MAX_NODES:,} values, aliases counted as what they stand for",
                 line=_line(event),
                 fix="use fewer aliases; data belongs in files that the recipe names",
+                why="aliases of aliases make a few lines larger than any memory",
             )
 
 

@@ -1,9 +1,13 @@
-"""What stops a run before the optimizer moves."""
+"""What happens to a step whose loss or gradient is not finite: the run stops, or the step is left out."""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,60 +17,137 @@ from transformers import TrainerCallback
 from rpo_trainer.distributed import merge, rank
 from rpo_trainer.errors import NonFiniteError
 
+logger = logging.getLogger(__name__)
+
 _ROWS_SHOWN = 8
+_FILE = "skipped.json"
 
 
 class BeforeUpdate(TrainerCallback):
     """Calls the guards where transformers has gradients and has not moved yet."""
 
-    def __init__(self, guards: Callable[[], None]) -> None:
+    def __init__(self, guards: Callable[[], object]) -> None:
         self.guards = guards
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.guards()
 
 
-def require_finite(
-    losses: Sequence[tuple[Tensor, Sequence[str]]],
-    grad_norm: Tensor | float,
-    *,
-    step: int,
-    reduce: Callable[[Tensor], Tensor],
-) -> None:
-    """The one host sync of an optimizer step: is every loss of it finite, and the gradient?
+def skips_allowed(nonfinite: str) -> int:
+    """How many steps of a run may be left out: 0 for `stop`, n for `skip(n)`; else ValueError."""
+    if nonfinite == "stop":
+        return 0
+    match = re.fullmatch(r"skip\(([1-9]\d*)\)", nonfinite)
+    if match is None:
+        raise ValueError(f"nonfinite must be stop or skip(n), got {nonfinite!r}")
+    return int(match[1])
+
+
+class StepGuard:
+    """Judges each optimizer step before the optimizer moves.
 
     Args:
-        losses: of each micro-batch of this rank, with the ids of its rows.
-        grad_norm: norm of the whole gradient.
-        step: the optimizer step in hand, from 1.
-        reduce: sums a tensor over the ranks, so that all stop if one does.
+        nonfinite: `stop`, or `skip(n)`: up to n steps are left out.
 
-    Raises:
-        NonFiniteError: with the rows; the optimizer has not moved.
+    Attributes:
+        skipped: `step`, `what` and `rows` of each step that was left out, those before a resume too.
+        note: called with `skipped` when it has grown, and when a run that has some goes on.
     """
-    if not losses:
-        return
-    finite = torch.stack([loss for loss, _ in losses]).isfinite()
-    # Losses that are not finite, and gradients: the one time in a step that the host waits.
-    wrong = torch.stack([(~finite).sum(), _not_finite(grad_norm, finite.device)])
-    wrong_losses, wrong_norms = reduce(wrong.double()).tolist()
-    if not wrong_losses and not wrong_norms:
-        return
-    loss_finite = not wrong_losses
-    own = [
-        row
-        for ok, (_, ids) in zip(finite.tolist(), losses, strict=True)
-        if loss_finite or not ok
-        for row in ids
-    ]
-    rows = [row for _, part in sorted(merge({rank(): own}).items()) for row in part]
-    shown = ", ".join(rows[:_ROWS_SHOWN]) + (" …" if len(rows) > _ROWS_SHOWN else "")
-    raise NonFiniteError(
-        f"the {'gradient' if loss_finite else 'loss'} is not finite at step {step}",
-        where=f"rows {shown}",
-        why="the optimizer has not moved; the last checkpoint is good",
-        fix="look at these rows; lower learning_rate or beta, or use bfloat16 in place of float16",
-    )
+
+    def __init__(self, nonfinite: str) -> None:
+        self.limit = skips_allowed(nonfinite)
+        self.skipped: list[dict[str, Any]] = []
+        self.note: Callable[[list[dict[str, Any]]], None] | None = None
+        self._losses: list[tuple[Tensor, Sequence[str]]] = []
+        self._steps = self._left_out = 0  # since the last log line
+
+    def begin(self, checkpoint: str | None) -> None:
+        """A run begins, or goes on from a checkpoint."""
+        self._losses, self._steps, self._left_out = [], 0, 0
+        path = Path(checkpoint or "") / _FILE
+        self.skipped = json.loads(path.read_text()) if checkpoint and path.is_file() else []
+        if self.skipped and self.note is not None:
+            self.note(self.skipped)
+
+    def write(self, checkpoint: Path) -> None:
+        """Into a checkpoint, for `begin`."""
+        if self.skipped:
+            (checkpoint / _FILE).write_text(json.dumps(self.skipped))
+
+    def add(self, loss: Tensor, rows: Sequence[str]) -> None:
+        """The loss of a micro-batch of the step in hand, and the ids of its rows."""
+        self._losses.append((loss, rows))
+
+    def judge(
+        self, grad_norm: Tensor | float, *, step: int, reduce: Callable[[Tensor], Tensor]
+    ) -> bool:
+        """The one host sync of an optimizer step: is every loss of it finite, and the gradient?
+
+        Args:
+            grad_norm: norm of the whole gradient.
+            step: the optimizer step in hand, from 1.
+            reduce: sums a tensor over the ranks, so that all do the same.
+
+        Returns:
+            Whether the step may be taken; False: it is to be left out.
+
+        Raises:
+            NonFiniteError: with the rows; the optimizer has not moved.
+        """
+        losses, self._losses = self._losses, []
+        self._steps += 1
+        if not losses:
+            return True
+        finite = torch.stack([loss for loss, _ in losses]).isfinite()
+        # Losses that are not finite, and gradients: the one time in a step that the host waits.
+        wrong = torch.stack([(~finite).sum(), _not_finite(grad_norm, finite.device)])
+        wrong_losses, wrong_norms = reduce(wrong.double()).tolist()
+        if not wrong_losses and not wrong_norms:
+            return True
+        own = [
+            row
+            for ok, (_, ids) in zip(finite.tolist(), losses, strict=True)
+            if not wrong_losses or not ok
+            for row in ids
+        ]
+        rows = [row for _, part in sorted(merge({rank(): own}).items()) for row in part]
+        self._leave_out(step, "loss" if wrong_losses else "gradient", rows)
+        return False
+
+    def _leave_out(self, step: int, what: str, rows: list[str]) -> None:
+        shown = ", ".join(rows[:_ROWS_SHOWN]) + (" …" if len(rows) > _ROWS_SHOWN else "")
+        if len(self.skipped) >= self.limit:
+            before = ", ".join(str(one["step"]) for one in self.skipped)
+            allowed = f"nonfinite allows {self.limit}, and steps {before} were left out already; "
+            raise NonFiniteError(
+                f"the {what} is not finite at step {step}",
+                where=f"rows {shown}",
+                why=(allowed if self.skipped else "")
+                + "the optimizer has not moved; the last checkpoint is good",
+                fix="look at these rows; lower learning_rate or beta, or use bfloat16 in place of float16",
+            )
+        self._left_out += 1
+        self.skipped.append({"step": step, "what": what, "rows": rows})
+        logger.warning(
+            "the %s is not finite at step %d: the step is left out, %d of %d (rows %s)",
+            what, step, len(self.skipped), self.limit, shown,
+        )  # fmt: skip
+        if self.note is not None:
+            self.note(self.skipped)
+
+    def mend(self, logs: dict[str, float]) -> None:
+        """Corrects a log line of transformers, whose means count the steps that were left out."""
+        taken, all_steps = self._steps - self._left_out, self._steps
+        if self._left_out:
+            if taken:
+                logs["loss"] *= all_steps / taken
+            else:
+                del logs["loss"]
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]
+        if self.skipped:
+            logs["nonfinite/skipped"] = len(self.skipped)
+        self._steps = self._left_out = 0
 
 
 def _not_finite(value: Tensor | float, device: torch.device) -> Tensor:

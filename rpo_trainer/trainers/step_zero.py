@@ -28,8 +28,22 @@ _DROPOUT_ATTRIBUTES = (
 )
 
 
+def dropout_of(config: Any) -> str:
+    """The dropout that a configuration gives to the decoder, `name value, ...`; empty: none."""
+    fields = config.get_text_config().to_dict()
+    found = {
+        name: value
+        for name, value in fields.items()
+        if "drop" in name and not name.startswith(("summary_", "classifier_"))  # of other heads
+        if isinstance(value, float) and value > 0
+    }
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(found.items()))
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability of the model to 0."""
+    """Sets every dropout probability of the model to 0, and says so where there was any."""
+    if has_dropout(model):
+        logger.warning("the model has dropout: it is set to 0, since the reference has none")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -115,7 +129,7 @@ class StepZero:
             )
             return values
         what, fix = self._diagnose()
-        raise StepZeroError(
+        error = StepZeroError(
             f"before the first update the loss is {values['loss']:.6g}, where policy = reference gives "
             f"{values['expected']:.6g}",
             where="step-0 check",
@@ -123,6 +137,8 @@ class StepZero:
             f"{wrong:.0f} responses by more than {self.tolerance_each:g}",
             fix=fix,
         )
+        error.values = values
+        raise error
 
     def _worst(self) -> float:
         """Nats per token that the response furthest off is off by, in eval mode."""

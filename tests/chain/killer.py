@@ -70,11 +70,11 @@ def _step(where: str, action: Callable[[], None]) -> list[Any]:
 
     stage, step = where.split(":")
 
-    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def check(self: Any, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
         if (self.stage, state.global_step) == (stage, int(step)):
             action()
 
-    return [mock.patch.object(MetricsLog, "on_step_begin", on_step_begin)]
+    return [_around(MetricsLog, "on_step_begin", before=check)]
 
 
 def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
@@ -179,13 +179,32 @@ def in_process(folder: Path, point: str | None, number: int = signal.SIGKILL, *c
         Its exit code, negative for a signal. Its output is in `folder`/output.
     """
     (folder / MARKER).unlink(missing_ok=True)
+    process = _started(folder, point, number, command)
+    process.join(120)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def killed_after(folder: Path, seconds: float) -> int:
+    """Runs the recipe in `folder` in a process that is killed after so many seconds, wherever it is.
+
+    Returns:
+        Its exit code: -9, or 0 where it had come to its end before.
+    """
+    process = _started(folder, None, signal.SIGKILL, ())
+    process.join(seconds)
+    process.kill()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _started(folder: Path, point: str | None, number: int, command: Sequence[str]) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rpo_trainer.chain", "rpo_trainer.report", "peft"])
     process = context.Process(target=_main, args=(str(folder), point, int(number), command))
     process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the process hangs"
-    return process.exitcode
+    return process
 
 
 def _main(folder: str, point: str | None, number: int, command: Sequence[str]) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from rpo_trainer.chain import check as module
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import Problems
 from tests.chain import tiny
@@ -26,6 +24,13 @@ def problems(folder: Path, recipe: tiny.Recipe) -> Problems:
     return error.value
 
 
+def place(folder: Path, text: str) -> str:
+    """file:line of a text of the recipe."""
+    path = folder / "recipe.yaml"
+    lines = path.read_text().splitlines()
+    return f"{path}:{1 + next(i for i, line in enumerate(lines) if text in line)}"
+
+
 def test_a_good_recipe_shows_examples_and_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,8 +39,15 @@ def test_a_good_recipe_shows_examples_and_steps(
     def no_model(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
+    make = transformers.PreTrainedModel.__init__
+
+    def unread(*args: Any, **kwargs: Any) -> None:
+        if torch.get_default_device().type != "meta":  # of which only the size is looked at
+            no_model()
+        make(*args, **kwargs)
+
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", no_model)
-    monkeypatch.setattr(transformers.PreTrainedModel, "__init__", no_model)
+    monkeypatch.setattr(transformers.PreTrainedModel, "__init__", unread)
     recipe = tiny.tiny_recipe()
     del tiny.stage_of(recipe, "code")["max_steps"]
     tiny.stage_of(recipe, "code")["num_train_epochs"] = 1.5
@@ -125,18 +137,12 @@ def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
     )
 
 
-def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")(2**40, 0, 5 * 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(Problems, match="only 5 MiB of disk are free"):
-        check(tmp_path, only=())
-
-
 def test_max_length_beyond_the_context(tmp_path: Path) -> None:
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.max_length", 65)
-    assert str(problems(tmp_path, recipe)) == (
-        "stages.dpo.max_length: max_length 65 is beyond the model's context of 64 tokens\n"
+    found = str(problems(tmp_path, recipe))
+    assert found == (
+        f"{place(tmp_path, 'max_length: 65')} (stages.dpo.max_length): "
+        "max_length 65 is beyond the model's context of 64 tokens\n"
         "  why: the model has never seen positions so far out, if it has them at all\n"
         "  fix: max_length: 64, or less\n"
         "1 problem found"
@@ -152,6 +158,28 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     assert any(line.startswith(f"  warning: {shown}") for line in check(tmp_path, recipe))
     data["held_out"] = True
     assert str(problems(tmp_path, recipe)).startswith(f"data.eval: {shown}")
+
+
+def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -> None:
+    """Those of rows that are there, and those that responses will be sampled to."""
+    recipe = tiny.tiny_recipe()
+    recipe["eval"] = {
+        "data": [tiny.task("general", "heldout", 5), tiny.task("general", "preference", 2, seed=1)],
+        "generate": {"max_new_tokens": 5}, "score": {"verifier": "exact"},
+        "nll": [tiny.task("code", "train", 8), tiny.task("code", "heldout", 2)],
+    }  # fmt: skip
+    found: dict[str, list[str]] = {}
+    for line in check(tmp_path, recipe):
+        if not line.startswith(" "):
+            found[stage := line.split()[0]] = []
+        elif "warning: eval" in line:
+            found[stage].append(line.strip().removeprefix("warning: ").partition(" (")[0])
+    shown = "{} eval rows have a prompt that is trained on"
+    assert found["code"] == [shown.format("eval.nll: 8 of 10")]
+    assert found["dpo"] == [shown.format("eval.data: 2 of 7")]
+    assert not found["rpo-1"] and not found["rpo-2"]
+    tiny.stage_of(recipe, "code")["data"]["held_out"] = True
+    assert shown.format("8 of 10") in str(problems(tmp_path, recipe))
 
 
 def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:

@@ -143,6 +143,45 @@ def test_another_scorer_scores_the_same_responses(sampled: Path) -> None:
     assert sorted(files) == ["generated", "generated", "responses"]
 
 
+def test_repeated_prompts_left_out_are_other_rows_and_other_files(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Neither sampled nor scored rows of the one setting serve the other."""
+
+    def policy(stage: Stage, source: str) -> Any:
+        return load_weights(finished / "general" / "final"), character_tokenizer()
+
+    given = [
+        {"id": f"r{i}", "prompt": f"{p}: ", "responses": ["a", "b"], "ground_truth": "a"}
+        for i, p in enumerate(["x", "X", "x"])
+    ]
+    path = tmp_path / "rows.jsonl"
+    for name, sampled_file in (("dpo", True), ("rpo", False)):
+        lines = [{k: v for k, v in r.items() if k != "responses"} for r in given]
+        path.write_text("".join(json.dumps(r) + "\n" for r in (lines if sampled_file else given)))
+        counts = {}
+        for dedup in (None, "exact", "normalised", None):
+            recipe = tiny.tiny_recipe()
+            data = tiny.stage_of(recipe, name)["data"]
+            data |= {"train": [{"path": "rows.jsonl"}], "dedup": dedup}
+            if not sampled_file:
+                del data["generate"]
+            found = stages(tmp_path, recipe)
+            stage = found["dpo" if sampled_file else "rpo-1"]
+            maker = RowMaker(
+                tmp_path, tmp_path, found, seed=lambda _: 3, policy=policy,
+                weights=lambda *_: "weights",
+            )  # fmt: skip
+            own = maker.rows(stage, Audit())
+            assert own is not None
+            counts.setdefault(dedup, []).append([row["id"] for row in own])
+        assert counts == {
+            None: [["r0", "r1", "r2"]] * 2, "exact": [["r0", "r1"]], "normalised": [["r0"]],
+        }  # fmt: skip
+        kind = "generated" if sampled_file else "scored"
+        assert len(list((tmp_path / stage.name).glob(f"{kind}-*"))) == 3
+
+
 def test_rows_of_takes_the_scored_responses_of_another_stage(sampled: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "rpo")["data"] = {

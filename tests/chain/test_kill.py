@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import pytest
 
 from rpo_trainer.trainers import checkpoint
 from tests.chain import tiny
-from tests.chain.killer import MARKER, in_process, run_until
+from tests.chain.killer import MARKER, in_process, killed_after, run_until
+
+KILLS = "table: kills by SIGKILL over the chain, and what came of them"
 
 
 def last_step(run_dir: Path, stage: str) -> int:
@@ -167,12 +172,30 @@ def test_a_line_of_metrics_that_was_cut_is_mended(
     ("point", "stage", "step", "output"), [pytest.param(*p, id=p[0]) for p in POINTS]
 )
 def test_killed_and_run_again(
-    point: str, stage: str, step: int, output: bool, finished: Path, tmp_path: Path
-) -> None:
+    point: str, stage: str, step: int, output: bool, finished: Path, tmp_path: Path,
+    record_property: Any,
+) -> None:  # fmt: skip
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     assert in_process(tmp_path, point) == -signal.SIGKILL, (tmp_path / "output").read_text()
     assert (tmp_path / MARKER).read_text() == point
     assert_stopped_there(tmp_path / "run", stage, step, output)
+    assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
+    assert_like_straight(tmp_path / "run", finished)
+    record_property(KILLS, f"survived  at {point}")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(finished: Path, tmp_path: Path, record_property: Any) -> None:
+    """One chain, killed again and again wherever it happens to be, until it comes to its end."""
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    draw = random.Random(seed)
+    tiny.write_recipe(tmp_path, tiny.tiny_recipe())
+    kills = []
+    while len(kills) < 12 and killed_after(tmp_path, moment := draw.uniform(1.0, 6.0)) != 0:
+        kills.append(f"{moment:.2f} s")
+    # In the summary before anything is asserted: the seed is what a failure is looked into with.
+    record_property(KILLS, f"survived  after {', '.join(kills)} (KILL_SEED={seed})")
+    assert kills
     assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
     assert_like_straight(tmp_path / "run", finished)
 
@@ -252,5 +275,8 @@ def test_behind_the_last_step_the_output_is_still_written(
     assert "eval_after" in tiny.records(run_dir)["code"]
     written = tiny.content(run_dir / "code" / "final")
     tiny.run(tmp_path, only={"code"})
-    assert tiny.content(run_dir / "code" / "final") == written
+    after = tiny.content(run_dir / "code" / "final")
+    assert {*after} - {*written} == {"README.md"}  # the card, and its line in the manifest
+    weights = {*written} - {"manifest.json"}
+    assert {name: after[name] for name in weights} == {name: written[name] for name in weights}
     assert_like_straight(run_dir, finished, ["code"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -9,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
+from rpo_trainer.chain.changes import SAFE_ARGUMENTS, SAFE_FIELDS, differences
 from rpo_trainer.chain.state import (
-    SAFE_FIELDS,
     ChainState,
-    differences,
     forget_metrics,
     locked,
     open_run_dir,
 )
-from rpo_trainer.errors import RunError
-from rpo_trainer.recipe.schema import STAGE_KINDS
+from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.recipe.schema import STAGE_KINDS, ModelSpec, Recipe
 
 # Every field of a stage is on one of two lists: who adds one must say which.
 MATHEMATICAL = {
@@ -32,10 +33,42 @@ MATHEMATICAL = {
 }  # fmt: skip
 
 
+# Fields of the recipe itself: what they come to in the stages counts, or they compute nothing.
+OUTSIDE = {"run_dir", "defaults", "eval", "stages"}
+
+
 def test_every_stage_field_is_declared_safe_or_mathematical() -> None:
     fields = {name for kind in STAGE_KINDS.values() for name in kind.model_fields}
     assert fields == MATHEMATICAL | SAFE_FIELDS
     assert not MATHEMATICAL & SAFE_FIELDS
+    assert set(Recipe.model_fields) == OUTSIDE | {"model", "seed"}
+
+
+@pytest.mark.parametrize("field", sorted(MATHEMATICAL - {"name"}))
+def test_mathematical_fields_may_not_change(field: str, tmp_path: Path) -> None:
+    begun(tmp_path, **{field: {"a": 1}})
+    with pytest.raises(RunError, match=f"stages.a.{field}.a: 1 → 2"):
+        again(tmp_path, [spec("a", **{field: {"a": 2}}), spec("b")])
+
+
+@pytest.mark.parametrize("field", sorted(ModelSpec.model_fields))
+def test_no_field_of_the_model_may_change(field: str, tmp_path: Path) -> None:
+    state = ChainState(tmp_path)
+    state.adopt([spec("a")], {field: 1}, 0)
+    state.stages[0]["state"] = "running"
+    state.save()
+    with pytest.raises(RunError, match=f"model.{field}: 1 → 2"):
+        ChainState(tmp_path).adopt([spec("a")], {field: 2}, 0)
+
+
+def test_training_arguments_of_logging_and_the_hub_may_change(tmp_path: Path) -> None:
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert known >= SAFE_ARGUMENTS
+    begun(tmp_path, training_args={"adam_epsilon": 1e-8, "run_name": "a"})
+    new = {"adam_epsilon": 1e-8, "logging_first_step": True, "push_to_hub": True}
+    again(tmp_path, [spec("a", training_args=new), spec("b")])
+    with pytest.raises(RunError, match=r"training_args\.adam_epsilon: 1e-08 → 0.001"):
+        again(tmp_path, [spec("a", training_args={**new, "adam_epsilon": 1e-3}), spec("b")])
 
 
 def spec(name: str, **fields: Any) -> dict[str, Any]:
@@ -113,6 +146,78 @@ def test_safe_fields_may_change(field: str, tmp_path: Path) -> None:
     assert state.stage("a")["state"] == "running"
 
 
+# --- changed on purpose ---
+
+
+def allowed(run_dir: Path, stages: list[dict[str, Any]], *keys: str, seed: int = 0) -> ChainState:
+    state = ChainState(run_dir)
+    state.adopt(stages, {"name_or_path": "m"}, seed, allowed=keys)
+    return state
+
+
+def test_a_change_that_is_allowed_is_taken_over_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(tmp_path, beta=0.1, data={"train": [1]})
+    new = [spec("a", beta=0.2, data={"train": [1]}), spec("b")]
+    with pytest.raises(RunError, match=r"or go on with it: --allow-changed stages\.a\.beta"):
+        allowed(tmp_path, new)
+    state = allowed(tmp_path, new, "stages.a.beta")
+    assert state.stage("a")["spec"]["beta"] == 0.2 and state.stage("a")["steps"] == 7
+    assert "allowed: stages.a.beta: 0.1 → 0.2. What has been computed stays" in caplog.text
+    state.save()
+    state = allowed(tmp_path, new)  # the next time there is nothing to allow
+    (change,) = state.changes
+    assert (change["key"], change["from"], change["to"]) == ("stages.a.beta", 0.1, 0.2)
+    assert change["when"].endswith("Z")
+    again = allowed(
+        tmp_path, [spec("a", beta=0.1, data={"train": [1]}), spec("b")], "stages.a", seed=0
+    )
+    again.save()
+    assert [c["to"] for c in ChainState(tmp_path).changes] == [0.2, 0.1]
+
+
+def test_only_what_is_named_is_allowed(tmp_path: Path) -> None:
+    begun(tmp_path, beta=0.1, data={"train": [1]})
+    new = [spec("a", beta=0.2, data={"train": [2]}), spec("b")]
+    with pytest.raises(RunError) as error:
+        allowed(tmp_path, new, "stages.a.beta", seed=1)
+    text = str(error.value)
+    assert "stages.a.beta" not in text
+    assert "--allow-changed seed --allow-changed stages.a.data.train" in text
+    allowed(tmp_path, new, "stages.a.beta", "stages.a.data", "seed", seed=1)
+
+
+@pytest.mark.parametrize("field", ["kind", "optim", "peft"])
+def test_what_no_checkpoint_can_take_up_is_never_allowed(field: str, tmp_path: Path) -> None:
+    begun(tmp_path, **{field: "x"})
+    with pytest.raises(RunError, match=f'stages.a.{field}: "x" → "y"') as error:
+        allowed(tmp_path, [spec("a", **{field: "y"}), spec("b")], f"stages.a.{field}")
+    assert "--allow-changed" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["stages.a.bta", "stages.x", "stages.x.beta", "beta", "model.name", ""]
+)
+def test_an_allowed_key_that_is_none(key: str, tmp_path: Path) -> None:
+    begun(tmp_path, beta=0.1)
+    with pytest.raises(RecipeError, match=f"the recipe has no key `{key}`") as error:
+        allowed(tmp_path, [spec("a", beta=0.2), spec("b")], key)
+    assert error.value.where and error.value.why and error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [("stages.a.data", True), ("stages.a", True), ("stages.a.max_length", True), ("seed", True),
+     ("model.chat_template", True), ("stages.b.data", False)],
+)  # fmt: skip
+def test_who_allows_other_examples(key: str, other: bool, tmp_path: Path) -> None:
+    stages = [spec("a", data={}, max_length=3), spec("b", data={})]
+    state = ChainState(tmp_path)
+    state.adopt(stages, {"chat_template": None}, 0, allowed=[key])
+    assert state.allows_other_data("a") == other
+
+
 def test_before_anything_has_begun_everything_may_change(tmp_path: Path) -> None:
     state = ChainState(tmp_path)
     state.adopt([spec("a", beta=0.1)], {"name_or_path": "m"}, 0)
@@ -123,7 +228,7 @@ def test_before_anything_has_begun_everything_may_change(tmp_path: Path) -> None
 def test_differences_go_down_to_the_leaves() -> None:
     old = {"a": {"b": 1, "c": [1]}, "d": None}
     new = {"a": {"b": 1, "c": [2]}, "e": "x"}
-    assert differences("k", old, new) == ["k.a.c: [1] → [2]", 'k.e: null → "x"']
+    assert [str(c) for c in differences("k", old, new)] == ["k.a.c: [1] → [2]", 'k.e: null → "x"']
     assert differences("k", old, old) == []
 
 
@@ -145,6 +250,16 @@ def test_a_corrupt_chain_json_is_an_error_for_people(text: str | bytes, tmp_path
         ChainState(tmp_path)
     assert "chain.json" in str(error.value)
     assert (tmp_path / "chain.json").read_bytes() == raw
+
+
+def test_a_flipped_bit_in_chain_json_is_found(tmp_path: Path) -> None:
+    begun(tmp_path, beta=0.1)
+    raw = (tmp_path / "chain.json").read_text()
+    (tmp_path / "chain.json").write_text(raw.replace('"steps": 7', '"steps": 5'))
+    with pytest.raises(RunError, match="its checksum does not match its content"):
+        ChainState(tmp_path)
+    (tmp_path / "chain.json").write_text(raw)
+    ChainState(tmp_path)
 
 
 def test_a_save_that_fails_leaves_the_old_file(

@@ -144,6 +144,7 @@ def cut_before(finished: Path, run_dir: Path, stage: str) -> Path:
     later = STAGES[STAGES.index(stage) :]
     shutil.copytree(finished, run_dir, ignore=shutil.ignore_patterns(*later, ".lock*"))
     state = json.loads((run_dir / "chain.json").read_text())
+    state.pop("digest", None)
     for record in state["stages"]:
         if record["name"] in later:
             for key in set(record) - {"name", "kind", "init", "reference", "spec"}:

@@ -1,0 +1,127 @@
+"""What may change between two starts of a run: told apart, shown, allowed on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rpo_trainer.errors import RecipeError, RunError
+
+# Stage fields that say how a stage runs, not what it computes: these may change when a run goes on.
+SAFE_FIELDS = frozenset(
+    {
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "gradient_checkpointing",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "report_to",
+        "step0_check",
+        "eval",
+        "nonfinite",
+    }
+)
+
+
+# A change of these cannot be gone on with: what a checkpoint holds is of another shape.
+_FIXED_FIELDS = frozenset({"kind", "peft", "optim"})
+
+# Training arguments that say what is told, kept and loaded, not what is computed.
+SAFE_ARGUMENTS = frozenset(
+    {
+        "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
+        "dataloader_prefetch_factor", "ddp_timeout", "disable_tqdm", "hub_always_push",
+        "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+        "include_num_input_tokens_seen", "log_level", "log_level_replica", "log_on_each_node",
+        "logging_first_step", "project", "push_to_hub", "run_name",
+        "skip_memory_metrics", "trackio_space_id",
+    }
+)  # fmt: skip
+
+
+class Change(NamedTuple):
+    """A leaf of the recipe that differs from what a run has computed with."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {json.dumps(self.old)} → {json.dumps(self.new)}"
+
+
+def differences(key: str, old: Any, new: Any) -> list[Change]:
+    """Every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = [*old, *(name for name in new if name not in old)]
+        return [
+            change
+            for name in names
+            for change in differences(f"{key}.{name}", old.get(name), new.get(name))
+        ]
+    return [] if old == new else [Change(key, old, new)]
+
+
+def data_changed(what: str, stage: str, run_dir: Path, *, why: str, undo: str) -> RunError:
+    """The refusal of data that is not what a stage began with."""
+    return RunError(what, where=str(run_dir), why=why, fix=ways_out(undo, [f"stages.{stage}.data"]))
+
+
+def ways_out(undo: str, keys: Sequence[str]) -> str:
+    """What to do about a change, the keys to allow among it."""
+    ways = [undo, "start in a new directory (--run-dir)"]
+    if keys:
+        ways.append("go on with it: " + " ".join(f"--allow-changed {key}" for key in keys))
+    return ", or ".join([", ".join(ways[:-1]), ways[-1]])
+
+
+def computed_with(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a stage's spec that its results depend on."""
+    fields = {name: value for name, value in spec.items() if name not in SAFE_FIELDS}
+    arguments = fields.get("training_args")
+    if isinstance(arguments, Mapping):
+        fields["training_args"] = {k: v for k, v in arguments.items() if k not in SAFE_ARGUMENTS}
+    return fields
+
+
+def covers(allowed: Sequence[str], key: str) -> bool:
+    """Whether a key, or one above it, is among those allowed."""
+    return any(key == one or key.startswith(f"{one}.") for one in allowed)
+
+
+def is_fixed(key: str, stage: str | None = None) -> bool:
+    """Whether a change cannot be allowed; `stage`: whose field it is."""
+    if stage is None:
+        return key == "model.from_config" or key.startswith("model.from_config.")
+    return key.removeprefix(f"stages.{stage}.").split(".")[0] in _FIXED_FIELDS
+
+
+def require_key(key: str, stages: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> None:
+    """Raises RecipeError where `--allow-changed KEY` names nothing that could have changed."""
+    for spec in stages:
+        own = f"stages.{spec['name']}"
+        if key == own or (key.startswith(f"{own}.") and _leads(spec, key[len(own) + 1 :])):
+            return
+    if key in ("seed", "model") or (key.startswith("model.") and _leads(model, key[6:])):
+        return
+    raise RecipeError(
+        f"the recipe has no key `{key}`",
+        where=f"--allow-changed {key}",
+        why="a key that is none would allow nothing",
+        fix="write it as the refusal shows it, for example stages.dpo.beta",
+    )
+
+
+def _leads(spec: Any, way: str) -> bool:
+    for part in way.split("."):
+        if isinstance(spec, list) and part.isdecimal() and int(part) < len(spec):
+            spec = spec[int(part)]
+        elif isinstance(spec, Mapping) and part in spec:
+            spec = spec[part]
+        else:
+            return False
+    return True

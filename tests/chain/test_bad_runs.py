@@ -1,0 +1,490 @@
+"""What a run directory and a run that goes on must get: a refusal with a way out, or the same weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import stat
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.chain import disk, run_chain
+from rpo_trainer.chain import models as chain_models
+from rpo_trainer.chain.state import CHAIN_FILE, locked
+from rpo_trainer.cli import main
+from rpo_trainer.errors import NonFiniteError, RunError
+from rpo_trainer.trainers import checkpoint
+from rpo_trainer.trainers.preference import PreferenceTrainer
+from tests.chain import tiny
+from tests.chain.killer import run_until
+from tests.chain.test_refusals import pairs_file, rpo_from_file
+
+Change = Callable[[tiny.Recipe], tiny.Recipe]
+
+
+def refused(folder: Path, recipe: tiny.Recipe | None = None, **settings: Any) -> RunError:
+    """The refusal of a run in `folder`/run; nothing in it has changed, and no model was loaded."""
+    before = tiny.content(folder / "run") if (folder / "run").is_dir() else {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain_models, "load_model", None)
+        patch.setattr(chain_models, "load_weights", None)
+        with pytest.raises(RunError) as error:
+            tiny.run(folder, recipe, **settings)
+    assert error.value.exit_code == 2
+    assert error.value.where and error.value.what and error.value.why and error.value.fix
+    assert (tiny.content(folder / "run") if (folder / "run").is_dir() else {}) == before
+    return error.value
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[None]:
+    """The command line takes the package's messages for itself; the next test gets them back."""
+    package = logging.getLogger("rpo_trainer")
+    before = package.handlers, package.level, package.propagate
+    yield
+    package.handlers, package.level, package.propagate = before
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one RPO stage on a file, stopped behind step 2 of 3, two checkpoints kept."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run_until("step:rpo:2", lambda: tiny.run(folder, recipe_of(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    return tiny.run(folder, recipe_of(folder))
+
+
+def recipe_of(folder: Path) -> tiny.Recipe:
+    recipe = rpo_from_file(folder)
+    tiny.stage_of(recipe, "rpo").update(save_total_limit=2, optim="sgd")
+    recipe["model"]["chat_template"] = "plain"
+    return recipe
+
+
+@pytest.fixture
+def again(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run, to go on with."""
+    return shutil.copytree(stopped, tmp_path / "again")
+
+
+# --- the directory ---
+
+
+def test_a_directory_that_is_not_ours(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    error = refused(tmp_path, recipe)
+    assert "is no run of ours (thesis.tex lies in it)" in error.what
+    assert error.why == "a run must never mix with other files"
+    assert error.fix == "name an empty or new directory with --run-dir"
+
+
+def test_a_directory_in_use_names_who_holds_it(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        error = refused(tmp_path, recipe)
+    assert re.fullmatch(rf"the run directory is in use by process {os.getpid()} on \S+", error.what)
+    assert error.why == "two runs in one directory would mix their checkpoints"
+    assert error.fix == "wait for it, stop it, or name another --run-dir"
+
+
+def test_a_read_only_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path)
+    (tmp_path / "run").mkdir()
+    if os.geteuid() == 0:  # who may write everywhere: the file system has to say it
+        own = Path.write_text
+
+        def refuse(self: Path, *args: Any, **kwargs: Any) -> int:
+            if self.parent == tmp_path / "run":
+                raise PermissionError(13, "Permission denied", str(self))
+            return own(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "write_text", refuse)
+    else:
+        (tmp_path / "run").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    error = refused(tmp_path, recipe)
+    assert error.what == "the directory cannot be written: Permission denied"
+    assert error.fix == "name another --run-dir, or change its rights"
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_too_little_disk_for_the_plan(
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipe_of(tmp_path)
+    tiny.stage_of(recipe, "rpo")["optim"] = "adamw_torch"
+    config = recipe["model"]["from_config"] | {"hidden_size": 512, "intermediate_size": 1024}
+    recipe["model"]["from_config"] = config
+    path = tiny.write_recipe(tmp_path, recipe)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(2**40, 0, 2**20))
+    monkeypatch.setattr(chain_models, "load_model", None)
+    with pytest.raises(SystemExit) as end:
+        main([command, str(path), "--run-dir", str(tmp_path / "run")])
+    shown = capsys.readouterr().err
+    assert end.value.code == 2
+    # 3.4 M weights of 4 bytes; a checkpoint is three times that, two are kept and one is written.
+    assert re.search(r"the run needs about 1\d\d MiB of disk, 1 MiB are free", shown), shown
+    assert "most is written by rpo (output 1" in shown and "checkpoints " in shown
+    assert "fix: make room, lower save_total_limit, or name a --run-dir on another disk" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_disk_for_what_is_left(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(2**40, 0, 2**10))
+    error = refused(again, recipe_of(again))
+    assert "of disk, 0 MiB are free" in error.what
+    there = sum(p.stat().st_size for p in (again / "run" / "rpo").rglob("*") if p.is_file())
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(2**40, 0, there))
+    tiny.run(again, recipe_of(again))  # what lies there already is counted off
+
+
+# --- going on with something else ---
+
+CHANGES: dict[str, tuple[Change, str, str]] = {
+    "loss": (
+        lambda r: tiny.changed(r, "rpo.loss_type", "rpo_sq"),
+        'stages.rpo.loss_type: "rpo_bwd_kl" → "rpo_sq"', "stages.rpo.loss_type",
+    ),
+    "learning rate": (
+        lambda r: tiny.changed(r, "rpo.learning_rate", 1e-2),
+        "stages.rpo.learning_rate: 0.001 → 0.01", "stages.rpo.learning_rate",
+    ),
+    "template": (
+        lambda r: tiny.changed(r, "model", {**r["model"], "chat_template": "./mine.jinja"}),
+        'model.chat_template: "plain" → "./mine.jinja"', "model.chat_template",
+    ),
+    "seed": (
+        lambda r: tiny.changed(r, "rpo.seed", 4), "stages.rpo.seed: null → 4", "stages.rpo.seed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_resume_with_another(case: str, again: Path, straight: Path) -> None:
+    change, shown, key = CHANGES[case]
+    (again / "mine.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
+    error = refused(again, change(recipe_of(again)))
+    assert error.what.endswith(f"has changed where this run has already computed:\n    {shown}")
+    assert error.why == "going on would mix two recipes in one run"
+    assert error.fix.endswith(f"or go on with it: --allow-changed {key}")
+    run_dir = tiny.run(again, change(recipe_of(again)), allow_changed=[key])
+    (noted,) = json.loads((run_dir / CHAIN_FILE).read_text())["changes"]
+    assert noted["key"] == key and noted["when"]
+    # It is computed with from there on; a template does nothing to rows that are plain text.
+    assert (tiny.weights(run_dir) != tiny.weights(straight)) == (case != "template")
+    assert (
+        tiny.run(again, change(recipe_of(again))) == run_dir
+    )  # the next time there is no difference
+
+
+def test_resume_with_other_data(again: Path, straight: Path) -> None:
+    pairs_file(again / "pairs.jsonl")
+    recipe = recipe_of(again)
+    pairs_file(again / "pairs.jsonl", shift=1.0)
+
+    def go_on(**settings: Any) -> Path:
+        return run_chain(tiny.load(again, recipe), again / "run", **settings)
+
+    before = tiny.content(again / "run")
+    with pytest.raises(RunError) as error:
+        go_on()
+    assert error.value.what == "the data has changed since stage rpo began: pairs.jsonl"
+    assert error.value.why == "a run goes on only with the data it began with"
+    assert error.value.fix == (
+        "restore the files, start in a new directory (--run-dir), or go on with it: "
+        "--allow-changed stages.rpo.data"
+    )
+    assert tiny.content(again / "run") == before
+    go_on(allow_changed=["stages.rpo.data"])
+    changes = json.loads((again / "run" / CHAIN_FILE).read_text())["changes"]
+    assert [change["key"] for change in changes] == [
+        "stages.rpo.data: pairs.jsonl", "stages.rpo.data: examples",
+    ]  # fmt: skip
+    assert tiny.weights(again / "run") != tiny.weights(straight)
+    before = tiny.content(again / "run")
+    go_on()
+    assert tiny.content(again / "run") == before
+
+
+def test_the_command_takes_the_keys(
+    again: Path, capsys: pytest.CaptureFixture[str], straight: Path
+) -> None:
+    path = tiny.write_recipe(again, recipe_of(again))
+    words = ["run", str(path), "--run-dir", str(again / "run"), "--no-report"]
+    words += ["stages.rpo.beta=0.7", "stages.rpo.reward_scale=2.0"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--allow-changed", "stages.rpo.beta"])
+    assert end.value.code == 2
+    assert "reward_scale: 1.0 → 2.0" in (shown := capsys.readouterr().err) and "beta:" not in shown
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--allow-changed", "stages.rpo.bta"])
+    assert end.value.code == 2
+    assert "--allow-changed stages.rpo.bta: the recipe has no key" in capsys.readouterr().err
+    keys = ["--allow-changed", "stages.rpo.beta", "--allow-changed", "stages.rpo.reward_scale"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, *keys])
+    assert end.value.code == 0
+    assert tiny.weights(again / "run") != tiny.weights(straight)
+
+
+def test_a_learning_rate_that_is_allowed_is_the_one_that_is_used(again: Path) -> None:
+    """A checkpoint holds the old one, in its optimizer and in its schedule."""
+    recipe = tiny.changed(recipe_of(again), "rpo.learning_rate", 1e-2)
+    tiny.run(again, recipe, allow_changed=["stages.rpo.learning_rate"])
+    rates = {m["step"]: m["learning_rate"] for m in tiny.metrics(again / "run") if "loss" in m}
+    assert rates == {1: 1e-3, 2: 1e-3, 3: 1e-2}
+
+
+# --- outputs ---
+
+
+def test_a_stage_output_deleted_or_edited(finished_copy: Path, tmp_path: Path) -> None:
+    final = finished_copy / "general" / "final"
+    raw = (final / "model.safetensors").read_bytes()
+    (final / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    error = refused(tmp_path)
+    assert error.what.endswith("general is damaged: the content of model.safetensors has changed")
+    assert error.where == str(final) and error.why == "later stages start from it"
+    assert error.fix == "restore it from a copy, or start in a new directory (--run-dir)"
+    shutil.rmtree(final)
+    assert "general is damaged: no manifest.json" in refused(tmp_path).what
+
+
+# --- what is fine ---
+
+
+def test_changed_save_logging_and_report_settings(again: Path, straight: Path) -> None:
+    recipe = recipe_of(again)
+    tiny.stage_of(recipe, "rpo").update(
+        save_steps=2, save_total_limit=1, logging_steps=3, report_to="none",
+        training_args={"run_name": "mine", "logging_first_step": True},
+    )  # fmt: skip
+    assert tiny.weights(tiny.run(again, recipe)) == tiny.weights(straight)
+
+
+def test_a_moved_run_directory(again: Path, straight: Path, tmp_path: Path) -> None:
+    moved = shutil.move(again, tmp_path / "else where")
+    assert tiny.weights(tiny.run(Path(moved), recipe_of(Path(moved)))) == tiny.weights(straight)
+
+
+def test_a_finished_run_is_done(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(straight.parent, tmp_path, dirs_exist_ok=True)
+    path, before = tmp_path / "recipe.yaml", tiny.content(tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(path), "--run-dir", str(tmp_path / "run"), "--no-report"])
+    assert end.value.code == 0
+    assert "done: there is nothing left to run" in capsys.readouterr().err
+    assert tiny.content(tmp_path / "run") == before
+
+
+# --- mended, loudly ---
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "optimizer.pt", 9)
+
+
+def half_written(folder: Path) -> None:
+    (folder / checkpoint.MANIFEST).unlink()
+
+
+@pytest.mark.parametrize("harm", [cut, half_written])
+def test_a_damaged_or_half_written_last_checkpoint(
+    harm: Callable[[Path], None], again: Path, straight: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    harm(again / "run" / "rpo" / "checkpoint-2")
+    began: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = checkpoint.last_complete
+        patch.setattr(
+            "rpo_trainer.chain.stage.last_complete",
+            lambda folder: began.append(int(str(own(folder))[-1])) or own(folder),
+        )
+        run_dir = tiny.run(again, recipe_of(again))
+    assert began == [1]  # the one before is used
+    assert "checkpoint-2 is damaged" in caplog.text and "the one before is taken" in caplog.text
+    assert tiny.weights(run_dir) == tiny.weights(straight)
+
+
+def test_a_stale_lock(again: Path, straight: Path) -> None:
+    """A process that was killed has left its name; the lock itself has gone with it."""
+    (again / "run" / ".lock").write_text("")
+    (again / "run" / ".lock-holder").write_text("process 1 on elsewhere")
+    assert tiny.weights(tiny.run(again, recipe_of(again))) == tiny.weights(straight)
+    assert not (again / "run" / ".lock-holder").exists()
+
+
+def test_a_stale_or_half_written_reference_cache(
+    again: Path, straight: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.numpy import load_file
+
+    from rpo_trainer.reference import ReferenceCache
+
+    (part,) = (again / "run" / "reference-cache").rglob("part-*")
+    keys = load_file(part)["keys"].tolist()
+    part.unlink()
+    ReferenceCache(part.parent).add(dict.fromkeys(map(tuple, keys), -1.0))  # sound, and wrong
+    copied = shutil.copytree(again, again.with_name("half"))
+    assert tiny.weights(tiny.run(again, recipe_of(again))) == tiny.weights(straight)
+    assert "is stale: " in caplog.text and "All of it is computed again" in caplog.text
+    (part,) = (copied / "run" / "reference-cache").rglob("part-*")
+    os.truncate(part, 100)
+    assert tiny.weights(tiny.run(copied, recipe_of(copied))) == tiny.weights(straight)
+    assert "is damaged" in caplog.text and "its values are computed again" in caplog.text
+
+
+# --- what lies outside ---
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_log", "on_train_end"])
+def test_a_tracker_that_fails(
+    event: str, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    from transformers.integrations import integration_utils
+
+    class Tracker(integration_utils.TrainerCallback):
+        pass
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("the service is gone")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Tracker)
+    setattr(Tracker, event, fail)
+    recipe = tiny.changed(recipe_of(tmp_path), "rpo.report_to", "mlflow")
+    run_dir = tiny.run(tmp_path, recipe)
+    assert tiny.weights(run_dir) == tiny.weights(straight)
+    assert (
+        caplog.text.count("the tracker Tracker has failed (ConnectionError: the service is gone)")
+        == 1
+    )
+    assert tiny.metric_steps(run_dir, "rpo") == tiny.metric_steps(straight, "rpo")
+
+
+def test_a_hub_push_that_fails_at_the_end(
+    tmp_path: Path,
+    straight: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("the hub is gone")
+
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, fail)
+    recipe = tiny.changed(recipe_of(tmp_path), "rpo.training_args", {"push_to_hub": True})
+    run_dir = tiny.run(tmp_path, recipe)
+    assert tiny.weights(run_dir) == tiny.weights(straight)
+    assert tiny.records(run_dir)["rpo"]["state"] == "done"
+    assert "the hub is gone" in caplog.text
+
+
+# --- while it runs ---
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    from rpo_trainer.chain.callbacks import StopOnSignal
+    from rpo_trainer.errors import StoppedBySignal
+
+    stop = StopOnSignal()
+    stop.busy = True  # in training: the first is only noted
+    with stop.installed():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(StoppedBySignal, match="stopped by SIGINT"):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_failed_step_zero_check_is_kept(tmp_path: Path) -> None:
+    from rpo_trainer.errors import StepZeroError
+
+    recipe = recipe_of(tmp_path)
+    recipe["model"]["from_config"]["attention_dropout"] = 0.5
+    tiny.stage_of(recipe, "rpo")["disable_dropout"] = False
+    with pytest.raises(StepZeroError, match="dropout is on in the policy"):
+        tiny.run(tmp_path, recipe)
+    kept = tiny.records(tmp_path / "run")["rpo"]["step0"]
+    assert kept["ok"] is False and kept["nats_per_token"] > 1e-3
+    assert "dropout is on in the policy" in kept["why"]
+
+
+def test_dropout_in_the_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path)
+    recipe["model"]["from_config"]["attention_dropout"] = 0.5
+    run_dir = tiny.run(tmp_path, recipe)
+    assert tiny.records(run_dir)["rpo"]["step0"]["ok"]
+    assert "the model has dropout: it is set to 0, since the reference has none" in caplog.text
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "other")])
+    assert end.value.code == 0
+    warning = "warning: the model's config has dropout (attention_dropout 0.5): it is set to 0"
+    assert warning in capsys.readouterr().out
+
+
+def test_a_stage_that_skips_says_so_in_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = PreferenceTrainer.losses
+
+    def spoiled(self: Any, sums: Any, batch: Any) -> Any:
+        bad = self.model.training and self.state.global_step == 1
+        return own(self, sums * float("nan") if bad else sums, batch)
+
+    monkeypatch.setattr(PreferenceTrainer, "losses", spoiled)
+    recipe = tiny.changed(recipe_of(tmp_path), "rpo.nonfinite", "skip(1)")
+    straight = tiny.run(tmp_path / "straight", {**recipe, "stages": with_file(tmp_path, recipe)})
+    run_until("step:rpo:2", lambda: tiny.run(tmp_path, recipe))
+    stopped = tiny.records(tmp_path / "run")["rpo"]["skipped"]
+    run_dir = tiny.run(tmp_path, recipe)
+    assert tiny.weights(run_dir) == tiny.weights(straight)
+    (skipped,) = tiny.records(run_dir)["rpo"]["skipped"]
+    assert [skipped] == stopped == tiny.records(straight)["rpo"]["skipped"]
+    assert skipped["step"] == 2 and skipped["what"] == "loss" and len(skipped["rows"]) == 4
+    lines = {m["step"]: m for m in tiny.metrics(run_dir)}
+    assert [lines[step].get("nonfinite/skipped") for step in (1, 2, 3)] == [None, 1, 1]
+    assert ["loss" in lines[step] for step in (1, 2, 3)] == [True, False, True]
+    assert "the loss is not finite at step 2: the step is left out, 1 of 1" in caplog.text
+    (tmp_path / "stop").mkdir()
+    shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "stop")
+    stop = tiny.changed(recipe, "rpo.nonfinite", "stop")
+    with pytest.raises(NonFiniteError, match="the loss is not finite at step 2"):
+        tiny.run(tmp_path / "stop", stop)
+    # What stopped may go on with `skip`: nothing was computed otherwise.
+    assert tiny.weights(tiny.run(tmp_path / "stop", recipe)) == tiny.weights(straight)
+
+
+def with_file(folder: Path, recipe: tiny.Recipe) -> Any:
+    """The stages of a recipe, and its data file where another folder's run finds it."""
+    (folder / "straight").mkdir()
+    shutil.copy(folder / "pairs.jsonl", folder / "straight")
+    return recipe["stages"]

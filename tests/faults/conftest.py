@@ -1,0 +1,71 @@
+"""One small run, stopped on its way and never stopped, and a count of the faults that were injected."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.chain import tiny
+from tests.chain.killer import run_until
+
+Count = Callable[[str, str], None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums do not depend on what else the machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sampled_rpo() -> tiny.Recipe:
+    """One RPO stage on responses that it samples itself, from random weights; three steps, all kept."""
+    recipe = tiny.tiny_recipe()
+    stage = tiny.stage_of(recipe, "rpo")
+    stage.update(repeat=1, save_total_limit=9)
+    recipe["stages"] = [stage]
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("faults-straight")
+    tiny.run(folder, sampled_rpo())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(straight: Path) -> dict[str, str]:
+    """The hash of its weights."""
+    return tiny.weights(straight / "run")
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, ended behind step 2 of 3."""
+    folder = tmp_path_factory.mktemp("faults-stopped")
+    run_until("step:rpo:2", lambda: tiny.run(folder, sampled_rpo()))
+    return folder
+
+
+@pytest.fixture
+def again(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of it, to harm."""
+    return shutil.copytree(stopped, tmp_path / "again")
+
+
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Count:
+    """`count(fault, what came of it)`: a line of the summary at the end."""
+
+    def line(fault: str, outcome: str) -> None:
+        record_property("table: faults injected, and what came of them", f"{outcome:9} {fault}")
+
+    return line

@@ -1,0 +1,201 @@
+"""Files harmed one by one: found, and the weights are those of the run that nothing happened to."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rpo_trainer.errors import RunError
+from rpo_trainer.trainers import checkpoint
+from tests.chain import tiny
+from tests.faults.conftest import Count, sampled_rpo
+
+SEED = 20261121
+PAGE = 4096
+
+
+def flipped_bit(path: Path, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def zeroed_page(path: Path, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    start = draw.randrange(0, len(content), PAGE)
+    content[start : start + PAGE] = bytes(len(content[start : start + PAGE]))
+    path.write_bytes(content)
+
+
+def cut(path: Path, draw: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.randrange(len(content))])
+
+
+def missing(path: Path, draw: random.Random) -> None:
+    path.unlink()
+
+
+HARMS = [flipped_bit, zeroed_page, cut, missing]
+Harm = Callable[[Path, random.Random], None]
+harms = pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+
+
+def drawn(harm: Harm, name: str) -> random.Random:
+    """The same harm in the same place each time; the seed is in the summary."""
+    return random.Random(f"{SEED} {harm.__name__} {name}")
+
+
+def kept(path: Path) -> Iterator[bytes]:
+    """The file's content, put back when the generator is asked again."""
+    content = path.read_bytes()
+    yield content
+    path.write_bytes(content)
+
+
+# --- a checkpoint ---
+
+
+@harms
+def test_every_file_of_a_checkpoint(harm: Harm, again: Path, count: Count) -> None:
+    """Whatever is harmed, the checkpoint before it is taken."""
+    folder = again / "run" / "rpo"
+    files = sorted(path for path in (folder / "checkpoint-2").rglob("*") if path.is_file())
+    assert {"model.safetensors", "optimizer.pt", "manifest.json", "rng_state.pth"} <= {
+        path.name for path in files
+    }
+    for path in files:
+        back = kept(path)
+        before = next(back)
+        harm(path, drawn(harm, path.name))
+        changed = not path.is_file() or path.read_bytes() != before
+        fault = checkpoint.damage(folder / "checkpoint-2")
+        # A bit of the manifest's own white space or version says nothing of the checkpoint.
+        harmless = path.name == checkpoint.MANIFEST and harm is flipped_bit
+        assert fault is not None or harmless or not changed, path
+        found = checkpoint.last_complete(folder)
+        assert found is not None and found.name == f"checkpoint-{2 if fault is None else 1}"
+        count(f"{harm.__name__} in checkpoint-2/{path.name}, seed {SEED}", "survived")
+        next(back, None)
+    assert checkpoint.last_complete(folder) == folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("model.safetensors", flipped_bit),
+        ("optimizer.pt", zeroed_page),
+        ("manifest.json", cut),
+        ("rng_state.pth", missing),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_and_the_run_ends_as_if_nothing_had_happened(
+    name: str, harm: Harm, again: Path, expected: dict[str, str], count: Count,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    harm(again / "run" / "rpo" / "checkpoint-2" / name, drawn(harm, name))
+    assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
+    assert "checkpoint-2 is damaged" in caplog.text
+    count(f"{harm.__name__} in checkpoint-2/{name}, gone on with", "survived")
+
+
+def test_all_checkpoints(again: Path, expected: dict[str, str], count: Count) -> None:
+    for path in (again / "run" / "rpo").glob("checkpoint-*"):
+        flipped_bit(path / "model.safetensors", drawn(flipped_bit, path.name))
+    assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
+    count("flipped_bit in every checkpoint: the stage begins again", "survived")
+
+
+# --- an output ---
+
+
+@harms
+def test_every_file_of_an_output(harm: Harm, straight: Path, tmp_path: Path, count: Count) -> None:
+    """Later stages start from it: the run stops, and says which file it is."""
+    folder = shutil.copytree(straight, tmp_path / "again")
+    final = folder / "run" / "rpo" / "final"
+    for path in sorted(path for path in final.rglob("*") if path.is_file()):
+        back = kept(path)
+        next(back)
+        harm(path, drawn(harm, path.name))
+        if checkpoint.damage(final) is not None:
+            with pytest.raises(
+                RunError, match="the output of the finished stage rpo is damaged"
+            ) as error:
+                tiny.run(folder, sampled_rpo())
+            assert error.value.fix == (
+                "restore it from a copy, or start in a new directory (--run-dir)"
+            )
+            count(f"{harm.__name__} in final/{path.name}", "stopped")
+        else:
+            assert path.name == checkpoint.MANIFEST and harm is flipped_bit
+            count(f"{harm.__name__} in final/{path.name}", "survived")
+        next(back, None)
+    tiny.run(folder, sampled_rpo())
+
+
+# --- what is computed once and kept ---
+
+
+@harms
+def test_the_reference_cache(
+    harm: Harm, again: Path, expected: dict[str, str], count: Count
+) -> None:
+    for path in (again / "run" / "reference-cache").rglob("part-*"):
+        harm(path, drawn(harm, "cache"))
+    assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
+    count(f"{harm.__name__} in the reference cache", "survived")
+
+
+@harms
+def test_sampled_rows(harm: Harm, again: Path, expected: dict[str, str], count: Count) -> None:
+    """Made again where they cannot be read; other rows than the stage began with are refused."""
+    (path,) = (again / "run" / "rpo").glob("generated-*.jsonl")
+    harm(path, drawn(harm, "rows"))
+    refusal = ""
+    try:
+        tiny.run(again, sampled_rpo())
+    except RunError as error:
+        refusal = error.what
+    if refusal:
+        assert "are not those it began with" in refusal
+        assert checkpoint.last_complete(again / "run" / "rpo") is not None
+    else:
+        assert tiny.weights(again / "run") == expected
+    count(f"{harm.__name__} in the sampled rows", "stopped" if refusal else "survived")
+
+
+# --- what the run says of itself ---
+
+
+@harms
+def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], count: Count) -> None:
+    """What has been computed stands in it and nowhere else: the run stops, its checkpoints untouched."""
+    path = again / "run" / "chain.json"
+    content = path.read_bytes()
+    harm(path, drawn(harm, "chain.json"))
+    with pytest.raises(RunError) as error:
+        tiny.run(again, sampled_rpo())
+    assert error.value.where and error.value.why and error.value.fix
+    assert checkpoint.last_complete(again / "run" / "rpo") is not None
+    count(f"{harm.__name__} in chain.json", "stopped")
+    path.write_bytes(content)
+    assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
+
+
+@harms
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", pytest.param("recipe.yaml", marks=pytest.mark.slow)]
+)
+def test_what_is_only_told(
+    name: str, harm: Harm, again: Path, expected: dict[str, str], count: Count
+) -> None:
+    harm(again / "run" / name, drawn(harm, name))
+    assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
+    tiny.metrics(again / "run")  # every line that is left can be read
+    count(f"{harm.__name__} in {name}", "survived")
