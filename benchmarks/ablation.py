@@ -35,6 +35,7 @@ from rpo_trainer.logprobs import response_sums
 from rpo_trainer.losses import preference_loss
 from rpo_trainer.order import deal
 from rpo_trainer.step import head_of, install, token_logprobs
+from rpo_trainer.usage import peak_memory
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def main() -> None:
             if turn:  # the first is warm-up
                 whole[variant.name].append(sum(seconds))
                 slowest[variant.name].append(max(seconds))
-                peaks[variant.name] = record.memory_peak()
+                peaks[variant.name] = peak_memory()
     _table(args, whole, slowest, peaks if DEVICE == "cuda" else {})
 
 

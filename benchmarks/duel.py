@@ -18,6 +18,8 @@ import torch
 from common import DEVICE, make_model, make_tokenizer, matmul_flops, parser, quiet, wait
 from transformers import TrainerCallback
 
+from rpo_trainer.usage import peak_memory
+
 # What a trainer is built from: arguments, model, tokenizer, callbacks → trainer.
 Builder = Callable[[argparse.Namespace, Any, Any, list[TrainerCallback]], Any]
 
@@ -210,7 +212,7 @@ def _one(args: argparse.Namespace, builder: Builder) -> None:
         trainer.train()
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     found = {
-        "peak": record.memory_peak(),
+        "peak": peak_memory(),
         "weights": weights,
         "gradients": weights,  # all are trained, in the dtype of the weights
         "optimizer": _state_bytes(trainer.optimizer),

@@ -23,6 +23,7 @@ from common import DEVICE, wait
 from torch import Tensor
 
 from rpo_trainer.logprobs import linear_logprobs
+from rpo_trainer.usage import peak_memory
 
 
 def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def _timed(
     logps = function(h, w, labels)
     logps.sum().backward()
     wait()
-    return time.perf_counter() - start, record.memory_peak() - before, logps.detach()
+    return time.perf_counter() - start, peak_memory() - before, logps.detach()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 from pathlib import Path
@@ -73,18 +72,6 @@ def memory_now() -> int:
         return torch.cuda.memory_allocated()
     pages = Path("/proc/self/statm")
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if pages.exists() else 0
-
-
-def memory_peak() -> int:
-    """The most that was in use since the process began."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss not raised by the parent process
-        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def mib(count: float) -> str:

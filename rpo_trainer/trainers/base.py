@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import sys
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,25 +15,23 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from rpo_trainer.adapters import awake
+from rpo_trainer.allocator import keeping_freed_memory
 from rpo_trainer.batch import Layout, to_device
-from rpo_trainer.distributed import on_main
-from rpo_trainer.errors import DataError, RecipeError, RunError
+from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.logprobs import response_sums
 from rpo_trainer.probe import probe
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import token_logprobs
-from rpo_trainer.trainers import checkpoint
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.config import StepConfig
-from rpo_trainer.trainers.engine import check_same_engine
 from rpo_trainer.trainers.examples import Examples, PackingCollator
-from rpo_trainer.trainers.guards import require_finite
+from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
+from rpo_trainer.trainers.saving import SavingTrainer
 from rpo_trainer.trainers.setup import (
     pad_token_id_of,
     require_one_gpu,
@@ -42,7 +39,7 @@ from rpo_trainer.trainers.setup import (
     unprepared,
     with_adapter,
 )
-from rpo_trainer.trainers.wrapping import WrappingTrainer
+from rpo_trainer.trainers.trackers import harmless_trackers
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -73,7 +70,7 @@ class StepResult:
     metrics: dict[str, Tensor]
 
 
-class PackedTrainer(WrappingTrainer):
+class PackedTrainer(SavingTrainer):
     """Base of the trainers; a subclass says what the losses are and what its rows look like."""
 
     config_class: type[StepConfig] = StepConfig
@@ -127,6 +124,7 @@ class PackedTrainer(WrappingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        harmless_trackers(self.callback_handler, args.report_to)
         # Our loss is already divided by the counts of the whole accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -140,8 +138,7 @@ class PackedTrainer(WrappingTrainer):
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self._train_metrics = MetricSums()
         self._eval_metrics = MetricSums()
-        self._step_losses: list[tuple[Tensor, list[str]]] = []
-        self._staging: Path | None = None
+        self.step_guard = StepGuard(args.nonfinite)
 
     def _probe(self) -> None:
         wanted: Any = None if self.args.layout == "auto" else self.args.layout
@@ -172,9 +169,24 @@ class PackedTrainer(WrappingTrainer):
         """Further arguments of `prepare_dataset`."""
         return {}
 
-    def before_update(self) -> None:
-        """Runs before each optimizer step, gradients in place; raises to keep the optimizer still."""
-        self._check_finite()
+    def before_update(self) -> bool:
+        """Runs before each optimizer step, gradients in place; raises to keep the optimizer still.
+
+        Returns:
+            Whether the step is taken; False: it is left out, and there is no gradient any more.
+        """
+        # A loss scaler (float16) meets infinite gradients by design, and skips the step itself.
+        scaled = self.accelerator.scaler is not None
+        taken = self.step_guard.judge(
+            0.0 if scaled else self._grad_norm,
+            step=self.state.global_step + 1,
+            reduce=self._reduce,
+        )
+        if not taken:
+            self.model.zero_grad(set_to_none=True)  # optimizers pass over weights without one
+            self._train_metrics, loss = self._before_step
+            self._tr_loss.copy_(loss)
+        return taken
 
     # --- data ---
 
@@ -240,6 +252,8 @@ class PackedTrainer(WrappingTrainer):
             # Resumed from the last step of all: transformers would notice one step too late.
             self.control.should_training_stop = True
             return [], None
+        if self.step_guard.limit:
+            self._before_step = self._train_metrics.copy(), self._tr_loss.clone()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
@@ -304,7 +318,7 @@ class PackedTrainer(WrappingTrainer):
             metrics.add(name, values, weights)
         self._coefficients = {f"loss/{name}": t.coefficient for name, t in result.terms.items()}
         if training:
-            self._step_losses.append((loss.detach(), inputs["ids"]))
+            self.step_guard.add(loss.detach(), inputs["ids"])
             loss = loss * self.args.world_size  # the engines average gradients over ranks
         if not return_outputs:
             return loss
@@ -352,6 +366,7 @@ class PackedTrainer(WrappingTrainer):
         """Adds our metrics to a training log line: means over all examples since the last one."""
         if "loss" in logs:
             logs.update(self._train_metrics.drain(self._reduce))
+            self.step_guard.mend(logs)
         super().log(logs, start_time)
 
     # --- guards ---
@@ -360,78 +375,26 @@ class PackedTrainer(WrappingTrainer):
         self._grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         return self._grad_norm
 
-    def _check_finite(self) -> None:
-        losses, self._step_losses = self._step_losses, []
-        # A loss scaler (float16) meets infinite gradients by design, and skips the step itself.
-        scaled = self.accelerator.scaler is not None
-        require_finite(
-            losses,
-            0.0 if scaled else self._grad_norm,
-            step=self.state.global_step + 1,
-            reduce=self._reduce,
-        )
-
-    # --- checkpoints ---
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Without transformers' pickle of the arguments: it names absolute paths, and nobody reads it."""
-        super()._save(output_dir, state_dict)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            self.step_guard.write(Path(output_dir))
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staging = output / checkpoint.STAGING
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            if best and Path(best).parent == staging:
-                self.state.best_model_checkpoint = str(output / Path(best).name)
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))
-            checkpoint.commit(staging / name, output / name)
-            shutil.rmtree(staging, ignore_errors=True)
-            checkpoint.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+    # --- training ---
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint."""
-        if resume_from_checkpoint is True:
-            output = Path(str(self.args.output_dir))
-            found = on_main(lambda: checkpoint.last_complete(output))
-            if found is None:
-                raise RunError(
-                    "there is no complete checkpoint to resume from", where=self.args.output_dir
-                )
-            resume_from_checkpoint = str(found)
-        elif resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
-            on_main(lambda: checkpoint.require_complete(folder))
-        self._train_metrics, self._step_losses = MetricSums(), []
-        resume = resume_from_checkpoint or None
-        if resume is not None:
-            check_same_engine(Path(resume), self.accelerator)
+        resume = self.checkpoint_to_resume(resume_from_checkpoint)
+        self._train_metrics = MetricSums()
+        self.step_guard.begin(resume)
         self.before_training(resume)
         if not self.wraps_late:
             self.policy_ready(resume)
-        return super().train(resume_from_checkpoint=resume, **kwargs)
+        on_cpu = self.args.device.type == "cpu"
+        with keeping_freed_memory() if on_cpu else contextlib.nullcontext():
+            return super().train(resume_from_checkpoint=resume, **kwargs)
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
         """Runs before the loop starts, the model as it was given."""
