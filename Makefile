@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint format clean
+.PHONY: help quickstart test test-fast lint audit format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -30,6 +30,9 @@ lint: $(VENV)/.installed-test  ## format, lint and types, nothing is changed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.installed-audit  ## known vulnerabilities of the installed packages, where the database can be reached
+	$(BIN)/python .ci/audit.py
 
 format: $(VENV)/.installed-test  ## format, and mend what ruff can mend
 	$(BIN)/ruff format .

@@ -39,12 +39,25 @@ def cli(verbose: bool) -> None:
 @_overrides_argument
 @_run_dir_option
 @click.option("--no-report", is_flag=True, help="Write no report.html at the end.")
-def run(recipe: Path, overrides: Sequence[str], run_dir: Path | None, no_report: bool) -> None:
+@click.option(
+    "--allow-changed",
+    "allowed",
+    multiple=True,
+    metavar="KEY",
+    help="Go on although KEY of the recipe has changed, such as stages.dpo.beta; may be repeated.",
+)
+def run(
+    recipe: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    no_report: bool,
+    allowed: Sequence[str],
+) -> None:
     """Run the chain of RECIPE; run again, it goes on where it stopped.
 
     OVERRIDES change the recipe: stages.dpo.beta=0.005, or --stages.dpo.beta 0.005.
     """
-    _run(recipe, overrides, run_dir, None, not no_report)
+    _run(recipe, overrides, run_dir, None, not no_report, allowed)
 
 
 @cli.command(context_settings=_OVERRIDES)
@@ -103,6 +116,25 @@ def plan(
     Console().print(plan_view(planned, run_dir))
 
 
+@cli.command(context_settings=_OVERRIDES)
+@_recipe_argument
+@_overrides_argument
+@click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True, help="Examples.")
+@click.option("--stage", help="Of one stage only.")
+def preview(recipe: Path, overrides: Sequence[str], count: int, stage: str | None) -> None:
+    """Show examples of RECIPE as the model will get them: what is trained, what is cut."""
+    from rpo_trainer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from rich.console import Console
+
+    from rpo_trainer.preview import preview
+
+    console = Console()
+    for text in preview(loaded, count, stage=stage, colours=console.color_system is not None):
+        console.print(text, soft_wrap=True)
+
+
 @cli.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 def status(run_dir: Path) -> None:
@@ -125,6 +157,24 @@ def schema() -> None:
     from rpo_trainer.recipe import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--copy", type=click.Path(path_type=Path), help="Copy all of them to a new folder.")
+def recipes(name: str | None, copy: Path | None) -> None:
+    """List the recipes that come with the package, or print the one of NAME."""
+    from rpo_trainer.recipe import shipped
+
+    if name is not None:
+        click.echo(shipped.text_of(name), nl=False)
+    elif copy is not None:
+        click.echo(f"copied to {shipped.copy_to(copy)}")
+    else:
+        found = shipped.shipped()
+        width = max(map(len, found))
+        for each, sentence in found.items():
+            click.echo(f"{each:{width}}  {sentence}")
 
 
 for _command in REWARD_COMMANDS:
@@ -155,6 +205,7 @@ def _run(
     run_dir: Path | None,
     only: tuple[str, str | None] | None,
     with_report: bool,
+    allowed: Sequence[str] = (),
 ) -> None:
     from rpo_trainer.recipe import load_recipe
 
@@ -163,7 +214,7 @@ def _run(
 
     _hide_bars()
     names = None if only is None else {select_stage(loaded, *only)}
-    folder = run_chain(loaded, run_dir, only=names)
+    folder = run_chain(loaded, run_dir, only=names, allow_changed=allowed)
     if _rank("RANK") == 0:
         _table(folder)
         if with_report:
@@ -188,9 +239,9 @@ def _report_if_possible(folder: Path) -> None:
 def _table(run_dir: Path) -> None:
     from rich.console import Console
 
-    from rpo_trainer.report import summary_table
+    from rpo_trainer.report import status_view
 
-    Console().print(summary_table(run_dir))
+    Console().print(status_view(run_dir))
 
 
 def _hide_bars() -> None:

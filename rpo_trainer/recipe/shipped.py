@@ -1,0 +1,72 @@
+"""The recipes and launch configurations that come with the package."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import rpo_trainer
+from rpo_trainer.errors import RunError
+
+_SUFFIXES = (".yaml", ".json")
+
+
+def folder() -> Path:
+    """Where they lie: in an installed package inside of it, in a checkout beside it."""
+    package = Path(rpo_trainer.__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped() -> dict[str, str]:
+    """Name → what it is, in a sentence."""
+    root = folder()
+    return {
+        path.relative_to(root).as_posix(): _sentence(path)
+        for path in sorted(root.rglob("*"))
+        if path.suffix in _SUFFIXES
+    }
+
+
+def text_of(name: str) -> str:
+    """The text of one.
+
+    Raises:
+        RunError: there is none of this name.
+    """
+    names = [known for known in shipped() if name in (known, known.rsplit(".", 1)[0])]
+    if not names:
+        raise RunError(
+            f"no recipe {name!r} comes with the package", fix="rpo-trainer recipes lists them"
+        )
+    return (folder() / names[0]).read_text(encoding="utf-8")
+
+
+def copy_to(target: Path) -> Path:
+    """All of them in a folder of the user's, which must not be there yet.
+
+    Raises:
+        RunError: it is there.
+    """
+    if target.exists():
+        raise RunError(
+            f"{target} is there already",
+            why="nothing of yours is written over",
+            fix="name a folder that is not there yet",
+        )
+    shutil.copytree(folder(), target)
+    return target
+
+
+def _sentence(path: Path) -> str:
+    """The first of the comment at the top; of JSON, which has none, what its name says."""
+    if path.suffix == ".json":
+        return f"DeepSpeed's settings of accelerate/{path.stem}.yaml"
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        lines.append(line[2:].strip())
+    text = re.split(r"(?<=[a-z)\d])[.;] |: rpo-trainer", " ".join(lines) + " ")[0]
+    return text.strip().rstrip(".:")

@@ -1,0 +1,69 @@
+"""The recipes that come with the package can be found, read and copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rpo_trainer.cli import main
+from rpo_trainer.errors import RunError
+from rpo_trainer.recipe import load_recipe, shipped
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_file_is_listed_with_a_sentence() -> None:
+    found = shipped.shipped()
+    files = {
+        p.relative_to(ROOT / "recipes").as_posix()
+        for p in (ROOT / "recipes").rglob("*")
+        if p.suffix in (".yaml", ".json")
+    }
+    assert set(found) == files
+    for name, sentence in found.items():
+        assert 15 < len(sentence) < 240, name
+        assert not sentence.endswith((".", ":")), name
+
+
+def test_the_text_of_one_is_a_recipe_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["recipes", "quickstart/chain"])
+    assert end.value.code == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert load_recipe(path).recipe.stages
+    assert path.read_text() == shipped.text_of("quickstart/chain.yaml")
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["recipes"])
+    assert "nemotron4/chain.yaml" in capsys.readouterr().out
+
+
+def test_all_of_them_are_copied_but_over_nothing(tmp_path: Path) -> None:
+    copied = shipped.copy_to(tmp_path / "mine")
+    assert (copied / "accelerate" / "zero3.yaml").is_file()
+    with pytest.raises(RunError, match=r"is there already(?s:.*)not there yet"):
+        shipped.copy_to(tmp_path / "mine")
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    with pytest.raises(RunError, match=r"no recipe 'grpo'(?s:.*)rpo-trainer recipes"):
+        shipped.text_of("grpo")
+
+
+def test_an_installed_package_has_them_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "rpo_trainer"
+    (package / "recipes").mkdir(parents=True)
+    monkeypatch.setattr(shipped.rpo_trainer, "__file__", str(package / "__init__.py"))
+    assert shipped.folder() == package / "recipes"
+
+
+def test_the_wheel_takes_them_in() -> None:
+    assert '"recipes" = "rpo_trainer/recipes"' in (ROOT / "pyproject.toml").read_text()
