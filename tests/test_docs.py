@@ -16,6 +16,12 @@ from rpo_trainer.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(rpo_trainer.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
 )
@@ -51,17 +57,17 @@ def test_the_readme_has_a_recipe_and_says_what_every_line_of_it_is() -> None:
     assert [line for line in block.splitlines() if " # " not in line] == []
 
 
-def test_the_readmes_program_runs_and_logs_the_metrics_it_names(
+def test_the_librarys_program_runs_and_logs_the_metrics_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (program,) = blocks(README, "python")
+    (program,) = blocks(page("library"), "python")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    # Through a file name of its own, so that a traceback shows where in the README it failed.
-    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    # Through a file name of its own, so that a traceback shows where in the page it failed.
+    exec(compile(program, "library.md", "exec"), {"__name__": "__main__"})
     state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
     logged = {*state["log_history"][0]} - {"step", "epoch", "grad_norm", "learning_rate"}
-    table = README.split("| name | is |")[1].split("\n\n")[0]
+    table = page("library").split("| name | is |")[1].split("\n\n")[0]
     cells = [line.split("|")[1] for line in table.strip().splitlines()[1:]]
     assert {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)} == logged
 
@@ -102,17 +108,17 @@ def test_a_document_names_no_path_of_some_machine(path: Path) -> None:
     assert re.findall(r"(?<![\w.\-/)\]}>])~?/\w[\w.-]*/\S*", text) == []
 
 
-def test_what_may_change_on_resume_is_what_the_readme_says() -> None:
-    from rpo_trainer.chain.state import SAFE_FIELDS
+def test_what_may_change_on_resume_is_what_the_page_says() -> None:
+    from rpo_trainer.chain.changes import SAFE_FIELDS
 
-    (sentence,) = re.findall(r"these may change: (.*?)\.\n", README, flags=re.DOTALL)
+    (sentence,) = re.findall(r"these may change: (.*?)\.\n", page("running"), flags=re.DOTALL)
     assert set(re.findall(r"`(\w+)`", sentence)) == set(SAFE_FIELDS)
 
 
-def test_every_format_is_in_the_readmes_table() -> None:
+def test_every_format_is_in_the_table() -> None:
     from rpo_trainer.data.formats import FORMATS, PROMPT_FORMATS
 
-    table = README.split("### Rows and formats")[1].split("\n\n")[1]
+    table = page("data").split("## Rows and formats")[1].split("\n\n")[1]
     cells = [line.split("|")[2] for line in table.splitlines()[2:]]
     assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == {
         *FORMATS,
