@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
 from rpo_trainer.losses import REWARD_LOSSES
+from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
+from rpo_trainer.trainers.guards import skips_allowed
 
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
@@ -45,6 +47,11 @@ class StepConfig(TrainingArguments):
         "auto",
     )
     tile_bytes: int = _help("Most memory for one tile of logits.", DEFAULT_TILE_BYTES)
+    nonfinite: str = _help(
+        "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip(n)`: leave "
+        "out such steps, up to n of them.",
+        "stop",
+    )
     shuffle: bool = _help("Draw the examples of an epoch in random order.", True)
     remove_unused_columns: bool = _help("Kept off: the collator reads the columns itself.", False)
     logging_nan_inf_filter: bool = _help("Off: a loss that is not finite stops the run.", False)
@@ -52,6 +59,7 @@ class StepConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        load_in_float32(self)
         problems = list(self._problems())
         if problems:
             raise RecipeError("; ".join(problems), where=type(self).__name__)
@@ -87,6 +95,13 @@ class StepConfig(TrainingArguments):
             for name in ("micro_batch_tokens", "global_batch_size"):
                 if (value := getattr(self, name)) is not None and value < 1:
                     problems.append(f"{name} must be positive, got {value}")
+        if self.auto_find_batch_size:
+            problems.append(
+                "auto_find_batch_size would halve per_device_train_batch_size when memory runs out, and with "
+                "it the global batch, in silence: set micro_batch_tokens or a smaller micro-batch size, "
+                "which change no update (`rpo-trainer plan` says what fits)"
+            )
+        problems += self._nonfinite_problems()
         if self.tile_bytes < 1:
             problems.append(f"tile_bytes must be positive, got {self.tile_bytes}")
         if self.torch_compile_mode in _CUDA_GRAPHS:
@@ -98,6 +113,23 @@ class StepConfig(TrainingArguments):
             problems.append("remove_unused_columns must stay off: the collator reads the columns")
         return problems
 
+    def _nonfinite_problems(self) -> list[str]:
+        try:
+            skips = skips_allowed(self.nonfinite)
+        except ValueError as error:
+            return [str(error)]
+        if skips and asks_for_deepspeed({"deepspeed": self.deepspeed}):
+            return [
+                "nonfinite: skip(n) does not work under DeepSpeed, which moves the weights within the "
+                "backward pass: write stop, or take DDP or FSDP2"
+            ]
+        if skips and self.fp16 and not self.max_grad_norm:
+            return [
+                "nonfinite: skip(n) with float16 needs max_grad_norm above 0: the loss scaler looks at "
+                "the gradient when it is clipped"
+            ]
+        return []
+
     def _accumulation(self, batch: int) -> int:
         micro = self.world_size * self.per_device_train_batch_size
         if batch < 1 or batch % micro:
@@ -105,7 +137,7 @@ class StepConfig(TrainingArguments):
             raise RecipeError(
                 f"global_batch_size {batch} does not divide by {self.world_size} rank(s) × "
                 f"per_device_train_batch_size {self.per_device_train_batch_size}",
-                where=type(self).__name__,
+                where=f"{type(self).__name__}.global_batch_size",
                 why="every micro-batch of every rank holds the same number of examples",
                 fix=f"take {' or '.join(map(str, nearest))}, or another micro-batch size",
             )

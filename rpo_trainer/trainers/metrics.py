@@ -27,6 +27,12 @@ class MetricSums:
         known = self._sums.get(name)
         self._sums[name] = pair if known is None else known + pair
 
+    def copy(self) -> MetricSums:
+        """The same sums, to go back to."""
+        other = MetricSums()
+        other._sums = dict(self._sums)
+        return other
+
     def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Means by name, and an empty start.
 

@@ -24,6 +24,7 @@ from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.setup import unprepared
 from rpo_trainer.trainers.step_zero import StepZero, disable_dropout
+from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class PreferenceTrainer(PackedTrainer):
         self._reference_key: str | None = None
         self._reference_is_policy = False
         self._step_zero: StepZero | None = None
+        if not any(isinstance(c, EarlyWarnings) for c in self.callback_handler.callbacks):
+            self.add_callback(EarlyWarnings())
 
     # --- data ---
 
@@ -238,12 +241,16 @@ class PreferenceTrainer(PackedTrainer):
 
     # --- the step ---
 
-    def before_update(self) -> None:
+    def before_update(self) -> bool:
         """Guards of the base, then the step-0 check before the very first update."""
-        super().before_update()
+        taken = super().before_update()
         if self._step_zero is not None:
             check, self._step_zero = self._step_zero, None
-            self.step_zero = check.finish()
+            if taken:
+                self.step_zero = check.finish()
+            else:
+                self._step_zero = StepZero(self)  # nothing has moved: the next batch tells
+        return taken
 
     def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
         """Preference loss and SFT term of each example, in the order of the groups."""
@@ -317,6 +324,7 @@ def _metrics(
         )
         metrics["rewards/target_gap"] = target
         metrics["rewards/gap_error"] = (gap - target).abs()
+        metrics["rewards/target_saturated"] = (target.abs() > SATURATED_GAP).to(target.dtype)
     return metrics
 
 

@@ -24,6 +24,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "global_batch_size must be positive, got 0",
     ),
     (SFTConfig, {"remove_unused_columns": True}, "remove_unused_columns must stay off"),
+    (SFTConfig, {"auto_find_batch_size": True}, "would halve .* and with it the global batch"),
     (DPOConfig, {"loss_type": "rpo_bwd_kl"}, "loss_type 'rpo_bwd_kl' is not one of dpo, ipo"),
     (
         RPOConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ def by_hand(model: Any, other: Any, rows: list[dict[str, Any]], beta: float, sca
                 rewards__accuracies=(implicit[0] > implicit[1:]).double().mean(),
                 rewards__target_gap=wanted,
                 rewards__gap_error=(gap - wanted).abs(),
+                rewards__target_saturated=wanted.abs() > math.log(99),
                 logps__chosen=sums[0],
                 logps__rejected=sums[1:].mean(),
                 logps__chosen_delta=sums[0] - ref[0],
