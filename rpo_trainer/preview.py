@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.chain.data import build_rows, needs_policy, stage_seed, tokenize_stage
+from rpo_trainer.chain.data import needs_policy, rows_by_stage, stage_seed, tokenize_stage
 from rpo_trainer.chain.made import load_prompts
 from rpo_trainer.data import Audit, encode_prompt
 from rpo_trainer.data.audit import DROPS
@@ -64,6 +64,7 @@ class _Preview:
         self.loaded = loaded
         self.colours = colours
         self.stages = expand_stages(loaded.recipe)
+        self.rows = rows_by_stage(self.stages, loaded.recipe, loaded.base_dir)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             loaded.recipe.model, loaded.base_dir
         )
@@ -93,17 +94,10 @@ class _Preview:
             for row, note in _spread(rows, count):
                 yield from self._prompt(row, note)
         else:
-            rows = self._rows(stage.name)
+            rows = self.rows(stage.name)
             yield Text(f"{len(rows):,} rows, max_length {stage.max_length:,} ({stage.truncation})")
             for row, note in _spread(rows, count):
                 yield from self._example(stage, row, note)
-
-    def _rows(self, name: str) -> list[Row]:
-        stage = next(stage for stage in self.stages if stage.name == name)
-        return build_rows(
-            stage, self.loaded.base_dir, seed=stage_seed(stage, self.loaded.recipe), audit=Audit(),
-            earlier=self._rows,
-        )  # fmt: skip
 
     def _prompt(self, row: Row, note: str) -> Iterator[Text]:
         ids = encode_prompt(self.tokenizer, row["prompt"], row.get("tools"))

@@ -15,6 +15,7 @@ from rpo_trainer.chain.data import (
     check_overlap,
     evaluation_prompts,
     needs_policy,
+    rows_by_stage,
     set_aside,
     stage_seed,
     tokenize_stage,
@@ -74,6 +75,7 @@ class _Check:
         self.base_dir = loaded.base_dir
         self.run_dir = run_dir
         self.stages = expand_stages(loaded.recipe)
+        self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
         self.problems: list[RPOTrainerError] = []
         self.lines: list[str] = []
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -152,7 +154,7 @@ class _Check:
         audit = Audit()
         if stage.data.score is not None:
             self._scorer(stage, load_given(stage.data, self.base_dir, seed=seed, audit=Audit()))
-        rows = build_rows(stage, self.base_dir, seed=seed, audit=audit, earlier=self._rows_of)
+        rows = build_rows(stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows)
         rows, held = set_aside(stage, rows, seed=seed)
         held_out = None
         if self.tokenizer is not None:
@@ -178,13 +180,6 @@ class _Check:
                     fix=f"write at most {steps}, or raise `num_train_epochs`",
                 )
             )
-
-    def _rows_of(self, name: str) -> list[dict[str, Any]]:
-        stage = next(stage for stage in self.stages if stage.name == name)
-        return build_rows(
-            stage, self.base_dir, seed=stage_seed(stage, self.recipe), audit=Audit(),
-            earlier=self._rows_of,
-        )  # fmt: skip
 
     def _prompts(self, stage: Stage, seed: int) -> None:
         if stage.data.rows_of is not None:

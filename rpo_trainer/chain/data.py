@@ -104,6 +104,19 @@ def needs_policy(data: DataSpec) -> bool:
     return data.generate is not None or data.rows_of is not None
 
 
+def rows_by_stage(
+    stages: Sequence[Stage], recipe: Recipe, base_dir: Path
+) -> Callable[[str], list[dict[str, Any]]]:
+    """From a stage's name to the rows that it trains on, as `build_rows` wants for replay."""
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        stage = next(stage for stage in stages if stage.name == name)
+        seed = stage_seed(stage, recipe)
+        return build_rows(stage, base_dir, seed=seed, audit=Audit(), earlier=rows)
+
+    return rows
+
+
 def build_rows(
     stage: Stage,
     base_dir: Path,

@@ -26,6 +26,7 @@ from rpo_trainer.chain.data import (
     build_rows,
     check_overlap,
     fitted_stage,
+    rows_by_stage,
     set_aside,
     source_digests,
     stage_seed,
@@ -148,15 +149,15 @@ class _Chain:
             seed=lambda stage: stage_seed(stage, self.recipe), policy=self._policy,
             weights=self._weights, ranks=distributed,
         )  # fmt: skip
+        self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
         self.stop = StopOnSignal()
         self.progress = ChainProgress(len(self.stages))
 
     def run(self, only: Collection[str] | None) -> Path:
-        distributed.on_main(
-            lambda: check_finished(
-                self.stages, self.state, base_dir=self.base_dir, run_dir=self.run_dir
-            )
-        )
+        def finished() -> None:
+            check_finished(self.stages, self.state, base_dir=self.base_dir, run_dir=self.run_dir)
+
+        distributed.on_main(finished)
         wanted = [
             (stage, record)
             for stage in self.stages
@@ -338,7 +339,7 @@ class _Chain:
         made = self.maker.rows(stage, audit)
         with distributed.together():
             rows = build_rows(
-                stage, self.base_dir, seed=seed, audit=audit, earlier=self._earlier_rows, made=made
+                stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows, made=made
             )
             rows, held = set_aside(stage, rows, seed=seed)
             train = tokenize_stage(stage, rows, self.tokenizer, audit)
@@ -378,13 +379,6 @@ class _Chain:
             record["reward_scale"] = audit.calibration["reward_scale"]
         self._save()
         return data
-
-    def _earlier_rows(self, name: str) -> list[dict[str, Any]]:
-        stage = next(stage for stage in self.stages if stage.name == name)
-        seed = stage_seed(stage, self.recipe)
-        return build_rows(
-            stage, self.base_dir, seed=seed, audit=Audit(), earlier=self._earlier_rows
-        )
 
     def _evaluation(self, stage: Stage) -> Evaluation:
         return Evaluation(

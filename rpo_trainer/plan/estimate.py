@@ -15,7 +15,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rpo_trainer.batch import forward_tokens, pack, to_device
-from rpo_trainer.chain.data import build_rows, needs_policy, stage_seed, tokenize_stage
+from rpo_trainer.chain.data import (
+    build_rows,
+    needs_policy,
+    rows_by_stage,
+    stage_seed,
+    tokenize_stage,
+)
 from rpo_trainer.chain.disk import stage_disk, together, unread_model
 from rpo_trainer.chain.stage import arithmetic, training_config
 from rpo_trainer.data import Audit, encode_prompt, load_rows
@@ -120,6 +126,7 @@ class _Planner:
         self.engine = engine
         self.devices = devices
         self.stages = expand_stages(loaded.recipe)
+        self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(loaded.recipe.model, self.base_dir)
         self.parameters = 0
         self.half = arithmetic(loaded.recipe.model) != "float32"
@@ -182,7 +189,9 @@ class _Planner:
         seed = stage_seed(stage, self.recipe)
         if not needs_policy(stage.data):
             audit = Audit()
-            rows = build_rows(stage, self.base_dir, seed=seed, audit=audit, earlier=self._rows_of)
+            rows = build_rows(
+                stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows
+            )
             return Examples(tokenize_stage(stage, rows, self.tokenizer, audit)), False
         sampled = stage.data
         while sampled.rows_of is not None:
@@ -206,13 +215,6 @@ class _Planner:
                 for row in rows
             ]
         ), True
-
-    def _rows_of(self, name: str) -> list[dict[str, Any]]:
-        stage = next(stage for stage in self.stages if stage.name == name)
-        return build_rows(
-            stage, self.base_dir, seed=stage_seed(stage, self.recipe), audit=Audit(),
-            earlier=self._rows_of,
-        )  # fmt: skip
 
     def measure(self, plan: Plan) -> None:
         """Fills in `seconds`: one forward and backward of a middling micro-batch, on this device."""

@@ -14,7 +14,7 @@ from tests.chain import tiny
 from tests.distributed.chains import launched, recipe, start
 from tests.distributed.launch import require
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 SPECS = {

@@ -14,7 +14,7 @@ from tests.distributed.chains import exits, furthest, launched, recipe, start, t
 from tests.distributed.launch import by_launcher, require
 from tests.distributed.worker import ENGINES
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 # The shipped configurations that two processes can run; the others are DDP over hosts, and one process.
 CONFIGS = ("single", *ENGINES, "zero3_offload")

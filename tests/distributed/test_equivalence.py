@@ -15,7 +15,7 @@ from tests.distributed.launch import require, run, torchrun
 from tests.distributed.worker import ENGINES, STEPS
 from tests.models import make_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 TITLE = "two ranks against one: largest differences"
 KINDS = ("sft", "dpo", "rpo")
@@ -211,7 +211,8 @@ def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -
             assert mine["step_zero"] is None  # it is not what the policy starts from
             continue
         assert mine["step_zero"]["nats_per_token"] < (1e-6 if exact else 0.02)
-        assert mine["step_zero"]["loss"] == pytest.approx(one["step_zero"]["loss"], abs=1e-6)
+        off = 1e-6 if exact else 1e-3
+        assert mine["step_zero"]["loss"] == pytest.approx(one["step_zero"]["loss"], abs=off), name
 
 
 @pytest.mark.parametrize("harm", HARMS)

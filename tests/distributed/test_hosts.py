@@ -16,7 +16,7 @@ from tests.chain import tiny
 from tests.distributed.chains import WORKER, exits, furthest, recipe
 from tests.distributed.launch import ROOT, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 

@@ -16,7 +16,7 @@ from tests.rewards.test_commands import read, write
 from tests.rewards.test_commands import run as alone
 from tests.rewards.test_model import save_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 
 def together(*command: object, failing: bool = False) -> str:

@@ -230,7 +230,6 @@ def test_a_process_that_trains_holds_what_was_planned(
 
 @pytest.mark.slow
 @LINUX
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_holds_what_was_planned(engine: str, start: str, record_property: Any) -> None:
     require(engine)
