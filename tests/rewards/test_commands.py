@@ -421,7 +421,7 @@ def assert_killed_is_whole(command: list[str], folder: Path) -> None:
     whole, out = folder / "whole.jsonl", folder / "out.jsonl"
     subprocess.run([*command, "-o", str(whole)], check=True)
     kills, partial = 0, folder / "out.jsonl.partial"
-    part = whole.stat().st_size // 4  # each start takes seconds
+    part = whole.stat().st_size // 8  # each start takes seconds
     for _ in range(20):
         process = subprocess.Popen([*command, "-o", str(out)])
         before = partial.stat().st_size if partial.exists() else 0
