@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("the real data beside the checkout is absent")
     return path
+
+
+@pytest.fixture(autouse=True)
+def untouched_log() -> None:
+    """A command called in a test, or in a fixture, sets the package's logger up for its own stderr."""
+    package = logging.getLogger("rpo_trainer")
+    package.handlers, package.propagate = [], True
+    package.setLevel(logging.NOTSET)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
 import signal
 import stat
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,6 @@ def refused(folder: Path, recipe: tiny.Recipe | None = None, **settings: Any) ->
     assert error.value.where and error.value.what and error.value.why and error.value.fix
     assert (tiny.content(folder / "run") if (folder / "run").is_dir() else {}) == before
     return error.value
-
-
-@pytest.fixture(autouse=True)
-def logger() -> Iterator[None]:
-    """The command line takes the package's messages for itself; the next test gets them back."""
-    package = logging.getLogger("rpo_trainer")
-    before = package.handlers, package.level, package.propagate
-    yield
-    package.handlers, package.level, package.propagate = before
 
 
 @pytest.fixture(scope="module")
