@@ -12,13 +12,14 @@ from huggingface_hub import ModelCardData
 from ruamel.yaml import YAML
 
 from rpo_trainer.adapters import is_adapter
-from rpo_trainer.chain.state import library_versions, write_whole
+from rpo_trainer.chain.state import library_versions
+from rpo_trainer.files import file_digest, write_whole
 from rpo_trainer.recipe import Recipe, Stage, resolve_path
 from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.report.agreement import read_agreement
 from rpo_trainer.report.scores import Figure, read_scores
 from rpo_trainer.report.values import short
-from rpo_trainer.trainers.checkpoint import MANIFEST, file_digest
+from rpo_trainer.trainers.checkpoint import MANIFEST
 
 CARD = "README.md"
 _KINDS = {

@@ -23,6 +23,7 @@ from rpo_trainer.data import (
     tokenize_rows,
 )
 from rpo_trainer.errors import DataError
+from rpo_trainer.files import file_digest
 from rpo_trainer.recipe import (
     RewardStage,
     RPOStage,
@@ -34,7 +35,6 @@ from rpo_trainer.recipe import (
 from rpo_trainer.rewards.calibrate import fit_reward_scale, label_gaps
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
 from rpo_trainer.rewards.verifiers import get_verifier, score_rows
-from rpo_trainer.trainers.checkpoint import file_digest
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import Kind

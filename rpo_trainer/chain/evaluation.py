@@ -20,8 +20,8 @@ import torch
 from rpo_trainer import distributed, evaluate
 from rpo_trainer.chain.data import evaluation_prompts
 from rpo_trainer.chain.harness import run_tasks
-from rpo_trainer.chain.state import write_whole
 from rpo_trainer.data import Audit, load_rows, tokenize_rows
+from rpo_trainer.files import write_whole
 from rpo_trainer.probe import probe
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.reference import ReferenceCache, reference_logps, response_key

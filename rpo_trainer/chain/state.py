@@ -26,6 +26,7 @@ from rpo_trainer.chain.changes import (
     ways_out,
 )
 from rpo_trainer.errors import RunError
+from rpo_trainer.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +37,6 @@ _LOCK = ".lock"
 _HOLDER = ".lock-holder"
 _VERSION = 1
 _LIBRARIES = ("rpo-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; it is on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}")
-    with staged.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
 
 
 class ChainState:

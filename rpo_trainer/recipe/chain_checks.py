@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe.checks import PREFERENCE_KINDS, did_you_mean, wrong
+from rpo_trainer.recipe.checks import PREFERENCE_KINDS, did_you_mean, named_stages, wrong
 
 _HALVES = {"bf16": "bfloat16", "fp16": "float16"}
 ANY_PLACE = ("previous", "model")  # words that `init` and `reference` always understand
@@ -22,11 +22,7 @@ def recipe_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     stages = raw.get("stages")
     if not isinstance(stages, list):
         return
-    named = [
-        (i, s)
-        for i, s in enumerate(stages)
-        if isinstance(s, dict) and isinstance(s.get("name"), str)
-    ]
+    named = named_stages(stages)
     taken: set[str] = set()
     for i, stage in named:
         for name in dict.fromkeys([stage["name"], *expanded_names(stage)]):

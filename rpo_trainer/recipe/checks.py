@@ -60,6 +60,15 @@ def details_of(error: ValidationError) -> list[InitErrorDetails]:
     return details
 
 
+def named_stages(stages: Sequence[Any]) -> list[tuple[int, dict[str, Any]]]:
+    """The raw stages that have a name, each with its place; others have errors of their own."""
+    return [
+        (i, stage)
+        for i, stage in enumerate(stages)
+        if isinstance(stage, dict) and isinstance(stage.get("name"), str)
+    ]
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     """The nearest known word, if one is near."""
     near = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import InitErrorDetails
 
 from rpo_trainer.recipe.chain_checks import expanded_names, looks_like_path, unknown_stage
-from rpo_trainer.recipe.checks import PREFERENCE_KINDS, weight_checks, wrong
+from rpo_trainer.recipe.checks import PREFERENCE_KINDS, named_stages, weight_checks, wrong
 
 _MEASURES = ("data", "preferences", "nll", "lm_eval")
 _POLICIES = ("sft", *PREFERENCE_KINDS)
@@ -81,7 +81,7 @@ def eval_reference_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
 
 def _rounds(stages: list[Any]) -> list[dict[str, Any]]:
     """Stages as they run, with what matters here: a baseline is one round, not a repeated stage."""
-    named = [s for s in stages if isinstance(s, dict) and isinstance(s.get("name"), str)]
+    named = [stage for _, stage in named_stages(stages)]
     return [
         {"name": name, "kind": s.get("kind"), "eval": s.get("eval")}
         for s in named

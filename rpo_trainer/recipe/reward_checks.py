@@ -9,7 +9,7 @@ from pydantic_core import InitErrorDetails
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.chain_checks import looks_like_path, stage_names, unknown_stage
-from rpo_trainer.recipe.checks import PREFERENCE_KINDS, wrong
+from rpo_trainer.recipe.checks import PREFERENCE_KINDS, named_stages, wrong
 from rpo_trainer.rewards.weights import PRESETS, resolve_weights
 
 SCORERS = ("verifier", "model", "endpoint", "judge")
@@ -85,11 +85,7 @@ def reference_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     stages = raw.get("stages")
     if not isinstance(stages, list):
         return
-    named = [
-        (i, s)
-        for i, s in enumerate(stages)
-        if isinstance(s, dict) and isinstance(s.get("name"), str)
-    ]
+    named = named_stages(stages)
     for i, stage in enumerate(stages):
         data = stage.get("data") if isinstance(stage, dict) else None
         if isinstance(data, dict):

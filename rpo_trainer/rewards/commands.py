@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
+from rpo_trainer.files import file_digest, write_whole
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
 from rpo_trainer.rewards.rowfile import (
@@ -97,8 +98,6 @@ def _finished(out: Path, key: str) -> bool:
     """
     if not out.exists() or unfinished(out).exists():  # the latter is removed last of all
         return False
-    from rpo_trainer.trainers.checkpoint import file_digest
-
     report = out.with_name(out.name + REPORT)
     try:
         found = json.loads(report.read_text())
@@ -115,9 +114,6 @@ def _finished(out: Path, key: str) -> bool:
 
 def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
     """What the output was made with; written behind it, and what makes it finished."""
-    from rpo_trainer.chain.state import write_whole
-    from rpo_trainer.trainers.checkpoint import file_digest
-
     content = {"key": key, "xxh3_128": file_digest(out), "rows": rows, "settings": settings}
     write_whole(out.with_name(out.name + REPORT), json.dumps(content, indent=1))
 

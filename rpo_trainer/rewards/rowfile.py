@@ -23,6 +23,7 @@ import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
+from rpo_trainer.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -228,14 +229,7 @@ def _partials(path: Path) -> list[Path]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """JSON lines, whole or not at all; on disk when this returns."""
-    staged = path.with_name(f".{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staged.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
+    write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:

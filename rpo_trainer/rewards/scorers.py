@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.files import file_digest
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
 from rpo_trainer.rewards.judge import judge_row, read_template
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard, Work, content_key, one_by_one
@@ -198,8 +199,6 @@ def weights_key(path: Path) -> str:
     Raises:
         RecipeError: there are none.
     """
-    from rpo_trainer.trainers.checkpoint import file_digest
-
     files = sorted(p for p in path.glob("*.safetensors")) if path.is_dir() else []
     if not files:
         raise RecipeError("there are no weights (safetensors) here", where=str(path))

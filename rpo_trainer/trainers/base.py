@@ -342,7 +342,12 @@ class PackedTrainer(SavingTrainer):
         """Loss of one evaluation micro-batch; its metrics go to the sums."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self.evaluated(inputs, outputs)
+        return loss.detach(), None, None
+
+    def evaluated(self, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
+        """Called with each evaluation micro-batch and what `compute_loss` has found for it."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers' loop, with means over all examples of all ranks in place of its loss."""

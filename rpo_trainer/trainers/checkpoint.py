@@ -9,24 +9,14 @@ import re
 import shutil
 from pathlib import Path
 
-import xxhash
-
 from rpo_trainer.errors import RunError
+from rpo_trainer.files import file_digest, write_whole
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
-
-
-def file_digest(path: Path) -> str:
-    """xxh3-128 of a file's content."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return str(digest.hexdigest())
 
 
 def write_manifest(folder: Path) -> None:
@@ -36,12 +26,7 @@ def write_manifest(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    staged = folder / f".{MANIFEST}"
-    with staged.open("w") as file:
-        json.dump({"version": 1, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
 
 
 def damage(folder: Path) -> str | None:

@@ -150,20 +150,10 @@ class RewardTrainer(PackedTrainer):
 
     # --- evaluation ---
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Loss of one evaluation micro-batch; its scores are kept for the correlations."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if bool(inputs["weights"].any()):  # not the filler of a rank without examples
-            self._seen += self._predictions(outputs["logps"], inputs)
-        return loss.detach(), None, None
+    def evaluated(self, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
+        """Keeps the scores for the correlations."""
+        if bool(batch["weights"].any()):  # not the filler of a rank without examples
+            self._seen += self._predictions(outputs["logps"], batch)
 
     def _predictions(self, scores: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         if self.row_kind == "rating":
