@@ -2,8 +2,8 @@
 
     python -m tests.distributed.chain_worker FOLDER [RANK (SIGNAL POINT)... | RANK fault FAULT]
 
-Runs FOLDER/recipe.yaml in FOLDER/run. Each rank leaves its exit code in FOLDER/exit-RANK. A signal comes
-once, also where the point is reached again by a later attempt.
+Runs FOLDER/recipe.yaml in FOLDER/run. Each rank leaves its exit code in FOLDER/exit-RANK. RANK: a number, or
+`all`. A signal comes once, also where the point is reached again by a later attempt.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def fault(name: str) -> Any:
 def signal_once(folder: Path, number: str, point: str) -> Any:
     from tests.chain import killer
 
-    marker = folder / f"{killer.MARKER}-{point}"
+    marker = folder / f"{killer.MARKER}-{point}-{os.environ.get('RANK', '0')}"
 
     def send() -> None:
         if not marker.exists():
@@ -67,7 +67,7 @@ def main(folder: Path, rank: str = "", *happens: str) -> None:
     mine = os.environ.get("RANK", "0")
     with contextlib.ExitStack() as stack:
         for what, where in zip(happens[::2], happens[1::2], strict=True):
-            if mine == rank:
+            if rank in (mine, "all"):
                 here = fault(where) if what == "fault" else signal_once(folder, what, where)
                 stack.enter_context(here)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def launched(command: list[str], folder: Path) -> Path:
     ended = run([*command, *arguments], PYTHONPATH=site)
     assert ended.returncode == 0, ended.stdout[-5000:]
     # One process speaks and one writes.
-    assert ended.stdout.count("rpo] finished") == 1, ended.stdout[-5000:]
+    finished = re.findall(r"(\S+)\] finished", ended.stdout)
+    assert finished and len(finished) == len(set(finished)), ended.stdout[-5000:]
     return folder
 
 

@@ -45,6 +45,23 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launched(shlex.split("python -m rpo_trainer run"), folder) / "run"
 
 
+def in_4_bits(engine: str) -> tiny.Recipe:
+    """SFT of all weights, then RPO of an adapter upon them in 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    made = recipe(engine)
+    del made["eval"]
+    peft = {**LORA, "between_stages": "keep", "quantization": "nf4"}
+    tiny.stage_of(made, "rpo").update(peft=peft, learning_rate=1e-2)
+    return made
+
+
+@pytest.fixture(scope="module")
+def one_qlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one_qlora")
+    tiny.write_recipe(folder, in_4_bits("none"))
+    return launched(shlex.split("python -m rpo_trainer run"), folder) / "run"
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_two_ranks_leave_what_one_leaves(engine: str, one: Path, tmp_path: Path) -> None:
     require(engine)
@@ -61,3 +78,18 @@ def test_two_ranks_leave_what_one_leaves(engine: str, one: Path, tmp_path: Path)
     for name in ("dpo", "rpo"):
         check = tiny.records(tmp_path / "run")[name]["step0"]
         assert check["ok"] and check["nats_per_token"] < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_qlora_on_two_ranks_is_that_of_one(engine: str, one_qlora: Path, tmp_path: Path) -> None:
+    require(engine)
+    tiny.write_recipe(tmp_path, in_4_bits(engine))
+    code, output = start(tmp_path)
+    assert code == 0, output[-5000:]
+    name = f"rpo/final/{adapters.WEIGHTS}"
+    mine, alone = load_file(tmp_path / "run" / name), load_file(one_qlora / name)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(mine[key], tensor, atol=1e-5, rtol=0)
+    assert max(tensor.abs().max() for key, tensor in alone.items() if "lora_B" in key) > 1e-3
+    check = tiny.records(tmp_path / "run")["rpo"]["step0"]
+    assert check["ok"] and check["nats_per_token"] < 1e-5

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.chain import tiny
-from tests.distributed.chains import exits, furthest, launched, recipe, start, text
-from tests.distributed.launch import by_launcher, require
+from tests.distributed.chains import exits, final_weights, furthest, launched, recipe, start, text
+from tests.distributed.launch import accelerate, by_launcher, require
 from tests.distributed.worker import ENGINES
 
 pytestmark = pytest.mark.slow
@@ -50,6 +52,24 @@ def test_accelerate_launch_leaves_what_one_process_leaves(
     assert not list((two / "run").glob("*/.*"))
 
 
+def test_a_bfloat16_chain_under_zero3_is_near_that_of_one_process(tmp_path: Path) -> None:
+    require("zero3")
+    made = recipe("none")
+    made["model"]["dtype"] = "bfloat16"
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    for folder, command in (
+        (alone, shlex.split("python -m rpo_trainer run")), (two, accelerate("zero3")),
+    ):  # fmt: skip
+        folder.mkdir()
+        tiny.write_recipe(folder, made)
+        launched(command, folder)
+    assert 0 < furthest(two, alone) <= 5e-3
+    for name, weight in final_weights(two, ("code", "rpo")).items():
+        assert not torch.equal(weight, weight.bfloat16().float()), name  # kept in full
+    step_zero = tiny.records(two / "run")["rpo"]["step0"]
+    assert step_zero["ok"] and step_zero["nats_per_token"] < 0.02
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_killed_then_stopped_then_gone_on(
     engine: str, one: Path, straight: Any, tmp_path: Path
@@ -83,6 +103,21 @@ def test_killed_then_stopped_then_gone_on(
         assert furthest(tmp_path, one) <= 1e-5
         return
     assert furthest(tmp_path, straight(engine)) == 0.0
+
+
+def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path) -> None:
+    """As a scheduler does it: every rank gets the signal."""
+    made = recipe("ddp", save_steps=None)
+    made["stages"] = made["stages"][:1]
+    del made["eval"]
+    tiny.write_recipe(tmp_path, made)
+    _, output = start(tmp_path, "all", str(int(signal.SIGTERM)), "step:code:2")
+    assert exits(tmp_path) == ["75", "75"], output[-5000:]
+    (saved,) = (tmp_path / "run" / "code").glob("checkpoint-*")
+    assert saved.name == "checkpoint-3"  # the step in hand was finished
+    assert tiny.records(tmp_path / "run")["code"]["state"] == "running"
+    assert start(tmp_path)[0] == 0
+    assert furthest(tmp_path, straight("ddp"), ("code",)) == 0.0
 
 
 @pytest.mark.parametrize(

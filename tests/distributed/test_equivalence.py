@@ -73,6 +73,8 @@ HARMS = {
     f"not-finite-{harm}": {"kind": "rpo", "tied": True, "harm": harm}
     for harm in ("loss", "gradient")
 }
+SKIPPED = "not-finite-gradient, left out"
+SKIPS: Case = {**HARMS["not-finite-gradient"], "settings": {"nonfinite": "skip(1)"}}
 LATE = "checkpoint of a late rank"
 SAVED: Case = {
     "kind": "sft",
@@ -86,6 +88,14 @@ NOISY = ("accuracies", "falling", "runtime", "second")
 def cases_of(engine: str) -> dict[str, Case]:
     """The cases that are trained and compared under an engine."""
     return CASES | (OF_FSDP if engine == "fsdp2" else {})
+
+
+def alone_cases_of(engine: str) -> dict[str, Case]:
+    """The cases of an engine that are compared with nothing."""
+    if engine == "none":
+        return {}
+    # DeepSpeed moves the weights within the backward pass: there is no step to leave out.
+    return HARMS | {LATE: SAVED} | ({SKIPPED: SKIPS} if engine in ("ddp", "fsdp2") else {})
 
 
 def limits(name: str) -> dict[str, float]:
@@ -112,7 +122,7 @@ def results(models: Path) -> Any:
     def of(engine: str) -> dict[str, Any]:
         require(engine)
         if engine not in known:
-            wanted = cases_of(engine) | ({} if engine == "none" else {**HARMS, LATE: SAVED})
+            wanted = cases_of(engine) | alone_cases_of(engine)
             cases = [json.dumps({"name": name, **case}) for name, case in wanted.items()]
             worker = ["tests.distributed.worker", engine, str(models / engine), *cases]
             alone = [sys.executable, "-m", *worker]
@@ -222,12 +232,25 @@ def test_what_is_not_finite_on_one_rank_stops_all_before_a_weight_moves(
 ) -> None:
     found = results(engine)[harm]
     what = harm.rsplit("-", 1)[1]
-    assert found["steps"] == 1
+    assert len(found["weights"]) == 1  # one step was taken
     assert found["errors"][0] == found["errors"][1]
     assert f"the {what} is not finite at step 2" in found["errors"][0]
     assert found["errors"][0].startswith("rows row-")
-    for name, weight in found["before"].items():
+    for name, weight in found["weights"][0].items():
         assert torch.equal(found["after"][name], weight), name
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_all_ranks_leave_out_the_step_that_is_not_finite_on_one(engine: str, results: Any) -> None:
+    found = results(engine)[SKIPPED]
+    assert found["errors"] == {0: None, 1: None}
+    (first,), (second,) = found["skipped"][0], found["skipped"][1]
+    assert first == second and (first["step"], first["what"]) == (2, "gradient")
+    before, left_out, taken = found["weights"]
+    for name, weight in before.items():
+        assert torch.equal(left_out[name], weight), name
+        assert taken[name].isfinite().all()
+    assert any(not torch.equal(taken[name], weight) for name, weight in before.items())
 
 
 @pytest.mark.parametrize("engine", ENGINES)

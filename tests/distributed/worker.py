@@ -188,7 +188,7 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
     trainer = trainer_of(engine, case, out)
     own = trainer.losses
-    before: dict[str, Any] = {}
+    weights: list[dict[str, Any]] = []
 
     def losses(sums: Any, batch: Any) -> Any:
         result = own(sums, batch)
@@ -204,7 +204,8 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
     class Remember(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            before.update(full_state_dict(trainer.model, keep=rank() == 0))
+            whole = full_state_dict(trainer.model, keep=rank() == 0)
+            weights.append({name: tensor.clone() for name, tensor in whole.items()})
 
     trainer.losses = losses
     trainer.add_callback(Remember())
@@ -215,8 +216,8 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
         error = str(raised)
     return {
         "errors": merge({rank(): error}),
-        "steps": trainer.state.global_step,
-        "before": before,
+        "skipped": merge({rank(): trainer.step_guard.skipped}),
+        "weights": weights,
         "after": full_state_dict(trainer.model, keep=rank() == 0),
     }
 

@@ -17,10 +17,9 @@ from typing import Any
 
 SETTINGS: dict[str, Any] = {
     "kind": "dpo", "accumulation": 1, "checkpointing": False, "bf16": False, "lora": None,
-    "nf4": False, "engine": "single", "folder": "",
+    "nf4": False, "engine": "single", "folder": "", "micro_batch": 4,
 }  # fmt: skip
 RANKS = 2
-MICRO_BATCH = 4
 
 
 def ranks_of(settings: dict[str, Any]) -> int:
@@ -33,7 +32,7 @@ def rows_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"id": str(i), "source": "x", "prompt_ids": ids * 2, "response_ids": [ids, ids],
          "response_mask": [[1] * 100] * 2, "rewards": [1.0, 0.0]}
-        for i in range(MICRO_BATCH * settings["accumulation"] * ranks_of(settings))
+        for i in range(settings["micro_batch"] * settings["accumulation"] * ranks_of(settings))
     ]  # fmt: skip
 
 
@@ -76,7 +75,7 @@ def planned(settings: dict[str, Any]) -> int:
         return model
 
     memory = step_memory(
-        make, rows[:MICRO_BATCH], reference_batch=rows if settings["kind"] == "dpo" else (),
+        make, rows[: settings["micro_batch"]], reference_batch=rows if settings["kind"] == "dpo" else (),
         accumulation=settings["accumulation"], checkpointing=settings["checkpointing"],
         autocast=half, half_weights=bool(half) and engine in ("fsdp2", "zero3"),
     )  # fmt: skip
@@ -94,7 +93,7 @@ def train(settings: dict[str, Any]) -> None:
     reward, engine = settings["kind"] == "reward", settings["engine"]
     config: Any = RewardConfig if reward else DPOConfig
     args = config(
-        output_dir=tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=MICRO_BATCH,
+        output_dir=tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=settings["micro_batch"],
         gradient_accumulation_steps=settings["accumulation"], bf16=settings["bf16"],
         activation_checkpointing=settings["checkpointing"], optim="adamw_torch",
         save_strategy="no", report_to="none", disable_tqdm=True,
@@ -104,8 +103,11 @@ def train(settings: dict[str, Any]) -> None:
     if settings["nf4"]:
         held["quantization_config"] = four_bits.nf4(torch.bfloat16 if args.bf16 else torch.float32)
     trainer: Any = RewardTrainer if reward else DPOTrainer
+    model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype="float32", **held)
+    for tensor in model.parameters():  # else the whole file stays mapped, what was quantised too
+        tensor.data = tensor.data.clone()
     trainer(
-        model=AutoModelForCausalLM.from_pretrained(settings["folder"], dtype="float32", **held),
+        model=model,
         args=args,
         train_dataset=rows_of(settings),
         processing_class=character_tokenizer(),
@@ -123,7 +125,10 @@ def main(text: str) -> None:
 
     from rpo_trainer.usage import peak_memory
 
-    for library in ("rpo_trainer.trainers", "deepspeed", "peft", "torch.distributed.fsdp"):
+    for library in (
+        "rpo_trainer.trainers", "deepspeed", "peft", "torch.distributed.fsdp", "bitsandbytes",
+        "transformers.integrations.bitsandbytes", "transformers.models.llama.modeling_llama",
+    ):  # fmt: skip
         with contextlib.suppress(ImportError):
             __import__(library)
     torch.set_num_threads(1)
