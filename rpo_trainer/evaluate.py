@@ -14,7 +14,6 @@ import numpy as np
 
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.generate import Gather, Sample, greedy_responses, sample_responses
-from rpo_trainer.rewards.verifiers import check_rows, get_verifier, score_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,42 +93,6 @@ class EvalResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, texts, lists and dicts, for JSON."""
         return {**asdict(self), "samples": [asdict(sample) for sample in self.samples]}
-
-
-def evaluate_policy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    *,
-    generate: GenerateSpec,
-    verifier: str,
-    allow_code_execution: bool = False,
-    greedy: bool = True,
-    seed: int = 0,
-    samples: int = 8,
-) -> EvalResult:
-    """Scores sampled responses, and greedy ones if asked, to prompts with a known answer.
-
-    Args:
-        rows: with `id`, `prompt` and what the verifier reads.
-        generate: how to sample; its K responses a prompt make the mean less noisy.
-        verifier: one of `rpo_trainer.rewards.verifiers.VERIFIERS`.
-        allow_code_execution: needed for the verifier `asserts`.
-        greedy: also decode greedily.
-        seed: of sampling and of the bootstrap.
-        samples: rows shown as they are, evenly spaced: the same ones for every policy.
-
-    Raises:
-        DataError: no rows, or rows without ground truth.
-        RecipeError: unknown verifier, or sampling arguments out of range.
-    """
-    judge = get_verifier(verifier, allow_code_execution=allow_code_execution)
-    if rows:
-        check_rows(rows, judge)
-    answers = respond(model, tokenizer, rows, generate=generate, greedy=greedy, seed=seed)
-    scored = score_rows(to_score(rows, answers), judge)
-    rewards = [row["rewards"] for row in scored]
-    return summarise(rows, answers, rewards, maximum=judge.maximum, seed=seed, samples=samples)
 
 
 def respond(

@@ -17,8 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rpo_trainer.data import Audit, load_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.recipe import DataSpec, ScoreSpec, Stage, resolve_path
+from rpo_trainer.rewards.judge import biases
 from rpo_trainer.rewards.rowfile import ALONE, Ranks, complete_rows, content_key, read_rows
-from rpo_trainer.rewards.sampling import EndpointPolicy, LocalPolicy, Policy, sample_rows
+from rpo_trainer.rewards.sampling import (
+    EndpointPolicy,
+    LocalPolicy,
+    Policy,
+    check_truths,
+    sample_rows,
+)
 from rpo_trainer.rewards.scorers import Scorer, make_scorer, weights_key
 from rpo_trainer.rewards.verifiers import VERIFIERS
 
@@ -48,10 +55,13 @@ def scorer_columns(score: ScoreSpec | None) -> tuple[str, ...]:
 
 def load_prompts(data: DataSpec, base_dir: Path, *, seed: int, audit: Audit) -> list[Row]:
     """The prompts of a stage that samples, with what its scorer reads of them."""
-    return load_rows(
+    rows = load_rows(
         data.train, kind="prompt", base_dir=base_dir, dedup=data.dedup,
         keep=scorer_columns(data.score), audit=audit, seed=seed,
     )  # fmt: skip
+    if data.generate is not None:
+        check_truths(rows, data.generate)
+    return rows
 
 
 def load_given(data: DataSpec, base_dir: Path, *, seed: int, audit: Audit) -> list[Row]:
@@ -106,8 +116,11 @@ class RowMaker:
                 scorer.check(rows)
         if data.generate is not None:
             rows = self._sampled(stage, rows, seed)
-            return self._scored(stage, "generated", rows, scorer)
-        return self._scored(stage, "scored", rows, scorer)
+        name = "scored" if data.generate is None else "generated"
+        rows = self._scored(stage, name, rows, scorer)
+        if data.score.judge is not None:
+            audit.judge = biases(rows)
+        return rows
 
     def scorer(self, score: ScoreSpec) -> Scorer:
         """The scorer of a stage, its reward model found in the run where it is a stage's."""

@@ -6,6 +6,7 @@ Everything that is dropped is counted here, with up to three row ids a reason, a
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ WARNINGS = {
     "duplicate_responses_removed": "the same response more than once; kept once",
     "blank_response": "a response is blank: it, or the row, will be dropped",
     "equal_responses": "responses to one prompt are the same: all but the first will be dropped",
+    "truth_not_chosen": "the ground truth is none of the responses; the best is chosen",
     "undecided_responses_removed": "responses without a consistent verdict removed, the others kept",
     "blank_responses_removed": "blank responses removed, the others kept",
     "unusable_rewards": "rewards that are no numbers, ignored by this stage",
@@ -94,8 +96,9 @@ class Audit:
         self.pairs: dict[str, Any] = {}
         self.filter: dict[str, Any] = {}
         self.calibration: dict[str, Any] = {}
+        self.judge: dict[str, Any] = {}
         self.replay: dict[str, Any] = {}
-        self.ratings: dict[str, dict[str, float]] = {}
+        self.ratings: dict[str, dict[str, Any]] = {}
         self.overlap: dict[str, int] = {}
         self._lengths: dict[str, list[int]] = {}
 
@@ -177,23 +180,38 @@ class Audit:
             self.ratings[name] = {"rated": len(found), **quantiles(found)}
 
     def check_target_gaps(self, rows: Sequence[Row], reward_scale: float) -> None:
-        """Remarks on targets σ(η · gap) that are 0 or 1, or ½, for most rows (η = `reward_scale`)."""
-        gaps = [row["rewards"][0] - row["rewards"][-1] for row in rows if row["rewards"]]
+        """Remarks on targets σ(η · gap) that are 0 or 1, or ½, for most rows (η = `reward_scale`).
+
+        Of all rows; where these are well, of each source: rewards of two units have no common η.
+        """
+        sources: dict[str, list[float]] = {}
+        for row in rows:
+            if row["rewards"]:
+                gap = reward_scale * (row["rewards"][0] - row["rewards"][-1])
+                sources.setdefault(str(row.get("source")), []).append(gap)
+        if not self._remark_targets([gap for own in sources.values() for gap in own], ""):
+            for source, gaps in sources.items():
+                self._remark_targets(gaps, f"{source}: ")
+
+    def _remark_targets(self, gaps: Sequence[float], where: str) -> bool:
+        """Whether there is anything to say of these target gaps."""
         limit = math.log(SATURATED / (1 - SATURATED))
-        wide = sum(abs(reward_scale * gap) > limit for gap in gaps)
-        if gaps and 2 * wide > len(gaps):
+        wide = sum(abs(gap) > limit for gap in gaps)
+        if 2 * wide > len(gaps):
             self.remark(
-                f"the target gap is so wide that its sigmoid is 0 or 1 for {wide} of {len(gaps)} "
-                f"rows: RPO then learns no more than DPO; a smaller reward_scale keeps the gaps"
+                f"{where}the target gap is so wide that its sigmoid is 0 or 1 for {wide} of "
+                f"{len(gaps)} rows: RPO then learns no more than DPO; a smaller reward_scale keeps "
+                f"the gaps"
             )
         limit = math.log(FLAT / (1 - FLAT))
-        flat = sum(abs(reward_scale * gap) < limit for gap in gaps)
-        if gaps and 2 * flat > len(gaps):
+        flat = sum(abs(gap) < limit for gap in gaps)
+        if 2 * flat > len(gaps):
             self.remark(
-                f"the target gap is so small that its sigmoid is within {FLAT - 0.5:g} of 1/2 for "
-                f"{flat} of {len(gaps)} rows: RPO then learns next to nothing; a larger "
+                f"{where}the target gap is so small that its sigmoid is within {FLAT - 0.5:g} of 1/2 "
+                f"for {flat} of {len(gaps)} rows: RPO then learns next to nothing; a larger "
                 f"reward_scale shows the gaps"
             )
+        return 2 * max(wide, flat) > len(gaps)
 
     def check_overlap(
         self,
@@ -251,6 +269,7 @@ class Audit:
             "pairs": dict(self.pairs),
             "filter": dict(self.filter),
             "calibration": dict(self.calibration),
+            "judge": dict(self.judge),
             "replay": dict(self.replay),
             "ratings": dict(self.ratings),
             "overlap": dict(self.overlap),
@@ -281,6 +300,10 @@ class Audit:
                 f"reward_scale (η): {self.calibration['reward_scale']:g}, fitted by "
                 + text.format(**self.calibration)
             )
+        if self.judge:
+            from rpo_trainer.rewards.judge import bias_lines  # which needs this package
+
+            lines += bias_lines(self.judge)
         if self.pairs.get("with_rewards"):
             lines.append("{ties} ties, {reversed} reversed among {rows} rows".format(**self.pairs))
         for name, q in self.ratings.items():
@@ -318,7 +341,7 @@ def quantiles(ordered: Sequence[float]) -> dict[str, float]:
     last = len(ordered) - 1
     return {
         "min": ordered[0],
-        "median": ordered[last // 2],
+        "median": statistics.median(ordered),
         "mean": sum(ordered) / len(ordered),
         "p95": ordered[round(0.95 * last)],
         "max": ordered[last],

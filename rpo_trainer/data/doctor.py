@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from rpo_trainer.data.rows import Kind, Row, is_blank
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.errors import DataError, Problems, RPOTrainerError
 from rpo_trainer.recipe import SourceSpec
+
+if TYPE_CHECKING:
+    from rpo_trainer.data.tokenize import Truncation
 
 BINS = 10
 UNLIMITED = 2**30
@@ -33,7 +36,8 @@ class Findings:
         rewards: quantiles and histogram of single rewards; {} without any.
         gaps: the same of chosen less rejected.
         length: the share of pairs whose chosen is longer, and the correlation, inside of a row, of
-            length (characters) and reward; None where there is nothing to compare.
+            length (characters) and reward; of ratings, that of length and mean rating; None where
+            there is nothing to compare.
     """
 
     name: str
@@ -63,8 +67,9 @@ class Findings:
         for what, value in self.length.items():
             if value is not None:
                 lines.append(_LENGTH[what].format(value))
-        for title, found in (("rewards", self.rewards), ("gaps", self.gaps)):
-            if found:
+        spreads = {"rewards": self.rewards, "gaps": self.gaps, **self.audit.ratings}
+        for title, found in spreads.items():
+            if "histogram" in found:
                 lines.append("{}: {min:g} to {max:g}, median {median:g}".format(title, **found))
                 lines += _bars(found["histogram"])
         return lines
@@ -72,6 +77,7 @@ class Findings:
 
 _LENGTH = {
     "chosen_longer": "the chosen response is the longer one in {:.0%} of the pairs",
+    "rating_correlation": "length and mean rating correlate by {:+.2f}",
     "reward_correlation": "length and reward correlate by {:+.2f} among responses to one prompt",
 }
 
@@ -83,6 +89,7 @@ def audit_file(
     tokenizer: str | None = None,
     chat_template: str | None = None,
     max_length: int | None = None,
+    truncation: Truncation = "drop",
 ) -> Findings:
     """Findings on one file or data set.
 
@@ -90,6 +97,7 @@ def audit_file(
         against: rows held out, whose prompts should not be among these.
         tokenizer: directory or hub name; with it rows are rendered and tokenised as in training.
         max_length: tokens of prompt and response; None: no limit.
+        truncation: what becomes of longer rows, as of a stage.
 
     Raises:
         DataError: the source is absent, damaged, or of no known format.
@@ -100,13 +108,15 @@ def audit_file(
     audit.observe_prompts(rows)
     if found.kind == "pair":
         _look_at_pairs(found, rows)
+    elif found.kind == "rating":
+        _look_at_ratings(found, rows)
     if against is not None:
         other, held_out = _read(SourceSpec.model_validate({"path": str(against)}))
         if other.faults:
             raise DataError(other.faults[0], where=str(against))
         audit.check_overlap(rows, held_out)
     if tokenizer is not None and rows:
-        _tokenise(found, rows, tokenizer, chat_template, max_length)
+        _tokenise(found, rows, tokenizer, chat_template, max_length, truncation)
     else:
         for row in rows:
             _look_at_texts(row, audit)
@@ -162,6 +172,20 @@ def _look_at_pairs(found: Findings, rows: Sequence[Row]) -> None:
     found.length = {"chosen_longer": longer, "reward_correlation": _correlation(scored)}
 
 
+def _look_at_ratings(found: Findings, rows: Sequence[Row]) -> None:
+    for name in dict.fromkeys(name for row in rows for name in row["attributes"]):
+        values = [r for row in rows if (r := row["attributes"].get(name)) is not None]
+        found.audit.ratings[name] = {"rated": len(values), **_spread(values)}
+    lengths, means = [], []
+    for row in rows:
+        if own := [rating for rating in row["attributes"].values() if rating is not None]:
+            lengths.append(float(len(row["responses"][0])))
+            means.append(sum(own) / len(own))
+    varied = len({*lengths}) > 1 and len({*means}) > 1
+    correlation = float(np.corrcoef(lengths, means)[0, 1]) if varied else None
+    found.length = {"rating_correlation": correlation}
+
+
 def _correlation(rows: Sequence[Row]) -> float | None:
     """Of length and reward, each less its mean over the row's responses."""
     lengths: list[float] = []
@@ -211,6 +235,7 @@ def _tokenise(
     name: str,
     chat_template: str | None,
     max_length: int | None,
+    truncation: Truncation,
 ) -> None:
     from rpo_trainer.data.tokenize import tokenize_rows
     from rpo_trainer.loading import load_tokenizer
@@ -227,7 +252,7 @@ def _tokenise(
             tokenizer,
             kind="sft" if found.kind == "sft" else "rating" if found.kind == "rating" else "pair",
             max_length=max_length or UNLIMITED,
-            truncation="cut",
+            truncation=truncation,
             audit=found.audit,
         )
     except (DataError, Problems) as error:

@@ -202,7 +202,8 @@ class _Planner:
             stage.data.train, kind="prompt", base_dir=self.base_dir, audit=Audit(), seed=seed
         )
         pairs = stage.data.pairs is None or stage.data.pairs.select != "all_responses"
-        count = 2 if pairs else spec.responses * (len(spec.policies) + len(spec.endpoints))
+        whole = spec.responses * (len(spec.policies) + len(spec.endpoints))
+        count = 2 if pairs else whole + spec.with_ground_truth
         response = [0] * spec.max_new_tokens
         mask = [1] * spec.max_new_tokens
         return Examples(

@@ -146,6 +146,7 @@ def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         )
     others = [generate.get("policies", ["init"]), generate.get("endpoints", [])]
     sampled = sum(len(names) for names in others if isinstance(names, list))
+    sampled += generate.get("with_ground_truth") is True
     if generate.get("responses") == 1 and sampled < 2:
         yield wrong(
             ("generate", "responses"),

@@ -140,6 +140,11 @@ class GenerateSpec(Spec):
     endpoints: list[EndpointSpec] = Field(
         [], description="policies behind OpenAI-compatible endpoints, beside `policies`"
     )
+    with_ground_truth: bool = Field(
+        False,
+        description="add the row's `ground_truth`, where there is one, behind the sampled responses, to "
+        "be scored like them",
+    )
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:

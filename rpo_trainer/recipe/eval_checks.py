@@ -26,9 +26,9 @@ def eval_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
             why="a stage would be evaluated by nothing, and nobody would notice",
             fix=f"give at least one of {', '.join(f'`{name}`' for name in _MEASURES)}",
         )
-    elsewhere = isinstance(generate, dict) and generate.get("policies", ["init"]) != ["init"]
-    if isinstance(generate, dict) and (elsewhere or generate.get("endpoints")):
-        field = "policies" if elsewhere else "endpoints"
+    others = {"policies": ["init"], "endpoints": [], "with_ground_truth": False}
+    said = generate if isinstance(generate, dict) else {}
+    for field in [f for f, own in others.items() if said.get(f) not in (None, own)][:1]:
         what = f"an evaluation samples from the policy that the stage has made, not from `{field}`"
         why = "what others say tells nothing of this stage"
         yield wrong(("generate", field), what, fix=f"remove `{field}`", why=why)

@@ -148,7 +148,7 @@ def _words(item: Mapping[str, Any], key: Key, origins: Origins) -> tuple[str, st
         fix = f"write a finite number{_of(about)}"
         return f"`{name}` must be a finite number, got {value}", fix, None
     if kind == "literal_error":
-        return *_not_a_choice(name, value, context["expected"]), None
+        return *not_a_choice(name, value, context["expected"]), None
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return *_kind_of_stage(value, origins.level(key)), None
     if kind in ("too_short", "string_too_short"):
@@ -212,12 +212,15 @@ def _retype(expected: str, value: object, about: str) -> str:
     return hint
 
 
-def _not_a_choice(name: str, value: object, expected: str) -> tuple[str, str]:
+def not_a_choice(name: str, value: object, expected: str) -> tuple[str, str]:
+    """What is wrong and how to mend it, where a value is none of those that there are."""
     choices = [choice.strip(" '") for choice in expected.replace(" or ", ", ").split(",")]
     listed = ", ".join(f"`{choice}`" for choice in choices)
     near = did_you_mean(value, choices) if isinstance(value, str) else None
     hint = f"; did you mean `{near}`?" if near else ""
     what = f"`{name}` must be one of {listed}, got {described(value)}{hint}"
+    if name == "loss_type" and value == "sigmoid" and "dpo" in choices:
+        return what, "write `dpo`: the same loss under another name"
     if name == "loss_type" and isinstance(value, str):
         for kind, stage in STAGE_KINDS.items():
             info = stage.model_fields.get("loss_type")

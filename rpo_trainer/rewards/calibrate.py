@@ -28,7 +28,7 @@ class Fit:
 
     Attributes:
         method: `labels`: maximum likelihood of the labels under σ(η · gap), where some labels go
-            against the rewards; `quantile`: the median gap that is not 0 gets the target 0.9.
+            against the rewards; `quantile`: σ(η · gap) is 0.9 for the median gap that is not 0.
         pairs: how many gaps it is fitted to.
         against: labels that go against the rewards.
     """
@@ -43,7 +43,7 @@ class Fit:
         how = (
             f"by the likelihood of {self.pairs} labels, {self.against} of them against the rewards"
             if self.method == "labels"
-            else f"so that the median of {self.pairs} gaps gets the target {TARGET:g}"
+            else f"so that σ(η · gap) is {TARGET:g} for the median of {self.pairs} gaps"
         )
         return f"reward_scale (η): {self.reward_scale:g}, fitted {how}"
 
@@ -119,6 +119,7 @@ class Calibration:
     """The gaps of some rows, and what η makes of them.
 
     Attributes:
+        without: further rows, which have no rewards (a judge may leave them undecided).
         gap: min, median, mean, p95, max.
         histogram: (lower edge, upper edge, count) of each bin.
         reward_scale: the η looked at.
@@ -128,6 +129,7 @@ class Calibration:
     """
 
     rows: int
+    without: int
     ties: int
     against: int
     gap: dict[str, float]
@@ -179,6 +181,7 @@ def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibra
     counts, edges = np.histogram(gaps, bins=BINS)
     return Calibration(
         rows=len(gaps),
+        without=len(rows) - len(gaps),
         ties=sum(gap == 0 for gap in gaps),
         against=sum(gap < 0 for gap in gaps),
         gap=quantiles(sorted(gaps)),

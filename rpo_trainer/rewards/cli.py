@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from pydantic import ValidationError
@@ -137,6 +138,7 @@ def score(
 @click.option(
     "--batch-size", type=int, default=64, show_default=True, help="Responses decoded at once."
 )
+@click.option("--with-ground-truth", is_flag=True, help="Add each row's `ground_truth` to them.")
 @click.option("--chat-template", help="chatml, plain, or a Jinja file; else each policy's own.")
 @_seed
 @_service
@@ -163,6 +165,11 @@ def generate(
     if len(endpoints) != len(names):
         raise RecipeError(
             f"{len(endpoints)} endpoints and {len(names)} names", fix="one --name an --endpoint"
+        )
+    if not policies and not endpoints:
+        raise RecipeError(
+            "there is no policy to sample from",
+            fix="add --policy MODEL, or --endpoint URL --name MODEL",
         )
     service = {key: settings.pop(key) for key in _SERVICE}
     at = [_service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
@@ -239,8 +246,8 @@ def calibrate(
     """Show what η makes of the reward gaps of INPUT, and fit one."""
     from rpo_trainer.rewards.commands import calibrate_file
 
-    if reward_scale is not None and not reward_scale > 0:
-        raise RecipeError("--reward-scale must be above 0")
+    if reward_scale is not None and not 0 < reward_scale < math.inf:
+        raise RecipeError("--reward-scale must be above 0, and finite")
     sources = [_source_spec(Path(path), format_, columns) for path in data]
     found = calibrate_file(sources, reward_scale)
     if as_json:
@@ -252,6 +259,8 @@ def calibrate(
 
 def _show(name: str, found: Calibration) -> None:
     click.echo(f"{name}: {found.rows} pairs, {found.ties} ties, {found.against} reversed")
+    if found.without:
+        click.echo(f"  warning: {found.without} without rewards, left out")
     widest = max(count for _, _, count in found.histogram)
     for low, high, count in found.histogram:
         bar = "█" * round(30 * count / max(widest, 1))
@@ -275,6 +284,12 @@ def _show(name: str, found: Calibration) -> None:
 @click.option("--tokenizer", help="Directory or hub name: lengths, truncation, template.")
 @click.option("--chat-template", help="chatml, plain, or a Jinja file; else the tokenizer's own.")
 @click.option("--max-length", type=click.IntRange(2), help="Longest prompt + response, in tokens.")
+@click.option(
+    "--truncation",
+    type=click.Choice(["drop", "cut"]),
+    default="drop",
+    help="What becomes of longer rows (drop).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def audit(
     data: Path,
@@ -284,6 +299,7 @@ def audit(
     tokenizer: str | None,
     chat_template: str | None,
     max_length: int | None,
+    truncation: Literal["drop", "cut"],
     as_json: bool,
 ) -> None:  # fmt: skip
     """Look INPUT over: what a stage would drop, and what it would learn without being told."""
@@ -297,6 +313,7 @@ def audit(
         tokenizer=tokenizer,
         chat_template=chat_template,
         max_length=max_length,
+        truncation=truncation,
     )
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
@@ -324,6 +341,11 @@ def _valid(kind: type[Any], fields: dict[str, Any]) -> Any:
         first = error.errors()[0]
         context = first.get("ctx", {})
         option = "--" + "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
+        if first["type"] == "literal_error":
+            from rpo_trainer.recipe.messages import not_a_choice
+
+            what, fix = not_a_choice(option, first["input"], context["expected"])
+            raise RecipeError(what, fix=fix) from None
         raise RecipeError(
             context.get("what") or f"{first['msg']} ({first['input']!r})",
             where=option,
@@ -342,9 +364,11 @@ def _source_spec(data: Path, format_: str | None, columns: Sequence[str]) -> Sou
 def _weights(text: str | None) -> dict[str, float] | str | None:
     if text is None or "=" not in text:
         return text
-    found = {}
+    found: dict[str, float] = {}
     for part in text.split(","):
         name, value = _assignment(part, "--weights")
+        if name in found:
+            raise RecipeError(f"{name!r} is given two weights", where="--weights")
         try:
             found[name] = float(value)
         except ValueError:

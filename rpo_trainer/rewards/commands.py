@@ -182,7 +182,13 @@ def generate_file(
         ModelError: a policy that cannot be loaded.
         RunError: as `score_file`.
     """
-    from rpo_trainer.rewards.sampling import EndpointPolicy, LocalPolicy, Policy, sample_rows
+    from rpo_trainer.rewards.sampling import (
+        EndpointPolicy,
+        LocalPolicy,
+        Policy,
+        check_truths,
+        sample_rows,
+    )
     from rpo_trainer.rewards.scorers import weights_key
 
     settings = {"generate": spec.model_dump(exclude_none=True), "seed": seed}
@@ -191,6 +197,7 @@ def generate_file(
             say = _silently
         with ranks.together():
             rows = read_prompts(source)
+            check_truths(rows, spec)
             policies: list[Policy] = []
             for name in spec.policies:
                 weights = weights_key(Path(name)) if Path(name).is_dir() else name
@@ -248,6 +255,13 @@ def pairs_file(
     if out.exists():
         raise RunError("the output exists", where=str(out), fix="name another, or remove it")
     rows, audit = read_pairs(source, keep_all=True)
+    if source.format is None and all("sampling" in row and not row["rewards"] for row in rows):
+        raise DataError(
+            "the responses are sampled, and have no rewards",
+            where=str(source.path),
+            why="the order in which they were sampled says nothing of which is better",
+            fix="score them first (rpo-trainer score); --format ranked where they stand best first",
+        )
     made = make_preference_rows(rows, **pairs_arguments(spec), seed=seed, audit=audit)
     made = filter_rows(made, filter, audit) if made else made
     audit.observe_pairs(made)

@@ -2,13 +2,17 @@
 
 The `openai` client sends them, waits between tries (longer each time, or as long as `Retry-After`
 says) and gives up a stalled one after `timeout` seconds. An answer that comes but makes no sense is
-asked for again as often. What fails after that fails its row, with the reason, and no other row.
+asked for again as often, and so is one that is put off for longer than the client waits. What fails
+after that fails its row, with the reason, and no other row.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,8 +25,12 @@ if TYPE_CHECKING:
 
     from rpo_trainer.recipe import EndpointSpec
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 _SHOWN = 200  # characters of an unreadable answer
+_CLIENT_WAITS = 120.0  # seconds: beyond that the client gives up at once
+_LONGEST_WAIT = 3600.0  # a limit by the day is left to whoever runs the command again
 
 
 class Unreadable(Exception):
@@ -50,7 +58,7 @@ class Endpoint:
         import openai
 
         unreadable = ""
-        for _ in range(self.spec.retries + 1):
+        for tries_left in range(self.spec.retries, -1, -1):
             try:
                 answer = send(self.client)
             except (
@@ -65,6 +73,12 @@ class Endpoint:
                 ) from None
             except openai.APIStatusError as error:
                 served = error.status_code >= 500 or error.status_code in (408, 409, 429)
+                wait = _asked_wait(error.response.headers)
+                if served and tries_left and _CLIENT_WAITS < wait <= _LONGEST_WAIT:
+                    logger.info("%s asks to wait %.0f s", self.spec.url, wait)
+                    time.sleep(wait)
+                    unreadable = _reason(error)
+                    continue
                 raise RowFailed(f"the endpoint refuses: {_reason(error)}", service=served) from None
             except openai.APITimeoutError:
                 raise RowFailed(f"no answer within {self.spec.timeout:g} s", service=True) from None
@@ -94,10 +108,6 @@ class Endpoint:
             read,
         )
 
-    def close(self) -> None:
-        """Ends what is still under way."""
-        self.client.close()
-
 
 def _client(spec: EndpointSpec) -> OpenAI:
     try:
@@ -113,6 +123,14 @@ def _client(spec: EndpointSpec) -> OpenAI:
         timeout=spec.timeout,
         max_retries=spec.retries,
     )
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+    """The seconds of `Retry-After`; 0 without any, or where it is a date."""
+    try:
+        return float(headers.get("retry-after", 0))
+    except ValueError:
+        return 0.0
 
 
 def _reason(error: Any) -> str:
@@ -151,7 +169,7 @@ def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
     Nemotron reward models).
 
     Raises:
-        Unreadable: neither is there.
+        Unreadable: neither is there, or a score is not finite.
     """
     tokens = getattr(getattr(answer.choices[0], "logprobs", None), "content", None)
     try:
@@ -160,8 +178,12 @@ def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
         text = ""
     pairs = [_PAIR.fullmatch(part) for part in re.split(r"[,\n;]", text) if part.strip()]
     if pairs and all(pairs):
-        return {pair[1]: float(pair[2]) for pair in pairs if pair}, text
-    if tokens:
+        scores = {pair[1]: float(pair[2]) for pair in pairs if pair}
+    elif tokens:
         scores = {str(token.token): float(token.logprob) for token in tokens}
-        return scores, ",".join(f"{name}:{score}" for name, score in scores.items())
-    raise Unreadable(f"no scores by attribute in {_short(text)!r}")
+        text = ",".join(f"{name}:{score}" for name, score in scores.items())
+    else:
+        raise Unreadable(f"no scores by attribute in {_short(text)!r}")
+    if not all(map(math.isfinite, scores.values())):
+        raise Unreadable(f"a score that is not finite in {_short(text)!r}")
+    return scores, text

@@ -63,6 +63,8 @@ def make_preference_rows(
     made: list[dict[str, Any]] = []
     for row in rows:
         responses, truth_first = _in_order(_distinct(row, ranked, audit), row, chosen)
+        if chosen == "ground_truth" and row.get("ground_truth") and not truth_first:
+            audit.warn("truth_not_chosen", str(row["id"]))
         if len(responses) < 2:
             audit.drop(_too_few(row), str(row["id"]))
             continue

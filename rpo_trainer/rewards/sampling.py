@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 
 from rpo_trainer.data.rows import Row
+from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable
 from rpo_trainer.rewards.rowfile import ALONE, Done, Ranks, Shard, complete, content_key, one_by_one
 
@@ -138,7 +139,17 @@ def _fields(texts: list[str], finished: list[bool]) -> dict[str, Any]:
 def sampling_settings(spec: GenerateSpec) -> dict[str, Any]:
     """What of a spec shapes the responses, as it is kept in the rows."""
     names = ("responses", "temperature", "top_p", "top_k", "max_new_tokens")
-    return {name: getattr(spec, name) for name in names}
+    truth = {"with_ground_truth": True} if spec.with_ground_truth else {}
+    return {**{name: getattr(spec, name) for name in names}, **truth}
+
+
+def check_truths(rows: Sequence[Row], spec: GenerateSpec) -> None:
+    """Raises DataError where the ground truth is to be among the responses, and no row has one."""
+    if spec.with_ground_truth and rows and not any(row.get("ground_truth") for row in rows):
+        raise DataError(
+            "no row has a `ground_truth`, and `with_ground_truth` adds it to the responses",
+            fix="name its column with `columns: {ground_truth: theirs}`, or remove `with_ground_truth`",
+        )
 
 
 def row_keys(rows: Sequence[Row], prefix: str = "") -> list[str]:
@@ -165,7 +176,8 @@ def sample_rows(
 ) -> list[Row]:
     """The rows with `responses` of all policies, one after the other, also written to `path`.
 
-    Beside them each row gains `finished` and `policies` (one entry a response) and `sampling`.
+    Beside them each row gains `finished` and `policies` (one entry a response) and `sampling`. Behind
+    them stands the row's ground truth, if that is asked for, as of a policy `ground_truth`.
     Responses depend on the seed, the policy's place, `prefix` and the row's id alone.
 
     Args:
@@ -191,12 +203,16 @@ def sample_rows(
         made = []
         for index, row in enumerate(rows):
             parts = [found[place * count + index] for place in range(len(policies))]
+            names = [p.name for p in policies for _ in range(spec.responses)]
+            if spec.with_ground_truth and row.get("ground_truth"):
+                parts.append(_fields([str(row["ground_truth"])], [True]))
+                names.append("ground_truth")
             made.append(
                 {
                     **row,
                     "responses": [text for part in parts for text in part["responses"]],
                     "finished": [flag for part in parts for flag in part["finished"]],
-                    "policies": [p.name for p in policies for _ in range(spec.responses)],
+                    "policies": names,
                     "sampling": {**sampling_settings(spec), "seed": seed},
                 }
             )

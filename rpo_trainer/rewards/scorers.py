@@ -201,5 +201,9 @@ def weights_key(path: Path) -> str:
     """
     files = sorted(p for p in path.glob("*.safetensors")) if path.is_dir() else []
     if not files:
-        raise RecipeError("there are no weights (safetensors) here", where=str(path))
+        raise RecipeError(
+            "there are no weights (safetensors) here",
+            where=str(path),
+            fix="name the directory of a model; of a run that is RUN/STAGE/final",
+        )
     return content_key([(file.name, file_digest(file)) for file in files])

@@ -435,7 +435,7 @@ def test_rewards_that_rpo_cannot_use(fault: str, column: str) -> None:
 
 def test_rewards_absent_altogether() -> None:
     rows = [{"prompt": "p", "chosen": "x", "rejected": "y"}] * 4
-    with pytest.raises(DataError, match="4 of 4 rows, first src:1, src:2, src:3"):
+    with pytest.raises(DataError, match="no row has rewards, and RPO needs one for every response"):
         adapted(rows, "pair", require_rewards=True)
     audit = Audit()
     assert adapted(rows, "pair", audit)[0]["rewards"] is None

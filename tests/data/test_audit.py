@@ -61,6 +61,21 @@ def test_equal_and_saturated_gaps(audit: Audit) -> None:
     assert "4 of 4 rows" in audit.remarks[1]
 
 
+def test_sources_whose_rewards_have_another_unit(audit: Audit) -> None:
+    rows = [{**pair(i, str(i), [2.0, 1.0]), "source": "ones"} for i in range(6)]
+    rows += [{**pair(i, str(i), [200.0, 100.0]), "source": "hundreds"} for i in range(3)]
+    rows += [{**pair(i, str(i), [0.02, 0.01]), "source": "hundredths"} for i in range(3)]
+    rows.append({**pair(0, "0", None), "source": "none"})
+    audit.check_target_gaps(rows, 1.0)
+    wide, small = audit.remarks
+    assert wide.startswith("hundreds: the target gap is so wide") and "3 of 3 rows" in wide
+    assert small.startswith("hundredths: the target gap is so small") and "3 of 3 rows" in small
+    audit.remarks.clear()
+    audit.check_target_gaps(rows, 100.0)  # of most rows: said once
+    (remark,) = audit.remarks
+    assert remark.startswith("the target gap is so wide") and "9 of 12 rows" in remark
+
+
 @pytest.mark.parametrize("table", [DROPS, WARNINGS])
 def test_reasons_are_used(table: dict[str, str]) -> None:
     """No reason in the tables that the package never gives."""

@@ -15,6 +15,9 @@ from rpo_trainer.errors import DataError
 
 ROW = b'{"prompt": "a", "response": "b"}\n'
 AGAIN = "fix: write or copy the file again"
+NO_ROWS = "why: without its rows there is nothing to train or measure on"
+BY_NAME = "why: how a file is read follows from its name"
+LISTED = "why: a file of this name holds its rows as one list"
 PART = "why: a part of the rows would be trained on as if it were all"
 
 
@@ -30,6 +33,7 @@ def refused(tmp_path: Path, source: Any) -> Any:
                 [source(name, **fields)], kind="sft", base_dir=tmp_path, audit=Audit(), seed=0
             )
         assert error.value.exit_code == 3
+        assert error.value.where and error.value.why and error.value.fix
         return str(error.value).replace(f"{tmp_path}/", "")
 
     return load
@@ -49,7 +53,12 @@ def text(*lines: str) -> str:
 def test_absent(refused: Any) -> None:
     fix = "fix: give a path relative to the recipe, or a hub name"
     for name in ("rows.jsonl", "deep/rows.jsonl", "x" * 300 + ".jsonl", "a\0b.jsonl"):
-        assert refused(name) == text(f"{name}: no such file", fix)
+        assert refused(name) == text(f"{name}: no such file", NO_ROWS, fix)
+
+
+def test_absent_with_another_of_nearly_that_name(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "prefs.jsonl").write_text("{}")
+    assert refused("pref.jsonl").startswith("pref.jsonl: no such file; did you mean `prefs.jsonl`?")
 
 
 def test_a_link_to_nowhere(refused: Any, tmp_path: Path) -> None:
@@ -60,7 +69,7 @@ def test_a_link_to_nowhere(refused: Any, tmp_path: Path) -> None:
 def test_empty(refused: Any) -> None:
     for name in ("rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"):
         assert refused(name, b"") == text(
-            f"{name}: the file is empty", "fix: give a file with rows"
+            f"{name}: the file is empty", NO_ROWS, "fix: give a file with rows"
         )
 
 
@@ -71,7 +80,9 @@ def test_blank_lines_only(refused: Any) -> None:
         ("rows.json", b"  \n\n"),
         ("rows.jsonl.gz", gzip.compress(b"\n\n")),
     ):
-        assert refused(name, content) == text(f"{name}: {words}", "fix: give a file with rows")
+        assert refused(name, content) == text(
+            f"{name}: {words}", NO_ROWS, "fix: give a file with rows"
+        )
 
 
 def test_last_line_cut(refused: Any) -> None:
@@ -85,6 +96,7 @@ def test_last_line_cut(refused: Any) -> None:
 def test_a_line_in_the_middle_that_is_not_json(refused: Any) -> None:
     assert refused("rows.jsonl", ROW + b'{"prompt": "a"\n' + ROW) == text(
         "rows.jsonl:2: not valid JSON (Expecting ',' delimiter, column 15)",
+        "why: no row is left out in silence",
         "fix: mend the line; each is one JSON object",
     )
     assert refused("rows.jsonl", ROW.strip() + ROW).startswith(
@@ -94,7 +106,9 @@ def test_a_line_in_the_middle_that_is_not_json(refused: Any) -> None:
 
 def test_bytes_that_are_not_utf8(refused: Any) -> None:
     wrong = ROW.replace(b"b", b"\xe9")
-    fix = "fix: convert the file to UTF-8"
+    fix = text(
+        "why: read in any other way its texts would be others", "fix: convert the file to UTF-8"
+    )
     assert refused("rows.jsonl", ROW + wrong) == text(
         f"rows.jsonl:2: not UTF-8: byte 0xe9 at offset {len(ROW) + ROW.index(b'b')}", fix
     )
@@ -123,6 +137,7 @@ def test_a_parquet_column_that_is_not_utf8(refused: Any, tmp_path: Path) -> None
     assert refused("rows.parquet") == text(
         "rows.parquet: the column 'response' holds what is no text "
         "(In chunk 0: Invalid: Invalid UTF8 sequence at string index 0)",
+        "why: no tokenizer takes it",
         "fix: write the file again, with its texts in UTF-8",
     )
 
@@ -185,6 +200,7 @@ def test_gzip_or_parquet_under_a_wrong_name(refused: Any) -> None:
     ):
         assert refused(name, content) == text(
             f"{name}: the name ends with {ending} but the content is {found}",
+            BY_NAME,
             "fix: rename the file to what it is",
         )
 
@@ -230,6 +246,7 @@ def test_shards_that_disagree_on_columns(refused: Any, tmp_path: Path) -> None:
     assert refused("data") == text(
         f"data: the shards disagree on columns: data-00000-of-00002.arrow has text; {shard} has "
         "text, extra",
+        "why: a part of the rows would lack what the others have",
         "fix: save the data set again, with the same columns in every shard",
     )
 
@@ -244,7 +261,9 @@ def test_a_shard_that_is_cut_or_missing(refused: Any, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:50])
     message = refused("data")
     assert message == text(
-        f"data: the saved data set is damaged ({reason(message)})", "fix: save the data set again"
+        f"data: the saved data set is damaged ({reason(message)})",
+        PART,
+        "fix: save the data set again",
     )
     shard.unlink()
     assert "data: the saved data set is damaged ([Errno 2] No such file" in refused("data")
@@ -262,13 +281,17 @@ def test_a_line_over_the_limit(refused: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_number_of_thousands_of_digits(refused: Any) -> None:
     row = b'{"text": "a", "id": %s}\n' % (b"1" * 5000)
     assert refused("rows.jsonl", row) == text(
-        "rows.jsonl:1: a whole number of thousands of digits", "fix: write it as text"
+        "rows.jsonl:1: a whole number of thousands of digits",
+        "why: no number that is used here has so many",
+        "fix: write it as text",
     )
 
 
 def test_nested_too_deeply(refused: Any) -> None:
     assert refused("rows.jsonl", b"[" * 100_000 + b"\n") == text(
-        "rows.jsonl:1: nested too deeply", "fix: mend the line"
+        "rows.jsonl:1: nested too deeply",
+        "why: no row is so deep, and no reader goes there",
+        "fix: mend the line",
     )
 
 
@@ -281,6 +304,7 @@ def test_lines_that_are_no_objects(refused: Any) -> None:
     ):
         assert refused("rows.jsonl", ROW + line + b"\n") == text(
             f"rows.jsonl:2: the row is {kind}, not an object",
+            "why: without names nothing says which value is the prompt",
             'fix: name the columns: {"prompt": ..., "response": ...}',
         )
 
@@ -288,13 +312,16 @@ def test_lines_that_are_no_objects(refused: Any) -> None:
 def test_json_that_is_no_list(refused: Any) -> None:
     assert refused("rows.json", ROW) == text(
         "rows.json: the file is an object, not a list of objects",
+        LISTED,
         "fix: rename it to .jsonl if every line is an object, else wrap the rows in [ ]",
     )
     assert refused("rows.json", b"3") == text(
-        "rows.json: the file holds a number, not a list of objects", "fix: wrap the rows in [ ]"
+        "rows.json: the file holds a number, not a list of objects",
+        LISTED,
+        "fix: wrap the rows in [ ]",
     )
     assert refused("rows.json", b"[]") == text(
-        "rows.json: the data set has no rows", "fix: give one with rows"
+        "rows.json: the data set has no rows", NO_ROWS, "fix: give one with rows"
     )
 
 
@@ -309,7 +336,9 @@ def test_places_in_a_json_list(refused: Any) -> None:
 
 def test_other_kinds_of_files(refused: Any) -> None:
     assert refused("rows.csv", b"a,b\n") == text(
-        "rows.csv: unknown kind of file '.csv'", "fix: one of .jsonl, .json, .jsonl.gz, .parquet"
+        "rows.csv: unknown kind of file '.csv'",
+        BY_NAME,
+        "fix: one of .jsonl, .json, .jsonl.gz, .parquet",
     )
 
 
@@ -321,6 +350,7 @@ def test_unreadable(refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "open", no)
     assert refused("rows.jsonl") == text(
         "rows.jsonl: cannot be read (Permission denied)",
+        NO_ROWS,
         "fix: give its reader the right to read it",
     )
 
@@ -329,6 +359,7 @@ def test_a_directory_that_is_no_data_set(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").mkdir()
     assert refused("rows.jsonl") == text(
         "rows.jsonl: is a directory, and not a data set saved with `save_to_disk`",
+        "why: which of its files hold the rows cannot be guessed",
         "fix: give a file (.jsonl, .json, .jsonl.gz, .parquet) or save the data set there",
     )
 

@@ -13,7 +13,10 @@ from rpo_trainer.errors import DataError, Problems
 
 from .conftest import trained_texts
 
-FIX = "  fix: mend or remove these rows"
+FIX = (
+    "  why: rows that are left out or guessed in silence are never missed\n"
+    "  fix: mend or remove these rows"
+)
 USER = {"role": "user", "content": "q"}
 
 
@@ -270,7 +273,8 @@ def test_a_pair_cut_so_that_no_response_token_is_left(run: Run, truncation: str)
     assert str(error.value) == (
         "no row is left to train on\n"
         "  why: rows.jsonl: 1 rows read; dropped: 1 row, the prompt leaves no room for a response "
-        "(r0)"
+        "(r0)\n"
+        "  fix: mend the rows that were dropped, or change what drops them (max_length, filter)"
     )
 
 

@@ -18,7 +18,10 @@ CHAT = {
     "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}],
 }
 TEXT = {"id": "r0", "source": "s", "prompt": "q: ", "response": "yes"}
-FIX = "  fix: mend the rows, or choose another chat_template: chatml | plain | a path"
+FIX = (
+    "  why: the loss is on what the assistant says, so its tokens must be known\n"
+    "  fix: mend the rows, or choose another chat_template: chatml | plain | a path"
+)
 
 
 def tokenized(row: dict[str, Any], tokenizer: Any) -> Any:
@@ -38,6 +41,7 @@ def test_no_chat_template_where_messages_need_one(plain_text: Any) -> None:
     assert error.value.exit_code == 3
     assert str(error.value) == (
         "model.chat_template: the rows are messages, and the tokenizer has no chat template\n"
+        "  why: how a model is shown its turns is its own, and cannot be guessed\n"
         "  fix: chat_template: chatml | plain | the path of a Jinja template"
     )
     assert trained(TEXT, plain_text) == ["yes</s>"]  # texts do without
@@ -78,6 +82,7 @@ def test_a_chat_template_that_is_not_there(plain_text: Any) -> None:
     assert str(error.value) == (
         "model.chat_template: the chat template 'absent.jinja' cannot be read "
         "([Errno 2] No such file or directory: 'absent.jinja')\n"
+        "  why: without it the turns of a conversation become no text\n"
         "  fix: chatml | plain | the path of a Jinja template"
     )
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rpo_trainer.data.doctor import Findings, audit_file
@@ -86,6 +87,8 @@ def tokenizer(tmp_path: Path) -> str:
 def test_truncation_and_lengths_need_a_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     rows = [pair(0), pair(1, "x" * 50, "y"), pair(2, chosen="same", rejected="same")]
     found = look(tmp_path / "p.jsonl", rows, tokenizer=tokenizer, max_length=30)
+    assert found.audit.dropped["too_long"].count == 1 and "truncated" not in found.audit.warnings
+    found = look(tmp_path / "p.jsonl", rows, tokenizer=tokenizer, max_length=30, truncation="cut")
     assert found.audit.warnings["truncated"].count == 1
     assert found.audit.dropped["identical_responses"].count == 1
     assert found.audit.lengths()["response"]["max"] > 4
@@ -119,6 +122,28 @@ def test_other_kinds_of_rows(tmp_path: Path, tokenizer: str) -> None:
     assert (found.kind, found.faults) == ("rating", [])
     many = [{"prompt": "a", "responses": ["x", "y", "z"], "rewards": [1, 3, 2]}]
     assert look(tmp_path / "k.jsonl", many).gaps["max"] == 2.0
+
+
+def test_ratings_and_their_length_bias(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "response": "x" * (n + 1), "attributes": {"good": n % 5, "deep": None}}
+        for n in range(10)
+    ]
+    rows[3]["attributes"]["deep"] = 2
+    found = look(tmp_path / "r.jsonl", rows)
+    good, deep = found.audit.ratings["good"], found.audit.ratings["deep"]
+    assert (good["rated"], good["min"], good["max"], good["mean"]) == (10, 0, 4, 2)
+    assert [n for *_, n in good["histogram"] if n] == [2] * 5
+    assert deep["rated"] == 1
+    means = [float(n % 5) for n in range(10)]
+    means[3] = 2.5
+    expected = np.corrcoef(range(10), means)[0, 1]
+    assert found.length == {"rating_correlation": pytest.approx(expected)}
+    lines = found.lines()
+    assert f"length and mean rating correlate by {expected:+.2f}" in lines
+    assert "good: 10 ratings, from 0 to 4, mean 2.00" in lines
+    assert "good: 0 to 4, median 2" in lines and any("\u2588" in line for line in lines)
+    assert json.loads(json.dumps(found.as_dict()))["ratings"]["good"]["histogram"]
 
 
 def test_what_is_no_data(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_an_error_of_the_work_arrives_whole(plain_text: Any) -> None:
     assert error.value.where == "model.chat_template"
     assert str(error.value) == (
         "model.chat_template: the rows are messages, and the tokenizer has no chat template\n"
+        "  why: how a model is shown its turns is its own, and cannot be guessed\n"
         "  fix: chat_template: chatml | plain | the path of a Jinja template"
     )
 

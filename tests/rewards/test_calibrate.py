@@ -94,6 +94,7 @@ def test_by_source_at_one_eta() -> None:
     rows.append({"id": "bare", "source": "c", "rewards": None})
     found = by_source(rows)
     assert list(found) == ["all", "a", "b"]
+    assert [c.without for c in found.values()] == [1, 0, 0]
     assert found["all"].fit is not None
     assert {c.reward_scale for c in found.values()} == {found["all"].fit.reward_scale}
     assert found["a"].flat == 1.0 and found["a"].fit is not None

@@ -248,6 +248,7 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
         (("--verifier", "exact", "--weights", "a=1"), "`weights` belongs to"),
         (("--model", "m", "--weights", "a=x"), "'x' is no number"),
         (("--model", "m", "--weights", "a=1,b"), "'b' is not name=value"),
+        (("--model", "m", "--weights", "a=1,a=2"), "'a' is given two weights"),
         (("--model", "m", "--weights", "nobodys"), "no published weights 'nobodys'"),
         (("--verifier", "exact", "--column", "x"), "'x' is not name=value"),
         (("--judge", "http://x", "--name", "m", "--retries", "-1"), "--judge"),
@@ -302,6 +303,34 @@ def test_responses_of_several_policies(tmp_path: Path, policies: list[Path]) -> 
     part = write(tmp_path / "part.jsonl", PROMPTS[2:4])
     assert run("generate", part, *command[2:], "-o", few, "--seed", 4) == 0
     assert [r["responses"] for r in read(few)] != [r["responses"] for r in read(alone)][2:4]
+
+
+def test_the_ground_truth_beside_what_is_sampled(
+    tmp_path: Path, policies: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "ground_truth": f"truth {i}"} for i, row in enumerate(PROMPTS)]
+    rows[3] = {"id": "q3", "prompt": "none: "}
+    data, out, plain = write(tmp_path / "p.jsonl", rows), tmp_path / "o.jsonl", tmp_path / "n.jsonl"
+    command = ("generate", data, "--policy", policies[0], "--max-new-tokens", 6, "--responses", 2)
+    assert run(*command, "-o", plain) == 0
+    assert run(*command, "--with-ground-truth", "-o", out) == 0
+    for i, (found, sampled) in enumerate(zip(read(out), read(plain), strict=True)):
+        more = [] if i == 3 else [f"truth {i}"]
+        assert found["responses"] == sampled["responses"] + more
+        assert found["finished"] == sampled["finished"] + [True for _ in more]
+        assert found["policies"] == sampled["policies"] + ["ground_truth" for _ in more]
+        assert found["sampling"]["with_ground_truth"]
+    # It is then chosen, with the reward that it has got.
+    scored, pairs = tmp_path / "s.jsonl", tmp_path / "pairs.jsonl"
+    few = write(tmp_path / "few.jsonl", [row for row in read(out) if row["id"] != "q3"])
+    assert run("score", few, "--verifier", "partial_match", "-o", scored) == 0
+    assert run("pairs", scored, "--chosen", "ground_truth", "-o", pairs) == 0
+    made = [(row["chosen"], row["chosen_reward"], row["truth_chosen"]) for row in read(pairs)]
+    assert made == [(f"truth {i}", 5.0, True) for i in range(6) if i != 3]
+    capsys.readouterr()
+    bare = write(tmp_path / "bare.jsonl", [{"prompt": "a"}])
+    assert run("generate", bare, *command[2:], "--with-ground-truth", "-o", tmp_path / "x") == 3
+    assert "no row has a `ground_truth`" in capsys.readouterr().err
 
 
 def test_rows_of_one_source_name_sample_alike_beside_other_rows(
@@ -362,7 +391,7 @@ def test_chat_prompts_go_to_the_chat_endpoint(tmp_path: Path) -> None:
     [
         ((), 2, "no policy to sample from"),
         (("--endpoint", "http://x"), 2, "1 endpoints and 0 names"),
-        (("--policy", "/nowhere/at/all"), 2, "cannot be loaded"),
+        (("--policy", "/nowhere/at/all"), 2, "cannot be loaded: there is no such directory"),
         (("--policy", "POLICY", "--temperature", "0"), 2, "--temperature"),
     ],
 )
@@ -476,10 +505,21 @@ def test_pairs_of_ranked_responses(tmp_path: Path) -> None:
     assert "chosen_reward" not in read(out)[0]
 
 
+def test_sampled_responses_are_not_taken_for_ranked_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "p", "responses": ["a", "b"], "sampling": {"responses": 2}}]
+    command = ("pairs", write(tmp_path / "r.jsonl", rows), "-o", tmp_path / "o.jsonl")
+    assert run(*command) == 3
+    assert "score them first" in capsys.readouterr().err
+    assert run(*command, "--format", "ranked") == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (("--select", "best"), 2, "--select"),
+        (("--select", "bestworst"), 2, "did you mean `best_worst`?"),
         (("--min-chosen-reward", "1", "--top-chosen-share", "0.5"), 2, "`filter` has both"),
         (("--min-gap", "50"), 3, "no row is left"),
         (("--min-chosen-reward", "50"), 3, "the filter leaves none"),
@@ -498,10 +538,12 @@ def test_calibrate_shows_and_prints_json(
 ) -> None:
     data = write(
         tmp_path / "p.jsonl",
-        [{**p, "chosen_reward": 5.0 + i, "rejected_reward": 2.0} for i, p in enumerate(PAIRS)],
+        [{**p, "chosen_reward": 5.0 + i, "rejected_reward": 2.0} for i, p in enumerate(PAIRS)]
+        + [{**PAIRS[0], "id": "bare"}],
     )
     assert run("calibrate", data, "--reward-scale", "100") == 0
     shown = capsys.readouterr().out
+    assert "warning: 1 without rewards, left out" in shown
     assert "all: 6 pairs, 0 ties, 0 reversed" in shown
     assert "mine: 3 pairs" in shown and "theirs: 3 pairs" in shown
     assert "warning: 100% of the targets are saturated" in shown
@@ -510,6 +552,7 @@ def test_calibrate_shows_and_prints_json(
     assert found["all"]["fit"]["method"] == "quantile"
     assert found["all"]["reward_scale"] == found["all"]["fit"]["reward_scale"]
     assert run("calibrate", data, "--reward-scale", "0") == 2
+    assert run("calibrate", data, "--reward-scale", "inf") == 2
     assert run("calibrate", write(tmp_path / "bare.jsonl", PAIRS)) == 3
     assert "no row has rewards" in capsys.readouterr().err
 

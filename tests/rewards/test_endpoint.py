@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -59,6 +60,22 @@ def test_the_wait_that_is_asked_for_is_kept() -> None:
         start = time.monotonic()
         assert endpoint(server).chat(HELLO, message_of) == "fine"
         assert 0.4 <= time.monotonic() - start < 2.0
+
+
+def test_a_wait_longer_than_the_clients_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("rpo_trainer.rewards.endpoint.time.sleep", waited.append)
+    limited = Answer(status=429, body=b"{}", headers={"retry-after": "600"})
+    with serving(lambda _, count: Answer("fine") if count == 2 else limited) as server:
+        assert endpoint(server).chat(HELLO, message_of) == "fine"
+        assert waited == [600.0, 600.0]
+        with pytest.raises(RowFailed, match="refuses: 429") as failed:
+            endpoint(server, retries=1).chat([*HELLO, *HELLO], message_of)
+        assert failed.value.service and len(waited) == 3
+    for_days = Answer(status=429, body=b"{}", headers={"retry-after": "86400"})
+    with serving(lambda *_: for_days) as server, pytest.raises(RowFailed, match="refuses: 429"):
+        endpoint(server).chat(HELLO, message_of)
+    assert len(waited) == 3
 
 
 @pytest.mark.parametrize(
@@ -130,6 +147,22 @@ def test_a_list_of_messages_is_read_too() -> None:
     with serving(lambda *_: Answer(body=body)) as server:
         found = endpoint(server).chat(HELLO, attribute_scores)
     assert found == ({"reward": -9.5}, "reward:-9.5")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer("reward:1e999"),
+        Answer("", logprobs={"reward": math.nan}),
+        Answer("", logprobs={"reward": -math.inf}),
+    ],
+    ids=["overflow", "nan", "-inf"],
+)
+def test_a_score_that_is_not_finite_is_nonsense(answer: Answer) -> None:
+    """Written down, it would be a file that no stage reads."""
+    with serving(lambda *_: answer) as server, pytest.raises(RowFailed, match="is not finite"):
+        endpoint(server, retries=1).chat(HELLO, attribute_scores)
+    assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize("text", ["good", "helpfulness:high", "helpfulness:1 and so on", "1.5"])

@@ -144,6 +144,7 @@ def test_ground_truth_as_chosen_where_there_is_one() -> None:
         (["b", "a"], False),
     ]
     assert counts(audit, "dropped") == {"reversed": 1}
+    assert counts(audit, "warnings") == {"truth_not_chosen": 1}
     (whole, *_), _ = made(rows[:1], chosen="ground_truth", select="all_responses")
     assert whole == (["truth ", "better", "worse"], [2.0, 3.0, 1.0])
 
