@@ -127,6 +127,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     if is_adapted(model):
         raise ModelError(
             "peft_config was given for a model that has an adapter already",
+            why="which of the two is to be trained cannot be guessed",
             fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
         )
     require_fit(config)
@@ -135,7 +136,12 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     try:
         wrapped: Any = get_peft_model(model, config)
     except (ValueError, TypeError, ImportError) as error:
-        raise ModelError(f"PEFT makes no adapter of this: {error}", where="peft") from error
+        raise ModelError(
+            f"PEFT makes no adapter of this: {error}",
+            where="peft",
+            why="the settings do not fit together, or not this model",
+            fix="mend them: target_modules name layers of the model, r and lora_alpha are numbers",
+        ) from error
     _require_same(
         wrapped, before,
         what="the adapter changes the model before anything is learnt",

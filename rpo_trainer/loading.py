@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from rpo_trainer.data import set_chat_template
-from rpo_trainer.errors import ModelError
+from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.sharding import loading_whole, rows_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NEEDED = "nothing can be trained or measured without it"
+_INDEX = ".safetensors.index.json"
 _LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 _CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
 # Fields that configurations take beside those they write.
@@ -49,6 +52,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
             raise ModelError(
                 "a model made by from_config brings no tokenizer",
                 where="model.tokenizer",
+                why="without one no text becomes tokens",
                 fix="name one: a directory, a hub name, or `characters`",
             )
         tokenizer = _load(AutoTokenizer, name, base_dir, spec, what="tokenizer")
@@ -156,7 +160,10 @@ def _configuration(settings: dict[str, Any]) -> Any:
         # Of an unknown model_type, what follows is the list of all known ones.
         what = _last_line(error).split(" Should contain one of")[0]
         raise ModelError(
-            f"this is no configuration of a model: {type(error).__name__}: {what}", where=where
+            f"this is no configuration of a model: {type(error).__name__}: {what}",
+            where=where,
+            why=NEEDED,
+            fix="write its fields as transformers has them, `model_type` among them",
         ) from error
     for name in settings:
         if name in _ALSO_TAKEN or name in known.to_dict() or hasattr(known, name):
@@ -183,6 +190,8 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
             f"no model can be made of this configuration: {type(error).__name__}: "
             f"{_last_line(error).split(' Model type should be one of')[0]}",
             where="model.from_config",
+            why=NEEDED,
+            fix="mend the field it speaks of, or take the configuration of a model that exists",
         ) from error
 
 
@@ -209,10 +218,8 @@ def load_weights(
     Raises:
         ModelError: there is no model, or none in safetensors.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelError("there is no model here", where=str(folder))
+    config = saved_config(folder, str(folder))
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = auto_class(config, reward=reward, where=str(folder)).from_pretrained(
             folder,
             dtype=torch.float32,
@@ -221,12 +228,40 @@ def load_weights(
             **_quantized(quantization),
         )
     except _LOADING_ERRORS as error:
-        raise ModelError(
-            f"the model cannot be loaded: {_first_line(error)}",
-            where=str(folder),
-            fix="give a directory with the model's files, its weights as safetensors",
-        ) from error
+        raise _not_loaded("model", error, str(folder)) from error
     return _named(model, "")
+
+
+def saved_config(folder: Path, where: str) -> Any:
+    """The configuration of a local model; ModelError where there is none, or none that can be read."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "there is no model here",
+            where=where,
+            why=NEEDED,
+            fix="give a directory with config.json and weights in safetensors",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except _LOADING_ERRORS as error:
+        raise _not_loaded("model", error, where) from error
+
+
+def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"the {what} cannot be loaded: it needs code from its repository",
+            where=where,
+            why="that code would run here with all your rights",
+            fix="take a model that transformers knows by itself; or read the code, and set "
+            "`trust_remote_code: true` under `model`",
+        )
+    return ModelError(
+        f"the {what} cannot be loaded: {_first_line(error)}",
+        where=where,
+        why=NEEDED,
+        fix="give a directory with the model's files (safetensors), or a hub name",
+    )
 
 
 def _named(model: Any, name: str) -> PreTrainedModel:
@@ -237,11 +272,87 @@ def _named(model: Any, name: str) -> PreTrainedModel:
 
 def check_vocabulary(model: Any, tokens: int) -> None:
     """Raises ModelError where the tokenizer has more tokens than the model has embeddings."""
-    rows = rows_of(model.get_input_embeddings().weight)
+    _check_tokens(rows_of(model.get_input_embeddings().weight), tokens, "model")
+
+
+def check_unread(config: Any, folder: Path | None, *, tokens: int, reward: bool, where: str) -> int:
+    """What can be seen of a model before its weights are read.
+
+    Args:
+        folder: where its files are; None: random weights, or a hub's.
+        tokens: of the tokenizer.
+        reward: a reward model will do too (see `auto_class`).
+
+    Returns:
+        The rows of its embeddings, as its configuration says; 0 where it does not.
+
+    Raises:
+        ModelError: weights in pickles alone, absent or cut, a reward model where a policy is wanted, more
+            tokens than embeddings.
+    """
+    auto_class(config, reward=reward, where=where)
+    if folder is not None:
+        _check_safetensors(folder, where)
+    rows = getattr(config.get_text_config(), "vocab_size", None) or 0
+    if rows:
+        _check_tokens(rows, tokens, where)
+    return int(rows)
+
+
+def check_same_vocabulary(policy: int, reference: int, where: str | None = None) -> None:
+    """Raises RecipeError where a reference has other numbers of embeddings than the policy."""
+    if policy != reference:
+        raise RecipeError(
+            f"the reference has {reference} tokens, the policy {policy}",
+            where=where,
+            why="their log-probs would be of different tokens",
+            fix="take a reference with the policy's tokenizer",
+        )
+
+
+def _check_safetensors(folder: Path, where: str) -> None:
+    files = sorted(path.name for path in folder.iterdir())
+    weights = [name for name in files if name.endswith((".safetensors", _INDEX))]
+    for name in weights:
+        try:
+            if name.endswith(_INDEX):
+                parts = json.loads((folder / name).read_text())["weight_map"].values()
+                if lacking := sorted(set(parts) - set(files)):
+                    raise ValueError(f"{lacking[0]} is missing")
+            else:
+                with safe_open(folder / name, "pt"):  # reads its head, and knows its length
+                    pass
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"the model cannot be loaded: {name} is damaged, or no weights ({_first_line(error)})",
+                where=where,
+                why="a part of its weights would be missing",
+                fix="copy or download the model's files again (from git: `git lfs pull`)",
+            ) from error
+    if weights:
+        return
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        raise ModelError(
+            f"the model cannot be loaded: its weights are pickled ({pickles[0]})",
+            where=where,
+            why="a pickle can hold code, which runs when it is read",
+            fix="take the model's safetensors, or convert them where you trust their origin: "
+            "load them with transformers, then `save_pretrained`",
+        )
+    raise ModelError(
+        "the model cannot be loaded: there are no weights beside its configuration",
+        where=where,
+        why="the stage could not begin",
+        fix="give a directory with the model's files, its weights as safetensors",
+    )
+
+
+def _check_tokens(rows: int, tokens: int, where: str) -> None:
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens, the model {rows} embeddings",
-            where="model",
+            where=where,
             why="a token beyond the table cannot be embedded",
             fix="take the model's own tokenizer, or resize the model's embeddings first",
         )
@@ -252,6 +363,13 @@ def _load(
 ) -> Any:
     local = base_dir / Path(name).expanduser()
     where = str(local) if local.exists() else name
+    if not local.exists() and name.startswith((".", "/", "~")):  # no hub name begins so
+        raise ModelError(
+            f"the {what} cannot be loaded: there is no such directory",
+            where=f"model: {name}",
+            why=NEEDED,
+            fix="give a directory with the model's files (safetensors), or a hub name",
+        )
     try:
         return factory.from_pretrained(
             where,
@@ -260,8 +378,4 @@ def _load(
             **settings,
         )
     except _LOADING_ERRORS as error:
-        raise ModelError(
-            f"the {what} cannot be loaded: {_first_line(error)}",
-            where=f"model: {name}",
-            fix="give a directory with the model's files (safetensors), or a hub name",
-        ) from error
+        raise _not_loaded(what, error, f"model: {name}") from error

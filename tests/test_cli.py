@@ -273,7 +273,7 @@ def test_status_and_report_of_an_unfinished_run(
 
     run_until("step:code:1", lambda: tiny.run(tmp_path, one_stage()))
     assert call("status", tmp_path / "run") == 0
-    assert "running" in capsys.readouterr().out
+    assert "step 1" in capsys.readouterr().out
     assert call("report", tmp_path / "run") == 0
     assert (tmp_path / "run" / "report.html").is_file()
 

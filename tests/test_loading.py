@@ -77,6 +77,7 @@ def test_a_bad_configuration_is_named(
     with pytest.raises(ModelError, match=f"(?s){message}") as error:
         model_of(random_spec(**changes), tmp_path)
     assert error.value.where == "model.from_config"
+    assert error.value.why and error.value.fix
     assert len(str(error.value)) < 500  # not the list of all models there are
 
 

@@ -25,17 +25,25 @@ def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
     stages = [stage for stage in expand_stages(loaded.recipe) if stage.kind == kind]
     names = [stage.name for stage in stages]
     if not names:
-        raise RecipeError(f"the recipe has no {kind} stage", where=str(loaded.path))
+        there = ", ".join(dict.fromkeys(stage.kind for stage in expand_stages(loaded.recipe)))
+        raise RecipeError(
+            f"the recipe has no {kind} stage",
+            where=str(loaded.path),
+            why="there is nothing for this command to run",
+            fix=f"it has stages of {there}; `rpo-trainer run` runs all of them",
+        )
     if name is not None and name not in names:
         raise RecipeError(
             f"there is no {kind} stage {name!r}",
             where=str(loaded.path),
+            why="which of them is meant cannot be guessed",
             fix=f"one of: {', '.join(names)}",
         )
     if name is None and len(names) > 1:
         raise RecipeError(
             f"the recipe has {len(names)} {kind} stages",
             where=str(loaded.path),
+            why="which of them is meant cannot be guessed",
             fix=f"choose with --stage: {', '.join(names)}",
         )
     return name or names[0]

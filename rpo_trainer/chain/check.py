@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,14 @@ from rpo_trainer.chain.stage import lora_config, training_config
 from rpo_trainer.data import Audit, encode_prompt, load_rows
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, Problems, RecipeError, RPOTrainerError
-from rpo_trainer.loading import check_context, load_config, load_tokenizer
+from rpo_trainer.loading import (
+    check_context,
+    check_same_vocabulary,
+    check_unread,
+    load_config,
+    load_tokenizer,
+    saved_config,
+)
 from rpo_trainer.recipe import (
     LoadedRecipe,
     PreferenceStage,
@@ -77,11 +85,13 @@ class _Check:
         self.stages = expand_stages(loaded.recipe)
         self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
         self.problems: list[RPOTrainerError] = []
+        self.found: set[str] = set()
         self.lines: list[str] = []
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.config: Any = None
         self.responses: dict[str, int] = {}
-        with _Collected(self.problems):
+        self.rows: dict[str, int] = {}  # of the embeddings, by stage
+        with self._collected():
             self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
             self.config = load_config(
                 loaded.recipe.model, loaded.base_dir, None, len(self.tokenizer)
@@ -91,36 +101,60 @@ class _Check:
         """Its arguments, its start, its data and its evaluation, each for itself."""
         self.lines.append(f"{stage.name} ({stage.kind})")
         seed = stage_seed(stage, self.recipe)
-        with _Collected(self.problems):
+        with self._collected():
             training_config(
                 stage, self.recipe.model, seed=seed, folder=self.run_dir / stage.name,
                 run_dir=self.run_dir,
             )  # fmt: skip
-        with _Collected(self.problems):
+        with self._collected():
             if self.config is not None:
                 check_context(self.config, stage.max_length, f"stages.{stage.name}.max_length")
-        with _Collected(self.problems):
+        with self._collected():
             lora_config(stage)
         self._dropout(stage)
+        rows = {"init": 0, "reference": 0}
         for key, source in _sources(stage):
-            with _Collected(self.problems):
-                self._start(f"stages.{stage.name}.{key}", source)
-        with _Collected(self.problems):
+            with self._collected():
+                reward = isinstance(stage, RewardStage)
+                rows[key] = self._start(f"stages.{stage.name}.{key}", source, reward=reward)
+        with self._collected():
+            if all(rows.values()):
+                where = f"stages.{stage.name}.reference"
+                check_same_vocabulary(rows["init"], rows["reference"], where)
+        self.rows[stage.name] = rows["init"]
+        with self._collected(f"stages.{stage.name}"):
             if needs_policy(stage.data):
                 self._prompts(stage, seed)
             else:
                 self._examples(stage, seed)
         spec = stage.eval or self.recipe.eval
         if spec is not None and not isinstance(stage, RewardStage):
-            with _Collected(self.problems):
+            with self._collected("eval" if stage.eval is None else f"stages.{stage.name}.eval"):
                 self._evaluation(spec)
+
+    @contextmanager
+    def _collected(self, part: str | None = None) -> Iterator[None]:
+        """Errors raised inside are kept, those of data with their place in the recipe.
+
+        The rounds of a repeated stage find the same faults, and replay those of the stage before.
+        """
+        try:
+            yield
+        except RPOTrainerError as error:
+            for one in error.problems if isinstance(error, Problems) else [error]:
+                if (text := str(one)) in self.found:
+                    continue
+                self.found.add(text)
+                if part is not None and isinstance(one, DataError):
+                    _place(one, part)
+                self.problems.append(one)
 
     def disk(self, only: Collection[str] | None) -> None:
         """Room for what the stages will write."""
         wanted = [stage for stage in self.stages if only is None or stage.name in only]
         if any(not isinstance(problem, DataError) for problem in self.problems):
             return  # the size of the model is not known, or what is kept of it
-        with _Collected(self.problems):
+        with self._collected():
             check_disk(
                 self.recipe, self.base_dir, self.run_dir, wanted, self.stages,
                 len(self.tokenizer), self.responses,  # type: ignore[arg-type]
@@ -136,19 +170,29 @@ class _Check:
                 "since the reference has none"
             )
 
-    def _start(self, key: str, source: str) -> None:
-        if source == "model" or any(source == other.name for other in self.stages):
-            return
-        folder = resolve_path(self.base_dir, source)
-        if is_adapter(folder):
-            base_of(folder)
-        elif not (folder / "config.json").is_file():
-            raise ModelError(
-                "there is no model here",
-                where=f"{key}: {folder}",
-                why="the stage could not begin",
-                fix="give a directory with config.json and weights in safetensors",
-            )
+    def _start(self, key: str, source: str, *, reward: bool = False) -> int:
+        """Looks at the model that a source is; the rows of its embeddings, 0 where they are not known."""
+        if source in self.rows:
+            return self.rows[source]
+        if any(source == stage.name for stage in self.stages):
+            return 0  # finished: its output has been looked at
+        if source == "model":
+            name = self.recipe.model.name_or_path
+            folder = resolve_path(self.base_dir, name or "")
+            where = f"model: {name}" if name else "model"
+            config = self.config
+            if config is None:  # that has been said
+                return 0
+            local = folder if name and folder.is_dir() else None
+        else:
+            folder = local = resolve_path(self.base_dir, source)
+            where = f"{key}: {folder}"
+            config = None if is_adapter(folder) else saved_config(folder, where)
+        if local is not None and is_adapter(local):
+            base_of(local)
+            return 0
+        tokens = 0 if self.tokenizer is None else len(self.tokenizer)
+        return check_unread(config, local, tokens=tokens, reward=reward, where=where)
 
     def _examples(self, stage: Stage, seed: int) -> None:
         audit = Audit()
@@ -192,7 +236,10 @@ class _Check:
                 encode_prompt(self.tokenizer, row["prompt"], row.get("tools"))  # type: ignore[arg-type]
             except RowError as error:
                 raise DataError(
-                    str(error), where=f"stages.{stage.name}: row {row['id']}"
+                    str(error),
+                    where=f"stages.{stage.name}: row {row['id']}",
+                    why="no response can be sampled to it",
+                    fix="mend the rows, or choose another chat_template: chatml | plain | a path",
                 ) from error
         assert stage.data.generate is not None  # the schema
         policies = [stage.init if p == "init" else p for p in stage.data.generate.policies]
@@ -214,7 +261,12 @@ class _Check:
         def model(name: str) -> tuple[str, str]:
             folder = resolve_path(self.base_dir, name)
             if looks_like_path(name) and not (folder / "config.json").is_file():
-                raise ModelError("there is no reward model here", where=f"{where}.model: {folder}")
+                raise ModelError(
+                    "there is no reward model here",
+                    where=f"{where}.model: {folder}",
+                    why="the responses could not be scored",
+                    fix="give a directory with config.json and weights in safetensors, or a stage",
+                )
             return name, name
 
         make_scorer(score, base_dir=self.base_dir, model=model).check(rows)
@@ -237,23 +289,6 @@ class _Check:
             check_tasks(spec.lm_eval, self.base_dir)
 
 
-class _Collected:
-    """Errors raised inside go to a list."""
-
-    def __init__(self, problems: list[RPOTrainerError]) -> None:
-        self.problems = problems
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Problems):
-            self.problems += error.problems
-        elif isinstance(error, RPOTrainerError):
-            self.problems.append(error)
-        return isinstance(error, RPOTrainerError)
-
-
 def _sources(stage: Stage) -> Iterator[tuple[str, str]]:
     yield "init", stage.init
     if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
@@ -265,6 +300,16 @@ def _steps(stage: Stage, examples: int) -> int:
         return stage.max_steps
     per_epoch = -(-examples // stage.global_batch_size)
     return int(-(-per_epoch * (stage.num_train_epochs or 1.0) // 1))
+
+
+def _place(error: DataError, part: str) -> None:
+    """Puts the part of the recipe that asks for the data before what the error says of the place."""
+    where = error.where or ""
+    if where.startswith("data."):
+        error.at(f"{part}.{where}")
+    elif not where.startswith(part):
+        key = part if part.endswith("eval") else f"{part}.data"
+        error.at(f"{key}: {where}" if where else key)
 
 
 def _distinct(problems: list[RPOTrainerError], origins: Origins) -> list[RPOTrainerError]:

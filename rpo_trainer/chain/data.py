@@ -286,7 +286,7 @@ def _given(stage: Stage, base_dir: Path, seed: int, audit: Audit) -> list[dict[s
         if not _scored_here(data.score) or data.score.verifier is None:
             return [{**row, "rewards": None} for row in rows]
         return score_rows(rows, get_verifier(data.score.verifier))
-    return load_rows(
+    rows = load_rows(
         data.train,
         kind="pair",
         base_dir=base_dir,
@@ -295,3 +295,17 @@ def _given(stage: Stage, base_dir: Path, seed: int, audit: Audit) -> list[dict[s
         audit=audit,
         seed=seed,
     )
+    for name, columns in audit.extra_columns.items():
+        unscored = [row["rewards"] is None for row in rows if row["source"] == name]
+        if "sampling" in columns and unscored and all(unscored) and _formats_are_found(stage):
+            raise DataError(
+                "the responses are sampled, and have no rewards",
+                where=name,
+                why="the order in which they were sampled says nothing of which is better",
+                fix="add `score:` beside `train:`; `format: ranked` where they stand best first",
+            )
+    return rows
+
+
+def _formats_are_found(stage: Stage) -> bool:
+    return all(source.format is None for source in stage.data.train or ())

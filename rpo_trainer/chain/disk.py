@@ -93,7 +93,10 @@ def unread_model(
         names, weights = stage.attributes, stage.reward_weights
         model = as_reward_model(model, attributes=names, weights=weights)
     adapter = lora_config(stage)
-    return model if adapter is None else with_adapter(model, adapter)
+    try:
+        return model if adapter is None else with_adapter(model, adapter)
+    except ModelError as error:
+        raise error.at(f"stages.{stage.name}.peft") from error
 
 
 def check_disk(

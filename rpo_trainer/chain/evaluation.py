@@ -25,6 +25,7 @@ from rpo_trainer.files import write_whole
 from rpo_trainer.probe import probe
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.reference import ReferenceCache, reference_logps, response_key
+from rpo_trainer.rewards.judge import bias_lines, biases
 from rpo_trainer.rewards.rowfile import complete_rows, content_key, read_rows
 from rpo_trainer.rewards.sampling import sampling_settings
 from rpo_trainer.sharding import loading_whole
@@ -174,8 +175,8 @@ class Evaluation:
         distributed.on_main(lambda: write_whole(path, text))
         return answers
 
-    def _rewards(self, rows: list[Row], scorer: Scorer) -> list[Any]:
-        """`rewards` of the responses of each row."""
+    def _rewarded(self, rows: list[Row], scorer: Scorer) -> list[Row]:
+        """The rows with `rewards` of their responses, and what else the scorer says."""
         key = content_key(scorer.key, rows)
         path = self.run_dir / FOLDER / f"rewards-{key}.jsonl"
         scored = read_rows(path) if distributed.on_main(path.is_file) else None
@@ -183,7 +184,10 @@ class Evaluation:
             scored = complete_rows(
                 path, rows, scorer.work(rows), key=key, what="scored", ranks=distributed
             )
-        return [row["rewards"] for row in scored]
+        return scored
+
+    def _rewards(self, rows: list[Row], scorer: Scorer) -> list[Any]:
+        return [row["rewards"] for row in self._rewarded(rows, scorer)]
 
     def _scored(
         self,
@@ -229,7 +233,11 @@ class Evaluation:
             for row, own, other in zip(rows, mine, theirs, strict=True)
         ]
         differ = [row for row in pairs if row["responses"][0] != row["responses"][1]]
-        verdicts = [row[0] for row in self._rewards(differ, scorer)] if differ else []
+        judged = self._rewarded(differ, scorer) if differ else []
+        found["judge"] = biases(judged)
+        for line in bias_lines(found["judge"]) if judged else ():
+            logger.info("%s", line)
+        verdicts = [row["rewards"][0] for row in judged]
         decided = [0.5] * (len(pairs) - len(differ)) + [v for v in verdicts if v is not None]
         found["undecided"] = len(pairs) - len(decided)
         if decided:

@@ -60,8 +60,8 @@ def push_output(
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         logger.warning(
             "the output of stage %s is not on the hub (%s): %s. It is complete in its `final`; "
-            "`hf upload %s` pushes it by hand",
-            stage, repo, first, repo,
+            "`hf upload %s %s` pushes it by hand",
+            stage, repo, first, repo, final,
         )  # fmt: skip
         return {"repo": repo, "error": first}
     logger.info("the output of stage %s is on the hub: %s", stage, repo)

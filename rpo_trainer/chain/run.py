@@ -318,7 +318,13 @@ class _Chain:
             raise
         if results is None:
             self.stop.raise_if_stopped()
-            raise RunError(f"the training of stage {stage.name} ended before its last step")
+            raise RunError(
+                f"the training of stage {stage.name} ended before its last step",
+                where=str(folder),
+                why="something stopped it, and half of a stage is none that others start from",
+                fix="look for a callback that sets `should_training_stop`, and run it again: it goes on "
+                "from the last checkpoint",
+            )
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
         if stage.peft is None:

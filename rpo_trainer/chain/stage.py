@@ -211,9 +211,11 @@ def lora_config(stage: Stage) -> LoraConfig | None:
     except ModelError as error:
         raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
     except RecipeError as error:
-        raise RecipeError(error.what, where=where, fix=error.fix) from error
+        why = error.why or "without it the stage has no adapter to train"
+        raise RecipeError(error.what, where=where, why=why, fix=error.fix) from error
     except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(str(error), where=where) from error
+        why = "PEFT makes no adapter of these settings"
+        raise RecipeError(str(error), where=where, why=why, fix="see peft.LoraConfig") from error
     if stage.peft.quantization is not None and adapters.changes_base(config):
         raise RecipeError(
             f"init_lora_weights: {config.init_lora_weights} changes the weights below the adapter, "
@@ -238,7 +240,7 @@ def _require_lora(kind: str, where: str) -> None:
         f"peft_type {kind}: a recipe trains LoRA adapters",
         where=where,
         why="the virtual tokens of a prompt-learning method stand before a row, and a row here holds many "
-        "examples" if prompt else None,
+        "examples" if prompt else "the stages of a chain hand over LoRA adapters and no others",
         fix="leave peft_type out" + ("" if prompt else "; a trainer takes other methods (peft_config)"),
     )  # fmt: skip
 
@@ -296,6 +298,7 @@ def train_stage(
         begin(-1, False)
     else:
         step = int(checkpoint.name.split("-")[1])
+        logger.info("going on from step %d", step)
         begin(step, _evaluation_at(step, _history(checkpoint)) is not None)
     held_out = trainer.eval_dataset is not None
     if held_out and checkpoint is None:

@@ -77,7 +77,7 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         where=where,
         why=f"they look like {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
         if other
-        else None,
+        else "which column is the prompt, and which the response, cannot be guessed",
         fix="name the columns with `columns: {ours: theirs}`; known: "
         + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
     )
@@ -105,11 +105,15 @@ def _named_format(table: Mapping[str, Format], name: str, kind: Kind, where: str
         f"no format {name!r} for {_PURPOSE[kind]}"
         + (f"; did you mean {near[0]!r}?" if near else ""),
         where=where,
+        why="each format reads other columns, and none is guessed",
         fix=f"format: {' | '.join(known)}",
     )
 
 
 # ---------------------------------------------------------------- whole sources
+
+_REWARDS = frozenset({"chosen_reward", "rejected_reward"})
+_BARE = ("pairs", "nemo", "ranked", "nemo_rl")  # formats without rewards, or with these
 
 
 def adapt(
@@ -143,6 +147,14 @@ def adapt(
     chosen = find_format(present, kind, format, raw.where)
     if as_given:
         chosen = replace(chosen, sort=False)
+    if require_rewards and not present & _REWARDS and any(chosen is FORMATS[n] for n in _BARE):
+        raise DataError(
+            "no row has rewards, and RPO needs one for every response",
+            where=raw.where,
+            why="the gap between the rewards is what RPO learns, and no reward is made up",
+            fix="score the responses (`score:` in the recipe, or rpo-trainer score), name their columns "
+            "with `columns: {chosen_reward: theirs, rejected_reward: theirs}`, or use kind: dpo",
+        )
     own = {*chosen.required, *chosen.optional}
     kept = present - own if keep is None else set(keep) - own
     used = {*own, *COMMON, *kept}
@@ -217,6 +229,7 @@ def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]
                 raise DataError(
                     f"`columns` names {name!r}, and {what} no such column{hint}",
                     where=raw.where,
+                    why="it would rename nothing, and nobody would notice",
                     fix="`columns` is {our name: name in the file}",
                 )
     renamed = []

@@ -167,6 +167,7 @@ class ChatRenderer:
             raise DataError(
                 "the rows are messages, and the tokenizer has no chat template",
                 where="model.chat_template",
+                why="how a model is shown its turns is its own, and cannot be guessed",
                 fix="chat_template: chatml | plain | the path of a Jinja template",
             )
         try:

@@ -56,7 +56,12 @@ def _share(name: str, weight: float | None) -> Fraction:
             fix="give every source of the mixture a weight, or none",
         )
     if not 0 < weight < float("inf"):
-        raise DataError(f"a weight must be a positive number, not {weight}", where=name)
+        raise DataError(
+            f"a weight must be a positive number, not {weight}",
+            where=name,
+            why="it is the source's part of all rows",
+            fix="write a number above 0, or leave the source out",
+        )
     return exact(weight)
 
 

@@ -42,7 +42,11 @@ def rating_targets(
             audit.drop("no_ratings", row["id"])
         else:
             targets.append({**row, "attributes": values})
-    problems.raise_if_any(len(rows), fix="mend these rows, or change `rating_range`")
+    problems.raise_if_any(
+        len(rows),
+        why="out of its range it is more likely another column than a rating",
+        fix="mend these rows, or change `rating_range`",
+    )
     known = {name for row in rows for name, value in row["attributes"].items() if value is not None}
     if missing := [name for name in attributes if name not in known]:
         raise DataError(

@@ -27,8 +27,6 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 Kind = Literal["sft", "pair", "rating", "prompt"]
 
-ROLES = ("system", "user", "assistant", "tool")
-
 # What other formats call the four roles. `function_call` is the assistant's own turn, written as
 # text, so it is trained; `observation` is what a tool answered.
 ROLE_NAMES = {
@@ -49,6 +47,9 @@ ROLE_NAMES = {
     "function_response": "tool",
     "ipython": "tool",
 }
+
+
+NOT_MISSED = "rows that are left out or guessed in silence are never missed"
 
 
 class RowError(Exception):
@@ -73,19 +74,20 @@ class RowProblems:
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def errors(self, total: int, *, fix: str | None = None) -> list[DataError]:
+    def errors(self, total: int, *, fix: str, why: str = NOT_MISSED) -> list[DataError]:
         return [
             DataError(
                 f"{reason}: {len(ids)} of {total} rows, first {', '.join(ids[:3])}",
                 where=self.where,
+                why=why,
                 fix=fix,
             )
             for reason, ids in self._rows.items()
         ]
 
-    def raise_if_any(self, total: int, *, fix: str | None = None) -> None:
+    def raise_if_any(self, total: int, *, fix: str, why: str = NOT_MISSED) -> None:
         """Raises DataError, or Problems where there are several kinds."""
-        raise_all(self.errors(total, fix=fix))
+        raise_all(self.errors(total, fix=fix, why=why))
 
 
 def raise_all(errors: Sequence[DataError]) -> None:

@@ -6,6 +6,7 @@ half a model, and nobody notices.
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import os
@@ -27,6 +28,9 @@ MAX_LINE_BYTES = 64 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 GIVE_ROWS = "give a file with rows"
+NO_ROWS = "without its rows there is nothing to train or measure on"
+BY_NAME = "how a file is read follows from its name"
+LISTED = "a file of this name holds its rows as one list"
 
 
 @dataclass
@@ -60,14 +64,29 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
         return _load_file(local, spec.split)
     if _may_be_hub_name(spec.path):
         return _indexed(spec.path, _read_hub(spec.path, spec.split), spec.path)
+    near = _near(local)
     raise DataError(
-        "no such file", where=str(local), fix="give a path relative to the recipe, or a hub name"
+        f"no such file; did you mean `{near}`?" if near else "no such file",
+        where=str(local),
+        why=NO_ROWS,
+        fix="give a path relative to the recipe, or a hub name",
     )
+
+
+def _near(path: Path) -> str | None:
+    """The file of the same directory with the nearest name."""
+    try:
+        names = [name for name in os.listdir(path.parent) if name.endswith(SUFFIXES)]
+    except (OSError, ValueError):
+        return None
+    return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)), None)
 
 
 def _indexed(name: str, rows: list[dict[str, Any]], where: str) -> RawSource:
     if not rows:
-        raise DataError("the data set has no rows", where=where, fix="give one with rows")
+        raise DataError(
+            "the data set has no rows", where=where, why=NO_ROWS, fix="give one with rows"
+        )
     return RawSource(name, rows, list(range(len(rows))), where)
 
 
@@ -76,7 +95,12 @@ def _load_task(spec: SourceSpec, seed: int) -> RawSource:
 
     assert spec.task is not None
     if spec.size is None:
-        raise DataError("a task needs `size`, its number of rows", where=f"task {spec.task}")
+        raise DataError(
+            "a task needs `size`, its number of rows",
+            where=f"task {spec.task}",
+            why="its rows are made on the spot, as many as are asked for",
+            fix="add for example `size: 1000`",
+        )
     own_seed = seed if spec.seed is None else spec.seed
     rows = quickstart.load_task(spec.task, spec.split or "train", spec.size, own_seed)
     return _indexed(spec.task, list(rows), f"task {spec.task}")
@@ -92,11 +116,15 @@ def _load_file(path: Path, split: str | None) -> RawSource:
         raise DataError(
             f"unknown kind of file {path.suffix!r}",
             where=where,
+            why=BY_NAME,
             fix=f"one of {', '.join(SUFFIXES)}",
         )
     if split is not None:
         raise DataError(
-            "a file has no splits", where=where, fix="remove `split`, or give the file of the split"
+            "a file has no splits",
+            where=where,
+            why="all of its rows would be taken for those of one split",
+            fix="remove `split`, or give the file of the split",
         )
     try:
         with path.open("rb") as file:
@@ -113,13 +141,14 @@ def _load_file(path: Path, split: str | None) -> RawSource:
         raise DataError(what, where=where, why=NOT_WHOLE, fix=AGAIN) from None
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})"
-        raise DataError(what, where=where, fix="give its reader the right to read it") from None
+        fix = "give its reader the right to read it"
+        raise DataError(what, where=where, why=NO_ROWS, fix=fix) from None
 
 
 def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
     head = file.read(4)
     if not head:
-        raise DataError("the file is empty", where=where, fix=GIVE_ROWS)
+        raise DataError("the file is empty", where=where, why=NO_ROWS, fix=GIVE_ROWS)
     found = (
         "gzip" if head.startswith(GZIP_MAGIC) else "parquet" if head == PARQUET_MAGIC else "text"
     )
@@ -128,6 +157,7 @@ def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
         raise DataError(
             f"the name ends with {kind} but the content is {found}",
             where=where,
+            why=BY_NAME,
             fix="rename the file to what it is",
         )
     if kind == ".parquet":
@@ -162,6 +192,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             raise DataError(
                 f"the column {name!r} holds what is no text ({_first_line(error)})",
                 where=str(path),
+                why="no tokenizer takes it",
                 fix="write the file again, with its texts in UTF-8",
             ) from None
     return list(table.to_pylist())
@@ -192,7 +223,7 @@ def _read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[
             places.append(number)
     if not rows:
         what = "the file has only blank lines" if offset else "the file is empty"
-        raise DataError(what, where=where, fix=GIVE_ROWS)
+        raise DataError(what, where=where, why=NO_ROWS, fix=GIVE_ROWS)
     return rows, places
 
 
@@ -212,17 +243,18 @@ def _with_last(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
 def _read_json(data: bytes, where: str) -> list[dict[str, Any]]:
     text = decode(data, 0, where)
     if not text.strip():
-        raise DataError("the file has only blank lines", where=where, fix=GIVE_ROWS)
+        raise DataError("the file has only blank lines", where=where, why=NO_ROWS, fix=GIVE_ROWS)
     if text.lstrip().startswith("{"):
         raise DataError(
             "the file is an object, not a list of objects",
             where=where,
+            why=LISTED,
             fix="rename it to .jsonl if every line is an object, else wrap the rows in [ ]",
         )
     value = parse(text, where, last=True)
     if not isinstance(value, list):
         what = f"the file holds {_json_type(value)}, not a list of objects"
-        raise DataError(what, where=where, fix="wrap the rows in [ ]")
+        raise DataError(what, where=where, why=LISTED, fix="wrap the rows in [ ]")
     return [_row(item, f"{where}, item {index}") for index, item in enumerate(value)]
 
 
@@ -231,6 +263,7 @@ def _row(value: object, where: str) -> dict[str, Any]:
         raise DataError(
             f"the row is {_json_type(value)}, not an object",
             where=where,
+            why="without names nothing says which value is the prompt",
             fix='name the columns: {"prompt": ..., "response": ...}',
         )
     return value
@@ -249,6 +282,7 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
         raise DataError(
             "is a directory, and not a data set saved with `save_to_disk`",
             where=str(path),
+            why="which of its files hold the rows cannot be guessed",
             fix=f"give a file ({', '.join(SUFFIXES)}) or save the data set there",
         )
     import datasets
@@ -258,7 +292,8 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
         what = f"the saved data set is damaged ({_first_line(error)})"
-        raise DataError(what, where=str(path), fix="save the data set again") from None
+        fix = "save the data set again"
+        raise DataError(what, where=str(path), why=NOT_WHOLE, fix=fix) from None
     return _rows_of(data, split, str(path))
 
 
@@ -279,6 +314,7 @@ def _check_shards(folder: Path) -> None:
                     f"the shards disagree on columns: {first.name} has "
                     f"{', '.join(columns.names)}; {file.name} has {', '.join(schema.names)}",
                     where=str(state.parent),
+                    why="a part of the rows would lack what the others have",
                     fix="save the data set again, with the same columns in every shard",
                 )
 
@@ -293,11 +329,19 @@ def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
         wanted = split or ("train" if "train" in data or len(data) != 1 else next(iter(data)))
         if wanted not in data:
             raise DataError(
-                f"no split {wanted!r}", where=where, fix=f"split: {' | '.join(map(str, data))}"
+                f"no split {wanted!r}",
+                where=where,
+                why="which of the others is meant cannot be guessed",
+                fix=f"split: {' | '.join(map(str, data))}",
             )
         data = data[wanted]
     elif split is not None:
-        raise DataError("the saved data set has no splits", where=where, fix="remove `split`")
+        raise DataError(
+            "the saved data set has no splits",
+            where=where,
+            why="all of its rows would be taken for those of one split",
+            fix="remove `split`",
+        )
     return list(data.to_list())
 
 
@@ -316,6 +360,7 @@ def _read_hub(name: str, split: str | None) -> list[dict[str, Any]]:
             "no file of this name, and the hub gives no data set of this name "
             f"({_first_line(error)})",
             where=name,
+            why=NO_ROWS,
             fix="check the path (relative to the recipe), the hub name, or the network",
         ) from None
     # With `split` the hub gives that split alone, so there is nothing left to choose.

@@ -25,6 +25,7 @@ def decode(raw: bytes, offset: int, where: str) -> str:
         raise DataError(
             f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}",
             where=where,
+            why="read in any other way its texts would be others",
             fix="convert the file to UTF-8",
         ) from None
 
@@ -47,7 +48,7 @@ def parse(text: str, where: str, *, last: bool) -> Any:
             f"{'the last line is cut' if cut else 'not valid JSON'} "
             f"({error.msg}, column {error.colno})",
             where=line,
-            why=NOT_WHOLE if cut else None,
+            why=NOT_WHOLE if cut else "no row is left out in silence",
             fix=AGAIN if cut else "mend the line; each is one JSON object",
         ) from None
     except _StrictError as error:
@@ -55,9 +56,11 @@ def parse(text: str, where: str, *, last: bool) -> Any:
         raise DataError(what, where=where, why=why, fix=fix) from None
     except ValueError:  # what Python refuses although it is JSON
         what = "a whole number of thousands of digits"
-        raise DataError(what, where=where, fix="write it as text") from None
+        why = "no number that is used here has so many"
+        raise DataError(what, where=where, why=why, fix="write it as text") from None
     except RecursionError:
-        raise DataError("nested too deeply", where=where, fix="mend the line") from None
+        why = "no row is so deep, and no reader goes there"
+        raise DataError("nested too deeply", where=where, why=why, fix="mend the line") from None
     # Only an escape can bring half a surrogate pair through the UTF-8 decoder.
     if "\\ud" in text or "\\uD" in text:
         _no_half_surrogates(value, where)

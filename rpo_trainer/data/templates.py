@@ -62,6 +62,7 @@ def set_chat_template(
         raise ModelError(
             f"the chat template {name!r} cannot be read ({error})",
             where="model.chat_template",
+            why="without it the turns of a conversation become no text",
             fix=f"{' | '.join(BUILT_IN)} | the path of a Jinja template",
         ) from None
     return tokenizer

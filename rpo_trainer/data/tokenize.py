@@ -75,6 +75,7 @@ def tokenize_rows(
         problems.add_all(done.problems)
     problems.raise_if_any(
         sum(map(len, batches)),
+        why="the loss is on what the assistant says, so its tokens must be known",
         fix="mend the rows, or choose another chat_template: chatml | plain | a path",
     )
     table = pa.concat_tables(tables)
@@ -82,6 +83,7 @@ def tokenize_rows(
         raise DataError(
             "no row is left to train on",
             why="; ".join(audit.summary_lines()) or "there were no rows",
+            fix="mend the rows that were dropped, or change what drops them (max_length, filter)",
         )
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 

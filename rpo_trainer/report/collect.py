@@ -112,6 +112,7 @@ class StageRecord:
     samples: list[Sample] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
+    hub: dict[str, str] = field(default_factory=dict)  # `repo`, and its `commit` or the `error`
 
     @property
     def is_preference(self) -> bool:
@@ -184,6 +185,7 @@ def collect_run(run_dir: Path) -> RunRecord:
         raise RunError(
             "not a run directory: it has no chain.json and no metrics.jsonl",
             where=str(run_dir),
+            why="what is shown is read from them",
             fix="name the directory that `rpo-trainer run` wrote (its --run-dir)",
         )
     notes: list[str] = []
@@ -249,6 +251,7 @@ def _stage_from_chain(entry: Mapping[str, Any]) -> StageRecord:
         agreement=read_agreement(evaluation),
         samples=[_sample(mapping(row)) for row in evaluation.get("samples") or ()],
         said=list(_said(entry.get("warnings"))),
+        hub={key: str(value) for key, value in mapping(entry.get("hub")).items()},
     )
 
 

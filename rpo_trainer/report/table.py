@@ -14,6 +14,12 @@ from rpo_trainer.report.collect import RunRecord, StageRecord, collect_run
 from rpo_trainer.report.scores import EvalScores, Measure
 from rpo_trainer.report.values import duration, short, size
 
+_BRIEF = {
+    "pairs: chosen likelier": "chosen\nlikelier",
+    "pairs right": "pairs\nright",
+    "margin": "margin,\nnats",
+    "log-prob of chosen": "Δchosen,\nnats",
+}
 _SHOWN_WARNINGS = 4  # the last ones: a status is one screen
 
 
@@ -156,14 +162,19 @@ def _wins(scores: Sequence[EvalScores]) -> Column:
 
 
 def _others(scores: Sequence[EvalScores]) -> list[Column]:
-    """Held-out pairs, NLL by source, tasks: a column for each that some stage has; the page's alone."""
+    """Held-out pairs, NLL by source, tasks: a column for each that some stage has.
+
+    They are the page's alone where rewards fill the terminal; else pairs are shown there as well.
+    """
+    room = not any(score.reward_sampled or score.reward_greedy for score in scores)
     by_stage = [{figure.name: figure for figure in score.others} for score in scores]
     first = {name: figure for own in by_stage for name, figure in own.items()}
     columns = []
     for name, figure in first.items():
         best = None if figure.higher is None else max if figure.higher else min
         found = [own[name].measure if name in own else None for own in by_stage]
-        columns.append(_measures(name, None, found, figure.digits, best))
+        brief = next((_BRIEF[words] for words in _BRIEF if name.startswith(words)), None)
+        columns.append(_measures(name, brief if room else None, found, figure.digits, best))
     return columns
 
 
@@ -184,6 +195,8 @@ def _step_zero(stage: StageRecord) -> str:
 
 def _time(stage: StageRecord) -> str:
     """What is not done has taken no time yet: in its place stands how far it is."""
+    if stage.state == "running" and stage.metrics and "step" in stage.metrics[-1]:
+        return f"step {stage.metrics[-1]['step']}"  # running or stopped: the file does not tell
     return duration(stage.seconds) if stage.state == "done" else stage.state
 
 

@@ -94,6 +94,7 @@ def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     else:
         yield from _nll(stage)
     yield from _data(stage)
+    yield from _hub(stage)
 
 
 def _nll(stage: StageRecord) -> Iterator[Finding]:
@@ -173,7 +174,9 @@ def _step_zero(stage: StageRecord) -> Iterator[Finding]:
     numbers = f"loss {short(check.loss, 4)}, expected {short(check.expected, 4)}"
     if check.ok:
         yield Finding(
-            stage.name, "good", f"Step-0 check passed ({numbers}): the reference is the seed."
+            stage.name,
+            "good",
+            f"Step-0 check passed ({numbers}): the reference is what it starts from.",
         )
     else:
         yield Finding(
@@ -199,7 +202,7 @@ def _outcome(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
         yield Finding(
             stage.name,
             "info",
-            text.format("went") + " The intervals overlap: it may be noise.",
+            f"{text.format('went')} {_NOISE}",
             "More held-out prompts would tell.",
         )
     elif change > 0:
@@ -323,6 +326,23 @@ def _data(stage: StageRecord) -> Iterator[Finding]:
         yield Finding(stage.name, "warn", f"About the data: {remark}.")
 
 
+def _hub(stage: StageRecord) -> Iterator[Finding]:
+    """Where the output was to be uploaded."""
+    repo, error = stage.hub.get("repo"), stage.hub.get("error")
+    if repo and error:
+        yield Finding(
+            stage.name,
+            "warn",
+            f"The output is not on the hub ({repo}): {error}.",
+            f"It is complete in `{stage.name}/final`: hf upload {repo} {stage.name}/final",
+        )
+    elif repo:
+        yield Finding(stage.name, "info", f"The output is on the hub: {repo}.")
+
+
+_NOISE = "The intervals overlap: it may be noise."
+
+
 def _headline(run: RunRecord) -> str:
     done = sum(stage.state == "done" for stage in run.stages)
     if not run.stages:
@@ -345,8 +365,10 @@ def _whole_change(run: RunRecord) -> str:
     if base is None or start is None or end is None or start[0] != end[0]:
         return ""
     change = end[1].value - start[1].value
-    moved = "rose" if change > 0 else "fell" if change < 0 else "stayed"
+    noise = end[1].overlaps(start[1])
+    moved = "went" if noise or not change else "rose" if change > 0 else "fell"
     return (
         f" {start[0].capitalize()} {moved} from {short(start[1].value)} after {base.name} "
         f"to {short(end[1].value)} after {scored[-1].name} ({signed(change)})."
+        + (f" {_NOISE}" if noise else "")
     )

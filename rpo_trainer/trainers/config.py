@@ -183,9 +183,10 @@ class PreferenceConfig(StepConfig):
                 "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
                 "Optimization"
             )
-        if self.loss_type not in self._losses:
-            known = ", ".join(sorted(self._losses))
-            problems.append(f"loss_type {self.loss_type!r} is not one of {known}")
+        known = sorted(self._losses)
+        if self.loss_type not in known:  # a list of losses, as elsewhere, would have no hash
+            hint = "; TRL's sigmoid is dpo, its sft is sft_loss_weight" if "dpo" in known else ""
+            problems.append(f"loss_type {self.loss_type!r} is not one of {', '.join(known)}{hint}")
         if not (math.isfinite(self.beta) and self.beta > 0):
             problems.append(f"beta must be a positive number, got {self.beta}")
         if not (math.isfinite(self.sft_loss_weight) and self.sft_loss_weight >= 0):

@@ -15,6 +15,7 @@ from rpo_trainer import reference
 from rpo_trainer.adapters import starts_as
 from rpo_trainer.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
+from rpo_trainer.loading import check_same_vocabulary
 from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
 from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
 from rpo_trainer.step import install
@@ -191,12 +192,7 @@ class PreferenceTrainer(PackedTrainer):
     def _check_vocabulary(self, model: nn.Module) -> None:
         policy = rows_of(self.model.get_input_embeddings().weight)
         other = rows_of(model.get_input_embeddings().weight)  # type: ignore[operator]
-        if policy != other:
-            raise RecipeError(
-                f"the reference has {other} tokens, the policy {policy}",
-                why="their log-probs would be of different tokens",
-                fix="take a reference with the policy's tokenizer",
-            )
+        check_same_vocabulary(policy, other)
 
     def _check_same_reference(self, folder: Path) -> None:
         path = folder / _REFERENCE_FILE

@@ -70,6 +70,8 @@ class WrappingTrainer(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         """transformers', with a pause between wrapping a model and loading its checkpoint."""
+        # A checkpoint brings the intervals it was made with; those that are asked for now count.
+        self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
         if not self.wraps_late:
             return super()._prepare_for_training(  # type: ignore[no-untyped-call]
                 max_steps, train_dataloader, resume_from_checkpoint

@@ -362,6 +362,8 @@ def test_changes_of_the_adapter_are_refused_on_resume(
         ({"init_lora_weights": "eva"}, "is made from data"),
         ({"alora_invocation_tokens": [3]}, "activated LoRA cannot be trained here"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),
+        ({"target_modules": ["nowhere"]}, "PEFT makes no adapter of this"),
+        ({"r": "eight"}, "PEFT makes no adapter of this"),
     ],
 )
 def test_wrong_adapters_are_named_by_check(
@@ -371,6 +373,7 @@ def test_wrong_adapters_are_named_by_check(
     with pytest.raises(Problems) as error:
         check_recipe(loaded, tmp_path / "run", only={"dpo"})
     assert "stages.dpo.peft" in str(error.value) and what in str(error.value)
+    assert all(problem.why and problem.fix for problem in error.value.problems)
 
 
 def test_4_bits_need_bitsandbytes_and_whole_bases(

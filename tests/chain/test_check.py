@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch
 
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import Problems
+from rpo_trainer.loading import load_model
+from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.recipe import ModelSpec
 from tests.chain import tiny
 
 
@@ -103,6 +108,9 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     # Replay makes stage 2 read stage 1's file, every stage has the evaluation, `rpo` two rounds.
     assert text.count("absent.jsonl: no such file") == 1
     assert text.count("held-out.jsonl") == 1
+    (line,) = re.findall(r"yaml:(\d+) \(stages\.code\.data\): \S+/absent\.jsonl: no such", text)
+    above = (tmp_path / "recipe.yaml").read_text().splitlines()[: int(line)]
+    assert above[-1].endswith("data:") and "absent" not in "".join(above)
     assert not (tmp_path / "run").exists()
 
 
@@ -149,6 +157,127 @@ def test_max_length_beyond_the_context(tmp_path: Path) -> None:
     )
 
 
+def saved_model(folder: Path, tokens: int = 100) -> Path:
+    """A model of two layers in a directory, with its tokenizer."""
+    config = tiny.tiny_recipe()["model"]["from_config"]
+    spec = ModelSpec(from_config={**config, "vocab_size": tokens}, tokenizer="characters")
+    load_model(spec, folder, seed=0, vocabulary=0).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pickled(folder: Path) -> None:
+    (saved_model(folder) / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def without_weights(folder: Path) -> None:
+    (saved_model(folder) / "model.safetensors").unlink()
+
+
+def cut(folder: Path) -> None:
+    os.truncate(saved_model(folder) / "model.safetensors", 3000)
+
+
+def without_a_part(folder: Path) -> None:
+    parts = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    saved_model(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(parts))
+
+
+def with_code(folder: Path) -> None:
+    path = saved_model(folder) / "config.json"
+    own = {"model_type": "strange", "auto_map": {"AutoConfig": "own.Config"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
+def with_few_embeddings(folder: Path) -> None:
+    saved_model(folder, tokens=90)
+
+
+def a_reward_model(folder: Path) -> None:
+    path = saved_model(folder) / "config.json"
+    kind = {"architectures": ["LlamaForSequenceClassification"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **kind}))
+
+
+MODELS = {
+    "pickled weights only": (
+        pickled, "the model cannot be loaded: its weights are pickled (pytorch_model.bin)",
+        "a pickle can hold code, which runs when it is read", "take the model's safetensors, or",
+    ),
+    "no weights": (
+        without_weights,
+        "the model cannot be loaded: there are no weights beside its configuration",
+        "the stage could not begin", "give a directory with the model's files",
+    ),
+    "weights that are cut": (
+        cut, "the model cannot be loaded: model.safetensors is damaged, or no weights",
+        "a part of its weights would be missing", "copy or download the model's files again",
+    ),
+    "a part missing": (
+        without_a_part, "index.json is damaged, or no weights (model-00002-of-00002.safetensors is",
+        "a part of its weights would be missing", "copy or download the model's files again",
+    ),
+    "code from a repository": (
+        with_code, "cannot be loaded: it needs code from its repository",
+        "that code would run here with all your rights",
+        "take a model that transformers knows by itself; or read the code",
+    ),
+    "more tokens than embeddings": (
+        with_few_embeddings, "the tokenizer has 100 tokens, the model 90 embeddings",
+        "a token beyond the table cannot be embedded", "take the model's own tokenizer",
+    ),
+    "a reward model": (
+        a_reward_model, "this is a reward model (a sequence classifier), and no policy",
+        "it cannot say how likely a token is", "start from a causal language model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place_of", ["model", "init"])
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
+    """Before any weight is read; also that of a later stage, which would fail hours later."""
+    make, what, why, fix = MODELS[case]
+    make(tmp_path / "mine")
+    recipe = tiny.tiny_recipe()
+    if place_of == "model":
+        recipe["model"] = {"name_or_path": "./mine", "tokenizer": "characters", "dtype": "float32"}
+        line, where = "model:", "(model): ./mine: "
+    else:
+        tiny.stage_of(recipe, "dpo")["init"] = "./mine"
+        line, where = "init:", f"(stages.dpo.init): {tmp_path / 'mine'}: "
+    shown = str(problems(tmp_path, recipe))
+    where = f"{place(tmp_path, line)} {where}"
+    assert shown.startswith(where) and shown.endswith("\n1 problem found")
+    first, *more, _ = shown.splitlines()
+    assert what in first and more[0] == f"  why: {why}" and more[1].startswith(f"  fix: {fix}")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "recipe.yaml"}
+    assert not (tmp_path / "mine" / "ran").exists()
+
+
+def test_random_weights_with_fewer_embeddings_than_tokens(tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    recipe["model"]["from_config"]["vocab_size"] = 64
+    assert str(problems(tmp_path, recipe)).startswith(
+        f"{place(tmp_path, 'model:')} (model): the tokenizer has 100 tokens, the model 64 embeddings"
+    )
+
+
+def test_another_vocabulary_in_the_reference(tmp_path: Path) -> None:
+    saved_model(tmp_path / "mine", tokens=120)
+    recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
+    assert str(problems(tmp_path, recipe)) == (
+        f"{place(tmp_path, 'reference: ')} (stages.dpo.reference): "
+        "the reference has 120 tokens, the policy 100\n"
+        "  why: their log-probs would be of different tokens\n"
+        "  fix: take a reference with the policy's tokenizer\n"
+        "1 problem found"
+    )
+    assert check(tmp_path, tiny.changed(recipe, "dpo.init", "./mine"))
+
+
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     """A warning, or an error where the recipe says that they are held out."""
     recipe = tiny.tiny_recipe()
@@ -157,7 +286,7 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     shown = "8 of 8 eval rows have a prompt that is trained on"
     assert any(line.startswith(f"  warning: {shown}") for line in check(tmp_path, recipe))
     data["held_out"] = True
-    assert str(problems(tmp_path, recipe)).startswith(f"data.eval: {shown}")
+    assert f" (stages.code.data.eval): {shown}" in str(problems(tmp_path, recipe))
 
 
 def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -> None:

@@ -168,6 +168,41 @@ def test_the_default_baseline(tmp_path: Path) -> None:
     assert baseline_of(spec.model_copy(update={"baseline": "model"}), stages) == "model"
 
 
+def measured_at(
+    answer: Any, finished: Path, folder: Path, score: str, **settings: Any
+) -> dict[str, Any]:
+    """What the last round's responses get from an endpoint, against those of the first stage."""
+    tiny.cut_before(finished, folder / "run", "rpo-2")
+    with serving(answer) as server:
+        recipe = tiny.tiny_recipe()
+        recipe["eval"] = {
+            "data": [tiny.task("general", "heldout", 6)], "generate": GENERATE, "greedy": False,
+            "score": {score: {"url": server.url, "model": f"{score}-1", **settings}},
+            "baseline": "code",
+        }  # fmt: skip
+        tiny.run(folder, recipe)
+    found: dict[str, Any] = tiny.records(folder / "run")["rpo-2"]["eval"]
+    return found
+
+
+def test_a_reward_endpoint_scores_policy_and_baseline(finished: Path, tmp_path: Path) -> None:
+    def length(request: dict[str, Any], _: int) -> Answer:
+        return Answer(f"reward:{len(request['messages'][-1]['content'])}")
+
+    found = measured_at(length, finished, tmp_path, "endpoint")
+    assert found["scorer"] == "reward model endpoint-1" and found["baseline"] == "code"
+    lengths = [
+        [[len(text) for text in json.loads(line)["responses"]] for line in path.open()]
+        for path in (tmp_path / "run" / "evaluation").glob("responses-*.jsonl")
+    ]
+    means = [sum(map(sum, rows)) / 12 for rows in lengths]
+    wins = [(a > b) + (a == b) / 2 for x, y in zip(*lengths, strict=True) for a in x for b in y]
+    share = sum(wins) / len(wins)
+    mine = means.index(pytest.approx(found["reward_mean"]))
+    assert found["win_rate"]["value"] == pytest.approx(1 - share if mine else share)
+    assert "exact" not in found or found["exact"] is None  # no reward is the highest there is
+
+
 def test_a_judge_gives_a_win_rate_and_what_is_undecided(finished: Path, tmp_path: Path) -> None:
     def always_first(request: dict[str, Any], _: int) -> Answer:
         return Answer("[[A]]")  # it turns with the order: no verdict at all
@@ -180,20 +215,13 @@ def test_a_judge_gives_a_win_rate_and_what_is_undecided(finished: Path, tmp_path
         return Answer("[[A]]" if sizes[0] > sizes[1] else "[[B]]")
 
     def measured_by(answer: Any, folder: Path) -> dict[str, Any]:
-        tiny.cut_before(finished, folder / "run", "rpo-2")
-        with serving(answer) as server:
-            judge = {"url": server.url, "model": "judge-1", "retries": 0}
-            recipe = tiny.tiny_recipe()
-            recipe["eval"] = {
-                "data": [tiny.task("general", "heldout", 6)], "generate": GENERATE,
-                "greedy": False, "score": {"judge": judge}, "baseline": "code",
-            }  # fmt: skip
-            tiny.run(folder, recipe)
-        return tiny.records(folder / "run")["rpo-2"]["eval"]
+        return measured_at(answer, finished, folder, "judge", retries=0)
 
     found = measured_by(longer, tmp_path / "a")
     assert found["scorer"] == "judge judge-1" and found["baseline"] == "code"
     assert found["undecided"] == 0 and "reward_mean" not in found
+    assert found["judge"]["consistent"] == found["judge"]["comparisons"] > 0
+    assert found["judge"]["first_position"] == 0.5
     answers = [
         [json.loads(line)["responses"][0] for line in path.read_text().splitlines()]
         for path in (tmp_path / "a" / "run" / "evaluation").glob("responses-*.jsonl")

@@ -84,6 +84,15 @@ def test_ranked_rows_become_pairs_without_rewards(tmp_path):
         rows_of(tmp_path, "rpo", "pairs: {select: best_worst}", rows=bare)
 
 
+def test_sampled_rows_are_not_taken_for_ranked_ones(tmp_path):
+    bare = [{k: v for k, v in row.items() if k != "rewards"} for row in ROWS]
+    sampled = [{**row, "sampling": {"temperature": 1.0}} for row in bare]
+    with pytest.raises(DataError, match="sampled, and have no rewards"):
+        rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=sampled)
+    scored = [{**row, "sampling": {"temperature": 1.0}} for row in ROWS]
+    assert rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=scored)
+
+
 def test_some_rows_without_rewards_say_what_to_do(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "rewards": [1, None, 3]}]
     with pytest.raises(DataError, match="do not have one finite reward for each response"):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rpo_trainer.errors import DataError, ModelError, Problems
+from rpo_trainer.rewards.judge import biases
 from tests.chain import tiny
 from tests.rewards.server import Answer, refused, serving
 from tests.rewards.test_judge import by_length
@@ -95,8 +96,11 @@ def test_rewards_in_other_units_train_the_same_policy(finished: Path, tmp_path: 
     assert not any("sigmoid is 0 or 1" in remark for remark in remarks["one"] + remarks["hundred"])
 
 
-def test_several_policies_and_endpoints_with_a_judge(tmp_path: Path) -> None:
+def test_several_policies_and_endpoints_with_a_judge(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_pairs(tmp_path)
+    caplog.set_level("INFO")
 
     def answer(request: dict[str, Any], count: int) -> Answer:
         if count == 0:
@@ -118,6 +122,11 @@ def test_several_policies_and_endpoints_with_a_judge(tmp_path: Path) -> None:
     found = tiny.records(run_dir)
     first, second = (found[f"rpo-{n}"]["data"]["fingerprint"] for n in (1, 2))
     assert first == second
+    # How partial the judge is, is said of every stage that learns from it.
+    said = found["rpo-1"]["data"]["audit"]["judge"]
+    assert said == found["rpo-2"]["data"]["audit"]["judge"] == biases(rows)
+    assert said["comparisons"] == 3 * len(rows) and said["longer_wins"] == 1.0
+    assert "judge: the longer answer wins 100% of the time" in caplog.text
 
 
 def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_push_that_fails_spoils_nothing(
     assert record["state"] == "done"
     assert record["hub"] == {"repo": "me/run-rpo-2", "error": "no network"}
     assert "not on the hub (me/run-rpo-2): no network" in caplog.text
-    assert "`hf upload me/run-rpo-2` pushes it by hand" in caplog.text
+    assert f"`hf upload me/run-rpo-2 {tmp_path}/run/rpo-2/final` pushes it by hand" in caplog.text
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "rpo-2" / "final")
 
 

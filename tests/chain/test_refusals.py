@@ -18,7 +18,7 @@ from rpo_trainer.chain import models as chain_models
 from rpo_trainer.chain import run as chain_run
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.state import locked
-from rpo_trainer.errors import DataError, ModelError, Problems, RunError
+from rpo_trainer.errors import DataError, Problems, RunError
 from tests.chain import tiny
 from tests.chain.killer import run_until
 
@@ -251,7 +251,7 @@ def test_an_init_path_without_a_model_or_with_another_vocabulary_is_refused(
     small = AutoModelForCausalLM.from_pretrained(finished / "code" / "final")
     small.resize_token_embeddings(50)
     small.save_pretrained(tmp_path / "small")
-    with pytest.raises(ModelError, match="the tokenizer has 100 tokens, the model 50 embeddings"):
+    with pytest.raises(Problems, match="the tokenizer has 100 tokens, the model 50 embeddings"):
         tiny.run(tmp_path, tiny.changed(recipe, "rpo.init", "./small"))
 
 

@@ -50,6 +50,10 @@ def recipe_with_rewards() -> dict[str, Any]:
         "data": {"train": [{"path": "rated.jsonl"}], "eval_share": 0.25},
     }  # fmt: skip
     recipe["stages"] = [code, pairs, ratings, dpo]
+    dpo["eval"] = {
+        "data": [task("general", "heldout", 4)],
+        "generate": {"responses": 2, "max_new_tokens": 5}, "score": {"model": "rated"},
+    }  # fmt: skip
     recipe["eval"] = {
         "data": [task("general", "heldout", 4)],
         "generate": {"responses": 1, "max_new_tokens": 3}, "score": {"verifier": "exact"},
@@ -90,6 +94,22 @@ def test_the_output_is_a_classifier_with_its_tokenizer(finished: Path) -> None:
     with torch.no_grad():
         scores = model(**tokenizer("double 3: 6</s>", return_tensors="pt")).logits
     assert scores.shape == (1, 2)
+
+
+def test_it_measures_the_policies_that_come_after_it(finished: Path) -> None:
+    found = records(finished)["dpo"]["eval"]
+    assert found["scorer"] == "reward model rated" and found["baseline"] == "code"
+    model = AutoModelForSequenceClassification.from_pretrained(finished / "rated" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "rated" / "final")
+    samples = [json.loads(line) for line in (finished / "dpo" / "samples.jsonl").open()]
+    assert len(samples) == 4
+    for sample in samples:
+        for response, reward in (("sampled", "reward"), ("greedy", "greedy_reward")):
+            text = f"{sample['prompt']}{sample[response]}{tokenizer.eos_token}"
+            with torch.no_grad():
+                right, long = model(**tokenizer(text, return_tensors="pt")).logits[0].tolist()
+            assert sample[reward] == pytest.approx(right - 0.25 * long, abs=1e-4)
+    assert 0 <= found["win_rate"]["value"] <= 1
 
 
 def test_the_record_has_what_held_out_rows_say(finished: Path) -> None:

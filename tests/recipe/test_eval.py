@@ -57,6 +57,10 @@ def chain(recipe: str = "null", sft: str = "null", rpo: str = "null") -> str:
             "`generate` without `data`: there are no prompts",
         ),
         ("{" + RESPONSES.replace("3}", "3, policies: [sft]}") + "}", "not from `policies`"),
+        (
+            "{" + RESPONSES.replace("3}", "3, with_ground_truth: true}") + "}",
+            "not from `with_ground_truth`",
+        ),
         ("{" + TASKS + ", baseline: sft}", "`baseline`, and nothing is compared with it"),
         ("{" + PAIRS + ", baseline: stf}", "`eval.baseline` refers to `stf`, which is not a stage"),
         ("{" + PAIRS + ", baseline: rpo}", "`eval.baseline` refers to `rpo`, which is not a stage"),

@@ -159,6 +159,7 @@ BAD: dict[str, tuple[str, str, str, list[str]]] = {
         ["`score` without `generate`"],
     ),
     "unknown loss": (*_dpo("loss_type: dpoo"), ":18", ["one of `dpo`, `ipo`", "mean `dpo`?"]),
+    "loss of TRL": (*_dpo("loss_type: sigmoid"), ":18", ["write `dpo`: the same loss"]),
     "loss of rpo": (*_dpo("loss_type: rpo_sq"), ":18", ["is a loss of stages of kind rpo"]),
     "smoothed ipo": (*_dpo("loss_type: ipo\n    label_smoothing: 0.1"), ":19", ["no meaning"]),
     "smoothing too large": (*_dpo("label_smoothing: 0.5"), ":18", ["less than 0.5, got 0.5"]),

@@ -51,6 +51,12 @@ def test_an_unfinished_chain_fits_80_columns_too(
     assert "…" not in text and "12:32 min" in text and text.count("pending") == 3
 
 
+def test_a_stage_that_has_begun_says_how_far_it_is(make_run: Make, make_stage: Make) -> None:
+    stages = [make_stage("sft", "sft", state="running", peak_memory_bytes=None, seconds=None)]
+    run_dir = make_run(stages=stages, metrics=[{"stage": "sft", "step": 126, "loss": 0.5}])
+    assert "step 126" in printed(run_dir)
+
+
 def test_own_held_out_loss_stands_in_for_a_missing_nll(make_run: Make, make_stage: Make) -> None:
     run = collect_run(make_run(stages=[make_stage("sft", "sft"), make_stage("dpo", "dpo")]))
     columns = {column.head: column.cells for column in comparison(run)}
@@ -110,6 +116,17 @@ def test_stages_with_baselines_of_their_own_say_which(make_run: Make, make_stage
     intervals = [cell.interval for cell in columns["win rate"]]
     assert intervals == ["0.550 to 0.700 against sft", "0.550 to 0.700 against model"]
     assert "0.625" in printed(run_dir)  # there is no reward that would say more
+
+
+def test_held_out_pairs_are_in_the_terminal_where_no_reward_is(
+    make_run: Make, make_stage: Make
+) -> None:
+    pairs = {"preferences": MORE["preferences"], "baseline": "sft"}
+    stages = [make_stage("sft", "sft", eval=None), make_stage("dpo", "dpo", eval=pairs)]
+    text = printed(make_run(stages=stages, metrics=[]))
+    row = next(line for line in text.splitlines() if line.startswith("dpo"))
+    assert "3.25" in row and "…" not in text
+    assert "right" in text and "margin," in text
 
 
 def test_a_status_is_one_screen_with_the_last_warnings(make_run: Make, make_stage: Make) -> None:

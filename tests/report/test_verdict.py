@@ -83,7 +83,11 @@ def test_a_change_within_the_intervals_is_called_noise(
         make_stage("sft", "sft", init="model", eval=make_evaluation(3.0, half_width=0.2)),
         make_stage("dpo", "dpo", eval=make_evaluation(3.1, half_width=0.2)),
     ]
-    assert about(collect_run(make_run(stages=stages)), "dpo", "may be noise").level == "info"
+    run = collect_run(make_run(stages=stages))
+    assert about(run, "dpo", "may be noise").level == "info"
+    assert judge(run).headline.endswith(
+        "went from 3.00 after sft to 3.10 after dpo (+0.10). The intervals overlap: it may be noise."
+    )
 
 
 def test_a_reward_that_fell_is_bad(make_run: Make, make_stage: Make, make_evaluation: Make) -> None:
@@ -215,3 +219,13 @@ def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make
         ("c", "About the data: y."),
         ("c", "About the data: about c."),
     ]
+
+
+def test_an_upload_that_failed_is_said_with_the_command(make_run: Make, make_stage: Make) -> None:
+    failed = make_stage("sft", "sft", hub={"repo": "me/it", "error": "401: no such token"})
+    done = make_stage("dpo", "dpo", init="sft", hub={"repo": "me/it-2", "commit": "c0ffee"})
+    run = collect_run(make_run(stages=[failed, done]))
+    finding = about(run, "sft", "The output is not on the hub (me/it): 401: no such token.")
+    assert finding.level == "warn" and finding.advice is not None
+    assert finding.advice.endswith("hf upload me/it sft/final")
+    assert about(run, "dpo", "The output is on the hub: me/it-2.").level == "info"

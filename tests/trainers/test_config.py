@@ -26,6 +26,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SFTConfig, {"remove_unused_columns": True}, "remove_unused_columns must stay off"),
     (SFTConfig, {"auto_find_batch_size": True}, "would halve .* and with it the global batch"),
     (DPOConfig, {"loss_type": "rpo_bwd_kl"}, "loss_type 'rpo_bwd_kl' is not one of dpo, ipo"),
+    (DPOConfig, {"loss_type": ["sigmoid", "sft"]}, "TRL's sigmoid is dpo"),
     (
         RPOConfig,
         {"loss_type": "dpo"},

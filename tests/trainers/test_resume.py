@@ -111,6 +111,14 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(kind, step, trainer_of, 
     assert_bitwise_equal(resumed.model, expected)
 
 
+def test_the_intervals_asked_for_now_count(trainer_of):
+    kill(trainer_of("sft", "out"), 2)  # logged every second step, saved at each
+    resumed = trainer_of("sft", "out", logging_steps=3, save_steps=5)
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [2, 3, 6]
+    assert resumed.state.save_steps == 5
+
+
 def test_killed_twice(trainer_of, straight_models):
     expected = straight("rpo", trainer_of, straight_models)
     kill(trainer_of("rpo", "out"), 2)
