@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint audit format clean
+.PHONY: help quickstart test test-all test-fast lint audit format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -20,11 +20,14 @@ help:  ## show the targets
 quickstart: $(VENV)/.installed-report  ## the whole chain on a small model, on a CPU, then its report
 	$(BIN)/rpo-trainer run recipes/quickstart/chain.yaml --run-dir $(RUN_DIR)
 
-test: $(VENV)/.installed-test  ## every test, slow ones too
+test: $(VENV)/.installed-test  ## the tests that CI runs, slow ones too
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test  ## every test there is
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-test  ## only the fast tests
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not long" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test  ## format, lint and types, nothing is changed
 	$(BIN)/ruff format --check .

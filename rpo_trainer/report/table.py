@@ -20,6 +20,9 @@ _BRIEF = {
     "margin": "margin,\nnats",
     "log-prob of chosen": "Δchosen,\nnats",
 }
+_TERMINAL = 80
+# What is left out first where it cannot hold all: the rest says as much.
+_LEAST = ("memory", "exact\ngreedy", "reward\ngreedy", "exact\nsampled", "time")
 _SHOWN_WARNINGS = 4  # the last ones: a status is one screen
 
 
@@ -110,15 +113,32 @@ def summary_table(run_dir: Path) -> Table:
 
 
 def _table(run: RunRecord) -> Table:
+    names = [stage.name for stage in run.stages]
+    columns, left_out = [column for column in comparison(run) if column.brief is not None], []
+    for brief in _LEAST:
+        if _width(names, columns) > _TERMINAL:
+            left_out += [column.head for column in columns if column.brief == brief]
+            columns = [column for column in columns if column.brief != brief]
     table = Table(title=run.name, title_justify="left", box=None, pad_edge=False)
+    if left_out:
+        table.caption = f"no room for: {'; '.join(left_out)} (rpo-trainer report)"
+        table.caption_justify = "left"
     table.add_column("after", no_wrap=True)
-    columns = [column for column in comparison(run) if column.brief is not None]
     for column in columns:
         table.add_column(column.brief or "", justify="right", no_wrap=True)
-    for row, stage in enumerate(run.stages):
+    for row, name in enumerate(names):
         cells = [column.cells[row] for column in columns]
-        table.add_row(Text(stage.name), *(Text(x.text, "bold" if x.best else "") for x in cells))
+        table.add_row(Text(name), *(Text(x.text, "bold" if x.best else "") for x in cells))
     return table
+
+
+def _width(names: Sequence[str], columns: Sequence[Column]) -> int:
+    """Of a table in characters, with two between its columns."""
+    widths = [max(map(len, ["after", *names]))]
+    for column in columns:
+        heads = (column.brief or "").split("\n")
+        widths.append(max(map(len, [*heads, *(cell.text for cell in column.cells)])))
+    return sum(widths) + 2 * len(columns)
 
 
 def _measures(

@@ -83,6 +83,7 @@ def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     if stage.is_preference:
         yield from _step_zero(stage)
         yield from _outcome(run, stage)
+        yield from _decline(run, stage)
         yield from _wins(stage)
         yield from _gap(stage)
         yield from judge_likelihood(stage)
@@ -215,6 +216,30 @@ def _outcome(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
             "Raise β or lower the learning rate; sample the responses from the policy that seeds "
             "the stage.",
         )
+
+
+def _decline(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
+    """Small falls that may each be noise, one behind the other, are none."""
+    line = [stage]
+    while (parent := run.parent(line[0])) is not None and parent.scores.main() is not None:
+        line.insert(0, parent)
+    found = [main for each in line if (main := each.scores.main()) is not None]
+    values = [measure.value for name, measure in found if name == found[-1][0]]
+    falls = 0
+    while falls + 1 < len(values) and values[-1 - falls] < values[-2 - falls]:
+        falls += 1
+    is_last = not any(run.parent(other) is stage and other.scores.main() for other in run.stages)
+    if falls < 2 or not is_last:
+        return
+    shown = ", ".join(short(value) for value in values[-1 - falls :])
+    yield Finding(
+        stage.name,
+        "warn",
+        f"{found[-1][0].capitalize()} has fallen in each of the last {falls} stages: {shown}.",
+        f"Take the output of {line[-1 - falls].name}. Where a reward model gives the rewards of the "
+        "training rows, train it anew on what the policy says now; else raise β or lower the "
+        "learning rate.",
+    )
 
 
 def _wins(stage: StageRecord) -> Iterator[Finding]:
@@ -367,8 +392,16 @@ def _whole_change(run: RunRecord) -> str:
     change = end[1].value - start[1].value
     noise = end[1].overlaps(start[1])
     moved = "went" if noise or not change else "rose" if change > 0 else "fell"
+    best = max(scored, key=lambda stage: _main_value(stage, end[0]))
+    better = _main_value(best, end[0]) > end[1].value
     return (
         f" {start[0].capitalize()} {moved} from {short(start[1].value)} after {base.name} "
         f"to {short(end[1].value)} after {scored[-1].name} ({signed(change)})."
         + (f" {_NOISE}" if noise else "")
+        + (f" It was best after {best.name}: {short(_main_value(best, end[0]))}." * better)
     )
+
+
+def _main_value(stage: StageRecord, name: str) -> float:
+    main = stage.scores.main()
+    return main[1].value if main is not None and main[0] == name else -math.inf

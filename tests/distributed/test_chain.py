@@ -19,7 +19,8 @@ from tests.distributed.worker import ENGINES
 pytestmark = pytest.mark.slow
 
 # The shipped configurations that two processes can run; the others are DDP over hosts, and one process.
-CONFIGS = ("single", *ENGINES, "zero3_offload")
+# For its offload DeepSpeed compiles an optimizer, which takes minutes.
+CONFIGS = ("single", *ENGINES, pytest.param("zero3_offload", marks=pytest.mark.long))
 
 
 def sampled(folder: Path) -> list[list[Any]]:

@@ -186,6 +186,9 @@ SINGLE: dict[str, dict[str, Any]] = {
     "QLoRA": {"lora": ALL, "nf4": True, "bf16": True, "micro_batch": 8},
 }  # fmt: skip
 
+# What these change is also tested on the simulation alone.
+SIMULATED = ("accumulation", "checkpointing", "bfloat16")
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -218,7 +221,9 @@ LINUX = pytest.mark.skipif(
 
 @pytest.mark.slow
 @LINUX
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n in SIMULATED else ()) for n in SINGLE]
+)
 def test_a_process_that_trains_holds_what_was_planned(
     name: str, start: str, record_property: Any
 ) -> None:

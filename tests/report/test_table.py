@@ -28,6 +28,18 @@ def test_the_table_has_all_figures_within_80_columns(make_run: Make) -> None:
     assert "…" not in text
 
 
+def test_what_80_columns_cannot_hold_is_named(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    scored = make_stage("general-code-and-chat-sft", "sft", eval=make_evaluation(2.0))
+    judge = make_stage("reward", "reward", eval={"accuracy": 0.9375}, seconds=1379.0)
+    text = printed(make_run(stages=[scored, judge], metrics=[]))
+    assert "…" not in text and "0.938" in text and "22:59 min" in text and "GiB" not in text
+    left_out = "no room for: peak memory; exact match, greedy; mean reward, greedy (rpo-trainer"
+    assert left_out in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_the_best_of_a_column_is_marked(make_run: Make) -> None:
     columns = {column.head: column.cells for column in comparison(collect_run(make_run()))}
     assert [cell.best for cell in columns["mean reward, sampled"]] == [False, False, True]

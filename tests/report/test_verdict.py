@@ -229,3 +229,22 @@ def test_an_upload_that_failed_is_said_with_the_command(make_run: Make, make_sta
     assert finding.level == "warn" and finding.advice is not None
     assert finding.advice.endswith("hf upload me/it sft/final")
     assert about(run, "dpo", "The output is on the hub: me/it-2.").level == "info"
+
+
+def test_small_falls_one_behind_the_other_are_no_noise(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    rewards = {"sft": 2.68, "dpo": 3.44, "rpo-1": 3.42, "rpo-2": 3.38, "rpo-3": 3.27}
+    before = ["model", *rewards]
+    stages = [
+        make_stage(name, name[:3], init=init, eval=make_evaluation(reward))
+        for (name, reward), init in zip(rewards.items(), before, strict=False)
+    ]
+    run = collect_run(make_run(stages=stages, metrics=[]))
+    finding = about(run, "rpo-3", "has fallen in each of the last 3 stages")
+    assert "Mean reward of sampled responses" in finding.text
+    assert finding.text.endswith("3.44, 3.42, 3.38, 3.27.") and finding.level == "warn"
+    assert finding.advice is not None and finding.advice.startswith("Take the output of dpo.")
+    assert not [f for f in judge(run).of_stage("rpo-2") if "has fallen" in f.text]
+    headline = judge(run).headline
+    assert "to 3.27 after rpo-3 (+0.59). It was best after dpo: 3.44." in headline
