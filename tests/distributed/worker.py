@@ -256,6 +256,7 @@ def main(engine: str, out: Path, *cases: str) -> None:
         result = do(engine, case, folder)
         if distributed.is_main():
             torch.save(result, folder.with_suffix(".pt"))
+    distributed.end()
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def train(settings: dict[str, Any]) -> None:
         held["quantization_config"] = four_bits.nf4(torch.bfloat16 if args.bf16 else torch.float32)
     trainer: Any = RewardTrainer if reward else DPOTrainer
     model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype="float32", **held)
-    for tensor in model.parameters():  # else the whole file stays mapped, what was quantised too
+    for tensor in (
+        model.parameters() if held else ()
+    ):  # else the file that was quantised stays mapped
         tensor.data = tensor.data.clone()
     trainer(
         model=model,
@@ -123,6 +125,7 @@ def main(text: str) -> None:
     import psutil
     import torch._dynamo
 
+    from rpo_trainer import distributed
     from rpo_trainer.usage import peak_memory
 
     for library in (
@@ -135,6 +138,7 @@ def main(text: str) -> None:
     before = psutil.Process().memory_info().rss
     train({**SETTINGS, **json.loads(text)})
     print(f"\nheld {peak_memory() - before} of {peak_memory()}", flush=True)
+    distributed.end()
 
 
 if __name__ == "__main__":
