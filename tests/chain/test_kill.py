@@ -55,6 +55,8 @@ POINTS = [
     ("evaluated:code", "code", 6, False),
     ("step:general:3", "general", 3, False),
     ("file:general/.staging/checkpoint-3/optimizer.pt", "general", 2, False),
+    ("file:general/.staging/checkpoint-3/scheduler.pt", "general", 2, False),
+    ("file:general/.staging/checkpoint-3/rng_state.pth", "general", 2, False),
     ("replace:general/.staging/checkpoint-3/manifest.json", "general", 2, False),
     ("replace:general/checkpoint-3", "general", 2, False),
     ("replaced:general/checkpoint-3", "general", 3, False),
