@@ -22,6 +22,7 @@ from rpo_trainer.data import (
     rating_targets,
     tokenize_rows,
 )
+from rpo_trainer.data.rows import unscored_samples
 from rpo_trainer.errors import DataError
 from rpo_trainer.files import file_digest
 from rpo_trainer.recipe import (
@@ -298,12 +299,8 @@ def _given(stage: Stage, base_dir: Path, seed: int, audit: Audit) -> list[dict[s
     for name, columns in audit.extra_columns.items():
         unscored = [row["rewards"] is None for row in rows if row["source"] == name]
         if "sampling" in columns and unscored and all(unscored) and _formats_are_found(stage):
-            raise DataError(
-                "the responses are sampled, and have no rewards",
-                where=name,
-                why="the order in which they were sampled says nothing of which is better",
-                fix="add `score:` beside `train:`; `format: ranked` where they stand best first",
-            )
+            fix = "add `score:` beside `train:`; `format: ranked` where they stand best first"
+            raise unscored_samples(name, fix)
     return rows
 
 

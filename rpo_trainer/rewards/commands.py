@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from rpo_trainer.data.filters import filter_rows
-from rpo_trainer.data.rows import Row
+from rpo_trainer.data.rows import Row, unscored_samples
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.files import file_digest, write_whole
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
@@ -256,12 +256,8 @@ def pairs_file(
         raise RunError("the output exists", where=str(out), fix="name another, or remove it")
     rows, audit = read_pairs(source, keep_all=True)
     if source.format is None and all("sampling" in row and not row["rewards"] for row in rows):
-        raise DataError(
-            "the responses are sampled, and have no rewards",
-            where=str(source.path),
-            why="the order in which they were sampled says nothing of which is better",
-            fix="score them first (rpo-trainer score); --format ranked where they stand best first",
-        )
+        fix = "score them first (rpo-trainer score); --format ranked where they stand best first"
+        raise unscored_samples(str(source.path), fix)
     made = make_preference_rows(rows, **pairs_arguments(spec), seed=seed, audit=audit)
     made = filter_rows(made, filter, audit) if made else made
     audit.observe_pairs(made)

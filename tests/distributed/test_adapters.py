@@ -38,11 +38,15 @@ def adapted(engine: str) -> tiny.Recipe:
     return made
 
 
+def alone(folder: Path, made: tiny.Recipe) -> Path:
+    """The run of one process."""
+    tiny.write_recipe(folder, made)
+    return launched(shlex.split("python -m rpo_trainer run"), folder) / "run"
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    tiny.write_recipe(folder, adapted("none"))
-    return launched(shlex.split("python -m rpo_trainer run"), folder) / "run"
+    return alone(tmp_path_factory.mktemp("one"), adapted("none"))
 
 
 def in_4_bits(engine: str) -> tiny.Recipe:
@@ -57,9 +61,7 @@ def in_4_bits(engine: str) -> tiny.Recipe:
 
 @pytest.fixture(scope="module")
 def one_qlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one_qlora")
-    tiny.write_recipe(folder, in_4_bits("none"))
-    return launched(shlex.split("python -m rpo_trainer run"), folder) / "run"
+    return alone(tmp_path_factory.mktemp("one_qlora"), in_4_bits("none"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
