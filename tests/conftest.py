@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -21,6 +22,24 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("the real data beside the checkout is absent")
     return path
+
+
+Injected = Callable[[str, Literal["survived", "stopped"]], None]
+FAULTS = "faults injected, and what came of them"
+
+
+@pytest.fixture
+def injected(record_property: Callable[[str, object], None]) -> Injected:
+    """`injected(fault, outcome)`, said when it has been shown, is a line of the summary.
+
+    `survived`: the outcome is that of an undisturbed run. `stopped`: with the reason, nothing lost.
+    """
+    record_property("injects faults", True)
+
+    def line(fault: str, outcome: Literal["survived", "stopped"]) -> None:
+        record_property(f"table: {FAULTS}", f"{outcome:9} {fault}")
+
+    return line
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +69,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if tried:
         right = sum(report.passed for report in tried)
         tables["bad inputs"] = [f"{len(tried)} tried, {right} answered as they must be"]
+    if FAULTS in tables:
+        outcomes = Counter(line.split()[0] for line in tables[FAULTS])
+        outcomes["failed"] = sum(
+            report.failed and ("injects faults", True) in report.user_properties
+            for report in reports
+            if getattr(report, "when", None) == "call"
+        )
+        parts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        tables[FAULTS].append(f"{outcomes.total()} injected: {parts}")
     for title, lines in tables.items():
         terminalreporter.section(title)
         terminalreporter.line("\n".join(lines))

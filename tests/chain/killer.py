@@ -5,7 +5,7 @@ Points, each of which is reached once at most:
     begin:STAGE          before the stage does anything
     step:STAGE:N         in training, N steps done
     generated:N          N batches of responses sampled, in all stages together
-    file:PATH            a file of that path is about to be written by torch.save or save_file
+    file:PATH            a file of that path is about to be written, half of it is there
     replace:PATH         a staged file or folder is about to be renamed to it
     replaced:PATH        it has just been
     saved:STAGE:STATE    chain.json has just been written with the stage in that state
@@ -91,6 +91,8 @@ def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
 
 
 def _file(path: str, action: Callable[[], None]) -> list[Any]:
+    import builtins
+
     import safetensors.torch
     import torch
     import transformers.modeling_utils
@@ -100,8 +102,12 @@ def _file(path: str, action: Callable[[], None]) -> list[Any]:
             Path(file).write_bytes(b"half of a file")
             action()
 
+    def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> None:
+        if mode.startswith("w"):
+            check(None, file)
+
     owners = [torch, safetensors.torch, transformers.modeling_utils]
-    return [
+    return [_around(builtins, "open", before=opened)] + [
         _around(owner, name, before=check)
         for owner in owners
         for name in ("save", "save_file", "safe_save_file")

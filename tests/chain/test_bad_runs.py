@@ -25,6 +25,7 @@ from rpo_trainer.trainers.preference import PreferenceTrainer
 from tests.chain import tiny
 from tests.chain.killer import run_until
 from tests.chain.test_refusals import pairs_file, rpo_from_file
+from tests.conftest import Injected
 
 Change = Callable[[tiny.Recipe], tiny.Recipe]
 
@@ -401,7 +402,7 @@ def test_a_hub_push_that_fails_at_the_end(
 # --- while it runs ---
 
 
-def test_a_second_signal_ends_at_once() -> None:
+def test_a_second_signal_ends_at_once(injected: Injected) -> None:
     from rpo_trainer.chain.callbacks import StopOnSignal
     from rpo_trainer.errors import StoppedBySignal
 
@@ -411,6 +412,7 @@ def test_a_second_signal_ends_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(StoppedBySignal, match="stopped by SIGINT"):
             signal.raise_signal(signal.SIGINT)
+    injected("a second SIGINT", "stopped")
 
 
 def test_a_failed_step_zero_check_is_kept(tmp_path: Path) -> None:

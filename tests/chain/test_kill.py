@@ -15,8 +15,7 @@ import pytest
 from rpo_trainer.trainers import checkpoint
 from tests.chain import tiny
 from tests.chain.killer import MARKER, in_process, killed_after, run_until
-
-KILLS = "table: kills by SIGKILL over the chain, and what came of them"
+from tests.conftest import Injected
 
 
 def last_step(run_dir: Path, stage: str) -> int:
@@ -57,10 +56,13 @@ POINTS = [
     ("file:general/.staging/checkpoint-3/optimizer.pt", "general", 2, False),
     ("file:general/.staging/checkpoint-3/scheduler.pt", "general", 2, False),
     ("file:general/.staging/checkpoint-3/rng_state.pth", "general", 2, False),
+    ("file:general/.staging/checkpoint-3/trainer_state.json", "general", 2, False),
+    ("file:general/.staging/checkpoint-3/config.json", "general", 2, False),
     ("replace:general/.staging/checkpoint-3/manifest.json", "general", 2, False),
     ("replace:general/checkpoint-3", "general", 2, False),
     ("replaced:general/checkpoint-3", "general", 3, False),
     ("file:general/.final/model.safetensors", "general", 6, False),
+    ("file:general/.final/tokenizer_config.json", "general", 6, False),
     ("replace:general/.final/manifest.json", "general", 6, False),
     ("replace:general/final", "general", 6, False),
     ("replaced:general/final", "general", 6, True),
@@ -98,22 +100,25 @@ def assert_stopped_there(run_dir: Path, stage: str, step: int, output: bool) -> 
 
 @pytest.mark.parametrize(("point", "stage", "step", "output"), _IN_PROCESS)
 def test_stopped_and_run_again(
-    point: str, stage: str, step: int, output: bool, finished: Path, prefix: Any, tmp_path: Path
-) -> None:
+    point: str, stage: str, step: int, output: bool, finished: Path, prefix: Any, tmp_path: Path,
+    injected: Injected,
+) -> None:  # fmt: skip
     # The other stages are taken from the straight run; the slow tests run all of them.
     run_dir = prefix(tmp_path, stage)
     run_until(point, lambda: tiny.run(tmp_path, only={stage}))
     assert_stopped_there(run_dir, stage, step, output)
     tiny.run(tmp_path, only={stage})
     assert_like_straight(run_dir, finished, [stage])
+    injected(f"an exception at {point}", "survived")
 
 
-def test_stopped_again_and_again(finished: Path, tmp_path: Path) -> None:
+def test_stopped_again_and_again(finished: Path, tmp_path: Path, injected: Injected) -> None:
     points = ["step:code:2", "step:general:5", "step:dpo:2", "begin:rpo-2"]
     for point in points:
         run_until(point, lambda: tiny.run(tmp_path))
     tiny.run(tmp_path)
     assert_like_straight(tmp_path / "run", finished)
+    injected(f"exceptions at {', '.join(points)}", "survived")
 
 
 @pytest.mark.slow
@@ -128,8 +133,9 @@ def test_without_checkpoints_a_stage_starts_again(finished: Path, tmp_path: Path
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_removed(
-    finished: Path, prefix: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    finished: Path, prefix: Any, tmp_path: Path, injected: Injected,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     run_dir = prefix(tmp_path, "rpo-1")
     recipe = tiny.changed(tiny.tiny_recipe(), "rpo.save_total_limit", 3)
     run_until("step:rpo-1:2", lambda: tiny.run(tmp_path, recipe))
@@ -141,11 +147,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_removed(
     assert last_step(run_dir, "rpo-1") == 1
     tiny.run(tmp_path, only={"rpo-1"})
     assert_like_straight(run_dir, finished, ["rpo-1"])
+    injected("both checkpoints of rpo-1 damaged, and an exception at step:rpo-1:1", "survived")
 
 
 def test_a_damaged_reference_cache_is_computed_again(
-    finished: Path, prefix: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    finished: Path, prefix: Any, tmp_path: Path, injected: Injected,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     run_dir = prefix(tmp_path, "dpo")
     run_until("step:dpo:1", lambda: tiny.run(tmp_path))
     (part,) = (run_dir / "reference-cache").rglob("part-*")
@@ -153,10 +161,11 @@ def test_a_damaged_reference_cache_is_computed_again(
     tiny.run(tmp_path, only={"dpo"})
     assert "is damaged" in caplog.text
     assert_like_straight(run_dir, finished, ["dpo"])
+    injected("the reference cache of dpo cut", "survived")
 
 
 def test_a_line_of_metrics_that_was_cut_is_mended(
-    finished: Path, prefix: Any, tmp_path: Path
+    finished: Path, prefix: Any, tmp_path: Path, injected: Injected
 ) -> None:
     run_dir = prefix(tmp_path, "dpo")
     run_until("step:dpo:2", lambda: tiny.run(tmp_path))
@@ -164,6 +173,7 @@ def test_a_line_of_metrics_that_was_cut_is_mended(
         file.write('{"stage": "dpo", "st')
     tiny.run(tmp_path, only={"dpo"})
     assert_like_straight(run_dir, finished, ["dpo"])
+    injected("a line of metrics.jsonl cut", "survived")
 
 
 # --- by SIGKILL, in a process of its own, the whole chain ---
@@ -175,7 +185,7 @@ def test_a_line_of_metrics_that_was_cut_is_mended(
 )
 def test_killed_and_run_again(
     point: str, stage: str, step: int, output: bool, finished: Path, tmp_path: Path,
-    record_property: Any,
+    injected: Injected,
 ) -> None:  # fmt: skip
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     assert in_process(tmp_path, point) == -signal.SIGKILL, (tmp_path / "output").read_text()
@@ -183,26 +193,29 @@ def test_killed_and_run_again(
     assert_stopped_there(tmp_path / "run", stage, step, output)
     assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
     assert_like_straight(tmp_path / "run", finished)
-    record_property(KILLS, f"survived  at {point}")
+    injected(f"SIGKILL at {point}", "survived")
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(finished: Path, tmp_path: Path, record_property: Any) -> None:
+def test_killed_at_random_moments(finished: Path, tmp_path: Path, injected: Injected) -> None:
     """One chain, killed again and again wherever it happens to be, until it comes to its end."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    print(f"KILL_SEED={seed}")  # shown with a failure, which can then be looked into
     draw = random.Random(seed)
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     kills = []
     while len(kills) < 12 and killed_after(tmp_path, moment := draw.uniform(1.0, 6.0)) != 0:
-        kills.append(f"{moment:.2f} s")
-    # In the summary before anything is asserted: the seed is what a failure is looked into with.
-    record_property(KILLS, f"survived  after {', '.join(kills)} (KILL_SEED={seed})")
-    assert kills
+        kills.append(moment)
+    assert kills, f"KILL_SEED={seed}"
     assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
     assert_like_straight(tmp_path / "run", finished)
+    for moment in kills:
+        injected(f"SIGKILL after {moment:.2f} s (KILL_SEED={seed})", "survived")
 
 
-def test_killed_in_training_and_while_sampling(finished: Path, tmp_path: Path) -> None:
+def test_killed_in_training_and_while_sampling(
+    finished: Path, tmp_path: Path, injected: Injected
+) -> None:
     """Two of the slow matrix, for the fast suite."""
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     for point in ("step:general:3", "generated:5"):
@@ -213,6 +226,7 @@ def test_killed_in_training_and_while_sampling(finished: Path, tmp_path: Path) -
     assert tiny.records(tmp_path / "run")["dpo"]["state"] == "done"
     assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
     assert_like_straight(tmp_path / "run", finished)
+    injected("SIGKILL at step:general:3, and again at generated:5", "survived")
 
 
 # --- SIGTERM ---
@@ -222,7 +236,7 @@ def test_killed_in_training_and_while_sampling(finished: Path, tmp_path: Path) -
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_stopped_by_a_signal_in_training(
-    number: signal.Signals, finished: Path, prefix: Any, tmp_path: Path
+    number: signal.Signals, finished: Path, prefix: Any, tmp_path: Path, injected: Injected
 ) -> None:
     recipe = tiny.tiny_recipe()
     recipe["defaults"]["save_steps"] = None  # the only checkpoint is the signal's
@@ -238,6 +252,7 @@ def test_stopped_by_a_signal_in_training(
     assert not (run_dir / ".lock-holder").exists()
     assert in_process(tmp_path, None, 0, *command) == 0
     assert_like_straight(run_dir, finished, ["general"])
+    injected(f"{number.name} at step:general:2", "survived")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +265,7 @@ def test_stopped_by_a_signal_in_training(
     ],
 )
 def test_stopped_by_a_signal_outside_of_training(
-    point: str, finished: Path, prefix: Any, tmp_path: Path
+    point: str, finished: Path, prefix: Any, tmp_path: Path, injected: Injected
 ) -> None:
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     run_dir = prefix(tmp_path, "dpo")
@@ -260,13 +275,14 @@ def test_stopped_by_a_signal_outside_of_training(
     assert_stopped_there(run_dir, "dpo", 0, False)
     tiny.run(tmp_path, only={"dpo"})
     assert_like_straight(run_dir, finished, ["dpo"])
+    injected(f"SIGTERM at {point}", "survived")
 
 
 @pytest.mark.parametrize(
     "point", ["evaluated:code", pytest.param("replace:code/final", marks=pytest.mark.slow)]
 )
 def test_behind_the_last_step_the_output_is_still_written(
-    point: str, finished: Path, tmp_path: Path
+    point: str, finished: Path, tmp_path: Path, injected: Injected
 ) -> None:
     recipe = tiny.tiny_recipe()
     recipe["defaults"]["save_steps"] = None  # there is no checkpoint to fall back on
@@ -282,3 +298,4 @@ def test_behind_the_last_step_the_output_is_still_written(
     weights = {*written} - {"manifest.json"}
     assert {name: after[name] for name in weights} == {name: written[name] for name in weights}
     assert_like_straight(run_dir, finished, ["code"])
+    injected(f"SIGTERM at {point}", "survived")

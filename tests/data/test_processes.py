@@ -13,6 +13,7 @@ from rpo_trainer.data import Audit, tokenize, tokenize_rows
 from rpo_trainer.data import processes as module
 from rpo_trainer.data.processes import map_batches, processes_for
 from rpo_trainer.errors import DataError, Problems
+from tests.conftest import Injected
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux alone")
 
@@ -101,7 +102,9 @@ def test_order_and_where_the_work_is_done() -> None:
     assert set(map_batches(where, range(20), 1)) == {os.getpid()}
 
 
-def test_a_killed_process_loses_no_batch(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_process_loses_no_batch(
+    caplog: pytest.LogCaptureFixture, injected: Injected
+) -> None:
     parent = os.getpid()
 
     def work(number: int) -> int:
@@ -111,6 +114,7 @@ def test_a_killed_process_loses_no_batch(caplog: pytest.LogCaptureFixture) -> No
 
     assert list(map_batches(work, range(12), 2)) == [10 * n for n in range(12)]
     assert "was killed; the rest is done in one process" in caplog.text
+    injected("SIGKILL of a process that tokenizes", "survived")
 
 
 def test_signals_are_for_the_parent() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.chain import tiny
+from tests.conftest import Injected
 from tests.distributed.chains import exits, final_weights, furthest, launched, recipe, start, text
 from tests.distributed.launch import accelerate, by_launcher, require
 from tests.distributed.worker import ENGINES
@@ -73,7 +74,7 @@ def test_a_bfloat16_chain_under_zero3_is_near_that_of_one_process(tmp_path: Path
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_killed_then_stopped_then_gone_on(
-    engine: str, one: Path, straight: Any, tmp_path: Path
+    engine: str, one: Path, straight: Any, tmp_path: Path, injected: Injected
 ) -> None:
     require(engine)
     # In RPO no checkpoints on the way: the one there is was written for the signal.
@@ -92,21 +93,23 @@ def test_killed_then_stopped_then_gone_on(
     assert tiny.records(tmp_path / "run")["rpo"]["state"] == "running"
 
     # By another launcher the engine goes on with as many ranks, bit for bit; or with another number.
-    if engine == "zero2":
-        launched(by_launcher("torchrun", "--nproc_per_node"), tmp_path)
-    elif engine == "zero3":
-        _, output = start(tmp_path, ranks=1)
-        assert exits(tmp_path)[0] == "2"
-        assert "was written by zero3 on 2 ranks, and this is zero3 on 1" in output
-        launched(by_launcher("deepspeed", "--num_gpus"), tmp_path)
-    else:
+    if engine in ("ddp", "fsdp2"):
         launched(by_launcher("torchrun", "--nproc_per_node", ranks=1), tmp_path)
         assert furthest(tmp_path, one) <= 1e-5
-        return
-    assert furthest(tmp_path, straight(engine)) == 0.0
+    else:
+        if engine == "zero3":
+            _, output = start(tmp_path, ranks=1)
+            assert exits(tmp_path)[0] == "2"
+            assert "was written by zero3 on 2 ranks, and this is zero3 on 1" in output
+            launched(by_launcher("deepspeed", "--num_gpus"), tmp_path)
+        else:
+            launched(by_launcher("torchrun", "--nproc_per_node"), tmp_path)
+        assert furthest(tmp_path, straight(engine)) == 0.0
+    injected(f"{engine}: SIGKILL to a rank at step:code:2", "survived")
+    injected(f"{engine}: SIGTERM to a rank at step:rpo:1", "survived")
 
 
-def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path) -> None:
+def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path, injected: Injected) -> None:
     """As a scheduler does it: every rank gets the signal."""
     made = recipe("ddp", save_steps=None)
     made["stages"] = made["stages"][:1]
@@ -119,6 +122,7 @@ def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path) -> None:
     assert tiny.records(tmp_path / "run")["code"]["state"] == "running"
     assert start(tmp_path)[0] == 0
     assert furthest(tmp_path, straight("ddp"), ("code",)) == 0.0
+    injected("ddp: SIGTERM to all ranks at step:code:2", "survived")
 
 
 @pytest.mark.parametrize(
@@ -130,19 +134,23 @@ def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path) -> None:
     ],
 )
 def test_an_error_of_one_rank_ends_both_and_is_shown_once(
-    fault: str, code: str, message: str, tmp_path: Path
+    fault: str, code: str, message: str, tmp_path: Path, injected: Injected
 ) -> None:
     tiny.write_recipe(tmp_path, recipe("ddp"))
     _, output = start(tmp_path, "1", "fault", fault)
     assert exits(tmp_path) == [code, code]
     assert output.count(message) == 1, output[-3000:]
     assert "Traceback" not in output.split("distributed/elastic")[0]
+    injected(f"ddp: one rank, {message}", "stopped")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_a_rank_that_breaks_ends_the_others(engine: str, tmp_path: Path) -> None:
+def test_a_rank_that_breaks_ends_the_others(
+    engine: str, tmp_path: Path, injected: Injected
+) -> None:
     require(engine)
     tiny.write_recipe(tmp_path, recipe(engine))
     code, output = start(tmp_path, "1", "fault", "breaks")
     assert code == 1 and exits(tmp_path) == []
     assert "RuntimeError: the device of this rank is broken" in output
+    injected(f"{engine}: an exception in one rank's forward", "stopped")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import Injected
 from tests.distributed.launch import require, run, torchrun
 from tests.distributed.worker import ENGINES, STEPS
 from tests.models import make_model
@@ -228,7 +229,7 @@ def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_not_finite_on_one_rank_stops_all_before_a_weight_moves(
-    engine: str, harm: str, results: Any
+    engine: str, harm: str, results: Any, injected: Injected
 ) -> None:
     found = results(engine)[harm]
     what = harm.rsplit("-", 1)[1]
@@ -238,6 +239,7 @@ def test_what_is_not_finite_on_one_rank_stops_all_before_a_weight_moves(
     assert found["errors"][0].startswith("rows row-")
     for name, weight in found["weights"][0].items():
         assert torch.equal(found["after"][name], weight), name
+    injected(f"{engine}: the {what} is not finite on one rank", "stopped")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

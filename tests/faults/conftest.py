@@ -1,9 +1,9 @@
-"""One small run, stopped on its way and never stopped, and a count of the faults that were injected."""
+"""One small run, stopped on its way and never stopped."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,6 @@ import torch
 
 from tests.chain import tiny
 from tests.chain.killer import run_until
-
-Count = Callable[[str, str], None]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,13 +57,3 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def again(stopped: Path, tmp_path: Path) -> Path:
     """A copy of it, to harm."""
     return shutil.copytree(stopped, tmp_path / "again")
-
-
-@pytest.fixture
-def count(record_property: Callable[[str, object], None]) -> Count:
-    """`count(fault, what came of it)`: a line of the summary at the end."""
-
-    def line(fault: str, outcome: str) -> None:
-        record_property("table: faults injected, and what came of them", f"{outcome:9} {fault}")
-
-    return line

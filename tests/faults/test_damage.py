@@ -12,7 +12,8 @@ import pytest
 from rpo_trainer.errors import RunError
 from rpo_trainer.trainers import checkpoint
 from tests.chain import tiny
-from tests.faults.conftest import Count, sampled_rpo
+from tests.conftest import Injected
+from tests.faults.conftest import sampled_rpo
 
 SEED = 20261121
 PAGE = 4096
@@ -61,7 +62,7 @@ def kept(path: Path) -> Iterator[bytes]:
 
 
 @harms
-def test_every_file_of_a_checkpoint(harm: Harm, again: Path, count: Count) -> None:
+def test_every_file_of_a_checkpoint(harm: Harm, again: Path, injected: Injected) -> None:
     """Whatever is harmed, the checkpoint before it is taken."""
     folder = again / "run" / "rpo"
     files = sorted(path for path in (folder / "checkpoint-2").rglob("*") if path.is_file())
@@ -79,7 +80,7 @@ def test_every_file_of_a_checkpoint(harm: Harm, again: Path, count: Count) -> No
         assert fault is not None or harmless or not changed, path
         found = checkpoint.last_complete(folder)
         assert found is not None and found.name == f"checkpoint-{2 if fault is None else 1}"
-        count(f"{harm.__name__} in checkpoint-2/{path.name}, seed {SEED}", "survived")
+        injected(f"{harm.__name__} in checkpoint-2/{path.name}, seed {SEED}", "survived")
         next(back, None)
     assert checkpoint.last_complete(folder) == folder / "checkpoint-2"
 
@@ -95,27 +96,29 @@ def test_every_file_of_a_checkpoint(harm: Harm, again: Path, count: Count) -> No
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_and_the_run_ends_as_if_nothing_had_happened(
-    name: str, harm: Harm, again: Path, expected: dict[str, str], count: Count,
+    name: str, harm: Harm, again: Path, expected: dict[str, str], injected: Injected,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     harm(again / "run" / "rpo" / "checkpoint-2" / name, drawn(harm, name))
     assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
     assert "checkpoint-2 is damaged" in caplog.text
-    count(f"{harm.__name__} in checkpoint-2/{name}, gone on with", "survived")
+    injected(f"{harm.__name__} in checkpoint-2/{name}, gone on with", "survived")
 
 
-def test_all_checkpoints(again: Path, expected: dict[str, str], count: Count) -> None:
+def test_all_checkpoints(again: Path, expected: dict[str, str], injected: Injected) -> None:
     for path in (again / "run" / "rpo").glob("checkpoint-*"):
         flipped_bit(path / "model.safetensors", drawn(flipped_bit, path.name))
     assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
-    count("flipped_bit in every checkpoint: the stage begins again", "survived")
+    injected("flipped_bit in every checkpoint: the stage begins again", "survived")
 
 
 # --- an output ---
 
 
 @harms
-def test_every_file_of_an_output(harm: Harm, straight: Path, tmp_path: Path, count: Count) -> None:
+def test_every_file_of_an_output(
+    harm: Harm, straight: Path, tmp_path: Path, injected: Injected
+) -> None:
     """Later stages start from it: the run stops, and says which file it is."""
     folder = shutil.copytree(straight, tmp_path / "again")
     final = folder / "run" / "rpo" / "final"
@@ -131,10 +134,10 @@ def test_every_file_of_an_output(harm: Harm, straight: Path, tmp_path: Path, cou
             assert error.value.fix == (
                 "restore it from a copy, or start in a new directory (--run-dir)"
             )
-            count(f"{harm.__name__} in final/{path.name}", "stopped")
+            injected(f"{harm.__name__} in final/{path.name}", "stopped")
         else:
             assert path.name == checkpoint.MANIFEST and harm is flipped_bit
-            count(f"{harm.__name__} in final/{path.name}", "survived")
+            injected(f"{harm.__name__} in final/{path.name}", "survived")
         next(back, None)
     tiny.run(folder, sampled_rpo())
 
@@ -144,16 +147,18 @@ def test_every_file_of_an_output(harm: Harm, straight: Path, tmp_path: Path, cou
 
 @harms
 def test_the_reference_cache(
-    harm: Harm, again: Path, expected: dict[str, str], count: Count
+    harm: Harm, again: Path, expected: dict[str, str], injected: Injected
 ) -> None:
     for path in (again / "run" / "reference-cache").rglob("part-*"):
         harm(path, drawn(harm, "cache"))
     assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
-    count(f"{harm.__name__} in the reference cache", "survived")
+    injected(f"{harm.__name__} in the reference cache", "survived")
 
 
 @harms
-def test_sampled_rows(harm: Harm, again: Path, expected: dict[str, str], count: Count) -> None:
+def test_sampled_rows(
+    harm: Harm, again: Path, expected: dict[str, str], injected: Injected
+) -> None:
     """Made again where they cannot be read; other rows than the stage began with are refused."""
     (path,) = (again / "run" / "rpo").glob("generated-*.jsonl")
     harm(path, drawn(harm, "rows"))
@@ -167,14 +172,14 @@ def test_sampled_rows(harm: Harm, again: Path, expected: dict[str, str], count: 
         assert checkpoint.last_complete(again / "run" / "rpo") is not None
     else:
         assert tiny.weights(again / "run") == expected
-    count(f"{harm.__name__} in the sampled rows", "stopped" if refusal else "survived")
+    injected(f"{harm.__name__} in the sampled rows", "stopped" if refusal else "survived")
 
 
 # --- what the run says of itself ---
 
 
 @harms
-def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], count: Count) -> None:
+def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], injected: Injected) -> None:
     """What has been computed stands in it and nowhere else: the run stops, its checkpoints untouched."""
     path = again / "run" / "chain.json"
     content = path.read_bytes()
@@ -183,7 +188,7 @@ def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], count: Co
         tiny.run(again, sampled_rpo())
     assert error.value.where and error.value.why and error.value.fix
     assert checkpoint.last_complete(again / "run" / "rpo") is not None
-    count(f"{harm.__name__} in chain.json", "stopped")
+    injected(f"{harm.__name__} in chain.json", "stopped")
     path.write_bytes(content)
     assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
 
@@ -193,9 +198,9 @@ def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], count: Co
     "name", ["metrics.jsonl", pytest.param("recipe.yaml", marks=pytest.mark.slow)]
 )
 def test_what_is_only_told(
-    name: str, harm: Harm, again: Path, expected: dict[str, str], count: Count
+    name: str, harm: Harm, again: Path, expected: dict[str, str], injected: Injected
 ) -> None:
     harm(again / "run" / name, drawn(harm, name))
     assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
     tiny.metrics(again / "run")  # every line that is left can be read
-    count(f"{harm.__name__} in {name}", "survived")
+    injected(f"{harm.__name__} in {name}", "survived")

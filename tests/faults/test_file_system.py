@@ -18,7 +18,8 @@ from rpo_trainer.errors import RunError
 from rpo_trainer.trainers import checkpoint
 from tests.chain import tiny
 from tests.chain.killer import at
-from tests.faults.conftest import Count, sampled_rpo
+from tests.conftest import Injected
+from tests.faults.conftest import sampled_rpo
 
 FULL, RIGHTS = errno.ENOSPC, errno.EACCES
 # What the libraries make of the system's answer.
@@ -89,18 +90,22 @@ ALL = [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in POIN
 
 
 @pytest.mark.parametrize("point", ALL)
-def test_a_full_disk(point: str, tmp_path: Path, expected: dict[str, str], count: Count) -> None:
+def test_a_full_disk(
+    point: str, tmp_path: Path, expected: dict[str, str], injected: Injected
+) -> None:
     error = OSError(FULL, os.strerror(FULL), "file")
     stops_and_goes_on(tmp_path, point, error, os.strerror(FULL), expected)
-    count(f"ENOSPC at {point}", "survived")
+    injected(f"ENOSPC at {point}", "survived")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
-def test_no_rights(point: str, tmp_path: Path, expected: dict[str, str], count: Count) -> None:
+def test_no_rights(
+    point: str, tmp_path: Path, expected: dict[str, str], injected: Injected
+) -> None:
     error = PermissionError(RIGHTS, os.strerror(RIGHTS), "file")
     stops_and_goes_on(tmp_path, point, error, os.strerror(RIGHTS), expected)
-    count(f"EACCES at {point}", "survived")
+    injected(f"EACCES at {point}", "survived")
 
 
 @pytest.mark.parametrize(
@@ -109,15 +114,15 @@ def test_no_rights(point: str, tmp_path: Path, expected: dict[str, str], count: 
     ids=["safetensors", "torch"],
 )
 def test_what_the_libraries_say_of_it(
-    error: Exception, said: str, tmp_path: Path, expected: dict[str, str], count: Count
+    error: Exception, said: str, tmp_path: Path, expected: dict[str, str], injected: Injected
 ) -> None:
     point = "file:rpo/.staging/checkpoint-2/optimizer.pt"
     stops_and_goes_on(tmp_path, point, error, said, expected)
-    count(f"{type(error).__name__} at {point}", "survived")
+    injected(f"{type(error).__name__} at {point}", "survived")
 
 
 def test_a_limit_of_the_kernel_itself(
-    tmp_path: Path, expected: dict[str, str], count: Count
+    tmp_path: Path, expected: dict[str, str], injected: Injected
 ) -> None:
     """Nothing is simulated: files may not grow beyond 40 KiB, and the weights are more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -130,7 +135,7 @@ def test_a_limit_of_the_kernel_itself(
     assert os.strerror(errno.EFBIG) in error.value.what or "to its end" in error.value.what
     assert checkpoint.checkpoints(tmp_path / "run" / "rpo") == []
     assert tiny.weights(tiny.run(tmp_path, sampled_rpo())) == expected
-    count("EFBIG, of the kernel, at the first checkpoint", "survived")
+    injected("EFBIG, of the kernel, at the first checkpoint", "survived")
 
 
 def test_another_error_is_not_taken_for_one_of_the_disk(tmp_path: Path) -> None:

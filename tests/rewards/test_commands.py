@@ -15,6 +15,7 @@ import pytest
 
 from rpo_trainer.cli import main
 from rpo_trainer.quickstart import character_tokenizer
+from tests.conftest import Injected
 from tests.rewards.policies import llama
 from tests.rewards.server import Answer, refused, serving
 from tests.rewards.test_judge import by_length
@@ -417,7 +418,7 @@ def test_rows_that_have_responses_are_not_overwritten(
 
 @pytest.mark.slow
 def test_generate_killed_at_any_moment_and_started_again(
-    tmp_path: Path, policies: list[Path]
+    tmp_path: Path, policies: list[Path], injected: Injected
 ) -> None:
     rows = [{"id": str(i), "prompt": f"say {i}: "} for i in range(40)]
     data = write(tmp_path / "p.jsonl", rows)
@@ -425,11 +426,12 @@ def test_generate_killed_at_any_moment_and_started_again(
         sys.executable, "-m", "rpo_trainer", "generate", data, "--policy", str(policies[0]),
         "--policy", str(policies[1]), "--max-new-tokens", "20", "--batch-size", "8",
     ]  # fmt: skip
-    assert_killed_is_whole(command, tmp_path)
+    kills = assert_killed_is_whole(command, tmp_path)
+    injected(f"SIGKILL of generate, {kills} times", "survived")
 
 
 @pytest.mark.slow
-def test_score_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
+def test_score_killed_at_any_moment_and_started_again(tmp_path: Path, injected: Injected) -> None:
     rows = [
         {
             "id": str(i),
@@ -442,11 +444,16 @@ def test_score_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
         sys.executable, "-m", "rpo_trainer", "score", write(tmp_path / "s.jsonl", rows),
         "--model", str(save_model(tmp_path / "rm")), "--batch-tokens", "60",
     ]  # fmt: skip
-    assert_killed_is_whole(command, tmp_path)
+    kills = assert_killed_is_whole(command, tmp_path)
+    injected(f"SIGKILL of score, {kills} times", "survived")
 
 
-def assert_killed_is_whole(command: list[str], folder: Path) -> None:
-    """A command that is killed and started again until it is done writes what it would have written."""
+def assert_killed_is_whole(command: list[str], folder: Path) -> int:
+    """A command that is killed and started again until it is done writes what it would have written.
+
+    Returns:
+        How often it was killed.
+    """
     whole, out = folder / "whole.jsonl", folder / "out.jsonl"
     subprocess.run([*command, "-o", str(whole)], check=True)
     kills, partial = 0, folder / "out.jsonl.partial"
@@ -466,6 +473,7 @@ def assert_killed_is_whole(command: list[str], folder: Path) -> None:
             break
     assert kills >= 2
     assert out.read_bytes() == whole.read_bytes()
+    return kills
 
 
 # ---------------------------------------------------------------- pairs, calibrate, audit
@@ -511,7 +519,7 @@ def test_sampled_responses_are_not_taken_for_ranked_ones(
     rows = [{"prompt": "p", "responses": ["a", "b"], "sampling": {"responses": 2}}]
     command = ("pairs", write(tmp_path / "r.jsonl", rows), "-o", tmp_path / "o.jsonl")
     assert run(*command) == 3
-    assert "score them first" in capsys.readouterr().err
+    assert "score them (" in capsys.readouterr().err
     assert run(*command, "--format", "ranked") == 0
 
 

@@ -27,6 +27,7 @@ from rpo_trainer.rewards.rowfile import (
     read_rows,
     unfinished,
 )
+from tests.conftest import Injected
 
 ROWS = [{"id": f"r{i}", "text": "x\u2028" * i} for i in range(12)]
 EXPECTED = [{**row, "n": i} for i, row in enumerate(ROWS)]
@@ -266,7 +267,7 @@ complete_rows(Path(sys.argv[1]), rows, one_by_one(make, 4), key="k", what="made"
 """
 
 
-def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
+def test_killed_at_any_moment_and_started_again(tmp_path: Path, injected: Injected) -> None:
     whole, path = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     command = [sys.executable, "-c", SLOW]
     subprocess.run([*command, str(whole)], check=True)
@@ -287,6 +288,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
     assert kills >= 2
     assert path.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+    injected(f"SIGKILL while rows are made, {kills} times", "survived")
 
 
 def _size(path: Path) -> int:

@@ -70,7 +70,9 @@ class Watch(TrainerCallback):
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", ["sft", "dpo", "rpo"])
-def test_a_step_left_out_moves_nothing_and_the_next_ones_go_on(how, kind, trainer_of, caplog):
+def test_a_step_left_out_moves_nothing_and_the_next_ones_go_on(
+    how, kind, trainer_of, caplog, injected
+):
     trainer = trainer_of(kind, {2: how})
     watch = Watch(trainer)
     trainer.add_callback(watch)
@@ -89,6 +91,7 @@ def test_a_step_left_out_moves_nothing_and_the_next_ones_go_on(how, kind, traine
     assert (skipped["step"], skipped["what"], len(skipped["rows"])) == (3, how, 4)
     assert f"the {how} is not finite at step 3: the step is left out, 1 of 3 (rows" in caplog.text
     assert skipped["rows"][0] in caplog.text
+    injected(f"{kind}, a {how} is not finite under skip(3)", "survived")
 
 
 def test_the_data_goes_on_and_so_does_the_schedule(trainer_of):

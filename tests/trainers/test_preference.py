@@ -290,7 +290,9 @@ def test_a_model_without_a_tokenizer_is_refused(start, make_config):
 
 
 @pytest.mark.parametrize("kind", ["reward", "infinite weight"])
-def test_a_loss_that_is_not_finite_stops_before_the_update(kind, start, other, make_trainer):
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    kind, start, other, make_trainer, injected
+):
     rows = rows_of("rpo", PAIRS)
     model = copy.deepcopy(start)
     if kind == "reward":
@@ -311,9 +313,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(kind, start, other, m
     assert caught.value.where == "rows row-5"
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    injected(f"RPO, the loss is not finite: {kind}", "stopped")
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(start, make_trainer):
+def test_a_gradient_that_is_not_finite_stops_before_the_update(start, make_trainer, injected):
     model = copy.deepcopy(start)
     model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
     before = copy.deepcopy(model)
@@ -323,3 +326,4 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(start, make_train
     with pytest.raises(NonFiniteError, match="the gradient is not finite at step 1"):
         trainer.train()
     assert_bitwise_equal(model, before)
+    injected("DPO, the gradient is not finite", "stopped")

@@ -134,7 +134,7 @@ def test_another_trainers_config_is_refused(start, make_config, tokenizer):
         SFTTrainer(copy.deepcopy(start), args=make_config("dpo"), processing_class=tokenizer)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(start, make_trainer):
+def test_a_loss_that_is_not_finite_stops_before_the_update(start, make_trainer, injected):
     rows = make_sft_rows(6)
     rows[4]["prompt_ids"][0] = 2  # a token that only this row has
     model = copy.deepcopy(start)
@@ -147,6 +147,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, make_trainer):
     assert caught.value.exit_code == 4
     assert len(caught.value.where.split(",")) == 2  # the rows of one micro-batch, no others
     assert_bitwise_equal(model, before)
+    injected("SFT, the loss is not finite", "stopped")
 
 
 def test_messages_train_every_assistant_turn(make_trainer):
