@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from rpo_trainer.report.collect import Curve, RunRecord, StageRecord
 from rpo_trainer.report.findings import Finding, Level
 from rpo_trainer.report.likelihood import judge_likelihood
-from rpo_trainer.report.values import short, signed
+from rpo_trainer.report.outcome import judge_outcome, whole_change
+from rpo_trainer.report.values import short
 
 # More than this share of sampled responses without an end makes their rewards doubtful.
 MANY_CUT = 0.05
@@ -82,9 +83,7 @@ def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
         )
     if stage.is_preference:
         yield from _step_zero(stage)
-        yield from _outcome(run, stage)
-        yield from _decline(run, stage)
-        yield from _wins(stage)
+        yield from judge_outcome(run, stage)
         yield from _gap(stage)
         yield from judge_likelihood(stage)
         yield from _saturation(stage)
@@ -187,76 +186,6 @@ def _step_zero(stage: StageRecord) -> Iterator[Finding]:
             "Look for a wrong reference, a stale reference cache, dropout left on, or another "
             "chat template.",
         )
-
-
-def _outcome(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
-    """The held-out figure against that of the stage which seeded this one."""
-    main, parent = stage.scores.main(), run.parent(stage)
-    before = parent.scores.main() if parent is not None else None
-    if main is None or before is None or parent is None or main[0] != before[0]:
-        return
-    name, after = main
-    change = after.value - before[1].value
-    values = f"from {short(before[1].value)} to {short(after.value)}"
-    text = f"{name.capitalize()} {{}} {values} ({signed(change)} on {parent.name})."
-    if after.overlaps(before[1]):
-        yield Finding(
-            stage.name,
-            "info",
-            f"{text.format('went')} {_NOISE}",
-            "More held-out prompts would tell.",
-        )
-    elif change > 0:
-        yield Finding(stage.name, "good", text.format("rose"))
-    else:
-        yield Finding(
-            stage.name,
-            "bad",
-            text.format("fell"),
-            "Raise β or lower the learning rate; sample the responses from the policy that seeds "
-            "the stage.",
-        )
-
-
-def _decline(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
-    """Small falls that may each be noise, one behind the other, are none."""
-    line = [stage]
-    while (parent := run.parent(line[0])) is not None and parent.scores.main() is not None:
-        line.insert(0, parent)
-    found = [main for each in line if (main := each.scores.main()) is not None]
-    values = [measure.value for name, measure in found if name == found[-1][0]]
-    falls = 0
-    while falls + 1 < len(values) and values[-1 - falls] < values[-2 - falls]:
-        falls += 1
-    is_last = not any(run.parent(other) is stage and other.scores.main() for other in run.stages)
-    if falls < 2 or not is_last:
-        return
-    shown = ", ".join(short(value) for value in values[-1 - falls :])
-    yield Finding(
-        stage.name,
-        "warn",
-        f"{found[-1][0].capitalize()} has fallen in each of the last {falls} stages: {shown}.",
-        f"Take the output of {line[-1 - falls].name}. Where a reward model gives the rewards of the "
-        "training rows, train it anew on what the policy says now; else raise β or lower the "
-        "learning rate.",
-    )
-
-
-def _wins(stage: StageRecord) -> Iterator[Finding]:
-    """Against a baseline that most likely is no better: the interval should lie above one half."""
-    wins = stage.scores.win_rate
-    if wins is None or wins.low is None or wins.high is None:
-        return
-    text = (
-        f"Its responses win {wins.value:.0%} of the time against {stage.scores.baseline} "
-        f"({wins.low:.0%} to {wins.high:.0%})."
-    )
-    if wins.low > 0.5:
-        yield Finding(stage.name, "good", text)
-    elif wins.high < 0.5:
-        yield Finding(stage.name, "bad", text, "Raise β or lower the learning rate.")
-    else:
-        yield Finding(stage.name, "info", f"{text} That may be noise.")
 
 
 def _gap(stage: StageRecord) -> Iterator[Finding]:
@@ -365,9 +294,6 @@ def _hub(stage: StageRecord) -> Iterator[Finding]:
         yield Finding(stage.name, "info", f"The output is on the hub: {repo}.")
 
 
-_NOISE = "The intervals overlap: it may be noise."
-
-
 def _headline(run: RunRecord) -> str:
     done = sum(stage.state == "done" for stage in run.stages)
     if not run.stages:
@@ -378,30 +304,4 @@ def _headline(run: RunRecord) -> str:
         if run.finished
         else f"The chain is not finished: {done} of {len(run.stages)} stage{plural} done."
     )
-    return text + _whole_change(run)
-
-
-def _whole_change(run: RunRecord) -> str:
-    """The main figure after the last stage, against the seed of the first preference stage."""
-    first = next((stage for stage in run.stages if stage.is_preference), None)
-    base = run.parent(first) if first is not None else None
-    scored = [stage for stage in run.stages if stage.is_preference and stage.scores.main()]
-    start, end = base.scores.main() if base else None, scored[-1].scores.main() if scored else None
-    if base is None or start is None or end is None or start[0] != end[0]:
-        return ""
-    change = end[1].value - start[1].value
-    noise = end[1].overlaps(start[1])
-    moved = "went" if noise or not change else "rose" if change > 0 else "fell"
-    best = max(scored, key=lambda stage: _main_value(stage, end[0]))
-    better = _main_value(best, end[0]) > end[1].value
-    return (
-        f" {start[0].capitalize()} {moved} from {short(start[1].value)} after {base.name} "
-        f"to {short(end[1].value)} after {scored[-1].name} ({signed(change)})."
-        + (f" {_NOISE}" if noise else "")
-        + (f" It was best after {best.name}: {short(_main_value(best, end[0]))}." * better)
-    )
-
-
-def _main_value(stage: StageRecord, name: str) -> float:
-    main = stage.scores.main()
-    return main[1].value if main is not None and main[0] == name else -math.inf
+    return text + whole_change(run)

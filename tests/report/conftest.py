@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.report.collect import RunRecord
+from rpo_trainer.report.findings import Finding
+from rpo_trainer.report.verdict import judge
+
 Stage = dict[str, Any]
 
 RECIPE = """\
@@ -144,3 +148,10 @@ def make_evaluation() -> Callable[..., Stage]:
 @pytest.fixture
 def make_preference_rows() -> Callable[..., list[Stage]]:
     return preference_rows
+
+
+def about(run: RunRecord, stage: str, words: str) -> Finding:
+    """The one finding of a stage that has these words."""
+    found = [finding for finding in judge(run).of_stage(stage) if words in finding.text]
+    assert len(found) == 1, [finding.text for finding in judge(run).of_stage(stage)]
+    return found[0]

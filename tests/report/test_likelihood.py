@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rpo_trainer.report.collect import collect_run
+from rpo_trainer.report.verdict import judge
+from tests.report.conftest import about
+
+Make = Callable[..., Any]
+
+
+def test_likelihood_decline_is_called_out_with_what_to_change(
+    make_run: Make, make_preference_rows: Make
+) -> None:
+    rows = make_preference_rows("dpo", delta=-8.0, rejected=-12.0)
+    run = collect_run(make_run(metrics=rows))
+    finding = about(run, "dpo", "Likelihood decline")
+    # The last tenth of 40 steps: parts 37/40 to 40/40, on average 0.9625 of the way.
+    assert "fell by 7.70 nats per response (38% of its size)" in finding.text
+    assert "it fell in 75% of the examples" in finding.text
+    assert "Rejected ones fell by 11.55" in finding.text
+    assert finding.level == "warn"
+    assert finding.advice is not None
+    assert finding.advice.startswith("Set sft_loss_weight above 0 (it is 0)")
+    assert "raise β (it is 0.5)" in finding.advice
+    assert judge(run).level == "warn"
+
+
+def test_a_weight_that_is_set_should_be_raised(make_run: Make, make_preference_rows: Make) -> None:
+    rows = make_preference_rows("rpo-1", delta=-8.0, rejected=-12.0, beta=0.25)
+    advice = about(collect_run(make_run(metrics=rows)), "rpo-1", "Likelihood decline").advice
+    assert advice is not None
+    assert "raise sft_loss_weight (it is 0.005" in advice.lower()
+
+
+def test_a_small_fall_is_no_warning(make_run: Make, make_preference_rows: Make) -> None:
+    run = collect_run(make_run(metrics=make_preference_rows("dpo", delta=-0.3)))
+    assert about(run, "dpo", "hardly fell").level == "good"
+
+
+def test_chosen_delta_comes_from_the_implicit_reward_where_it_was_not_logged(
+    make_run: Make, make_preference_rows: Make
+) -> None:
+    rows = make_preference_rows("dpo", delta=-8.0, beta=0.5)
+    for row in rows:
+        del row["logps/chosen_delta"]
+    assert "7.70 nats" in about(collect_run(make_run(metrics=rows)), "dpo", "Likelihood").text
