@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rpo_trainer.report.collect import RunRecord, StageRecord, collect_run
+from rpo_trainer.report.likelihood import chosen_delta
 from rpo_trainer.report.scores import EvalScores, Measure
 from rpo_trainer.report.values import duration, short, size
 
@@ -48,7 +49,7 @@ def comparison(run: RunRecord) -> list[Column]:
     """The columns that at least one stage has something for, in reading order."""
     stages = run.stages
     scores = [stage.scores for stage in stages]
-    columns = [
+    measured = [
         _measures("exact match, greedy", "exact\ngreedy", [x.exact_greedy for x in scores], 3),
         _measures("exact match, sampled", "exact\nsampled", [x.exact_sampled for x in scores], 3),
         _measures("mean reward, greedy", "reward\ngreedy", [x.reward_greedy for x in scores], 2),
@@ -71,13 +72,21 @@ def comparison(run: RunRecord) -> list[Column]:
             ],
             3,
         ),
+    ]
+    measured = [column for column in measured if _has_something(column)]
+    columns = [
+        *(measured or _of_training(stages)),
         Column("step-0 check", "step-0\ncheck", [Cell(_step_zero(stage)) for stage in stages]),
         Column("examples", None, [Cell(_whole(stage.examples)) for stage in stages]),
         Column("steps", None, [Cell(_whole(stage.steps)) for stage in stages]),
         Column("time", "time", [Cell(_time(stage)) for stage in stages]),
         Column("peak memory", "memory", [Cell(size(x.peak_memory_bytes)) for x in stages]),
     ]
-    return [column for column in columns if any(cell.text != "–" for cell in column.cells)]
+    return [column for column in columns if _has_something(column)]
+
+
+def _has_something(column: Column) -> bool:
+    return any(cell.text != "–" for cell in column.cells)
 
 
 def status_view(run_dir: Path) -> Group:
@@ -204,7 +213,25 @@ def _nll(stages: Sequence[StageRecord]) -> Column:
     if not any(measured):
         curves = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
         measured = [Measure(curve.values[-1]) if curve else None for curve in curves]
-    return _measures("held-out NLL, own data", "NLL", measured, 3, best=None)
+    return _measures("held-out NLL, own data", "own\nNLL", measured, 3, best=None)
+
+
+def _of_training(stages: Sequence[StageRecord]) -> list[Column]:
+    """Where nothing was held out: how training ended, on its own rows, so that no stage is the best."""
+    curves = [
+        ("training loss, at the end", "loss", [stage.curve("loss") for stage in stages]),
+        ("implicit gap, at the end", "gap", [stage.curve("rewards/margins") for stage in stages]),
+        (
+            "preferred in training, at the end",
+            "chosen\npreferred",
+            [stage.curve("rewards/accuracies") for stage in stages],
+        ),
+        ("log-prob of chosen, change", "Δchosen,\nnats", [chosen_delta(x) for x in stages]),
+    ]
+    return [
+        _measures(head, brief, [Measure(c.end()) if c else None for c in found], 3, best=None)
+        for head, brief, found in curves
+    ]
 
 
 def _step_zero(stage: StageRecord) -> str:

@@ -54,6 +54,30 @@ def test_empty_columns_are_left_out_and_states_shown(make_run: Make, make_stage:
     assert "running" in printed(run_dir)
 
 
+def test_where_nothing_was_held_out_the_table_says_how_training_ended(
+    make_run: Make, make_stage: Make, make_preference_rows: Make
+) -> None:
+    stages = [make_stage("sft", "sft", eval={}), make_stage("dpo", "dpo", eval={})]
+    losses = [{"stage": "sft", "step": step, "loss": 2.0 / step} for step in range(1, 11)]
+    metrics = [*losses, *make_preference_rows("dpo", delta=-4.0)]
+    run_dir = make_run(stages=stages, metrics=metrics)
+    columns = {
+        column.head: [cell.text for cell in column.cells]
+        for column in comparison(collect_run(run_dir))
+    }
+    assert columns["training loss, at the end"][0] == "0.200"
+    assert columns["implicit gap, at the end"][0] == "–"
+    # The last tenth of 40 steps: on average 0.9625 of the way.
+    assert columns["log-prob of chosen, change"] == ["–", "−3.850"]
+    text = printed(run_dir)
+    assert "Δchosen" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_where_something_was_held_out_training_is_left_to_its_curves(make_run: Make) -> None:
+    heads = [column.head for column in comparison(collect_run(make_run()))]
+    assert heads and not [head for head in heads if head.endswith("at the end")]
+
+
 def test_an_unfinished_chain_fits_80_columns_too(
     make_run: Make, make_stage: Make, make_evaluation: Make
 ) -> None:
