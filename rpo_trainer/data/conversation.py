@@ -25,7 +25,7 @@ def sharegpt_messages(raw: Mapping[str, Any]) -> list[Message]:
     """The conversation of a row in ShareGPT's columns, with its `system` in front."""
     messages = to_messages(raw["conversations"], "`conversations`")
     system = raw.get("system")
-    if system and messages[0]["role"] != "system":
+    if system not in (None, "") and messages[0]["role"] != "system":
         return [{"role": "system", "content": check_text(system, "`system`")}, *messages]
     return messages
 
@@ -33,15 +33,17 @@ def sharegpt_messages(raw: Mapping[str, Any]) -> list[Message]:
 def alpaca_messages(raw: Mapping[str, Any]) -> list[Message]:
     """System, history and the question of a row in alpaca's columns; not the answer."""
     messages: list[Message] = []
-    if raw.get("system"):
+    if raw.get("system") not in (None, ""):
         messages.append({"role": "system", "content": check_text(raw["system"], "`system`")})
-    for turn in raw.get("history") or ():
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise RowError("`history` is not a list of [question, answer]")
+    history = [] if raw.get("history") is None else raw["history"]
+    pairs = isinstance(history, list) and all(isinstance(t, list) and len(t) == 2 for t in history)
+    if not pairs:
+        raise RowError("`history` is not a list of [question, answer]")
+    for turn in history:
         for role, content in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": check_text(content, "`history`")})
     question = check_text(raw["instruction"], "`instruction`")
-    if raw.get("input"):
+    if raw.get("input") not in (None, ""):
         question += "\n\n" + check_text(raw["input"], "`input`")
     return [*messages, {"role": "user", "content": question}]
 

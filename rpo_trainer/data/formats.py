@@ -183,10 +183,10 @@ def _responses(raw: Raw) -> Row:
 
 
 def _scored_responses(raw: Raw) -> Row:
-    rewards = raw["rewards"]
-    if not isinstance(rewards, list) or len(rewards) != len(raw["responses"]):
+    row, rewards = _responses(raw), raw["rewards"]
+    if not isinstance(rewards, list) or len(rewards) != len(row["responses"]):
         raise RowError("`rewards` is not a list with one reward a response")
-    return {**_responses(raw), "rewards": list(rewards)}
+    return {**row, "rewards": list(rewards)}
 
 
 def _ranked(raw: Raw) -> Row:

@@ -1,0 +1,101 @@
+"""A row with anything in any place is taken or refused by name; it never breaks the program."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.formats import FORMATS, PROMPT_FORMATS, Format
+from rpo_trainer.data.sources import RawSource
+from rpo_trainer.errors import DataError
+from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
+from tests.data.test_adapters import PAIRS, SFT, A, Q
+
+RATED = {"prompt": "p", "response": "r"}
+OTHERS: dict[str, dict[str, Any]] = {
+    "helpsteer2_pairs": {**RATED, "helpfulness": 3},
+    "margin": {"prompt": "p", "chosen": "x", "rejected": "y", "margin": 1.5},
+    "attributes": {**RATED, "attributes": {"helpfulness": 3, "verbosity": None}},
+    "helpsteer2": {**RATED, **dict.fromkeys(HELPSTEER_ATTRIBUTES, 3)},
+    "score": {**RATED, "score": 0.5},
+}
+ROWS = [
+    *((FORMATS[case.split(",")[0].split()[0]], case, row) for case, (row, _) in SFT.items()),
+    *((FORMATS[case.split(",")[0].split()[0]], case, row) for case, (row, _) in PAIRS.items()),
+    *((FORMATS[name], name, row) for name, row in OTHERS.items()),
+    (PROMPT_FORMATS["prompt"], "prompt", {"prompt": [Q], "ground_truth": "a"}),
+    (PROMPT_FORMATS["messages"], "messages, as prompt", {"messages": [Q, A]}),
+]
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=4,
+)
+# What a file is likely to have in the wrong place.
+LIKELY = st.sampled_from(
+    ["", " ", "x", "user", [], {}, [[]], [None], ["x"], 0, -1, 4.5, float("nan"), 10**400, [Q], [A]]
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to every value within."""
+    inner: Any = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    for key, below in inner:
+        yield (*path, key)
+        yield from places(below, (*path, key))
+
+
+def spoiled(row: dict[str, Any], path: tuple[Any, ...], value: Any, remove: bool) -> dict[str, Any]:
+    new = copy.deepcopy(row)
+    owner: Any = new
+    for key in path[:-1]:
+        owner = owner[key]
+    if remove:
+        del owner[path[-1]]
+    else:
+        owner[path[-1]] = value
+    return new
+
+
+@pytest.mark.parametrize(("format", "case", "row"), ROWS, ids=[case for _, case, _ in ROWS])
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_row_with_anything_in_any_place(
+    format: Format, case: str, row: dict[str, Any], data: st.DataObject
+) -> None:
+    path = data.draw(st.sampled_from(list(places(row))))
+    bad = spoiled(row, path, data.draw(LIKELY | ANYTHING), data.draw(st.integers(0, 5)) == 0)
+    # A good row before it has all the columns, so that the format stays the one that is meant.
+    raw = RawSource("src", [copy.deepcopy(row), bad], [1, 2], "file.jsonl")
+    table = PROMPT_FORMATS if format.kind == "prompt" else FORMATS
+    name = next(name for name, known in table.items() if known is format)
+    try:
+        found = adapt(raw, kind=format.kind, format=name, audit=Audit())
+    except DataError as error:
+        refusal = str(error)
+    else:
+        refusal = "src:2"
+        json.dumps(found)
+    assert re.search("src:[12]", refusal)  # rows that are joined have the id of the first
+
+
+def test_every_format_is_spoiled() -> None:
+    assert {id(format) for format, _, _ in ROWS} >= {id(format) for format in FORMATS.values()}
