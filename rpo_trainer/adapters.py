@@ -272,6 +272,7 @@ def base_of(folder: Path) -> str:
         raise ModelError(
             "the adapter does not say what it is an adapter of",
             where=str(folder / CONFIG),
+            why="it is a change of one model's weights, and says nothing sensible on another's",
             fix="write the model's directory or hub name there as base_model_name_or_path",
         )
     local = folder / Path(name).expanduser()
@@ -292,8 +293,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(
-            f"the adapter cannot be loaded: {str(error).strip().splitlines()[0]}",
+            "the adapter cannot be loaded",
             where=str(folder),
+            why=next(iter(str(error).strip().splitlines()), type(error).__name__),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
         ) from error
     return model  # type: ignore[no-any-return]
@@ -312,6 +314,7 @@ def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
             raise RecipeError(
                 f"the adapter goes on here, with {name} {saved[name]}, not {value}",
                 where=str(folder),
+                why="its weights were learnt with the settings that it began with",
                 fix=f"write {name}: {saved[name]}, or merge the adapter first",
             )
 
@@ -333,7 +336,8 @@ def merged(model: Any) -> PreTrainedModel:
         plain: Any = model.merge_and_unload()
     except (AttributeError, ValueError, NotImplementedError, TypeError) as error:
         raise ModelError(
-            f"the adapter cannot be merged: {error}",
+            "the adapter cannot be merged",
+            why=str(error),
             fix="write `between_stages: keep` without `merge`, or take a method that can be merged",
         ) from error
     if tied:

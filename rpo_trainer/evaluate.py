@@ -120,7 +120,10 @@ def respond(
     """
     if not rows:
         raise DataError(
-            "there are no rows to evaluate on", where="eval.data", fix="give sources with rows"
+            "there are no rows to evaluate on",
+            where="eval.data",
+            why="an evaluation is a mean over responses, and over none there is no mean",
+            fix="give sources with rows",
         )
     prompts = [row["prompt"] for row in rows]
     common: dict[str, Any] = {

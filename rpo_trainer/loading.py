@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -123,10 +124,12 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
 
 
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
-    """The configuration alone: of the recipe's model, or of the directory `source`."""
+    """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
         return _configuration({"vocab_size": vocabulary, **spec.from_config})
-    name = source if source is not None else spec.name_or_path
+    name = spec.name_or_path
+    if source is not None:
+        name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
     assert name is not None  # the schema
     return _load(AutoConfig, name, base_dir, spec, what="model's configuration")
 
@@ -370,12 +373,33 @@ def _load(
             why=NEEDED,
             fix="give a directory with the model's files (safetensors), or a hub name",
         )
+    revision = spec.revision or "main"
+    known = local.exists() or _hub_answers(name, revision)
     try:
         return factory.from_pretrained(
             where,
-            revision=spec.revision or "main",
+            revision=revision,
             trust_remote_code=spec.trust_remote_code,
+            local_files_only=not known,
             **settings,
         )
     except _LOADING_ERRORS as error:
-        raise _not_loaded(what, error, f"model: {name}") from error
+        failed = _not_loaded(what, error, f"model: {name}")
+        if known:
+            raise failed from error
+        fix = (
+            f"give a directory with the model's files (safetensors); or try again with a network, or run "
+            f"`hf download {name}` where there is one: its cache is read without"
+        )
+        raise ModelError(failed.what, where=failed.where, why=failed.why, fix=fix) from error
+
+
+def _hub_answers(name: str, revision: str) -> bool:
+    """Whether the hub can be asked; transformers would try for 45 s before it reads its cache alone."""
+    try:
+        HfApi().file_exists(name, "config.json", revision=revision)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # an answer, which transformers has the words for
+    except Exception:  # no network, in the words of whichever client the hub's library has
+        return False
+    return True

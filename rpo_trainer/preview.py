@@ -10,8 +10,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rpo_trainer.chain.data import needs_policy, rows_by_stage, stage_seed, tokenize_stage
-from rpo_trainer.chain.made import load_prompts
-from rpo_trainer.data import Audit, encode_prompt
+from rpo_trainer.chain.made import load_prompts, prompt_ids
+from rpo_trainer.chain.places import placed
+from rpo_trainer.data import Audit
 from rpo_trainer.data.audit import DROPS
 from rpo_trainer.data.rows import row_texts
 from rpo_trainer.errors import DataError, RecipeError
@@ -45,18 +46,21 @@ def preview(
         RecipeError: no such stage.
         DataError, ModelError, Problems: of its data or tokenizer.
     """
-    shown = _Preview(loaded, colours)
+    with placed(loaded.origins):
+        shown = _Preview(loaded, colours)
     names = [each.name for each in shown.stages]
     if stage is not None and stage not in names:
         raise RecipeError(
             f"there is no stage {stage!r}",
             where=str(loaded.path),
+            why="it is not taken for another; the rounds of a repeated stage have numbers (rpo-1, rpo-2)",
             fix=f"one of: {', '.join(names)}",
         )
     yield shown.legend()
     for each in shown.stages:
         if stage in (None, each.name):
-            yield from shown.stage(each, count)
+            with placed(loaded.origins, f"stages.{each.name}"):
+                yield from shown.stage(each, count)
 
 
 class _Preview:
@@ -100,7 +104,7 @@ class _Preview:
                 yield from self._example(stage, row, note)
 
     def _prompt(self, row: Row, note: str) -> Iterator[Text]:
-        ids = encode_prompt(self.tokenizer, row["prompt"], row.get("tools"))
+        (ids,) = prompt_ids([row], self.tokenizer)
         yield Text(f"\nrow {row['id']}{note}: prompt of {len(ids):,} tokens", "bold")
         yield self._tokens(ids, [PROMPT] * len(ids))
 

@@ -102,7 +102,12 @@ def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any
     _require_known("task", name, TASKS)
     _require_known("split", split, SPLITS)
     if size < 1:
-        raise RecipeError(f"size is {size}", where=f"task {name}", fix="give at least 1 row")
+        raise RecipeError(
+            f"size is {size}",
+            where=f"task {name}",
+            why="there would be no step to train, and nothing to evaluate",
+            fix="give at least 1 row",
+        )
     rng = Random(f"{name} {split} {seed}")
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -112,6 +117,7 @@ def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any
             raise RecipeError(
                 f"no more than about {len(rows)} different prompts, asked for {size}",
                 where=f"task {name}, split {split}",
+                why="no prompt comes twice, and those of one split never come in another",
                 fix="lower size, and raise num_train_epochs instead",
             )
         operation = rng.choice(_OPERATIONS)
@@ -167,6 +173,8 @@ def _require_known(what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise RecipeError(
             f"unknown {what} '{name}' of the built-in data{nearest(name, known)}",
+            where=what,
+            why="its rows are made when they are asked for, and none are made in place of others",
             fix=f"use one of: {', '.join(known)}",
         )
 

@@ -58,7 +58,12 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
         if weight.numel() and weight.is_meta:
-            raise ModelError(f"weight {name} is not loaded, so the reference cannot be named")
+            raise ModelError(
+                "a weight is on the meta device, without values",
+                where=name,
+                why="reference log-probs are kept under a hash of all weights, to be found again",
+                fix="load the model whole, without offloading (device_map) or init_empty_weights",
+            )
         with whole(weight) as tensor:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.contiguous().reshape(-1).view(torch.uint8).cpu()

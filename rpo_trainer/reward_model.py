@@ -73,6 +73,7 @@ def _names_of(classifier: Any, attributes: Sequence[str] | None) -> tuple[str, .
         raise ModelError(
             f"the reward model scores {', '.join(own)}, asked for are {', '.join(attributes)}",
             where="attributes",
+            why="each head was trained for one attribute: under another name it gets another's weight",
             fix="name its attributes in its order, or start from a language model",
         )
     return tuple(attributes)

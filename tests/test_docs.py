@@ -12,28 +12,10 @@ import torch
 import rpo_trainer
 from rpo_trainer.cli import cli
 from rpo_trainer.recipe import load_recipe
+from tests.documents import DOCUMENTS, ROOT, blocks, name_of, page
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path(rpo_trainer.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def page(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-
-
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
-)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
 
 RECIPES = [
     pytest.param(block, path, id=f"{name_of(path)}-{number}")

@@ -1,4 +1,7 @@
-"""The documents' commands are commands, their names are names, and the first page runs as it stands."""
+"""The documents' commands are ones, their names are names, and the first page runs as it stands.
+
+Those of the other pages are run by test_docs_commands.py, the recipes by test_docs_yaml.py.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,23 @@ from pydantic import BaseModel
 
 from rpo_trainer.cli import cli
 from rpo_trainer.recipe import data_schema, load_recipe, peft_schema, schema
-from tests.test_docs import DOCUMENTS, ROOT, blocks, name_of, page
+from tests.documents import ROOT, SHIPPED, TOLD, blocks, code, commands, name_of, page
 
 
-def commands(text: str) -> Iterator[str]:
-    """Whole lines that call the program, in code blocks of any kind; continued lines joined."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    for line in joined.splitlines():
-        line = re.sub(r"\s+#.*$", "", line.strip().removeprefix("# ").strip())
-        line = re.sub(
-            r"^(accelerate launch|torchrun|deepspeed)\b.*?rpo_trainer ", "rpo-trainer ", line
-        )
-        if re.match(r"rpo-trainer [a-z]+( |$)", line) and "`" not in line:
-            yield line
+def without_launcher(command: str) -> str:
+    """The same for one process."""
+    return re.sub(
+        r"^(accelerate launch|torchrun|deepspeed)\b.*?rpo_trainer ", "rpo-trainer ", command
+    )
 
 
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 COMMANDS = sorted(
     {
-        (name_of(path), command)
-        for path in [*DOCUMENTS, *SHIPPED]
-        for command in commands(path.read_text(encoding="utf-8"))
+        (name_of(path), without_launcher(command))
+        for path in [*TOLD, *SHIPPED]
+        for block in code(path)
+        for command in commands(block)
+        if without_launcher(command).startswith("rpo-trainer ")
     }
 )
 
@@ -54,10 +53,8 @@ def test_a_command_of_a_document_is_one(where: str, command: str) -> None:
 
 
 def test_there_are_commands_to_test() -> None:
-    assert len(COMMANDS) > 15
-    assert {"docs/getting-started.md", "README.md"} <= {where for where, _ in COMMANDS} | {
-        "README.md"
-    }
+    assert len(COMMANDS) > 20
+    assert {"docs/getting-started.md", "docs/rewards.md"} <= {where for where, _ in COMMANDS}
 
 
 def fields() -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM
 
 from rpo_trainer.errors import ModelError
@@ -265,3 +266,36 @@ def test_max_length_beyond_the_context(settings: dict[str, Any], limit: int) -> 
         "  why: the model has never seen positions so far out, if it has them at all\n"
         f"  fix: max_length: {limit}, or less"
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked"),
+    [
+        (True, True), (False, True), (HFValidationError("no name"), True),
+        (ConnectionError("no network"), False), (TimeoutError("too slow"), False),
+    ],
+)  # fmt: skip
+def test_without_a_network_only_the_cache_is_read(
+    answer: bool | Exception, asked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """transformers by itself tries for 45 s, and then reads the cache."""
+
+    def file_exists(self: object, name: str, file: str, *, revision: str) -> bool:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def from_pretrained(name: str, **settings: Any) -> Any:
+        given.append((name, settings["revision"], settings["local_files_only"]))
+        raise OSError("it is not there")
+
+    given: list[tuple[str, str, bool]] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.file_exists", file_exists)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    with pytest.raises(
+        ModelError, match="the tokenizer cannot be loaded: it is not there"
+    ) as error:
+        load_tokenizer(ModelSpec(name_or_path="some/model", revision="v1"), tmp_path)
+    assert given == [("some/model", "v1", not asked)]
+    assert error.value.where == "model: some/model"
+    assert ("hf download some/model" in str(error.value)) == (not asked)

@@ -128,5 +128,6 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             raise StoppedBySignal(
                 f"stopped by {self.received.name}",
+                why="what was finished before it is on disk: checkpoints, sampled rows, outputs of stages",
                 fix="run the same command again: it goes on where it stopped",
             )

@@ -23,10 +23,10 @@ from rpo_trainer.chain.data import (
 )
 from rpo_trainer.chain.disk import check_disk
 from rpo_trainer.chain.harness import check_tasks
-from rpo_trainer.chain.made import load_given, load_prompts
+from rpo_trainer.chain.made import load_given, load_prompts, prompt_ids
+from rpo_trainer.chain.places import each, locate, name_part
 from rpo_trainer.chain.stage import lora_config, training_config
-from rpo_trainer.data import Audit, encode_prompt, load_rows
-from rpo_trainer.data.rows import RowError
+from rpo_trainer.data import Audit, load_rows
 from rpo_trainer.errors import DataError, ModelError, Problems, RecipeError, RPOTrainerError
 from rpo_trainer.loading import (
     check_context,
@@ -141,12 +141,12 @@ class _Check:
         try:
             yield
         except RPOTrainerError as error:
-            for one in error.problems if isinstance(error, Problems) else [error]:
+            for one in each(error):
                 if (text := str(one)) in self.found:
                     continue
                 self.found.add(text)
-                if part is not None and isinstance(one, DataError):
-                    _place(one, part)
+                if part is not None:
+                    name_part(one, part)
                 self.problems.append(one)
 
     def disk(self, only: Collection[str] | None) -> None:
@@ -171,7 +171,7 @@ class _Check:
             )
 
     def _start(self, key: str, source: str, *, reward: bool = False) -> int:
-        """Looks at the model that a source is; the rows of its embeddings, 0 where they are not known."""
+        """Looks at the model that a source is or extends; the rows of its embeddings, 0 where not known."""
         if source in self.rows:
             return self.rows[source]
         if any(source == stage.name for stage in self.stages):
@@ -189,8 +189,13 @@ class _Check:
             where = f"{key}: {folder}"
             config = None if is_adapter(folder) else saved_config(folder, where)
         if local is not None and is_adapter(local):
-            base_of(local)
-            return 0
+            base = base_of(local)
+            where = f"{where}, an adapter of {base}"
+            try:
+                config = load_config(self.recipe.model, self.base_dir, base, 0)
+            except ModelError as error:
+                raise error.at(where) from None
+            local = Path(base) if Path(base).is_dir() else None
         tokens = 0 if self.tokenizer is None else len(self.tokenizer)
         return check_unread(config, local, tokens=tokens, reward=reward, where=where)
 
@@ -231,16 +236,8 @@ class _Check:
             return
         rows = load_prompts(stage.data, self.base_dir, seed=seed, audit=Audit())
         self._scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
-        for row in rows if self.tokenizer is not None else ():
-            try:
-                encode_prompt(self.tokenizer, row["prompt"], row.get("tools"))  # type: ignore[arg-type]
-            except RowError as error:
-                raise DataError(
-                    str(error),
-                    where=f"stages.{stage.name}: row {row['id']}",
-                    why="no response can be sampled to it",
-                    fix="mend the rows, or choose another chat_template: chatml | plain | a path",
-                ) from error
+        if self.tokenizer is not None:
+            prompt_ids(rows, self.tokenizer)
         assert stage.data.generate is not None  # the schema
         policies = [stage.init if p == "init" else p for p in stage.data.generate.policies]
         policies += [endpoint.model for endpoint in stage.data.generate.endpoints]
@@ -302,17 +299,8 @@ def _steps(stage: Stage, examples: int) -> int:
     return int(-(-per_epoch * (stage.num_train_epochs or 1.0) // 1))
 
 
-def _place(error: DataError, part: str) -> None:
-    """Puts the part of the recipe that asks for the data before what the error says of the place."""
-    where = error.where or ""
-    if where.startswith("data."):
-        error.at(f"{part}.{where}")
-    elif not where.startswith(part):
-        key = part if part.endswith("eval") else f"{part}.data"
-        error.at(f"{key}: {where}" if where else key)
-
-
 def _distinct(problems: list[RPOTrainerError], origins: Origins) -> list[RPOTrainerError]:
     """Each with its line; the rounds of a repeated stage find the same faults."""
-    placed = [p if p.where is None else p.at(origins.locate(p.where)) for p in problems]
-    return list({str(problem): problem for problem in placed}.values())
+    for problem in problems:
+        locate(problem, origins)
+    return list({str(problem): problem for problem in problems}.values())

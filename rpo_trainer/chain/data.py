@@ -22,7 +22,6 @@ from rpo_trainer.data import (
     rating_targets,
     tokenize_rows,
 )
-from rpo_trainer.data.rows import unscored_samples
 from rpo_trainer.errors import DataError
 from rpo_trainer.files import file_digest
 from rpo_trainer.recipe import (
@@ -287,7 +286,7 @@ def _given(stage: Stage, base_dir: Path, seed: int, audit: Audit) -> list[dict[s
         if not _scored_here(data.score) or data.score.verifier is None:
             return [{**row, "rewards": None} for row in rows]
         return score_rows(rows, get_verifier(data.score.verifier))
-    rows = load_rows(
+    return load_rows(
         data.train,
         kind="pair",
         base_dir=base_dir,
@@ -296,13 +295,3 @@ def _given(stage: Stage, base_dir: Path, seed: int, audit: Audit) -> list[dict[s
         audit=audit,
         seed=seed,
     )
-    for name, columns in audit.extra_columns.items():
-        unscored = [row["rewards"] is None for row in rows if row["source"] == name]
-        if "sampling" in columns and unscored and all(unscored) and _formats_are_found(stage):
-            fix = "add `score:` beside `train:`; `format: ranked` where they stand best first"
-            raise unscored_samples(name, fix)
-    return rows
-
-
-def _formats_are_found(stage: Stage) -> bool:
-    return all(source.format is None for source in stage.data.train or ())

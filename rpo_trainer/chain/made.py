@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rpo_trainer.data import Audit, load_rows
-from rpo_trainer.data.rows import Row
+from rpo_trainer.data import Audit, encode_prompt, load_rows
+from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import DataSpec, ScoreSpec, Stage, resolve_path
 from rpo_trainer.rewards.judge import biases
 from rpo_trainer.rewards.rowfile import ALONE, Ranks, complete_rows, content_key, read_rows
@@ -64,11 +65,31 @@ def load_prompts(data: DataSpec, base_dir: Path, *, seed: int, audit: Audit) -> 
     return rows
 
 
+def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each prompt, as a policy gets them.
+
+    Raises:
+        DataError: a prompt that the chat template refuses, or that it cannot be written with.
+    """
+    found = []
+    for row in rows:
+        try:
+            found.append(encode_prompt(tokenizer, row["prompt"], row.get("tools")))
+        except RowError as error:
+            raise DataError(
+                str(error),
+                where=f"row {row['id']}",
+                why="no response can be sampled to it",
+                fix="mend the rows, or choose another chat_template: chatml | plain | a path",
+            ) from error
+    return found
+
+
 def load_given(data: DataSpec, base_dir: Path, *, seed: int, audit: Audit) -> list[Row]:
     """The rows of a stage that scores responses which are there; their own rewards do not count."""
     return load_rows(
         data.train, kind="pair", base_dir=base_dir, dedup=data.dedup,
-        keep=scorer_columns(data.score), audit=audit, seed=seed,
+        keep=scorer_columns(data.score), unscored=True, audit=audit, seed=seed,
     )  # fmt: skip
 
 
@@ -81,6 +102,7 @@ class RowMaker:
         seed: of a stage.
         policy: from a stage and a source (`init`, another stage, `model`, a path) to its policy.
         weights: from such a source to a key of its weights.
+        label: of a stage, in front of what is logged while its rows are made.
         ranks: the processes of the run; all of them call `rows`.
     """
 
@@ -90,6 +112,7 @@ class RowMaker:
     seed: Callable[[Stage], int]
     policy: Callable[[Stage, str], Loaded]
     weights: Callable[[Stage, str], str]
+    label: Callable[[Stage], str]
     ranks: Ranks = ALONE
 
     def rows(self, stage: Stage, audit: Audit) -> list[Row] | None:
@@ -155,15 +178,17 @@ class RowMaker:
         key = content_key([policy.key for policy in policies], rows, seed, prefix)
         path = self.run_dir / stage.name / f"responses-{key}.jsonl"
         return self._read(path) or sample_rows(
-            path, rows, policies, spec, seed=seed, prefix=prefix, ranks=self.ranks
-        )
+            path, rows, policies, spec, seed=seed, prefix=prefix, label=self.label(stage),
+            ranks=self.ranks,
+        )  # fmt: skip
 
     def _scored(self, stage: Stage, name: str, rows: Sequence[Row], scorer: Scorer) -> list[Row]:
         key = content_key(scorer.key, list(rows))
         path = self.run_dir / stage.name / f"{name}-{key}.jsonl"
         return self._read(path) or complete_rows(
-            path, rows, scorer.work(rows), key=key, what="scored", ranks=self.ranks
-        )
+            path, rows, scorer.work(rows), key=key, what="scored", label=self.label(stage),
+            ranks=self.ranks,
+        )  # fmt: skip
 
     def _read(self, path: Path) -> list[Row] | None:
         return read_rows(path) if self.ranks.on_main(lambda: _is_sound(path)) else None

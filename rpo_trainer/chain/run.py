@@ -147,7 +147,7 @@ class _Chain:
         self.maker = RowMaker(
             self.base_dir, run_dir, {stage.name: stage for stage in self.stages},
             seed=lambda stage: stage_seed(stage, self.recipe), policy=self._policy,
-            weights=self._weights, ranks=distributed,
+            weights=self._weights, label=self._label, ranks=distributed,
         )  # fmt: skip
         self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
         self.stop = StopOnSignal()

@@ -211,8 +211,7 @@ def lora_config(stage: Stage) -> LoraConfig | None:
     except ModelError as error:
         raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
     except RecipeError as error:
-        why = error.why or "without it the stage has no adapter to train"
-        raise RecipeError(error.what, where=where, why=why, fix=error.fix) from error
+        raise error.at(f"{where}.{error.where}") from None
     except (TypeError, ValueError, ImportError) as error:
         why = "PEFT makes no adapter of these settings"
         raise RecipeError(str(error), where=where, why=why, fix="see peft.LoraConfig") from error

@@ -125,6 +125,7 @@ def adapt(
     require_rewards: bool = False,
     keep: Collection[str] | None = (),
     as_given: bool = False,
+    unscored: bool = False,
     audit: Audit,
 ) -> list[Row]:
     """Internal rows of one source.
@@ -138,6 +139,7 @@ def adapt(
         keep: other columns that stay in the rows as they are (a verifier's); None: all others, and the row's
             own `source` in place of the file's name.
         as_given: every row stays, with its responses in their order.
+        unscored: sampled responses without rewards are taken too: nobody reads their order.
 
     Raises:
         DataError, or Problems: how many rows have which fault, and the first three of each.
@@ -191,7 +193,21 @@ def adapt(
         else:
             adapted.append(new)
     problems.raise_if_any(len(rows), fix="mend or remove these rows")
+    sampled = "responses" in chosen.required and "sampling" in present
+    if sampled and format != "ranked" and "ranks" not in present and not unscored:
+        _require_scores(adapted, raw.where)
     return adapted
+
+
+def _require_scores(rows: Sequence[Row], where: str) -> None:
+    if rows and all(row["rewards"] is None for row in rows):
+        raise DataError(
+            "the responses are sampled, and have no rewards",
+            where=where,
+            why="the order in which they were sampled says nothing of which is better",
+            fix="score them (`score:` in the recipe, or rpo-trainer score); where they stand best first, "
+            "name the format: ranked",
+        )
 
 
 def _together(

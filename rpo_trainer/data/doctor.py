@@ -113,7 +113,12 @@ def audit_file(
     if against is not None:
         other, held_out = _read(SourceSpec.model_validate({"path": str(against)}))
         if other.faults:
-            raise DataError(other.faults[0], where=str(against))
+            raise DataError(
+                other.faults[0],
+                where=str(against),
+                why="prompts that are in both files are only found where all of both can be read",
+                fix=f"mend it first: rpo-trainer audit {against} shows all of its faults",
+            )
         audit.check_overlap(rows, held_out)
     if tokenizer is not None and rows:
         _tokenise(found, rows, tokenizer, chat_template, max_length, truncation)
@@ -153,7 +158,8 @@ def _kind_of_format(name: str) -> Kind | None:
 
 
 def _adapt(raw: RawSource, source: SourceSpec, kind: Kind, audit: Audit) -> list[Row]:
-    return adapt(raw, kind=kind, format=source.format, columns=source.columns, audit=audit)
+    columns = source.columns
+    return adapt(raw, kind=kind, format=source.format, columns=columns, unscored=True, audit=audit)
 
 
 def _reasons(error: RPOTrainerError) -> list[str]:

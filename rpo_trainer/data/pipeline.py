@@ -35,6 +35,7 @@ def load_rows(
     require_rewards: bool = False,
     dedup: Dedup | None = None,
     keep: Collection[str] = (),
+    unscored: bool = False,
     audit: Audit,
     seed: int,
 ) -> list[Row]:
@@ -46,6 +47,7 @@ def load_rows(
         require_rewards: every response must have a finite reward (RPO).
         dedup: keep the first row of each prompt, compared exactly or normalised; None: keep all.
         keep: other columns that stay in the rows as they are (a verifier's).
+        unscored: sampled responses without rewards are taken too: they are to be scored.
         seed: of the mixture's sample, and of tasks without a seed of their own.
 
     Raises:
@@ -66,6 +68,7 @@ def load_rows(
                 columns=spec.columns,
                 require_rewards=require_rewards,
                 keep=keep,
+                unscored=unscored,
                 audit=audit,
             )
             named.append((raw.name, rows))
@@ -113,7 +116,11 @@ def prepare_dataset(
     else:
         raw_rows = _by_number(dataset)
     if not raw_rows:
-        raise DataError("the data set has no rows")
+        raise DataError(
+            "the data set has no rows",
+            why="there would be no step to train, and nothing to evaluate",
+            fix="look at the split or the filter that it was made with",
+        )
     if not isinstance(dataset, datasets.Dataset) and set(TOKENISED) <= set(raw_rows[0]):
         return datasets.Dataset.from_list(raw_rows)
     counted = audit or Audit()
@@ -162,6 +169,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
     if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
         raise DataError(
             what,
+            why="rows are taken by their number, from 0 to `len()` - 1, in an order drawn by the seed",
             fix="give a datasets.Dataset (one split, not streamed), a list of rows, or a data set with "
             "`len()` and rows by number",
         )
@@ -170,6 +178,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(
                 f"row {number} of the {type(dataset).__name__} is a {type(row).__name__}",
+                why="prompt and response are told apart by the names of a row's columns",
                 fix="give rows as dicts in one of the formats, for example "
                 '{"prompt": ..., "chosen": ..., "rejected": ...}',
             )

@@ -56,16 +56,6 @@ class RowError(Exception):
     """One row cannot be used; the text is the reason, alike for all rows with the same fault."""
 
 
-def unscored_samples(where: str, fix: str) -> DataError:
-    """Sampled responses without rewards, which would be read as ranked, best first."""
-    return DataError(
-        "the responses are sampled, and have no rewards",
-        where=where,
-        why="the order in which they were sampled says nothing of which is better",
-        fix=fix,
-    )
-
-
 class RowProblems:
     """Collects the faults of many rows, to report each kind once: how many, and the first three."""
 

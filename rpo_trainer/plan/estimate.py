@@ -23,8 +23,10 @@ from rpo_trainer.chain.data import (
     tokenize_stage,
 )
 from rpo_trainer.chain.disk import stage_disk, together, unread_model
+from rpo_trainer.chain.made import prompt_ids
+from rpo_trainer.chain.places import placed
 from rpo_trainer.chain.stage import arithmetic, training_config
-from rpo_trainer.data import Audit, encode_prompt, load_rows
+from rpo_trainer.data import Audit, load_rows
 from rpo_trainer.loading import load_model, load_tokenizer
 from rpo_trainer.plan.engines import DeviceMemory, Engine, launch_line, per_device
 from rpo_trainer.plan.memory import step_memory
@@ -102,11 +104,18 @@ def plan_recipe(
     Args:
         devices: of all nodes together.
         measure: time one forward and backward of an average micro-batch with the real model.
+
+    Raises:
+        DataError, ModelError, RecipeError, Problems: of the tokenizer, or of a stage, with its place.
     """
-    planner = _Planner(loaded, run_dir, engine, devices)
-    stages = [planner.stage(stage) for stage in planner.stages]
+    with placed(loaded.origins):
+        planner = _Planner(loaded, run_dir, engine, devices)
+    planned = []
+    for stage in planner.stages:
+        with placed(loaded.origins, f"stages.{stage.name}"):
+            planned.append(planner.stage(stage))
     plan = Plan(
-        stages=stages,
+        stages=planned,
         engine=engine,
         devices=devices,
         parameters=planner.parameters,
@@ -209,11 +218,11 @@ class _Planner:
         return Examples(
             [
                 {
-                    "prompt_ids": encode_prompt(self.tokenizer, row["prompt"], row.get("tools")),
+                    "prompt_ids": ids,
                     "response_ids": [response] * count,
                     "response_mask": [mask] * count,
                 }
-                for row in rows
+                for ids in prompt_ids(rows, self.tokenizer)
             ]
         ), True
 

@@ -49,6 +49,7 @@ def fill_from_environment(fields: Mapping[str, Any], *, where: str) -> dict[str,
             raise RecipeError(
                 f"`{key}` reads the environment variable {match[1]}, which is not set",
                 where=where,
+                why="the recipe leaves the value to the environment, so that it is written nowhere",
                 fix=f"set it: export {match[1]}=...",
             )
         filled[key] = os.environ[match[1]]

@@ -38,7 +38,10 @@ def text_of(name: str) -> str:
     names = [known for known in shipped() if name in (known, known.rsplit(".", 1)[0])]
     if not names:
         raise RunError(
-            f"no recipe {name!r} comes with the package", fix="rpo-trainer recipes lists them"
+            f"no recipe {name!r} comes with the package",
+            where=str(folder()),
+            why="only the recipes in this folder are known by name",
+            fix="rpo-trainer recipes lists them",
         )
     return (folder() / names[0]).read_text(encoding="utf-8")
 

@@ -73,7 +73,11 @@ def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
     unequal = found[found != 0]
     if not len(unequal):
         what = "there are no reward gaps" if not len(found) else "all reward gaps are 0"
-        raise DataError(f"{what}: η cannot be fitted", fix="give reward_scale a number")
+        raise DataError(
+            f"{what}: η cannot be fitted",
+            why="η scales the gaps between the rewards of a prompt's responses, and 0 stays 0",
+            fix="give reward_scale a number",
+        )
     against = int((found < 0).sum())
     if labelled and against:
         return Fit(_rounded(_likeliest(found)), "labels", len(found), against)
@@ -92,6 +96,7 @@ def _likeliest(gaps: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     if slope(0.0) <= 0:
         raise DataError(
             "the labels go against the rewards more than with them: no η above 0 fits",
+            why="more often than not a column is swapped, or a lower reward is the better one",
             fix="look at the rewards, and at what the columns are called",
         )
     low, high = 0.0, 1.0
@@ -170,7 +175,11 @@ def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibra
     """
     gaps = label_gaps(rows)
     if not gaps:
-        raise DataError("no row has rewards", fix="score the rows first (rpo-trainer score)")
+        raise DataError(
+            "no row has rewards",
+            why="η is judged by what it makes of the gaps between rewards",
+            fix="score the rows first (rpo-trainer score)",
+        )
     fit, unfit = None, None
     try:
         fit = fit_reward_scale(gaps)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
-from pydantic import ValidationError
 
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.rewards.options import SERVICE, service_fields, source_spec, valid, weights_of
 
 if TYPE_CHECKING:
-    from rpo_trainer.recipe import SourceSpec
     from rpo_trainer.rewards.calibrate import Calibration
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -95,21 +94,29 @@ def score(
         "verifier": verifier,
         "allow_code_execution": allow_code_execution,
         "model": model,
-        "weights": _weights(weights),
+        "weights": weights_of(weights),
         "batch_tokens": batch_tokens,
     }
     judged = {"template": template, "max_tokens": max_tokens}
     if judge is None and any(value is not None for value in judged.values()):
-        raise RecipeError("--template and --max-tokens belong to --judge")
+        raise RecipeError(
+            "--template and --max-tokens belong to --judge",
+            why="nothing else is asked in words, so nothing would read them",
+            fix="add --judge URL --name MODEL, or leave them out",
+        )
     if name is not None and endpoint is None and judge is None:
-        raise RecipeError("--name belongs to --endpoint or --judge")
+        raise RecipeError(
+            "--name belongs to --endpoint or --judge",
+            why="it is what a server calls its model; a verifier or --model has no server",
+            fix="add --endpoint URL or --judge URL, or leave it out",
+        )
     if endpoint is not None:
-        fields["endpoint"] = _service_fields(endpoint, name, service)
+        fields["endpoint"] = service_fields(endpoint, name, service)
     if judge is not None:
         given = {key: value for key, value in judged.items() if value is not None}
-        fields["judge"] = {**_service_fields(judge, name, service), **given}
-    spec = _valid(ScoreSpec, {k: v for k, v in fields.items() if v is not None})
-    score_file(_source_spec(data, format_, columns), output, spec, click.echo)
+        fields["judge"] = {**service_fields(judge, name, service), **given}
+    spec = valid(ScoreSpec, {k: v for k, v in fields.items() if v is not None})
+    score_file(source_spec(data, format_, columns), output, spec, click.echo)
 
 
 @click.command()
@@ -164,18 +171,23 @@ def generate(
 
     if len(endpoints) != len(names):
         raise RecipeError(
-            f"{len(endpoints)} endpoints and {len(names)} names", fix="one --name an --endpoint"
+            f"{len(endpoints)} endpoints and {len(names)} names",
+            where="--endpoint, --name",
+            why="they belong together in their order, so none may be missing",
+            fix="one --name an --endpoint",
         )
     if not policies and not endpoints:
         raise RecipeError(
             "there is no policy to sample from",
+            where="--policy",
+            why="the responses are a model's, and none is taken unasked",
             fix="add --policy MODEL, or --endpoint URL --name MODEL",
         )
-    service = {key: settings.pop(key) for key in _SERVICE}
-    at = [_service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
-    spec = _valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **settings})
+    service = {key: settings.pop(key) for key in SERVICE}
+    at = [service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
+    spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **settings})
     generate_file(
-        _source_spec(data, format_, columns), output, spec,
+        source_spec(data, format_, columns), output, spec,
         seed=seed, chat_template=chat_template, say=click.echo,
     )  # fmt: skip
 
@@ -224,9 +236,9 @@ def pairs(
         "top_chosen_share": top_chosen_share,
     }
     given = {key: value for key, value in thresholds.items() if value is not None}
-    filter = _valid(FilterSpec, {**given, "reversed": "keep"}) if given else None
-    spec = _valid(PairsSpec, settings)
-    source = _source_spec(data, format_, columns)
+    filter = valid(FilterSpec, {**given, "reversed": "keep"}) if given else None
+    spec = valid(PairsSpec, settings)
+    source = source_spec(data, format_, columns)
     pairs_file(source, output, spec, filter, seed=seed, say=click.echo)
 
 
@@ -247,8 +259,12 @@ def calibrate(
     from rpo_trainer.rewards.commands import calibrate_file
 
     if reward_scale is not None and not 0 < reward_scale < math.inf:
-        raise RecipeError("--reward-scale must be above 0, and finite")
-    sources = [_source_spec(Path(path), format_, columns) for path in data]
+        raise RecipeError(
+            f"--reward-scale must be above 0, and finite, got {reward_scale:g}",
+            why="η multiplies the gaps: 0 takes them away, and below 0 worse responses would be learnt",
+            fix="give another, or leave it out: one is fitted",
+        )
+    sources = [source_spec(Path(path), format_, columns) for path in data]
     found = calibrate_file(sources, reward_scale)
     if as_json:
         click.echo(json.dumps({name: c.as_dict() for name, c in found.items()}, indent=1))
@@ -306,9 +322,13 @@ def audit(
     from rpo_trainer.data.doctor import audit_file
 
     if tokenizer is None and (max_length is not None or chat_template is not None):
-        raise RecipeError("--max-length and --chat-template need --tokenizer")
+        raise RecipeError(
+            "--max-length and --chat-template need --tokenizer",
+            why="a row's length is counted in tokens, behind the template",
+            fix="add --tokenizer MODEL, or leave them out",
+        )
     found = audit_file(
-        _source_spec(data, format_, columns),
+        source_spec(data, format_, columns),
         against=against,
         tokenizer=tokenizer,
         chat_template=chat_template,
@@ -323,61 +343,3 @@ def audit(
 
 
 COMMANDS = (score, generate, pairs, calibrate, audit)
-
-_SERVICE = ("api_key_env", "concurrency", "timeout", "retries")
-
-
-def _service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[str, Any]:
-    if name is None:
-        raise RecipeError("an endpoint needs the name of its model", fix="add --name")
-    return {"url": url, "model": name, **service}
-
-
-def _valid(kind: type[Any], fields: dict[str, Any]) -> Any:
-    """Arguments checked as a recipe's fields are; the first fault is shown."""
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        context = first.get("ctx", {})
-        option = "--" + "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
-        if first["type"] == "literal_error":
-            from rpo_trainer.recipe.messages import not_a_choice
-
-            what, fix = not_a_choice(option, first["input"], context["expected"])
-            raise RecipeError(what, fix=fix) from None
-        raise RecipeError(
-            context.get("what") or f"{first['msg']} ({first['input']!r})",
-            where=option,
-            why=context.get("why"),
-            fix=context.get("fix"),
-        ) from None
-
-
-def _source_spec(data: Path, format_: str | None, columns: Sequence[str]) -> SourceSpec:
-    from rpo_trainer.rewards.files import source_of
-
-    named = dict(_assignment(text, "--column") for text in columns)
-    return source_of(data, format_, named)
-
-
-def _weights(text: str | None) -> dict[str, float] | str | None:
-    if text is None or "=" not in text:
-        return text
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, value = _assignment(part, "--weights")
-        if name in found:
-            raise RecipeError(f"{name!r} is given two weights", where="--weights")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            raise RecipeError(f"{value!r} is no number", where="--weights") from None
-    return found
-
-
-def _assignment(text: str, option: str) -> tuple[str, str]:
-    name, sign, value = text.partition("=")
-    if not (sign and name.strip() and value.strip()):
-        raise RecipeError(f"{text!r} is not name=value", where=option)
-    return name.strip(), value.strip()

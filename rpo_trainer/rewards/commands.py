@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from rpo_trainer.data.audit import quantiles
 from rpo_trainer.data.filters import filter_rows
-from rpo_trainer.data.rows import Row, unscored_samples
+from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.files import file_digest, write_whole
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
@@ -81,7 +82,10 @@ def _locked(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(
-            "another process is writing this file", where=str(out), fix="wait for it, or stop it"
+            "another process is writing this file",
+            where=str(out),
+            why="rows of two would stand in it mixed",
+            fix="wait for it, or stop it",
         ) from None
     try:
         yield
@@ -108,6 +112,7 @@ def _finished(out: Path, key: str) -> bool:
     raise RunError(
         "the output exists, and was not made by this command",
         where=str(out),
+        why="other rows or settings have made it, and nothing of yours is written over",
         fix="name another output with -o, or remove it",
     )
 
@@ -132,6 +137,7 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
         return path, weights_key(Path(path)) if Path(path).is_dir() else path
 
     settings: dict[str, Any] = {"score": spec.model_dump(exclude_none=True)}
+    rewards: list[float | None] = []  # of all responses; None: a judge has not decided
     with _processes() as ranks:
         if ranks.rank():
             say = _silently
@@ -148,6 +154,7 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
 
             def assemble(fields: Sequence[dict[str, Any]]) -> list[Row]:
                 rows = [{**row, **new} for row, new in zip(found.rows, fields, strict=True)]
+                rewards.extend(reward for row in rows for reward in row["rewards"])
                 if spec.judge is not None:
                     settings["judge"] = biases(rows)
                 return found.written(rows)
@@ -158,8 +165,22 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
             )  # fmt: skip
     for line in bias_lines(settings["judge"]) if spec.judge is not None else ():
         say(line)
+    say(_rewards_line(rewards))
     say(f"{len(written)} rows scored: {out}")
     return written
+
+
+def _rewards_line(rewards: Sequence[float | None]) -> str:
+    found = sorted(reward for reward in rewards if reward is not None)
+    lacking = f", {len(rewards) - len(found)} without one" if len(found) < len(rewards) else ""
+    return f"rewards: {len(found)} responses{lacking}{_spread(found)}"
+
+
+def _spread(ordered: Sequence[float]) -> str:
+    if not ordered:
+        return ""
+    q = quantiles(ordered)
+    return f", mean {q['mean']:.4g}, from {q['min']:.4g} to {q['max']:.4g}"
 
 
 def _silently(_: str) -> None:
@@ -253,18 +274,27 @@ def pairs_file(
         DataError, Problems: rows that cannot be read, without rewards, or of which none is left.
     """
     if out.exists():
-        raise RunError("the output exists", where=str(out), fix="name another, or remove it")
+        raise RunError(
+            "the output exists",
+            where=str(out),
+            why="nothing of yours is written over",
+            fix="name another, or remove it",
+        )
     rows, audit = read_pairs(source, keep_all=True)
-    if source.format is None and all("sampling" in row and not row["rewards"] for row in rows):
-        fix = "score them first (rpo-trainer score); --format ranked where they stand best first"
-        raise unscored_samples(str(source.path), fix)
     made = make_preference_rows(rows, **pairs_arguments(spec), seed=seed, audit=audit)
     made = filter_rows(made, filter, audit) if made else made
     audit.observe_pairs(made)
+    if not made:
+        raise DataError(
+            "no row is left",
+            where=str(source.path),
+            why="; ".join(audit.summary_lines()),
+            fix="lower --min-gap and the thresholds, or take other rows",
+        )
     for line in audit.summary_lines():
         say(line)
-    if not made:
-        raise DataError("no row is left", where=str(source.path))
+    if gaps := sorted(row["rewards"][0] - row["rewards"][-1] for row in made if row["rewards"]):
+        say(f"reward gaps: {len(gaps)} rows{_spread(gaps)}")
     from rpo_trainer.rewards.files import written_pairs
 
     write_rows(out, written_pairs(made))

@@ -69,6 +69,7 @@ class Endpoint:
                 raise RunError(
                     f"the endpoint refuses: {_reason(error)}",
                     where=self.spec.url,
+                    why="it would refuse every further request too",
                     fix=f"check the url, the model's name, and the key in {self.spec.api_key_env}",
                 ) from None
             except openai.APIStatusError as error:
@@ -114,7 +115,10 @@ def _client(spec: EndpointSpec) -> OpenAI:
         import openai
     except ImportError:
         raise RecipeError(
-            "endpoints need the library openai", fix="pip install 'rpo-trainer[endpoint]'"
+            "endpoints need the library openai",
+            where=spec.url,
+            why="it speaks with the server; who samples and scores at home goes without",
+            fix="pip install 'rpo-trainer[endpoint]'",
         ) from None
     return openai.OpenAI(
         base_url=spec.url,

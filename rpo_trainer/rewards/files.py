@@ -60,13 +60,12 @@ def read_responses(source: SourceSpec) -> Responses:
     else:
         kind = kind_of(present)
     if kind is None:
-        find_format(present, "pair", source.format, raw.where)  # says what is known
-        raise DataError("the columns are of no known format", where=raw.where)
+        kind = find_format(present, "pair", source.format, raw.where).kind  # says what is known
     audit = Audit()
     audit.add_read(raw.name, len(raw.rows))
     rows = adapt(
         raw, kind=kind, format=source.format, columns=source.columns, keep=None, as_given=True,
-        audit=audit,
+        unscored=True, audit=audit,
     )  # fmt: skip
     if kind == "pair":
         found = find_format(present, "pair", source.format, raw.where)
@@ -156,6 +155,7 @@ def read_prompts(source: SourceSpec) -> list[Row]:
         raise DataError(
             f"the rows have {', '.join(found)} already",
             where=raw.where,
+            why="the sampled ones are written under these names, and would take their place",
             fix="take the file of prompts, or remove these columns",
         )
     return adapt(

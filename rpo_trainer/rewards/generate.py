@@ -128,6 +128,7 @@ def iter_responses(
             f"cannot sample {responses} responses with temperature {temperature}, "
             f"top_p {top_p} and top_k {top_k}",
             where="generate",
+            why="logits are divided by the temperature, and at least one token must be left to draw",
             fix="responses >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0",
         )
     warpers: list[Any] = []
@@ -221,7 +222,12 @@ def _generate(
         copies: responses for each prompt.
     """
     if max_new_tokens < 1 or batch_size < 1:
-        raise RecipeError("max_new_tokens and batch_size must be at least 1", where="generate")
+        raise RecipeError(
+            f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}",
+            where="generate",
+            why="a response has at least its end token, and a batch at least one prompt",
+            fix="give at least 1 for both",
+        )
     encoded = [
         _encode(tokenizer, prompt, tools[index] if tools is not None else None, index)
         for index, prompt in enumerate(prompts)
@@ -285,9 +291,19 @@ def _encode(
     try:
         ids = encode_prompt(tokenizer, prompt, tools)
     except RowError as error:
-        raise DataError(str(error), where=f"prompt {index}") from error
+        raise DataError(
+            str(error),
+            where=f"prompt {index}",
+            why="no response can be sampled to it",
+            fix="mend the row, or give the tokenizer another chat template",
+        ) from error
     if not ids:
-        raise DataError("the prompt has no token", where=f"prompt {index}")
+        raise DataError(
+            "the prompt has no token",
+            where=f"prompt {index}",
+            why="the first token of a response is drawn from what the model says behind the prompt",
+            fix="leave the row out, or give its prompt some text",
+        )
     return ids
 
 
@@ -360,6 +376,7 @@ def _check_context(model: PreTrainedModel, encoded: list[list[int]], max_new_tok
             f"the longest prompt has {longest} tokens, and with max_new_tokens {max_new_tokens} "
             f"goes beyond the model's context of {limit}",
             where="generate",
+            why="the model has learnt no positions beyond it: what it says there is noise",
             fix="lower max_new_tokens, or leave the longest prompts out",
         )
 

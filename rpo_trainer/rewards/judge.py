@@ -50,13 +50,17 @@ def read_template(path: Path | None) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"the judge's template cannot be read ({error})", where=str(path)
+            "the judge's template cannot be read",
+            where=str(path),
+            why=str(error),
+            fix="give a text file in UTF-8, or leave it out: then ours is used",
         ) from None
     missing = [place for place in _PLACES if place not in text]
     if missing:
         raise RecipeError(
             f"the judge's template has no {', '.join(missing)}",
             where=str(path),
+            why="the judge would not see what it is to compare",
             fix=f"write {', '.join(_PLACES)} where they belong, and ask for [[A]], [[B]] or [[C]]",
         )
     return text

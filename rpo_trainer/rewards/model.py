@@ -133,7 +133,12 @@ class RewardModel:
     def _fields(self, scores: list[list[float]]) -> dict[str, Any]:
         rewards = [sum(w * s for w, s in zip(self.weights, each, strict=True)) for each in scores]
         if not all(reward == reward and abs(reward) != float("inf") for reward in rewards):
-            raise ModelError("the reward model gives a score that is not finite", where=self.path)
+            raise ModelError(
+                "the reward model gives a score that is not finite",
+                where=self.path,
+                why="its weights are damaged, or overflow in their dtype; other scores may be as wrong",
+                fix="load it elsewhere and look at its weights, or save it in bfloat16 or float32",
+            )
         named = [dict(zip(self.attributes, each, strict=True)) for each in scores]
         return {"rewards": rewards, "scores": named}
 
@@ -198,14 +203,16 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     except _LOADING_ERRORS as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"the reward model cannot be loaded: {first}",
+            "the reward model cannot be loaded",
             where=path,
+            why=first,
             fix="give a directory with a sequence classifier and its tokenizer, or a hub name",
         ) from error
     if not hasattr(model, "score"):
         raise ModelError(
             f"a {type(model).__name__} has no score head on a decoder",
             where=path,
+            why="rewards are read by a head named `score`, at the last token of a response",
             fix="give a decoder saved as AutoModelForSequenceClassification",
         )
     model.to("cuda" if cuda else "cpu").eval()
@@ -220,5 +227,6 @@ def check_template(model: RewardModel, rows: Sequence[Row]) -> None:
         raise DataError(
             "the rows are messages, and the reward model's tokenizer has no chat template",
             where=model.path,
+            why="a reward model means little on text in another form than it was trained on",
             fix="give it the template it was trained with (chat_template.jinja beside its files)",
         )

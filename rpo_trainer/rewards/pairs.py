@@ -182,6 +182,7 @@ def _check_rewards(rows: Sequence[dict[str, Any]]) -> None:
         raise DataError(
             f"{len(bad)} of {len(rows)} rows do not have one finite reward for each response",
             where=f"rows {', '.join(map(str, bad[:3]))}",
+            why="which of its responses is better is known from their rewards alone",
             fix="score the responses first, or leave these rows out",
         )
 

@@ -117,20 +117,21 @@ def complete_rows(
     *,
     key: str,
     what: str,
+    label: str = "",
     ranks: Ranks = ALONE,
 ) -> list[Row]:
     """`rows` with the fields that `work` makes of each, also written to `path` as JSON lines.
 
     Args:
         rows: plain rows; a result is merged into its row.
-        work, key, what, ranks: as `complete`.
+        work, key, what, label, ranks: as `complete`.
     """
     ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
 
     def merge(found: Sequence[dict[str, Any]]) -> list[Row]:
         return [{**row, **fields} for row, fields in zip(rows, found, strict=True)]
 
-    return complete(path, ids, work, merge, key=key, what=what, ranks=ranks)
+    return complete(path, ids, work, merge, key=key, what=what, label=label, ranks=ranks)
 
 
 def complete(
@@ -141,6 +142,7 @@ def complete(
     *,
     key: str,
     what: str,
+    label: str = "",
     then: Callable[[list[Row]], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
@@ -153,6 +155,7 @@ def complete(
         assemble: from the results of all units, in order, to the rows.
         key: of all that the results depend on; unfinished work under another key is refused.
         what: names the work in messages ("scored").
+        label: stands before what is logged on the way, such as a stage's.
         then: called with the rows when they are written, before the unfinished work is removed.
         ranks: the processes that share the work; all of them call this.
 
@@ -160,14 +163,14 @@ def complete(
         DataError: units have finally failed; those that have not are kept, and tried no more.
         RunError: unfinished work of other rows or settings lies there, or the service is down.
     """
-    failures = _Failures(what, ids)
+    failures = _Failures(what, ids, f"{label} " if label else "")
     with ranks.together():
         path.parent.mkdir(parents=True, exist_ok=True)
         # By all of them before any writes: a run may go on with another number of processes.
         found = _read_partials(path, key, len(ids))
     pending = [i for i in range(len(ids)) if i not in found]
     if found and pending:
-        logger.info("%d of %d rows are %s already", len(found), len(ids), what)
+        logger.info("%s%d of %d rows are %s already", failures.label, len(found), len(ids), what)
     ranks.barrier()
     with ranks.together():
         own = unfinished(path, ranks.rank())
@@ -245,6 +248,7 @@ class _Failures:
 
     what: str
     ids: Sequence[str]
+    label: str
     reasons: dict[int, str] = field(default_factory=dict)
     in_a_row: int = 0
     _shown: float = field(default_factory=time.monotonic)
@@ -262,7 +266,7 @@ class _Failures:
     def show(self, finished: int) -> None:
         if time.monotonic() - self._shown > _REPORT_SECONDS:
             self._shown = time.monotonic()
-            logger.info("%d of %d rows %s", finished, len(self.ids), self.what)
+            logger.info("%s%d of %d rows %s", self.label, finished, len(self.ids), self.what)
 
     def raise_if_any(self, path: Path) -> None:
         if not self.reasons:

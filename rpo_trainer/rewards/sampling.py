@@ -147,7 +147,8 @@ def check_truths(rows: Sequence[Row], spec: GenerateSpec) -> None:
     """Raises DataError where the ground truth is to be among the responses, and no row has one."""
     if spec.with_ground_truth and rows and not any(row.get("ground_truth") for row in rows):
         raise DataError(
-            "no row has a `ground_truth`, and `with_ground_truth` adds it to the responses",
+            "no row has a `ground_truth`",
+            why="`with_ground_truth` puts it among the responses of each row",
             fix="name its column with `columns: {ground_truth: theirs}`, or remove `with_ground_truth`",
         )
 
@@ -171,6 +172,7 @@ def sample_rows(
     *,
     seed: int,
     prefix: str = "",
+    label: str = "",
     then: Callable[[list[Row]], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
@@ -182,8 +184,8 @@ def sample_rows(
 
     Args:
         path: resumed where it was interrupted, see `rowfile`.
-        then, ranks: as `complete`.
         prefix: of the keys; two rounds with different ones sample different numbers.
+        label, then, ranks: as `complete`.
 
     Raises:
         DataError, RunError: as `complete` and `iter_responses`.
@@ -220,4 +222,6 @@ def sample_rows(
 
     ids = [str(row["id"]) for _ in policies for row in rows]
     key = content_key([policy.key for policy in policies], list(rows), seed, prefix)
-    return complete(path, ids, work, assemble, key=key, what="sampled", then=then, ranks=ranks)
+    return complete(
+        path, ids, work, assemble, key=key, what="sampled", label=label, then=then, ranks=ranks
+    )

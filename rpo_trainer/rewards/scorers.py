@@ -204,6 +204,7 @@ def weights_key(path: Path) -> str:
         raise RecipeError(
             "there are no weights (safetensors) here",
             where=str(path),
+            why="what a model has made is kept under a hash of its weights, to be found again",
             fix="name the directory of a model; of a run that is RUN/STAGE/final",
         )
     return content_key([(file.name, file_digest(file)) for file in files])

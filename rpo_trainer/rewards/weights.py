@@ -40,6 +40,7 @@ def resolve_weights(
             raise RecipeError(
                 f"there are no published weights {weights!r}",
                 where="reward_weights",
+                why="each set belongs to the heads of one model, and none is taken for another",
                 fix=f"use one of {', '.join(PRESETS)}, or give weights by attribute",
             )
         weights = PRESETS[weights]
@@ -55,5 +56,10 @@ def resolve_weights(
             fix="give each attribute its weight; 0 leaves it out of the reward",
         )
     if not any(weights[name] for name in attributes):
-        raise RecipeError("all weights are 0", where="reward_weights", fix="give one above 0")
+        raise RecipeError(
+            "all weights are 0",
+            where="reward_weights",
+            why="every response would get the reward 0, and none would be better than another",
+            fix="give one above 0",
+        )
     return {name: float(weights[name]) for name in attributes}

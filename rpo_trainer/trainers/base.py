@@ -96,7 +96,10 @@ class PackedTrainer(SavingTrainer):
         args = args if args is not None else self.config_class(output_dir="trainer_output")
         if not isinstance(args, self.config_class):
             raise RecipeError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}"
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}",
+                where="args",
+                why="what it does not name (the loss, the layout) would be trained at some default",
+                fix=f"make a {self.config_class.__name__}: it has all of TrainingArguments",
             )
         require_one_gpu(args)
         if isinstance(model, str):
@@ -214,6 +217,7 @@ class PackedTrainer(SavingTrainer):
             raise DataError(
                 f"no example of the {name} data is left",
                 why="; ".join(audit.summary_lines()) or "the data set is empty",
+                fix="mend the rows that were dropped, or change what drops them (max_length, truncation)",
             )
         return Examples(rows)
 

@@ -85,6 +85,7 @@ def require_complete(folder: Path) -> None:
         raise RunError(
             f"the checkpoint is damaged: {fault}",
             where=str(folder),
+            why="a run that goes on from it would not be the run that was stopped",
             fix="resume from an earlier checkpoint (resume_from_checkpoint=True finds one)",
         )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -16,6 +17,8 @@ from rpo_trainer.losses import REWARD_LOSSES
 from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
 from rpo_trainer.trainers.guards import skips_allowed
 
+C = TypeVar("C", bound=TrainingArguments)
+
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
@@ -23,6 +26,24 @@ def _help(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _documented(config: type[C]) -> type[C]:
+    """The class, with the help of its fields in its docstring: what `help()` and other tools show."""
+    foreign = {field.name: field for field in fields(TrainingArguments)}
+    lines = [
+        textwrap.fill(
+            f"{own.name} ({own.type}, {own.default!r}): {own.metadata['help']}",
+            width=100, initial_indent="    ", subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
+        for own in fields(config)
+        if foreign.get(own.name) is not own
+    ]  # fmt: skip
+    head = "Args, beside those of transformers.TrainingArguments, each with its default:"
+    config.__doc__ = "\n".join([f"{config.__doc__}\n", head, *lines])
+    return config
+
+
+@_documented
 @dataclass
 class StepConfig(TrainingArguments):
     """Fields that all our trainers share."""
@@ -46,7 +67,7 @@ class StepConfig(TrainingArguments):
         "first of them that agrees with the model's plain forward.",
         "auto",
     )
-    tile_bytes: int = _help("Most memory for one tile of logits.", DEFAULT_TILE_BYTES)
+    tile_bytes: int = _help("Most memory for one tile of logits, in bytes.", DEFAULT_TILE_BYTES)
     nonfinite: str = _help(
         "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip(n)`: leave "
         "out such steps, up to n of them.",
@@ -62,7 +83,13 @@ class StepConfig(TrainingArguments):
         load_in_float32(self)
         problems = list(self._problems())
         if problems:
-            raise RecipeError("; ".join(problems), where=type(self).__name__)
+            name = type(self).__name__
+            raise RecipeError(
+                "; ".join(problems),
+                where=name,
+                why="another computation than this would be trained, or none: nothing here is corrected",
+                fix=f"help(rpo_trainer.{name}) says what each field takes",
+            )
         if self.micro_batch_tokens is not None:
             if self.global_batch_size is None:
                 self.global_batch_size = self.examples_per_step()
@@ -144,11 +171,13 @@ class StepConfig(TrainingArguments):
         return int(batch // micro)
 
 
+@_documented
 @dataclass
 class SFTConfig(StepConfig):
     """Supervised fine-tuning: the mean over trained tokens of the global batch of −log π."""
 
 
+@_documented
 @dataclass
 class PreferenceConfig(StepConfig):
     """Fields that DPO and RPO share."""
@@ -173,7 +202,7 @@ class PreferenceConfig(StepConfig):
         "Where reference log-probs are kept; None: `reference-cache` in output_dir.", None
     )
     reference_batch_tokens: int = _help("Tokens of one forward of the reference pass.", 8192)
-    rpo_alpha: float | None = _help("Refused: see the message.", None)
+    rpo_alpha: float | None = _help("Refused: elsewhere it is what sft_loss_weight is here.", None)
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -202,12 +231,14 @@ class PreferenceConfig(StepConfig):
         return problems
 
 
+@_documented
 @dataclass
 class DPOConfig(PreferenceConfig):
     """Direct Preference Optimization (arXiv 2305.18290), with an SFT term on the chosen responses."""
 
     _losses: ClassVar[frozenset[str]] = frozenset({"dpo", "ipo"})
 
+    loss_type: str = _help("`dpo`, or `ipo`, which stops at a margin.", "dpo")
     label_smoothing: float = _help("Share of labels taken to be wrong: cDPO (loss_type dpo).", 0.0)
 
     def _problems(self) -> list[str]:
@@ -219,6 +250,7 @@ class DPOConfig(PreferenceConfig):
         return problems
 
 
+@_documented
 @dataclass
 class RPOConfig(PreferenceConfig):
     """Reward-aware Preference Optimization (Nemotron-4 340B report, section 3.3.2)."""
@@ -237,6 +269,7 @@ class RPOConfig(PreferenceConfig):
         return problems
 
 
+@_documented
 @dataclass
 class RewardConfig(StepConfig):
     """Reward models: regression on attributes (arXiv 2406.08673), or Bradley-Terry on pairs."""

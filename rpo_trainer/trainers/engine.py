@@ -76,6 +76,8 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
     if args.mixed_precision != arithmetic:
         raise RecipeError(
             f"the launcher asks for mixed precision {args.mixed_precision}, the run for {arithmetic}",
+            where="mixed_precision",
+            why="the launcher's would win, and the losses be rounded otherwise than the run says",
             fix="set the dtype of the model in the recipe (bf16 or fp16 of the config), and "
             "mixed_precision: 'no' in the launcher's file",
         )
@@ -140,6 +142,8 @@ def settle(args: Any, accelerator: Accelerator) -> None:
             raise RecipeError(
                 f"gradient_clipping is {clipping} in the DeepSpeed config, and max_grad_norm "
                 f"{args.max_grad_norm}",
+                where="gradient_clipping",
+                why="DeepSpeed clips by its own figure, and nothing would read the other",
                 fix='set gradient_clipping to "auto"',
             )
 

@@ -104,7 +104,11 @@ class PreferenceTrainer(PackedTrainer):
     def _check_rows(self, name: str, examples: Examples) -> None:
         counts = examples.response_counts()
         if (counts < 2).any():
-            raise DataError(f"{int((counts < 2).sum())} rows of the {name} data have one response")
+            raise DataError(
+                f"{int((counts < 2).sum())} rows of the {name} data have one response",
+                why="a preference lies between two responses to the same prompt",
+                fix="give these rows a second response, or leave them out",
+            )
         if self.args.loss_type in PAIR_ONLY_LOSSES and (counts != 2).any():
             raise DataError(
                 f"{int((counts != 2).sum())} rows of the {name} data have more than two responses",
@@ -225,7 +229,9 @@ class PreferenceTrainer(PackedTrainer):
                 model = self.model
             if model is None:
                 raise RecipeError(
-                    "this eval data came after training, and the reference (the policy's start) is gone",
+                    "this eval data came after training",
+                    where="eval_dataset",
+                    why="its reference is the policy as it started, whose weights have moved since",
                     fix="give eval_dataset to the constructor, or pass ref_model",
                 )
             examples.extra["reference_logps"] = self._reference_of(

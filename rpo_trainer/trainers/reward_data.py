@@ -52,13 +52,21 @@ def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> Non
         why="regression takes rated responses",
         fix="give a row for each response",
     )
-    _check_column(examples, "attributes", name, fix="give ratings, or train on pairs")
+    _check_column(
+        examples,
+        "attributes",
+        name,
+        why="regression learns the ratings themselves",
+        fix="give ratings, or train on pairs",
+    )
     width = len(attributes)
     wrong = [i for i, row in enumerate(_column(examples, "attributes")) if not _fits(row, width)]
     if wrong:
         raise DataError(
             f"{len(wrong)} rows of the {name} data are not rated by numbers or null, one for each of "
-            f"{', '.join(attributes)}, the first at {wrong[:3]}"
+            f"{', '.join(attributes)}, the first at {wrong[:3]}",
+            why="a head learns the number at its place, and learns nothing from a null",
+            fix="give `attributes` as a list of that many numbers or nulls",
         )
 
 
@@ -72,8 +80,13 @@ def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
         fix="make pairs of them (best against worst)",
     )
     if needs_rewards:
-        fix = "give chosen_reward and rejected_reward, or set margin_scale to 0"
-        _check_column(examples, "rewards", name, fix=fix)
+        _check_column(
+            examples,
+            "rewards",
+            name,
+            why="the margin is margin_scale times the gap of the rewards",
+            fix="give chosen_reward and rejected_reward, or set margin_scale to 0",
+        )
 
 
 def check_ends(examples: Examples, tokenizer: Any, name: str) -> None:
@@ -94,12 +107,13 @@ def _check_counts(examples: Examples, wanted: int, name: str, *, why: str, fix: 
         )
 
 
-def _check_column(examples: Examples, column: str, name: str, *, fix: str) -> None:
+def _check_column(examples: Examples, column: str, name: str, *, why: str, fix: str) -> None:
     missing = examples.without(column)
     if len(missing):
         raise DataError(
             f"{len(missing)} rows of the {name} data have no {column}, "
             f"the first at {missing[:3].tolist()}",
+            why=why,
             fix=fix,
         )
 

@@ -104,7 +104,10 @@ class SavingTrainer(WrappingTrainer):
             found = on_main(lambda: checkpoint.last_complete(output))
             if found is None:
                 raise RunError(
-                    "there is no complete checkpoint to resume from", where=self.args.output_dir
+                    "there is no complete checkpoint to resume from",
+                    where=self.args.output_dir,
+                    why="only one whose files are all as they were written goes on as the run did",
+                    fix="leave resume_from_checkpoint out to begin, or name another output_dir",
                 )
         else:
             found = folder = Path(str(wanted))

@@ -62,7 +62,8 @@ def tokenizer_of(model: nn.Module) -> Any:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         raise ModelError(
-            "no tokenizer: the model does not know where it came from",
+            "there is no tokenizer",
+            why="the model does not know from where it was loaded, so its own cannot be found",
             fix="pass processing_class=tokenizer",
         )
     return AutoTokenizer.from_pretrained(name)

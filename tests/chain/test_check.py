@@ -278,6 +278,26 @@ def test_another_vocabulary_in_the_reference(tmp_path: Path) -> None:
     assert check(tmp_path, tiny.changed(recipe, "dpo.init", "./mine"))
 
 
+def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "dpo").update(init="./theirs", reference="model")
+    saved_model(theirs / "base", tokens=120)
+    shown = str(problems(tmp_path, recipe))
+    assert "(stages.dpo.reference): the reference has 100 tokens, the policy 120\n" in shown
+    saved_model(theirs / "base", tokens=90)
+    assert (
+        f"(stages.dpo.init): {theirs}, an adapter of {theirs / 'base'}: "
+        "the tokenizer has 100 tokens, the model 90 embeddings\n"
+    ) in str(problems(tmp_path, recipe))
+    (theirs / "adapter_config.json").write_text('{"base_model_name_or_path": "some/hub-name"}')
+    assert (
+        f"(stages.dpo.init): {theirs}, an adapter of some/hub-name: the model's configuration cannot be"
+    ) in str(problems(tmp_path, recipe))
+
+
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     """A warning, or an error where the recipe says that they are held out."""
     recipe = tiny.tiny_recipe()

@@ -27,6 +27,7 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.loading import load_tokenizer, load_weights
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
+from rpo_trainer.rewards import rowfile
 from tests.chain import tiny
 
 
@@ -51,8 +52,9 @@ def made(
 ) -> list[Any]:
     """The rows of a stage whose responses a run makes."""
     maker = RowMaker(
-        folder, run or folder, found, seed=lambda stage: seed, policy=policy, weights=weights
-    )
+        folder, run or folder, found, seed=lambda stage: seed, policy=policy, weights=weights,
+        label=lambda stage: f"[{stage.name}]",
+    )  # fmt: skip
     stage = found[name]
     return rows(stage, folder, seed=seed, made=maker.rows(stage, Audit()))
 
@@ -170,7 +172,7 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
             stage = found["dpo" if sampled_file else "rpo-1"]
             maker = RowMaker(
                 tmp_path, tmp_path, found, seed=lambda _: 3, policy=policy,
-                weights=lambda *_: "weights",
+                weights=lambda *_: "weights", label=lambda stage: stage.name,
             )  # fmt: skip
             own = maker.rows(stage, Audit())
             assert own is not None
@@ -198,7 +200,15 @@ def test_rows_of_takes_the_scored_responses_of_another_stage(sampled: Path) -> N
     assert any(len(row["responses"]) == 3 for row in taken)
 
 
-def test_rounds_sample_again_or_never(finished: Path, tmp_path: Path) -> None:
+def test_rounds_sample_again_or_never(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(rowfile, "_REPORT_SECONDS", 0.0)
+    caplog.set_level("INFO", "rpo_trainer")
+
     def policy(stage: Stage, source: str) -> Any:
         asked.append(stage.name)
         return load_weights(finished / "general" / "final"), character_tokenizer()
@@ -215,6 +225,8 @@ def test_rounds_sample_again_or_never(finished: Path, tmp_path: Path) -> None:
         assert asked == sampling
         # The second round of `each` draws other numbers, from what is the same policy here.
         assert (rounds[0] == rounds[1]) == (refresh == "never")
+    for work in ("[rpo-1] 48 of 48 rows sampled", "[rpo-2] 48 of 48 rows scored"):
+        assert work in caplog.messages
 
 
 def test_given_responses_are_scored_and_kept(tmp_path: Path) -> None:

@@ -89,6 +89,9 @@ def test_sampled_rows_are_not_taken_for_ranked_ones(tmp_path):
     sampled = [{**row, "sampling": {"temperature": 1.0}} for row in bare]
     with pytest.raises(DataError, match="sampled, and have no rewards"):
         rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=sampled)
+    assert rows_of(tmp_path, "dpo", "score: {verifier: partial_match}", rows=sampled)
+    ranked = [{**row, "ranks": [2, 0, 1]} for row in sampled]
+    assert rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=ranked)[0][0] == ["2", "3"]
     scored = [{**row, "sampling": {"temperature": 1.0}} for row in ROWS]
     assert rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=scored)
 

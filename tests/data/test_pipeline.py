@@ -42,6 +42,22 @@ def test_sources_are_mixed_counted_and_named(
     assert "rows.jsonl (2): 90 rows read, 70 not used" in audit.summary_lines()
 
 
+def test_sampled_responses_are_refused_whatever_the_other_sources_name(
+    tmp_path: Path, source: Any, jsonl: Callable[..., str]
+) -> None:
+    sampled = {"prompt": "p", "responses": ["x", "y"], "sampling": {"responses": 2}}
+    specs = [source(jsonl([PAIR], "pairs.jsonl"), format="pairs"), source(jsonl([sampled]))]
+    options: dict[str, Any] = {"kind": "pair", "base_dir": tmp_path, "seed": 0}
+    with pytest.raises(DataError, match="sampled, and have no rewards") as error:
+        load_rows(specs, audit=Audit(), **options)
+    assert error.value.where == str(tmp_path / "rows.jsonl")
+    assert len(load_rows(specs, unscored=True, audit=Audit(), **options)) == 2
+    null = [{**sampled, "rewards": [None, None]}]
+    with pytest.raises(DataError, match="sampled, and have no rewards"):
+        load_rows([source(jsonl(null))], audit=Audit(), **options)
+    assert load_rows([source(jsonl([sampled]), format="ranked")], audit=Audit(), **options)
+
+
 def test_faults_of_all_sources_come_at_once(
     tmp_path: Path, source: Any, jsonl: Callable[..., str], audit: Audit
 ) -> None:

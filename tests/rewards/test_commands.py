@@ -95,6 +95,7 @@ def test_again_there_is_nothing_to_do_and_other_work_is_not_overwritten(
     data, out = write(tmp_path / "i.jsonl", MANY), tmp_path / "k.jsonl"
     command = ("score", data, "-o", out, "--verifier")
     assert run(*command, "numeric") == 0
+    assert "rewards: 18 responses, mean 0.3333, from 0 to 1\n" in capsys.readouterr().out
     before = out.stat().st_mtime_ns
     assert run(*command, "numeric") == 0
     assert "finished already" in capsys.readouterr().out
@@ -226,6 +227,7 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
         assert run("score", data, "--judge", server.url, "--name", "j", "-o", out) == 0
     shown = capsys.readouterr().out
     assert "judge: 6 of 7 comparisons consistent, 5 equal" in shown
+    assert "rewards: 12 responses, 2 without one, mean 0.5, from 0 to 1\n" in shown
     scored = read(out)
     assert (scored[3]["chosen_reward"], scored[3]["rejected_reward"]) == (None, None)
     assert (scored[-1]["chosen_reward"], scored[-1]["rejected_reward"]) == (1.0, 0.0)
@@ -492,7 +494,9 @@ def test_pairs_of_scored_responses_with_a_filter(
 ) -> None:
     out = tmp_path / "o.jsonl"
     assert run("pairs", scored(tmp_path), "-o", out, "--top-chosen-share", 0.25) == 0
-    assert "filter: 2 of 8 rows pass (chosen reward at least 9)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "filter: 2 of 8 rows pass (chosen reward at least 9)" in shown
+    assert "reward gaps: 2 rows, mean 3, from 3 to 3\n" in shown
     assert [(r["chosen"], r["rejected"], r["chosen_reward"], r["rejected_reward"]) for r in read(out)] == [
         ("c", "a", 9.0, 6.0), ("c", "a", 10.0, 7.0),
     ]  # fmt: skip
@@ -503,7 +507,7 @@ def test_pairs_of_scored_responses_with_a_filter(
     assert read(whole)[0]["rewards"] == [3.0, 1.0, 0.0]
 
 
-def test_pairs_of_ranked_responses(tmp_path: Path) -> None:
+def test_pairs_of_ranked_responses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "p", "responses": ["bad", "good", "fair"], "ranks": [2, 0, 1]}]
     out = tmp_path / "o.jsonl"
     assert run("pairs", write(tmp_path / "r.jsonl", rows), "-o", out, "--select", "all_pairs") == 0
@@ -511,6 +515,7 @@ def test_pairs_of_ranked_responses(tmp_path: Path) -> None:
         ("good", "fair"), ("good", "bad"), ("fair", "bad"),
     ]  # fmt: skip
     assert "chosen_reward" not in read(out)[0]
+    assert "reward gaps" not in capsys.readouterr().out
 
 
 def test_sampled_responses_are_not_taken_for_ranked_ones(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pydoc
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.trainers import DPOConfig, RPOConfig, SFTConfig
+from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SFTConfig, {"truncation": "keep_end"}, "truncation must be drop or cut, got 'keep_end'"),
@@ -71,6 +75,27 @@ def test_what_does_not_fit_is_refused(config, settings, message, tmp_path):
 def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     with pytest.raises(RecipeError, match=r"beta must be.*sft_reduction must be.*reward_scale"):
         make(RPOConfig, tmp_path, beta=-1.0, sft_reduction="none", reward_scale=-2.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (SFTConfig, "tile_bytes (int, 536870912): Most memory for one tile of logits, in bytes."),
+        (DPOConfig, "label_smoothing (float, 0.0): Share of labels taken to be wrong: cDPO"),
+        (DPOConfig, "loss_type (str, 'dpo'): `dpo`, or `ipo`"),
+        (RPOConfig, "reward_scale (float, 1.0): η: scale of the given rewards."),
+        (RPOConfig, "loss_type (str, 'rpo_bwd_kl'): rpo_bwd_kl (the report's), rpo_fwd_kl"),
+        (RewardConfig, "objective (str, 'bradley_terry'): `bradley_terry` (pairs) or"),
+        (RewardConfig, "learning_rate (float, 1e-05): Peak learning rate."),
+    ],
+)
+def test_help_shows_every_field_of_ours(config, shown):
+    text = pydoc.plain(pydoc.render_doc(config))
+    assert shown in text
+    listed = [line for line in config.__doc__.splitlines() if re.match(r"    \w+ \(.*\): ", line)]
+    foreign = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    ours = [f.name for f in dataclasses.fields(config) if foreign.get(f.name) is not f]
+    assert [line.split()[0] for line in listed] == ours and "max_length" in ours
 
 
 def test_accumulation_follows_from_the_global_batch(tmp_path):

@@ -34,6 +34,7 @@ def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
     if name not in VERIFIERS:
         raise RecipeError(
             f"unknown verifier '{name}'{nearest(name, VERIFIERS)}",
+            why="each decides by another rule what is right, and none is taken in place of another",
             fix=f"use one of: {', '.join(VERIFIERS)}",
         )
     if name == ASSERTS.name:
