@@ -205,15 +205,27 @@ class _Check:
             self._scorer(stage, load_given(stage.data, self.base_dir, seed=seed, audit=Audit()))
         rows = build_rows(stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows)
         rows, held = set_aside(stage, rows, seed=seed)
-        held_out = None
         if self.tokenizer is not None:
             examples = tokenize_stage(stage, rows, self.tokenizer, audit)
             self._length(stage, len(examples))
             self.responses[stage.name] = sum(map(len, examples["response_ids"]))
-            held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
-        if held_out is not None:
-            self.lines.append(f"  {len(held_out[0])} held-out examples")
-        check_overlap(stage, self.recipe, self.base_dir, rows, held_out and held_out[1], audit)
+        self._held_out(stage, rows, held, audit, seed)
+
+    def _held_out(
+        self,
+        stage: Stage,
+        rows: list[dict[str, Any]],
+        held: list[dict[str, Any]] | None,
+        audit: Audit,
+        seed: int,
+    ) -> None:
+        """The rows the stage is measured with, and none of them among those it learns from."""
+        found = None
+        if self.tokenizer is not None:
+            found = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
+        if found is not None:
+            self.lines.append(f"  {len(found[0])} held-out examples")
+        check_overlap(stage, self.recipe, self.base_dir, rows, found and found[1], audit)
         self.lines += [f"  {line}" for line in audit.summary_lines()]
 
     def _length(self, stage: Stage, examples: int) -> None:
@@ -233,6 +245,7 @@ class _Check:
     def _prompts(self, stage: Stage, seed: int) -> None:
         if stage.data.rows_of is not None:
             self.lines.append(f"  the responses of stage {stage.data.rows_of}")
+            self._held_out(stage, [], None, Audit(), seed)
             return
         rows = load_prompts(stage.data, self.base_dir, seed=seed, audit=Audit())
         self._scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
@@ -242,9 +255,7 @@ class _Check:
         policies = [stage.init if p == "init" else p for p in stage.data.generate.policies]
         policies += [endpoint.model for endpoint in stage.data.generate.endpoints]
         self.lines.append(f"  {len(rows)} prompts; the responses come from {', '.join(policies)}")
-        audit = Audit()
-        check_overlap(stage, self.recipe, self.base_dir, rows, None, audit)
-        self.lines += [f"  {line}" for line in audit.summary_lines()]
+        self._held_out(stage, rows, None, Audit(), seed)
 
     def _scorer(self, stage: Stage, rows: list[dict[str, Any]]) -> None:
         """What can be known of the scorer of a stage; a reward model of the run is not there yet."""

@@ -23,10 +23,10 @@ from rpo_trainer.chain.data import (
     tokenize_stage,
 )
 from rpo_trainer.chain.disk import stage_disk, together, unread_model
-from rpo_trainer.chain.made import prompt_ids
+from rpo_trainer.chain.made import load_prompts, prompt_ids
 from rpo_trainer.chain.places import placed
 from rpo_trainer.chain.stage import arithmetic, training_config
-from rpo_trainer.data import Audit, load_rows
+from rpo_trainer.data import Audit
 from rpo_trainer.loading import load_model, load_tokenizer
 from rpo_trainer.plan.engines import DeviceMemory, Engine, launch_line, per_device
 from rpo_trainer.plan.memory import step_memory
@@ -207,9 +207,7 @@ class _Planner:
             sampled = next(s.data for s in self.stages if s.name == sampled.rows_of)
         spec = sampled.generate
         assert spec is not None
-        rows = load_rows(
-            stage.data.train, kind="prompt", base_dir=self.base_dir, audit=Audit(), seed=seed
-        )
+        rows = load_prompts(sampled, self.base_dir, seed=seed, audit=Audit())
         pairs = stage.data.pairs is None or stage.data.pairs.select != "all_responses"
         whole = spec.responses * (len(spec.policies) + len(spec.endpoints))
         count = 2 if pairs else whole + spec.with_ground_truth

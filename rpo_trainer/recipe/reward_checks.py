@@ -72,9 +72,14 @@ def generate_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
 
 def rows_of_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     """Rows are made here or taken from another stage; what is never made is never made again."""
-    for field in _given(raw, ("generate", "score")) if raw.get("rows_of") is not None else ():
-        what = f"`rows_of` takes scored responses of another stage; `{field}` would make them here"
-        yield wrong((field,), what, fix="keep one of the two")
+    if raw.get("rows_of") is None:
+        if "train" not in raw:
+            yield InitErrorDetails(type="missing", loc=("train",), input=raw)
+    else:
+        for field in _given(raw, ("train", "generate", "score")):
+            what = f"`{field}` beside `rows_of`"
+            why = "`rows_of` takes another stage's prompts with their scored responses"
+            yield wrong((field,), what, why=why, fix="keep one of the two")
     if raw.get("refresh") is not None and not isinstance(raw.get("generate"), dict):
         what = "`refresh` without `generate`: the same rows are read in each round anyway"
         yield wrong(("refresh",), what, fix="remove `refresh`")

@@ -57,7 +57,7 @@ def _rewarded(data: DataSpec, number: int, first: str, last_round: dict[str, str
     changes: dict[str, Any] = {"refresh": None}
     if number > 0 and data.refresh == "never":
         return data.model_copy(
-            update={**changes, "generate": None, "score": None, "rows_of": first}
+            update={**changes, "train": [], "generate": None, "score": None, "rows_of": first}
         )
     if data.rows_of is not None:
         changes["rows_of"] = last_round[data.rows_of]
@@ -96,4 +96,6 @@ def dump_resolved(recipe: Recipe) -> str:
 
 def _plain(stage: StageBase) -> dict[str, Any]:
     fields = stage.model_dump(exclude_none=True)
+    if stage.data.rows_of is not None:
+        del fields["data"]["train"]  # empty
     return {"name": fields.pop("name"), "kind": fields.pop("kind"), **fields}

@@ -298,6 +298,23 @@ def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
     ) in str(problems(tmp_path, recipe))
 
 
+@pytest.mark.parametrize("rows_of", [None, "dpo"])
+def test_held_out_rows_of_a_stage_that_samples(rows_of: str | None, tmp_path: Path) -> None:
+    """They come with their responses, whatever the rows to train on come from."""
+    recipe = tiny.tiny_recipe()
+    stage = tiny.stage_of(recipe, "rpo")
+    if rows_of is not None:
+        stage["data"] = {"rows_of": rows_of, "pairs": {"select": "all_responses"}}
+    stage["data"]["eval"] = [{"path": "held.jsonl"}]
+    row = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
+    rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
+    (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
+    assert check(tmp_path, recipe).count("  1 held-out examples") == 2  # of both rounds
+    (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
+    found = problems(tmp_path, recipe)
+    assert "no row has rewards, and RPO needs one for every response" in str(found)
+
+
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     """A warning, or an error where the recipe says that they are held out."""
     recipe = tiny.tiny_recipe()

@@ -64,7 +64,8 @@ def chain(dpo: str = MADE, rpo: str = MADE) -> str:
         ("filter: {min_chosen_quantile: 1.0}", "min_chosen_quantile"),
         ("refresh: never", "`refresh` without `generate`"),
         ("rows_of: sft", "cannot be `sft`, a stage of kind sft"),
-        (f"rows_of: sft, {GENERATE}, score: {{model: rm}}", "would make them here"),
+        (f"rows_of: sft, {GENERATE}, score: {{model: rm}}", "`generate` beside `rows_of`"),
+        ("rows_of: rpo", "`train` beside `rows_of`"),
         (
             "generate: {max_new_tokens: 5, policies: []}, score: {model: rm}",
             "no policy to sample from",
@@ -85,8 +86,8 @@ def test_what_is_refused(problems: Show, dpo: str, message: str) -> None:
 
 
 def test_rows_of_a_stage_that_samples_none(problems: Show) -> None:
-    (shown,) = problems(chain("filter: {min_gap: 1}", "rows_of: dpo"))
-    assert "refers to `dpo`, which samples no responses" in shown
+    shown = problems(chain("filter: {min_gap: 1}", "rows_of: dpo"))
+    assert any("refers to `dpo`, which samples no responses" in line for line in shown)
 
 
 @pytest.mark.parametrize("value", ["0", "-1.0", "automatic", "true", "[1]"])
@@ -116,7 +117,7 @@ def test_each_round_samples_again_or_takes_the_rows_of_the_first(load: Load) -> 
 
 def test_names_of_repeated_stages_are_those_that_run(load: Load) -> None:
     text = chain().replace("  - name: sft\n", "  - name: sft\n    repeat: 2\n")
-    text += "  - {name: last, kind: dpo, beta: 0.1, data: {train: [{path: p}], rows_of: rpo}}\n"
+    text += "  - {name: last, kind: dpo, beta: 0.1, data: {rows_of: rpo}}\n"
     words = ["stages.dpo.data.generate.policies=[init, sft, model, ./other]"]
     stages = {s.name: s for s in expand_stages(load(text, words).recipe)}
     generate = stages["dpo"].data.generate
