@@ -33,7 +33,7 @@ from rpo_trainer.recipe import (
     Stage,
     fill_from_environment,
 )
-from rpo_trainer.recipe.checks import did_you_mean
+from rpo_trainer.recipe.checks import NOT_READ, did_you_mean
 from rpo_trainer.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_UNREAD = "nothing would read it"
 _GAPS_SHOWN = 512  # examples of the scatter in the report
 
 # Stage fields that bear the same name in our configs.
@@ -128,7 +127,7 @@ def training_config(
         RecipeError(
             f"transformers has no training argument {name}",
             where=f"{where}.{name}",
-            why=_UNREAD,
+            why=NOT_READ,
             fix=_or_see(did_you_mean(name, sorted(known)), "transformers.TrainingArguments"),
         )
         for name in sorted(set(settings) - known)
@@ -199,7 +198,7 @@ def lora_config(stage: Stage) -> LoraConfig | None:
             raise RecipeError(
                 f"LoraConfig has no field {name}",
                 where=f"{where}.{name}",
-                why=_UNREAD,
+                why=NOT_READ,
                 fix=_or_see(near, "peft.LoraConfig"),
             )
     try:

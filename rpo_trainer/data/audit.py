@@ -37,6 +37,8 @@ DROPS = {
     "unreadable": "the row cannot be read",
     "no_verdict": "the judge gave no consistent verdict",
 }
+# What becomes of prompts to which a policy gives equal responses, or equally good ones.
+ALIKE = {"fewer_than_two_responses", "tie", "identical_responses", "small_gap"}
 WARNINGS = {
     "special_token_text": "text of a special token inside the data, tokenised as text",
     "duplicate_prompt": "prompt seen before",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.audit import ALIKE, Audit
 from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain, trained_turns
 from rpo_trainer.data.encode import Encoded, Encoder
 from rpo_trainer.data.processes import map_batches, processes_for
@@ -80,10 +80,13 @@ def tokenize_rows(
     )
     table = pa.concat_tables(tables)
     if not table.num_rows:
+        fix = "mend the rows that were dropped, or change what drops them (max_length, filter)"
+        if audit.dropped and {*audit.dropped} <= ALIKE:
+            fix += "; of sampled responses take more a prompt, or a higher temperature"
         raise DataError(
             "no row is left to train on",
             why="; ".join(audit.summary_lines()) or "there were no rows",
-            fix="mend the rows that were dropped, or change what drops them (max_length, filter)",
+            fix=fix,
         )
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 

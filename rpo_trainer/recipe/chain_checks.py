@@ -111,7 +111,8 @@ def _reference_checks(
     kinds = [s.get("kind") for s in earlier if target in stage_names([s])]
     if kinds and kinds[0] != "sft":
         what = f"`replay.stage` must be an sft stage; `{target}` is {kinds[0]}"
-        yield wrong(at, what, fix="name an earlier sft stage")
+        why = "rows of other kinds have no single response to train on"
+        yield wrong(at, what, why=why, fix="name an earlier sft stage")
 
 
 def _policy_checks(
@@ -129,7 +130,8 @@ def _policy_checks(
             continue
         yield wrong(
             ("stages", index, field),
-            f"`{field}` refers to `{target}`, a reward stage, which leaves no policy",
+            f"`{field}` refers to `{target}`, a reward stage",
+            why="it leaves a model that gives scores, and no policy",
             fix="name a stage of another kind; `previous` is the policy before the reward stage",
         )
 

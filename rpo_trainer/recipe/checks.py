@@ -34,14 +34,15 @@ OTHER_NAMES = {
 NOT_CONVERTED = "what is written is taken as it is, and never converted"
 
 
+NOT_READ = "nothing would read it"
+
+
 def wrong_value(what: str, fix: str, why: str | None = NOT_CONVERTED) -> PydanticCustomError:
     """An error that keeps what, why and fix apart."""
     return PydanticCustomError(CHECK, "{what}; {fix}", {"what": what, "fix": fix, "why": why})
 
 
-def wrong(
-    at: tuple[str | int, ...], what: str, *, fix: str, why: str | None = None
-) -> InitErrorDetails:
+def wrong(at: tuple[str | int, ...], what: str, *, why: str, fix: str) -> InitErrorDetails:
     """The same for a wrap validator, at the key `at` below the model."""
     return InitErrorDetails(type=wrong_value(what, fix, why), loc=at, input=None)
 
@@ -105,11 +106,13 @@ def model_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         return
     if "model_type" not in config:
         what = "`from_config` has no `model_type`"
-        yield wrong(("from_config",), what, fix="add for example `model_type: llama`")
+        why = "it says which of transformers' model classes is made"
+        yield wrong(("from_config",), what, why=why, fix="add for example `model_type: llama`")
     if raw.get("tokenizer") is None:
         yield wrong(
             ("from_config",),
-            "a model made by `from_config` brings no tokenizer",
+            "`from_config` without `tokenizer`",
+            why="a model with random weights brings none, as a directory or a name on the hub does",
             fix="add `tokenizer: ...` under `model`: a path, a hub name, or `characters`",
         )
 
@@ -125,7 +128,7 @@ def source_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         other = "task" if given == ["path"] else "path"
         what = f"`{field}` is for sources with `{other}`; this one has `{given[0]}`"
         fix = "use `max_rows`" if field == "size" else f"remove `{field}`"
-        yield wrong((field,), what, fix=fix)
+        yield wrong((field,), what, why=NOT_READ, fix=fix)
 
 
 def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
@@ -133,15 +136,16 @@ def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     for field in ("train", "eval"):
         yield from weight_checks(raw.get(field), field)
     if raw.get("held_out") is True and not raw.get("eval"):
-        what = "`held_out` without `eval`: there are no rows that it says this of"
-        yield wrong(("held_out",), what, fix="add `eval`, or remove `held_out`")
+        what, why = "`held_out` without `eval`", "there are no rows that it says this of"
+        yield wrong(("held_out",), what, why=why, fix="add `eval`, or remove `held_out`")
     generate = raw.get("generate")
     if not isinstance(generate, dict):
         return
     if raw.get("score") is None:
         yield wrong(
             ("generate",),
-            "`generate` without `score`: sampled responses would have no rewards",
+            "`generate` without `score`",
+            why="sampled responses would have no rewards, so that none is better than another",
             fix="add `score: {verifier: ...}` beside `generate`",
         )
     others = [generate.get("policies", ["init"]), generate.get("endpoints", [])]
@@ -150,7 +154,8 @@ def data_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     if generate.get("responses") == 1 and sampled < 2:
         yield wrong(
             ("generate", "responses"),
-            "one response for each prompt gives nothing to compare",
+            "one response for each prompt",
+            why="a preference takes two, to be compared",
             fix="write 2 or more",
         )
 
@@ -164,6 +169,7 @@ def weight_checks(sources: object, field: str) -> Iterator[InitErrorDetails]:
         yield wrong(
             (field, weighted.index(False)),
             "this source has no `weight`, others of the mixture have one",
+            why="its share beside theirs is not defined",
             fix="give every source of the mixture a weight, or none",
         )
 
@@ -185,7 +191,8 @@ def stage_checks(raw: Mapping[str, Any], own: frozenset[str]) -> Iterator[InitEr
     if raw.get("loss_type") == "ipo" and isinstance(smoothing, float) and smoothing > 0:
         yield wrong(
             ("label_smoothing",),
-            "`label_smoothing` has no meaning for `loss_type: ipo`",
+            "`label_smoothing` with `loss_type: ipo`",
+            why="it is the share of wrong labels in the likelihood of DPO; IPO is no likelihood",
             fix="remove it, or use `loss_type: dpo`",
         )
 
@@ -267,7 +274,7 @@ def _data_of_kind_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
             field, "dpo, rpo or reward (bradley_terry)"
         )
         what = f"`data.{field}` is for stages of kind {kinds}; this one is {kind}"
-        yield wrong(("data", field), what, fix=f"remove `{field}`")
+        yield wrong(("data", field), what, why=NOT_READ, fix=f"remove `{field}`")
     pairs, generate = data.get("pairs"), data.get("generate")
     if not isinstance(pairs, dict) or pairs.get("select") != "all_responses":
         return
@@ -277,6 +284,7 @@ def _data_of_kind_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         name = loss or kind
         yield wrong(
             ("data", "pairs", "select"),
-            f"`select: all_responses` gives more than two responses; the loss `{name}` takes two",
+            f"`select: all_responses` with the loss `{name}`",
+            why="that gives more than two responses a prompt, and this loss takes two",
             fix="write `select: best_worst`, or use `rpo_bwd_kl` or `rpo_sqloo` in an rpo stage",
         )

@@ -219,7 +219,9 @@ class DataSpec(Spec):
     """The data of a stage."""
 
     train: list[SourceSpec] = Field(
-        [], min_length=1, description="sources to train on, mixed; absent only where `rows_of` is given"
+        [],
+        min_length=1,
+        description="sources to train on, mixed; absent only where `rows_of` is given",
     )
     eval: list[SourceSpec] = Field(
         [], description="held-out sources for the loss during training (`eval_steps`)"

@@ -9,7 +9,7 @@ from pydantic_core import InitErrorDetails
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.chain_checks import looks_like_path, stage_names, unknown_stage
-from rpo_trainer.recipe.checks import PREFERENCE_KINDS, named_stages, wrong
+from rpo_trainer.recipe.checks import NOT_READ, PREFERENCE_KINDS, named_stages, wrong
 from rpo_trainer.rewards.weights import PRESETS, resolve_weights
 
 SCORERS = ("verifier", "model", "endpoint", "judge")
@@ -26,13 +26,14 @@ def score_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     if not given:
         yield wrong(
             ("verifier",),
-            "`score` says nothing of where the rewards come from",
+            "`score` names no scorer",
+            why="nothing says where the rewards come from",
             fix=f"give one of {', '.join(f'`{name}`' for name in SCORERS)}",
         )
     for name in given[1:]:
-        yield wrong(
-            (name,), f"`score` has both `{given[0]}` and `{name}`", fix="keep one of the two"
-        )
+        what = f"`score` has both `{given[0]}` and `{name}`"
+        why = "each of them gives the rewards"
+        yield wrong((name,), what, why=why, fix="keep one of the two")
     if len(given) != 1:
         return
     owners = {
@@ -43,7 +44,7 @@ def score_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     for name in _given(raw, tuple(owners)):
         if raw[name] is not False and given[0] not in owners[name]:
             what = f"`{name}` belongs to `{'` or `'.join(owners[name])}`, not to `{given[0]}`"
-            yield wrong((name,), what, fix=f"remove `{name}`")
+            yield wrong((name,), what, why=NOT_READ, fix=f"remove `{name}`")
     code, allowed = raw.get("verifier") == "asserts", raw.get("allow_code_execution")
     if code and allowed is not True:
         yield wrong(
@@ -55,7 +56,8 @@ def score_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     if allowed is True and given[0] == "verifier" and not code:
         yield wrong(
             ("allow_code_execution",),
-            "only the verifier `asserts` runs code",
+            f"`allow_code_execution` with the verifier `{raw['verifier']}`",
+            why="only `asserts` runs code",
             fix="remove `allow_code_execution`",
         )
 
@@ -65,7 +67,8 @@ def generate_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     if raw.get("policies") == [] and not raw.get("endpoints"):
         yield wrong(
             ("policies",),
-            "there is no policy to sample from",
+            "`policies` is empty, and there are no `endpoints`",
+            why="there is nobody to sample from",
             fix="name one under `policies` or `endpoints`",
         )
 
@@ -81,8 +84,8 @@ def rows_of_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
             why = "`rows_of` takes another stage's prompts with their scored responses"
             yield wrong((field,), what, why=why, fix="keep one of the two")
     if raw.get("refresh") is not None and not isinstance(raw.get("generate"), dict):
-        what = "`refresh` without `generate`: the same rows are read in each round anyway"
-        yield wrong(("refresh",), what, fix="remove `refresh`")
+        what, why = "`refresh` without `generate`", "the same rows are read in each round anyway"
+        yield wrong(("refresh",), what, why=why, fix="remove `refresh`")
 
 
 def reference_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
@@ -135,10 +138,13 @@ def _stage_of_kind(
     key = ".".join(map(str, at[3:]))
     if found.get("kind") not in kinds:
         what = f"`{key}` cannot be `{target}`, a stage of kind {found.get('kind')}"
-        yield wrong(at, what, fix=f"name an earlier stage of kind {' or '.join(kinds)}")
+        why = "its output is of another sort than what is needed here"
+        fix = f"name an earlier stage of kind {' or '.join(kinds)}"
+        yield wrong(at, what, why=why, fix=fix)
     elif key == "rows_of" and not _makes_rows(found):
         what = f"`rows_of` refers to `{target}`, which samples no responses"
-        yield wrong(at, what, fix="name a stage with `data: {generate: ..., score: ...}`")
+        why = "rows that were given can be named under `train` here too"
+        yield wrong(at, what, why=why, fix="name a stage with `data: {generate: ..., score: ...}`")
 
 
 def _makes_rows(stage: Mapping[str, Any]) -> bool:
@@ -159,37 +165,41 @@ def reward_stage_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     """A reward stage: fields of its objective alone, and nothing that only a policy has."""
     objective = raw.get("objective")
     if objective == "regression" and raw.get("attributes") is None:
-        what = "`objective: regression` needs `attributes`, the names of what is rated"
-        yield wrong(("attributes",), what, fix="add for example `attributes: [helpfulness]`")
+        what = "`objective: regression` without `attributes`"
+        why = "they name what is rated, a head of the model for each"
+        fix = "add for example `attributes: [helpfulness]`"
+        yield wrong(("attributes",), what, why=why, fix=fix)
     foreign = {"regression": ("margin_scale",), "bradley_terry": ("attributes", "rating_range")}
     for field in _given(raw, foreign.get(str(objective), ())):
         if raw[field] != 0:
             what = f"`{field}` has no meaning for `objective: {objective}`"
-            yield wrong((field,), what, fix=f"remove `{field}`")
+            yield wrong((field,), what, why=NOT_READ, fix=f"remove `{field}`")
     names = raw.get("attributes")
     if isinstance(names, list) and len(set(map(str, names))) < len(names):
-        yield wrong(("attributes",), "an attribute is named twice", fix="name each once")
+        what, why = "an attribute is named twice", "each is one head of the model"
+        yield wrong(("attributes",), what, why=why, fix="name each once")
     bounds = raw.get("rating_range")
     pair = bounds if isinstance(bounds, list) and len(bounds) == 2 else [0, 1]
     if all(map(_is_number, pair)) and not pair[0] < pair[1]:
         what = f"`rating_range` goes from {pair[0]} to {pair[1]}"
-        yield wrong(("rating_range",), what, fix="write the lowest rating first")
+        why = "no rating can be between them"
+        yield wrong(("rating_range",), what, why=why, fix="write the lowest rating first")
     yield from _weights_checks(raw.get("reward_weights"), names)
     if raw.get("eval") is not None:
-        what = "`eval` samples from a policy, and a reward model is none"
-        yield wrong(
-            ("eval",), what, fix="remove it; `data.eval` or `data.eval_share` test the rewards"
-        )
+        what, why = "`eval` in a reward stage", "it measures a policy, and a reward model is none"
+        fix = "remove it; `data.eval` or `data.eval_share` test the rewards"
+        yield wrong(("eval",), what, why=why, fix=fix)
     if raw.get("peft") is not None:
-        what = "a reward stage trains all weights; `peft` is for the other kinds"
-        yield wrong(("peft",), what, fix="remove `peft`")
+        what, why = "`peft` in a reward stage", "a reward stage trains all weights"
+        yield wrong(("peft",), what, why=why, fix="remove `peft`")
     if isinstance(raw.get("repeat"), int) and raw["repeat"] > 1:
-        what = "`repeat` of a reward stage: every round would start from the same policy"
-        yield wrong(("repeat",), what, fix="remove it, and raise `num_train_epochs`")
+        what, why = "`repeat` of a reward stage", "every round would start from the same policy"
+        yield wrong(("repeat",), what, why=why, fix="remove it, and raise `num_train_epochs`")
     data = raw.get("data")
     if isinstance(data, dict) and data.get("eval_share") is not None and data.get("eval"):
         what = "`data` has both `eval` and `eval_share`"
-        yield wrong(("data", "eval_share"), what, fix="keep one of the two")
+        why = "each of them says which rows are held out"
+        yield wrong(("data", "eval_share"), what, why=why, fix="keep one of the two")
 
 
 def _is_number(value: object) -> bool:
@@ -206,4 +216,4 @@ def _weights_checks(weights: object, names: object) -> Iterator[InitErrorDetails
     try:
         resolve_weights(weights, known)
     except RecipeError as error:
-        yield wrong(("reward_weights",), error.what, fix=str(error.fix), why=error.why)
+        yield wrong(("reward_weights",), error.what, why=str(error.why), fix=str(error.fix))

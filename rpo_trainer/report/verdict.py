@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from rpo_trainer.data.audit import ALIKE
 from rpo_trainer.report.collect import Curve, RunRecord, StageRecord
 from rpo_trainer.report.findings import Finding, Level
 from rpo_trainer.report.likelihood import judge_likelihood
@@ -16,8 +17,6 @@ from rpo_trainer.report.values import short
 MANY_CUT = 0.05
 # More than this share of dropped rows deserves a look.
 MANY_DROPPED = 0.25
-# What becomes of prompts to which a policy gives equal responses, or equally good ones.
-_SAME_AGAIN = ("fewer_than_two_responses", "tie", "identical_responses", "small_gap")
 # σ(target_gap) beyond these bounds asks for a gap that no finite training reaches.
 SATURATED = 0.99
 
@@ -266,7 +265,7 @@ def _data(stage: StageRecord) -> Iterator[Finding]:
         share, main = audit.dropped_share(), audit.dropped[0]
         part = f" ({share:.0%})" if share is not None else ""
         # A policy that is sure of itself says one thing K times: such prompts teach nothing.
-        sampled = stage.samples_data and main.key in _SAME_AGAIN
+        sampled = stage.samples_data and main.key in ALIKE
         many = share is not None and share > MANY_DROPPED and not sampled
         text = f"{audit.dropped_rows:,} rows were dropped{part}; most often: {main.text}"
         advice = "More responses a prompt, or a higher temperature, leave fewer such prompts."

@@ -201,6 +201,10 @@ def test_nothing_left(chatml: Any) -> None:
     with pytest.raises(DataError, match="no row is left") as error:
         tokenized([pair(0, "a", "a")], chatml, "pair")
     assert "chosen is the same as rejected" in str(error.value)
+    assert "of sampled responses take more a prompt, or a higher temperature" in str(error.value)
+    with pytest.raises(DataError, match="no row is left") as error:
+        tokenized([pair(0, "a", "b" * 999)], chatml, "pair", max_length=8)
+    assert "temperature" not in str(error.value)
 
 
 def test_more_than_one_batch_keeps_the_order(chatml: Any, monkeypatch: Any) -> None:

@@ -44,12 +44,12 @@ def chain(dpo: str = MADE, rpo: str = MADE) -> str:
 @pytest.mark.parametrize(
     ("dpo", "message"),
     [
-        ("score: {}", "says nothing of where the rewards come from"),
+        ("score: {}", "names no scorer"),
         ("score: {verifier: exact, model: rm}", "both `verifier` and `model`"),
         ("score: {verifier: asserts}", "runs code that a model has written"),
         (
             "score: {verifier: exact, allow_code_execution: true}",
-            "only the verifier `asserts` runs code",
+            "`allow_code_execution` with the verifier `exact`",
         ),
         ("score: {model: rm, allow_code_execution: true}", "belongs to `verifier`, not to `model`"),
         ("score: {verifier: exact, weights: {a: 1.0}}", "belongs to `model` or `endpoint`"),
@@ -68,7 +68,7 @@ def chain(dpo: str = MADE, rpo: str = MADE) -> str:
         ("rows_of: rpo", "`train` beside `rows_of`"),
         (
             "generate: {max_new_tokens: 5, policies: []}, score: {model: rm}",
-            "no policy to sample from",
+            "there is nobody to sample from",
         ),
         (
             "generate: {max_new_tokens: 5, policies: [rm]}, score: {model: rm}",

@@ -90,7 +90,7 @@ BAD: dict[str, tuple[str, str, str, list[str]]] = {
         "name_or_path: base",
         "from_config: {model_type: llama}",
         ":2",
-        ["brings no tokenizer", "`characters`"],
+        ["`from_config` without `tokenizer`", "`characters`"],
     ),
     "config without type": (
         "name_or_path: base",
@@ -144,13 +144,13 @@ BAD: dict[str, tuple[str, str, str, list[str]]] = {
         "{train: [{path: p}], generate: {max_new_tokens: 9, responses: 1}, "
         "score: {verifier: exact}}",
         ":18",
-        ["nothing to compare"],
+        ["one response for each prompt"],
     ),
     "many responses in dpo": (
         "{train: [{path: pairs.jsonl}]}",
         "{train: [{path: p}], pairs: {select: all_responses}}",
         ":18",
-        ["`dpo` takes two"],
+        ["`select: all_responses` with the loss `dpo`"],
     ),
     "score without generate": (
         "defaults:",
@@ -161,7 +161,7 @@ BAD: dict[str, tuple[str, str, str, list[str]]] = {
     "unknown loss": (*_dpo("loss_type: dpoo"), ":18", ["one of `dpo`, `ipo`", "mean `dpo`?"]),
     "loss of TRL": (*_dpo("loss_type: sigmoid"), ":18", ["write `dpo`: the same loss"]),
     "loss of rpo": (*_dpo("loss_type: rpo_sq"), ":18", ["is a loss of stages of kind rpo"]),
-    "smoothed ipo": (*_dpo("loss_type: ipo\n    label_smoothing: 0.1"), ":19", ["no meaning"]),
+    "smoothed ipo": (*_dpo("loss_type: ipo\n    label_smoothing: 0.1"), ":19", ["`label_smoothing` with `loss_type: ipo`"]),
     "smoothing too large": (*_dpo("label_smoothing: 0.5"), ":18", ["less than 0.5, got 0.5"]),
     "unknown kind": ("kind: dpo", "kind: dpoo", ":15", ["unknown kind `dpoo`; did you mean `dpo`"]),
     "no kind": ("    kind: dpo\n", "", ":15", ["`kind` is missing in stage `dpo`"]),
@@ -210,7 +210,7 @@ def test_one_mistake_gives_one_error_with_where_what_and_fix(
     assert where in shown[0].split(": ", 1)[0] + ":", shown[0]
     for word in words:
         assert word in shown[0], shown[0]
-    assert "\n  fix: " in shown[0]
+    assert "\n  why: " in shown[0] and "\n  fix: " in shown[0]
 
 
 def test_stages_must_be_there(problems: Show) -> None:
@@ -254,4 +254,4 @@ def test_many_responses_for_rpo(problems: Show, load: Load, valid: str) -> None:
     data += "pairs: {select: all_responses}}"
     head, tail = valid[: valid.rindex("{train")], "\n    loss_type: "
     assert load(f"{head}{data}{tail}rpo_sqloo\n")
-    assert "`rpo_sq` takes two" in problems(f"{head}{data}{tail}rpo_sq\n")[0]
+    assert "`select: all_responses` with the loss `rpo_sq`" in problems(f"{head}{data}{tail}rpo_sq\n")[0]

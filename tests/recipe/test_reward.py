@@ -69,7 +69,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "    repeat: 2\n",
         "    init: rm\n",
         ":20",
-        "`init` refers to `rm`, a reward stage, which leaves no policy",
+        "`init` refers to `rm`, a reward stage",
     ),
     "a reward model as reference": (
         "    repeat: 2\n",
@@ -85,7 +85,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         ":14",
         "`init` refers to `rm`, a reward stage",
     ),
-    "no attributes": (RATED, "", ":11", "`objective: regression` needs `attributes`"),
+    "no attributes": (RATED, "", ":11", "`objective: regression` without `attributes`"),
     "an attribute twice": (RATED, "    attributes: [a, a]\n", ":15", "an attribute is named twice"),
     "margin of ratings": (
         RATED,
@@ -128,7 +128,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         PAIRS,
         PAIRS + "    eval: {data: [{path: p}]}\n",
         ":11",
-        "`eval` samples from a policy, and a reward model is none",
+        "`eval` in a reward stage",
     ),
     "an adapter": (PAIRS, PAIRS + "    peft: {r: 4}\n", ":11", "a reward stage trains all weights"),
     "rounds": (PAIRS, PAIRS + "    repeat: 2\n", ":11", "`repeat` of a reward stage"),
@@ -161,7 +161,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "eval_share: 0.1}",
         "generate: {max_new_tokens: 9}, score: {verifier: exact}, pairs: {select: all_responses}}",
         ":10",
-        "the loss `bradley_terry` takes two",
+        "`select: all_responses` with the loss `bradley_terry`",
     ),
     "no objective": ("    objective: bradley_terry\n", "", ":7", "`objective`"),
 }

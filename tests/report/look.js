@@ -50,6 +50,16 @@
     });
   }
 
+  // Words of a table's heads are whole, but for such as no column has room for.
+  for (const head of document.querySelectorAll("th"))
+    for (const word of head.textContent.matchAll(/\S+/g)) {
+      const range = document.createRange();
+      if (word[0].length > 16 || word[0].includes("-") || !visible(head)) continue;
+      range.setStart(head.firstChild, word.index);
+      range.setEnd(head.firstChild, word.index + word[0].length);
+      if (range.getClientRects().length > 1) found.cut.push(`head ${word[0]}`);
+    }
+
   // Lines of text of the page itself.
   const lines = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
