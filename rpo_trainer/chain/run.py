@@ -35,6 +35,7 @@ from rpo_trainer.chain.data import (
 from rpo_trainer.chain.disk import check_disk, raise_if_refused
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
+from rpo_trainer.chain.garbage import light_collections
 from rpo_trainer.chain.hub import push_output
 from rpo_trainer.chain.made import RowMaker, source_key
 from rpo_trainer.chain.models import Models
@@ -187,7 +188,8 @@ class _Chain:
             self._start_engines([stage for stage, _ in wanted])
             distributed.on_main(begin)
             for stage, record in wanted:
-                self._run_stage(stage, record)
+                with light_collections():
+                    self._run_stage(stage, record)
         return self.run_dir
 
     def _start_engines(self, stages: list[Stage]) -> None:

@@ -161,7 +161,11 @@ BAD: dict[str, tuple[str, str, str, list[str]]] = {
     "unknown loss": (*_dpo("loss_type: dpoo"), ":18", ["one of `dpo`, `ipo`", "mean `dpo`?"]),
     "loss of TRL": (*_dpo("loss_type: sigmoid"), ":18", ["write `dpo`: the same loss"]),
     "loss of rpo": (*_dpo("loss_type: rpo_sq"), ":18", ["is a loss of stages of kind rpo"]),
-    "smoothed ipo": (*_dpo("loss_type: ipo\n    label_smoothing: 0.1"), ":19", ["`label_smoothing` with `loss_type: ipo`"]),
+    "smoothed ipo": (
+        *_dpo("loss_type: ipo\n    label_smoothing: 0.1"),
+        ":19",
+        ["`label_smoothing` with `loss_type: ipo`"],
+    ),
     "smoothing too large": (*_dpo("label_smoothing: 0.5"), ":18", ["less than 0.5, got 0.5"]),
     "unknown kind": ("kind: dpo", "kind: dpoo", ":15", ["unknown kind `dpoo`; did you mean `dpo`"]),
     "no kind": ("    kind: dpo\n", "", ":15", ["`kind` is missing in stage `dpo`"]),
@@ -254,4 +258,7 @@ def test_many_responses_for_rpo(problems: Show, load: Load, valid: str) -> None:
     data += "pairs: {select: all_responses}}"
     head, tail = valid[: valid.rindex("{train")], "\n    loss_type: "
     assert load(f"{head}{data}{tail}rpo_sqloo\n")
-    assert "`select: all_responses` with the loss `rpo_sq`" in problems(f"{head}{data}{tail}rpo_sq\n")[0]
+    assert (
+        "`select: all_responses` with the loss `rpo_sq`"
+        in problems(f"{head}{data}{tail}rpo_sq\n")[0]
+    )

@@ -1,0 +1,66 @@
+"""Collections leave out what was there, free what is made inside, and are as before at the end."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from rpo_trainer.chain.garbage import light_collections
+
+
+class Ring:
+    """Refers to itself, so that only a collection frees it."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture(autouse=True)
+def nothing_frozen() -> Iterator[None]:
+    """The suite has frozen what it loads: here as in a process of its own."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_what_was_there_is_left_out_until_the_end() -> None:
+    old = Ring()
+    gone = weakref.ref(old)
+    with light_collections():
+        assert gc.get_freeze_count() > 1000
+        del old
+        gc.collect()
+        assert gone() is not None
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_is_made_inside_is_freed_inside() -> None:
+    with light_collections():
+        gone = weakref.ref(Ring())
+        gc.collect()
+        assert gone() is None
+
+
+def test_garbage_from_before_is_freed_first() -> None:
+    gone = weakref.ref(Ring())
+    with light_collections():
+        assert gone() is None
+
+
+def test_an_error_inside_undoes_it_too() -> None:
+    with pytest.raises(ValueError, match="inside"), light_collections():
+        raise ValueError("inside")
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_process_that_has_frozen_its_own_is_left_alone() -> None:
+    gc.freeze()
+    count = gc.get_freeze_count()
+    with light_collections():
+        assert gc.get_freeze_count() == count
+    assert gc.get_freeze_count() == count
