@@ -32,8 +32,6 @@ OTHER_NAMES = {
 
 
 NOT_CONVERTED = "what is written is taken as it is, and never converted"
-
-
 NOT_READ = "nothing would read it"
 
 

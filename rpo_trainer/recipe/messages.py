@@ -33,7 +33,7 @@ BOUNDS = {
     "less_than_equal": ("at most", "le"),
 }
 # Why each of these is an error, and nothing is guessed, by what pydantic calls it
-WHY = {
+_WHY = {
     "missing": "no value is right for every run",
     "extra_forbidden": "nothing reads it there: it would be ignored in silence",
     "finite_number": "all that is computed with it would be NaN or infinite",
@@ -44,8 +44,7 @@ WHY = {
     "string_too_short": "an empty text names nothing",
     "string_pattern_mismatch": "it is the name of a directory in the run directory",
 }
-WHY |= dict.fromkeys(EXPECTED, NOT_CONVERTED)
-WHY |= dict.fromkeys(
+_WHY |= dict.fromkeys(
     BOUNDS, "outside of its range it means nothing, or fails in the middle of a run"
 )
 # What other tools call our fields
@@ -75,6 +74,11 @@ SYNONYMS = {
 }
 
 
+def why_of(kind: str) -> str:
+    """Why what pydantic calls `kind` is an error."""
+    return _WHY.get(kind, NOT_CONVERTED)
+
+
 def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:
     """Each error of a validation, once, with its place."""
     found: dict[tuple[str, str], Located] = {}
@@ -88,7 +92,7 @@ def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:
             continue
         place, where = origins.find(key)
         what, fix, why = _words(dict(item), key, origins)
-        problem = RecipeError(what, where=where, why=why or WHY.get(item["type"]), fix=fix)
+        problem = RecipeError(what, where=where, why=why or why_of(item["type"]), fix=fix)
         found.setdefault((where, what), (place, problem))
     return list(found.values())
 

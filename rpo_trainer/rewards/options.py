@@ -30,7 +30,7 @@ def service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[
 
 def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
     """Arguments checked as a recipe's fields are; the first fault is shown."""
-    from rpo_trainer.recipe.messages import WHY, not_a_choice
+    from rpo_trainer.recipe.messages import not_a_choice, why_of
 
     try:
         return kind(**fields)
@@ -40,11 +40,11 @@ def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
         option = "--" + "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
         if first["type"] == "literal_error":
             what, fix = not_a_choice(option, first["input"], context["expected"])
-            raise RecipeError(what, why=WHY[first["type"]], fix=fix) from None
+            raise RecipeError(what, why=why_of(first["type"]), fix=fix) from None
         raise RecipeError(
             context.get("what") or f"{first['msg']} ({first['input']!r})",
             where=option,
-            why=context.get("why") or WHY.get(first["type"]),
+            why=context.get("why") or why_of(first["type"]),
             fix=context.get("fix") or "see --help for what it takes",
         ) from None
 

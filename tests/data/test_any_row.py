@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from rpo_trainer.data.formats import FORMATS, PROMPT_FORMATS, Format
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
+from tests.anything import ANYTHING, LIKELY, places, spoiled
 from tests.data.test_adapters import PAIRS, SFT, A, Q
 
 RATED = {"prompt": "p", "response": "r"}
@@ -35,39 +35,6 @@ ROWS = [
     (PROMPT_FORMATS["prompt"], "prompt", {"prompt": [Q], "ground_truth": "a"}),
     (PROMPT_FORMATS["messages"], "messages, as prompt", {"messages": [Q, A]}),
 ]
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=4,
-)
-# What a file is likely to have in the wrong place.
-LIKELY = st.sampled_from(
-    ["", " ", "x", "user", [], {}, [[]], [None], ["x"], 0, -1, 4.5, float("nan"), 10**400, [Q], [A]]
-)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path to every value within."""
-    inner: Any = ()
-    if isinstance(value, dict):
-        inner = value.items()
-    elif isinstance(value, list):
-        inner = enumerate(value)
-    for key, below in inner:
-        yield (*path, key)
-        yield from places(below, (*path, key))
-
-
-def spoiled(row: dict[str, Any], path: tuple[Any, ...], value: Any, remove: bool) -> dict[str, Any]:
-    new = copy.deepcopy(row)
-    owner: Any = new
-    for key in path[:-1]:
-        owner = owner[key]
-    if remove:
-        del owner[path[-1]]
-    else:
-        owner[path[-1]] = value
-    return new
 
 
 @pytest.mark.parametrize(("format", "case", "row"), ROWS, ids=[case for _, case, _ in ROWS])

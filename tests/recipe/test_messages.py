@@ -262,3 +262,9 @@ def test_many_responses_for_rpo(problems: Show, load: Load, valid: str) -> None:
         "`select: all_responses` with the loss `rpo_sq`"
         in problems(f"{head}{data}{tail}rpo_sq\n")[0]
     )
+
+
+def test_an_error_in_pydantics_own_words_says_why_too(problems: Show, valid: str) -> None:
+    (shown,) = problems(valid.replace("name_or_path: base", 'name_or_path: "\\ud800"'))
+    assert "chain.yaml:2 (model.name_or_path): `name_or_path`: " in shown
+    assert "\n  why: what is written is taken as it is, and never converted" in shown

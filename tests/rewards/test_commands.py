@@ -241,7 +241,7 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "says nothing of where the rewards come from"),
+        ((), "names no scorer"),
         (("--verifier", "exact", "--model", "m"), "both `verifier` and `model`"),
         (("--verifier", "exactly"), "--verifier"),
         (("--verifier", "asserts"), "runs code that a model has written"),
