@@ -23,9 +23,10 @@ from rpo_trainer.chain.data import (
 )
 from rpo_trainer.chain.disk import check_disk
 from rpo_trainer.chain.harness import check_tasks
-from rpo_trainer.chain.made import load_given, load_prompts, prompt_ids
+from rpo_trainer.chain.made import load_given, load_prompts, prompt_ids, sampling
 from rpo_trainer.chain.places import each, locate, name_part
 from rpo_trainer.chain.stage import lora_config, training_config
+from rpo_trainer.chain.state import ChainState, check_run_dir, plain
 from rpo_trainer.data import Audit, load_rows
 from rpo_trainer.errors import DataError, ModelError, Problems, RecipeError, RPOTrainerError
 from rpo_trainer.loading import (
@@ -37,6 +38,7 @@ from rpo_trainer.loading import (
     saved_config,
 )
 from rpo_trainer.recipe import (
+    GenerateSpec,
     LoadedRecipe,
     PreferenceStage,
     RewardStage,
@@ -45,6 +47,7 @@ from rpo_trainer.recipe import (
     resolve_path,
 )
 from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.rewards.generate import check_room
 from rpo_trainer.rewards.scorers import make_scorer
 from rpo_trainer.trainers.step_zero import dropout_of
 
@@ -72,6 +75,8 @@ def check_recipe(
         if only is None or stage.name in only:
             check.stage(stage)
     check.disk(only)
+    if only is None:  # else a run asks, which has the directory
+        check.run()
     if check.problems:
         raise Problems(_distinct(check.problems, loaded.origins))
     return check.lines
@@ -122,15 +127,15 @@ class _Check:
                 where = f"stages.{stage.name}.reference"
                 check_same_vocabulary(rows["init"], rows["reference"], where)
         self.rows[stage.name] = rows["init"]
+        spec = stage.eval or self.recipe.eval
+        # Before the data, which is compared with it: a fault of it is said of it.
+        if spec is not None and not isinstance(stage, RewardStage):
+            self._evaluation(spec, "eval" if stage.eval is None else f"stages.{stage.name}.eval")
         with self._collected(f"stages.{stage.name}"):
             if needs_policy(stage.data):
                 self._prompts(stage, seed)
             else:
                 self._examples(stage, seed)
-        spec = stage.eval or self.recipe.eval
-        if spec is not None and not isinstance(stage, RewardStage):
-            with self._collected("eval" if stage.eval is None else f"stages.{stage.name}.eval"):
-                self._evaluation(spec)
 
     @contextmanager
     def _collected(self, part: str | None = None) -> Iterator[None]:
@@ -159,6 +164,13 @@ class _Check:
                 self.recipe, self.base_dir, self.run_dir, wanted, self.stages,
                 len(self.tokenizer), self.responses,  # type: ignore[arg-type]
             )  # fmt: skip
+
+    def run(self) -> None:
+        """What is in the run directory already: whether a run of this recipe can go on there."""
+        with self._collected():
+            check_run_dir(self.run_dir)
+            if self.run_dir.is_dir():
+                ChainState(self.run_dir).adopt(*plain(self.recipe, self.stages))
 
     def _dropout(self, stage: Stage) -> None:
         if self.config is None or not isinstance(stage, PreferenceStage):
@@ -243,19 +255,32 @@ class _Check:
             )
 
     def _prompts(self, stage: Stage, seed: int) -> None:
+        data = sampling(stage.data, self.stages)
+        rows = load_prompts(data, self.base_dir, seed=seed, audit=Audit())
         if stage.data.rows_of is not None:
             self.lines.append(f"  the responses of stage {stage.data.rows_of}")
-            self._held_out(stage, [], None, Audit(), seed)
+            self._held_out(stage, rows, None, Audit(), seed)
             return
-        rows = load_prompts(stage.data, self.base_dir, seed=seed, audit=Audit())
         self._scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
-        if self.tokenizer is not None:
-            prompt_ids(rows, self.tokenizer)
-        assert stage.data.generate is not None  # the schema
-        policies = [stage.init if p == "init" else p for p in stage.data.generate.policies]
-        policies += [endpoint.model for endpoint in stage.data.generate.endpoints]
+        assert data.generate is not None  # the schema
+        for policy in sorted({*data.generate.policies} - {"init"}):  # which has been looked at
+            with self._collected():
+                self._start(f"stages.{stage.name}.data.generate.policies", policy)
+        policies = [stage.init if p == "init" else p for p in data.generate.policies]
+        self._sampled(rows, data.generate, f"stages.{stage.name}.data.generate")
+        policies += [endpoint.model for endpoint in data.generate.endpoints]
         self.lines.append(f"  {len(rows)} prompts; the responses come from {', '.join(policies)}")
         self._held_out(stage, rows, None, Audit(), seed)
+
+    def _sampled(self, rows: list[dict[str, Any]], spec: GenerateSpec, where: str) -> None:
+        """The prompts as tokens, with room for a response in the context of the recipe's model."""
+        if self.tokenizer is None:
+            return
+        encoded = prompt_ids(rows, self.tokenizer)
+        if self.config is not None and spec.policies:
+            with self._collected():
+                where = f"{where}.max_new_tokens"
+                check_room(self.config, encoded, spec.max_new_tokens, where=where)
 
     def _scorer(self, stage: Stage, rows: list[dict[str, Any]]) -> None:
         """What can be known of the scorer of a stage; a reward model of the run is not there yet."""
@@ -279,22 +304,27 @@ class _Check:
 
         make_scorer(score, base_dir=self.base_dir, model=model).check(rows)
 
-    def _evaluation(self, spec: EvalSpec) -> None:
+    def _evaluation(self, spec: EvalSpec, part: str) -> None:
         options: dict[str, Any] = {"base_dir": self.base_dir, "seed": self.recipe.seed}
-        if spec.data:
-            rows = evaluation_prompts(spec, **options)
-            if spec.score is not None:
-                self._scorable(
-                    spec.score, [{**r, "responses": ["", ""]} for r in rows], "eval.score"
-                )
-        if spec.preferences:
-            load_rows(spec.preferences, kind="pair", audit=Audit(), **options)
-        if spec.nll:
-            load_rows(spec.nll, kind="sft", audit=Audit(), **options)
-        if spec.baseline is not None:
-            self._start("eval.baseline", spec.baseline)
-        if spec.lm_eval is not None:
-            check_tasks(spec.lm_eval, self.base_dir)
+        with self._collected(part):
+            rows = evaluation_prompts(spec, **options) if spec.data else []
+            if spec.generate is not None:
+                self._sampled(rows, spec.generate, f"{part}.generate")
+            if spec.score is not None and rows:
+                scored = [{**row, "responses": ["", ""]} for row in rows]
+                self._scorable(spec.score, scored, f"{part}.score")
+        with self._collected(part):
+            if spec.preferences:
+                load_rows(spec.preferences, kind="pair", audit=Audit(), **options)
+        with self._collected(part):
+            if spec.nll:
+                load_rows(spec.nll, kind="sft", audit=Audit(), **options)
+        with self._collected(part):
+            if spec.baseline is not None:
+                self._start(f"{part}.baseline", spec.baseline)
+        with self._collected(part):
+            if spec.lm_eval is not None:
+                check_tasks(spec.lm_eval, self.base_dir)
 
 
 def _sources(stage: Stage) -> Iterator[tuple[str, str]]:

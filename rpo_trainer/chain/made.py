@@ -65,6 +65,13 @@ def load_prompts(data: DataSpec, base_dir: Path, *, seed: int, audit: Audit) -> 
     return rows
 
 
+def sampling(data: DataSpec, stages: Sequence[Stage]) -> DataSpec:
+    """`data` itself, or that of the stage whose sampled responses it takes (`rows_of`)."""
+    while data.rows_of is not None:
+        data = next(stage.data for stage in stages if stage.name == data.rows_of)
+    return data
+
+
 def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The tokens of each prompt, as a policy gets them.
 

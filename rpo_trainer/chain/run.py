@@ -39,6 +39,7 @@ from rpo_trainer.chain.garbage import light_collections
 from rpo_trainer.chain.hub import push_output
 from rpo_trainer.chain.made import RowMaker, source_key
 from rpo_trainer.chain.models import Models
+from rpo_trainer.chain.places import placed
 from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.stage import (
     agreement_of,
@@ -57,6 +58,7 @@ from rpo_trainer.chain.state import (
     locked,
     now,
     open_run_dir,
+    plain,
     write_recipe,
 )
 from rpo_trainer.data import Audit
@@ -134,13 +136,9 @@ class _Chain:
         self.run_dir = run_dir
         self.stages = expand_stages(loaded.recipe)
         self.state = ChainState(run_dir)
-        self.state.adopt(
-            [stage.model_dump(mode="json") for stage in self.stages],
-            loaded.recipe.model.model_dump(mode="json"),
-            loaded.recipe.seed,
-            allowed=allow_changed,
-        )
-        self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
+        self.state.adopt(*plain(loaded.recipe, self.stages), allowed=allow_changed)
+        with placed(loaded.origins):
+            self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
         self.models = Models(
             self.recipe, self.base_dir, run_dir, self.stages,
             vocabulary=len(self.tokenizer), arithmetic=arithmetic(self.recipe.model),
@@ -174,9 +172,9 @@ class _Chain:
         check_starts([stage for stage, _ in wanted], self.state, self.run_dir)
 
         def begin() -> None:
-            if len(pending) == len(wanted):  # a fault of the last stage must not wait for the first
+            if pending:  # a fault of the last stage must not wait for those before it
                 check_recipe(self.loaded, self.run_dir, only=pending)
-            else:
+            if len(pending) < len(wanted):
                 check_disk(
                     self.recipe, self.base_dir, self.run_dir, [stage for stage, _ in wanted],
                     self.stages, len(self.tokenizer), {},
@@ -188,7 +186,7 @@ class _Chain:
             self._start_engines([stage for stage, _ in wanted])
             distributed.on_main(begin)
             for stage, record in wanted:
-                with light_collections():
+                with light_collections(), placed(self.loaded.origins, f"stages.{stage.name}"):
                     self._run_stage(stage, record)
         return self.run_dir
 

@@ -137,9 +137,6 @@ def training_config(
         raise Problems(problems)
     try:
         made = config(**settings)
-        trackers: Any = get_reporting_integration_callbacks
-        for tracker in trackers(made.report_to):
-            tracker()  # says here, not when training starts, that it is not installed
     except RecipeError as error:
         _, _, field = (error.where or "").partition(".")
         raise error.at(f"stages.{stage.name}" + (f".{field}" if field else "")) from None
@@ -149,6 +146,17 @@ def training_config(
             where=f"stages.{stage.name}",
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
+        ) from error
+    try:
+        trackers: Any = get_reporting_integration_callbacks
+        for tracker in trackers(made.report_to):
+            tracker()  # says here, not when training starts, that it is not installed
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise RecipeError(
+            f"a tracker cannot start: {error}",
+            where=f"stages.{stage.name}.report_to",
+            why="nothing would be sent to it, and nobody would know before the end",
+            fix="install its package, or take it out; metrics.jsonl has everything all the same",
         ) from error
     return made
 

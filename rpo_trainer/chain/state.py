@@ -8,10 +8,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -27,6 +27,9 @@ from rpo_trainer.chain.changes import (
 )
 from rpo_trainer.errors import RunError
 from rpo_trainer.files import write_whole
+
+if TYPE_CHECKING:
+    from rpo_trainer.recipe import Recipe, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -193,14 +196,19 @@ def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_run_dir(run_dir: Path) -> bool:
-    """Makes the directory, or checks that it is one of ours.
+def plain(
+    recipe: Recipe, stages: Sequence[Stage]
+) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
+    """Of a recipe what `ChainState.adopt` compares: the specs of its stages, its model, its seed."""
+    specs = [stage.model_dump(mode="json") for stage in stages]
+    return specs, recipe.model.model_dump(mode="json"), recipe.seed
 
-    Returns:
-        Whether it is new.
+
+def check_run_dir(run_dir: Path) -> None:
+    """Looks whether the directory is one of ours, or there is none yet.
 
     Raises:
-        RunError: it holds something else, or cannot be written.
+        RunError: it holds something else.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(
@@ -219,6 +227,18 @@ def open_run_dir(run_dir: Path) -> bool:
             why="a run must never mix with other files",
             fix="name an empty or new directory with --run-dir",
         )
+
+
+def open_run_dir(run_dir: Path) -> bool:
+    """Makes the directory, or checks that it is one of ours.
+
+    Returns:
+        Whether it is new.
+
+    Raises:
+        RunError: it holds something else, or cannot be written.
+    """
+    check_run_dir(run_dir)
     new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
         f"no such file; did you mean `{near}`?" if near else "no such file",
         where=str(local),
         why=NO_ROWS,
-        fix="give a path relative to the recipe, or a hub name",
+        fix="give a path seen from the recipe (on a command line from where you are), or a hub name",
     )
 
 
@@ -79,7 +79,10 @@ def _near(path: Path) -> str | None:
         names = [name for name in os.listdir(path.parent) if name.endswith(SUFFIXES)]
     except (OSError, ValueError):
         return None
-    return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)), None)
+    # By their stems: a suffix that is shared makes no two names alike.
+    stems = {name.split(".")[0]: name for name in names}
+    near = difflib.get_close_matches(path.name.split(".")[0], stems, n=1, cutoff=0.75)
+    return stems[near[0]] if near else None
 
 
 def _indexed(name: str, rows: list[dict[str, Any]], where: str) -> RawSource:

@@ -23,7 +23,7 @@ from rpo_trainer.chain.data import (
     tokenize_stage,
 )
 from rpo_trainer.chain.disk import stage_disk, together, unread_model
-from rpo_trainer.chain.made import load_prompts, prompt_ids
+from rpo_trainer.chain.made import load_prompts, prompt_ids, sampling
 from rpo_trainer.chain.places import placed
 from rpo_trainer.chain.stage import arithmetic, training_config
 from rpo_trainer.data import Audit
@@ -202,9 +202,7 @@ class _Planner:
                 stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows
             )
             return Examples(tokenize_stage(stage, rows, self.tokenizer, audit)), False
-        sampled = stage.data
-        while sampled.rows_of is not None:
-            sampled = next(s.data for s in self.stages if s.name == sampled.rows_of)
+        sampled = sampling(stage.data, self.stages)
         spec = sampled.generate
         assert spec is not None
         rows = load_prompts(sampled, self.base_dir, seed=seed, audit=Audit())

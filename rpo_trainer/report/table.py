@@ -38,11 +38,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's head, and one cell per stage; `brief` is its head where room is scarce."""
+    """A column's head, and one cell per stage; `brief` is its head where room is scarce.
+
+    `held_out`: measured on rows that no stage was trained on.
+    """
 
     head: str
     brief: str | None
     cells: list[Cell]
+    held_out: bool = False
 
 
 def comparison(run: RunRecord) -> list[Column]:
@@ -73,7 +77,7 @@ def comparison(run: RunRecord) -> list[Column]:
             3,
         ),
     ]
-    measured = [column for column in measured if _has_something(column)]
+    measured = [replace(column, held_out=True) for column in measured if _has_something(column)]
     columns = [
         *(measured or _of_training(stages)),
         Column("step-0 check", "step-0\ncheck", [Cell(_step_zero(stage)) for stage in stages]),

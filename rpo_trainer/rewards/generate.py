@@ -232,7 +232,7 @@ def _generate(
         _encode(tokenizer, prompt, tools[index] if tools is not None else None, index)
         for index, prompt in enumerate(prompts)
     ]
-    _check_context(model, encoded, max_new_tokens)
+    check_room(model.config, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
     config = _generation_config(tokenizer, ends, max_new_tokens)
     prompts_per_batch, left = max(1, batch_size // copies), set(wanted)
@@ -368,14 +368,17 @@ def _generation_config(
     )
 
 
-def _check_context(model: PreTrainedModel, encoded: list[list[int]], max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_room(
+    config: Any, encoded: Sequence[Sequence[int]], max_new_tokens: int, *, where: str = "generate"
+) -> None:
+    """RecipeError where a prompt and its response are longer than a model of `config` has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise RecipeError(
             f"the longest prompt has {longest} tokens, and with max_new_tokens {max_new_tokens} "
             f"goes beyond the model's context of {limit}",
-            where="generate",
+            where=where,
             why="the model has learnt no positions beyond it: what it says there is noise",
             fix="lower max_new_tokens, or leave the longest prompts out",
         )

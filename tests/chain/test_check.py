@@ -315,6 +315,61 @@ def test_held_out_rows_of_a_stage_that_samples(rows_of: str | None, tmp_path: Pa
     assert "no row has rewards, and RPO needs one for every response" in str(found)
 
 
+def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    stage = tiny.stage_of(recipe, "rpo")
+    prompts = [{"prompt": f"{n} + 1 = ", "ground_truth": str(n + 1)} for n in range(4)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "p.jsonl"}]
+    stage["data"] = {"rows_of": "dpo", "eval": [{"path": "held.jsonl"}], "held_out": True}
+    row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
+    rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
+    (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
+    assert "1 of 1 eval rows have a prompt that is trained on" in str(problems(tmp_path, recipe))
+
+
+def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    generate = tiny.stage_of(recipe, "dpo")["data"]["generate"] = {
+        "responses": 3, "max_new_tokens": 60, "policies": ["init", "./other", "code"],
+    }  # fmt: skip
+    recipe["eval"] = {
+        "data": [tiny.task("general", "heldout", 4)], "score": {"verifier": "partial_match"},
+        "generate": {"responses": 2, "max_new_tokens": 500},
+    }  # fmt: skip
+    found = str(problems(tmp_path, recipe))
+    assert "(stages.dpo.data.generate.policies" in found and "other" in found
+    assert "(stages.dpo.data.generate.max_new_tokens): the longest prompt has" in found
+    assert "(eval.generate.max_new_tokens): the longest prompt has" in found
+    assert "goes beyond the model's context of 64" in found
+    assert "3 problems found" in found
+    generate.update(max_new_tokens=5, policies=["init", "code"])
+    recipe["eval"]["generate"]["max_new_tokens"] = 5
+    check(tmp_path, recipe)
+
+
+def test_each_fault_of_an_evaluation_has_its_place(tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    recipe["eval"] = {
+        "preferences": [{"path": "no-pairs.jsonl"}], "nll": [{"path": "no-rows.jsonl"}],
+        "baseline": "./no-model",
+    }  # fmt: skip
+    found = problems(tmp_path, recipe)
+    assert [str(one).split("): ", 1)[0].rsplit("(", 1)[1].split(":")[0] for one in found.problems] == [
+        "eval", "eval", "eval.baseline",
+    ]  # fmt: skip
+    assert "no-pairs.jsonl" in str(found) and "no-rows.jsonl" in str(found)
+
+
+def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    check(tmp_path, recipe)  # a finished run of this recipe
+    found = str(problems(tmp_path, tiny.changed(recipe, "dpo.beta", 0.25)))
+    assert "beta" in found and "0.25" in found and "--allow-changed" in found
+    (finished_copy / "chain.json").unlink()
+    assert "is no run of ours" in str(problems(tmp_path, recipe))
+
+
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     """A warning, or an error where the recipe says that they are held out."""
     recipe = tiny.tiny_recipe()

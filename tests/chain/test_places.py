@@ -1,4 +1,4 @@
-"""`check`, `preview` and `plan` say the same of the same fault: what, and where in the recipe."""
+"""`check`, `preview`, `plan` and `run` say the same of the same fault: what, and where in the recipe."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.check import check_recipe
-from rpo_trainer.errors import RPOTrainerError
+from rpo_trainer.errors import DataError, Problems, RPOTrainerError
 from rpo_trainer.plan import plan_recipe
 from rpo_trainer.preview import preview
 from rpo_trainer.recipe import LoadedRecipe
 from tests.chain import tiny
+from tests.chain.killer import at, run_until
 
 MESSAGES = {"prompt": [{"role": "user", "content": "add 1 and 2"}], "ground_truth": "3"}
 REFUSES = "{{ raise_exception('no turns here') if messages[0].content == 'add 1 and 2' else 'x' }}"
@@ -26,10 +28,12 @@ def faults(folder: Path, loaded: LoadedRecipe) -> dict[str, str]:
         "check": lambda: check_recipe(loaded, folder / "run"),
         "preview": lambda: list(preview(loaded, 1)),
         "plan": lambda: plan_recipe(loaded, folder / "run"),
+        "run": lambda: run_chain(loaded, folder / "run"),
     }.items():
         with pytest.raises(RPOTrainerError) as error:
             command()
         found[name] = str(getattr(error.value, "problems", [error.value])[0])
+    assert found["check"] == found["preview"] == found["plan"] == found["run"]
     return found
 
 
@@ -56,7 +60,6 @@ def test_a_fault_of_the_data(
         tiny.stage_of(recipe, stage)["data"] = {"train": [{"path": "rows.jsonl"}]}
     recipe["stages"] = [tiny.stage_of(recipe, stage)]
     found = faults(tmp_path, tiny.load(tmp_path, recipe))
-    assert found["check"] == found["preview"] == found["plan"]
     assert found["check"].startswith(f"{tmp_path / 'recipe.yaml'}:")
     assert f"({place}): " in found["check"] and what in found["check"]
 
@@ -65,5 +68,27 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     recipe["model"]["tokenizer"] = "./absent"
     found = faults(tmp_path, tiny.load(tmp_path, recipe))
-    assert found["check"] == found["preview"] == found["plan"]
     assert found["check"].startswith(f"{tmp_path / 'recipe.yaml'}:")
+
+
+def test_a_fault_that_only_the_run_can_find(tmp_path: Path) -> None:
+    """The rows are gone between two stages: the place is said all the same."""
+    recipe = tiny.tiny_recipe()
+    recipe["stages"] = recipe["stages"][:2]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    tiny.stage_of(recipe, "general")["data"] = {"train": [{"path": "rows.jsonl"}]}
+    with at("begin:general", rows.unlink), pytest.raises(DataError) as error:
+        tiny.run(tmp_path, recipe)
+    assert "recipe.yaml:" in str(error.value) and "(stages.general.data): " in str(error.value)
+    assert "no such file" in str(error.value)
+
+
+def test_a_stage_that_has_not_begun_is_checked_before_the_run_goes_on(tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    recipe["stages"] = recipe["stages"][:2]
+    run_until("step:code:2", lambda: tiny.run(tmp_path, recipe))
+    tiny.stage_of(recipe, "general")["data"] = {"train": [{"path": "absent.jsonl"}]}
+    with pytest.raises(Problems, match=r"\(stages.general.data\): .*absent.jsonl: no such file"):
+        tiny.run(tmp_path, recipe)
+    assert max(step for step, _ in tiny.metric_steps(tmp_path / "run", "code")) == 2

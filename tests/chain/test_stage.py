@@ -158,7 +158,7 @@ def test_wrong_training_arguments_are_named(
     [
         ({"optim": "adamw_tor"}, "stages.code.optim: "),
         ({"lr_scheduler_type": "flat"}, "stages.code.lr_scheduler_type: "),
-        ({"report_to": "paper"}, "stages.code: "),
+        ({"report_to": "paper"}, "stages.code.report_to: "),
     ],
 )
 def test_names_that_transformers_does_not_know(
@@ -182,8 +182,10 @@ def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config(tmp_path, "code", report_to="tensorboard").report_to == ["tensorboard"]
     assert config(tmp_path, "code").report_to == []
     monkeypatch.setitem(classes, "wandb", Absent)
-    with pytest.raises(RecipeError, match="pip install x"):
+    with pytest.raises(RecipeError, match=r"a tracker cannot start: .*pip install x") as error:
         config(tmp_path, "code", report_to=["tensorboard", "wandb"])
+    assert error.value.where == "stages.code.report_to"
+    assert error.value.fix is not None and "take it out" in error.value.fix
 
 
 def test_an_adapter_from_a_recipe(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_a_row_with_anything_in_any_place(
         refusal = str(error)
     else:
         refusal = "src:2"
-        json.dumps(found)
+        json.dumps(found, allow_nan=False)
+        assert all(isinstance(text, str) for new in found for text in new.get("responses", []))
     assert re.search("src:[12]", refusal)  # rows that are joined have the id of the first
 
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rpo_trainer.report import status_view, summary_table
+from rpo_trainer.report import build_report, status_view, summary_table
 from rpo_trainer.report.collect import collect_run
 from rpo_trainer.report.table import comparison
 
@@ -69,13 +70,19 @@ def test_where_nothing_was_held_out_the_table_says_how_training_ended(
     assert columns["implicit gap, at the end"][0] == "–"
     # The last tenth of 40 steps: on average 0.9625 of the way.
     assert columns["log-prob of chosen, change"] == ["–", "−3.850"]
+    page = build_report(run_dir).read_text(encoding="utf-8")
+    assert "Nothing was measured on held-out rows" in page and "Bold: the best stage" not in page
     text = printed(run_dir)
     assert "Δchosen" in text and max(map(len, text.splitlines())) <= 80
 
 
-def test_where_something_was_held_out_training_is_left_to_its_curves(make_run: Make) -> None:
+def test_where_something_was_held_out_training_is_left_to_its_curves(
+    make_run: Make, tmp_path: Path
+) -> None:
     heads = [column.head for column in comparison(collect_run(make_run()))]
     assert heads and not [head for head in heads if head.endswith("at the end")]
+    page = build_report(tmp_path / "my run").read_text(encoding="utf-8")
+    assert "Bold: the best stage" in page and "Nothing was measured on held-out rows" not in page
 
 
 def test_an_unfinished_chain_fits_80_columns_too(
