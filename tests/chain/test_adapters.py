@@ -384,7 +384,7 @@ def test_4_bits_need_bitsandbytes_and_whole_bases(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="needs bitsandbytes") as error:
         lora_config(stage)
-    assert error.value.where == "stages.dpo.peft"
+    assert error.value.where == "stages.dpo.peft.quantization"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     pissa = adapted("dpo", {**KEEP, "quantization": "nf4", "init_lora_weights": "pissa"})
     with pytest.raises(RecipeError, match="which are in 4 bits"):

@@ -186,10 +186,8 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
 
 def test_rows_of_takes_the_scored_responses_of_another_stage(sampled: Path) -> None:
     recipe = tiny.tiny_recipe()
-    tiny.stage_of(recipe, "rpo")["data"] = {
-        "train": [tiny.task("general", "preference", 48, seed=1)], "rows_of": "dpo",
-        "pairs": {"select": "all_responses"},
-    }  # fmt: skip
+    stage = tiny.stage_of(recipe, "rpo")
+    stage["data"] = {"rows_of": "dpo", "pairs": {"select": "all_responses"}}
     found = stages(sampled, recipe)
     taken = made(found, "rpo-2", sampled, policy=no_policy)
     (file,) = (sampled / "dpo").glob("generated-*.jsonl")
