@@ -95,7 +95,11 @@ class Evaluation:
         self._policies: dict[str, Any] = {}
 
     def measure(self, stage: Stage, label: str) -> dict[str, Any]:
-        """All that the stage's `eval` asks for, as plain data; `samples.jsonl` is written beside it."""
+        """All that the stage's `eval` asks for, as plain data.
+
+        `samples.jsonl` is written beside it, and `baseline-samples.jsonl` where the baseline is a policy
+        from before the run.
+        """
         spec = stage.eval or self.recipe.eval
         if spec is None:
             return {}
@@ -151,11 +155,17 @@ class Evaluation:
         else:
             found = self._scored(rows, scorer, mine, theirs)
         found["scorer"] = _name(spec.score)
-        samples = found.pop("samples")
-        if distributed.is_main():
-            lines = (json.dumps(sample) + "\n" for sample in samples)
-            write_whole(self.run_dir / stage.name / "samples.jsonl", "".join(lines))
+        self._keep_samples(stage, "samples", found.pop("samples"))
+        theirs_shown = found.pop("baseline_samples", [])
+        if baseline not in [other.name for other in self.stages]:  # no stage shows them
+            self._keep_samples(stage, "baseline-samples", theirs_shown)
         return found
+
+    def _keep_samples(self, stage: Stage, name: str, samples: Sequence[dict[str, Any]]) -> None:
+        """Some answers, for people to read."""
+        if samples and distributed.is_main():
+            text = "".join(json.dumps(sample) + "\n" for sample in samples)
+            write_whole(self.run_dir / stage.name / f"{name}.jsonl", text)
 
     def _answers(self, source: str, rows: list[Row], spec: EvalSpec) -> list[dict[str, Any]]:
         """What a policy says to the prompts, of which the responses are kept."""
@@ -210,6 +220,8 @@ class Evaluation:
                 [row[:k] for row in rewards], [row[:k] for row in others], self.recipe.seed
             )
             found["win_rate"] = asdict(wins)
+            shown = evaluate.samples_of(rows, theirs, rewards=others)
+            found["baseline_samples"] = [asdict(sample) for sample in shown]
         return found
 
     def _judged(
@@ -228,6 +240,8 @@ class Evaluation:
         }
         if theirs is None:
             return found
+        shown = evaluate.samples_of(rows, theirs)
+        found["baseline_samples"] = [asdict(sample) for sample in shown]
         pairs = [
             {**row, "responses": [own["responses"][0], other["responses"][0]]}
             for row, own, other in zip(rows, mine, theirs, strict=True)

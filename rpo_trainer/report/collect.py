@@ -110,6 +110,7 @@ class StageRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    baseline_samples: list[Sample] = field(default_factory=list)  # of one from before the run
     gaps: list[Gap] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
     hub: dict[str, str] = field(default_factory=dict)  # `repo`, and its `commit` or the `error`
@@ -203,6 +204,8 @@ def collect_run(run_dir: Path) -> RunRecord:
         folder = run_dir / stage.name
         samples = _read_lines(folder / "samples.jsonl", notes, optional=True)
         stage.samples = [_sample(row) for row in samples] or stage.samples
+        before = _read_lines(folder / "baseline-samples.jsonl", notes, optional=True)
+        stage.baseline_samples = [_sample(row) for row in before]
         stage.gaps = list(_gaps(_read_lines(folder / "gaps.jsonl", notes, optional=True)))
     return RunRecord(run_dir.resolve().name, stages, recipe_text, notes)
 

@@ -173,12 +173,15 @@ def _overview(run: RunRecord) -> list[Plot]:
 
 
 def _prompts(run: RunRecord) -> list[PromptView]:
-    """The prompts in the order they first appear, with every stage's answer."""
+    """The prompts in the order they first appear, with the answers before the run and after every stage."""
+    first = next((stage for stage in run.stages if stage.baseline_samples), None)
+    before = [] if first is None else first.baseline_samples
+    label = "before" if first is None else f"{first.scores.baseline}, before"
     found: dict[str, PromptView] = {}
-    for stage in run.stages:
-        for sample in stage.samples:
+    for name, samples in [(label, before), *((s.name, s.samples) for s in run.stages)]:
+        for sample in samples:
             view = found.setdefault(
                 sample.prompt, PromptView(sample.prompt, sample.ground_truth, [])
             )
-            view.answers.append(Answer(stage.name, sample))
+            view.answers.append(Answer(name, sample))
     return list(found.values())

@@ -14,6 +14,7 @@ from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.errors import ModelError, Problems, RunError
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import expand_stages
+from rpo_trainer.report import build_report
 from tests.chain import tiny
 from tests.rewards.server import Answer, serving
 
@@ -94,6 +95,9 @@ def test_responses_are_scored_and_compared_with_the_baseline(measured: Path) -> 
     means = {sum(sum(row[:2]) for row in table) / 10 for table in tables}
     assert any(found["reward_mean"] == pytest.approx(mean) for mean in means)
     assert len((measured / "rpo-2" / "samples.jsonl").read_text().splitlines()) == 5
+    assert not (
+        measured / "rpo-2" / "baseline-samples.jsonl"
+    ).exists()  # of a stage, which has its own
 
 
 def test_pairs_and_rows_are_those_of_plain_forwards(measured: Path) -> None:
@@ -337,6 +341,24 @@ def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="lm-eval failed") as caught:
         run_tasks(make_model(), character_tokenizer(), spec, tmp_path, seed=0)
     assert "count_up" in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_the_answers_from_before_the_run_are_kept(tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe()
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["eval"] = {
+        "data": [tiny.task("code", "heldout", 4)], "generate": GENERATE,
+        "score": {"verifier": "partial_match"}, "baseline": "model",
+    }  # fmt: skip
+    run_dir = tiny.run(tmp_path, recipe)
+    after, before = (
+        [json.loads(line) for line in (run_dir / "code" / name).read_text().splitlines()]
+        for name in ("samples.jsonl", "baseline-samples.jsonl")
+    )
+    assert [row["prompt"] for row in before] == [row["prompt"] for row in after]
+    assert before != after and all(0 <= row["reward"] <= 5 for row in before)
+    page = build_report(run_dir).read_text(encoding="utf-8")
+    assert page.index("model, before") < page.index('<span class="stage">code</span>')
 
 
 def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:

@@ -121,6 +121,23 @@ def test_samples_of_all_stages_stand_together(make_run: Make) -> None:
     assert re.findall(r'class="text right">([^<]*)<', markup) == ["cba"]
 
 
+def test_samples_from_before_the_run_come_first(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    row = {"prompt": "reverse abc", "ground_truth": "cba", "greedy": "acb", "greedy_reward": 2}
+    stages = [
+        make_stage(name, "dpo", eval={**make_evaluation(2.0), "baseline": "model"})
+        for name in ("dpo", "more")
+    ]
+    run_dir = make_run(stages=stages, metrics=[], samples={"dpo": [row], "more": [row]})
+    for name in ("dpo", "more"):  # the same answers: shown once
+        text = json.dumps({**row, "greedy": "zzz"}) + "\n"
+        (run_dir / name / "baseline-samples.jsonl").write_text(text)
+    words = page_of(run_dir).words()
+    assert "after greedy sampled model, before zzz (2.00) – dpo acb (2.00)" in words
+    assert words.count("zzz") == 1
+
+
 def test_row_text_is_escaped(make_run: Make, make_stage: Make) -> None:
     nasty = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}\ud800"
     stage = make_stage("sft", "sft", data={"audit": {"remarks": [nasty], "dropped": {nasty: 3}}})
