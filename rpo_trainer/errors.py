@@ -5,7 +5,14 @@ The command line prints them without a traceback and ends with their `exit_code`
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str | None:
+    """The nearest known word, if one is near."""
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=1, cutoff=0.6)
+    return near[0] if near else None
 
 
 class RPOTrainerError(Exception):

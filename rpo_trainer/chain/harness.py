@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.errors import RecipeError, RunError, did_you_mean
 from rpo_trainer.recipe import resolve_path
-from rpo_trainer.recipe.checks import did_you_mean
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.data_schema import LmEvalSpec

@@ -22,7 +22,7 @@ from rpo_trainer import adapters, distributed, four_bits
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
 from rpo_trainer.chain.data import StageData
 from rpo_trainer.chain.hub import check_strategy
-from rpo_trainer.errors import ModelError, Problems, RecipeError
+from rpo_trainer.errors import ModelError, Problems, RecipeError, did_you_mean
 from rpo_trainer.recipe import (
     DPOStage,
     ModelSpec,
@@ -33,7 +33,7 @@ from rpo_trainer.recipe import (
     Stage,
     fill_from_environment,
 )
-from rpo_trainer.recipe.checks import NOT_READ, did_you_mean
+from rpo_trainer.recipe.checks import NOT_READ
 from rpo_trainer.trainers import (
     DPOConfig,
     DPOTrainer,

@@ -54,6 +54,7 @@ WARNINGS = {
     "text_left_out": "assistant text that the chat template leaves out (thinking in earlier turns)",
     "truncated": "cut to max_length",
 }
+TOO_LONG = "too long"  # beside prompt and response: the lengths of what max_length drops
 LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
 SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label
 FLAT = 0.55  # σ(target_gap) below which a target says next to nothing
@@ -132,6 +133,10 @@ class Audit:
         """Lengths in tokens of one example."""
         self._lengths.setdefault("prompt", []).append(prompt)
         self._lengths.setdefault("response", []).extend(responses)
+
+    def add_too_long(self, tokens: int) -> None:
+        """Length of the longest text of a row that max_length drops."""
+        self._lengths.setdefault(TOO_LONG, []).append(tokens)
 
     def add_tokenised(self, other: Audit) -> None:
         """Counts what another audit took of further rows: kept, dropped, warned of, lengths."""
@@ -254,7 +259,10 @@ class Audit:
         return len(found)
 
     def lengths(self) -> dict[str, dict[str, float]]:
-        """Token counts: {"prompt" | "response": {min, median, mean, p95, max}}."""
+        """Token counts: {"prompt" | "response" | "too long": {min, median, mean, p95, max}}.
+
+        The first two of the examples kept, the last of the rows longer than max_length.
+        """
         return {name: quantiles(sorted(values)) for name, values in self._lengths.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -314,8 +322,9 @@ class Audit:
             )
             lines.append(f"{name}: {q['rated']:g} ratings{spread}")
         for name, q in self.lengths().items():
+            what = "tokens of rows longer than max_length" if name == TOO_LONG else f"{name} tokens"
             lines.append(
-                f"{name} tokens: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}"
+                f"{what}: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}"
             )
         lines += [_counted("warning", WARNINGS.get(r, r), c) for r, c in self.warnings.items()]
         lines += [f"warning: {text}" for text in self.remarks]

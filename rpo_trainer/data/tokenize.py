@@ -81,6 +81,8 @@ def tokenize_rows(
     table = pa.concat_tables(tables)
     if not table.num_rows:
         fix = "mend the rows that were dropped, or change what drops them (max_length, filter)"
+        if {"too_long", "prompt_too_long"} & {*audit.dropped}:
+            fix += f"; max_length is {max_length} tokens for prompt and response together"
         if audit.dropped and {*audit.dropped} <= ALIKE:
             fix += "; of sampled responses take more a prompt, or a higher temperature"
         raise DataError(
@@ -228,7 +230,11 @@ class _Tokenizer:
 
     def _example(self, row: Row, encoded: list[Encoded]) -> Row:
         whole = [_trimmed(*text) for text in encoded]
-        texts = [self._fitted(*text) for text in whole]
+        try:
+            texts = [self._fitted(*text) for text in whole]
+        except _Dropped:
+            self.audit.add_too_long(max(len(ids) for ids, _ in whole))
+            raise
         if any(
             len(ids) < len(all_ids) for (ids, _), (all_ids, _) in zip(texts, whole, strict=True)
         ):

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe.checks import PREFERENCE_KINDS, did_you_mean, named_stages, wrong
+from rpo_trainer.errors import did_you_mean
+from rpo_trainer.recipe.checks import PREFERENCE_KINDS, named_stages, wrong
 
 _HALVES = {"bf16": "bfloat16", "fp16": "float16"}
 ANY_PLACE = ("previous", "model")  # words that `init` and `reference` always understand

@@ -7,7 +7,6 @@ the key to go to.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,12 +65,6 @@ def named_stages(stages: Sequence[Any]) -> list[tuple[int, dict[str, Any]]]:
         for i, stage in enumerate(stages)
         if isinstance(stage, dict) and isinstance(stage.get("name"), str)
     ]
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str | None:
-    """The nearest known word, if one is near."""
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=1, cutoff=0.6)
-    return near[0] if near else None
 
 
 def _whole(value: object) -> bool:

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.checks import CHECK, NOT_CONVERTED, did_you_mean
+from rpo_trainer.errors import RecipeError, did_you_mean
+from rpo_trainer.recipe.checks import CHECK, NOT_CONVERTED
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS
 from rpo_trainer.recipe.where import Origins, fields_at, places
 from rpo_trainer.recipe.yaml12 import Key, plain_scalar

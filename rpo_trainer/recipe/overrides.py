@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpo_trainer.errors import RecipeError
+from rpo_trainer.errors import RecipeError, did_you_mean
 from rpo_trainer.recipe.chain_checks import expanded_names
-from rpo_trainer.recipe.checks import LENGTH_FIELDS, did_you_mean
+from rpo_trainer.recipe.checks import LENGTH_FIELDS
 from rpo_trainer.recipe.environment import is_secret
 from rpo_trainer.recipe.yaml12 import Key, YamlProblem, parse
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import textwrap
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
 from rpo_trainer.losses import REWARD_LOSSES
 from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
 from rpo_trainer.trainers.guards import skips_allowed
+from rpo_trainer.trainers.names import instead_of
 
 C = TypeVar("C", bound=TrainingArguments)
 
@@ -26,8 +29,30 @@ def _help(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _documented(config: type[C]) -> type[C]:
-    """The class, with the help of its fields in its docstring: what `help()` and other tools show."""
+def _config(config: type[C]) -> type[C]:
+    """The class, which has the help of its fields in its docstring, and answers unknown arguments."""
+    config.__doc__ = _with_fields(config)
+    made = config.__init__
+    known = list(inspect.signature(made).parameters)
+
+    @functools.wraps(made)
+    def init(self: C, *args: Any, **given: Any) -> None:
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise RecipeError(
+                f"there is no argument {' or '.join(unknown)}",
+                where=config.__name__,
+                why="nothing reads it: it would be ignored in silence",
+                fix="; ".join(instead_of(name, known) for name in unknown),
+            )
+        made(self, *args, **given)
+
+    config.__init__ = init  # type: ignore[method-assign]
+    return config
+
+
+def _with_fields(config: type[C]) -> str:
+    """The docstring of a config and the help of its own fields: what `help()` and other tools show."""
     foreign = {field.name: field for field in fields(TrainingArguments)}
     lines = [
         textwrap.fill(
@@ -39,11 +64,10 @@ def _documented(config: type[C]) -> type[C]:
         if foreign.get(own.name) is not own
     ]  # fmt: skip
     head = "Args, beside those of transformers.TrainingArguments, each with its default:"
-    config.__doc__ = "\n".join([f"{config.__doc__}\n", head, *lines])
-    return config
+    return "\n".join([f"{config.__doc__}\n", head, *lines])
 
 
-@_documented
+@_config
 @dataclass
 class StepConfig(TrainingArguments):
     """Fields that all our trainers share."""
@@ -171,13 +195,13 @@ class StepConfig(TrainingArguments):
         return int(batch // micro)
 
 
-@_documented
+@_config
 @dataclass
 class SFTConfig(StepConfig):
     """Supervised fine-tuning: the mean over trained tokens of the global batch of −log π."""
 
 
-@_documented
+@_config
 @dataclass
 class PreferenceConfig(StepConfig):
     """Fields that DPO and RPO share."""
@@ -231,7 +255,7 @@ class PreferenceConfig(StepConfig):
         return problems
 
 
-@_documented
+@_config
 @dataclass
 class DPOConfig(PreferenceConfig):
     """Direct Preference Optimization (arXiv 2305.18290), with an SFT term on the chosen responses."""
@@ -250,7 +274,7 @@ class DPOConfig(PreferenceConfig):
         return problems
 
 
-@_documented
+@_config
 @dataclass
 class RPOConfig(PreferenceConfig):
     """Reward-aware Preference Optimization (Nemotron-4 340B report, section 3.3.2)."""
@@ -269,7 +293,7 @@ class RPOConfig(PreferenceConfig):
         return problems
 
 
-@_documented
+@_config
 @dataclass
 class RewardConfig(StepConfig):
     """Reward models: regression on attributes (arXiv 2406.08673), or Bradley-Terry on pairs."""

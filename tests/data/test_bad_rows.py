@@ -263,8 +263,8 @@ def test_a_prompt_that_leaves_no_room(run: Run, truncation: str) -> None:
 @pytest.mark.parametrize("truncation", ["drop", "cut"])
 def test_a_pair_cut_so_that_no_response_token_is_left(run: Run, truncation: str) -> None:
     """The prompt fills the length to its last token."""
-    whole = run.train([pair("a", "b")], max_length=1000)
-    prompt = len(whole[0]["prompt_ids"])
+    (whole,) = run.train([pair("a b", "c d")], max_length=1000)
+    prompt, longest = len(whole["prompt_ids"]), max(map(len, whole["response_ids"]))
     fits = Run(run.folder, run.source, run.tokenizer)
     assert len(fits.train([pair("a b", "c d")], truncation="cut", max_length=prompt + 1)) == 1
     full = Run(run.folder, run.source, run.tokenizer)
@@ -273,8 +273,10 @@ def test_a_pair_cut_so_that_no_response_token_is_left(run: Run, truncation: str)
     assert str(error.value) == (
         "no row is left to train on\n"
         "  why: rows.jsonl: 1 rows read; dropped: 1 row, the prompt leaves no room for a response "
-        "(r0)\n"
-        "  fix: mend the rows that were dropped, or change what drops them (max_length, filter)"
+        f"(r0); tokens of rows longer than max_length: median {prompt + longest}, "
+        f"95 % {prompt + longest}, longest {prompt + longest}\n"
+        "  fix: mend the rows that were dropped, or change what drops them (max_length, filter); "
+        f"max_length is {prompt} tokens for prompt and response together"
     )
 
 

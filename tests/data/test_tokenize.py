@@ -205,6 +205,20 @@ def test_nothing_left(chatml: Any) -> None:
     with pytest.raises(DataError, match="no row is left") as error:
         tokenized([pair(0, "a", "b" * 999)], chatml, "pair", max_length=8)
     assert "temperature" not in str(error.value)
+    assert "tokens of rows longer than max_length: median 10" in str(error.value)
+    assert "max_length is 8 tokens for prompt and response together" in str(error.value)
+
+
+def test_lengths_of_what_is_too_long(chatml: Any) -> None:
+    rows = [pair(0, "a", "b"), pair(1, "a", "b" * 100), pair(2, "a" * 200, "b")]
+    _, audit = tokenized(rows, chatml, "pair", max_length=60)
+    whole, everything = tokenized(rows, chatml, "pair", max_length=999)
+    longest = [
+        len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in whole.to_list()[1:]
+    ]
+    assert audit.lengths()["too long"]["min"] == min(longest)
+    assert audit.lengths()["too long"]["max"] == max(longest)
+    assert "too long" not in everything.lengths()
 
 
 def test_more_than_one_batch_keeps_the_order(chatml: Any, monkeypatch: Any) -> None:

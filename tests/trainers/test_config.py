@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import pickle
 import pydoc
 import re
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import TrainingArguments
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig
+from rpo_trainer.trainers.names import ELSEWHERE
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SFTConfig, {"truncation": "keep_end"}, "truncation must be drop or cut, got 'keep_end'"),
@@ -146,3 +149,44 @@ def test_defaults_are_those_of_the_method(tmp_path):
 def test_autocast_dtype(tmp_path):
     assert make(SFTConfig, tmp_path).mixed_precision_dtype() is None
     assert make(SFTConfig, tmp_path, bf16=True).mixed_precision_dtype() is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_an_argument_of_another_library_is_answered_with_what_to_do(name, tmp_path):
+    if name in {field.name for field in dataclasses.fields(DPOConfig)}:
+        pytest.fail(f"{name} is taken here, so it needs no answer")
+    with pytest.raises(RecipeError) as caught:
+        make(DPOConfig, tmp_path, **{name: 1})
+    assert str(caught.value) == (
+        f"DPOConfig: there is no argument {name}\n"
+        "  why: nothing reads it: it would be ignored in silence\n"
+        f"  fix: {name}: {ELSEWHERE[name]}"
+    )
+
+
+def test_what_an_answer_tells_to_write_is_taken():
+    known = {
+        field.name
+        for config in (SFTConfig, DPOConfig, RPOConfig)
+        for field in dataclasses.fields(config)
+    }
+    for answer in ELSEWHERE.values():
+        assert set(re.findall(r"\b(?:write|set) ([a-z]+_[a-z_]+|beta|shuffle)", answer)) <= known
+
+
+def test_all_unknown_arguments_are_said_at_once_with_the_nearest_names(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        make(RPOConfig, tmp_path, learning_rates=1e-6, reward_scal=2, quite_other=1)
+    assert caught.value.what == "there is no argument learning_rates or reward_scal or quite_other"
+    assert caught.value.fix == (
+        "learning_rates: did you mean learning_rate?; reward_scal: did you mean reward_scale?; "
+        "quite_other: remove it: there is nothing like it"
+    )
+
+
+def test_a_config_stays_a_dataclass_with_its_signature(tmp_path):
+    parameters = inspect.signature(DPOConfig).parameters
+    assert {"output_dir", "beta", "label_smoothing"} <= set(parameters)
+    config = make(DPOConfig, tmp_path, beta=0.3)
+    assert pickle.loads(pickle.dumps(config)).beta == 0.3
+    assert dataclasses.replace(config, label_smoothing=0.1).beta == 0.3

@@ -1,0 +1,67 @@
+"""What to write in place of an argument that a config does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rpo_trainer.errors import did_you_mean
+
+_TOGETHER = "set max_length, which is for prompt and response together, and remove it"
+_PACKED = "remove it: rows are packed without padding wherever the model allows it (layout)"
+_ALWAYS = "remove it: reference log-probs are always computed once, before training, and kept"
+_ASSISTANT = "remove it: only what the assistant says is trained, in every format of rows"
+_TEMPLATE = "set it on the tokenizer that is given as processing_class, and remove it here"
+_ROUNDS = "train in rounds: give the model of one as `model` and `ref_model` of the next"
+_NOT_OFFERED = "remove it: it is not offered here, and nothing takes its place"
+# Arguments of TRL's configs, older names too
+ELSEWHERE = {
+    "max_prompt_length": _TOGETHER,
+    "max_completion_length": _TOGETHER,
+    "max_target_length": _TOGETHER,
+    "max_seq_length": "write max_length",
+    "truncation_mode": "write truncation: `drop` or `cut`",
+    "padding_free": _PACKED,
+    "packing": _PACKED,
+    "eval_packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "pad_to_multiple_of": _PACKED,
+    "precompute_ref_log_probs": _ALWAYS,
+    "precompute_ref_batch_size": "write reference_batch_tokens",
+    "loss_weights": "write sft_loss_weight: the weight of the SFT term beside a weight of 1",
+    "assistant_only_loss": _ASSISTANT,
+    "completion_only_loss": _ASSISTANT,
+    "shuffle_dataset": "write shuffle",
+    "dataset_num_proc": "remove it: as many processes tokenise as it pays for",
+    "dataset_text_field": "give rows of `prompt` and `response`, or of `messages`",
+    "model_init_kwargs": "load the model with from_pretrained(...) and give it as `model`",
+    "trust_remote_code": "load the model with from_pretrained(...) and give it as `model`",
+    "model_adapter_name": "give the model with its adapter active",
+    "reference_free": "there is no loss without a reference here: remove it",
+    "chat_template_path": _TEMPLATE,
+    "eos_token": _TEMPLATE,
+    "pad_token": _TEMPLATE,
+    "sync_ref_model": _ROUNDS,
+    "ref_model_mixup_alpha": _ROUNDS,
+    "ref_model_sync_steps": _ROUNDS,
+    "ld_alpha": _NOT_OFFERED,
+    "f_divergence_type": _NOT_OFFERED,
+    "f_alpha_divergence_coef": _NOT_OFFERED,
+    "use_weighting": _NOT_OFFERED,
+    "discopop_tau": _NOT_OFFERED,
+    "dataset_kwargs": _NOT_OFFERED,
+    "router_aux_loss_coef": _NOT_OFFERED,
+    "activation_offloading": _NOT_OFFERED,
+    "center_rewards_coefficient": _NOT_OFFERED,
+    "gt_reward_scale": "write reward_scale (of RPOConfig)",
+    "ref_policy_kl_penalty": "write beta",
+}
+
+
+def instead_of(name: str, known: Sequence[str]) -> str:
+    """How to mend the argument `name` that is none of the `known` ones."""
+    if name in ELSEWHERE:
+        return f"{name}: {ELSEWHERE[name]}"
+    near = did_you_mean(name, known)
+    return (
+        f"{name}: did you mean {near}?" if near else f"{name}: remove it: there is nothing like it"
+    )
