@@ -11,7 +11,11 @@ from collections.abc import Mapping, Sequence
 
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     """The nearest known word, if one is near."""
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=1, cutoff=0.6)
+    word = word.lower().replace("-", "_")
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+    # `exact_match` is a longer name for `exact`, however many letters it shares with others.
+    near += [name for name in known if word.startswith(f"{name}_") or name.startswith(f"{word}_")]
+    near += difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return near[0] if near else None
 
 

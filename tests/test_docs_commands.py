@@ -248,7 +248,7 @@ def launched(words: list[str]) -> tuple[int, str]:
     site = str(ROOT / "tests" / "distributed" / "site")
     done = subprocess.run(
         words, env=launch.environment(PYTHONPATH=site), capture_output=True, text=True, check=False,
-        timeout=300,
+        timeout=600,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 

@@ -230,13 +230,21 @@ def _together(
 def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     if not columns:
         return raw.rows
-    known = {
+    known = set(COMMON) | {
         c for t in (FORMATS, PROMPT_FORMATS) for f in t.values() for c in f.required + f.optional
     }
     present = {column for row in raw.rows for column in row}
+    if columns and all(a in present - known and b in known for a, b in columns.items()):
+        turned = ", ".join(f"{ours}: {theirs}" for theirs, ours in columns.items())
+        raise DataError(
+            "`columns` is the wrong way round",
+            where=raw.where,
+            why="it is {our name: name in the file}",
+            fix=f"write `{{{turned}}}`",
+        )
     for ours, theirs in columns.items():
         for name, table, what in (
-            (ours, known | set(COMMON), "we know"),
+            (ours, known, "we know"),
             (theirs, present, "there is"),
         ):
             if name not in table:

@@ -323,9 +323,7 @@ class Audit:
             lines.append(f"{name}: {q['rated']:g} ratings{spread}")
         for name, q in self.lengths().items():
             what = "tokens of rows longer than max_length" if name == TOO_LONG else f"{name} tokens"
-            lines.append(
-                f"{what}: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}"
-            )
+            lines.append(f"{what}: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}")
         lines += [_counted("warning", WARNINGS.get(r, r), c) for r, c in self.warnings.items()]
         lines += [f"warning: {text}" for text in self.remarks]
         for source, columns in self.extra_columns.items():

@@ -90,6 +90,14 @@ def score(
     from rpo_trainer.recipe import ScoreSpec
     from rpo_trainer.rewards.commands import score_file
 
+    scorers = {"--verifier": verifier, "--model": model, "--endpoint": endpoint, "--judge": judge}
+    given = [option for option, value in scorers.items() if value is not None]
+    if len(given) != 1:
+        raise RecipeError(
+            f"{' and '.join(given)} are given" if given else "no scorer is given",
+            why="one scorer gives the rewards: those of two have no common unit",
+            fix=f"give one of {', '.join(given or scorers)}",
+        )
     fields: dict[str, Any] = {
         "verifier": verifier,
         "allow_code_execution": allow_code_execution,
@@ -113,8 +121,8 @@ def score(
     if endpoint is not None:
         fields["endpoint"] = service_fields(endpoint, name, service)
     if judge is not None:
-        given = {key: value for key, value in judged.items() if value is not None}
-        fields["judge"] = {**service_fields(judge, name, service), **given}
+        asked = {key: value for key, value in judged.items() if value is not None}
+        fields["judge"] = {**service_fields(judge, name, service), **asked}
     spec = valid(ScoreSpec, {k: v for k, v in fields.items() if v is not None})
     score_file(source_spec(data, format_, columns), output, spec, click.echo)
 

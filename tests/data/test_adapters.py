@@ -367,6 +367,13 @@ def test_columns_are_renamed() -> None:
         one(raw, "sft", columns={"prompt": "fragen"})
     with pytest.raises(DataError, match="'promt', and we know no such column; did you mean 'pr"):
         one(raw, "sft", columns={"promt": "frage"})
+    with pytest.raises(DataError) as turned:
+        one({"frage": "q", "antwort": "a"}, "sft", columns={"frage": "prompt", "antwort": "text"})
+    assert str(turned.value).splitlines() == [
+        "file.jsonl: `columns` is the wrong way round",
+        "  why: it is {our name: name in the file}",
+        "  fix: write `{prompt: frage, text: antwort}`",
+    ]
 
 
 def test_extra_columns_are_listed(audit: Audit) -> None:

@@ -64,7 +64,7 @@ def test_two_hosts_are_one(hosts: list[tuple[str, str]], one: Path, tmp_path: Pa
         )
         for number, (name, link) in enumerate(hosts)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    outputs = [node.communicate(timeout=600)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(o[-3000:] for o in outputs)
     assert exits(two) == ["0", "0"]
     assert furthest(one, two) <= 1e-5

@@ -48,10 +48,10 @@ def test_trouble_is_asked_again(trouble: Answer) -> None:
 
 
 def test_a_stalled_answer_is_given_up() -> None:
-    with serving(lambda _, count: Answer("late", stall=0 if count else 3.0)) as server:
+    with serving(lambda _, count: Answer("late", stall=0 if count else 30.0)) as server:
         start = time.monotonic()
         assert endpoint(server, timeout=0.3).chat(HELLO, message_of) == "late"
-        assert time.monotonic() - start < 2.5
+        assert time.monotonic() - start < 20
 
 
 def test_the_wait_that_is_asked_for_is_kept() -> None:
