@@ -105,14 +105,27 @@ class Evaluation:
             return {}
         baseline = self._baseline(spec, stage)
         found: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
+        # Of one from before the run nothing else tells how good it was: no stage made it.
+        before = None if baseline in [other.name for other in self.stages] else baseline
+        of_before: dict[str, Any] = {}
         try:
             if spec.generate is not None:
                 logger.info("%s sampling held-out responses", label)
                 found |= self._responses_of(stage, spec, baseline)
+                theirs = found.pop("of_baseline", {})
+                if before is not None:
+                    self._keep_samples(stage, "baseline-samples", theirs.pop("samples"))
+                    of_before |= theirs
             if spec.preferences:
-                found["preferences"] = self._preferences(stage, spec, baseline, label)
+                examples = self._examples(spec.preferences, "pair", spec, f"{label} held-out pairs")
+                found["preferences"] = self._preferences(stage.name, examples, baseline)
+                if before is not None:
+                    of_before["preferences"] = self._preferences(before, examples, None)
             if spec.nll:
-                found["nll_by_source"] = self._nll(stage, spec, label)
+                examples = self._examples(spec.nll, "sft", spec, f"{label} held-out rows")
+                found["nll_by_source"] = self._nll(stage.name, examples)
+                if before is not None:
+                    of_before["nll_by_source"] = self._nll(before, examples)
             if spec.lm_eval is not None:
                 tasks = spec.lm_eval
                 logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
@@ -127,7 +140,7 @@ class Evaluation:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return found
+        return found | ({"of_baseline": of_before} if of_before else {})
 
     def _baseline(self, spec: EvalSpec, stage: Stage) -> str | None:
         """The stage's baseline, where that is another policy and is there already."""
@@ -156,9 +169,6 @@ class Evaluation:
             found = self._scored(rows, scorer, mine, theirs)
         found["scorer"] = _name(spec.score)
         self._keep_samples(stage, "samples", found.pop("samples"))
-        theirs_shown = found.pop("baseline_samples", [])
-        if baseline not in [other.name for other in self.stages]:  # no stage shows them
-            self._keep_samples(stage, "baseline-samples", theirs_shown)
         return found
 
     def _keep_samples(self, stage: Stage, name: str, samples: Sequence[dict[str, Any]]) -> None:
@@ -207,21 +217,24 @@ class Evaluation:
         theirs: list[dict[str, Any]] | None,
     ) -> dict[str, Any]:
         verifier = getattr(scorer, "verifier", None)
+        maximum = None if verifier is None else verifier.maximum
+
+        def summary(answers: list[dict[str, Any]], rewards: list[Any]) -> dict[str, Any]:
+            result = evaluate.summarise(
+                rows, answers, rewards, maximum=maximum, seed=self.recipe.seed
+            )
+            return result.as_dict()
+
         rewards = self._rewards(evaluate.to_score(rows, mine), scorer)
-        result = evaluate.summarise(
-            rows, mine, rewards, seed=self.recipe.seed,
-            maximum=None if verifier is None else verifier.maximum,
-        )  # fmt: skip
-        found = result.as_dict()
+        found = summary(mine, rewards)
         if theirs is not None:
             others = self._rewards(evaluate.to_score(rows, theirs), scorer)
+            found["of_baseline"] = summary(theirs, others)
             k = len(mine[0]["responses"])
             wins = evaluate.win_rate(
                 [row[:k] for row in rewards], [row[:k] for row in others], self.recipe.seed
             )
             found["win_rate"] = asdict(wins)
-            shown = evaluate.samples_of(rows, theirs, rewards=others)
-            found["baseline_samples"] = [asdict(sample) for sample in shown]
         return found
 
     def _judged(
@@ -232,16 +245,19 @@ class Evaluation:
         theirs: list[dict[str, Any]] | None,
     ) -> dict[str, Any]:
         """A judge has no rewards, but a winner for each prompt; what is the same is not asked for."""
-        found: dict[str, Any] = {
-            "prompts": len(rows),
-            "responses": sum(len(answer["responses"]) for answer in mine),
-            "unfinished": evaluate.unfinished(mine),
-            "samples": [asdict(sample) for sample in evaluate.samples_of(rows, mine)],
-        }
+
+        def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
+            return {
+                "prompts": len(rows),
+                "responses": sum(len(answer["responses"]) for answer in answers),
+                "unfinished": evaluate.unfinished(answers),
+                "samples": [asdict(sample) for sample in evaluate.samples_of(rows, answers)],
+            }
+
+        found = summary(mine)
         if theirs is None:
             return found
-        shown = evaluate.samples_of(rows, theirs)
-        found["baseline_samples"] = [asdict(sample) for sample in shown]
+        found["of_baseline"] = summary(theirs)
         pairs = [
             {**row, "responses": [own["responses"][0], other["responses"][0]]}
             for row, own, other in zip(rows, mine, theirs, strict=True)
@@ -261,16 +277,14 @@ class Evaluation:
     # --- held-out responses ---
 
     def _preferences(
-        self, stage: Stage, spec: EvalSpec, baseline: str | None, label: str
+        self, source: str, examples: list[Mapping[str, Any]], baseline: str | None
     ) -> dict[str, Any]:
-        examples = self._examples(spec.preferences, "pair", spec, f"{label} held-out pairs")
-        own = self._logps(stage.name, examples)
+        own = self._logps(source, examples)
         other = None if baseline is None else self._logps(baseline, examples)
         return evaluate.preference_figures(own, other, self.recipe.seed)
 
-    def _nll(self, stage: Stage, spec: EvalSpec, label: str) -> dict[str, Any]:
-        examples = self._examples(spec.nll, "sft", spec, f"{label} held-out rows")
-        logps = [row[0] for row in self._logps(stage.name, examples)]
+    def _nll(self, source: str, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        logps = [row[0] for row in self._logps(source, examples)]
         tokens = [sum(example["response_mask"][0]) for example in examples]
         sources = [example["source"] for example in examples]
         return evaluate.nll_figures(logps, tokens, sources, self.recipe.seed)

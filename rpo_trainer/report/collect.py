@@ -110,7 +110,7 @@ class StageRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    baseline_samples: list[Sample] = field(default_factory=list)  # of one from before the run
+    before: StageRecord | None = None  # the baseline, where no stage of the run made it
     gaps: list[Gap] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
     hub: dict[str, str] = field(default_factory=dict)  # `repo`, and its `commit` or the `error`
@@ -171,6 +171,12 @@ class RunRecord:
         return next((other for other in self.stages[:position] if other.name == head), None)
 
     @property
+    def compared(self) -> list[StageRecord]:
+        """What the stages are compared with, where no stage made it, and all stages."""
+        found = {s.before.name: s.before for s in reversed(self.stages) if s.before is not None}
+        return [*found.values(), *self.stages]
+
+    @property
     def finished(self) -> bool:
         """Whether every stage is done."""
         return bool(self.stages) and all(stage.state == "done" for stage in self.stages)
@@ -205,7 +211,8 @@ def collect_run(run_dir: Path) -> RunRecord:
         samples = _read_lines(folder / "samples.jsonl", notes, optional=True)
         stage.samples = [_sample(row) for row in samples] or stage.samples
         before = _read_lines(folder / "baseline-samples.jsonl", notes, optional=True)
-        stage.baseline_samples = [_sample(row) for row in before]
+        if stage.before is not None:
+            stage.before.samples = [_sample(row) for row in before]
         stage.gaps = list(_gaps(_read_lines(folder / "gaps.jsonl", notes, optional=True)))
     return RunRecord(run_dir.resolve().name, stages, recipe_text, notes)
 
@@ -252,9 +259,20 @@ def _stage_from_chain(entry: Mapping[str, Any]) -> StageRecord:
         else None,
         scores=read_scores(evaluation),
         agreement=read_agreement(evaluation),
+        before=_before(evaluation),
         samples=[_sample(mapping(row)) for row in evaluation.get("samples") or ()],
         said=list(_said(entry.get("warnings"))),
         hub={key: str(value) for key, value in mapping(entry.get("hub")).items()},
+    )
+
+
+def _before(evaluation: Mapping[str, Any]) -> StageRecord | None:
+    """The baseline as a stage that has nothing but its figures."""
+    figures, name = mapping(evaluation.get("of_baseline")), _text(evaluation.get("baseline"))
+    if not figures or name is None:
+        return None
+    return StageRecord(
+        f"{Path(name).name}, before", kind="before", state="done", scores=read_scores(figures)
     )
 
 

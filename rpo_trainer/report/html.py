@@ -92,14 +92,14 @@ def render(run: RunRecord) -> str:
     environment.filters.update(short=short, svg=_svg)
     verdict = judge(run)
     samples = _prompts(run)
+    views = [_stage_view(run, stage, number, verdict) for number, stage in enumerate(run.stages, 1)]
     return environment.get_template("template.html.j2").render(
         run=run,
         verdict=verdict,
         columns=comparison(run),
         overview=_overview(run),
-        stages=[
-            _stage_view(run, stage, number, verdict) for number, stage in enumerate(run.stages, 1)
-        ],
+        stages=views,
+        anchors={view.record.name: view.anchor for view in views},
         open_prompts=samples[:_OPEN_SAMPLES],
         more_prompts=samples[_OPEN_SAMPLES:],
         total_time=duration(sum(stage.seconds or 0.0 for stage in run.stages)),
@@ -153,7 +153,7 @@ def _settings(stage: StageRecord) -> list[tuple[str, str]]:
 
 
 def _overview(run: RunRecord) -> list[Plot]:
-    scored = [stage for stage in run.stages if stage.scores.main() is not None]
+    scored = [stage for stage in run.compared if stage.scores.main() is not None]
     names, scores = [stage.name for stage in scored], [stage.scores for stage in scored]
     plots = (
         scores_plot(
@@ -174,14 +174,11 @@ def _overview(run: RunRecord) -> list[Plot]:
 
 def _prompts(run: RunRecord) -> list[PromptView]:
     """The prompts in the order they first appear, with the answers before the run and after every stage."""
-    first = next((stage for stage in run.stages if stage.baseline_samples), None)
-    before = [] if first is None else first.baseline_samples
-    label = "before" if first is None else f"{first.scores.baseline}, before"
     found: dict[str, PromptView] = {}
-    for name, samples in [(label, before), *((s.name, s.samples) for s in run.stages)]:
-        for sample in samples:
+    for stage in run.compared:
+        for sample in stage.samples:
             view = found.setdefault(
                 sample.prompt, PromptView(sample.prompt, sample.ground_truth, [])
             )
-            view.answers.append(Answer(name, sample))
+            view.answers.append(Answer(stage.name, sample))
     return list(found.values())

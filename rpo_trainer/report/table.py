@@ -50,8 +50,8 @@ class Column:
 
 
 def comparison(run: RunRecord) -> list[Column]:
-    """The columns that at least one stage has something for, in reading order."""
-    stages = run.stages
+    """The columns that at least one stage has something for, in reading order; a cell for each `compared`."""
+    stages = run.compared
     scores = [stage.scores for stage in stages]
     measured = [
         _measures("exact match, greedy", "exact\ngreedy", [x.exact_greedy for x in scores], 3),
@@ -126,7 +126,7 @@ def summary_table(run_dir: Path) -> Table:
 
 
 def _table(run: RunRecord) -> Table:
-    names = [stage.name for stage in run.stages]
+    names = [stage.name for stage in run.compared]
     columns, left_out = [column for column in comparison(run) if column.brief is not None], []
     for brief in _LEAST:
         if _width(names, columns) > _TERMINAL:

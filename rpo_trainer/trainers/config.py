@@ -47,7 +47,7 @@ def _config(config: type[C]) -> type[C]:
             )
         made(self, *args, **given)
 
-    config.__init__ = init  # type: ignore[method-assign]
+    config.__init__ = init  # type: ignore[assignment, method-assign]
     return config
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.errors import ModelError, Problems, RunError
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import expand_stages
-from rpo_trainer.report import build_report
+from rpo_trainer.report import build_report, status_view
 from tests.chain import tiny
 from tests.rewards.server import Answer, serving
 
@@ -343,13 +345,15 @@ def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
     assert "count_up" in str(caught.value) and caught.value.exit_code == 2
 
 
-def test_the_answers_from_before_the_run_are_kept(tmp_path: Path) -> None:
-    recipe = tiny.tiny_recipe()
+def test_the_baseline_from_before_the_run_is_measured_too(tmp_path: Path) -> None:
+    recipe = recipe_with(
+        tmp_path,
+        data=[tiny.task("code", "heldout", 4)],
+        generate=GENERATE,
+        score={"verifier": "partial_match"},
+        baseline="model",
+    )
     recipe["stages"] = recipe["stages"][:1]
-    recipe["eval"] = {
-        "data": [tiny.task("code", "heldout", 4)], "generate": GENERATE,
-        "score": {"verifier": "partial_match"}, "baseline": "model",
-    }  # fmt: skip
     run_dir = tiny.run(tmp_path, recipe)
     after, before = (
         [json.loads(line) for line in (run_dir / "code" / name).read_text().splitlines()]
@@ -357,8 +361,20 @@ def test_the_answers_from_before_the_run_are_kept(tmp_path: Path) -> None:
     )
     assert [row["prompt"] for row in before] == [row["prompt"] for row in after]
     assert before != after and all(0 <= row["reward"] <= 5 for row in before)
+
+    found = tiny.records(run_dir)["code"]["eval"]
+    theirs = found["of_baseline"]
+    assert theirs["reward_mean"] != found["reward_mean"] and theirs["responses"] == 8
+    assert set(theirs["preferences"]) == {"pairs", "ranked"}
+    untrained = math.log(len(character_tokenizer()))  # all tokens alike
+    assert theirs["nll_by_source"]["one.jsonl"]["value"] == pytest.approx(untrained, rel=0.05)
+
     page = build_report(run_dir).read_text(encoding="utf-8")
     assert page.index("model, before") < page.index('<span class="stage">code</span>')
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(status_view(run_dir))
+    assert shown.get().index("model, before") < shown.get().index("\ncode ")
 
 
 def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:

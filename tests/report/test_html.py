@@ -126,7 +126,15 @@ def test_samples_from_before_the_run_come_first(
 ) -> None:
     row = {"prompt": "reverse abc", "ground_truth": "cba", "greedy": "acb", "greedy_reward": 2}
     stages = [
-        make_stage(name, "dpo", eval={**make_evaluation(2.0), "baseline": "model"})
+        make_stage(
+            name,
+            "dpo",
+            eval={
+                **make_evaluation(2.0),
+                "baseline": "model",
+                "of_baseline": make_evaluation(1.5),
+            },
+        )
         for name in ("dpo", "more")
     ]
     run_dir = make_run(stages=stages, metrics=[], samples={"dpo": [row], "more": [row]})
@@ -134,6 +142,7 @@ def test_samples_from_before_the_run_come_first(
         text = json.dumps({**row, "greedy": "zzz"}) + "\n"
         (run_dir / name / "baseline-samples.jsonl").write_text(text)
     words = page_of(run_dir).words()
+    assert "model, before" in words and "1.50" in words  # in the table, without a link
     assert "after greedy sampled model, before zzz (2.00) – dpo acb (2.00)" in words
     assert words.count("zzz") == 1
 
