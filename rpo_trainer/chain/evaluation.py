@@ -111,7 +111,7 @@ class Evaluation:
         try:
             if spec.generate is not None:
                 logger.info("%s sampling held-out responses", label)
-                found |= self._responses_of(stage, spec, baseline)
+                found |= self._responses_of(stage, spec, baseline, label)
                 theirs = found.pop("of_baseline", {})
                 if before is not None:
                     self._keep_samples(stage, "baseline-samples", theirs.pop("samples"))
@@ -157,16 +157,18 @@ class Evaluation:
 
     # --- sampled responses ---
 
-    def _responses_of(self, stage: Stage, spec: EvalSpec, baseline: str | None) -> dict[str, Any]:
+    def _responses_of(
+        self, stage: Stage, spec: EvalSpec, baseline: str | None, label: str
+    ) -> dict[str, Any]:
         assert spec.score is not None  # the schema
         rows = evaluation_prompts(spec, self.base_dir, seed=self.recipe.seed)
         scorer = self.scorer(spec.score)
         mine = self._answers(stage.name, rows, spec)
         theirs = None if baseline is None else self._answers(baseline, rows, spec)
         if spec.score.judge is not None:
-            found = self._judged(rows, scorer, mine, theirs)
+            found = self._judged(rows, scorer, mine, theirs, label)
         else:
-            found = self._scored(rows, scorer, mine, theirs)
+            found = self._scored(rows, scorer, mine, theirs, label)
         found["scorer"] = _name(spec.score)
         self._keep_samples(stage, "samples", found.pop("samples"))
         return found
@@ -195,19 +197,25 @@ class Evaluation:
         distributed.on_main(lambda: write_whole(path, text))
         return answers
 
-    def _rewarded(self, rows: list[Row], scorer: Scorer) -> list[Row]:
+    def _rewarded(self, rows: list[Row], scorer: Scorer, label: str) -> list[Row]:
         """The rows with `rewards` of their responses, and what else the scorer says."""
         key = content_key(scorer.key, rows)
         path = self.run_dir / FOLDER / f"rewards-{key}.jsonl"
         scored = read_rows(path) if distributed.on_main(path.is_file) else None
         if scored is None:
             scored = complete_rows(
-                path, rows, scorer.work(rows), key=key, what="scored", ranks=distributed
+                path,
+                rows,
+                scorer.work(rows),
+                key=key,
+                what="scored",
+                label=label,
+                ranks=distributed,
             )
         return scored
 
-    def _rewards(self, rows: list[Row], scorer: Scorer) -> list[Any]:
-        return [row["rewards"] for row in self._rewarded(rows, scorer)]
+    def _rewards(self, rows: list[Row], scorer: Scorer, label: str) -> list[Any]:
+        return [row["rewards"] for row in self._rewarded(rows, scorer, label)]
 
     def _scored(
         self,
@@ -215,6 +223,7 @@ class Evaluation:
         scorer: Scorer,
         mine: list[dict[str, Any]],
         theirs: list[dict[str, Any]] | None,
+        label: str,
     ) -> dict[str, Any]:
         verifier = getattr(scorer, "verifier", None)
         maximum = None if verifier is None else verifier.maximum
@@ -225,10 +234,10 @@ class Evaluation:
             )
             return result.as_dict()
 
-        rewards = self._rewards(evaluate.to_score(rows, mine), scorer)
+        rewards = self._rewards(evaluate.to_score(rows, mine), scorer, label)
         found = summary(mine, rewards)
         if theirs is not None:
-            others = self._rewards(evaluate.to_score(rows, theirs), scorer)
+            others = self._rewards(evaluate.to_score(rows, theirs), scorer, label)
             found["of_baseline"] = summary(theirs, others)
             k = len(mine[0]["responses"])
             wins = evaluate.win_rate(
@@ -243,6 +252,7 @@ class Evaluation:
         scorer: Scorer,
         mine: list[dict[str, Any]],
         theirs: list[dict[str, Any]] | None,
+        label: str,
     ) -> dict[str, Any]:
         """A judge has no rewards, but a winner for each prompt; what is the same is not asked for."""
 
@@ -263,7 +273,7 @@ class Evaluation:
             for row, own, other in zip(rows, mine, theirs, strict=True)
         ]
         differ = [row for row in pairs if row["responses"][0] != row["responses"][1]]
-        judged = self._rewarded(differ, scorer) if differ else []
+        judged = self._rewarded(differ, scorer, label) if differ else []
         found["judge"] = biases(judged)
         for line in bias_lines(found["judge"]) if judged else ():
             logger.info("%s", line)
