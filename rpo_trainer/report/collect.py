@@ -170,6 +170,12 @@ class RunRecord:
         head = str(stage.init).removesuffix("/final")
         return next((other for other in self.stages[:position] if other.name == head), None)
 
+    def seed(self, stage: StageRecord) -> StageRecord | None:
+        """What seeded `stage`, with its figures: another stage, or a baseline from before the run."""
+        init = "model" if stage.init in (None, "previous") else stage.init
+        own = stage.before if init == stage.scores.baseline else None
+        return self.parent(stage) or own
+
     @property
     def compared(self) -> list[StageRecord]:
         """What the stages are compared with, where no stage made it, and all stages."""

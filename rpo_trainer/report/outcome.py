@@ -21,14 +21,15 @@ def judge_outcome(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
 
 def _change(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     """The held-out figure against that of the stage which seeded this one."""
-    main, parent = stage.scores.main(), run.parent(stage)
+    main, parent = stage.scores.main(), run.seed(stage)
     before = parent.scores.main() if parent is not None else None
     if main is None or before is None or parent is None or main[0] != before[0]:
         return
     name, after = main
     change = after.value - before[1].value
     values = f"from {short(before[1].value)} to {short(after.value)}"
-    text = f"{name.capitalize()} {{}} {values} ({signed(change)} on {parent.name})."
+    on = "what it was before the run" if parent.kind == "before" else parent.name
+    text = f"{name.capitalize()} {{}} {values} ({signed(change)} on {on})."
     if after.overlaps(before[1]):
         yield Finding(
             stage.name,
@@ -92,7 +93,7 @@ def _wins(stage: StageRecord) -> Iterator[Finding]:
 def whole_change(run: RunRecord) -> str:
     """The main figure after the last stage, against the seed of the first preference stage."""
     first = next((stage for stage in run.stages if stage.is_preference), None)
-    base = run.parent(first) if first is not None else None
+    base = run.seed(first) if first is not None else None
     scored = [stage for stage in run.stages if stage.is_preference and stage.scores.main()]
     start, end = base.scores.main() if base else None, scored[-1].scores.main() if scored else None
     if base is None or start is None or end is None or start[0] != end[0]:
@@ -100,10 +101,11 @@ def whole_change(run: RunRecord) -> str:
     change = end[1].value - start[1].value
     noise = end[1].overlaps(start[1])
     moved = "went" if noise or not change else "rose" if change > 0 else "fell"
+    since = "before the run" if base.kind == "before" else f"after {base.name}"
     best = max(scored, key=lambda stage: _main_value(stage, end[0]))
     better = _main_value(best, end[0]) > end[1].value
     return (
-        f" {start[0].capitalize()} {moved} from {short(start[1].value)} after {base.name} "
+        f" {start[0].capitalize()} {moved} from {short(start[1].value)} {since} "
         f"to {short(end[1].value)} after {scored[-1].name} ({signed(change)})."
         + (f" {_NOISE}" if noise else "")
         + (f" It was best after {best.name}: {short(_main_value(best, end[0]))}." * better)

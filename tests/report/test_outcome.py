@@ -66,3 +66,34 @@ def test_small_falls_one_behind_the_other_are_no_noise(
     assert not [f for f in judge(run).of_stage("rpo-2") if "has fallen" in f.text]
     headline = judge(run).headline
     assert "to 3.27 after rpo-3 (+0.59). It was best after dpo: 3.44." in headline
+
+
+def test_a_chain_that_begins_with_preferences_is_compared_with_its_model(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    def scored(reward: float) -> dict[str, Any]:
+        return {
+            **make_evaluation(reward), "baseline": "model", "of_baseline": make_evaluation(2.0)
+        }  # fmt: skip
+
+    stages = [
+        make_stage("dpo", "dpo", init="model", eval=scored(3.0)),
+        make_stage("rpo", "rpo", init="dpo", eval=scored(4.0)),
+    ]
+    run = collect_run(make_run(stages=stages, metrics=[]))
+    rose = about(run, "dpo", "rose from 2.00 to 3.00 (+1.00 on what it was before the run)")
+    assert rose.level == "good"
+    assert about(run, "rpo", "rose from 3.00 to 4.00 (+1.00 on dpo)").level == "good"
+    assert "rose from 2.00 before the run to 4.00 after rpo (+2.00)." in judge(run).headline
+
+
+def test_a_baseline_that_seeded_nothing_is_no_start(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    scored = {**make_evaluation(3.0), "baseline": "./other", "of_baseline": make_evaluation(2.0)}
+    run = collect_run(
+        make_run(stages=[make_stage("dpo", "dpo", init="model", eval=scored)], metrics=[])
+    )
+    assert [stage.name for stage in run.compared] == ["other, before", "dpo"]
+    assert "before the run" not in judge(run).headline
+    assert not [f for f in judge(run).of_stage("dpo") if "before the run" in f.text]
