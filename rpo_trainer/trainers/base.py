@@ -104,7 +104,8 @@ class PackedTrainer(SavingTrainer):
         require_one_gpu(args)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
+            # A file's own dtype would round the steps; bf16 of the arguments is the arithmetic.
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         model = with_adapter(unprepared(model), peft_config, args.seed)
         processing_class = processing_class or tokenizer_of(model)
         self.audits: dict[str, Any] = {}
@@ -117,17 +118,17 @@ class PackedTrainer(SavingTrainer):
             if isinstance(eval_dataset, dict)
             else self._examples(eval_dataset, processing_class, args, "eval")
         )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PackingCollator("padded", 0),  # replaced below: it depends on the probe
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        harmless_trackers(self.callback_handler, args.report_to)
+        with harmless_trackers(args) as trackers:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=PackingCollator("padded", 0),  # replaced below, as the probe says
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=processing_class,
+                callbacks=[*trackers, *(callbacks or [])],
+                optimizers=optimizers,
+            )
         # Our loss is already divided by the counts of the whole accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True

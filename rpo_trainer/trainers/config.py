@@ -182,17 +182,29 @@ class StepConfig(TrainingArguments):
         return []
 
     def _accumulation(self, batch: int) -> int:
-        micro = self.world_size * self.per_device_train_batch_size
-        if batch < 1 or batch % micro:
-            nearest = sorted({max(micro, batch // micro * micro), (batch // micro + 1) * micro})
-            raise RecipeError(
-                f"global_batch_size {batch} does not divide by {self.world_size} rank(s) × "
-                f"per_device_train_batch_size {self.per_device_train_batch_size}",
-                where=f"{type(self).__name__}.global_batch_size",
-                why="every micro-batch of every rank holds the same number of examples",
-                fix=f"take {' or '.join(map(str, nearest))}, or another micro-batch size",
-            )
-        return int(batch // micro)
+        where = f"{type(self).__name__}.global_batch_size"
+        return accumulation_of(batch, self.per_device_train_batch_size, self.world_size, where)
+
+
+def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
+    """Forwards of each rank in one optimizer step.
+
+    Raises:
+        RecipeError: the global batch does not divide by them.
+    """
+    micro = ranks * per_device
+    if batch < 1 or batch % micro:
+        nearest = sorted({max(micro, batch // micro * micro), (batch // micro + 1) * micro})
+        smaller = [m for m in range(per_device, 0, -1) if batch > 0 and not batch % (ranks * m)]
+        size = f"a micro-batch size of {smaller[0]}" if smaller else "another number of ranks"
+        raise RecipeError(
+            f"global_batch_size {batch} does not divide by {ranks} rank(s) × "
+            f"per_device_train_batch_size {per_device}",
+            where=where,
+            why="every micro-batch of every rank holds the same number of examples",
+            fix=f"take {' or '.join(map(str, nearest))}, or {size}",
+        )
+    return batch // micro
 
 
 @_config
@@ -288,8 +300,14 @@ class RPOConfig(PreferenceConfig):
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        if not (math.isfinite(self.reward_scale) and self.reward_scale > 0):
-            problems.append(f"reward_scale must be a positive number, got {self.reward_scale}")
+        scale: Any = self.reward_scale
+        if scale == "auto":
+            problems.append(
+                "reward_scale must be a positive number, got 'auto', which recipes take: `rpo-trainer "
+                "calibrate` shows what fits"
+            )
+        elif not (math.isfinite(scale) and scale > 0):
+            problems.append(f"reward_scale must be a positive number, got {scale}")
         return problems
 
 

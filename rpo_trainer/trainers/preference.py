@@ -15,8 +15,8 @@ from rpo_trainer import reference
 from rpo_trainer.adapters import starts_as
 from rpo_trainer.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
-from rpo_trainer.loading import check_same_vocabulary
 from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
+from rpo_trainer.model_checks import check_same_vocabulary
 from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
 from rpo_trainer.step import install
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
@@ -69,7 +69,7 @@ class PreferenceTrainer(PackedTrainer):
             optimizers=optimizers,
         )
         if isinstance(ref_model, str):
-            ref_model = AutoModelForCausalLM.from_pretrained(ref_model)
+            ref_model = AutoModelForCausalLM.from_pretrained(ref_model, dtype=torch.float32)
         elif ref_model is not None and ref_model is not model:
             ref_model = unprepared(ref_model)
         if ref_model is not model and any(ref_model is part for part in self.model.modules()):

@@ -205,5 +205,5 @@ class RewardTrainer(PackedTrainer):
 
 def _load(source: str) -> nn.Module:
     factory = auto_class(AutoConfig.from_pretrained(source), reward=True, where=source)
-    model: nn.Module = factory.from_pretrained(source)
+    model: nn.Module = factory.from_pretrained(source, dtype=torch.float32)
     return model

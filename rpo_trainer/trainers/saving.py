@@ -73,10 +73,13 @@ class SavingTrainer(WrappingTrainer):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        # transformers asks the disk, where each rank finds what the others have written by then, or
+        # have not; at the end all of them load from it, or wait for those that do.
+        is_best = self.state.best_global_step == self.state.global_step
+        if is_best:
+            self.state.best_model_checkpoint = str(output / name)
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            if best and Path(best).parent == staging:
-                self.state.best_model_checkpoint = str(output / Path(best).name)
+            if is_best:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             checkpoint.commit(staging / name, output / name)
             shutil.rmtree(staging, ignore_errors=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -15,6 +17,8 @@ from rpo_trainer.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
@@ -51,10 +55,22 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
     four_bits.steady(model)
     if peft_config is None:
         adapters.require_fit_model(model)
-        return model
-    # The adapter's random start is part of the run: a resumed one needs the same again.
-    set_seed(seed)
-    return adapters.with_adapter(model, peft_config)
+    else:
+        # The adapter's random start is part of the run: a resumed one needs the same again.
+        set_seed(seed)
+        model = adapters.with_adapter(model, peft_config)
+    halves = {p.dtype for p in model.parameters() if p.requires_grad} & {
+        torch.bfloat16,
+        torch.float16,
+    }
+    if halves:
+        logger.warning(
+            "the weights that are trained are %s: small steps are rounded away (bfloat16 keeps 8 bits of a "
+            "weight, float16 11). Load the model with dtype=torch.float32, and set bf16=True for the "
+            "arithmetic",
+            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
+        )  # fmt: skip
+    return model
 
 
 def tokenizer_of(model: nn.Module) -> Any:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
 
 logger = logging.getLogger(__name__)
 
 
-def harmless_trackers(handler: CallbackHandler, report_to: Any) -> None:
-    """A tracker of transformers that raises is told nothing more; training goes on.
+@contextmanager
+def harmless_trackers(args: TrainingArguments) -> Iterator[list[TrainerCallback]]:
+    """The trackers that `report_to` names; one that raises is told nothing more, and training goes on.
 
-    Args:
-        report_to: of the training arguments.
+    Inside, `report_to` is empty, so that the Trainer made there adds none of its own: it tells of its
+    making before anybody could guard them.
     """
+    report_to = args.report_to
     kinds: Any = get_reporting_integration_callbacks(report_to)  # type: ignore[no-untyped-call]
-    for callback in handler.callbacks:
-        if isinstance(callback, tuple(kinds)):
-            _guard(callback)
+    trackers = [kind() for kind in kinds]
+    for tracker in trackers:
+        _guard(tracker)
+    args.report_to = []
+    try:
+        yield trackers
+    finally:
+        args.report_to = report_to
 
 
 def _guard(tracker: Any) -> None:

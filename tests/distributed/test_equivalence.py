@@ -82,6 +82,16 @@ SAVED: Case = {
     "late": True,
     "settings": {"save_strategy": "steps", "save_steps": STEPS},
 }
+BEST = "best at the end"
+WORSE: Case = {
+    "kind": "sft",
+    "best": True,
+    "settings": {
+        "save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "learning_rate": 1.0,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    },
+}  # fmt: skip
 # Metrics on the size of log-probs, tens of nats, are compared relative to it.
 NOISY = ("accuracies", "falling", "runtime", "second")
 
@@ -96,7 +106,11 @@ def alone_cases_of(engine: str) -> dict[str, Case]:
     if engine == "none":
         return {}
     # DeepSpeed moves the weights within the backward pass: there is no step to leave out.
-    return HARMS | {LATE: SAVED} | ({SKIPPED: SKIPS} if engine in ("ddp", "fsdp2") else {})
+    return (
+        HARMS
+        | {LATE: SAVED, BEST: WORSE}
+        | ({SKIPPED: SKIPS} if engine in ("ddp", "fsdp2") else {})
+    )
 
 
 def limits(name: str) -> dict[str, float]:
@@ -260,3 +274,12 @@ def test_a_checkpoint_waits_for_the_last_rank(engine: str, results: Any) -> None
     found = results(engine)[LATE]
     assert found["damage"] is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(found["files"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_rank_has_the_best_weights_at_the_end(engine: str, results: Any) -> None:
+    found = results(engine)[BEST]
+    best = min(found["losses"], key=found["losses"].get)
+    assert best < STEPS and Path(found["best"]).name == f"checkpoint-{best}"
+    assert found["again"] == pytest.approx(found["losses"][best], rel=1e-6)
+    assert found["again"] != pytest.approx(found["losses"][STEPS], rel=1e-3)

@@ -241,6 +241,18 @@ def save_late(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"damage": checkpoint.damage(folder), "files": sorted(files)}
 
 
+def load_best(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Steps that make it worse and worse; at the end every rank has the best weights again."""
+    trainer = trainer_of(engine, case, out)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_loss" in line and line["step"]]
+    return {
+        "losses": {line["step"]: line["eval_loss"] for line in lines},
+        "best": trainer.state.best_model_checkpoint,
+        "again": trainer.evaluate()["eval_loss"],
+    }
+
+
 def main(engine: str, out: Path, *cases: str) -> None:
     gloo.allow()
     import torch
@@ -252,7 +264,8 @@ def main(engine: str, out: Path, *cases: str) -> None:
     for name in cases:
         case = json.loads(name)
         folder = out / case["name"]
-        do = save_late if case.get("late") else harm if "harm" in case else train
+        own = save_late if case.get("late") else load_best if case.get("best") else None
+        do = own or (harm if "harm" in case else train)
         result = do(engine, case, folder)
         if distributed.is_main():
             torch.save(result, folder.with_suffix(".pt"))

@@ -54,6 +54,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "label_smoothing belongs to dpo, not to ipo",
     ),
     (RPOConfig, {"reward_scale": 0.0}, "reward_scale must be a positive number, got 0.0"),
+    (RPOConfig, {"reward_scale": "auto"}, "got 'auto', which recipes take"),
     (
         DPOConfig,
         {"rpo_alpha": 0.1},

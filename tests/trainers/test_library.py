@@ -205,6 +205,28 @@ def test_a_path_is_loaded_trained_and_saved_again(
         torch.testing.assert_close(loaded.eval()(ids).logits, trainer.model(ids).logits)
 
 
+def test_a_path_is_loaded_in_float32_whatever_its_files_hold(
+    character_model, tmp_path, make_config, tokenizer, caplog
+):
+    folder = tmp_path / "start"
+    copy.deepcopy(character_model).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    trainer = RPOTrainer(
+        str(folder), ref_model=str(folder), args=make_config("rpo"), train_dataset=TEXTS
+    )
+    for model in (trainer.model, trainer.ref_model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "rounded away" not in caplog.text
+
+
+def test_half_precision_weights_are_warned_of(character_model, make_config, tokenizer, caplog):
+    RPOTrainer(
+        copy.deepcopy(character_model).to(torch.bfloat16), args=make_config("rpo"),
+        train_dataset=TEXTS, processing_class=tokenizer,
+    )  # fmt: skip
+    assert "the weights that are trained are bfloat16: small steps are rounded away" in caplog.text
+
+
 def test_evaluate_first_and_train_then_still_checks_step_zero(start, make_trainer):
     rows = rows_of("dpo", PAIRS)
     trainer = make_trainer("dpo", copy.deepcopy(start), rows, eval_rows=rows[:2])
