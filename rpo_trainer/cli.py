@@ -109,10 +109,12 @@ def plan(
     from rpo_trainer.chain import default_run_dir
     from rpo_trainer.plan import plan_recipe, plan_view
 
+    given = [] if run_dir is None else ["--run-dir", str(run_dir)]
     run_dir = run_dir or default_run_dir(loaded)
     planned = plan_recipe(
-        loaded, run_dir, engine=engine, devices=devices, nodes=nodes, measure=measure
-    )
+        loaded, run_dir, engine=engine, devices=devices, nodes=nodes, measure=measure,
+        arguments=[*overrides, *given],
+    )  # fmt: skip
     Console().print(plan_view(planned, run_dir))
 
 

@@ -13,9 +13,12 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rpo_trainer.errors import RecipeError
 from rpo_trainer.plan.memory import StepMemory
 
 Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
@@ -52,6 +55,17 @@ class DeviceMemory:
     def peak(self) -> int:
         """Peak of the stage."""
         return max(self.training, self.reference)
+
+
+def check_devices(engine: Engine, devices: int, nodes: int) -> None:
+    """Raises RecipeError where the engine cannot be on so many devices."""
+    if engine == "single" and max(devices, nodes) > 1:
+        raise RecipeError(
+            f"one process is planned for {devices} devices",
+            where="--engine single",
+            why="a process trains on one device: the others would stay idle",
+            fix=f"name what spreads it: --engine {' | '.join(ENGINES[1:])}",
+        )
 
 
 def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) -> DeviceMemory:
@@ -96,13 +110,18 @@ def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) 
     )
 
 
-def launch_line(recipe: str, engine: Engine, devices: int, nodes: int) -> str:
-    """The command that starts the chain so."""
+def launch_line(words: Sequence[str], engine: Engine, devices: int, nodes: int) -> str:
+    """The command that starts the chain so.
+
+    Args:
+        words: the recipe, and what else was given beside it: overrides, --run-dir.
+    """
+    run = f"run {shlex.join(words)}"
     if engine == "single":
-        return f"rpo-trainer run {recipe}"
+        return f"rpo-trainer {run}"
     config = "multi_node" if nodes > 1 and engine == "ddp" else engine
     several = f" --num_machines {nodes} --machine_rank RANK --main_process_ip HOST" * (nodes > 1)
     return (
         f"accelerate launch --config_file recipes/accelerate/{config}.yaml "
-        f"--num_processes {devices}{several} -m rpo_trainer run {recipe}"
+        f"--num_processes {devices}{several} -m rpo_trainer {run}"
     )

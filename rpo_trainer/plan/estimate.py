@@ -28,7 +28,7 @@ from rpo_trainer.chain.places import placed
 from rpo_trainer.chain.stage import arithmetic, training_config
 from rpo_trainer.data import Audit
 from rpo_trainer.loading import load_model, load_tokenizer
-from rpo_trainer.plan.engines import DeviceMemory, Engine, launch_line, per_device
+from rpo_trainer.plan.engines import DeviceMemory, Engine, check_devices, launch_line, per_device
 from rpo_trainer.plan.memory import step_memory
 from rpo_trainer.plan.nf4 import hold_in_nf4
 from rpo_trainer.recipe import (
@@ -40,7 +40,7 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.reward_model import as_reward_model
 from rpo_trainer.step import install, token_logprobs
-from rpo_trainer.trainers.config import PreferenceConfig, StepConfig
+from rpo_trainer.trainers.config import PreferenceConfig, StepConfig, accumulation_of
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader
 
@@ -98,16 +98,19 @@ def plan_recipe(
     devices: int = 1,
     nodes: int = 1,
     measure: bool = False,
+    arguments: Sequence[str] = (),
 ) -> Plan:
     """Plans every stage of a recipe. Reads and tokenises the data; loads weights only to measure.
 
     Args:
         devices: of all nodes together.
+        arguments: what the recipe was loaded with, and the run is to be started with.
         measure: time one forward and backward of an average micro-batch with the real model.
 
     Raises:
         DataError, ModelError, RecipeError, Problems: of the tokenizer, or of a stage, with its place.
     """
+    check_devices(engine, devices, nodes)
     with placed(loaded.origins):
         planner = _Planner(loaded, run_dir, engine, devices)
     planned = []
@@ -119,7 +122,7 @@ def plan_recipe(
         engine=engine,
         devices=devices,
         parameters=planner.parameters,
-        launch=launch_line(str(loaded.path), engine, devices, nodes),
+        launch=launch_line([str(loaded.path), *arguments], engine, devices, nodes),
     )
     if measure:
         planner.measure(plan)
@@ -143,6 +146,9 @@ class _Planner:
 
     def stage(self, stage: Stage) -> StagePlan:
         """One stage."""
+        if stage.micro_batch_tokens is None:
+            where = f"stages.{stage.name}.global_batch_size"
+            accumulation_of(stage.global_batch_size, stage.micro_batch_size, self.devices, where)
         config = training_config(
             stage, self.recipe.model, seed=0, folder=self.run_dir / stage.name, run_dir=self.run_dir
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from rpo_trainer.errors import RecipeError
 from rpo_trainer.plan import ENGINES, StepMemory, per_device
-from rpo_trainer.plan.engines import launch_line
+from rpo_trainer.plan.engines import check_devices, launch_line
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = StepMemory(
@@ -71,11 +73,27 @@ def test_more_devices_never_need_more_of_each() -> None:
 
 
 def test_the_launch_line_names_a_config_that_ships() -> None:
-    assert launch_line("r.yaml", "single", 1, 1) == "rpo-trainer run r.yaml"
+    assert launch_line(["r.yaml"], "single", 1, 1) == "rpo-trainer run r.yaml"
     for engine in ENGINES[1:]:
-        words = launch_line("r.yaml", engine, 16, 1).split()
+        words = launch_line(["r.yaml"], engine, 16, 1).split()
         config = words[words.index("--config_file") + 1]
         assert YAML().load((ROOT / config).read_text())["compute_environment"] == "LOCAL_MACHINE"
         assert words[words.index("--num_processes") + 1] == "16"
-    several = launch_line("r.yaml", "ddp", 16, 2)
+    several = launch_line(["r.yaml"], "ddp", 16, 2)
     assert "multi_node.yaml" in several and "--num_machines 2" in several
+
+
+def test_the_launch_line_has_what_was_planned_with() -> None:
+    words = ["my recipe.yaml", "stages.dpo.beta=0.5", "--run-dir", "runs/x"]
+    line = launch_line(words, "single", 1, 1)
+    assert shlex.split(line) == ["rpo-trainer", "run", *words]
+    assert launch_line(words, "ddp", 2, 1).endswith(line.removeprefix("rpo-trainer "))
+
+
+def test_one_process_is_not_spread_over_devices() -> None:
+    check_devices("single", 1, 1)
+    check_devices("ddp", 8, 1)
+    with pytest.raises(RecipeError, match="one process is planned for 8 devices") as error:
+        check_devices("single", 8, 1)
+    assert error.value.where == "--engine single" and error.value.fix
+    assert "--engine ddp | fsdp2" in error.value.fix

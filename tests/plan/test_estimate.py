@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from rpo_trainer import cli
+from rpo_trainer.errors import RecipeError
 from rpo_trainer.plan import Plan, plan_recipe
 from rpo_trainer.recipe import load_recipe
 from tests.chain import tiny
@@ -60,7 +61,17 @@ def test_the_command_shows_it_and_writes_nothing(recipe: Path) -> None:
     run_dir = recipe.parent / "unused"
     done = CliRunner().invoke(
         cli.cli,
-        ["plan", str(recipe), "--run-dir", str(run_dir), "--engine", "zero3", "--devices", "4"],
+        [
+            "plan",
+            str(recipe),
+            "defaults.micro_batch_size=2",
+            "--run-dir",
+            str(run_dir),
+            "--engine",
+            "zero3",
+            "--devices",
+            "4",
+        ],
     )
     assert done.exit_code == 0, done.output
     assert not run_dir.exists()
@@ -68,3 +79,16 @@ def test_the_command_shows_it_and_writes_nothing(recipe: Path) -> None:
         assert text in done.output
     assert "accelerate launch --config_file recipes/accelerate/zero3.yaml" in done.output
     assert max(map(len, done.output.splitlines())) <= 80
+
+
+def test_the_command_is_planned_with_what_it_was_given(recipe: Path) -> None:
+    words = ["plan", str(recipe), "defaults.micro_batch_size=4", "--engine", "ddp"]
+    words += ["--devices", "2"]
+    shown = CliRunner().invoke(cli.cli, words).output
+    assert "defaults.micro_batch_size=4" in "".join(shown.split()).replace("\\", "")
+
+
+def test_a_batch_that_the_devices_cannot_share_is_found(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="global_batch_size 8 does not divide by 3 rank") as error:
+        plan_recipe(load_recipe(recipe), recipe.parent / "run", engine="ddp", devices=3)
+    assert error.value.where is not None and "defaults.global_batch_size" in error.value.where
