@@ -104,6 +104,7 @@ class StageRecord:
     sources: dict[str, str] = field(default_factory=dict)  # data files and their hashes
     output_fingerprint: str | None = None
     audit: AuditRecord = field(default_factory=AuditRecord)
+    held_out: AuditRecord = field(default_factory=AuditRecord)  # of the stage's own evaluation
     step0: StepZero | None = None
     scores: EvalScores = field(default_factory=EvalScores)
     agreement: Agreement = field(default_factory=Agreement)
@@ -256,6 +257,7 @@ def _stage_from_chain(entry: Mapping[str, Any]) -> StageRecord:
         sources={str(name): str(key) for name, key in mapping(entry.get("sources")).items()},
         output_fingerprint=_text(mapping(entry.get("output")).get("fingerprint")),
         audit=read_audit(mapping(data.get("audit"))),
+        held_out=read_audit(mapping(data.get("held_out"))),
         step0=StepZero(
             number(step0.get("loss")),
             number(step0.get("expected")),

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from rpo_trainer.report.collect import RunRecord, Sample, StageRecord, collect_run
 from rpo_trainer.report.findings import Finding
 from rpo_trainer.report.plots import Plot, scores_plot, stage_plots
+from rpo_trainer.report.scores import one_measure
 from rpo_trainer.report.table import comparison
 from rpo_trainer.report.values import duration, short, size
 from rpo_trainer.report.verdict import Verdict, judge
@@ -99,6 +100,11 @@ def render(run: RunRecord) -> str:
         columns=comparison(run),
         overview=_overview(run),
         stages=views,
+        audits=[
+            audit
+            for stage in run.stages
+            for audit in ((stage.name, stage.audit), (f"{stage.name}, held out", stage.held_out))
+        ],
         anchors={view.record.name: view.anchor for view in views},
         open_prompts=samples[:_OPEN_SAMPLES],
         more_prompts=samples[_OPEN_SAMPLES:],
@@ -155,6 +161,8 @@ def _settings(stage: StageRecord) -> list[tuple[str, str]]:
 def _overview(run: RunRecord) -> list[Plot]:
     scored = [stage for stage in run.compared if stage.scores.main() is not None]
     names, scores = [stage.name for stage in scored], [stage.scores for stage in scored]
+    if not one_measure(scores):
+        return []
     plots = (
         scores_plot(
             names,

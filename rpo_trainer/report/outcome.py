@@ -25,6 +25,14 @@ def _change(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     before = parent.scores.main() if parent is not None else None
     if main is None or before is None or parent is None or main[0] != before[0]:
         return
+    if not stage.scores.compares(parent.scores):
+        yield Finding(
+            stage.name,
+            "info",
+            f"Its figures do not compare with those of {parent.name}: the prompts, the sampling or the "
+            "scorer were others.",
+        )
+        return
     name, after = main
     change = after.value - before[1].value
     values = f"from {short(before[1].value)} to {short(after.value)}"
@@ -51,11 +59,13 @@ def _change(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
 
 def _decline(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     """Small falls that may each be noise, one behind the other, are none."""
-    line = [stage]
-    while (parent := run.parent(line[0])) is not None and parent.scores.main() is not None:
+    main = stage.scores.main()
+    if main is None:
+        return
+    line, values = [stage], [main[1].value]
+    while (parent := run.parent(line[0])) is not None and parent.scores.compares(stage.scores):
         line.insert(0, parent)
-    found = [main for each in line if (main := each.scores.main()) is not None]
-    values = [measure.value for name, measure in found if name == found[-1][0]]
+        values.insert(0, _main_value(parent, main[0]))
     falls = 0
     while falls + 1 < len(values) and values[-1 - falls] < values[-2 - falls]:
         falls += 1
@@ -66,7 +76,7 @@ def _decline(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     yield Finding(
         stage.name,
         "warn",
-        f"{found[-1][0].capitalize()} has fallen in each of the last {falls} stages: {shown}.",
+        f"{main[0].capitalize()} has fallen in each of the last {falls} stages: {shown}.",
         f"Take the output of {line[-1 - falls].name}. Where a reward model gives the rewards of the "
         "training rows, train it anew on what the policy says now; else raise β or lower the "
         "learning rate.",
@@ -95,9 +105,11 @@ def whole_change(run: RunRecord) -> str:
     first = next((stage for stage in run.stages if stage.is_preference), None)
     base = run.seed(first) if first is not None else None
     scored = [stage for stage in run.stages if stage.is_preference and stage.scores.main()]
-    start, end = base.scores.main() if base else None, scored[-1].scores.main() if scored else None
-    if base is None or start is None or end is None or start[0] != end[0]:
+    if base is None or not scored or not scored[-1].scores.compares(base.scores):
         return ""
+    scored = [stage for stage in scored if stage.scores.compares(base.scores)]
+    start, end = base.scores.main(), scored[-1].scores.main()
+    assert start is not None and end is not None  # they compare
     change = end[1].value - start[1].value
     noise = end[1].overlaps(start[1])
     moved = "went" if noise or not change else "rose" if change > 0 else "fell"

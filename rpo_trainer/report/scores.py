@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class EvalScores:
     prompts: int | None = None
     baseline: str | None = None
     win_rate: Measure | None = None
+    measure: str | None = None  # figures of responses compare where this is the same
     others: tuple[Figure, ...] = ()  # held-out pairs, NLL by source, tasks of lm-eval
 
     def all(self) -> list[Figure]:
@@ -68,6 +69,13 @@ class EvalScores:
         ]
         return [figure for figure in (*named, *self.others) if figure.measure is not None]
 
+    def compares(self, other: EvalScores) -> bool:
+        """Whether both have the same main figure, of the same prompts, sampling and scorer."""
+        mine, theirs = self.main(), other.main()
+        if mine is None or theirs is None:
+            return False
+        return mine[0] == theirs[0] and self.measure == other.measure
+
     def main(self) -> tuple[str, Measure] | None:
         """The figure that tells best whether a preference stage helped, and its name."""
         candidates = (
@@ -77,6 +85,11 @@ class EvalScores:
             ("exact match of greedy responses", self.exact_greedy),
         )
         return next(((name, found) for name, found in candidates if found is not None), None)
+
+
+def one_measure(scores: Iterable[EvalScores]) -> bool:
+    """Whether all figures of responses are of the same prompts, sampling and scorer."""
+    return len({own.measure for own in scores if own.main() is not None}) < 2
 
 
 def read_scores(record: Mapping[str, Any]) -> EvalScores:
@@ -96,6 +109,7 @@ def read_scores(record: Mapping[str, Any]) -> EvalScores:
         prompts=prompts,
         baseline=baseline,
         win_rate=_estimate(record.get("win_rate")),
+        measure=None if record.get("measure") is None else str(record["measure"]),
         others=tuple(_others(record, baseline)),
     )
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rpo_trainer.report.collect import RunRecord, StageRecord, collect_run
 from rpo_trainer.report.likelihood import chosen_delta
-from rpo_trainer.report.scores import EvalScores, Measure
+from rpo_trainer.report.scores import EvalScores, Measure, one_measure
 from rpo_trainer.report.values import duration, short, size
 
 _BRIEF = {
@@ -53,11 +53,21 @@ def comparison(run: RunRecord) -> list[Column]:
     """The columns that at least one stage has something for, in reading order; a cell for each `compared`."""
     stages = run.compared
     scores = [stage.scores for stage in stages]
+    # Of figures that do not compare none is the best.
+    best = max if one_measure(scores) else None
     measured = [
-        _measures("exact match, greedy", "exact\ngreedy", [x.exact_greedy for x in scores], 3),
-        _measures("exact match, sampled", "exact\nsampled", [x.exact_sampled for x in scores], 3),
-        _measures("mean reward, greedy", "reward\ngreedy", [x.reward_greedy for x in scores], 2),
-        _measures("mean reward, sampled", "reward\nsampled", [x.reward_sampled for x in scores], 2),
+        _measures(
+            "exact match, greedy", "exact\ngreedy", [x.exact_greedy for x in scores], 3, best
+        ),
+        _measures(
+            "exact match, sampled", "exact\nsampled", [x.exact_sampled for x in scores], 3, best
+        ),
+        _measures(
+            "mean reward, greedy", "reward\ngreedy", [x.reward_greedy for x in scores], 2, best
+        ),
+        _measures(
+            "mean reward, sampled", "reward\nsampled", [x.reward_sampled for x in scores], 2, best
+        ),
         _wins(scores),
         _nll(stages),
         *_others(scores),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rpo_trainer.report.collect import collect_run
+from rpo_trainer.report.table import comparison
 from rpo_trainer.report.verdict import judge
 from tests.report.conftest import about
 
@@ -97,3 +98,34 @@ def test_a_baseline_that_seeded_nothing_is_no_start(
     assert [stage.name for stage in run.compared] == ["other, before", "dpo"]
     assert "before the run" not in judge(run).headline
     assert not [f for f in judge(run).of_stage("dpo") if "before the run" in f.text]
+
+
+def test_a_stage_that_is_not_measured_yet_says_nothing_of_those_before(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    rewards = {"sft": 3.0, "dpo": 4.0, "rpo-1": 3.9, "rpo-2": 3.8}
+    stages = [
+        make_stage(name, name[:3], init=init, eval=make_evaluation(reward))
+        for (name, reward), init in zip(rewards.items(), ["model", *rewards], strict=False)
+    ]
+    stages.append(make_stage("rpo-3", "rpo", init="rpo-2", state="running", eval={}))
+    run = collect_run(make_run(stages=stages, metrics=[]))
+    assert not [f for f in judge(run).of_stage("rpo-3") if "has fallen" in f.text]
+    finding = about(run, "rpo-2", "has fallen in each of the last 2 stages")
+    assert finding.advice is not None and finding.advice.startswith("Take the output of dpo.")
+
+
+def test_figures_of_another_scorer_do_not_compare(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    stages = [
+        make_stage("sft", "sft", init="model", eval={**make_evaluation(3.0), "measure": "a"}),
+        make_stage("dpo", "dpo", init="sft", eval={**make_evaluation(4.1), "measure": "a"}),
+        make_stage("rpo", "rpo", init="dpo", eval={**make_evaluation(-2.1), "measure": "b"}),
+    ]
+    run = collect_run(make_run(stages=stages, metrics=[]))
+    assert about(run, "rpo", "do not compare with those of dpo").level == "info"
+    assert not [f for f in judge(run).of_stage("rpo") if "fell" in f.text]
+    assert "-2.1" not in judge(run).headline and "−2.1" not in judge(run).headline
+    marked = [cell for column in comparison(run) for cell in column.cells if cell.best]
+    assert not marked
