@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from rpo_trainer.data import set_chat_template
-from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.errors import ModelError
 from rpo_trainer.sharding import loading_whole, rows_of
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEEDED = "nothing can be trained or measured without it"
-_INDEX = ".safetensors.index.json"
 _LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 _CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
 # Fields that configurations take beside those they write.
@@ -60,7 +58,15 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     template = spec.chat_template
     if template is not None and (path := base_dir / Path(template).expanduser()).is_file():
         template = str(path)
-    return set_chat_template(tokenizer, template)
+    made = set_chat_template(tokenizer, template)
+    if made.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end token",
+            where=f"model: {spec.tokenizer or spec.name_or_path}",
+            why="a response without one never ends, neither in the data nor when it is sampled",
+            fix="set eos_token in tokenizer_config.json",
+        )
+    return made
 
 
 def load_model(
@@ -134,26 +140,6 @@ def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary:
     return _load(AutoConfig, name, base_dir, spec, what="model's configuration")
 
 
-def check_context(config: Any, max_length: int, where: str) -> None:
-    """Raises ModelError where `max_length` tokens are more than the model has positions for.
-
-    A rope that is stretched (yarn, linear) reaches its factor times the length it was trained at.
-    """
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if limit is not None and isinstance(rope.get("factor"), int | float):
-        trained = rope.get("original_max_position_embeddings") or limit
-        limit = max(limit, int(trained * rope["factor"]))
-    if limit is not None and max_length > limit:
-        raise ModelError(
-            f"max_length {max_length} is beyond the model's context of {limit} tokens",
-            where=where,
-            why="the model has never seen positions so far out, if it has them at all",
-            fix=f"max_length: {limit}, or less",
-        )
-
-
 def _configuration(settings: dict[str, Any]) -> Any:
     where = "model.from_config"
     try:
@@ -198,7 +184,8 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says before it goes into detail."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -260,7 +247,7 @@ def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
             "`trust_remote_code: true` under `model`",
         )
     return ModelError(
-        f"the {what} cannot be loaded: {_first_line(error)}",
+        f"the {what} cannot be loaded: {first_line(error)}",
         where=where,
         why=NEEDED,
         fix="give a directory with the model's files (safetensors), or a hub name",
@@ -275,83 +262,11 @@ def _named(model: Any, name: str) -> PreTrainedModel:
 
 def check_vocabulary(model: Any, tokens: int) -> None:
     """Raises ModelError where the tokenizer has more tokens than the model has embeddings."""
-    _check_tokens(rows_of(model.get_input_embeddings().weight), tokens, "model")
+    check_tokens(rows_of(model.get_input_embeddings().weight), tokens, "model")
 
 
-def check_unread(config: Any, folder: Path | None, *, tokens: int, reward: bool, where: str) -> int:
-    """What can be seen of a model before its weights are read.
-
-    Args:
-        folder: where its files are; None: random weights, or a hub's.
-        tokens: of the tokenizer.
-        reward: a reward model will do too (see `auto_class`).
-
-    Returns:
-        The rows of its embeddings, as its configuration says; 0 where it does not.
-
-    Raises:
-        ModelError: weights in pickles alone, absent or cut, a reward model where a policy is wanted, more
-            tokens than embeddings.
-    """
-    auto_class(config, reward=reward, where=where)
-    if folder is not None:
-        _check_safetensors(folder, where)
-    rows = getattr(config.get_text_config(), "vocab_size", None) or 0
-    if rows:
-        _check_tokens(rows, tokens, where)
-    return int(rows)
-
-
-def check_same_vocabulary(policy: int, reference: int, where: str | None = None) -> None:
-    """Raises RecipeError where a reference has other numbers of embeddings than the policy."""
-    if policy != reference:
-        raise RecipeError(
-            f"the reference has {reference} tokens, the policy {policy}",
-            where=where,
-            why="their log-probs would be of different tokens",
-            fix="take a reference with the policy's tokenizer",
-        )
-
-
-def _check_safetensors(folder: Path, where: str) -> None:
-    files = sorted(path.name for path in folder.iterdir())
-    weights = [name for name in files if name.endswith((".safetensors", _INDEX))]
-    for name in weights:
-        try:
-            if name.endswith(_INDEX):
-                parts = json.loads((folder / name).read_text())["weight_map"].values()
-                if lacking := sorted(set(parts) - set(files)):
-                    raise ValueError(f"{lacking[0]} is missing")
-            else:
-                with safe_open(folder / name, "pt"):  # reads its head, and knows its length
-                    pass
-        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(
-                f"the model cannot be loaded: {name} is damaged, or no weights ({_first_line(error)})",
-                where=where,
-                why="a part of its weights would be missing",
-                fix="copy or download the model's files again (from git: `git lfs pull`)",
-            ) from error
-    if weights:
-        return
-    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
-    if pickles:
-        raise ModelError(
-            f"the model cannot be loaded: its weights are pickled ({pickles[0]})",
-            where=where,
-            why="a pickle can hold code, which runs when it is read",
-            fix="take the model's safetensors, or convert them where you trust their origin: "
-            "load them with transformers, then `save_pretrained`",
-        )
-    raise ModelError(
-        "the model cannot be loaded: there are no weights beside its configuration",
-        where=where,
-        why="the stage could not begin",
-        fix="give a directory with the model's files, its weights as safetensors",
-    )
-
-
-def _check_tokens(rows: int, tokens: int, where: str) -> None:
+def check_tokens(rows: int, tokens: int, where: str) -> None:
+    """Raises ModelError where a tokenizer has more tokens than a model has embeddings."""
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens, the model {rows} embeddings",

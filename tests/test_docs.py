@@ -11,6 +11,9 @@ import torch
 
 import rpo_trainer
 from rpo_trainer.cli import cli
+from rpo_trainer.data import prepare_dataset, set_chat_template
+from rpo_trainer.data.adapters import kind_of
+from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import load_recipe
 from tests.documents import DOCUMENTS, ROOT, blocks, name_of, page
 
@@ -119,3 +122,17 @@ def test_exit_codes_are_those_of_the_errors() -> None:
         if isinstance(value, type) and issubclass(value, errors.RPOTrainerError)
     }
     assert listed == raised | {0, 130}
+
+
+def test_the_rows_of_the_documents_are_read_as_they_are() -> None:
+    found = [text for path in DOCUMENTS for text in blocks(path.read_text("utf-8"), "json")]
+    lines = [line for text in found for line in text.splitlines()]
+    assert len(lines) >= 2
+    tokenizer = set_chat_template(character_tokenizer(), "plain")
+    for line in lines:
+        row = json.loads(line)
+        kind = kind_of(row)
+        assert kind == "sft" or kind == "pair"
+        (example,) = prepare_dataset([row], tokenizer, kind=kind, max_length=999)
+        told = tokenizer.decode(example["prompt_ids"] + example["response_ids"][0])
+        assert "User: " in told and "Assistant: " in told  # the template has written it

@@ -109,6 +109,9 @@ OWN = {
     "stages.code-sft.data.train.0.path=...": "stages.code-sft.data.train.0.path={here}/sft.jsonl",
     "stages.dpo.data.train.0.path=...": "stages.dpo.data.train.0.path={here}/pairs.jsonl",
     "stages.rpo.data.train.0.path=...": "stages.rpo.data.train.0.path={here}/pairs.jsonl",
+    "stages.sft.data.eval.0.path=...": "stages.sft.data.eval.0.path={here}/sft.jsonl",
+    "stages.dpo.data.eval.0.path=...": "stages.dpo.data.eval.0.path={here}/pairs.jsonl",
+    "stages.rpo.data.eval.0.path=...": "stages.rpo.data.eval.0.path={here}/pairs.jsonl",
     "--nproc_per_node 8": "--nproc_per_node 2",
     "[k=v ...]": "",
 }
@@ -344,6 +347,7 @@ def test_every_block_is_known() -> None:
             all_commands = block.kind == "indented" and len(commands(block)) == len(lines)
             tested = (block.page, block.kind) in {
                 ("docs/library.md", "python"), ("docs/getting-started.md", "sh"),
+                ("docs/getting-started.md", "json"),
             }  # fmt: skip
             if not (picture or piece or all_commands or tested or block.kind == "yaml"):
                 unknown.append(block)

@@ -228,47 +228,6 @@ def test_more_tokens_than_embeddings(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "limit"),
-    [
-        ({}, 64),
-        ({"model_type": "gpt2", "n_positions": 32}, 32),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 256),
-        (
-            {
-                "max_position_embeddings": 512,
-                "rope_parameters": {
-                    "rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4,
-                    "original_max_position_embeddings": 32,
-                    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                },
-            },
-            512,
-        ),
-    ],
-    ids=["llama", "gpt2", "linear rope", "llama3 rope"],
-)  # fmt: skip
-def test_max_length_beyond_the_context(settings: dict[str, Any], limit: int) -> None:
-    from transformers import AutoConfig
-
-    from rpo_trainer.loading import check_context
-
-    named = {"model_type": "llama", "max_position_embeddings": 64, **settings}
-    if named["model_type"] == "gpt2":
-        del named["max_position_embeddings"]
-    config = AutoConfig.for_model(**named)
-    check_context(config, limit, "here")
-    with pytest.raises(ModelError) as error:
-        check_context(config, limit + 1, "stages.dpo.max_length")
-    assert error.value.exit_code == 2
-    assert str(error.value) == (
-        f"stages.dpo.max_length: max_length {limit + 1} is beyond the model's context of {limit} "
-        "tokens\n"
-        "  why: the model has never seen positions so far out, if it has them at all\n"
-        f"  fix: max_length: {limit}, or less"
-    )
-
-
-@pytest.mark.parametrize(
     ("answer", "asked"),
     [
         (True, True), (False, True), (HFValidationError("no name"), True),

@@ -69,7 +69,9 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
         f"no such file; did you mean `{near}`?" if near else "no such file",
         where=str(local),
         why=NO_ROWS,
-        fix="give a path seen from the recipe (on a command line from where you are), or a hub name",
+        fix="give a path seen from "
+        + ("where you are" if base_dir is None else "the recipe's folder, as overrides are too")
+        + ", or a hub name",
     )
 
 

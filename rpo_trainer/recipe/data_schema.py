@@ -247,17 +247,18 @@ class DataSpec(Spec):
         "or normalised, is an error and not a warning",
     )
     filter: FilterSpec | None = Field(
-        None, description="quality filter for preference rows (dpo and rpo only)"
+        None, description="quality filter for preference rows (not of sft)"
     )
     generate: GenerateSpec | None = Field(
         None,
-        description="sample the responses from the policy that seeds the stage (dpo and rpo only)",
+        description="sample the responses from the policy that seeds the stage (of pairs only: dpo, rpo, "
+        "Bradley-Terry)",
     )
     score: ScoreSpec | None = Field(
-        None, description="give rewards to the responses (dpo and rpo only)"
+        None, description="give rewards to the responses (of pairs only)"
     )
     pairs: PairsSpec | None = Field(
-        None, description="make pairs from scored responses (dpo and rpo only)"
+        None, description="make pairs from scored responses (of pairs only)"
     )
     refresh: Literal["each", "never"] | None = Field(
         None,

@@ -51,7 +51,7 @@ def text(*lines: str) -> str:
 
 
 def test_absent(refused: Any) -> None:
-    fix = "fix: give a path seen from the recipe (on a command line from where you are), or a hub name"
+    fix = "fix: give a path seen from the recipe's folder, as overrides are too, or a hub name"
     for name in ("rows.jsonl", "deep/rows.jsonl", "x" * 300 + ".jsonl", "a\0b.jsonl"):
         assert refused(name) == text(f"{name}: no such file", NO_ROWS, fix)
 

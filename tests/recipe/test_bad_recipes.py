@@ -376,7 +376,14 @@ def pairs(folder: Path, rewards: bool = True) -> None:
 def test_rpo_on_data_without_rewards(command: str, tried: Tried) -> None:
     pairs(tried.folder, rewards=False)
     shown = tried.refused(ON_DATA, command=command, code=3)
-    assert "pairs.jsonl: " in shown.splitlines()[0] and "reward" in shown.splitlines()[0]
+    assert shown == (
+        "chain.yaml:10 (stages.rpo.data): pairs.jsonl: no row has rewards, and RPO needs one for every "
+        "response\n"
+        "  why: the gap between the rewards is what RPO learns, and no reward is made up\n"
+        "  fix: score the responses (`score:` in the recipe, or rpo-trainer score), name their columns "
+        "with `columns: {chosen_reward: theirs, rejected_reward: theirs}`, or use kind: dpo\n"
+        "1 problem found\n"
+    )
 
 
 def test_global_batch_size_that_does_not_divide_by_the_processes(
@@ -391,7 +398,7 @@ def test_global_batch_size_that_does_not_divide_by_the_processes(
         "chain.yaml:12 (stages.rpo.global_batch_size): global_batch_size 18 does not divide by 4 "
         "rank(s) × per_device_train_batch_size 2\n"
         "  why: every micro-batch of every rank holds the same number of examples\n"
-        "  fix: take 16 or 24, or another micro-batch size\n"
+        "  fix: take 16 or 24, or another number of ranks\n"
     )
 
 
@@ -447,7 +454,7 @@ def test_ten_mistakes_that_are_not_in_the_text_have_their_lines_too(tried: Tried
     )
     shown = tried.refused(TEN_LATER, command="check", code=3)
     places = re.findall(r"^chain\.yaml:(\d+) \(\S+\): ", shown, re.MULTILINE)
-    assert [int(line) for line in places] == [11, 12, 13, 10, 18, 19, 20, 17, 25, 30]
+    assert [int(line) for line in places] == [10, 11, 12, 13, 17, 18, 19, 20, 25, 30]
     assert "(stages.one.data): absent.jsonl: no such file" in shown
     assert "(stages.two.data): cut.jsonl:2: the last line is cut" in shown
     assert shown.endswith("\n10 problems found\n")
