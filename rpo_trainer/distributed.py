@@ -6,6 +6,7 @@ here does nothing special in a single process.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from rpo_trainer.errors import RPOTrainerError
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 # The ranks wait this long for one that writes a large model, say; a dead one is noticed by the launcher.
 _TIMEOUT = timedelta(hours=2)
+_PATIENCE = timedelta(days=30)  # where they wait beside the exchanges, on the store they met at
+_waits = itertools.count()
 
 
 def start() -> None:
@@ -105,6 +108,31 @@ def on_main(do: Callable[[], T]) -> T:
         if is_main():
             result = do()
     return broadcast(result)  # type: ignore[no-any-return]
+
+
+def patiently_on_main(do: Callable[[], T]) -> T:
+    """As `on_main`, for what may take hours: an exchange of the processes has a time limit."""
+    if world_size() == 1:
+        return on_main(do)
+    store, key = _get_default_store(), f"rpo_trainer/patience/{next(_waits)}"
+    found: list[T] = []
+    error: RPOTrainerError | None = None
+    if is_main():
+        try:
+            found.append(do())
+        except RPOTrainerError as raised:
+            error = raised
+        finally:
+            store.set(key, "done")
+    else:
+        store.wait([key], _PATIENCE)
+
+    def result() -> T:
+        if error is not None:
+            raise error
+        return found[0]
+
+    return on_main(result)
 
 
 def broadcast(value: T) -> T:

@@ -27,3 +27,11 @@ def file_digest(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return str(digest.hexdigest())
+
+
+def tree_digest(folder: Path) -> str:
+    """xxh3-128 of the names and contents of all files below a directory."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
+    return str(digest.hexdigest())

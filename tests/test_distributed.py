@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rpo_trainer import distributed
 from rpo_trainer.errors import DataError, Problems, RecipeError, RPOTrainerError, RunError
+from tests.distributed.launch import free_port
 
 
 def test_a_single_process_is_the_main_one():
@@ -66,3 +70,51 @@ def test_errors_travel(error: RPOTrainerError):
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error) and str(copy) == str(error)
     assert copy.exit_code == error.exit_code
+
+
+PATIENCE = """
+import time
+from datetime import timedelta
+import torch
+from rpo_trainer import distributed
+from rpo_trainer.errors import RunError
+
+distributed._TIMEOUT = timedelta(seconds=3)
+distributed.start()
+
+def slow():
+    time.sleep(6)
+    return "late"
+
+assert distributed.patiently_on_main(slow) == "late"
+
+def refuse():
+    raise RunError("it cannot be done")
+
+try:
+    distributed.patiently_on_main(refuse)
+except RunError as error:
+    assert str(error) == "it cannot be done"
+else:
+    raise AssertionError("nothing was raised")
+try:
+    distributed.on_main(slow)
+except Exception:
+    print("the time limit holds for others", flush=True)
+print("done", distributed.rank(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_takes_longer_than_the_time_limit_of_an_exchange(tmp_path: Path):
+    script = tmp_path / "patience.py"
+    script.write_text(PATIENCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "done 0" in ended.stdout and "done 1" in ended.stdout, ended.stderr[-3000:]
+    assert "the time limit holds for others" in ended.stdout
+
+
+def test_alone_patience_is_nothing_special():
+    assert distributed.patiently_on_main(lambda: 7) == 7

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from rpo_trainer.files import file_digest, write_whole
+from rpo_trainer.files import file_digest, tree_digest, write_whole
 
 
 def test_a_text_and_its_pieces_make_the_same_file(tmp_path: Path) -> None:
@@ -51,3 +51,21 @@ def test_scoring_by_a_text_verifier_needs_no_torch(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert (tmp_path / "out.jsonl").is_file()
+
+
+def test_the_digest_of_a_tree_is_of_names_and_contents(tmp_path: Path) -> None:
+    def tree(name: str, files: dict[str, str]) -> str:
+        for path, text in files.items():
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text(text)
+        return tree_digest(tmp_path / name)
+
+    first = tree("a", {"x": "1", "sub/y": "2"})
+    assert first == tree("b", {"sub/y": "2", "x": "1"})
+    others = [
+        {"x": "1", "sub/y": "3"},
+        {"x": "1", "sub/z": "2"},
+        {"x": "1"},
+        {"x": "12", "sub/y": ""},
+    ]
+    assert len({first, *(tree(f"c{i}", files) for i, files in enumerate(others))}) == 5

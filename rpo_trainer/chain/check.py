@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,17 +27,16 @@ from rpo_trainer.chain.disk import check_disk
 from rpo_trainer.chain.harness import check_tasks
 from rpo_trainer.chain.made import load_given, load_prompts, prompt_ids, sampling
 from rpo_trainer.chain.places import each, locate, name_part
-from rpo_trainer.chain.stage import lora_config, training_config
+from rpo_trainer.chain.stage import check_warmup, lora_config, steps_of, training_config
 from rpo_trainer.chain.state import ChainState, check_run_dir, plain
 from rpo_trainer.data import Audit, load_rows
-from rpo_trainer.errors import DataError, ModelError, Problems, RecipeError, RPOTrainerError
-from rpo_trainer.loading import (
+from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError
+from rpo_trainer.loading import load_config, load_tokenizer, saved_config
+from rpo_trainer.model_checks import (
     check_context,
+    check_same_tokenizer,
     check_same_vocabulary,
     check_unread,
-    load_config,
-    load_tokenizer,
-    saved_config,
 )
 from rpo_trainer.recipe import (
     GenerateSpec,
@@ -96,11 +97,13 @@ class _Check:
         self.config: Any = None
         self.responses: dict[str, int] = {}
         self.rows: dict[str, int] = {}  # of the embeddings, by stage
+        self.configs: dict[str, Any] = {}  # of models, by source
         with self._collected():
             self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
             self.config = load_config(
                 loaded.recipe.model, loaded.base_dir, None, len(self.tokenizer)
             )
+            self.configs["model"] = self.config
 
     def stage(self, stage: Stage) -> None:
         """Its arguments, its start, its data and its evaluation, each for itself."""
@@ -112,9 +115,6 @@ class _Check:
                 run_dir=self.run_dir,
             )  # fmt: skip
         with self._collected():
-            if self.config is not None:
-                check_context(self.config, stage.max_length, f"stages.{stage.name}.max_length")
-        with self._collected():
             lora_config(stage)
         self._dropout(stage)
         rows = {"init": 0, "reference": 0}
@@ -122,6 +122,9 @@ class _Check:
             with self._collected():
                 reward = isinstance(stage, RewardStage)
                 rows[key] = self._start(f"stages.{stage.name}.{key}", source, reward=reward)
+        for source in dict(_sources(stage)).values():
+            with self._collected():
+                self._context(source, stage.max_length, f"stages.{stage.name}.max_length")
         with self._collected():
             if all(rows.values()):
                 where = f"stages.{stage.name}.reference"
@@ -170,7 +173,7 @@ class _Check:
         with self._collected():
             check_run_dir(self.run_dir)
             if self.run_dir.is_dir():
-                ChainState(self.run_dir).adopt(*plain(self.recipe, self.stages))
+                ChainState(self.run_dir).adopt(*plain(self.recipe, self.stages, self.base_dir))
 
     def _dropout(self, stage: Stage) -> None:
         if self.config is None or not isinstance(stage, PreferenceStage):
@@ -208,8 +211,21 @@ class _Check:
             except ModelError as error:
                 raise error.at(where) from None
             local = Path(base) if Path(base).is_dir() else None
+        self.configs[source] = config
         tokens = 0 if self.tokenizer is None else len(self.tokenizer)
+        if source != "model" and self.tokenizer is not None:
+            check_same_tokenizer(self.tokenizer, folder, where)
         return check_unread(config, local, tokens=tokens, reward=reward, where=where)
+
+    def _context(self, source: str, length: int, where: str) -> None:
+        """The longest examples have places in the model that a source is made of."""
+        stages = {stage.name: stage for stage in self.stages}
+        while source in stages:
+            source = stages[source].init
+        config = self.configs.get(source)
+        if config is not None:
+            whose = "the model's" if source == "model" else f"{source}'s"
+            check_context(config, length, where, whose=whose)
 
     def _examples(self, stage: Stage, seed: int) -> None:
         audit = Audit()
@@ -237,29 +253,21 @@ class _Check:
             found = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
         if found is not None:
             self.lines.append(f"  {len(found[0])} held-out examples")
+            self.lines += [f"  held out: {line}" for line in found[2].summary_lines()]
         check_overlap(stage, self.recipe, self.base_dir, rows, found and found[1], audit)
         self.lines += [f"  {line}" for line in audit.summary_lines()]
 
     def _length(self, stage: Stage, examples: int) -> None:
-        steps = _steps(stage, examples)
-        self.lines.append(f"  {examples} examples, {steps} steps")
-        if stage.warmup_steps > steps:
-            self.problems.append(
-                RecipeError(
-                    f"`warmup_steps` is {stage.warmup_steps}, longer than the stage, which has "
-                    f"{steps} steps",
-                    where=f"stages.{stage.name}.warmup_steps",
-                    why="the learning rate would never reach its peak",
-                    fix=f"write at most {steps}, or raise `num_train_epochs`",
-                )
-            )
+        self.lines.append(f"  {examples} examples, {steps_of(stage, examples)} steps")
+        with self._collected():
+            check_warmup(stage, examples)
 
     def _prompts(self, stage: Stage, seed: int) -> None:
-        data = sampling(stage.data, self.stages)
-        rows = load_prompts(data, self.base_dir, seed=seed, audit=Audit())
+        data, audit = sampling(stage.data, self.stages), Audit()
+        rows = load_prompts(data, self.base_dir, seed=seed, audit=audit)
         if stage.data.rows_of is not None:
             self.lines.append(f"  the responses of stage {stage.data.rows_of}")
-            self._held_out(stage, rows, None, Audit(), seed)
+            self._held_out(stage, rows, None, audit, seed)
             return
         self._scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
         assert data.generate is not None  # the schema
@@ -270,7 +278,7 @@ class _Check:
         self._sampled(rows, data.generate, f"stages.{stage.name}.data.generate")
         policies += [endpoint.model for endpoint in data.generate.endpoints]
         self.lines.append(f"  {len(rows)} prompts; the responses come from {', '.join(policies)}")
-        self._held_out(stage, rows, None, Audit(), seed)
+        self._held_out(stage, rows, None, audit, seed)
 
     def _sampled(self, rows: list[dict[str, Any]], spec: GenerateSpec, where: str) -> None:
         """The prompts as tokens, with room for a response in the context of the recipe's model."""
@@ -333,15 +341,13 @@ def _sources(stage: Stage) -> Iterator[tuple[str, str]]:
         yield "reference", stage.reference
 
 
-def _steps(stage: Stage, examples: int) -> int:
-    if stage.max_steps is not None:
-        return stage.max_steps
-    per_epoch = -(-examples // stage.global_batch_size)
-    return int(-(-per_epoch * (stage.num_train_epochs or 1.0) // 1))
-
-
 def _distinct(problems: list[RPOTrainerError], origins: Origins) -> list[RPOTrainerError]:
-    """Each with its line; the rounds of a repeated stage find the same faults."""
+    """Each with its line, and in their order; the rounds of a repeated stage find the same faults."""
     for problem in problems:
         locate(problem, origins)
-    return list({str(problem): problem for problem in problems}.values())
+    return sorted({str(problem): problem for problem in problems}.values(), key=_line)
+
+
+def _line(problem: RPOTrainerError) -> float:
+    found = re.match(r".*?:(\d+) \(", problem.where or "")
+    return int(found[1]) if found else math.inf

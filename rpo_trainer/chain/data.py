@@ -23,7 +23,7 @@ from rpo_trainer.data import (
     tokenize_rows,
 )
 from rpo_trainer.errors import DataError
-from rpo_trainer.files import file_digest
+from rpo_trainer.files import file_digest, tree_digest
 from rpo_trainer.recipe import (
     RewardStage,
     RPOStage,
@@ -39,6 +39,7 @@ from rpo_trainer.rewards.verifiers import get_verifier, score_rows
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import Kind
     from rpo_trainer.recipe import DataSpec, EvalSpec, Recipe, ScoreSpec
+    from rpo_trainer.recipe.schema import FilterSpec
 
 
 @dataclass
@@ -73,12 +74,12 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
 
 
 def source_digests(sources: Sequence[SourceSpec], base_dir: Path) -> dict[str, str]:
-    """xxh3-128 of each local file that a stage reads, by its path as written."""
+    """xxh3-128 of each local file, or directory, that a stage reads, by its path as written."""
     found: dict[str, str] = {}
     for source in sources:
         path = resolve_path(base_dir, source.path) if source.path else None
-        if path is not None and path.is_file():
-            found[str(source.path)] = file_digest(path)
+        if path is not None and path.exists():
+            found[str(source.path)] = file_digest(path) if path.is_file() else tree_digest(path)
     return found
 
 
@@ -231,10 +232,24 @@ def build_evaluation(
             seed=seed,
         )
         if kind == "pair":
-            rows = filter_rows(rows, None, audit)
+            rows = filter_rows(rows, _policies(stage.data.filter), audit)
         elif isinstance(stage, RewardStage):
             rows = _targets(stage, rows, audit)
     return tokenize_stage(stage, rows, tokenizer, audit), rows, audit
+
+
+def _policies(spec: FilterSpec | None) -> FilterSpec | None:
+    """What a filter says of ties and of reversed pairs; its thresholds choose what is trained on."""
+    if spec is None:
+        return None
+    return type(spec).model_construct(ties=spec.ties, reversed=spec.reversed)
+
+
+def at_most(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """The rows, or `limit` of them at even distances, so that each source has its share."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def evaluation_prompts(spec: EvalSpec, base_dir: Path, *, seed: int) -> list[dict[str, Any]]:
@@ -243,7 +258,7 @@ def evaluation_prompts(spec: EvalSpec, base_dir: Path, *, seed: int) -> list[dic
     rows = load_rows(
         spec.data, kind="prompt", base_dir=base_dir, keep=keep, audit=Audit(), seed=seed
     )
-    return rows[: spec.max_rows]
+    return at_most(rows, spec.max_rows)
 
 
 def check_overlap(
@@ -269,7 +284,8 @@ def check_overlap(
     for name, kind in kinds.items():
         if sources := getattr(spec, name):
             options: dict[str, Any] = {"base_dir": base_dir, "seed": recipe.seed}
-            found = load_rows(sources, kind=kind, audit=Audit(), **options)[: spec.max_rows]
+            found = load_rows(sources, kind=kind, audit=Audit(), **options)
+            found = at_most(found, spec.max_rows)
             audit.check_overlap(rows, found, held_out=named, where=f"eval.{name}")
 
 

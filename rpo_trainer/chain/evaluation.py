@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpo_trainer import distributed, evaluate
-from rpo_trainer.chain.data import evaluation_prompts
+from rpo_trainer.chain.data import at_most, evaluation_prompts
 from rpo_trainer.chain.harness import run_tasks
 from rpo_trainer.data import Audit, load_rows, tokenize_rows
 from rpo_trainer.files import write_whole
@@ -26,7 +26,7 @@ from rpo_trainer.probe import probe
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.reference import ReferenceCache, reference_logps, response_key
 from rpo_trainer.rewards.judge import bias_lines, biases
-from rpo_trainer.rewards.rowfile import complete_rows, content_key, read_rows
+from rpo_trainer.rewards.rowfile import complete_rows, content_key, is_sound, read_rows
 from rpo_trainer.rewards.sampling import sampling_settings
 from rpo_trainer.sharding import loading_whole
 from rpo_trainer.step import uninstall
@@ -112,7 +112,7 @@ class Evaluation:
             if spec.generate is not None:
                 logger.info("%s sampling held-out responses", label)
                 found |= self._responses_of(stage, spec, baseline, label)
-                theirs = found.pop("of_baseline", {})
+                theirs = {**found.pop("of_baseline", {}), "measure": found["measure"]}
                 if before is not None:
                     self._keep_samples(stage, "baseline-samples", theirs.pop("samples"))
                     of_before |= theirs
@@ -130,7 +130,7 @@ class Evaluation:
                 tasks = spec.lm_eval
                 logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
                 policy = self._policy(stage.name)
-                found["lm_eval"] = distributed.on_main(
+                found["lm_eval"] = distributed.patiently_on_main(
                     lambda: run_tasks(
                         policy, self.tokenizer, tasks, self.base_dir, seed=self.recipe.seed
                     )
@@ -170,6 +170,10 @@ class Evaluation:
         else:
             found = self._scored(rows, scorer, mine, theirs, label)
         found["scorer"] = _name(spec.score)
+        # Figures compare where this is the same: prompts, sampling and what gives the rewards.
+        assert spec.generate is not None  # the schema
+        settings = [sampling_settings(spec.generate), spec.greedy, self.recipe.seed]
+        found["measure"] = content_key("measure", scorer.key, rows, settings)
         self._keep_samples(stage, "samples", found.pop("samples"))
         return found
 
@@ -186,7 +190,7 @@ class Evaluation:
         settings = [sampling_settings(spec.generate), spec.greedy, seed]
         key = content_key("answers", self.weights(source), rows, settings)
         path = self.run_dir / FOLDER / f"responses-{key}.jsonl"
-        if distributed.on_main(path.is_file):
+        if distributed.on_main(lambda: is_sound(path, len(rows))):
             return read_rows(path)
         answers = evaluate.respond(
             self._policy(source), self.tokenizer, rows, generate=spec.generate, greedy=spec.greedy,
@@ -201,18 +205,11 @@ class Evaluation:
         """The rows with `rewards` of their responses, and what else the scorer says."""
         key = content_key(scorer.key, rows)
         path = self.run_dir / FOLDER / f"rewards-{key}.jsonl"
-        scored = read_rows(path) if distributed.on_main(path.is_file) else None
-        if scored is None:
-            scored = complete_rows(
-                path,
-                rows,
-                scorer.work(rows),
-                key=key,
-                what="scored",
-                label=label,
-                ranks=distributed,
-            )
-        return scored
+        if distributed.on_main(lambda: is_sound(path, len(rows))):
+            return read_rows(path)
+        return complete_rows(
+            path, rows, scorer.work(rows), key=key, what="scored", label=label, ranks=distributed
+        )
 
     def _rewards(self, rows: list[Row], scorer: Scorer, label: str) -> list[Any]:
         return [row["rewards"] for row in self._rewarded(rows, scorer, label)]
@@ -306,7 +303,7 @@ class Evaluation:
         with distributed.together():
             rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
             examples = tokenize_rows(
-                rows[: spec.max_rows], self.tokenizer, kind=kind, truncation="drop", audit=audit,
+                at_most(rows, spec.max_rows), self.tokenizer, kind=kind, truncation="drop", audit=audit,
                 max_length=max(stage.max_length for stage in self.stages),
             )  # fmt: skip
         for line in audit.summary_lines():

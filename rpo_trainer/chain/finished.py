@@ -8,11 +8,12 @@ from typing import Any
 
 from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.data import source_digests
+from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.chain.made import sources_of_rows
-from rpo_trainer.chain.stage import output_fingerprint
 from rpo_trainer.chain.state import ChainState
+from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
-from rpo_trainer.recipe import PreferenceStage, Stage
+from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage
 from rpo_trainer.trainers.checkpoint import damage
 
 
@@ -69,21 +70,48 @@ def _check_output(final: Path, name: str, record: Mapping[str, Any]) -> None:
         )
 
 
-def check_starts(wanted: Sequence[Stage], state: ChainState, run_dir: Path) -> None:
-    """Raises RunError unless every stage that a wanted one starts from is finished, or will be."""
+def check_starts(
+    wanted: Sequence[Stage],
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    state: ChainState,
+    run_dir: Path,
+) -> None:
+    """Raises RunError unless every stage that a wanted one needs is finished, or will be."""
     there = {stage.name for stage in wanted}
     for stage in wanted:
-        sources = {"init": stage.init}
+        sources = {f"stages.{stage.name}.init": stage.init}
         if isinstance(stage, PreferenceStage):
-            sources["reference"] = stage.reference
-        sources |= sources_of_rows(stage.data)
+            sources[f"stages.{stage.name}.reference"] = stage.reference
+        rows = sources_of_rows(stage.data)
+        sources |= {f"stages.{stage.name}.data.{field}": s for field, s in rows.items()}
+        sources |= _measured_with(stage, stages, recipe)
         for field, source in sources.items():
             record = state.stage(source)
             if record is not None and record["state"] != "done" and source not in there:
                 raise RunError(
-                    f"the {field} of stage {stage.name} is stage {source}, which is not finished",
+                    f"the {_short(field, stage)} of stage {stage.name} is stage {source}, which is not "
+                    "finished",
                     where=str(run_dir),
-                    why="a stage starts from what is there",
-                    fix=f"run the whole chain first (rpo-trainer run), or set "
-                    f"stages.{stage.name}.{field} to model or a path",
+                    why="a stage starts from what is there, and is measured with it",
+                    fix=f"run the whole chain first (rpo-trainer run), or set {field} to model or a path",
                 )
+
+
+def _measured_with(stage: Stage, stages: Sequence[Stage], recipe: Recipe) -> dict[str, str]:
+    """Sources that the evaluation of a stage needs, by the recipe's key."""
+    spec = stage.eval or recipe.eval
+    if spec is None or isinstance(stage, RewardStage):
+        return {}
+    key = "eval" if stage.eval is None else f"stages.{stage.name}.eval"
+    earlier = [other.name for other in stages][: stages.index(stage)]
+    found = {}
+    if (baseline := baseline_of(spec, stages)) in earlier:
+        found[f"{key}.baseline"] = str(baseline)
+    if spec.score is not None and spec.score.model is not None:
+        found[f"{key}.score.model"] = spec.score.model
+    return found
+
+
+def _short(field: str, stage: Stage) -> str:
+    return field.removeprefix(f"stages.{stage.name}.")

@@ -19,7 +19,14 @@ from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import DataSpec, ScoreSpec, Stage, resolve_path
 from rpo_trainer.rewards.judge import biases
-from rpo_trainer.rewards.rowfile import ALONE, Ranks, complete_rows, content_key, read_rows
+from rpo_trainer.rewards.rowfile import (
+    ALONE,
+    Ranks,
+    complete_rows,
+    content_key,
+    is_sound,
+    read_rows,
+)
 from rpo_trainer.rewards.sampling import (
     EndpointPolicy,
     LocalPolicy,
@@ -198,20 +205,7 @@ class RowMaker:
         )  # fmt: skip
 
     def _read(self, path: Path) -> list[Row] | None:
-        return read_rows(path) if self.ranks.on_main(lambda: _is_sound(path)) else None
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether the rows are there and can be read; what cannot is removed, and made again."""
-    if not path.is_file():
-        return False
-    try:
-        read_rows(path)
-    except ValueError as error:
-        logger.warning("%s is damaged (%s): its rows are made again", path, error)
-        path.unlink()
-        return False
-    return True
+        return read_rows(path) if self.ranks.on_main(lambda: is_sound(path)) else None
 
 
 def source_key(path: Path, name: str) -> str:

@@ -41,16 +41,7 @@ from rpo_trainer.chain.made import RowMaker, source_key
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.places import placed
 from rpo_trainer.chain.progress import ChainProgress
-from rpo_trainer.chain.stage import (
-    agreement_of,
-    arithmetic,
-    make_trainer,
-    output_fingerprint,
-    train_stage,
-    training_config,
-    write_gaps,
-    write_output,
-)
+from rpo_trainer.chain.stage import arithmetic, check_warmup, make_trainer, training_config
 from rpo_trainer.chain.state import (
     METRICS_FILE,
     ChainState,
@@ -61,8 +52,15 @@ from rpo_trainer.chain.state import (
     plain,
     write_recipe,
 )
+from rpo_trainer.chain.training import (
+    agreement_of,
+    output_fingerprint,
+    train_stage,
+    write_gaps,
+    write_output,
+)
 from rpo_trainer.data import Audit
-from rpo_trainer.errors import RunError, StepZeroError
+from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import (
     LoadedRecipe,
@@ -136,7 +134,7 @@ class _Chain:
         self.run_dir = run_dir
         self.stages = expand_stages(loaded.recipe)
         self.state = ChainState(run_dir)
-        self.state.adopt(*plain(loaded.recipe, self.stages), allowed=allow_changed)
+        self.state.adopt(*plain(loaded.recipe, self.stages, loaded.base_dir), allowed=allow_changed)
         with placed(loaded.origins):
             self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
         self.models = Models(
@@ -169,7 +167,9 @@ class _Chain:
             logger.info("done: there is nothing left to run in %s", self.run_dir)
             return self.run_dir
         pending = {stage.name for stage, record in wanted if record["state"] == "pending"}
-        check_starts([stage for stage, _ in wanted], self.state, self.run_dir)
+        check_starts(
+            [stage for stage, _ in wanted], self.stages, self.recipe, self.state, self.run_dir
+        )
 
         def begin() -> None:
             if pending:  # a fault of the last stage must not wait for those before it
@@ -242,18 +242,23 @@ class _Chain:
     # --- one stage ---
 
     def _run_stage(self, stage: Stage, record: dict[str, Any]) -> None:
-        began = time.monotonic()
+        began, before = time.monotonic(), record.get("seconds", 0.0)
         folder = self.run_dir / stage.name
         folder.mkdir(exist_ok=True)
         fault = distributed.on_main(lambda: damage(self._final(stage.name)))
-        if fault is not None or "steps" not in record:
-            self._train(stage, record, folder, stage_seed(stage, self.recipe))
-        self._evaluate(stage, record)
+        try:
+            if fault is not None or "steps" not in record:
+                self._train(stage, record, folder, stage_seed(stage, self.recipe))
+            self._evaluate(stage, record)
+        except StoppedBySignal:
+            record["seconds"] = before + time.monotonic() - began
+            self._save()
+            raise
         record["output"] = {"fingerprint": output_fingerprint(self._final(stage.name))}
         self._publish(stage, record)
         record["state"] = "done"
         record["finished"] = now()
-        record["seconds"] = record.get("seconds", 0.0) + time.monotonic() - began
+        record["seconds"] = before + time.monotonic() - began
         self._save()
         logger.info("%s finished", self._label(stage))
 
@@ -281,6 +286,9 @@ class _Chain:
         data = self._data(stage, record, seed)
         stage = fitted_stage(stage, data.audit)
         with distributed.together():
+            check_warmup(
+                stage, len(data.train)
+            )  # of sampled examples nobody knew how many there are
             config = training_config(
                 stage, self.recipe.model, seed=seed, folder=folder, run_dir=self.run_dir
             )
@@ -353,6 +361,8 @@ class _Chain:
             check_overlap(stage, self.recipe, self.base_dir, rows, held_out and held_out[1], audit)
         for line in audit.summary_lines():
             logger.info("%s data: %s", self._label(stage), line)
+        for line in held_out[2].summary_lines() if held_out else ():
+            logger.info("%s held-out data: %s", self._label(stage), line)
         data = StageData(train, held_out[0] if held_out else None, audit, rows)
         fingerprint = data.fingerprint()
         made_here = distributed.merge({distributed.rank(): fingerprint})
@@ -379,7 +389,11 @@ class _Chain:
             started=record.get("started") or now(),
             examples=len(train),
             sources=source_digests(stage.data.train, self.base_dir),
-            data={"fingerprint": fingerprint, "audit": audit.as_dict()},
+            data={
+                "fingerprint": fingerprint,
+                "audit": audit.as_dict(),
+                **({"held_out": held_out[2].as_dict()} if held_out else {}),
+            },
         )
         if audit.calibration:
             record["reward_scale"] = audit.calibration["reward_scale"]

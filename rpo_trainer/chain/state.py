@@ -26,7 +26,8 @@ from rpo_trainer.chain.changes import (
     ways_out,
 )
 from rpo_trainer.errors import RunError
-from rpo_trainer.files import write_whole
+from rpo_trainer.files import file_digest, write_whole
+from rpo_trainer.recipe import resolve_path
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import Recipe, Stage
@@ -39,6 +40,11 @@ RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"
 _VERSION = 1
+# What the examples of a stage are made with
+_EXAMPLE_FIELDS = (
+    "data", "max_length", "truncation", "seed", "init", "attributes", "rating_range",
+)  # fmt: skip
+_TOKENIZER_FIELDS = ("name_or_path", "revision", "tokenizer", "chat_template")
 _LIBRARIES = ("rpo-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")
 
 
@@ -173,8 +179,13 @@ class ChainState:
     def allows_other_data(self, stage: str) -> bool:
         """Whether the examples of a stage may be others: by its data, or anything they are made with."""
         own = f"stages.{stage}"
-        below = (f"{own}.", "model.")
-        return any(key in ("seed", "model", own) or key.startswith(below) for key in self.allowed)
+        made_with = [f"{own}.{field}" for field in _EXAMPLE_FIELDS]
+        made_with += [f"model.{field}" for field in _TOKENIZER_FIELDS]
+        return any(
+            key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.")
+            for key in (*self.allowed,)
+            for one in ("seed", *made_with)
+        )
 
 
 def now() -> str:
@@ -197,11 +208,19 @@ def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(
-    recipe: Recipe, stages: Sequence[Stage]
+    recipe: Recipe, stages: Sequence[Stage], base_dir: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
-    """Of a recipe what `ChainState.adopt` compares: the specs of its stages, its model, its seed."""
+    """Of a recipe what `ChainState.adopt` compares: the specs of its stages, its model, its seed.
+
+    Where the chat template is a file, a digest stands behind its name: its text is what counts.
+    """
     specs = [stage.model_dump(mode="json") for stage in stages]
-    return specs, recipe.model.model_dump(mode="json"), recipe.seed
+    model = recipe.model.model_dump(mode="json")
+    if recipe.model.chat_template is not None:
+        template = resolve_path(base_dir, recipe.model.chat_template)
+        if template.is_file():
+            model["chat_template"] += f" ({file_digest(template)[:12]})"
+    return specs, model, recipe.seed
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -274,6 +293,11 @@ def locked(run_dir: Path, *, new: bool = False) -> Iterator[None]:
             why="two runs in one directory would mix their checkpoints",
             fix="wait for it, stop it, or name another --run-dir",
         ) from error
+    if holder.is_file():
+        logger.warning(
+            "an earlier run in %s (%s) ended without a word, killed most likely: its lock is taken over",
+            run_dir, holder.read_text(errors="replace"),
+        )  # fmt: skip
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield

@@ -242,6 +242,25 @@ def read_rows(path: Path) -> list[Row]:
         return [json.loads(line) for line in file]
 
 
+def is_sound(path: Path, count: int | None = None) -> bool:
+    """Whether the rows are there and can be read; what cannot is removed, and made again.
+
+    Args:
+        count: how many there must be; None: not known.
+    """
+    if not path.is_file():
+        return False
+    try:
+        found = len(read_rows(path))
+        if count is not None and found != count:
+            raise ValueError(f"it has {found} rows of {count}")
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): its rows are made again", path, error)
+        path.unlink()
+        return False
+    return True
+
+
 @dataclass
 class _Failures:
     """Why units have failed, by index."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from rpo_trainer.chain import disk, run_chain
 from rpo_trainer.chain import models as chain_models
@@ -28,6 +29,8 @@ from tests.chain.test_refusals import pairs_file, rpo_from_file
 from tests.conftest import Injected
 
 Change = Callable[[tiny.Recipe], tiny.Recipe]
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+DIGEST = xxhash.xxh3_128_hexdigest(TEMPLATE.encode())[:12]
 
 
 def refused(folder: Path, recipe: tiny.Recipe | None = None, **settings: Any) -> RunError:
@@ -164,7 +167,8 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     ),
     "template": (
         lambda r: tiny.changed(r, "model", {**r["model"], "chat_template": "./mine.jinja"}),
-        'model.chat_template: "plain" → "./mine.jinja"', "model.chat_template",
+        f'model.chat_template: "plain" → "./mine.jinja ({DIGEST})"',
+        "model.chat_template",
     ),
     "seed": (
         lambda r: tiny.changed(r, "rpo.seed", 4), "stages.rpo.seed: null → 4", "stages.rpo.seed",
@@ -175,9 +179,7 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
 @pytest.mark.parametrize("case", CHANGES)
 def test_resume_with_another(case: str, again: Path, straight: Path) -> None:
     change, shown, key = CHANGES[case]
-    (again / "mine.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
-    )
+    (again / "mine.jinja").write_text(TEMPLATE)
     error = refused(again, change(recipe_of(again)))
     assert error.what.endswith(f"has changed where this run has already computed:\n    {shown}")
     assert error.why == "going on would mix two recipes in one run"
@@ -190,6 +192,17 @@ def test_resume_with_another(case: str, again: Path, straight: Path) -> None:
     assert (
         tiny.run(again, change(recipe_of(again))) == run_dir
     )  # the next time there is no difference
+
+
+def test_resume_with_another_text_in_the_template(again: Path) -> None:
+    """The recipe names the same file as before."""
+    (again / "mine.jinja").write_text(TEMPLATE)
+    recipe = CHANGES["template"][0](recipe_of(again))
+    tiny.run(again, recipe, allow_changed=["model.chat_template"])
+    (again / "mine.jinja").write_text(TEMPLATE + " ")
+    error = refused(again, recipe)
+    assert re.search(r"model.chat_template: \"./mine.jinja \(\w+\)\" → \"./mine.jinja", error.what)
+    tiny.run(again, recipe, allow_changed=["model.chat_template"])
 
 
 def test_resume_with_other_data(again: Path, straight: Path) -> None:
@@ -314,7 +327,7 @@ def test_a_damaged_or_half_written_last_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         own = checkpoint.last_complete
         patch.setattr(
-            "rpo_trainer.chain.stage.last_complete",
+            "rpo_trainer.chain.training.last_complete",
             lambda folder: began.append(int(str(own(folder))[-1])) or own(folder),
         )
         run_dir = tiny.run(again, recipe_of(again))
@@ -323,12 +336,13 @@ def test_a_damaged_or_half_written_last_checkpoint(
     assert tiny.weights(run_dir) == tiny.weights(straight)
 
 
-def test_a_stale_lock(again: Path, straight: Path) -> None:
+def test_a_stale_lock(again: Path, straight: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A process that was killed has left its name; the lock itself has gone with it."""
     (again / "run" / ".lock").write_text("")
     (again / "run" / ".lock-holder").write_text("process 1 on elsewhere")
     assert tiny.weights(tiny.run(again, recipe_of(again))) == tiny.weights(straight)
     assert not (again / "run" / ".lock-holder").exists()
+    assert caplog.text.count("(process 1 on elsewhere) ended without a word") == 1
 
 
 def test_a_stale_or_half_written_reference_cache(
@@ -354,7 +368,7 @@ def test_a_stale_or_half_written_reference_cache(
 # --- what lies outside ---
 
 
-@pytest.mark.parametrize("event", ["on_train_begin", "on_log", "on_train_end"])
+@pytest.mark.parametrize("event", ["on_init_end", "on_train_begin", "on_log", "on_train_end"])
 def test_a_tracker_that_fails(
     event: str, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

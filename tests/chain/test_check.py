@@ -412,3 +412,45 @@ def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
     del data["eval"]
     lines = check(tmp_path, recipe, only={"code"})
     assert "  dropped: 2 rows, prompt used before (dedup) (rows.jsonl:2, rows.jsonl:3)" in lines
+
+
+def test_what_is_dropped_of_held_out_rows_is_shown(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "r"}, {"prompt": "q", "response": " "}]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "code")["data"]["eval"] = [{"path": "held.jsonl"}]
+    lines = check(tmp_path, recipe, only={"code"})
+    assert "  1 held-out examples" in lines
+    assert "  held out: dropped: 1 row, a response is empty or blank (held.jsonl:2)" in lines
+
+
+def test_a_repeated_prompt_of_a_sampling_stage_is_shown(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "ground_truth": "r"}] * 2
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
+    lines = check(tmp_path, recipe, only={"dpo"})
+    assert "  warning: 1 row, prompt seen before (prompts.jsonl:2)" in lines
+
+
+@pytest.mark.parametrize("field", ["init", "reference"])
+def test_max_length_beyond_the_context_of_another_model(field: str, tmp_path: Path) -> None:
+    path = saved_model(tmp_path / "mine") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 32}))
+    recipe = tiny.changed(tiny.tiny_recipe(), f"dpo.{field}", "./mine")
+    shown = str(problems(tmp_path, recipe))
+    assert "max_length 64 is beyond ./mine's context of 32 tokens" in shown
+    # The rounds that start from it have its context too; one line of the recipe is at fault.
+    assert shown.endswith("1 problem found")
+
+
+def test_another_tokenizer_of_the_same_size_in_a_reference(tmp_path: Path) -> None:
+    path = saved_model(tmp_path / "mine") / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
+    assert f"{tmp_path / 'mine'}: the model's tokenizer is another one: " in str(
+        problems(tmp_path, recipe)
+    )

@@ -11,6 +11,7 @@ import pytest
 
 from rpo_trainer.chain.data import (
     StageData,
+    at_most,
     build_evaluation,
     build_rows,
     dataset_fingerprint,
@@ -352,3 +353,52 @@ def test_digests_are_of_local_files_by_their_written_path(tmp_path: Path) -> Non
     assert list(first) == ["a.jsonl"]
     (tmp_path / "a.jsonl").write_text("y")
     assert source_digests(sources, tmp_path) != first
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "data.arrow").write_text("x")
+    folder = [SourceSpec(path="folder")]
+    before = source_digests(folder, tmp_path)
+    assert list(before) == ["folder"] and source_digests(folder, tmp_path) == before
+    (tmp_path / "folder" / "data.arrow").write_text("y")
+    assert source_digests(folder, tmp_path) != before
+
+
+@pytest.mark.parametrize("policy", ["keep", "drop", None])
+def test_reversed_pairs_get_in_held_out_rows_what_the_filter_says(
+    policy: str | None, tmp_path: Path
+) -> None:
+    lines = [
+        {"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i}!",
+         "chosen_reward": 1.0 if i else 0.0, "rejected_reward": 0.5}
+        for i in range(4)
+    ]  # fmt: skip
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = tiny.tiny_recipe()
+    data: dict[str, Any] = {"train": [{"path": "held.jsonl"}], "eval": [{"path": "held.jsonl"}]}
+    if policy is not None:  # the threshold is for what is trained on
+        data["filter"] = {"reversed": policy, "min_chosen_reward": 99.0}
+    tiny.stage_of(recipe, "dpo")["data"] = data
+    stage = stages(tmp_path, recipe)["dpo"]
+
+    def held_out() -> tuple[int, Audit]:
+        found = build_evaluation(stage, tmp_path, character_tokenizer(), seed=3)
+        assert found is not None
+        return len(found[0]), found[2]
+
+    if policy is None:
+        with pytest.raises(DataError, match="chosen has a lower reward than rejected: 1 of 4"):
+            held_out()
+        return
+    kept, audit = held_out()
+    assert kept == (4 if policy == "keep" else 3)
+    assert ("reversed" in audit.dropped) == (policy == "drop")
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, 10), (10, 10), (4, 4), (1, 1)])
+def test_a_limited_evaluation_has_its_share_of_each_source(limit: int | None, kept: int) -> None:
+    rows = [{"id": str(i), "source": "a" if i < 5 else "b"} for i in range(10)]
+    found = at_most(rows, limit)
+    assert len(found) == kept and [int(r["id"]) for r in found] == sorted(
+        int(r["id"]) for r in found
+    )
+    if kept > 1:
+        assert sum(row["source"] == "b" for row in found) == kept // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.errors import ModelError, Problems, RunError
 from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.recipe import expand_stages
+from rpo_trainer.recipe import expand_stages, load_recipe
 from rpo_trainer.report import build_report, status_view
 from tests.chain import tiny
 from tests.rewards.server import Answer, serving
@@ -135,8 +137,6 @@ def test_measuring_changes_nothing(measured: Path, finished: Path) -> None:
 def test_what_was_sampled_and_computed_is_not_made_again(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     from rpo_trainer import evaluate
     from rpo_trainer.chain import evaluation
 
@@ -149,9 +149,6 @@ def test_what_was_sampled_and_computed_is_not_made_again(
     state.write_text(json.dumps(content))
     monkeypatch.setattr(evaluate, "respond", lambda *_, **__: pytest.fail("sampled again"))
     monkeypatch.setattr(evaluation, "reference_logps", lambda *_, **__: pytest.fail("computed"))
-    from rpo_trainer.chain import run_chain
-    from rpo_trainer.recipe import load_recipe
-
     run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), tmp_path / "again" / "run")
     assert tiny.records(tmp_path / "again" / "run")["rpo-2"]["eval"] == before
 
@@ -383,3 +380,26 @@ def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
     with pytest.raises(Problems, match="there is no model here") as caught:
         check_recipe(tiny.load(tmp_path, recipe_with(tmp_path, baseline="./no")), tmp_path / "run")
     assert [type(problem) for problem in caught.value.problems] == [ModelError]
+
+
+def test_what_is_damaged_is_made_again(
+    measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(measured.parent, tmp_path / "again")
+    run_dir = tmp_path / "again" / "run"
+    state = run_dir / "chain.json"
+    content = json.loads(state.read_text())
+    before = content["stages"][-1].pop("eval")
+    del content["digest"]
+    content["stages"][-1]["state"] = "running"
+    state.write_text(json.dumps(content))
+    harmed = [*(run_dir / "evaluation").glob("*.jsonl")]
+    kinds = {path.name.partition("-")[0] for path in harmed}
+    assert kinds == {"responses", "rewards"}
+    for number, path in enumerate(harmed):
+        raw = path.read_bytes()
+        lines = raw.splitlines(keepends=True)
+        path.write_bytes([raw[:-9], b"\xff" + raw[1:], b"".join(lines[:-1])][number % 3])
+    run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), run_dir)
+    assert caplog.text.count("its rows are made again") == len(harmed)
+    assert tiny.records(run_dir)["rpo-2"]["eval"] == before

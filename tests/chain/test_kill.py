@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.errors import StoppedBySignal
 from rpo_trainer.trainers import checkpoint
 from tests.chain import tiny
-from tests.chain.killer import MARKER, in_process, killed_after, run_until
+from tests.chain.killer import MARKER, at, in_process, killed_after, run_until
 from tests.conftest import Injected
 
 
@@ -49,6 +50,9 @@ def assert_like_straight(
 
 # The point, the stage it is in, the last complete checkpoint there, and whether there is an output.
 POINTS = [
+    ("replace:run/chain.json", "code", 0, False),
+    ("replace:run/recipe.yaml", "code", 0, False),
+    ("begin:code", "code", 0, False),
     ("step:code:0", "code", 0, False),
     ("step:code:4", "code", 4, False),
     ("evaluated:code", "code", 6, False),
@@ -75,6 +79,7 @@ POINTS = [
     ("replace:reference-cache", "dpo", 0, False),
     ("replaced:reference-cache", "dpo", 0, False),
     ("step:dpo:1", "dpo", 1, False),
+    ("file:dpo/.staging/checkpoint-2/reference.json", "dpo", 1, False),
     ("step:rpo-1:2", "rpo-1", 2, False),
     ("file:rpo-2/.staging/checkpoint-2/model.safetensors", "rpo-2", 1, False),
     ("step:rpo-2:1", "rpo-2", 1, False),
@@ -249,10 +254,30 @@ def test_stopped_by_a_signal_in_training(
     assert "goes on where it stopped" in output
     assert_stopped_there(run_dir, "general", 3, False)  # the step in hand is finished
     assert tiny.records(run_dir)["general"]["state"] == "running"
+    seconds = tiny.records(run_dir)["general"]["seconds"]
+    assert seconds > 0
     assert not (run_dir / ".lock-holder").exists()
     assert in_process(tmp_path, None, 0, *command) == 0
+    assert tiny.records(run_dir)["general"]["seconds"] > seconds  # both parts count
     assert_like_straight(run_dir, finished, ["general"])
     injected(f"{number.name} at step:general:2", "survived")
+
+
+def test_stopped_by_a_second_signal_within_a_step(
+    finished: Path, prefix: Any, tmp_path: Path, injected: Injected
+) -> None:
+    run_dir = prefix(tmp_path, "general")
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with at("step:general:2", twice), pytest.raises(StoppedBySignal, match="stopped by SIGINT"):
+        tiny.run(tmp_path, only={"general"})
+    assert_stopped_there(run_dir, "general", 2, False)  # the step in hand is not finished
+    tiny.run(tmp_path, only={"general"})
+    assert_like_straight(run_dir, finished, ["general"])
+    injected("SIGINT twice at step:general:2", "survived")
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,17 @@ def test_a_stage_alone_needs_what_it_starts_from(tmp_path: Path) -> None:
     recipe = tiny.changed(recipe, "dpo.reference", "code")
     with pytest.raises(RunError, match="the reference of stage dpo is stage code"):
         tiny.run(tmp_path, recipe, only={"dpo"})
+    recipe = tiny.changed(tiny.tiny_recipe(), "dpo.init", "model")
+    task = tiny.task("general", "heldout", 3)
+    recipe["eval"] = {
+        "data": [task], "generate": {"responses": 1, "max_new_tokens": 3},
+        "score": {"verifier": "partial_match"}, "baseline": "general",
+    }  # fmt: skip
+    with pytest.raises(
+        RunError, match=r"the eval\.baseline of stage dpo is stage general"
+    ) as error:
+        tiny.run(tmp_path, recipe, only={"dpo"})
+    assert error.value.fix and error.value.fix.endswith("set eval.baseline to model or a path")
     # The refusal has not begun the stage: its recipe may still be mended as the message says.
     assert not (tmp_path / "run" / "dpo").exists()
     assert "dpo" not in str(tiny.content(tmp_path / "run"))

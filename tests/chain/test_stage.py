@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.stage import arithmetic, lora_config, output_fingerprint, training_config
+from rpo_trainer.chain.stage import arithmetic, lora_config, training_config
+from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.recipe import ModelSpec, Stage, expand_stages
 from rpo_trainer.recipe.schema import STAGE_KINDS
@@ -216,3 +217,21 @@ def test_evaluation_within_training_is_not_done_again(tmp_path: Path) -> None:
     record = tiny.records(run_dir)["code"]
     lines = [m for m in tiny.metrics(run_dir) if m["step"] == 6 and "eval_loss" in m]
     assert record["eval_after"]["eval_loss"] == lines[0]["eval_loss"]
+
+
+def test_the_evaluation_is_of_the_weights_that_are_the_output(tmp_path: Path) -> None:
+    """The best checkpoint is loaded at the end of training, and it is not the last."""
+    recipe = tiny.tiny_recipe()
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["stages"][0] |= {
+        "eval_steps": 1, "learning_rate": 1.0,
+        "training_args": {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
+    }  # fmt: skip
+    run_dir = tiny.run(tmp_path, recipe)
+    lines = [m for m in tiny.metrics(run_dir) if "eval_loss" in m]
+    steps = [*range(tiny.SFT_STEPS + 1), tiny.SFT_STEPS]  # the last is of what was loaded
+    assert [line["step"] for line in lines] == steps
+    losses = [line["eval_loss"] for line in lines]
+    assert min(losses[1:-1]) < losses[-2]
+    after = tiny.records(run_dir)["code"]["eval_after"]["eval_loss"]
+    assert after == losses[-1] == pytest.approx(min(losses[1:-1]), rel=1e-6)

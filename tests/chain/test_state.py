@@ -209,12 +209,13 @@ def test_an_allowed_key_that_is_none(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "other"),
     [("stages.a.data", True), ("stages.a", True), ("stages.a.max_length", True), ("seed", True),
-     ("model.chat_template", True), ("stages.b.data", False)],
+     ("model.chat_template", True), ("model", True), ("stages.a.data.train", True),
+     ("stages.b.data", False), ("stages.a.learning_rate", False), ("model.dtype", False)],
 )  # fmt: skip
 def test_who_allows_other_examples(key: str, other: bool, tmp_path: Path) -> None:
-    stages = [spec("a", data={}, max_length=3), spec("b", data={})]
+    stages = [spec("a", data={"train": []}, max_length=3, learning_rate=1.0), spec("b", data={})]
     state = ChainState(tmp_path)
-    state.adopt(stages, {"chat_template": None}, 0, allowed=[key])
+    state.adopt(stages, {"chat_template": None, "dtype": "float32"}, 0, allowed=[key])
     assert state.allows_other_data("a") == other
 
 

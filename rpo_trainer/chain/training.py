@@ -1,0 +1,148 @@
+"""Training one stage to its end, from its last checkpoint on, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rpo_trainer import distributed
+from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
+from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
+from rpo_trainer.trainers.warnings import EarlyWarnings
+from rpo_trainer.usage import peak_memory
+
+logger = logging.getLogger(__name__)
+
+_GAPS_SHOWN = 512  # examples of the scatter in the report
+_AGREEMENT = ("accuracy", "pearson/", "spearman/", "rmse/", "bias/", "calibration/")
+
+
+def train_stage(
+    trainer: PackedTrainer,
+    folder: Path,
+    *,
+    begin: Callable[[int, bool], None],
+    note: Callable[[dict[str, Any]], None],
+) -> dict[str, Any] | None:
+    """Trains, or goes on from the last complete checkpoint.
+
+    Args:
+        begin: called before training, with the step it starts from (-1: from nothing) and whether
+            the held-out examples were already evaluated at that step.
+        note: called with what the record of the stage is to say before the stage is at its end.
+
+    Returns:
+        What the record is to say at the end; None: training was stopped before it.
+    """
+    checkpoint = distributed.on_main(lambda: _resume_from(folder))
+    if checkpoint is None:
+        begin(-1, False)
+    else:
+        step = int(checkpoint.name.split("-")[1])
+        logger.info("going on from step %d", step)
+        begin(step, _evaluation_at(step, _history(checkpoint)) is not None)
+    held_out = trainer.eval_dataset is not None
+    if held_out and checkpoint is None:
+        evaluated = EvaluateBefore(trainer, lambda found: note({"eval_before": _finite(found)}))
+        trainer.add_callback(evaluated)
+    trainer.add_callback(StepZeroLog(trainer, note))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyWarnings):
+            callback.note = lambda found: note({"warnings": found})
+    trainer.step_guard.note = lambda skipped: note({"skipped": skipped})
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        return None
+    results: dict[str, Any] = {"steps": state.global_step}
+    if held_out:
+        # With eval_steps, the last step may have been evaluated within training; but the weights may
+        # be those of an earlier one by now.
+        reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+        known = None if reloaded else _evaluation_at(state.global_step, state.log_history)
+        results["eval_after"] = _finite(trainer.evaluate() if known is None else known)
+    return {**results, "peak_memory_bytes": distributed.greatest(peak_memory())}
+
+
+def _resume_from(folder: Path) -> Path | None:
+    found = last_complete(folder)
+    for later in checkpoints(folder):
+        if later == found:
+            break
+        shutil.rmtree(later)  # damaged: it must not outlive the good ones that are written now
+    return found
+
+
+def _history(checkpoint: Path) -> list[dict[str, Any]]:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    history: list[dict[str, Any]] = state["log_history"]
+    return history
+
+
+def _evaluation_at(step: int, history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The log line of the evaluation at a step, if there is one."""
+    return next((e for e in history if e.get("step") == step and "eval_loss" in e), None)
+
+
+def agreement_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reward stage's record says of held-out rows: the metrics, and the tables of calibration."""
+    after = {k.removeprefix("eval_"): v for k, v in record.get("eval_after", {}).items()}
+    found: dict[str, Any] = {k: v for k, v in after.items() if k.startswith(_AGREEMENT)}
+    return {**found, "calibration": record["calibration"]} if record.get("calibration") else found
+
+
+def _finite(metrics: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def write_output(trainer: PackedTrainer, folder: Path) -> None:
+    """`final/` of a stage that trains all weights: model and tokenizer, complete or absent."""
+    final, staged = folder / "final", folder / ".final"
+    distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
+    trainer.save_model(str(staged))
+
+    def commit() -> None:
+        write_manifest(staged)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staged, final)
+
+    distributed.on_main(commit)
+
+
+def output_fingerprint(final: Path) -> str:
+    """Short content key of a stage's output: the hashes of its weights."""
+    files = json.loads((final / MANIFEST).read_text())["files"]
+    weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
+    return "+".join(digest[:16] for digest in weights)
+
+
+def write_gaps(trainer: PackedTrainer, path: Path) -> None:
+    """Implicit and target gap of some training examples after the stage, one JSON line each."""
+    examples = trainer.train_dataset
+    rows = [examples[i] for i in range(min(len(examples), _GAPS_SHOWN))]
+    size = trainer.args.per_device_train_batch_size
+    lines: list[str] = []
+    trainer.model.eval()
+    for start in range(0, len(rows), size):
+        batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
+        with torch.no_grad(), trainer.accelerator.autocast():
+            _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        for number, i in enumerate(batch["example_order"]):
+            gaps = {name: float(values[number]) for name, values in outputs["gaps"].items()}
+            lines.append(json.dumps({"id": batch["ids"][i], **gaps}) + "\n")
+    trainer._eval_metrics.drain()
+    if distributed.is_main():  # all have computed them: sharded weights need every process
+        path.write_text("".join(lines))
