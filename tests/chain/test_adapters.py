@@ -264,7 +264,7 @@ def test_a_start_that_changes_the_base(
 # --- the quickstart ---
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("between", ["merge", "keep"])
 def test_the_quickstart_with_adapters(between: str, tmp_path: Path) -> None:
     """All six stages of the real recipe, smaller, its preference stages with an adapter."""
