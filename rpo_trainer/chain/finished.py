@@ -89,9 +89,9 @@ def check_starts(
         for field, source in sources.items():
             record = state.stage(source)
             if record is not None and record["state"] != "done" and source not in there:
+                short = field.removeprefix(f"stages.{stage.name}.")
                 raise RunError(
-                    f"the {_short(field, stage)} of stage {stage.name} is stage {source}, which is not "
-                    "finished",
+                    f"the {short} of stage {stage.name} is stage {source}, which is not finished",
                     where=str(run_dir),
                     why="a stage starts from what is there, and is measured with it",
                     fix=f"run the whole chain first (rpo-trainer run), or set {field} to model or a path",
@@ -111,7 +111,3 @@ def _measured_with(stage: Stage, stages: Sequence[Stage], recipe: Recipe) -> dic
     if spec.score is not None and spec.score.model is not None:
         found[f"{key}.score.model"] = spec.score.model
     return found
-
-
-def _short(field: str, stage: Stage) -> str:
-    return field.removeprefix(f"stages.{stage.name}.")

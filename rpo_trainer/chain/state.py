@@ -183,7 +183,7 @@ class ChainState:
         made_with += [f"model.{field}" for field in _TOKENIZER_FIELDS]
         return any(
             key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.")
-            for key in (*self.allowed,)
+            for key in self.allowed
             for one in ("seed", *made_with)
         )
 

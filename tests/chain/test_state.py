@@ -351,7 +351,7 @@ def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
         target=_hold_and_die, args=(tmp_path,)
     )
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == 9
     assert (tmp_path / ".lock-holder").read_text().startswith(f"process {process.pid} on ")
     with locked(tmp_path):
