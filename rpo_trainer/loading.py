@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +22,12 @@ from transformers import (
 
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError
+from rpo_trainer.pretrained import (
+    ADAPTER_CONFIG,
+    LOADING_ERRORS,
+    load_complete,
+    load_pretrained,
+)
 from rpo_trainer.sharding import loading_whole, rows_of
 
 if TYPE_CHECKING:
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEEDED = "nothing can be trained or measured without it"
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 _CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
 # Fields that configurations take beside those they write.
 _ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
@@ -99,7 +103,6 @@ def load_model(
             spec,
             what="model",
             dtype=torch.float32,
-            use_safetensors=True,
             **_quantized(quantization),
         )
     check_vocabulary(model, vocabulary)
@@ -173,7 +176,7 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
     factory: Any = AutoModelForCausalLM
     try:
         with loading_whole():  # in parts, each rank would draw other numbers
-            return factory.from_config(config, dtype=torch.float32)
+            return factory.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
         raise ModelError(
             f"no model can be made of this configuration: {type(error).__name__}: "
@@ -198,7 +201,11 @@ def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
 
 
 def load_weights(
-    folder: Path, *, quantization: BitsAndBytesConfig | None = None, reward: bool = False
+    folder: Path,
+    *,
+    quantization: BitsAndBytesConfig | None = None,
+    reward: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A stage's output, or any local model directory; float32, or its linear layers quantised.
 
@@ -206,23 +213,75 @@ def load_weights(
         reward: a reward model will do too (see `auto_class`).
 
     Raises:
-        ModelError: there is no model, or none in safetensors.
+        ModelError: there is no model, none in safetensors, or an incomplete one.
     """
-    config = saved_config(folder, str(folder))
+    config = saved_config(folder, str(folder), trust_remote_code=trust_remote_code)
     try:
-        model = auto_class(config, reward=reward, where=str(folder)).from_pretrained(
+        model = load_complete(
+            auto_class(config, reward=reward, where=str(folder)),
             folder,
+            trust_remote_code=trust_remote_code,
             dtype=torch.float32,
-            use_safetensors=True,
             local_files_only=True,
             **_quantized(quantization),
         )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise _not_loaded("model", error, str(folder)) from error
     return _named(model, "")
 
 
-def saved_config(folder: Path, where: str) -> Any:
+def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
+    """The model of a name or path that a trainer was given, in float32.
+
+    A file's own dtype would round the steps; bf16 of the arguments is the arithmetic.
+
+    Raises:
+        ModelError: it cannot be loaded whole, from safetensors and without code of its own.
+    """
+    _refuse_adapter(name)
+    try:
+        config = load_pretrained(AutoConfig, name)
+        _refuse_kernel(config, name)
+        factory = auto_class(config, reward=reward, where=name)
+        model: PreTrainedModel = load_complete(factory, name, dtype=torch.float32)
+    except LOADING_ERRORS as error:
+        raise _not_loaded("model", error, name) from error
+    model._rpo_complete = True  # type: ignore[assignment]
+    return model
+
+
+def load_tokenizer_named(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a name or path that a trainer was given; ModelError where there is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name)
+    except LOADING_ERRORS as error:
+        raise _not_loaded("tokenizer", error, name) from error
+    return tokenizer
+
+
+def _refuse_adapter(name: str) -> None:
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            "this is a PEFT adapter, not a whole model",
+            where=name,
+            why="whether it is to be merged, or trained further, cannot be guessed",
+            fix="load its base, then PeftModel.from_pretrained(base, directory, is_trainable=True), and "
+            "pass the wrapped model",
+        )
+
+
+def _refuse_kernel(config: Any, where: str) -> None:
+    """A config can name an attention kernel on the hub, which is code that runs here."""
+    if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
+        raise ModelError(
+            f"the model's configuration asks for attention code from the hub ({name})",
+            where=where,
+            why="that code would run here with all your rights",
+            fix="remove attn_implementation from config.json",
+        )
+
+
+def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a local model; ModelError where there is none, or none that can be read."""
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -232,9 +291,14 @@ def saved_config(folder: Path, where: str) -> Any:
             fix="give a directory with config.json and weights in safetensors",
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except _LOADING_ERRORS as error:
+        config = load_pretrained(
+            AutoConfig, folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except LOADING_ERRORS as error:
         raise _not_loaded("model", error, where) from error
+    if not trust_remote_code:
+        _refuse_kernel(config, where)
+    return config
 
 
 def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
@@ -257,6 +321,7 @@ def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
 def _named(model: Any, name: str) -> PreTrainedModel:
     """The model, told to have come from `name`: an adapter writes it, and a run can be moved."""
     model.name_or_path = model.config._name_or_path = name
+    model._rpo_complete = True  # see `adapters.fresh_parts`
     return model  # type: ignore[no-any-return]
 
 
@@ -290,15 +355,22 @@ def _load(
         )
     revision = spec.revision or "main"
     known = local.exists() or _hub_answers(name, revision)
+    load = load_complete if what == "model" else load_pretrained
     try:
-        return factory.from_pretrained(
+        made = load(
+            factory,
             where,
             revision=revision,
             trust_remote_code=spec.trust_remote_code,
             local_files_only=not known,
             **settings,
         )
-    except _LOADING_ERRORS as error:
+        if factory is AutoConfig and not spec.trust_remote_code:
+            _refuse_kernel(made, f"model: {name}")
+        return made
+    except ModelError as error:
+        raise error.at(f"model: {name}") from None
+    except LOADING_ERRORS as error:
         failed = _not_loaded(what, error, f"model: {name}")
         if known:
             raise failed from error

@@ -93,7 +93,7 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     try:
         # The decoder is there already, and what stands in for it must not be handed out to the ranks.
         with loading_whole(), init_empty_weights(include_buffers=False):
-            made = factory.from_config(config)
+            made = factory.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(
             f"transformers has no sequence classifier for {config.model_type} models",

@@ -202,7 +202,10 @@ class _Check:
         else:
             folder = local = resolve_path(self.base_dir, source)
             where = f"{key}: {folder}"
-            config = None if is_adapter(folder) else saved_config(folder, where)
+            config = None
+            if not is_adapter(folder):
+                trusted = self.recipe.model.trust_remote_code
+                config = saved_config(folder, where, trust_remote_code=trusted)
         if local is not None and is_adapter(local):
             base = base_of(local)
             where = f"{where}, an adapter of {base}"

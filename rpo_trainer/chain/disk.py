@@ -81,7 +81,9 @@ def unread_model(
     reward = isinstance(stage, RewardStage)
     factory: Any = auto_class(config, reward=reward, where=f"stages.{stage.name}.init")
     try:
-        model: nn.Module = factory.from_config(config, dtype=dtype)
+        model: nn.Module = factory.from_config(
+            config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
+        )
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
         raise ModelError(
             f"no model can be made of its configuration: {error}",

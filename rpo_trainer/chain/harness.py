@@ -64,7 +64,9 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size)
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size, trust_remote_code=False
+    )
     try:
         with _code_allowed(spec.allow_code_execution):
             found: Any = lm_eval.simple_evaluate(

@@ -74,6 +74,7 @@ class Models:
         self.stages = {stage.name: stage for stage in stages}
         self.vocabulary = vocabulary
         self.compute: torch.dtype = getattr(torch, arithmetic)
+        self.trusted = recipe.model.trust_remote_code
 
     # --- what there is ---
 
@@ -103,7 +104,7 @@ class Models:
             return self._fresh(stage, seed)
         own = self.run_dir / stage.name / _BASE
         distributed.on_main(lambda: self._write_base(stage, seed, own))
-        return adapters.load_adapter(load_weights(own), own / _START, trainable=True)
+        return adapters.load_adapter(self._load(own), own / _START, trainable=True)
 
     def _adapter(self, source: str) -> _Adapter | None:
         """What lies at a source, where it is an adapter."""
@@ -166,7 +167,9 @@ class Models:
     ) -> PreTrainedModel:
         held = None if quantization is None else four_bits.nf4(self.compute)
         if isinstance(place, Path):
-            model = load_weights(place, quantization=held, reward=reward)
+            model = load_weights(
+                place, quantization=held, reward=reward, trust_remote_code=self.trusted
+            )
             check_vocabulary(model, self.vocabulary)
         else:
             model = self._load_named(place, held, reward)

@@ -359,7 +359,7 @@ def _read_hub(name: str, split: str | None) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             "no file of this name, and the hub gives no data set of this name "

@@ -15,6 +15,7 @@ from rpo_trainer.data.chat import ChatRenderer, render_plain
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.pretrained import LOADING_ERRORS, load_complete, load_pretrained
 from rpo_trainer.probe import probe
 from rpo_trainer.reward_model import attributes_of
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 
 
 class RewardModel:
@@ -196,11 +195,9 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     factory: Any = AutoModelForSequenceClassification
     cuda = torch.cuda.is_available()
     try:
-        model = factory.from_pretrained(
-            path, dtype="auto" if cuda else torch.float32, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except _LOADING_ERRORS as error:
+        model = load_complete(factory, path, dtype="auto" if cuda else torch.float32)
+        tokenizer = load_pretrained(AutoTokenizer, path)
+    except LOADING_ERRORS as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             "the reward model cannot be loaded",

@@ -14,13 +14,14 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from rpo_trainer.adapters import awake
 from rpo_trainer.allocator import keeping_freed_memory
 from rpo_trainer.batch import Layout, to_device
 from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
 from rpo_trainer.probe import probe
 from rpo_trainer.sharding import whole_on_every_rank
@@ -103,9 +104,8 @@ class PackedTrainer(SavingTrainer):
             )
         require_one_gpu(args)
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            # A file's own dtype would round the steps; bf16 of the arguments is the arithmetic.
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            processing_class = processing_class or load_tokenizer_named(model)
+            model = load_model_named(model)
         model = with_adapter(unprepared(model), peft_config, args.seed)
         processing_class = processing_class or tokenizer_of(model)
         self.audits: dict[str, Any] = {}

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from rpo_trainer import reference
 from rpo_trainer.adapters import starts_as
 from rpo_trainer.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
+from rpo_trainer.loading import load_model_named
 from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
 from rpo_trainer.model_checks import check_same_vocabulary
 from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
@@ -69,7 +69,7 @@ class PreferenceTrainer(PackedTrainer):
             optimizers=optimizers,
         )
         if isinstance(ref_model, str):
-            ref_model = AutoModelForCausalLM.from_pretrained(ref_model, dtype=torch.float32)
+            ref_model = load_model_named(ref_model)
         elif ref_model is not None and ref_model is not model:
             ref_model = unprepared(ref_model)
         if ref_model is not model and any(ref_model is part for part in self.model.modules()):

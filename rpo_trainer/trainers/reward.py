@@ -7,10 +7,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
 from transformers.trainer_utils import EvalLoopOutput
 
-from rpo_trainer.loading import auto_class
+from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.reward_model import as_reward_model, attributes_of, weights_of, with_pad_token
 from rpo_trainer.step import response_scores
@@ -60,9 +59,9 @@ class RewardTrainer(PackedTrainer):
             regression = args.objective == "regression"
             self.row_kind: Literal["pair", "rating"] = "rating" if regression else "pair"
             self.needs_rewards = args.margin_scale > 0
-            start = _load(model) if isinstance(model, str) else model
+            start = load_model_named(model, reward=True) if isinstance(model, str) else model
             processing_class = processing_class or (
-                AutoTokenizer.from_pretrained(model)
+                load_tokenizer_named(model)
                 if isinstance(model, str)
                 else tokenizer_of(model)
             )
@@ -202,8 +201,3 @@ class RewardTrainer(PackedTrainer):
         known = None if None in targets else np.array(targets)
         return pair_metrics(np.array([row["gap"] for row in rows]), known)
 
-
-def _load(source: str) -> nn.Module:
-    factory = auto_class(AutoConfig.from_pretrained(source), reward=True, where=source)
-    model: nn.Module = factory.from_pretrained(source, dtype=torch.float32)
-    return model

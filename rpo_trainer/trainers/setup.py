@@ -10,10 +10,11 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from rpo_trainer import adapters, four_bits
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.loading import load_tokenizer_named
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -82,7 +83,7 @@ def tokenizer_of(model: nn.Module) -> Any:
             why="the model does not know from where it was loaded, so its own cannot be found",
             fix="pass processing_class=tokenizer",
         )
-    return AutoTokenizer.from_pretrained(name)
+    return load_tokenizer_named(name)
 
 
 def pad_token_id_of(tokenizer: Any) -> int:
