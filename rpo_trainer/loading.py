@@ -246,7 +246,7 @@ def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
         model: PreTrainedModel = load_complete(factory, name, dtype=torch.float32)
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, name) from error
-    model._rpo_complete = True  # type: ignore[assignment]
+    model._rpo_fresh = ()  # type: ignore[assignment]
     return model
 
 
@@ -321,7 +321,7 @@ def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
 def _named(model: Any, name: str) -> PreTrainedModel:
     """The model, told to have come from `name`: an adapter writes it, and a run can be moved."""
     model.name_or_path = model.config._name_or_path = name
-    model._rpo_complete = True  # see `adapters.fresh_parts`
+    model._rpo_fresh = ()  # see `adapters.fresh_parameters`
     return model  # type: ignore[no-any-return]
 
 

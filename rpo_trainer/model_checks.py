@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import auto_class, check_tokens, first_line
+from rpo_trainer.pretrained import check_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,12 +23,7 @@ def check_context(config: Any, max_length: int, where: str, *, whose: str = "the
 
     A rope that is stretched (yarn, linear) reaches its factor times the length it was trained at.
     """
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if limit is not None and isinstance(rope.get("factor"), int | float):
-        trained = rope.get("original_max_position_embeddings") or limit
-        limit = max(limit, int(trained * rope["factor"]))
+    limit = positions_of(config)
     if limit is not None and max_length > limit:
         raise ModelError(
             f"max_length {max_length} is beyond {whose} context of {limit} tokens",
@@ -37,7 +33,26 @@ def check_context(config: Any, max_length: int, where: str, *, whose: str = "the
         )
 
 
-def check_unread(config: Any, folder: Path | None, *, tokens: int, reward: bool, where: str) -> int:
+def positions_of(config: Any) -> int | None:
+    """Positions that a model is made for, stretched ropes included; None: its config has no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit is not None and isinstance(rope.get("factor"), int | float):
+        trained = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(trained * rope["factor"]))
+    return limit
+
+
+def check_unread(
+    config: Any,
+    folder: Path | None,
+    *,
+    tokens: int,
+    reward: bool,
+    where: str,
+    trust_remote_code: bool = False,
+) -> int:
     """What can be seen of a model before its weights are read.
 
     Args:
@@ -49,12 +64,13 @@ def check_unread(config: Any, folder: Path | None, *, tokens: int, reward: bool,
         The rows of its embeddings, as its configuration says; 0 where it does not.
 
     Raises:
-        ModelError: weights in pickles alone, absent or cut, a reward model where a policy is wanted, more
-            tokens than embeddings.
+        ModelError: weights in pickles alone, absent or cut, tensors that are missing, left over or of another
+            shape, a reward model where a policy is wanted, more tokens than embeddings.
     """
-    auto_class(config, reward=reward, where=where)
+    factory = auto_class(config, reward=reward, where=where)
     if folder is not None:
-        _check_safetensors(folder, where)
+        check_safetensors(folder, where)
+        check_stored(factory, config, folder, where, trust_remote_code=trust_remote_code)
     rows = getattr(config.get_text_config(), "vocab_size", None) or 0
     if rows:
         check_tokens(rows, tokens, where)
@@ -95,7 +111,8 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where
         )
 
 
-def _check_safetensors(folder: Path, where: str) -> None:
+def check_safetensors(folder: Path, where: str) -> None:
+    """Raises ModelError where a directory has no weights in safetensors, or damaged ones."""
     files = sorted(path.name for path in folder.iterdir())
     weights = [name for name in files if name.endswith((".safetensors", _INDEX))]
     for name in weights:

@@ -125,7 +125,9 @@ def _left_over(kind: type, unexpected: Collection[str], headers: Any) -> list[st
     return sorted(
         name
         for name in unexpected
-        if not (classifier and _HEAD.match(name))  # a language head, which a classifier does not use
+        if not (
+            classifier and _HEAD.match(name)
+        )  # a language head, which a classifier does not use
         and not (name in known and (known[name][0] in _LOSSES or not known[name][1]))
     )
 
@@ -187,7 +189,8 @@ def loading_report(
         factory: an Auto class, or the model's own class.
     """
     stored = {
-        name: torch.empty(shape, device="meta") for name, (_, shape) in stored_tensors(folder).items()
+        name: torch.empty(shape, device="meta")
+        for name, (_, shape) in stored_tensors(folder).items()
     }
     try:
         with loading_whole(), quiet_loading():

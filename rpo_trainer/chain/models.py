@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, set_seed
 from rpo_trainer import adapters, distributed, four_bits
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.loading import check_vocabulary, load_model, load_weights
+from rpo_trainer.outputs import set_ends
 from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.sharding import loading_whole
 from rpo_trainer.trainers.base import PackedTrainer
@@ -38,7 +39,8 @@ class _Base:
     """Weights below an adapter: where they are, and what the adapter is to call them."""
 
     place: Path | str | None  # a directory, a hub name, or None: the recipe's model
-    name: str
+    name: str  # absolute directory or hub name, for PEFT and others
+    way: str | None = None  # a directory as seen from the adapter, so that a run can be moved
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Models:
             return None
         name = adapters.base_of(folder)
         here = Path(name)
-        base = _Base(here, self._way_to(here)) if here.is_dir() else _Base(name, name)
+        base = self._local(here) if here.is_dir() else _Base(name, name)
         return _Adapter(folder, base, None)
 
     def _base(self, stage: Stage) -> _Base:
@@ -144,16 +146,20 @@ class Models:
         if source == "model":
             name = self.recipe.model.name_or_path or ""
             here = resolve_path(self.base_dir, name)
-            local = name and here.is_dir() and not Path(name).is_absolute()
-            return _Base(None, self._way_to(here) if local else name)
+            if not (name and here.is_dir()):
+                return _Base(None, name)
+            return dataclasses.replace(self._local(here, Path(name).is_absolute()), place=None)
         if source in self.stages:
             return self._in_run(source, "final")
         here = resolve_path(self.base_dir, source)
-        return _Base(here, source if Path(source).is_absolute() else self._way_to(here))
+        return self._local(here, Path(source).is_absolute())
 
     def _in_run(self, stage: str, folder: str) -> _Base:
-        here = self.run_dir / stage / folder
-        return _Base(here, self._way_to(here))
+        return self._local(self.run_dir / stage / folder)
+
+    def _local(self, here: Path, fixed: bool = False) -> _Base:
+        """A directory; a `fixed` one does not move with the run."""
+        return _Base(here, os.path.abspath(here), None if fixed else self._way_to(here))
 
     def _way_to(self, folder: Path) -> str:
         """A directory as it is seen from an adapter, so that a run can be moved with what it needs."""
@@ -217,8 +223,10 @@ class Models:
         with loading_whole():
             model = self._fresh(stage, seed)
         model.save_pretrained(staged / _START)
-        adapters.describe(staged / _START, "..", plain_start=True)
-        model.unload().save_pretrained(staged)
+        adapters.describe(staged / _START, os.path.abspath(own), way="..", plain_start=True)
+        plain = model.unload()
+        set_ends(plain)
+        plain.save_pretrained(staged)
         write_manifest(staged)
         shutil.rmtree(own, ignore_errors=True)
         os.replace(staged, own)
@@ -243,7 +251,7 @@ class Models:
         assert spec is not None
         base = self._base(stage)
         changed = isinstance(base.place, Path) and base.place.name == _BASE
-        adapters.describe(staged, base.name, plain_start=changed)
+        adapters.describe(staged, base.name, way=base.way, plain_start=changed)
         left = _Adapter(staged, base, spec.quantization)
         if spec.between_stages == "keep":
             if spec.merge:
@@ -253,8 +261,9 @@ class Models:
             alone = folder / "adapter"
             shutil.rmtree(alone, ignore_errors=True)
             alone.mkdir()
-            for name in (adapters.CONFIG, adapters.WEIGHTS):
-                os.replace(staged / name, alone / name)
+            for name in (adapters.CONFIG, adapters.WEIGHTS, adapters.WAY):
+                if (staged / name).is_file():
+                    os.replace(staged / name, alone / name)
             shutil.rmtree(staged)
             self._write_merged(dataclasses.replace(left, folder=alone), trainer, staged)
         write_manifest(staged)
@@ -263,9 +272,10 @@ class Models:
     def _write_merged(self, left: _Adapter, trainer: PackedTrainer, folder: Path) -> None:
         """Merged from what is on disk, as every reader would: whole, whatever the engine has sharded."""
         shutil.rmtree(folder, ignore_errors=True)
-        self._merged(left).save_pretrained(folder)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(folder)
+        model = self._merged(left)
+        set_ends(model, trainer.written.ends)
+        model.save_pretrained(folder)
+        trainer.written.tokenizer.save_pretrained(folder)
 
 
 def _replace(staged: Path, final: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,12 +24,14 @@ from rpo_trainer.batch import Layout, to_device
 from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
+from rpo_trainer.outputs import Written
 from rpo_trainer.probe import probe
 from rpo_trainer.sharding import whole_on_every_rank
-from rpo_trainer.step import token_logprobs
+from rpo_trainer.step import causal_lm, token_logprobs
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.config import StepConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
+from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
@@ -38,6 +41,7 @@ from rpo_trainer.trainers.setup import (
     require_one_gpu,
     tokenizer_of,
     unprepared,
+    warn_router_loss,
     with_adapter,
 )
 from rpo_trainer.trainers.trackers import harmless_trackers
@@ -69,6 +73,14 @@ class StepResult:
 
     terms: dict[str, Term]
     metrics: dict[str, Tensor]
+
+
+def _by_name(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
+    yield "train", train
+    if isinstance(evaluation, dict):
+        yield from ((f"eval_{name}", examples) for name, examples in evaluation.items())
+    else:
+        yield "eval", evaluation
 
 
 class PackedTrainer(SavingTrainer):
@@ -118,6 +130,10 @@ class PackedTrainer(SavingTrainer):
             if isinstance(eval_dataset, dict)
             else self._examples(eval_dataset, processing_class, args, "eval")
         )
+        for name, examples in _by_name(train, evaluation):
+            check_fit(model, examples, name)
+        warn_router_loss(causal_lm(model).config)
+        use_cache = Written.use_cache_of(causal_lm(model))
         with harmless_trackers(args) as trackers:
             super().__init__(
                 model=model,
@@ -133,6 +149,7 @@ class PackedTrainer(SavingTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.settle_engine()
+        self.prepare_output(use_cache)
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
         self._probed = False
         if whole_on_every_rank(self.model):
@@ -245,6 +262,8 @@ class PackedTrainer(SavingTrainer):
         examples = self._examples(eval_dataset, self.processing_class, self.args, "eval")
         if examples is None:
             raise ValueError("evaluation needs an eval_dataset")
+        if eval_dataset is not examples:
+            check_fit(self.model, examples, "eval")
         return examples
 
     # --- the step ---
@@ -397,6 +416,7 @@ class PackedTrainer(SavingTrainer):
     ) -> Any:
         """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint."""
         resume = self.checkpoint_to_resume(resume_from_checkpoint)
+        self.written.remember()
         self._train_metrics = MetricSums()
         self.step_guard.begin(resume)
         self.before_training(resume)

@@ -23,6 +23,7 @@ from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.setup import unprepared
 from rpo_trainer.trainers.step_zero import StepZero, disable_dropout
 from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
@@ -78,7 +79,12 @@ class PreferenceTrainer(PackedTrainer):
                 why="it answers with the adapter, and would be trained",
                 fix="leave ref_model out (the policy as it starts), or load the reference anew",
             )
-        self.ref_model: Any = None if ref_model is model else ref_model
+        self.ref_model: Any = None
+        if isinstance(ref_model, nn.Module) and ref_model is not model:
+            self.ref_model = ref_model
+            self._check_vocabulary(ref_model)
+            for name, examples in self._data_sets().items():
+                check_fit(ref_model, examples, name, whose="the reference")
         if self.args.disable_dropout:
             disable_dropout(self.model)
         for name, examples in self._data_sets().items():
@@ -149,7 +155,6 @@ class PreferenceTrainer(PackedTrainer):
         key = self._policy_key
         silent = self.ref_model is not None and starts_as(self.model, self.ref_model)
         if self.ref_model is not None:
-            self._check_vocabulary(self.ref_model)
             key = self._key_of(self.ref_model)
             install(self.ref_model, padded=self.layout == "padded")
             disable_dropout(self.ref_model)

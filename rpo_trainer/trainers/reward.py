@@ -61,9 +61,7 @@ class RewardTrainer(PackedTrainer):
             self.needs_rewards = args.margin_scale > 0
             start = load_model_named(model, reward=True) if isinstance(model, str) else model
             processing_class = processing_class or (
-                load_tokenizer_named(model)
-                if isinstance(model, str)
-                else tokenizer_of(model)
+                load_tokenizer_named(model) if isinstance(model, str) else tokenizer_of(model)
             )
             reward_model: nn.Module = as_reward_model(
                 start, attributes=args.attributes, weights=args.reward_weights, seed=args.seed
@@ -200,4 +198,3 @@ class RewardTrainer(PackedTrainer):
         targets = [row["target"] for row in rows]
         known = None if None in targets else np.array(targets)
         return pair_metrics(np.array([row["gap"] for row in rows]), known)
-

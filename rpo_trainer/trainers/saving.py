@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,26 @@ from typing import Any
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from rpo_trainer.adapters import is_adapted, make_base_absolute
 from rpo_trainer.distributed import on_main
 from rpo_trainer.errors import RunError
+from rpo_trainer.outputs import (
+    Written,
+    check_savable,
+    check_unshared,
+    ends_line,
+    joined_ends,
+    repair_generation,
+    warn_repaired,
+)
+from rpo_trainer.sharding import whole_on_every_rank
+from rpo_trainer.step import causal_lm, is_classifier
 from rpo_trainer.trainers import checkpoint
 from rpo_trainer.trainers.engine import check_same_engine
+from rpo_trainer.trainers.fits import trained_ends
 from rpo_trainer.trainers.wrapping import WrappingTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -45,16 +61,75 @@ def own_settings(optimizer: Any, scheduler: Any) -> Iterator[None]:
 class SavingTrainer(WrappingTrainer):
     """Writes a checkpoint beside its place, and moves it there when it is whole."""
 
+    written: Written
+    processing_class: Any
+    train_dataset: Any
     _staging: Path | None = None
+
+    def prepare_output(self, use_cache: Any) -> None:
+        """Decides what outputs are written with, and tests that it can be written.
+
+        Args:
+            use_cache: of the model's config before transformers' Trainer changed it.
+
+        Raises:
+            ModelError: the config, the generation config, the tokenizer or the adapter's config cannot be
+                saved, or parameters share memory in a way that safetensors cannot hold.
+            RunError: the output directory cannot be written to.
+        """
+        inner = causal_lm(self.model)
+        generation = getattr(inner, "generation_config", None)
+        if generation is not None and (line := warn_repaired(repair_generation(generation))):
+            logger.warning("%s", line)
+        ends = (
+            [] if is_classifier(inner) else trained_ends(self.train_dataset, self.processing_class)
+        )
+        self.written = Written(inner, self.processing_class, use_cache, ends)
+        if line := ends_line(inner, self.written, self.processing_class):
+            logger.warning("%s", line)
+        if generation is not None and ends:
+            generation.eos_token_id = joined_ends(ends, generation.eos_token_id)
+        if whole_on_every_rank(self.model):
+            check_unshared(inner)
+        on_main(self._check_savable)
+
+    def _check_savable(self) -> None:
+        inner, tokenizer = causal_lm(self.model), self.written.tokenizer
+        parts = {
+            "model's config": inner.config,
+            "generation config": getattr(inner, "generation_config", None),
+            "tokenizer": tokenizer if hasattr(tokenizer, "save_pretrained") else None,
+        }
+        for name, config in (getattr(self.model, "peft_config", None) or {}).items():
+            parts[f"config of the adapter {name}"] = config
+        folder = Path(str(self.args.output_dir))
+        with self.written.applied():
+            check_savable(parts, folder)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """Without transformers' pickle of the arguments: it names absolute paths, and nobody reads it."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        """Without transformers' pickle of the arguments: it names absolute paths, and nobody reads it.
+
+        The configs and the tokenizer are those of `Written`.
+        """
+        given, self.processing_class = self.processing_class, self.written.tokenizer
+        try:
+            with self.written.applied():
+                super()._save(output_dir, state_dict)
+                if self.args.should_save:
+                    self._save_beside(Path(output_dir or str(self.args.output_dir)))
+        finally:
+            self.processing_class = given
+
+    def _save_beside(self, folder: Path) -> None:
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if not is_adapted(self.model):
+            return
+        make_base_absolute(folder)
+        generation = getattr(causal_lm(self.model), "generation_config", None)
+        if generation is not None and not is_classifier(self.model):
+            generation.save_pretrained(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
+
+# Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
+_ROUTER_LOSS = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
@@ -56,6 +61,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
     four_bits.steady(model)
     if peft_config is None:
         adapters.require_fit_model(model)
+        adapters.require_trained_parts(model)
     else:
         # The adapter's random start is part of the run: a resumed one needs the same again.
         set_seed(seed)
@@ -72,6 +78,34 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
             " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
         )  # fmt: skip
     return model
+
+
+def warn_router_loss(config: Any) -> None:
+    """A WARNING where a mixture of experts asks for a loss of its routers, which no trainer here computes."""
+    text = config.get_text_config()
+    # Checkpoints' own code adds the loss without the switch that transformers' classes have.
+    asks = getattr(text, "output_router_logits", getattr(config, "output_router_logits", True))
+    found = dict(_router_coefficients(text.to_dict()))
+    if not asks or not found:
+        return
+    logger.warning(
+        "the model's config asks for a load-balancing loss of its routers (%s): it is not part of the loss "
+        "that is trained",
+        ", ".join(f"{name}={value}" for name, value in found.items()),
+    )
+
+
+def _router_coefficients(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _router_coefficients(value)
+        elif (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and value
+            and _ROUTER_LOSS.search(name)
+        ):
+            yield name, float(value)
 
 
 def tokenizer_of(model: nn.Module) -> Any:
