@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.outputs import read_generation
 from rpo_trainer.pretrained import ADAPTER_CONFIG, loading_report, local_folder, stored_tensors
-from rpo_trainer.sharding import whole_on_every_rank
+from rpo_trainer.sharding import has_shards, whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
 
 if TYPE_CHECKING:
@@ -478,19 +478,50 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
     return model  # type: ignore[no-any-return]
 
 
+def check_unread(folder: Path, base: nn.Module, where: str) -> None:
+    """Raises ModelError where `load_adapter` would, from the headers of the adapter's file.
+
+    Args:
+        base: the model that the adapter belongs to, its weights on the meta device; it is changed.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        require_fit(config)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # the start is in the file
+        with torch.device("meta"):
+            model: Any = get_peft_model(base, config)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            "the adapter cannot be loaded",
+            where=where,
+            why=next(iter(str(error).strip().splitlines()), type(error).__name__),
+            fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
+        ) from error
+    _require_complete(model, folder)
+
+
 def _require_complete(model: Any, folder: Path) -> None:
     """Raises ModelError where the adapter's file lacks tensors or has others; PEFT only warns."""
     from peft import get_peft_model_state_dict
 
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    found, whole = set(stored_tensors(folder)), set(model.state_dict())
-    missing, unknown = sorted(expected - found), sorted(found - expected - whole)
-    if not missing and not unknown:
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found, known = stored_tensors(folder), model.state_dict()
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys() - known.keys())
+    other = [
+        name
+        for name, tensor in sorted(expected.items())
+        if name in found and not has_shards(model) and found[name][1] != list(tensor.shape)
+    ]
+    if not missing and not unknown and not other:
         return
     parts = [
         f"{what}: {', '.join(names[:4])}"
         + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        for what, names in (("missing", missing), ("unknown", unknown))
+        for what, names in (("missing", missing), ("of another shape", other), ("unknown", unknown))
         if names
     ]
     raise ModelError(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.errors import ModelError, RecipeError
-from rpo_trainer.loading import auto_class, check_tokens, first_line
+from rpo_trainer.loading import auto_class, check_tokens, first_line, saved_config
+from rpo_trainer.outputs import check_savable, read_generation, repair_generation, warn_repaired
 from rpo_trainer.pretrained import check_stored
 
 if TYPE_CHECKING:
@@ -75,6 +77,36 @@ def check_unread(
     if rows:
         check_tokens(rows, tokens, where)
     return int(rows)
+
+
+def check_scorer(folder: Path, where: str) -> None:
+    """Raises ModelError where a directory is not a reward model that can be loaded whole."""
+    config = saved_config(folder, where)
+    check_safetensors(folder, where)
+    check_stored(AutoModelForSequenceClassification, config, folder, where)
+
+
+def check_written(
+    config: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None, where: str
+) -> str | None:
+    """Saves what is written beside the weights of a stage that starts from this model.
+
+    Args:
+        folder: of the model; None: it has no generation config to read.
+
+    Returns:
+        A warning about fields of the generation config that are left out, or None.
+
+    Raises:
+        ModelError: the config, the generation config or the tokenizer cannot be saved.
+    """
+    generation = None if folder is None else read_generation(folder, where)
+    removed = [] if generation is None else repair_generation(generation, where)
+    check_savable(
+        {"model's config": config, "generation config": generation, "tokenizer": tokenizer},
+        where=where,
+    )
+    return warn_repaired(removed, where)
 
 
 def check_same_vocabulary(policy: int, reference: int, where: str | None = None) -> None:

@@ -222,29 +222,18 @@ def check_unshared(model: Any) -> None:
 class Written:
     """How a trainer writes its model: the config as it was given, with the ends of the training.
 
-    `transformers.Trainer` turns `use_cache` off and aligns special tokens with the tokenizer; both are of
-    the training, not of the model.
+    `transformers.Trainer` aligns special tokens with the tokenizer for the time of the training.
 
     Args:
-        config: of the model inside.
-        generation: its generation config, or None.
-        use_cache: of the config before a Trainer changed it.
+        model: the transformers model.
         ends: what training ends responses with; none: as the model has it.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, use_cache: Any, ends: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> None:
         self.model = model
         self.ends = tuple(ends)
         self.tokenizer = output_tokenizer(tokenizer, ends) if ends else tokenizer
-        self._use_cache = use_cache
         self._given: dict[tuple[int, str], Any] = {}
-
-    @staticmethod
-    def use_cache_of(model: Any) -> Any:
-        """To be asked for before a Trainer is made."""
-        return getattr(model.config, "use_cache", _MISSING)
 
     def remember(self) -> None:
         """Keeps the special tokens as they are now, before the Trainer aligns them; the first call counts."""
@@ -262,7 +251,7 @@ class Written:
     def applied(self) -> Iterator[None]:
         """Within it the model's configs are those to be written."""
         self.remember()
-        config, missing = self.model.config, _MISSING
+        missing = _MISSING
         changed: list[tuple[Any, str, Any]] = []
 
         def put(owner: Any, name: str, value: Any) -> None:
@@ -271,7 +260,6 @@ class Written:
                 changed.append((owner, name, now))
                 setattr(owner, name, value)
 
-        put(config, "use_cache", self._use_cache)
         for number, owner, name in self._fields():
             value = self._given.get((number, name), missing)
             if name == "eos_token_id" and value is not missing and self.ends:

@@ -22,7 +22,7 @@ from rpo_trainer.sharding import loading_whole
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 ADAPTER_CONFIG = "adapter_config.json"
 _SHOWN = 4  # tensors that an error names
-_LOSSES = "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"  # dtypes of safetensors
+_INTEGERS = "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"  # dtypes of safetensors
 _HEAD = re.compile(r"^lm_head\.")
 
 
@@ -96,13 +96,13 @@ def _require_complete(
 ) -> None:
     """Raises ModelError where transformers' loading report is not empty."""
     found = {
-        "are missing": sorted(info["missing_keys"]),
-        "have another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
-        "are not part of it": _left_over(kind, info["unexpected_keys"], headers),
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+        "unknown": _left_over(kind, info["unexpected_keys"], headers),
     }
     if not any(found.values()):
         return
-    parts = [f"{_named(names)} {what}" for what, names in found.items() if names]
+    parts = [f"{what}: {_named(names)}" for what, names in found.items() if names]
     raise ModelError(
         f"the files of the model do not fit a {kind.__name__}: {'; '.join(parts)}",
         where=where,
@@ -128,7 +128,7 @@ def _left_over(kind: type, unexpected: Collection[str], headers: Any) -> list[st
         if not (
             classifier and _HEAD.match(name)
         )  # a language head, which a classifier does not use
-        and not (name in known and (known[name][0] in _LOSSES or not known[name][1]))
+        and not (name in known and (known[name][0] in _INTEGERS or not known[name][1]))
     )
 
 

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.adapters import base_of, is_adapter
+from rpo_trainer.adapters import base_of, is_adapter, require_weights
+from rpo_trainer.adapters import check_unread as check_adapter
 from rpo_trainer.chain.data import (
     build_evaluation,
     build_rows,
@@ -31,13 +33,16 @@ from rpo_trainer.chain.stage import check_warmup, lora_config, steps_of, trainin
 from rpo_trainer.chain.state import ChainState, check_run_dir, plain
 from rpo_trainer.data import Audit, load_rows
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError
-from rpo_trainer.loading import load_config, load_tokenizer, saved_config
+from rpo_trainer.loading import auto_class, load_config, load_tokenizer, saved_config
 from rpo_trainer.model_checks import (
     check_context,
     check_same_tokenizer,
     check_same_vocabulary,
+    check_scorer,
     check_unread,
+    check_written,
 )
+from rpo_trainer.pretrained import local_folder
 from rpo_trainer.recipe import (
     GenerateSpec,
     LoadedRecipe,
@@ -191,8 +196,10 @@ class _Check:
             return self.rows[source]
         if any(source == stage.name for stage in self.stages):
             return 0  # finished: its output has been looked at
+        cached = None  # where the hub keeps its files
         if source == "model":
             name = self.recipe.model.name_or_path
+            cached = local_folder(name, self.recipe.model.revision) if name else None
             folder = resolve_path(self.base_dir, name or "")
             where = f"model: {name}" if name else "model"
             config = self.config
@@ -207,18 +214,41 @@ class _Check:
                 trusted = self.recipe.model.trust_remote_code
                 config = saved_config(folder, where, trust_remote_code=trusted)
         if local is not None and is_adapter(local):
+            require_weights(local, where)
             base = base_of(local)
             where = f"{where}, an adapter of {base}"
             try:
                 config = load_config(self.recipe.model, self.base_dir, base, 0)
             except ModelError as error:
                 raise error.at(where) from None
-            local = Path(base) if Path(base).is_dir() else None
+            local, cached = (Path(base) if Path(base).is_dir() else None), local_folder(base)
         self.configs[source] = config
         tokens = 0 if self.tokenizer is None else len(self.tokenizer)
         if source != "model" and self.tokenizer is not None:
             check_same_tokenizer(self.tokenizer, folder, where)
-        return check_unread(config, local, tokens=tokens, reward=reward, where=where)
+        rows = check_unread(
+            config, local, tokens=tokens, reward=reward, where=where,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+        )  # fmt: skip
+        if folder is not None and is_adapter(folder):
+            self._adapter(folder, config, where, reward=reward)
+        if key.endswith(".init"):
+            warning = check_written(config, local or cached, self.tokenizer, where)
+            if warning is not None and (line := f"  warning: {warning}") not in self.lines:
+                self.lines.append(line)
+        return rows
+
+    def _adapter(self, folder: Path, config: Any, where: str, *, reward: bool) -> None:
+        """The adapter's file has the tensors that its configuration and its base ask for."""
+        factory = auto_class(config, reward=reward, where=where)
+        try:
+            with torch.device("meta"):
+                base = factory.from_config(
+                    config, trust_remote_code=self.recipe.model.trust_remote_code
+                )
+        except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError):
+            return  # no model can be made of the configuration: said where one is made
+        check_adapter(folder, base, where)
 
     def _context(self, source: str, length: int, where: str) -> None:
         """The longest examples have places in the model that a source is made of."""
@@ -304,13 +334,16 @@ class _Check:
 
         def model(name: str) -> tuple[str, str]:
             folder = resolve_path(self.base_dir, name)
-            if looks_like_path(name) and not (folder / "config.json").is_file():
+            there = (folder / "config.json").is_file()
+            if looks_like_path(name) and not there:
                 raise ModelError(
                     "there is no reward model here",
                     where=f"{where}.model: {folder}",
                     why="the responses could not be scored",
                     fix="give a directory with config.json and weights in safetensors, or a stage",
                 )
+            if there:
+                check_scorer(folder, f"{where}.model: {folder}")
             return name, name
 
         make_scorer(score, base_dir=self.base_dir, model=model).check(rows)

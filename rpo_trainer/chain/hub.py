@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,4 +66,12 @@ def push_output(
         )  # fmt: skip
         return {"repo": repo, "error": first}
     logger.info("the output of stage %s is on the hub: %s", stage, repo)
+    config = final / "adapter_config.json"
+    base = json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else ""
+    if Path(base).is_absolute():
+        logger.warning(
+            "the adapter on the hub belongs to %s, a directory of this machine: push the base too, and set "
+            "base_model_name_or_path in its adapter_config.json, or others cannot load it",
+            base,
+        )
     return {"repo": repo, "commit": str(commit.oid)}

@@ -24,7 +24,6 @@ from rpo_trainer.batch import Layout, to_device
 from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
-from rpo_trainer.outputs import Written
 from rpo_trainer.probe import probe
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, token_logprobs
@@ -133,7 +132,7 @@ class PackedTrainer(SavingTrainer):
         for name, examples in _by_name(train, evaluation):
             check_fit(model, examples, name)
         warn_router_loss(causal_lm(model).config)
-        use_cache = Written.use_cache_of(causal_lm(model))
+        use_cache = getattr(causal_lm(model).config, "use_cache", None)
         with harmless_trackers(args) as trackers:
             super().__init__(
                 model=model,

@@ -90,6 +90,18 @@ def require_complete(folder: Path) -> None:
         )
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Raises RunError where the weights of a checkpoint are pickled: a pickle can hold code."""
+    pickled = [*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise RunError(
+            f"the weights of the checkpoint are pickled ({pickled[0].name})",
+            where=str(folder),
+            why="a pickle can hold code, which runs when it is read",
+            fix="convert it where you trust its origin: load it with transformers, then save_pretrained",
+        )
+
+
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     """Removes the oldest checkpoints beyond `limit`, never the newest nor the one at `keep`."""
     if not limit or limit < 1:

@@ -97,7 +97,9 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
     if not hasattr(rows, "with_format"):
         for row in rows:
             for ids, mask in zip(row["response_ids"], row["response_mask"], strict=True):
-                if len(ids):
+                if (
+                    0 < len(ids) == len(mask)
+                ):  # others are an error of the collator, which names the row
                     last = np.arange(len(ids)) == len(ids) - 1
                     yield np.asarray(ids), np.asarray(mask, dtype=np.int64), last
         return
@@ -110,7 +112,7 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
     mask = pc.list_flatten(pc.list_flatten(table["response_mask"])).to_numpy()
     last = np.zeros(len(ids), dtype=bool)
     last[np.cumsum(lengths)[lengths > 0] - 1] = True
-    if len(ids):
+    if 0 < len(ids) == len(mask):
         yield ids, mask.astype(np.int64), last
 
 

@@ -78,13 +78,15 @@ class SavingTrainer(WrappingTrainer):
             RunError: the output directory cannot be written to.
         """
         inner = causal_lm(self.model)
+        if use_cache is not None:  # every forward of a step says use_cache=False itself
+            inner.config.use_cache = use_cache
         generation = getattr(inner, "generation_config", None)
         if generation is not None and (line := warn_repaired(repair_generation(generation))):
             logger.warning("%s", line)
         ends = (
             [] if is_classifier(inner) else trained_ends(self.train_dataset, self.processing_class)
         )
-        self.written = Written(inner, self.processing_class, use_cache, ends)
+        self.written = Written(inner, self.processing_class, ends)
         if line := ends_line(inner, self.written, self.processing_class):
             logger.warning("%s", line)
         if generation is not None and ends:
@@ -190,5 +192,6 @@ class SavingTrainer(WrappingTrainer):
         else:
             found = folder = Path(str(wanted))
             on_main(lambda: checkpoint.require_complete(folder))
+        checkpoint.refuse_pickles(found)
         check_same_engine(found, self.accelerator)
         return str(found)

@@ -90,14 +90,27 @@ def test_a_kept_adapter_goes_through_the_chain(kept: Path) -> None:
 def test_a_kept_adapter_is_read_by_other_tools(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = kept / "rpo-2" / "final"
     name = json.loads((final / adapters.CONFIG).read_text())["base_model_name_or_path"]
-    assert name == "../../code/base"
-    base = AutoModelForCausalLM.from_pretrained(final / name)
+    assert name == str(kept / "code" / "base")
+    base = AutoModelForCausalLM.from_pretrained(name)
     alone = logps(base)
     by_peft = logps(peft.PeftModel.from_pretrained(base, final))
     assert (by_peft - alone).abs().max() > 0.01
-    monkeypatch.chdir(final)  # a relative base is seen from the adapter's own folder
-    for loader in (peft.AutoPeftModelForCausalLM, AutoModelForCausalLM):
-        torch.testing.assert_close(logps(loader.from_pretrained(".")), by_peft)
+    for cwd in (final, kept.parent):
+        monkeypatch.chdir(cwd)
+        for loader in (peft.AutoPeftModelForCausalLM, AutoModelForCausalLM):
+            torch.testing.assert_close(logps(loader.from_pretrained(final)), by_peft)
+
+
+def test_a_run_with_kept_adapters_can_be_moved(kept: Path, tmp_path: Path) -> None:
+    """The chain reads the base relative to the adapter; the absolute path is for other tools."""
+    moved = shutil.copytree(kept, tmp_path / "run")
+    for stage in ("general", "rpo-2"):
+        assert adapters.base_of(moved / stage / "final") == str(moved / "code" / "base")
+    chain = chain_run._Chain(tiny.load(tmp_path, adapted("code", KEEP)), moved)
+    before = chain_run._Chain(tiny.load(tmp_path, adapted("code", KEEP)), kept)
+    torch.testing.assert_close(
+        logps(chain.models.output("rpo-2")), logps(before.models.output("rpo-2"))
+    )
 
 
 def test_the_reference_is_the_adapter_as_the_stage_began(
@@ -206,7 +219,9 @@ def test_keep_over_a_stage_that_trained_all_weights(
     tiny.run(tmp_path, recipe)
     assert_step_zero(run_dir)
     settings = json.loads((run_dir / "rpo-2" / "final" / adapters.CONFIG).read_text())
-    assert settings["base_model_name_or_path"] == "../../code/final"
+    assert settings["base_model_name_or_path"] == str(run_dir / "code" / "final")
+    way = json.loads((run_dir / "rpo-2" / "final" / adapters.WAY).read_text())
+    assert way == {"base": "../../code/final"}
     assert not list(run_dir.glob("*/base"))
 
 
@@ -321,7 +336,7 @@ def test_somebody_elses_adapter(kind: str, kept: Path, finished: Path, tmp_path:
     assert ("step0" in record) == (kind != "reference")
     if kind == "goes on":
         settings = json.loads((run_dir / "dpo" / "final" / adapters.CONFIG).read_text())
-        assert settings["base_model_name_or_path"] == "../../../theirs/base"
+        assert settings["base_model_name_or_path"] == str(theirs / "base")
         stage.update(init=str(theirs), peft={**KEEP, "r": 2})
         with pytest.raises(RecipeError, match="with r 4, not 2"):
             tiny.run(tmp_path / "other", recipe)
@@ -447,6 +462,8 @@ def test_merged_4_bits_are_the_start_of_what_trains_all_weights(
 
 
 def test_no_file_names_a_place(kept: Path) -> None:
+    """But for the base of an adapter, which PEFT finds by its absolute path alone."""
     place = str(kept.parent)
     for path in kept.rglob("*.json*"):
-        assert place not in path.read_text(errors="ignore"), path
+        if path.name != adapters.CONFIG:
+            assert place not in path.read_text(errors="ignore"), path

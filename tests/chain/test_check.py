@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
+from rpo_trainer import adapters
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import Problems
-from rpo_trainer.loading import load_model
+from rpo_trainer.loading import load_model, load_weights
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import ModelSpec
 from tests.chain import tiny
@@ -278,13 +280,20 @@ def test_another_vocabulary_in_the_reference(tmp_path: Path) -> None:
     assert check(tmp_path, tiny.changed(recipe, "dpo.init", "./mine"))
 
 
+def saved_adapter(folder: Path, base: str) -> None:
+    """An adapter of the model in `folder/base`, which it names as `base`."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(load_weights(folder / "base"), config).save_pretrained(folder)
+    adapters.describe(folder, base)
+
+
 def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    (theirs / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo").update(init="./theirs", reference="model")
     saved_model(theirs / "base", tokens=120)
+    saved_adapter(theirs, "base")
     shown = str(problems(tmp_path, recipe))
     assert "(stages.dpo.reference): the reference has 100 tokens, the policy 120\n" in shown
     saved_model(theirs / "base", tokens=90)
@@ -292,7 +301,9 @@ def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
         f"(stages.dpo.init): {theirs}, an adapter of {theirs / 'base'}: "
         "the tokenizer has 100 tokens, the model 90 embeddings\n"
     ) in str(problems(tmp_path, recipe))
-    (theirs / "adapter_config.json").write_text('{"base_model_name_or_path": "some/hub-name"}')
+    settings = json.loads((theirs / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "some/hub-name"
+    (theirs / "adapter_config.json").write_text(json.dumps(settings))
     assert (
         f"(stages.dpo.init): {theirs}, an adapter of some/hub-name: the model's configuration cannot be"
     ) in str(problems(tmp_path, recipe))
