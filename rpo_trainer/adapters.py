@@ -6,34 +6,25 @@ merged model must answer as the adapted one does. Both are compared on a few ran
 
 from __future__ import annotations
 
-import copy
-import json
-import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.adapter_files import require_complete, require_weights
+from rpo_trainer.adapter_parts import with_new_parts
+from rpo_trainer.errors import ModelError
 from rpo_trainer.outputs import read_generation
-from rpo_trainer.pretrained import ADAPTER_CONFIG, loading_report, local_folder, stored_tensors
-from rpo_trainer.sharding import has_shards, whole_on_every_rank
+from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-logger = logging.getLogger(__name__)
-
-CONFIG = ADAPTER_CONFIG
-WEIGHTS = "adapter_model.safetensors"
-WAY = "adapter_base.json"  # of the base as seen from the adapter, so that a run can be moved
 _LOW = (torch.bfloat16, torch.float16)
 
 # Methods that are no change of weights, by `peft_type`.
@@ -141,7 +132,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         )
     require_fit(config)
     require_plain_start(config)
-    config = _with_new_parts(model, config)
+    config = with_new_parts(model, config)
     before = _answers(model)
     try:
         wrapped: Any = get_peft_model(model, config)
@@ -158,128 +149,6 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
     )  # fmt: skip
     return wrapped  # type: ignore[no-any-return]
-
-
-def _with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
-    """The config, extended by what the adapter has to train and save whole; a copy where it changes.
-
-    These are the head of a classifier, which PEFT includes for task type SEQ_CLS alone, and modules that
-    the model's files do not have.
-    """
-    heads = _heads(model) if is_classifier(model) else []
-    missing, resized = fresh_parameters(causal_lm(model))
-    modules = {name.rpartition(".")[0] for name in missing}
-    parts = [*heads, *sorted(m for m in modules if m not in heads)]
-    _warn_resized(resized, config)
-    if not parts:
-        return config
-    if not hasattr(config, "modules_to_save"):
-        raise ModelError(
-            f"the adapter method {config.peft_type} cannot train {', '.join(parts)} beside the adapter",
-            why="these parts are new, or the head of a reward model: frozen, they would stay random",
-            fix="take LoRA",
-        )
-    asked = getattr(config.task_type, "value", config.task_type)
-    given = list(config.modules_to_save or ())
-    changed: Any = copy.deepcopy(config)
-    changed.modules_to_save = given + [part for part in parts if part.split(".")[-1] not in given]
-    if heads:
-        changed.task_type = "SEQ_CLS"
-    if asked != changed.task_type or changed.modules_to_save != given:
-        logger.warning(
-            "the adapter trains and saves %s whole (modules_to_save)%s",
-            ", ".join(parts),
-            f"; its task_type is SEQ_CLS, not {asked}" if heads and asked != "SEQ_CLS" else "",
-        )
-    return changed  # type: ignore[no-any-return]
-
-
-def _heads(classifier: Any) -> list[str]:
-    """Names of a classifier's parts beside its decoder."""
-    return [
-        name
-        for name, part in classifier.named_children()
-        if part is not classifier.base_model and any(True for _ in part.parameters())
-    ]
-
-
-def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
-    """Parameters that the files a model was loaded from do not have, or have in another shape.
-
-    Of models that are not from a directory or the hub's cache nothing is known.
-    """
-    known = getattr(inner, "_rpo_fresh", None)  # where this package has loaded or made it
-    if known is not None:
-        return list(known), []
-    name = getattr(inner, "name_or_path", "") or ""
-    folder = local_folder(name) if name else None
-    quantized = getattr(inner.config, "quantization_config", None) is not None
-    try:
-        if folder is None or quantized or not stored_tensors(folder):
-            return [], []
-        kind, info = loading_report(type(inner), inner.config, folder, name)
-    except (ModelError, OSError, ValueError):
-        return [], []
-    if kind is None:
-        return [], []
-    return sorted(info["missing_keys"]), sorted(key[0] for key in info["mismatched_keys"])
-
-
-def _warn_resized(resized: list[str], config: Any) -> None:
-    names = {*(getattr(config, "modules_to_save", None) or ()), *_targets(config)}
-    frozen = [name for name in resized if not names & {*name.split(".")}]
-    if frozen and not getattr(config, "trainable_token_indices", None):
-        logger.warning(
-            "%s were resized after loading: the adapter leaves their new rows as they are. To train them, "
-            "set trainable_token_indices to the new tokens, or add the modules to modules_to_save",
-            ", ".join(frozen),
-        )
-
-
-def _targets(config: Any) -> set[str]:
-    targets = getattr(config, "target_modules", None)
-    return set() if targets is None or isinstance(targets, str) else set(targets)
-
-
-def require_trained_parts(model: nn.Module) -> None:
-    """Raises ModelError where an adapter that somebody else has begun leaves random parts frozen.
-
-    Frozen heads of classifiers whose weights may have been trained are a WARNING.
-    """
-    if not is_adapted(model):
-        return
-    inner = causal_lm(model)
-    trained = {_plain_name(name) for name, p in inner.named_parameters() if p.requires_grad}
-    missing, resized = fresh_parameters(inner)
-    frozen = [name for name in missing if name not in trained]
-    if frozen:
-        raise ModelError(
-            f"{', '.join(frozen[:4])} are new and random, and the adapter neither trains nor saves them",
-            why="the files that the model was loaded from do not have them",
-            fix='name their modules in modules_to_save of the adapter\'s config (task_type="SEQ_CLS" '
-            "includes the head of a reward model), or pass the model and peft_config",
-        )
-    for config in model.peft_config.values():  # type: ignore[operator]
-        _warn_resized([name for name in resized if name not in trained], config)
-    if not is_classifier(model):
-        return
-    heads = [name for name in _heads(inner) if not _trains(inner, name)]
-    if heads:
-        logger.warning(
-            "the adapter leaves the head of the reward model (%s) frozen and does not save it: that is "
-            "right only if it was trained before and the base keeps it",
-            ", ".join(heads),
-        )
-
-
-def _trains(inner: nn.Module, part: str) -> bool:
-    return any(p.requires_grad for p in inner.get_submodule(part).parameters())
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name without what an adapter that trains a module whole puts into it."""
-    before, mark, after = name.partition(".modules_to_save.")
-    return before + "." + after.partition(".")[2] if mark else name
 
 
 @contextmanager
@@ -372,85 +241,6 @@ def _require_same(model: nn.Module, expected: Tensor | None, *, what: str, fix: 
 # --- on disk ---
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether an adapter lies there, and no whole model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def describe(folder: Path, base: str, *, way: str | None = None, plain_start: bool = False) -> None:
-    """Writes into a saved adapter what it is an adapter of.
-
-    Args:
-        base: absolute directory or hub name, which PEFT and others find from wherever they run.
-        way: the directory relative to the adapter's, which counts first here: both may have been moved.
-        plain_start: the base is what the adapter's start made of it, so loading must not do so again.
-    """
-    path = folder / CONFIG
-    settings = json.loads(path.read_text())
-    settings["base_model_name_or_path"] = base
-    if way is not None:
-        (folder / WAY).write_text(json.dumps({"base": way}))
-    if plain_start:
-        settings["init_lora_weights"] = True
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
-
-
-def base_of(folder: Path) -> str:
-    """Directory or hub name of the model that a saved adapter belongs to.
-
-    Raises:
-        ModelError: it does not say.
-    """
-    if (folder / WAY).is_file():
-        near = folder / str(json.loads((folder / WAY).read_text())["base"])
-        if near.is_dir():
-            return str(near.resolve())
-    name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
-    if not name:
-        raise ModelError(
-            "the adapter does not say what it is an adapter of",
-            where=str(folder / CONFIG),
-            why="it is a change of one model's weights, and says nothing sensible on another's",
-            fix="write the model's directory or hub name there as base_model_name_or_path",
-        )
-    for local in (folder / Path(name).expanduser(), Path(name).expanduser()):
-        if local.is_dir():
-            return str(local.resolve())
-    return str(name)
-
-
-def make_base_absolute(folder: Path) -> None:
-    """PEFT writes the base as it was named, which from elsewhere is another directory or none."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text())
-    name = settings.get("base_model_name_or_path")
-    if name and not os.path.isabs(name) and Path(name).is_dir():
-        settings["base_model_name_or_path"] = os.path.abspath(name)
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True))
-
-
-def require_weights(folder: Path, where: str) -> None:
-    """Raises ModelError where a directory has no adapter weights in safetensors."""
-    if (folder / WEIGHTS).is_file():
-        try:
-            stored_tensors(folder)
-            return
-        except (OSError, SafetensorError) as error:
-            what = f"{WEIGHTS} is damaged ({next(iter(str(error).splitlines()), '')})"
-    else:
-        pickled = (folder / "adapter_model.bin").is_file()
-        what = "its weights are pickled (adapter_model.bin)" if pickled else f"{WEIGHTS} is missing"
-    raise ModelError(
-        f"the adapter cannot be loaded: {what}",
-        where=where,
-        why="weights are read from safetensors alone: a pickle can hold code",
-        fix="copy the adapter again, or load it with PEFT where you trust its origin, and `save_pretrained`",
-    )
-
-
 def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
     """The model with a saved adapter; its weights are float32.
 
@@ -464,7 +254,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
         config = PeftConfig.from_pretrained(str(folder))
         require_fit(config)
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-        _require_complete(model, folder)
+        require_complete(model, folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(
             "the adapter cannot be loaded",
@@ -500,54 +290,7 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
             why=next(iter(str(error).strip().splitlines()), type(error).__name__),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
         ) from error
-    _require_complete(model, folder)
-
-
-def _require_complete(model: Any, folder: Path) -> None:
-    """Raises ModelError where the adapter's file lacks tensors or has others; PEFT only warns."""
-    from peft import get_peft_model_state_dict
-
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    found, known = stored_tensors(folder), model.state_dict()
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys() - known.keys())
-    other = [
-        name
-        for name, tensor in sorted(expected.items())
-        if name in found and not has_shards(model) and found[name][1] != list(tensor.shape)
-    ]
-    if not missing and not unknown and not other:
-        return
-    parts = [
-        f"{what}: {', '.join(names[:4])}"
-        + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        for what, names in (("missing", missing), ("of another shape", other), ("unknown", unknown))
-        if names
-    ]
-    raise ModelError(
-        f"the adapter's file does not fit its configuration and base; {'; '.join(parts)}",
-        where=str(folder / WEIGHTS),
-        why="PEFT would start what is missing anew and leave out the rest",
-        fix="copy the adapter again, or name the base that it was trained on",
-    )
-
-
-def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises RecipeError where a saved adapter is not what a recipe says of it."""
-    saved = json.loads((folder / CONFIG).read_text())
-    for name, value in wanted.items():
-        if name == "init_lora_weights" or name not in saved or value == "all-linear":
-            continue  # it has started already; PEFT writes names in place of `all-linear`
-        old, new = saved[name], value
-        if isinstance(old, list) and isinstance(new, list):
-            old, new = sorted(old, key=str), sorted(new, key=str)
-        if old != new:
-            raise RecipeError(
-                f"the adapter goes on here, with {name} {saved[name]}, not {value}",
-                where=str(folder),
-                why="its weights were learnt with the settings that it began with",
-                fix=f"write {name}: {saved[name]}, or merge the adapter first",
-            )
+    require_complete(model, folder)
 
 
 # --- merging ---

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpo_trainer import adapters
+from rpo_trainer import adapter_files, adapters
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.probe import probe
 from tests.models import make_model
@@ -253,14 +253,14 @@ def saved(tmp_path: Path) -> Path:
     model.get_base_model().save_pretrained(tmp_path / "unused")
     model.save_pretrained(tmp_path / "run" / "adapter")
     make_model().save_pretrained(tmp_path / "run" / "base")
-    adapters.describe(tmp_path / "run" / "adapter", "../base")
+    adapter_files.describe(tmp_path / "run" / "adapter", "../base")
     return tmp_path / "run" / "adapter"
 
 
 def test_an_adapter_is_read_back(saved: Path) -> None:
-    assert sorted(p.name for p in saved.iterdir()) == [adapters.CONFIG, adapters.WEIGHTS]
-    assert adapters.is_adapter(saved) and not adapters.is_adapter(saved.parent / "base")
-    assert adapters.base_of(saved) == str(saved.parent / "base")
+    assert sorted(p.name for p in saved.iterdir()) == [adapter_files.CONFIG, adapter_files.WEIGHTS]
+    assert adapter_files.is_adapter(saved) and not adapter_files.is_adapter(saved.parent / "base")
+    assert adapter_files.base_of(saved) == str(saved.parent / "base")
     expected = logps(stirred(adapters.with_adapter(make_model(), lora())))
     for trainable in (True, False):
         model = adapters.load_adapter(make_model(), saved, trainable=trainable)
@@ -273,17 +273,17 @@ def test_an_adapter_is_read_back(saved: Path) -> None:
 def test_what_cannot_be_read_is_said(saved: Path) -> None:
     with pytest.raises(ModelError, match="the adapter cannot be loaded"):
         adapters.load_adapter(make_model(hidden_size=64), saved, trainable=True)
-    adapters.require_same_config(saved, {"r": 4, "target_modules": ["v_proj", "q_proj"]})
-    adapters.require_same_config(
+    adapter_files.require_same_config(saved, {"r": 4, "target_modules": ["v_proj", "q_proj"]})
+    adapter_files.require_same_config(
         saved, {"target_modules": "all-linear", "init_lora_weights": "pissa"}
     )
     with pytest.raises(RecipeError, match="with r 4, not 8"):
-        adapters.require_same_config(saved, {"r": 8})
-    adapters.describe(saved, "some/hub-name")
-    assert adapters.base_of(saved) == "some/hub-name"
-    adapters.describe(saved, "")
+        adapter_files.require_same_config(saved, {"r": 8})
+    adapter_files.describe(saved, "some/hub-name")
+    assert adapter_files.base_of(saved) == "some/hub-name"
+    adapter_files.describe(saved, "")
     with pytest.raises(ModelError, match="does not say what it is an adapter of"):
-        adapters.base_of(saved)
+        adapter_files.base_of(saved)
 
 
 def test_a_changed_base_is_not_changed_again_when_it_is_read(tmp_path: Path) -> None:
@@ -294,11 +294,11 @@ def test_a_changed_base_is_not_changed_again_when_it_is_read(tmp_path: Path) -> 
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     wrong = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
     assert (wrong - expected).abs().max() > 0.01  # PEFT takes from the base once more
-    adapters.describe(tmp_path / "adapter", "../base", plain_start=True)
+    adapter_files.describe(tmp_path / "adapter", "../base", plain_start=True)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     right = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
     torch.testing.assert_close(right, expected, rtol=0, atol=1e-5)
-    assert json.loads((tmp_path / "adapter" / adapters.CONFIG).read_text())["r"] == 4
+    assert json.loads((tmp_path / "adapter" / adapter_files.CONFIG).read_text())["r"] == 4
 
 
 def test_plain_logprobs_is_not_the_packed_step() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from ruamel.yaml import YAML
 
-from rpo_trainer.adapters import is_adapter
+from rpo_trainer.adapter_files import is_adapter
 from rpo_trainer.chain.state import library_versions
 from rpo_trainer.files import file_digest, write_whole
 from rpo_trainer.recipe import Recipe, Stage, resolve_path

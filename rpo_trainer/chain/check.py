@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.adapters import base_of, is_adapter, require_weights
+from rpo_trainer.adapter_files import base_of, is_adapter, require_weights
 from rpo_trainer.adapters import check_unread as check_adapter
 from rpo_trainer.chain.data import (
     build_evaluation,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpo_trainer.adapters import base_of, is_adapter, with_adapter
+from rpo_trainer.adapter_files import base_of, is_adapter
+from rpo_trainer.adapters import with_adapter
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.errors import ModelError, RecipeError, RunError
 from rpo_trainer.loading import auto_class, load_config

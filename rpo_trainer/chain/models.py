@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from rpo_trainer import adapters, distributed, four_bits
+from rpo_trainer import adapter_files, adapters, distributed, four_bits
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.outputs import set_ends
@@ -99,7 +99,7 @@ class Models:
             return self._whole(stage) if left is None else self._merged(left)
         if left is not None:
             if stage.init not in self.stages:  # of stages the recipe is checked
-                adapters.require_same_config(left.folder, stage.peft.lora_fields())
+                adapter_files.require_same_config(left.folder, stage.peft.lora_fields())
             base = self._load(left.base.place, stage.peft.quantization)
             return adapters.load_adapter(base, left.folder, trainable=True)
         if not self._brings_base(stage):
@@ -118,9 +118,9 @@ class Models:
         if source == "model":
             return None
         folder = resolve_path(self.base_dir, source)
-        if not adapters.is_adapter(folder):
+        if not adapter_files.is_adapter(folder):
             return None
-        name = adapters.base_of(folder)
+        name = adapter_files.base_of(folder)
         here = Path(name)
         base = self._local(here) if here.is_dir() else _Base(name, name)
         return _Adapter(folder, base, None)
@@ -223,7 +223,7 @@ class Models:
         with loading_whole():
             model = self._fresh(stage, seed)
         model.save_pretrained(staged / _START)
-        adapters.describe(staged / _START, os.path.abspath(own), way="..", plain_start=True)
+        adapter_files.describe(staged / _START, os.path.abspath(own), way="..", plain_start=True)
         plain = model.unload()
         set_ends(plain)
         plain.save_pretrained(staged)
@@ -251,7 +251,7 @@ class Models:
         assert spec is not None
         base = self._base(stage)
         changed = isinstance(base.place, Path) and base.place.name == _BASE
-        adapters.describe(staged, base.name, way=base.way, plain_start=changed)
+        adapter_files.describe(staged, base.name, way=base.way, plain_start=changed)
         left = _Adapter(staged, base, spec.quantization)
         if spec.between_stages == "keep":
             if spec.merge:
@@ -261,7 +261,7 @@ class Models:
             alone = folder / "adapter"
             shutil.rmtree(alone, ignore_errors=True)
             alone.mkdir()
-            for name in (adapters.CONFIG, adapters.WEIGHTS, adapters.WAY):
+            for name in (adapter_files.CONFIG, adapter_files.WEIGHTS, adapter_files.WAY):
                 if (staged / name).is_file():
                     os.replace(staged / name, alone / name)
             shutil.rmtree(staged)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +29,7 @@ from rpo_trainer.step import causal_lm, token_logprobs
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.config import StepConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
-from rpo_trainer.trainers.fits import check_fit
+from rpo_trainer.trainers.fits import check_all_fit, check_fit
 from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
@@ -40,7 +39,6 @@ from rpo_trainer.trainers.setup import (
     require_one_gpu,
     tokenizer_of,
     unprepared,
-    warn_router_loss,
     with_adapter,
 )
 from rpo_trainer.trainers.trackers import harmless_trackers
@@ -72,14 +70,6 @@ class StepResult:
 
     terms: dict[str, Term]
     metrics: dict[str, Tensor]
-
-
-def _by_name(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
-    yield "train", train
-    if isinstance(evaluation, dict):
-        yield from ((f"eval_{name}", examples) for name, examples in evaluation.items())
-    else:
-        yield "eval", evaluation
 
 
 class PackedTrainer(SavingTrainer):
@@ -129,9 +119,7 @@ class PackedTrainer(SavingTrainer):
             if isinstance(eval_dataset, dict)
             else self._examples(eval_dataset, processing_class, args, "eval")
         )
-        for name, examples in _by_name(train, evaluation):
-            check_fit(model, examples, name)
-        warn_router_loss(causal_lm(model).config)
+        check_all_fit(model, train, evaluation)
         use_cache = getattr(causal_lm(model).config, "use_cache", None)
         with harmless_trackers(args) as trackers:
             super().__init__(

@@ -61,6 +61,14 @@ def check_fit(
     )
 
 
+def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
+    """`check_fit` of a trainer's data sets; `evaluation` is one, several by name, or None."""
+    check_fit(model, train, "train")
+    several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    for name, examples in several.items():
+        check_fit(model, examples, f"eval_{name}" if name else "eval")
+
+
 def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
     """The control tokens that trained spans end with, the most frequent first.
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from rpo_trainer.adapters import is_adapted, make_base_absolute
+from rpo_trainer.adapter_files import make_base_absolute
+from rpo_trainer.adapters import is_adapted
 from rpo_trainer.distributed import on_main
 from rpo_trainer.errors import RunError
 from rpo_trainer.outputs import (

@@ -15,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments, set_seed
 
 from rpo_trainer import adapters, four_bits
+from rpo_trainer.adapter_parts import require_trained_parts
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
+from rpo_trainer.step import causal_lm
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -61,7 +63,8 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
     four_bits.steady(model)
     if peft_config is None:
         adapters.require_fit_model(model)
-        adapters.require_trained_parts(model)
+        if adapters.is_adapted(model):
+            require_trained_parts(model)
     else:
         # The adapter's random start is part of the run: a resumed one needs the same again.
         set_seed(seed)
@@ -77,10 +80,11 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
             "arithmetic",
             " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
         )  # fmt: skip
+    _warn_router_loss(causal_lm(model).config)
     return model
 
 
-def warn_router_loss(config: Any) -> None:
+def _warn_router_loss(config: Any) -> None:
     """A WARNING where a mixture of experts asks for a loss of its routers, which no trainer here computes."""
     text = config.get_text_config()
     # Checkpoints' own code adds the loss without the switch that transformers' classes have.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpo_trainer import adapters
+from rpo_trainer import adapter_files
 from rpo_trainer.chain import run as chain_run
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.check import check_recipe
@@ -74,7 +74,12 @@ def test_a_kept_adapter_goes_through_the_chain(kept: Path) -> None:
     assert tuple(weights) == tuple(sorted(tiny.STAGES)) and len(set(weights.values())) == 5
     for name in tiny.STAGES:
         files = {p.name for p in (kept / name / "final").iterdir()}
-        assert {adapters.CONFIG, adapters.WEIGHTS, "tokenizer.json", "manifest.json"} <= files
+        assert {
+            adapter_files.CONFIG,
+            adapter_files.WEIGHTS,
+            "tokenizer.json",
+            "manifest.json",
+        } <= files
         assert "model.safetensors" not in files
         assert "library_name: peft" in (kept / name / "final" / "README.md").read_text()
     # Each stage starts from the adapter of the one before: the first update is small, none begins anew.
@@ -89,7 +94,7 @@ def test_a_kept_adapter_goes_through_the_chain(kept: Path) -> None:
 
 def test_a_kept_adapter_is_read_by_other_tools(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = kept / "rpo-2" / "final"
-    name = json.loads((final / adapters.CONFIG).read_text())["base_model_name_or_path"]
+    name = json.loads((final / adapter_files.CONFIG).read_text())["base_model_name_or_path"]
     assert name == str(kept / "code" / "base")
     base = AutoModelForCausalLM.from_pretrained(name)
     alone = logps(base)
@@ -105,7 +110,7 @@ def test_a_run_with_kept_adapters_can_be_moved(kept: Path, tmp_path: Path) -> No
     """The chain reads the base relative to the adapter; the absolute path is for other tools."""
     moved = shutil.copytree(kept, tmp_path / "run")
     for stage in ("general", "rpo-2"):
-        assert adapters.base_of(moved / stage / "final") == str(moved / "code" / "base")
+        assert adapter_files.base_of(moved / stage / "final") == str(moved / "code" / "base")
     chain = chain_run._Chain(tiny.load(tmp_path, adapted("code", KEEP)), moved)
     before = chain_run._Chain(tiny.load(tmp_path, adapted("code", KEEP)), kept)
     torch.testing.assert_close(
@@ -218,9 +223,9 @@ def test_keep_over_a_stage_that_trained_all_weights(
     run_dir = before_general(tmp_path)
     tiny.run(tmp_path, recipe)
     assert_step_zero(run_dir)
-    settings = json.loads((run_dir / "rpo-2" / "final" / adapters.CONFIG).read_text())
+    settings = json.loads((run_dir / "rpo-2" / "final" / adapter_files.CONFIG).read_text())
     assert settings["base_model_name_or_path"] == str(run_dir / "code" / "final")
-    way = json.loads((run_dir / "rpo-2" / "final" / adapters.WAY).read_text())
+    way = json.loads((run_dir / "rpo-2" / "final" / adapter_files.WAY).read_text())
     assert way == {"base": "../../code/final"}
     assert not list(run_dir.glob("*/base"))
 
@@ -263,7 +268,7 @@ def test_a_start_that_changes_the_base(
     assert all(damage(run_dir / name / "base") is None for name in bases)
     # What the readers of the adapter get is what the stage has left.
     folder = run_dir / "dpo" / ("final" if between == "keep" else "adapter")
-    base = AutoModelForCausalLM.from_pretrained(adapters.base_of(folder))
+    base = AutoModelForCausalLM.from_pretrained(adapter_files.base_of(folder))
     both = logps(peft.PeftModel.from_pretrained(base, folder))
     chain = chain_run._Chain(tiny.load(tmp_path, recipe), run_dir)
     torch.testing.assert_close(both, logps(chain.models.output("dpo")), rtol=0, atol=1e-4)
@@ -298,7 +303,7 @@ def test_the_quickstart_with_adapters(between: str, tmp_path: Path) -> None:
         check = records[name]["step0"]
         assert check["ok"] and check["nats_per_token"] < 1e-5, name
         files = {path.name for path in (run_dir / name / "final").iterdir()}
-        assert (adapters.WEIGHTS in files) == (between == "keep")
+        assert (adapter_files.WEIGHTS in files) == (between == "keep")
         assert ("model.safetensors" in files) == (between == "merge")
         # What a stage has learnt is there when the next one samples from it.
         assert records[name]["eval"]["reward_mean"] > 0
@@ -322,7 +327,7 @@ def test_somebody_elses_adapter(kind: str, kept: Path, finished: Path, tmp_path:
     (stage,) = recipe["stages"]
     theirs = tmp_path / "theirs"
     shutil.copytree(kept / "general" / "final", theirs)
-    adapters.describe(theirs, "base")
+    adapter_files.describe(theirs, "base")
     shutil.copytree(kept / "code" / "base", theirs / "base")
     stage.update(init="./theirs", learning_rate=1e-2)
     if kind == "goes on":
@@ -335,7 +340,7 @@ def test_somebody_elses_adapter(kind: str, kept: Path, finished: Path, tmp_path:
     record = tiny.records(run_dir)["dpo"]
     assert ("step0" in record) == (kind != "reference")
     if kind == "goes on":
-        settings = json.loads((run_dir / "dpo" / "final" / adapters.CONFIG).read_text())
+        settings = json.loads((run_dir / "dpo" / "final" / adapter_files.CONFIG).read_text())
         assert settings["base_model_name_or_path"] == str(theirs / "base")
         stage.update(init=str(theirs), peft={**KEEP, "r": 2})
         with pytest.raises(RecipeError, match="with r 4, not 2"):
@@ -458,12 +463,12 @@ def test_merged_4_bits_are_the_start_of_what_trains_all_weights(
     tiny.run(tmp_path, recipe)
     assert_step_zero(run_dir)
     assert (run_dir / "dpo" / "final" / "model.safetensors").is_file()
-    assert (run_dir / "dpo" / "adapter" / adapters.WEIGHTS).is_file()
+    assert (run_dir / "dpo" / "adapter" / adapter_files.WEIGHTS).is_file()
 
 
 def test_no_file_names_a_place(kept: Path) -> None:
     """But for the base of an adapter, which PEFT finds by its absolute path alone."""
     place = str(kept.parent)
     for path in kept.rglob("*.json*"):
-        if path.name != adapters.CONFIG:
+        if path.name != adapter_files.CONFIG:
             assert place not in path.read_text(errors="ignore"), path

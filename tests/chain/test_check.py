@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 
-from rpo_trainer import adapters
+from rpo_trainer import adapter_files
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import Problems
 from rpo_trainer.loading import load_model, load_weights
@@ -284,7 +284,7 @@ def saved_adapter(folder: Path, base: str) -> None:
     """An adapter of the model in `folder/base`, which it names as `base`."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(load_weights(folder / "base"), config).save_pretrained(folder)
-    adapters.describe(folder, base)
+    adapter_files.describe(folder, base)
 
 
 def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo_trainer import adapters
+from rpo_trainer import adapter_files
 from tests.chain import tiny
 from tests.distributed.chains import launched, recipe, start
 from tests.distributed.launch import require
@@ -75,7 +75,7 @@ def test_two_ranks_leave_what_one_leaves(engine: str, one: Path, tmp_path: Path)
         assert mine.keys() == alone.keys(), name
         for key, tensor in alone.items():
             torch.testing.assert_close(mine[key], tensor, atol=1e-5, rtol=0)
-    a, b = (load_file(one / f"{name}/final" / adapters.WEIGHTS) for name in ("dpo", "rpo"))
+    a, b = (load_file(one / f"{name}/final" / adapter_files.WEIGHTS) for name in ("dpo", "rpo"))
     assert max((a[key] - b[key]).abs().max() for key in a) > 1e-3  # the second stage goes on
     for name in ("dpo", "rpo"):
         check = tiny.records(tmp_path / "run")[name]["step0"]
@@ -88,7 +88,7 @@ def test_qlora_on_two_ranks_is_that_of_one(engine: str, one_qlora: Path, tmp_pat
     tiny.write_recipe(tmp_path, in_4_bits(engine))
     code, output = start(tmp_path)
     assert code == 0, output[-5000:]
-    name = f"rpo/final/{adapters.WEIGHTS}"
+    name = f"rpo/final/{adapter_files.WEIGHTS}"
     mine, alone = load_file(tmp_path / "run" / name), load_file(one_qlora / name)
     for key, tensor in alone.items():
         torch.testing.assert_close(mine[key], tensor, atol=1e-5, rtol=0)

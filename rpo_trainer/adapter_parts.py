@@ -1,0 +1,138 @@
+"""Parts of a model that an adapter must train and save whole: new heads, and weights that no file has."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from rpo_trainer.errors import ModelError
+from rpo_trainer.pretrained import loading_report, local_folder, stored_tensors
+from rpo_trainer.step import causal_lm, is_classifier
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+
+def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """The config, extended by what the adapter has to train and save whole; a copy where it changes.
+
+    These are the head of a classifier, which PEFT includes for task type SEQ_CLS alone, and modules that
+    the model's files do not have.
+    """
+    heads = _heads(model) if is_classifier(model) else []
+    missing, resized = fresh_parameters(causal_lm(model))
+    modules = {name.rpartition(".")[0] for name in missing}
+    parts = [*heads, *sorted(m for m in modules if m not in heads)]
+    _warn_resized(resized, config)
+    if not parts:
+        return config
+    if not hasattr(config, "modules_to_save"):
+        raise ModelError(
+            f"the adapter method {config.peft_type} cannot train {', '.join(parts)} beside the adapter",
+            why="these parts are new, or the head of a reward model: frozen, they would stay random",
+            fix="take LoRA",
+        )
+    asked = getattr(config.task_type, "value", config.task_type)
+    given = list(config.modules_to_save or ())
+    changed: Any = copy.deepcopy(config)
+    changed.modules_to_save = given + [part for part in parts if part.split(".")[-1] not in given]
+    if heads:
+        changed.task_type = "SEQ_CLS"
+    if asked != changed.task_type or changed.modules_to_save != given:
+        logger.warning(
+            "the adapter trains and saves %s whole (modules_to_save)%s",
+            ", ".join(parts),
+            f"; its task_type is SEQ_CLS, not {asked}" if heads and asked != "SEQ_CLS" else "",
+        )
+    return changed  # type: ignore[no-any-return]
+
+
+def _heads(classifier: Any) -> list[str]:
+    """Names of a classifier's parts beside its decoder."""
+    return [
+        name
+        for name, part in classifier.named_children()
+        if part is not classifier.base_model and any(True for _ in part.parameters())
+    ]
+
+
+def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
+    """Parameters that the files a model was loaded from do not have, or have in another shape.
+
+    Of models that are not from a directory or the hub's cache nothing is known.
+    """
+    known = getattr(inner, "_rpo_fresh", None)  # where this package has loaded or made it
+    if known is not None:
+        return list(known), []
+    name = getattr(inner, "name_or_path", "") or ""
+    folder = local_folder(name) if name else None
+    quantized = getattr(inner.config, "quantization_config", None) is not None
+    try:
+        if folder is None or quantized or not stored_tensors(folder):
+            return [], []
+        kind, info = loading_report(type(inner), inner.config, folder, name)
+    except (ModelError, OSError, ValueError):
+        return [], []
+    if kind is None:
+        return [], []
+    return sorted(info["missing_keys"]), sorted(key[0] for key in info["mismatched_keys"])
+
+
+def _warn_resized(resized: list[str], config: Any) -> None:
+    names = {*(getattr(config, "modules_to_save", None) or ()), *_targets(config)}
+    frozen = [name for name in resized if not names & {*name.split(".")}]
+    if frozen and not getattr(config, "trainable_token_indices", None):
+        logger.warning(
+            "%s were resized after loading: the adapter leaves their new rows as they are. To train them, "
+            "set trainable_token_indices to the new tokens, or add the modules to modules_to_save",
+            ", ".join(frozen),
+        )
+
+
+def _targets(config: Any) -> set[str]:
+    targets = getattr(config, "target_modules", None)
+    return set() if targets is None or isinstance(targets, str) else set(targets)
+
+
+def require_trained_parts(model: nn.Module) -> None:
+    """Raises ModelError where an adapter that somebody else has begun leaves random parts frozen.
+
+    Frozen heads of classifiers whose weights may have been trained are a WARNING.
+    """
+    inner = causal_lm(model)
+    trained = {_plain_name(name) for name, p in inner.named_parameters() if p.requires_grad}
+    missing, resized = fresh_parameters(inner)
+    frozen = [name for name in missing if name not in trained]
+    if frozen:
+        raise ModelError(
+            f"{', '.join(frozen[:4])} are new and random, and the adapter neither trains nor saves them",
+            why="the files that the model was loaded from do not have them",
+            fix='name their modules in modules_to_save of the adapter\'s config (task_type="SEQ_CLS" '
+            "includes the head of a reward model), or pass the model and peft_config",
+        )
+    for config in model.peft_config.values():  # type: ignore[operator]
+        _warn_resized([name for name in resized if name not in trained], config)
+    if not is_classifier(model):
+        return
+    heads = [name for name in _heads(inner) if not _trains(inner, name)]
+    if heads:
+        logger.warning(
+            "the adapter leaves the head of the reward model (%s) frozen and does not save it: that is "
+            "right only if it was trained before and the base keeps it",
+            ", ".join(heads),
+        )
+
+
+def _trains(inner: nn.Module, part: str) -> bool:
+    return any(p.requires_grad for p in inner.get_submodule(part).parameters())
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what an adapter that trains a module whole puts into it."""
+    before, mark, after = name.partition(".modules_to_save.")
+    return before + "." + after.partition(".")[2] if mark else name
