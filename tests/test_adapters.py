@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rpo_trainer import adapter_files, adapters
@@ -284,6 +286,65 @@ def test_what_cannot_be_read_is_said(saved: Path) -> None:
     adapter_files.describe(saved, "")
     with pytest.raises(ModelError, match="does not say what it is an adapter of"):
         adapter_files.base_of(saved)
+
+
+def _without(folder: Path, part: str) -> None:
+    tensors = load_file(folder / adapter_files.WEIGHTS)
+    kept = {name: t for name, t in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / adapter_files.WEIGHTS)
+
+
+def _with_more(folder: Path) -> None:
+    tensors = load_file(folder / adapter_files.WEIGHTS)
+    more = {"base_model.model.model.layers.7.q_proj.lora_A.weight": torch.ones(2, 2)}
+    save_file({**tensors, **more}, folder / adapter_files.WEIGHTS)
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / adapter_files.WEIGHTS), folder / "adapter_model.bin")
+    (folder / adapter_files.WEIGHTS).unlink()
+
+
+def _cut(folder: Path) -> None:
+    path = folder / adapter_files.WEIGHTS
+    path.write_bytes(path.read_bytes()[:200])
+
+
+INCOMPLETE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a tensor missing": (
+        lambda f: _without(f, "layers.1.self_attn.q_proj.lora_B"),
+        "missing: base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight",
+    ),
+    "a whole module missing": (
+        lambda f: _without(f, "norm"),
+        "missing: base_model.model.model.norm",
+    ),
+    "one more": (_with_more, "unknown: base_model.model.model.layers.7.q_proj.lora_A.weight"),
+    "pickled": (_pickled, "pickled (adapter_model.bin)"),
+    "cut": (_cut, "is damaged"),
+    "no weights": (lambda f: (f / adapter_files.WEIGHTS).unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_an_incomplete_adapter_is_refused(case: str, tmp_path: Path) -> None:
+    """PEFT warns and starts what is missing anew, or goes to the hub for it."""
+    spoil, named = INCOMPLETE[case]
+    config = lora(task_type="CAUSAL_LM", modules_to_save=["norm"])
+    stirred(adapters.with_adapter(make_model(), config)).save_pretrained(tmp_path)
+    adapters.load_adapter(make_model(), tmp_path, trainable=False)
+    spoil(tmp_path)
+    with pytest.raises(ModelError) as error:
+        adapters.load_adapter(make_model(), tmp_path, trainable=False)
+    assert named in str(error.value) and error.value.fix
+
+
+def test_an_adapter_of_embeddings_is_complete(tmp_path: Path) -> None:
+    """PEFT writes the weights below it too."""
+    config = lora(task_type="CAUSAL_LM", target_modules=["embed_tokens", "lm_head", "q_proj"])
+    stirred(adapters.with_adapter(make_model(), config)).save_pretrained(tmp_path)
+    adapters.load_adapter(make_model(), tmp_path, trainable=False)
 
 
 def test_a_changed_base_is_not_changed_again_when_it_is_read(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rpo_trainer import adapter_files
 from rpo_trainer.chain.check import check_recipe
@@ -193,6 +194,16 @@ def with_code(folder: Path) -> None:
     (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
 
 
+def without_a_tensor(folder: Path) -> None:
+    path = saved_model(folder) / "model.safetensors"
+    kept = {n: t for n, t in load_file(path).items() if "layers.1.mlp.down_proj" not in n}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def with_a_cut_generation_config(folder: Path) -> None:
+    (saved_model(folder) / "generation_config.json").write_text('{"do_sample": ')
+
+
 def with_few_embeddings(folder: Path) -> None:
     saved_model(folder, tokens=90)
 
@@ -230,6 +241,15 @@ MODELS = {
         with_few_embeddings, "the tokenizer has 100 tokens, the model 90 embeddings",
         "a token beyond the table cannot be embedded", "take the model's own tokenizer",
     ),
+    "a tensor missing": (
+        without_a_tensor, "missing: model.layers.1.mlp.down_proj.weight",
+        "transformers would fill what is missing with random numbers and leave out the rest",
+        "copy or download the model's files again",
+    ),
+    "a generation config that is none": (
+        with_a_cut_generation_config, "generation_config.json cannot be read",
+        "the model would generate, and be written, with other settings", "repair the file",
+    ),
     "a reward model": (
         a_reward_model, "this is a reward model (a sequence classifier), and no policy",
         "it cannot say how likely a token is", "start from a causal language model",
@@ -256,6 +276,32 @@ def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
     first, *more, _ = shown.splitlines()
     assert what in first and more[0] == f"  why: {why}" and more[1].startswith(f"  fix: {fix}")
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "recipe.yaml"}
+    assert not (tmp_path / "mine" / "ran").exists()
+
+
+def test_an_adapter_without_one_of_its_tensors(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    saved_model(theirs / "base")
+    saved_adapter(theirs, "base")
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "dpo").update(init="./theirs")
+    assert check(tmp_path, recipe)
+    path = theirs / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "layers.1" not in n}, path)
+    assert "missing: base_model.model.model.layers.1" in str(problems(tmp_path, recipe))
+    path.rename(theirs / "adapter_model.bin")
+    assert "its weights are pickled (adapter_model.bin)" in str(problems(tmp_path, recipe))
+
+
+@pytest.mark.parametrize("case", ["a language model", "pickled", "code from a repository"])
+def test_a_scorer_that_cannot_be_loaded(case: str, tmp_path: Path) -> None:
+    makers = {"pickled": pickled, "code from a repository": with_code}
+    makers.get(case, saved_model)(tmp_path / "mine")
+    recipe = tiny.tiny_recipe()
+    tiny.stage_of(recipe, "dpo")["data"]["score"] = {"model": "./mine"}
+    shown = str(problems(tmp_path, recipe))
+    named = {"pickled": "pytorch_model.bin", "a language model": "missing: score.weight"}
+    assert named.get(case, "needs code from its repository") in shown
     assert not (tmp_path / "mine" / "ran").exists()
 
 
