@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from rpo_trainer.errors import ModelError
@@ -66,21 +67,35 @@ def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
 
     Of models that are not from a directory or the hub's cache nothing is known.
     """
-    known = getattr(inner, "_rpo_fresh", None)  # where this package has loaded or made it
+    made = list(getattr(inner, "_rpo_made", ()))  # by this package
+    known = getattr(inner, "_rpo_fresh", None)  # of models that this package has loaded
     if known is not None:
-        return list(known), []
+        return [*known, *made], []
     name = getattr(inner, "name_or_path", "") or ""
     folder = local_folder(name) if name else None
     quantized = getattr(inner.config, "quantization_config", None) is not None
     try:
         if folder is None or quantized or not stored_tensors(folder):
-            return [], []
+            return made, []
         kind, info = loading_report(type(inner), inner.config, folder, name)
-    except (ModelError, OSError, ValueError):
-        return [], []
+    except (ModelError, OSError, ValueError, SafetensorError):
+        return made, []
     if kind is None:
-        return [], []
-    return sorted(info["missing_keys"]), sorted(key[0] for key in info["mismatched_keys"])
+        return made, []
+    missing = sorted({*info["missing_keys"], *made})
+    return missing, sorted(key[0] for key in info["mismatched_keys"])
+
+
+def warn_of_random(model: nn.Module) -> None:
+    """A WARNING where a model that somebody else has loaded has weights that its files lack."""
+    inner = causal_lm(model)
+    heads = _heads(inner) if is_classifier(inner) else []
+    missing = [n for n in fresh_parameters(inner)[0] if n.split(".")[0] not in heads]
+    if missing:
+        logger.warning(
+            "%d weights of the model are not in the files that it was loaded from (%s): they start at random",
+            len(missing), ", ".join(missing[:4]),
+        )  # fmt: skip
 
 
 def _warn_resized(resized: list[str], config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,9 @@ def load_model(
             **_quantized(quantization),
         )
     check_vocabulary(model, vocabulary)
-    return _named(model, spec.name_or_path or "")
+    name = spec.name_or_path or ""
+    local = base_dir / Path(name).expanduser()
+    return _named(model, os.path.abspath(local) if name and local.exists() else name)
 
 
 def auto_class(config: Any, *, reward: bool, where: str) -> Any:
@@ -227,7 +230,7 @@ def load_weights(
         )
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, str(folder)) from error
-    return _named(model, "")
+    return _named(model, os.path.abspath(folder))
 
 
 def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
@@ -319,7 +322,7 @@ def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
 
 
 def _named(model: Any, name: str) -> PreTrainedModel:
-    """The model, told to have come from `name`: an adapter writes it, and a run can be moved."""
+    """The model, told to have come from `name`, a hub name or an absolute path: an adapter writes it."""
     model.name_or_path = model.config._name_or_path = name
     model._rpo_fresh = ()  # see `adapters.fresh_parameters`
     return model  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rpo_trainer import reference
+from rpo_trainer.adapter_parts import warn_of_random
 from rpo_trainer.adapters import starts_as
 from rpo_trainer.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
@@ -82,6 +83,7 @@ class PreferenceTrainer(PackedTrainer):
         self.ref_model: Any = None
         if isinstance(ref_model, nn.Module) and ref_model is not model:
             self.ref_model = ref_model
+            warn_of_random(ref_model)
             self._check_vocabulary(ref_model)
             for name, examples in self._data_sets().items():
                 check_fit(ref_model, examples, name, whose="the reference")

@@ -130,6 +130,8 @@ class SavingTrainer(WrappingTrainer):
         if not is_adapted(self.model):
             return
         make_base_absolute(folder)
+        if self._staging is not None:
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card
         generation = getattr(causal_lm(self.model), "generation_config", None)
         if generation is not None and not is_classifier(self.model):
             generation.save_pretrained(folder)

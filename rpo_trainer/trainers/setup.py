@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments, set_seed
 
 from rpo_trainer import adapters, four_bits
-from rpo_trainer.adapter_parts import require_trained_parts
+from rpo_trainer.adapter_parts import require_trained_parts, warn_of_random
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
 from rpo_trainer.step import causal_lm
@@ -65,6 +65,8 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
         adapters.require_fit_model(model)
         if adapters.is_adapted(model):
             require_trained_parts(model)
+        else:
+            warn_of_random(model)
     else:
         # The adapter's random start is part of the run: a resumed one needs the same again.
         set_seed(seed)

@@ -139,6 +139,24 @@ def test_a_head_that_somebody_else_froze(
     assert "(score) frozen" in caplog.text
 
 
+def test_weights_that_somebody_else_let_transformers_draw(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model(vocab_size=100).model.save_pretrained(tmp_path / "decoder")
+    with caplog.at_level(logging.WARNING, "rpo_trainer"):
+        for source in (base, tmp_path / "decoder"):
+            SFTTrainer(
+                AutoModelForCausalLM.from_pretrained(source), args=args(SFTConfig, tmp_path / "out"),
+                train_dataset=ROWS, processing_class=character_tokenizer(),
+            )  # fmt: skip
+            assert ("(lm_head.weight)" in caplog.text) == (source != base)
+        caplog.clear()
+        trainer_of(
+            AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), tmp_path, None
+        )
+    assert "at random" not in caplog.text  # a new head of a reward model is trained
+
+
 def test_a_language_head_that_no_file_has(base: Path, tmp_path: Path) -> None:
     """transformers draws it when the model is loaded by hand, and logs a table."""
     make_model(vocab_size=100).model.save_pretrained(tmp_path / "decoder")
