@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,74 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from rpo_trainer import adapters, four_bits
+from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.step import causal_lm
+from rpo_trainer.trainers.step_config import StepConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
+
+
+def require_config(trainer: Any, args: Any) -> None:
+    """Raises RecipeError where `args` is not the trainer's own config, or has a value that does not fit.
+
+    A config may have been changed since it was made, and transformers has changed it where it has served
+    another trainer.
+    """
+    wanted = trainer.config_class
+    if not isinstance(args, wanted):
+        kind = type(args)
+        raise RecipeError(
+            f"{type(trainer).__name__} takes a {_full_name(wanted)}, got a {_full_name(kind)}",
+            where="args",
+            why="a setting that this config does not have (the loss, the layout) would get some default",
+            fix=f"from rpo_trainer import {wanted.__name__}; it has all fields of TrainingArguments",
+        )
+    kwargs = args.accelerator_config.gradient_accumulation_kwargs
+    if kwargs and kwargs.get("num_steps") == 1:
+        kwargs.pop("num_steps")
+    args.check()
+
+
+def _full_name(kind: type) -> str:
+    public = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    return public if kind.__module__ != "builtins" else kind.__name__
+
+
+def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
+    """Turns gradient checkpointing off where it is only the default and the model cannot.
+
+    Raises:
+        RecipeError: it was asked for.
+    """
+    able = any(getattr(m, "supports_gradient_checkpointing", False) for m in model.modules())
+    if able or not args.gradient_checkpointing:
+        return
+    if not args.checkpointing_is_default:
+        raise RecipeError(
+            f"{type(causal_lm(model)).__name__} does not support gradient checkpointing",
+            where="gradient_checkpointing",
+            fix="set gradient_checkpointing=False",
+        )
+    logger.info("gradient checkpointing is off: the model does not support it")
+    args.gradient_checkpointing = False
+    if hasattr(args, "activation_checkpointing"):
+        args.activation_checkpointing = False
+
+
+def note_defaults(args: StepConfig) -> None:
+    """One line on what differs from TRL's defaults, without what the caller has set."""
+    found = [
+        f"{own.name}={getattr(args, own.name)} (TRL {own.metadata['trl']})"
+        for own in dataclasses.fields(args)
+        if own.metadata.get("trl") and own.name not in args.given
+    ]
+    found += args.unlike_trl
+    if found and is_main():
+        logger.info("defaults that differ from TRL's: %s", "; ".join(found))
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
@@ -37,6 +100,14 @@ def unprepared(model: Any) -> Any:
     Raises:
         ModelError: its weights are sharded already.
     """
+    if getattr(model, "is_distributed_loading_by_transformers", False) or (
+        (getattr(model, "tp_size", None) or 1) > 1
+    ):
+        raise ModelError(
+            "the model was loaded in parts (tp_plan or distributed_config)",
+            why="each process trains on examples of its own, and would have one part of a model",
+            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO share it out",
+        )
     if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
         model, FSDPModule
     ):
