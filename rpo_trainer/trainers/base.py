@@ -93,6 +93,7 @@ class PackedTrainer(SavingTrainer):
         if "__init__" in vars(cls):
             cls.__init__ = answering_unknown_arguments(cls.__init__)  # type: ignore[method-assign]
 
+    @answering_unknown_arguments
     def __init__(
         self,
         model: str | nn.Module,

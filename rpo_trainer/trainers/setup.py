@@ -54,11 +54,19 @@ def _full_name(kind: type) -> str:
 def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
     """Turns gradient checkpointing off where it is only the default and the model cannot.
 
+    A model that has it on from an earlier training loses it where the config says no, which transformers
+    would not see to.
+
     Raises:
-        RecipeError: it was asked for.
+        RecipeError: it was asked for, and the model cannot.
     """
     able = any(getattr(m, "supports_gradient_checkpointing", False) for m in model.modules())
-    if able or not args.gradient_checkpointing:
+    if not args.gradient_checkpointing:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+        return
+    if able:
         return
     if not args.checkpointing_is_default:
         raise RecipeError(

@@ -104,7 +104,7 @@ CASES: dict[str, tuple[str, str, str, str, str, str]] = {
     "shuffle: no": (
         DPO, f"{DPO}    shuffle: no\n", "18 (stages.dpo.shuffle)",
         "unknown key `shuffle` in stage `dpo`", IGNORED,
-        "remove it: the order of the rows is always a function of the seed",
+        "write it under `training_args`; without it each epoch is a new permutation",
     ),
     "two documents": (
         "defaults:", "---\ndefaults:", "3", "a second document begins here",
