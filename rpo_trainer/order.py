@@ -1,9 +1,9 @@
 """Which examples meet in which optimizer step: a pure function of seed, epoch and step.
 
-An epoch is a permutation, or the order of the data, cut into global batches. Within one, examples are dealt by cost, longest first
-and in snake order, into ranks × accumulation bins of equal count, or into as many bins as a token budget
-needs: a permutation inside one optimizer step, so the update is that of any other order, and no rank waits
-long for another.
+An epoch is a permutation, or the order of the data, cut into global batches. Within one, examples are
+dealt by cost, longest first and in snake order, into ranks × accumulation bins of equal count, or into as
+many bins as a token budget needs: a permutation inside one optimizer step, so the update is that of any
+other order, and no rank waits long for another.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from rpo_trainer.errors import RecipeError, did_you_mean
 from rpo_trainer.trainers.settings import Setting, by_name, defaults_of, refusals
@@ -74,9 +74,7 @@ def _fsdp_problems(args: TrainingArguments) -> Iterator[str]:
         yield from refusals(FSDP, config, {}, "fsdp_config.")
 
 
-def _unknown(
-    given: Mapping[str, Any], known: Mapping[str, Setting], prefix: str
-) -> Iterator[str]:
+def _unknown(given: Mapping[str, Any], known: Mapping[str, Setting], prefix: str) -> Iterator[str]:
     for name in given:
         if name not in known:
             near = did_you_mean(name, list(known))

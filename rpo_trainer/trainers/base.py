@@ -28,7 +28,6 @@ from rpo_trainer.step import token_logprobs
 from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.counting import flops_per_token, forward_tokens_of
-from rpo_trainer.trainers.step_config import StepConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
@@ -45,6 +44,7 @@ from rpo_trainer.trainers.setup import (
     unprepared,
     with_adapter,
 )
+from rpo_trainer.trainers.step_config import StepConfig
 from rpo_trainer.trainers.trackers import harmless_trackers
 
 if TYPE_CHECKING:

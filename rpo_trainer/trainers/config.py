@@ -33,13 +33,17 @@ class PreferenceConfig(StepConfig):
     learning_rate: float = described("Peak learning rate.", 1e-6)
     beta: float = described("β: strength of the implicit reward.", 0.1)
     loss_type: str = described("Which preference loss.", "dpo")
-    sft_loss_weight: float = described("Weight of the SFT term on the chosen (best) responses.", 0.0)
+    sft_loss_weight: float = described(
+        "Weight of the SFT term on the chosen (best) responses.", 0.0
+    )
     sft_reduction: str = described(
         "SFT term: `sum` over a response's tokens, then mean over examples; `token_mean` over all "
         "chosen tokens of the global batch; `sequence_mean` over a response's tokens, then examples.",
         "sum",
     )
-    average_logps: bool = described("Divide each response's log-prob by its number of tokens.", False)
+    average_logps: bool = described(
+        "Divide each response's log-prob by its number of tokens.", False
+    )
     disable_dropout: bool = described("Set all dropout to 0: the reference has none.", True)
     step0_check: bool = described(
         "Stop before the first update if policy and reference disagree where they must not.", True
@@ -48,7 +52,9 @@ class PreferenceConfig(StepConfig):
         "Where reference log-probs are kept; None: `reference-cache` in output_dir.", None
     )
     reference_batch_tokens: int = described("Tokens of one forward of the reference pass.", 8192)
-    rpo_alpha: float | None = described("Refused: elsewhere it is what sft_loss_weight is here.", None)
+    rpo_alpha: float | None = described(
+        "Refused: elsewhere it is what sft_loss_weight is here.", None
+    )
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -92,7 +98,9 @@ class DPOConfig(PreferenceConfig):
         "dpo",
         reason="TRL's `sigmoid` is this loss under another name.",
     )
-    label_smoothing: float = described("Share of labels taken to be wrong: cDPO (loss_type dpo).", 0.0)
+    label_smoothing: float = described(
+        "Share of labels taken to be wrong: cDPO (loss_type dpo).", 0.0
+    )
 
     def _problems(self) -> list[str]:
         problems = super()._problems()

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from rpo_trainer.order import GlobalBatches, StepBatchSampler, TokenBudgetSampler
-from rpo_trainer.trainers.step_config import StepConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
+from rpo_trainer.trainers.step_config import StepConfig
 
 logger = logging.getLogger(__name__)
 

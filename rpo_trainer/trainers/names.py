@@ -59,7 +59,9 @@ ELSEWHERE = {
     "ref_policy_kl_penalty": "write beta",
 }
 # Arguments of the constructors of transformers' and TRL's trainers
-_EXTEND = "subclass the trainer and extend `evaluate`: an evaluation has the loss, margins and accuracies already"
+_EXTEND = (
+    "subclass the trainer and extend `evaluate`: an evaluation has loss, margins and accuracies"
+)
 CONSTRUCTOR = {
     "compute_metrics": _EXTEND,
     "preprocess_logits_for_metrics": "remove it: the logits are never held in memory",
@@ -68,13 +70,13 @@ CONSTRUCTOR = {
     "tokenizer": "write processing_class",
     "formatting_func": "map the data set to rows of `messages`, or of `prompt` and `response`, before",
     "model_init": "give the model itself as `model`",
-    "optimizer_cls_and_kwargs": "write optim and optim_args in the config, or give optimizers=(optimizer, None)",
+    "optimizer_cls_and_kwargs": "write optim and optim_args in the config, or give optimizers=(it, None)",
     "reward_processing_class": "write processing_class",
     "dataset_text_field": "give rows of `prompt` and `response`, or of `messages`",
     "max_seq_length": "set max_length in the config",
     "max_length": "set it in the config",
     "beta": "set it in the config",
-    "packing": "remove it: rows are packed without padding wherever the model allows it (layout of the config)",
+    "packing": _PACKED,
     "dataset_num_proc": "remove it: as many processes tokenise as it pays for",
     "quantization_config": "load the model with it and give it as `model`",
     "rollout_func": "remove it: these trainers do not sample",
@@ -101,7 +103,9 @@ def answering_unknown_arguments(make: Callable[..., None]) -> Callable[..., None
                 f"there is no argument {' or '.join(unknown)}",
                 where=type(self).__name__,
                 fix="; ".join(
-                    f"{name}: {CONSTRUCTOR[name]}" if name in CONSTRUCTOR else instead_of(name, known)
+                    f"{name}: {CONSTRUCTOR[name]}"
+                    if name in CONSTRUCTOR
+                    else instead_of(name, known)
                     for name in unknown
                 ),
             )

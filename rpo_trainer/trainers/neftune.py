@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def example_lengths(model_inputs: dict[str, Any]) -> Tensor:
-    """Tokens of the example that each position belongs to, `[1, T]` or `[R, L]`, of rows with one response."""
+    """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response."""
     ids = model_inputs["input_ids"]
     if model_inputs["plan"] is None:
         lengths: Tensor = model_inputs["attention_mask"].sum(-1, keepdim=True).expand(ids.shape)

@@ -16,12 +16,12 @@ from rpo_trainer.reward_model import as_reward_model, attributes_of, weights_of,
 from rpo_trainer.step import response_scores
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import RewardConfig
-from rpo_trainer.trainers.step_config import StepConfig
-from rpo_trainer.trainers.step_zero import disable_dropout
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_pairs, check_rated
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_of
+from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_zero import disable_dropout
 
 
 class RewardTrainer(PackedTrainer):

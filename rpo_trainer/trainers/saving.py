@@ -91,7 +91,7 @@ class SavingTrainer(WrappingTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Pushes a checkpoint from its place: what is staged moves while it would be read."""
         if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[no-untyped-call]
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with own_settings(self.optimizer, self.lr_scheduler):

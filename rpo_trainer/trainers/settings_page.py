@@ -1,4 +1,4 @@
-"""`docs/training-arguments.md`, from the tables of settings: `python -m rpo_trainer.trainers.settings_page`."""
+"""Writes `docs/training-arguments.md`: `python -m rpo_trainer.trainers.settings_page`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _defaults() -> list[str]:
                 seen.add(own.name)
                 trl = own.metadata["trl"] or "the same effect"
                 lines.append(f"| `{own.name}` | `{own.default}` | {trl} | {reason} |")
-        lines += [f"| {config.__name__} | | {text} | |" for text in vars(config).get("unlike_trl", ())]
+        lines += [f"| {config.__name__} | | {text} | |" for text in config.unlike_trl]
     return [*lines, ""]
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from rpo_trainer.trainers.settings import Setting, harmless, read, refused
 
-_NO_PREDICTIONS = (
-    "evaluation computes its metrics from log-probabilities, without logits, labels or `compute_metrics`"
-)
+_NO_PREDICTIONS = "metrics come from log-probabilities, without logits, labels or `compute_metrics`"
 _OWN_LOADER = "the trainer makes its own data loaders, which accelerate does not prepare"
-_METRICS = "the metrics of the loss are always in the log; for others subclass the trainer and extend `evaluate`"
+_METRICS = (
+    "the loss and its metrics are in the log; for others subclass the trainer, extend `evaluate`"
+)
 _HUB = "transformers, where `push_to_hub` is on"
 
 TRAINING: tuple[Setting, ...] = (
@@ -272,7 +272,9 @@ ACCUMULATION: tuple[Setting, ...] = (
         "set global_batch_size or gradient_accumulation_steps",
         1,
     ),
-    read("sync_each_batch", "gradients are reduced after every forward, not once an optimizer step"),
+    read(
+        "sync_each_batch", "gradients are reduced after every forward, not once an optimizer step"
+    ),
     refused(
         "adjust_scheduler sync_with_dataloader",
         "they belong to accelerate's own accumulation, which is not used",

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from rpo_trainer.errors import DataError
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import SFTConfig
-from rpo_trainer.trainers.step_config import StepConfig
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.neftune import Noise, example_lengths
+from rpo_trainer.trainers.step_config import StepConfig
 
 
 class SFTTrainer(PackedTrainer):

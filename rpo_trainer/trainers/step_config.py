@@ -86,7 +86,9 @@ class StepConfig(TrainingArguments):
     unlike_trl: ClassVar[tuple[str, ...]] = ()
     checkpointing_is_default: ClassVar[bool] = False
 
-    max_length: int | None = described("Longest prompt + response, in tokens; None: no limit.", 1024)
+    max_length: int | None = described(
+        "Longest prompt + response, in tokens; None: no limit.", 1024
+    )
     truncation: str = described(
         "What becomes of longer rows: `drop` or `cut` (responses lose their end).",
         "drop",
@@ -119,7 +121,7 @@ class StepConfig(TrainingArguments):
         "train_sampling_strategy says (random: True, sequential: False).",
         None,
     )
-    bf16: bool | None = described(
+    bf16: bool | None = described(  # type: ignore[assignment]
         "bfloat16 arithmetic (autocast). None: on where fp16 is off and the device computes in bfloat16, "
         "off on a CPU, where it saves nothing.",
         None,

@@ -84,7 +84,9 @@ def test_a_schedule_that_follows_a_metric_needs_one_too(scheduler, start, make_t
     rows = rows_for("dpo")
     settings = {"lr_scheduler_type": scheduler, "eval_strategy": "steps", "eval_steps": 1}
     with pytest.raises(RecipeError, match="metric_for_best_model"):
-        make_trainer("dpo", copy.deepcopy(start), rows, eval_rows={"a": rows, "b": rows}, **settings)
+        make_trainer(
+            "dpo", copy.deepcopy(start), rows, eval_rows={"a": rows, "b": rows}, **settings
+        )
     make_trainer(
         "dpo", copy.deepcopy(start), rows, eval_rows={"a": rows, "b": rows},
         metric_for_best_model="a_loss", **settings,

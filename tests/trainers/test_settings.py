@@ -57,7 +57,9 @@ def test_the_table_has_every_field_of_the_installed_version(settings):
 
 def test_the_page_is_what_the_table_says():
     written = (ROOT / "docs" / "training-arguments.md").read_text(encoding="utf-8")
-    assert written == page(), "python -m rpo_trainer.trainers.settings_page > docs/training-arguments.md"
+    assert written == page(), (
+        "python -m rpo_trainer.trainers.settings_page > docs/training-arguments.md"
+    )
 
 
 @pytest.mark.parametrize("name", values_to_refuse())
@@ -152,8 +154,10 @@ def _tokenizer() -> Any:
 def test_a_config_that_was_changed_is_looked_at_again(start, make_config):
     args = make_config("sft")
     args.label_smoothing_factor = 0.1
-    with pytest.raises(RecipeError, match="label_smoothing_factor=0.1"):
-        SFTTrainer(copy.deepcopy(start), args, make_rows(0, (1,) * 4), processing_class=_tokenizer())
+    with pytest.raises(RecipeError, match="label_smoothing_factor"):
+        SFTTrainer(
+            copy.deepcopy(start), args, make_rows(0, (1,) * 4), processing_class=_tokenizer()
+        )
 
 
 @pytest.mark.parametrize("table", [TRAINING, ACCELERATOR, ACCUMULATION, FSDP])
@@ -281,7 +285,7 @@ def test_noise_acts_in_training_alone(start, make_trainer):
             eval_on_start=True, eval_strategy="steps", eval_steps=1,
         )  # fmt: skip
         trainer.train()
-        losses.append([e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e][0])
+        losses.append(next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e))
         models.append(trainer.model)
         hooks.append(len(trainer.model.model.embed_tokens._forward_hooks))
     assert hooks[0] == hooks[1]  # the noise is gone
@@ -392,7 +396,9 @@ def test_a_subclass_may_have_arguments_of_its_own(start, make_config):
 
 def test_a_model_loaded_in_parts_is_refused(make_config):
     model = make_model()
-    model.__class__ = type("Parts", (type(model),), {"is_distributed_loading_by_transformers": True})
+    model.__class__ = type(
+        "Parts", (type(model),), {"is_distributed_loading_by_transformers": True}
+    )
     with pytest.raises(ModelError, match="loaded in parts"):
         SFTTrainer(model, make_config("sft"), make_rows(0, (1,) * 4), processing_class=_tokenizer())
 

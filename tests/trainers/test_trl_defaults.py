@@ -1,4 +1,4 @@
-"""Our configs have TRL's defaults, or a reason beside the field; what differs is said when training starts."""
+"""Our configs have TRL's defaults, or a reason beside the field; the log says what differs."""
 
 from __future__ import annotations
 
