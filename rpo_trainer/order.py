@@ -1,18 +1,20 @@
 """Which examples meet in which optimizer step: a pure function of seed, epoch and step.
 
-An epoch is a permutation, cut into global batches. Within one, examples are dealt by cost, longest first
-and in snake order, into ranks × accumulation bins of equal count, or into as many bins as a token budget
-needs: a permutation inside one optimizer step, so the update is that of any other order, and no rank waits
-long for another.
+An epoch is a permutation, or the order of the data, cut into global batches. Within one, examples are
+dealt by cost, longest first and in snake order, into ranks × accumulation bins of equal count, or into as
+many bins as a token budget needs: a permutation inside one optimizer step, so the update is that of any
+other order, and no rank waits long for another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+Order = Literal["random", "data", "longest"]
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -90,7 +92,8 @@ class GlobalBatches:
     Args:
         costs: cost of every example, such as its tokens.
         global_batch_size: examples of one optimizer step, over all ranks.
-        shuffle: False: longest first, for evaluation.
+        order: `random`: a new permutation in each epoch; `data`: as the examples are given; `longest`:
+            the longest first, for evaluation and reference passes.
         drop_last: leave out the last global batch of an epoch if it is not full.
     """
 
@@ -102,7 +105,7 @@ class GlobalBatches:
         world_size: int = 1,
         rank: int = 0,
         seed: int = 0,
-        shuffle: bool = True,
+        order: Order = "random",
         drop_last: bool = False,
     ) -> None:
         self.costs = list(costs)
@@ -110,7 +113,7 @@ class GlobalBatches:
         self.world_size = world_size
         self.rank = rank
         self.seed = seed
-        self.shuffle = shuffle
+        self.order: Order = order
         self.drop_last = drop_last
         self.epoch = 0
 
@@ -120,10 +123,11 @@ class GlobalBatches:
 
     def global_batches(self) -> list[list[int]]:
         """The epoch's optimizer steps, each a list of example indices."""
-        if self.shuffle:
+        order = list(range(len(self.costs)))
+        if self.order == "random":
             order = epoch_order(len(self.costs), self.seed, self.epoch).tolist()
-        else:
-            order = sorted(range(len(self.costs)), key=lambda i: (-self.costs[i], i))
+        elif self.order == "longest":
+            order.sort(key=lambda i: (-self.costs[i], i))
         size = self.global_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         if self.drop_last and batches and len(batches[-1]) < size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -66,8 +68,28 @@ def test_epochs_differ_and_drop_last():
 
 
 def test_evaluation_goes_longest_first():
-    sampler = StepBatchSampler([3, 9, 1, 7], global_batch_size=2, micro_batch_size=2, shuffle=False)
+    sampler = StepBatchSampler(
+        [3, 9, 1, 7], global_batch_size=2, micro_batch_size=2, order="longest"
+    )
     assert list(sampler) == [[1, 3], [0, 2]]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("budget", [None, 12])
+def test_the_order_of_the_data_is_kept_from_step_to_step(world, budget):
+    costs = [3, 9, 1, 7, 5, 5, 8]
+    common = {"global_batch_size": 2, "world_size": world, "order": "data"}
+    ranks: list[Any] = [
+        StepBatchSampler(costs, micro_batch_size=1, rank=rank, **common)
+        if budget is None
+        else TokenBudgetSampler([(c, 1) for c in costs], budget=budget, rank=rank, **common)
+        for rank in range(world)
+    ]
+    assert ranks[0].global_batches() == [[0, 1], [2, 3], [4, 5], [6]]
+    ranks[0].set_epoch(1)
+    assert ranks[0].global_batches() == [[0, 1], [2, 3], [4, 5], [6]]
+    if budget is None and world == 1:
+        assert list(ranks[0])[:4] == [[1], [0], [3], [2]]  # dealt by length within a step
 
 
 def cost(items, shapes):

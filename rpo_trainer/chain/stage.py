@@ -40,7 +40,10 @@ from rpo_trainer.trainers import (
     SFTTrainer,
 )
 from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.engine import asks_for_shards
+from rpo_trainer.trainers.settings import by_name
+from rpo_trainer.trainers.settings_table import TRAINING
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -110,10 +113,7 @@ def training_config(
     settings |= {**given, "push_to_hub": False}
     config = _config_class(stage)
     known = set(inspect.signature(config).parameters)
-    if stage.gradient_checkpointing:
-        # transformers has renamed it; the old name warns where the new one is known.
-        new, old = "activation_checkpointing", "gradient_checkpointing"
-        settings[new if new in known else old] = True
+    settings["gradient_checkpointing"] = stage.gradient_checkpointing
     problems = [
         RecipeError(
             f"transformers has no training argument {name}",
@@ -124,6 +124,16 @@ def training_config(
         for name in sorted(set(settings) - known)
     ]
     problems += _unknown_names(stage)
+    problems += [
+        RecipeError(
+            f"`{name}` cannot be set in a recipe",
+            where=f"{where}.{name}",
+            why=row.recipe.partition(": ")[0],
+            fix=row.recipe.partition(": ")[2],
+        )
+        for name, row in by_name(TRAINING).items()
+        if row.recipe and given.get(name)
+    ]
     if problems:
         raise Problems(problems)
     try:
@@ -138,6 +148,11 @@ def training_config(
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
         ) from error
+    try:
+        if stage.data.eval or stage.data.eval_share:
+            require_best_metric(made, None, trainer_class(stage).metric_names(made))
+    except RecipeError as error:
+        raise error.at(f"{where}.{error.where}") from None
     try:
         trackers: Any = get_reporting_integration_callbacks
         for tracker in trackers(made.report_to):
@@ -174,6 +189,15 @@ def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | Rewa
     if isinstance(stage, RewardStage):
         return RewardConfig
     return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
+
+
+def trainer_class(stage: Stage) -> type[PackedTrainer]:
+    """The trainer of a kind of stage."""
+    if isinstance(stage, DPOStage):
+        return DPOTrainer
+    if isinstance(stage, RewardStage):
+        return RewardTrainer
+    return RPOTrainer if isinstance(stage, RPOStage) else SFTTrainer
 
 
 def steps_of(stage: Stage, examples: int) -> int:
@@ -280,14 +304,8 @@ def make_trainer(
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
-    trainer: PackedTrainer
-    if isinstance(stage, DPOStage):
-        trainer = DPOTrainer(ref_model=reference, **common)
-    elif isinstance(stage, RPOStage):
-        trainer = RPOTrainer(ref_model=reference, **common)
-    elif isinstance(stage, RewardStage):
-        trainer = RewardTrainer(**common)
-    else:
-        trainer = SFTTrainer(**common)
+    if isinstance(stage, PreferenceStage):
+        common["ref_model"] = reference
+    trainer = trainer_class(stage)(**common)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -40,9 +40,10 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.reward_model import as_reward_model
 from rpo_trainer.step import install, token_logprobs
-from rpo_trainer.trainers.config import PreferenceConfig, StepConfig, accumulation_of
+from rpo_trainer.trainers.config import PreferenceConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader
+from rpo_trainer.trainers.step_config import StepConfig, accumulation_of
 
 
 @dataclass

@@ -27,6 +27,7 @@ OTHER_NAMES = {
     "eval_strategy": "`eval_steps`",
     "save_strategy": "`save_steps`",
     "logging_strategy": "`logging_steps`",
+    "activation_checkpointing": "`gradient_checkpointing`",
 }
 
 

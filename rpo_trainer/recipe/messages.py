@@ -251,7 +251,7 @@ def _unknown_key(key: Key, origins: Origins) -> tuple[str, str]:
     if ours in known:
         return f"{unknown}; did you mean `{ours}`?", f"write `{ours}`: {known[ours]}"
     if name == "shuffle":
-        return unknown, "remove it: the order of the rows is always a function of the seed"
+        return unknown, "write it under `training_args`; without it each epoch is a new permutation"
     if key[0] == "defaults" and ours in NOT_DEFAULTS:
         return f"`{name}` cannot be a default", "give it in each stage"
     elsewhere = places().get(ours, [])

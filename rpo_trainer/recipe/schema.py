@@ -282,6 +282,7 @@ class RewardStage(StageBase):
         description="the margin is this times the gap of the given rewards (bradley_terry); 0: no "
         "margin, and no rewards are needed",
     )
+    disable_dropout: bool = Field(True, description="set the model's dropout to 0")
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:

@@ -6,11 +6,11 @@ from rpo_trainer.trainers.config import (
     RewardConfig,
     RPOConfig,
     SFTConfig,
-    StepConfig,
 )
 from rpo_trainer.trainers.preference import DPOTrainer, PreferenceTrainer, RPOTrainer
 from rpo_trainer.trainers.reward import RewardTrainer
 from rpo_trainer.trainers.sft import SFTTrainer
+from rpo_trainer.trainers.step_config import StepConfig
 
 __all__ = [
     "DPOConfig",

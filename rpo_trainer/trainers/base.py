@@ -20,27 +20,33 @@ from transformers.trainer_utils import EvalLoopOutput
 from rpo_trainer.adapters import awake
 from rpo_trainer.allocator import keeping_freed_memory
 from rpo_trainer.batch import Layout, to_device
-from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.errors import DataError
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
 from rpo_trainer.probe import probe
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, token_logprobs
+from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.compiled import compile_if_asked
-from rpo_trainer.trainers.config import StepConfig
+from rpo_trainer.trainers.counting import flops_per_token, forward_tokens_of
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.fits import check_all_fit, check_fit
 from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
+from rpo_trainer.trainers.names import answering_unknown_arguments
 from rpo_trainer.trainers.saving import SavingTrainer
 from rpo_trainer.trainers.setup import (
+    note_defaults,
     pad_token_id_of,
+    require_config,
     require_one_gpu,
+    set_checkpointing,
     tokenizer_of,
     unprepared,
     with_adapter,
 )
+from rpo_trainer.trainers.step_config import StepConfig
 from rpo_trainer.trainers.trackers import harmless_trackers
 
 if TYPE_CHECKING:
@@ -84,6 +90,12 @@ class PackedTrainer(SavingTrainer):
     train_dataset: Any
     eval_dataset: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = answering_unknown_arguments(cls.__init__)  # type: ignore[method-assign]
+
+    @answering_unknown_arguments
     def __init__(
         self,
         model: str | nn.Module,
@@ -96,19 +108,14 @@ class PackedTrainer(SavingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="trainer_output")
-        if not isinstance(args, self.config_class):
-            raise RecipeError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}",
-                where="args",
-                why="what it does not name (the loss, the layout) would be trained at some default",
-                fix=f"make a {self.config_class.__name__}: it has all of TrainingArguments",
-            )
+        require_config(self, args)
         require_one_gpu(args)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer_named(model)
             model = load_model_named(model)
         model = with_adapter(unprepared(model), peft_config, args.seed)
         processing_class = processing_class or tokenizer_of(model)
+        set_checkpointing(model, args)
         self.audits: dict[str, Any] = {}
         train = self._examples(train_dataset, processing_class, args, "train")
         evaluation = (
@@ -120,6 +127,9 @@ class PackedTrainer(SavingTrainer):
             else self._examples(eval_dataset, processing_class, args, "eval")
         )
         check_all_fit(model, train, evaluation)
+        sets = [*evaluation] if isinstance(evaluation, dict) else None
+        if evaluation is not None:
+            require_best_metric(args, sets, self.metric_names(args))
         use_cache = getattr(causal_lm(model).config, "use_cache", None)
         with harmless_trackers(args) as trackers:
             super().__init__(
@@ -132,6 +142,7 @@ class PackedTrainer(SavingTrainer):
                 callbacks=[*trackers, *(callbacks or [])],
                 optimizers=optimizers,
             )
+        self.neftune_noise_alpha = None  # transformers' noise takes a packed row for one example
         # Our loss is already divided by the counts of the whole accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -176,6 +187,11 @@ class PackedTrainer(SavingTrainer):
     def data_options(self, args: StepConfig) -> dict[str, Any]:
         """Further arguments of `prepare_dataset`."""
         return {}
+
+    @classmethod
+    def metric_names(cls, args: Any) -> set[str]:
+        """The metrics of an evaluation, without the prefix: what `metric_for_best_model` may name."""
+        return {"loss"}
 
     def before_update(self) -> bool:
         """Runs before each optimizer step, gradients in place; raises to keep the optimizer still.
@@ -240,6 +256,10 @@ class PackedTrainer(SavingTrainer):
         """Micro-batches of this rank, longest first."""
         examples = self._eval_examples(eval_dataset)
         return eval_loader(examples, self.args, self._collator(examples))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """For `predict`, which gives the metrics of other data and no predictions."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _eval_examples(self, eval_dataset: Any) -> Examples:
         if isinstance(eval_dataset, str):
@@ -385,6 +405,18 @@ class PackedTrainer(SavingTrainer):
             self.step_guard.mend(logs)
         super().log(logs, start_time)
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Adds the tokens of a training forward, or of all those of a step, of all ranks."""
+        wanted = self.args.include_num_input_tokens_seen
+        if wanted != "no":
+            tokens = forward_tokens_of(inputs, padding=wanted == "all")
+            seen = self._reduce(torch.tensor(float(tokens), device=self.args.device).double())
+            self.state.num_input_tokens_seen += int(seen)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """An estimate of the operations of a training forward and backward on this rank."""
+        return self._flops_per_token * forward_tokens_of(inputs, padding=True)
+
     # --- guards ---
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -401,8 +433,16 @@ class PackedTrainer(SavingTrainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint."""
-        resume = self.checkpoint_to_resume(resume_from_checkpoint)
+        """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint.
+
+        None: from `args.resume_from_checkpoint`, where that is set.
+        """
+        wanted = resume_from_checkpoint
+        resume = self.checkpoint_to_resume(
+            self.args.resume_from_checkpoint if wanted is None else wanted
+        )
+        self._flops_per_token = flops_per_token(self.model)
+        note_defaults(self.args)
         self.written.remember()
         self._train_metrics = MetricSums()
         self.step_guard.begin(resume)

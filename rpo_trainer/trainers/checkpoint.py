@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"
+# Of one process and DDP, of FSDP2, of DeepSpeed
+_OPTIMIZER = re.compile(r"^(optimizer\.pt|optimizer\.bin|optimizer_\d+|global_step\d+)$")
+_RNG = re.compile(r"^rng_state(_\d+)?\.pth$")
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -100,6 +103,45 @@ def refuse_pickles(folder: Path) -> None:
             why="a pickle can hold code, which runs when it is read",
             fix="convert it where you trust its origin: load it with transformers, then save_pretrained",
         )
+
+
+def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int) -> None:
+    """Raises RunError where a checkpoint lacks what a resumed run needs to be the run that was stopped.
+
+    Without it transformers would begin with a new optimizer, schedule or random state.
+
+    Args:
+        scaler: whether the run scales its losses (float16).
+        own_scheduler: whether the schedule has a file of its own; DeepSpeed may keep it with the optimizer.
+        ranks: processes of the run.
+    """
+    present = {path.name for path in folder.iterdir()}
+    missing = []
+    if "trainer_state.json" not in present:
+        missing.append("the state of the trainer")
+    if not any(_OPTIMIZER.match(name) for name in present):
+        missing.append("the state of the optimizer")
+    if own_scheduler and "scheduler.pt" not in present:
+        missing.append("the state of the learning rate's schedule")
+    if scaler and "scaler.pt" not in present:
+        missing.append("the scale of the float16 losses")
+    states = [name for name in present if _RNG.match(name)]
+    if not states:
+        missing.append("the random state")
+    if missing:
+        raise RunError(
+            f"the checkpoint lacks {', '.join(missing)}",
+            where=str(folder),
+            why="the run would begin with a new one, and not be the run that was stopped "
+            "(save_only_model writes such checkpoints)",
+            fix="start a new run from its weights (from_pretrained), or resume from a full checkpoint",
+        )
+    wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{r}.pth" for r in range(ranks)]
+    if not present.issuperset(wanted):
+        logger.warning(
+            "the checkpoint %s was written by another number of processes: dropout and other noise are "
+            "drawn anew", folder,
+        )  # fmt: skip
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:

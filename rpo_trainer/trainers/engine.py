@@ -72,6 +72,23 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
             why="DeepSpeed rounds the weights to it before it copies them to float32",
             fix="take bfloat16, or DDP or FSDP2",
         )
+    if getattr(accelerator, "parallelism_config", None) is not None:
+        raise RecipeError(
+            "the launcher asks for a parallelism_config",
+            why="each process trains on examples of its own; tensor, context and sequence parallelism would "
+            "give parts of one example to several",
+            fix="use DDP, FSDP2 or DeepSpeed ZeRO, and remove parallelism_config from the launcher's file",
+        )
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launched.isdigit() and int(launched) not in (1, args.gradient_accumulation_steps):
+        raise RecipeError(
+            f"the launcher asks for {launched} gradient accumulation steps, the run for "
+            f"{args.gradient_accumulation_steps}",
+            where="gradient_accumulation_steps",
+            why="the launcher's figure would have no effect",
+            fix="set global_batch_size or gradient_accumulation_steps in the config, and 1 or none in the "
+            "launcher's file",
+        )
     arithmetic = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if args.mixed_precision != arithmetic:
         raise RecipeError(

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from rpo_trainer.order import GlobalBatches, StepBatchSampler, TokenBudgetSampler
-from rpo_trainer.trainers.config import StepConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
+from rpo_trainer.trainers.step_config import StepConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def train_loader(
         "world_size": args.world_size,
         "rank": args.process_index,
         "seed": args.seed if args.data_seed is None else args.data_seed,
-        "shuffle": args.shuffle,
+        "order": "random" if args.shuffle else "data",
         "drop_last": args.dataloader_drop_last,
     }
     if args.micro_batch_tokens is None:
@@ -67,7 +67,7 @@ def eval_loader(examples: Examples, args: StepConfig, collate: PackingCollator) 
         micro_batch_size=args.eval_batch_size,
         world_size=args.world_size,
         rank=args.process_index,
-        shuffle=False,
+        order="longest",
     )
     return _loader(examples, args, sampler, collate)
 
@@ -86,4 +86,5 @@ def _loader(
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
     )

@@ -248,6 +248,12 @@ class PreferenceTrainer(PackedTrainer):
             )
         return examples
 
+    @classmethod
+    def metric_names(cls, args: Any) -> set[str]:
+        """The metrics of an evaluation."""
+        names = {"loss", "loss/preference", "loss/sft", *_METRICS}
+        return names | {*_TARGET_METRICS} if cls.needs_rewards else names
+
     # --- the step ---
 
     def before_update(self) -> bool:
@@ -298,6 +304,14 @@ class PreferenceTrainer(PackedTrainer):
             reward_scale=getattr(self.args, "reward_scale", 1.0),
             label_smoothing=getattr(self.args, "label_smoothing", 0.0),
         )
+
+
+_METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps/chosen_delta", "logps/rejected_delta",
+    "logps/chosen_falling",
+)  # fmt: skip
+_TARGET_METRICS = ("rewards/target_gap", "rewards/gap_error", "rewards/target_saturated")
 
 
 def _metrics(

@@ -14,11 +14,13 @@ from rpo_trainer.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.reward_model import as_reward_model, attributes_of, weights_of, with_pad_token
 from rpo_trainer.step import response_scores
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
-from rpo_trainer.trainers.config import RewardConfig, StepConfig
+from rpo_trainer.trainers.config import RewardConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_pairs, check_rated
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_of
+from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_zero import disable_dropout
 
 
 class RewardTrainer(PackedTrainer):
@@ -80,8 +82,22 @@ class RewardTrainer(PackedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.args.disable_dropout:
+            disable_dropout(self.model, "the scores of a pair would differ by it")
         self.attributes = attributes_of(self.model)
         self.weights = weights_of(self.model)
+
+    @classmethod
+    def metric_names(cls, args: Any) -> set[str]:
+        """The metrics of an evaluation; correlations are left out where they are not defined."""
+        if args.objective == "regression":
+            attributes = [*(args.attributes or ()), "reward"]
+            kinds = ("pearson", "spearman", "rmse", "bias", "calibration")
+            found = {f"{kind}/{name}" for kind in kinds for name in attributes}
+            return found | {"loss", "loss/regression", "accuracy"}
+        pairs = {"accuracy", "pearson/gap", "spearman/gap", "calibration/pairs"}
+        rewards = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
+        return pairs | rewards | {"loss", "loss/bradley_terry"}
 
     # --- data ---
 

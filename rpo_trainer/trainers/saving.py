@@ -165,6 +165,13 @@ class SavingTrainer(WrappingTrainer):
             shutil.rmtree(staging, ignore_errors=True)
             checkpoint.rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes a checkpoint from its place: what is staged moves while it would be read."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with own_settings(self.optimizer, self.lr_scheduler):
@@ -178,7 +185,7 @@ class SavingTrainer(WrappingTrainer):
         """The checkpoint that `train(resume_from_checkpoint=wanted)` means; None: it begins.
 
         Raises:
-            RunError: there is none, it is damaged, or another engine has written it.
+            RunError: there is none, it is damaged or has no optimizer, or another engine has written it.
         """
         if not wanted:
             return None
@@ -197,4 +204,14 @@ class SavingTrainer(WrappingTrainer):
             on_main(lambda: checkpoint.require_complete(folder))
         checkpoint.refuse_pickles(found)
         check_same_engine(found, self.accelerator)
+        deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        own_scheduler = deepspeed is None or "scheduler" not in deepspeed.deepspeed_config
+        on_main(
+            lambda: checkpoint.require_state(
+                found,
+                scaler=self.accelerator.scaler is not None,
+                own_scheduler=own_scheduler,
+                ranks=self.args.world_size,
+            )
+        )
         return str(found)

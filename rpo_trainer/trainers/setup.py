@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ from transformers import TrainingArguments, set_seed
 
 from rpo_trainer import adapters, four_bits
 from rpo_trainer.adapter_parts import require_trained_parts, warn_of_random
+from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
 from rpo_trainer.step import causal_lm
+from rpo_trainer.trainers.step_config import StepConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -27,6 +30,73 @@ logger = logging.getLogger(__name__)
 
 # Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
 _ROUTER_LOSS = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
+
+
+def require_config(trainer: Any, args: Any) -> None:
+    """Raises RecipeError where `args` is not the trainer's own config, or has a value that does not fit.
+
+    A config may have been changed since it was made, and transformers has changed it where it has served
+    another trainer.
+    """
+    wanted = trainer.config_class
+    if not isinstance(args, wanted):
+        kind = type(args)
+        raise RecipeError(
+            f"{type(trainer).__name__} takes a {_full_name(wanted)}, got a {_full_name(kind)}",
+            where="args",
+            why="a setting that this config does not have (the loss, the layout) would get some default",
+            fix=f"from rpo_trainer import {wanted.__name__}; it has all fields of TrainingArguments",
+        )
+    kwargs = args.accelerator_config.gradient_accumulation_kwargs
+    if kwargs and kwargs.get("num_steps") == 1:
+        kwargs.pop("num_steps")
+    args.check()
+
+
+def _full_name(kind: type) -> str:
+    public = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    return public if kind.__module__ != "builtins" else kind.__name__
+
+
+def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
+    """Turns gradient checkpointing off where it is only the default and the model cannot.
+
+    A model that has it on from an earlier training loses it where the config says no, which transformers
+    would not see to.
+
+    Raises:
+        RecipeError: it was asked for, and the model cannot.
+    """
+    able = any(getattr(m, "supports_gradient_checkpointing", False) for m in model.modules())
+    if not args.gradient_checkpointing:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+        return
+    if able:
+        return
+    if not args.checkpointing_is_default:
+        raise RecipeError(
+            f"{type(causal_lm(model)).__name__} does not support gradient checkpointing",
+            where="gradient_checkpointing",
+            fix="set gradient_checkpointing=False",
+        )
+    logger.info("gradient checkpointing is off: the model does not support it")
+    args.gradient_checkpointing = False
+    if hasattr(args, "activation_checkpointing"):
+        args.activation_checkpointing = False
+
+
+def note_defaults(args: StepConfig) -> None:
+    """One line on what differs from TRL's defaults, without what the caller has set."""
+    found = [
+        f"{own.name}={getattr(args, own.name)} (TRL {own.metadata['trl']})"
+        for own in dataclasses.fields(args)
+        if own.metadata.get("trl") and own.name not in args.given
+    ]
+    found += args.unlike_trl
+    if found and is_main():
+        logger.info("defaults that differ from TRL's: %s", "; ".join(found))
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
@@ -45,6 +115,14 @@ def unprepared(model: Any) -> Any:
     Raises:
         ModelError: its weights are sharded already.
     """
+    if getattr(model, "is_distributed_loading_by_transformers", False) or (
+        (getattr(model, "tp_size", None) or 1) > 1
+    ):
+        raise ModelError(
+            "the model was loaded in parts (tp_plan or distributed_config)",
+            why="each process trains on examples of its own, and would have one part of a model",
+            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO share it out",
+        )
     if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
         model, FSDPModule
     ):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpo_trainer.errors import DataError
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
-from rpo_trainer.trainers.config import SFTConfig, StepConfig
+from rpo_trainer.trainers.config import SFTConfig
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.neftune import Noise, example_lengths
+from rpo_trainer.trainers.step_config import StepConfig
 
 
 class SFTTrainer(PackedTrainer):
@@ -31,6 +33,7 @@ class SFTTrainer(PackedTrainer):
 
     config_class = SFTConfig
     row_kind: Literal["sft", "pair"] = "sft"
+    _noise: Noise | None = None
 
     def _examples(
         self, dataset: Any, tokenizer: Any, args: StepConfig, name: str
@@ -43,6 +46,26 @@ class SFTTrainer(PackedTrainer):
                 fix="give rows with messages, or with prompt and response",
             )
         return examples
+
+    @classmethod
+    def metric_names(cls, args: Any) -> set[str]:
+        """The metrics of an evaluation."""
+        return {"loss", "loss/sft"}
+
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Summed log-probs; noise on the embeddings is scaled by the examples of this forward."""
+        if self._noise is not None:
+            self._noise.lengths = example_lengths(inputs["model_inputs"])
+        return super().outputs(model, inputs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`PackedTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
+        alpha = self.args.neftune_noise_alpha
+        if alpha is None:
+            return super().train(*args, **kwargs)
+        self._noise = Noise(alpha)
+        with self._noise.on(self.model.get_input_embeddings()):
+            return super().train(*args, **kwargs)
 
     def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
         """The negative log-likelihood of each example, per trained token of the global batch."""

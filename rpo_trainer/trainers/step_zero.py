@@ -40,10 +40,10 @@ def dropout_of(config: Any) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in sorted(found.items()))
 
 
-def disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module, why: str = "the reference has none") -> None:
     """Sets every dropout probability of the model to 0, and says so where there was any."""
     if has_dropout(model):
-        logger.warning("the model has dropout: it is set to 0, since the reference has none")
+        logger.warning("the model has dropout: it is set to 0, since %s", why)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -16,7 +16,6 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.sharding import full_state_dict, has_shards, reshard
-from rpo_trainer.trainers.config import StepConfig
 from rpo_trainer.trainers.engine import (
     DeepSpeedGuard,
     check_engine,
@@ -26,6 +25,7 @@ from rpo_trainer.trainers.engine import (
     write_engine,
 )
 from rpo_trainer.trainers.guards import BeforeUpdate
+from rpo_trainer.trainers.step_config import StepConfig
 
 
 class WrappingTrainer(Trainer):

@@ -235,3 +235,37 @@ def test_the_evaluation_is_of_the_weights_that_are_the_output(tmp_path: Path) ->
     assert min(losses[1:-1]) < losses[-2]
     after = tiny.records(run_dir)["code"]["eval_after"]["eval_loss"]
     assert after == losses[-1] == pytest.approx(min(losses[1:-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("save_only_model", True),
+        ("resume_from_checkpoint", "somewhere"),
+        ("ignore_data_skip", True),
+        ("bf16_full_eval", True),
+        ("label_smoothing_factor", 0.1),
+        ("train_sampling_strategy", "group_by_length"),
+        ("accelerator_config", {"split_batches": True}),
+        ("accelerator_config", {"gradient_accumulation_kwargs": {"num_steps": 2}}),
+    ],
+)
+def test_training_args_that_could_not_act_are_refused(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises((RecipeError, Problems)) as caught:
+        config(tmp_path, "code", training_args={name: value})
+    assert name in str(caught.value) and "stages.code" in str(caught.value)
+
+
+def test_training_args_say_the_order_of_the_data(tmp_path: Path) -> None:
+    assert config(tmp_path, "code").shuffle is True
+    for order in ({"shuffle": False}, {"train_sampling_strategy": "sequential"}):
+        made = config(tmp_path, "code", training_args=order)
+        assert (made.shuffle, made.train_sampling_strategy) == (False, "sequential")
+
+
+def test_the_configs_defaults_do_not_reach_a_recipe(tmp_path: Path) -> None:
+    made = config(tmp_path, "code")
+    assert made.gradient_checkpointing is False and made.bf16 is False
+    assert not {"learning_rate", "bf16", "gradient_checkpointing"} - made.given

@@ -104,7 +104,7 @@ CASES: dict[str, tuple[str, str, str, str, str, str]] = {
     "shuffle: no": (
         DPO, f"{DPO}    shuffle: no\n", "18 (stages.dpo.shuffle)",
         "unknown key `shuffle` in stage `dpo`", IGNORED,
-        "remove it: the order of the rows is always a function of the seed",
+        "write it under `training_args`; without it each epoch is a new permutation",
     ),
     "two documents": (
         "defaults:", "---\ndefaults:", "3", "a second document begins here",
@@ -389,7 +389,7 @@ def test_rpo_on_data_without_rewards(command: str, tried: Tried) -> None:
 def test_global_batch_size_that_does_not_divide_by_the_processes(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rpo_trainer.trainers.config import StepConfig
+    from rpo_trainer.trainers.step_config import StepConfig
 
     pairs(tried.folder)
     monkeypatch.setattr(StepConfig, "world_size", property(lambda self: 4))

@@ -55,7 +55,7 @@ BAD: dict[str, tuple[str, str, str, list[str]]] = {
         ["unknown key", "under `training_args`"],
     ),
     "name as a default": ("defaults:\n", "defaults:\n  name: x\n", ":4", ["cannot be a default"]),
-    "shuffle": (*_dpo("shuffle: no"), ":18", ["unknown key `shuffle`", "function of the seed"]),
+    "shuffle": (*_dpo("shuffle: no"), ":18", ["unknown key `shuffle`", "under `training_args`"]),
     "key twice": (*_dpo("beta: 0.2"), "chain.yaml:18 (stages.dpo.beta)", ["twice", "line 17"]),
     "quoted number": (*_beta("'0.1'"), ":17", ["must be a number, got the text '0.1'", "quotes"]),
     "number with a comma": (*_beta("0,1"), ":17", ["must be a number, got the text '0,1'"]),

@@ -184,7 +184,11 @@ def global_batches(
     """The rows of each optimizer step; which rows meet is proved in tests/test_order.py."""
     costs = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
     sampler = StepBatchSampler(
-        costs, global_batch_size=size, micro_batch_size=1, seed=seed, shuffle=shuffle
+        costs,
+        global_batch_size=size,
+        micro_batch_size=1,
+        seed=seed,
+        order="random" if shuffle else "data",
     )
     sampler.set_epoch(epoch)
     return [[rows[i] for i in batch] for batch in sampler.global_batches()]

@@ -30,7 +30,7 @@ def accelerator(kind: DistributedType, ranks: int = 2, **plugins: Any) -> Any:
 def arguments(**more: Any) -> Any:
     given = {
         "deepspeed": None, "fsdp": None, "bf16": False, "fp16": False, "mixed_precision": "no",
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 1.0, "gradient_accumulation_steps": 4,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **more})
 
@@ -43,6 +43,23 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="2 processes were launched, and accelerate has joined 1"):
         engine.check_engine(arguments(), NONE)
+
+
+@pytest.mark.parametrize(("launched", "refused"), [("1", False), ("4", False), ("8", True)])
+def test_accumulation_that_a_launcher_asks_for_is_the_configs(launched, refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", launched)
+    if not refused:
+        engine.check_engine(arguments(), NONE)
+        return
+    with pytest.raises(RecipeError, match="8 gradient accumulation steps, the run for 4") as caught:
+        engine.check_engine(arguments(), NONE)
+    assert caught.value.where == "gradient_accumulation_steps"
+
+
+def test_a_launchers_parallelism_config_is_refused():
+    parallel = SimpleNamespace(**{**vars(NONE), "parallelism_config": object()})
+    with pytest.raises(RecipeError, match="parallelism_config"):
+        engine.check_engine(arguments(), parallel)
 
 
 def test_the_trainer_checks(monkeypatch: pytest.MonkeyPatch, make_config, start, tokenizer):

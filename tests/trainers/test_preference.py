@@ -260,11 +260,15 @@ def test_rows_that_do_not_fit_themselves_are_refused(field, start, make_trainer)
 
 
 def test_another_trainers_config_is_refused(start, make_config, tokenizer):
-    with pytest.raises(RecipeError, match="RPOTrainer takes a RPOConfig, got DPOConfig"):
+    with pytest.raises(
+        RecipeError, match=r"takes a rpo_trainer\.RPOConfig, got a rpo_trainer\.DPOConfig"
+    ):
         RPOTrainer(copy.deepcopy(start), args=make_config("dpo"), processing_class=tokenizer)
     from transformers import TrainingArguments
 
-    with pytest.raises(RecipeError, match="DPOTrainer takes a DPOConfig, got TrainingArguments"):
+    with pytest.raises(
+        RecipeError, match=r"takes a rpo_trainer\.DPOConfig, got a transformers\.TrainingArguments"
+    ):
         DPOTrainer(
             copy.deepcopy(start),
             args=TrainingArguments(report_to="none", use_cpu=True),

@@ -314,3 +314,60 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(limit, make_trainer, start
     stored = load_file(best / "model.safetensors")
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
+
+
+@pytest.mark.parametrize(
+    ("file", "lacks"),
+    [
+        ("optimizer.pt", "optimizer"),
+        ("scheduler.pt", "schedule"),
+        ("rng_state.pth", "random state"),
+        ("trainer_state.json", "trainer"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_state_is_refused(file, lacks, trainer_of, tmp_path):
+    trainer_of("rpo", "whole", max_steps=2, save_steps=1).train()
+    folder = tmp_path / "whole" / "checkpoint-1"
+    (folder / checkpoint.MANIFEST).unlink()  # as other tools write them
+    (folder / file).unlink()
+    trainer = trainer_of("rpo", "whole", max_steps=2, save_steps=1)
+    with pytest.raises(RunError) as caught:
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert lacks in caught.value.what and caught.value.where == str(folder)
+    assert trainer.state.global_step == 0
+
+
+def test_a_run_cannot_resume_from_weights_alone(trainer_of, tmp_path):
+    settings = {"max_steps": 2, "save_steps": 1, "save_only_model": True}
+    trainer_of("rpo", "light", **settings).train()
+    assert not (tmp_path / "light" / "checkpoint-1" / "optimizer.pt").exists()
+    for wanted in (True, str(tmp_path / "light" / "checkpoint-1")):
+        with pytest.raises(RunError, match="save_only_model") as caught:
+            trainer_of("rpo", "light", **settings).train(resume_from_checkpoint=wanted)
+        assert "optimizer" in caught.value.what and "random state" in caught.value.what
+
+
+def test_float16_needs_its_scale(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (folder / name).touch()
+    settings: dict[str, Any] = {"own_scheduler": True, "ranks": 1}
+    checkpoint.require_state(folder, scaler=False, **settings)
+    with pytest.raises(RunError, match="scale of the float16 losses"):
+        checkpoint.require_state(folder, scaler=True, **settings)
+
+
+def test_another_number_of_processes_is_a_warning(tmp_path, caplog):
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / name).touch()
+    checkpoint.require_state(tmp_path, scaler=False, own_scheduler=True, ranks=2)
+    assert "another number of processes" in caplog.text
+
+
+def test_the_config_may_name_the_checkpoint(trainer_of, tmp_path):
+    trainer_of("rpo", "named", max_steps=2, save_steps=1).train()
+    folder = str(tmp_path / "named" / "checkpoint-1")
+    again = trainer_of("rpo", "named", max_steps=2, resume_from_checkpoint=folder)
+    again.train()
+    assert again._initial_global_step == 1

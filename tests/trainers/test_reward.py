@@ -368,5 +368,7 @@ def test_responses_that_end_with_the_pad_token(tmp_path):
 def test_another_config_is_refused(tmp_path):
     from rpo_trainer.trainers import SFTConfig
 
-    with pytest.raises(RecipeError, match="RewardTrainer takes a RewardConfig, got SFTConfig"):
+    with pytest.raises(
+        RecipeError, match=r"takes a rpo_trainer\.RewardConfig, got a rpo_trainer\.SFTConfig"
+    ):
         RewardTrainer(start(), SFTConfig(str(tmp_path)), rated_rows(0))

@@ -130,7 +130,9 @@ def test_rows_with_several_responses_are_refused(start, make_trainer):
 
 
 def test_another_trainers_config_is_refused(start, make_config, tokenizer):
-    with pytest.raises(RecipeError, match="SFTTrainer takes a SFTConfig, got DPOConfig"):
+    with pytest.raises(
+        RecipeError, match=r"takes a rpo_trainer\.SFTConfig, got a rpo_trainer\.DPOConfig"
+    ):
         SFTTrainer(copy.deepcopy(start), args=make_config("dpo"), processing_class=tokenizer)
 
 

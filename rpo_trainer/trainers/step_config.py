@@ -1,0 +1,302 @@
+"""The fields that all our trainers share, beside those of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import textwrap
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from transformers import TrainingArguments
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
+from rpo_trainer.trainers.arguments import (
+    bfloat16_by_default,
+    checkpointing_by_default,
+    lowest_is_best,
+    require_readable_accelerator_config,
+    setting_problems,
+)
+from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
+from rpo_trainer.trainers.guards import skips_allowed
+from rpo_trainer.trainers.names import instead_of
+
+C = TypeVar("C", bound=TrainingArguments)
+
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
+
+
+def described(text: str, default: Any, *, trl: str = "", reason: str = "") -> Any:
+    """A field. Where its default is another than in TRL: what TRL's is or does (`trl`), and why (`reason`).
+
+    `trl` may stay empty where the two have the same effect.
+    """
+    return field(default=default, metadata={"help": text, "trl": trl, "reason": reason})
+
+
+def config(made_of: type[C]) -> type[C]:
+    """The class, which has the help of its fields in its docstring, and answers unknown arguments."""
+    made_of.__doc__ = _with_fields(made_of)
+    made = made_of.__init__
+    known = list(inspect.signature(made).parameters)
+
+    @functools.wraps(made)
+    def init(self: C, *args: Any, **given: Any) -> None:
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise RecipeError(
+                f"there is no argument {' or '.join(unknown)}",
+                where=made_of.__name__,
+                why="it would have no effect",
+                fix="; ".join(instead_of(name, known) for name in unknown),
+            )
+        self.given = frozenset([*known[1 : len(args) + 1], *given])  # type: ignore[attr-defined]
+        made(self, *args, **given)
+
+    made_of.__init__ = init  # type: ignore[assignment, method-assign]
+    return made_of
+
+
+def _with_fields(config: type[C]) -> str:
+    """The docstring of a config and the help of its own fields: what `help()` and other tools show."""
+    foreign = {field.name: field for field in fields(TrainingArguments)}
+    lines = [
+        textwrap.fill(
+            f"{own.name} ({own.type}, {own.default!r}): {own.metadata['help']}",
+            width=100, initial_indent="    ", subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
+        for own in fields(config)
+        if foreign.get(own.name) is not own
+    ]  # fmt: skip
+    head = "Args, beside those of transformers.TrainingArguments, each with its default:"
+    return "\n".join([f"{config.__doc__}\n", head, *lines])
+
+
+@config
+@dataclass
+class StepConfig(TrainingArguments):
+    """Fields that all our trainers share."""
+
+    # What the caller has set, by name, and what the trainers do otherwise than TRL's that is no field.
+    given: ClassVar[frozenset[str]] = frozenset()
+    unlike_trl: ClassVar[tuple[str, ...]] = ()
+    checkpointing_is_default: ClassVar[bool] = False
+
+    max_length: int | None = described(
+        "Longest prompt + response, in tokens; None: no limit.", 1024
+    )
+    truncation: str = described(
+        "What becomes of longer rows: `drop` or `cut` (responses lose their end).",
+        "drop",
+        trl="cuts them",
+        reason="A response that is cut teaches the model to stop anywhere.",
+    )
+    global_batch_size: int | None = described(
+        "Examples of one optimizer step over all ranks; accumulation follows from it. None: "
+        "per_device_train_batch_size × gradient_accumulation_steps × ranks.",
+        None,
+    )
+    micro_batch_tokens: int | None = described(
+        "Tokens of one training forward, in place of per_device_train_batch_size: each global batch "
+        "is dealt into as many forwards as its lengths need. A longer example goes alone.",
+        None,
+    )
+    layout: str = described(
+        "How responses lie in a row: `shared` (each prompt once), `packed`, `padded`, or `auto`: the "
+        "first of them that agrees with the model's plain forward.",
+        "auto",
+    )
+    tile_bytes: int = described("Most memory for one tile of logits, in bytes.", DEFAULT_TILE_BYTES)
+    nonfinite: str = described(
+        "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip(n)`: leave "
+        "out such steps, up to n of them.",
+        "stop",
+    )
+    shuffle: bool | None = described(
+        "Whether each epoch is a new permutation of the examples; False: the order of the data. None: as "
+        "train_sampling_strategy says (random: True, sequential: False).",
+        None,
+    )
+    bf16: bool | None = described(  # type: ignore[assignment]
+        "bfloat16 arithmetic (autocast). None: on where fp16 is off and the device computes in bfloat16, "
+        "off on a CPU, where it saves nothing.",
+        None,
+    )
+    gradient_checkpointing: bool | None = described(
+        "Recompute activations in the backward pass. None: on where the model can and FSDP does not do it "
+        "already.",
+        None,
+        reason="On by default as in TRL, but a default must not fail with models that cannot.",
+    )
+    remove_unused_columns: bool = described(
+        "Kept off: the collator reads the columns itself.",
+        False,
+        reason="Columns are read by the collator; there is nothing to remove.",
+    )
+    logging_nan_inf_filter: bool = described(
+        "Off: a loss that is not finite stops the run.",
+        False,
+        trl="hides losses that are not finite from the log",
+        reason="A run whose loss is not finite is lost, and should say so.",
+    )
+    logging_steps: float = described("Log every so many optimizer steps.", 10)
+
+    def __post_init__(self) -> None:
+        require_readable_accelerator_config(self.accelerator_config)
+        self._set_defaults()
+        asked_accumulation = self.gradient_accumulation_steps
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        load_in_float32(self)
+        self._set_order()
+        self.check()
+        if self.micro_batch_tokens is not None:
+            if self.global_batch_size is None:
+                self.global_batch_size = self.examples_per_step()
+            elif asked_accumulation != 1:
+                raise RecipeError(
+                    f"gradient_accumulation_steps={asked_accumulation} beside micro_batch_tokens and "
+                    "global_batch_size",
+                    where=type(self).__name__,
+                    why="the number of forwards of a step follows from the lengths of its examples",
+                    fix="remove gradient_accumulation_steps",
+                )
+            # The loop of transformers counts batches: it is handed one for each optimizer step.
+            self.gradient_accumulation_steps = 1
+        elif self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
+            if asked_accumulation not in (1, self.gradient_accumulation_steps):
+                raise RecipeError(
+                    f"gradient_accumulation_steps={asked_accumulation}, and global_batch_size="
+                    f"{self.global_batch_size} takes {self.gradient_accumulation_steps}",
+                    where=type(self).__name__,
+                    why="both say how many examples an optimizer step has",
+                    fix="remove one of the two",
+                )
+
+    def check(self) -> None:
+        """Raises RecipeError naming all values that do not fit; trainers call it for changed configs."""
+        problems = list(self._problems())
+        if problems:
+            name = type(self).__name__
+            raise RecipeError(
+                "; ".join(problems),
+                where=name,
+                why="a setting that is accepted must act as it says",
+                fix=f"change them; help(rpo_trainer.{name}) says what each field takes, and "
+                "docs/training-arguments.md what becomes of those of transformers",
+            )
+
+    def _set_defaults(self) -> None:
+        """What depends on the machine, or on another field."""
+        if self.bf16 is None:
+            self.bf16 = bfloat16_by_default(self)
+        # transformers has renamed it, and warns of the old name where the new one is known.
+        new = "activation_checkpointing"
+        self.checkpointing_is_default = (  # type: ignore[misc]
+            self.gradient_checkpointing is None and getattr(self, new, None) is None
+        )
+        if self.checkpointing_is_default:
+            self.gradient_checkpointing = checkpointing_by_default(self)
+        if getattr(self, new, True) is None:
+            setattr(self, new, self.gradient_checkpointing)
+        elif hasattr(self, new):
+            self.gradient_checkpointing = getattr(self, new)
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric is not None:
+            self.greater_is_better = not lowest_is_best(metric)
+
+    def _set_order(self) -> None:
+        """`shuffle` and `train_sampling_strategy` say the same; left alone, each follows the other."""
+        if self.shuffle is None:
+            self.shuffle = self.train_sampling_strategy != "sequential"
+        elif not self.shuffle and self.train_sampling_strategy == "random":
+            self.train_sampling_strategy = "sequential"
+
+    def examples_per_step(self) -> int:
+        """Examples of one optimizer step, over all ranks."""
+        if self.micro_batch_tokens is not None and self.global_batch_size is not None:
+            return self.global_batch_size
+        micro = self.per_device_train_batch_size * self.world_size
+        return int(micro * self.gradient_accumulation_steps)
+
+    def mixed_precision_dtype(self) -> torch.dtype | None:
+        """The autocast dtype of bf16 / fp16 runs; None: the weights' own."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    def _problems(self) -> list[str]:
+        """Sentences on what does not fit."""
+        problems = list(setting_problems(self))
+        if self.shuffle and self.train_sampling_strategy == "sequential":
+            problems.append(
+                "shuffle=True and train_sampling_strategy='sequential' contradict each other: remove one"
+            )
+        if self.truncation not in ("drop", "cut"):
+            problems.append(f"truncation must be drop or cut, got {self.truncation!r}")
+        if self.layout not in ("auto", "shared", "packed", "padded"):
+            problems.append(f"layout must be auto, shared, packed or padded, got {self.layout!r}")
+        if self.max_length is not None and self.max_length < 2:
+            problems.append(f"max_length must be 2 or more, got {self.max_length}")
+        if self.micro_batch_tokens is not None:
+            for name in ("micro_batch_tokens", "global_batch_size"):
+                if (value := getattr(self, name)) is not None and value < 1:
+                    problems.append(f"{name} must be positive, got {value}")
+        problems += self._nonfinite_problems()
+        if self.tile_bytes < 1:
+            problems.append(f"tile_bytes must be positive, got {self.tile_bytes}")
+        if self.torch_compile_mode in _CUDA_GRAPHS:
+            problems.append(
+                f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of a "
+                "row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs"
+            )
+        return problems
+
+    def _refuse_noise(self, why: str) -> list[str]:
+        if self.neftune_noise_alpha is None:
+            return []
+        return [f"neftune_noise_alpha is for SFT: {why}; remove it"]
+
+    def _nonfinite_problems(self) -> list[str]:
+        try:
+            skips = skips_allowed(self.nonfinite)
+        except ValueError as error:
+            return [str(error)]
+        if skips and asks_for_deepspeed({"deepspeed": self.deepspeed}):
+            return [
+                "nonfinite: skip(n) does not work under DeepSpeed, which moves the weights within the "
+                "backward pass: write stop, or take DDP or FSDP2"
+            ]
+        if skips and self.fp16 and not self.max_grad_norm:
+            return [
+                "nonfinite: skip(n) with float16 needs max_grad_norm above 0: the loss scaler looks at "
+                "the gradient when it is clipped"
+            ]
+        return []
+
+    def _accumulation(self, batch: int) -> int:
+        where = f"{type(self).__name__}.global_batch_size"
+        return accumulation_of(batch, self.per_device_train_batch_size, self.world_size, where)
+
+
+def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
+    """Forwards of each rank in one optimizer step.
+
+    Raises:
+        RecipeError: the global batch does not divide by them.
+    """
+    micro = ranks * per_device
+    if batch < 1 or batch % micro:
+        nearest = sorted({max(micro, batch // micro * micro), (batch // micro + 1) * micro})
+        smaller = [m for m in range(per_device, 0, -1) if batch > 0 and not batch % (ranks * m)]
+        size = f"a micro-batch size of {smaller[0]}" if smaller else "another number of ranks"
+        raise RecipeError(
+            f"global_batch_size {batch} does not divide by {ranks} rank(s) × "
+            f"per_device_train_batch_size {per_device}",
+            where=where,
+            why="every micro-batch of every rank holds the same number of examples",
+            fix=f"take {' or '.join(map(str, nearest))}, or {size}",
+        )
+    return batch // micro

@@ -1,0 +1,113 @@
+"""The metric of the best checkpoint is one of the evaluation, and its better end is known before training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.trainers import RewardConfig, RewardTrainer
+from tests.models import make_model
+from tests.trainers.plain import PAIRS, make_rows, rows_of
+from tests.trainers.test_reward import REGRESSION, rated_rows
+from tests.trainers.test_reward import start as reward_model
+
+OF_TRANSFORMERS = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+EVERY_STEP = {
+    "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+    "load_best_model_at_end": True, "max_steps": 3,
+}  # fmt: skip
+
+
+def rows_for(kind: str) -> list[dict[str, Any]]:
+    return make_rows(0, (1,) * 8) if kind == "sft" else rows_of(kind, PAIRS)
+
+
+def evaluated(trainer: Any) -> set[str]:
+    return {name.removeprefix("eval_") for name in trainer.evaluate()} - OF_TRANSFORMERS
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "rpo"])
+def test_the_names_are_those_of_an_evaluation(kind, start, make_trainer):
+    rows = rows_for(kind)
+    trainer = make_trainer(kind, copy.deepcopy(start), rows, eval_rows=rows)
+    assert evaluated(trainer) - {"epoch"} == trainer.metric_names(trainer.args)
+
+
+@pytest.mark.parametrize("objective", ["regression", "bradley_terry"])
+def test_the_names_are_those_of_a_reward_models_evaluation(objective, tmp_path, tokenizer):
+    ratings = objective == "regression"
+    rows = rated_rows(0, 12) if ratings else rows_of("rpo", PAIRS)
+    args = RewardConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", **(REGRESSION if ratings else {})
+    )
+    model = reward_model() if ratings else make_model()
+    trainer = RewardTrainer(model, args, rows, rows, processing_class=tokenizer)
+    found = evaluated(trainer) - {"epoch"}
+    assert found and found <= trainer.metric_names(args)
+    assert any(name.startswith("pearson/") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sets", "near"),
+    [
+        (None, ("a", "b"), "eval_a_loss"),
+        ("loss", ("a", "b"), "eval_a_loss"),
+        ("rewards/margins", ("a", "b"), "eval_a_rewards/margins"),
+        ("eval_c_loss", ("a", "b"), "eval_a_loss"),
+        ("eval_a_rewards/margin", ("a", "b"), "eval_a_rewards/margins"),
+        ("accuracy", None, "eval_rewards/accuracies"),
+        ("rewards/target_gap", None, "eval_rewards/"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"load_best_model_at_end": False}], ids=["best", "noted"])
+def test_a_metric_that_no_evaluation_has_is_refused_before_training(
+    more, metric, sets, near, start, make_trainer
+):
+    if metric is None:
+        more = {}  # else no metric is wanted
+    rows = rows_for("dpo")
+    with pytest.raises(RecipeError) as caught:
+        make_trainer(
+            "dpo", copy.deepcopy(start), rows,
+            eval_rows=rows if sets is None else dict.fromkeys(sets, rows),
+            metric_for_best_model=metric, **(EVERY_STEP | more),
+        )  # fmt: skip
+    assert caught.value.where == "metric_for_best_model" and near in caught.value.fix
+    assert ("2 eval sets" in (caught.value.why or "")) == (sets is not None)
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_a_metric_needs_one_too(scheduler, start, make_trainer):
+    rows = rows_for("dpo")
+    settings = {"lr_scheduler_type": scheduler, "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(RecipeError, match="metric_for_best_model"):
+        make_trainer(
+            "dpo", copy.deepcopy(start), rows, eval_rows={"a": rows, "b": rows}, **settings
+        )
+    make_trainer(
+        "dpo", copy.deepcopy(start), rows, eval_rows={"a": rows, "b": rows},
+        metric_for_best_model="a_loss", **settings,
+    ).train()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [
+        ("loss/sft", min), ("eval_a_rewards/margins", max), ("b_loss/preference", min),
+        ("b_logps/chosen_falling", min),
+    ],
+)  # fmt: skip
+def test_of_losses_the_lowest_is_the_best(metric, best, start, make_trainer):
+    rows = rows_for("dpo")
+    sets = {"a": rows[:4], "b": rows[4:]} if metric != "loss/sft" else rows
+    trainer = make_trainer(
+        "dpo", copy.deepcopy(start), rows, eval_rows=sets, metric_for_best_model=metric,
+        sft_loss_weight=0.1, **EVERY_STEP,
+    )  # fmt: skip
+    trainer.train()
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    values = [line[name] for line in trainer.state.log_history if name in line]
+    assert len(values) >= 3 and trainer.state.best_metric == best(values)
