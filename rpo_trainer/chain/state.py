@@ -109,6 +109,7 @@ class ChainState:
         stages: list[dict[str, Any]],
         model: dict[str, Any],
         seed: int,
+        evaluation: Mapping[str, Any] | None = None,
         *,
         allowed: Collection[str] = (),
     ) -> None:
@@ -116,6 +117,7 @@ class ChainState:
 
         Args:
             stages: the specs of all stages as plain data, `name` among them.
+            evaluation: the recipe's `eval`, whose files may be allowed to change.
             allowed: keys of the recipe that may have changed, with all that is below them.
 
         Raises:
@@ -123,7 +125,7 @@ class ChainState:
             RunError: something that has already been computed with has changed.
         """
         for key in allowed:
-            require_key(key, stages, model)
+            require_key(key, stages, model, evaluation)
         self.allowed = tuple(allowed)
         begun = [record for record in self.stages if record["state"] != "pending"]
         if begun:
@@ -209,8 +211,8 @@ def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(
     recipe: Recipe, stages: Sequence[Stage], base_dir: Path
-) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
-    """Of a recipe what `ChainState.adopt` compares: the specs of its stages, its model, its seed.
+) -> tuple[list[dict[str, Any]], dict[str, Any], int, dict[str, Any] | None]:
+    """Of a recipe what `ChainState.adopt` takes: the specs of its stages, its model, seed and `eval`.
 
     Where the chat template is a file, a digest stands behind its name: its text is what counts.
     """
@@ -220,7 +222,8 @@ def plain(
         template = resolve_path(base_dir, recipe.model.chat_template)
         if template.is_file():
             model["chat_template"] += f" ({file_digest(template)[:12]})"
-    return specs, model, recipe.seed
+    evaluation = None if recipe.eval is None else recipe.eval.model_dump(mode="json")
+    return specs, model, recipe.seed, evaluation
 
 
 def check_run_dir(run_dir: Path) -> None:

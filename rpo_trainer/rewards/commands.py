@@ -51,17 +51,14 @@ Say = Callable[[str], None]
 
 @contextmanager
 def _processes() -> Iterator[Ranks]:
-    """Those that a launcher has started for this command, met and, at the end, parted."""
+    """Those that a launcher has started for this command."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
     from rpo_trainer import distributed
 
     distributed.start()
-    try:
-        yield distributed
-    finally:
-        distributed.end()
+    yield distributed
 
 
 @contextmanager
