@@ -216,9 +216,9 @@ def _drop_defaults(groups: list[Any]) -> None:
             function.__defaults__ = tuple(
                 None if id(value) in held else value for value in function.__defaults__
             )
-        for name, value in (function.__kwdefaults__ or {}).items():
-            if id(value) in held:
-                function.__kwdefaults__[name] = None
+        named = function.__kwdefaults__
+        if named and not held.isdisjoint(map(id, named.values())):
+            function.__kwdefaults__ = {k: None if id(v) in held else v for k, v in named.items()}
 
 
 def exit_at_once(code: int) -> NoReturn:

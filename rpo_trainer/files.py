@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,20 @@ def verify_digest(path: Path) -> str | None:
         return f"it cannot be read: {error.strerror or error}"
 
 
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a directory with those above it; the new ones, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes directories, the innermost first, up to one that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def file_digest(path: Path) -> str:
     """xxh3-128 of a file's content."""
     digest = xxhash.xxh3_128()
@@ -66,6 +82,12 @@ def file_digest(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return str(digest.hexdigest())
+
+
+def json_digest(content: Mapping[str, Any]) -> str:
+    """xxh3-128 of what JSON can write, whatever the order of its keys."""
+    plain = json.loads(json.dumps(content))  # as it will be read: keys are text
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode()))
 
 
 def tree_digest(folder: Path) -> str:

@@ -250,9 +250,7 @@ class _Chain:
         folder.mkdir(exist_ok=True)
         if record["state"] == "pending":
             # Before anything of the stage is read, so that no change in between goes unnoticed.
-            record["inputs"] = distributed.on_main(
-                lambda: self.digests.of(self.inputs.of(stage))
-            )
+            record["inputs"] = distributed.on_main(lambda: self.digests.of(self.inputs.of(stage)))
         fault = distributed.on_main(lambda: damage(self._final(stage.name)))
         try:
             if fault is not None or "steps" not in record:
