@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.foreign import reads
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
 
@@ -261,6 +262,7 @@ def describe(folder: Path, base: str, *, plain_start: bool = False) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
 
 
+@reads("the adapter", str)
 def base_of(folder: Path) -> str:
     """Directory or hub name of the model that a saved adapter belongs to.
 
@@ -279,6 +281,7 @@ def base_of(folder: Path) -> str:
     return str(local.resolve()) if local.is_dir() else str(name)
 
 
+@reads("the adapter", lambda base, folder, **_: str(folder))
 def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
     """The model with a saved adapter; its weights are float32.
 
@@ -301,6 +304,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
     return model  # type: ignore[no-any-return]
 
 
+@reads("the adapter", lambda folder, wanted: str(folder))
 def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Raises RecipeError where a saved adapter is not what a recipe says of it."""
     saved = json.loads((folder / CONFIG).read_text())

@@ -23,6 +23,7 @@ from transformers import (
 
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError
+from rpo_trainer.foreign import reads, require_files
 from rpo_trainer.sharding import loading_whole, rows_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ _CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, Attri
 _ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
 
 
+@reads("the tokenizer", lambda spec, base_dir: f"model: {spec.tokenizer or spec.name_or_path}")
 def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, with its chat template."""
     if spec.tokenizer == "characters":
@@ -69,6 +71,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     return made
 
 
+@reads("the model", lambda spec, *_, **__: f"model: {spec.name_or_path}")
 def load_model(
     spec: ModelSpec,
     base_dir: Path,
@@ -129,6 +132,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
     return AutoModelForSequenceClassification
 
 
+@reads("the model's configuration", lambda spec, *_, **__: f"model: {spec.name_or_path}")
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
     """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
@@ -197,6 +201,7 @@ def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config}
 
 
+@reads("the model", lambda folder, **_: str(folder))
 def load_weights(
     folder: Path, *, quantization: BitsAndBytesConfig | None = None, reward: bool = False
 ) -> PreTrainedModel:
@@ -222,6 +227,7 @@ def load_weights(
     return _named(model, "")
 
 
+@reads("the model's configuration", lambda folder, where, **_: where)
 def saved_config(folder: Path, where: str) -> Any:
     """The configuration of a local model; ModelError where there is none, or none that can be read."""
     if not (folder / "config.json").is_file():
@@ -231,6 +237,7 @@ def saved_config(folder: Path, where: str) -> Any:
             why=NEEDED,
             fix="give a directory with config.json and weights in safetensors",
         )
+    require_files(folder, where)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except _LOADING_ERRORS as error:
@@ -288,6 +295,8 @@ def _load(
             why=NEEDED,
             fix="give a directory with the model's files (safetensors), or a hub name",
         )
+    if local.is_dir():
+        require_files(local, f"model: {name}")
     revision = spec.revision or "main"
     known = local.exists() or _hub_answers(name, revision)
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.foreign import reads
 from rpo_trainer.loading import auto_class, check_tokens, first_line
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _INDEX = ".safetensors.index.json"
 
 
+@reads("the model's configuration", lambda config, length, where, **_: where)
 def check_context(config: Any, max_length: int, where: str, *, whose: str = "the model's") -> None:
     """Raises ModelError where `max_length` tokens are more than the model has positions for.
 
@@ -37,6 +39,7 @@ def check_context(config: Any, max_length: int, where: str, *, whose: str = "the
         )
 
 
+@reads("the model", lambda *_, where, **__: where)
 def check_unread(config: Any, folder: Path | None, *, tokens: int, reward: bool, where: str) -> int:
     """What can be seen of a model before its weights are read.
 
@@ -72,6 +75,7 @@ def check_same_vocabulary(policy: int, reference: int, where: str | None = None)
         )
 
 
+@reads("the model's tokenizer", lambda tokenizer, folder, where: where)
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> None:
     """Raises ModelError where a model's own tokenizer gives tokens other numbers than the recipe's does."""
     if not (folder / "tokenizer.json").is_file():

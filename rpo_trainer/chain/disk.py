@@ -15,6 +15,7 @@ from torch import nn
 from rpo_trainer.adapters import base_of, is_adapter, with_adapter
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.errors import ModelError, RecipeError, RunError
+from rpo_trainer.foreign import UNREADABLE, reading
 from rpo_trainer.loading import auto_class, load_config
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.report.values import size
@@ -77,17 +78,19 @@ def unread_model(
         source = by_name[source].init
     if source != "model" and is_adapter(folder := resolve_path(base_dir, source)):
         source = base_of(folder)
+    where = f"stages.{stage.name}.init"
     config = load_config(recipe.model, base_dir, None if source == "model" else source, vocabulary)
     reward = isinstance(stage, RewardStage)
-    factory: Any = auto_class(config, reward=reward, where=f"stages.{stage.name}.init")
+    with reading("the model's configuration", where):
+        factory: Any = auto_class(config, reward=reward, where=where)
     try:
         model: nn.Module = factory.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
+    except (RuntimeError, *UNREADABLE) as error:  # on `meta`: not memory, and not a device
         raise ModelError(
             f"no model can be made of its configuration: {error}",
             where="model",
             why="its fields do not fit together",
-            fix="mend them, or take a causal language model that transformers knows",
+            fix="correct them, or take a causal language model that transformers knows",
         ) from error
     if isinstance(stage, RewardStage):
         names, weights = stage.attributes, stage.reward_weights

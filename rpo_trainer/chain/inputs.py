@@ -1,9 +1,9 @@
 """The files outside a run that its stages read: which they are, and whether they are still the same.
 
-When a stage begins, the digests of its inputs are kept in its record in chain.json, and they are compared at
-every start of the run: weights, configs, tokenizers and chat templates of every directory that the recipe
-names (with the base below an adapter), data, prompts of judges, task files, engine configs. For a model of the
-hub the commit is kept.
+When a stage begins, the digests of its inputs are kept in its record in chain.json, and they are compared
+at every start of the run: weights, configs, tokenizers and chat templates of every directory that the
+recipe names (with the base below an adapter), data, prompts of judges, task files, engine configs. For a
+model of the hub the commit is kept.
 """
 
 from __future__ import annotations

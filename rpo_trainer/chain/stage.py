@@ -18,6 +18,7 @@ from rpo_trainer import adapters, four_bits
 from rpo_trainer.chain.data import StageData
 from rpo_trainer.chain.hub import check_strategy
 from rpo_trainer.errors import ModelError, Problems, RecipeError, did_you_mean
+from rpo_trainer.foreign import UNREADABLE
 from rpo_trainer.recipe import (
     DPOStage,
     ModelSpec,
@@ -131,9 +132,9 @@ def training_config(
     except RecipeError as error:
         _, _, field = (error.where or "").partition(".")
         raise error.at(f"stages.{stage.name}" + (f".{field}" if field else "")) from None
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+    except (RuntimeError, *UNREADABLE) as error:  # what a file of them holds, too
         raise RecipeError(
-            str(error),
+            str(error) or type(error).__name__,
             where=f"stages.{stage.name}",
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",

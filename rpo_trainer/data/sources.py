@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError
+from rpo_trainer.foreign import UNREADABLE
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
@@ -310,7 +311,7 @@ def _check_shards(folder: Path) -> None:
         try:
             files = [state.parent / entry["filename"] for entry in _data_files(state)]
             shards = [(file, pyarrow.ipc.open_stream(file).schema) for file in files]
-        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        except (*UNREADABLE, pyarrow.ArrowException):
             continue  # `datasets` says what is wrong with it
         for file, schema in shards[1:]:
             first, columns = shards[0]
