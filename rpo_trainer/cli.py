@@ -15,6 +15,7 @@ import click
 
 from rpo_trainer import __version__
 from rpo_trainer.errors import RPOTrainerError, RunError
+from rpo_trainer.files import refusal
 from rpo_trainer.rewards.cli import COMMANDS as REWARD_COMMANDS
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -296,4 +297,14 @@ def _exit_code(args: Sequence[str] | None) -> int:
         if _rank("LOCAL_RANK") == 0 or not error.everywhere:
             click.echo(f"error: {error}", err=True)
         return error.exit_code
+    except (OSError, RuntimeError) as error:
+        if (said := refusal(error)) is None:
+            raise
+        refused = RunError(
+            f"the file system refuses: {said}",
+            where=getattr(error, "filename", None),
+            fix="make room or give the rights, and run the same command again",
+        )
+        click.echo(f"error: {refused}", err=True)
+        return refused.exit_code
     return 0

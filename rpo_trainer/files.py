@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -13,6 +14,12 @@ from typing import Any
 
 import xxhash
 
+_REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+# Of torch, which writes archives through C++ streams.
+_NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 DIGEST_SUFFIX = ".xxh3_128"
 # A file changed this shortly before it was read may be changed again without another time.
 _TIME_STEP_NS = 2 * 10**9
@@ -59,6 +66,22 @@ def verify_digest(path: Path) -> str | None:
         return None if file_digest(path) == expected else "its content has changed"
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, a device or the like (see `kind_of_file`).
+        ValueError: not UTF-8, or more than `limit` bytes.
+    """
+    if (kind := kind_of_file(path)) is not None:
+        raise OSError(f"this is {kind}, not a file")
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ValueError(f"it is longer than {limit} bytes")
+    return raw.decode("utf-8-sig")
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -113,6 +136,28 @@ def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     digest = file_digest(path)
     steady = begun - found.st_ctime_ns > _TIME_STEP_NS
     return {"digest": digest, "stat": now} if steady else {"digest": digest}
+
+
+def refusal(error: BaseException, folder: Path | None = None) -> str | None:
+    """What the file system has said where it has refused to write or read; None: this is another error.
+
+    Args:
+        folder: of any error of the system about a path in it, too.
+    """
+    seen: BaseException | None = error
+    while seen is not None:  # an error of closing a file hides the one of writing it
+        if isinstance(seen, OSError) and seen.errno is not None:
+            named = str(seen.filename or "")
+            inside = folder is not None and named.startswith(str(folder))
+            if seen.errno in _REFUSALS or inside:
+                return os.strerror(seen.errno)
+        seen = seen.__cause__ or seen.__context__
+    # safetensors and torch pass on what the system has said as a text alone, or not at all.
+    text = str(error)
+    said = next((words for words in map(os.strerror, _REFUSALS) if words in text), None)
+    if said is None and isinstance(error, RuntimeError) and any(w in text for w in _NOT_WRITTEN):
+        said = "a file could not be written to its end"
+    return said
 
 
 def kind_of_file(path: Path) -> str | None:
