@@ -16,7 +16,6 @@ import xxhash
 
 _REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
-    errno.ENAMETOOLONG,
 )  # fmt: skip
 # Of torch, which writes archives through C++ streams.
 _NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
@@ -33,6 +32,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
 def _staged(path: Path, text: str | Iterable[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
+    staged.unlink(missing_ok=True)  # of a process that was killed
     with staged.open("w", encoding="utf-8") as file:
         file.writelines([text] if isinstance(text, str) else text)
         file.flush()
@@ -138,19 +138,13 @@ def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"digest": digest, "stat": now} if steady else {"digest": digest}
 
 
-def refusal(error: BaseException, folder: Path | None = None) -> str | None:
-    """What the file system has said where it has refused to write or read; None: this is another error.
-
-    Args:
-        folder: of any error of the system about a path in it, too.
-    """
+def refusal(error: BaseException) -> str | None:
+    """What the file system has said where it has refused to write or read; None: this is another error."""
     seen: BaseException | None = error
     while seen is not None:  # an error of closing a file hides the one of writing it
-        if isinstance(seen, OSError) and seen.errno is not None:
-            named = str(seen.filename or "")
-            inside = folder is not None and named.startswith(str(folder))
-            if seen.errno in _REFUSALS or inside:
-                return os.strerror(seen.errno)
+        known = isinstance(seen, OSError) and seen.errno is not None
+        if known and (seen.errno in _REFUSALS or seen.filename is not None):
+            return os.strerror(seen.errno)
         seen = seen.__cause__ or seen.__context__
     # safetensors and torch pass on what the system has said as a text alone, or not at all.
     text = str(error)

@@ -19,6 +19,10 @@ UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
     ImportError, AssertionError, NotImplementedError, MemoryError,
 )  # fmt: skip
+_MOST = {
+    "num_hidden_layers": 10**4, "hidden_size": 10**7, "intermediate_size": 10**8, "vocab_size": 10**8,
+    "num_attention_heads": 10**5,
+}  # fmt: skip
 _BY_NAME = ("StrictDataclassError", "SafetensorError", "PanicException")  # no class that is public
 
 
@@ -84,6 +88,21 @@ def require_files(folder: Path, where: str) -> None:
             why="reading it could wait forever",
             fix="put a file in its place, or remove it",
         )
+
+
+def require_sizes(config: Any, where: str) -> Any:
+    """The configuration; ModelError where making its model would never end, or take all memory."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, most in _MOST.items():
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value > most:
+                raise ModelError(
+                    f"{name} is {value}",
+                    where=where,
+                    why=f"no model has more than {most}",
+                    fix="correct the model's configuration",
+                )
+    return config
 
 
 def _first_line(error: BaseException) -> Any:

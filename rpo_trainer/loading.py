@@ -23,7 +23,7 @@ from transformers import (
 
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError
-from rpo_trainer.foreign import reads, require_files
+from rpo_trainer.foreign import reads, require_files, require_sizes
 from rpo_trainer.sharding import loading_whole, rows_of
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     if template is not None and (path := base_dir / Path(template).expanduser()).is_file():
         template = str(path)
     made = set_chat_template(tokenizer, template)
+    made("a")  # what its settings do not let it do is noticed here
     if made.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end token",
@@ -141,7 +142,8 @@ def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary:
     if source is not None:
         name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
     assert name is not None  # the schema
-    return _load(AutoConfig, name, base_dir, spec, what="model's configuration")
+    config = _load(AutoConfig, name, base_dir, spec, what="model's configuration")
+    return require_sizes(config, f"model: {name}")
 
 
 def _configuration(settings: dict[str, Any]) -> Any:
@@ -168,7 +170,7 @@ def _configuration(settings: dict[str, Any]) -> Any:
             why="it would be ignored",
             fix=f"did you mean `{near[0]}`?" if near else "remove it",
         )
-    return config
+    return require_sizes(config, where)
 
 
 def _random_model(settings: dict[str, Any], seed: int) -> Any:
@@ -239,7 +241,7 @@ def saved_config(folder: Path, where: str) -> Any:
         )
     require_files(folder, where)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return require_sizes(AutoConfig.from_pretrained(folder, local_files_only=True), where)
     except _LOADING_ERRORS as error:
         raise _not_loaded("model", error, where) from error
 

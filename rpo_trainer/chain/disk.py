@@ -167,7 +167,7 @@ def _state(model: nn.Module, stage: Stage) -> int:
 
 def raise_if_refused(error: Exception, run_dir: Path) -> None:
     """RunError where an error of a run is what the file system has refused: a full disk, no rights."""
-    said = refusal(error, run_dir)
+    said = refusal(error)
     if said is not None:
         raise RunError(
             f"the file system refuses: {said}",

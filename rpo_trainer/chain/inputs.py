@@ -17,6 +17,7 @@ from typing import Any, Literal
 from rpo_trainer.adapters import base_of, is_adapter
 from rpo_trainer.chain.changes import covers, ways_out
 from rpo_trainer.chain.hub import hub_commit
+from rpo_trainer.chain.stage import FILE_ARGUMENTS
 from rpo_trainer.chain.state import ChainState
 from rpo_trainer.errors import RunError
 from rpo_trainer.files import known_digest
@@ -40,7 +41,6 @@ _OF_MODELS = (".json", ".jinja", ".model", ".tiktoken", ".py", *_WEIGHTS)
 _TEXTS = ("merges.txt", "vocab.txt")
 _NOT_READ = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json")
 _TEMPLATES = "additional_chat_templates"
-_FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
 _SHOWN = 6
 _READERS = 4
 
@@ -98,7 +98,7 @@ class Inputs:
         if isinstance(stage, PreferenceStage):
             yield from self._weights(f"{own}.reference", stage.reference)
         yield from self._data(f"{own}.data", stage.data)
-        for name in _FILE_ARGUMENTS:
+        for name in FILE_ARGUMENTS:
             if isinstance(value := stage.training_args.get(name), str):
                 yield Input(f"{own}.training_args.{name}", value, Path(value).expanduser())
         spec = stage.eval or self.recipe.eval

@@ -313,7 +313,10 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
             "the previous process of %s (%s) died; taking over its lock", run_dir, _holder(holder)
         )
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            write_whole(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        except OSError as error:
+            raise _unusable("written", error, run_dir) from error
         yield
     finally:
         with suppress(OSError):

@@ -28,8 +28,8 @@ from rpo_trainer.rewards.rowfile import (
     Ranks,
     complete,
     content_key,
+    partials,
     read_rows,
-    unfinished,
     write_rows,
 )
 
@@ -106,7 +106,7 @@ def _finished(out: Path, key: str) -> bool:
     Raises:
         RunError: another file is there.
     """
-    if not out.exists() or unfinished(out).exists():  # the latter is removed last of all
+    if not out.exists() or partials(out):  # the latter are removed last of all
         return False
     report = out.with_name(out.name + REPORT)
     try:

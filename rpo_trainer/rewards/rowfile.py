@@ -198,7 +198,7 @@ def complete(
         write_rows(path, rows, with_digest=with_digest)
         if then is not None:
             then(rows)
-        for partial in _partials(path):
+        for partial in partials(path):
             partial.unlink()
 
     ranks.on_main(finish)
@@ -238,8 +238,8 @@ def unfinished(path: Path, rank: int = 0) -> Path:
     return path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
 
 
-def _partials(path: Path) -> list[Path]:
-    """Those of all processes, the first's last: while it is there, the work is not finished."""
+def partials(path: Path) -> list[Path]:
+    """The partial files of all processes: while there is one, the work is not finished."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.partial*"), reverse=True)
 
 
@@ -321,7 +321,7 @@ class _Failures:
 
 def _read_partials(path: Path, key: str, total: int) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
-    for partial in _partials(path):
+    for partial in partials(path):
         header, results, _ = _read_partial(partial)
         if header is None or header.get("key") != key:
             if not results:
@@ -336,17 +336,24 @@ def _read_partials(path: Path, key: str, total: int) -> dict[int, dict[str, Any]
     return found
 
 
-def _line(value: Any) -> bytes:
-    """A line of a partial file: the digest of the JSON text, a space, the text."""
-    text = json.dumps(value, ensure_ascii=False).encode()
-    return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
+def _line(value: dict[str, Any] | list[Any]) -> bytes:
+    """A line of a partial file: the header or a result, with the digest of its content."""
+    mark = content_key(value)
+    marked = {**value, "digest": mark} if isinstance(value, dict) else [*value, mark]
+    return json.dumps(marked, ensure_ascii=False).encode() + b"\n"
 
 
 def _read_line(line: bytes) -> Any:
     """What a line says; None where it is cut or damaged."""
-    digest, _, text = line.removesuffix(b"\n").partition(b" ")
-    intact = line.endswith(b"\n") and digest == xxhash.xxh3_64_hexdigest(text).encode()
-    return json.loads(text) if intact else None
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        value = json.loads(line)
+        mark = value.pop("digest" if isinstance(value, dict) else -1)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return None
+    whole = isinstance(value, dict) or len(value) == 2
+    return value if whole and mark == content_key(value) else None
 
 
 def _read_partial(path: Path) -> tuple[dict[str, Any] | None, list[tuple[int, Any]], int]:
