@@ -142,9 +142,10 @@ def refusal(error: BaseException) -> str | None:
     """What the file system has said where it has refused to write or read; None: this is another error."""
     seen: BaseException | None = error
     while seen is not None:  # an error of closing a file hides the one of writing it
-        known = isinstance(seen, OSError) and seen.errno is not None
-        if known and (seen.errno in _REFUSALS or seen.filename is not None):
-            return os.strerror(seen.errno)
+        number = seen.errno if isinstance(seen, OSError) else None
+        named = isinstance(seen, OSError) and seen.filename is not None
+        if number is not None and (number in _REFUSALS or named):
+            return os.strerror(number)
         seen = seen.__cause__ or seen.__context__
     # safetensors and torch pass on what the system has said as a text alone, or not at all.
     text = str(error)
