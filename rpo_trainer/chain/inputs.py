@@ -8,6 +8,7 @@ model of the hub the commit is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -294,7 +295,7 @@ def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run
             "inputs have changed since this run computed with them:\n    " + "\n    ".join(lines),
             where=str(run_dir),
             why="what is computed now would not fit what is there",
-            fix=ways_out("restore them", list(refused)),
+            fix=ways_out("restore them", list(dict.fromkeys(map(_short, refused)))),
         )
     for (key, name), (old, new) in allowed.items():
         state.note(f"{key}: {name}", old, new)
@@ -331,6 +332,11 @@ def _joined(before: Entry, now: Entry) -> Entry:
 def _may_change(state: ChainState, stage: Stage, key: str) -> bool:
     own_data = key.startswith(f"stages.{stage.name}.data.")
     return covers(state.allowed, key) or (own_data and state.allows_other_data(stage.name))
+
+
+def _short(key: str) -> str:
+    """The key to allow: of one source among several, that of all of them."""
+    return re.sub(r"(\.train|\.eval)?\.\d+$", "", key)
 
 
 def _listed(names: list[str]) -> str:
