@@ -303,6 +303,7 @@ def _exit_code(args: Sequence[str] | None) -> int:
         refused = RunError(
             f"the file system refuses: {said}",
             where=getattr(error, "filename", None),
+            why="what the command was to read or write is there",
             fix="make room or give the rights, and run the same command again",
         )
         click.echo(f"error: {refused}", err=True)

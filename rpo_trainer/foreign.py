@@ -79,6 +79,7 @@ def require_files(folder: Path, where: str) -> None:
         raise ModelError(
             f"the directory cannot be read: {error.strerror or error}",
             where=where,
+            why="the model's files are there",
             fix="check the path and its permissions",
         ) from error
     for path, kind in found:

@@ -249,12 +249,9 @@ def test_what_the_file_system_refuses(error: Exception, said: str | None) -> Non
 
 
 def test_a_full_disk_that_another_error_hides() -> None:
-    with pytest.raises(RuntimeError) as error:
-        try:
-            raise OSError(errno.ENOSPC, "x")
-        finally:
-            raise RuntimeError("unexpected pos 64 vs 0")
-    assert refusal(error.value) == "No space left on device"
+    error = RuntimeError("unexpected pos 64 vs 0")
+    error.__context__ = OSError(errno.ENOSPC, "x")
+    assert refusal(error) == "No space left on device"
 
 
 # --- numbers ---

@@ -221,6 +221,7 @@ class Digests:
             raise RunError(
                 f"an input cannot be read: {error.strerror or error}",
                 where=f"{one.key}: {error.filename or path}",
+                why="whether it has changed could not be seen at the next start",
                 fix="check the file and its permissions",
             ) from error
         return {"files": dict(zip(names, files, strict=True))} if names else {}

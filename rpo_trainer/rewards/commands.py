@@ -90,6 +90,7 @@ def _locked(out: Path) -> Iterator[None]:
         raise RunError(
             f"the output cannot be written: {error.strerror or error}",
             where=str(out),
+            why="the rows could not be kept",
             fix="name another output with -o, or check the path and its permissions",
         ) from error
     try:

@@ -222,7 +222,7 @@ def test_resume_with_other_data(again: Path, straight: Path) -> None:
     go_on(allow_changed=["stages.rpo.data"])
     changes = json.loads((again / "run" / CHAIN_FILE).read_text())["changes"]
     assert [change["key"] for change in changes] == [
-        "stages.rpo.data: pairs.jsonl", "stages.rpo.data: examples",
+        "stages.rpo.data.train.0: pairs.jsonl", "stages.rpo.data: examples",
     ]  # fmt: skip
     assert tiny.weights(again / "run") != tiny.weights(straight)
     before = tiny.content(again / "run")
