@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.foreign import reads
 from rpo_trainer.pretrained import ADAPTER_CONFIG, stored_tensors
 from rpo_trainer.sharding import has_shards
 
@@ -43,6 +44,7 @@ def describe(folder: Path, base: str, *, way: str | None = None, plain_start: bo
     (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
 
 
+@reads("the adapter", str)
 def base_of(folder: Path) -> str:
     """Directory or hub name of the model that a saved adapter belongs to.
 
@@ -127,6 +129,7 @@ def require_complete(model: Any, folder: Path) -> None:
     )
 
 
+@reads("the adapter", lambda folder, wanted: str(folder))
 def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Raises RecipeError where a saved adapter is not what a recipe says of it."""
     saved = json.loads((folder / CONFIG).read_text())

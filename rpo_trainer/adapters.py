@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rpo_trainer.adapter_files import require_complete, require_weights
 from rpo_trainer.adapter_parts import with_new_parts
 from rpo_trainer.errors import ModelError
+from rpo_trainer.foreign import reads
 from rpo_trainer.outputs import read_generation
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
@@ -241,6 +242,7 @@ def _require_same(model: nn.Module, expected: Tensor | None, *, what: str, fix: 
 # --- on disk ---
 
 
+@reads("the adapter", lambda base, folder, **_: str(folder))
 def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
     """The model with a saved adapter; its weights are float32.
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import click
 
 from rpo_trainer import __version__
 from rpo_trainer.errors import RPOTrainerError, RunError
+from rpo_trainer.files import refusal
 from rpo_trainer.rewards.cli import COMMANDS as REWARD_COMMANDS
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -267,15 +269,43 @@ def _show_messages(verbose: bool) -> None:
 def main(args: Sequence[str] | None = None) -> Any:
     """Entry point; a user's mistake ends with its message and exit code, without a traceback."""
     try:
+        code = _exit_code(args)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        traceback.print_exc()  # here: what it refers to would keep the process group alive
+        code = 1
+    if "torch.distributed" in sys.modules:
+        from rpo_trainer import distributed
+
+        if not distributed.end():
+            distributed.exit_at_once(code)
+    sys.exit(code)
+
+
+def _exit_code(args: Sequence[str] | None) -> int:
+    """Runs a command, shows the message that it ends with, and returns the exit code."""
+    try:
         cli(args=list(args) if args is not None else None, standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
-        sys.exit(130)
+        return 130
     except RPOTrainerError as error:
         if _rank("LOCAL_RANK") == 0 or not error.everywhere:
             click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    sys.exit(0)
+        return error.exit_code
+    except (OSError, RuntimeError) as error:
+        if (said := refusal(error)) is None:
+            raise
+        refused = RunError(
+            f"the file system refuses: {said}",
+            where=getattr(error, "filename", None),
+            why="what the command was to read or write is there",
+            fix="make room or give the rights, and run the same command again",
+        )
+        click.echo(f"error: {refused}", err=True)
+        return refused.exit_code
+    return 0

@@ -6,12 +6,18 @@ here does nothing special in a single process.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import itertools
 import os
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from types import FunctionType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -26,6 +32,7 @@ T = TypeVar("T")
 # The ranks wait this long for one that writes a large model, say; a dead one is noticed by the launcher.
 _TIMEOUT = timedelta(hours=2)
 _PATIENCE = timedelta(days=30)  # where they wait beside the exchanges, on the store they met at
+_END_SECONDS = 30.0
 _waits = itertools.count()
 
 
@@ -161,7 +168,63 @@ def greatest(value: int) -> int:
     return int(found.item())
 
 
-def end() -> None:
-    """Takes leave of the other processes."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def end(seconds: float = _END_SECONDS) -> bool:
+    """Leaves the process group, for good: it cannot be joined again in this process.
+
+    The threads of a process group (gloo's, NCCL's watchdog) end with its last reference. One that is still
+    running while Python shuts down is ended inside C++ code when it next asks for the interpreter lock, and
+    that aborts the process (exit code -6, "terminate called without an active exception").
+
+    Args:
+        seconds: limit for a group that cannot be left, such as with a process that hangs.
+
+    Returns:
+        Whether nothing is left of the group. If False, `exit_at_once` ends the process safely.
+    """
+    if not torch.distributed.is_initialized():
+        return True
+    known = list(torch.distributed.distributed_c10d._world.pg_map)
+    _drop_defaults(known)
+    groups = [weakref.ref(group) for group in known]
+    del known
+    failed: list[BaseException] = []
+
+    def leave() -> None:
+        try:
+            torch.distributed.destroy_process_group()
+        except RuntimeError as error:  # another process has died
+            failed.append(error)
+
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(seconds)
+    gc.collect()
+    return not (leaving.is_alive() or failed or any(group() is not None for group in groups))
+
+
+def _drop_defaults(groups: list[Any]) -> None:
+    """Takes process groups out of the default arguments of functions.
+
+    Modules of torch and DeepSpeed write `group=group.WORLD`. Imported while there is a group, as DDP imports
+    one of them, they hold it until Python shuts down.
+    """
+    held = set(map(id, groups))
+    for function in gc.get_objects():
+        if not isinstance(function, FunctionType):
+            continue
+        if function.__defaults__ and not held.isdisjoint(map(id, function.__defaults__)):
+            function.__defaults__ = tuple(
+                None if id(value) in held else value for value in function.__defaults__
+            )
+        named = function.__kwdefaults__
+        if named and not held.isdisjoint(map(id, named.values())):
+            function.__kwdefaults__ = {k: None if id(v) in held else v for k, v in named.items()}
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Ends the process with what is registered for its end, without Python's own shutdown after it."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(code)

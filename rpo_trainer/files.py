@@ -2,22 +2,100 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-from collections.abc import Iterable
+import stat
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import xxhash
+
+_REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+)  # fmt: skip
+# Of torch, which writes archives through C++ streams.
+_NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+DIGEST_SUFFIX = ".xxh3_128"
+# A file changed this shortly before it was read may be changed again without another time.
+_TIME_STEP_NS = 2 * 10**9
 
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:
     """Writes a text, or its pieces, whole or not at all; it is on disk when this returns."""
+    os.replace(_staged(path, text), path)
+
+
+def _staged(path: Path, text: str | Iterable[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
+    staged.unlink(missing_ok=True)  # of a process that was killed
     with staged.open("w", encoding="utf-8") as file:
         file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
+    return staged
+
+
+def write_with_digest(path: Path, text: str | Iterable[str]) -> None:
+    """`write_whole`, with the digest of the content in a file beside it (`digest_path`).
+
+    The digest is written first: a file without one was not written to its end.
+    """
+    staged = _staged(path, text)
+    write_whole(digest_path(path), file_digest(staged) + "\n")
     os.replace(staged, path)
+
+
+def digest_path(path: Path) -> Path:
+    """Where the digest of a file of `write_with_digest` is kept."""
+    return path.with_name(path.name + DIGEST_SUFFIX)
+
+
+def verify_digest(path: Path) -> str | None:
+    """What is wrong with a file of `write_with_digest`; None: its content is as it was written."""
+    kept = digest_path(path)
+    try:
+        expected = kept.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        return f"{kept.name} cannot be read: {error.strerror or error}"
+    try:
+        return None if file_digest(path) == expected else "its content has changed"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, a device or the like (see `kind_of_file`).
+        ValueError: not UTF-8, or more than `limit` bytes.
+    """
+    if (kind := kind_of_file(path)) is not None:
+        raise OSError(f"this is {kind}, not a file")
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ValueError(f"it is longer than {limit} bytes")
+    return raw.decode("utf-8-sig")
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a directory with those above it; the new ones, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes directories, the innermost first, up to one that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def file_digest(path: Path) -> str:
@@ -29,9 +107,65 @@ def file_digest(path: Path) -> str:
     return str(digest.hexdigest())
 
 
+def json_digest(content: Mapping[str, Any]) -> str:
+    """xxh3-128 of what JSON can write, whatever the order of its keys."""
+    plain = json.loads(json.dumps(content))  # as it will be read: keys are text
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode()))
+
+
 def tree_digest(folder: Path) -> str:
     """xxh3-128 of the names and contents of all files below a directory."""
     digest = xxhash.xxh3_128()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
     return str(digest.hexdigest())
+
+
+def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The digest of a file as `digest`, and as `stat` what tells that the file is still the same.
+
+    `known`, an earlier result, is returned where nothing has been written to the file since: size, inode
+    and both times are the same. A program can set the time of the last write, but not that of the last
+    change (ctime), so other content of the same size and time is noticed. All others are read.
+    """
+    found = path.stat()
+    now = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    if known is not None and known.get("stat") == now:
+        return dict(known)
+    begun = time.time_ns()
+    digest = file_digest(path)
+    steady = begun - found.st_ctime_ns > _TIME_STEP_NS
+    return {"digest": digest, "stat": now} if steady else {"digest": digest}
+
+
+def refusal(error: BaseException) -> str | None:
+    """What the file system has said where it has refused to write or read; None: this is another error."""
+    seen: BaseException | None = error
+    while seen is not None:  # an error of closing a file hides the one of writing it
+        number = seen.errno if isinstance(seen, OSError) else None
+        named = isinstance(seen, OSError) and seen.filename is not None
+        if number is not None and (number in _REFUSALS or named):
+            return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    # safetensors and torch pass on what the system has said as a text alone, or not at all.
+    text = str(error)
+    said = next((words for words in map(os.strerror, _REFUSALS) if words in text), None)
+    if said is None and isinstance(error, RuntimeError) and any(w in text for w in _NOT_WRITTEN):
+        said = "a file could not be written to its end"
+    return said
+
+
+def kind_of_file(path: Path) -> str | None:
+    """What a path is where it is not a file or a directory, such as `a pipe`; None: one of these, or absent.
+
+    Opening a pipe waits for a writer, and a device may never end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    kinds = {
+        stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode))

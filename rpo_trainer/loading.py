@@ -23,6 +23,7 @@ from transformers import (
 
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError
+from rpo_trainer.foreign import reads, require_files, require_sizes
 from rpo_trainer.pretrained import (
     ADAPTER_CONFIG,
     LOADING_ERRORS,
@@ -44,6 +45,7 @@ _CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, Attri
 _ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
 
 
+@reads("the tokenizer", lambda spec, base_dir: f"model: {spec.tokenizer or spec.name_or_path}")
 def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, with its chat template."""
     if spec.tokenizer == "characters":
@@ -64,6 +66,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     if template is not None and (path := base_dir / Path(template).expanduser()).is_file():
         template = str(path)
     made = set_chat_template(tokenizer, template)
+    made("a")  # what its settings do not let it do is noticed here
     if made.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end token",
@@ -74,6 +77,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     return made
 
 
+@reads("the model", lambda spec, *_, **__: f"model: {spec.name_or_path}")
 def load_model(
     spec: ModelSpec,
     base_dir: Path,
@@ -135,6 +139,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
     return AutoModelForSequenceClassification
 
 
+@reads("the model's configuration", lambda spec, *_, **__: f"model: {spec.name_or_path}")
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
     """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
@@ -143,7 +148,8 @@ def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary:
     if source is not None:
         name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
     assert name is not None  # the schema
-    return _load(AutoConfig, name, base_dir, spec, what="model's configuration")
+    config = _load(AutoConfig, name, base_dir, spec, what="model's configuration")
+    return require_sizes(config, f"model: {name}")
 
 
 def _configuration(settings: dict[str, Any]) -> Any:
@@ -170,7 +176,7 @@ def _configuration(settings: dict[str, Any]) -> Any:
             why="it would be ignored",
             fix=f"did you mean `{near[0]}`?" if near else "remove it",
         )
-    return config
+    return require_sizes(config, where)
 
 
 def _random_model(settings: dict[str, Any], seed: int) -> Any:
@@ -203,6 +209,7 @@ def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config}
 
 
+@reads("the model", lambda folder, **_: str(folder))
 def load_weights(
     folder: Path,
     *,
@@ -284,6 +291,7 @@ def _refuse_kernel(config: Any, where: str) -> None:
         )
 
 
+@reads("the model's configuration", lambda folder, where, **_: where)
 def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a local model; ModelError where there is none, or none that can be read."""
     if not (folder / "config.json").is_file():
@@ -293,6 +301,7 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
             why=NEEDED,
             fix="give a directory with config.json and weights in safetensors",
         )
+    require_files(folder, where)
     try:
         config = load_pretrained(
             AutoConfig, folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -301,7 +310,7 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
         raise _not_loaded("model", error, where) from error
     if not trust_remote_code:
         _refuse_kernel(config, where)
-    return config
+    return require_sizes(config, where)
 
 
 def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
@@ -356,6 +365,8 @@ def _load(
             why=NEEDED,
             fix="give a directory with the model's files (safetensors), or a hub name",
         )
+    if local.is_dir():
+        require_files(local, f"model: {name}")
     revision = spec.revision or "main"
     known = local.exists() or _hub_answers(name, revision)
     load = load_complete if what == "model" else load_pretrained

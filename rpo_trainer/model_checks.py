@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.foreign import reads
 from rpo_trainer.loading import auto_class, check_tokens, first_line, saved_config
 from rpo_trainer.outputs import check_savable, read_generation, repair_generation, warn_repaired
 from rpo_trainer.pretrained import check_stored
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _INDEX = ".safetensors.index.json"
 
 
+@reads("the model's configuration", lambda config, length, where, **_: where)
 def check_context(config: Any, max_length: int, where: str, *, whose: str = "the model's") -> None:
     """Raises ModelError where `max_length` tokens are more than the model has positions for.
 
@@ -46,6 +48,7 @@ def positions_of(config: Any) -> int | None:
     return limit
 
 
+@reads("the model", lambda *_, where, **__: where)
 def check_unread(
     config: Any,
     folder: Path | None,
@@ -120,6 +123,7 @@ def check_same_vocabulary(policy: int, reference: int, where: str | None = None)
         )
 
 
+@reads("the model's tokenizer", lambda tokenizer, folder, where: where)
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> None:
     """Raises ModelError where a model's own tokenizer gives tokens other numbers than the recipe's does."""
     if not (folder / "tokenizer.json").is_file():

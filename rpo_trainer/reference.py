@@ -95,6 +95,15 @@ def response_key(
     return int(low), int(high)
 
 
+def _digest(keys: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> int:
+    """Of the content of a part, with the shapes and dtypes that its header gives."""
+    digest = xxhash.xxh3_64()
+    for array in (keys, values):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return int(digest.intdigest() % 2**63)
+
+
 class ReferenceCache:
     """Values by key in one folder. A part that cannot be read is left out, loudly, and computed again."""
 
@@ -108,10 +117,9 @@ class ReferenceCache:
         try:
             tensors = load_file(part)
             keys, values = tensors["keys"], tensors["values"]
-            digest = xxhash.xxh3_64_intdigest(keys.tobytes() + values.tobytes())
-            if int(tensors["digest"][0]) != digest % 2**63:
+            if int(tensors["digest"][0]) != _digest(keys, values):
                 raise ValueError("its content does not match its checksum")
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
             logger.warning("%s is damaged (%s): its values are computed again", part, error)
             part.unlink(missing_ok=True)
             return
@@ -126,11 +134,10 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         keys = np.array(list(new), dtype=np.int64)
         values = np.array(list(new.values()), dtype=np.float32)
-        digest = xxhash.xxh3_64_intdigest(keys.tobytes() + values.tobytes()) % 2**63
         tensors: dict[str, Any] = {
             "keys": keys,
             "values": values,
-            "digest": np.array([digest], dtype=np.int64),
+            "digest": np.array([_digest(keys, values)], dtype=np.int64),
         }
         handle, staged = tempfile.mkstemp(dir=self.folder, prefix=".part-")
         os.close(handle)

@@ -100,13 +100,22 @@ def is_fixed(key: str, stage: str | None = None) -> bool:
     return key.removeprefix(f"stages.{stage}.").split(".")[0] in _FIXED_FIELDS
 
 
-def require_key(key: str, stages: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> None:
+def require_key(
+    key: str,
+    stages: Sequence[Mapping[str, Any]],
+    model: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+) -> None:
     """Raises RecipeError where `--allow-changed KEY` names nothing that could have changed."""
     for spec in stages:
         own = f"stages.{spec['name']}"
         if key == own or (key.startswith(f"{own}.") and _leads(spec, key[len(own) + 1 :])):
             return
     if key in ("seed", "model") or (key.startswith("model.") and _leads(model, key[6:])):
+        return
+    if evaluation is not None and (
+        key == "eval" or (key.startswith("eval.") and _leads(evaluation, key[5:]))
+    ):
         return
     raise RecipeError(
         f"the recipe has no key `{key}`",

@@ -27,6 +27,7 @@ from rpo_trainer.chain.data import (
 )
 from rpo_trainer.chain.disk import check_disk
 from rpo_trainer.chain.harness import check_tasks
+from rpo_trainer.chain.inputs import Inputs, check_inputs
 from rpo_trainer.chain.made import load_given, load_prompts, prompt_ids, sampling
 from rpo_trainer.chain.places import each, locate, name_part
 from rpo_trainer.chain.stage import check_warmup, lora_config, steps_of, training_config
@@ -178,7 +179,10 @@ class _Check:
         with self._collected():
             check_run_dir(self.run_dir)
             if self.run_dir.is_dir():
-                ChainState(self.run_dir).adopt(*plain(self.recipe, self.stages, self.base_dir))
+                state = ChainState(self.run_dir)
+                state.adopt(*plain(self.recipe, self.stages, self.base_dir))
+                inputs = Inputs(self.recipe, self.stages, self.base_dir)
+                check_inputs(self.stages, state, inputs, self.run_dir)
 
     def _dropout(self, stage: Stage) -> None:
         if self.config is None or not isinstance(stage, PreferenceStage):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +14,13 @@ from rpo_trainer.adapter_files import base_of, is_adapter
 from rpo_trainer.adapters import with_adapter
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.errors import ModelError, RecipeError, RunError
+from rpo_trainer.files import refusal
+from rpo_trainer.foreign import UNREADABLE, reading
 from rpo_trainer.loading import auto_class, load_config
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.report.values import size
 from rpo_trainer.reward_model import as_reward_model
 
-_REFUSALS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
-)  # fmt: skip
-_TORCH_CUT = "PytorchStreamWriter failed"
 SAVING = "saving"  # the part that is there only while a checkpoint is written
 _CELL = 60  # bytes of one reference log-prob in the cache, its key and file overhead included
 
@@ -78,19 +74,21 @@ def unread_model(
         source = by_name[source].init
     if source != "model" and is_adapter(folder := resolve_path(base_dir, source)):
         source = base_of(folder)
+    where = f"stages.{stage.name}.init"
     config = load_config(recipe.model, base_dir, None if source == "model" else source, vocabulary)
     reward = isinstance(stage, RewardStage)
-    factory: Any = auto_class(config, reward=reward, where=f"stages.{stage.name}.init")
+    with reading("the model's configuration", where):
+        factory: Any = auto_class(config, reward=reward, where=where)
     try:
         model: nn.Module = factory.from_config(
             config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
         )
-    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
+    except (RuntimeError, *UNREADABLE) as error:  # on `meta`: not memory, and not a device
         raise ModelError(
             f"no model can be made of its configuration: {error}",
             where="model",
             why="its fields do not fit together",
-            fix="mend them, or take a causal language model that transformers knows",
+            fix="correct them, or take a causal language model that transformers knows",
         ) from error
     if isinstance(stage, RewardStage):
         names, weights = stage.attributes, stage.reward_weights
@@ -172,25 +170,14 @@ def _state(model: nn.Module, stage: Stage) -> int:
 
 def raise_if_refused(error: Exception, run_dir: Path) -> None:
     """RunError where an error of a run is what the file system has refused: a full disk, no rights."""
-    said = _refusal(error)
+    said = refusal(error)
     if said is not None:
         raise RunError(
             f"the file system refuses: {said}",
             where=str(getattr(error, "filename", None) or run_dir),
             why="what was written to its end is kept: finished stages, and complete checkpoints",
-            fix="make room or give the rights, and run the same command again: it goes on from there",
+            fix="make room or give the rights, and run the same command again: it resumes from there",
         ) from error
-
-
-def _refusal(error: Exception) -> str | None:
-    if isinstance(error, OSError) and error.errno in _REFUSALS:
-        return str(error.strerror)
-    # safetensors and torch hand on what the system has said as a text alone.
-    words = [os.strerror(number) for number in _REFUSALS]
-    said = next((text for text in words if text in str(error)), None)
-    if said is None and _TORCH_CUT in str(error):
-        said = "a file could not be written to its end"
-    return said
 
 
 def existing(path: Path) -> Path:

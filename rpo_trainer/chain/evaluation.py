@@ -21,12 +21,12 @@ from rpo_trainer import distributed, evaluate
 from rpo_trainer.chain.data import at_most, evaluation_prompts
 from rpo_trainer.chain.harness import run_tasks
 from rpo_trainer.data import Audit, load_rows, tokenize_rows
-from rpo_trainer.files import write_whole
+from rpo_trainer.files import write_with_digest
 from rpo_trainer.probe import probe
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.reference import ReferenceCache, reference_logps, response_key
 from rpo_trainer.rewards.judge import bias_lines, biases
-from rpo_trainer.rewards.rowfile import complete_rows, content_key, is_sound, read_rows
+from rpo_trainer.rewards.rowfile import complete_rows, content_key, is_intact, read_rows
 from rpo_trainer.rewards.sampling import sampling_settings
 from rpo_trainer.sharding import loading_whole
 from rpo_trainer.step import uninstall
@@ -181,7 +181,7 @@ class Evaluation:
         """Some answers, for people to read."""
         if samples and distributed.is_main():
             text = "".join(json.dumps(sample) + "\n" for sample in samples)
-            write_whole(self.run_dir / stage.name / f"{name}.jsonl", text)
+            write_with_digest(self.run_dir / stage.name / f"{name}.jsonl", text)
 
     def _answers(self, source: str, rows: list[Row], spec: EvalSpec) -> list[dict[str, Any]]:
         """What a policy says to the prompts, of which the responses are kept."""
@@ -190,7 +190,7 @@ class Evaluation:
         settings = [sampling_settings(spec.generate), spec.greedy, seed]
         key = content_key("answers", self.weights(source), rows, settings)
         path = self.run_dir / FOLDER / f"responses-{key}.jsonl"
-        if distributed.on_main(lambda: is_sound(path, len(rows))):
+        if distributed.on_main(lambda: is_intact(path)):
             return read_rows(path)
         answers = evaluate.respond(
             self._policy(source), self.tokenizer, rows, generate=spec.generate, greedy=spec.greedy,
@@ -198,18 +198,19 @@ class Evaluation:
             gather=distributed.merge,
         )  # fmt: skip
         text = "".join(json.dumps(answer) + "\n" for answer in answers)
-        distributed.on_main(lambda: write_whole(path, text))
+        distributed.on_main(lambda: write_with_digest(path, text))
         return answers
 
     def _rewarded(self, rows: list[Row], scorer: Scorer, label: str) -> list[Row]:
         """The rows with `rewards` of their responses, and what else the scorer says."""
         key = content_key(scorer.key, rows)
         path = self.run_dir / FOLDER / f"rewards-{key}.jsonl"
-        if distributed.on_main(lambda: is_sound(path, len(rows))):
+        if distributed.on_main(lambda: is_intact(path)):
             return read_rows(path)
         return complete_rows(
-            path, rows, scorer.work(rows), key=key, what="scored", label=label, ranks=distributed
-        )
+            path, rows, scorer.work(rows), key=key, what="scored", label=label, with_digest=True,
+            ranks=distributed,
+        )  # fmt: skip
 
     def _rewards(self, rows: list[Row], scorer: Scorer, label: str) -> list[Any]:
         return [row["rewards"] for row in self._rewarded(rows, scorer, label)]

@@ -1,4 +1,4 @@
-"""What lies in a run directory when a run goes on: finished stages and their data are as they were left."""
+"""What a run finds when it resumes: finished stages and all inputs must be as they were."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rpo_trainer.chain.changes import data_changed
-from rpo_trainer.chain.data import source_digests
 from rpo_trainer.chain.evaluation import baseline_of
+from rpo_trainer.chain.inputs import Inputs, check_inputs
 from rpo_trainer.chain.made import sources_of_rows
 from rpo_trainer.chain.state import ChainState
 from rpo_trainer.chain.training import output_fingerprint
@@ -18,40 +17,17 @@ from rpo_trainer.trainers.checkpoint import damage
 
 
 def check_finished(
-    stages: Sequence[Stage], state: ChainState, *, base_dir: Path, run_dir: Path
+    stages: Sequence[Stage], state: ChainState, inputs: Inputs, *, run_dir: Path
 ) -> None:
-    """Raises RunError where the data of a stage that has begun, or an output, is not what it was.
+    """Raises RunError where an input of a stage that has begun, or an output, is not what it was.
 
-    Data that may have changed (`ChainState.adopt`) is taken over, and the change is kept.
+    Inputs that may have changed (`ChainState.adopt`) are taken over, and the change is kept.
     """
+    check_inputs(stages, state, inputs, run_dir)
     for stage in stages:
         record = state.stage(stage.name)
-        if record is None or record["state"] == "pending":
-            continue
-        _check_data(stage, record, state, base_dir, run_dir)
-        if record["state"] == "done":
+        if record is not None and record["state"] == "done":
             _check_output(run_dir / stage.name / "final", stage.name, record)
-
-
-def _check_data(
-    stage: Stage, record: dict[str, Any], state: ChainState, base_dir: Path, run_dir: Path
-) -> None:
-    found = source_digests(stage.data.train, base_dir)
-    known = record.get("sources", {})
-    changed = [name for name, digest in found.items() if known.get(name, digest) != digest]
-    if not changed:
-        return
-    if not state.allows_other_data(stage.name):
-        raise data_changed(
-            f"the data has changed since stage {stage.name} began: {', '.join(changed)}",
-            stage.name,
-            run_dir,
-            why="a run goes on only with the data it began with",
-            undo="restore the files",
-        )
-    for name in changed:
-        state.note(f"stages.{stage.name}.data: {name}", known[name], found[name])
-    record["sources"] = {**known, **{name: found[name] for name in changed}}
 
 
 def _check_output(final: Path, name: str, record: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Outputs on the hub: `push_to_hub` and its companions in `training_args`, as transformers names them."""
+"""The hub: outputs that go there (`push_to_hub` and its companions in `training_args`), commits of models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,27 @@ from rpo_trainer.errors import RecipeError, RPOTrainerError
 logger = logging.getLogger(__name__)
 
 _STRATEGIES = ("end", "every_save")
+_CACHED = ("config.json", "tokenizer_config.json", "adapter_config.json")
+_SECONDS = 10.0
+
+
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a model on the hub is at; None: neither the hub nor the cache knows."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    revision = revision or "main"
+    try:
+        return HfApi().model_info(name, revision=revision, timeout=_SECONDS).sha
+    except Exception:  # no network, or no such model: the cache is read, as in loading
+        pass
+    for file in _CACHED:
+        try:
+            cached = try_to_load_from_cache(name, file, revision=revision)
+        except ValueError:  # not a name of the hub
+            return None
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+    return None
 
 
 def check_strategy(arguments: Mapping[str, Any], where: str) -> None:

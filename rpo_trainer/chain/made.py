@@ -24,7 +24,7 @@ from rpo_trainer.rewards.rowfile import (
     Ranks,
     complete_rows,
     content_key,
-    is_sound,
+    is_intact,
     read_rows,
 )
 from rpo_trainer.rewards.sampling import (
@@ -193,7 +193,7 @@ class RowMaker:
         path = self.run_dir / stage.name / f"responses-{key}.jsonl"
         return self._read(path) or sample_rows(
             path, rows, policies, spec, seed=seed, prefix=prefix, label=self.label(stage),
-            ranks=self.ranks,
+            with_digest=True, ranks=self.ranks,
         )  # fmt: skip
 
     def _scored(self, stage: Stage, name: str, rows: Sequence[Row], scorer: Scorer) -> list[Row]:
@@ -201,11 +201,11 @@ class RowMaker:
         path = self.run_dir / stage.name / f"{name}-{key}.jsonl"
         return self._read(path) or complete_rows(
             path, rows, scorer.work(rows), key=key, what="scored", label=self.label(stage),
-            ranks=self.ranks,
+            with_digest=True, ranks=self.ranks,
         )  # fmt: skip
 
     def _read(self, path: Path) -> list[Row] | None:
-        return read_rows(path) if self.ranks.on_main(lambda: is_sound(path)) else None
+        return read_rows(path) if self.ranks.on_main(lambda: is_intact(path)) else None
 
 
 def source_key(path: Path, name: str) -> str:

@@ -37,6 +37,7 @@ from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.garbage import light_collections
 from rpo_trainer.chain.hub import push_output
+from rpo_trainer.chain.inputs import Digests, Inputs
 from rpo_trainer.chain.made import RowMaker, source_key
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.places import placed
@@ -146,13 +147,15 @@ class _Chain:
             seed=lambda stage: stage_seed(stage, self.recipe), policy=self._policy,
             weights=self._weights, label=self._label, ranks=distributed,
         )  # fmt: skip
+        self.inputs = Inputs(self.recipe, self.stages, self.base_dir)
+        self.digests = Digests()
         self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
         self.stop = StopOnSignal()
         self.progress = ChainProgress(len(self.stages))
 
     def run(self, only: Collection[str] | None) -> Path:
         def finished() -> None:
-            check_finished(self.stages, self.state, base_dir=self.base_dir, run_dir=self.run_dir)
+            check_finished(self.stages, self.state, self.inputs, run_dir=self.run_dir)
 
         distributed.on_main(finished)
         wanted = [
@@ -245,6 +248,9 @@ class _Chain:
         began, before = time.monotonic(), record.get("seconds", 0.0)
         folder = self.run_dir / stage.name
         folder.mkdir(exist_ok=True)
+        if record["state"] == "pending":
+            # Before anything of the stage is read, so that no change in between goes unnoticed.
+            record["inputs"] = distributed.on_main(lambda: self.digests.of(self.inputs.of(stage)))
         fault = distributed.on_main(lambda: damage(self._final(stage.name)))
         try:
             if fault is not None or "steps" not in record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from rpo_trainer import adapters, four_bits
 from rpo_trainer.chain.data import StageData
 from rpo_trainer.chain.hub import check_strategy
 from rpo_trainer.errors import ModelError, Problems, RecipeError, did_you_mean
+from rpo_trainer.files import kind_of_file
+from rpo_trainer.foreign import UNREADABLE
 from rpo_trainer.recipe import (
     DPOStage,
     ModelSpec,
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 logger = logging.getLogger(__name__)
+
+FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
 
 
 # Stage fields that bear the same name in our configs.
@@ -109,6 +113,7 @@ def training_config(
     where = f"stages.{stage.name}.training_args"
     given = fill_from_environment(stage.training_args, where=where)
     check_strategy(given, where)
+    _check_files(given, where)
     # The chain pushes outputs itself, with their cards: see `push_output`.
     settings |= {**given, "push_to_hub": False}
     config = _config_class(stage)
@@ -141,9 +146,9 @@ def training_config(
     except RecipeError as error:
         _, _, field = (error.where or "").partition(".")
         raise error.at(f"stages.{stage.name}" + (f".{field}" if field else "")) from None
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+    except (RuntimeError, *UNREADABLE) as error:  # what a file of them holds, too
         raise RecipeError(
-            str(error),
+            str(error) or type(error).__name__,
             where=f"stages.{stage.name}",
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
@@ -165,6 +170,19 @@ def training_config(
             fix="install its package, or take it out; metrics.jsonl has everything all the same",
         ) from error
     return made
+
+
+def _check_files(arguments: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError where an argument names a pipe, a device or the like for a JSON file."""
+    for name in FILE_ARGUMENTS:
+        value = arguments.get(name)
+        if isinstance(value, str) and (kind := kind_of_file(Path(value).expanduser())):
+            raise RecipeError(
+                f"this is {kind}, not a file",
+                where=f"{where}.{name}: {value}",
+                why="reading it could wait forever",
+                fix="give a JSON file, or write its content here",
+            )
 
 
 def _unknown_names(stage: Stage) -> Iterator[RecipeError]:

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
 from filelock import FileLock, Timeout
 
 from rpo_trainer.chain.changes import (
@@ -26,7 +25,7 @@ from rpo_trainer.chain.changes import (
     ways_out,
 )
 from rpo_trainer.errors import RunError
-from rpo_trainer.files import file_digest, write_whole
+from rpo_trainer.files import file_digest, json_digest, make_folder, remove_empty, write_whole
 from rpo_trainer.recipe import resolve_path
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class ChainState:
             content = json.loads(self.path.read_text())
             if content["version"] != _VERSION:
                 raise ValueError(f"its version is {content['version']}, not {_VERSION}")
-            if content.pop("digest", None) not in (None, _digest(content)):
+            if content.pop("digest", None) not in (None, json_digest(content)):
                 raise ValueError("its checksum does not match its content")
             self.stages, self.model = list(content["stages"]), dict(content["model"])
             self.seed = int(content["seed"])
@@ -79,7 +78,9 @@ class ChainState:
             for record in self.stages:
                 if not {"name", "state", "spec"} <= record.keys():
                     raise ValueError("a stage lacks its name, state or spec")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+        ) as error:  # fmt: skip
             raise RunError(
                 f"the state of the run cannot be read: {error!r}",
                 where=str(self.path),
@@ -97,7 +98,7 @@ class ChainState:
         }
         if self.changes:
             content["changes"] = self.changes
-        content["digest"] = _digest(content)
+        content["digest"] = json_digest(content)
         write_whole(self.path, json.dumps(content, indent=1))
 
     def stage(self, name: str) -> dict[str, Any] | None:
@@ -109,6 +110,7 @@ class ChainState:
         stages: list[dict[str, Any]],
         model: dict[str, Any],
         seed: int,
+        evaluation: Mapping[str, Any] | None = None,
         *,
         allowed: Collection[str] = (),
     ) -> None:
@@ -116,6 +118,7 @@ class ChainState:
 
         Args:
             stages: the specs of all stages as plain data, `name` among them.
+            evaluation: the recipe's `eval`, whose files may be allowed to change.
             allowed: keys of the recipe that may have changed, with all that is below them.
 
         Raises:
@@ -123,7 +126,7 @@ class ChainState:
             RunError: something that has already been computed with has changed.
         """
         for key in allowed:
-            require_key(key, stages, model)
+            require_key(key, stages, model, evaluation)
         self.allowed = tuple(allowed)
         begun = [record for record in self.stages if record["state"] != "pending"]
         if begun:
@@ -193,11 +196,6 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(content))  # as it will be read: keys are text
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode()))
-
-
 def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": spec["name"],
@@ -209,8 +207,8 @@ def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(
     recipe: Recipe, stages: Sequence[Stage], base_dir: Path
-) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
-    """Of a recipe what `ChainState.adopt` compares: the specs of its stages, its model, its seed.
+) -> tuple[list[dict[str, Any]], dict[str, Any], int, dict[str, Any] | None]:
+    """Of a recipe what `ChainState.adopt` takes: the specs of its stages, its model, seed and `eval`.
 
     Where the chat template is a file, a digest stands behind its name: its text is what counts.
     """
@@ -220,26 +218,31 @@ def plain(
         template = resolve_path(base_dir, recipe.model.chat_template)
         if template.is_file():
             model["chat_template"] += f" ({file_digest(template)[:12]})"
-    return specs, model, recipe.seed
+    evaluation = None if recipe.eval is None else recipe.eval.model_dump(mode="json")
+    return specs, model, recipe.seed, evaluation
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Looks whether the directory is one of ours, or there is none yet.
+    """Checks that the directory is a run, or that there is none yet.
 
     Raises:
-        RunError: it holds something else.
+        RunError: it holds something else, or cannot be read.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RunError(
-            "this is a file, not a directory",
-            where=str(run_dir),
-            why="a run is a directory of its own",
-            fix="name another --run-dir",
+    try:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise RunError(
+                "this is a file, not a directory",
+                where=str(run_dir),
+                why="a run is a directory of its own",
+                fix="name another --run-dir",
+            )
+        others = (
+            [p for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
         )
-    others = (
-        [p for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
-    )
-    if others and not (run_dir / CHAIN_FILE).is_file():
+        ours = (run_dir / CHAIN_FILE).is_file()
+    except (OSError, ValueError) as error:
+        raise _unusable("read", error, run_dir) from error
+    if others and not ours:
         raise RunError(
             f"the directory is not empty and is no run of ours ({others[0].name} lies in it)",
             where=str(run_dir),
@@ -248,68 +251,87 @@ def check_run_dir(run_dir: Path) -> None:
         )
 
 
-def open_run_dir(run_dir: Path) -> bool:
-    """Makes the directory, or checks that it is one of ours.
+def _unusable(how: str, error: Exception, run_dir: Path) -> RunError:
+    return RunError(
+        f"the directory cannot be {how}: {getattr(error, 'strerror', None) or error}",
+        where=str(run_dir),
+        why="checkpoints and outputs could not be written either",
+        fix="name another --run-dir, or change its rights",
+    )
+
+
+def open_run_dir(run_dir: Path) -> list[Path]:
+    """Makes the directory, or checks that it is a run.
 
     Returns:
-        Whether it is new.
+        The directories that are new, the innermost first.
 
     Raises:
         RunError: it holds something else, or cannot be written.
     """
     check_run_dir(run_dir)
-    new = not run_dir.exists()
+    new: list[Path] = []
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        new = make_folder(run_dir)
         probe = run_dir / ".write-test"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        raise RunError(
-            f"the directory cannot be written: {error.strerror}",
-            where=str(run_dir),
-            why="checkpoints and outputs could not be written either",
-            fix="name another --run-dir, or change its rights",
-        ) from error
+    except (OSError, ValueError) as error:
+        remove_empty(new)
+        raise _unusable("written", error, run_dir) from error
     return new
 
 
 @contextmanager
-def locked(run_dir: Path, *, new: bool = False) -> Iterator[None]:
+def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
     """Holds the run directory; the lock goes with the process, however it ends.
 
     Args:
-        new: the directory has been made for this: it goes again if nothing was written into it.
+        new: directories that were made for this: they are removed if nothing was written into them.
     """
     lock = FileLock(run_dir / _LOCK)
     holder = run_dir / _HOLDER
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        who = holder.read_text() if holder.is_file() else "another process"
+        who = _holder(holder) or "another process"
         raise RunError(
             f"the run directory is in use by {who}",
             where=str(run_dir),
             why="two runs in one directory would mix their checkpoints",
             fix="wait for it, stop it, or name another --run-dir",
         ) from error
+    except OSError as error:
+        raise RunError(
+            f"the lock of the run directory cannot be taken: {error.strerror or error}",
+            where=str(run_dir / _LOCK),
+            why="two runs in one directory would mix their checkpoints",
+            fix="remove what is there under this name, or name another --run-dir",
+        ) from error
     if holder.is_file():
         logger.warning(
-            "an earlier run in %s (%s) ended without a word, killed most likely: its lock is taken over",
-            run_dir, holder.read_text(errors="replace"),
-        )  # fmt: skip
+            "the previous process of %s (%s) died; taking over its lock", run_dir, _holder(holder)
+        )
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            write_whole(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        except OSError as error:
+            raise _unusable("written", error, run_dir) from error
         yield
     finally:
-        holder.unlink(missing_ok=True)
-        unused = new and {path.name for path in run_dir.iterdir()} <= {_LOCK}
-        if unused:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+        if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
             (run_dir / _LOCK).unlink(missing_ok=True)  # while it is held: nobody else can hold it
         lock.release()
-        if unused:
-            with suppress(OSError):
-                run_dir.rmdir()
+        remove_empty(new)
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool = True) -> None:

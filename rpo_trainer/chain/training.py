@@ -15,6 +15,7 @@ import torch
 
 from rpo_trainer import distributed
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
+from rpo_trainer.files import write_with_digest
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 from rpo_trainer.trainers.warnings import EarlyWarnings
@@ -145,4 +146,4 @@ def write_gaps(trainer: PackedTrainer, path: Path) -> None:
             lines.append(json.dumps({"id": batch["ids"][i], **gaps}) + "\n")
     trainer._eval_metrics.drain()
     if distributed.is_main():  # all have computed them: sharded weights need every process
-        path.write_text("".join(lines))
+        write_with_digest(path, "".join(lines))

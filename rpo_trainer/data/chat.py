@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.templates import set_chat_template
 from rpo_trainer.errors import DataError
+from rpo_trainer.foreign import UNREADABLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,15 +173,19 @@ class ChatRenderer:
                 fix="chat_template: chatml | plain | the path of a Jinja template",
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                chat_template=stop_clock(self.tokenizer.get_chat_template(None, tools)),
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RowError(f"the chat template refuses the row ({error})") from None
+            with limited():
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    chat_template=stop_clock(self.tokenizer.get_chat_template(None, tools)),
+                )
+            if len(text) > CHARACTERS:
+                raise TemplateLimit(f"it writes {len(text)} characters")
+        except (jinja2.TemplateError, TemplateLimit, MemoryError, *UNREADABLE) as error:
+            said = str(error) or type(error).__name__
+            raise RowError(f"the chat template refuses the row ({said})") from None
         return str(text)
 
     @cached_property

@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 from rpo_trainer.errors import DataError, Problems
 
+MOST_REWARD = 1e30  # sums and squares of larger ones do not fit float32
+
 Row = dict[str, Any]
 Message = dict[str, Any]
 Kind = Literal["sft", "pair", "rating", "prompt"]
@@ -230,7 +232,9 @@ def reward_fault(value: object) -> str | None:
         return "infinite"
     if math.isnan(number):
         return "NaN"
-    return "infinite" if math.isinf(number) else None
+    if math.isinf(number):
+        return "infinite"
+    return f"beyond {MOST_REWARD:g}" if abs(number) > MOST_REWARD else None
 
 
 def row_texts(row: Row) -> Iterable[str]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError
+from rpo_trainer.files import kind_of_file
+from rpo_trainer.foreign import UNREADABLE
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
@@ -60,6 +62,7 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
     local = (base_dir or Path()) / Path(spec.path).expanduser()
     if os.path.isdir(local):  # unlike the method of Path, it takes every text for a name
         return _indexed(local.name, _read_saved(local, spec.split), str(local))
+    _require_file(local)
     if os.path.exists(local):
         return _load_file(local, spec.split)
     if _may_be_hub_name(spec.path):
@@ -73,6 +76,17 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
         + ("where you are" if base_dir is None else "the recipe's folder, as overrides are too")
         + ", or a hub name",
     )
+
+
+def _require_file(path: Path) -> None:
+    """Raises DataError for pipes, devices and the like."""
+    if (kind := kind_of_file(path)) is not None:
+        raise DataError(
+            f"this is {kind}, not a file",
+            where=str(path),
+            why="the rows are read more than once, and waiting for them may never end",
+            fix="write the rows to a file, and give that",
+        )
 
 
 def _near(path: Path) -> str | None:
@@ -292,6 +306,8 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
         )
     import datasets
 
+    for file in path.rglob("*"):
+        _require_file(file)
     _check_shards(path)
     try:
         data = datasets.load_from_disk(str(path))
@@ -310,7 +326,7 @@ def _check_shards(folder: Path) -> None:
         try:
             files = [state.parent / entry["filename"] for entry in _data_files(state)]
             shards = [(file, pyarrow.ipc.open_stream(file).schema) for file in files]
-        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        except (*UNREADABLE, pyarrow.ArrowException):
             continue  # `datasets` says what is wrong with it
         for file, schema in shards[1:]:
             first, columns = shards[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rpo_trainer.data.bounds import check_ends
 from rpo_trainer.errors import ModelError
+from rpo_trainer.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,7 @@ PLAIN = (
 )
 
 BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
+MAX_BYTES = 2**20  # of a template; the longest published ones have 30,000
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
@@ -47,9 +50,11 @@ def set_chat_template(
         name_or_path: `chatml`, `plain`, the path of a Jinja file, or None for the tokenizer's own.
 
     Raises:
-        ModelError: no such name or file; the tokenizer lacks ChatML's tokens, or an end token.
+        ModelError: no such name or file; the tokenizer lacks ChatML's tokens, or an end token; a template
+            that does not end.
     """
     if name_or_path is None:
+        check_ends(tokenizer, "the tokenizer's own chat template")
         return tokenizer
     name = str(name_or_path)
     if name in BUILT_IN:
@@ -57,14 +62,15 @@ def set_chat_template(
         tokenizer.chat_template = BUILT_IN[name]
         return tokenizer
     try:
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        tokenizer.chat_template = read_text(Path(name), MAX_BYTES)
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"the chat template {name!r} cannot be read ({error})",
             where="model.chat_template",
             why="without it the turns of a conversation become no text",
             fix=f"{' | '.join(BUILT_IN)} | the path of a Jinja template",
         ) from None
+    check_ends(tokenizer, "model.chat_template")
     return tokenizer
 
 

@@ -33,6 +33,7 @@ OTHER_NAMES = {
 
 NOT_CONVERTED = "what is written is taken as it is, and never converted"
 NOT_READ = "nothing would read it"
+TOO_LARGE = "what it asks for would take all memory, or never end"
 
 
 def wrong_value(what: str, fix: str, why: str | None = NOT_CONVERTED) -> PydanticCustomError:
@@ -57,6 +58,20 @@ def details_of(error: ValidationError) -> list[InitErrorDetails]:
             InitErrorDetails(type=kind, loc=item["loc"], input=item["input"], ctx=context)
         )
     return details
+
+
+# Sizes beyond which a number is a mistake: what they ask for would take all memory, or never end.
+MOST = 2**31 - 1
+_MOST = {"size": 10**7, "responses": 4096, "concurrency": 1024, "global_batch_size": 10**7}
+
+
+def size_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """Whole numbers that are larger than any that makes sense; a seed has a range of its own."""
+    for key, value in raw.items():
+        most = _MOST.get(key, MOST)
+        if _whole(value) and value > most and key != "seed":
+            what = f"must be at most {most}"
+            yield wrong((key,), what, why=TOO_LARGE, fix="write a smaller number")
 
 
 def named_stages(stages: Sequence[Any]) -> list[tuple[int, dict[str, Any]]]:

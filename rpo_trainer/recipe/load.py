@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rpo_trainer.errors import Problems, RecipeError
+from rpo_trainer.files import kind_of_file
 from rpo_trainer.recipe.environment import is_secret
 from rpo_trainer.recipe.messages import Located, recipe_errors
 from rpo_trainer.recipe.overrides import (
@@ -78,6 +79,13 @@ def resolve_path(base_dir: str | Path, path: str | Path) -> Path:
 def _read(path: Path) -> str:
     """The file's text, without a byte-order mark."""
     where = str(path)
+    if (kind := kind_of_file(path)) is not None:
+        raise RecipeError(
+            f"this is {kind}, not a file",
+            where=where,
+            why="a run reads its recipe again when it resumes",
+            fix="give the path of a recipe, a YAML file",
+        )
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

@@ -90,6 +90,7 @@ class StageBase(Spec):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
         description="unique name of the stage; its directory in the run directory",
     )
     init: Text = Field(
@@ -119,7 +120,7 @@ class StageBase(Spec):
         "as many forward passes as its lengths need; changes memory and speed, not the result",
     )
     num_train_epochs: float | None = Field(
-        None, gt=0, description="passes over the data; 1 if `max_steps` is not given either"
+        None, gt=0, le=1e6, description="passes over the data; 1 if `max_steps` is not given either"
     )
     max_steps: int | None = Field(
         None, ge=1, description="optimizer steps, in place of `num_train_epochs`"

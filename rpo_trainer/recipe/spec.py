@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe.checks import details_of
+from rpo_trainer.recipe.checks import details_of, size_checks
 
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
@@ -32,7 +32,7 @@ class Spec(BaseModel):
         if not isinstance(value, dict):
             return handler(value)
         value = cls.prepare(value)
-        errors = list(cls.cross_checks(value))
+        errors = [*size_checks(value), *cls.cross_checks(value)]
         spec = None
         try:
             spec = handler(value)

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rpo_trainer.errors import RunError
+from rpo_trainer.files import digest_path, json_digest, verify_digest
 from rpo_trainer.report.agreement import Agreement, read_agreement
 from rpo_trainer.report.audits import AuditRecord, read_audit
 from rpo_trainer.report.scores import EvalScores, read_scores
@@ -230,12 +231,15 @@ def _read_chain(path: Path, notes: list[str]) -> list[Mapping[str, Any]]:
         return []
     try:
         chain = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         notes.append(
             f"chain.json cannot be read ({error}): the stages are those found in metrics.jsonl"
         )
         return []
-    stages = mapping(chain).get("stages")
+    content = dict(mapping(chain))
+    if content.pop("digest", None) not in (None, json_digest(content)):
+        notes.append("chain.json is damaged: its content does not match its digest")
+    stages = content.get("stages")
     return [mapping(entry) for entry in stages] if isinstance(stages, list) else []
 
 
@@ -322,12 +326,15 @@ def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[di
         return []
     rows: list[dict[str, Any]] = []
     bad = 0
+    if digest_path(path).is_file() and (fault := verify_digest(path)) is not None:
+        notes.append(f"{path.parent.name}/{path.name} is damaged ({fault}) and left out")
+        return []
     for line in path.read_bytes().splitlines():
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:  # a cut last line, or bytes that are not UTF-8
+        except (ValueError, RecursionError):  # a cut last line, or bytes that are not UTF-8
             bad += 1
             continue
         if isinstance(row, dict):

@@ -20,7 +20,7 @@ from rpo_trainer.data.audit import quantiles
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.files import file_digest, write_whole
+from rpo_trainer.files import file_digest, make_folder, remove_empty, write_whole
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
 from rpo_trainer.rewards.rowfile import (
@@ -28,8 +28,8 @@ from rpo_trainer.rewards.rowfile import (
     Ranks,
     complete,
     content_key,
+    partials,
     read_rows,
-    unfinished,
     write_rows,
 )
 
@@ -51,17 +51,14 @@ Say = Callable[[str], None]
 
 @contextmanager
 def _processes() -> Iterator[Ranks]:
-    """Those that a launcher has started for this command, met and, at the end, parted."""
+    """Those that a launcher has started for this command."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
     from rpo_trainer import distributed
 
     distributed.start()
-    try:
-        yield distributed
-    finally:
-        distributed.end()
+    yield distributed
 
 
 @contextmanager
@@ -76,9 +73,10 @@ def _held(out: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    made: list[Path] = []
     try:
+        made = make_folder(out.parent)
+        lock = FileLock(out.with_name(f".{out.name}.lock"))
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(
@@ -87,11 +85,20 @@ def _locked(out: Path) -> Iterator[None]:
             why="rows of two would stand in it mixed",
             fix="wait for it, or stop it",
         ) from None
+    except OSError as error:
+        remove_empty(made)
+        raise RunError(
+            f"the output cannot be written: {error.strerror or error}",
+            where=str(out),
+            why="the rows could not be kept",
+            fix="name another output with -o, or check the path and its permissions",
+        ) from error
     try:
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+        remove_empty(made)  # where nothing was written
 
 
 def _finished(out: Path, key: str) -> bool:
@@ -100,14 +107,18 @@ def _finished(out: Path, key: str) -> bool:
     Raises:
         RunError: another file is there.
     """
-    if not out.exists() or unfinished(out).exists():  # the latter is removed last of all
+    if not out.exists() or partials(out):  # the latter are removed last of all
         return False
     report = out.with_name(out.name + REPORT)
     try:
-        found = json.loads(report.read_text())
-    except (OSError, ValueError):
+        found = json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         found = {}
-    if found.get("key") == key and found.get("xxh3_128") == file_digest(out):
+    if (
+        isinstance(found, dict)
+        and found.get("key") == key
+        and found.get("xxh3_128") == file_digest(out)
+    ):
         return True
     raise RunError(
         "the output exists, and was not made by this command",

@@ -10,6 +10,7 @@ from typing import Any
 
 from rpo_trainer.data.rows import Message, Row
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.files import read_text
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
 
 # {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].
@@ -33,6 +34,7 @@ their length is a reason to prefer one.
 Give your reasons in a few sentences. Then end with your verdict, and nothing behind it: [[A]] if \
 answer A is better, [[B]] if answer B is better, [[C]] if they are equally good.
 """
+_MOST_BYTES = 2**20
 _PLACES = ("{prompt}", "{first}", "{second}")
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 _FIRST, _SECOND, _EQUAL = "A", "B", "C"
@@ -47,8 +49,8 @@ def read_template(path: Path | None) -> str:
     if path is None:
         return TEMPLATE
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise RecipeError(
             "the judge's template cannot be read",
             where=str(path),

@@ -15,6 +15,7 @@ from rpo_trainer.data.chat import ChatRenderer, render_plain
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.foreign import reads
 from rpo_trainer.pretrained import LOADING_ERRORS, load_complete, load_pretrained
 from rpo_trainer.probe import probe
 from rpo_trainer.reward_model import attributes_of
@@ -191,6 +192,7 @@ def _until_end(ids: list[int], mask: list[int]) -> list[int]:
     return ids[: len(mask) - mask[::-1].index(1)]
 
 
+@reads("the reward model", str)
 def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     factory: Any = AutoModelForSequenceClassification
     cuda = torch.cuda.is_available()

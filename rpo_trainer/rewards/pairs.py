@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from rpo_trainer.data.rows import MOST_REWARD
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -199,5 +199,6 @@ def _has_rewards(row: dict[str, Any]) -> bool:
 def _is_reward(value: object, may_be_absent: bool) -> bool:
     if value is None:
         return may_be_absent
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= MOST_REWARD

@@ -1,8 +1,8 @@
 """A file of rows that are made one by one: what is done survives a kill; the file is whole or absent.
 
-Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order. Started
-again with the same rows and settings, only what is missing is made, and the file is byte for byte
-that of a run that was never stopped.
+Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order, each line with the
+digest of its content. Started again with the same rows and settings, only what is missing or damaged is
+made, and the file is byte for byte that of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.files import write_whole
+from rpo_trainer.files import verify_digest, write_whole, write_with_digest
 
 logger = logging.getLogger(__name__)
 
@@ -118,20 +118,31 @@ def complete_rows(
     key: str,
     what: str,
     label: str = "",
+    with_digest: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
     """`rows` with the fields that `work` makes of each, also written to `path` as JSON lines.
 
     Args:
         rows: plain rows; a result is merged into its row.
-        work, key, what, label, ranks: as `complete`.
+        work, key, what, label, with_digest, ranks: as `complete`.
     """
     ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
 
     def merge(found: Sequence[dict[str, Any]]) -> list[Row]:
         return [{**row, **fields} for row, fields in zip(rows, found, strict=True)]
 
-    return complete(path, ids, work, merge, key=key, what=what, label=label, ranks=ranks)
+    return complete(
+        path,
+        ids,
+        work,
+        merge,
+        key=key,
+        what=what,
+        label=label,
+        with_digest=with_digest,
+        ranks=ranks,
+    )
 
 
 def complete(
@@ -144,6 +155,7 @@ def complete(
     what: str,
     label: str = "",
     then: Callable[[list[Row]], None] | None = None,
+    with_digest: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
     """The rows made of the results of all units of work, also written to `path` as JSON lines.
@@ -157,6 +169,7 @@ def complete(
         what: names the work in messages ("scored").
         label: stands before what is logged on the way, such as a stage's.
         then: called with the rows when they are written, before the unfinished work is removed.
+        with_digest: as `write_rows`.
         ranks: the processes that share the work; all of them call this.
 
     Raises:
@@ -165,7 +178,6 @@ def complete(
     """
     failures = _Failures(what, ids, f"{label} " if label else "")
     with ranks.together():
-        path.parent.mkdir(parents=True, exist_ok=True)
         # By all of them before any writes: a run may go on with another number of processes.
         found = _read_partials(path, key, len(ids))
     pending = [i for i in range(len(ids)) if i not in found]
@@ -173,6 +185,7 @@ def complete(
         logger.info("%s%d of %d rows are %s already", failures.label, len(found), len(ids), what)
     ranks.barrier()
     with ranks.together():
+        path.parent.mkdir(parents=True, exist_ok=True)
         own = unfinished(path, ranks.rank())
         found |= _work_off(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
     failures.reasons = ranks.merge(failures.reasons)
@@ -182,10 +195,10 @@ def complete(
     rows = assemble([found[i] for i in range(len(ids))])
 
     def finish() -> None:
-        write_rows(path, rows)
+        write_rows(path, rows, with_digest=with_digest)
         if then is not None:
             then(rows)
-        for partial in _partials(path):
+        for partial in partials(path):
             partial.unlink()
 
     ranks.on_main(finish)
@@ -225,14 +238,19 @@ def unfinished(path: Path, rank: int = 0) -> Path:
     return path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
 
 
-def _partials(path: Path) -> list[Path]:
-    """Those of all processes, the first's last: while it is there, the work is not finished."""
+def partials(path: Path) -> list[Path]:
+    """The partial files of all processes: while there is one, the work is not finished."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.partial*"), reverse=True)
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """JSON lines, whole or not at all; on disk when this returns."""
-    write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_rows(path: Path, rows: Iterable[Row], *, with_digest: bool = False) -> None:
+    """JSON lines, whole or not at all; on disk when this returns.
+
+    Args:
+        with_digest: keep the digest of the file beside it, for `is_intact`.
+    """
+    write = write_with_digest if with_digest else write_whole
+    write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -242,20 +260,15 @@ def read_rows(path: Path) -> list[Row]:
         return [json.loads(line) for line in file]
 
 
-def is_sound(path: Path, count: int | None = None) -> bool:
-    """Whether the rows are there and can be read; what cannot is removed, and made again.
+def is_intact(path: Path) -> bool:
+    """Whether the rows of `write_rows(with_digest=True)` are there as they were written.
 
-    Args:
-        count: how many there must be; None: not known.
+    Damaged ones are removed with a warning, to be made again.
     """
     if not path.is_file():
         return False
-    try:
-        found = len(read_rows(path))
-        if count is not None and found != count:
-            raise ValueError(f"it has {found} rows of {count}")
-    except ValueError as error:
-        logger.warning("%s is damaged (%s): its rows are made again", path, error)
+    if (fault := verify_digest(path)) is not None:
+        logger.warning("%s is damaged (%s): its rows are made again", path, fault)
         path.unlink()
         return False
     return True
@@ -308,54 +321,86 @@ class _Failures:
 
 def _read_partials(path: Path, key: str, total: int) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
-    for partial in _partials(path):
-        lines, _ = _sound_lines(partial)
-        if lines:
-            _check_key(lines[0], key, partial)
-        found |= {index: fields for index, fields in lines[1:] if 0 <= index < total}
+    for partial in partials(path):
+        header, results, _ = _read_partial(partial)
+        if header is None or header.get("key") != key:
+            if not results:
+                continue
+            raise RunError(
+                "there is unfinished work of other rows or settings",
+                where=str(partial),
+                why="continuing would mix the two in one file",
+                fix="give the rows and settings that it began with, remove it, or name another output",
+            )
+        found |= {index: fields for index, fields in results if 0 <= index < total}
     return found
 
 
-def _sound_lines(path: Path) -> tuple[list[Any], int]:
-    """The lines up to one cut by a kill, and how many bytes they are."""
-    lines, good = [], 0
+def _line(value: dict[str, Any] | list[Any]) -> bytes:
+    """A line of a partial file: the header or a result, with the digest of its content."""
+    mark = content_key(value)
+    marked = {**value, "digest": mark} if isinstance(value, dict) else [*value, mark]
+    return json.dumps(marked, ensure_ascii=False).encode() + b"\n"
+
+
+def _read_line(line: bytes) -> Any:
+    """What a line says; None where it is cut or damaged."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        value = json.loads(line)
+        mark = value.pop("digest" if isinstance(value, dict) else -1)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return None
+    whole = isinstance(value, dict) or len(value) == 2
+    return value if whole and mark == content_key(value) else None
+
+
+def _read_partial(path: Path) -> tuple[dict[str, Any] | None, list[tuple[int, Any]], int]:
+    """Header and results of a partial file, and how many of its lines are damaged.
+
+    A last line that a kill has cut does not count. Without its header nothing says what results belong to.
+    """
     with path.open("rb") as file:
-        for line in file:
-            try:
-                lines.append(json.loads(line) if line.endswith(b"\n") else None)
-            except ValueError:
-                lines.append(None)
-            if lines[-1] is None:
-                return lines[:-1], good
-            good += len(line)
-    return lines, good
-
-
-def _check_key(header: Any, key: str, path: Path) -> None:
-    if not isinstance(header, dict) or header.get("key") != key:
-        raise RunError(
-            "unfinished work lies here, of other rows or with other settings",
-            where=str(path),
-            why="going on would mix the two in one file",
-            fix="give the rows and settings it began with, remove it, or name another output",
-        )
+        lines = list(file)
+    values = [_read_line(line) for line in lines]
+    cut = bool(lines) and not lines[-1].endswith(b"\n")
+    damaged = sum(value is None for value in values) - cut
+    header = values[0] if values and isinstance(values[0], dict) else None
+    if header is None:
+        return None, [], damaged
+    return header, [(v[0], v[1]) for v in values[1:] if v is not None], damaged
 
 
 class _Partial:
-    """The append-only file of one process's results."""
+    """The append-only file of one process's results; there is none before the first."""
 
     def __init__(self, path: Path, key: str) -> None:
-        good = _sound_lines(path)[1] if path.exists() else 0
-        self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(good)
-        self._file.seek(good)
+        self.path = path
+        self.key = key
+        self._file: BinaryIO | None = None
         self._synced = time.monotonic()
-        if not good:
-            self.write({"key": key})
+
+    def _open(self) -> BinaryIO:
+        header, results, damaged = _read_partial(self.path) if self.path.exists() else (None, [], 0)
+        if damaged:
+            logger.warning(
+                "%s is damaged: %d of its lines are left out, and their rows made again",
+                self.path, damaged,
+            )  # fmt: skip
+        own = header is not None and header.get("key") == self.key
+        kept = [{"key": self.key}, *(map(list, results) if own else ())]
+        # Written anew, not cut at the first damaged line: the results after it may have cost hours.
+        staged = self.path.with_name(f".{self.path.name}")
+        staged.write_bytes(b"".join(map(_line, kept)))
+        os.replace(staged, self.path)
+        return self.path.open("ab")
 
     def write(self, value: Any) -> None:
         """One line, out of this process when it returns."""
-        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        if self._file is None:
+            self._file = self._open()
+        self._file.write(_line(value))
         self._file.flush()
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._file.fileno())
@@ -363,8 +408,9 @@ class _Partial:
 
     def close(self) -> None:
         """On disk when it returns."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def one_by_one(make: Callable[[int], dict[str, Any]], workers: int = 1) -> Work:

@@ -174,6 +174,7 @@ def sample_rows(
     prefix: str = "",
     label: str = "",
     then: Callable[[list[Row]], None] | None = None,
+    with_digest: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
     """The rows with `responses` of all policies, one after the other, also written to `path`.
@@ -185,7 +186,7 @@ def sample_rows(
     Args:
         path: resumed where it was interrupted, see `rowfile`.
         prefix: of the keys; two rounds with different ones sample different numbers.
-        label, then, ranks: as `complete`.
+        label, then, with_digest, ranks: as `complete`.
 
     Raises:
         DataError, RunError: as `complete` and `iter_responses`.
@@ -223,5 +224,6 @@ def sample_rows(
     ids = [str(row["id"]) for _ in policies for row in rows]
     key = content_key([policy.key for policy in policies], list(rows), seed, prefix)
     return complete(
-        path, ids, work, assemble, key=key, what="sampled", label=label, then=then, ranks=ranks
-    )
+        path, ids, work, assemble, key=key, what="sampled", label=label, then=then,
+        with_digest=with_digest, ranks=ranks,
+    )  # fmt: skip

@@ -100,7 +100,9 @@ def test_responses_are_sampled_once_and_read_again(finished: Path, tmp_path: Pat
     (mine,) = (tmp_path / "dpo").glob("generated-*.jsonl")
     (theirs,) = (finished / "dpo").glob("generated-*.jsonl")
     assert mine.read_text() == theirs.read_text()
-    assert len(list((tmp_path / "dpo").iterdir())) == 2  # the responses, and with their rewards
+    assert (
+        len(list((tmp_path / "dpo").glob("*.jsonl"))) == 2
+    )  # the responses, and with their rewards
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def test_another_scorer_scores_the_same_responses(sampled: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["score"] = {"verifier": "exact"}
     made(stages(sampled, recipe), "dpo", sampled, policy=no_policy)
-    files = [p.name.split("-")[0] for p in (sampled / "dpo").iterdir()]
+    files = [p.name.split("-")[0] for p in (sampled / "dpo").glob("*.jsonl")]
     assert sorted(files) == ["generated", "generated", "responses"]
 
 
@@ -182,7 +184,7 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
             None: [["r0", "r1", "r2"]] * 2, "exact": [["r0", "r1"]], "normalised": [["r0"]],
         }  # fmt: skip
         kind = "generated" if sampled_file else "scored"
-        assert len(list((tmp_path / stage.name).glob(f"{kind}-*"))) == 3
+        assert len(list((tmp_path / stage.name).glob(f"{kind}-*.jsonl"))) == 3
 
 
 def test_rows_of_takes_the_scored_responses_of_another_stage(sampled: Path) -> None:
@@ -242,7 +244,7 @@ def test_given_responses_are_scored_and_kept(tmp_path: Path) -> None:
     mine = made(found, "dpo", tmp_path, policy=no_policy)
     assert [row["responses"][0] for row in mine] == [f"#### {n + 1}" for n in range(4)]
     assert mine == rows(found["dpo"], tmp_path)  # what `check` and `plan` see
-    assert [p.name.split("-")[0] for p in (tmp_path / "dpo").iterdir()] == ["scored"]
+    assert [p.name.split("-")[0] for p in (tmp_path / "dpo").glob("*.jsonl")] == ["scored"]
 
 
 def rpo_on(lines: list[Any], folder: Path, **data: Any) -> tuple[Stage, Audit, list[Any]]:

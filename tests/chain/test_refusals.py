@@ -97,12 +97,16 @@ def test_data_changed_after_the_start_is_refused(tmp_path: Path) -> None:
     recipe = rpo_from_file(tmp_path)
     run_until("step:rpo:1", lambda: tiny.run(tmp_path, recipe))
     pairs_file(tmp_path / "pairs.jsonl", shift=1.0)
-    with pytest.raises(RunError, match=r"data has changed since stage rpo began: pairs\.jsonl"):
+    with pytest.raises(
+        RunError, match=r"inputs have changed[^:]*:\s+stages\.rpo\.data\.train\.0: pairs\.jsonl"
+    ):
         tiny.run(tmp_path, recipe)
     pairs_file(tmp_path / "pairs.jsonl")
     tiny.run(tmp_path, recipe)
     (tmp_path / "pairs.jsonl").write_text("x")  # of a finished stage, too
-    with pytest.raises(RunError, match=r"data has changed since stage rpo began: pairs\.jsonl"):
+    with pytest.raises(
+        RunError, match=r"inputs have changed[^:]*:\s+stages\.rpo\.data\.train\.0: pairs\.jsonl"
+    ):
         tiny.run(tmp_path, recipe)
 
 

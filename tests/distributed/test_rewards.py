@@ -67,5 +67,5 @@ def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
     said = together(*command, failed, failing=True)
     assert said.count("1 of 11 rows could not be scored") == 1 and not failed.exists()
     parts: list[Any] = [read(rowfile.unfinished(failed, rank))[1:] for rank in (0, 1)]
-    done = [{index for index, _ in part} for part in parts]
+    done = [{index for index, _, _ in part} for part in parts]
     assert all(done) and not done[0] & done[1] and done[0] | done[1] == set(range(10))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rpo_trainer.errors import DataError, RunError
+from rpo_trainer.files import digest_path
 from rpo_trainer.rewards import rowfile
 from rpo_trainer.rewards.rowfile import (
     Done,
@@ -23,12 +23,15 @@ from rpo_trainer.rewards.rowfile import (
     Shard,
     complete_rows,
     content_key,
+    is_intact,
     one_by_one,
     read_rows,
     unfinished,
+    write_rows,
 )
 from tests.conftest import Injected
 
+line = rowfile._line
 ROWS = [{"id": f"r{i}", "text": "x\u2028" * i} for i in range(12)]
 EXPECTED = [{**row, "n": i} for i, row in enumerate(ROWS)]
 
@@ -74,10 +77,10 @@ def test_stopped_anywhere_it_goes_on_and_makes_only_what_is_missing(
     run(whole)
     path = tmp_path / "out.jsonl"
     lines = [
-        json.dumps({"key": "k"}),
-        *(json.dumps([i, {"n": i}]) for i in (3, 1, 0, *range(4, 12), 2)),
+        line({"key": "k"}),
+        *(line([i, {"n": i}]) for i in (3, 1, 0, *range(4, 12), 2)),
     ]
-    unfinished(path).write_text("".join(line + "\n" for line in lines[:kept]))
+    unfinished(path).write_bytes(b"".join(lines[:kept]))
     made: list[int] = []
     run(path, lambda i: made.append(i) or {"n": i})
     assert made == [
@@ -88,8 +91,8 @@ def test_stopped_anywhere_it_goes_on_and_makes_only_what_is_missing(
 
 def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    good = b'{"key": "k"}\n[0, {"n": 0}]\n'
-    for cut in (b'[1, {"n"', b'[1, {"n": 1}]', b"\x00\x00\x00\n", b"\n"):
+    good = line({"key": "k"}) + line([0, {"n": 0}])
+    for cut in (b'[1, {"n"', line([1, {"n": 1}])[:-1], b"\x00\x00\x00\n", b"\n"):
         unfinished(path).write_bytes(good + cut)
         made: list[int] = []
         assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED  # noqa: B023
@@ -98,12 +101,70 @@ def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
 
 def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    unfinished(path).write_text('{"key": "other"}\n[0, {"n": 5}]\n')
+    unfinished(path).write_bytes(line({"key": "other"}) + line([0, {"n": 5}]))
     before = unfinished(path).read_bytes()
-    with pytest.raises(RunError, match="of other rows or with other settings"):
+    with pytest.raises(RunError, match="unfinished work of other rows or settings"):
         run(path)
     assert unfinished(path).read_bytes() == before
     assert not path.exists()
+
+
+def test_unfinished_work_without_a_result_does_not_block(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    unfinished(path).write_bytes(line({"key": "other"}))
+    assert run(path) == EXPECTED
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) -> None:
+    def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
+        raise RunError("the model cannot be loaded")
+        yield
+
+    with pytest.raises(RunError):
+        complete_rows(tmp_path / "new" / "o.jsonl", ROWS, work, key="k", what="made")
+    assert not list(tmp_path.rglob("*.jsonl*"))
+
+
+@pytest.mark.parametrize("place", [0, 1, 4, 11])
+def test_a_damaged_line_is_made_again_and_those_after_it_are_kept(
+    place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A digit flipped in the middle: still JSON, and another result."""
+    path = tmp_path / "out.jsonl"
+    lines = [line({"key": "k"}), *(line([i, {"n": i}]) for i in range(11))]
+    lines[place] = lines[place].replace(b'{"n": ', b'{"n": 7').replace(b'"k"', b'"j"')
+    unfinished(path).write_bytes(b"".join(lines))
+    made: list[int] = []
+    assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED
+    assert made == (list(range(12)) if place == 0 else [place - 1, 11])
+    assert "damaged" in caplog.text and unfinished(path).name in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"n": 3', '"n": 8'),
+        lambda text: "".join(text.splitlines(keepends=True)[:-2]),
+        lambda text: text + text.splitlines(keepends=True)[0],
+        lambda text: text.replace("3", "\x00"),
+        lambda text: "",
+    ],
+    ids=["digit", "cut at a line", "line twice", "zero byte", "empty"],
+)
+def test_damaged_rows_are_noticed(damage: Callable[[str], str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, EXPECTED, with_digest=True)
+    assert is_intact(path) and read_rows(path) == EXPECTED
+    path.write_text(damage(path.read_text()))
+    assert not is_intact(path) and not path.exists()
+
+
+def test_rows_without_their_digest_are_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, EXPECTED, with_digest=True)
+    digest_path(path).unlink()
+    assert not is_intact(path)
 
 
 def test_failed_rows_are_reported_and_the_others_kept(tmp_path: Path) -> None:

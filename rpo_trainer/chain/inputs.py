@@ -1,0 +1,345 @@
+"""The files outside a run that its stages read: which they are, and whether they are still the same.
+
+When a stage begins, the digests of its inputs are kept in its record in chain.json, and they are compared
+at every start of the run: weights, configs, tokenizers and chat templates of every directory that the
+recipe names (with the base below an adapter), data, prompts of judges, task files, engine configs. For a
+model of the hub the commit is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rpo_trainer.adapter_files import base_of, is_adapter
+from rpo_trainer.chain.changes import covers, ways_out
+from rpo_trainer.chain.hub import hub_commit
+from rpo_trainer.chain.stage import FILE_ARGUMENTS
+from rpo_trainer.chain.state import ChainState
+from rpo_trainer.errors import RunError
+from rpo_trainer.files import known_digest
+from rpo_trainer.recipe import (
+    DataSpec,
+    EvalSpec,
+    GenerateSpec,
+    PreferenceStage,
+    Recipe,
+    RewardStage,
+    ScoreSpec,
+    SourceSpec,
+    Stage,
+    resolve_path,
+)
+from rpo_trainer.trainers.checkpoint import MANIFEST
+
+Reach = Literal["model", "tokenizer", "all"]  # which files of a directory are read
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_OF_MODELS = (".json", ".jinja", ".model", ".tiktoken", ".py", *_WEIGHTS)
+_TEXTS = ("merges.txt", "vocab.txt")
+_NOT_READ = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json")
+_TEMPLATES = "additional_chat_templates"
+_SHOWN = 6
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that a stage reads.
+
+    Attributes:
+        key: of the recipe, where it is named; what `--allow-changed` takes.
+        name: as the recipe names it.
+        path: where it is; None: on the hub.
+        reach: which files of a directory are read.
+        revision: of the hub.
+    """
+
+    key: str
+    name: str
+    path: Path | None
+    reach: Reach = "all"
+    revision: str | None = None
+
+
+class Inputs:
+    """The inputs of the stages of a recipe.
+
+    Args:
+        stages: all stages, in their order.
+    """
+
+    def __init__(self, recipe: Recipe, stages: Sequence[Stage], base_dir: Path) -> None:
+        self.recipe = recipe
+        self.base_dir = base_dir
+        self.stages = {stage.name: stage for stage in stages}
+        self.order = list(stages)
+
+    def of(self, stage: Stage) -> list[Input]:
+        """What a stage reads, each once; of a model that is both read whole and for its tokenizer, all."""
+        found: dict[tuple[str, str], Input] = {}
+        for one in self._all(stage):
+            before = found.get((one.key, one.name))
+            if before is None or (before.reach == "tokenizer" and one.reach == "model"):
+                found[one.key, one.name] = one
+        return list(found.values())
+
+    def _all(self, stage: Stage) -> Iterator[Input]:
+        own = f"stages.{stage.name}"
+        model = self.recipe.model
+        if model.tokenizer is None:
+            yield from self._model("tokenizer")
+        elif model.tokenizer != "characters":
+            yield from self._named("model.tokenizer", model.tokenizer, "tokenizer")
+        # A chat template file is compared with the recipe (`state.plain`).
+        yield from self._weights(f"{own}.init", stage.init)
+        if isinstance(stage, PreferenceStage):
+            yield from self._weights(f"{own}.reference", stage.reference)
+        yield from self._data(f"{own}.data", stage.data)
+        for name in FILE_ARGUMENTS:
+            if isinstance(value := stage.training_args.get(name), str):
+                yield Input(f"{own}.training_args.{name}", value, Path(value).expanduser())
+        spec = stage.eval or self.recipe.eval
+        if spec is not None and not isinstance(stage, RewardStage):
+            key = "eval" if stage.eval is None else f"{own}.eval"
+            yield from self._evaluation(key, spec)
+
+    def _weights(self, key: str, source: str) -> Iterator[Input]:
+        """The files behind a source: `model`, a directory, or below the adapter that a stage keeps."""
+        if source == "model":
+            yield from self._model("model")
+        elif (stage := self.stages.get(source)) is None:
+            yield from self._named(key, source, "model")
+        elif stage.peft is not None and stage.peft.between_stages == "keep":
+            yield from self._weights(f"stages.{stage.name}.init", stage.init)
+
+    def _model(self, reach: Reach) -> Iterator[Input]:
+        if (name := self.recipe.model.name_or_path) is not None:
+            revision = self.recipe.model.revision
+            yield from self._named("model.name_or_path", name, reach, revision)
+
+    def _named(
+        self, key: str, name: str, reach: Reach, revision: str | None = None
+    ) -> Iterator[Input]:
+        folder = resolve_path(self.base_dir, name)
+        if not folder.is_dir():
+            local = folder.exists() or name.startswith((".", "/", "~"))
+            yield Input(key, name, folder if local else None, reach, revision)
+            return
+        yield Input(key, name, folder, reach)
+        if reach == "model" and is_adapter(folder):
+            base = base_of(folder)
+            below = Path(base)
+            yield Input(key, f"{name}, base {base}", below if below.is_dir() else None, reach)
+
+    def _data(self, key: str, data: DataSpec) -> Iterator[Input]:
+        yield from self._sources(f"{key}.train", data.train)
+        yield from self._sources(f"{key}.eval", data.eval)
+        for other in (data.rows_of, data.replay.stage if data.replay else None):
+            if other in self.stages:
+                of_other = self.stages[other].data
+                yield from self._data(f"stages.{other}.data", of_other)
+        if data.generate is not None:
+            yield from self._policies(f"{key}.generate", data.generate)
+        if data.score is not None:
+            yield from self._scorer(f"{key}.score", data.score)
+
+    def _sources(self, key: str, sources: Sequence[SourceSpec]) -> Iterator[Input]:
+        for number, source in enumerate(sources):
+            if source.path and (path := resolve_path(self.base_dir, source.path)).exists():
+                yield Input(f"{key}.{number}", source.path, path)
+
+    def _policies(self, key: str, spec: GenerateSpec) -> Iterator[Input]:
+        for number, name in enumerate(spec.policies):
+            if name != "init":  # which is an input already
+                yield from self._weights(f"{key}.policies.{number}", name)
+
+    def _scorer(self, key: str, spec: ScoreSpec) -> Iterator[Input]:
+        if spec.model is not None:
+            yield from self._weights(f"{key}.model", spec.model)
+        if spec.judge is not None and spec.judge.template is not None:
+            yield self._file(f"{key}.judge.template", spec.judge.template)
+
+    def _evaluation(self, key: str, spec: EvalSpec) -> Iterator[Input]:
+        for field in ("data", "preferences", "nll"):
+            yield from self._sources(f"{key}.{field}", getattr(spec, field))
+        if spec.baseline is not None:
+            yield from self._weights(f"{key}.baseline", spec.baseline)
+        if spec.generate is not None:
+            yield from self._policies(f"{key}.generate", spec.generate)
+        if spec.score is not None:
+            yield from self._scorer(f"{key}.score", spec.score)
+        if spec.lm_eval is not None and spec.lm_eval.include_path is not None:
+            yield self._file(f"{key}.lm_eval.include_path", spec.lm_eval.include_path)
+
+    def _file(self, key: str, name: str) -> Input:
+        return Input(key, name, resolve_path(self.base_dir, name))
+
+
+# An entry: `key`, `name`, `reach`, and `files` (by name: `digest`, `stat`) or the `commit` of the hub.
+Entry = dict[str, Any]
+
+
+class Digests:
+    """Digests of inputs; a file is not read again while nothing has been written to it.
+
+    Args:
+        known: entries of earlier starts.
+    """
+
+    def __init__(self, known: Iterable[Entry] = ()) -> None:
+        self._files: dict[tuple[str, str], dict[str, Any]] = {
+            (entry["name"], name): file
+            for entry in known
+            for name, file in entry.get("files", {}).items()
+        }
+        self._commits: dict[tuple[str, str | None], str | None] = {}
+
+    def of(self, inputs: Sequence[Input]) -> list[Entry]:
+        """What is kept of inputs; those that are not there are left out.
+
+        Raises:
+            RunError: a file that cannot be read.
+        """
+        found = []
+        for one in inputs:
+            content = self._hub(one) if one.path is None else self._local(one, one.path)
+            if content:
+                entry = {"key": one.key, "name": one.name, "reach": one.reach, **content}
+                found.append(entry)
+        return found
+
+    def _local(self, one: Input, path: Path) -> dict[str, Any]:
+        try:
+            names = sorted(_files(path, one.reach))
+            with ThreadPoolExecutor(_READERS) as readers:
+                files = list(readers.map(lambda name: self._file(one, path, name), names))
+        except OSError as error:
+            raise RunError(
+                f"an input cannot be read: {error.strerror or error}",
+                where=f"{one.key}: {error.filename or path}",
+                why="whether it has changed could not be seen at the next start",
+                fix="check the file and its permissions",
+            ) from error
+        return {"files": dict(zip(names, files, strict=True))} if names else {}
+
+    def _file(self, one: Input, path: Path, name: str) -> dict[str, Any]:
+        place = (one.name, name)
+        self._files[place] = known_digest(
+            path if path.is_file() else path / name, self._files.get(place)
+        )
+        return self._files[place]
+
+    def _hub(self, one: Input) -> dict[str, Any]:
+        place = (one.name, one.revision)
+        if place not in self._commits:
+            self._commits[place] = hub_commit(one.name, one.revision)
+        return {"commit": self._commits[place]} if self._commits[place] else {}
+
+
+def _files(path: Path, reach: Reach) -> Iterator[str]:
+    """Names of the files that are read, relative to a directory; of a file its own."""
+    if path.is_file():
+        yield path.name
+    if not path.is_dir():
+        return
+    if reach == "all":
+        yield from (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        return
+    for file in [*path.iterdir(), *(path / _TEMPLATES).glob("*.jinja")]:
+        name = file.name
+        read = name.endswith(_OF_MODELS) or name in _TEXTS
+        skipped = name in _NOT_READ or name.startswith(".") or not file.is_file()
+        if read and not skipped and not (reach == "tokenizer" and _is_weights(name)):
+            yield file.relative_to(path).as_posix()
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS)
+
+
+def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run_dir: Path) -> None:
+    """Compares the inputs of the stages that have begun with what is kept of them.
+
+    A change that is allowed is taken over, and kept in the history of the run.
+
+    Raises:
+        RunError: something else has changed.
+    """
+    begun = [
+        (stage, record)
+        for stage in stages
+        if (record := state.stage(stage.name)) is not None and record["state"] != "pending"
+    ]
+    digests = Digests(entry for _, record in begun for entry in record.get("inputs", ()))
+    refused: dict[str, dict[str, None]] = {}  # by key: what has changed
+    allowed: dict[tuple[str, str], tuple[Any, Any]] = {}
+    for stage, record in begun:
+        now = {(entry["key"], entry["name"]): entry for entry in digests.of(inputs.of(stage))}
+        kept = []
+        for before in record.get("inputs", ()):
+            # Where the recipe names another one by now, that is compared with the recipe.
+            entry = now.get((before["key"], before["name"]), before)
+            changed = changed_parts(before, entry)
+            if changed and not _may_change(state, stage, entry["key"]):
+                refused.setdefault(entry["key"], {}).update(dict.fromkeys(changed))
+            allowed |= {(entry["key"], name): values for name, values in changed.items()}
+            kept.append(_joined(before, entry))
+        if kept:
+            record["inputs"] = kept
+    if refused:
+        lines = [f"{key}: {_listed(list(names))}" for key, names in refused.items()]
+        raise RunError(
+            "inputs have changed since this run computed with them:\n    " + "\n    ".join(lines),
+            where=str(run_dir),
+            why="what is computed now would not fit what is there",
+            fix=ways_out("restore them", list(dict.fromkeys(map(_short, refused)))),
+        )
+    for (key, name), (old, new) in allowed.items():
+        state.note(f"{key}: {name}", old, new)
+
+
+def changed_parts(before: Entry, now: Entry) -> dict[str, tuple[Any, Any]]:
+    """What differs between two entries of one input: the old and the new digest by name."""
+    if "commit" in before or "commit" in now:
+        old, new = before.get("commit"), now.get("commit")
+        return {f"{now['name']} (commit)": (old, new)} if old != new else {}
+    files = [entry["files"] for entry in (before, now)]
+    if before["reach"] != now["reach"]:  # what only one of them has looked at
+        files = [{n: f for n, f in each.items() if not _is_weights(n)} for each in files]
+    old_files, new_files = files
+    found = {}
+    for file in sorted({*old_files, *new_files}):
+        old, new = (each.get(file, {}).get("digest") for each in (old_files, new_files))
+        if old != new:
+            single = now["name"].endswith(file)
+            place = now["name"] if single else f"{now['name']}/{file}"
+            how = " (missing)" if new is None else " (new)" if old is None else ""
+            found[place + how] = (old, new)
+    return found
+
+
+def _joined(before: Entry, now: Entry) -> Entry:
+    """What is kept of both: weights that were looked at stay known."""
+    if before["reach"] == "model" and now["reach"] == "tokenizer" and "files" in before:
+        weights = {n: f for n, f in before["files"].items() if _is_weights(n)}
+        return {**before, "files": {**weights, **now["files"]}}
+    return now
+
+
+def _may_change(state: ChainState, stage: Stage, key: str) -> bool:
+    own_data = key.startswith(f"stages.{stage.name}.data.")
+    return covers(state.allowed, key) or (own_data and state.allows_other_data(stage.name))
+
+
+def _short(key: str) -> str:
+    """The key to allow: of one source among several, that of all of them."""
+    return re.sub(r"(\.train|\.eval)?\.\d+$", "", key)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f", and {more} more" if more > 0 else "")

@@ -1,0 +1,146 @@
+"""Chat templates are programs of others: how long they may run, and how much they may write."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from rpo_trainer.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10.0  # of one conversation, which takes a template less than a millisecond
+CHARACTERS = 2**26  # of one conversation
+_PROBE_SECONDS = 10.0
+_PROBE_BYTES = 2**31  # beside what the process has
+_CHECK_EVERY = 0.2
+_MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+class TemplateLimit(Exception):
+    """A template runs too long, or writes too much; the text says which."""
+
+
+class _Watch(threading.Thread):
+    """Interrupts threads whose time is up; one for a process, since a thread a conversation would cost more
+    than the conversation."""
+
+    def __init__(self) -> None:
+        super().__init__(name="template-limit", daemon=True)
+        self.process = os.getpid()
+        self.lock = threading.Lock()
+        self.deadlines: dict[int, float] = {}  # by thread
+        self.begun = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            self.begun.wait()
+            time.sleep(_CHECK_EVERY)
+            with self.lock:
+                if not self.deadlines:
+                    self.begun.clear()
+                for thread, deadline in list(self.deadlines.items()):
+                    if time.monotonic() > deadline:
+                        del self.deadlines[thread]
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(TemplateLimit)
+                        )
+
+
+_watch: _Watch | None = None
+_making = threading.Lock()
+
+
+def _watching() -> _Watch:
+    global _watch
+    with _making:
+        if _watch is None or _watch.process != os.getpid():  # a fork has no threads
+            _watch = _Watch()
+            _watch.start()
+        return _watch
+
+
+@contextmanager
+def limited(seconds: float = SECONDS) -> Iterator[None]:
+    """Raises TemplateLimit inside where it takes longer; a single call into C is not interrupted."""
+    watch, own = _watching(), threading.get_ident()
+    with watch.lock:
+        watch.deadlines[own] = time.monotonic() + seconds
+        watch.begun.set()
+    try:
+        yield
+    except TemplateLimit:
+        raise TemplateLimit(f"it does not end within {seconds:.0f} s") from None
+    finally:
+        with watch.lock:
+            if watch.deadlines.pop(own, None) is None:  # interrupted, perhaps only from here on
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(own), None)
+
+
+def check_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Renders a short conversation in a process with limits of its own.
+
+    Raises:
+        ModelError: the chat template does not end, or takes gigabytes; a loop or a product of a few
+            characters is enough for that, and would take this process with it.
+    """
+    if not tokenizer.chat_template or not hasattr(os, "fork"):
+        return
+    child = os.fork()
+    if child == 0:
+        os._exit(_render_with_limits(tokenizer))
+    fault = _wait(child)
+    if fault is not None:
+        raise ModelError(
+            f"the chat template {fault}",
+            where=where,
+            why="a short conversation takes a template less than a millisecond and a kilobyte",
+            fix="correct the template, or choose another: chat_template: chatml | plain | a path",
+        )
+
+
+def _wait(child: int) -> str | None:
+    end = time.monotonic() + _PROBE_SECONDS
+    pause = 0.001
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return None if os.waitstatus_to_exitcode(status) == 0 else "takes too much memory"
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    with suppress(ProcessLookupError):
+        os.kill(child, 9)
+    os.waitpid(child, 0)
+    return f"does not end within {_PROBE_SECONDS:.0f} s"
+
+
+def _render_with_limits(tokenizer: Any) -> int:
+    """1 where the memory is not enough. What else a template refuses is said where rows are rendered."""
+    import resource
+
+    try:
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + _PROBE_BYTES, held + _PROBE_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (OSError, ValueError):
+        pass  # not Linux: the time is limited all the same
+    for prompt in (False, True):
+        try:
+            messages = _MESSAGES[:1] if prompt else _MESSAGES
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
+            if len(text) > CHARACTERS:
+                return 1
+        except MemoryError:
+            return 1
+        except BaseException:
+            continue
+    return 0
