@@ -105,6 +105,7 @@ def training_config(
         and not asks_for_shards(stage.training_args),
         "disable_tqdm": True,
         "log_level": "warning",
+        "logging_nan_inf_filter": False,
     }
     if (stage.data.eval or stage.data.eval_share) and stage.eval_steps:
         settings |= {"eval_strategy": "steps", "eval_steps": stage.eval_steps}
@@ -153,6 +154,7 @@ def training_config(
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
         ) from error
+    made.unlike_trl = ()  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_share:
             require_best_metric(made, None, trainer_class(stage).metric_names(made))

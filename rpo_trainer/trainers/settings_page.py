@@ -68,8 +68,8 @@ def _defaults() -> list[str]:
     lines = [
         "## Defaults that differ from TRL's",
         "",
-        "All other fields that TRL has too have its default. A recipe sets its own values and does not depend "
-        "on these.",
+        "All other fields that TRL has too have its default. A recipe sets its own values and does not "
+        "depend on these.",
         "",
         "| field | default | TRL | reason |",
         "|---|---|---|---|",
