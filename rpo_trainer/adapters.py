@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rpo_trainer.adapter_files import require_complete, require_weights
+from rpo_trainer.adapter_files import WEIGHTS, require_complete, require_weights
 from rpo_trainer.adapter_parts import with_new_parts
 from rpo_trainer.errors import ModelError
 from rpo_trainer.foreign import reads
@@ -257,7 +257,14 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
         require_fit(config)
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
         require_complete(model, folder)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except KeyError as error:  # of a module that is saved whole, PEFT looks its tensors up
+        raise ModelError(
+            f"the adapter's file does not fit its configuration; missing: {error.args[0]}",
+            where=str(folder / WEIGHTS),
+            why="the adapter would not be the one that was saved",
+            fix="copy the adapter again",
+        ) from error
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(
             "the adapter cannot be loaded",
             where=str(folder),

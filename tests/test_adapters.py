@@ -317,7 +317,7 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], None], str]] = {
         "missing: base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight",
     ),
     "a whole module missing": (
-        lambda f: _without(f, "norm"),
+        lambda f: _without(f, "model.norm"),
         "missing: base_model.model.model.norm",
     ),
     "one more": (_with_more, "unknown: base_model.model.model.layers.7.q_proj.lora_A.weight"),

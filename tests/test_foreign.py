@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer import adapters, model_checks
+from rpo_trainer import adapter_files, model_checks
 from rpo_trainer.data import load_rows, set_chat_template
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.bounds import TemplateLimit, limited
@@ -85,7 +85,7 @@ def test_a_damaged_index_of_weights(content: bytes, place: Path) -> None:
 def test_a_damaged_adapter(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)
     with pytest.raises(ModelError) as error:
-        adapters.base_of(tmp_path)
+        adapter_files.base_of(tmp_path)
     assert str(tmp_path) in str(error.value.where)
 
 

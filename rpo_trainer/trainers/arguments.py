@@ -39,6 +39,7 @@ def require_readable_accelerator_config(given: Any) -> None:
             raise RecipeError(
                 f"accelerator_config: {given} cannot be read: {error}",
                 where="accelerator_config",
+                why="accelerate would not be configured as asked",
                 fix="give a dict, or the path of a JSON file",
             ) from error
     if isinstance(given, Mapping):
@@ -48,6 +49,7 @@ def require_readable_accelerator_config(given: Any) -> None:
             raise RecipeError(
                 "; ".join(problems),
                 where="accelerator_config",
+                why="accelerate has no such field",
                 fix=f"its fields are {', '.join(known)}",
             )
 

@@ -102,6 +102,7 @@ def answering_unknown_arguments(make: Callable[..., None]) -> Callable[..., None
             raise RecipeError(
                 f"there is no argument {' or '.join(unknown)}",
                 where=type(self).__name__,
+                why="the trainer has no use for it",
                 fix="; ".join(
                     f"{name}: {CONSTRUCTOR[name]}"
                     if name in CONSTRUCTOR

@@ -79,6 +79,7 @@ def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
         raise RecipeError(
             f"{type(causal_lm(model)).__name__} does not support gradient checkpointing",
             where="gradient_checkpointing",
+            why="transformers marks the classes that can recompute their activations",
             fix="set gradient_checkpointing=False",
         )
     logger.info("gradient checkpointing is off: the model does not support it")

@@ -61,7 +61,8 @@ def test_hub_name_goes_to_the_hub_and_its_failure_is_explained(
 
     asked: list[Any] = []
 
-    def fake(name: str, split: str | None) -> Any:
+    def fake(name: str, split: str | None, trust_remote_code: bool) -> Any:
+        assert not trust_remote_code
         asked.append((name, split))
         if name == "someone/absent":
             raise ConnectionError("no network")
