@@ -28,7 +28,7 @@ def together(*command: object, failing: bool = False) -> str:
 def interrupted(out: Path, command: list[object], keep: slice) -> None:
     """What one process leaves that was killed after some rows."""
 
-    def killed(*_: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with mock.patch.object(rowfile, "write_rows", killed):
