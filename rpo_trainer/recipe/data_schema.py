@@ -104,10 +104,15 @@ class EndpointSpec(Spec):
         "OPENAI_API_KEY",
         description="environment variable that holds the key; it is written nowhere",
     )
-    concurrency: int = Field(8, ge=1, description="requests at a time")
-    timeout: float = Field(60.0, gt=0, description="seconds without an answer before the next try")
+    concurrency: int = Field(8, ge=1, le=1024, description="requests at a time")
+    timeout: float = Field(
+        60.0, gt=0, le=86_400, description="seconds without an answer before the next try"
+    )
     retries: int = Field(
-        6, ge=0, description="further tries of a request, each after a longer wait (Retry-After)"
+        6,
+        ge=0,
+        le=100,
+        description="further tries of a request, each after a longer wait (Retry-After)",
     )
 
 
@@ -119,19 +124,23 @@ class JudgeSpec(EndpointSpec):
         description="file with the prompt, with {prompt}, {first} and {second} in it; it must ask "
         "for [[A]], [[B]] or [[C]]",
     )
-    max_tokens: int = Field(1024, ge=1, description="longest answer, in tokens")
+    max_tokens: int = Field(1024, ge=1, le=10_000_000, description="longest answer, in tokens")
     temperature: float = Field(0.0, ge=0, description="sampling temperature of the judge")
 
 
 class GenerateSpec(Spec):
     """Responses sampled from the policy as it is when the stage starts, or from other policies."""
 
-    responses: int = Field(4, ge=1, description="responses for each prompt, from each policy")
+    responses: int = Field(
+        4, ge=1, le=10_000, description="responses for each prompt, from each policy"
+    )
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 turns it off")
-    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 turns it off")
-    max_new_tokens: int = Field(ge=1, description="longest response, in tokens")
-    batch_size: int = Field(64, ge=1, description="sequences generated at once")
+    top_k: int = Field(
+        0, ge=0, le=10_000_000, description="sample from the k likeliest tokens; 0 turns it off"
+    )
+    max_new_tokens: int = Field(ge=1, le=10_000_000, description="longest response, in tokens")
+    batch_size: int = Field(64, ge=1, le=100_000, description="sequences generated at once")
     policies: list[Text] = Field(
         ["init"],
         description="what is sampled from: `init` (the policy that seeds the stage), an earlier "
@@ -179,6 +188,7 @@ class ScoreSpec(Spec):
     batch_tokens: int | None = Field(
         None,
         ge=1,
+        le=100_000_000,
         description="tokens in a forward pass of a reward model, padding counted where there is any; "
         "by default 16384",
     )

@@ -157,12 +157,33 @@ def message_of(answer: Any) -> str:
         message = message[0]
     content = message.get("content") if isinstance(message, Mapping) else message.content
     if isinstance(content, str) and content.strip():
-        return content
+        return encodable(content)
     raise Unreadable("a completion without text")
 
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which UTF-8 files cannot hold."""
+    text, count = _LONE_SURROGATE.subn("\ufffd", text)
+    if count:
+        logger.warning("an answer holds %d lone surrogates: each is replaced by U+FFFD", count)
+    return text
+
+
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-_PAIR = re.compile(rf"\s*([A-Za-z][\w -]*?)\s*[:=]\s*({_NUMBER})\s*")
+_NAME = re.compile(r"[A-Za-z][\w -]*")
+_SCORE = re.compile(_NUMBER)
+
+
+def _pair(text: str) -> tuple[str, float] | None:
+    """`name: number`, or `name = number`. Split before it is matched: one pattern for both would
+    take a time that is quadratic in the length of a run of blanks."""
+    name, *value = (part.strip() for part in re.split("[:=]", text, maxsplit=1))
+    if not value or not _NAME.fullmatch(name) or not _SCORE.fullmatch(value[0]):
+        return None
+    return name, float(value[0])
 
 
 def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
@@ -180,11 +201,11 @@ def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
         text = message_of(answer)
     except Unreadable:
         text = ""
-    pairs = [_PAIR.fullmatch(part) for part in re.split(r"[,\n;]", text) if part.strip()]
+    pairs = [_pair(part) for part in re.split(r"[,\n;]", text) if part.strip()]
     if pairs and all(pairs):
-        scores = {pair[1]: float(pair[2]) for pair in pairs if pair}
+        scores = dict(pair for pair in pairs if pair)
     elif tokens:
-        scores = {str(token.token): float(token.logprob) for token in tokens}
+        scores = {encodable(str(token.token)): float(token.logprob) for token in tokens}
         text = ",".join(f"{name}:{score}" for name, score in scores.items())
     else:
         raise Unreadable(f"no scores by attribute in {_short(text)!r}")

@@ -17,7 +17,7 @@ from rpo_trainer.files import file_digest
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
 from rpo_trainer.rewards.judge import judge_row, read_template
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard, Work, content_key, one_by_one
-from rpo_trainer.rewards.verifiers import Verifier, check_rows, get_verifier
+from rpo_trainer.rewards.verifiers import FailedChecks, Verifier, check_rows, get_verifier
 from rpo_trainer.rewards.weights import PRESETS, resolve_weights
 
 if TYPE_CHECKING:
@@ -84,16 +84,26 @@ class _ByVerifier:
         check_rows(rows, self.verifier)
 
     def work(self, rows: Sequence[Row]) -> Work:
+        failed = FailedChecks()
+
         def make(index: int) -> dict[str, Any]:
             try:
-                check = self.verifier.prepare(rows[index])
+                check = self.verifier.prepare(rows[index], failed)
                 return {"rewards": [check(response) for response in rows[index]["responses"]]}
             except RowError as error:
                 raise RowFailed(str(error)) from None
 
         # Tests of code wait for another process; the rest is faster without threads.
         outside = self.verifier.name == "asserts"
-        return one_by_one(make, workers=(os.cpu_count() or 1) if outside else 1)
+        each = one_by_one(make, workers=(os.cpu_count() or 1) if outside else 1)
+
+        def run(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
+            try:
+                yield from each(pending, shard)
+            finally:
+                failed.warn(self.verifier.name)
+
+        return run
 
 
 class _ByModel:

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Sequence
 from rpo_trainer.data.rows import Row, RowError, RowProblems
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.rewards.verifiers.asserts import ASSERTS, require_permission
-from rpo_trainer.rewards.verifiers.base import Verifier
+from rpo_trainer.rewards.verifiers.base import FailedChecks, Verifier
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTION_CHECKS
 from rpo_trainer.rewards.verifiers.json_schema import JSON_SCHEMA
 from rpo_trainer.rewards.verifiers.numeric import NUMERIC
 from rpo_trainer.rewards.verifiers.text import EXACT, MULTIPLE_CHOICE, PARTIAL_MATCH, REGEX
 
-__all__ = ["VERIFIERS", "Verifier", "check_rows", "get_verifier", "nearest", "score_rows"]
+__all__ = [
+    "VERIFIERS", "FailedChecks", "Verifier", "check_rows", "get_verifier", "nearest", "score_rows",
+]  # fmt: skip
 
 VERIFIERS = {
     verifier.name: verifier
@@ -45,18 +47,22 @@ def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
 def score_rows(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
     """The rows with `rewards`, one for each of their `responses`.
 
+    Responses whose check fails get the reward 0; how many they are is logged as a warning.
+
     Raises:
         DataError, or Problems: rows that cannot be verified; all are counted, the first three of
             each kind are named.
     """
     problems = RowProblems()
+    failed = FailedChecks()
     scored = []
     for row in rows:
         try:
-            check = verifier.prepare(row)
+            check = verifier.prepare(row, failed)
             scored.append({**row, "rewards": [check(response) for response in row["responses"]]})
         except RowError as error:
             problems.add(str(error), str(row["id"]))
+    failed.warn(verifier.name)
     _raise(problems, len(rows), verifier)
     return scored
 

@@ -123,10 +123,16 @@ def _letters(text: str, letter: str, let_frequency: int, let_relation: str) -> b
 
 # ---------------------------------------------------------------- length
 
-_ENDS = re.compile(r"(?:[.!?…]+[\"'”’)\]*]*(?=\s|\Z))|[。！？]+|\n{2,}|\n(?=\s*[-*•\d])")
+# Each run of stops is tried from its first one only, and the search for a list item ends with the
+# line: else the time would be quadratic in the length of a run.
+_ENDS = re.compile(
+    r"(?:(?<![.!?…])[.!?…]+[\"'”’)\]*]*(?=\s|\Z))|[。！？]+|\n{2,}|\n(?=[^\S\n]*[-*•\d])"
+)
 _NO_END = re.compile(
     r"\b(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|vs|etc|Inc|Ltd|e\.g|i\.e|No|Fig)\.$"
 )
+_NO_END_LENGTH = 8  # more than the longest abbreviation, its dot and the character before it
+_WORD = re.compile(r"\w")
 
 
 def count_sentences(text: str) -> int:
@@ -136,12 +142,14 @@ def count_sentences(text: str) -> int:
     """
     count, begin = 0, 0
     for match in _ENDS.finditer(text):
-        stretch = text[begin : match.end()].strip()
-        if match[0].startswith(".") and _NO_END.search(stretch) and match.end() < len(text):
-            continue
-        count += re.search(r"\w", stretch) is not None
-        begin = match.end()
-    return count + (re.search(r"\w", text[begin:]) is not None)
+        end = match.end()
+        if match[0] == "." and end < len(text):
+            last = text[max(begin, end - _NO_END_LENGTH) : end]
+            if _NO_END.search(last):
+                continue
+        count += _WORD.search(text, begin, end) is not None
+        begin = end
+    return count + (_WORD.search(text, begin) is not None)
 
 
 @_instruction("length_constraints:number_sentences")
@@ -157,7 +165,7 @@ def _words(text: str, num_words: int, relation: str) -> bool:
 @_instruction("length_constraints:number_paragraphs")
 def _paragraphs(text: str, num_paragraphs: int) -> bool:
     """Paragraphs with the divider `***` between them; none of them empty."""
-    parts = [part.strip() for part in re.split(r"\*\*\*", text)]
+    parts = [part.strip() for part in text.split("***")]
     if not parts[0]:
         parts = parts[1:]
     if parts and not parts[-1]:
@@ -195,7 +203,7 @@ def _postscript(text: str, postscript_marker: str) -> bool:
 
 @_instruction("detectable_format:number_bullet_lists")
 def _bullets(text: str, num_bullets: int) -> bool:
-    return len(re.findall(r"^\s*(?:\*(?!\*)|-(?!-))\s*\S", text, re.MULTILINE)) == num_bullets
+    return len(re.findall(r"^[^\S\n]*(?:\*(?!\*)|-(?!-))\s*\S", text, re.MULTILINE)) == num_bullets
 
 
 @_instruction("detectable_format:constrained_response")
@@ -224,7 +232,7 @@ def _json(text: str) -> bool:
 
 @_instruction("detectable_format:title")
 def _title(text: str) -> bool:
-    return re.search(r"<<[^\n<>]*[^\s<>][^\n<>]*>>", text) is not None
+    return any(title.strip() for title in re.findall(r"<<([^\n<>]+)>>", text))
 
 
 @_instruction("combination:two_responses")

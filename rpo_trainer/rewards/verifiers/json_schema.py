@@ -1,48 +1,43 @@
-"""The JSON schema verifier: is the response JSON, and does it keep to the row's schema."""
+"""The JSON schema verifier: is the response JSON, and does it conform to the row's schema."""
 
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.rewards.verifiers.base import Check, Verifier, required
 from rpo_trainer.rewards.verifiers.text import missing_library
 
-_FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL | re.IGNORECASE)
-
 
 def _json_schema(row: Row) -> Check:
-    """1 where the response is JSON that keeps to the row's `schema`, 0 else.
+    """1 where the response is JSON that conforms to the row's `schema`, 0 else.
 
     `schema` is an object, or its JSON text. One fence of backticks around the whole response is
-    taken off; words beside the JSON make it no JSON. Nothing is fetched for a `$ref`.
+    taken off; with words beside the JSON it is not JSON. Nothing is fetched for a `$ref`. A response
+    that takes longer than `SECONDS` raises TimeoutError: the reward is 0.
     """
     try:
         import jsonschema
-        import referencing
+        import regex  # noqa: F401 (its patterns have a time limit, those of re do not)
     except ImportError:
-        raise missing_library("json_schema", "jsonschema") from None
+        raise missing_library("json_schema", "jsonschema and regex") from None
+    from rpo_trainer.rewards.verifiers import schemas
+
     schema = _schema(required(row, "schema"))
-    maker = jsonschema.validators.validator_for(schema)
+    maker: Any = jsonschema.validators.validator_for(schema)
     try:
         maker.check_schema(schema)
+        schemas.check_references(schema, maker)
     except jsonschema.SchemaError as error:
-        raise RowError(f"`schema` is no JSON schema ({error.message})") from None
-    # An empty registry: a reference to somewhere else is an error, not a download.
-    validator: Any = maker(schema, registry=referencing.Registry())
+        raise RowError(f"`schema` is not a JSON schema ({error.message})") from None
+    except RecursionError:
+        raise RowError("`schema` is nested too deeply") from None
+    is_valid = schemas.limited_validator(schema, maker)
 
     def check(response: str) -> float:
         value = parse_json(response)
-        if value is _NOT_JSON:
-            return 0.0
-        try:
-            return float(validator.is_valid(value))
-        except referencing.exceptions.Unresolvable as error:
-            raise RowError(f"`schema` refers to what is not in it ({error})") from None
-        except RecursionError:
-            raise RowError("`schema` refers to itself without an end") from None
+        return 0.0 if value is _NOT_JSON else float(is_valid(value))
 
     return check
 
@@ -51,7 +46,7 @@ def _schema(value: object) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError("`schema` is text that is not JSON") from None
     if not isinstance(value, dict | bool):
         raise RowError("`schema` is not an object")
@@ -59,15 +54,25 @@ def _schema(value: object) -> Any:
 
 
 _NOT_JSON = object()
+_FENCE = "```"
 
 
 def parse_json(text: str) -> Any:
     """The value of a text that is JSON and nothing else; `_NOT_JSON` of any other."""
-    fenced = _FENCE.match(text)
     try:
-        return json.loads(fenced[1] if fenced else text, parse_constant=_no_constant)
+        return json.loads(_unfenced(text), parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return _NOT_JSON
+
+
+def _unfenced(text: str) -> str:
+    """What is inside the fence of a text that is one fenced block; any other text as it is."""
+    block = text.strip()
+    opening, newline, body = block.partition("\n")
+    language = opening.strip().removeprefix(_FENCE).lower()
+    if newline and opening.startswith(_FENCE) and language in ("", "json"):
+        return body.removesuffix(_FENCE) if body.endswith(_FENCE) else text
+    return text
 
 
 def is_json(text: str) -> bool:

@@ -22,11 +22,12 @@ _NUMBER = re.compile(
     rf"\\?[{_CURRENCY}]?\s?"
     rf"(?P<inner>(?<=[{_CURRENCY}])[-−])?"
     rf"(?:(?P<whole>\d+)\s+(?P<over>\d+)\s*/\s*(?P<under>\d+)(?![\d.])"
-    rf"|(?P<mixed>\d+)?\s*{_FRACTION}"
+    rf"|(?:(?P<mixed>\d+)\s*)?{_FRACTION}"
     rf"|(?P<top>{_DECIMAL})\s*/\s*(?P<bottom>{_DECIMAL})(?!\s*[/\d])"
     rf"|(?P<plain>{_DECIMAL}))"
     r"(?P<percent>\s?\\?%)?",
 )
+_LONGEST = 1000  # digits: longer ones are slow to read, and no answer
 _SEPARATORS = re.compile(r",|\{,\}|\\,")
 
 
@@ -80,26 +81,32 @@ def _readings(match: re.Match[str]) -> set[Fraction] | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """The size of a number; None for a division by nought."""
+    """The size of a number; None for a division by zero and for what is too long to be read."""
     try:
         if match["plain"]:
             return _decimal(match["plain"])
         if match["top"]:
             return _decimal(match["top"]) / _decimal(match["bottom"])
         if match["whole"]:
-            return int(match["whole"]) + Fraction(int(match["over"]), int(match["under"]))
+            return _decimal(match["whole"]) + _decimal(match["over"]) / _decimal(match["under"])
         # The two groups of _FRACTION have no names: it could not be used twice else.
         top, bottom = match.groups()[_FRACTION_AT : _FRACTION_AT + 2]
-        return int(match["mixed"] or 0) + _decimal(top) / _decimal(bottom)
+        return _decimal(match["mixed"] or "0") + _decimal(top) / _decimal(bottom)
     except (ZeroDivisionError, ValueError):
         return None
 
 
+_BRACE = re.compile(r"[{}]")
 _FRACTION_AT = _NUMBER.groupindex["mixed"]  # groups() counts from 0, groupindex from 1
 
 
 def _decimal(text: str) -> Fraction:
-    return Fraction(_SEPARATORS.sub("", text))
+    if len(text) > 2 * _LONGEST:
+        raise ValueError("too long")
+    digits = _SEPARATORS.sub("", text)
+    if len(digits) > _LONGEST:
+        raise ValueError("too long")
+    return Fraction(digits)
 
 
 def _last_boxed(text: str) -> str | None:
@@ -109,10 +116,10 @@ def _last_boxed(text: str) -> str | None:
         return None
     start += len("\\boxed{")
     depth = 1
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[start:place]
+            return text[start : brace.start()]
     return text[start:]
 
 

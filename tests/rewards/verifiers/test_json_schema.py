@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.rewards.verifiers import get_verifier
 
+DRAFTS = [
+    jsonschema.Draft3Validator,
+    jsonschema.Draft4Validator,
+    jsonschema.Draft6Validator,
+    jsonschema.Draft7Validator,
+    jsonschema.Draft201909Validator,
+    jsonschema.Draft202012Validator,
+]
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
@@ -44,7 +53,7 @@ def test_responses(response: str, reward: float) -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "strange"}, "no JSON schema"),
+        ({"type": "strange"}, "not a JSON schema"),
         ("{", "not JSON"),
         (["object"], "not an object"),
     ],
@@ -54,7 +63,48 @@ def test_what_is_no_schema(schema: Any, message: str) -> None:
         get_verifier("json_schema").prepare({"schema": schema})
 
 
-def test_nothing_is_fetched() -> None:
-    check = get_verifier("json_schema").prepare({"schema": {"$ref": "http://127.0.0.1:9/x.json"}})
-    with pytest.raises(RowError, match="refers to what is not in it"):
-        check("{}")
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"$ref": "http://127.0.0.1:9/x.json"}, "not in it"),
+        ({"$ref": "#/$defs/absent"}, "not in it"),
+        ({"properties": {"a": {"items": {"$ref": "#/$defs/absent"}}}}, "not in it"),
+        ({"$ref": "#"}, "refers to itself"),
+        ({"allOf": [{"$ref": "#"}]}, "refers to itself"),
+        ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, "refers to itself"),
+        ({"not": {"if": {"$ref": "#"}}}, "refers to itself"),
+        (
+            {
+                "properties": {"a": {"$ref": "#/$defs/x"}},
+                "$defs": {
+                    "x": {"$ref": "#/$defs/y"},
+                    "y": {"then": {"$ref": "#/$defs/x"}, "if": {}},
+                },
+            },
+            "refers to itself",
+        ),
+        ({"pattern": "("}, "not a JSON schema|not a regular expression"),
+        ({"items": {"patternProperties": {"(": {}}}}, "not a JSON schema|not a regular expression"),
+    ],
+)
+def test_faults_of_the_schema_show_before_any_response(schema: Any, message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        get_verifier("json_schema").prepare({"schema": schema})
+
+
+def test_references_that_come_to_an_end() -> None:
+    tree = {
+        "type": "object",
+        "properties": {"next": {"$ref": "#"}, "kind": {"$ref": "#/definitions/kind"}},
+        "definitions": {"kind": {"enum": ["a"], "description": "see", "$comment": "$ref"}},
+    }
+    check = get_verifier("json_schema").prepare({"schema": tree})
+    assert check('{"next": {"next": {"kind": "a"}}}') == 1.0
+    assert check('{"next": {"next": {"kind": "b"}}}') == 0.0
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_metaschemas_of_all_drafts_can_be_checked(draft: Any) -> None:
+    check = get_verifier("json_schema").prepare({"schema": draft.META_SCHEMA})
+    assert check('{"type": "object", "properties": {"a": {"type": "string"}}}') == 1.0
+    assert check('{"type": "object", "properties": {"a": {"type": 5}}}') == 0.0

@@ -77,8 +77,11 @@ def test_what_is_no_pattern(pattern: Any) -> None:
         get_verifier("regex").prepare({"pattern": pattern})
 
 
-def test_a_pattern_that_takes_for_ever_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rpo_trainer.rewards.verifiers.text._SECONDS", 0.05)
+def test_a_search_that_takes_too_long_gives_0(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rpo_trainer.rewards.verifiers.text.SECONDS", 0.05)
     check = get_verifier("regex").prepare({"pattern": r"^(\w|\w\w)+$"})
-    with pytest.raises(RowError, match="takes more than"):
-        check("a" * 200 + "!")
+    assert check("a" * 200 + "!") == 0.0
+    assert check("aaa") == 1.0
+    assert "TimeoutError" in caplog.text
