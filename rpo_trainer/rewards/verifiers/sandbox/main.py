@@ -11,6 +11,8 @@ import ast
 import builtins
 import importlib
 import os
+import sys
+from types import FunctionType
 from typing import Any, NoReturn
 
 from .limits import confine
@@ -20,15 +22,21 @@ from .wire import Channel
 # Modules without state that a test may use although only the response imports them. They come from
 # the tester's own library: a response's `math.isclose` doesn't decide a test.
 _PURE = {
-    "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools",
-    "itertools", "json", "math", "np", "numbers", "numpy", "operator", "re", "statistics", "string",
-    "typing", "unittest",
+    "cmath", "collections", "functools", "itertools", "math", "np", "numpy", "operator", "re",
+    "unittest",
+}  # fmt: skip
+# The same, except that a response may well have a function of that name.
+_PURE_OR_FUNCTION = {
+    "bisect", "copy", "datetime", "decimal", "fractions", "json", "numbers", "statistics", "string",
+    "typing",
 }  # fmt: skip
 
 
 def main() -> NoReturn:
     """Runs the task on standard input."""
-    task = Channel(0, -1)
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)  # integers of any length travel between the processes
+    task = Channel(0, -1, ahead=False)
     first = task.receive()
     to_candidate, to_tester = os.pipe(), os.pipe()
     if os.fork() == 0:
@@ -69,7 +77,8 @@ def _candidate(channel: Channel, code: str, seconds: int) -> None:
 
     def lookup(name: str) -> Any:
         if name in namespace:
-            return [namespace[name]]
+            value = namespace[name]
+            return [value, type(value) is FunctionType]
         return []
 
     peer.lookup = lookup
@@ -93,11 +102,13 @@ class _Names(dict[str, Any]):
         if name in builtins.__dict__ or name.startswith("__"):
             raise KeyError(name)
         found = self._peer.ask("lookup", name, (), {})
-        if type(found) is not list or len(found) != 1:
+        if type(found) is not list or len(found) != 2:
             raise KeyError(name)
-        if name in _PURE:
+        if name in _PURE or (name in _PURE_OR_FUNCTION and found[1] is not True):
             self[name] = importlib.import_module("numpy" if name == "np" else name)
             return self[name]
+        if found[1] is True:  # a function keeps its name: one request is enough
+            self[name] = found[0]
         return found[0]
 
 

@@ -86,7 +86,7 @@ class Proxy:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return _ask(self, "call", *arguments, **named)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         try:
             return _ask(self, "getattr", "__class__")
@@ -215,7 +215,7 @@ class Peer:
     def __init__(self, channel: Channel, *, trusted: bool) -> None:
         self.channel, self.trusted = channel, trusted
         self.codec = Codec(trusted=trusted, make=self._make, proxy=Proxy)
-        self.codec.describe = _describe
+        self.codec.describe = self._describe
         self.lookup: Callable[[str], Any] | None = None
         self._proxies: dict[int, Any] = {}
 
@@ -268,6 +268,20 @@ class Peer:
                 changed.append([place, data])
         self.channel.send(["result", result, error, changed])
 
+    def _describe(self, value: Any) -> Any:
+        """What the other side must know of an object that it gets a proxy for."""
+        if not (isinstance(value, type) and issubclass(value, BaseException)):
+            return None
+        own: list[Any] = []
+        for kind in value.__mro__:
+            if kind.__module__ == "builtins":
+                return ["exception", own, [None, kind.__name__]]
+            if kind.__module__.split(".")[0] in sys.stdlib_module_names:
+                return ["exception", own, [kind.__module__, kind.__qualname__]]
+            if issubclass(kind, BaseException):
+                own.append([self.codec.keep(kind), kind.__name__])
+        return None
+
     def _make(self, number: int, facts: Any) -> Any:
         if number not in self._proxies:
             if facts and facts[0] == "exception":
@@ -279,9 +293,8 @@ class Peer:
     def _raised(self, error: BaseException) -> Any:
         try:
             arguments = [self.codec.encode(a) for a in error.args]
-            facts = _describe(type(error)) or ["exception", [], [None, type(error).__name__]]
-            own = [[self.codec.keep(c), c.__name__] for c in facts[1]]
-            return [own, facts[2], arguments, self.codec.keep(error)]
+            facts = self._describe(type(error)) or ["exception", [], [None, type(error).__name__]]
+            return [facts[1], facts[2], arguments, self.codec.keep(error)]
         except Exception:
             return [[], [None, "RuntimeError"], ["an exception that cannot be described"], None]
 
@@ -328,27 +341,13 @@ class Peer:
         return {"__init__": init, "__getattr__": attribute, "__str__": text}
 
 
-def _describe(value: Any) -> Any:
-    """What the other side must know of an object that it gets a proxy for."""
-    if not (isinstance(value, type) and issubclass(value, BaseException)):
-        return None
-    own = []
-    for kind in value.__mro__:
-        if kind.__module__ == "builtins":
-            return ["exception", own, [None, kind.__name__]]
-        if kind.__module__.split(".")[0] in sys.stdlib_module_names:
-            return ["exception", own, [kind.__module__, kind.__qualname__]]
-        if issubclass(kind, BaseException):
-            own.append(kind)
-    return None
-
-
 def _check(operation: str, target: Any, arguments: list[Any]) -> None:
     """What the candidate may do with an object of the tester: call it, iterate, use its interface."""
     if operation in ("call", "next", "iter"):
         return
-    if type(target).__module__ != TEST_MODULE or operation == "delattr":
-        raise AttributeError("the object belongs to the test")
+    if type(target).__module__ != TEST_MODULE or operation in ("delattr", "dir"):
+        kind = AttributeError if operation.endswith("attr") else TypeError
+        raise kind("the object belongs to the test")
     if operation in ("getattr", "setattr") and (
         type(arguments[0]) is not str or arguments[0].startswith("_")
     ):

@@ -21,6 +21,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+_dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_loads = json.JSONDecoder().decode
 LARGEST = 1 << 28  # bytes of one message
 _SCALARS = {int, float, str, bool, type(None)}
 _SEQUENCES: dict[str, type] = {
@@ -32,11 +34,20 @@ _MAPPINGS: dict[str, type] = {
 _NAME = {**{t: n for n, t in _SEQUENCES.items()}, **{t: n for n, t in _MAPPINGS.items()}}
 _DATES: dict[type, Callable[[Any], list[Any]]] = {
     datetime.date: lambda d: [d.year, d.month, d.day],
-    datetime.datetime: lambda d: [d.year, d.month, d.day, d.hour, d.minute, d.second, d.microsecond],
+    datetime.datetime: lambda d: [
+        d.year,
+        d.month,
+        d.day,
+        d.hour,
+        d.minute,
+        d.second,
+        d.microsecond,
+    ],
     datetime.time: lambda d: [d.hour, d.minute, d.second, d.microsecond],
     datetime.timedelta: lambda d: [d.days, d.seconds, d.microseconds],
 }
-_DATE_NAMES = {kind.__name__: kind for kind in _DATES}
+_ZONES = (type(None), datetime.timezone)
+_DATE_NAMES: dict[str, Any] = {kind.__name__: kind for kind in _DATES}
 _MUTABLE = (list, dict, set, bytearray, collections.deque, collections.defaultdict,
             collections.OrderedDict, collections.Counter)  # fmt: skip
 _ARRAYS = "biufcSUmM"  # kinds of numpy arrays that hold no objects
@@ -45,14 +56,16 @@ _ARRAYS = "biufcSUmM"  # kinds of numpy arrays that hold no objects
 class Channel:
     """Frames of bytes over a pair of pipes."""
 
-    def __init__(self, read: int, write: int) -> None:
+    def __init__(self, read: int, write: int, *, ahead: bool = True) -> None:
         self._read, self._write = read, write
+        self._ahead = ahead  # may read more than it was asked for
+        self._buffer = b""
         self.closed = False
         self._os_read, self._os_write = os.read, os.write
 
     def send(self, message: Any) -> None:
         """Writes one message."""
-        data = json.dumps(message, separators=(",", ":")).encode()
+        data = _dumps(message).encode()
         rest = memoryview(struct.pack("=Q", len(data)) + data)
         while rest:
             rest = rest[self._os_write(self._write, rest) :]
@@ -62,19 +75,22 @@ class Channel:
         (size,) = struct.unpack("=Q", self.exactly(8))
         if size > LARGEST:
             raise EOFError("a message is too long")
-        return json.loads(self.exactly(size))
+        return _loads(self.exactly(size).decode())
 
     def exactly(self, size: int) -> bytes:
         """Reads `size` bytes."""
-        parts = []
-        while size:
-            part = self._os_read(self._read, min(size, 1 << 20))
+        parts = [self._buffer]
+        missing = size - len(self._buffer)
+        while missing > 0:
+            part = self._os_read(self._read, max(missing, 4096) if self._ahead else missing)
             if not part:
                 self.closed = True
                 raise EOFError
             parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+            missing -= len(part)
+        data = b"".join(parts) if len(parts) > 1 else parts[0]
+        self._buffer = data[size:]
+        return data[:size]
 
 
 class Codec:
@@ -84,7 +100,7 @@ class Codec:
     side must know of an object that stays here.
     """
 
-    def __init__(self, *, trusted: bool, make: Callable[[int, Any], Any], proxy: type) -> None:
+    def __init__(self, *, trusted: bool, make: Callable[[int, Any], Any], proxy: Any) -> None:
         self.trusted = trusted  # this is the tester
         self._make, self._proxy = make, proxy
         self.kept: dict[int, Any] = {}
@@ -108,7 +124,7 @@ class Codec:
             return ["own", self.keep(value), self.describe(value)]
 
     def _encode(self, value: Any) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         if kind in _SCALARS:
             return value
         if kind in (list, tuple) and set(map(type, value)) <= _SCALARS:
@@ -116,13 +132,12 @@ class Codec:
         if kind is collections.deque and value.maxlen is not None:
             return ["bounded", [self._encode(item) for item in value], value.maxlen]
         if kind in _NAME:
-            name = _NAME[kind]
-            if name in _SEQUENCES:
-                return ["items", name, [self._encode(item) for item in value]]
+            if _NAME[kind] in _SEQUENCES:
+                return ["items", _NAME[kind], [self._encode(item) for item in value]]
             pairs = [[self._encode(k), self._encode(v)] for k, v in value.items()]
-            return ["pairs", name, pairs]
+            return ["pairs", _NAME[kind], pairs]
         if kind is self._proxy:
-            return ["yours", self._proxy.number(value)]  # type: ignore[attr-defined]
+            return ["yours", self._proxy.number(value)]
         if kind is collections.defaultdict:
             pairs = [[self._encode(k), self._encode(v)] for k, v in value.items()]
             return ["default", self._encode(value.default_factory), pairs]
@@ -138,27 +153,33 @@ class Codec:
             return ["decimal", str(value)]
         if kind is fractions.Fraction:
             return ["fraction", value.numerator, value.denominator]
-        if kind in _DATES and getattr(value, "tzinfo", None) is None:
-            return ["date", kind.__name__, _DATES[kind](value)]
+        if kind in _DATES and type(zone := getattr(value, "tzinfo", None)) in _ZONES:
+            offset = None if zone is None else zone.utcoffset(None).total_seconds()
+            return ["date", kind.__name__, _DATES[kind](value), offset]
         if value is Ellipsis or value is NotImplemented:
             return ["constant", repr(value)]
-        if kind is type and getattr(builtins, value.__name__, None) is value:
-            return ["type", value.__name__]
+        name = getattr(value, "__name__", "") if callable(value) else ""
+        known = type(name) is str and getattr(builtins, name, None) is value
+        if kind is type and known:
+            return ["type", name]
         if type(value).__module__ == "numpy" and "numpy" in sys.modules:
             import numpy
 
-            if isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in _ARRAYS:
-                if kind in (numpy.ndarray, value.dtype.type):
-                    flat = value.tobytes().decode("latin-1")
-                    scalar = kind is not numpy.ndarray
-                    return ["array", value.dtype.str, list(value.shape), flat, scalar]
+            if (
+                isinstance(value, (numpy.ndarray, numpy.generic))
+                and value.dtype.kind in _ARRAYS
+                and kind in (numpy.ndarray, value.dtype.type)
+            ):
+                flat = value.tobytes().decode("latin-1")
+                scalar = kind is not numpy.ndarray
+                return ["array", value.dtype.str, list(value.shape), flat, scalar]
         if self.trusted and not callable(value) and not hasattr(value, "__next__"):
             try:
                 return ["pickle", pickle.dumps(value).decode("latin-1")]
             except Exception:
                 pass  # of a class that the test defines: it stays here
-        if self.trusted and getattr(builtins, getattr(value, "__name__", ""), None) is value:
-            return ["builtin", value.__name__]
+        if self.trusted and known:
+            return ["builtin", name]
         return ["own", self.keep(value), self.describe(value)]
 
     def decode(self, data: Any) -> Any:
@@ -167,7 +188,7 @@ class Codec:
             return data
         tag, *rest = data
         if tag == "flat":
-            return rest[1] if rest[0] == "list" else tuple(rest[1])
+            return _SEQUENCES[rest[0]](rest[1])  # a copy: the message stays as it was
         if tag == "items":
             return _SEQUENCES[rest[0]](self.decode(item) for item in rest[1])
         if tag == "bounded":
@@ -195,7 +216,10 @@ class Codec:
         if tag == "fraction":
             return fractions.Fraction(*rest)
         if tag == "date":
-            return _DATE_NAMES[rest[0]](*rest[1])
+            date = _DATE_NAMES[rest[0]](*rest[1])
+            if rest[2] is None:
+                return date
+            return date.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=rest[2])))
         if tag == "constant":
             return {"Ellipsis": Ellipsis, "NotImplemented": NotImplemented}[rest[0]]
         if tag == "type" and isinstance(found := getattr(builtins, rest[0]), type):
