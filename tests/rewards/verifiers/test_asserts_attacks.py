@@ -122,6 +122,24 @@ def test_a_module_of_the_response_does_not_decide_a_test() -> None:
     assert run_tests("import math", ["assert math.isclose(1, 1)"]) == 1.0
 
 
+@pytest.mark.parametrize(
+    "zero", ["0", "0.0", "set()", "[]", "self", "__import__('decimal').Decimal()"]
+)
+def test_arithmetic_with_the_expected_value_does_not_decide_a_test(zero: str) -> None:
+    code = (
+        "class Liar:\n"
+        f"    def __sub__(self, other): return {zero}\n"
+        "    __rsub__ = __xor__ = __rxor__ = __sub__\n"
+        "    def __abs__(self): return 0.0\n"
+        "    def __bool__(self): return False\n"
+        "    def __len__(self): return 0\n"
+        "def f(x): return Liar()\n"
+    )
+    tests = ["assert abs(f(1) - 3.14) < 1e-6", "assert abs(3.14 - f(1)) < 1e-6", "assert not f(1) - 3",
+             "assert not f(1) - {3}", "assert not f(1) ^ 5", "assert len(f(1) - {1}) == 0"]  # fmt: skip
+    assert run_tests(code, tests) == 0.0
+
+
 def test_a_callback_gives_no_way_into_the_tester() -> None:
     code = (
         "found = []\n"
