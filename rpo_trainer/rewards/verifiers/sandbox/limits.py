@@ -1,0 +1,169 @@
+"""Limits of a process that runs untrusted code: resources, files, network, other processes.
+
+On Linux the kernel enforces them where it can: Landlock (files, TCP, signals), a user and network
+namespace, `no_new_privs`. The audit hook covers systems without these and refuses what they don't
+cover, but code that attacks the interpreter itself can get around a hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import Any
+
+MEMORY = 1 << 30
+FILE = 1 << 20
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+# System calls of Landlock; the numbers are the same on all architectures.
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+# Audit events that code under test has no reason to cause.
+_FORBIDDEN = (
+    "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
+    "os.kill", "os.startfile", "os.setxattr", "os.removexattr", "os.lockf", "pty.", "webbrowser.",
+    "urllib.", "ftplib.", "smtplib.", "http.", "ctypes.", "sqlite3.", "signal.pthread_kill",
+    "syslog.", "resource.", "mmap.", "fcntl.",
+)  # fmt: skip
+# Events that change files: the positions of paths in their arguments, and of directory descriptors.
+_WRITES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "os.remove": ((0,), (1,)), "os.rename": ((0, 1), (2, 3)), "os.rmdir": ((0,), (1,)),
+    "os.mkdir": ((0,), (2,)), "os.chmod": ((0,), (2,)), "os.chown": ((0,), (3,)),
+    "os.chflags": ((0,), ()), "os.link": ((0, 1), (2, 3)), "os.symlink": ((1,), (2,)),
+    "os.truncate": ((0,), ()), "os.utime": ((0,), (3,)), "shutil.rmtree": ((0,), ()),
+    "shutil.move": ((0, 1), ()), "tempfile.mkstemp": ((0,), ()), "tempfile.mkdtemp": ((0,), ()),
+}  # fmt: skip
+# Functions that cause no audit event.
+_UNSEEN = {
+    "os": ("mknod", "mkfifo", "pidfd_open", "setsid", "setpgid", "setpgrp", "setns", "unshare",
+           "chroot", "tcsetpgrp", "setpriority", "eventfd", "memfd_create", "nice",
+           "sched_setaffinity", "sched_setscheduler", "copy_file_range", "posix_openpt"),
+    "signal": ("pidfd_send_signal",),
+}  # fmt: skip
+
+
+def confine(home: str, seconds: int, *, candidate: bool) -> None:
+    """Applies every limit to this process; only `home` can be written.
+
+    The candidate also cannot send signals to a process outside of it, and dies with the tester.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # code can turn it off; the parent kills, too
+    for what, value in (
+        (resource.RLIMIT_CPU, seconds + 1),
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, FILE),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(what, (value, value))
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            _confine_linux(home, candidate)
+    # In the new user namespace the limit on processes also holds for root.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    gc.collect()  # the functions of the C library, which code could otherwise find and call
+    for module, names in _UNSEEN.items():
+        for loaded in (sys.modules.get(module), sys.modules.get(_C_NAMES[module])):
+            for name in names:
+                if loaded is not None:
+                    loaded.__dict__.pop(name, None)
+    _guard(home)
+
+
+_C_NAMES = {"os": "posix", "signal": "_signal"}
+
+
+def _confine_linux(home: str, candidate: bool) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)  # not every system allows it
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads this process's memory
+    if candidate:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _landlock(libc, home, candidate)
+
+
+def landlock_version() -> int:
+    """The version of Landlock that the kernel offers; 0 without it."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    return max(0, int(ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, 1)))
+
+
+def _landlock(libc: Any, home: str, candidate: bool) -> None:
+    version = max(0, int(libc.syscall(_CREATE_RULESET, None, 0, 1)))
+    if not version:
+        return
+    files = (1 << 13) - 1  # the first version: up to MAKE_SYM
+    for least, right in ((2, 1 << 13), (3, 1 << 14), (5, 1 << 15)):  # REFER, TRUNCATE, IOCTL_DEV
+        if version >= least:
+            files |= right
+    tcp = 3 if version >= 4 else 0  # bind, connect
+    scoped = (3 if candidate else 1) if version >= 6 else 0  # abstract sockets, signals
+    attributes = struct.pack("=QQQ", files, tcp, scoped)
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    ruleset = libc.syscall(_CREATE_RULESET, attributes, size, 0)
+    if ruleset < 0:
+        return
+    # Nothing is executed anywhere; everything may be read.
+    for path, rights in ((home, files & ~_EXECUTE), ("/", _READ_FILE | _READ_DIR)):
+        place = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, place), 0)
+        os.close(place)
+    libc.syscall(_RESTRICT_SELF, ruleset, 0)
+    os.close(ruleset)
+
+
+def _guard(home: str) -> None:
+    """Refuses `_FORBIDDEN`, changes to files outside `home`, and reading of other processes."""
+    root = os.path.realpath(home)
+    inside = root + os.sep
+    real, decode, exists = os.path.realpath, os.fsdecode, os.path.isdir
+    own = f"/proc/{os.getpid()}/"
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    letters = set("wax+")
+
+    def outside(path: Any) -> bool:
+        if isinstance(path, int) or path is None:
+            return False
+        text = decode(path)
+        # Relative to a directory descriptor, ".." leads where this function does not see it.
+        if not text.startswith("/") and ".." in text.split("/"):
+            return True
+        return not (real(text) + os.sep).startswith(inside)
+
+    def other_process(path: Any) -> bool:
+        if isinstance(path, int) or path is None:
+            return False
+        place = real(decode(path)) + os.sep
+        return place.startswith("/proc/") and place[6:7].isdigit() and not place.startswith(own)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event.startswith(_FORBIDDEN):
+            raise PermissionError(f"{event} is not allowed here")
+        if event == "open":
+            path, mode, flags = arguments
+            writes = flags & writing or set(mode or "") & letters
+            # A descriptor of a directory outside would let later calls change files in it.
+            if (writes or (mode is None and exists(path))) and outside(path):
+                raise PermissionError("only the working directory can be written")
+            if other_process(path):
+                raise PermissionError("other processes cannot be read")
+        elif event in _WRITES:
+            paths, directories = _WRITES[event]
+            if any(outside(arguments[i]) for i in paths) or any(
+                arguments[i] not in (-1, None) and outside_of(arguments[i]) for i in directories
+            ):
+                raise PermissionError("only the working directory can be changed")
+
+    def outside_of(descriptor: int) -> bool:
+        return outside(f"/proc/self/fd/{descriptor}") if sys.platform == "linux" else True
+
+    sys.addaudithook(hook)  # it cannot be removed
