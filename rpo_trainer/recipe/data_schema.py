@@ -105,10 +105,14 @@ class EndpointSpec(Spec):
         description="environment variable that holds the key; it is written nowhere",
     )
     concurrency: int = Field(8, ge=1, description="requests at a time")
-    timeout: float = Field(60.0, gt=0, description="seconds without an answer before the next try")
+    timeout: float = Field(60.0, gt=0, description="seconds for a whole answer before the next try")
     retries: int = Field(
         6, ge=0, description="further tries of a request, each after a longer wait (Retry-After)"
     )
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        return reward_checks.endpoint_checks(raw)
 
 
 class JudgeSpec(EndpointSpec):

@@ -12,7 +12,7 @@ import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.endpoint import Endpoint, Unreadable
+from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, checked_text
 from rpo_trainer.rewards.rowfile import ALONE, Done, Ranks, Shard, complete, content_key, one_by_one
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _response(answer: Any) -> tuple[str, bool]:
     text = choice.message.content if hasattr(choice, "message") else choice.text
     if not isinstance(text, str):
         raise Unreadable("a completion without text")
-    return text, choice.finish_reason != "length"
+    return checked_text(text), choice.finish_reason != "length"
 
 
 def _fields(texts: list[str], finished: list[bool]) -> dict[str, Any]:
