@@ -6,7 +6,10 @@ The names below are imported on first use, so that `rpo-trainer --help` does not
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
+
+from rpo_trainer.redact import RedactingHandler
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,9 @@ _EXPORTS = {
     "load_recipe": "rpo_trainer.recipe",
     "run_chain": "rpo_trainer.chain",
 }
+
+# It shows nothing; first of all handlers, it removes keys from what the others show.
+logging.getLogger(__name__).addHandler(RedactingHandler())
 
 __all__ = [*_EXPORTS, "__version__"]
 

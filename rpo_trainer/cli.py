@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
-import traceback
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ import click
 from rpo_trainer import __version__
 from rpo_trainer.errors import RPOTrainerError, RunError
 from rpo_trainer.files import refusal
+from rpo_trainer.redact import (
+    RedactingHandler,
+    redact,
+    redact_all_records,
+    redacted_traceback,
+)
 from rpo_trainer.rewards.cli import COMMANDS as REWARD_COMMANDS
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -259,21 +266,35 @@ def _show_messages(verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("rpo_trainer")
-    package.handlers = [handler]
+    package.handlers = [RedactingHandler(), handler]
     # Other processes than the first say only what ends them.
     loudness = logging.DEBUG if verbose else logging.INFO
     package.setLevel(loudness if _rank("RANK") == 0 else logging.ERROR)
     package.propagate = False
 
 
+def _redact_output() -> None:
+    """No keys in log messages of any library, nor in the tracebacks of threads."""
+    redact_all_records()
+
+    def show_of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            name = args.thread.name if args.thread is not None else "a thread"
+            sys.stderr.write(f"Exception in {name}:\n{redacted_traceback(args.exc_value)}")
+
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = show_of_thread
+
+
 def main(args: Sequence[str] | None = None) -> Any:
     """Entry point; a user's mistake ends with its message and exit code, without a traceback."""
+    _redact_output()
     try:
         code = _exit_code(args)
-    except Exception:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            raise
-        traceback.print_exc()  # here: what it refers to would keep the process group alive
+    except (
+        Exception
+    ) as error:  # a bug; shown here, since what it refers to keeps the process group alive
+        click.echo(redacted_traceback(error), err=True, nl=False)
         code = 1
     if "torch.distributed" in sys.modules:
         from rpo_trainer import distributed
@@ -288,7 +309,9 @@ def _exit_code(args: Sequence[str] | None) -> int:
     try:
         cli(args=list(args) if args is not None else None, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        click.echo(redact(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)

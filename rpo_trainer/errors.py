@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 
+from rpo_trainer.redact import redact
+
 
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     """The nearest known word, if one is near."""
@@ -20,7 +22,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str | None:
 
 
 class RPOTrainerError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base of every error this package raises on purpose. Its texts hold no secrets, see `redact`.
 
     Args:
         what: one sentence, what is wrong.
@@ -40,15 +42,15 @@ class RPOTrainerError(Exception):
         why: str | None = None,
         fix: str | None = None,
     ) -> None:
-        self.what = what
-        self.where = where
-        self.why = why
-        self.fix = fix
+        self.what = redact(what)
+        self.where = where and redact(where)
+        self.why = why and redact(why)
+        self.fix = fix and redact(fix)
         super().__init__(self._text())
 
     def at(self, where: str) -> RPOTrainerError:
         """The same error, at a place that somebody knows better."""
-        self.where = where
+        self.where = redact(where)
         self.args = (self._text(),)
         return self
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_trainer.errors import RecipeError, RPOTrainerError
+from rpo_trainer.redact import redact
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ def push_output(
     except RPOTrainerError:
         raise  # a signal that came meanwhile
     except Exception as error:  # the network, the token, the hub: the output is safe on disk
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        # It is also written into the record of the stage.
+        first = redact(next(iter(str(error).strip().splitlines()), type(error).__name__))
         logger.warning(
             "the output of stage %s is not on the hub (%s): %s. It is complete in its `final`; "
             "`hf upload %s %s` pushes it by hand",

@@ -106,7 +106,7 @@ class EndpointSpec(Spec):
     )
     concurrency: int = Field(8, ge=1, le=1024, description="requests at a time")
     timeout: float = Field(
-        60.0, gt=0, le=86_400, description="seconds without an answer before the next try"
+        60.0, gt=0, le=86_400, description="seconds for a whole answer before the next try"
     )
     retries: int = Field(
         6,
@@ -114,6 +114,10 @@ class EndpointSpec(Spec):
         le=100,
         description="further tries of a request, each after a longer wait (Retry-After)",
     )
+
+    @classmethod
+    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        return reward_checks.endpoint_checks(raw)
 
 
 class JudgeSpec(EndpointSpec):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.redact import register
 
 # Words in the name of a key whose text is a secret, and token fields that hold no secret.
 _SECRET_KEY = re.compile(
@@ -17,7 +18,8 @@ _PLAIN_TOKEN = re.compile(r"^(eos|bos|pad|unk|sep|cls|mask|image|stop)_token$", 
 _SECRET_VALUE = re.compile(
     r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[bp]-)[A-Za-z0-9_-]{20,}"
     r"|\bAKIA[A-Z0-9]{16}\b"
-    r"|://[^/\s:@]+:[^/\s@]+@"  # the password of an address
+    r"|://[^/\s:@]*:[^/\s]+@"  # the password of a URL
+    r"|://.*[?&](api_?key|key|access_token|token|secret|password|sig|signature)=[^&\s]"
 )
 _VARIABLE = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
 
@@ -35,7 +37,7 @@ def fill_from_environment(fields: Mapping[str, Any], *, where: str) -> dict[str,
     environment.
 
     To be used on `training_args` just before they are given to a trainer, so that the value is
-    never written.
+    never written; messages and errors show `[redacted]` in its place.
 
     Raises:
         RecipeError: the variable is not set; `where` says whose fields these are.
@@ -53,4 +55,5 @@ def fill_from_environment(fields: Mapping[str, Any], *, where: str) -> dict[str,
                 fix=f"set it: export {match[1]}=...",
             )
         filled[key] = os.environ[match[1]]
+        register(filled[key])
     return filled

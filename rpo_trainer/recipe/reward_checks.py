@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic_core import InitErrorDetails
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.chain_checks import looks_like_path, stage_names, unknown_stage
 from rpo_trainer.recipe.checks import NOT_READ, PREFERENCE_KINDS, named_stages, wrong
+from rpo_trainer.redact import redact
 from rpo_trainer.rewards.weights import PRESETS, resolve_weights
 
 SCORERS = ("verifier", "model", "endpoint", "judge")
@@ -18,6 +20,25 @@ CHOSEN_FILTERS = ("min_chosen_reward", "min_chosen_quantile", "top_chosen_share"
 
 def _given(raw: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     return [name for name in names if raw.get(name) is not None]
+
+
+def endpoint_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """The address of an endpoint: http or https, and a host."""
+    url = raw.get("url")
+    if not isinstance(url, str) or not url:
+        return  # the field's own error
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an address, a port that is not a number
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        yield wrong(
+            ("url",),
+            f"{redact(url)!r} is not the address of an endpoint",
+            why="it must begin with http:// or https:// and name a host",
+            fix="give its base url, for example http://localhost:8000/v1",
+        )
 
 
 def score_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:

@@ -21,6 +21,7 @@ from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.files import file_digest, make_folder, remove_empty, write_whole
+from rpo_trainer.redact import redact_values
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
 from rpo_trainer.rewards.rowfile import (
@@ -130,7 +131,9 @@ def _finished(out: Path, key: str) -> bool:
 
 def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
     """What the output was made with; written behind it, and what makes it finished."""
-    content = {"key": key, "xxh3_128": file_digest(out), "rows": rows, "settings": settings}
+    content = {
+        "key": key, "xxh3_128": file_digest(out), "rows": rows, "settings": redact_values(settings),
+    }  # fmt: skip
     write_whole(out.with_name(out.name + REPORT), json.dumps(content, indent=1))
 
 

@@ -1,9 +1,10 @@
 """OpenAI-compatible endpoints: requests that are repeated until their answer can be read.
 
 The `openai` client sends them, waits between tries (longer each time, or as long as `Retry-After`
-says) and gives up a stalled one after `timeout` seconds. An answer that comes but makes no sense is
-asked for again as often, and so is one that is put off for longer than the client waits. What fails
-after that fails its row, with the reason, and no other row.
+says) and gives up one whose whole answer is not there after `timeout` seconds, see `http_client`.
+An answer that cannot be read is requested again as often, and so is one that the server puts off
+for longer than the client waits. What fails after that fails its row, with the reason, and no other
+row. The key, where an answer repeats it, is replaced by `[redacted]`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urljoin
 
 from rpo_trainer.data.rows import Message
 from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.redact import hide, redact, register, register_url
 from rpo_trainer.rewards.rowfile import RowFailed
 
 if TYPE_CHECKING:
@@ -41,21 +44,28 @@ class Endpoint:
     """One model at one endpoint.
 
     Raises:
-        RecipeError: the library `openai` is not installed.
+        RecipeError: the library `openai` is not installed, or a key that cannot be sent.
     """
 
     def __init__(self, spec: EndpointSpec) -> None:
         self.spec = spec
-        self.client = _client(spec)
+        key = os.environ.get(spec.api_key_env) or None
+        register(key)
+        # All secrets that this server gets, and so all that it can repeat.
+        self._sent = [each for each in (key,) if each and len(each) >= 8] + register_url(spec.url)
+        self._told = False
+        self.client = _client(spec, key)
 
     def ask(self, send: Callable[[OpenAI], Any], read: Callable[[Any], T]) -> T:
         """What `read` makes of the answer to `send`.
 
         Raises:
             RowFailed: no answer, a refusal of this request, or none that could be read.
-            RunError: the endpoint refuses every request (no such model, no permission).
+            RunError: the endpoint refuses every request (no such model, no permission, a redirect).
         """
         import openai
+
+        from rpo_trainer.rewards.http_client import TooLarge
 
         unreadable = ""
         for tries_left in range(self.spec.retries, -1, -1):
@@ -73,6 +83,8 @@ class Endpoint:
                     fix=f"check the url, the model's name, and the key in {self.spec.api_key_env}",
                 ) from None
             except openai.APIStatusError as error:
+                if 300 <= error.status_code < 400:
+                    raise _redirected(self.spec.url, error) from None
                 served = error.status_code >= 500 or error.status_code in (408, 409, 429)
                 wait = _asked_wait(error.response.headers)
                 if served and tries_left and _CLIENT_WAITS < wait <= _LONGEST_WAIT:
@@ -82,20 +94,51 @@ class Endpoint:
                     continue
                 raise RowFailed(f"the endpoint refuses: {_reason(error)}", service=served) from None
             except openai.APITimeoutError:
-                raise RowFailed(f"no answer within {self.spec.timeout:g} s", service=True) from None
+                raise RowFailed(
+                    f"no complete answer within {self.spec.timeout:g} s", service=True
+                ) from None
             except openai.APIConnectionError as error:
                 cause = error.__cause__ or error
-                raise RowFailed(f"the endpoint is not reached ({cause})", service=True) from None
-            except (openai.OpenAIError, ValueError) as error:  # an answer that is no JSON
+                if isinstance(cause, TooLarge):  # openai 2 wraps it
+                    unreadable = str(cause)
+                    continue
+                raise RowFailed(
+                    f"the endpoint is not reached ({_short(str(cause))})", service=True
+                ) from None
+            except RecursionError:
+                unreadable = "JSON that is nested too deeply"
+                continue
+            except (openai.OpenAIError, ValueError) as error:  # too large, or not JSON
                 unreadable = _short(str(error))
                 continue
+            if isinstance(answer, str):  # what the client makes of another content type
+                unreadable = f"not JSON: {_short(answer)!r}"
+                continue
             try:
-                return read(answer)
+                return self._without_key(read(answer))
             except Unreadable as error:
-                unreadable = str(error)
-            except (AttributeError, IndexError, KeyError, TypeError) as error:
-                unreadable = f"not a chat completion ({_short(str(error))})"
+                unreadable = _short(str(error))
+            except RecursionError:
+                unreadable = "JSON that is nested too deeply"
+            except (
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                TypeError,
+                ValueError,
+            ) as error:
+                unreadable = f"not a completion ({_short(str(error))})"
         raise RowFailed(f"the answer cannot be read: {unreadable}")
+
+    def _without_key(self, found: T) -> T:
+        clean = _hide_in(found, self._sent) if self._sent else found
+        if clean != found and not self._told:
+            self._told = True
+            logger.warning(
+                "%s repeats the key in its answers; [redacted] replaces it in the rows",
+                self.spec.url,
+            )
+        return clean
 
     def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
         """The same for one chat completion."""
@@ -110,31 +153,65 @@ class Endpoint:
         )
 
 
-def _client(spec: EndpointSpec) -> OpenAI:
+def _client(spec: EndpointSpec, key: str | None) -> OpenAI:
     try:
         import openai
     except ImportError:
         raise RecipeError(
             "endpoints need the library openai",
             where=spec.url,
-            why="it speaks with the server; who samples and scores at home goes without",
+            why="it is needed for remote endpoints only",
             fix="pip install 'rpo-trainer[endpoint]'",
         ) from None
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise RecipeError(
+            f"the key in {spec.api_key_env} has a line break, a space at an end, or letters beyond "
+            "ASCII",
+            where=spec.url,
+            why="an HTTP header cannot carry it",
+            fix=f"set {spec.api_key_env} to the key alone",
+        )
+    from rpo_trainer.rewards.http_client import BoundedClient
+
     return openai.OpenAI(
         base_url=spec.url,
-        # A server of one's own asks for no key, and the client for some text.
-        api_key=os.environ.get(spec.api_key_env) or "none",
+        # A server without keys does not read it, and the client needs some text.
+        api_key=key or "none",
         timeout=spec.timeout,
         max_retries=spec.retries,
+        http_client=BoundedClient(spec.timeout),
     )
+
+
+def _redirected(url: str, error: Any) -> RunError:
+    target = urljoin(str(error.response.request.url), error.response.headers.get("location", ""))
+    # Its query may hold a token that the server has issued for this request.
+    target = _short(redact(target.partition("?")[0]))
+    return RunError(
+        f"the endpoint redirects ({error.status_code}) to {target}",
+        where=url,
+        why="prompts and the key are sent only to the host that is named",
+        fix="if that is the right address, name it as the url",
+    )
+
+
+def _hide_in(value: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(value, str):
+        return hide(value, secrets)
+    if isinstance(value, tuple):
+        return tuple(_hide_in(each, secrets) for each in value)
+    if isinstance(value, dict):
+        return {hide(key, secrets): _hide_in(each, secrets) for key, each in value.items()}
+    return value
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float:
     """The seconds of `Retry-After`; 0 without any, or where it is a date."""
     try:
-        return float(headers.get("retry-after", 0))
+        wait = float(headers.get("retry-after", 0))
     except ValueError:
         return 0.0
+    return wait if math.isfinite(wait) else 0.0
 
 
 def _reason(error: Any) -> str:
@@ -143,7 +220,9 @@ def _reason(error: Any) -> str:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    """For messages: one line, without secrets (before it is cut, or a part would be left)."""
+    text = " ".join(redact(text).split())
+    text = "".join(char if char.isprintable() else "\ufffd" for char in text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 

@@ -85,7 +85,7 @@ def test_a_wait_longer_than_the_clients_is_kept_too(monkeypatch: pytest.MonkeyPa
         (refused(429, "slow down"), "refuses: 429 slow down", True),
         (refused(400, "too long"), "refuses: 400 too long", False),
         (Answer(hang_up=True), "is not reached", True),
-        (Answer("x", stall=1.0), "no answer within 0.2 s", True),
+        (Answer("x", stall=1.0), "no complete answer within 0.2 s", True),
         (Answer(body=b"{"), "cannot be read", False),
         (Answer(text=""), "cannot be read: a completion without text", False),
     ],

@@ -1,0 +1,153 @@
+"""Removes secrets from text that leaves the process: errors, log messages, tracebacks, files.
+
+Secrets are the values given to `register` and those of environment variables whose names end in
+`_API_KEY`, `_TOKEN`, `_SECRET` and the like. They are found in the forms in which servers and
+libraries repeat them: in JSON, in a URL, in HTML, in base64. `redact` also removes the credentials
+that stand in URLs.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote, urlsplit
+
+REDACTED = "[redacted]"
+_SHORTEST = 8  # characters; "none" and "EMPTY" stand for a key where none is needed
+_NAMES = re.compile(
+    r"(API_?KEY|_TOKEN|_SECRET|_PASSWORD|_SECRET_KEY|_ACCESS_KEY|^HUGGING_FACE_HUB_TOKEN)$", re.I
+)
+_USER = re.compile(r"(?<=://)[^/\s?#\"'<>]+@")
+_QUERY = re.compile(
+    r"([?&;][\w.\-]*(?:key|token|secret|password|passwd|signature|sig)=)[^&;#\s\"'<>)\]]+", re.I
+)
+_registered: set[str] = set()
+
+
+def register(secret: str | None) -> None:
+    """Makes `redact` remove this value from now on; one under 8 characters is no secret."""
+    if secret is not None:
+        _registered.update(
+            value for value in (secret, secret.strip()) if len(value.strip()) >= _SHORTEST
+        )
+
+
+def register_url(url: str) -> list[str]:
+    """Registers the user name and password of a URL, and returns what was registered."""
+    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    if not at:
+        return []
+    name, _, password = unquote(user).partition(":")
+    # Clients send both as base64 of `name:password`, and a user name alone may be a token.
+    found = [value for value in (f"{name}:{password}", password or name) if value]
+    for value in found:
+        register(value)
+    return [value for value in found if len(value) >= _SHORTEST]
+
+
+def redact(text: str) -> str:
+    """`text` without known secrets and without the credentials of URLs."""
+    known = _registered | {
+        value.strip()
+        for name, value in os.environ.items()
+        if _NAMES.search(name) and len(value.strip()) >= _SHORTEST
+    }
+    text = hide(text, known)
+    text = _USER.sub(f"{REDACTED}@", text)
+    return _QUERY.sub(rf"\g<1>{REDACTED}", text)
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """`text` without these secrets, in any of their forms; everything else stays as it is."""
+    pattern = _pattern(frozenset(secrets))
+    return text if pattern is None else pattern.sub(REDACTED, text)
+
+
+@lru_cache(maxsize=32)
+def _pattern(secrets: frozenset[str]) -> re.Pattern[str] | None:
+    forms = {form for secret in secrets for form in _forms(secret)}
+    if not forms:
+        return None
+    # The longest first: one secret may begin another. %2f and %2F are the same character.
+    return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), re.I)
+
+
+def _forms(secret: str) -> set[str]:
+    quoted = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret)}
+    escaped = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    escaped |= {repr(secret)[1:-1], secret.replace("/", "\\/"), html.escape(secret)}
+    encoded = {
+        code(secret.encode("utf-8", "surrogateescape")).decode().rstrip("=")
+        for code in (base64.b64encode, base64.urlsafe_b64encode)
+    }
+    # JSON inside JSON, as in an error message that quotes a request.
+    twice = {json.dumps(form)[1:-1] for form in escaped}
+    return quoted | escaped | twice | encoded
+
+
+def redact_values(value: Any) -> Any:
+    """A copy of a JSON-like value with `redact` applied to every text in it."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: redact_values(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_values(each) for each in value]
+    return value
+
+
+def redacted_traceback(error: BaseException) -> str:
+    """The traceback of an exception, as the interpreter prints it, without secrets."""
+    return redact("".join(traceback.format_exception(error)))
+
+
+# ---------------------------------------------------------------- log records
+
+
+class RedactingHandler(logging.Handler):
+    """Redacts the records of a logger and its children before its other handlers get them.
+
+    A filter of a logger does not see the records of its children; a handler does.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        redact_record(record)
+
+
+def redact_record(record: logging.LogRecord) -> None:
+    """Redacts message, traceback and stack of a record in place."""
+    try:
+        message = record.getMessage()
+    except Exception:  # wrong arguments: the handler that shows the record reports it
+        return
+    clean = redact(message)
+    if clean != message:
+        record.msg, record.args = clean, ()
+    if record.exc_info and record.exc_info[1] is not None:
+        # Formatters use `exc_text` where it is set.
+        record.exc_text = redacted_traceback(record.exc_info[1]).rstrip("\n")
+    if record.stack_info:
+        record.stack_info = redact(record.stack_info)
+
+
+def redact_all_records() -> None:
+    """Redacts the records of every logger in this process; for programs, not for libraries."""
+    before = logging.getLogRecordFactory()
+    if getattr(before, "redacts", False):
+        return
+
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        redact_record(record)
+        return record
+
+    make.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make)
