@@ -92,7 +92,8 @@ class SavingTrainer(WrappingTrainer):
             logger.warning("%s", line)
         if generation is not None and ends:
             generation.eos_token_id = joined_ends(ends, generation.eos_token_id)
-        if whole_on_every_rank(self.model):
+        # PEFT copies what an adapter shares with the base; its parameters have other names.
+        if whole_on_every_rank(self.model) and not is_adapted(self.model):
             check_unshared(inner)
         on_main(self._check_savable)
 

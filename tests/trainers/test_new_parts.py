@@ -209,3 +209,18 @@ def test_a_saved_adapter_finds_its_base_from_anywhere(
     for folder in (tmp_path / "saved", tmp_path / "out" / "checkpoint-3"):
         found = AutoPeftModelForCausalLM.from_pretrained(folder)
         assert torch.allclose(scores(found), scores(trainer.model), atol=1e-5)
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_embeddings_that_an_adapter_trains_whole(modules: list[str], tmp_path: Path) -> None:
+    model = make_model(vocab_size=100, tie_word_embeddings=True)
+    trainer = SFTTrainer(
+        model, args=args(SFTConfig, tmp_path / "out"), train_dataset=ROWS,
+        processing_class=character_tokenizer(),
+        peft_config=lora(task_type="CAUSAL_LM", modules_to_save=modules),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    base = make_model(vocab_size=100, tie_word_embeddings=True)
+    found = PeftModel.from_pretrained(base, tmp_path / "saved")
+    assert torch.allclose(scores(found), scores(trainer.model), atol=1e-5)
