@@ -88,7 +88,8 @@ def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[
     found = []
     for row in rows:
         try:
-            found.append(encode_prompt(tokenizer, row["prompt"], row.get("tools")))
+            parsed = row.get("special_tokens") == "parse"
+            found.append(encode_prompt(tokenizer, row["prompt"], row.get("tools"), parsed=parsed))
         except RowError as error:
             raise DataError(
                 str(error),
