@@ -47,7 +47,7 @@ def test_the_response_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     path = recipe(tmp_path, {"kind": "dpo", "beta": 0.1}, [PAIR])
     lines = shown(path)
     (prompt,) = [line for line in lines[1:] if styled(line, PROMPT)]
-    assert styled(prompt, PROMPT) == "<s>" + PAIR["prompt"]
+    assert styled(prompt, PROMPT) == "⟦<s>⟧" + PAIR["prompt"]
     responses = [styled(line, *TRAINED) for line in lines[1:] if styled(line, *TRAINED)]
     assert [text[: len(wanted)] for text, wanted in zip(responses, ("3", "41"), strict=True)] == [
         "3",

@@ -95,7 +95,7 @@ def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[
                 str(error),
                 where=f"row {row['id']}",
                 why="no response can be sampled to it",
-                fix="mend the rows, or choose another chat_template: chatml | plain | a path",
+                fix="correct the rows, or choose another chat_template: chatml | plain | a path",
             ) from error
     return found
 

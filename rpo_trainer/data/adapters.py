@@ -200,7 +200,9 @@ def adapt(
     filled = {column for row in rows for column, value in row.items() if value is not None}
     own = chosen.read(filled)
     kept = present - own if keep is None else set(keep) - own
-    missed, others = unread(rows, filled - own - kept - _read_of_common(kind), chosen.ignored)
+    missed, others = unread(
+        rows, filled - own - kept - _read_of_common(kind), {*COMMON, *chosen.ignored}
+    )
     if kind == "prompt":  # responses are not missed where they are to be sampled
         missed, others = (
             [c for c in missed if c not in _ANSWERS],

@@ -58,7 +58,7 @@ WARNINGS = {
     "truncated": "cut to max_length",
 }
 # What changes nothing of a row that is trained, and is told without a warning.
-HARMLESS = {"unusable_rewards", "duplicate_prompt", "similar_prompt", "truth_not_chosen"}
+HARMLESS = {"duplicate_prompt", "similar_prompt", "truth_not_chosen"}
 TOO_LONG = "too long"  # beside prompt and response: the lengths of what max_length drops
 LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
 SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label

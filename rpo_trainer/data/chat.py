@@ -158,7 +158,8 @@ class ChatRenderer:
             key
             for message in messages
             for key, value in message.items()
-            if value and key not in ("role", "content", "weight", "tool_calls")
+            if value and key not in ("role", "content", "tool_calls")
+            if key != "weight" or message["role"] != "assistant"
         }
         if not keys and not tools:
             return []

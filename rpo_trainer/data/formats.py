@@ -68,6 +68,8 @@ class Format:
         unread = {c for c in self.prompts if c != asked}
         if self.prompts and asked != "instruction":
             unread |= set(WITH_INSTRUCTION)
+        if self.prompts and asked != "conversations":
+            unread.add("mask")
         return {*self.required, *self.optional} - unread
 
     def prompt_column(self, present: Collection[str]) -> str | None:

@@ -181,8 +181,11 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
         raise RowError(f"{names} of a message of {what} differ")
     if message.get("tool_calls"):
         message["tool_calls"] = _to_calls(message["tool_calls"], what)
-    if (weight := _weight(raw, what)) is not None:
+    weight = _weight(raw, what)
+    if role == "assistant" and weight is not None:
         message["weight"] = weight
+    elif role != "assistant":  # these are never trained: a flag that asks for it is counted as unread
+        message |= {key: raw[key] for key in TRAIN_FLAGS if raw.get(key)}
     return message
 
 

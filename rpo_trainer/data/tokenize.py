@@ -290,9 +290,7 @@ class _Tokenizer:
                     raise RowError("the chat template does not write the assistant's `tool_calls`")
                 if not all(map(own.has, leaf_texts(called.get("arguments")))):
                     unread.add("tool_calls")
-            if message["role"] != "assistant" and message.get("weight"):
-                unread.add("weight")
-            thoughts = [message[key] for key in THINKING if message.get(key) and key not in unread]
+            thoughts = [message[key] for key in THINKING if message.get(key)]
             # The generation prompt may have begun the thinking of the last turn.
             whole = text if number == len(talk) - 1 else own
             if not all(map(whole.has, leaf_texts([message["content"], thoughts]))):
