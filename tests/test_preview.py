@@ -60,6 +60,24 @@ def test_the_response_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     assert "response 2: 3 tokens, 3 trained, reward 0.5" in text
 
 
+@pytest.mark.parametrize("colours", [True, False])
+def test_special_tokens_look_other_than_their_letters(tmp_path: Path, colours: bool) -> None:
+    row = {"prompt": "<s>a", "response": "b</s>"}
+    path = recipe(tmp_path, {"kind": "sft"}, [row])
+    said: dict[str, str] = {}
+    for how in ("text", "parse"):
+        given = [{"path": "rows.jsonl", "special_tokens": how}]
+        made = tiny.tiny_recipe()
+        made["stages"] = [{"name": "one", "kind": "sft", "data": {"train": given}}]
+        path = tiny.write_recipe(tmp_path, made)
+        lines = shown(path, colours=colours)
+        assert "⟦special token⟧" in lines[0].plain  # the legend
+        said[how] = plain(lines[1:])
+    assert "⟦<s>⟧<s>a" in said["text"] and "b</s>⟦" in said["text"]
+    assert "⟦<s>⟧a" in said["parse"] and "<s>⟦" not in said["parse"]
+    assert said["parse"].count("⟦") == 2  # the begin and one end
+
+
 def test_neighbouring_tokens_differ_in_shade(tmp_path: Path) -> None:
     lines = shown(recipe(tmp_path, {"kind": "sft"}, [{"prompt": "a", "response": "bcd"}]))
     (line,) = [line for line in lines[1:] if styled(line, *TRAINED)]

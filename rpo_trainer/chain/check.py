@@ -252,11 +252,14 @@ class _Check:
 
     def _told(self, audit: Audit, what: str, *, sampled: bool = False, label: str = "") -> None:
         """What an audit counts, and a warning about each thing that deserves attention."""
-        self.lines += [f"  {label}{text}" for _, text in audit.messages(what)]
-        for concern in read_audit(audit.as_dict()).concerns(what, sampled=sampled):
-            if not concern.minor:
-                advice = f" {concern.advice}" if concern.advice else ""
-                self.lines.append(f"  {WARNING}{label}{concern.text}.{advice}")
+        found = read_audit(audit.as_dict()).concerns(what, sampled=sampled)
+        concerns = [concern for concern in found if not concern.minor]
+        said = {concern.text for concern in concerns}
+        texts = [text for _, text in audit.messages(what) if text not in said]
+        self.lines += [f"  {label}{text}" for text in texts]
+        for concern in concerns:
+            advice = f" {concern.advice}" if concern.advice else ""
+            self.lines.append(f"  {WARNING}{label}{concern.text}.{advice}")
 
     def _held_out(
         self,

@@ -102,19 +102,18 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
 def _nearest(table: Mapping[str, Format], kind: Kind, columns: Collection[str]) -> str:
     """An example of `columns` for the format that lacks least, its names guessed."""
     usual = {"sft": "prompt_response", "pair": "pairs", "rating": "score", "prompt": "prompt"}
-    formats = [(n, f) for n, f in table.items() if f.kind == kind]
-    name, format = min(
-        formats,
-        key=lambda each: (
-            len(set(each[1].required) - set(columns)) / len(each[1].required),
-            each[0] != usual[kind],
-        ),
-    )
-    needed = format.required
-    if format.prompts and not set(format.prompts) & set(columns):
-        needed = ("prompt", *needed)
-    missing = [column for column in needed if column not in columns]
-    return f", for example {mapping_for(missing, set(columns) - set(needed))} for {name!r}"
+    found = []
+    for name, format in table.items():
+        if format.kind != kind:
+            continue
+        needed = list(format.required)
+        if format.prompts and not set(format.prompts) & set(columns):
+            needed.insert(0, "prompt")
+        missing = [column for column in needed if column not in columns]
+        mapping = mapping_for(missing, set(columns) - set(needed))
+        lack = (mapping.count("NAME"), name != usual[kind], len(missing))
+        found.append((lack, f", for example {mapping} for {name!r}"))
+    return min(found)[1]
 
 
 def kind_of(columns: Collection[str]) -> Kind | None:

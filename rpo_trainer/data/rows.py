@@ -184,7 +184,9 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     weight = _weight(raw, what)
     if role == "assistant" and weight is not None:
         message["weight"] = weight
-    elif role != "assistant":  # these are never trained: a flag that asks for it is counted as unread
+    elif (
+        role != "assistant"
+    ):  # these are never trained: a flag that asks for it is counted as unread
         message |= {key: raw[key] for key in TRAIN_FLAGS if raw.get(key)}
     return message
 

@@ -95,10 +95,10 @@ class AuditRecord:
                     f"{percent(reason.rows, whole)} of {what} ({reason.rows:,} rows): {reason.text}"
                 )
         for remark in self.remarks:
-            yield Concern(f"About the data: {remark}")
+            yield Concern(remark)
         for source, columns in self.unread.items():
             yield Concern(
-                f"{source} has columns that are not read: {', '.join(columns)}",
+                f"{source}: columns that are not read: {', '.join(columns)}",
                 "Name one that is meant with `columns: {ours: theirs}`.",
             )
 

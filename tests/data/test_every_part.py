@@ -105,7 +105,12 @@ def accounted_for(name: str, row: Row, kind: Any, case: str, tokenizer: Any, arr
     try:
         text, said = outcome(row, kind, case, tokenizer, arrow)
     except (DataError, Problems) as error:
-        assert f"`{name}`" in str(error) or f"'{name}'" in str(error) or name in str(error), error
+        refusal = str(error)
+        text, said = "", []
+    else:
+        refusal = ""
+    if refusal:
+        assert name in refusal, refusal
         return "refused"
     if MARK in text:
         return "written"
@@ -204,7 +209,9 @@ def test_thinking_of_responses_is_trained(
         {"chosen": [*prompt, one], "rejected": [*prompt, two]},
         {"prompt": prompt, "responses": [[two], [one], [bare]], "rewards": [1.0, 3.0, 0.0]},
         {"prompt": prompt, "responses": [[two], [one], [bare]], "ranks": [1, 0, 2]},
-        {"context": prompt, "completions": [{"rank": 1, "completion": [two]}, {"rank": 0, "completion": [one]}]},
+        {"context": prompt, "completions": [
+            {"rank": 1, "completion": [two]}, {"rank": 0, "completion": [one]},
+        ]},
     ]  # fmt: skip
     for row in layouts:
         rows: Any = datasets.Dataset.from_list([row]) if arrow else [row]

@@ -134,11 +134,11 @@ def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make
     run_dir = make_run(stages=[stage("a", "x"), stage("b", "x"), stage("c", "y")], metrics=[])
     shown = [(f.stage, f.text) for f in judge(collect_run(run_dir)).grouped_warnings()]
     assert shown == [
-        ("a, b", "About the data: x."),
-        ("a", "About the data: about a."),
-        ("b", "About the data: about b."),
-        ("c", "About the data: y."),
-        ("c", "About the data: about c."),
+        ("a, b", "x."),
+        ("a", "about a."),
+        ("b", "about b."),
+        ("c", "y."),
+        ("c", "about c."),
     ]
 
 
