@@ -79,11 +79,15 @@ def check(recipe: Path, overrides: Sequence[str], run_dir: Path | None) -> None:
 
     loaded = load_recipe(recipe, overrides)
     from rpo_trainer.chain import default_run_dir
-    from rpo_trainer.chain.check import check_recipe
+    from rpo_trainer.chain.check import check_recipe, count_warnings
 
-    for line in check_recipe(loaded, run_dir or default_run_dir(loaded)):
+    lines = check_recipe(loaded, run_dir or default_run_dir(loaded))
+    for line in lines:
         click.echo(line)
-    click.echo(f"{recipe} is good to run")
+    warnings = count_warnings(lines)
+    click.echo(
+        f"{recipe}: OK" + (f", with {warnings} warning{'s' * (warnings > 1)}" * bool(warnings))
+    )
 
 
 @cli.command(context_settings=_OVERRIDES)

@@ -130,6 +130,7 @@ def respond(
         "max_new_tokens": generate.max_new_tokens,
         "batch_size": generate.batch_size,
         "tools": [row.get("tools") for row in rows],
+        "parsed": [row.get("special_tokens") == "parse" for row in rows],
         "shard": shard,
         "gather": gather,
     }

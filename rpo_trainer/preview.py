@@ -26,6 +26,8 @@ PROMPT, UNTRAINED, LOST = "cyan", "yellow", "red strike"
 TRAINED = ("black on green", "black on bright_green")
 # The same for a terminal without colours, and for files.
 _MARKS = {PROMPT: ("", ""), UNTRAINED: ("", ""), LOST: ("⟨", "⟩"), TRAINED[0]: ("[", "]")}
+# Around a special token: its name in the data, read as text, looks the same but for them.
+SPECIAL = ("⟦", "⟧")
 _SHOWN = 400  # tokens of a prompt or a response; of a longer one both ends
 _LONG = 2**30  # tokens: longer than any text
 _CONTEXT = 4  # tokens decoded in front of one, since some tokenizers join words by what precedes
@@ -80,7 +82,10 @@ class _Preview:
         names = (("trained", TRAINED[0]), ("response, not trained", UNTRAINED))
         for name, style in (*names, ("lost to max_length", LOST)):
             line.append("   ").append_text(self._styled(name, style))
-        return line
+        opening, closing = SPECIAL
+        return line.append(
+            f"   {opening}special token{closing}: one token; without the marks, letters"
+        )
 
     def stage(self, stage: Stage, count: int) -> Iterator[Text]:
         """Its head and its examples."""
@@ -147,10 +152,23 @@ class _Preview:
         for number, (start, end) in enumerate(parts):
             if number:
                 line.append(f" … {len(ids) - 2 * half:,} tokens … ", "dim")
-            pieces = _pieces(self.tokenizer, ids, start, end)
+            pieces = self._marked(ids, _pieces(self.tokenizer, ids, start, end))
             for style, text in pieces if self.colours else _runs(pieces, styles):
                 line.append_text(self._styled(text, styles[style]))
         return line
+
+    def _marked(self, ids: Sequence[int], pieces: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        """The pieces with marks around those that are one added token: special ones, and tags."""
+        added = self.tokenizer.added_tokens_decoder
+        opening, closing = SPECIAL
+
+        def marked(number: int, text: str) -> str:
+            token = added.get(ids[number])
+            if token is None or not token.content.strip() or token.content not in text:
+                return text
+            return text.replace(token.content, f"{opening}{token.content}{closing}")
+
+        return [(number, marked(number, text)) for number, text in pieces]
 
     def _styled(self, text: str, style: str) -> Text:
         if self.colours:

@@ -119,7 +119,7 @@ def test_overrides_reach_the_recipe(
 def test_overrides_reach_check(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("check", recipe, "stages.code.max_steps=77") == 0
     shown = capsys.readouterr().out
-    assert "8 examples, 77 steps" in shown and "is good to run" in shown
+    assert "8 examples, 77 steps" in shown and shown.endswith(f"{recipe}: OK\n")
     assert call("check", recipe, "stages.code.max_stepz=77") == 2
     assert "max_stepz" in capsys.readouterr().err
 

@@ -108,7 +108,7 @@ def test_getting_started_runs_as_it_stands(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "mine.yaml is good to run" in done.stdout
+    assert "mine.yaml: OK" in done.stdout
     run = tmp_path / "runs" / "mine"
     assert (run / "rpo-2" / "final" / "model.safetensors").is_file()
     assert (run / "report.html").is_file()

@@ -47,7 +47,7 @@ def test_the_response_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     path = recipe(tmp_path, {"kind": "dpo", "beta": 0.1}, [PAIR])
     lines = shown(path)
     (prompt,) = [line for line in lines[1:] if styled(line, PROMPT)]
-    assert styled(prompt, PROMPT) == "<s>" + PAIR["prompt"]
+    assert styled(prompt, PROMPT) == "⟦<s>⟧" + PAIR["prompt"]
     responses = [styled(line, *TRAINED) for line in lines[1:] if styled(line, *TRAINED)]
     assert [text[: len(wanted)] for text, wanted in zip(responses, ("3", "41"), strict=True)] == [
         "3",
@@ -58,6 +58,24 @@ def test_the_response_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     assert "prompt of 14 tokens" in text
     assert "response 1: 2 tokens, 2 trained, reward 5" in text
     assert "response 2: 3 tokens, 3 trained, reward 0.5" in text
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_special_tokens_look_other_than_their_letters(tmp_path: Path, colours: bool) -> None:
+    row = {"prompt": "<s>a", "response": "b</s>"}
+    path = recipe(tmp_path, {"kind": "sft"}, [row])
+    said: dict[str, str] = {}
+    for how in ("text", "parse"):
+        given = [{"path": "rows.jsonl", "special_tokens": how}]
+        made = tiny.tiny_recipe()
+        made["stages"] = [{"name": "one", "kind": "sft", "data": {"train": given}}]
+        path = tiny.write_recipe(tmp_path, made)
+        lines = shown(path, colours=colours)
+        assert "⟦special token⟧" in lines[0].plain  # the legend
+        said[how] = plain(lines[1:])
+    assert "⟦<s>⟧<s>a" in said["text"] and "b</s>⟦" in said["text"]
+    assert "⟦<s>⟧a" in said["parse"] and "<s>⟦" not in said["parse"]
+    assert said["parse"].count("⟦") == 2  # the begin and one end
 
 
 def test_neighbouring_tokens_differ_in_shade(tmp_path: Path) -> None:

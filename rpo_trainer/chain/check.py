@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rpo_trainer.adapter_files import base_of, is_adapter, require_weights
 from rpo_trainer.adapters import check_unread as check_adapter
 from rpo_trainer.chain.data import (
+    at_most,
     build_evaluation,
     build_rows,
     check_overlap,
@@ -32,7 +33,8 @@ from rpo_trainer.chain.made import load_given, load_prompts, prompt_ids, samplin
 from rpo_trainer.chain.places import each, locate, name_part
 from rpo_trainer.chain.stage import check_warmup, lora_config, steps_of, training_config
 from rpo_trainer.chain.state import ChainState, check_run_dir, plain
-from rpo_trainer.data import Audit, load_rows
+from rpo_trainer.data import Audit, load_rows, tokenize_rows
+from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError
 from rpo_trainer.loading import auto_class, load_config, load_tokenizer, saved_config
 from rpo_trainer.model_checks import (
@@ -54,12 +56,15 @@ from rpo_trainer.recipe import (
     resolve_path,
 )
 from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.generate import check_room
 from rpo_trainer.rewards.scorers import make_scorer
 from rpo_trainer.trainers.step_zero import dropout_of
 
+WARNING = "WARNING: "  # begins, behind its indentation, each line that deserves attention
+
 if TYPE_CHECKING:
-    from rpo_trainer.recipe import EvalSpec, ScoreSpec
+    from rpo_trainer.recipe import EvalSpec, ScoreSpec, SourceSpec
     from rpo_trainer.recipe.where import Origins
 
 
@@ -89,6 +94,11 @@ def check_recipe(
     return check.lines
 
 
+def count_warnings(lines: Sequence[str]) -> int:
+    """How many lines of `check_recipe` are warnings."""
+    return sum(line.lstrip().startswith(WARNING) for line in lines)
+
+
 class _Check:
     def __init__(self, loaded: LoadedRecipe, run_dir: Path) -> None:
         self.recipe = loaded.recipe
@@ -104,6 +114,7 @@ class _Check:
         self.responses: dict[str, int] = {}
         self.rows: dict[str, int] = {}  # of the embeddings, by stage
         self.configs: dict[str, Any] = {}  # of models, by source
+        self.evaluated: set[str] = set()  # parts of the recipe whose rows have been looked at
         with self._collected():
             self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
             self.config = load_config(
@@ -190,7 +201,7 @@ class _Check:
         found = dropout_of(self.config)
         if found and stage.disable_dropout:
             self.lines.append(
-                f"  warning: the model's config has dropout ({found}): it is set to 0 in this stage, "
+                f"  {WARNING}the model's config has dropout ({found}): it is set to 0 in this stage, "
                 "since the reference has none"
             )
 
@@ -276,6 +287,17 @@ class _Check:
             self.responses[stage.name] = sum(map(len, examples["response_ids"]))
         self._held_out(stage, rows, held, audit, seed)
 
+    def _told(self, audit: Audit, what: str, *, sampled: bool = False, label: str = "") -> None:
+        """What an audit counts, and a warning about each thing that deserves attention."""
+        found = read_audit(audit.as_dict()).concerns(what, sampled=sampled)
+        concerns = [concern for concern in found if not concern.minor]
+        said = {concern.text for concern in concerns}
+        texts = [text for _, text in audit.messages(what) if text not in said]
+        self.lines += [f"  {label}{text}" for text in texts]
+        for concern in concerns:
+            advice = f" {concern.advice}" if concern.advice else ""
+            self.lines.append(f"  {WARNING}{label}{concern.text}.{advice}")
+
     def _held_out(
         self,
         stage: Stage,
@@ -290,9 +312,10 @@ class _Check:
             found = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
         if found is not None:
             self.lines.append(f"  {len(found[0])} held-out examples")
-            self.lines += [f"  held out: {line}" for line in found[2].summary_lines()]
+            self._told(found[2], f"the held-out rows of {stage.name}", label="held out: ")
         check_overlap(stage, self.recipe, self.base_dir, rows, found and found[1], audit)
-        self.lines += [f"  {line}" for line in audit.summary_lines()]
+        what = f"the {'prompts' if needs_policy(stage.data) else 'rows'} of {stage.name}"
+        self._told(audit, what, sampled=needs_policy(stage.data))
 
     def _length(self, stage: Stage, examples: int) -> None:
         self.lines.append(f"  {examples} examples, {steps_of(stage, examples)} steps")
@@ -312,16 +335,19 @@ class _Check:
             with self._collected():
                 self._start(f"stages.{stage.name}.data.generate.policies", policy)
         policies = [stage.init if p == "init" else p for p in data.generate.policies]
-        self._sampled(rows, data.generate, f"stages.{stage.name}.data.generate")
+        self._sampled(rows, data.generate, f"stages.{stage.name}.data.generate", audit)
         policies += [endpoint.model for endpoint in data.generate.endpoints]
         self.lines.append(f"  {len(rows)} prompts; the responses come from {', '.join(policies)}")
         self._held_out(stage, rows, None, audit, seed)
 
-    def _sampled(self, rows: list[dict[str, Any]], spec: GenerateSpec, where: str) -> None:
+    def _sampled(
+        self, rows: list[dict[str, Any]], spec: GenerateSpec, where: str, audit: Audit
+    ) -> None:
         """The prompts as tokens, with room for a response in the context of the recipe's model."""
         if self.tokenizer is None:
             return
         encoded = prompt_ids(rows, self.tokenizer)
+        audit_prompts(rows, self.tokenizer, audit, refuse_special_text=True)
         if self.config is not None and spec.policies:
             with self._collected():
                 where = f"{where}.max_new_tokens"
@@ -355,24 +381,43 @@ class _Check:
     def _evaluation(self, spec: EvalSpec, part: str) -> None:
         options: dict[str, Any] = {"base_dir": self.base_dir, "seed": self.recipe.seed}
         with self._collected(part):
-            rows = evaluation_prompts(spec, **options) if spec.data else []
+            audit = Audit()
+            rows = evaluation_prompts(spec, audit=audit, **options) if spec.data else []
             if spec.generate is not None:
-                self._sampled(rows, spec.generate, f"{part}.generate")
+                self._sampled(rows, spec.generate, f"{part}.generate", audit)
+            if rows and part not in self.evaluated:
+                self._told(audit, f"the prompts of {part}", sampled=True, label=f"{part}.data: ")
             if spec.score is not None and rows:
                 scored = [{**row, "responses": ["", ""]} for row in rows]
                 self._scorable(spec.score, scored, f"{part}.score")
-        with self._collected(part):
-            if spec.preferences:
-                load_rows(spec.preferences, kind="pair", audit=Audit(), **options)
-        with self._collected(part):
-            if spec.nll:
-                load_rows(spec.nll, kind="sft", audit=Audit(), **options)
+        measured: tuple[tuple[list[SourceSpec], Literal["sft", "pair"], str], ...] = (
+            (spec.preferences, "pair", "preferences"),
+            (spec.nll, "sft", "nll"),
+        )
+        for sources, kind, name in measured:
+            with self._collected(part):
+                if sources and part not in self.evaluated:
+                    self._measured(sources, kind, spec.max_rows, f"{part}.{name}")
+        self.evaluated.add(part)
         with self._collected(part):
             if spec.baseline is not None:
                 self._start(f"{part}.baseline", spec.baseline)
         with self._collected(part):
             if spec.lm_eval is not None:
                 check_tasks(spec.lm_eval, self.base_dir)
+
+    def _measured(
+        self, sources: list[SourceSpec], kind: Literal["sft", "pair"], limit: int | None, part: str
+    ) -> None:
+        """Rows that a policy is measured with after a stage, tokenised as they will be."""
+        audit, seed = Audit(), self.recipe.seed
+        rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
+        if self.tokenizer is not None:
+            tokenize_rows(
+                at_most(rows, limit), self.tokenizer, kind=kind, truncation="drop", audit=audit,
+                refuse_special_text=True, max_length=max(stage.max_length for stage in self.stages),
+            )  # fmt: skip
+        self._told(audit, f"the rows of {part}", label=f"{part}: ")
 
 
 def _sources(stage: Stage) -> Iterator[tuple[str, str]]:

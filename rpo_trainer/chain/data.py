@@ -188,6 +188,7 @@ def tokenize_stage(
         max_length=stage.max_length,
         truncation=stage.truncation,
         audit=audit,
+        refuse_special_text=True,
     )
 
 
@@ -252,11 +253,13 @@ def at_most(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any
     return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def evaluation_prompts(spec: EvalSpec, base_dir: Path, *, seed: int) -> list[dict[str, Any]]:
+def evaluation_prompts(
+    spec: EvalSpec, base_dir: Path, *, seed: int, audit: Audit | None = None
+) -> list[dict[str, Any]]:
     """Prompts to sample responses to, at most `max_rows` of them."""
     keep = scorer_columns(spec.score)
     rows = load_rows(
-        spec.data, kind="prompt", base_dir=base_dir, keep=keep, audit=Audit(), seed=seed
+        spec.data, kind="prompt", base_dir=base_dir, keep=keep, audit=audit or Audit(), seed=seed
     )
     return at_most(rows, spec.max_rows)
 

@@ -305,10 +305,9 @@ class Evaluation:
             rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
             examples = tokenize_rows(
                 at_most(rows, spec.max_rows), self.tokenizer, kind=kind, truncation="drop", audit=audit,
-                max_length=max(stage.max_length for stage in self.stages),
+                refuse_special_text=True, max_length=max(stage.max_length for stage in self.stages),
             )  # fmt: skip
-        for line in audit.summary_lines():
-            logger.info("%s: %s", what, line)
+        audit.log(logger, f"the rows of {what}", f"{what}: ")
         return list(examples)
 
     def _logps(self, source: str, examples: Sequence[Mapping[str, Any]]) -> list[list[float]]:

@@ -88,13 +88,14 @@ def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[
     found = []
     for row in rows:
         try:
-            found.append(encode_prompt(tokenizer, row["prompt"], row.get("tools")))
+            parsed = row.get("special_tokens") == "parse"
+            found.append(encode_prompt(tokenizer, row["prompt"], row.get("tools"), parsed=parsed))
         except RowError as error:
             raise DataError(
                 str(error),
                 where=f"row {row['id']}",
                 why="no response can be sampled to it",
-                fix="mend the rows, or choose another chat_template: chatml | plain | a path",
+                fix="correct the rows, or choose another chat_template: chatml | plain | a path",
             ) from error
     return found
 

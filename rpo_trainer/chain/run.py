@@ -365,10 +365,10 @@ class _Chain:
             train = tokenize_stage(stage, rows, self.tokenizer, audit)
             held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
             check_overlap(stage, self.recipe, self.base_dir, rows, held_out and held_out[1], audit)
-        for line in audit.summary_lines():
-            logger.info("%s data: %s", self._label(stage), line)
-        for line in held_out[2].summary_lines() if held_out else ():
-            logger.info("%s held-out data: %s", self._label(stage), line)
+        label = self._label(stage)
+        audit.log(logger, f"the rows of stage {stage.name}", f"{label} data: ")
+        if held_out is not None:
+            held_out[2].log(logger, "the held-out rows", f"{label} held-out data: ")
         data = StageData(train, held_out[0] if held_out else None, audit, rows)
         fingerprint = data.fingerprint()
         made_here = distributed.merge({distributed.rank(): fingerprint})

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.columns import MEANT, mapping_for, unread
+from rpo_trainer.data.conversation import PROMPT_COLUMNS, with_system
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
-from rpo_trainer.data.rows import Kind, Row, RowError, RowProblems, is_messages, reward_fault
+from rpo_trainer.data.rows import (
+    MEDIA,
+    Kind,
+    Row,
+    RowError,
+    RowProblems,
+    SpecialTokens,
+    check_text,
+    is_blank,
+    is_empty,
+    is_messages,
+    reward_fault,
+    with_responses,
+)
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 
@@ -78,9 +94,26 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         why=f"they look like {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
         if other
         else "which column is the prompt, and which the response, cannot be guessed",
-        fix="name the columns with `columns: {ours: theirs}`; known: "
+        fix=f"name the columns with `columns: {{ours: theirs}}`{_nearest(table, kind, columns)}; known: "
         + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
     )
+
+
+def _nearest(table: Mapping[str, Format], kind: Kind, columns: Collection[str]) -> str:
+    """An example of `columns` for the format that lacks least, its names guessed."""
+    usual = {"sft": "prompt_response", "pair": "pairs", "rating": "score", "prompt": "prompt"}
+    found = []
+    for name, format in table.items():
+        if format.kind != kind:
+            continue
+        needed = list(format.required)
+        if format.prompts and not set(format.prompts) & set(columns):
+            needed.insert(0, "prompt")
+        missing = [column for column in needed if column not in columns]
+        mapping = mapping_for(missing, set(columns) - set(needed))
+        lack = (mapping.count("NAME"), name != usual[kind], len(missing))
+        found.append((lack, f", for example {mapping} for {name!r}"))
+    return min(found)[1]
 
 
 def kind_of(columns: Collection[str]) -> Kind | None:
@@ -91,6 +124,8 @@ def kind_of(columns: Collection[str]) -> Kind | None:
     return None
 
 
+# Names under which a prompt may stand that is not read; `source` columns and the like are not.
+_PROMPT_NAMES = {name.lower() for name in (*MEANT["prompt"], *PROMPT_COLUMNS)}
 _PURPOSE = {"sft": "SFT", "pair": "preferences", "rating": "ratings", "prompt": "prompts"}
 
 
@@ -126,6 +161,7 @@ def adapt(
     keep: Collection[str] | None = (),
     as_given: bool = False,
     unscored: bool = False,
+    special_tokens: SpecialTokens | None = None,
     audit: Audit,
 ) -> list[Row]:
     """Internal rows of one source.
@@ -140,11 +176,14 @@ def adapt(
             own `source` in place of the file's name.
         as_given: every row stays, with its responses in their order.
         unscored: sampled responses without rewards are taken too: nobody reads their order.
+        special_tokens: how text of special tokens is to be read, for `tokenize_rows`.
 
     Raises:
         DataError, or Problems: how many rows have which fault, and the first three of each.
     """
     rows = _renamed(raw, columns or {})
+    if raw.arrow:
+        rows = [_without_nulls(row) for row in rows]
     present = {column for row in rows for column in row}
     chosen = find_format(present, kind, format, raw.where)
     if as_given:
@@ -157,14 +196,24 @@ def adapt(
             fix="score the responses (`score:` in the recipe, or rpo-trainer score), name their columns "
             "with `columns: {chosen_reward: theirs, rejected_reward: theirs}`, or use kind: dpo",
         )
-    own = {*chosen.required, *chosen.optional}
+    filled = {column for row in rows for column, value in row.items() if value is not None}
+    own = chosen.read(filled)
     kept = present - own if keep is None else set(keep) - own
-    used = {*own, *COMMON, *kept}
+    missed, others = unread(
+        rows, filled - own - kept - _read_of_common(kind), {*COMMON, *chosen.ignored}
+    )
+    if kind == "prompt":  # responses are not missed where they are to be sampled
+        missed, others = (
+            [c for c in missed if c not in _ANSWERS],
+            sorted({*others, *(_ANSWERS & {*missed})}),
+        )
+    audit.add_unread(raw.name, missed, others)
+    asked = chosen.prompt_column(filled)
+    if chosen.prompts and asked is None:
+        _check_no_prompt_unread(rows, missed, raw.where)
     # A column that some rows have is one that all rows need, where the rows make no sense without.
     never_null = [c for c in chosen.required if c not in chosen.nullable]
-    needed = [*never_null, *({"prompt"} & present & set(chosen.optional))]
-    if extra := sorted(present - used):
-        audit.extra_columns[raw.name] = extra
+    needed = [*never_null, *(["prompt"] if asked == "prompt" else [])]
     problems = RowProblems(raw.where)
     adapted = []
     places: Sequence[int] = raw.places
@@ -177,7 +226,12 @@ def adapt(
             for column in needed:
                 if row.get(column) is None:
                     raise RowError(f"`{column}` is absent or null")
+            _refuse_media(row)
             new = {"id": row_id, "source": raw.name, **chosen.convert(row), **_tools(row)}
+            for column in [*new.pop("unread", ()), *_unread_system(new, row)]:
+                audit.warn(f"the column `{column}` is not read: {_NO_PLACE[column]}", row_id)
+            if special_tokens is not None:
+                new["special_tokens"] = special_tokens
             given = new.get("rewards")
             _finish(new, row, chosen, require_rewards, audit)
             if as_given and row.get("judge") is not None:  # a judge leaves responses undecided
@@ -192,11 +246,93 @@ def adapt(
             audit.drop("fewer_than_two_responses", row_id)
         else:
             adapted.append(new)
-    problems.raise_if_any(len(rows), fix="mend or remove these rows")
+    problems.raise_if_any(len(rows), fix=_how_to_fix(chosen, asked, missed))
     sampled = "responses" in chosen.required and "sampling" in present
     if sampled and format != "ranked" and "ranks" not in present and not unscored:
         _require_scores(adapted, raw.where)
     return adapted
+
+
+def _read_of_common(kind: Kind) -> set[str]:
+    """The columns that are read beside those of a format."""
+    read = {"id", "system", "tools"}
+    if kind in ("pair", "prompt"):
+        read.add("ground_truth")
+    return read | {"truth_chosen"} if kind == "pair" else read
+
+
+# Columns with responses and what is said of them.
+_ANSWERS = frozenset(
+    {
+        "response", "responses", "completion", "completions", "chosen", "rejected", "output",
+        "chosen_response", "rejected_response", "response1", "response2", "response_1", "response_2",
+        "text", "answer", "answers", "canonical_solution", "reference",
+    }
+)  # fmt: skip
+_NO_PLACE = defaultdict(
+    lambda: "each completion has a `completion` and its `rank`",
+    dict.fromkeys(PROMPT_COLUMNS, "the responses are whole conversations, and do not hold it"),
+    system="a row that is one text has no prompt in front of which it could stand",
+)
+
+
+def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: str) -> None:
+    """Raises DataError where the prompt would be guessed from texts beside a column that may hold it."""
+    if not any(isinstance(row.get("chosen"), str) for row in rows):
+        return
+    likely = [c for c in missed if c.lower() in _PROMPT_NAMES]
+    if likely:
+        raise DataError(
+            f"there is no `prompt`, and the columns {', '.join(missed)} are not read",
+            where=where,
+            why="one of them may hold the prompt; words that both responses begin with are not taken for it",
+            fix=f"name its column: {mapping_for(['prompt'], likely)}"
+            + (
+                ", or `format: orca` for a question with its system prompt" * ("question" in likely)
+            ),
+        )
+
+
+def _how_to_fix(format: Format, asked: str | None, missed: Sequence[str]) -> str:
+    if not missed:
+        return "correct or remove these rows"
+    told = f"correct or remove these rows; the columns {', '.join(missed)} are not read"
+    lacks_prompt = bool(format.prompts) and asked is None
+    needed = ["prompt"] if lacks_prompt else list(format.required[:1])
+    return f"{told}: name the one that is meant, {mapping_for(needed, missed)}"
+
+
+def _unread_system(new: Row, raw: Raw) -> list[str]:
+    """Puts the row's `system` where it belongs; names it where there is no such place."""
+    system = raw.get("system")
+    if is_empty(system):
+        return []
+    text = check_text(system, "`system`")
+    what = "`messages`" if "messages" in new else "the prompt"
+    return [] if is_blank(text) or with_system(new, text, what) else ["system"]
+
+
+def _refuse_media(row: Raw) -> None:
+    for column in MEDIA:
+        if not is_empty(row.get(column)):
+            raise RowError(f"`{column}` is not empty, and only text can be trained on")
+
+
+def _without_nulls(row: Raw) -> Row:
+    """The row without the null keys that Arrow gives every object of a column.
+
+    `attributes` stays as it is: there a null says that nobody has rated.
+    """
+    return {
+        name: _filled(value) if isinstance(value, list | dict) and name != "attributes" else value
+        for name, value in row.items()
+    }
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _require_scores(rows: Sequence[Row], where: str) -> None:
@@ -218,7 +354,8 @@ def _together(
     A column that one of them has not is null, as in a row of its own.
     """
     joined, firsts = [], []
-    for _, run in groupby(range(len(rows)), key=lambda i: repr(rows[i].get("prompt"))):
+    same = ("prompt", "system", "tools", "ground_truth")
+    for _, run in groupby(range(len(rows)), key=lambda i: repr([rows[i].get(c) for c in same])):
         alike = list(run)
         lists = {c: [rows[i].get(c) for i in alike] for c in columns}
         whole = {c: None if None in values else values for c, values in lists.items()}
@@ -297,8 +434,7 @@ def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Au
     new["rewards"] = _rewards(new, require_rewards, audit)
     if format.sort and new["rewards"] is not None:
         order = sorted(range(len(new["rewards"])), key=lambda i: -new["rewards"][i])  # stable
-        new["rewards"] = [new["rewards"][i] for i in order]
-        new["responses"] = [new["responses"][i] for i in order]
+        new |= with_responses(new, order)
     flag = raw.get("truth_chosen")
     if flag is not None and not isinstance(flag, bool):
         raise RowError("`truth_chosen` is neither true nor false")

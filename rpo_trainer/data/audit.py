@@ -5,9 +5,11 @@ Everything that is dropped is counted here, with up to three row ids a reason, a
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rpo_trainer.data.duplicates import repeated, shared
@@ -50,14 +52,38 @@ WARNINGS = {
     "undecided_responses_removed": "responses without a consistent verdict removed, the others kept",
     "blank_responses_removed": "blank responses removed, the others kept",
     "unusable_rewards": "rewards that are no numbers, ignored by this stage",
-    "tools_not_rendered": "tools that the chat template does not write",
+    "tools_not_rendered": "`tools` that are not written: no chat template is used, or it leaves them out",
     "text_left_out": "assistant text that the chat template leaves out (thinking in earlier turns)",
+    "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
     "truncated": "cut to max_length",
 }
+# What changes nothing of a row that is trained, and is told without a warning.
+HARMLESS = {"duplicate_prompt", "similar_prompt", "truth_not_chosen"}
 TOO_LONG = "too long"  # beside prompt and response: the lengths of what max_length drops
 LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
 SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label
 FLAT = 0.55  # σ(target_gap) below which a target says next to nothing
+
+
+def unread_key(key: str) -> str:
+    """The warning about a key of messages that does not reach the tokens."""
+    return (
+        f"the key `{key}` of messages, which the chat template does not write, or not in every turn"
+    )
+
+
+@dataclass
+class SpecialText:
+    """Rows of a source that were looked at for the text of control tokens, and what was found."""
+
+    of: int = 0
+    rows: int = 0
+    tokens: set[str] = field(default_factory=set)
+
+    def add(self, other: SpecialText) -> None:
+        self.of += other.of
+        self.rows += other.rows
+        self.tokens |= other.tokens
 
 
 class Count:
@@ -84,7 +110,8 @@ class Count:
 class Audit:
     """The counts of one data set (train or eval of one stage).
 
-    `joined` counts the prompts of a source where several rows of the file made one.
+    `joined` counts the prompts of a source where several rows of the file made one. `extra_columns`
+    are all columns that are not read, `unread_columns` those of them that somebody may miss.
     """
 
     def __init__(self) -> None:
@@ -96,6 +123,9 @@ class Audit:
         self.warnings: dict[str, Count] = {}
         self.remarks: list[str] = []
         self.extra_columns: dict[str, list[str]] = {}
+        self.unread_columns: dict[str, list[str]] = {}
+        self.special_text: dict[str, SpecialText] = {}
+        self.max_length: int | None = None
         self.pairs: dict[str, Any] = {}
         self.filter: dict[str, Any] = {}
         self.calibration: dict[str, Any] = {}
@@ -124,6 +154,18 @@ class Audit:
         """Counts a row worth a look; `reason` is a key of WARNINGS, or words of its own."""
         self.warnings.setdefault(reason, Count()).add(row_id)
 
+    def add_unread(self, source: str, missed: Sequence[str], others: Sequence[str]) -> None:
+        """Columns that are not read: those that somebody may miss, and the others."""
+        if missed:
+            self.unread_columns[source] = list(missed)
+        if missed or others:
+            self.extra_columns[source] = sorted({*missed, *others})
+
+    def add_special_text(self, source: str, tokens: set[str]) -> None:
+        """Counts a row that was looked at for the text of control tokens."""
+        found = SpecialText(1, int(bool(tokens)), tokens)
+        self.special_text.setdefault(source, SpecialText()).add(found)
+
     def remark(self, text: str) -> None:
         """A warning about the whole data set."""
         if text not in self.remarks:
@@ -145,6 +187,8 @@ class Audit:
         for mine, theirs in ((self.dropped, other.dropped), (self.warnings, other.warnings)):
             for reason, count in theirs.items():
                 mine.setdefault(reason, Count()).add_all(count)
+        for source, found in other.special_text.items():
+            self.special_text.setdefault(source, SpecialText()).add(found)
         for name, lengths in other._lengths.items():
             self._lengths.setdefault(name, []).extend(lengths)
 
@@ -276,6 +320,7 @@ class Audit:
             "warnings": {reason: count.as_dict() for reason, count in self.warnings.items()},
             "remarks": list(self.remarks),
             "extra_columns": dict(self.extra_columns),
+            "unread_columns": dict(self.unread_columns),
             "pairs": dict(self.pairs),
             "filter": dict(self.filter),
             "calibration": dict(self.calibration),
@@ -283,24 +328,94 @@ class Audit:
             "replay": dict(self.replay),
             "ratings": dict(self.ratings),
             "overlap": dict(self.overlap),
+            "max_length": self.max_length,
             "lengths": self.lengths(),
         }
 
+    def rows(self) -> int:
+        """Rows that could have been used: all that were read, rows joined to one counted once."""
+        return sum(self.joined.get(source, count) for source, count in self.read.items())
+
+    def drops(self, what: str = "the rows") -> str | None:
+        """How much is dropped and why, in one sentence; None where nothing is."""
+        dropped = sum(count.count for count in self.dropped.values())
+        if not dropped:
+            return None
+        reasons = "; ".join(
+            f"{c.count} {_rows(c)}, {self._reason(r)}{_examples(c)}"
+            for r, c in sorted(self.dropped.items(), key=lambda item: -item[1].count)
+        )
+        share = f"{percent(dropped, self.rows())} of " if self.rows() else ""
+        of = f"{dropped} of {self.rows()}" if self.rows() else f"{dropped}"
+        return f"{share}{what} ({of} rows) dropped: {reasons}"
+
+    def _reason(self, reason: str) -> str:
+        limit = self.max_length
+        if reason == "too_long" and limit is not None:
+            return f"longer than max_length {limit}"
+        return DROPS.get(reason, reason)
+
+    def messages(self, what: str = "the rows") -> list[tuple[int, str]]:
+        """Everything for people, one fact a line, each with its level of `logging`.
+
+        What is dropped, cut, left out or not read is a warning, with its share of the rows.
+        """
+        info, warn = logging.INFO, logging.WARNING
+        told = [(info, line) for line in self._counts()]
+        if drops := self.drops(what):
+            told.append((warn, drops))
+        for source, rows in self.left_out.items():
+            share = percent(rows, self.read.get(source, rows))
+            told.append(
+                (warn, f"{source}: {share} of its rows ({rows}) not used: weight, max_rows")
+            )
+        told += [(info, line) for line in self._facts()]
+        for reason, count in self.warnings.items():
+            share = f" ({percent(count.count, self.rows())})" if self.rows() else ""
+            text = _counted(
+                f"{count.count} {_rows(count)}{share}", WARNINGS.get(reason, reason), count
+            )
+            told.append((info if reason in HARMLESS else warn, text))
+        told += [(warn, text) for text in self.remarks]
+        for source, columns in self.unread_columns.items():
+            told.append((warn, f"{source}: columns that are not read: {', '.join(columns)}"))
+        for source, columns in self.extra_columns.items():
+            others = [c for c in columns if c not in self.unread_columns.get(source, ())]
+            if others:
+                told.append((info, f"{source}: columns without a use here: {', '.join(others)}"))
+        return told
+
     def summary_lines(self) -> list[str]:
-        """The same for people, one fact a line."""
+        """The same as lines, warnings marked as such."""
+        return [
+            f"warning: {text}" if level >= logging.WARNING else text
+            for level, text in self.messages()
+        ]
+
+    def log(self, logger: logging.Logger, what: str, label: str = "") -> None:
+        """Logs everything, warnings as such.
+
+        Args:
+            what: the rows, as a warning names them ("train_dataset").
+            label: goes in front of each line.
+        """
+        for level, text in self.messages(what):
+            logger.log(level, "%s%s", label, text)
+
+    def _counts(self) -> list[str]:
         lines = []
         for source, n in self.read.items():
-            out = f", {self.left_out[source]} not used" if source in self.left_out else ""
             joined = f", for {self.joined[source]} prompts" if source in self.joined else ""
             kept = f", {self.kept[source]} kept" if source in self.kept else ""
-            lines.append(f"{source}: {n} rows read{joined}{kept}{out}")
+            lines.append(f"{source}: {n} rows read{joined}{kept}")
         if self.replay:
             lines.append(
                 "replay of stage {stage}: {rows} of {available} rows".format(**self.replay)
             )
-        lines += [_counted("dropped", DROPS.get(r, r), c) for r, c in self.dropped.items()]
-        if self.filter:
-            lines.append(_filtered(self.filter))
+        return lines
+
+    def _facts(self) -> list[str]:
+        lines = [_filtered(self.filter)] if self.filter else []
         if self.calibration:
             how = {
                 "labels": "the likelihood of {pairs} labels, {against} of them against the rewards"
@@ -324,11 +439,16 @@ class Audit:
         for name, q in self.lengths().items():
             what = "tokens of rows longer than max_length" if name == TOO_LONG else f"{name} tokens"
             lines.append(f"{what}: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}")
-        lines += [_counted("warning", WARNINGS.get(r, r), c) for r, c in self.warnings.items()]
-        lines += [f"warning: {text}" for text in self.remarks]
-        for source, columns in self.extra_columns.items():
-            lines.append(f"warning: {source}: columns not used: {', '.join(columns)}")
         return lines
+
+
+def percent(part: int, whole: int) -> str:
+    """A share in words: `83 %`, `0.4 %`; never 0 % of what is there, and 100 % only of all."""
+    share = min(1.0, part / whole) if whole else 1.0
+    if share > 0.995 and part < whole:
+        return "over 99 %"
+    digits = 0 if share >= 0.1 else 1
+    return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.{digits}f} %"
 
 
 def _filtered(found: dict[str, Any]) -> str:
@@ -338,9 +458,15 @@ def _filtered(found: dict[str, Any]) -> str:
 
 
 def _counted(what: str, text: str, count: Count) -> str:
-    rows = "row" if count.count == 1 else "rows"
-    examples = f" ({', '.join(count.examples)})" if count.examples else ""
-    return f"{what}: {count.count} {rows}, {text}{examples}"
+    return f"{what}, {text}{_examples(count)}"
+
+
+def _rows(count: Count) -> str:
+    return "row" if count.count == 1 else "rows"
+
+
+def _examples(count: Count) -> str:
+    return f" ({', '.join(count.examples)})" if count.examples else ""
 
 
 def quantiles(ordered: Sequence[float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
-from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.rows import THINKING, Message, RowError
 from rpo_trainer.data.templates import set_chat_template
 from rpo_trainer.errors import DataError
 from rpo_trainer.foreign import UNREADABLE
@@ -51,19 +51,21 @@ class Rendered:
     Attributes:
         spans: trained character ranges of `text`, ascending.
         literal: character ranges of special-token text that came with the data.
-        plain: no chat template; nothing in it is control, and the end token is put behind it.
+        plain: no chat template; nothing in it is control, and the end token follows it.
+        parsed: text of special tokens that came with the data is control all the same.
     """
 
     text: str
     spans: tuple[Span, ...]
     literal: tuple[Span, ...] = ()
     plain: bool = False
+    parsed: bool = False
 
 
-def render_plain(prompt: str, response: str) -> Rendered:
+def render_plain(prompt: str, response: str, *, parsed: bool = False) -> Rendered:
     """Prompt and response joined as they are."""
     text = prompt + response
-    return Rendered(text, ((len(prompt), len(text)),), plain=True)
+    return Rendered(text, ((len(prompt), len(text)),), plain=True, parsed=parsed)
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -79,6 +81,12 @@ def _longest_first(texts: Iterable[str]) -> list[str]:
 def special_pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
     """Finds the texts of control tokens; None where there are none."""
     return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _with_thinking(message: Message) -> Message:
+    """The message with its thinking under every name that templates know, as newer transformers do."""
+    thought = next((message[key] for key in THINKING if message.get(key)), None)
+    return message if thought is None else {**message, **dict.fromkeys(THINKING, thought)}
 
 
 def trained_turns(messages: Sequence[Message]) -> list[int]:
@@ -131,34 +139,97 @@ class ChatRenderer:
             return []
         return [name for name in added if name.strip() and name in text and name != "a"]
 
-    def has_special_text(self, text: str) -> bool:
-        return self._special is not None and self._special.search(text) is not None
+    def special_texts_in(self, text: str) -> set[str]:
+        """The special tokens, and others that the template writes, whose text is in `text`."""
+        return set() if self._special is None else set(self._special.findall(text))
 
-    @property
-    def writes_tools(self) -> bool:
-        return "tools" in str(self.tokenizer.chat_template)
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The texts that the tokenizer turns into control tokens."""
+        return frozenset(special_texts(self.tokenizer))
 
-    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Rendered:
+    def unread_keys(
+        self, messages: Sequence[Message], tools: Tools, rendered: Rendered
+    ) -> list[str]:
+        """What the template does not write at all: `tools`, or keys of messages beside their content.
+
+        Args:
+            rendered: the conversation as `conversation` or `prompt` gives it.
+        """
+        keys = {
+            key
+            for message in messages
+            for key, value in message.items()
+            if value and key not in ("role", "content", "tool_calls")
+            if key != "weight" or message["role"] != "assistant"
+        }
+        if not keys and not tools:
+            return []
+        last = messages[-1]["role"] != "assistant"
+        whole = self._render(list(messages), tools, last)
+        found = []
+        for key in sorted(keys):
+            without = [{k: v for k, v in m.items() if k != key} for m in messages]
+            if self._or_none(without, tools, last) == whole:
+                found.append(key)
+        if tools and self._or_none(list(messages), None, last) == whole:
+            found.append("tools")
+        return found
+
+    def _or_none(self, messages: list[Message], tools: Tools, prompt: bool) -> str | None:
+        try:
+            return self._render(messages, tools, prompt)
+        except RowError:
+            return None
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
+    ) -> Rendered:
         """The text a response is sampled behind: the conversation and the generation prompt."""
+        if parsed:
+            return Rendered(self._render(list(messages), tools, True), (), parsed=True)
         text = self._render(self._hide(messages), self._hide(tools), generation_prompt=True)
         return self._show(text, [])
 
     def conversation(
-        self, messages: Sequence[Message], tools: Tools = None, *, last_only: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        *,
+        last_only: bool = False,
+        parsed: bool = False,
     ) -> Rendered:
         """The whole conversation, every assistant turn trained, or only the last.
+
+        Args:
+            parsed: text of special tokens in the messages is control, as what the template writes; an
+                end marker that a turn brings is not written twice.
 
         Raises:
             RowError: the template refuses the conversation, writes no end marker, or rewrites the
                 turns so that neither way finds them.
             DataError: there is no chat template.
         """
-        hidden, tools = self._hide(messages), self._hide(tools)
+        if parsed:
+            hidden = [self._without_end(message) for message in messages]
+        else:
+            hidden, tools = self._hide(messages), self._hide(tools)
         turns = trained_turns(hidden)
         full = self._render(hidden, tools)
         finder = _TurnFinder(self, hidden, tools, full)
         spans = [finder.span(turn) for turn in (turns[-1:] if last_only else turns)]
-        return self._show(full, spans)
+        return Rendered(full, tuple(spans), parsed=True) if parsed else self._show(full, spans)
+
+    def _without_end(self, message: Message) -> Message:
+        """The message without an end marker at the end of its content."""
+        if message["role"] != "assistant":
+            return message
+        marker = self.ending[0][: self.ending[1]].strip()
+        content = message["content"]
+        for end in (marker, self.tokenizer.eos_token):
+            if end and content.rstrip().endswith(end):
+                content = content.rstrip().removesuffix(end)
+        return {**message, "content": content}
 
     def _render(
         self, messages: list[Message], tools: Tools, generation_prompt: bool = False
@@ -175,7 +246,7 @@ class ChatRenderer:
         try:
             with limited():
                 text = self.tokenizer.apply_chat_template(
-                    messages,
+                    [_with_thinking(message) for message in messages],
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rpo_trainer.data.rows import (
@@ -13,28 +14,66 @@ from rpo_trainer.data.rows import (
     check_conversation,
     check_prompt_end,
     check_text,
+    is_blank,
+    is_messages,
     to_messages,
 )
 
-LAST_TURN = "\n\nAssistant:"  # how text-only preference data marks the turn that is compared
+# How texts of a whole conversation mark where the assistant's turn begins: by a name and a colon at
+# the beginning of a line, a heading, or the tokens of a chat template.
+LAST_TURN = re.compile(
+    r"\n[ \t]*(?:Assistant|ASSISTANT|assistant|AI|Bot|GPT):"
+    r"|\n#{1,6} ?(?:Assistant|Response):?[ \t]*\n?"
+    r"|<\|im_start\|>assistant\n|<\|assistant\|>\n?|<start_of_turn>model\n|\[/INST\]"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<extra_id_1>Assistant\n"
+)
+# Columns that hold the prompt of a pair, the first that a source has; `input` and `history` belong
+# to `instruction`.
+PROMPT_COLUMNS = ("prompt", "conversations", "messages", "trajectory", "instruction")
+WITH_INSTRUCTION = ("input", "history")
 # How NVIDIA's data writes the turns of a conversation into one text.
 MARKED_TURN = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
 
 
 def sharegpt_messages(raw: Mapping[str, Any]) -> list[Message]:
-    """The conversation of a row in ShareGPT's columns, with its `system` in front."""
-    messages = to_messages(raw["conversations"], "`conversations`")
-    system = raw.get("system")
-    if system not in (None, "") and messages[0]["role"] != "system":
-        return [{"role": "system", "content": check_text(system, "`system`")}, *messages]
-    return messages
+    """The conversation of a row in ShareGPT's columns.
+
+    `mask` is NeMo's: the role that is not trained; the user's turns never are.
+    """
+    if str(raw.get("mask") or "User").lower() not in ("user", "human"):
+        raise RowError("`mask` is not `User`, and only turns of the assistant can be trained on")
+    return to_messages(raw["conversations"], "`conversations`")
+
+
+def with_system(row: Row, system: str, what: str) -> bool:
+    """Puts the system prompt of a row's own column in front of its conversation, or of its text.
+
+    Returns whether it could: a row that is one text without a prompt has no place for it.
+
+    Raises RowError: the conversation begins with another one.
+    """
+    name = "prompt" if "prompt" in row else "messages"
+    if isinstance(row[name], str):
+        if not row[name]:
+            return False
+        if not row[name].startswith(system):
+            row[name] = f"{system}\n\n{row[name]}"
+        return True
+    first = row[name][0] if row[name] else {"role": "user"}
+    if first["role"] != "system":
+        row[name] = [{"role": "system", "content": system}, *row[name]]
+    elif _words(first["content"]) != _words(system):
+        raise RowError(f"`system` and the system turn of {what} differ")
+    return True
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def alpaca_messages(raw: Mapping[str, Any]) -> list[Message]:
-    """System, history and the question of a row in alpaca's columns; not the answer."""
+    """History and the question of a row in alpaca's columns; not the answer."""
     messages: list[Message] = []
-    if raw.get("system") not in (None, ""):
-        messages.append({"role": "system", "content": check_text(raw["system"], "`system`")})
     history = [] if raw.get("history") is None else raw["history"]
     pairs = isinstance(history, list) and all(isinstance(t, list) and len(t) == 2 for t in history)
     if not pairs:
@@ -80,24 +119,41 @@ def sft_completion(prompt: object, answer: object, name: str) -> Row:
 
 
 def preference(prompt: object, answers: Sequence[object], names: Sequence[str]) -> Row:
-    """Prompt and response texts of a preference row; the prompts that come with the answers agree.
+    """Prompt and responses of a preference row; the prompts that come with the answers agree.
+
+    `unread` names a prompt that is text, and that the conversations of the answers do not hold.
 
     Raises RowError.
     """
-    split = [_split(prompt, answer, name) for answer, name in zip(answers, names, strict=True)]
-    if not split:
+    if not answers:
         return {"prompt": "", "responses": []}
-    first = split[0][0]
-    if any(before != first for before, _ in split):
+    split = [_split(prompt, answer, name) for answer, name in zip(answers, names, strict=True)]
+    first = split[0].prompt
+    if any(each.prompt != first for each in split):
         raise RowError(f"the prompts of {names[0]} and of another response differ")
-    return {"prompt": first, "responses": [response for _, response in split]}
+    row: Row = {"prompt": first, "responses": [each.response for each in split]}
+    if any(each.fields for each in split):
+        row["response_fields"] = [each.fields for each in split]
+    if isinstance(prompt, str) and not isinstance(first, str) and not _holds(first, prompt):
+        row["unread"] = ["prompt"]
+    return row
 
 
-def _split(prompt: object, answer: object, name: str) -> tuple[str | list[Message], str]:
+@dataclass(frozen=True)
+class _Split:
+    """The prompt of one answer, its text, and what else its message says (thinking, for example)."""
+
+    prompt: str | list[Message]
+    response: str
+    fields: dict[str, Any]
+
+
+def _split(prompt: object, answer: object, name: str) -> _Split:
+    fields: dict[str, Any] = {}
     if isinstance(answer, str):
         response = check_text(answer, name)
         if isinstance(prompt, str):
-            return check_text(prompt, "`prompt`"), response
+            return _Split(check_text(prompt, "`prompt`"), response, fields)
         if prompt is None:
             raise RowError(f"`prompt` is absent, and {name} is text without one")
         before = to_messages(prompt, "`prompt`")
@@ -107,10 +163,14 @@ def _split(prompt: object, answer: object, name: str) -> tuple[str | list[Messag
             raise RowError(f"{name} does not end with a turn of the assistant")
         if turns[-1].get("tool_calls"):
             raise RowError(f"{name} ends with `tool_calls`; a response to compare must be text")
+        if turns[-1].get("weight") == 0:
+            raise RowError(f"the last turn of {name} has the weight 0, and is what is compared")
         before, response = _joined(prompt, turns[:-1], name), turns[-1]["content"]
+        used = ("role", "content", "weight", "tool_calls")
+        fields = {key: value for key, value in turns[-1].items() if key not in used}
     check_conversation(before, f"the prompt of {name}")
     check_prompt_end(before, f"the prompt of {name}")
-    return before, response
+    return _Split(before, response, fields)
 
 
 def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
@@ -120,30 +180,73 @@ def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
             raise RowError(f"`prompt` is absent, and {name} has no turn before the last")
         return lead
     if isinstance(prompt, str):
-        if any(message["role"] == "user" for message in lead):
+        if has_user(lead):
             return lead
         return [*lead, {"role": "user", "content": check_text(prompt, "`prompt`")}]
     given = to_messages(prompt, "`prompt`")
     return lead if lead[: len(given)] == given else given + lead
 
 
+def has_user(messages: Sequence[Message]) -> bool:
+    """Whether a turn of the user is among them."""
+    return any(message["role"] == "user" for message in messages)
+
+
+def _holds(messages: Sequence[Message], text: str) -> bool:
+    """Whether a text is one of the turns, or a part of one, whatever its white space."""
+    return any(_words(text) in _words(message["content"]) for message in messages)
+
+
+def pair_prompt(raw: Mapping[str, Any], answers: Sequence[object]) -> tuple[object, list[str]]:
+    """The prompt of a pair (None: the answers bring it), and the columns that stay unread.
+
+    It is in the first of PROMPT_COLUMNS that has a value. Beside answers that are whole
+    conversations only `prompt` is read; another column may repeat what they say.
+
+    Raises RowError.
+    """
+    column = next((name for name in PROMPT_COLUMNS if raw.get(name) is not None), None)
+    if column in (None, "prompt"):
+        return raw.get("prompt"), []
+    prompt: str | list[Message]
+    if column == "instruction":
+        prompt = alpaca_messages(raw)
+    elif isinstance(raw[column], str):
+        prompt = [{"role": "user", "content": check_text(raw[column], f"`{column}`")}]
+    elif column == "conversations":
+        prompt = sharegpt_messages(raw)
+    else:
+        prompt = to_messages(raw[column], f"`{column}`")
+    if not all(map(_is_whole, answers)):
+        return prompt, []
+    said = [m for answer in answers for m in to_messages(answer, "an answer")]
+    repeated = all(_holds(said, message["content"]) for message in prompt)
+    return None, [] if repeated else [column]
+
+
+def _is_whole(answer: object) -> bool:
+    """Whether an answer is a conversation that begins with the user."""
+    return is_messages(answer) and has_user(to_messages(answer, "an answer"))
+
+
 def implicit_text_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of two whole texts: the prompt is what they share in front.
 
-    It ends behind the last "Assistant:" they share, else before a whole word: "The sky is" of
-    "The sky is blue" and "The sky is bright".
+    It ends where the last turn of the assistant begins that they share: "\n\nAssistant:". Words
+    that both answers happen to begin with are not a prompt.
+
+    Raises RowError: the shared part has no such place.
     """
     shared = 0
     for a, b in zip(chosen, rejected, strict=False):
         if a != b:
             break
         shared += 1
-    marker = chosen.rfind(LAST_TURN, 0, shared)
-    if marker >= 0:
-        end = marker + len(LAST_TURN)
-    else:
-        blanks = [match.start() for match in re.finditer(r"\s", chosen[: shared + 1])]
-        end = blanks[-1] if blanks else 0
-    if not chosen[:end].strip():
-        raise RowError("`prompt` is absent, and `chosen` and `rejected` share no beginning")
-    return chosen[:end], chosen[end:], rejected[end:]
+    turns = [match for match in LAST_TURN.finditer(chosen) if match.end() <= shared]
+    ends = [turn.end() for turn in turns if not is_blank(chosen[: turn.start()])]
+    if not ends:
+        raise RowError(
+            "`prompt` is absent, and `chosen` and `rejected` share no beginning that ends where a turn "
+            "of the assistant begins (`Assistant:`)"
+        )
+    return chosen[: ends[-1]], chosen[ends[-1] :], rejected[ends[-1] :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.chat import ChatRenderer, Rendered, Span, special_pattern, special_texts
@@ -68,24 +69,40 @@ class Encoder:
         """
         flags = [bool(t.literal) or bool(apart and apart[i]) for i, t in enumerate(texts)]
         whole = [text for text, flag in zip(texts, flags, strict=True) if not flag]
-        plain = iter(self._batch([t.text for t in whole if t.plain], literal=True))
-        chat = iter(self._batch([t.text for t in whole if not t.plain], literal=False))
+        letters = iter(self._batch([t.text for t in whole if _as_letters(t)], literal=True))
+        control = iter(self._batch([t.text for t in whole if not _as_letters(t)], literal=False))
         encoded = []
         for text, flag in zip(texts, flags, strict=True):
-            piece = self._in_pieces(text) if flag else next(plain if text.plain else chat)
+            piece = (
+                self._in_pieces(text) if flag else next(letters if _as_letters(text) else control)
+            )
             encoded.append(self._finished(text, *piece))
         return encoded
 
     def _finished(self, text: Rendered, ids: list[int], offsets: list[Span]) -> Encoded:
         mask = mask_of(self._own_text(text.text, ids, offsets), text.spans)
-        if text.plain:
+        if text.plain and text.parsed and (ended := self._ended(ids, text.text, offsets)):
+            ids, mask = ids[:ended], mask[:ended]
+        elif text.plain:
             ids, mask = [*ids, self.end()], [*mask, int(bool(text.spans))]
         bos = self.tokenizer.bos_token
-        written = not text.plain and bos is not None and text.text.startswith(bos)
+        written = not _as_letters(text) and bos is not None and text.text.startswith(bos)
         by_data = bool(text.literal) and text.literal[0][0] == 0
         if self.begin and (by_data or not written):
             ids, mask = [*self.begin, *ids], [0, *mask]
         return ids, mask
+
+    def _ended(self, ids: list[int], text: str, offsets: list[Span]) -> int:
+        """How many of the tokens there are up to an end token that nothing but white space follows; 0
+        where the text does not end with one."""
+        last = len(ids)
+        while last and not text[slice(*offsets[last - 1])].strip():
+            last -= 1
+        return last if last and ids[last - 1] in self._ends else 0
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        return frozenset(end_token_ids(self.tokenizer))
 
     def _own_text(self, text: str, ids: list[int], offsets: list[Span]) -> list[Span]:
         """The ranges with those of control tokens narrowed to their own text.
@@ -123,8 +140,8 @@ class Encoder:
         text would, but that nothing of the data is taken for control. (One that marks only the
         first word of a text marks the first of each stretch.)
         """
-        if text.plain:
-            return self._batch([text.text], literal=True)[0]
+        if text.plain or text.parsed:
+            return self._batch([text.text], literal=not text.parsed)[0]
         ids: list[int] = []
         offsets: list[Span] = []
         for start, end, control in self._stretches(text):
@@ -174,6 +191,11 @@ class Encoder:
         return start, end
 
 
+def _as_letters(text: Rendered) -> bool:
+    """Whether nothing in the text is control."""
+    return text.plain and not text.parsed
+
+
 def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """1 for each token that overlaps a span; a token without characters counts as one character."""
     import numpy as np
@@ -192,17 +214,23 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Message],
     tools: list[dict[str, Any]] | None = None,
+    *,
+    parsed: bool = False,
 ) -> list[int]:
     """Ids of a prompt to sample a response behind: the same tokens that training puts there.
 
     A text goes in as it is, messages through the chat template with its generation prompt; the
     begin token is there once.
+
+    Args:
+        parsed: text of special tokens in the prompt is control (`special_tokens: parse`).
     """
     renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
     if not isinstance(prompt, str):
-        return encoder.encode([renderer.prompt(prompt, tools)])[0][0]
-    ids, _ = encoder._batch([prompt], literal=True)[0]
-    return [*encoder.begin, *ids]
+        return encoder.encode([renderer.prompt(prompt, tools, parsed=parsed)])[0][0]
+    ids, _ = encoder._batch([prompt], literal=not parsed)[0]
+    written = parsed and encoder.begin == list(ids[:1])
+    return [*([] if written else encoder.begin), *ids]
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

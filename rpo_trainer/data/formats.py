@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rpo_trainer.data.conversation import (
+    PROMPT_COLUMNS,
+    WITH_INSTRUCTION,
     alpaca_messages,
     implicit_text_pair,
     marked_messages,
+    pair_prompt,
     preference,
     sft_completion,
     sharegpt_messages,
@@ -25,6 +28,7 @@ from rpo_trainer.data.rows import (
     is_messages,
     reward_fault,
     to_messages,
+    with_responses,
 )
 from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
@@ -43,6 +47,9 @@ class Format:
         sort: put the responses in the order of their rewards (a pair's chosen stays first).
         nullable: those of `required` that may be null in a row.
         together: rows in a row with the same `prompt` are one, with lists in these columns.
+        prompts: those of `optional` of which one holds the prompt, the first that a source has; the
+            others are not read.
+        ignored: columns of the public data sets in this format that nobody misses.
     """
 
     kind: Kind
@@ -52,10 +59,26 @@ class Format:
     sort: bool = False
     nullable: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def read(self, present: Collection[str]) -> set[str]:
+        """Those of its columns that are read in a source with these columns."""
+        asked = self.prompt_column(present)
+        unread = {c for c in self.prompts if c != asked}
+        if self.prompts and asked != "instruction":
+            unread |= set(WITH_INSTRUCTION)
+        if self.prompts and asked != "conversations":
+            unread.add("mask")
+        return {*self.required, *self.optional} - unread
+
+    def prompt_column(self, present: Collection[str]) -> str | None:
+        """The column of `prompts` that holds the prompt; None: the responses bring it."""
+        return next((column for column in self.prompts if column in present), None)
 
 
 # Read for every format, beside its own columns.
-COMMON = ("id", "source", "tools", "ground_truth", "truth_chosen")
+COMMON = ("id", "source", "system", "tools", "ground_truth", "truth_chosen")
 
 # ---------------------------------------------------------------- SFT
 
@@ -101,12 +124,11 @@ def _sharegpt(raw: Raw) -> Row:
 
 def _pairs(raw: Raw) -> Row:
     chosen, rejected = raw["chosen"], raw["rejected"]
-    prompt = raw.get("prompt")
-    if prompt is None and raw.get("conversations") is not None:
-        prompt = sharegpt_messages(raw)
+    prompt, unread = pair_prompt(raw, [chosen, rejected])
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = implicit_text_pair(chosen, rejected)
     row = preference(prompt, [chosen, rejected], ["`chosen`", "`rejected`"])
+    row["unread"] = [*row.get("unread", ()), *unread]
     return {**row, "rewards": [raw.get("chosen_reward"), raw.get("rejected_reward")]}
 
 
@@ -114,6 +136,11 @@ def _margin(raw: Raw) -> Row:
     # The gap is the margin; as in HelpSteer3 neither reward means anything alone.
     half = None if reward_fault(raw["margin"]) else raw["margin"] / 2
     return {**_pairs(raw), "rewards": [half, None if half is None else -half]}
+
+
+def _orca(raw: Raw) -> Row:
+    asked = {"role": "user", "content": check_text(raw["question"], "`question`")}
+    return _pairs({**raw, "prompt": [asked]})
 
 
 def _ultrafeedback(raw: Raw) -> Row:
@@ -143,6 +170,9 @@ def _nemo_rl(raw: Raw) -> Row:
     best_first = sorted(given, key=lambda one: one["rank"])
     names = [f"`completions` of rank {one['rank']}" for one in best_first]
     row = preference(raw["context"], [one.get("completion") for one in best_first], names)
+    others = {key for one in given for key, value in one.items() if value is not None}
+    unread = [f"completions.{key}" for key in sorted(others - {"rank", "completion"})]
+    row["unread"] = [*row.get("unread", ()), *unread]
     return {**row, "rewards": [None] * len(row["responses"])}
 
 
@@ -197,8 +227,7 @@ def _ranked(raw: Raw) -> Row:
             raise RowError("`ranks` is not a list with one rank a response")
         if any(reward_fault(rank) for rank in ranks):
             raise RowError("`ranks` are not all numbers")
-        order = sorted(range(len(ranks)), key=lambda i: ranks[i])
-        row["responses"] = [row["responses"][i] for i in order]
+        row = with_responses(row, sorted(range(len(ranks)), key=lambda i: ranks[i]))
     return {**row, "rewards": [None] * len(row["responses"])}
 
 
@@ -267,8 +296,9 @@ def _open_conversation(messages: list[Message]) -> list[Message]:
     return messages
 
 
-_SHAREGPT = ("system",)
+_SHAREGPT = ("mask",)
 _REWARDS = ("chosen_reward", "rejected_reward")
+_PROMPTS = (*PROMPT_COLUMNS, *WITH_INSTRUCTION, *_SHAREGPT)
 _RATED = ("prompt", "response")
 
 # In the order in which they are tried: the more telling columns first.
@@ -292,23 +322,37 @@ FORMATS: dict[str, Format] = {
         ("prompt", "response_1", "response_2", "preference_strength"),
         (),
         _helpsteer2_preference,
+        ignored=(
+            "preference_statement",
+            "preference_elaboration",
+            "three_most_similar_preferences",
+            "all_preferences_unprocessed",
+        ),
     ),
     "helpsteer3": Format(
-        "pair", ("context", "response1", "response2", "overall_preference"), (), _helpsteer3
+        "pair",
+        ("context", "response1", "response2", "overall_preference"),
+        (),
+        _helpsteer3,
+        ignored=("individual_preference", "feedback"),
     ),
     "ultrafeedback_binarized": Format(
         "pair",
         ("chosen", "rejected", "score_chosen", "score_rejected"),
-        ("prompt",),
+        _PROMPTS,
         _ultrafeedback,
+        prompts=PROMPT_COLUMNS,
+        ignored=("prompt_id", "messages"),
     ),
     "pairs": Format(
-        "pair", ("chosen", "rejected"), ("prompt", "conversations", "system", *_REWARDS), _pairs
+        "pair", ("chosen", "rejected"), (*_PROMPTS, *_REWARDS), _pairs, prompts=PROMPT_COLUMNS
     ),
     # Only by name: `pairs` has the same columns.
     "margin": Format(
-        "pair", ("chosen", "rejected", "margin"), ("prompt", "conversations", "system"), _margin
+        "pair", ("chosen", "rejected", "margin"), _PROMPTS, _margin, prompts=PROMPT_COLUMNS
     ),
+    # Only by name: a question may be asked with a template of its own.
+    "orca": Format("pair", ("question", "chosen", "rejected"), _REWARDS, _orca),
     "attributes": Format("rating", (*_RATED, "attributes"), (), _attributes),
     "helpsteer2": Format(
         "rating",
@@ -329,7 +373,7 @@ FORMATS: dict[str, Format] = {
     ),
     "prompt_response": Format("sft", ("prompt", "response"), (), _prompt_response),
     "prompt_completion": Format("sft", ("prompt", "completion"), (), _prompt_completion),
-    "alpaca": Format("sft", ("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "alpaca": Format("sft", ("instruction", "output"), WITH_INSTRUCTION, _alpaca),
     "text": Format("sft", ("text",), (), _text),
 }
 PROMPT_FORMATS: dict[str, Format] = {
@@ -348,7 +392,5 @@ PROMPT_FORMATS: dict[str, Format] = {
         _prompt_of(lambda raw: to_messages(raw["messages"], "`messages`")),
     ),
     "sharegpt": Format("prompt", ("conversations",), _SHAREGPT, _prompt_of(sharegpt_messages)),
-    "alpaca": Format(
-        "prompt", ("instruction",), ("input", "system", "history"), _prompt_of(alpaca_messages)
-    ),
+    "alpaca": Format("prompt", ("instruction",), WITH_INSTRUCTION, _prompt_of(alpaca_messages)),
 }

@@ -13,7 +13,7 @@ from rpo_trainer.data.duplicates import Dedup, drop_duplicates
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.mix import mix_sources
 from rpo_trainer.data.ratings import rating_targets
-from rpo_trainer.data.rows import Kind, Row, raise_all
+from rpo_trainer.data.rows import Kind, Row, SpecialTokens, raise_all
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.data.tokenize import TOKENISED, Truncation, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
@@ -69,6 +69,7 @@ def load_rows(
                 require_rewards=require_rewards,
                 keep=keep,
                 unscored=unscored,
+                special_tokens=spec.special_tokens,
                 audit=audit,
             )
             named.append((raw.name, rows))
@@ -94,6 +95,7 @@ def prepare_dataset(
     require_rewards: bool = False,
     attributes: Sequence[str] = (),
     rating_range: tuple[float, float] | None = None,
+    special_tokens: SpecialTokens | None = None,
     audit: Audit | None = None,
 ) -> datasets.Dataset:
     """Tokenised examples of raw rows in any known format; tokenised ones are returned as they are.
@@ -102,6 +104,9 @@ def prepare_dataset(
         dataset: a map-style `datasets.Dataset`, a list of rows, or anything else that has `len()` and
             gives rows by number, such as a `torch.utils.data.Dataset`.
         attributes, rating_range: of ratings, see `rating_targets`.
+        special_tokens: what the text of special tokens in the rows stands for: `text` = letters,
+            `parse` = the tokens, for rows that went through a chat template before. None: `text`, with
+            a warning where rows hold some.
         audit: counts what is dropped; None: the counts are logged.
 
     Raises:
@@ -124,9 +129,16 @@ def prepare_dataset(
     if not isinstance(dataset, datasets.Dataset) and set(TOKENISED) <= set(raw_rows[0]):
         return datasets.Dataset.from_list(raw_rows)
     counted = audit or Audit()
-    raw = RawSource("dataset", raw_rows, list(range(len(raw_rows))), "dataset")
+    arrow = isinstance(dataset, datasets.Dataset)
+    raw = RawSource("dataset", raw_rows, list(range(len(raw_rows))), "dataset", arrow)
     counted.add_read(raw.name, len(raw_rows))
-    rows = adapt(raw, kind=kind, require_rewards=require_rewards, audit=counted)
+    rows = adapt(
+        raw,
+        kind=kind,
+        require_rewards=require_rewards,
+        special_tokens=special_tokens,
+        audit=counted,
+    )
     _observe(rows, kind, counted)
     if kind == "pair":
         rows = filter_rows(rows, None, counted)
@@ -136,9 +148,7 @@ def prepare_dataset(
         rows, tokenizer, kind=kind, max_length=max_length, truncation=truncation, audit=counted
     )
     if audit is None:
-        level = logging.WARNING if counted.dropped else logging.INFO
-        for line in counted.summary_lines():
-            logger.log(level, "%s", line)
+        counted.log(logger, "the data set")
     return tokenised
 
 

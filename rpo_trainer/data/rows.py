@@ -11,14 +11,17 @@ Rows are plain dicts, so that they can be written to JSON as they are:
                      "attributes": {name: float | None}}
     prompt row      {"id", "source", "prompt": str | messages, "ground_truth": str | None}
 
-A row with messages may carry "tools" (a list of function descriptions for the chat template).
+A row with messages may carry "tools" (a list of function descriptions for the chat template). A
+row whose responses came as messages may carry "response_fields": for each response the keys of its
+message beside role and content (thinking, for example). "special_tokens" is `text` or `parse` where
+the source says how text of special tokens is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rpo_trainer.errors import DataError, Problems
@@ -28,6 +31,7 @@ MOST_REWARD = 1e30  # sums and squares of larger ones do not fit float32
 Row = dict[str, Any]
 Message = dict[str, Any]
 Kind = Literal["sft", "pair", "rating", "prompt"]
+SpecialTokens = Literal["text", "parse"]
 
 # What other formats call the four roles. `function_call` is the assistant's own turn, written as
 # text, so it is trained; `observation` is what a tool answered.
@@ -51,7 +55,14 @@ ROLE_NAMES = {
 }
 
 
-NOT_MISSED = "rows that are left out or guessed in silence are never missed"
+NOT_MISSED = "a row that is left out or guessed without notice is never missed"
+
+# Keys that hold what an assistant thought before it answered; a chat template reads one of them.
+THINKING = ("reasoning_content", "thinking", "reasoning")
+# Keys that say whether a turn is trained: OpenAI's, Axolotl's and ms-swift's.
+TRAIN_FLAGS = ("weight", "train", "loss")
+# Keys and columns of what is not text.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class RowError(Exception):
@@ -130,30 +141,132 @@ def to_messages(value: object, what: str) -> list[Message]:
     if not is_messages(value):
         raise RowError(f"{what} is not a list of messages")
     assert isinstance(value, list)
-    raw_roles = [str(m.get("role", m.get("from"))).lower() for m in value]
+    # Arrow gives every message every key of its column; a null key is an absent key.
+    given = [{key: item for key, item in m.items() if item is not None} for m in value]
+    raw_roles = [str(_either(m, "role", "from", what)).lower() for m in given]
     for role in raw_roles:
         if role not in ROLE_NAMES:
             raise RowError(f"{what} has the unknown role {role!r}")
     _check_order(raw_roles, what)
     return [
-        _to_message(m, ROLE_NAMES[role], what) for m, role in zip(value, raw_roles, strict=True)
+        _to_message(m, ROLE_NAMES[role], what) for m, role in zip(given, raw_roles, strict=True)
     ]
 
 
+def _either(message: Mapping[str, Any], ours: str, theirs: str, what: str) -> Any:
+    """The value of a key with two spellings, of which a message has one."""
+    if ours in message and theirs in message and message[ours] != message[theirs]:
+        raise RowError(f"a message of {what} has both `{ours}` and `{theirs}`, and they differ")
+    return message.get(ours, message.get(theirs))
+
+
 def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
-    content = raw.get("content", raw.get("value"))
+    content = _either(raw, "content", "value", what)
+    message: Message = {"role": role}
     if content is None and raw.get("tool_calls"):
         content = ""
-    message: Message = {"role": role, "content": check_text(content, f"the content of {what}")}
-    # Arrow gives every message every key of its column; a null key is an absent key.
+    if isinstance(content, list):
+        content, thought = _joined_parts(content, what)
+        if thought:
+            message["reasoning_content"] = thought
+    message["content"] = check_text(content, f"the content of {what}")
     for key, value in raw.items():
-        if key not in ("role", "from", "content", "value") and value is not None:
+        if key in MEDIA and not is_empty(value):
+            raise RowError(f"a message of {what} has `{key}`, and only text can be trained on")
+        if key == "reasoning_content" and message.get(key, value) != value:
+            raise RowError(f"a message of {what} has thinking both in its content and in `{key}`")
+        if key not in ("role", "from", "content", "value", *TRAIN_FLAGS):
             message[key] = value
+    thoughts = {str(message[key]): key for key in THINKING if not is_empty(message.get(key))}
+    if len(thoughts) > 1:
+        names = " and ".join(f"`{key}`" for key in thoughts.values())
+        raise RowError(f"{names} of a message of {what} differ")
     if message.get("tool_calls"):
         message["tool_calls"] = _to_calls(message["tool_calls"], what)
-    if message.get("weight", 1) not in (0, 1):
-        raise RowError(f"a `weight` in {what} is neither 0 nor 1")
+    weight = _weight(raw, what)
+    if role == "assistant" and weight is not None:
+        message["weight"] = weight
+    elif (
+        role != "assistant"
+    ):  # these are never trained: a flag that asks for it is counted as unread
+        message |= {key: raw[key] for key in TRAIN_FLAGS if raw.get(key)}
     return message
+
+
+def _weight(raw: Mapping[str, Any], what: str) -> Any:
+    """Whether the turn is trained (1) or not (0) by any of the keys that say it; None: none does."""
+    flags = {key: raw[key] for key in TRAIN_FLAGS if key in raw}
+    for key, value in flags.items():
+        if isinstance(value, str) or value not in (0, 1):
+            raise RowError(f"a `{key}` in {what} is neither 0 nor 1")
+    if len({bool(value) for value in flags.values()}) > 1:
+        raise RowError(f"{' and '.join(f'`{key}`' for key in flags)} of a message of {what} differ")
+    return next((int(value) for value in flags.values()), None)
+
+
+def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
+    """(text, thinking) of content that comes in parts, as OpenAI's and Anthropic's messages have it.
+
+    Raises RowError: a part that is neither, or that has more than its text.
+    """
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    if not is_messages(parts):
+        raise RowError(f"the content of {what} is not text but list")
+    for part in parts:
+        given = {key: value for key, value in part.items() if value is not None}
+        kind = given.pop("type", None)
+        if kind == "reasoning":
+            given, kind = {"thinking" if k == kind else k: v for k, v in given.items()}, "thinking"
+        if kind not in texts:
+            raise RowError(
+                f"the content of {what} is not text but list, with a part of the type {kind!r}: only "
+                "text can be trained on"
+            )
+        if kind == "thinking":
+            given.setdefault("thinking", given.pop("text", None))
+        text = check_text(given.pop(kind, None), f"a part of the content of {what}")
+        if left := [key for key, value in given.items() if not is_empty(value)]:
+            raise RowError(f"a part of the content of {what} has `{left[0]}`, which is not read")
+        texts[kind].append(text)
+    return "".join(texts["text"]), "".join(texts["thinking"])
+
+
+def is_empty(value: object) -> bool:
+    """Null, or a text, list or object without anything in it."""
+    if value is None or value in ("", b""):
+        return True
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    return isinstance(value, list | tuple) and all(map(is_empty, value))
+
+
+def leaf_texts(value: object) -> Iterator[str]:
+    """Every text in a value of any depth, without those that are blank."""
+    if isinstance(value, str):
+        if not is_blank(value):
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from leaf_texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaf_texts(item)
+
+
+def with_responses(row: Row, kept: Sequence[int]) -> Row:
+    """The row with these of its responses, in this order, and what belongs to each of them."""
+    chosen = {
+        name: [row[name][i] for i in kept]
+        for name in ("responses", "rewards", "response_fields")
+        if row.get(name) is not None
+    }
+    return {**row, **chosen}
+
+
+def response_message(row: Row, number: int) -> Message:
+    """A response as the turn that follows the prompt."""
+    fields = row["response_fields"][number] if row.get("response_fields") else {}
+    return {"role": "assistant", "content": row["responses"][number], **fields}
 
 
 def _to_calls(calls: object, what: str) -> list[Row]:
@@ -239,13 +352,14 @@ def reward_fault(value: object) -> str | None:
 
 def row_texts(row: Row) -> Iterable[str]:
     """Every text of an internal row that ends up in front of the tokenizer."""
-    for message in row.get("messages", ()):
-        yield message["content"]
     prompt = row.get("prompt", "")
+    messages = [*row.get("messages", ()), *([] if isinstance(prompt, str) else prompt)]
     if isinstance(prompt, str):
         yield prompt
-    else:
-        yield from (message["content"] for message in prompt)
+    for message in messages:
+        yield message["content"]
     yield from row.get("responses", ())
     if "response" in row:
         yield row["response"]
+    for message in (*messages, *row.get("response_fields", ())):
+        yield from (message[key] for key in THINKING if isinstance(message.get(key), str))

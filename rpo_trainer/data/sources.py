@@ -21,11 +21,12 @@ from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError
 from rpo_trainer.files import kind_of_file
 from rpo_trainer.foreign import UNREADABLE
+from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
 MAX_LINE_BYTES = 64 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
@@ -37,12 +38,16 @@ LISTED = "a file of this name holds its rows as one list"
 
 @dataclass
 class RawSource:
-    """Raw rows with their places: line numbers (from 1) for JSON lines, else indices (from 0)."""
+    """Raw rows with their places: line numbers (from 1) for JSON lines, else indices (from 0).
+
+    `arrow`: they come out of a table, where every object of a column has all of its keys.
+    """
 
     name: str
     rows: list[dict[str, Any]]
     places: list[int]
     where: str
+    arrow: bool = False
 
 
 def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource:
@@ -61,12 +66,12 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
     assert spec.path is not None
     local = (base_dir or Path()) / Path(spec.path).expanduser()
     if os.path.isdir(local):  # unlike the method of Path, it takes every text for a name
-        return _indexed(local.name, _read_saved(local, spec.split), str(local))
+        return _indexed(local.name, _read_saved(local, spec.split), str(local), arrow=True)
     _require_file(local)
     if os.path.exists(local):
         return _load_file(local, spec.split)
     if _may_be_hub_name(spec.path):
-        return _indexed(spec.path, _read_hub(spec.path, spec.split), spec.path)
+        return _indexed(spec.path, _read_hub(spec.path, spec.split), spec.path, arrow=True)
     near = _near(local)
     raise DataError(
         f"no such file; did you mean `{near}`?" if near else "no such file",
@@ -101,12 +106,14 @@ def _near(path: Path) -> str | None:
     return stems[near[0]] if near else None
 
 
-def _indexed(name: str, rows: list[dict[str, Any]], where: str) -> RawSource:
+def _indexed(
+    name: str, rows: list[dict[str, Any]], where: str, *, arrow: bool = False
+) -> RawSource:
     if not rows:
         raise DataError(
             "the data set has no rows", where=where, why=NO_ROWS, fix="give one with rows"
         )
-    return RawSource(name, rows, list(range(len(rows))), where)
+    return RawSource(name, rows, list(range(len(rows))), where, arrow)
 
 
 def _load_task(spec: SourceSpec, seed: int) -> RawSource:
@@ -149,7 +156,9 @@ def _load_file(path: Path, split: str | None) -> RawSource:
         with path.open("rb") as file:
             _check_magic(file, kind, where)
             if kind == ".parquet":
-                return _indexed(path.name, _read_parquet(path), where)
+                return _indexed(path.name, _read_parquet(path), where, arrow=True)
+            if kind == ".csv":
+                return _indexed(path.name, _read_csv(path), where)
             if kind == ".json":
                 return _indexed(path.name, _read_json(file.read(), where), where)
             lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if kind == ".jsonl.gz" else file
@@ -215,6 +224,81 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
                 fix="write the file again, with its texts in UTF-8",
             ) from None
     return list(table.to_pylist())
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file with a line of names. Every value is a text; an empty field is null.
+
+    A column of numbers in all its filled fields is one of numbers: rewards, ratings and ranks.
+    """
+    import pyarrow  # type: ignore[import-untyped, unused-ignore]
+    import pyarrow.csv  # type: ignore[import-untyped, unused-ignore]
+
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    read = pyarrow.csv.ReadOptions(block_size=MAX_LINE_BYTES)
+    if path.read_bytes().count(b'"') % 2:
+        # pyarrow would read up to the end of the file as one field.
+        raise DataError(
+            "not valid CSV (a double quote is not closed)",
+            where=str(path),
+            why=NOT_WHOLE,
+            fix='close it; a quote inside a field is written twice (""), and the field stands in quotes',
+        )
+    try:
+        with pyarrow.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+            names = list(reader.schema.names)
+        _check_names(names, str(path))
+        convert = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pyarrow.string()),
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            null_values=[""],
+        )
+        table = pyarrow.csv.read_csv(
+            path, read_options=read, parse_options=parse, convert_options=convert
+        )
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"not valid CSV ({_first_line(error)})",
+            where=str(path),
+            why=NOT_WHOLE,
+            fix="every row needs as many fields as the first line has names, in UTF-8; put fields with "
+            "commas, quotes or line breaks in double quotes",
+        ) from None
+    columns = {name: _numbers(table[name].to_pylist()) for name in names if name in _NUMBERS}
+    return [
+        {**row, **{name: values[number] for name, values in columns.items()}}
+        for number, row in enumerate(table.to_pylist())
+    ]
+
+
+# Columns of numbers in a CSV file, which has no types: prompts that are digits stay texts.
+_NUMBERS = frozenset(
+    {
+        "chosen_reward", "rejected_reward", "score_chosen", "score_rejected", "margin", "score",
+        "overall_preference", "preference_strength", *HELPSTEER_ATTRIBUTES,
+    }
+)  # fmt: skip
+
+
+def _numbers(values: list[str | None]) -> list[Any]:
+    """The values as numbers, where all that are there are; else as they are."""
+    try:
+        return [None if value is None else float(value) for value in values]
+    except ValueError:
+        return values
+
+
+def _check_names(names: list[str], where: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    blank = any(not name.strip() for name in names)
+    if twice is not None or blank:
+        raise DataError(
+            f"the column {twice!r} is there twice" if twice is not None else "a column has no name",
+            where=where,
+            why="the first line names the columns",
+            fix="give each column a name of its own in the first line",
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -367,7 +451,7 @@ def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
 
 
 def _may_be_hub_name(path: str) -> bool:
-    named_file = any(path.endswith(suffix) for suffix in (*SUFFIXES, ".gz", ".csv", ".txt"))
+    named_file = any(path.endswith(suffix) for suffix in (*SUFFIXES, ".gz", ".txt", ".tsv"))
     return not named_file and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path, re.ASCII) is not None
 
 

@@ -6,15 +6,28 @@ is the longest common token prefix of the K tokenised texts, up to the first tra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from rpo_trainer.data.audit import ALIKE, Audit
+from rpo_trainer.data.audit import ALIKE, Audit, unread_key
 from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain, trained_turns
 from rpo_trainer.data.encode import Encoded, Encoder
 from rpo_trainer.data.processes import map_batches, processes_for
-from rpo_trainer.data.rows import Row, RowError, RowProblems, is_blank, row_texts
+from rpo_trainer.data.rows import (
+    THINKING,
+    Message,
+    Row,
+    RowError,
+    RowProblems,
+    is_blank,
+    leaf_texts,
+    response_message,
+    row_texts,
+    with_responses,
+)
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,6 +53,7 @@ def tokenize_rows(
     truncation: Truncation,
     audit: Audit,
     processes: int | None = None,
+    refuse_special_text: bool = False,
 ) -> datasets.Dataset:
     """Tokenised examples of the rows that can be trained on; the others are counted in `audit`.
 
@@ -56,6 +70,8 @@ def tokenize_rows(
         truncation: `drop` a row with a longer text, or `cut` all its texts at this length; a cut
             response has no end token.
         processes: None: as many as it pays for; the result is the same.
+        refuse_special_text: most rows of a source with the text of control tokens, and not said how it
+            is to be read (`special_tokens`), are an error; else a remark of the audit.
 
     Raises:
         DataError: no chat template where rows are messages; a template that refuses rows, or in
@@ -76,11 +92,13 @@ def tokenize_rows(
     problems.raise_if_any(
         sum(map(len, batches)),
         why="the loss is on what the assistant says, so its tokens must be known",
-        fix="mend the rows, or choose another chat_template: chatml | plain | a path",
+        fix="correct the rows, or choose another chat_template: chatml | plain | a path",
     )
+    check_special_text(audit, refuse=refuse_special_text)
+    audit.max_length = max_length
     table = pa.concat_tables(tables)
     if not table.num_rows:
-        fix = "mend the rows that were dropped, or change what drops them (max_length, filter)"
+        fix = "correct the rows that were dropped, or change what drops them (max_length, filter)"
         if {"too_long", "prompt_too_long"} & {*audit.dropped}:
             fix += f"; max_length is {max_length} tokens for prompt and response together"
         if audit.dropped and {*audit.dropped} <= ALIKE:
@@ -91,6 +109,52 @@ def tokenize_rows(
             fix=fix,
         )
     return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def audit_prompts(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    audit: Audit,
+    *,
+    refuse_special_text: bool,
+) -> None:
+    """Counts what the chat template leaves out of prompts to sample from, as `tokenize_rows` does.
+
+    Raises:
+        DataError: see `check_special_text`.
+    """
+    work = _Tokenizer(tokenizer, "pair", 0, "drop")
+    work.audit = audit
+    for row in rows:
+        work.look_at_prompt(row)
+    check_special_text(audit, refuse=refuse_special_text)
+
+
+def check_special_text(audit: Audit, *, refuse: bool) -> None:
+    """Says where most rows of a source carry the text of control tokens.
+
+    Raises DataError: they do, and `refuse` is set.
+    """
+    for source, found in audit.special_text.items():
+        if 2 * found.rows <= found.of:
+            continue
+        names = ", ".join(sorted(found.tokens)[:4])
+        what = (
+            f"{found.rows / found.of:.0%} of the rows of {source} ({found.rows} of {found.of}) hold "
+            f"special tokens as text ({names})"
+        )
+        why = "as text they are letters: rows that went through a chat template before train other tokens"
+        if refuse:
+            raise DataError(
+                what,
+                where=source,
+                why=why,
+                fix="`special_tokens: parse` of the source makes tokens of them, `special_tokens: text` "
+                "keeps the letters; best are rows as messages, before any chat template",
+            )
+        audit.remark(
+            f'{what}; {why}. special_tokens="parse" makes tokens of them, "text" keeps the letters'
+        )
 
 
 def _schema(kind: str) -> Any:
@@ -166,28 +230,76 @@ class _Tokenizer:
         return examples
 
     def _render(self, row: Row) -> list[Rendered]:
-        texts = self._texts(row)
-        if any(map(self.renderer.has_special_text, row_texts(row))):
-            self.audit.warn("special_token_text", row["id"])
-        if row.get("tools") and not self.renderer.writes_tools:
-            self.audit.warn("tools_not_rendered", row["id"])
+        parsed = row.get("special_tokens") == "parse"
+        tools = row.get("tools")
+        if "messages" not in row and isinstance(row["prompt"], str):
+            responses = [row["response"]] if self.kind == "sft" else row["responses"]
+            texts = [render_plain(row["prompt"], answer, parsed=parsed) for answer in responses]
+            unread = {"tools"} if tools else set()
+        else:
+            talks = _conversations(row)
+            last_only = "messages" not in row
+            texts = [
+                self.renderer.conversation(talk, tools, last_only=last_only, parsed=parsed)
+                for talk in talks
+            ]
+            unread = set()
+            for talk, text in zip(talks, texts, strict=True):
+                unread |= self._unread(row, talk, text)
+        self._count(row, unread)
         return texts
 
-    def _texts(self, row: Row) -> list[Rendered]:
-        tools = row.get("tools")
-        if "messages" in row:
-            rendered = self.renderer.conversation(row["messages"], tools)
-            self._check_turns(row, rendered)
-            return [rendered]
-        responses = [row["response"]] if self.kind == "sft" else row["responses"]
-        if isinstance(row["prompt"], str):
-            return [render_plain(row["prompt"], response) for response in responses]
-        return [
-            self.renderer.conversation(
-                [*row["prompt"], {"role": "assistant", "content": response}], tools, last_only=True
-            )
-            for response in responses
-        ]
+    def look_at_prompt(self, row: Row) -> None:
+        """Counts what a prompt to sample from has that does not reach its tokens."""
+        prompt, tools = row["prompt"], row.get("tools")
+        if isinstance(prompt, str):
+            self._count(row, {"tools"} if tools else set())
+        else:
+            parsed = row.get("special_tokens") == "parse"
+            rendered = self.renderer.prompt(prompt, tools, parsed=parsed)
+            self._count(row, self._unread(row, prompt, rendered))
+
+    def _count(self, row: Row, unread: set[str]) -> None:
+        for key in sorted(unread):
+            self.audit.warn("tools_not_rendered" if key == "tools" else unread_key(key), row["id"])
+        if row.get("special_tokens") is not None:
+            return
+        found: set[str] = set()
+        for text in row_texts(row):
+            found |= self.renderer.special_texts_in(text)
+        if found:
+            self.audit.warn("special_token_text", row["id"])
+        self.audit.add_special_text(row["source"], found & self.renderer.control_tokens)
+
+    def _unread(self, row: Row, talk: list[Message], rendered: Rendered) -> set[str]:
+        """Keys of messages, and `tools`, that the template does not write, or not in every turn.
+
+        Raises:
+            RowError: tool calls that it does not write.
+        """
+        text = _Written(rendered.text)
+        unread = set(self.renderer.unread_keys(talk, row.get("tools"), rendered))
+        turns = trained_turns(talk)
+        turns = turns[len(turns) - len(rendered.spans) :]
+        spans = dict(zip(turns, rendered.spans, strict=True))
+        for number, message in enumerate(talk):
+            own = text if number not in spans else _Written(rendered.text[slice(*spans[number])])
+            for call in message.get("tool_calls") or ():
+                called = call.get("function", call)
+                if not own.has(str(called.get("name") or "")):
+                    raise RowError("the chat template does not write the assistant's `tool_calls`")
+                if not all(map(own.has, leaf_texts(called.get("arguments")))):
+                    unread.add("tool_calls")
+            thoughts = [message[key] for key in THINKING if message.get(key)]
+            # The generation prompt may have begun the thinking of the last turn.
+            whole = text if number == len(talk) - 1 else own
+            if not all(map(whole.has, leaf_texts([message["content"], thoughts]))):
+                said = message["role"] == "assistant"
+                self.audit.warn("text_left_out" if said else "prompt_text_left_out", row["id"])
+            for key in message.keys() - {"role", "content", "weight", "tool_calls", *THINKING}:
+                if not all(map(text.has, leaf_texts(message[key]))):
+                    unread.add(key)
+        return unread
 
     def _usable(self, row: Row) -> Row:
         if self.kind == "pair":
@@ -195,21 +307,6 @@ class _Tokenizer:
         if self.kind == "rating" and is_blank(row["responses"][0]):
             raise _Dropped("empty_response")
         return _usable_sft(row) if self.kind == "sft" else row
-
-    def _check_turns(self, row: Row, rendered: Rendered) -> None:
-        """What the assistant says and calls must be in what the template writes."""
-        turns = [row["messages"][i] for i in trained_turns(row["messages"])]
-        left_out = False
-        for turn, (start, end) in zip(turns, rendered.spans, strict=True):
-            written = _without_blanks(rendered.text[start:end])
-            for call in turn.get("tool_calls", ()):
-                name = call.get("function", call).get("name")
-                if not name or _without_blanks(str(name)) not in written:
-                    raise RowError("the chat template does not write the assistant's `tool_calls`")
-            said = (turn["content"], turn.get("reasoning_content") or "")
-            left_out |= any(_without_blanks(text) not in written for text in said)
-        if left_out:
-            self.audit.warn("text_left_out", row["id"])
 
     def _usable_pair(self, row: Row) -> Row:
         """The row with its blank and repeated responses left out."""
@@ -219,14 +316,14 @@ class _Tokenizer:
             raise _Dropped("empty_response")
         first: dict[str, int] = {}
         for i in filled:
-            first.setdefault(texts[i], i)
+            first.setdefault(repr(response_message(row, i)), i)
         if len(first) < 2:
             raise _Dropped("identical_responses")
         if len(filled) < len(texts):
             self.audit.warn("blank_responses_removed", row["id"])
         if len(first) < len(filled):
             self.audit.warn("duplicate_responses_removed", row["id"])
-        return _with_responses(row, list(first.values()))
+        return with_responses(row, list(first.values()))
 
     def _example(self, row: Row, encoded: list[Encoded]) -> Row:
         whole = [_trimmed(*text) for text in encoded]
@@ -275,11 +372,38 @@ class _Tokenizer:
         if len(first) < len(texts):
             self.audit.warn("duplicate_responses_removed", row["id"])
         kept = list(first.values())
-        return _with_responses(row, kept), [texts[i] for i in kept]
+        return with_responses(row, kept), [texts[i] for i in kept]
+
+
+def _conversations(row: Row) -> list[list[Message]]:
+    """The conversation of an SFT row, or the prompt with each of the responses."""
+    if "messages" in row:
+        return [row["messages"]]
+    count = len(row["responses"])
+    return [[*row["prompt"], response_message(row, number)] for number in range(count)]
+
+
+class _Written:
+    """What a template has written: whether a text of the data is in it.
+
+    Templates trim texts, put thinking on lines of its own, and write some texts as JSON.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def _dense(self) -> str:
+        return _without_blanks(self.text)
+
+    def has(self, text: str) -> bool:
+        if text in self.text:
+            return bool(text)
+        forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+        return any(_without_blanks(form) in self._dense for form in forms)
 
 
 def _without_blanks(text: str) -> str:
-    """Templates trim texts and put thinking on lines of its own."""
     return "".join(text.split())
 
 
@@ -303,17 +427,6 @@ def _usable_sft(row: Row) -> Row:
     if blank:
         raise _Dropped("empty_response")
     return row
-
-
-def _with_responses(row: Row, kept: list[int]) -> Row:
-    if len(kept) == len(row["responses"]):
-        return row
-    rewards = row["rewards"]
-    return {
-        **row,
-        "responses": [row["responses"][i] for i in kept],
-        "rewards": None if rewards is None else [rewards[i] for i in kept],
-    }
 
 
 def _trimmed(ids: list[int], mask: list[int]) -> Encoded:

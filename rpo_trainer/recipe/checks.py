@@ -130,7 +130,7 @@ def source_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     given = _given(raw, "path", "task")
     if len(given) != 1:
         return
-    foreign = ("size", "seed") if given == ["path"] else ("format", "columns")
+    foreign = ("size", "seed") if given == ["path"] else ("format", "columns", "special_tokens")
     for field in _given(raw, *foreign):
         other = "task" if given == ["path"] else "path"
         what = f"`{field}` is for sources with `{other}`; this one has `{given[0]}`"

@@ -17,7 +17,7 @@ class SourceSpec(Spec):
 
     path: Text | None = Field(
         None,
-        description="`.jsonl`, `.json`, `.jsonl.gz` or `.parquet` file, `datasets` directory, or "
+        description="`.jsonl`, `.json`, `.jsonl.gz`, `.parquet` or `.csv` file, `datasets` directory, or "
         "hub name",
     )
     task: Text | None = Field(
@@ -31,6 +31,12 @@ class SourceSpec(Spec):
     )
     columns: dict[str, str] | None = Field(
         None, description="our column name for each column of the file that bears another"
+    )
+    special_tokens: Literal["text", "parse"] | None = Field(
+        None,
+        description="what the text of special tokens in the rows stands for: `text` = letters, `parse` = "
+        "the tokens, for rows that went through a chat template before; by default `text`, and an error "
+        "where most rows hold some",
     )
     weight: float | None = Field(
         None, gt=0, description="share of this source in the mixture, relative to the other sources"

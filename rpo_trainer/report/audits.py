@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rpo_trainer.data.audit import DROPS, WARNINGS
+from rpo_trainer.data.audit import ALIKE, DROPS, WARNINGS, percent
 from rpo_trainer.report.values import count, mapping
+
+# Shares of the rows above which something deserves attention.
+MANY_DROPPED = 0.25
+MANY_TIED = 0.25
+MANY_REPEATED = 0.25
+MANY_REVERSED = 0.1
+MANY_CUT = 0.25
+MANY_UNREAD = 0.5  # of what a chat template leaves out of the rows
+
+
+@dataclass(frozen=True)
+class Concern:
+    """Something about data that deserves attention, and what to change; `minor`: it is only told."""
+
+    text: str
+    advice: str | None = None
+    minor: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,77 @@ class AuditRecord:
     dropped: list[Reason] = field(default_factory=list)
     noticed: list[Reason] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    pairs: int | None = None
+    ties: int = 0
+    reversed: int = 0
+    unread: dict[str, list[str]] = field(default_factory=dict)
+
+    def concerns(self, what: str, *, sampled: bool = False) -> Iterator[Concern]:
+        """What a reader should know before, or after, training on these rows.
+
+        Args:
+            what: the rows, as a sentence names them.
+            sampled: their responses come from a policy: one that is sure of itself says one thing K
+                times, and such prompts teach nothing.
+        """
+        if self.dropped:
+            yield self._dropped(what, sampled)
+        whole = self.kept or self.read
+        rows = {reason.key: reason.rows for reason in self.noticed}
+        if self.pairs and self.ties > MANY_TIED * self.pairs and not self._drops("tie"):
+            yield Concern(
+                f"{percent(self.ties, self.pairs)} of {what} ({self.ties:,} of {self.pairs:,}) are tied: "
+                "chosen and rejected have the same reward",
+                "`filter: {ties: drop}` leaves them out; without it their order is all that DPO learns of "
+                "them.",
+            )
+        if self.pairs and self.reversed > MANY_REVERSED * self.pairs:
+            yield Concern(
+                f"{percent(self.reversed, self.pairs)} of {what} ({self.reversed:,} of {self.pairs:,}) "
+                "are reversed: chosen has the lower reward",
+                "See whether chosen and rejected are swapped.",
+            )
+        repeated = rows.get("duplicate_prompt", 0) + rows.get("similar_prompt", 0)
+        if self.read and repeated > MANY_REPEATED * self.read:
+            yield Concern(
+                f"{percent(repeated, self.read)} of {what} ({repeated:,} of {self.read:,}) have a prompt "
+                "that was seen before",
+                "`dedup: exact` or `normalised` keeps the first row of each prompt.",
+            )
+        if whole and (cut := rows.get("truncated", 0)) > MANY_CUT * whole:
+            yield Concern(
+                f"{percent(cut, whole)} of {what} ({cut:,} of {whole:,}) are cut to max_length",
+                "Raise max_length: a cut response has no end.",
+            )
+        for reason in self.noticed:
+            left_out = reason.key not in _COUNTED_ELSEWHERE
+            if whole and left_out and reason.rows > MANY_UNREAD * whole:
+                yield Concern(
+                    f"{percent(reason.rows, whole)} of {what} ({reason.rows:,} rows): {reason.text}"
+                )
+        for remark in self.remarks:
+            yield Concern(remark)
+        for source, columns in self.unread.items():
+            yield Concern(
+                f"{source}: columns that are not read: {', '.join(columns)}",
+                "Name one that is meant with `columns: {ours: theirs}`.",
+            )
+
+    def _drops(self, key: str) -> bool:
+        return any(reason.key == key for reason in self.dropped)
+
+    def _dropped(self, what: str, sampled: bool) -> Concern:
+        share, main = self.dropped_share(), self.dropped[0]
+        alike = sampled and main.key in ALIKE
+        many = share is not None and share > MANY_DROPPED and not alike
+        part = f"{percent(self.dropped_rows, self.total)} of {what}" if self.total else what
+        return Concern(
+            f"{part} ({self.dropped_rows:,} rows) are dropped; most often: {main.text} ({main.rows:,})",
+            "More responses a prompt, or a higher temperature, leave fewer such prompts."
+            if alike
+            else None,
+            minor=not many,
+        )
 
     @property
     def dropped_rows(self) -> int:
@@ -37,19 +125,47 @@ class AuditRecord:
 
     def dropped_share(self) -> float | None:
         """Dropped rows as a share of those read, in [0, 1]; None where that is not known."""
-        whole = self.read or (self.dropped_rows + self.kept if self.kept else None)
-        return min(1.0, self.dropped_rows / whole) if whole else None
+        return min(1.0, self.dropped_rows / self.total) if self.total else None
+
+    @property
+    def total(self) -> int:
+        """All rows that were read; 0 where that is not known."""
+        return self.read or (self.dropped_rows + self.kept if self.kept else 0)
+
+
+# What `concerns` judges by limits of its own, or what changes nothing that is trained.
+_COUNTED_ELSEWHERE = {
+    "truncated", "duplicate_prompt", "similar_prompt", "unusable_rewards", "truth_not_chosen",
+    "special_token_text", "equal_responses", "duplicate_responses_removed",
+}  # fmt: skip
 
 
 def read_audit(record: Mapping[str, Any]) -> AuditRecord:
     """The counts of `Audit.as_dict()`; whatever is missing stays empty."""
     remarks = record.get("remarks")
+    pairs = mapping(record.get("pairs"))
+    unread = {
+        str(source): [str(column) for column in columns]
+        for source, columns in mapping(record.get("unread_columns")).items()
+        if isinstance(columns, list)
+    }
+    dropped = _reasons(record.get("dropped"), DROPS)
+    limit = count(record.get("max_length"))
+    if limit is not None:
+        dropped = [
+            replace(reason, text=f"{reason.text} {limit}") if reason.key == "too_long" else reason
+            for reason in dropped
+        ]
     return AuditRecord(
         read=_total(record.get("read")),
         kept=_total(record.get("kept")),
-        dropped=_reasons(record.get("dropped"), DROPS),
+        dropped=dropped,
         noticed=_reasons(record.get("warnings"), WARNINGS),
         remarks=[str(remark) for remark in remarks] if isinstance(remarks, list) else [],
+        pairs=count(pairs.get("with_rewards")),
+        ties=count(pairs.get("ties")) or 0,
+        reversed=count(pairs.get("reversed")) or 0,
+        unread=unread,
     )
 
 
@@ -66,7 +182,7 @@ def _reasons(record: Any, words: Mapping[str, str]) -> list[Reason]:
         rows = count(entry.get("count")) if entry else count(value)
         examples = entry.get("examples")
         if rows:
-            text = words.get(key, key.replace("_", " "))
+            text = words.get(key, key if " " in key else key.replace("_", " "))
             ids = [str(example) for example in examples] if isinstance(examples, list) else []
             found.append(Reason(text, rows, ids, key))
     return sorted(found, key=lambda reason: -reason.rows)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rpo_trainer.data.audit import ALIKE
 from rpo_trainer.report.collect import Curve, RunRecord, StageRecord
 from rpo_trainer.report.findings import Finding, Level
 from rpo_trainer.report.likelihood import judge_likelihood
@@ -15,8 +14,6 @@ from rpo_trainer.report.values import short
 
 # More than this share of sampled responses without an end makes their rewards doubtful.
 MANY_CUT = 0.05
-# More than this share of dropped rows deserves a look.
-MANY_DROPPED = 0.25
 # σ(target_gap) beyond these bounds asks for a gap that no finite training reaches.
 SATURATED = 0.99
 
@@ -260,23 +257,10 @@ def _said(stage: StageRecord) -> Iterator[Finding]:
 
 def _data(stage: StageRecord) -> Iterator[Finding]:
     """What the audit of the training data found."""
-    audit = stage.audit
-    if audit.dropped:
-        share, main = audit.dropped_share(), audit.dropped[0]
-        part = f" ({share:.0%})" if share is not None else ""
-        # A policy that is sure of itself says one thing K times: such prompts teach nothing.
-        sampled = stage.samples_data and main.key in ALIKE
-        many = share is not None and share > MANY_DROPPED and not sampled
-        text = f"{audit.dropped_rows:,} rows were dropped{part}; most often: {main.text}"
-        advice = "More responses a prompt, or a higher temperature, leave fewer such prompts."
+    for concern in stage.audit.concerns("the rows", sampled=stage.samples_data):
         yield Finding(
-            stage.name,
-            "warn" if many else "info",
-            f"{text} ({main.rows:,}).",
-            advice if sampled else None,
+            stage.name, "info" if concern.minor else "warn", f"{concern.text}.", concern.advice
         )
-    for remark in audit.remarks:
-        yield Finding(stage.name, "warn", f"About the data: {remark}.")
 
 
 def _hub(stage: StageRecord) -> Iterator[Finding]:

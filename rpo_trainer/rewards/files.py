@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rpo_trainer.data.adapters import adapt, find_format, kind_of
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.formats import FORMATS
-from rpo_trainer.data.rows import Kind, Row
+from rpo_trainer.data.rows import Kind, Row, response_message
 from rpo_trainer.data.sources import load_source
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import SourceSpec
@@ -86,8 +86,8 @@ def _single(row: Row) -> Row:
 
 
 def _pair(row: Row) -> Row:
-    rest = {k: v for k, v in row.items() if k not in ("responses", "rewards")}
-    chosen, rejected = row["responses"]
+    rest = {k: v for k, v in row.items() if k not in (*_OF_RESPONSES, "rewards")}
+    chosen, rejected = _written_responses(row)
     rewards = row["rewards"] or [None, None]
     return {
         **rest,
@@ -98,16 +98,27 @@ def _pair(row: Row) -> Row:
     }
 
 
+_OF_RESPONSES = ("responses", "response_fields")
+
+
+def _written_responses(row: Row) -> list[Any]:
+    """The responses as they are read again: texts, or messages where they say more than a text."""
+    if not row.get("response_fields"):
+        return list(row["responses"])
+    return [response_message(row, number) for number in range(len(row["responses"]))]
+
+
 def _responses(row: Row) -> Row:
-    return row
+    rest = {k: v for k, v in row.items() if k not in _OF_RESPONSES}
+    return {**rest, "responses": _written_responses(row)}
 
 
 def _one(row: Row) -> Row:
-    rest = {k: v for k, v in row.items() if k not in ("responses", "rewards")}
+    rest = {k: v for k, v in row.items() if k not in (*_OF_RESPONSES, "rewards")}
     if "messages" in row:
         del rest["prompt"]
     else:
-        rest["response"] = row["responses"][0]
+        (rest["response"],) = _written_responses(row)
     return {**rest, "reward": row["rewards"][0]}
 
 
@@ -118,7 +129,7 @@ def written_pairs(rows: Sequence[Row]) -> list[Row]:
     """Preference rows as pairs where each has two responses, else as K responses."""
     two = all(len(row["responses"]) == 2 for row in rows)
     ranked = all(row["rewards"] is None for row in rows)
-    made = [_pair(row) for row in rows] if two else [dict(row) for row in rows]
+    made = [_pair(row) for row in rows] if two else [_responses(row) for row in rows]
     if ranked:
         absent = ("rewards", "chosen_reward", "rejected_reward")
         made = [{k: v for k, v in row.items() if k not in absent} for row in made]

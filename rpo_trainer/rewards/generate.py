@@ -61,6 +61,7 @@ def sample_responses(
     seed: int = 0,
     keys: Sequence[str] | None = None,
     tools: Tools | None = None,
+    parsed: Sequence[bool] | None = None,
     shard: tuple[int, int] = (0, 1),
     gather: Gather = lambda found: found,
 ) -> list[list[Sample]]:
@@ -74,7 +75,8 @@ def sample_responses(
             iter_responses(
                 model, tokenizer, prompts, range(len(prompts)), responses=responses,
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-                batch_size=batch_size, seed=seed, keys=keys, tools=tools, shard=shard,
+                batch_size=batch_size, seed=seed, keys=keys, tools=tools, parsed=parsed,
+                shard=shard,
             )
         )
     )  # fmt: skip
@@ -96,6 +98,7 @@ def iter_responses(
     seed: int = 0,
     keys: Sequence[str] | None = None,
     tools: Tools | None = None,
+    parsed: Sequence[bool] | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, list[Sample]]]:
     """(index of a wanted prompt, its K sampled responses), a batch at a time.
@@ -116,6 +119,7 @@ def iter_responses(
         keys: names the random numbers of each prompt; None: its index. Prompts with one key get the
             same numbers.
         tools: function descriptions of each prompt, for the chat template.
+        parsed: whether text of special tokens in each prompt stands for the tokens.
         shard: (rank, world size): which of the batches this process decodes.
 
     Raises:
@@ -150,7 +154,7 @@ def iter_responses(
 
     yield from _generate(
         model, tokenizer, prompts, wanted, choose, responses, max_new_tokens, batch_size, tools,
-        shard,
+        parsed, shard,
     )  # fmt: skip
 
 
@@ -191,13 +195,14 @@ def greedy_responses(
     max_new_tokens: int,
     batch_size: int = 64,
     tools: Tools | None = None,
+    parsed: Sequence[bool] | None = None,
     shard: tuple[int, int] = (0, 1),
     gather: Gather = lambda found: found,
 ) -> list[Sample]:
     """The likeliest next token at every step: one response a prompt; else as `sample_responses`."""
     own = _generate(
         model, tokenizer, prompts, range(len(prompts)), lambda *_: [], 1, max_new_tokens, batch_size,
-        tools, shard,
+        tools, parsed, shard,
     )  # fmt: skip
     found = gather(dict(own))
     return [found[index][0] for index in range(len(prompts))]
@@ -213,6 +218,7 @@ def _generate(
     max_new_tokens: int,
     batch_size: int,
     tools: Tools | None,
+    parsed: Sequence[bool] | None,
     shard: tuple[int, int],
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Batches of prompts of like length, longest first: memory runs out at once or never.
@@ -229,7 +235,13 @@ def _generate(
             fix="give at least 1 for both",
         )
     encoded = [
-        _encode(tokenizer, prompt, tools[index] if tools is not None else None, index)
+        _encode(
+            tokenizer,
+            prompt,
+            tools[index] if tools is not None else None,
+            index,
+            parsed=parsed is not None and parsed[index],
+        )
         for index, prompt in enumerate(prompts)
     ]
     check_room(model.config, encoded, max_new_tokens)
@@ -287,9 +299,11 @@ def _encode(
     prompt: Prompt,
     tools: list[dict[str, Any]] | None,
     index: int,
+    *,
+    parsed: bool = False,
 ) -> list[int]:
     try:
-        ids = encode_prompt(tokenizer, prompt, tools)
+        ids = encode_prompt(tokenizer, prompt, tools, parsed=parsed)
     except RowError as error:
         raise DataError(
             str(error),

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rpo_trainer.batch import Layout, forward_tokens, pack, to_device
 from rpo_trainer.data.chat import ChatRenderer, render_plain
 from rpo_trainer.data.encode import Encoder
-from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.data.rows import Row, RowError, response_message
 from rpo_trainer.errors import DataError, ModelError
 from rpo_trainer.foreign import reads
 from rpo_trainer.pretrained import LOADING_ERRORS, load_complete, load_pretrained
@@ -98,14 +98,15 @@ class RewardModel:
     def encode(self, row: Row) -> list[list[int]]:
         """Token ids of the prompt with each response. Raises RowError: longer than the context."""
         prompt, tools = row["prompt"], row.get("tools")
+        parsed = row.get("special_tokens") == "parse"
         if isinstance(prompt, str):
-            texts = [render_plain(prompt, response) for response in row["responses"]]
+            texts = [render_plain(prompt, response, parsed=parsed) for response in row["responses"]]
         else:
             texts = [
                 self._renderer.conversation(
-                    [*prompt, {"role": "assistant", "content": response}], tools, last_only=True
+                    [*prompt, response_message(row, number)], tools, last_only=True, parsed=parsed
                 )
-                for response in row["responses"]
+                for number in range(len(row["responses"]))
             ]
         apart = [any(text.literal for text in texts)] * len(texts)
         found = [_until_end(*each) for each in self._encoder.encode(texts, apart)]

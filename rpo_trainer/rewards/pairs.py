@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from rpo_trainer.data.rows import MOST_REWARD
+from rpo_trainer.data.rows import MOST_REWARD, response_message
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,10 +17,11 @@ Select = Literal["best_worst", "best_random", "all_pairs", "all_responses"]
 
 
 class Scored(NamedTuple):
-    """A response and its reward; of ranked rows the reward is only an order."""
+    """A response, its reward, and its number in the row; of ranked rows the reward is only an order."""
 
     text: str
     reward: float
+    number: int
 
 
 def make_preference_rows(
@@ -94,20 +95,23 @@ def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
     """Responses that say something and have a reward, each once, in their order."""
     texts = row["responses"]
     rewards = [-float(i) for i in range(len(texts))] if ranked else row["rewards"]
-    scored = [(text, reward) for text, reward in zip(texts, rewards, strict=True)]
-    decided = [(text, float(reward)) for text, reward in scored if reward is not None]
-    said = [pair for pair in decided if pair[0].strip()]
-    found: dict[str, float] = {}
-    for text, reward in said:
-        found.setdefault(text, reward)
+    decided = [
+        Scored(text, float(reward), number)
+        for number, (text, reward) in enumerate(zip(texts, rewards, strict=True))
+        if reward is not None
+    ]
+    said = [scored for scored in decided if scored.text.strip()]
+    found: dict[str, Scored] = {}
+    for scored in said:  # two responses with other thinking are two
+        found.setdefault(repr(response_message(row, scored.number)), scored)
     for left, before, warning in (
-        (decided, scored, "undecided_responses_removed"),
+        (decided, texts, "undecided_responses_removed"),
         (said, decided, "blank_responses_removed"),
         (found, said, "duplicate_responses_removed"),
     ):
         if len(left) < len(before):
             audit.warn(warning, str(row["id"]))
-    return [Scored(*pair) for pair in found.items()]
+    return list(found.values())
 
 
 def _in_order(
@@ -161,7 +165,13 @@ def _preference_row(
         "source": row["source"],
         "prompt": row["prompt"],
         **({"tools": row["tools"]} if row.get("tools") else {}),
+        **{name: row[name] for name in ("special_tokens",) if row.get(name)},
         "responses": [scored.text for scored in kept],
+        **(
+            {"response_fields": [row["response_fields"][scored.number] for scored in kept]}
+            if row.get("response_fields")
+            else {}
+        ),
         "rewards": None if ranked else [scored.reward for scored in kept],
         "ground_truth": row.get("ground_truth"),
         "truth_chosen": truth_first and _is_truth(kept[0].text, row),

@@ -68,7 +68,8 @@ class LocalPolicy:
             responses=spec.responses, max_new_tokens=spec.max_new_tokens,
             temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k,
             batch_size=spec.batch_size, seed=self.seed, keys=keys,
-            tools=[row.get("tools") for row in rows], shard=shard,
+            tools=[row.get("tools") for row in rows],
+            parsed=[row.get("special_tokens") == "parse" for row in rows], shard=shard,
         )  # fmt: skip
         for index, samples in found:
             texts = [sample.text for sample in samples]

@@ -229,16 +229,17 @@ class PackedTrainer(SavingTrainer):
             max_length=sys.maxsize if args.max_length is None else args.max_length,
             truncation=args.truncation,  # type: ignore[arg-type]
             require_rewards=self.needs_rewards,
+            special_tokens=args.special_tokens,  # type: ignore[arg-type]
             **self.data_options(args),
             audit=audit,
         )
-        for line in audit.summary_lines():
-            logger.info("%s data: %s", name, line)
+        if args.process_index == 0:
+            audit.log(logger, f"{name}_dataset", f"{name} data: ")
         if not len(rows):
             raise DataError(
                 f"no example of the {name} data is left",
                 why="; ".join(audit.summary_lines()) or "the data set is empty",
-                fix="mend the rows that were dropped, or change what drops them (max_length, truncation)",
+                fix="correct the rows that were dropped, or change what drops them (max_length, truncation)",
             )
         return Examples(rows)
 

@@ -95,6 +95,11 @@ class StepConfig(TrainingArguments):
         trl="cuts them",
         reason="A response that is cut teaches the model to stop anywhere.",
     )
+    special_tokens: str | None = described(
+        "What the text of special tokens in the rows stands for: `text` (letters) or `parse` (the "
+        "tokens, for rows that went through a chat template before). None: `text`, with a warning.",
+        None,
+    )
     global_batch_size: int | None = described(
         "Examples of one optimizer step over all ranks; accumulation follows from it. None: "
         "per_device_train_batch_size × gradient_accumulation_steps × ranks.",
@@ -236,6 +241,8 @@ class StepConfig(TrainingArguments):
             )
         if self.truncation not in ("drop", "cut"):
             problems.append(f"truncation must be drop or cut, got {self.truncation!r}")
+        if self.special_tokens not in (None, "text", "parse"):
+            problems.append(f"special_tokens must be text or parse, got {self.special_tokens!r}")
         if self.layout not in ("auto", "shared", "packed", "padded"):
             problems.append(f"layout must be auto, shared, packed or padded, got {self.layout!r}")
         if self.max_length is not None and self.max_length < 2:

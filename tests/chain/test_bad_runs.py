@@ -449,7 +449,7 @@ def test_dropout_in_the_config(
     with pytest.raises(SystemExit) as end:
         main(["check", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "other")])
     assert end.value.code == 0
-    warning = "warning: the model's config has dropout (attention_dropout 0.5): it is set to 0"
+    warning = "WARNING: the model's config has dropout (attention_dropout 0.5): it is set to 0"
     assert warning in capsys.readouterr().out
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rpo_trainer import adapter_files
 from rpo_trainer.chain.check import check_recipe
+from rpo_trainer.cli import main
 from rpo_trainer.errors import Problems
 from rpo_trainer.loading import load_model, load_weights
 from rpo_trainer.quickstart import character_tokenizer
@@ -433,7 +434,7 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     data = tiny.stage_of(recipe, "code")["data"]
     data["eval"] = [tiny.task("code", "train", 8)]
     shown = "8 of 8 eval rows have a prompt that is trained on"
-    assert any(line.startswith(f"  warning: {shown}") for line in check(tmp_path, recipe))
+    assert any(line.startswith(f"  WARNING: {shown}") for line in check(tmp_path, recipe))
     data["held_out"] = True
     assert f" (stages.code.data.eval): {shown}" in str(problems(tmp_path, recipe))
 
@@ -450,8 +451,8 @@ def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -
     for line in check(tmp_path, recipe):
         if not line.startswith(" "):
             found[stage := line.split()[0]] = []
-        elif "warning: eval" in line:
-            found[stage].append(line.strip().removeprefix("warning: ").partition(" (")[0])
+        elif "WARNING: eval" in line:
+            found[stage].append(line.strip().removeprefix("WARNING: ").partition(" (")[0])
     shown = "{} eval rows have a prompt that is trained on"
     assert found["code"] == [shown.format("eval.nll: 8 of 10")]
     assert found["dpo"] == [shown.format("eval.data: 2 of 7")]
@@ -468,7 +469,34 @@ def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
     data |= {"train": [{"path": "rows.jsonl"}], "dedup": "normalised"}
     del data["eval"]
     lines = check(tmp_path, recipe, only={"code"})
-    assert "  dropped: 2 rows, prompt used before (dedup) (rows.jsonl:2, rows.jsonl:3)" in lines
+    dropped = "dropped: 2 rows, prompt used before (dedup) (rows.jsonl:2, rows.jsonl:3)"
+    assert any(line.startswith("  50 % of the rows") and line.endswith(dropped) for line in lines)
+
+
+def test_what_deserves_attention_is_a_warning_and_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the report's limits: most rows dropped by max_length, a third tied, a column that is not read."""
+    pair = {"prompt": "a b: ", "chosen": "c", "rejected": "d", "rejected_reward": 0.0}
+    rows = [
+        {**pair, "prompt": f"{i}: ", "chosen": "c" * (90 if i < 8 else 1), "notes": "some words",
+         "chosen_reward": float(i % 2)}
+        for i in range(10)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny.tiny_recipe()
+    data = {"train": [{"path": "rows.jsonl"}]}
+    recipe["stages"] = [{"name": "one", "kind": "dpo", "beta": 0.1, "max_length": 40, "data": data}]
+    path = tiny.write_recipe(tmp_path, recipe)
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(path)])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    warnings = [line.strip() for line in shown.splitlines() if line.startswith("  WARNING: ")]
+    assert any("80 % of the rows of one" in w and "max_length 40 (8)" in w for w in warnings)
+    assert any("50 % of the rows of one" in w and "tied" in w for w in warnings)
+    assert any("notes" in w and "columns" in w for w in warnings)
+    assert shown.endswith(f"{path}: OK, with {len(warnings)} warnings\n")
 
 
 def test_what_is_dropped_of_held_out_rows_is_shown(tmp_path: Path) -> None:
@@ -478,7 +506,9 @@ def test_what_is_dropped_of_held_out_rows_is_shown(tmp_path: Path) -> None:
     tiny.stage_of(recipe, "code")["data"]["eval"] = [{"path": "held.jsonl"}]
     lines = check(tmp_path, recipe, only={"code"})
     assert "  1 held-out examples" in lines
-    assert "  held out: dropped: 1 row, a response is empty or blank (held.jsonl:2)" in lines
+    dropped = "dropped: 1 row, a response is empty or blank (held.jsonl:2)"
+    assert any(line.startswith("  held out: 50 %") and line.endswith(dropped) for line in lines)
+    assert any(line.startswith("  WARNING: held out: 50 %") for line in lines)
 
 
 def test_a_repeated_prompt_of_a_sampling_stage_is_shown(tmp_path: Path) -> None:
@@ -487,7 +517,7 @@ def test_a_repeated_prompt_of_a_sampling_stage_is_shown(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
     lines = check(tmp_path, recipe, only={"dpo"})
-    assert "  warning: 1 row, prompt seen before (prompts.jsonl:2)" in lines
+    assert "  1 row (50 %), prompt seen before (prompts.jsonl:2)" in lines
 
 
 @pytest.mark.parametrize("field", ["init", "reference"])

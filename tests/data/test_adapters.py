@@ -154,8 +154,8 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         pair([Q, A, Q2], "x", "y"),
     ),
     "pairs, implicit prompt of text": (
-        {"chosen": "The sky is blue.", "rejected": "The sky is bright."},
-        pair("The sky is", " blue.", " bright."),
+        {"chosen": "User: hi\nAssistant: yes", "rejected": "User: hi\nAssistant: yet"},
+        pair("User: hi\nAssistant:", " yes", " yet"),
     ),
     "pairs, implicit prompt with marks": (
         {
@@ -256,6 +256,7 @@ def test_every_format_is_tested() -> None:
     elsewhere = {
         "helpsteer2_pairs",
         "margin",
+        "orca",
         *(n for n, f in FORMATS.items() if f.kind == "rating"),
     }
     assert set(FORMATS) == elsewhere | {case.split(",")[0].split()[0] for case in (*SFT, *PAIRS)}
@@ -516,6 +517,8 @@ def test_faults_of_sft_rows(row: dict[str, Any], message: str) -> None:
             "not a number from -3 to 3",
         ),
         ({"chosen": "abc", "rejected": "xyz"}, "share no beginning"),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is bright."}, "share no beginning"),
+        ({"chosen": "\nAssistant: a", "rejected": "\nAssistant: b"}, "share no beginning"),
         ({"context": [Q], "completions": ["x", "y"]}, "`completions` is not a list of objects"),
         ({"context": [Q], "completions": [{"completion": [A]}]}, "`rank` .* are not all numbers"),
         (

@@ -24,6 +24,7 @@ RATED = {"prompt": "p", "response": "r"}
 OTHERS: dict[str, dict[str, Any]] = {
     "helpsteer2_pairs": {**RATED, "helpfulness": 3},
     "margin": {"prompt": "p", "chosen": "x", "rejected": "y", "margin": 1.5},
+    "orca": {"system": "s", "question": "q", "chosen": "x", "rejected": "y"},
     "attributes": {**RATED, "attributes": {"helpfulness": 3, "verbosity": None}},
     "helpsteer2": {**RATED, **dict.fromkeys(HELPSTEER_ATTRIBUTES, 3)},
     "score": {**RATED, "score": 0.5},

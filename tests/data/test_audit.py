@@ -21,8 +21,8 @@ def test_counts_keep_three_examples(audit: Audit) -> None:
         "words of its own": {"count": 1, "examples": []},
     }
     lines = audit.summary_lines()
-    assert "dropped: 5 rows, longer than max_length (r0, r1, r2)" in lines
-    assert "dropped: 1 row, words of its own" in lines
+    assert any("5 rows, longer than max_length (r0, r1, r2)" in line for line in lines)
+    assert any(line.endswith("1 row, words of its own") for line in lines)
 
 
 def test_as_dict_is_json(audit: Audit) -> None:

@@ -335,10 +335,10 @@ def test_places_in_a_json_list(refused: Any) -> None:
 
 
 def test_other_kinds_of_files(refused: Any) -> None:
-    assert refused("rows.csv", b"a,b\n") == text(
-        "rows.csv: unknown kind of file '.csv'",
+    assert refused("rows.tsv", b"a\tb\n") == text(
+        "rows.tsv: unknown kind of file '.tsv'",
         BY_NAME,
-        "fix: one of .jsonl, .json, .jsonl.gz, .parquet",
+        "fix: one of .jsonl, .json, .jsonl.gz, .parquet, .csv",
     )
 
 
@@ -360,7 +360,7 @@ def test_a_directory_that_is_no_data_set(refused: Any, tmp_path: Path) -> None:
     assert refused("rows.jsonl") == text(
         "rows.jsonl: is a directory, and not a data set saved with `save_to_disk`",
         "why: which of its files hold the rows cannot be guessed",
-        "fix: give a file (.jsonl, .json, .jsonl.gz, .parquet) or save the data set there",
+        "fix: give a file (.jsonl, .json, .jsonl.gz, .parquet, .csv) or save the data set there",
     )
 
 

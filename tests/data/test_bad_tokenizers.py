@@ -20,7 +20,7 @@ CHAT = {
 TEXT = {"id": "r0", "source": "s", "prompt": "q: ", "response": "yes"}
 FIX = (
     "  why: the loss is on what the assistant says, so its tokens must be known\n"
-    "  fix: mend the rows, or choose another chat_template: chatml | plain | a path"
+    "  fix: correct the rows, or choose another chat_template: chatml | plain | a path"
 )
 
 

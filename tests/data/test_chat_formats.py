@@ -176,7 +176,7 @@ def test_gemma_takes_no_system_prompt(tokenizers: Callable[[str], Any]) -> None:
     assert str(error.value) == (
         "the chat template refuses the row (System role not supported): 1 of 2 rows, first r1\n"
         "  why: the loss is on what the assistant says, so its tokens must be known\n"
-        "  fix: mend the rows, or choose another chat_template: chatml | plain | a path"
+        "  fix: correct the rows, or choose another chat_template: chatml | plain | a path"
     )
 
 
@@ -291,7 +291,7 @@ def test_calls_that_the_template_does_not_write_are_refused(
     assert str(error.value) == (
         "the chat template does not write the assistant's `tool_calls`: 1 of 1 rows, first r0\n"
         "  why: the loss is on what the assistant says, so its tokens must be known\n"
-        "  fix: mend the rows, or choose another chat_template: chatml | plain | a path"
+        "  fix: correct the rows, or choose another chat_template: chatml | plain | a path"
     )
 
 

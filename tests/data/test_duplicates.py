@@ -53,7 +53,7 @@ def test_both_kinds_are_counted_apart(audit: Audit) -> None:
     assert audit.warnings["duplicate_prompt"].examples == ["r2"]
     assert audit.warnings["similar_prompt"].examples == ["r1", "r3"]
     assert (
-        "warning: 2 rows, prompt seen before but for case, white space or Unicode form (r1, r3)"
+        "2 rows, prompt seen before but for case, white space or Unicode form (r1, r3)"
         in audit.summary_lines()
     )
 

@@ -83,7 +83,7 @@ def test_remarks_and_many_drops_are_warnings(make_run: Make, make_stage: Make) -
     }
     stages = [make_stage("dpo", "dpo", data={"audit": audit})]
     run = collect_run(make_run(stages=stages, metrics=[]))
-    assert about(run, "dpo", "40 rows were dropped (40%)").level == "warn"
+    assert about(run, "dpo", "40 % of the rows (40 rows) are dropped").level == "warn"
     assert about(run, "dpo", "all reward gaps are equal").level == "warn"
 
 
@@ -116,11 +116,14 @@ def test_prompts_that_get_one_answer_again_and_again_are_no_alarm(
     dropped = {"fewer_than_two_responses": {"count": 400, "examples": []}}
     audit = {"read": {"a": 1000}, "kept": {"a": 600}, "dropped": dropped}
     run_dir = make_run(stages=[make_stage("dpo", "dpo", data={"audit": audit})], metrics=[])
-    assert about(collect_run(run_dir), "dpo", "400 rows were dropped (40%)").level == "warn"
+    assert (
+        about(collect_run(run_dir), "dpo", "40 % of the rows (400 rows) are dropped").level
+        == "warn"
+    )
     recipe = (run_dir / "recipe.yaml").read_text()
     sampled = recipe.replace("kind: dpo,", "kind: dpo, data: {generate: {responses: 4}},")
     (run_dir / "recipe.yaml").write_text(sampled)
-    finding = about(collect_run(run_dir), "dpo", "400 rows were dropped (40%)")
+    finding = about(collect_run(run_dir), "dpo", "40 % of the rows (400 rows) are dropped")
     assert finding.level == "info" and "higher temperature" in str(finding.advice)
 
 
@@ -131,11 +134,11 @@ def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make
     run_dir = make_run(stages=[stage("a", "x"), stage("b", "x"), stage("c", "y")], metrics=[])
     shown = [(f.stage, f.text) for f in judge(collect_run(run_dir)).grouped_warnings()]
     assert shown == [
-        ("a, b", "About the data: x."),
-        ("a", "About the data: about a."),
-        ("b", "About the data: about b."),
-        ("c", "About the data: y."),
-        ("c", "About the data: about c."),
+        ("a, b", "x."),
+        ("a", "about a."),
+        ("b", "about b."),
+        ("c", "y."),
+        ("c", "about c."),
     ]
 
 

@@ -64,6 +64,26 @@ def test_pairs_keep_their_shape_their_order_and_their_columns(tmp_path: Path) ->
     assert {(r["chosen_reward"], r["rejected_reward"]) for r in read(other)} == {(0.0, 1.0)}
 
 
+def test_thinking_of_responses_is_written_again(tmp_path: Path) -> None:
+    """Scored, read and paired, a response is still the message that it was."""
+
+    def said(text: str) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": text, "reasoning_content": f"of {text}"}]
+
+    prompt = [{"role": "user", "content": "2 + 2 = "}]
+    rows = [
+        {"prompt": prompt, "ground_truth": "4", "chosen": said("4"), "rejected": said("5")},
+        {"prompt": prompt, "ground_truth": "4", "responses": [said("5"), said("4")]},
+    ]
+    for number, row in enumerate(rows):
+        out, made = tmp_path / f"{number}.out.jsonl", tmp_path / f"{number}.made.jsonl"
+        given = write(tmp_path / f"{number}.jsonl", [row])
+        assert run("score", given, "--verifier", "exact", "-o", out) == 0
+        assert run("pairs", out, "-o", made) == 0
+        (pair,) = read(made)
+        assert [pair["chosen"]] == said("4") and [pair["rejected"]] == said("5")
+
+
 def test_k_responses_and_single_ones(tmp_path: Path) -> None:
     out = tmp_path / "k.jsonl"
     assert run("score", write(tmp_path / "i.jsonl", MANY), "--verifier", "numeric", "-o", out) == 0

@@ -53,6 +53,16 @@ def test_all_responses_best_first_without_repeats() -> None:
     assert not made[0]["truth_chosen"]
 
 
+def test_thinking_stays_with_its_response_and_tells_it_from_another() -> None:
+    fields = [{"thinking": "bad"}, {"thinking": "good"}, {"thinking": "good"}, {}]
+    given = {**row(["a", "a", "a", "b"], [1.0, 5.0, 4.0, 3.0]), "response_fields": fields}
+    (made,) = make_preference_rows([given], select="all_responses", audit=Audit())
+    assert made["responses"] == ["a", "b", "a"]
+    assert made["response_fields"] == [{"thinking": "good"}, {}, {"thinking": "bad"}]
+    (made,) = make_preference_rows([given], select="best_worst", audit=Audit())
+    assert made["response_fields"] == [{"thinking": "good"}, {"thinking": "bad"}]
+
+
 def test_the_first_of_equal_worst_is_rejected() -> None:
     (made,) = make_preference_rows(
         [row(["x", "a", "y"], [0.0, 1.0, 0.0])], select="best_worst", min_gap=0.0, audit=Audit()

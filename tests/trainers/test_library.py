@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rpo_trainer.errors import DataError, ModelError, StepZeroError
+from rpo_trainer.errors import DataError, ModelError, RecipeError, StepZeroError
 from rpo_trainer.trainers import DPOTrainer, RPOTrainer
 from rpo_trainer.trainers.examples import Examples
 from tests.models import make_model
@@ -178,6 +178,36 @@ def test_messages_go_through_the_chat_template(character_model, make_trainer):
     texts = [chat.decode(r).strip() for r in row["response_ids"]]
     assert texts[0].startswith("yes") and texts[1].startswith("no")
     trainer.train()
+
+
+def test_what_is_dropped_is_a_warning_with_its_share(character_model, make_trainer, caplog):
+    long = {**TEXTS[0], "chosen": "5" * 90}
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(
+            "dpo", copy.deepcopy(character_model), [*TEXTS[:2], *[long] * 6],
+            eval_rows={"own": [*TEXTS[:1], long]}, max_length=40,
+        )  # fmt: skip
+    assert len(trainer.train_dataset) == 2
+    said = [record.message for record in caplog.records if "dropped" in record.message]
+    assert (
+        "75 % of train_dataset (6 of 8 rows) dropped: 6 rows, longer than max_length 40" in said[0]
+    )
+    assert "50 % of eval_own_dataset (1 of 2 rows) dropped" in said[1]
+
+
+def test_special_tokens_are_parsed_where_the_config_says_so(
+    character_model, make_trainer, tokenizer
+):
+    end = tokenizer.eos_token
+    rows = [{"prompt": f"{i}: ", "chosen": f"5{end}", "rejected": f"6{end}"} for i in range(3)]
+    parsed = make_trainer("dpo", copy.deepcopy(character_model), rows, special_tokens="parse")
+    letters = make_trainer("dpo", copy.deepcopy(character_model), rows)
+    ids = tokenizer.eos_token_id
+    assert [r.count(ids) for r in parsed.train_dataset[0]["response_ids"]] == [1, 1]
+    assert len(parsed.train_dataset[0]["response_ids"][0]) == 2
+    assert len(letters.train_dataset[0]["response_ids"][0]) == 2 + len(end)
+    with pytest.raises(RecipeError, match="special_tokens must be text or parse"):
+        make_trainer("dpo", copy.deepcopy(character_model), rows, special_tokens="both")
 
 
 def test_a_path_is_loaded_trained_and_saved_again(

@@ -1,0 +1,180 @@
+"""Where the prompt of a pair is: read from its column, or asked for; never guessed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_trainer.data import Audit, load_rows
+from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.columns import mapping_for, unread
+from rpo_trainer.data.sources import RawSource, load_source
+from rpo_trainer.errors import DataError
+
+Row = dict[str, Any]
+Q = {"role": "user", "content": "q"}
+SYSTEM = {"role": "system", "content": "s"}
+PAIR = {"chosen": "Sure, yes", "rejected": "Sure, no"}
+
+
+def adapted(row: Row, kind: Any = "pair", audit: Audit | None = None, **options: Any) -> Row:
+    raw = RawSource("src", [row], [1], "file.jsonl")
+    (found,) = adapt(raw, kind=kind, audit=audit or Audit(), **options)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt"),
+    [
+        ({"instruction": "q", "input": "", **PAIR}, [Q]),
+        ({"instruction": "q", "input": "i", "system": "s", "history": [["q", "a"]], **PAIR},
+         [SYSTEM, Q, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q\n\ni"}]),
+        ({"messages": [Q], **PAIR}, [Q]),
+        ({"messages": [Q], "chosen": {"role": "assistant", "content": "Sure, yes"},
+          "rejected": {"role": "assistant", "content": "Sure, no"}}, [Q]),
+        ({"messages": [SYSTEM, Q], "system": "s", **PAIR}, [SYSTEM, Q]),
+        ({"trajectory": [{"from": "user", "value": "q"}], **PAIR}, [Q]),
+        ({"conversations": [{"from": "human", "value": "q"}], "system": "s", **PAIR}, [SYSTEM, Q]),
+        ({"prompt": "q", "system": "s", **PAIR}, "s\n\nq"),
+    ],
+)  # fmt: skip
+def test_layouts_of_pairs(columns: Row, prompt: Any) -> None:
+    audit = Audit()
+    found = adapted(columns, audit=audit)
+    assert found["prompt"] == prompt
+    assert found["responses"] == ["Sure, yes", "Sure, no"]
+    assert not audit.extra_columns and not audit.warnings
+
+
+def test_orca_by_name() -> None:
+    row = {"system": "s", "question": "q", **PAIR}
+    assert adapted(row, format="orca")["prompt"] == [SYSTEM, Q]
+    assert adapted({**row, "system": ""}, format="orca")["prompt"] == [Q]
+
+
+@pytest.mark.parametrize(
+    "column", ["question", "query", "input", "context", "conversation", "history", "problem"]
+)
+@pytest.mark.parametrize("start", ["", "\n\nHuman: hi\n\nAssistant:"])
+def test_a_prompt_is_not_guessed_beside_a_column_that_may_hold_it(column: str, start: str) -> None:
+    row = {column: "What?", "chosen": f"{start} Sure, yes", "rejected": f"{start} Sure, no"}
+    with pytest.raises(DataError) as error:
+        adapted(row)
+    assert column in error.value.what
+    assert f"columns: {{prompt: {column}}}" in str(error.value.fix)
+    assert adapted(row, columns={"prompt": column})["prompt"] == "What?"
+
+
+def test_rows_that_lack_a_prompt_name_the_columns_that_stand_unread() -> None:
+    answer = [{"role": "assistant", "content": "a"}]
+    row = {"question": "What?", "chosen": answer, "rejected": answer}
+    with pytest.raises(DataError) as error:
+        adapted(row)
+    assert "`prompt` is absent" in error.value.what
+    assert "columns: {prompt: question}" in str(error.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "mapping"),
+    [
+        ("pair", ("history", "human_ref_A", "human_ref_B", "labels"),
+         "{prompt: history, chosen: human_ref_A, rejected: human_ref_B}"),
+        ("sft", ("question", "answer"), "{prompt: question, response: answer}"),
+        ("sft", ("problem", "solution", "answer"), "{prompt: problem, response: answer}"),
+        ("prompt", ("question",), "{prompt: question}"),
+        ("pair", ("prompt", "better", "worse"), "{chosen: better, rejected: worse}"),
+        ("sft", ("question", "that"), "{prompt: question, response: NAME}"),
+    ],
+)  # fmt: skip
+def test_columns_of_no_format(kind: Any, columns: tuple[str, ...], mapping: str) -> None:
+    with pytest.raises(DataError) as error:
+        adapted(dict.fromkeys(columns, "x"), kind)
+    assert all(column in error.value.what for column in columns)
+    assert f"columns: {mapping}" in str(error.value.fix)
+
+
+def test_a_prompt_that_no_conversation_holds_is_counted() -> None:
+    def talk(text: str) -> list[Row]:
+        return [Q, {"role": "assistant", "content": text}]
+
+    for column in ("prompt", "instruction"):
+        for text, counted in (("q", 0), ("another", 1)):
+            audit = Audit()
+            row = {column: text, "chosen": talk("a"), "rejected": talk("b")}
+            assert adapted(row, audit=audit)["prompt"] == [Q]
+            assert sum(f"`{column}`" in reason for reason in audit.warnings) == counted
+
+
+def test_which_columns_are_missed() -> None:
+    rows = [
+        {"score": 3, "model": "m", "chosen-model": "n", "notes": "text", "empty": None,
+         "blank": [" "], "meta": {"a": "b"}, "weight": 0.5, "nested": [{"a": ["b"]}]},
+    ]  # fmt: skip
+    missed, others = unread(rows, rows[0].keys(), ())
+    assert missed == ["nested", "notes", "weight"]
+    assert others == ["chosen-model", "meta", "model", "score"]
+    assert unread(rows, ["notes"], ("notes",)) == ([], ["notes"])
+
+
+def test_missed_columns_are_warnings_and_others_are_told() -> None:
+    audit = Audit()
+    adapted({"prompt": "q", **PAIR, "notes": "x", "model": "m"}, audit=audit)
+    levels = {text: level for level, text in audit.messages()}
+    assert levels["src: columns that are not read: notes"] == logging.WARNING
+    assert levels["src: columns without a use here: model"] == logging.INFO
+
+
+def test_names_are_guessed_once() -> None:
+    assert mapping_for(["prompt", "context"], ["question"]) == (
+        "`columns: {prompt: question, context: NAME}`"
+    )
+
+
+def csv(folder: Path, source: Any, data: bytes) -> list[Row]:
+    (folder / "rows.csv").write_bytes(data)
+    return load_source(source("rows.csv"), folder, 0).rows
+
+
+def test_csv(tmp_path: Path, source: Any) -> None:
+    data = 'prompt,chosen,rejected,chosen_reward,rejected_reward\r\n"a ""q"",\nü",007,NA,3,1.5\r\n'
+    (row,) = csv(tmp_path, source, data.encode())
+    assert row == {
+        "prompt": 'a "q",\nü', "chosen": "007", "rejected": "NA",
+        "chosen_reward": 3.0, "rejected_reward": 1.5,
+    }  # fmt: skip
+    (same,) = csv(tmp_path, source, b"\xef\xbb\xbf" + data.encode())
+    assert same == row
+    (found,) = load_rows(
+        [source("rows.csv")], kind="pair", base_dir=tmp_path, require_rewards=True,
+        audit=Audit(), seed=0,
+    )  # fmt: skip
+    assert found["responses"] == ["007", "NA"] and found["rewards"] == [3.0, 1.5]
+
+
+def test_empty_fields_of_csv_are_null_unless_they_are_quoted(tmp_path: Path, source: Any) -> None:
+    first, second = csv(tmp_path, source, b'prompt,response\n1,\n2,""\n')
+    assert first == {"prompt": "1", "response": None}
+    assert second == {"prompt": "2", "response": ""}
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "the file is empty"),
+        (b"prompt,response\n", "no rows"),
+        (b"prompt,response\na\n", "Expected 2 columns"),
+        (b"prompt,response\na,b,c\n", "Expected 2 columns"),
+        (b'prompt,response\na,"b\nc,d\n', "a double quote is not closed"),
+        (b"prompt,prompt\na,b\n", "'prompt' is there twice"),
+        (b"prompt,\na,b\n", "a column has no name"),
+        (b"prompt,response\n\xff,b\n", "invalid UTF8"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, source: Any, data: bytes, what: str) -> None:
+    with pytest.raises(DataError) as error:
+        csv(tmp_path, source, data)
+    assert what in error.value.what
+    assert error.value.where == str(tmp_path / "rows.csv")
