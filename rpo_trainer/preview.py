@@ -13,7 +13,7 @@ from rpo_trainer.chain.data import needs_policy, rows_by_stage, stage_seed, toke
 from rpo_trainer.chain.made import load_prompts, prompt_ids
 from rpo_trainer.chain.places import placed
 from rpo_trainer.data import Audit
-from rpo_trainer.data.audit import DROPS
+from rpo_trainer.data.counts import DROPS
 from rpo_trainer.data.rows import row_texts
 from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.loading import load_tokenizer

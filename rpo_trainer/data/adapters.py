@@ -7,7 +7,6 @@ called otherwise.
 from __future__ import annotations
 
 import difflib
-import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +15,15 @@ from typing import Any
 
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.columns import MEANT, mapping_for, unread
-from rpo_trainer.data.conversation import PROMPT_COLUMNS, with_system
+from rpo_trainer.data.conversation import PROMPT_COLUMNS
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
+from rpo_trainer.data.row_parts import refuse_media, tools, unread_system, without_nulls
 from rpo_trainer.data.rows import (
-    MEDIA,
     Kind,
     Row,
     RowError,
     RowProblems,
     SpecialTokens,
-    check_text,
-    is_blank,
-    is_empty,
-    is_messages,
     reward_fault,
     with_responses,
 )
@@ -183,7 +178,7 @@ def adapt(
     """
     rows = _renamed(raw, columns or {})
     if raw.arrow:
-        rows = [_without_nulls(row) for row in rows]
+        rows = [without_nulls(row) for row in rows]
     present = {column for row in rows for column in row}
     chosen = find_format(present, kind, format, raw.where)
     if as_given:
@@ -226,9 +221,9 @@ def adapt(
             for column in needed:
                 if row.get(column) is None:
                     raise RowError(f"`{column}` is absent or null")
-            _refuse_media(row)
-            new = {"id": row_id, "source": raw.name, **chosen.convert(row), **_tools(row)}
-            for column in [*new.pop("unread", ()), *_unread_system(new, row)]:
+            refuse_media(row)
+            new = {"id": row_id, "source": raw.name, **chosen.convert(row), **tools(row)}
+            for column in [*new.pop("unread", ()), *unread_system(new, row)]:
                 audit.warn(f"the column `{column}` is not read: {_NO_PLACE[column]}", row_id)
             if special_tokens is not None:
                 new["special_tokens"] = special_tokens
@@ -302,39 +297,6 @@ def _how_to_fix(format: Format, asked: str | None, missed: Sequence[str]) -> str
     return f"{told}: name the one that is meant, {mapping_for(needed, missed)}"
 
 
-def _unread_system(new: Row, raw: Raw) -> list[str]:
-    """Puts the row's `system` where it belongs; names it where there is no such place."""
-    system = raw.get("system")
-    if is_empty(system):
-        return []
-    text = check_text(system, "`system`")
-    what = "`messages`" if "messages" in new else "the prompt"
-    return [] if is_blank(text) or with_system(new, text, what) else ["system"]
-
-
-def _refuse_media(row: Raw) -> None:
-    for column in MEDIA:
-        if not is_empty(row.get(column)):
-            raise RowError(f"`{column}` is not empty, and only text can be trained on")
-
-
-def _without_nulls(row: Raw) -> Row:
-    """The row without the null keys that Arrow gives every object of a column.
-
-    `attributes` stays as it is: there a null says that nobody has rated.
-    """
-    return {
-        name: _filled(value) if isinstance(value, list | dict) and name != "attributes" else value
-        for name, value in row.items()
-    }
-
-
-def _filled(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _filled(item) for key, item in value.items() if item is not None}
-    return [_filled(item) for item in value] if isinstance(value, list) else value
-
-
 def _require_scores(rows: Sequence[Row], where: str) -> None:
     if rows and all(row["rewards"] is None for row in rows):
         raise DataError(
@@ -405,22 +367,6 @@ def _row_id(row: Raw, source: str, place: int) -> str:
     own = row.get("id")
     usable = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
     return str(own) if usable else f"{source}:{place}"
-
-
-def _tools(row: Raw) -> Row:
-    """`tools` as a list of {"type": "function", "function": {...}}, the form templates expect."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            raise RowError("`tools` is text that is not JSON") from None
-    if not tools:
-        return {}
-    if not is_messages(tools):
-        raise RowError("`tools` is not a list of objects")
-    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
-    return {"tools": wrapped}
 
 
 def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Audit) -> None:

@@ -7,104 +7,30 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from rpo_trainer.data.counts import (
+    DROPS,
+    EXAMPLES,
+    HARMLESS,
+    WARNINGS,
+    Count,
+    SpecialText,
+    examples_of,
+    filtered,
+    percent,
+    quantiles,
+    rows_word,
+)
 from rpo_trainer.data.duplicates import repeated, shared
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
 
-EXAMPLES = 3
-
-# reason → what people read; the short names are the keys of `Audit.as_dict()`.
-DROPS = {
-    "empty_response": "a response is empty or blank",
-    "fewer_than_two_responses": "fewer than two responses",
-    "identical_responses": "chosen is the same as rejected",
-    "identical_after_truncation": "chosen is the same as rejected once tokenised and cut",
-    "too_long": "longer than max_length",
-    "prompt_too_long": "the prompt leaves no room for a response",
-    "no_trained_tokens": "no trained token is left",
-    "no_prompt_tokens": "no token in front of the response",
-    "no_ratings": "no rating of any attribute",
-    "repeated_prompt": "prompt used before (dedup)",
-    "tie": "chosen and rejected have the same reward",
-    "reversed": "chosen has a lower reward than rejected",
-    "small_gap": "reward gap below min_gap",
-    "low_chosen_reward": "chosen reward below min_chosen_reward",
-    "chosen_below_quantile": "chosen reward below min_chosen_quantile",
-    "chosen_not_in_top": "chosen reward not in top_chosen_share",
-    "unreadable": "the row cannot be read",
-    "no_verdict": "the judge gave no consistent verdict",
-}
-# What becomes of prompts to which a policy gives equal responses, or equally good ones.
-ALIKE = {"fewer_than_two_responses", "tie", "identical_responses", "small_gap"}
-WARNINGS = {
-    "special_token_text": "text of a special token inside the data, tokenised as text",
-    "duplicate_prompt": "prompt seen before",
-    "similar_prompt": "prompt seen before but for case, white space or Unicode form",
-    "duplicate_responses_removed": "the same response more than once; kept once",
-    "blank_response": "a response is blank: it, or the row, will be dropped",
-    "equal_responses": "responses to one prompt are the same: all but the first will be dropped",
-    "truth_not_chosen": "the ground truth is none of the responses; the best is chosen",
-    "undecided_responses_removed": "responses without a consistent verdict removed, the others kept",
-    "blank_responses_removed": "blank responses removed, the others kept",
-    "unusable_rewards": "rewards that are no numbers, ignored by this stage",
-    "tools_not_rendered": "`tools` that are not written: no chat template is used, or it leaves them out",
-    "text_left_out": "assistant text that the chat template leaves out (thinking in earlier turns)",
-    "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
-    "truncated": "cut to max_length",
-}
-# What changes nothing of a row that is trained, and is told without a warning.
-HARMLESS = {"duplicate_prompt", "similar_prompt", "truth_not_chosen"}
 TOO_LONG = "too long"  # beside prompt and response: the lengths of what max_length drops
 LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
 SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label
 FLAT = 0.55  # σ(target_gap) below which a target says next to nothing
-
-
-def unread_key(key: str) -> str:
-    """The warning about a key of messages that does not reach the tokens."""
-    return (
-        f"the key `{key}` of messages, which the chat template does not write, or not in every turn"
-    )
-
-
-@dataclass
-class SpecialText:
-    """Rows of a source that were looked at for the text of control tokens, and what was found."""
-
-    of: int = 0
-    rows: int = 0
-    tokens: set[str] = field(default_factory=set)
-
-    def add(self, other: SpecialText) -> None:
-        self.of += other.of
-        self.rows += other.rows
-        self.tokens |= other.tokens
-
-
-class Count:
-    """A number of rows and the ids of the first few."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.examples: list[str] = []
-
-    def add(self, row_id: str | None) -> None:
-        self.count += 1
-        if row_id is not None and len(self.examples) < EXAMPLES:
-            self.examples.append(row_id)
-
-    def add_all(self, other: Count) -> None:
-        """The rows of another count behind these."""
-        self.count += other.count
-        self.examples = [*self.examples, *other.examples][:EXAMPLES]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "examples": self.examples}
 
 
 class Audit:
@@ -342,7 +268,7 @@ class Audit:
         if not dropped:
             return None
         reasons = "; ".join(
-            f"{c.count} {_rows(c)}, {self._reason(r)}{_examples(c)}"
+            f"{c.count} {rows_word(c)}, {self._reason(r)}{examples_of(c)}"
             for r, c in sorted(self.dropped.items(), key=lambda item: -item[1].count)
         )
         share = f"{percent(dropped, self.rows())} of " if self.rows() else ""
@@ -372,9 +298,8 @@ class Audit:
         told += [(info, line) for line in self._facts()]
         for reason, count in self.warnings.items():
             share = f" ({percent(count.count, self.rows())})" if self.rows() else ""
-            text = _counted(
-                f"{count.count} {_rows(count)}{share}", WARNINGS.get(reason, reason), count
-            )
+            found = f"{count.count} {rows_word(count)}{share}"
+            text = f"{found}, {WARNINGS.get(reason, reason)}{examples_of(count)}"
             told.append((info if reason in HARMLESS else warn, text))
         told += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
@@ -415,7 +340,7 @@ class Audit:
         return lines
 
     def _facts(self) -> list[str]:
-        lines = [_filtered(self.filter)] if self.filter else []
+        lines = [filtered(self.filter)] if self.filter else []
         if self.calibration:
             how = {
                 "labels": "the likelihood of {pairs} labels, {against} of them against the rewards"
@@ -440,44 +365,3 @@ class Audit:
             what = "tokens of rows longer than max_length" if name == TOO_LONG else f"{name} tokens"
             lines.append(f"{what}: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}")
         return lines
-
-
-def percent(part: int, whole: int) -> str:
-    """A share in words: `83 %`, `0.4 %`; never 0 % of what is there, and 100 % only of all."""
-    share = min(1.0, part / whole) if whole else 1.0
-    if share > 0.995 and part < whole:
-        return "over 99 %"
-    digits = 0 if share >= 0.1 else 1
-    return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.{digits}f} %"
-
-
-def _filtered(found: dict[str, Any]) -> str:
-    threshold = found.get("min_chosen_reward")
-    at_least = "" if threshold is None else f" (chosen reward at least {threshold:g})"
-    return f"filter: {found['passed']} of {found['rows']} rows pass{at_least}"
-
-
-def _counted(what: str, text: str, count: Count) -> str:
-    return f"{what}, {text}{_examples(count)}"
-
-
-def _rows(count: Count) -> str:
-    return "row" if count.count == 1 else "rows"
-
-
-def _examples(count: Count) -> str:
-    return f" ({', '.join(count.examples)})" if count.examples else ""
-
-
-def quantiles(ordered: Sequence[float]) -> dict[str, float]:
-    """min, median, mean, p95 and max of ascending numbers; {} for none."""
-    if not ordered:
-        return {}
-    last = len(ordered) - 1
-    return {
-        "min": ordered[0],
-        "median": statistics.median(ordered),
-        "mean": sum(ordered) / len(ordered),
-        "p95": ordered[round(0.95 * last)],
-        "max": ordered[last],
-    }

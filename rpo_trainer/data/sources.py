@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from rpo_trainer.data.csv_file import MAX_ROW_BYTES, read_csv
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError
 from rpo_trainer.files import kind_of_file
 from rpo_trainer.foreign import UNREADABLE
-from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
-MAX_LINE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = MAX_ROW_BYTES
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 GIVE_ROWS = "give a file with rows"
@@ -158,7 +158,7 @@ def _load_file(path: Path, split: str | None) -> RawSource:
             if kind == ".parquet":
                 return _indexed(path.name, _read_parquet(path), where, arrow=True)
             if kind == ".csv":
-                return _indexed(path.name, _read_csv(path), where)
+                return _indexed(path.name, read_csv(path), where)
             if kind == ".json":
                 return _indexed(path.name, _read_json(file.read(), where), where)
             lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if kind == ".jsonl.gz" else file
@@ -224,81 +224,6 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
                 fix="write the file again, with its texts in UTF-8",
             ) from None
     return list(table.to_pylist())
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file with a line of names. Every value is a text; an empty field is null.
-
-    A column of numbers in all its filled fields is one of numbers: rewards, ratings and ranks.
-    """
-    import pyarrow  # type: ignore[import-untyped, unused-ignore]
-    import pyarrow.csv  # type: ignore[import-untyped, unused-ignore]
-
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    read = pyarrow.csv.ReadOptions(block_size=MAX_LINE_BYTES)
-    if path.read_bytes().count(b'"') % 2:
-        # pyarrow would read up to the end of the file as one field.
-        raise DataError(
-            "not valid CSV (a double quote is not closed)",
-            where=str(path),
-            why=NOT_WHOLE,
-            fix='close it; a quote inside a field is written twice (""), and the field stands in quotes',
-        )
-    try:
-        with pyarrow.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
-            names = list(reader.schema.names)
-        _check_names(names, str(path))
-        convert = pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pyarrow.string()),
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-            null_values=[""],
-        )
-        table = pyarrow.csv.read_csv(
-            path, read_options=read, parse_options=parse, convert_options=convert
-        )
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"not valid CSV ({_first_line(error)})",
-            where=str(path),
-            why=NOT_WHOLE,
-            fix="every row needs as many fields as the first line has names, in UTF-8; put fields with "
-            "commas, quotes or line breaks in double quotes",
-        ) from None
-    columns = {name: _numbers(table[name].to_pylist()) for name in names if name in _NUMBERS}
-    return [
-        {**row, **{name: values[number] for name, values in columns.items()}}
-        for number, row in enumerate(table.to_pylist())
-    ]
-
-
-# Columns of numbers in a CSV file, which has no types: prompts that are digits stay texts.
-_NUMBERS = frozenset(
-    {
-        "chosen_reward", "rejected_reward", "score_chosen", "score_rejected", "margin", "score",
-        "overall_preference", "preference_strength", *HELPSTEER_ATTRIBUTES,
-    }
-)  # fmt: skip
-
-
-def _numbers(values: list[str | None]) -> list[Any]:
-    """The values as numbers, where all that are there are; else as they are."""
-    try:
-        return [None if value is None else float(value) for value in values]
-    except ValueError:
-        return values
-
-
-def _check_names(names: list[str], where: str) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    blank = any(not name.strip() for name in names)
-    if twice is not None or blank:
-        raise DataError(
-            f"the column {twice!r} is there twice" if twice is not None else "a column has no name",
-            where=where,
-            why="the first line names the columns",
-            fix="give each column a name of its own in the first line",
-        )
 
 
 def _first_line(error: Exception) -> str:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from rpo_trainer.data.audit import ALIKE, Audit, unread_key
+from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain, trained_turns
+from rpo_trainer.data.counts import ALIKE, unread_key
 from rpo_trainer.data.encode import Encoded, Encoder
 from rpo_trainer.data.processes import map_batches, processes_for
 from rpo_trainer.data.rows import (

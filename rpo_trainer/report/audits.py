@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rpo_trainer.data.audit import ALIKE, DROPS, WARNINGS, percent
+from rpo_trainer.data.counts import ALIKE, DROPS, WARNINGS, percent
 from rpo_trainer.report.values import count, mapping
 
 # Shares of the rows above which something deserves attention.

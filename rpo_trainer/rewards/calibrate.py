@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rpo_trainer.data.audit import FLAT, SATURATED, quantiles
+from rpo_trainer.data.audit import FLAT, SATURATED
+from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
 

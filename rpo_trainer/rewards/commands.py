@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from rpo_trainer.data.audit import quantiles
+from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError

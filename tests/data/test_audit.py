@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data.audit import DROPS, WARNINGS, Audit
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.counts import DROPS, WARNINGS
 
 
 def pair(i: int, prompt: Any, rewards: list[float] | None, chosen: str = "a") -> dict[str, Any]:

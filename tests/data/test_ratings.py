@@ -179,7 +179,7 @@ def test_some_prompt_is_held_out_and_some_is_left() -> None:
 
 def source(path: Path, **fields: Any) -> Any:
     fields = {"path": str(path), "format": None, "columns": None, **fields}
-    empty = dict.fromkeys(("task", "split", "weight", "max_rows", "size", "seed"))
+    empty = dict.fromkeys(("task", "split", "weight", "max_rows", "size", "seed", "special_tokens"))
     return SimpleNamespace(**{**empty, **fields})
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from rpo_trainer.data.audit import DROPS, Audit
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.counts import DROPS
 from rpo_trainer.report.audits import read_audit
 
 

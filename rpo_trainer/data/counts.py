@@ -1,0 +1,134 @@
+"""Counts of rows by reason, and the words for them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+EXAMPLES = 3
+
+# reason → what people read; the short names are the keys of `Audit.as_dict()`.
+DROPS = {
+    "empty_response": "a response is empty or blank",
+    "fewer_than_two_responses": "fewer than two responses",
+    "identical_responses": "chosen is the same as rejected",
+    "identical_after_truncation": "chosen is the same as rejected once tokenised and cut",
+    "too_long": "longer than max_length",
+    "prompt_too_long": "the prompt leaves no room for a response",
+    "no_trained_tokens": "no trained token is left",
+    "no_prompt_tokens": "no token in front of the response",
+    "no_ratings": "no rating of any attribute",
+    "repeated_prompt": "prompt used before (dedup)",
+    "tie": "chosen and rejected have the same reward",
+    "reversed": "chosen has a lower reward than rejected",
+    "small_gap": "reward gap below min_gap",
+    "low_chosen_reward": "chosen reward below min_chosen_reward",
+    "chosen_below_quantile": "chosen reward below min_chosen_quantile",
+    "chosen_not_in_top": "chosen reward not in top_chosen_share",
+    "unreadable": "the row cannot be read",
+    "no_verdict": "the judge gave no consistent verdict",
+}
+# What becomes of prompts to which a policy gives equal responses, or equally good ones.
+ALIKE = {"fewer_than_two_responses", "tie", "identical_responses", "small_gap"}
+WARNINGS = {
+    "special_token_text": "text of a special token inside the data, tokenised as text",
+    "duplicate_prompt": "prompt seen before",
+    "similar_prompt": "prompt seen before but for case, white space or Unicode form",
+    "duplicate_responses_removed": "the same response more than once; kept once",
+    "blank_response": "a response is blank: it, or the row, will be dropped",
+    "equal_responses": "responses to one prompt are the same: all but the first will be dropped",
+    "truth_not_chosen": "the ground truth is none of the responses; the best is chosen",
+    "undecided_responses_removed": "responses without a consistent verdict removed, the others kept",
+    "blank_responses_removed": "blank responses removed, the others kept",
+    "unusable_rewards": "rewards that are no numbers, ignored by this stage",
+    "tools_not_rendered": "`tools` that are not written: no chat template is used, or it leaves them out",
+    "text_left_out": "assistant text that the chat template leaves out (thinking in earlier turns)",
+    "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
+    "truncated": "cut to max_length",
+}
+# What changes nothing of a row that is trained, and is told without a warning.
+HARMLESS = {"duplicate_prompt", "similar_prompt", "truth_not_chosen"}
+
+
+def unread_key(key: str) -> str:
+    """The warning about a key of messages that does not reach the tokens."""
+    return (
+        f"the key `{key}` of messages, which the chat template does not write, or not in every turn"
+    )
+
+
+@dataclass
+class SpecialText:
+    """Rows of a source that were looked at for the text of control tokens, and what was found."""
+
+    of: int = 0
+    rows: int = 0
+    tokens: set[str] = field(default_factory=set)
+
+    def add(self, other: SpecialText) -> None:
+        self.of += other.of
+        self.rows += other.rows
+        self.tokens |= other.tokens
+
+
+class Count:
+    """A number of rows and the ids of the first few."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.examples: list[str] = []
+
+    def add(self, row_id: str | None) -> None:
+        self.count += 1
+        if row_id is not None and len(self.examples) < EXAMPLES:
+            self.examples.append(row_id)
+
+    def add_all(self, other: Count) -> None:
+        """The rows of another count behind these."""
+        self.count += other.count
+        self.examples = [*self.examples, *other.examples][:EXAMPLES]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "examples": self.examples}
+
+
+def percent(part: int, whole: int) -> str:
+    """A share in words: `83 %`, `0.4 %`; never 0 % of what is there, and 100 % only of all."""
+    share = min(1.0, part / whole) if whole else 1.0
+    if share > 0.995 and part < whole:
+        return "over 99 %"
+    digits = 0 if share >= 0.1 else 1
+    return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.{digits}f} %"
+
+
+def filtered(found: dict[str, Any]) -> str:
+    """How many rows pass a filter, and its threshold."""
+    threshold = found.get("min_chosen_reward")
+    at_least = "" if threshold is None else f" (chosen reward at least {threshold:g})"
+    return f"filter: {found['passed']} of {found['rows']} rows pass{at_least}"
+
+
+def rows_word(count: Count) -> str:
+    """`row` for one, else `rows`."""
+    return "row" if count.count == 1 else "rows"
+
+
+def examples_of(count: Count) -> str:
+    """The ids of the first few in parentheses."""
+    return f" ({', '.join(count.examples)})" if count.examples else ""
+
+
+def quantiles(ordered: Sequence[float]) -> dict[str, float]:
+    """min, median, mean, p95 and max of ascending numbers; {} for none."""
+    if not ordered:
+        return {}
+    last = len(ordered) - 1
+    return {
+        "min": ordered[0],
+        "median": statistics.median(ordered),
+        "mean": sum(ordered) / len(ordered),
+        "p95": ordered[round(0.95 * last)],
+        "max": ordered[last],
+    }

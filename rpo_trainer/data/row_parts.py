@@ -1,0 +1,62 @@
+"""Parts of a raw row that every format reads, or refuses, alike: tools, system prompt, media, nulls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rpo_trainer.data.conversation import with_system
+from rpo_trainer.data.rows import MEDIA, Row, RowError, check_text, is_blank, is_empty, is_messages
+
+Raw = Mapping[str, Any]
+
+
+def tools(row: Raw) -> Row:
+    """`tools` as a list of {"type": "function", "function": {...}}, the form templates expect."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            raise RowError("`tools` is text that is not JSON") from None
+    if not tools:
+        return {}
+    if not is_messages(tools):
+        raise RowError("`tools` is not a list of objects")
+    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return {"tools": wrapped}
+
+
+def unread_system(new: Row, raw: Raw) -> list[str]:
+    """Puts the row's `system` where it belongs; names it where there is no such place."""
+    system = raw.get("system")
+    if is_empty(system):
+        return []
+    text = check_text(system, "`system`")
+    what = "`messages`" if "messages" in new else "the prompt"
+    return [] if is_blank(text) or with_system(new, text, what) else ["system"]
+
+
+def refuse_media(row: Raw) -> None:
+    """Raises RowError where a column of images, audio or video is not empty."""
+    for column in MEDIA:
+        if not is_empty(row.get(column)):
+            raise RowError(f"`{column}` is not empty, and only text can be trained on")
+
+
+def without_nulls(row: Raw) -> Row:
+    """The row without the null keys that Arrow gives every object of a column.
+
+    `attributes` stays as it is: there a null says that nobody has rated.
+    """
+    return {
+        name: _filled(value) if isinstance(value, list | dict) and name != "attributes" else value
+        for name, value in row.items()
+    }
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
