@@ -284,7 +284,8 @@ def _redact_output() -> None:
     def show_of_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None:
             name = args.thread.name if args.thread is not None else "a thread"
-            sys.stderr.write(f"Exception in {name}:\n{redacted_traceback(args.exc_value)}")
+            where = redact(f"Exception in {name}:")
+            sys.stderr.write(f"{where}\n{redacted_traceback(args.exc_value)}")
 
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = show_of_thread

@@ -85,9 +85,10 @@ def _forms(secret: str) -> set[str]:
     escaped = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
     escaped |= {repr(secret)[1:-1], secret.replace("/", "\\/"), html.escape(secret)}
     encoded = {
-        code(secret.encode("utf-8", "surrogateescape")).decode().rstrip("=")
+        code(secret.encode("utf-8", "surrogateescape")).decode()
         for code in (base64.b64encode, base64.urlsafe_b64encode)
     }
+    encoded |= {form.rstrip("=") for form in encoded}
     # JSON inside JSON, as in an error message that quotes a request.
     twice = {json.dumps(form)[1:-1] for form in escaped}
     return quoted | escaped | twice | encoded
@@ -115,11 +116,20 @@ def redacted_traceback(error: BaseException) -> str:
 class RedactingHandler(logging.Handler):
     """Redacts the records of a logger and its children before its other handlers get them.
 
-    A filter of a logger does not see the records of its children; a handler does.
+    A filter of a logger does not see the records of its children; a handler does. Where a program
+    has not set up logging, warnings are still printed, as they are without this handler.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         redact_record(record)
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return
+            logger = logger.parent if logger.propagate else None
+        last = logging.lastResort
+        if last is not None and record.levelno >= last.level:
+            last.handle(record)
 
 
 def redact_record(record: logging.LogRecord) -> None:

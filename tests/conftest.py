@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import pytest
 
+from rpo_trainer.redact import RedactingHandler
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -47,7 +49,7 @@ def injected(record_property: Callable[[str, object], None]) -> Injected:
 def untouched_log() -> None:
     """A command called in a test, or in a fixture, sets the package's logger up for its own stderr."""
     package = logging.getLogger("rpo_trainer")
-    package.handlers, package.propagate = [], True
+    package.handlers, package.propagate = [RedactingHandler()], True
     package.setLevel(logging.NOTSET)
 
 

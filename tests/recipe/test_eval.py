@@ -92,7 +92,7 @@ def test_a_stage_is_compared_with_what_is_there(problems: Show) -> None:
         {"rpo": "{" + BY_RM + ", baseline: sft}"},
         {"recipe": "{" + BY_RM + "}", "sft": "{" + PAIRS + "}"},  # all that it holds for come later
         {"recipe": "{" + BY_RM.replace("rm}", "./rm}") + ", " + TASKS + "}"},
-        {"recipe": "{" + BY_RM.replace("{model: rm}", "{judge: {url: u, model: m}}") + "}"},
+        {"recipe": "{" + BY_RM.replace("{model: rm}", "{judge: {url: http://u, model: m}}") + "}"},
         {"recipe": "{nll: [{path: a}], " + TASKS + "}"},
     ],
 )

@@ -27,6 +27,9 @@ class Answer:
     hang_up: bool = False
     finish_reason: str = "stop"
     logprobs: dict[str, float] | None = None
+    content_type: str = "application/json"
+    drip: str = ""  # "headers" or "body": a byte at a time, without an end
+    endless: bytes = b""  # sent as a body again and again, until the client closes
 
 
 def completion(answer: Answer, path: str) -> bytes:
@@ -53,6 +56,7 @@ class Server:
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.seen: Counter[str] = Counter()
+        self.sent = 0  # bytes of endless bodies
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -77,7 +81,7 @@ class Server:
                     server.most_at_once = max(server.most_at_once, server.at_once)
                 try:
                     self.send(server.answer(request, count))
-                except (BrokenPipeError, ConnectionResetError):
+                except OSError:
                     pass
                 finally:
                     with server._lock:
@@ -89,14 +93,37 @@ class Server:
                 if answer.hang_up:
                     self.close_connection = True
                     return
+                if answer.drip or answer.endless:
+                    self.send_without_end(answer)
+                    return
                 body = answer.body if answer.body is not None else completion(answer, self.path)
                 self.send_response(answer.status)
-                self.send_header("content-type", "application/json")
+                self.send_header("content-type", answer.content_type)
                 self.send_header("content-length", str(len(body)))
                 for name, value in answer.headers.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)
+
+            def send_without_end(self, answer: Answer) -> None:
+                self.close_connection = True
+                self.send_response(answer.status)
+                self.send_header("content-type", answer.content_type)
+                if answer.drip == "headers":
+                    self.flush_headers()
+                    piece = b"x"
+                    self.wfile.write(b"x-long: ")
+                else:
+                    self.send_header("transfer-encoding", "chunked")
+                    self.end_headers()
+                    content = answer.endless or b" "
+                    piece = b"%x\r\n%s\r\n" % (len(content), content)
+                for _ in range(100 if answer.drip else 100_000):
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+                    server.sent += len(piece)
+                    if answer.drip:
+                        time.sleep(0.05)
 
             def log_message(self, *_: Any) -> None:
                 pass
