@@ -322,6 +322,13 @@ class _Failures:
 def _read_partials(path: Path, key: str, total: int) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for partial in partials(path):
+        if not partial.is_file():
+            raise RunError(
+                "this is not a file of unfinished work",
+                where=str(partial),
+                why="the results are kept under this name until all are there",
+                fix="remove it, or name another output",
+            )
         header, results, _ = _read_partial(partial)
         if header is None or header.get("key") != key:
             if not results:

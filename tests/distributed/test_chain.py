@@ -151,6 +151,7 @@ def test_a_rank_that_breaks_ends_the_others(
     require(engine)
     tiny.write_recipe(tmp_path, recipe(engine))
     code, output = start(tmp_path, "1", "fault", "breaks")
-    assert code == 1 and exits(tmp_path) == []
+    # The other rank has lost its partner, or is ended by the launcher.
+    assert code == 1 and set(exits(tmp_path)) <= {"1"}
     assert "RuntimeError: the device of this rank is broken" in output
     injected(f"{engine}: an exception in one rank's forward", "stopped")

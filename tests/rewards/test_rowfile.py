@@ -116,6 +116,15 @@ def test_unfinished_work_without_a_result_does_not_block(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_something_else_under_the_name_of_unfinished_work(make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    make(unfinished(path))
+    with pytest.raises(RunError) as error:
+        run(path)
+    assert error.value.where == str(unfinished(path))
+
+
 def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) -> None:
     def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
         raise RunError("the model cannot be loaded")
