@@ -7,7 +7,7 @@ the key to go to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -62,15 +62,17 @@ def details_of(error: ValidationError) -> list[InitErrorDetails]:
 
 # Sizes beyond which a number is a mistake: what they ask for would take all memory, or never end.
 MOST = 2**31 - 1
-_MOST = {"size": 10**7, "responses": 4096, "concurrency": 1024, "global_batch_size": 10**7}
 
 
-def size_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-    """Whole numbers that are larger than any that makes sense; a seed has a range of its own."""
+def size_checks(raw: Mapping[str, Any], bounded: Collection[str]) -> Iterator[InitErrorDetails]:
+    """Whole numbers that are larger than any that makes sense.
+
+    Args:
+        bounded: fields whose own upper bound says so.
+    """
     for key, value in raw.items():
-        most = _MOST.get(key, MOST)
-        if _whole(value) and value > most and key != "seed":
-            what = f"must be at most {most}"
+        if _whole(value) and value > MOST and key not in bounded:
+            what = f"must be at most {MOST}"
             yield wrong((key,), what, why=TOO_LARGE, fix="write a smaller number")
 
 

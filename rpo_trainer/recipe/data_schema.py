@@ -42,7 +42,7 @@ class SourceSpec(Spec):
         None, gt=0, description="share of this source in the mixture, relative to the other sources"
     )
     max_rows: int | None = Field(None, ge=1, description="use at most so many rows")
-    size: int | None = Field(None, ge=1, description="number of rows that a task makes")
+    size: int | None = Field(None, ge=1, le=10**7, description="number of rows that a task makes")
     seed: int | None = Field(None, ge=0, description="seed of a task's rows")
 
     @classmethod

@@ -104,7 +104,7 @@ class StageBase(Spec):
         "drop", description="longer examples are dropped or cut; both are counted"
     )
     global_batch_size: int = Field(
-        ge=1, description="examples for each optimizer step, over all processes"
+        ge=1, le=10**7, description="examples for each optimizer step, over all processes"
     )
     micro_batch_size: int = Field(
         1,

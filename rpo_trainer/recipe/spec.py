@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeAlias
 
+from annotated_types import Le, Lt
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -32,7 +33,7 @@ class Spec(BaseModel):
         if not isinstance(value, dict):
             return handler(value)
         value = cls.prepare(value)
-        errors = [*size_checks(value), *cls.cross_checks(value)]
+        errors = [*size_checks(value, cls._bounded()), *cls.cross_checks(value)]
         spec = None
         try:
             spec = handler(value)
@@ -41,6 +42,15 @@ class Spec(BaseModel):
         if spec is None or errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
         return spec
+
+    @classmethod
+    def _bounded(cls) -> set[str]:
+        """Fields with an upper bound of their own."""
+        return {
+            name
+            for name, field in cls.model_fields.items()
+            if any(isinstance(each, Le | Lt) for each in field.metadata)
+        }
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
