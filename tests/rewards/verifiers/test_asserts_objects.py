@@ -173,3 +173,16 @@ def test_a_test_that_ends_the_response_fails_those_after_it() -> None:
     code = "import os\ndef f(x): return x\ndef end(): os._exit(0)"
     tests = ["assert f(1) == 1", "end()", "assert f(1) == 1", "assert True"]
     assert run_tests(code, tests) == 0.25
+
+
+def test_a_task_may_ask_for_a_function_named_like_a_builtin() -> None:
+    double = "import builtins\ndef sum(values):\n    return 2 * builtins.sum(values)\n"
+    assert run_tests(double, ["assert sum([1, 2]) == 6", "assert sum([]) == 0"]) == 1.0
+    helped = f"{double}def total(values):\n    return sum(values)\n"
+    assert run_tests(helped, ["assert total([1, 2]) == 6", "assert sum([1, 2]) == 3"]) == 1.0
+
+
+def test_a_response_does_not_replace_the_builtins_of_a_comparison() -> None:
+    cheat = "def abs(value):\n    return 0\ndef f(x):\n    return 0.0\n"
+    assert run_tests(cheat, ["assert abs(f(1) - 3.14) < 1e-6"]) == 0.0
+    assert run_tests("def abs(value):\n    return 0\n", ["assert abs(f(1) - 3.14) < 1e-6"]) == 0.0

@@ -12,6 +12,7 @@ import builtins
 import importlib
 import os
 import sys
+from collections.abc import Container
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -111,6 +112,12 @@ class _Names(dict[str, Any]):
             self[name] = found[0]
         return found[0]
 
+    def take_function(self, name: str) -> None:
+        """Resolves a name in the response, where it is a function there, before the builtins."""
+        found = self._peer.ask("lookup", name, (), {})
+        if type(found) is list and len(found) == 2 and found[1] is True:
+            self[name] = found[0]
+
 
 def _tester(channel: Channel, report: int, task: dict[str, Any], seconds: int) -> None:
     confine(os.getcwd(), seconds, candidate=False)
@@ -119,6 +126,8 @@ def _tester(channel: Channel, report: int, task: dict[str, Any], seconds: int) -
     names = _Names(Peer(channel, trusted=True))
     for statement in _imports(task["setup"]):
         exec(statement, names)
+    for name in _tested_builtins(task["tests"], names):
+        names.take_function(name)
     gone = False
     for test in task["tests"]:
         passed = False
@@ -129,6 +138,30 @@ def _tester(channel: Channel, report: int, task: dict[str, Any], seconds: int) -
             except BaseException as e:  # SystemExit too
                 gone = isinstance(e, (BrokenPipeError, EOFError)) and channel.closed
         os.write(report, b"1" if passed else b"0")
+
+
+def _tested_builtins(tests: list[str], known: Container[str]) -> set[str]:
+    """Builtin names that the tests are about, as where a task asks for a function `sum`.
+
+    Only where the tests use no other name of the response: else a response could replace `abs` and
+    with it the comparison.
+    """
+    loaded: set[str] = set()
+    stored: set[str] = set()
+    for test in tests:
+        try:
+            nodes = list(ast.walk(ast.parse(test)))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # that test fails by itself
+        for node in nodes:
+            if isinstance(node, ast.Name):
+                (loaded if isinstance(node.ctx, ast.Load) else stored).add(node.id)
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.arg, ast.alias)):
+                stored.add(getattr(node, "arg", None) or getattr(node, "name", ""))
+    others = {name for name in loaded - stored if name not in known and not hasattr(builtins, name)}
+    if others - _PURE - _PURE_OR_FUNCTION:
+        return set()
+    return {name for name in loaded - stored if name in builtins.__dict__}
 
 
 def _imports(setup: str) -> list[Any]:
