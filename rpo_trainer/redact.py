@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote, quote_plus, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 REDACTED = "[redacted]"
 _SHORTEST = 8  # characters; "none" and "EMPTY" stand for a key where none is needed
@@ -26,9 +26,8 @@ _NAMES = re.compile(
     r"(API_?KEY|_TOKEN|_SECRET|_PASSWORD|_SECRET_KEY|_ACCESS_KEY|^HUGGING_FACE_HUB_TOKEN)$", re.I
 )
 _USER = re.compile(r"(?<=://)[^/\s?#\"'<>]+@")
-_QUERY = re.compile(
-    r"([?&;][\w.\-]*(?:key|token|secret|password|passwd|signature|sig)=)[^&;#\s\"'<>)\]]+", re.I
-)
+_SECRET_PARAMETER = r"[\w.\-]*(?:key|token|secret|password|passwd|signature|sig)"
+_QUERY = re.compile(rf"([?&;]{_SECRET_PARAMETER}=)[^&;#\s\"'<>)\]]+", re.I)
 _registered: set[str] = set()
 
 
@@ -41,13 +40,18 @@ def register(secret: str | None) -> None:
 
 
 def register_url(url: str) -> list[str]:
-    """Registers the user name and password of a URL, and returns what was registered."""
-    user, at, _ = urlsplit(url).netloc.rpartition("@")
-    if not at:
-        return []
-    name, _, password = unquote(user).partition(":")
-    # Clients send both as base64 of `name:password`, and a user name alone may be a token.
-    found = [value for value in (f"{name}:{password}", password or name) if value]
+    """Registers the user name, password and keys of a URL, and returns what was registered."""
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    found = [
+        value
+        for name, value in parse_qsl(parts.query)
+        if re.fullmatch(_SECRET_PARAMETER, name, re.I)
+    ]
+    if at:
+        name, _, password = unquote(user).partition(":")
+        # Clients send both as base64 of `name:password`, and a user name alone may be a token.
+        found += [value for value in (f"{name}:{password}", password or name) if value]
     for value in found:
         register(value)
     return [value for value in found if len(value) >= _SHORTEST]
@@ -91,7 +95,8 @@ def _forms(secret: str) -> set[str]:
     encoded |= {form.rstrip("=") for form in encoded}
     # JSON inside JSON, as in an error message that quotes a request.
     twice = {json.dumps(form)[1:-1] for form in escaped}
-    return quoted | escaped | twice | encoded
+    thrice = {json.dumps(form)[1:-1] for form in twice}  # and that as the body of an answer
+    return quoted | escaped | twice | thrice | encoded
 
 
 def redact_values(value: Any) -> Any:
@@ -130,6 +135,13 @@ class RedactingHandler(logging.Handler):
         last = logging.lastResort
         if last is not None and record.levelno >= last.level:
             last.handle(record)
+
+
+def redact_logs_of(*names: str) -> None:
+    """Redacts what these libraries log: HTTP clients show headers and addresses at DEBUG."""
+    for logger in map(logging.getLogger, names):
+        if not any(isinstance(handler, RedactingHandler) for handler in logger.handlers):
+            logger.handlers.insert(0, RedactingHandler())  # before those that show the record
 
 
 def redact_record(record: logging.LogRecord) -> None:

@@ -16,11 +16,11 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urljoin
+from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
 
 from rpo_trainer.data.rows import Message
 from rpo_trainer.errors import RecipeError, RunError
-from rpo_trainer.redact import hide, redact, register, register_url
+from rpo_trainer.redact import hide, redact, redact_logs_of, register, register_url
 from rpo_trainer.rewards.rowfile import RowFailed
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Endpoint:
         # All secrets that this server gets, and so all that it can repeat.
         self._sent = [each for each in (key,) if each and len(each) >= 8] + register_url(spec.url)
         self._told = False
-        self.client = _client(spec, key)
+        self.client = _client(spec, key, self._clean)
 
     def ask(self, send: Callable[[OpenAI], Any], read: Callable[[Any], T]) -> T:
         """What `read` makes of the answer to `send`.
@@ -130,15 +130,27 @@ class Endpoint:
                 unreadable = f"not a completion ({_short(str(error))})"
         raise RowFailed(f"the answer cannot be read: {unreadable}")
 
+    def _clean(self, content: bytes) -> bytes:
+        """The bytes of an answer without the key."""
+        clean = hide(content.decode("latin-1"), self._sent).encode("latin-1")
+        if clean != content:
+            self._tell()
+        return clean
+
     def _without_key(self, found: T) -> T:
+        """The same for what was read: in JSON, a key can be written so that its bytes are others."""
         clean = _hide_in(found, self._sent) if self._sent else found
-        if clean != found and not self._told:
+        if clean != found:
+            self._tell()
+        return clean
+
+    def _tell(self) -> None:
+        if not self._told:
             self._told = True
             logger.warning(
                 "%s repeats the key in its answers; [redacted] replaces it in the rows",
                 self.spec.url,
             )
-        return clean
 
     def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
         """The same for one chat completion."""
@@ -153,7 +165,7 @@ class Endpoint:
         )
 
 
-def _client(spec: EndpointSpec, key: str | None) -> OpenAI:
+def _client(spec: EndpointSpec, key: str | None, clean: Callable[[bytes], bytes]) -> OpenAI:
     try:
         import openai
     except ImportError:
@@ -173,13 +185,17 @@ def _client(spec: EndpointSpec, key: str | None) -> OpenAI:
         )
     from rpo_trainer.rewards.http_client import BoundedClient
 
+    redact_logs_of("openai", "httpx", "httpcore", "httpx2", "httpcore2")
+    parts = urlsplit(spec.url)
     return openai.OpenAI(
-        base_url=spec.url,
+        # The client appends paths to its base url, and would do so behind a query.
+        base_url=urlunsplit(parts._replace(query="", fragment="")),
+        default_query=dict(parse_qsl(parts.query)),
         # A server without keys does not read it, and the client needs some text.
         api_key=key or "none",
         timeout=spec.timeout,
         max_retries=spec.retries,
-        http_client=BoundedClient(spec.timeout),
+        http_client=BoundedClient(spec.timeout, clean),
     )
 
 

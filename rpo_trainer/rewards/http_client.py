@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -33,13 +34,18 @@ class BoundedClient(openai.DefaultHttpxClient):
 
     Args:
         timeout: seconds for connecting, sending, headers and body together.
+        clean: removes keys from a body, and from values of headers, before anything reads them: the
+            exceptions of the client keep both.
         max_bytes: the largest body.
     """
 
-    def __init__(self, timeout: float, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, timeout: float, clean: Callable[[bytes], bytes], max_bytes: int = MAX_BYTES
+    ) -> None:
         # A redirect would send prompts and key to a host that nobody has named.
         super().__init__(timeout=timeout, follow_redirects=False)
         self.seconds = timeout
+        self.clean = clean
         self.max_bytes = max_bytes
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
@@ -57,10 +63,14 @@ class BoundedClient(openai.DefaultHttpxClient):
             body = self._body(response)
         finally:
             response.close()
-        headers = response.headers.copy()
+        headers = type(response.headers)(
+            [(name, self.clean(value)) for name, value in response.headers.raw]
+        )
         # JSON is UTF-8, whatever charset the server names.
         headers["content-type"] = headers.get("content-type", "").partition(";")[0].strip()
-        return type(response)(response.status_code, headers=headers, content=body, request=request)
+        return type(response)(
+            response.status_code, headers=headers, content=self.clean(body), request=request
+        )
 
     def _body(self, response: Any) -> bytes:
         encoding = response.headers.get("content-encoding", "").strip().lower()

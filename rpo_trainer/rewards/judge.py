@@ -11,6 +11,7 @@ from typing import Any
 from rpo_trainer.data.rows import Message, Row
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.files import read_text
+from rpo_trainer.redact import redact
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
 
 # {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].
@@ -87,7 +88,8 @@ def read_verdict(answer: Any) -> tuple[str, str]:
     text = message_of(answer)
     found = _VERDICT.findall(text)
     if not found:
-        raise Unreadable(f"no verdict in {' '.join(text.split())[-80:]!r}")
+        # Redacted before it is cut, or a part of a key would be left.
+        raise Unreadable(f"no verdict in {' '.join(redact(text).split())[-80:]!r}")
     return found[-1], text
 
 

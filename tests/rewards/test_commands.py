@@ -175,7 +175,8 @@ def trouble_first(good: Any, any_text: bool = False) -> Any:
 
 def by_content(request: dict[str, Any], _: int) -> Answer:
     text = request["messages"][-1]["content"]
-    return Answer(f"helpfulness:{len(text)},verbosity:{text.count('i')}.5")
+    # Not at once, or the requests of several threads may come one after the other.
+    return Answer(f"helpfulness:{len(text)},verbosity:{text.count('i')}.5", stall=0.05)
 
 
 def test_a_reward_endpoint_in_trouble_loses_no_row(tmp_path: Path) -> None:

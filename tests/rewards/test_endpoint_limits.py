@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from pydantic import ValidationError
 
@@ -21,7 +24,7 @@ from rpo_trainer.recipe import EndpointSpec, GenerateSpec, JudgeSpec
 from rpo_trainer.redact import REDACTED
 from rpo_trainer.rewards import http_client
 from rpo_trainer.rewards.endpoint import Endpoint, attribute_scores, message_of
-from rpo_trainer.rewards.judge import judge_row
+from rpo_trainer.rewards.judge import judge_row, read_verdict
 from rpo_trainer.rewards.rowfile import RowFailed
 from rpo_trainer.rewards.sampling import EndpointPolicy
 from tests.rewards.server import SOON, Answer, Server, refused, serving
@@ -217,6 +220,10 @@ def test_errors_that_repeat_the_key(status: int, form: str, key: str) -> None:
         endpoint(server).chat(HELLO, message_of)
     said = str(error.value)
     assert "sk-Ec" not in said and "[redact" in said
+    inner = error.value.__context__  # a tracker of errors shows what an exception refers to
+    assert isinstance(inner, openai.APIStatusError)
+    shown = f"{inner!r} {inner.body} {inner.response.text} {inner.response.headers}"
+    assert "sk-Ec" not in shown and "SSSSSS" not in shown
 
 
 def test_answers_that_repeat_the_key(key: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,6 +245,58 @@ def test_answers_that_repeat_the_key(key: str, caplog: pytest.LogCaptureFixture)
     with serving(lambda *_: Answer("", logprobs={KEY: 1.5})) as server:
         scores, said = endpoint(server).chat(HELLO, attribute_scores)
     assert scores == {REDACTED: 1.5} and said == f"{REDACTED}:1.5"
+
+
+def test_a_key_that_is_written_in_escapes_of_json(key: str) -> None:
+    escaped = "".join(f"\\u{ord(char):04x}" for char in KEY)
+    body = f'{{"choices": [{{"message": {{"content": "it is {escaped}"}}}}]}}'.encode()
+    with serving(lambda *_: Answer(body=body)) as server:
+        assert endpoint(server).chat(HELLO, message_of) == f"it is {REDACTED}"
+
+
+def test_a_key_where_the_text_of_a_judge_is_cut(key: str) -> None:
+    escaped = "".join(f"\\u{ord(char):04x}" for char in KEY)
+    body = f'{{"choices": [{{"message": {{"content": "{escaped}{"x" * 70}"}}}}]}}'.encode()
+    with serving(lambda *_: Answer(body=body)) as server, pytest.raises(RowFailed) as error:
+        endpoint(server).chat(HELLO, read_verdict)
+    assert "no verdict" in str(error.value) and "SSS" not in str(error.value)
+
+
+def test_logs_of_the_http_libraries(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with serving(lambda *_: refused(401, KEY, **{"x-echo": KEY}, **SOON)) as server:
+        url = server.url.replace("://", "://me:pass-word-1@")
+        asked = Endpoint(EndpointSpec(url=f"{url}?api_key=query-key-1", model="m", retries=0))
+        with pytest.raises(RunError):
+            asked.chat(HELLO, message_of)
+    libraries = {record.name.partition(".")[0].rstrip("2") for record in caplog.records}
+    assert libraries >= {"openai", "httpx", "httpcore"}
+    for secret in ("sk-Echo", "pass-word-1", "query-key-1"):
+        assert secret not in caplog.text
+
+
+def test_parameters_of_the_address_are_sent_with_each_request() -> None:
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            paths.append(self.path)
+            self.send_response(400)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        spec = EndpointSpec(
+            url=f"http://127.0.0.1:{server.server_port}/v1?api-version=2", model="m", retries=0
+        )
+        with pytest.raises(RowFailed):
+            Endpoint(spec).chat(HELLO, message_of)
+        server.shutdown()
+    assert paths == ["/v1/chat/completions?api-version=2"]
 
 
 def test_answers_that_name_other_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
