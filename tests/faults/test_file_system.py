@@ -35,7 +35,7 @@ POINTS = [
     "replace:reference-cache", "file:rpo/.staging/checkpoint-1/model.safetensors",
     "file:rpo/.staging/checkpoint-2/optimizer.pt", "file:rpo/.staging/checkpoint-2/scheduler.pt",
     "replace:rpo/.staging/checkpoint-3/manifest.json", "replace:rpo/checkpoint-2",
-    "open:metrics.jsonl", "open:gaps.jsonl", "file:rpo/.final/model.safetensors",
+    "open:metrics.jsonl", "replace:rpo/gaps.jsonl", "file:rpo/.final/model.safetensors",
     "replace:rpo/.final/manifest.json", "replace:rpo/final", "saved:rpo:running",
 ]  # fmt: skip
 

@@ -156,8 +156,12 @@ def _tested_builtins(tests: list[str], known: Container[str]) -> set[str]:
         for node in nodes:
             if isinstance(node, ast.Name):
                 (loaded if isinstance(node.ctx, ast.Load) else stored).add(node.id)
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.arg, ast.alias)):
-                stored.add(getattr(node, "arg", None) or getattr(node, "name", ""))
+            elif isinstance(node, ast.arg):
+                stored.add(node.arg)
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                stored.add(node.name)
+            elif isinstance(node, ast.alias):
+                stored.add(node.asname or node.name)
     others = {name for name in loaded - stored if name not in known and not hasattr(builtins, name)}
     if others - _PURE - _PURE_OR_FUNCTION:
         return set()
