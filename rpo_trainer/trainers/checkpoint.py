@@ -94,8 +94,12 @@ def require_complete(folder: Path) -> None:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raises RunError where the weights of a checkpoint are pickled: a pickle can hold code."""
-    pickled = [*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")]
+    """Raises RunError where the weights of a checkpoint are pickled: a pickle can hold code.
+
+    accelerate's file of FSDP (pytorch_model_fsdp*.bin) is read with `weights_only=True`.
+    """
+    found = [*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")]
+    pickled = [path for path in found if not path.name.startswith("pytorch_model_fsdp")]
     if pickled and not any(folder.glob("*.safetensors")):
         raise RunError(
             f"the weights of the checkpoint are pickled ({pickled[0].name})",

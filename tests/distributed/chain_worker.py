@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 from tests.distributed import gloo
@@ -62,10 +62,18 @@ def signal_once(folder: Path, number: str, point: str) -> Any:
 def main(folder: Path, rank: str = "", *happens: str) -> None:
     if "WORLD_SIZE" in os.environ:
         gloo.allow()
+    from rpo_trainer import distributed
     from rpo_trainer.cli import main as command
 
     mine = os.environ.get("RANK", "0")
+    leave = distributed.exit_at_once
+
+    def leave_noted(code: int) -> NoReturn:
+        (folder / f"exit-{mine}").write_text(str(code))
+        leave(code)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(distributed, "exit_at_once", leave_noted))
         for what, where in zip(happens[::2], happens[1::2], strict=True):
             if rank in (mine, "all"):
                 here = fault(where) if what == "fault" else signal_once(folder, what, where)
