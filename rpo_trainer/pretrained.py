@@ -62,12 +62,7 @@ def load_complete(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ModelError(
-            "the model cannot be loaded: its files do not hold the tensors of its class",
-            where=where,
-            why=_last_line(error),
-            fix=_FIX,
-        ) from error
+        raise _other_tensors(error, where) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _adapter_there(where)
     _require_complete(type(model), info, where, lambda: _headers_of(source, settings))
@@ -209,12 +204,7 @@ def loading_report(
                 use_safetensors=True,
             )
     except RuntimeError as error:
-        raise ModelError(
-            "the model cannot be loaded: its files do not hold the tensors of its class",
-            where=where,
-            why=_last_line(error),
-            fix=_FIX,
-        ) from error
+        raise _other_tensors(error, where) from error
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
         return None, {}  # no model can be made of the configuration: said where one is made
     return kind, info
@@ -235,6 +225,15 @@ def quiet_loading() -> Iterator[None]:
         log.setLevel(level)
         if bar:
             theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _other_tensors(error: RuntimeError, where: str) -> ModelError:
+    return ModelError(
+        "the model cannot be loaded: its files do not hold the tensors of its class",
+        where=where,
+        why=_last_line(error),
+        fix=_FIX,
+    )
 
 
 def _last_line(error: Exception) -> str:
