@@ -296,9 +296,8 @@ def main(args: Sequence[str] | None = None) -> Any:
     _redact_output()
     try:
         code = _exit_code(args)
-    except (
-        Exception
-    ) as error:  # a bug; shown here, since what it refers to keeps the process group alive
+    except Exception as error:
+        # A bug. Shown here: what its traceback refers to would keep the process group alive.
         click.echo(redacted_traceback(error), err=True, nl=False)
         code = 1
     if "torch.distributed" in sys.modules:

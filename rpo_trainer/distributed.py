@@ -10,6 +10,7 @@ import atexit
 import gc
 import itertools
 import os
+import signal
 import sys
 import threading
 import weakref
@@ -175,6 +176,9 @@ def end(seconds: float = _END_SECONDS) -> bool:
     running while Python shuts down is ended inside C++ code when it next asks for the interpreter lock, and
     that aborts the process (exit code -6, "terminate called without an active exception").
 
+    SIGTERM and SIGINT are ignored from here on. The process is ending with an exit code of its own, and a
+    launcher that sees one rank end with an error sends SIGTERM to the others.
+
     Args:
         seconds: limit for a group that cannot be left, such as with a process that hangs.
 
@@ -183,6 +187,9 @@ def end(seconds: float = _END_SECONDS) -> bool:
     """
     if not torch.distributed.is_initialized():
         return True
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     known = list(torch.distributed.distributed_c10d._world.pg_map)
     _drop_defaults(known)
     groups = [weakref.ref(group) for group in known]
@@ -210,7 +217,7 @@ def _drop_defaults(groups: list[Any]) -> None:
     """
     held = set(map(id, groups))
     for function in gc.get_objects():
-        if not isinstance(function, FunctionType):
+        if type(function) is not FunctionType:  # isinstance() would make deprecated objects warn
             continue
         if function.__defaults__ and not held.isdisjoint(map(id, function.__defaults__)):
             function.__defaults__ = tuple(

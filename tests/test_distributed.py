@@ -102,6 +102,8 @@ try:
 except Exception:
     print("the time limit holds for others", flush=True)
 print("done", distributed.rank(), flush=True)
+if not distributed.end(seconds=1):
+    distributed.exit_at_once(0)
 """
 
 
@@ -114,6 +116,32 @@ def test_what_takes_longer_than_the_time_limit_of_an_exchange(tmp_path: Path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "done 0" in ended.stdout and "done 1" in ended.stdout, ended.stderr[-3000:]
     assert "the time limit holds for others" in ended.stdout
+
+
+ENDING = """
+import os, signal, sys
+import torch
+from rpo_trainer import distributed
+
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+destroy = torch.distributed.destroy_process_group
+
+def interrupted():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    destroy()
+
+torch.distributed.destroy_process_group = interrupted
+assert distributed.end()
+sys.exit(75)
+"""
+
+
+def test_a_signal_while_the_group_is_left_does_not_change_the_exit_code():
+    """A launcher sends SIGTERM to the ranks that end after the first one with an error."""
+    ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert ended.returncode == 75, ended.stderr[-3000:]
 
 
 def test_alone_patience_is_nothing_special():
