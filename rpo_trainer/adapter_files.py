@@ -17,7 +17,7 @@ from rpo_trainer.sharding import has_shards
 
 CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
-WAY = "adapter_base.json"  # of the base as seen from the adapter, so that a run can be moved
+WAY = "adapter_base.json"  # path of the base relative to the adapter, so that a run can be moved
 
 
 def is_adapter(folder: Path) -> bool:
@@ -141,8 +141,8 @@ def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
             old, new = sorted(old, key=str), sorted(new, key=str)
         if old != new:
             raise RecipeError(
-                f"the adapter goes on here, with {name} {saved[name]}, not {value}",
+                f"the recipe continues this adapter, whose {name} is {saved[name]}, not {value}",
                 where=str(folder),
-                why="its weights were learnt with the settings that it began with",
+                why="its weights were trained with its own settings",
                 fix=f"write {name}: {saved[name]}, or merge the adapter first",
             )

@@ -215,7 +215,7 @@ def quiet_loading() -> Iterator[None]:
     """Keeps transformers' loading report and progress bar from the screen."""
     from transformers.utils import logging as theirs
 
-    log = logging.getLogger("transformers.modeling_utils")
+    log = logging.getLogger("transformers")
     level, bar = log.level, theirs.is_progress_bar_enabled()
     log.setLevel(logging.ERROR)
     theirs.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -40,7 +40,7 @@ class _Base:
 
     place: Path | str | None  # a directory, a hub name, or None: the recipe's model
     name: str  # absolute directory or hub name, for PEFT and others
-    way: str | None = None  # a directory as seen from the adapter, so that a run can be moved
+    way: str | None = None  # its path relative to the adapter, so that a run can be moved
 
 
 @dataclass(frozen=True)
