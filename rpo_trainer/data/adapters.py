@@ -16,6 +16,7 @@ from typing import Any
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.columns import MEANT, mapping_for, unread
 from rpo_trainer.data.conversation import PROMPT_COLUMNS
+from rpo_trainer.data.csv_file import numbers
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
 from rpo_trainer.data.row_parts import refuse_media, tools, unread_system, without_nulls
 from rpo_trainer.data.rows import (
@@ -177,6 +178,8 @@ def adapt(
         DataError, or Problems: how many rows have which fault, and the first three of each.
     """
     rows = _renamed(raw, columns or {})
+    if raw.untyped:
+        rows = numbers(rows)
     if raw.arrow:
         rows = [without_nulls(row) for row in rows]
     present = {column for row in rows for column in row}
@@ -214,7 +217,7 @@ def adapt(
     places: Sequence[int] = raw.places
     if chosen.together:
         rows, places = _together(rows, places, chosen.together)
-        audit.joined[raw.name] = len(rows)
+        audit.add_joined(raw.name, len(rows))
     for row, place in zip(rows, places, strict=True):
         row_id = _row_id(row, raw.name, place)
         try:

@@ -47,6 +47,7 @@ _QUIET = re.compile(
     r"model_name|metadata|meta|tag|tags|type|kind|difficulty|level|cluster|annotator|"
     r"annotator_id|worker|generator|provider)"
     r"(?:[_-](?:a|b|[0-9]+|chosen|rejected))?"
+    r"|unnamed: \d+|__index_level_\d+__"  # pandas' index
 )
 # Numbers and flags that change what is trained, where a format reads them.
 _TELLING = {"weight", "weights", "loss_weight", "train", "loss", "mask", "label", "labels"}

@@ -48,6 +48,14 @@ WARNINGS = {
     "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
     "truncated": "cut to max_length",
 }
+# Rows that are neither used nor dropped, since a recipe asks for it.
+MAX_ROWS, WEIGHT, HELD_OUT, EVAL_ROWS = "max_rows", "weight", "eval_share", "eval_max_rows"
+LEFT_OUT = {
+    MAX_ROWS: "not used: max_rows",
+    WEIGHT: "not used: weight",
+    HELD_OUT: "held out: eval_share",
+    EVAL_ROWS: "not used: max_rows of the evaluation",
+}
 # What changes nothing of a row that is trained, and is told without a warning.
 HARMLESS = {"duplicate_prompt", "similar_prompt", "truth_not_chosen"}
 

@@ -278,12 +278,13 @@ def _helpsteer2_prompt(raw: Raw) -> Row:
 
 
 def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]:
-    """The prompt of a whole conversation: all before the last assistant turn."""
+    """The prompt of a conversation: all of it, without the assistant's turns that it ends with."""
 
     def convert(raw: Raw) -> Row:
         found = messages(raw)
-        ends = [i for i, message in enumerate(found) if message["role"] == "assistant"]
-        return {"prompt": _open_conversation(found[: ends[-1]] if ends else found)}
+        while found and found[-1]["role"] == "assistant":
+            found.pop()
+        return {"prompt": _open_conversation(found)}
 
     return convert
 

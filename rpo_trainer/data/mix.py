@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.counts import WEIGHT
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
 
@@ -43,7 +44,7 @@ def mix_sources(
     for index, ((name, rows), share) in enumerate(zip(sources, shares, strict=True)):
         taken = int(scale * share)
         blend += sample(rows, taken, f"{seed}:mix:{index}")
-        audit.leave_out(name, len(rows) - taken)
+        audit.leave_out(WEIGHT, name, len(rows) - taken)
     return blend
 
 

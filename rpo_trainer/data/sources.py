@@ -13,11 +13,11 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from rpo_trainer.data.csv_file import MAX_ROW_BYTES, read_csv
+from rpo_trainer.data.csv_file import read_csv
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError
 from rpo_trainer.files import kind_of_file
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
-MAX_LINE_BYTES = MAX_ROW_BYTES
+MAX_LINE_BYTES = 64 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 GIVE_ROWS = "give a file with rows"
@@ -41,6 +41,7 @@ class RawSource:
     """Raw rows with their places: line numbers (from 1) for JSON lines, else indices (from 0).
 
     `arrow`: they come out of a table, where every object of a column has all of its keys.
+    `untyped`: every value is text (CSV).
     """
 
     name: str
@@ -48,6 +49,7 @@ class RawSource:
     places: list[int]
     where: str
     arrow: bool = False
+    untyped: bool = False
 
 
 def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource:
@@ -158,7 +160,7 @@ def _load_file(path: Path, split: str | None) -> RawSource:
             if kind == ".parquet":
                 return _indexed(path.name, _read_parquet(path), where, arrow=True)
             if kind == ".csv":
-                return _indexed(path.name, read_csv(path), where)
+                return replace(_indexed(path.name, read_csv(path), where), untyped=True)
             if kind == ".json":
                 return _indexed(path.name, _read_json(file.read(), where), where)
             lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if kind == ".jsonl.gz" else file

@@ -39,9 +39,9 @@ class Reason:
 
 @dataclass(frozen=True)
 class AuditRecord:
-    """Row counts of a stage's training data; the most frequent reasons come first."""
+    """Row counts of a data set; `rows` as in `Audit.rows`, the most frequent reasons come first."""
 
-    read: int | None = None
+    rows: int | None = None
     kept: int | None = None
     dropped: list[Reason] = field(default_factory=list)
     noticed: list[Reason] = field(default_factory=list)
@@ -61,7 +61,7 @@ class AuditRecord:
         """
         if self.dropped:
             yield self._dropped(what, sampled)
-        whole = self.kept or self.read
+        whole = self.kept or self.rows
         rows = {reason.key: reason.rows for reason in self.noticed}
         if self.pairs and self.ties > MANY_TIED * self.pairs and not self._drops("tie"):
             yield Concern(
@@ -77,9 +77,9 @@ class AuditRecord:
                 "See whether chosen and rejected are swapped.",
             )
         repeated = rows.get("duplicate_prompt", 0) + rows.get("similar_prompt", 0)
-        if self.read and repeated > MANY_REPEATED * self.read:
+        if self.rows and repeated > MANY_REPEATED * self.rows:
             yield Concern(
-                f"{percent(repeated, self.read)} of {what} ({repeated:,} of {self.read:,}) have a prompt "
+                f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) have a prompt "
                 "that was seen before",
                 "`dedup: exact` or `normalised` keeps the first row of each prompt.",
             )
@@ -124,13 +124,13 @@ class AuditRecord:
         return sum(reason.rows for reason in self.dropped)
 
     def dropped_share(self) -> float | None:
-        """Dropped rows as a share of those read, in [0, 1]; None where that is not known."""
+        """Dropped rows as a share of `total`, in [0, 1]; None where that is not known."""
         return min(1.0, self.dropped_rows / self.total) if self.total else None
 
     @property
     def total(self) -> int:
-        """All rows that were read; 0 where that is not known."""
-        return self.read or (self.dropped_rows + self.kept if self.kept else 0)
+        """All rows that are used or dropped; 0 where that is not known."""
+        return self.rows or (self.dropped_rows + self.kept if self.kept else 0)
 
 
 # What `concerns` judges by limits of its own, or what changes nothing that is trained.
@@ -150,14 +150,14 @@ def read_audit(record: Mapping[str, Any]) -> AuditRecord:
         if isinstance(columns, list)
     }
     dropped = _reasons(record.get("dropped"), DROPS)
-    limit = count(record.get("max_length"))
+    rows, limit = count(record.get("rows")), count(record.get("max_length"))
     if limit is not None:
         dropped = [
             replace(reason, text=f"{reason.text} {limit}") if reason.key == "too_long" else reason
             for reason in dropped
         ]
     return AuditRecord(
-        read=_total(record.get("read")),
+        rows=_total(record.get("read")) if rows is None else rows,
         kept=_total(record.get("kept")),
         dropped=dropped,
         noticed=_reasons(record.get("warnings"), WARNINGS),
