@@ -32,8 +32,8 @@ from rpo_trainer.errors import DataError
 
 TOO_LONG = "too long"  # beside prompt and response: the lengths of what max_length drops
 LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
-SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label
-FLAT = 0.55  # σ(target_gap) below which a target says next to nothing
+SATURATED = 0.999  # σ(target_gap) beyond which a target is as good as a label
+FLAT = 0.55  # σ(target_gap) below which a target carries almost no information
 
 
 class Audit:
@@ -89,11 +89,11 @@ class Audit:
         self.dropped.setdefault(reason, Count()).add(row_id)
 
     def warn(self, reason: str, row_id: str | None = None) -> None:
-        """Counts a row worth a look; `reason` is a key of WARNINGS, or words of its own."""
+        """Counts a row with a warning; `reason` is a key of WARNINGS, or words of its own."""
         self.warnings.setdefault(reason, Count()).add(row_id)
 
     def add_unread(self, source: str, missed: Sequence[str], others: Sequence[str]) -> None:
-        """Columns that are not read: those that somebody may miss, and the others."""
+        """Columns that are not read: those that change what is trained, and the others."""
         if missed:
             self.unread_columns[source] = sorted({*self.unread_columns.get(source, ()), *missed})
         if missed or others:
@@ -188,7 +188,7 @@ class Audit:
                 self._remark_targets(gaps, f"{source}: ")
 
     def _remark_targets(self, gaps: Sequence[float], where: str) -> bool:
-        """Whether there is anything to say of these target gaps."""
+        """Whether most of these target gaps are saturated or flat."""
         limit = math.log(SATURATED / (1 - SATURATED))
         wide = sum(abs(gap) > limit for gap in gaps)
         if 2 * wide > len(gaps):

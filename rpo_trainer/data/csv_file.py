@@ -75,8 +75,10 @@ def _lines(text: str, where: str) -> Iterator[tuple[int, list[str | None]]]:
     """(line number of its beginning, fields) of each row."""
     place, number = 0, 1
     while place < len(text):
-        begin, fields = place, []
+        begin = place
+        fields: list[str | None] = []
         while True:
+            value: str | None
             if text.startswith('"', place):
                 value, place = _quoted(text, place, where, number)
             else:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rpo_trainer.data.adapters import adapt, find_format, kind_of
+from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import quantiles
+from rpo_trainer.data.detect import find_format, kind_of
 from rpo_trainer.data.formats import FORMATS
 from rpo_trainer.data.rows import Kind, Row, is_blank
 from rpo_trainer.data.sources import RawSource, load_source

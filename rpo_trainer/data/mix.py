@@ -69,7 +69,7 @@ def _share(name: str, weight: float | None) -> Fraction:
 def add_replay(
     rows: Sequence[Row], earlier: Sequence[Row], spec: ReplaySpec, *, seed: int, audit: Audit
 ) -> list[Row]:
-    """`rows`, and behind them a sample (without replacement) of an earlier stage's rows.
+    """`rows`, and after them a sample (without replacement) of an earlier stage's rows.
 
     The number of replayed rows, rounded to the nearest: `of: mix` makes them `fraction` of the
     resulting blend, n·f / (1 − f) for n rows; `of: source` takes `fraction` of `earlier`.

@@ -20,7 +20,7 @@ MANY_UNREAD = 0.5  # of what a chat template leaves out of the rows
 
 @dataclass(frozen=True)
 class Concern:
-    """Something about data that deserves attention, and what to change; `minor`: it is only told."""
+    """A finding about data, and what to change; `minor`: reported without a warning."""
 
     text: str
     advice: str | None = None
@@ -29,7 +29,7 @@ class Concern:
 
 @dataclass(frozen=True)
 class Reason:
-    """Rows that share a fate: why, in words, how many, the ids of the first few; its short name."""
+    """Rows that were dropped or noticed for one reason: its text, their number, first ids, short name."""
 
     text: str
     rows: int
@@ -56,8 +56,8 @@ class AuditRecord:
 
         Args:
             what: the rows, as a sentence names them.
-            sampled: their responses come from a policy: one that is sure of itself says one thing K
-                times, and such prompts teach nothing.
+            sampled: their responses come from a policy. A confident policy gives K equal responses, and
+                such prompts are expected among the dropped.
         """
         if self.dropped:
             yield self._dropped(what, sampled)
@@ -67,14 +67,13 @@ class AuditRecord:
             yield Concern(
                 f"{percent(self.ties, self.pairs)} of {what} ({self.ties:,} of {self.pairs:,}) are tied: "
                 "chosen and rejected have the same reward",
-                "`filter: {ties: drop}` leaves them out; without it their order is all that DPO learns of "
-                "them.",
+                "`filter: {ties: drop}` leaves them out; without it DPO learns an arbitrary order from them.",
             )
         if self.pairs and self.reversed > MANY_REVERSED * self.pairs:
             yield Concern(
                 f"{percent(self.reversed, self.pairs)} of {what} ({self.reversed:,} of {self.pairs:,}) "
                 "are reversed: chosen has the lower reward",
-                "See whether chosen and rejected are swapped.",
+                "Check whether chosen and rejected are swapped.",
             )
         repeated = rows.get("duplicate_prompt", 0) + rows.get("similar_prompt", 0)
         if self.rows and repeated > MANY_REPEATED * self.rows:
@@ -133,7 +132,7 @@ class AuditRecord:
         return self.rows or (self.dropped_rows + self.kept if self.kept else 0)
 
 
-# What `concerns` judges by limits of its own, or what changes nothing that is trained.
+# Reasons that `concerns` handles separately, or that do not change what is trained.
 _COUNTED_ELSEWHERE = {
     "truncated", "duplicate_prompt", "similar_prompt", "unusable_rewards", "truth_not_chosen",
     "special_token_text", "equal_responses", "duplicate_responses_removed",
