@@ -280,7 +280,7 @@ class _Check:
         if stage.data.score is not None:
             self._scorer(stage, load_given(stage.data, self.base_dir, seed=seed, audit=Audit()))
         rows = build_rows(stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows)
-        rows, held = set_aside(stage, rows, seed=seed)
+        rows, held = set_aside(stage, rows, seed=seed, audit=audit)
         if self.tokenizer is not None:
             examples = tokenize_stage(stage, rows, self.tokenizer, audit)
             self._length(stage, len(examples))
@@ -414,7 +414,7 @@ class _Check:
         rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
         if self.tokenizer is not None:
             tokenize_rows(
-                at_most(rows, limit), self.tokenizer, kind=kind, truncation="drop", audit=audit,
+                at_most(rows, limit, audit), self.tokenizer, kind=kind, truncation="drop", audit=audit,
                 refuse_special_text=True, max_length=max(stage.max_length for stage in self.stages),
             )  # fmt: skip
         self._told(audit, f"the rows of {part}", label=f"{part}: ")

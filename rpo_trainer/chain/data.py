@@ -22,6 +22,7 @@ from rpo_trainer.data import (
     rating_targets,
     tokenize_rows,
 )
+from rpo_trainer.data.counts import EVAL_ROWS, HELD_OUT
 from rpo_trainer.errors import DataError
 from rpo_trainer.files import file_digest, tree_digest
 from rpo_trainer.recipe import (
@@ -199,11 +200,15 @@ def _targets(stage: RewardStage, rows: list[dict[str, Any]], audit: Audit) -> li
 
 
 def set_aside(
-    stage: Stage, rows: list[dict[str, Any]], *, seed: int
+    stage: Stage, rows: list[dict[str, Any]], *, seed: int, audit: Audit
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Rows to train on, and those that `data.eval_share` keeps for the evaluation."""
     share = stage.data.eval_share
-    return (rows, None) if share is None else hold_out(rows, share, seed=seed)
+    if share is None:
+        return rows, None
+    train, held = hold_out(rows, share, seed=seed)
+    audit.leave_out_all(HELD_OUT, rows, train)
+    return train, held
 
 
 def build_evaluation(
@@ -246,11 +251,16 @@ def _policies(spec: FilterSpec | None) -> FilterSpec | None:
     return type(spec).model_construct(ties=spec.ties, reversed=spec.reversed)
 
 
-def at_most(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+def at_most(
+    rows: list[dict[str, Any]], limit: int | None, audit: Audit | None = None
+) -> list[dict[str, Any]]:
     """The rows, or `limit` of them at even distances, so that each source has its share."""
     if limit is None or len(rows) <= limit:
         return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]
+    kept = [rows[i * len(rows) // limit] for i in range(limit)]
+    if audit is not None:
+        audit.leave_out_all(EVAL_ROWS, rows, kept)
+    return kept
 
 
 def evaluation_prompts(
@@ -258,10 +268,9 @@ def evaluation_prompts(
 ) -> list[dict[str, Any]]:
     """Prompts to sample responses to, at most `max_rows` of them."""
     keep = scorer_columns(spec.score)
-    rows = load_rows(
-        spec.data, kind="prompt", base_dir=base_dir, keep=keep, audit=audit or Audit(), seed=seed
-    )
-    return at_most(rows, spec.max_rows)
+    audit = audit or Audit()
+    rows = load_rows(spec.data, kind="prompt", base_dir=base_dir, keep=keep, audit=audit, seed=seed)
+    return at_most(rows, spec.max_rows, audit)
 
 
 def check_overlap(

@@ -304,8 +304,9 @@ class Evaluation:
         with distributed.together():
             rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
             examples = tokenize_rows(
-                at_most(rows, spec.max_rows), self.tokenizer, kind=kind, truncation="drop", audit=audit,
-                refuse_special_text=True, max_length=max(stage.max_length for stage in self.stages),
+                at_most(rows, spec.max_rows, audit), self.tokenizer, kind=kind, truncation="drop",
+                max_length=max(stage.max_length for stage in self.stages), audit=audit,
+                refuse_special_text=True,
             )  # fmt: skip
         audit.log(logger, f"the rows of {what}", f"{what}: ")
         return list(examples)

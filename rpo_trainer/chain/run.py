@@ -361,7 +361,7 @@ class _Chain:
             rows = build_rows(
                 stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows, made=made
             )
-            rows, held = set_aside(stage, rows, seed=seed)
+            rows, held = set_aside(stage, rows, seed=seed, audit=audit)
             train = tokenize_stage(stage, rows, self.tokenizer, audit)
             held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
             check_overlap(stage, self.recipe, self.base_dir, rows, held_out and held_out[1], audit)

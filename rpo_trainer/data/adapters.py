@@ -7,16 +7,18 @@ called otherwise.
 from __future__ import annotations
 
 import difflib
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.columns import MEANT, mapping_for, unread
-from rpo_trainer.data.conversation import PROMPT_COLUMNS
+from rpo_trainer.data.conversation import PROMPT_COLUMNS, holds
+from rpo_trainer.data.csv_file import numbers
+from rpo_trainer.data.detect import find_format
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
+from rpo_trainer.data.json_text import with_messages
 from rpo_trainer.data.row_parts import refuse_media, tools, unread_system, without_nulls
 from rpo_trainer.data.rows import (
     Kind,
@@ -30,114 +32,8 @@ from rpo_trainer.data.rows import (
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 
-
-@dataclass(frozen=True)
-class _Refused:
-    """Rows that are known, and why nothing here can be made of them."""
-
-    columns: tuple[str, ...]
-    what: str
-    why: str
-    fix: str
-
-
-_COMPARED = "preference stages compare responses to the same prompt"
-REFUSED = (
-    _Refused(
-        ("completion", "label"),
-        "unpaired true/false labels (KTO) cannot be trained on here",
-        f"one response with a label has nothing to be compared with; {_COMPARED}",
-        "pair each prompt's good completion with a bad one; or, for SFT, keep the rows "
-        "whose label is true and remove the column `label`",
-    ),
-    _Refused(
-        ("completions", "labels"),
-        "labels for the steps of an answer (process rewards) cannot be trained on here",
-        f"a label of a step says nothing of whole responses; {_COMPARED}",
-        "for SFT, join the steps of right answers to one `completion`",
-    ),
-)
-ONLY_PROMPTS = _Refused(
-    ("prompt",),
-    "the rows have prompts and no responses",
-    _COMPARED,
-    "let the stage sample responses: `data: {generate: ..., score: ...}`, or add the responses",
-)
-
-
-def find_format(columns: Collection[str], kind: Kind, name: str | None, where: str) -> Format:
-    """The named format, or the first one whose required columns are all there.
-
-    Raises:
-        DataError: unknown name, a format of another kind, or columns of no known format.
-    """
-    table = PROMPT_FORMATS if kind == "prompt" else FORMATS
-    if name is not None:
-        return _named_format(table, name, kind, where)
-    for refused in REFUSED if kind != "prompt" else ():
-        if set(refused.columns) <= set(columns):
-            raise DataError(refused.what, where=where, why=refused.why, fix=refused.fix)
-    for format in table.values():
-        if format.kind == kind and all(column in columns for column in format.required):
-            return format
-    if kind == "pair" and not set(columns) - {"prompt", *COMMON}:
-        raise DataError(ONLY_PROMPTS.what, where=where, why=ONLY_PROMPTS.why, fix=ONLY_PROMPTS.fix)
-    other = next((n for n, f in FORMATS.items() if all(c in columns for c in f.required)), None)
-    raise DataError(
-        f"the columns {', '.join(sorted(columns))} are of no format known for {_PURPOSE[kind]}",
-        where=where,
-        why=f"they look like {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
-        if other
-        else "which column is the prompt, and which the response, cannot be guessed",
-        fix=f"name the columns with `columns: {{ours: theirs}}`{_nearest(table, kind, columns)}; known: "
-        + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
-    )
-
-
-def _nearest(table: Mapping[str, Format], kind: Kind, columns: Collection[str]) -> str:
-    """An example of `columns` for the format that lacks least, its names guessed."""
-    usual = {"sft": "prompt_response", "pair": "pairs", "rating": "score", "prompt": "prompt"}
-    found = []
-    for name, format in table.items():
-        if format.kind != kind:
-            continue
-        needed = list(format.required)
-        if format.prompts and not set(format.prompts) & set(columns):
-            needed.insert(0, "prompt")
-        missing = [column for column in needed if column not in columns]
-        mapping = mapping_for(missing, set(columns) - set(needed))
-        lack = (mapping.count("NAME"), name != usual[kind], len(missing))
-        found.append((lack, f", for example {mapping} for {name!r}"))
-    return min(found)[1]
-
-
-def kind_of(columns: Collection[str]) -> Kind | None:
-    """The kind of the first format that these columns fit, a row by itself; None: of no format."""
-    for format in FORMATS.values():
-        if not format.together and all(column in columns for column in format.required):
-            return format.kind
-    return None
-
-
 # Names under which a prompt may stand that is not read; `source` columns and the like are not.
 _PROMPT_NAMES = {name.lower() for name in (*MEANT["prompt"], *PROMPT_COLUMNS)}
-_PURPOSE = {"sft": "SFT", "pair": "preferences", "rating": "ratings", "prompt": "prompts"}
-
-
-def _named_format(table: Mapping[str, Format], name: str, kind: Kind, where: str) -> Format:
-    known = [n for n, f in table.items() if f.kind == kind]
-    if name in known:
-        return table[name]
-    if kind == "prompt" and name in FORMATS and "prompt" in FORMATS[name].required:
-        return table["prompt"]
-    near = difflib.get_close_matches(name, known, n=1)
-    raise DataError(
-        f"no format {name!r} for {_PURPOSE[kind]}"
-        + (f"; did you mean {near[0]!r}?" if near else ""),
-        where=where,
-        why="each format reads other columns, and none is guessed",
-        fix=f"format: {' | '.join(known)}",
-    )
 
 
 # ---------------------------------------------------------------- whole sources
@@ -177,6 +73,8 @@ def adapt(
         DataError, or Problems: how many rows have which fault, and the first three of each.
     """
     rows = _renamed(raw, columns or {})
+    if raw.untyped:
+        rows = numbers(rows)
     if raw.arrow:
         rows = [without_nulls(row) for row in rows]
     present = {column for row in rows for column in row}
@@ -193,6 +91,8 @@ def adapt(
         )
     filled = {column for row in rows for column, value in row.items() if value is not None}
     own = chosen.read(filled)
+    ids = [_row_id(row, raw.name, place) for row, place in zip(rows, raw.places, strict=True)]
+    rows = with_messages(rows, own, ids, raw.where, audit)
     kept = present - own if keep is None else set(keep) - own
     missed, others = unread(
         rows, filled - own - kept - _read_of_common(kind), {*COMMON, *chosen.ignored}
@@ -202,7 +102,6 @@ def adapt(
             [c for c in missed if c not in _ANSWERS],
             sorted({*others, *(_ANSWERS & {*missed})}),
         )
-    audit.add_unread(raw.name, missed, others)
     asked = chosen.prompt_column(filled)
     if chosen.prompts and asked is None:
         _check_no_prompt_unread(rows, missed, raw.where)
@@ -214,7 +113,8 @@ def adapt(
     places: Sequence[int] = raw.places
     if chosen.together:
         rows, places = _together(rows, places, chosen.together)
-        audit.joined[raw.name] = len(rows)
+        audit.add_joined(raw.name, len(rows))
+    repeated = {column for column in missed if column.lower() in _PROMPT_NAMES}
     for row, place in zip(rows, places, strict=True):
         row_id = _row_id(row, raw.name, place)
         try:
@@ -224,7 +124,8 @@ def adapt(
             refuse_media(row)
             new = {"id": row_id, "source": raw.name, **chosen.convert(row), **tools(row)}
             for column in [*new.pop("unread", ()), *unread_system(new, row)]:
-                audit.warn(f"the column `{column}` is not read: {_NO_PLACE[column]}", row_id)
+                audit.warn(f"the column `{column}` is not read: {_no_place(column)}", row_id)
+            repeated = {column for column in repeated if _says(new, row.get(column))}
             if special_tokens is not None:
                 new["special_tokens"] = special_tokens
             given = new.get("rewards")
@@ -241,7 +142,11 @@ def adapt(
             audit.drop("fewer_than_two_responses", row_id)
         else:
             adapted.append(new)
-    problems.raise_if_any(len(rows), fix=_how_to_fix(chosen, asked, missed))
+    if not adapted:
+        repeated = set()
+    unused = [column for column in missed if column not in repeated]
+    audit.add_unread(raw.name, unused, [*others, *repeated])
+    problems.raise_if_any(len(rows), fix=_how_to_fix(chosen, asked, missed, rows))
     sampled = "responses" in chosen.required and "sampling" in present
     if sampled and format != "ranked" and "ranks" not in present and not unscored:
         _require_scores(adapted, raw.where)
@@ -264,11 +169,25 @@ _ANSWERS = frozenset(
         "text", "answer", "answers", "canonical_solution", "reference",
     }
 )  # fmt: skip
-_NO_PLACE = defaultdict(
-    lambda: "each completion has a `completion` and its `rank`",
-    dict.fromkeys(PROMPT_COLUMNS, "the responses are whole conversations, and do not hold it"),
-    system="a row that is one text has no prompt in front of which it could stand",
-)
+
+
+def _no_place(column: str) -> str:
+    """Why a column has no place in the row that is trained."""
+    if column == "system":
+        return "the row is one text without a prompt, and a system turn goes before a prompt"
+    if column in PROMPT_COLUMNS:
+        return "the responses are whole conversations that do not contain it"
+    if column.startswith("input."):
+        return "`input` has `messages` and `tools`"
+    return "each completion has a `completion` and its `rank`"
+
+
+def _says(new: Row, value: object) -> bool:
+    """Whether the conversation of a converted row has a turn with this text."""
+    turns = new.get("messages", new.get("prompt"))
+    return value is None or (
+        isinstance(value, str) and isinstance(turns, list) and holds(turns, value)
+    )
 
 
 def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: str) -> None:
@@ -288,13 +207,20 @@ def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: s
         )
 
 
-def _how_to_fix(format: Format, asked: str | None, missed: Sequence[str]) -> str:
-    if not missed:
+def _how_to_fix(
+    format: Format, asked: str | None, missed: Sequence[str], rows: Sequence[Row]
+) -> str:
+    """With a mapping of unread columns to those that some rows lack."""
+    needed = [column for column in format.required if column not in format.nullable]
+    lacking = [column for column in needed if any(row.get(column) is None for row in rows)]
+    if format.prompts and (asked is None or any(row.get(asked) is None for row in rows)):
+        lacking.append("prompt")
+    if not (missed and lacking):
         return "correct or remove these rows"
-    told = f"correct or remove these rows; the columns {', '.join(missed)} are not read"
-    lacks_prompt = bool(format.prompts) and asked is None
-    needed = ["prompt"] if lacks_prompt else list(format.required[:1])
-    return f"{told}: name the one that is meant, {mapping_for(needed, missed)}"
+    return (
+        f"correct or remove these rows; the columns {', '.join(missed)} are not read: name the one that "
+        f"is meant, {mapping_for(lacking, missed)}"
+    )
 
 
 def _require_scores(rows: Sequence[Row], where: str) -> None:
@@ -352,7 +278,7 @@ def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]
                 raise DataError(
                     f"`columns` names {name!r}, and {what} no such column{hint}",
                     where=raw.where,
-                    why="it would rename nothing, and nobody would notice",
+                    why="it would rename nothing",
                     fix="`columns` is {our name: name in the file}",
                 )
     renamed = []

@@ -14,6 +14,9 @@ from rpo_trainer.data.counts import (
     DROPS,
     EXAMPLES,
     HARMLESS,
+    HELD_OUT,
+    LEFT_OUT,
+    MAX_ROWS,
     WARNINGS,
     Count,
     SpecialText,
@@ -29,22 +32,23 @@ from rpo_trainer.errors import DataError
 
 TOO_LONG = "too long"  # beside prompt and response: the lengths of what max_length drops
 LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
-SATURATED = 0.999  # σ(target_gap) beyond which a target says no more than a label
-FLAT = 0.55  # σ(target_gap) below which a target says next to nothing
+SATURATED = 0.999  # σ(target_gap) beyond which a target is as good as a label
+FLAT = 0.55  # σ(target_gap) below which a target carries almost no information
 
 
 class Audit:
     """The counts of one data set (train or eval of one stage).
 
-    `joined` counts the prompts of a source where several rows of the file made one. `extra_columns`
-    are all columns that are not read, `unread_columns` those of them that somebody may miss.
+    `joined` counts the prompts of a source where several rows of the file made one. `left_out` counts
+    rows by reason and source that are neither used nor dropped. `extra_columns` are all columns that
+    are not read, `unread_columns` those of them that change what is trained.
     """
 
     def __init__(self) -> None:
         self.read: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         self.joined: dict[str, int] = {}
-        self.left_out: dict[str, int] = {}
+        self.left_out: dict[str, dict[str, int]] = {}
         self.dropped: dict[str, Count] = {}
         self.warnings: dict[str, Count] = {}
         self.remarks: list[str] = []
@@ -67,25 +71,38 @@ class Audit:
     def keep(self, source: str) -> None:
         self.kept[source] = self.kept.get(source, 0) + 1
 
-    def leave_out(self, source: str, rows: int) -> None:
-        """Rows that a mixture's weights, or `max_rows`, do not use."""
+    def leave_out(self, reason: str, source: str, rows: int) -> None:
+        """Counts rows that are not used by request; `reason` is a key of LEFT_OUT."""
         if rows:
-            self.left_out[source] = self.left_out.get(source, 0) + rows
+            found = self.left_out.setdefault(reason, {})
+            found[source] = found.get(source, 0) + rows
+
+    def leave_out_all(self, reason: str, rows: Sequence[Row], kept: Sequence[Row]) -> None:
+        """Counts those of `rows` that are not among `kept`."""
+        own = {id(row) for row in kept}
+        for row in rows:
+            if id(row) not in own:
+                self.leave_out(reason, str(row.get("source")), 1)
 
     def drop(self, reason: str, row_id: str | None = None) -> None:
         """Counts a dropped row; `reason` is a key of DROPS, or words of its own."""
         self.dropped.setdefault(reason, Count()).add(row_id)
 
     def warn(self, reason: str, row_id: str | None = None) -> None:
-        """Counts a row worth a look; `reason` is a key of WARNINGS, or words of its own."""
+        """Counts a row with a warning; `reason` is a key of WARNINGS, or words of its own."""
         self.warnings.setdefault(reason, Count()).add(row_id)
 
     def add_unread(self, source: str, missed: Sequence[str], others: Sequence[str]) -> None:
-        """Columns that are not read: those that somebody may miss, and the others."""
+        """Columns that are not read: those that change what is trained, and the others."""
         if missed:
-            self.unread_columns[source] = list(missed)
+            self.unread_columns[source] = sorted({*self.unread_columns.get(source, ()), *missed})
         if missed or others:
-            self.extra_columns[source] = sorted({*missed, *others})
+            known = self.extra_columns.get(source, ())
+            self.extra_columns[source] = sorted({*known, *missed, *others})
+
+    def add_joined(self, source: str, prompts: int) -> None:
+        """Prompts of a source where several rows of the file make one."""
+        self.joined[source] = self.joined.get(source, 0) + prompts
 
     def add_special_text(self, source: str, tokens: set[str]) -> None:
         """Counts a row that was looked at for the text of control tokens."""
@@ -171,7 +188,7 @@ class Audit:
                 self._remark_targets(gaps, f"{source}: ")
 
     def _remark_targets(self, gaps: Sequence[float], where: str) -> bool:
-        """Whether there is anything to say of these target gaps."""
+        """Whether most of these target gaps are saturated or flat."""
         limit = math.log(SATURATED / (1 - SATURATED))
         wide = sum(abs(gap) > limit for gap in gaps)
         if 2 * wide > len(gaps):
@@ -241,7 +258,8 @@ class Audit:
             "read": dict(self.read),
             "joined": dict(self.joined),
             "kept": dict(self.kept),
-            "left_out": dict(self.left_out),
+            "left_out": {reason: dict(counts) for reason, counts in self.left_out.items()},
+            "rows": self.rows(),
             "dropped": {reason: count.as_dict() for reason, count in self.dropped.items()},
             "warnings": {reason: count.as_dict() for reason, count in self.warnings.items()},
             "remarks": list(self.remarks),
@@ -259,8 +277,16 @@ class Audit:
         }
 
     def rows(self) -> int:
-        """Rows that could have been used: all that were read, rows joined to one counted once."""
-        return sum(self.joined.get(source, count) for source, count in self.read.items())
+        """Rows that are used or dropped, what every percentage is of: those that were read, and of a
+        replay, without those left out by request; rows joined to one count once."""
+        found = sum(map(self._available, self.read)) + int(self.replay.get("rows", 0))
+        later = (counts for reason, counts in self.left_out.items() if reason != MAX_ROWS)
+        return max(0, found - sum(sum(counts.values()) for counts in later))
+
+    def _available(self, source: str) -> int:
+        """Rows of a source up to its `max_rows`, rows joined to one counted once."""
+        read = self.read.get(source, 0) - self.left_out.get(MAX_ROWS, {}).get(source, 0)
+        return self.joined.get(source, read)
 
     def drops(self, what: str = "the rows") -> str | None:
         """How much is dropped and why, in one sentence; None where nothing is."""
@@ -290,11 +316,12 @@ class Audit:
         told = [(info, line) for line in self._counts()]
         if drops := self.drops(what):
             told.append((warn, drops))
-        for source, rows in self.left_out.items():
-            share = percent(rows, self.read.get(source, rows))
-            told.append(
-                (warn, f"{source}: {share} of its rows ({rows}) not used: weight, max_rows")
-            )
+        for reason, counts in self.left_out.items():
+            for source, rows in counts.items():
+                limited = reason == MAX_ROWS
+                whole = self.read.get(source, 0) if limited else self._available(source)
+                text = f"{percent(rows, max(rows, whole))} of its rows ({rows}) {LEFT_OUT[reason]}"
+                told.append((info if reason == HELD_OUT else warn, f"{source}: {text}"))
         told += [(info, line) for line in self._facts()]
         for reason, count in self.warnings.items():
             share = f" ({percent(count.count, self.rows())})" if self.rows() else ""
@@ -307,7 +334,7 @@ class Audit:
         for source, columns in self.extra_columns.items():
             others = [c for c in columns if c not in self.unread_columns.get(source, ())]
             if others:
-                told.append((info, f"{source}: columns without a use here: {', '.join(others)}"))
+                told.append((info, f"{source}: unused columns: {', '.join(others)}"))
         return told
 
     def summary_lines(self) -> list[str]:

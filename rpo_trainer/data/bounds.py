@@ -1,4 +1,4 @@
-"""Chat templates are programs of others: how long they may run, and how much they may write."""
+"""Limits on chat templates, which are foreign code: time, memory and length of the output."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rpo_trainer.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 10.0  # of one conversation, which takes a template less than a millisecond
-CHARACTERS = 2**26  # of one conversation
+SECONDS = 10.0  # for one conversation; a template usually needs less than a millisecond
+CHARACTERS = 2**26  # for one conversation
 _PROBE_SECONDS = 10.0
-_PROBE_BYTES = 2**31  # beside what the process has
+_PROBE_BYTES = 2**31  # on top of what the process uses
 _CHECK_EVERY = 0.2
 _MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 class TemplateLimit(Exception):
-    """A template runs too long, or writes too much; the text says which."""
+    """A template runs too long or writes too much; the message says which."""
 
 
 class _Watch(threading.Thread):
-    """Interrupts threads whose time is up; one for a process, since a thread a conversation would cost more
-    than the conversation."""
+    """Interrupts threads that exceed their time limit. One per process: starting a thread for each
+    conversation would take longer than rendering it."""
 
     def __init__(self) -> None:
         super().__init__(name="template-limit", daemon=True)
@@ -87,8 +87,8 @@ def check_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Renders a short conversation in a process with limits of its own.
 
     Raises:
-        ModelError: the chat template does not end, or takes gigabytes; a loop or a product of a few
-            characters is enough for that, and would take this process with it.
+        ModelError: the chat template does not end, or needs gigabytes of memory, which would also end
+            this process.
     """
     if not tokenizer.chat_template or not hasattr(os, "fork"):
         return
@@ -100,7 +100,7 @@ def check_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         raise ModelError(
             f"the chat template {fault}",
             where=where,
-            why="a short conversation takes a template less than a millisecond and a kilobyte",
+            why="rendering a short conversation should take less than a millisecond and a kilobyte",
             fix="correct the template, or choose another: chat_template: chatml | plain | a path",
         )
 
@@ -121,7 +121,7 @@ def _wait(child: int) -> str | None:
 
 
 def _render_with_limits(tokenizer: Any) -> int:
-    """1 where the memory is not enough. What else a template refuses is said where rows are rendered."""
+    """1 where the memory limit is exceeded. Other errors are reported when rows are rendered."""
     import resource
 
     try:
@@ -130,7 +130,7 @@ def _render_with_limits(tokenizer: Any) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (held + _PROBE_BYTES, held + _PROBE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError):
-        pass  # not Linux: the time is limited all the same
+        pass  # not Linux: only the time is limited
     for prompt in (False, True):
         try:
             messages = _MESSAGES[:1] if prompt else _MESSAGES

@@ -1,7 +1,7 @@
 """Rows as text, and exactly which characters of it are trained.
 
-A trained span is what the model has to write itself: from behind the generation prompt to the end
-marker of the turn, with the marker and without the line break behind it. Two ways find it:
+A trained span is what the model has to write itself: from the end of the generation prompt to the end
+marker of the turn, with the marker and without the line break after it. Two ways find it:
 
 1. Prefixes. The conversation up to a turn, rendered alone with the generation prompt, is the
    beginning of the whole; where it ends the turn begins. Rendered with the turn, it ends the turn.
@@ -40,7 +40,7 @@ PRIVATE = 0xF0000  # a plane of characters that no text uses
 # The date that the first templates with a clock write where there is none.
 DATE = datetime.datetime(2024, 7, 26)
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1\s*\)")
-NO_END = "the chat template writes no end marker behind the assistant's turn"
+NO_END = "the chat template writes no end marker after the assistant's turn"
 UNCLEAR = "the chat template rewrites the conversation so that the assistant's turn cannot be found"
 
 
@@ -185,7 +185,7 @@ class ChatRenderer:
     def prompt(
         self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
     ) -> Rendered:
-        """The text a response is sampled behind: the conversation and the generation prompt."""
+        """The text a response is sampled after: the conversation and the generation prompt."""
         if parsed:
             return Rendered(self._render(list(messages), tools, True), (), parsed=True)
         text = self._render(self._hide(messages), self._hide(tools), generation_prompt=True)
@@ -267,7 +267,7 @@ class ChatRenderer:
 
     @cached_property
     def ending(self) -> tuple[str, int]:
-        """What the template writes behind an assistant turn that is the last, and how many characters
+        """What the template writes after an assistant turn that is the last, and how many characters
         of it are the end marker: some end the whole conversation too (`<|end|>`, `<|endoftext|>`).
         """
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
@@ -275,7 +275,7 @@ class ChatRenderer:
         return text, self._control_end(text) or len(text)
 
     def _control_end(self, text: str) -> int:
-        """Where the control token ends that `text` begins with, behind blanks; 0 for none."""
+        """Where the control token ends that `text` begins with, after blanks; 0 for none."""
         blank = len(text) - len(text.lstrip())
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         found = [name for name in tokens if name and text.startswith(name, blank)]
@@ -373,7 +373,7 @@ class _TurnFinder:
         return _TurnFinder(self.renderer, self.messages[: turn + 1], self.tools, "")
 
     def _around(self, turn: int) -> tuple[str, str]:
-        """What the template writes before and behind the content of a turn."""
+        """What the template writes before and after the content of a turn."""
         marked = [*self.messages]
         marked[turn] = {**marked[turn], "content": SENTINEL}
         parts = self.renderer._render(marked, self.tools).split(SENTINEL)
@@ -385,7 +385,7 @@ class _TurnFinder:
         """Characters of the end marker at the beginning of what follows a turn's content."""
         if end := self.renderer._control_end(behind):
             return end
-        # The marker is words: it is what stands behind the turn when nothing follows.
+        # The marker is words: it is what follows the turn when nothing follows.
         _, marker = self._until(turn)._around(turn)
         if not marker.strip() or not behind.startswith(marker.rstrip()):
             raise RowError(NO_END)

@@ -1,4 +1,4 @@
-"""Columns that no format reads: which of them somebody may miss, and what they may be meant for."""
+"""Columns that no format reads: which of them matter for training, and what they may be meant for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEANT["chosen_response"] = ("chosen", *MEANT["chosen"])
 MEANT["rejected_response"] = ("rejected", *MEANT["rejected"])
 MEANT["context"] = MEANT["prompt"]
 
-# Where rows come from, what they are about, who made them: nothing that a model is to learn.
+# Where rows come from, what they are about, who made them: not trained on.
 _QUIET = re.compile(
     r"(?:(?:chosen|rejected|response|prompt|row|example|conversation|parent|message|dataset)[_-])?"
     r"(?:id|idx|index|uuid|guid|hash|key|source|sources|origin|dataset|data_source|subset|split|"
@@ -47,17 +47,22 @@ _QUIET = re.compile(
     r"model_name|metadata|meta|tag|tags|type|kind|difficulty|level|cluster|annotator|"
     r"annotator_id|worker|generator|provider)"
     r"(?:[_-](?:a|b|[0-9]+|chosen|rejected))?"
+    r"|unnamed: \d+|__index_level_\d+__"  # pandas' index
 )
-# Numbers and flags that change what is trained, where a format reads them.
-_TELLING = {"weight", "weights", "loss_weight", "train", "loss", "mask", "label", "labels"}
+# Numbers, flags and options that change what is trained, where a trainer reads them.
+_TELLING = {
+    "weight", "weights", "loss_weight", "sample_weight", "train", "loss", "loss_mask", "loss_scale",
+    "mask", "masks", "completion_mask", "assistant_masks", "label", "labels", "margin", "margins",
+    "chat_template_kwargs", "enable_thinking", "kto_tag",
+}  # fmt: skip
 
 
 def unread(
     rows: Sequence[Mapping[str, Any]], columns: Iterable[str], ignored: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Of columns that are not read: those that somebody may miss, and the others that hold anything.
+    """Of columns that are not read: those that matter for training, and the others that hold anything.
 
-    Missed are texts, at any depth, and flags of what is trained; not names and numbers that say where
+    The first are texts, at any depth, and flags of what is trained; not names and numbers that say where
     a row comes from or how good it is. Columns without a value in any row are in neither list.
     """
     missed, others = [], []

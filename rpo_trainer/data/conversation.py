@@ -56,7 +56,8 @@ def with_system(row: Row, system: str, what: str) -> bool:
     if isinstance(row[name], str):
         if not row[name]:
             return False
-        if not row[name].startswith(system):
+        rest = row[name].removeprefix(system)
+        if rest == row[name] or (not rest.startswith(("\n", "\r")) and rest):
             row[name] = f"{system}\n\n{row[name]}"
         return True
     first = row[name][0] if row[name] else {"role": "user"}
@@ -134,7 +135,7 @@ def preference(prompt: object, answers: Sequence[object], names: Sequence[str]) 
     row: Row = {"prompt": first, "responses": [each.response for each in split]}
     if any(each.fields for each in split):
         row["response_fields"] = [each.fields for each in split]
-    if isinstance(prompt, str) and not isinstance(first, str) and not _holds(first, prompt):
+    if isinstance(prompt, str) and not isinstance(first, str) and not holds(first, prompt):
         row["unread"] = ["prompt"]
     return row
 
@@ -162,7 +163,10 @@ def _split(prompt: object, answer: object, name: str) -> _Split:
         if turns[-1]["role"] != "assistant":
             raise RowError(f"{name} does not end with a turn of the assistant")
         if turns[-1].get("tool_calls"):
-            raise RowError(f"{name} ends with `tool_calls`; a response to compare must be text")
+            raise RowError(
+                f"{name} ends with a call (`tool_calls` or `function_call`), and a response to compare "
+                "is text"
+            )
         if turns[-1].get("weight") == 0:
             raise RowError(f"the last turn of {name} has the weight 0, and is what is compared")
         before, response = _joined(prompt, turns[:-1], name), turns[-1]["content"]
@@ -184,7 +188,19 @@ def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
             return lead
         return [*lead, {"role": "user", "content": check_text(prompt, "`prompt`")}]
     given = to_messages(prompt, "`prompt`")
-    return lead if lead[: len(given)] == given else given + lead
+    system, turns = _system_apart(given)
+    own_system, own_turns = _system_apart(lead)
+    if own_turns[: len(turns)] != turns:
+        return given + lead
+    if system and own_system and system != own_system:
+        raise RowError(f"the system turns of `prompt` and of {name} differ")
+    return [*(system or own_system), *own_turns]
+
+
+def _system_apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system turn, where there is one, and the turns after it."""
+    begin = 1 if messages and messages[0]["role"] == "system" else 0
+    return messages[:begin], messages[begin:]
 
 
 def has_user(messages: Sequence[Message]) -> bool:
@@ -192,7 +208,7 @@ def has_user(messages: Sequence[Message]) -> bool:
     return any(message["role"] == "user" for message in messages)
 
 
-def _holds(messages: Sequence[Message], text: str) -> bool:
+def holds(messages: Sequence[Message], text: str) -> bool:
     """Whether a text is one of the turns, or a part of one, whatever its white space."""
     return any(_words(text) in _words(message["content"]) for message in messages)
 
@@ -220,7 +236,7 @@ def pair_prompt(raw: Mapping[str, Any], answers: Sequence[object]) -> tuple[obje
     if not all(map(_is_whole, answers)):
         return prompt, []
     said = [m for answer in answers for m in to_messages(answer, "an answer")]
-    repeated = all(_holds(said, message["content"]) for message in prompt)
+    repeated = all(holds(said, message["content"]) for message in prompt)
     return None, [] if repeated else [column]
 
 

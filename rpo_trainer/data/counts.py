@@ -9,12 +9,12 @@ from typing import Any
 
 EXAMPLES = 3
 
-# reason → what people read; the short names are the keys of `Audit.as_dict()`.
+# reason → its text in messages; the short names are the keys of `Audit.as_dict()`.
 DROPS = {
     "empty_response": "a response is empty or blank",
     "fewer_than_two_responses": "fewer than two responses",
     "identical_responses": "chosen is the same as rejected",
-    "identical_after_truncation": "chosen is the same as rejected once tokenised and cut",
+    "identical_after_truncation": "chosen is the same as rejected after tokenising and cutting",
     "too_long": "longer than max_length",
     "prompt_too_long": "the prompt leaves no room for a response",
     "no_trained_tokens": "no trained token is left",
@@ -30,7 +30,7 @@ DROPS = {
     "unreadable": "the row cannot be read",
     "no_verdict": "the judge gave no consistent verdict",
 }
-# What becomes of prompts to which a policy gives equal responses, or equally good ones.
+# Reasons that drop prompts to which a policy gives equal, or equally good, responses.
 ALIKE = {"fewer_than_two_responses", "tie", "identical_responses", "small_gap"}
 WARNINGS = {
     "special_token_text": "text of a special token inside the data, tokenised as text",
@@ -42,13 +42,22 @@ WARNINGS = {
     "truth_not_chosen": "the ground truth is none of the responses; the best is chosen",
     "undecided_responses_removed": "responses without a consistent verdict removed, the others kept",
     "blank_responses_removed": "blank responses removed, the others kept",
-    "unusable_rewards": "rewards that are no numbers, ignored by this stage",
+    "messages_as_text": "text that is a JSON list of messages, read as text: few values of its column are",
+    "unusable_rewards": "rewards that are not numbers, ignored by this stage",
     "tools_not_rendered": "`tools` that are not written: no chat template is used, or it leaves them out",
     "text_left_out": "assistant text that the chat template leaves out (thinking in earlier turns)",
     "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
     "truncated": "cut to max_length",
 }
-# What changes nothing of a row that is trained, and is told without a warning.
+# Rows that are neither used nor dropped, since a recipe asks for it.
+MAX_ROWS, WEIGHT, HELD_OUT, EVAL_ROWS = "max_rows", "weight", "eval_share", "eval_max_rows"
+LEFT_OUT = {
+    MAX_ROWS: "not used: max_rows",
+    WEIGHT: "not used: weight",
+    HELD_OUT: "held out: eval_share",
+    EVAL_ROWS: "not used: max_rows of the evaluation",
+}
+# These do not change a trained row, and are reported at INFO.
 HARMLESS = {"duplicate_prompt", "similar_prompt", "truth_not_chosen"}
 
 
@@ -86,7 +95,7 @@ class Count:
             self.examples.append(row_id)
 
     def add_all(self, other: Count) -> None:
-        """The rows of another count behind these."""
+        """Appends the rows of another count."""
         self.count += other.count
         self.examples = [*self.examples, *other.examples][:EXAMPLES]
 
@@ -95,7 +104,7 @@ class Count:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share in words: `83 %`, `0.4 %`; never 0 % of what is there, and 100 % only of all."""
+    """A share as text: `83 %`, `0.4 %`; 0 % only of nothing, and 100 % only of all."""
     share = min(1.0, part / whole) if whole else 1.0
     if share > 0.995 and part < whole:
         return "over 99 %"

@@ -2,76 +2,120 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rpo_trainer.data.strict_json import NOT_WHOLE
+from rpo_trainer.data.strict_json import NOT_WHOLE, decode
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
-MAX_ROW_BYTES = 64 * 2**20
+INDEX = "Unnamed: 0"  # pandas' name of the column without a name that its `to_csv` writes
 _NUMBERS = frozenset(
     {
         "chosen_reward", "rejected_reward", "score_chosen", "score_rejected", "margin", "score",
         "overall_preference", "preference_strength", *HELPSTEER_ATTRIBUTES,
     }
 )  # fmt: skip
+_PLAIN = re.compile(r"[^,\r\n]*")
+_END = re.compile(r",|\r\n|\n|\r|\Z")
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file with a line of names. Every value is a text; an empty field is null.
+def read_csv(path: Path) -> list[dict[str, str | None]]:
+    """Rows of a CSV file (RFC 4180) whose first line names the columns. Every value is text.
 
-    Rewards, ratings and preferences are numbers, where all filled fields of their column are.
+    An empty field is null, a quoted one (`""`) is an empty text. Lines without anything are skipped. A
+    first column without a name that holds whole numbers is an index, and is named INDEX.
 
-    Raises DataError: it is not CSV, not UTF-8, or a column has no name of its own.
+    Raises:
+        DataError: it is not CSV, not UTF-8, or a column has no name of its own.
     """
-    import pyarrow  # type: ignore[import-untyped, unused-ignore]
-    import pyarrow.csv  # type: ignore[import-untyped, unused-ignore]
+    where = str(path)
+    text = decode(path.read_bytes(), 0, where)
+    lines = _lines(text, where)
+    names = [name or "" for name in next(lines, (1, []))[1]]
+    rows = []
+    for number, fields in lines:
+        if len(fields) != len(names):
+            raise _invalid(
+                f"the row has {len(fields)} fields, and the first line names {len(names)} columns",
+                f"{where}:{number}",
+            )
+        rows.append(fields)
+    if names and not names[0].strip() and INDEX not in names and _is_index([r[0] for r in rows]):
+        names[0] = INDEX
+    _check_names(names, where)
+    return [dict(zip(names, fields, strict=True)) for fields in rows]
 
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    read = pyarrow.csv.ReadOptions(block_size=MAX_ROW_BYTES)
-    if path.read_bytes().count(b'"') % 2:
-        # pyarrow would read up to the end of the file as one field.
-        raise DataError(
-            "not valid CSV (a double quote is not closed)",
-            where=str(path),
-            why=NOT_WHOLE,
-            fix='close it; a quote inside a field is written twice (""), and the field stands in quotes',
-        )
-    try:
-        with pyarrow.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
-            names = list(reader.schema.names)
-        _check_names(names, str(path))
-        convert = pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pyarrow.string()),
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-            null_values=[""],
-        )
-        table = pyarrow.csv.read_csv(
-            path, read_options=read, parse_options=parse, convert_options=convert
-        )
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"not valid CSV ({str(error).strip().splitlines()[0]})",
-            where=str(path),
-            why=NOT_WHOLE,
-            fix="every row needs as many fields as the first line has names, in UTF-8; put fields with "
-            "commas, quotes or line breaks in double quotes",
-        ) from None
-    columns = {name: _numbers(table[name].to_pylist()) for name in names if name in _NUMBERS}
+
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with numbers in place of the digits of rewards, ratings and preferences.
+
+    Their columns have the names that formats know; what is not a number stays text.
+    """
     return [
-        {**row, **{name: values[number] for name, values in columns.items()}}
-        for number, row in enumerate(table.to_pylist())
+        {name: _number(value) if name in _NUMBERS else value for name, value in row.items()}
+        for row in rows
     ]
 
 
-def _numbers(values: list[str | None]) -> list[Any]:
-    """The values as numbers, where all that are there are; else as they are."""
+def _number(value: Any) -> Any:
     try:
-        return [None if value is None else float(value) for value in values]
-    except ValueError:
-        return values
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _is_index(values: list[str | None]) -> bool:
+    return all(value is not None and value.isascii() and value.isdigit() for value in values)
+
+
+def _lines(text: str, where: str) -> Iterator[tuple[int, list[str | None]]]:
+    """(line number of its beginning, fields) of each row."""
+    place, number = 0, 1
+    while place < len(text):
+        begin = place
+        fields: list[str | None] = []
+        while True:
+            value: str | None
+            if text.startswith('"', place):
+                value, place = _quoted(text, place, where, number)
+            else:
+                found = _PLAIN.match(text, place)
+                assert found is not None  # it matches nothing, too
+                value, place = found[0] or None, found.end()
+            fields.append(value)
+            end = _END.match(text, place)
+            if end is None:
+                line = number + text.count("\n", begin, place)
+                raise _invalid("text follows the closing quote of a field", f"{where}:{line}")
+            place = end.end()
+            if end[0] != ",":
+                break
+        if fields != [None]:
+            yield number, fields
+        number += text.count("\n", begin, place) or text.count("\r", begin, place)
+
+
+def _quoted(text: str, place: int, where: str, number: int) -> tuple[str, int]:
+    """The text of the quoted field that begins at `place`, and the place after it."""
+    begin = end = place + 1
+    while (end := text.find('"', end)) >= 0:
+        if not text.startswith('"', end + 1):
+            return text[begin:end].replace('""', '"'), end + 1
+        end += 2
+    raise _invalid("a double quote is not closed", f"{where}:{number}")
+
+
+def _invalid(what: str, where: str) -> DataError:
+    return DataError(
+        f"not valid CSV ({what})",
+        where=where,
+        why=NOT_WHOLE,
+        fix="every row needs as many fields as the first line has names; put fields with commas, line "
+        'breaks or a quote at their beginning in double quotes, and write a quote inside them twice ("")',
+    )
 
 
 def _check_names(names: list[str], where: str) -> None:

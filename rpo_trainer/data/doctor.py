@@ -1,17 +1,18 @@
-"""One data set looked over: what a stage would drop or refuse, and what it would learn untold."""
+"""One data set looked over: what a stage would drop, refuse or train on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rpo_trainer.data.adapters import adapt, find_format, kind_of
+from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import quantiles
+from rpo_trainer.data.detect import find_format, kind_of
 from rpo_trainer.data.formats import FORMATS
 from rpo_trainer.data.rows import Kind, Row, is_blank
 from rpo_trainer.data.sources import RawSource, load_source
@@ -118,7 +119,7 @@ def audit_file(
                 other.faults[0],
                 where=str(against),
                 why="prompts that are in both files are only found where all of both can be read",
-                fix=f"mend it first: rpo-trainer audit {against} shows all of its faults",
+                fix=f"fix it first: rpo-trainer audit {against} shows all of its faults",
             )
         audit.check_overlap(rows, held_out)
     if tokenizer is not None and rows:
@@ -148,7 +149,7 @@ def _read(source: SourceSpec) -> tuple[Findings, list[Row]]:
     rows: list[Row] = []
     for row, place in zip(raw.rows, raw.places, strict=True):  # those that are sound
         try:
-            rows += _adapt(RawSource(raw.name, [row], [place], raw.where), source, kind, audit)
+            rows += _adapt(replace(raw, rows=[row], places=[place]), source, kind, audit)
         except (DataError, Problems):
             audit.drop("unreadable", f"{raw.name}:{place}")
     return found, rows

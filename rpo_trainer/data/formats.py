@@ -17,6 +17,7 @@ from rpo_trainer.data.conversation import (
     sft_completion,
     sharegpt_messages,
 )
+from rpo_trainer.data.row_parts import tools
 from rpo_trainer.data.rows import (
     Kind,
     Message,
@@ -176,6 +177,20 @@ def _nemo_rl(raw: Raw) -> Row:
     return {**row, "rewards": [None] * len(row["responses"])}
 
 
+def _openai_preference(raw: Raw) -> Row:
+    given = raw["input"]
+    if not isinstance(given, Mapping):
+        raise RowError("`input` is not an object with `messages`")
+    names = ["preferred_output", "non_preferred_output"]
+    prompt = to_messages(given.get("messages"), "`input.messages`")
+    row = preference(prompt, [raw[name] for name in names], [f"`{name}`" for name in names])
+    known = ("messages", "tools", "parallel_tool_calls")
+    unread = [
+        f"input.{key}" for key in sorted(given) if key not in known and given[key] is not None
+    ]
+    return {**row, **tools(given), "unread": unread, "rewards": [None, None]}
+
+
 def _strength(prompt: object, raw: Raw, first: str, second: str, column: str) -> Row:
     """Two responses and a preference from -3 (the first) to 3; the gap is its strength."""
     value = raw[column]
@@ -278,12 +293,13 @@ def _helpsteer2_prompt(raw: Raw) -> Row:
 
 
 def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]:
-    """The prompt of a whole conversation: all before the last assistant turn."""
+    """The prompt of a conversation: all of it, without the assistant's turns that it ends with."""
 
     def convert(raw: Raw) -> Row:
         found = messages(raw)
-        ends = [i for i, message in enumerate(found) if message["role"] == "assistant"]
-        return {"prompt": _open_conversation(found[: ends[-1]] if ends else found)}
+        while found and found[-1]["role"] == "assistant":
+            found.pop()
+        return {"prompt": _open_conversation(found)}
 
     return convert
 
@@ -309,6 +325,9 @@ FORMATS: dict[str, Format] = {
     "ranked": Format("pair", ("prompt", "responses"), ("ranks",), _ranked),
     "nemo": Format("pair", ("prompt", "chosen_response", "rejected_response"), _REWARDS, _nemo),
     "nemo_rl": Format("pair", ("context", "completions"), (), _nemo_rl),
+    "openai_preference": Format(
+        "pair", ("input", "preferred_output", "non_preferred_output"), (), _openai_preference
+    ),
     "helpsteer2_pairs": Format(
         "pair",
         ("prompt", "response", "helpfulness"),

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.counts import WEIGHT
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
 
@@ -43,7 +44,7 @@ def mix_sources(
     for index, ((name, rows), share) in enumerate(zip(sources, shares, strict=True)):
         taken = int(scale * share)
         blend += sample(rows, taken, f"{seed}:mix:{index}")
-        audit.leave_out(name, len(rows) - taken)
+        audit.leave_out(WEIGHT, name, len(rows) - taken)
     return blend
 
 
@@ -68,7 +69,7 @@ def _share(name: str, weight: float | None) -> Fraction:
 def add_replay(
     rows: Sequence[Row], earlier: Sequence[Row], spec: ReplaySpec, *, seed: int, audit: Audit
 ) -> list[Row]:
-    """`rows`, and behind them a sample (without replacement) of an earlier stage's rows.
+    """`rows`, and after them a sample (without replacement) of an earlier stage's rows.
 
     The number of replayed rows, rounded to the nearest: `of: mix` makes them `fraction` of the
     resulting blend, n·f / (1 − f) for n rows; `of: source` takes `fraction` of `earlier`.

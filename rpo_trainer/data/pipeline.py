@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.counts import MAX_ROWS
 from rpo_trainer.data.duplicates import Dedup, drop_duplicates
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.mix import mix_sources
@@ -204,7 +205,7 @@ def _observe(rows: Sequence[Row], kind: Kind, audit: Audit) -> None:
 
 def _first_rows(raw: RawSource, limit: int | None, audit: Audit) -> None:
     if limit is not None:
-        audit.leave_out(raw.name, max(0, len(raw.rows) - limit))
+        audit.leave_out(MAX_ROWS, raw.name, max(0, len(raw.rows) - limit))
         raw.rows, raw.places = raw.rows[:limit], raw.places[:limit]
 
 

@@ -45,7 +45,7 @@ def rating_targets(
     problems.raise_if_any(
         len(rows),
         why="out of its range it is more likely another column than a rating",
-        fix="mend these rows, or change `rating_range`",
+        fix="fix these rows, or change `rating_range`",
     )
     known = {name for row in rows for name, value in row["attributes"].items() if value is not None}
     if missing := [name for name in attributes if name not in known]:

@@ -13,19 +13,30 @@ Raw = Mapping[str, Any]
 
 
 def tools(row: Raw) -> Row:
-    """`tools` as a list of {"type": "function", "function": {...}}, the form templates expect."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            raise RowError("`tools` is text that is not JSON") from None
+    """`tools` as a list of {"type": "function", "function": {...}}, the form templates expect.
+
+    It may be one tool, and JSON text as a whole or in each of its parts.
+    """
+    tools = _from_json(row.get("tools"))
     if not tools:
         return {}
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if isinstance(tools, list):
+        tools = [_from_json(tool) for tool in tools]
     if not is_messages(tools):
         raise RowError("`tools` is not a list of objects")
     wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
     return {"tools": wrapped}
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError("`tools` is text that is not JSON") from None
 
 
 def unread_system(new: Row, raw: Raw) -> list[str]:

@@ -55,7 +55,7 @@ ROLE_NAMES = {
 }
 
 
-NOT_MISSED = "a row that is left out or guessed without notice is never missed"
+NOT_MISSED = "rows are never dropped or guessed silently"
 
 # Keys that hold what an assistant thought before it answered; a chat template reads one of them.
 THINKING = ("reasoning_content", "thinking", "reasoning")
@@ -124,7 +124,7 @@ def check_text(value: object, what: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise RowError(f"{what} holds half of a surrogate pair, which is no text") from None
+            raise RowError(f"{what} holds a lone surrogate, which is not valid text") from None
     return value
 
 
@@ -136,7 +136,7 @@ def is_messages(value: object) -> bool:
 def to_messages(value: object, what: str) -> list[Message]:
     """Messages in any of the known spellings → role and content, order checked.
 
-    Raises RowError: no list of messages, unknown role, content that is no text, roles out of order.
+    Raises RowError: not a list of messages, unknown role, content that is not text, roles out of order.
     """
     if not is_messages(value):
         raise RowError(f"{what} is not a list of messages")
@@ -147,10 +147,16 @@ def to_messages(value: object, what: str) -> list[Message]:
     for role in raw_roles:
         if role not in ROLE_NAMES:
             raise RowError(f"{what} has the unknown role {role!r}")
-    _check_order(raw_roles, what)
+    _check_order([_order_role(m, r) for m, r in zip(given, raw_roles, strict=True)], what)
     return [
         _to_message(m, ROLE_NAMES[role], what) for m, role in zip(given, raw_roles, strict=True)
     ]
+
+
+def _order_role(message: Mapping[str, Any], role: str) -> str:
+    """The role as `_check_order` asks for it: a turn with calls is `function_call`."""
+    calls = message.get("tool_calls") or message.get("function_call")
+    return "function_call" if calls and ROLE_NAMES[role] == "assistant" else role
 
 
 def _either(message: Mapping[str, Any], ours: str, theirs: str, what: str) -> Any:
@@ -163,8 +169,13 @@ def _either(message: Mapping[str, Any], ours: str, theirs: str, what: str) -> An
 def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     content = _either(raw, "content", "value", what)
     message: Message = {"role": role}
+    if role == "assistant" and not is_empty(raw.get("function_call")):
+        raw = _with_call(raw, what)
     if content is None and raw.get("tool_calls"):
         content = ""
+    if content is None:
+        said = "`refusal` and no" if raw.get("refusal") else "no"
+        raise RowError(f"a message of {what} has {said} `content`")
     if isinstance(content, list):
         content, thought = _joined_parts(content, what)
         if thought:
@@ -191,6 +202,17 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     ):  # these are never trained: a flag that asks for it is counted as unread
         message |= {key: raw[key] for key in TRAIN_FLAGS if raw.get(key)}
     return message
+
+
+def _with_call(raw: Mapping[str, Any], what: str) -> Row:
+    """The turn with OpenAI's former `function_call` as the one call of `tool_calls`."""
+    if raw.get("tool_calls"):
+        raise RowError(f"a message of {what} has both `function_call` and `tool_calls`")
+    call = raw["function_call"]
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise RowError(f"a `function_call` in {what} is not an object with a `name`")
+    rest = {key: value for key, value in raw.items() if key != "function_call"}
+    return {**rest, "tool_calls": [{"type": "function", "function": call}]}
 
 
 def _weight(raw: Mapping[str, Any], what: str) -> Any:
@@ -271,6 +293,11 @@ def response_message(row: Row, number: int) -> Message:
 
 def _to_calls(calls: object, what: str) -> list[Row]:
     """Tool calls whose arguments are objects, as templates expect, not JSON inside a text."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except (ValueError, RecursionError):
+            raise RowError(f"`tool_calls` in {what} is text that is not JSON") from None
     if not is_messages(calls):
         raise RowError(f"`tool_calls` in {what} is not a list of objects")
     assert isinstance(calls, list)

@@ -1,7 +1,7 @@
 """Reading raw rows: local files, saved `datasets`, the hub, built-in tasks.
 
-A file is either read whole and sound or refused with the place of the fault: half a file trains
-half a model, and nobody notices.
+A file is either read whole and sound or refused with the place of the fault: nothing of a damaged file
+is trained on.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from rpo_trainer.data.csv_file import MAX_ROW_BYTES, read_csv
+from rpo_trainer.data.csv_file import read_csv
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError
 from rpo_trainer.files import kind_of_file
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
-MAX_LINE_BYTES = MAX_ROW_BYTES
+MAX_LINE_BYTES = 64 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
 GIVE_ROWS = "give a file with rows"
@@ -41,6 +41,7 @@ class RawSource:
     """Raw rows with their places: line numbers (from 1) for JSON lines, else indices (from 0).
 
     `arrow`: they come out of a table, where every object of a column has all of its keys.
+    `untyped`: every value is text (CSV).
     """
 
     name: str
@@ -48,6 +49,7 @@ class RawSource:
     places: list[int]
     where: str
     arrow: bool = False
+    untyped: bool = False
 
 
 def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource:
@@ -77,8 +79,8 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
         f"no such file; did you mean `{near}`?" if near else "no such file",
         where=str(local),
         why=NO_ROWS,
-        fix="give a path seen from "
-        + ("where you are" if base_dir is None else "the recipe's folder, as overrides are too")
+        fix="give a path relative to "
+        + ("the working directory" if base_dir is None else "the recipe's folder (overrides too)")
         + ", or a hub name",
     )
 
@@ -89,7 +91,7 @@ def _require_file(path: Path) -> None:
         raise DataError(
             f"this is {kind}, not a file",
             where=str(path),
-            why="the rows are read more than once, and waiting for them may never end",
+            why="the rows are read more than once, and reading from it may block forever",
             fix="write the rows to a file, and give that",
         )
 
@@ -100,7 +102,7 @@ def _near(path: Path) -> str | None:
         names = [name for name in os.listdir(path.parent) if name.endswith(SUFFIXES)]
     except (OSError, ValueError):
         return None
-    # By their stems: a suffix that is shared makes no two names alike.
+    # By their stems: a shared suffix does not make two names similar.
     stems = {name.split(".")[0]: name for name in names}
     near = difflib.get_close_matches(path.name.split(".")[0], stems, n=1, cutoff=0.75)
     return stems[near[0]] if near else None
@@ -158,7 +160,7 @@ def _load_file(path: Path, split: str | None) -> RawSource:
             if kind == ".parquet":
                 return _indexed(path.name, _read_parquet(path), where, arrow=True)
             if kind == ".csv":
-                return _indexed(path.name, read_csv(path), where)
+                return replace(_indexed(path.name, read_csv(path), where), untyped=True)
             if kind == ".json":
                 return _indexed(path.name, _read_json(file.read(), where), where)
             lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if kind == ".jsonl.gz" else file
@@ -218,9 +220,9 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             column.validate(full=True)
         except pyarrow.ArrowInvalid as error:
             raise DataError(
-                f"the column {name!r} holds what is no text ({_first_line(error)})",
+                f"the column {name!r} holds invalid text ({_first_line(error)})",
                 where=str(path),
-                why="no tokenizer takes it",
+                why="tokenizers need valid UTF-8",
                 fix="write the file again, with its texts in UTF-8",
             ) from None
     return list(table.to_pylist())
@@ -308,7 +310,7 @@ def _json_type(value: object) -> str:
 def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
-            "is a directory, and not a data set saved with `save_to_disk`",
+            "this is a directory, and not a data set saved with `save_to_disk`",
             where=str(path),
             why="which of its files hold the rows cannot be guessed",
             fix=f"give a file ({', '.join(SUFFIXES)}) or save the data set there",

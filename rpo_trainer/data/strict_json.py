@@ -1,4 +1,4 @@
-"""JSON as a data file must hold it: what other readers mend in silence is an error with its place."""
+"""JSON as a data file must hold it: what other readers repair silently is an error with its place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decode(raw: bytes, offset: int, where: str) -> str:
         raise DataError(
             f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}",
             where=where,
-            why="read in any other way its texts would be others",
+            why="in another encoding the texts would differ",
             fix="convert the file to UTF-8",
         ) from None
 
@@ -37,7 +37,7 @@ def parse(text: str, where: str, *, last: bool) -> Any:
         last: nothing follows it in the file, so what is not whole is cut.
 
     Raises:
-        DataError: no JSON, NaN or Infinity, a key twice, half of a surrogate pair.
+        DataError: not JSON, NaN or Infinity, a key twice, a lone surrogate.
     """
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
@@ -48,22 +48,22 @@ def parse(text: str, where: str, *, last: bool) -> Any:
             f"{'the last line is cut' if cut else 'not valid JSON'} "
             f"({error.msg}, column {error.colno})",
             where=line,
-            why=NOT_WHOLE if cut else "no row is left out in silence",
-            fix=AGAIN if cut else "mend the line; each is one JSON object",
+            why=NOT_WHOLE if cut else "rows are never dropped silently",
+            fix=AGAIN if cut else "fix the line; each is one JSON object",
         ) from None
     except _StrictError as error:
         what, why, fix = error.args
         raise DataError(what, where=where, why=why, fix=fix) from None
     except ValueError:  # what Python refuses although it is JSON
         what = "a whole number of thousands of digits"
-        why = "no number that is used here has so many"
+        why = "no reward or rating needs so many"
         raise DataError(what, where=where, why=why, fix="write it as text") from None
     except RecursionError:
-        why = "no row is so deep, and no reader goes there"
-        raise DataError("nested too deeply", where=where, why=why, fix="mend the line") from None
-    # Only an escape can bring half a surrogate pair through the UTF-8 decoder.
+        why = "JSON readers limit the depth, and rows do not need it"
+        raise DataError("nested too deeply", where=where, why=why, fix="fix the line") from None
+    # Only an escape can bring a lone surrogate through the UTF-8 decoder.
     if "\\ud" in text or "\\uD" in text:
-        _no_half_surrogates(value, where)
+        _no_lone_surrogates(value, where)
     return value
 
 
@@ -82,23 +82,23 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    why = "no reward and no loss can be made of it"
-    raise _StrictError(f"{name} is no number of JSON", why, "write null where there is no number")
+    why = "rewards and losses must be finite"
+    raise _StrictError(f"{name} is not a JSON number", why, "write null where there is no number")
 
 
-def _no_half_surrogates(value: Any, where: str) -> None:
+def _no_lone_surrogates(value: Any, where: str) -> None:
     if isinstance(value, str):
         if re.search("[\ud800-\udfff]", value):
             raise DataError(
-                "a text holds half of a surrogate pair (\\ud800 to \\udfff)",
+                "a text holds a lone surrogate (\\ud800 to \\udfff)",
                 where=where,
-                why="it is no character, and no tokenizer takes it",
+                why="it is not a valid character, and tokenizers refuse it",
                 fix="write the pair whole, or the character itself",
             )
     elif isinstance(value, dict):
         for key, item in value.items():
-            _no_half_surrogates(key, where)
-            _no_half_surrogates(item, where)
+            _no_lone_surrogates(key, where)
+            _no_lone_surrogates(item, where)
     elif isinstance(value, list):
         for item in value:
-            _no_half_surrogates(item, where)
+            _no_lone_surrogates(item, where)

@@ -20,7 +20,7 @@ MANY_UNREAD = 0.5  # of what a chat template leaves out of the rows
 
 @dataclass(frozen=True)
 class Concern:
-    """Something about data that deserves attention, and what to change; `minor`: it is only told."""
+    """A finding about data, and what to change; `minor`: reported without a warning."""
 
     text: str
     advice: str | None = None
@@ -29,7 +29,7 @@ class Concern:
 
 @dataclass(frozen=True)
 class Reason:
-    """Rows that share a fate: why, in words, how many, the ids of the first few; its short name."""
+    """Rows that were dropped or noticed for one reason: its text, their number, first ids, short name."""
 
     text: str
     rows: int
@@ -39,9 +39,9 @@ class Reason:
 
 @dataclass(frozen=True)
 class AuditRecord:
-    """Row counts of a stage's training data; the most frequent reasons come first."""
+    """Row counts of a data set; `rows` as in `Audit.rows`, the most frequent reasons come first."""
 
-    read: int | None = None
+    rows: int | None = None
     kept: int | None = None
     dropped: list[Reason] = field(default_factory=list)
     noticed: list[Reason] = field(default_factory=list)
@@ -56,30 +56,29 @@ class AuditRecord:
 
         Args:
             what: the rows, as a sentence names them.
-            sampled: their responses come from a policy: one that is sure of itself says one thing K
-                times, and such prompts teach nothing.
+            sampled: their responses come from a policy. A confident policy gives K equal responses, and
+                such prompts are expected among the dropped.
         """
         if self.dropped:
             yield self._dropped(what, sampled)
-        whole = self.kept or self.read
+        whole = self.kept or self.rows
         rows = {reason.key: reason.rows for reason in self.noticed}
         if self.pairs and self.ties > MANY_TIED * self.pairs and not self._drops("tie"):
             yield Concern(
                 f"{percent(self.ties, self.pairs)} of {what} ({self.ties:,} of {self.pairs:,}) are tied: "
                 "chosen and rejected have the same reward",
-                "`filter: {ties: drop}` leaves them out; without it their order is all that DPO learns of "
-                "them.",
+                "`filter: {ties: drop}` leaves them out; without it DPO learns an arbitrary order from them.",
             )
         if self.pairs and self.reversed > MANY_REVERSED * self.pairs:
             yield Concern(
                 f"{percent(self.reversed, self.pairs)} of {what} ({self.reversed:,} of {self.pairs:,}) "
                 "are reversed: chosen has the lower reward",
-                "See whether chosen and rejected are swapped.",
+                "Check whether chosen and rejected are swapped.",
             )
         repeated = rows.get("duplicate_prompt", 0) + rows.get("similar_prompt", 0)
-        if self.read and repeated > MANY_REPEATED * self.read:
+        if self.rows and repeated > MANY_REPEATED * self.rows:
             yield Concern(
-                f"{percent(repeated, self.read)} of {what} ({repeated:,} of {self.read:,}) have a prompt "
+                f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) have a prompt "
                 "that was seen before",
                 "`dedup: exact` or `normalised` keeps the first row of each prompt.",
             )
@@ -124,16 +123,16 @@ class AuditRecord:
         return sum(reason.rows for reason in self.dropped)
 
     def dropped_share(self) -> float | None:
-        """Dropped rows as a share of those read, in [0, 1]; None where that is not known."""
+        """Dropped rows as a share of `total`, in [0, 1]; None where that is not known."""
         return min(1.0, self.dropped_rows / self.total) if self.total else None
 
     @property
     def total(self) -> int:
-        """All rows that were read; 0 where that is not known."""
-        return self.read or (self.dropped_rows + self.kept if self.kept else 0)
+        """All rows that are used or dropped; 0 where that is not known."""
+        return self.rows or (self.dropped_rows + self.kept if self.kept else 0)
 
 
-# What `concerns` judges by limits of its own, or what changes nothing that is trained.
+# Reasons that `concerns` handles separately, or that do not change what is trained.
 _COUNTED_ELSEWHERE = {
     "truncated", "duplicate_prompt", "similar_prompt", "unusable_rewards", "truth_not_chosen",
     "special_token_text", "equal_responses", "duplicate_responses_removed",
@@ -150,14 +149,14 @@ def read_audit(record: Mapping[str, Any]) -> AuditRecord:
         if isinstance(columns, list)
     }
     dropped = _reasons(record.get("dropped"), DROPS)
-    limit = count(record.get("max_length"))
+    rows, limit = count(record.get("rows")), count(record.get("max_length"))
     if limit is not None:
         dropped = [
             replace(reason, text=f"{reason.text} {limit}") if reason.key == "too_long" else reason
             for reason in dropped
         ]
     return AuditRecord(
-        read=_total(record.get("read")),
+        rows=_total(record.get("read")) if rows is None else rows,
         kept=_total(record.get("kept")),
         dropped=dropped,
         noticed=_reasons(record.get("warnings"), WARNINGS),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rpo_trainer.data.adapters import adapt, find_format, kind_of
+from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.detect import find_format, kind_of
 from rpo_trainer.data.formats import FORMATS
 from rpo_trainer.data.rows import Kind, Row, response_message
 from rpo_trainer.data.sources import load_source

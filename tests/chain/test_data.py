@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rpo_trainer.chain.data import (
     evaluation_prompts,
     fitted_stage,
     needs_policy,
+    set_aside,
     source_digests,
     stage_seed,
     tokenize_stage,
@@ -398,9 +400,20 @@ def test_reversed_pairs_get_in_held_out_rows_what_the_filter_says(
 @pytest.mark.parametrize(("limit", "kept"), [(None, 10), (10, 10), (4, 4), (1, 1)])
 def test_a_limited_evaluation_has_its_share_of_each_source(limit: int | None, kept: int) -> None:
     rows = [{"id": str(i), "source": "a" if i < 5 else "b"} for i in range(10)]
-    found = at_most(rows, limit)
+    audit = Audit()
+    found = at_most(rows, limit, audit)
+    assert sum(audit.left_out.get("eval_max_rows", {}).values()) == 10 - kept
     assert len(found) == kept and [int(r["id"]) for r in found] == sorted(
         int(r["id"]) for r in found
     )
     if kept > 1:
         assert sum(row["source"] == "b" for row in found) == kept // 2
+
+
+def test_rows_that_are_held_out_are_not_of_the_training_rows() -> None:
+    rows = [{"id": str(i), "source": "a", "prompt": str(i)} for i in range(10)]
+    stage: Any = SimpleNamespace(data=SimpleNamespace(eval_share=0.3))
+    audit = Audit()
+    audit.add_read("a", 10)
+    train, held = set_aside(stage, rows, seed=0, audit=audit)
+    assert held is not None and (len(train), len(held), audit.rows()) == (7, 3, 7)

@@ -229,6 +229,10 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         pair([Q, A, Q2], "y", "x", rewards=[1.0, -1.0]),
     ),
+    "openai_preference": (
+        {"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [good("b")]},
+        pair([Q], "a", "b"),
+    ),
     "ranked": ({"prompt": "p", "responses": ["x", "y", "z"]}, pair("p", "x", "y", "z")),
     "ranked, by ranks": (
         {"prompt": "p", "responses": ["x", "y", "z"], "ranks": [2, 0, 1]},
@@ -460,7 +464,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no answer": ({"chosen": [Q]}, "does not end with a turn of the assistant"),
     "calls": (
         {"chosen": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-        "ends with `tool_calls`",
+        "ends with a call",
     ),
     "other prompt": (
         {"chosen": [Q, good("x")], "rejected": [Q2, good("y")]},
@@ -471,7 +475,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "tool early": ({"prompt": [Q, {"role": "tool", "content": "s"}]}, "out of order"),
     "prefill": ({"prompt": [Q, A]}, "ends with a turn of the assistant"),
     "starts": ({"prompt": [A, Q]}, "starts with a turn of assistant"),
-    "surrogate": ({"chosen": "\ud83d"}, "half of a surrogate pair"),
+    "surrogate": ({"chosen": "\ud83d"}, "a lone surrogate"),
     "flag": ({"truth_chosen": "yes"}, "`truth_chosen` is neither true nor false"),
 }
 
@@ -493,7 +497,10 @@ def test_faults_are_counted_and_named(case: str) -> None:
         ({"messages": []}, "not a list of messages"),
         ({"messages": [Q, A], "tools": "{"}, "`tools` is text that is not JSON"),
         ({"messages": [Q, A], "tools": [3]}, "`tools` is not a list of objects"),
-        ({"messages": [Q, {**A, "tool_calls": "f()"}]}, "`tool_calls` in `messages` is not a list"),
+        (
+            {"messages": [Q, {**A, "tool_calls": "f()"}]},
+            "`tool_calls` in `messages` is text that is",
+        ),
         ({"messages": [Q, {**A, "weight": 0.5}]}, "a `weight` in `messages` is neither 0 nor 1"),
         ({"instruction": "q", "output": "a", "history": ["q"]}, "`history` is not a list of"),
         ({"prompt": [Q, A], "response": "a"}, "ends with a turn of the assistant"),

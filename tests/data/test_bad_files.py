@@ -1,4 +1,4 @@
-"""What each bad file must get: where, what, why and how to mend it, word by word."""
+"""What each bad file must get: where, what, why and how to fix it, word by word."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def text(*lines: str) -> str:
 
 
 def test_absent(refused: Any) -> None:
-    fix = "fix: give a path seen from the recipe's folder, as overrides are too, or a hub name"
+    fix = "fix: give a path relative to the recipe's folder (overrides too), or a hub name"
     for name in ("rows.jsonl", "deep/rows.jsonl", "x" * 300 + ".jsonl", "a\0b.jsonl"):
         assert refused(name) == text(f"{name}: no such file", NO_ROWS, fix)
 
@@ -96,8 +96,8 @@ def test_last_line_cut(refused: Any) -> None:
 def test_a_line_in_the_middle_that_is_not_json(refused: Any) -> None:
     assert refused("rows.jsonl", ROW + b'{"prompt": "a"\n' + ROW) == text(
         "rows.jsonl:2: not valid JSON (Expecting ',' delimiter, column 15)",
-        "why: no row is left out in silence",
-        "fix: mend the line; each is one JSON object",
+        "why: rows are never dropped silently",
+        "fix: fix the line; each is one JSON object",
     )
     assert refused("rows.jsonl", ROW.strip() + ROW).startswith(
         "rows.jsonl:1: not valid JSON (Extra data, column 33)"
@@ -106,9 +106,7 @@ def test_a_line_in_the_middle_that_is_not_json(refused: Any) -> None:
 
 def test_bytes_that_are_not_utf8(refused: Any) -> None:
     wrong = ROW.replace(b"b", b"\xe9")
-    fix = text(
-        "why: read in any other way its texts would be others", "fix: convert the file to UTF-8"
-    )
+    fix = text("why: in another encoding the texts would differ", "fix: convert the file to UTF-8")
     assert refused("rows.jsonl", ROW + wrong) == text(
         f"rows.jsonl:2: not UTF-8: byte 0xe9 at offset {len(ROW) + ROW.index(b'b')}", fix
     )
@@ -135,9 +133,9 @@ def test_a_parquet_column_that_is_not_utf8(refused: Any, tmp_path: Path) -> None
     column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
     parquet.write_table(pa.table({"prompt": ["a"], "response": column}), tmp_path / "rows.parquet")
     assert refused("rows.parquet") == text(
-        "rows.parquet: the column 'response' holds what is no text "
+        "rows.parquet: the column 'response' holds invalid text "
         "(In chunk 0: Invalid: Invalid UTF8 sequence at string index 0)",
-        "why: no tokenizer takes it",
+        "why: tokenizers need valid UTF-8",
         "fix: write the file again, with its texts in UTF-8",
     )
 
@@ -145,19 +143,19 @@ def test_a_parquet_column_that_is_not_utf8(refused: Any, tmp_path: Path) -> None
 def test_lone_surrogates(refused: Any) -> None:
     half = b'{"prompt": "a", "response": ["\\ud83d"]}\n'
     assert refused("rows.jsonl", ROW + half) == text(
-        "rows.jsonl:2: a text holds half of a surrogate pair (\\ud800 to \\udfff)",
-        "why: it is no character, and no tokenizer takes it",
+        "rows.jsonl:2: a text holds a lone surrogate (\\ud800 to \\udfff)",
+        "why: it is not a valid character, and tokenizers refuse it",
         "fix: write the pair whole, or the character itself",
     )
-    assert "half of a surrogate pair" in refused("rows.jsonl", b'{"\\uDE42": 1}\n')
+    assert "a lone surrogate" in refused("rows.jsonl", b'{"\\uDE42": 1}\n')
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])
 def test_nan_literals(refused: Any, literal: str) -> None:
     row = b'{"prompt": "a", "response": "b", "reward": %s}\n' % literal.encode()
     assert refused("rows.jsonl", ROW + row) == text(
-        f"rows.jsonl:2: {literal} is no number of JSON",
-        "why: no reward and no loss can be made of it",
+        f"rows.jsonl:2: {literal} is not a JSON number",
+        "why: rewards and losses must be finite",
         "fix: write null where there is no number",
     )
 
@@ -282,7 +280,7 @@ def test_a_number_of_thousands_of_digits(refused: Any) -> None:
     row = b'{"text": "a", "id": %s}\n' % (b"1" * 5000)
     assert refused("rows.jsonl", row) == text(
         "rows.jsonl:1: a whole number of thousands of digits",
-        "why: no number that is used here has so many",
+        "why: no reward or rating needs so many",
         "fix: write it as text",
     )
 
@@ -290,8 +288,8 @@ def test_a_number_of_thousands_of_digits(refused: Any) -> None:
 def test_nested_too_deeply(refused: Any) -> None:
     assert refused("rows.jsonl", b"[" * 100_000 + b"\n") == text(
         "rows.jsonl:1: nested too deeply",
-        "why: no row is so deep, and no reader goes there",
-        "fix: mend the line",
+        "why: JSON readers limit the depth, and rows do not need it",
+        "fix: fix the line",
     )
 
 
@@ -358,7 +356,7 @@ def test_unreadable(refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_directory_that_is_no_data_set(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").mkdir()
     assert refused("rows.jsonl") == text(
-        "rows.jsonl: is a directory, and not a data set saved with `save_to_disk`",
+        "rows.jsonl: this is a directory, and not a data set saved with `save_to_disk`",
         "why: which of its files hold the rows cannot be guessed",
         "fix: give a file (.jsonl, .json, .jsonl.gz, .parquet, .csv) or save the data set there",
     )

@@ -13,10 +13,7 @@ from rpo_trainer.errors import DataError, Problems
 
 from .conftest import trained_texts
 
-FIX = (
-    "  why: a row that is left out or guessed without notice is never missed\n"
-    "  fix: correct or remove these rows"
-)
+FIX = "  why: rows are never dropped or guessed silently\n  fix: correct or remove these rows"
 USER = {"role": "user", "content": "q"}
 
 
@@ -155,12 +152,19 @@ def test_chosen_and_rejected_whose_prompts_differ(run: Run) -> None:
     )
 
 
-@pytest.mark.parametrize(("content", "kind"), [(3, "int"), (None, "NoneType"), ([3], "list")])
+@pytest.mark.parametrize(("content", "kind"), [(3, "int"), ([3], "list")])
 def test_content_that_is_not_text(run: Run, content: Any, kind: str) -> None:
     bad = pair(chosen=[{"role": "assistant", "content": content}])
     assert run.refused(mixed(pair(), bad)) == (
         f"rows.jsonl: the content of `chosen` is not text but {kind}: "
         f"5 of 10 rows, first r0, r2, r4\n{FIX}"
+    )
+
+
+def test_content_that_is_null(run: Run) -> None:
+    bad = pair(chosen=[{"role": "assistant", "content": None}])
+    assert run.refused(mixed(pair(), bad)) == (
+        f"rows.jsonl: a message of `chosen` has no `content`: 5 of 10 rows, first r0, r2, r4\n{FIX}"
     )
 
 
@@ -196,7 +200,7 @@ def test_half_a_surrogate_pair_from_a_list_of_rows(chatml: Any) -> None:
     with pytest.raises(DataError) as error:
         prepare_dataset([pair("\ud83d")], chatml, kind="pair", max_length=50)
     assert str(error.value) == (
-        "dataset: `chosen` holds half of a surrogate pair, which is no text: 1 of 1 rows, first "
+        "dataset: `chosen` holds a lone surrogate, which is not valid text: 1 of 1 rows, first "
         f"dataset:0\n{FIX}"
     )
 

@@ -96,7 +96,7 @@ TEMPLATES = {
     ),
     "writes no end marker": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-        "the chat template writes no end marker behind the assistant's turn",
+        "the chat template writes no end marker after the assistant's turn",
     ),
     "leaves the turns out": (
         "{% for m in messages %}{{ m.role }}</s>{% endfor %}",

@@ -400,3 +400,17 @@ def test_marks_of_turns_that_are_not_called_special(make_tokenizer: Callable[...
     assert ids[: mask.index(1)] == encode_prompt(tokenizer, chat[:1])
     _, audit = trained_of([row(*chat)], tokenizer)
     assert audit.warnings["special_token_text"].count == 1
+
+
+def test_a_sentence_and_the_call_after_it_are_both_trained(
+    tokenizers: Callable[[str], Any],
+) -> None:
+    """OpenAI's messages may have them as two turns."""
+    tokenizer = tokenizers("qwen25")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    chat = [user("Hi?"), assistant("I look."), assistant("", tool_calls=[call])]
+    chat += [{"role": "tool", "content": "r"}, assistant("Four.")]
+    rendered = ChatRenderer(tokenizer).conversation(chat)
+    first, second, third = (rendered.text[a:b] for a, b in rendered.spans)
+    assert first.startswith("I look.") and third.startswith("Four.")
+    assert '"name": "f"' in second and all("<|im_end|>" in s for s in (first, second, third))

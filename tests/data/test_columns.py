@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rpo_trainer.data import Audit, load_rows
+from rpo_trainer.data import Audit
 from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.columns import mapping_for, unread
-from rpo_trainer.data.sources import RawSource, load_source
+from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 
 Row = dict[str, Any]
@@ -124,57 +123,10 @@ def test_missed_columns_are_warnings_and_others_are_told() -> None:
     adapted({"prompt": "q", **PAIR, "notes": "x", "model": "m"}, audit=audit)
     levels = {text: level for level, text in audit.messages()}
     assert levels["src: columns that are not read: notes"] == logging.WARNING
-    assert levels["src: columns without a use here: model"] == logging.INFO
+    assert levels["src: unused columns: model"] == logging.INFO
 
 
 def test_names_are_guessed_once() -> None:
     assert mapping_for(["prompt", "context"], ["question"]) == (
         "`columns: {prompt: question, context: NAME}`"
     )
-
-
-def csv(folder: Path, source: Any, data: bytes) -> list[Row]:
-    (folder / "rows.csv").write_bytes(data)
-    return load_source(source("rows.csv"), folder, 0).rows
-
-
-def test_csv(tmp_path: Path, source: Any) -> None:
-    data = 'prompt,chosen,rejected,chosen_reward,rejected_reward\r\n"a ""q"",\nü",007,NA,3,1.5\r\n'
-    (row,) = csv(tmp_path, source, data.encode())
-    assert row == {
-        "prompt": 'a "q",\nü', "chosen": "007", "rejected": "NA",
-        "chosen_reward": 3.0, "rejected_reward": 1.5,
-    }  # fmt: skip
-    (same,) = csv(tmp_path, source, b"\xef\xbb\xbf" + data.encode())
-    assert same == row
-    (found,) = load_rows(
-        [source("rows.csv")], kind="pair", base_dir=tmp_path, require_rewards=True,
-        audit=Audit(), seed=0,
-    )  # fmt: skip
-    assert found["responses"] == ["007", "NA"] and found["rewards"] == [3.0, 1.5]
-
-
-def test_empty_fields_of_csv_are_null_unless_they_are_quoted(tmp_path: Path, source: Any) -> None:
-    first, second = csv(tmp_path, source, b'prompt,response\n1,\n2,""\n')
-    assert first == {"prompt": "1", "response": None}
-    assert second == {"prompt": "2", "response": ""}
-
-
-@pytest.mark.parametrize(
-    ("data", "what"),
-    [
-        (b"", "the file is empty"),
-        (b"prompt,response\n", "no rows"),
-        (b"prompt,response\na\n", "Expected 2 columns"),
-        (b"prompt,response\na,b,c\n", "Expected 2 columns"),
-        (b'prompt,response\na,"b\nc,d\n', "a double quote is not closed"),
-        (b"prompt,prompt\na,b\n", "'prompt' is there twice"),
-        (b"prompt,\na,b\n", "a column has no name"),
-        (b"prompt,response\n\xff,b\n", "invalid UTF8"),
-    ],
-)
-def test_bad_csv(tmp_path: Path, source: Any, data: bytes, what: str) -> None:
-    with pytest.raises(DataError) as error:
-        csv(tmp_path, source, data)
-    assert what in error.value.what
-    assert error.value.where == str(tmp_path / "rows.csv")

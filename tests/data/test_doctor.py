@@ -78,6 +78,20 @@ def test_rows_that_no_stage_would_read_are_named_and_the_rest_looked_over(tmp_pa
     assert any(line.startswith("fault: ") for line in found.lines())
 
 
+def test_counts_are_of_all_rows_where_one_cannot_be_read(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"q{i}", "response": "a", "helpfulness": 3, **({"notes": "x"} if not i else {})}
+        for i in range(4)
+    ]
+    rows[2]["helpfulness"] = 9
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = source_of(path).model_copy(update={"format": "helpsteer2_pairs"})
+    audit = audit_file(spec).audit
+    assert (audit.rows(), audit.joined) == (4, {"p.jsonl": 4})
+    assert audit.unread_columns == {"p.jsonl": ["notes"]}
+
+
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> str:
     character_tokenizer().save_pretrained(tmp_path / "tokenizer")

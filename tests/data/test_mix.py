@@ -29,7 +29,7 @@ def test_weights_are_exact_shares_of_the_biggest_blend(audit: Audit) -> None:
     blend = mix_sources(pool, [0.1, 0.9], seed=1, audit=audit)
     assert counts(blend) == {"a": 100, "b": 900}
     assert len({row["id"] for row in blend}) == 1000
-    assert audit.left_out == {"b": 1100}
+    assert audit.left_out == {"weight": {"b": 1100}}
     assert counts(mix_sources(pool, [1, 9], seed=1, audit=Audit())) == {"a": 100, "b": 900}
 
 

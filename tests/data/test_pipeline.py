@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ import torch
 
 from rpo_trainer.data import (
     Audit,
+    add_replay,
     filter_rows,
     load_rows,
     prepare_dataset,
     set_chat_template,
     tokenize_rows,
 )
+from rpo_trainer.data.counts import percent
 from rpo_trainer.errors import DataError, Problems
 from rpo_trainer.recipe import FilterSpec
+from rpo_trainer.report.audits import read_audit
 
 PAIR = {"prompt": "p", "chosen": "x", "rejected": "y", "chosen_reward": 2, "rejected_reward": 1}
 
@@ -37,9 +41,58 @@ def test_sources_are_mixed_counted_and_named(
     rows = load_rows(specs, kind="sft", base_dir=tmp_path, audit=audit, seed=0)
     assert Counter(row["source"] for row in rows) == {"rows.jsonl": 10, "rows.jsonl (2)": 20}
     assert audit.read == {"rows.jsonl": 10, "rows.jsonl (2)": 90}
-    assert audit.left_out == {"rows.jsonl (2)": 70}
+    assert audit.left_out == {"max_rows": {"rows.jsonl (2)": 40}, "weight": {"rows.jsonl (2)": 30}}
+    assert audit.rows() == len(rows)
     assert all(int(row["response"][1:]) < 50 for row in rows)
-    assert any("rows.jsonl (2): 78 % of its rows (70)" in line for line in audit.summary_lines())
+    lines = audit.summary_lines()
+    assert any("rows.jsonl (2): 44 % of its rows (40)" in line for line in lines)
+    assert any("rows.jsonl (2): 60 % of its rows (30)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "way", ["max_rows", "weight", "joined", "replay", "held out", "max_rows of eval"]
+)
+def test_shares_are_of_the_rows_that_are_used(
+    tmp_path: Path, source: Any, jsonl: Callable[..., str], chatml: Any, way: str
+) -> None:
+    """Nine rows of ten are too long, whatever is not used beside them."""
+    kind: Any = "pair" if way == "joined" else "sft"
+
+    def row(i: int) -> dict[str, Any]:
+        text = "a" * (300 if i // (2 if kind == "pair" else 1) % 10 < 9 else 3)
+        answer = {"helpfulness": i % 2, "response": f"{text}{i % 2}"}
+        return (
+            {"prompt": f"q{i // 2}", **answer}
+            if kind == "pair"
+            else {"prompt": f"q{i}", "response": text}
+        )
+
+    path = jsonl([row(i) for i in range(400)])
+    sources = [source(path, max_rows=100 if way == "max_rows" else 80 if way == "joined" else None)]
+    if kind == "pair":
+        sources[0].format = "helpsteer2_pairs"
+    if way == "weight":
+        small = jsonl([row(i) for i in range(20)], "small.jsonl")
+        sources = [source(path, weight=1.0), source(small, weight=1.0)]
+    audit = Audit()
+    rows = load_rows(sources, kind=kind, base_dir=tmp_path, audit=audit, seed=0)
+    if way == "replay":
+        spec: Any = SimpleNamespace(stage="s", of="mix", fraction=0.5)
+        rows = add_replay(rows, rows, spec, seed=0, audit=audit)
+    if way in ("held out", "max_rows of eval"):
+        kept = rows[:40]
+        audit.leave_out_all("eval_share" if way == "held out" else "eval_max_rows", rows, kept)
+        rows = kept
+    assert audit.rows() == len(rows)
+    limit = {"max_length": 100, "truncation": "drop"}
+    dropped = len(rows) - len(tokenize_rows(rows, chatml, kind=kind, audit=audit, **limit))
+    assert dropped > len(rows) / 2
+    assert f"{percent(dropped, len(rows))} of the rows ({dropped} of {len(rows)} rows)" in str(
+        audit.drops()
+    )
+    record = read_audit(audit.as_dict())
+    assert (record.total, record.dropped_rows) == (len(rows), dropped)
+    assert any(not concern.minor for concern in record.concerns("the rows"))
 
 
 def test_sampled_responses_are_refused_whatever_the_other_sources_name(

@@ -15,7 +15,7 @@ def test_an_audit_is_read_back_in_words() -> None:
     audit.warn("duplicate_prompt", "a.jsonl:8")
     audit.remark("all reward gaps are equal (1)")
     found = read_audit(audit.as_dict())
-    assert (found.read, found.dropped_rows, found.dropped_share()) == (10, 4, 0.4)
+    assert (found.rows, found.dropped_rows, found.dropped_share()) == (10, 4, 0.4)
     assert [(reason.text, reason.rows) for reason in found.dropped] == [
         (DROPS["tie"], 3),
         (DROPS["too_long"], 1),
