@@ -118,7 +118,7 @@ def training_config(
     # The chain pushes outputs itself, with their cards: see `push_output`.
     settings |= {**given, "push_to_hub": False}
     config = _config_class(stage)
-    known = set(inspect.signature(config).parameters)
+    known = set(inspect.signature(config).parameters) - {"derived"}  # which a config writes itself
     settings["gradient_checkpointing"] = stage.gradient_checkpointing
     problems = [
         RecipeError(
@@ -154,7 +154,7 @@ def training_config(
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
         ) from error
-    made.unlike_trl = ()  # type: ignore[misc]  # a recipe does not promise TRL's defaults
+    made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_share:
             require_best_metric(made, None, trainer_class(stage).metric_names(made))
