@@ -157,7 +157,7 @@ def training_config(
     made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_share:
-            require_best_metric(made, None, trainer_class(stage).metric_names(made))
+            require_best_metric(made, {None: trainer_class(stage).metric_names(made)})
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     try:

@@ -163,7 +163,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
         torch.bfloat16,
         torch.float16,
     }
-    if halves:
+    if halves and is_main():
         logger.warning(
             "the weights that are trained are %s: small steps are rounded away (bfloat16 keeps 8 bits of a "
             "weight, float16 11). Load the model with dtype=torch.float32, and set bf16=True for the "
@@ -180,7 +180,7 @@ def _warn_router_loss(config: Any) -> None:
     # Checkpoints' own code adds the loss without the switch that transformers' classes have.
     asks = getattr(text, "output_router_logits", getattr(config, "output_router_logits", True))
     found = dict(_router_coefficients(text.to_dict()))
-    if not asks or not found:
+    if not asks or not found or not is_main():
         return
     logger.warning(
         "the model's config asks for a load-balancing loss of its routers (%s): it is not part of the loss "
