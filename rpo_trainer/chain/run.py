@@ -390,11 +390,14 @@ class _Chain:
                         undo="undo the change",
                     )
                 self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
+        sources = distributed.on_main(
+            lambda: source_digests(stage.data.train, self.base_dir, record.get("inputs", ()))
+        )
         record.update(
             state="running",
             started=record.get("started") or now(),
             examples=len(train),
-            sources=source_digests(stage.data.train, self.base_dir),
+            sources=sources,
             data={
                 "fingerprint": fingerprint,
                 "audit": audit.as_dict(),

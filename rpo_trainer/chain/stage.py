@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
+_FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
 
 
 # Stage fields that bear the same name in our configs.
@@ -174,14 +174,21 @@ def training_config(
     return made
 
 
+def named_files(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The `training_args` that name a JSON file, and its name; a text that begins with `{` is JSON itself."""
+    for name in _FILE_ARGUMENTS:
+        value = arguments.get(name)
+        if isinstance(value, str) and not value.startswith("{"):
+            yield name, value
+
+
 def _check_files(arguments: Mapping[str, Any], where: str) -> None:
     """Raises RecipeError where an argument names a pipe, a device or the like for a JSON file."""
-    for name in FILE_ARGUMENTS:
-        value = arguments.get(name)
-        if isinstance(value, str) and (kind := kind_of_file(Path(value).expanduser())):
+    for name, file in named_files(arguments):
+        if kind := kind_of_file(Path(file).expanduser()):
             raise RecipeError(
                 f"this is {kind}, not a file",
-                where=f"{where}.{name}: {value}",
+                where=f"{where}.{name}: {file}",
                 why="reading it could wait forever",
                 fix="give a JSON file, or write its content here",
             )

@@ -321,8 +321,11 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
     finally:
         with suppress(OSError):
             holder.unlink(missing_ok=True)
-        if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
-            (run_dir / _LOCK).unlink(missing_ok=True)  # while it is held: nobody else can hold it
+        with suppress(OSError):  # the directory may be gone
+            if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
+                (run_dir / _LOCK).unlink(
+                    missing_ok=True
+                )  # while it is held: nobody else can hold it
         lock.release()
         remove_empty(new)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,20 @@ def test_a_directory_in_use_names_its_holder(tmp_path: Path) -> None:
             pass
     with locked(tmp_path):
         pass
+
+
+def test_an_error_is_told_where_the_directory_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def fail() -> None:
+        with locked(folder):
+            shutil.rmtree(folder)
+            raise ZeroDivisionError
+
+    for _ in range(2):  # the lock is released, too
+        folder.mkdir()
+        with pytest.raises(ZeroDivisionError):
+            fail()
 
 
 def _hold_and_die(folder: Path) -> None:
