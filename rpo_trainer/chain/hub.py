@@ -53,9 +53,9 @@ def check_strategy(arguments: Mapping[str, Any], where: str) -> None:
     strategy = str(getattr(s := arguments.get("hub_strategy", "end"), "value", s))
     if arguments.get("push_to_hub") and strategy not in _STRATEGIES:
         raise RecipeError(
-            f"hub_strategy {strategy}: a chain pushes the finished output of a stage, not its checkpoints",
+            f"hub_strategy {strategy}: a run pushes the finished output of a stage, not its checkpoints",
             where=where,
-            why="the output goes there whole, with its card and the figures that were measured",
+            why="the output is pushed with its model card and metrics, which checkpoints lack",
             fix="leave hub_strategy out",
         )
 
@@ -63,11 +63,11 @@ def check_strategy(arguments: Mapping[str, Any], where: str) -> None:
 def push_output(
     final: Path, arguments: Mapping[str, Any], *, stage: str, run: str
 ) -> dict[str, Any] | None:
-    """Uploads a stage's output where `push_to_hub` asks for it; a push that fails is only said.
+    """Uploads a stage's output where `push_to_hub` asks for it; a push that fails is a WARNING.
 
     Args:
         arguments: `training_args` of the stage: `push_to_hub`, `hub_model_id` (by default `run`-`stage`,
-            in the namespace of whom the token belongs to), `hub_token`, `hub_private_repo`,
+            in the namespace of the token's owner), `hub_token`, `hub_private_repo`,
             `hub_revision`.
 
     Returns:
@@ -90,7 +90,7 @@ def push_output(
         )  # fmt: skip
     except RPOTrainerError:
         raise  # a signal that came meanwhile
-    except Exception as error:  # the network, the token, the hub: the output is safe on disk
+    except Exception as error:  # the network, the token, the hub: the output is on disk
         # It is also written into the record of the stage.
         first = redact(next(iter(str(error).strip().splitlines()), type(error).__name__))
         logger.warning(

@@ -120,7 +120,7 @@ def require_one_gpu(args: TrainingArguments) -> None:
 
 
 def unprepared(model: Any) -> Any:
-    """The model as it was before somebody's `accelerator.prepare`; the trainer prepares it by its arguments.
+    """The model as it was before `accelerator.prepare`; the trainer prepares it by its own arguments.
 
     Raises:
         ModelError: its weights are sharded already.
@@ -130,8 +130,8 @@ def unprepared(model: Any) -> Any:
     ):
         raise ModelError(
             "the model was loaded in parts (tp_plan or distributed_config)",
-            why="each process trains on examples of its own, and would have one part of a model",
-            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO share it out",
+            why="each process computes examples of its own, which takes the whole model",
+            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO shard it",
         )
     if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
         model, FSDPModule

@@ -425,7 +425,7 @@ def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: 
     found = str(problems(tmp_path, tiny.changed(recipe, "dpo.beta", 0.25)))
     assert "beta" in found and "0.25" in found and "--allow-changed" in found
     (finished_copy / "chain.json").unlink()
-    assert "is no run of ours" in str(problems(tmp_path, recipe))
+    assert "not an rpo-trainer run directory" in str(problems(tmp_path, recipe))
 
 
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
