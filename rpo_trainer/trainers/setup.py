@@ -114,7 +114,7 @@ def require_one_gpu(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise RecipeError(
             f"{args.n_gpu} GPUs are visible to one process",
-            why="one process drives one GPU here",
+            why="each process uses one GPU",
             fix="start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0",
         )
 

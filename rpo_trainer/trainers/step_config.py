@@ -109,7 +109,7 @@ class StepConfig(TrainingArguments):
     # Fields whose default differs from TRL's, other differences, and whether the log says so.
     trl_defaults: ClassVar[Mapping[str, TrlDefault]] = {
         "truncation": TrlDefault(
-            "cuts them", "A response that is cut teaches the model to stop anywhere."
+            "cuts them", "Responses that are cut teach the model to stop before the end."
         ),
         "gradient_checkpointing": TrlDefault(
             "", "On by default as in TRL, but a default must not fail with models that cannot."
@@ -119,7 +119,7 @@ class StepConfig(TrainingArguments):
         ),
         "logging_nan_inf_filter": TrlDefault(
             "hides losses that are not finite from the log",
-            "A run whose loss is not finite is lost, and its log should show it.",
+            "Losses that are not finite stay visible in the log.",
         ),
     }
     unlike_trl: ClassVar[tuple[str, ...]] = ()
