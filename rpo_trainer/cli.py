@@ -62,7 +62,7 @@ def run(
     no_report: bool,
     allowed: Sequence[str],
 ) -> None:
-    """Run the chain of RECIPE; run again, it goes on where it stopped.
+    """Run the chain of RECIPE; run again, it resumes where it stopped.
 
     OVERRIDES change the recipe: stages.dpo.beta=0.005, or --stages.dpo.beta 0.005.
     """
@@ -330,8 +330,8 @@ def _exit_code(args: Sequence[str] | None) -> int:
         refused = RunError(
             f"the file system refuses: {said}",
             where=getattr(error, "filename", None),
-            why="what the command was to read or write is there",
-            fix="make room or give the rights, and run the same command again",
+            why="the command reads or writes there",
+            fix="free disk space or fix the permissions, and run the same command again",
         )
         click.echo(f"error: {refused}", err=True)
         return refused.exit_code

@@ -129,5 +129,5 @@ class StopOnSignal(TrainerCallback):
             raise StoppedBySignal(
                 f"stopped by {self.received.name}",
                 why="what was finished before it is on disk: checkpoints, sampled rows, outputs of stages",
-                fix="run the same command again: it goes on where it stopped",
+                fix="run the same command again: it resumes where it stopped",
             )

@@ -46,7 +46,7 @@ def write_card(
 ) -> None:
     """`README.md` of an output, and its place in the manifest.
 
-    The same run gives the same card: a run that goes on here changes nothing.
+    The same run gives the same card: a run that resumes here changes nothing.
 
     Args:
         records: of all stages, as chain.json has them, by name.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rpo_trainer.errors import RecipeError, RunError
 
-# Stage fields that say how a stage runs, not what it computes: these may change when a run goes on.
+# Stage fields that say how a stage runs, not what it computes: these may change when a run resumes.
 SAFE_FIELDS = frozenset(
     {
         "micro_batch_size",
@@ -27,10 +27,10 @@ SAFE_FIELDS = frozenset(
 )
 
 
-# A change of these cannot be gone on with: what a checkpoint holds is of another shape.
+# A run cannot resume with a change of these: what a checkpoint holds has another shape.
 _FIXED_FIELDS = frozenset({"kind", "peft", "optim"})
 
-# Training arguments that say what is told, kept and loaded, not what is computed.
+# Training arguments that say what is logged, kept and loaded, not what is computed.
 SAFE_ARGUMENTS = frozenset(
     {
         "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
@@ -75,7 +75,7 @@ def ways_out(undo: str, keys: Sequence[str]) -> str:
     """What to do about a change, the keys to allow among it."""
     ways = [undo, "start in a new directory (--run-dir)"]
     if keys:
-        ways.append("go on with it: " + " ".join(f"--allow-changed {key}" for key in keys))
+        ways.append("resume with the change: " + " ".join(f"--allow-changed {key}" for key in keys))
     return ", or ".join([", ".join(ways[:-1]), ways[-1]])
 
 

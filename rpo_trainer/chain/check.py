@@ -249,7 +249,7 @@ class _Check:
             self._adapter(folder, config, where, reward=reward)
         if key.endswith(".init"):
             warning = check_written(config, local or cached, self.tokenizer, where)
-            if warning is not None and (line := f"  warning: {warning}") not in self.lines:
+            if warning is not None and (line := f"  {WARNING}{warning}") not in self.lines:
                 self.lines.append(line)
         return rows
 

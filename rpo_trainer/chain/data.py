@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ from rpo_trainer.data import (
 )
 from rpo_trainer.data.counts import EVAL_ROWS, HELD_OUT
 from rpo_trainer.errors import DataError
-from rpo_trainer.files import file_digest, tree_digest
+from rpo_trainer.files import known_digest, tree_digest
 from rpo_trainer.recipe import (
     RewardStage,
     RPOStage,
@@ -74,13 +74,22 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     return str(digest.hexdigest())
 
 
-def source_digests(sources: Sequence[SourceSpec], base_dir: Path) -> dict[str, str]:
-    """xxh3-128 of each local file, or directory, that a stage reads, by its path as written."""
+def source_digests(
+    sources: Sequence[SourceSpec], base_dir: Path, inputs: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, str]:
+    """xxh3-128 of each local file, or directory, that a stage reads, by its path as written.
+
+    Args:
+        inputs: of the stage's record; a file is not read again while nothing has been written to it.
+    """
+    known = {entry["name"]: entry.get("files", {}) for entry in inputs}
     found: dict[str, str] = {}
-    for source in sources:
-        path = resolve_path(base_dir, source.path) if source.path else None
-        if path is not None and path.exists():
-            found[str(source.path)] = file_digest(path) if path.is_file() else tree_digest(path)
+    for name in [source.path for source in sources if source.path]:
+        path, files = resolve_path(base_dir, name), known.get(name, {})
+        if path.is_file():
+            found[name] = known_digest(path, files.get(path.name))["digest"]
+        elif path.exists():
+            found[name] = tree_digest(path, files)
     return found
 
 

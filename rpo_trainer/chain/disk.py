@@ -176,7 +176,7 @@ def raise_if_refused(error: Exception, run_dir: Path) -> None:
             f"the file system refuses: {said}",
             where=str(getattr(error, "filename", None) or run_dir),
             why="what was written to its end is kept: finished stages, and complete checkpoints",
-            fix="make room or give the rights, and run the same command again: it resumes from there",
+            fix="free disk space or fix the permissions, and run the same command again: it resumes",
         ) from error
 
 

@@ -1,7 +1,7 @@
 """What is measured with a stage's output: held-out responses, pairs and rows, and lm-eval tasks.
 
 What costs time is kept under `evaluation/` of the run by content: the baseline's responses and log-probs
-are made once for all stages, and an evaluation that was stopped goes on with what is there.
+are made once for all stages, and an evaluation that was stopped resumes with what is there.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def run_tasks(
             where=f"eval.lm_eval.tasks: {', '.join(spec.tasks)}",
             why="the tasks fetch their data from the hub when they begin",
             fix="fetch it first where there is a network, or take the task out of `lm_eval`; the stage is "
-            "trained, and the same command goes on here",
+            "trained, and the same command resumes here",
         ) from error  # fmt: skip
     return _figures(found)
 

@@ -1,4 +1,4 @@
-"""The hub: outputs that go there (`push_to_hub` and its companions in `training_args`), commits of models."""
+"""The hub: outputs that go there (`push_to_hub` and its companions in `training_args`), commits of inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rpo_trainer.errors import RecipeError, RPOTrainerError
 from rpo_trainer.redact import redact
@@ -14,22 +14,33 @@ from rpo_trainer.redact import redact
 logger = logging.getLogger(__name__)
 
 _STRATEGIES = ("end", "every_save")
-_CACHED = ("config.json", "tokenizer_config.json", "adapter_config.json")
+RepoKind = Literal["model", "dataset"]
+# Files that loading brings into the cache of the hub
+_CACHED: dict[RepoKind, tuple[str, ...]] = {
+    "model": ("config.json", "tokenizer_config.json", "adapter_config.json"),
+    "dataset": ("README.md",),
+}
 _SECONDS = 10.0
 
 
-def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a revision of a model on the hub is at; None: neither the hub nor the cache knows."""
+def hub_commit(name: str, revision: str | None, kind: RepoKind = "model") -> str | None:
+    """The commit of a revision of a model or data set on the hub; None: the hub and the cache have none.
+
+    Args:
+        revision: None: `main`.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     revision = revision or "main"
     try:
-        return HfApi().model_info(name, revision=revision, timeout=_SECONDS).sha
-    except Exception:  # no network, or no such model: the cache is read, as in loading
+        api = HfApi()
+        info = api.dataset_info if kind == "dataset" else api.model_info
+        return info(name, revision=revision, timeout=_SECONDS).sha
+    except Exception:  # no network, or no such repository: the cache is read, as in loading
         pass
-    for file in _CACHED:
+    for file in _CACHED[kind]:
         try:
-            cached = try_to_load_from_cache(name, file, revision=revision)
+            cached = try_to_load_from_cache(name, file, revision=revision, repo_type=kind)
         except ValueError:  # not a name of the hub
             return None
         if isinstance(cached, str):
@@ -42,9 +53,9 @@ def check_strategy(arguments: Mapping[str, Any], where: str) -> None:
     strategy = str(getattr(s := arguments.get("hub_strategy", "end"), "value", s))
     if arguments.get("push_to_hub") and strategy not in _STRATEGIES:
         raise RecipeError(
-            f"hub_strategy {strategy}: a chain pushes the finished output of a stage, not its checkpoints",
+            f"hub_strategy {strategy}: a run pushes the finished output of a stage, not its checkpoints",
             where=where,
-            why="the output goes there whole, with its card and the figures that were measured",
+            why="the output is pushed with its model card and metrics, which checkpoints lack",
             fix="leave hub_strategy out",
         )
 
@@ -52,11 +63,11 @@ def check_strategy(arguments: Mapping[str, Any], where: str) -> None:
 def push_output(
     final: Path, arguments: Mapping[str, Any], *, stage: str, run: str
 ) -> dict[str, Any] | None:
-    """Uploads a stage's output where `push_to_hub` asks for it; a push that fails is only said.
+    """Uploads a stage's output where `push_to_hub` asks for it; a push that fails is a WARNING.
 
     Args:
         arguments: `training_args` of the stage: `push_to_hub`, `hub_model_id` (by default `run`-`stage`,
-            in the namespace of whom the token belongs to), `hub_token`, `hub_private_repo`,
+            in the namespace of the token's owner), `hub_token`, `hub_private_repo`,
             `hub_revision`.
 
     Returns:
@@ -79,7 +90,7 @@ def push_output(
         )  # fmt: skip
     except RPOTrainerError:
         raise  # a signal that came meanwhile
-    except Exception as error:  # the network, the token, the hub: the output is safe on disk
+    except Exception as error:  # the network, the token, the hub: the output is on disk
         # It is also written into the record of the stage.
         first = redact(next(iter(str(error).strip().splitlines()), type(error).__name__))
         logger.warning(

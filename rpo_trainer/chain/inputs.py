@@ -3,7 +3,7 @@
 When a stage begins, the digests of its inputs are kept in its record in chain.json, and they are compared
 at every start of the run: weights, configs, tokenizers and chat templates of every directory that the
 recipe names (with the base below an adapter), data, prompts of judges, task files, engine configs. For a
-model of the hub the commit is kept.
+model or a data set of the hub the commit is kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from rpo_trainer.adapter_files import base_of, is_adapter
 from rpo_trainer.chain.changes import covers, ways_out
-from rpo_trainer.chain.hub import hub_commit
-from rpo_trainer.chain.stage import FILE_ARGUMENTS
+from rpo_trainer.chain.hub import RepoKind, hub_commit
+from rpo_trainer.chain.stage import named_files
 from rpo_trainer.chain.state import ChainState
 from rpo_trainer.errors import RunError
 from rpo_trainer.files import known_digest
@@ -55,14 +55,16 @@ class Input:
         name: as the recipe names it.
         path: where it is; None: on the hub.
         reach: which files of a directory are read.
-        revision: of the hub.
+        repo, revision, kind: of the repository on the hub.
     """
 
     key: str
     name: str
     path: Path | None
     reach: Reach = "all"
+    repo: str | None = None
     revision: str | None = None
+    kind: RepoKind = "model"
 
 
 class Inputs:
@@ -99,9 +101,8 @@ class Inputs:
         if isinstance(stage, PreferenceStage):
             yield from self._weights(f"{own}.reference", stage.reference)
         yield from self._data(f"{own}.data", stage.data)
-        for name in FILE_ARGUMENTS:
-            if isinstance(value := stage.training_args.get(name), str):
-                yield Input(f"{own}.training_args.{name}", value, Path(value).expanduser())
+        for name, file in named_files(stage.training_args):
+            yield Input(f"{own}.training_args.{name}", file, Path(file).expanduser())
         spec = stage.eval or self.recipe.eval
         if spec is not None and not isinstance(stage, RewardStage):
             key = "eval" if stage.eval is None else f"{own}.eval"
@@ -125,15 +126,16 @@ class Inputs:
         self, key: str, name: str, reach: Reach, revision: str | None = None
     ) -> Iterator[Input]:
         folder = resolve_path(self.base_dir, name)
-        if not folder.is_dir():
-            local = folder.exists() or name.startswith((".", "/", "~"))
-            yield Input(key, name, folder if local else None, reach, revision)
-            return
-        yield Input(key, name, folder, reach)
-        if reach == "model" and is_adapter(folder):
-            base = base_of(folder)
-            below = Path(base)
-            yield Input(key, f"{name}, base {base}", below if below.is_dir() else None, reach)
+        if _is_local(name, folder):
+            yield Input(key, name, folder, reach)
+        else:
+            yield Input(key, name, None, reach, name, revision)
+        if reach == "model" and folder.is_dir() and is_adapter(folder):
+            base, label = base_of(folder), f"{name}, base {base_of(folder)}"
+            if _is_local(base, Path(base)):
+                yield Input(key, label, Path(base), reach)
+            else:
+                yield Input(key, label, None, reach, base)
 
     def _data(self, key: str, data: DataSpec) -> Iterator[Input]:
         yield from self._sources(f"{key}.train", data.train)
@@ -149,8 +151,13 @@ class Inputs:
 
     def _sources(self, key: str, sources: Sequence[SourceSpec]) -> Iterator[Input]:
         for number, source in enumerate(sources):
-            if source.path and (path := resolve_path(self.base_dir, source.path)).exists():
+            if source.path is None:
+                continue
+            path = resolve_path(self.base_dir, source.path)
+            if _is_local(source.path, path):
                 yield Input(f"{key}.{number}", source.path, path)
+            else:
+                yield Input(f"{key}.{number}", source.path, None, repo=source.path, kind="dataset")
 
     def _policies(self, key: str, spec: GenerateSpec) -> Iterator[Input]:
         for number, name in enumerate(spec.policies):
@@ -179,6 +186,10 @@ class Inputs:
         return Input(key, name, resolve_path(self.base_dir, name))
 
 
+def _is_local(name: str, path: Path) -> bool:
+    return path.exists() or name.startswith((".", "/", "~"))
+
+
 # An entry: `key`, `name`, `reach`, and `files` (by name: `digest`, `stat`) or the `commit` of the hub.
 Entry = dict[str, Any]
 
@@ -196,7 +207,7 @@ class Digests:
             for entry in known
             for name, file in entry.get("files", {}).items()
         }
-        self._commits: dict[tuple[str, str | None], str | None] = {}
+        self._commits: dict[tuple[str, str | None, RepoKind], str | None] = {}
 
     def of(self, inputs: Sequence[Input]) -> list[Entry]:
         """What is kept of inputs; those that are not there are left out.
@@ -206,13 +217,14 @@ class Digests:
         """
         found = []
         for one in inputs:
-            content = self._hub(one) if one.path is None else self._local(one, one.path)
+            content = self._hub(one) if one.repo is not None else self._local(one, one.path)
             if content:
                 entry = {"key": one.key, "name": one.name, "reach": one.reach, **content}
                 found.append(entry)
         return found
 
-    def _local(self, one: Input, path: Path) -> dict[str, Any]:
+    def _local(self, one: Input, path: Path | None) -> dict[str, Any]:
+        assert path is not None  # what is not on the hub
         try:
             names = sorted(_files(path, one.reach))
             with ThreadPoolExecutor(_READERS) as readers:
@@ -221,7 +233,7 @@ class Digests:
             raise RunError(
                 f"an input cannot be read: {error.strerror or error}",
                 where=f"{one.key}: {error.filename or path}",
-                why="whether it has changed could not be seen at the next start",
+                why="a change could not be detected on resume",
                 fix="check the file and its permissions",
             ) from error
         return {"files": dict(zip(names, files, strict=True))} if names else {}
@@ -234,9 +246,10 @@ class Digests:
         return self._files[place]
 
     def _hub(self, one: Input) -> dict[str, Any]:
-        place = (one.name, one.revision)
+        assert one.repo is not None
+        place = (one.repo, one.revision, one.kind)
         if place not in self._commits:
-            self._commits[place] = hub_commit(one.name, one.revision)
+            self._commits[place] = hub_commit(*place)
         return {"commit": self._commits[place]} if self._commits[place] else {}
 
 
@@ -293,9 +306,9 @@ def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run
     if refused:
         lines = [f"{key}: {_listed(list(names))}" for key, names in refused.items()]
         raise RunError(
-            "inputs have changed since this run computed with them:\n    " + "\n    ".join(lines),
+            "inputs have changed since this run read them:\n    " + "\n    ".join(lines),
             where=str(run_dir),
-            why="what is computed now would not fit what is there",
+            why="new results would not match the existing ones",
             fix=ways_out("restore them", list(dict.fromkeys(map(_short, refused)))),
         )
     for (key, name), (old, new) in allowed.items():

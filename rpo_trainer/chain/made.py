@@ -1,6 +1,6 @@
 """Rows that a run makes itself: responses sampled from policies, and rewards given to them.
 
-Both are written under the stage, and are there again when the run goes on: `responses-KEY.jsonl` and
+Both are written under the stage, and are there again when the run resumes: `responses-KEY.jsonl` and
 `generated-KEY.jsonl` (the same with rewards), or `scored-KEY.jsonl` where the responses were given.
 KEY stands for all that they depend on, the weights too.
 """

@@ -2,8 +2,8 @@
 
 A stage without `peft` leaves a whole model in `final`. One with `between_stages: merge` leaves the merged
 model there, and the adapter by itself in `adapter`; one with `keep` leaves the adapter in `final`, and the
-next stage goes on with it over the same base. `base` is there where an adapter's base is nowhere else: random
-weights, or weights that the start of the adapter has changed.
+next stage trains it further over the same base. `base` is there where an adapter's base is nowhere else:
+random weights, or weights that the start of the adapter has changed.
 """
 
 from __future__ import annotations

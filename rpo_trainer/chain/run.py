@@ -89,7 +89,7 @@ def run_chain(
     only: Collection[str] | None = None,
     allow_changed: Collection[str] = (),
 ) -> Path:
-    """Runs the stages that are not finished; run again, it goes on where it stopped.
+    """Runs the stages that are not finished; run again, it resumes where it stopped.
 
     Args:
         loaded: a recipe of `load_recipe`.
@@ -103,7 +103,7 @@ def run_chain(
 
     Raises:
         RPOTrainerError: what is wrong; all that can be known, before the first stage.
-        StoppedBySignal: by SIGTERM or SIGINT, behind a complete checkpoint.
+        StoppedBySignal: by SIGTERM or SIGINT, after a complete checkpoint.
     """
     run_dir = default_run_dir(loaded) if run_dir is None else run_dir
     distributed.start()
@@ -335,9 +335,9 @@ class _Chain:
             raise RunError(
                 f"the training of stage {stage.name} ended before its last step",
                 where=str(folder),
-                why="something stopped it, and half of a stage is none that others start from",
-                fix="look for a callback that sets `should_training_stop`, and run it again: it goes on "
-                "from the last checkpoint",
+                why="something stopped it, and later stages need a complete one",
+                fix="look for a callback that sets `should_training_stop`, and run the same command again: "
+                "it resumes from the last checkpoint",
             )
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
@@ -390,11 +390,14 @@ class _Chain:
                         undo="undo the change",
                     )
                 self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
+        sources = distributed.on_main(
+            lambda: source_digests(stage.data.train, self.base_dir, record.get("inputs", ()))
+        )
         record.update(
             state="running",
             started=record.get("started") or now(),
             examples=len(train),
-            sources=source_digests(stage.data.train, self.base_dir),
+            sources=sources,
             data={
                 "fingerprint": fingerprint,
                 "audit": audit.as_dict(),

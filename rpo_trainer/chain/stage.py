@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
+_FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
 
 
 # Stage fields that bear the same name in our configs.
@@ -118,7 +118,7 @@ def training_config(
     # The chain pushes outputs itself, with their cards: see `push_output`.
     settings |= {**given, "push_to_hub": False}
     config = _config_class(stage)
-    known = set(inspect.signature(config).parameters)
+    known = set(inspect.signature(config).parameters) - {"derived"}  # which a config writes itself
     settings["gradient_checkpointing"] = stage.gradient_checkpointing
     problems = [
         RecipeError(
@@ -154,10 +154,10 @@ def training_config(
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
         ) from error
-    made.unlike_trl = ()  # type: ignore[misc]  # a recipe does not promise TRL's defaults
+    made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_share:
-            require_best_metric(made, None, trainer_class(stage).metric_names(made))
+            require_best_metric(made, {None: trainer_class(stage).metric_names(made)})
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     try:
@@ -174,14 +174,21 @@ def training_config(
     return made
 
 
+def named_files(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The `training_args` that name a JSON file, and its name; a text that begins with `{` is JSON itself."""
+    for name in _FILE_ARGUMENTS:
+        value = arguments.get(name)
+        if isinstance(value, str) and not value.startswith("{"):
+            yield name, value
+
+
 def _check_files(arguments: Mapping[str, Any], where: str) -> None:
     """Raises RecipeError where an argument names a pipe, a device or the like for a JSON file."""
-    for name in FILE_ARGUMENTS:
-        value = arguments.get(name)
-        if isinstance(value, str) and (kind := kind_of_file(Path(value).expanduser())):
+    for name, file in named_files(arguments):
+        if kind := kind_of_file(Path(file).expanduser()):
             raise RecipeError(
                 f"this is {kind}, not a file",
-                where=f"{where}.{name}: {value}",
+                where=f"{where}.{name}: {file}",
                 why="reading it could wait forever",
                 fix="give a JSON file, or write its content here",
             )

@@ -52,7 +52,7 @@ class ChainState:
 
     Attributes:
         stages: the records, in order.
-        changes: what was changed on purpose while the run went on, the oldest first.
+        changes: what was changed on purpose between starts, the oldest first.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -84,7 +84,7 @@ class ChainState:
             raise RunError(
                 f"the state of the run cannot be read: {error!r}",
                 where=str(self.path),
-                why="what has been computed, and with what, stands in it",
+                why="it records what has been computed, and from what",
                 fix="restore the file, or start in another directory (--run-dir)",
             ) from error
 
@@ -168,7 +168,7 @@ class ChainState:
                 "the recipe has changed where this run has already computed:\n    "
                 + "\n    ".join(lines),
                 where=str(self.path.parent),
-                why="going on would mix two recipes in one run",
+                why="resuming would mix two recipes in one run",
                 fix=ways_out("undo the change", keys),
             )
         for change in changes:
@@ -176,7 +176,7 @@ class ChainState:
 
     def note(self, key: str, old: Any, new: Any) -> None:
         """Keeps a change that was allowed in the history of the run; it is saved with the next save."""
-        logger.warning("allowed: %s. What has been computed stays as it is", Change(key, old, new))
+        logger.warning("allowed: %s. Existing results are kept", Change(key, old, new))
         self.changes.append({"when": now(), "key": key, "from": old, "to": new})
 
     def allows_other_data(self, stage: str) -> bool:
@@ -210,7 +210,7 @@ def plain(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], int, dict[str, Any] | None]:
     """Of a recipe what `ChainState.adopt` takes: the specs of its stages, its model, seed and `eval`.
 
-    Where the chat template is a file, a digest stands behind its name: its text is what counts.
+    Where the chat template is a file, its name is followed by a digest of its text.
     """
     specs = [stage.model_dump(mode="json") for stage in stages]
     model = recipe.model.model_dump(mode="json")
@@ -244,9 +244,9 @@ def check_run_dir(run_dir: Path) -> None:
         raise _unusable("read", error, run_dir) from error
     if others and not ours:
         raise RunError(
-            f"the directory is not empty and is no run of ours ({others[0].name} lies in it)",
+            f"this is not an rpo-trainer run directory: it contains {others[0].name}",
             where=str(run_dir),
-            why="a run must never mix with other files",
+            why="a run does not share its directory with other files",
             fix="name an empty or new directory with --run-dir",
         )
 
@@ -256,7 +256,7 @@ def _unusable(how: str, error: Exception, run_dir: Path) -> RunError:
         f"the directory cannot be {how}: {getattr(error, 'strerror', None) or error}",
         where=str(run_dir),
         why="checkpoints and outputs could not be written either",
-        fix="name another --run-dir, or change its rights",
+        fix="name another --run-dir, or change its permissions",
     )
 
 
@@ -321,8 +321,11 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
     finally:
         with suppress(OSError):
             holder.unlink(missing_ok=True)
-        if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
-            (run_dir / _LOCK).unlink(missing_ok=True)  # while it is held: nobody else can hold it
+        with suppress(OSError):  # the directory may be gone
+            if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
+                (run_dir / _LOCK).unlink(
+                    missing_ok=True
+                )  # while it is held: nobody else can hold it
         lock.release()
         remove_empty(new)
 
@@ -335,7 +338,7 @@ def _holder(path: Path) -> str:
 
 
 def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool = True) -> None:
-    """Drops the lines of a stage beyond the step it goes on from, so that no step stands twice.
+    """Drops the lines of a stage beyond the step it resumes from, so that no step is there twice.
 
     Args:
         evaluated: keep the evaluation at that step; False: it will be done again.

@@ -1,4 +1,4 @@
-"""Training one stage to its end, from its last checkpoint on, and what it leaves behind."""
+"""Training one stage to its end, from its last checkpoint on, and its output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train_stage(
     begin: Callable[[int, bool], None],
     note: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any] | None:
-    """Trains, or goes on from the last complete checkpoint.
+    """Trains, or resumes from the last complete checkpoint.
 
     Args:
         begin: called before training, with the step it starts from (-1: from nothing) and whether
@@ -49,7 +49,7 @@ def train_stage(
         begin(-1, False)
     else:
         step = int(checkpoint.name.split("-")[1])
-        logger.info("going on from step %d", step)
+        logger.info("resuming from step %d", step)
         begin(step, _evaluation_at(step, _history(checkpoint)) is not None)
     held_out = trainer.eval_dataset is not None
     if held_out and checkpoint is None:

@@ -43,7 +43,7 @@ class SourceSpec(Spec):
     )
     max_rows: int | None = Field(None, ge=1, description="use at most so many rows")
     size: int | None = Field(None, ge=1, le=10**7, description="number of rows that a task makes")
-    seed: int | None = Field(None, ge=0, description="seed of a task's rows")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="seed of a task's rows")
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:

@@ -23,7 +23,7 @@ class PeftSpec(Spec):
     between_stages: Literal["merge", "keep"] = Field(
         "merge",
         description="`merge`: the adapter is merged into the weights at the end of the stage, and the "
-        "next one starts from those; `keep`: the adapter itself goes on into the next stage",
+        "next one starts from those; `keep`: the next stage trains the adapter itself further",
     )
     merge: bool | None = Field(
         None,
@@ -91,7 +91,7 @@ def _after_an_adapter(
             continue
         yield wrong(
             (*at, field) if field in peft else at,
-            f"the adapter of stage {name} goes on here, with `{field}: {_text(old)}`, "
+            f"this stage trains the adapter of stage {name} further, with `{field}: {_text(old)}`, "
             f"not `{_text(new)}`",
             why=f"stage {name} has `between_stages: keep`",
             fix=f"give both stages the same `peft`, or write `between_stages: merge` in {name}",
@@ -104,7 +104,7 @@ def _rounded_away(at: tuple[str | int, ...], what: str) -> InitErrorDetails:
         f"4-bit weights that come from merged 4-bit weights: {what} would be rounded away",
         why="merged weights lie close to the levels of the 4-bit grid they came from, and quantising "
         "them again moves most of them back to those",
-        fix="write `between_stages: keep` in the stage before (and here), so that the adapter goes on",
+        fix="write `between_stages: keep` in the stage before (and here): the adapter is then not merged",
     )
 
 
@@ -123,7 +123,7 @@ def _starts_from_model(index: int, stage: Mapping[str, Any]) -> bool:
 def _start(index: int, stages: Sequence[Any]) -> Mapping[str, Any] | None:
     """The stage that a stage starts from; None: a model, or something wrong that is reported elsewhere."""
     target = stages[index].get("init", "previous")
-    # No policy goes on from a reward stage.
+    # No policy starts from a reward stage.
     earlier = [s for s in stages[:index] if isinstance(s, dict) and s.get("kind") != "reward"]
     if target == "previous":
         return earlier[-1] if earlier else None

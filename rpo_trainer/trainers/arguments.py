@@ -18,6 +18,12 @@ from rpo_trainer.errors import RecipeError, did_you_mean
 from rpo_trainer.trainers.settings import Setting, by_name, defaults_of, refusals
 from rpo_trainer.trainers.settings_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 
+_FILES = ("accelerator_config", "fsdp_config")  # which may name a JSON file
+# Which cannot name a file
+_DICTS = (
+    "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs", "derived",
+)  # fmt: skip
+_SHOWN = 100  # characters of a value in a message
 # Parts of metric names of which the lowest value is the best, beside those that end with "loss".
 _LOWEST_IS_BEST = ("loss/", "rmse/", "calibration/", "gap_error", "saturated", "chosen_falling")
 
@@ -30,28 +36,67 @@ def setting_problems(args: TrainingArguments) -> Iterator[str]:
     yield from _companion_problems(args)
 
 
-def require_readable_accelerator_config(given: Any) -> None:
-    """Raises RecipeError where transformers could not make an `AcceleratorConfig` of the argument."""
-    if isinstance(given, str) and not given.startswith("{"):
-        try:
-            given = json.loads(Path(given).read_text())
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"accelerator_config: {given} cannot be read: {error}",
-                where="accelerator_config",
-                why="accelerate would not be configured as asked",
-                fix="give a dict, or the path of a JSON file",
-            ) from error
-    if isinstance(given, Mapping):
-        known = by_name(ACCELERATOR)
-        problems = list(_unknown(given, known, "accelerator_config."))
-        if problems:
-            raise RecipeError(
-                "; ".join(problems),
-                where="accelerator_config",
-                why="accelerate has no such field",
-                fix=f"its fields are {', '.join(known)}",
-            )
+def require_readable_settings(args: TrainingArguments) -> None:
+    """Raises RecipeError where a setting that may be JSON, or the name of a JSON file, cannot be read.
+
+    transformers takes a text that begins with `{` for JSON. Other texts are file names in `_FILES` (DeepSpeed
+    reads its own), and nothing elsewhere.
+    """
+    for name in args._VALID_DICT_FIELDS:
+        value = getattr(args, name, None)
+        if not isinstance(value, str):
+            content = value
+        elif value.startswith("{") or name in _FILES:
+            content = _read_json(name, value)
+        elif name in _DICTS:
+            raise _unreadable(name, value, "it is neither a dict nor JSON", "give a dict")
+        else:
+            continue
+        if name == "accelerator_config" and isinstance(content, Mapping):
+            known = by_name(ACCELERATOR)
+            if problems := list(_unknown(content, known, "accelerator_config.")):
+                raise RecipeError(
+                    "; ".join(problems),
+                    where=name,
+                    why="accelerate has no such field",
+                    fix=f"its fields are {', '.join(known)}",
+                )
+
+
+def _read_json(name: str, value: str) -> Any:
+    inline = value.startswith("{")
+    try:
+        content = json.loads(value if inline else Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fix = "correct the JSON" if inline else "give a dict, JSON, or the path of a JSON file"
+        raise _unreadable(name, value, error, fix) from error
+    if not isinstance(content, dict):
+        raise _unreadable(name, value, "it does not hold a dict", "write {...} into the file")
+    return content
+
+
+def _unreadable(name: str, value: str, reason: object, fix: str) -> RecipeError:
+    shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+    return RecipeError(f"{name}: {shown} cannot be read: {reason}", where=name, fix=fix)
+
+
+def require_one_checkpointing(args: TrainingArguments) -> None:
+    """Raises RecipeError where the two names of gradient checkpointing have different values."""
+    if problems := list(_checkpointing_conflicts(args)):
+        raise RecipeError(
+            "; ".join(problems),
+            where=type(args).__name__,
+            why="they are two names of one setting",
+            fix="remove one of them",
+        )
+
+
+def _checkpointing_conflicts(args: TrainingArguments) -> Iterator[str]:
+    for end in ("", "_kwargs"):
+        names = [f"gradient_checkpointing{end}", f"activation_checkpointing{end}"]
+        old, new = (getattr(args, name, None) for name in names)
+        if old is not None and new is not None and old != new:
+            yield f"{names[0]}={old} and {names[1]}={new} contradict each other"
 
 
 def _accelerator_problems(config: Any) -> Iterator[str]:
@@ -91,8 +136,12 @@ def _companion_problems(args: TrainingArguments) -> Iterator[str]:
             f"warmup_steps={args.warmup_steps} has no effect with lr_scheduler_type constant: write "
             "constant_with_warmup"
         )
-    if args.gradient_checkpointing_kwargs and not args.gradient_checkpointing:
-        yield "gradient_checkpointing_kwargs without gradient checkpointing: turn it on, or remove them"
+    yield from _checkpointing_conflicts(args)
+    if args.fsdp and args.gradient_checkpointing and _fsdp_checkpointing(args):
+        yield (
+            "gradient_checkpointing and fsdp_config.activation_checkpointing are both on: remove one (FSDP's "
+            "own communicates less)"
+        )
     if not args.dataloader_num_workers:
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if getattr(args, name):
@@ -118,8 +167,20 @@ def bfloat16_by_default(args: TrainingArguments) -> bool:
 
 
 def checkpointing_by_default(args: TrainingArguments) -> bool:
-    """Whether a run that says nothing of gradient checkpointing has it: not beside FSDP's own."""
-    launched = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() in ("1", "true")
+    """Whether a run that says nothing of gradient checkpointing has it: not beside FSDP's own.
+
+    Args:
+        args: after transformers has read the file of `fsdp_config`.
+    """
+    launched = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false")
+    return not (_is_true(launched) or _fsdp_checkpointing(args))
+
+
+def _fsdp_checkpointing(args: TrainingArguments) -> bool:
     config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
-    own = config.get("activation_checkpointing", config.get("fsdp_activation_checkpointing"))
-    return not (launched or own)
+    return _is_true(config.get("activation_checkpointing", False))
+
+
+def _is_true(value: Any) -> bool:
+    """As accelerate reads a switch of FSDP."""
+    return str(value).lower() in ("y", "yes", "t", "true", "on", "1")

@@ -127,9 +127,11 @@ class PackedTrainer(SavingTrainer):
             else self._examples(eval_dataset, processing_class, args, "eval")
         )
         check_all_fit(model, train, evaluation)
-        sets = [*evaluation] if isinstance(evaluation, dict) else None
         if evaluation is not None:
-            require_best_metric(args, sets, self.metric_names(args))
+            sets = evaluation if isinstance(evaluation, dict) else {None: evaluation}
+            require_best_metric(
+                args, {name: self.metric_names(args, examples) for name, examples in sets.items()}
+            )
         use_cache = getattr(causal_lm(model).config, "use_cache", None)
         with harmless_trackers(args) as trackers:
             super().__init__(
@@ -189,8 +191,14 @@ class PackedTrainer(SavingTrainer):
         return {}
 
     @classmethod
-    def metric_names(cls, args: Any) -> set[str]:
-        """The metrics of an evaluation, without the prefix: what `metric_for_best_model` may name."""
+    def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
+        """The metrics of an evaluation, without the prefix: what `metric_for_best_model` may name.
+
+        A subclass with further terms of the loss or metrics adds their names.
+
+        Args:
+            examples: what is evaluated on; None: not known yet.
+        """
         return {"loss"}
 
     def before_update(self) -> bool:

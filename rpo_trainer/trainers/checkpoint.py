@@ -46,13 +46,16 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read ({error})"
     for name, expected_size, expected_digest in files:
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != expected_size:
-            return f"{name} has {size} bytes, {expected_size} were written"
-        if file_digest(path) != expected_digest:
-            return f"the content of {name} has changed"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != expected_size:
+                return f"{name} has {size} bytes, {expected_size} were written"
+            if file_digest(path) != expected_digest:
+                return f"the content of {name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
     return None
 
 
@@ -73,22 +76,28 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def last_complete(output_dir: Path) -> Path | None:
-    """The newest checkpoint that agrees with its manifest; damaged ones are passed over, loudly."""
+    """The newest checkpoint that agrees with its manifest; damaged ones are skipped with a WARNING."""
     for path in checkpoints(output_dir):
         fault = damage(path)
         if fault is None:
             return path
-        logger.warning("checkpoint %s is damaged (%s): the one before is taken", path, fault)
+        logger.warning("checkpoint %s is damaged (%s): the previous one is used", path, fault)
     return None
 
 
 def require_complete(folder: Path) -> None:
-    """Raises RunError where a checkpoint that has a manifest does not agree with it."""
+    """Raises RunError where there is no checkpoint, or one that does not agree with its manifest."""
+    if not folder.is_dir():
+        raise RunError(
+            "there is no such checkpoint directory",
+            where=str(folder),
+            fix="name the directory of a checkpoint, or write True for the newest one in output_dir",
+        )
     if (folder / MANIFEST).is_file() and (fault := damage(folder)) is not None:
         raise RunError(
             f"the checkpoint is damaged: {fault}",
             where=str(folder),
-            why="a run that goes on from it would not be the run that was stopped",
+            why="a run that resumes from it would differ from the run that was stopped",
             fix="resume from an earlier checkpoint (resume_from_checkpoint=True finds one)",
         )
 
@@ -110,9 +119,9 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int) -> None:
-    """Raises RunError where a checkpoint lacks what a resumed run needs to be the run that was stopped.
+    """Raises RunError where a checkpoint lacks a part of the state that an exact resume needs.
 
-    Without it transformers would begin with a new optimizer, schedule or random state.
+    transformers would start with a new optimizer, schedule or random state in its place.
 
     Args:
         scaler: whether the run scales its losses (float16).
@@ -136,8 +145,7 @@ def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int
         raise RunError(
             f"the checkpoint lacks {', '.join(missing)}",
             where=str(folder),
-            why="the run would begin with a new one, and not be the run that was stopped "
-            "(save_only_model writes such checkpoints)",
+            why="training would resume with a new one (save_only_model writes such checkpoints)",
             fix="start a new run from its weights (from_pretrained), or resume from a full checkpoint",
         )
     wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{r}.pth" for r in range(ranks)]

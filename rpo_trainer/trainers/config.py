@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rpo_trainer.losses import REWARD_LOSSES
-from rpo_trainer.trainers.step_config import StepConfig, config, described
+from rpo_trainer.trainers.step_config import StepConfig, TrlDefault, config, described
 
 
 @config
@@ -92,12 +92,12 @@ class DPOConfig(PreferenceConfig):
     """Direct Preference Optimization (arXiv 2305.18290), with an SFT term on the chosen responses."""
 
     _losses: ClassVar[frozenset[str]] = frozenset({"dpo", "ipo"})
+    trl_defaults: ClassVar[Mapping[str, TrlDefault]] = {
+        **PreferenceConfig.trl_defaults,
+        "loss_type": TrlDefault("", "TRL's `sigmoid` is this loss under another name."),
+    }
 
-    loss_type: str = described(
-        "`dpo`, or `ipo`, which stops at a margin.",
-        "dpo",
-        reason="TRL's `sigmoid` is this loss under another name.",
-    )
+    loss_type: str = described("`dpo`, or `ipo`, which stops at a margin.", "dpo")
     label_smoothing: float = described(
         "Share of labels taken to be wrong: cDPO (loss_type dpo).", 0.0
     )
@@ -141,21 +141,25 @@ class RPOConfig(PreferenceConfig):
 class RewardConfig(StepConfig):
     """Reward models: regression on attributes (arXiv 2406.08673), or Bradley-Terry on pairs."""
 
+    _VALID_DICT_FIELDS = [*StepConfig._VALID_DICT_FIELDS, "reward_weights"]  # noqa: RUF012
+
     learning_rate: float = described("Peak learning rate.", 1e-4)
     disable_dropout: bool = described("Set all dropout to 0.", True)
     objective: str = described(
         "`bradley_terry` (pairs) or `regression` (ratings of attributes).", "bradley_terry"
     )
-    attributes: tuple[str, ...] | None = described(
+    attributes: list[str] | None = described(  # noqa: RUF009
         "Regression: what is rated, in the order of the model's heads.", None
     )
-    reward_weights: str | Mapping[str, float] | None = described(
+    reward_weights: Mapping[str, float] | str | None = described(
         "Weight of each attribute in the reward, by name; or a published set: "
         "nemotron-4-340b-reward, llama3-70b-steerlm-rm. None: what the model has, else the mean.",
         None,
     )
-    rating_range: tuple[float, float] | None = described(
-        "Regression: lowest and highest rating that can be right; None: any number.", None
+    rating_range: list[float] | None = described(  # noqa: RUF009
+        "Regression: lowest and highest rating that can be right; None: any number.",
+        None,
+        metavar="RATING",
     )
     margin_scale: float = described(
         "Bradley-Terry: −log σ(r_c − r_r − margin) with margin = this times the gap of the given "
@@ -183,8 +187,10 @@ class RewardConfig(StepConfig):
                 for name, value in given
                 if value is not None
             ]
-        if self.rating_range is not None and not self.rating_range[0] < self.rating_range[1]:
-            problems.append(f"rating_range must rise, got {list(self.rating_range)}")
+        if self.rating_range is not None:
+            bounds = list(self.rating_range)
+            if len(bounds) != 2 or not bounds[0] < bounds[1]:
+                problems.append(f"rating_range must rise from one number to another, got {bounds}")
         if not (math.isfinite(self.margin_scale) and self.margin_scale >= 0):
             problems.append(f"margin_scale must be 0 or more, got {self.margin_scale}")
         return problems

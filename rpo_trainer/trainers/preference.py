@@ -249,7 +249,7 @@ class PreferenceTrainer(PackedTrainer):
         return examples
 
     @classmethod
-    def metric_names(cls, args: Any) -> set[str]:
+    def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
         """The metrics of an evaluation."""
         names = {"loss", "loss/preference", "loss/sft", *_METRICS}
         return names | {*_TARGET_METRICS} if cls.needs_rewards else names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from rpo_trainer.distributed import is_main
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.reward_model import as_reward_model, attributes_of, weights_of, with_pad_token
@@ -21,6 +23,8 @@ from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metr
 from rpo_trainer.trainers.setup import tokenizer_of
 from rpo_trainer.trainers.step_config import StepConfig
 from rpo_trainer.trainers.step_zero import disable_dropout
+
+logger = logging.getLogger(__name__)
 
 
 class RewardTrainer(PackedTrainer):
@@ -88,14 +92,17 @@ class RewardTrainer(PackedTrainer):
         self.weights = weights_of(self.model)
 
     @classmethod
-    def metric_names(cls, args: Any) -> set[str]:
+    def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
         """The metrics of an evaluation; correlations are left out where they are not defined."""
         if args.objective == "regression":
-            attributes = [*(args.attributes or ()), "reward"]
+            attributes = list(args.attributes or ())
+            attributes += ["reward"] if len(attributes) > 1 else []
             kinds = ("pearson", "spearman", "rmse", "bias", "calibration")
             found = {f"{kind}/{name}" for kind in kinds for name in attributes}
             return found | {"loss", "loss/regression", "accuracy"}
-        pairs = {"accuracy", "pearson/gap", "spearman/gap", "calibration/pairs"}
+        pairs = {"accuracy", "calibration/pairs"}
+        if examples is None or not len(examples.without("rewards")):
+            pairs |= {"pearson/gap", "spearman/gap"}
         rewards = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
         return pairs | rewards | {"loss", "loss/bradley_terry"}
 
@@ -194,6 +201,19 @@ class RewardTrainer(PackedTrainer):
         metrics: dict[str, float] = output.metrics or {}
         metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output._replace(metrics=metrics)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The base's, unless the metric is not defined, as a correlation with a constant."""
+        wanted = self.args.metric_for_best_model
+        name = f"eval_{(wanted or '').removeprefix('eval_')}"
+        if wanted is None or name in metrics:
+            return super()._determine_best_metric(metrics, trial)
+        if is_main():
+            logger.warning(
+                "%s is not defined in the evaluation of step %d: this step is not compared with the best one",
+                name, self.state.global_step,
+            )  # fmt: skip
+        return False
 
     def _gathered(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.args.world_size == 1:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import trainer as of_transformers
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from rpo_trainer.adapter_files import make_base_absolute
 from rpo_trainer.adapters import is_adapted
-from rpo_trainer.distributed import on_main
+from rpo_trainer.distributed import is_main, on_main
 from rpo_trainer.errors import RunError
 from rpo_trainer.outputs import (
     Written,
@@ -59,6 +60,18 @@ def own_settings(optimizer: Any, scheduler: Any) -> Iterator[None]:
             group["lr"] = rate
 
 
+@contextmanager
+def _pickle_not_uploaded(folder: Path) -> Iterator[None]:
+    """The pickle of the arguments has a name that transformers' pushes leave out (`_*`), and is removed."""
+    hidden = f"_{TRAINING_ARGS_NAME}"
+    of_transformers.TRAINING_ARGS_NAME = hidden
+    try:
+        yield
+    finally:
+        of_transformers.TRAINING_ARGS_NAME = TRAINING_ARGS_NAME
+        (folder / hidden).unlink(missing_ok=True)
+
+
 class SavingTrainer(WrappingTrainer):
     """Writes a checkpoint beside its place, and moves it there when it is whole."""
 
@@ -82,13 +95,13 @@ class SavingTrainer(WrappingTrainer):
         if use_cache is not None:  # every forward of a step says use_cache=False itself
             inner.config.use_cache = use_cache
         generation = getattr(inner, "generation_config", None)
-        if generation is not None and (line := warn_repaired(repair_generation(generation))):
-            logger.warning("%s", line)
+        lines = [] if generation is None else [warn_repaired(repair_generation(generation))]
         ends = (
             [] if is_classifier(inner) else trained_ends(self.train_dataset, self.processing_class)
         )
         self.written = Written(inner, self.processing_class, ends)
-        if line := ends_line(inner, self.written, self.processing_class):
+        lines.append(ends_line(inner, self.written, self.processing_class))
+        for line in filter(None, lines if is_main() else ()):
             logger.warning("%s", line)
         if generation is not None and ends:
             generation.eos_token_id = joined_ends(ends, generation.eos_token_id)
@@ -113,16 +126,20 @@ class SavingTrainer(WrappingTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """Without transformers' pickle of the arguments: it names absolute paths, and nobody reads it.
+        """Without transformers' pickle of the arguments: it names absolute paths, and nothing reads it.
 
         The configs and the tokenizer are those of `Written`.
         """
+        with self._written_tokenizer(), self.written.applied():
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                self._save_beside(Path(output_dir or str(self.args.output_dir)))
+
+    @contextmanager
+    def _written_tokenizer(self) -> Iterator[None]:
         given, self.processing_class = self.processing_class, self.written.tokenizer
         try:
-            with self.written.applied():
-                super()._save(output_dir, state_dict)
-                if self.args.should_save:
-                    self._save_beside(Path(output_dir or str(self.args.output_dir)))
+            yield
         finally:
             self.processing_class = given
 
@@ -170,8 +187,14 @@ class SavingTrainer(WrappingTrainer):
             self._push_from_checkpoint(str(output / name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a checkpoint from its place: what is staged moves while it would be read."""
-        if self._staging is None:
+        """Pushes a complete checkpoint: a staged one moves while it would be read.
+
+        transformers saves the tokenizer and pickles the arguments anew, into the output directory. The
+        tokenizer is that of `Written`, as in the checkpoint, and the pickle is not uploaded.
+        """
+        if self._staging is not None:
+            return
+        with self._written_tokenizer(), _pickle_not_uploaded(Path(str(self.args.output_dir))):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -185,9 +208,15 @@ class SavingTrainer(WrappingTrainer):
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         """The checkpoint that `train(resume_from_checkpoint=wanted)` means; None: it begins.
 
+        Args:
+            wanted: a directory, or whether to resume from the newest complete checkpoint; as text, too, as a
+                command line has it.
+
         Raises:
             RunError: there is none, it is damaged or has no optimizer, or another engine has written it.
         """
+        if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
+            wanted = wanted.lower() == "true"
         if not wanted:
             return None
         if wanted is True:
@@ -197,7 +226,7 @@ class SavingTrainer(WrappingTrainer):
                 raise RunError(
                     "there is no complete checkpoint to resume from",
                     where=self.args.output_dir,
-                    why="only one whose files are all as they were written goes on as the run did",
+                    why="checkpoints that lack files or have changed ones are not used",
                     fix="leave resume_from_checkpoint out to begin, or name another output_dir",
                 )
         else:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
 
 from rpo_trainer.trainers.config import DPOConfig, RewardConfig, RPOConfig, SFTConfig
-from rpo_trainer.trainers.settings import Setting
+from rpo_trainer.trainers.settings import Setting, defaults_of
 from rpo_trainer.trainers.settings_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 
 _HEAD = """# Training arguments
 
 The configs of the trainers have all fields of `transformers.TrainingArguments`, and `training_args` of a
-recipe's stage takes them too. A setting either acts, or a value that could not act is refused when the config
-is made (`rpo-trainer check` says so before anything is trained). All that does not fit is reported at once.
+recipe's stage takes them too. A value that would have no effect is refused when the config is made
+(`rpo-trainer check` reports it before anything is trained). All problems are reported at once.
 
-- **read**: it acts, as the right column says.
+- **read**: it takes effect, as the right column says.
 - **refused**: only the value that changes nothing is accepted.
 - **harmless**: no result depends on it.
 
@@ -68,7 +67,7 @@ def _defaults() -> list[str]:
     lines = [
         "## Defaults that differ from TRL's",
         "",
-        "All other fields that TRL has too have its default. A recipe sets its own values and does not "
+        "All other fields that TRL has too have its default. Recipes set their own values and do not "
         "depend on these.",
         "",
         "| field | default | TRL | reason |",
@@ -76,12 +75,11 @@ def _defaults() -> list[str]:
     ]
     seen = set()
     for config in (SFTConfig, DPOConfig, RPOConfig, RewardConfig):
-        for own in fields(config):
-            reason = own.metadata.get("reason")
-            if reason and own.name not in seen:
-                seen.add(own.name)
-                trl = own.metadata["trl"] or "the same effect"
-                lines.append(f"| `{own.name}` | `{own.default}` | {trl} | {reason} |")
+        own = defaults_of(config)
+        for name in (name for name in own if name in config.trl_defaults and name not in seen):
+            seen.add(name)
+            trl, reason = config.trl_defaults[name]
+            lines.append(f"| `{name}` | `{own[name]}` | {trl or 'the same effect'} | {reason} |")
         lines += [f"| {config.__name__} | | {text} | |" for text in config.unlike_trl]
     return [*lines, ""]
 

@@ -150,8 +150,8 @@ TRAINING: tuple[Setting, ...] = (
     ),
     refused(
         "enable_jit_checkpoint",
-        "it saves in the middle of a step, so that a resumed run is another one, and every process decides "
-        "by itself when",
+        "it saves in the middle of a step, at which an exact resume is not possible, and each process saves "
+        "at a time of its own",
         "remove it: a recipe's run that gets SIGTERM finishes the step and saves; in a script set "
         "control.should_save and control.should_training_stop in a callback's on_step_end",
     ),
@@ -205,8 +205,8 @@ TRAINING: tuple[Setting, ...] = (
     Setting(
         ("train_sampling_strategy",),
         "refused",
-        "rows are packed without padding, and dealt to forwards by length within each optimizer step, so "
-        "that sorting by length saves nothing and would change which examples meet in a step",
+        "rows are packed without padding and assigned to forwards by length within each optimizer step, so "
+        "that sorting by length saves nothing and would change which examples are in a step",
         "write `random` (a new permutation in each epoch) or `sequential` (the order of the data)",
         taken=("random", "sequential"),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,7 @@ from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
 from rpo_trainer.step import causal_lm
+from rpo_trainer.trainers.settings import defaults_of
 from rpo_trainer.trainers.step_config import StepConfig
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def require_config(trainer: Any, args: Any) -> None:
         raise RecipeError(
             f"{type(trainer).__name__} takes a {_full_name(wanted)}, got a {_full_name(kind)}",
             where="args",
-            why="a setting that this config does not have (the loss, the layout) would get some default",
+            why="settings that this config does not have (the loss, the layout) would have no value",
             fix=f"from rpo_trainer import {wanted.__name__}; it has all fields of TrainingArguments",
         )
     kwargs = args.accelerator_config.gradient_accumulation_kwargs
@@ -61,43 +62,51 @@ def _full_name(kind: type) -> str:
 def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
     """Turns gradient checkpointing off where it is only the default and the model cannot.
 
-    A model that has it on from an earlier training loses it where the config says no, which transformers
-    would not see to.
+    A model that has it on from an earlier training loses it where the config says no: transformers does not
+    turn it off.
 
     Raises:
         RecipeError: it was asked for, and the model cannot.
     """
     able = any(getattr(m, "supports_gradient_checkpointing", False) for m in model.modules())
+    if args.checkpointing_is_default:
+        args.set_default_checkpointing(able)
+        if not able:
+            logger.info("gradient checkpointing is off: the model does not support it")
     if not args.gradient_checkpointing:
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False) is True:
                 module.gradient_checkpointing = False  # type: ignore[assignment]
-        return
-    if able:
-        return
-    if not args.checkpointing_is_default:
+        if args.gradient_checkpointing_kwargs and is_main():
+            logger.warning(
+                "gradient_checkpointing_kwargs have no effect: gradient checkpointing is off"
+            )
+    elif not able:
         raise RecipeError(
             f"{type(causal_lm(model)).__name__} does not support gradient checkpointing",
             where="gradient_checkpointing",
             why="transformers marks the classes that can recompute their activations",
             fix="set gradient_checkpointing=False",
         )
-    logger.info("gradient checkpointing is off: the model does not support it")
-    args.gradient_checkpointing = False
-    if hasattr(args, "activation_checkpointing"):
-        args.activation_checkpointing = False
 
 
 def note_defaults(args: StepConfig) -> None:
-    """One line on what differs from TRL's defaults, without what the caller has set."""
+    """A WARNING, once in a process, on settings that have a default which differs from TRL's."""
+    if not args.compared_with_trl or not is_main():
+        return
+    own = defaults_of(type(args))
     found = [
-        f"{own.name}={getattr(args, own.name)} (TRL {own.metadata['trl']})"
-        for own in dataclasses.fields(args)
-        if own.metadata.get("trl") and own.name not in args.given
+        f"{name}={own[name]} (TRL {differs.trl})"
+        for name, differs in args.trl_defaults.items()
+        if differs.trl and getattr(args, name) == own[name]
     ]
-    found += args.unlike_trl
-    if found and is_main():
-        logger.info("defaults that differ from TRL's: %s", "; ".join(found))
+    if found := [*found, *args.unlike_trl]:
+        _warn_once(f"defaults that differ from TRL's: {'; '.join(found)}")
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
@@ -105,13 +114,13 @@ def require_one_gpu(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise RecipeError(
             f"{args.n_gpu} GPUs are visible to one process",
-            why="one process drives one GPU here",
+            why="each process uses one GPU",
             fix="start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0",
         )
 
 
 def unprepared(model: Any) -> Any:
-    """The model as it was before somebody's `accelerator.prepare`; the trainer prepares it by its arguments.
+    """The model as it was before `accelerator.prepare`; the trainer prepares it by its own arguments.
 
     Raises:
         ModelError: its weights are sharded already.
@@ -121,8 +130,8 @@ def unprepared(model: Any) -> Any:
     ):
         raise ModelError(
             "the model was loaded in parts (tp_plan or distributed_config)",
-            why="each process trains on examples of its own, and would have one part of a model",
-            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO share it out",
+            why="each process computes examples of its own, which takes the whole model",
+            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO shard it",
         )
     if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
         model, FSDPModule
@@ -154,7 +163,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
         torch.bfloat16,
         torch.float16,
     }
-    if halves:
+    if halves and is_main():
         logger.warning(
             "the weights that are trained are %s: small steps are rounded away (bfloat16 keeps 8 bits of a "
             "weight, float16 11). Load the model with dtype=torch.float32, and set bf16=True for the "
@@ -171,7 +180,7 @@ def _warn_router_loss(config: Any) -> None:
     # Checkpoints' own code adds the loss without the switch that transformers' classes have.
     asks = getattr(text, "output_router_logits", getattr(config, "output_router_logits", True))
     found = dict(_router_coefficients(text.to_dict()))
-    if not asks or not found:
+    if not asks or not found or not is_main():
         return
     logger.warning(
         "the model's config asks for a load-balancing loss of its routers (%s): it is not part of the loss "

@@ -48,7 +48,7 @@ class SFTTrainer(PackedTrainer):
         return examples
 
     @classmethod
-    def metric_names(cls, args: Any) -> set[str]:
+    def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
         """The metrics of an evaluation."""
         return {"loss", "loss/sft"}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -17,7 +19,8 @@ from rpo_trainer.trainers.arguments import (
     bfloat16_by_default,
     checkpointing_by_default,
     lowest_is_best,
-    require_readable_accelerator_config,
+    require_one_checkpointing,
+    require_readable_settings,
     setting_problems,
 )
 from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
@@ -29,19 +32,42 @@ C = TypeVar("C", bound=TrainingArguments)
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
-def described(text: str, default: Any, *, trl: str = "", reason: str = "") -> Any:
-    """A field. Where its default is another than in TRL: what TRL's is or does (`trl`), and why (`reason`).
+# The two names of gradient checkpointing; some versions of transformers have the first alone.
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+# Fields that a config fills in where they are left alone.
+_DERIVED = (
+    *_CHECKPOINTING, "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "bf16",
+    "shuffle", "train_sampling_strategy", "global_batch_size", "gradient_accumulation_steps",
+    "metric_for_best_model", "greater_is_better", "eval_steps",
+)  # fmt: skip
 
-    `trl` may stay empty where the two have the same effect.
+
+class TrlDefault(NamedTuple):
+    """A default that differs from TRL's: what TRL's does ("": the same effect), and why ours differs."""
+
+    trl: str
+    reason: str
+
+
+def described(text: str, default: Any, **parsed: Any) -> Any:
+    """A field with its help.
+
+    Args:
+        parsed: further arguments of `argparse`'s `add_argument`: HfArgumentParser hands them on.
     """
-    return field(default=default, metadata={"help": text, "trl": trl, "reason": reason})
+    return field(default=default, metadata={"help": text, **parsed})
+
+
+def switch(text: str) -> Any:
+    """A field that is True, False or None; on a command line its name alone means True."""
+    return described(text, None, nargs="?", const=True)
 
 
 def config(made_of: type[C]) -> type[C]:
     """The class, which has the help of its fields in its docstring, and answers unknown arguments."""
     made_of.__doc__ = _with_fields(made_of)
     made = made_of.__init__
-    known = list(inspect.signature(made).parameters)
+    known = inspect.signature(made).parameters
 
     @functools.wraps(made)
     def init(self: C, *args: Any, **given: Any) -> None:
@@ -51,9 +77,8 @@ def config(made_of: type[C]) -> type[C]:
                 f"there is no argument {' or '.join(unknown)}",
                 where=made_of.__name__,
                 why="it would have no effect",
-                fix="; ".join(instead_of(name, known) for name in unknown),
+                fix="; ".join(instead_of(name, list(known)) for name in unknown),
             )
-        self.given = frozenset([*known[1 : len(args) + 1], *given])  # type: ignore[attr-defined]
         made(self, *args, **given)
 
     made_of.__init__ = init  # type: ignore[assignment, method-assign]
@@ -81,10 +106,25 @@ def _with_fields(config: type[C]) -> str:
 class StepConfig(TrainingArguments):
     """Fields that all our trainers share."""
 
-    # What the caller has set, by name, and what the trainers do otherwise than TRL's that is no field.
-    given: ClassVar[frozenset[str]] = frozenset()
+    # Fields whose default differs from TRL's, other differences, and whether the log says so.
+    trl_defaults: ClassVar[Mapping[str, TrlDefault]] = {
+        "truncation": TrlDefault(
+            "cuts them", "Responses that are cut teach the model to stop before the end."
+        ),
+        "gradient_checkpointing": TrlDefault(
+            "", "On by default as in TRL, but a default must not fail with models that cannot."
+        ),
+        "remove_unused_columns": TrlDefault(
+            "", "Columns are read by the collator; there is nothing to remove."
+        ),
+        "logging_nan_inf_filter": TrlDefault(
+            "hides losses that are not finite from the log",
+            "Losses that are not finite stay visible in the log.",
+        ),
+    }
     unlike_trl: ClassVar[tuple[str, ...]] = ()
-    checkpointing_is_default: ClassVar[bool] = False
+    compared_with_trl: ClassVar[bool] = True
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "derived"]  # noqa: RUF012
 
     max_length: int | None = described(
         "Longest prompt + response, in tokens; None: no limit.", 1024
@@ -92,8 +132,6 @@ class StepConfig(TrainingArguments):
     truncation: str = described(
         "What becomes of longer rows: `drop` or `cut` (responses lose their end).",
         "drop",
-        trl="cuts them",
-        reason="A response that is cut teaches the model to stop anywhere.",
     )
     special_tokens: str | None = described(
         "What the text of special tokens in the rows stands for: `text` (letters) or `parse` (the "
@@ -107,7 +145,7 @@ class StepConfig(TrainingArguments):
     )
     micro_batch_tokens: int | None = described(
         "Tokens of one training forward, in place of per_device_train_batch_size: each global batch "
-        "is dealt into as many forwards as its lengths need. A longer example goes alone.",
+        "is split into as many forwards as its lengths need. A longer example is a forward by itself.",
         None,
     )
     layout: str = described(
@@ -121,43 +159,64 @@ class StepConfig(TrainingArguments):
         "out such steps, up to n of them.",
         "stop",
     )
-    shuffle: bool | None = described(
+    shuffle: bool | None = switch(
         "Whether each epoch is a new permutation of the examples; False: the order of the data. None: as "
-        "train_sampling_strategy says (random: True, sequential: False).",
-        None,
+        "train_sampling_strategy says (random: True, sequential: False)."
     )
-    bf16: bool | None = described(  # type: ignore[assignment]
+    bf16: bool | None = switch(  # type: ignore[assignment]
         "bfloat16 arithmetic (autocast). None: on where fp16 is off and the device computes in bfloat16, "
-        "off on a CPU, where it saves nothing.",
-        None,
+        "off on a CPU, where it saves nothing."
     )
-    gradient_checkpointing: bool | None = described(
+    gradient_checkpointing: bool | None = switch(
         "Recompute activations in the backward pass. None: on where the model can and FSDP does not do it "
-        "already.",
-        None,
-        reason="On by default as in TRL, but a default must not fail with models that cannot.",
+        "already."
     )
     remove_unused_columns: bool = described(
-        "Kept off: the collator reads the columns itself.",
-        False,
-        reason="Columns are read by the collator; there is nothing to remove.",
+        "Kept off: the collator reads the columns itself.", False
     )
-    logging_nan_inf_filter: bool = described(
-        "Off: a loss that is not finite stops the run.",
-        False,
-        trl="hides losses that are not finite from the log",
-        reason="A run whose loss is not finite is lost, and should say so.",
-    )
+    logging_nan_inf_filter: bool = described("Off: a loss that is not finite stops the run.", False)
     logging_steps: float = described("Log every so many optimizer steps.", 10)
+    derived: dict[str, Any] | str | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={
+            "help": "Written by the config: the fields that it has filled in, each as it was given and "
+            "as it became, so that a copy (dataclasses.replace, to_dict) fills them in again."
+        },
+    )
 
     def __post_init__(self) -> None:
-        require_readable_accelerator_config(self.accelerator_config)
+        require_readable_settings(self)
+        self._forget_derived()
+        names = [name for name in _DERIVED if hasattr(self, name)]
+        given = {name: getattr(self, name) for name in names}
         self._set_defaults()
-        asked_accumulation = self.gradient_accumulation_steps
         super().__post_init__()  # type: ignore[no-untyped-call]
         load_in_float32(self)
+        if self._leaves_checkpointing(given):
+            self._set_checkpointing(checkpointing_by_default(self))
         self._set_order()
         self.check()
+        self._set_batch(given["gradient_accumulation_steps"])
+        self.derived = {
+            name: [given[name], now]
+            for name in names
+            if (now := getattr(self, name)) != given[name]
+        }
+
+    def _forget_derived(self) -> None:
+        """In a copy, fields that were filled in are as they were given, unless the copy has another value."""
+        for name, (given, filled_in) in self._derived().items():
+            if name in _DERIVED and getattr(self, name, None) == filled_in:
+                setattr(self, name, given)
+
+    def _derived(self) -> dict[str, Any]:
+        known = json.loads(self.derived) if isinstance(self.derived, str) else self.derived
+        return known or {}
+
+    def _set_batch(self, asked_accumulation: int) -> None:
+        """Global batch and accumulation, each from the other; a token budget has batches of its own."""
         if self.micro_batch_tokens is not None:
             if self.global_batch_size is None:
                 self.global_batch_size = self.examples_per_step()
@@ -169,7 +228,7 @@ class StepConfig(TrainingArguments):
                     why="the number of forwards of a step follows from the lengths of its examples",
                     fix="remove gradient_accumulation_steps",
                 )
-            # The loop of transformers counts batches: it is handed one for each optimizer step.
+            # The loop of transformers counts batches; each one that it gets is an optimizer step.
             self.gradient_accumulation_steps = 1
         elif self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
@@ -190,29 +249,53 @@ class StepConfig(TrainingArguments):
             raise RecipeError(
                 "; ".join(problems),
                 where=name,
-                why="a setting that is accepted must act as it says",
-                fix=f"change them; help(rpo_trainer.{name}) says what each field takes, and "
-                "docs/training-arguments.md what becomes of those of transformers",
+                why="every setting that a config accepts takes effect",
+                fix=f"change them; see help(rpo_trainer.{name}), and docs/training-arguments.md for the "
+                "fields of transformers",
             )
 
     def _set_defaults(self) -> None:
         """What depends on the machine, or on another field."""
         if self.bf16 is None:
             self.bf16 = bfloat16_by_default(self)
-        # transformers has renamed it, and warns of the old name where the new one is known.
-        new = "activation_checkpointing"
-        self.checkpointing_is_default = (  # type: ignore[misc]
-            self.gradient_checkpointing is None and getattr(self, new, None) is None
-        )
-        if self.checkpointing_is_default:
-            self.gradient_checkpointing = checkpointing_by_default(self)
-        if getattr(self, new, True) is None:
-            setattr(self, new, self.gradient_checkpointing)
-        elif hasattr(self, new):
-            self.gradient_checkpointing = getattr(self, new)
+        require_one_checkpointing(self)
+        # transformers has renamed them, and warns of the old names where the new ones are known.
+        for end in ("", "_kwargs"):
+            old, new = (name + end for name in _CHECKPOINTING)
+            if getattr(self, new, True) is None:
+                setattr(self, new, getattr(self, old))
         metric = self.metric_for_best_model
         if self.greater_is_better is None and metric is not None:
             self.greater_is_better = not lowest_is_best(metric)
+
+    @property
+    def checkpointing_is_default(self) -> bool:
+        """Whether nobody has said if activations are to be recomputed."""
+        return self._leaves_checkpointing(
+            {
+                name: given
+                for name, (given, filled_in) in self._derived().items()
+                if name in _CHECKPOINTING and getattr(self, name) == filled_in
+            }
+        )
+
+    def set_default_checkpointing(self, able: bool) -> None:
+        """The default for a model that can recompute its activations, or cannot."""
+        self._set_checkpointing(able and checkpointing_by_default(self))
+        now = {
+            name: [None, self.gradient_checkpointing]
+            for name in _CHECKPOINTING
+            if hasattr(self, name)
+        }
+        self.derived = {**self._derived(), **now}
+
+    def _leaves_checkpointing(self, given: Mapping[str, Any]) -> bool:
+        return all(given.get(name, 0) is None for name in _CHECKPOINTING if hasattr(self, name))
+
+    def _set_checkpointing(self, on: bool) -> None:
+        for name in _CHECKPOINTING:
+            if hasattr(self, name):
+                setattr(self, name, on)
 
     def _set_order(self) -> None:
         """`shuffle` and `train_sampling_strategy` say the same; left alone, each follows the other."""

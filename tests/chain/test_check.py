@@ -425,7 +425,7 @@ def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: 
     found = str(problems(tmp_path, tiny.changed(recipe, "dpo.beta", 0.25)))
     assert "beta" in found and "0.25" in found and "--allow-changed" in found
     (finished_copy / "chain.json").unlink()
-    assert "is no run of ours" in str(problems(tmp_path, recipe))
+    assert "not an rpo-trainer run directory" in str(problems(tmp_path, recipe))
 
 
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
@@ -484,7 +484,10 @@ def test_what_deserves_attention_is_a_warning_and_is_counted(
         for i in range(10)
     ]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = saved_model(tmp_path / "mine") / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "temperature": 0.5}))
     recipe = tiny.tiny_recipe()
+    recipe["model"] = {"name_or_path": "./mine", "tokenizer": "characters", "dtype": "float32"}
     data = {"train": [{"path": "rows.jsonl"}]}
     recipe["stages"] = [{"name": "one", "kind": "dpo", "beta": 0.1, "max_length": 40, "data": data}]
     path = tiny.write_recipe(tmp_path, recipe)
@@ -496,6 +499,8 @@ def test_what_deserves_attention_is_a_warning_and_is_counted(
     assert any("80 % of the rows of one" in w and "max_length 40 (8)" in w for w in warnings)
     assert any("50 % of the rows of one" in w and "tied" in w for w in warnings)
     assert any("notes" in w and "columns" in w for w in warnings)
+    assert any("temperature=0.5" in w for w in warnings)  # which transformers would not write
+    assert sum("warning" in line.lower() for line in shown.splitlines()[:-1]) == len(warnings)
     assert shown.endswith(f"{path}: OK, with {len(warnings)} warnings\n")
 
 

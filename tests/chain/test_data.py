@@ -24,6 +24,7 @@ from rpo_trainer.chain.data import (
     stage_seed,
     tokenize_stage,
 )
+from rpo_trainer.chain.inputs import Digests, Input
 from rpo_trainer.chain.made import RowMaker
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import DataError
@@ -364,6 +365,23 @@ def test_digests_are_of_local_files_by_their_written_path(tmp_path: Path) -> Non
     assert list(before) == ["folder"] and source_digests(folder, tmp_path) == before
     (tmp_path / "folder" / "data.arrow").write_text("y")
     assert source_digests(folder, tmp_path) != before
+
+
+def test_digests_of_a_record_are_not_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpo_trainer.files._TIME_STEP_NS", 0)
+    (tmp_path / "a.jsonl").write_text("x")
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "data.arrow").write_text("x")
+    sources = [SourceSpec(path="a.jsonl"), SourceSpec(path="folder")]
+    inputs = [
+        Input(f"stages.s.data.train.{i}", str(source.path), tmp_path / str(source.path))
+        for i, source in enumerate(sources)
+    ]
+    record, expected = Digests().of(inputs), source_digests(sources, tmp_path)
+    monkeypatch.delattr("rpo_trainer.files.file_digest")
+    assert source_digests(sources, tmp_path, record) == expected
 
 
 @pytest.mark.parametrize("policy", ["keep", "drop", None])

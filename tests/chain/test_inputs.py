@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,25 +234,85 @@ def test_another_file_under_the_name_is_read(
     assert known_digest(path, kept)["digest"] != kept["digest"]
 
 
-# --- models of the hub ---
+# --- models and data sets of the hub ---
 
 
-def test_the_commit_of_a_hub_model_is_that_of_the_cache_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def on_the_hub(folder: Path) -> tiny.Recipe:
+    """`everything`, with data sets of the hub in every list, and a model of the hub below the adapter."""
+    recipe = everything(folder)
+    write(folder / "adapter" / "adapter_config.json", {"base_model_name_or_path": "org/base"})
+    sft, evaluation = recipe["stages"][0], recipe["eval"]
+    sft["data"] = {"train": [{"path": "org/train"}, {"path": "train.jsonl"}],
+                   "eval": [{"path": "org/held"}]}  # fmt: skip
+    for name in ("data", "preferences", "nll"):
+        evaluation[name] = [{"path": f"org/{name}", "split": "test"}]
+    return recipe
+
+
+HUB = {
+    ("org/base", "model"): "stages.sft.init",
+    ("org/train", "dataset"): "stages.sft.data.train",
+    ("org/held", "dataset"): "stages.sft.data.eval",
+    **{(f"org/{name}", "dataset"): f"eval.{name}" for name in ("data", "preferences", "nll")},
+}
+
+
+@pytest.mark.parametrize("moved", HUB)
+def test_another_commit_of_the_hub_is_refused(
+    moved: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = dict.fromkeys(HUB, "a" * 40)
+
+    class Api:
+        def model_info(self, name: str, *, kind: str = "model", **_: Any) -> Any:
+            return SimpleNamespace(sha=commits[name, kind])
+
+        def dataset_info(self, name: str, **options: Any) -> Any:
+            return self.model_info(name, kind="dataset", **options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    loaded = tiny.load(tmp_path, on_the_hub(tmp_path))
+    begun(tmp_path, loaded)
+    again(tmp_path, loaded)
+    commits[moved] = "b" * 40
+    with pytest.raises(RunError) as error:
+        again(tmp_path, loaded)
+    assert f"{moved[0]} (commit)" in error.value.what
+    assert f"--allow-changed {HUB[moved].removesuffix('.train').removesuffix('.eval')}" in (
+        error.value.fix or ""
+    )
+    again(tmp_path, loaded, HUB[moved])
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp_config", "accelerator_config"])
+def test_json_that_stands_in_the_recipe_is_not_a_file(name: str, tmp_path: Path) -> None:
+    recipe = everything(tmp_path)
+    recipe["stages"][0]["training_args"] = {name: json.dumps({"a": "x" * 300})}
+    loaded = tiny.load(tmp_path, recipe)
+    stages = expand_stages(loaded.recipe)
+    found = Inputs(loaded.recipe, stages, loaded.base_dir).of(stages[0])
+    assert Digests().of(found) and not [one for one in found if "training_args" in one.key]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [("model", "config.json"), ("dataset", "README.md")], ids=str
+)
+def test_the_commit_is_that_of_the_cache_without_a_network(
+    kind: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
     commits = ("a" * 40, "b" * 40)
-    repo = tmp_path / "models--some--model"
+    repo = tmp_path / f"{kind}s--some--model"
     for commit in commits:
-        write(repo / "snapshots" / commit / "config.json", "{}")
+        write(repo / "snapshots" / commit / file, "{}")
     found = []
     for commit in commits:
         write(repo / "refs" / "main", commit)
-        found.append(hub_commit("some/model", None))
+        found.append(hub_commit("some/model", None, kind))
     assert found == list(commits)
-    assert hub_commit("some/other", None) is None
-    assert hub_commit("no\0name", None) is None
+    assert hub_commit("some/other", None, kind) is None
+    assert hub_commit("no\0name", None, kind) is None
     before, now = (
         {"key": "k", "name": "some/model", "reach": "model", "commit": commit} for commit in found
     )

@@ -192,7 +192,7 @@ def test_a_directory_that_cannot_be_used_is_refused_before_anything(tmp_path: Pa
         run_chain(loaded, tmp_path / "file")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
-    with pytest.raises(RunError, match="no run of ours"):
+    with pytest.raises(RunError, match="not an rpo-trainer run directory"):
         run_chain(loaded, tmp_path / "other")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "chain.json").write_text("{")

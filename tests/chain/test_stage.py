@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -269,6 +268,4 @@ def test_training_args_say_the_order_of_the_data(tmp_path: Path) -> None:
 def test_the_configs_defaults_do_not_reach_a_recipe(tmp_path: Path) -> None:
     made = config(tmp_path, "code")
     assert made.gradient_checkpointing is False and made.bf16 is False
-    assert not {"learning_rate", "bf16", "gradient_checkpointing"} - made.given
-    unlike = {field.name for field in dataclasses.fields(made) if field.metadata.get("trl")}
-    assert not unlike - made.given and not made.unlike_trl  # the log does not speak of TRL
+    assert not made.checkpointing_is_default and not made.compared_with_trl

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,11 @@ def test_a_change_that_is_allowed_is_taken_over_and_kept(
 ) -> None:
     begun(tmp_path, beta=0.1, data={"train": [1]})
     new = [spec("a", beta=0.2, data={"train": [1]}), spec("b")]
-    with pytest.raises(RunError, match=r"or go on with it: --allow-changed stages\.a\.beta"):
+    with pytest.raises(RunError, match=r"--allow-changed stages\.a\.beta"):
         allowed(tmp_path, new)
     state = allowed(tmp_path, new, "stages.a.beta")
     assert state.stage("a")["spec"]["beta"] == 0.2 and state.stage("a")["steps"] == 7
-    assert "allowed: stages.a.beta: 0.1 → 0.2. What has been computed stays" in caplog.text
+    assert "allowed: stages.a.beta: 0.1 → 0.2" in caplog.text
     state.save()
     state = allowed(tmp_path, new)  # the next time there is nothing to allow
     (change,) = state.changes
@@ -292,7 +293,7 @@ def test_new_empty_and_own_directories_are_opened(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match=r"no run of ours \(thesis.tex lies in it\)"):
+    with pytest.raises(RunError, match=r"not an rpo-trainer run directory.*thesis\.tex"):
         open_run_dir(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -339,6 +340,20 @@ def test_a_directory_in_use_names_its_holder(tmp_path: Path) -> None:
             pass
     with locked(tmp_path):
         pass
+
+
+def test_an_error_is_told_where_the_directory_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def fail() -> None:
+        with locked(folder):
+            shutil.rmtree(folder)
+            raise ZeroDivisionError
+
+    for _ in range(2):  # the lock is released, too
+        folder.mkdir()
+        with pytest.raises(ZeroDivisionError):
+            fail()
 
 
 def _hold_and_die(folder: Path) -> None:

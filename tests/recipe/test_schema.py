@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -113,6 +115,23 @@ def test_values_out_of_range(field: str, value: object) -> None:
     with pytest.raises(ValidationError) as caught:
         SFTStage.model_validate({**SFT, field: value})
     assert {error["loc"] for error in caught.value.errors()} == {(field,)}
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**32 - 1, 2**32])
+@pytest.mark.parametrize("place", ["recipe", "stage", "task"])
+def test_seeds_have_32_bits_everywhere(place: str, seed: int) -> None:
+    stage: dict[str, Any] = dict(SFT)
+    task = {"task": "quickstart/code", "size": 3}
+    stage["data"] = {"train": [{**task, "seed": seed} if place == "task" else task]}
+    stage |= {"seed": seed} if place == "stage" else {}
+    recipe = {"model": {"name_or_path": "m"}, "stages": [stage]}
+    recipe |= {"seed": seed} if place == "recipe" else {}
+    if seed < 2**32:
+        Recipe.model_validate(recipe)
+        return
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate(recipe)
+    assert {error["loc"][-1] for error in caught.value.errors()} == {"seed"}
 
 
 @pytest.mark.parametrize(

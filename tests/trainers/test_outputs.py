@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -151,6 +154,33 @@ def test_the_output_ends_where_training_ended(case: str, peft: bool, tmp_path: P
     if not peft:
         assert stored(final, "config.json")["eos_token_id"] == ends
     assert trainer.processing_class.eos_token == "<eos>"  # data that comes later is as before
+
+
+def test_what_is_pushed_in_training_is_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer is that of the checkpoint, and no pickle is uploaded or left."""
+    pushed: dict[str, Any] = {}
+
+    class Hub:
+        def upload_folder(self, *, folder_path: str, ignore_patterns: Any, **_: Any) -> Any:
+            files = [path.name for path in Path(folder_path).iterdir() if path.is_file()]
+            for name in filter_repo_objects(files, ignore_patterns=ignore_patterns):
+                pushed[name] = (Path(folder_path) / name).read_bytes()
+            return SimpleNamespace(is_done=lambda: True)
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: Hub())
+    trainer = SFTTrainer(
+        model(), args(SFTConfig, tmp_path, save_strategy="steps", save_steps=1), chats(),
+        processing_class=tokenizer(END),
+    )  # fmt: skip
+    trainer.train()
+    trainer.hub_model_id, trainer.push_in_progress = "someone/model", None
+    saved = next(tmp_path.rglob("checkpoint-*"))
+    trainer._push_from_checkpoint(str(saved))
+    assert {"model.safetensors", "config.json", "tokenizer_config.json"} <= pushed.keys()
+    assert all((saved / name).read_bytes() == content for name, content in pushed.items())
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith("training_args.bin")]
 
 
 def test_a_difference_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

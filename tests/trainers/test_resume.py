@@ -371,3 +371,20 @@ def test_the_config_may_name_the_checkpoint(trainer_of, tmp_path):
     again = trainer_of("rpo", "named", max_steps=2, resume_from_checkpoint=folder)
     again.train()
     assert again._initial_global_step == 1
+
+
+@pytest.mark.parametrize("by_config", [True, False])
+def test_what_a_command_line_says_is_resumed_from(by_config, trainer_of, tmp_path):
+    def resume(wanted: str, folder: str) -> Any:
+        settings = {"resume_from_checkpoint": wanted} if by_config else {}
+        trainer = trainer_of("rpo", folder, max_steps=2, save_steps=1, **settings)
+        trainer.train(**({} if by_config else {"resume_from_checkpoint": wanted}))
+        return trainer
+
+    assert resume("False", "out")._initial_global_step == 0
+    assert resume("True", "out")._initial_global_step == 2
+    with pytest.raises(RunError):
+        resume("true", "nothing")
+    with pytest.raises(RunError) as caught:
+        resume(str(tmp_path / "out" / "checkpoint-9"), "out")
+    assert caught.value.where.endswith("checkpoint-9")

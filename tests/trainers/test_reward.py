@@ -328,6 +328,7 @@ def test_learns_which_of_two_answers_is_longer(tmp_path):
         ({"rating_range": (0, 4)}, "rating_range belongs to regression"),
         ({**REGRESSION, "margin_scale": 1.0}, "margin_scale belongs to bradley_terry"),
         ({**REGRESSION, "rating_range": (4, 0)}, "rating_range must rise"),
+        ({**REGRESSION, "rating_range": (0, 2, 4)}, "rating_range must rise"),
         ({"margin_scale": -1.0}, "margin_scale must be 0 or more"),
     ],
 )

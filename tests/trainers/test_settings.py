@@ -84,7 +84,9 @@ def test_other_sampling_strategies_are_refused(name, make_config):
         ({"optim": "galore_adamw_layerwise"}, "backward pass"),
         ({"debug": "tpu_metrics_debug"}, "debug"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "constant_with_warmup"),
-        ({"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"x": 1}}, "_kwargs"),
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "contradict"),
+        ({"gradient_checkpointing": False, "activation_checkpointing": True}, "contradict"),
+        ({"gradient_checkpointing_kwargs": {}, "activation_checkpointing_kwargs": {"x": 1}}, "contradict"),
         ({"dataloader_persistent_workers": True}, "dataloader_num_workers"),
         ({"dataloader_multiprocessing_context": "spawn"}, "dataloader_num_workers"),
         ({"fsdp_config": {"version": 2}}, "fsdp_config is only read where fsdp is on"),
@@ -330,6 +332,18 @@ def test_gradient_checkpointing_is_on_where_the_model_can(start, make_trainer, m
     with pytest.raises(RecipeError) as caught:
         make_trainer("sft", unable, rows, gradient_checkpointing=True)
     assert caught.value.where == "gradient_checkpointing"
+
+
+def test_kwargs_of_checkpointing_that_is_off_are_named(start, make_trainer, caplog):
+    rows = make_rows(0, (1,) * 4)
+    for on in (True, False):
+        caplog.clear()
+        make_trainer(
+            "sft", copy.deepcopy(start), rows, gradient_checkpointing=on,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )  # fmt: skip
+        said = [r for r in caplog.records if "gradient_checkpointing_kwargs" in r.getMessage()]
+        assert [r.levelname for r in said] == ([] if on else ["WARNING"])
 
 
 def test_bfloat16_is_on_where_the_device_has_it(monkeypatch, tmp_path):

@@ -8,18 +8,18 @@ import logging
 from typing import Any
 
 import pytest
+from transformers import HfArgumentParser
 
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig, SFTTrainer
 from rpo_trainer.trainers.settings import defaults_of
+from rpo_trainer.trainers.setup import _warn_once
 from tests.trainers.plain import make_rows
 
 
-def reasons(config: type) -> dict[str, str]:
-    return {
-        field.name: field.metadata["reason"]
-        for field in dataclasses.fields(config)
-        if field.metadata.get("reason")
-    }
+def reasons(config: Any) -> dict[str, str]:
+    found = {name: differs.reason for name, differs in config.trl_defaults.items()}
+    assert found.keys() <= {field.name for field in dataclasses.fields(config)}
+    return found
 
 
 @pytest.mark.parametrize("ours", [SFTConfig, DPOConfig, RewardConfig])
@@ -38,18 +38,25 @@ def test_rpo_follows_dpo() -> None:
     assert differ == {"loss_type"}
 
 
-def test_what_differs_is_said_once_where_the_caller_has_not_set_it(
+def test_what_differs_is_a_warning_once_where_it_has_its_default(
     start: Any, make_config: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = []
-    for settings in ({}, {"truncation": "drop", "logging_nan_inf_filter": False}):
+    _warn_once.cache_clear()
+    parsed = HfArgumentParser(SFTConfig)
+    (from_parser,) = parsed.parse_args_into_dataclasses(
+        ["--output_dir=x", "--use_cpu", "--report_to=none", "--max_steps=1", "--save_strategy=no"]
+    )
+    for args, truncation in (
+        (make_config("sft"), True), (make_config("sft", truncation="cut"), False), (from_parser, None),
+    ):  # fmt: skip
         caplog.clear()
-        args = make_config("sft", **settings)
-        rows = make_rows(0, (1,) * 4)
-        with caplog.at_level(logging.INFO, logger="rpo_trainer"):
-            SFTTrainer(copy.deepcopy(start), args, rows, processing_class=tokenizer).train()
-        (line,) = [r.message for r in caplog.records if r.message.startswith("defaults that")]
-        said.append(line)
-    assert "truncation=drop" in said[0] and "logging_nan_inf_filter=False" in said[0]
-    assert "truncation" not in said[1] and "assistant turns" in said[1]
-    assert "learning_rate" not in said[0]
+        SFTTrainer(
+            copy.deepcopy(start), args, make_rows(0, (1,) * 4), processing_class=tokenizer
+        ).train()
+        said = [r for r in caplog.records if r.getMessage().startswith("defaults that")]
+        assert len(said) == (truncation is not None)  # the third is as the first
+        for record in said:
+            assert record.levelno == logging.WARNING and "assistant turns" in record.message
+            assert ("truncation=drop" in record.message) == truncation
+            assert "logging_nan_inf_filter=False" in record.message
+            assert "learning_rate" not in record.message
