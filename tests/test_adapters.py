@@ -279,7 +279,7 @@ def test_what_cannot_be_read_is_said(saved: Path) -> None:
     adapter_files.require_same_config(
         saved, {"target_modules": "all-linear", "init_lora_weights": "pissa"}
     )
-    with pytest.raises(RecipeError, match="with r 4, not 8"):
+    with pytest.raises(RecipeError, match="whose r is 4, not 8"):
         adapter_files.require_same_config(saved, {"r": 8})
     adapter_files.describe(saved, "some/hub-name")
     assert adapter_files.base_of(saved) == "some/hub-name"

@@ -77,7 +77,12 @@ def _read_json(name: str, value: str) -> Any:
 
 def _unreadable(name: str, value: str, reason: object, fix: str) -> RecipeError:
     shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-    return RecipeError(f"{name}: {shown} cannot be read: {reason}", where=name, fix=fix)
+    return RecipeError(
+        f"{name}: {shown} cannot be read: {reason}",
+        where=name,
+        why="its settings would not act",
+        fix=fix,
+    )
 
 
 def require_one_checkpointing(args: TrainingArguments) -> None:

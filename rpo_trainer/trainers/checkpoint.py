@@ -91,6 +91,7 @@ def require_complete(folder: Path) -> None:
         raise RunError(
             "there is no such checkpoint directory",
             where=str(folder),
+            why="the run was to resume from it",
             fix="name the directory of a checkpoint, or write True for the newest one in output_dir",
         )
     if (folder / MANIFEST).is_file() and (fault := damage(folder)) is not None:

@@ -343,7 +343,7 @@ def test_somebody_elses_adapter(kind: str, kept: Path, finished: Path, tmp_path:
         settings = json.loads((run_dir / "dpo" / "final" / adapter_files.CONFIG).read_text())
         assert settings["base_model_name_or_path"] == str(theirs / "base")
         stage.update(init=str(theirs), peft={**KEEP, "r": 2})
-        with pytest.raises(RecipeError, match="with r 4, not 2"):
+        with pytest.raises(RecipeError, match="whose r is 4, not 2"):
             tiny.run(tmp_path / "other", recipe)
 
 
