@@ -43,7 +43,7 @@ class Setup:
         self.source = source
         self._body = ast.parse(source).body
         self._words = {id(node): _words(ast.unparse(node)) for node in self._body}
-        rest = [n for n in self._body if not _names(n) and not _is_import(n)]
+        rest = [n for n in self._body if not (_names(n) or _is_import(n)) or _asserts(n)]
         used = _words("\n".join(tests)).union(*(self._words[id(node)] for node in rest))
         # What the tests name, and what that names: these may hold what the tests expect.
         while True:

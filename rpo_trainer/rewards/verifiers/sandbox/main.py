@@ -82,7 +82,7 @@ def _candidate(channel: Channel, task: dict[str, Any]) -> None:
     except BaseException:
         leave(1)
     output.take()
-    peer.printed = output.take
+    peer.note, peer.read_note = output.take, output.note
     channel.send("ready")
     while True:
         peer.serve(channel.receive())
@@ -91,12 +91,12 @@ def _candidate(channel: Channel, task: dict[str, Any]) -> None:
 def _tester(channel: Channel, report: int, task: dict[str, Any], first: dict[str, Any]) -> None:
     confine(os.getcwd(), first["seconds"], candidate=False)
     peer = Peer(channel, trusted=True)
-    peer.write = lambda text: sys.stdout.write(text)
+    peer.note, peer.read_note = streams.note, lambda text: text and sys.stdout.write(text)
     tests, setup = task["tests"], task["setup"]
     peer.stops = any(
         word in text for text in (setup, *tests) for word in ("StopIteration", ".send(", ".throw(")
     )
-    names = Names(peer)
+    names = Names(peer, "\n".join((setup, *tests)))
     peer.codec.shared, peer.codec.names = frozenset(first["classes"]), names
     if fault := _import(setup, tests, names):
         os.write(report, b"e" + fault.encode(errors="replace"))

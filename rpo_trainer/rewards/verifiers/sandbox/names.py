@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable, Container
@@ -16,18 +17,20 @@ from .proxies import TEST_MODULE, Proxy
 # Modules without state. What the response has imported of them comes from the tester's own library
 # where a test uses it: a response's `math.isclose` doesn't decide a test.
 _LIBRARY = {
-    "abc", "array", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib",
-    "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "heapq", "io",
-    "ipaddress", "itertools", "json", "math", "numbers", "numpy", "operator", "pathlib", "re",
-    "statistics", "string", "textwrap", "types", "typing", "unittest", "unittest.mock", "uuid",
+    "abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc",
+    "contextlib", "copy", "dataclasses", "datetime", "decimal", "difflib", "enum", "fractions",
+    "functools", "hashlib", "heapq", "html", "io", "ipaddress", "itertools", "json", "math",
+    "numbers", "numpy", "operator", "pathlib", "re", "statistics", "string", "struct", "textwrap",
+    "types", "typing", "unicodedata", "unittest", "unittest.mock", "urllib.parse", "uuid", "zlib",
     "zoneinfo",
 }  # fmt: skip
 # Names that mean the module whatever the response calls so.
 _MODULES = {
-    "cmath", "collections", "functools", "itertools", "math", "np", "numpy", "operator", "re",
-    "unittest",
+    "cmath", "collections", "functools", "heapq", "itertools", "math", "np", "numpy", "operator",
+    "re", "unittest",
 }  # fmt: skip
-# Names that mean the module unless the response has a function or plain data of that name.
+# Names that mean the module where a test uses `NAME.something`. Elsewhere, the response may have a
+# function or plain data of that name.
 _MODULES_OR_OTHER = {
     "bisect", "copy", "datetime", "decimal", "fractions", "json", "numbers", "statistics", "string",
     "typing",
@@ -108,12 +111,13 @@ class _Module(types.ModuleType):
 class Names(dict[str, Any]):
     """The namespace of the tests: what it lacks is looked up in the response."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, source: str) -> None:
         super().__init__(
             __name__=TEST_MODULE, __builtins__=builtins, type=Type, isinstance=is_instance
         )
         sys.modules[TEST_MODULE] = _Module(self)
         self._peer = peer
+        self._dotted = set(re.findall(r"\b(\w+)\s*\.", source)) & _MODULES_OR_OTHER
         self.start: Callable[[], None] | None = None  # what the first request needs
 
     def _ask(self, name: str) -> list[Any]:
@@ -132,7 +136,11 @@ class Names(dict[str, Any]):
             raise KeyError(name)
         if name in _MODULES:
             origin = ["module", "numpy" if name == "np" else name]
-        elif name in _MODULES_OR_OTHER and origin == [] and type(value) is Proxy:
+        elif (
+            name in _MODULES_OR_OTHER
+            and (origin == [] or (origin == ["function"] and name in self._dotted))
+            and type(value) is Proxy
+        ):
             origin = ["module", name]
         if origin and origin[0] in ("module", "from") and origin[1] in _LIBRARY:
             own = importlib.import_module(origin[1])

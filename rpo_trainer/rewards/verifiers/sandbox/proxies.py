@@ -274,3 +274,4 @@ for _name in (*_UNARY, *_OTHERS):
     if _name != "hash":
         setattr(Proxy, f"__{_name}__", _forward(_name))
 Proxy.__exit__ = _exit  # type: ignore[attr-defined]
+Proxy.__doc__ = property(lambda self: _ask(self, "getattr", "__doc__"))  # type: ignore[assignment]

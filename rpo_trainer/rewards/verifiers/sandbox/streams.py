@@ -1,4 +1,7 @@
-"""Standard input and output of the candidate, which are those of the test that calls it."""
+"""Standard input and output of the candidate, which are those of the test that calls it.
+
+`input` and `print` are, too, where a test has replaced them.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,32 @@ from typing import Any
 
 LARGEST = 1 << 24  # bytes of output that are kept of one call
 
+_PRINT = builtins.print
 _Ask = Callable[[str, Any, tuple[Any, ...], Any], Any]
 
 
 class Output:
     """Collects what the response prints until a message takes it to the tester."""
 
-    def __init__(self) -> None:
+    def __init__(self, ask: _Ask) -> None:
+        self._ask = ask
+        self._replaced = False
         self._bytes = io.BytesIO()
         self._text = io.TextIOWrapper(
             self._bytes, "utf-8", "surrogatepass", newline="", write_through=True
         )
         sys.stdout = self._text
+
+    def note(self, text: str) -> None:
+        """Reads the note with a request: whether the test has replaced `print`."""
+        self._replaced = text == "print"
+
+    def print(self, *values: Any, **options: Any) -> None:
+        """The builtin `print`, as the test has it."""
+        if self._replaced and options.get("file") is None:
+            self._ask("print", None, values, options)
+        else:
+            _PRINT(*values, **options)
 
     def take(self) -> str:
         """What was printed since the last time."""
@@ -67,7 +84,14 @@ def connect(ask: _Ask, called: Callable[[], bool]) -> Output:
     source = Input(ask, called)
     sys.stdin = source
     builtins.input = source.input
-    return Output()
+    output = Output(ask)
+    builtins.print = output.print
+    return output
+
+
+def note() -> str:
+    """In the tester: the note for `Output.note`."""
+    return "" if builtins.print is _PRINT else "print"
 
 
 def read(how: Any, argument: Any) -> str:
@@ -78,3 +102,9 @@ def read(how: Any, argument: Any) -> str:
     if how not in ("read", "readline") or type(argument) not in (int, type(None)):
         raise TypeError("not a request for input")
     return str(getattr(sys.stdin, how)(-1 if argument is None else argument))
+
+
+def show(*values: Any, **options: Any) -> None:
+    """Serves a request of `Output.print` in the tester."""
+    if builtins.print is not _PRINT:
+        builtins.print(*values, **options)
