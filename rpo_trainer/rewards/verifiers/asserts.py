@@ -17,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rpo_trainer.data.rows import Row, RowError
-from rpo_trainer.errors import RecipeError
+from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.rewards.verifiers.base import Check, Verifier, required
+from rpo_trainer.rewards.verifiers.setup_code import Setup
 
 SECONDS = 10  # of one response's code and all its tests
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -39,16 +41,29 @@ _START = (
 def _asserts(row: Row) -> Check:
     """The share of the row's `tests` that pass: 1 where all do, 0 where the code does not run.
 
-    `tests` is a list of statements (asserts), each run by itself behind the response's code (that
+    `tests` is a list of statements (asserts), each run by itself after the response's code (that
     of its Python fences, or all of it where it has none) and the row's `setup`, as in MBPP.
     """
     tests = required(row, "tests")
     if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
         raise RowError("`tests` is not a list of statements")
-    setup = row.get("setup") or ""
-    if not isinstance(setup, str):
+    source = row.get("setup") or ""
+    if not isinstance(source, str):
         raise RowError("`setup` is not text")
-    return lambda response: run_tests(extract_code(response), tests, setup=setup)
+    for what, code in (("setup", source), *(("tests", test) for test in tests)):
+        _compile(what, code)
+    setup = Setup(source, tests)
+    return lambda response: _run(extract_code(response), tests, SECONDS, setup)
+
+
+def _compile(what: str, code: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "\d" in a text
+            compile(code, what, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = getattr(error, "msg", None) or str(error) or "nested too deeply"
+        raise RowError(f"`{what}` is not Python ({type(error).__name__}: {reason})") from None
 
 
 def extract_code(response: str) -> str:
@@ -58,10 +73,57 @@ def extract_code(response: str) -> str:
 
 
 def run_tests(code: str, tests: list[str], seconds: int = SECONDS, setup: str = "") -> float:
-    """The share of tests that pass; those not reached within `seconds` have failed."""
-    first = {"code": f"{code}\n{setup}", "seconds": seconds}
-    task = b"".join(_frame(part) for part in (first, {"tests": tests, "setup": setup}))
-    with tempfile.TemporaryDirectory(prefix="rpo-asserts-", ignore_cleanup_errors=True) as home:
+    """The share of tests that pass; those not reached within `seconds` have failed.
+
+    Raises:
+        DataError: `setup` fails, or a module is not installed that it or the tests import.
+        RunError: the sandbox does not start.
+    """
+    return _run(code, tests, seconds, Setup(setup, tests))
+
+
+def _run(code: str, tests: list[str], seconds: int, setup: Setup) -> float:
+    shared = setup.shared_with(code)
+    first = {"code": code, "seconds": seconds, "setup": shared.statements,
+             "classes": shared.classes}  # fmt: skip
+    task = b"".join(_frame(part) for part in (first, {"tests": tests, "setup": setup.source}))
+    try:
+        home = tempfile.mkdtemp(prefix="rpo-asserts-")
+    except OSError as error:
+        raise _not_started(f"no temporary directory: {error.strerror}") from error
+    try:
+        results, status = _start(home, task, seconds)
+    finally:
+        _remove(home)
+    kind, verdicts = results[:1], results[1:]
+    if kind == b"e":
+        raise DataError(
+            verdicts.decode(errors="replace"),
+            where="the verifier 'asserts'",
+            why="it fails for every response, whatever that says",
+            fix="install what is missing, or correct the rows or leave them out",
+        )
+    if kind != b"s":
+        raise _not_started(
+            f"no answer within {seconds + 2} s" if status is None else f"it ended with {status}"
+        )
+    return verdicts[: len(tests)].count(b"1") / len(tests)
+
+
+def _not_started(reason: str) -> RunError:
+    return RunError(
+        f"the sandbox does not start ({reason})",
+        where="the verifier 'asserts'",
+        why="without it every response would get the reward 0",
+        fix=f"check that {sys.executable} starts, and that {tempfile.gettempdir()} can be written"
+        if os.path.isdir(tempfile.tempdir or "")
+        else "set TMPDIR to a directory that can be written",
+    )
+
+
+def _start(home: str, task: bytes, seconds: int) -> tuple[bytes, int | None]:
+    """Runs the sandbox in `home`: what it wrote, and its exit status if it ended by itself."""
+    try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _START, str(_SANDBOX.parent)],
             stdin=subprocess.PIPE,
@@ -72,18 +134,51 @@ def run_tests(code: str, tests: list[str], seconds: int = SECONDS, setup: str = 
                  "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )  # fmt: skip
+    except OSError as error:
+        raise _not_started(f"{error.strerror}: {error.filename or sys.executable}") from error
+    try:
+        results, ended = _exchange(process, task, time.monotonic() + seconds + 2)
+        if ended and not results:
+            with suppress(subprocess.TimeoutExpired):
+                return results, process.wait(timeout=2)
+        return results, None
+    finally:
+        # Before the leader of the group is waited for: until then its number stays its own.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _remove(home: str) -> None:
+    """Deletes a directory, however deep: directories are moved up before they are deleted."""
+    rest, count = [home], 0
+    while rest:
+        place = rest.pop()
+        with suppress(OSError):
+            os.chmod(place, 0o700)
         try:
-            results = _exchange(process, task, time.monotonic() + seconds + 2)
-        finally:
-            # Before the leader of the group is waited for: until then its number stays its own.
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with suppress(BrokenPipeError):
-                        pipe.close()
-    return results[: len(tests)].count(b"1") / len(tests)
+            entries = list(os.scandir(place))
+        except OSError:
+            continue
+        for entry in entries:
+            with suppress(OSError):
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                if place != home:
+                    count += 1
+                    moved = os.path.join(home, f"{count}.moved")
+                    os.rename(entry.path, moved)
+                rest.append(moved if place != home else entry.path)
+        if place != home:
+            with suppress(OSError):
+                os.rmdir(place)
+    with suppress(OSError):
+        os.rmdir(home)
 
 
 def _frame(part: dict[str, Any]) -> bytes:
@@ -91,8 +186,11 @@ def _frame(part: dict[str, Any]) -> bytes:
     return struct.pack("=Q", len(data)) + data
 
 
-def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) -> bytes:
-    """Writes the task and reads the results, until the tester closes its end or time is up."""
+def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) -> tuple[bytes, bool]:
+    """Writes the task and reads the results, until the tester closes its end or time is up.
+
+    Returns the results, and whether the tester has closed its end.
+    """
     assert process.stdin is not None and process.stdout is not None
     target, source = process.stdin.fileno(), process.stdout.fileno()
     os.set_blocking(target, False)
@@ -106,7 +204,7 @@ def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) ->
                 if key.fd == source:
                     part = os.read(source, 65536)
                     if not part:
-                        return bytes(results)
+                        return bytes(results), True
                     results += part
                     continue
                 try:
@@ -115,7 +213,7 @@ def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) ->
                     rest = rest[:0]
                 if not rest:
                     ready.unregister(target)
-    return bytes(results)
+    return bytes(results), False
 
 
 def require_permission(allowed: bool) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data.rows import RowError
-from rpo_trainer.rewards.verifiers import get_verifier
+from rpo_trainer.errors import DataError, RunError
+from rpo_trainer.rewards.verifiers import asserts, get_verifier
 from rpo_trainer.rewards.verifiers.asserts import extract_code, run_tests
 
 GOOD = "def add(a, b):\n    return a + b\n"
@@ -148,6 +149,73 @@ def test_tests_that_are_none(tests: Any) -> None:
         get_verifier("asserts", allow_code_execution=True).prepare({"tests": tests})
     with pytest.raises(RowError, match="`setup` is not text"):
         get_verifier("asserts", allow_code_execution=True).prepare({"tests": TESTS, "setup": 1})
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"setup": "def ("}, {"tests": ["assert add(1, 2) == 3", "assert f( == 1"]}, {"setup": "\0"},
+     {"tests": ["return 1"]}, {"tests": ["-" * 100_000 + "1"]}],
+)  # fmt: skip
+def test_code_of_a_row_that_does_not_compile(columns: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match=r"`(setup|tests)` is not Python"):
+        get_verifier("asserts", allow_code_execution=True).prepare({"tests": TESTS, **columns})
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"setup": "import notinstalled_lib"}, {"setup": "from json import no_such_name"},
+     {"tests": ["import notinstalled_lib\nassert add(1, 2) == 3"]}, {"setup": "base = 1 / 0"},
+     {"tests": ["from notinstalled_lib.a import b", "assert True"]}, {"setup": "raise SystemExit"}],
+)  # fmt: skip
+def test_a_fault_of_the_row_or_the_installation_is_an_error(columns: dict[str, Any]) -> None:
+    with pytest.raises(DataError):
+        reward(GOOD, **columns)
+
+
+def test_a_setup_that_fails_for_want_of_the_response_gives_0() -> None:
+    setup = "root = Node(1)\nroot.left = Node(2)"
+    assert reward(GOOD, setup=setup) == 0.0
+    assert reward("class Node:\n    def __init__(self, v): 1 / 0", setup=setup) == 0.0
+    node = "class Node:\n    def __init__(self, v): self.v = v\n"
+    assert reward(GOOD + node, setup=setup, tests=["assert root.left.v == 2"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sys.executable", "/absent/python"), ("sys.executable", "/"), ("tempfile.tempdir", "/absent"),
+     (f"{asserts.__name__}._START", "raise SystemExit(3)"),
+     (f"{asserts.__name__}._START", "import time; time.sleep(60)")],
+)  # fmt: skip
+def test_a_sandbox_that_does_not_start_is_an_error(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(name, value)
+    monkeypatch.setattr(asserts, "SECONDS", 1)
+    with pytest.raises(RunError):
+        reward(GOOD)
+
+
+def test_no_directory_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for code in (
+        "import os\nfor i in range(3000): os.mkdir('d'); os.chdir('d')",
+        "import os\nfor i in range(30): os.mkdir('d' * 250); os.chdir('d' * 250)",
+        "import os\nos.makedirs('a/b/c'); open('a/b/f', 'w'); os.symlink('/', 'a/l')\n"
+        "os.mkfifo = None; os.chmod('a/b', 0)",
+    ):
+        assert run_tests(code, ["assert True"]) in (0.0, 1.0)
+        assert list(tmp_path.iterdir()) == []
+    deep = tmp_path / "home"
+    deep.mkdir()
+    here = os.open(deep, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    asserts._remove(str(deep))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

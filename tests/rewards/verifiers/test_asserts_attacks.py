@@ -196,6 +196,29 @@ def test_threads_and_sleepers_do_not_outlive_the_verdict(tmp_path: Path) -> None
     assert not _processes() - before
 
 
+def test_no_process_outlives_the_verdict_however_it_is_started() -> None:
+    code = (
+        "import os, sys, threading, time\n"
+        "del sys.modules['_posixsubprocess']\n"
+        "import _posixsubprocess\n"
+        "def before():\n"
+        "    del sys.modules['posix']\n"
+        "    import posix, time\n"
+        "    posix.setsid()\n"
+        "    time.sleep(30)\n"
+        "r, w = os.pipe()\n"
+        "call = [[b'x'], [b'/absent'], True, (), None, None, -1, -1, -1, -1, -1, -1, r, w, False, False,\n"
+        "        -1, None, None, None, -1, before]\n"
+        "if sys.version_info >= (3, 11): call.append(False)\n"
+        "threading.Thread(target=_posixsubprocess.fork_exec, args=call, daemon=True).start()\n"
+        "time.sleep(0.3)\n"
+    )
+    before = _processes()
+    run_tests(code, ["assert True"], seconds=3)
+    time.sleep(0.1)
+    assert not _processes() - before
+
+
 def _processes() -> set[str]:
     """The processes of all sandboxes."""
     found = set()
@@ -275,8 +298,9 @@ def test_other_processes_cannot_be_reached(attempt: str) -> None:
 def test_the_kernel_refuses_when_the_audit_hook_is_not_asked(tmp_path: Path) -> None:
     # Runs in a process of its own: Landlock cannot be taken off again.
     script = (
-        "import os, sys\n"
+        "import os, socket, sys, threading\n"
         "from rpo_trainer.rewards.verifiers.sandbox import limits\n"
+        "limits._UNSEEN = {}\n"
         "limits._guard = lambda home: None\n"
         "outside, home = sys.argv[1:]\n"
         "os.chdir(home)\n"
@@ -291,11 +315,17 @@ def test_the_kernel_refuses_when_the_audit_hook_is_not_asked(tmp_path: Path) -> 
         "    lambda: os.rename('inside', outside + '/moved'),\n"
         "    lambda: os.mkdir(outside + '/new'),\n"
         "    lambda: os.execv('/bin/true', ['true']),\n"
+        "    lambda: os.fork() or os._exit(0),\n"
+        "    lambda: socket.socket(),\n"
+        "    lambda: os.setsid(),\n"
+        "    lambda: os.kill(os.getppid(), 0),\n"
         "    lambda: open(f'/proc/{os.getppid()}/environ', 'rb').read(),\n"
         "):\n"
         "    try: call()\n"
         "    except OSError: continue\n"
         "    sys.exit('a call was not refused')\n"
+        "for t in [threading.Thread(target=int) for _ in range(20)]: t.start()\n"
+        "socket.socketpair()\n"
     )
     outside, home = tmp_path / "outside", tmp_path / "home"
     outside.mkdir()

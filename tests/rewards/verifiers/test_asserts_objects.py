@@ -151,8 +151,9 @@ def test_functions_exceptions_and_callbacks(test: str) -> None:
 
 def test_statements_share_names_and_see_the_setup() -> None:
     tests = ["def check(candidate):\n    assert candidate(2) == limit", "check(f)", "import math",
-             "assert math.floor(pi) == 3 and helper(2) == limit"]  # fmt: skip
-    setup = "from math import pi\nlimit = 4\ndef helper(x):\n    return x + 2"
+             "assert math.floor(pi) == 3 and twice(2) == limit"]  # fmt: skip
+    setup = "from math import pi\nlimit = 4\nadd = 2\ndef twice(x): return 2 * x\n" \
+            "def helper(x): return x + add"  # fmt: skip
     assert run_tests("def f(x): return helper(x)", tests, setup=setup) == 1.0
 
 
@@ -186,3 +187,167 @@ def test_a_response_does_not_replace_the_builtins_of_a_comparison() -> None:
     cheat = "def abs(value):\n    return 0\ndef f(x):\n    return 0.0\n"
     assert run_tests(cheat, ["assert abs(f(1) - 3.14) < 1e-6"]) == 0.0
     assert run_tests("def abs(value):\n    return 0\n", ["assert abs(f(1) - 3.14) < 1e-6"]) == 0.0
+
+
+TREE = """
+class Tree:
+    def __init__(self, val=0, left=None, right=None):
+        self.val, self.left, self.right = val, left, right
+    def __eq__(self, other):
+        return isinstance(other, Tree) and vars(self) == vars(other)
+    def __lt__(self, other): return self.val < other.val
+    __hash__ = None
+"""
+DATA = "from dataclasses import dataclass\n@dataclass\nclass Tree:\n    val: int = 0\n" \
+       "    left: 'Tree' = None\n    right: 'Tree' = None\n"  # fmt: skip
+INVERT = """
+from typing import Optional
+class Solution:
+    def invert(self, tree: Optional[Tree]) -> "Tree | None":
+        return tree and Tree(tree.val, self.invert(tree.right), self.invert(tree.left))
+def swap(tree):
+    if isinstance(tree, Tree):
+        tree.left, tree.right = swap(tree.right), swap(tree.left)
+    return tree
+def least(trees):
+    import heapq
+    heapq.heapify(trees)
+    return trees[0]
+"""
+
+
+@pytest.mark.parametrize("setup", [TREE, DATA])
+@pytest.mark.parametrize("code", [INVERT, TREE + INVERT])
+def test_both_sides_have_the_classes_of_the_setup(setup: str, code: str) -> None:
+    tests = [
+        "assert Solution().invert(Tree(1, Tree(2))) == Tree(1, None, Tree(2))",
+        "assert Tree(1, None, Tree(2)) == Solution().invert(Tree(1, Tree(2)))",
+        "assert isinstance(Solution().invert(Tree(1)), Tree)",
+        "t = Tree(1, Tree(2)); assert swap(t) is t and t.right.val == 2 and t.left is None",
+        "assert Solution().invert(Tree(1, Tree(2))) != Tree(1, None, Tree(3))",
+    ]
+    assert run_tests(code, tests, setup=setup) == 1.0
+    if setup == TREE:
+        assert run_tests(code, ["assert least([Tree(2), Tree(1)]).val == 1"], setup=setup) == 1.0
+    wrong = code.replace("self.invert(tree.left)", "None")
+    assert run_tests(wrong, tests[:1], setup=setup) == 0.0
+
+
+STANDARD = """
+from __future__ import annotations
+import array, asyncio, collections, datetime as dt, fractions, ipaddress, pathlib, statistics, threading
+import types, uuid, zoneinfo
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+string = "abc"
+@dataclass(frozen=True, order=True)
+class P:
+    x: int
+    y: list = field(default_factory=list)
+class Ordered(collections.OrderedDict): pass
+class Many:
+    def __iter__(self): return iter([1])
+@lru_cache
+def bisect(x): return x
+def when(): return datetime(2020, 1, 1)
+def zone(): return datetime(2020, 1, 1, tzinfo=zoneinfo.ZoneInfo("UTC"))
+def numbers(): yield 1
+def mean(x): return statistics.mean(x)
+def ident(): return uuid.UUID(int=1), pathlib.Path("a") / "b", ipaddress.ip_address("1.1.1.1")
+def live(): return [types.SimpleNamespace(a=1), array.array("i", [1]), memoryview(b"ab"),
+                    collections.ChainMap({1: 2}), collections.UserList([1])]
+def threads():
+    seen = []
+    for t in [threading.Thread(target=seen.append, args=(i,)) for i in range(8)]: t.start(); t.join()
+    return len(seen)
+def loop():
+    async def one(): return await asyncio.sleep(0, 1)
+    return asyncio.run(one())
+def wrap(f):
+    import functools
+    return functools.wraps(f)(lambda *a: f(*a))
+"""
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert P(1) == P(1) and P(1) < P(2) and P(1).y == [] and repr(P(1)) == 'P(x=1, y=[])'",
+        "assert when() == datetime(2020, 1, 1) and when().year == datetime(2020, 2, 1).year",
+        "assert string == 'abc' and string.upper() == 'ABC' and bisect(1) == 1",
+        "assert string + 'd' == 'abcd' and dt.date(2020, 1, 1) == dt.date(2020, 1, 1)",
+        "from zoneinfo import ZoneInfo\nassert zone() == datetime(2020, 1, 1, tzinfo=ZoneInfo('UTC'))",
+        "import uuid, ipaddress; from pathlib import Path\n"
+        "assert ident() == (uuid.UUID(int=1), Path('a/b'), ipaddress.ip_address('1.1.1.1'))",
+        "import array, types, collections as c\nassert live() == [types.SimpleNamespace(a=1), "
+        "array.array('i', [1]), b'ab', c.ChainMap({1: 2}), c.UserList([1])]",
+        "n = live()[0]; n.a = 5; assert n.a == 5",
+        "from collections.abc import Iterable, Iterator\n"
+        "assert isinstance(Many(), Iterable) and not isinstance(Many(), (Iterator, int))",
+        "import types; assert isinstance(Ordered(), dict) and isinstance(numbers(), types.GeneratorType)",
+        "assert type(P(1)) is P and type(P) is type and type(1) is int and isinstance(int, type)",
+        "class Meta(type): pass\nclass A(metaclass=Meta): pass\nassert type(A) is Meta and A() != P(1)",
+        "import statistics\ntry: mean([])\nexcept statistics.StatisticsError: pass\nelse: 1 / 0",
+        "assert threads() == 8 and loop() == 1",
+        "@wrap\ndef named(x):\n    'text'\nassert (named.__name__, named.__doc__) == ('named', 'text')",
+    ],
+)
+def test_ordinary_uses_of_the_standard_library(test: str) -> None:
+    assert run_tests(STANDARD, [test]) == 1.0
+
+
+STREAMS = """
+import sys
+def say(x):
+    print("said", x); sys.stdout.write("ü\\n")
+    return x
+def ask(): return int(input("?")) + 1
+def lines(): return [line.strip() for line in sys.stdin]
+def read(file): return file.read()
+def write(file): file.write("x"); return file
+def first(file):
+    with file as f: return next(f)
+def put(x): x.append(1); return x
+def one(a, b): return a is b
+print("while it is loaded")
+"""
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as out:\n    say(1)\n"
+        "    print('test')\n    say(2)\nassert out.getvalue() == 'said 1\\nü\\ntest\\nsaid 2\\nü\\n'",
+        "import sys, io\nkept, sys.stdout = sys.stdout, io.StringIO()\nsay(1)\n"
+        "text = sys.stdout.getvalue(); sys.stdout = kept\nassert text.startswith('said 1')",
+        "from unittest.mock import patch\nwith patch('builtins.input', return_value='3') as asked:\n"
+        "    assert ask() == 4\nasked.assert_called_once_with('?')",
+        "from unittest.mock import patch\nwith patch('builtins.print') as shown:\n    say(3)\n"
+        "shown.assert_called_once_with('said', 3)",
+        "import sys, io; sys.stdin = io.StringIO('a\\nb\\n'); assert lines() == ['a', 'b']",
+        "import sys, io; sys.stdin = io.StringIO('41\\n'); assert ask() == 42",
+        "try: ask()\nexcept EOFError: pass\nelse: assert False",
+        "import io; assert read(io.StringIO('abc')) == 'abc' and read(io.BytesIO(b'a')) == b'a'",
+        "import io; f = io.StringIO(); assert write(f) is f and f.getvalue() == 'x'",
+        "open('z', 'w').write('a\\n')\nassert first(open('z')) == 'a\\n'",
+        "x = []; assert put(x) is x and x == [1] and one(x, x) and not one([], [])",
+    ],
+)
+def test_streams_files_and_identity(test: str) -> None:
+    assert run_tests(STREAMS, [test]) == 1.0
+
+
+def test_a_callback_may_fail_like_the_network() -> None:
+    code = (
+        "def retry(call):\n"
+        "    for _ in range(5):\n"
+        "        try: return call()\n"
+        "        except OSError: pass\n"
+    )
+    test = (
+        "tries = []\ndef call():\n    tries.append(1)\n"
+        "    if len(tries) < 3: raise {}\n    return 'ok'\nassert retry(call) == 'ok'"
+    )
+    for error in ("ConnectionError('x')", "TimeoutError()", "BrokenPipeError"):
+        assert run_tests(code, [test.format(error)]) == 1.0

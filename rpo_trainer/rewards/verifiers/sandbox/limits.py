@@ -1,8 +1,9 @@
 """Limits of a process that runs untrusted code: resources, files, network, other processes.
 
-On Linux the kernel enforces them where it can: Landlock (files, TCP, signals), a user and network
-namespace, `no_new_privs`. The audit hook covers systems without these and refuses what they don't
-cover, but code that attacks the interpreter itself can get around a hook.
+On Linux the kernel enforces them where it can: Landlock (files, TCP, signals), seccomp (processes,
+sockets, signals), a user and network namespace, `no_new_privs`. The audit hook covers systems
+without these and refuses what they don't cover, but code that attacks the interpreter itself can
+get around a hook.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import signal
 import struct
 import sys
 from typing import Any
+
+from .seccomp import forbid_calls
 
 MEMORY = 1 << 30
 FILE = 1 << 20
@@ -65,16 +68,21 @@ def confine(home: str, seconds: int, *, candidate: bool) -> None:
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             _confine_linux(home, candidate)
-    # In the new user namespace the limit on processes also holds for root.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     gc.collect()  # the functions of the C library, which code could otherwise find and call
     for module, names in _UNSEEN.items():
         for loaded in (sys.modules.get(module), sys.modules.get(_C_NAMES[module])):
             for name in names:
                 if loaded is not None:
                     loaded.__dict__.pop(name, None)
+    with contextlib.suppress(ImportError):
+        import _posixsubprocess
+
+        vars(_posixsubprocess)["fork_exec"] = _refuse_process  # it causes no audit event either
     _guard(home)
+
+
+def _refuse_process(*_: Any) -> None:
+    raise PermissionError("other processes are not allowed here")
 
 
 _C_NAMES = {"os": "posix", "signal": "_signal"}
@@ -88,6 +96,7 @@ def _confine_linux(home: str, candidate: bool) -> None:
     if candidate:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _landlock(libc, home, candidate)
+    forbid_calls(libc)
 
 
 def landlock_version() -> int:
@@ -98,7 +107,7 @@ def landlock_version() -> int:
 
 
 def _landlock(libc: Any, home: str, candidate: bool) -> None:
-    version = max(0, int(libc.syscall(_CREATE_RULESET, None, 0, 1)))
+    version = landlock_version()
     if not version:
         return
     files = (1 << 13) - 1  # the first version: up to MAKE_SYM
@@ -126,9 +135,10 @@ def _guard(home: str) -> None:
     root = os.path.realpath(home)
     inside = root + os.sep
     real, decode, exists = os.path.realpath, os.fsdecode, os.path.isdir
-    own = f"/proc/{os.getpid()}/"
+    own = os.path.realpath("/proc/self") + os.sep
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     letters = set("wax+")
+    unix = 1 if sys.platform != "win32" else None  # AF_UNIX
 
     def outside(path: Any) -> bool:
         if isinstance(path, int) or path is None:
@@ -146,6 +156,9 @@ def _guard(home: str) -> None:
         return place.startswith("/proc/") and place[6:7].isdigit() and not place.startswith(own)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        # A pair of connected sockets, as an event loop needs it, leads nowhere.
+        if event == "socket.__new__" and arguments[1] == unix:
+            return
         if event.startswith(_FORBIDDEN):
             raise PermissionError(f"{event} is not allowed here")
         if event == "open":

@@ -1,36 +1,27 @@
 """Starts the candidate process and the tester process (see `__init__.py`).
 
 Standard input holds two messages: the code, then the tests. The candidate is forked when only the
-first has been read, so nothing of the tests is ever in its memory. Standard output gets one byte
-for each test.
+first has been read, so nothing of the tests is ever in its memory. It waits until the tester has
+started. Standard output gets `s`, then one byte for each test; or `e` and text for an error that is
+not the response's.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
-import importlib
+import contextlib
+import importlib.util
 import os
 import sys
-from collections.abc import Container
-from types import FunctionType
+from types import ModuleType
 from typing import Any, NoReturn
 
+from . import streams
 from .limits import confine
-from .proxies import TEST_MODULE, Peer
+from .names import Names, look_up
+from .peer import Peer
+from .proxies import RESPONSE_MODULE
 from .wire import Channel
-
-# Modules without state that a test may use although only the response imports them. They come from
-# the tester's own library: a response's `math.isclose` doesn't decide a test.
-_PURE = {
-    "cmath", "collections", "functools", "itertools", "math", "np", "numpy", "operator", "re",
-    "unittest",
-}  # fmt: skip
-# The same, except that a response may well have a function of that name.
-_PURE_OR_FUNCTION = {
-    "bisect", "copy", "datetime", "decimal", "fractions", "json", "numbers", "statistics", "string",
-    "typing",
-}  # fmt: skip
 
 
 def main() -> NoReturn:
@@ -44,7 +35,7 @@ def main() -> NoReturn:
         try:
             keep = (to_candidate[0], to_tester[1])
             _only(keep)
-            _candidate(Channel(*keep), first["code"], first["seconds"])
+            _candidate(Channel(*keep), first)
         finally:
             os._exit(1)
     try:
@@ -52,7 +43,7 @@ def main() -> NoReturn:
         report = os.dup(1)
         keep = (to_tester[0], to_candidate[1])
         _only((*keep, report))
-        _tester(Channel(*keep), report, rest, first["seconds"])
+        _tester(Channel(*keep), report, rest, first)
     finally:
         os._exit(0)
 
@@ -70,108 +61,97 @@ def _only(keep: tuple[int, ...]) -> None:
                 continue
 
 
-def _candidate(channel: Channel, code: str, seconds: int) -> None:
+def _candidate(channel: Channel, task: dict[str, Any]) -> None:
     leave = os._exit
-    confine(os.getcwd(), seconds, candidate=True)
-    namespace: dict[str, Any] = {"__name__": "__response__"}
+    confine(os.getcwd(), task["seconds"], candidate=True)
+    module = ModuleType(RESPONSE_MODULE)
+    sys.modules[RESPONSE_MODULE] = module
+    namespace = module.__dict__
     peer = Peer(channel, trusted=False)
-
-    def lookup(name: str) -> Any:
-        if name in namespace:
-            value = namespace[name]
-            return [value, type(value) is FunctionType]
-        return []
-
-    peer.lookup = lookup
+    peer.lookup = lambda name: look_up(namespace, name)
+    peer.codec.shared, peer.codec.names = frozenset(task["classes"]), namespace
+    output = streams.connect(peer.ask, lambda: peer.serving > 0)
+    if channel.receive() != "start":
+        leave(1)
     try:
-        exec(compile(code, "response", "exec"), namespace)
+        for statement in task["setup"]:
+            # A definition that needs more of `setup` than there is here is left out.
+            with contextlib.suppress(Exception):
+                exec(compile(statement, "setup", "exec", dont_inherit=True), namespace)
+        exec(compile(task["code"], "response", "exec", dont_inherit=True), namespace)
     except BaseException:
         leave(1)
+    output.take()
+    peer.note, peer.read_note = output.take, output.note
     channel.send("ready")
     while True:
         peer.serve(channel.receive())
 
 
-class _Names(dict[str, Any]):
-    """The namespace of the tests: what it lacks is looked up in the response."""
-
-    def __init__(self, peer: Peer) -> None:
-        super().__init__(__name__=TEST_MODULE, __builtins__=builtins)
-        self._peer = peer
-
-    def __missing__(self, name: str) -> Any:
-        if name in builtins.__dict__ or name.startswith("__"):
-            raise KeyError(name)
-        found = self._peer.ask("lookup", name, (), {})
-        if type(found) is not list or len(found) != 2:
-            raise KeyError(name)
-        if name in _PURE or (name in _PURE_OR_FUNCTION and found[1] is not True):
-            self[name] = importlib.import_module("numpy" if name == "np" else name)
-            return self[name]
-        if found[1] is True:  # a function keeps its name: one request is enough
-            self[name] = found[0]
-        return found[0]
-
-    def take_function(self, name: str) -> None:
-        """Resolves a name in the response, where it is a function there, before the builtins."""
-        found = self._peer.ask("lookup", name, (), {})
-        if type(found) is list and len(found) == 2 and found[1] is True:
-            self[name] = found[0]
-
-
-def _tester(channel: Channel, report: int, task: dict[str, Any], seconds: int) -> None:
-    confine(os.getcwd(), seconds, candidate=False)
-    if channel.receive() != "ready":
+def _tester(channel: Channel, report: int, task: dict[str, Any], first: dict[str, Any]) -> None:
+    confine(os.getcwd(), first["seconds"], candidate=False)
+    peer = Peer(channel, trusted=True)
+    peer.note, peer.read_note = streams.note, lambda text: text and sys.stdout.write(text)
+    tests, setup = task["tests"], task["setup"]
+    peer.stops = any(
+        word in text for text in (setup, *tests) for word in ("StopIteration", ".send(", ".throw(")
+    )
+    names = Names(peer, "\n".join((setup, *tests)))
+    peer.codec.shared, peer.codec.names = frozenset(first["classes"]), names
+    if fault := _import(setup, tests, names):
+        os.write(report, b"e" + fault.encode(errors="replace"))
         return
-    names = _Names(Peer(channel, trusted=True))
-    for statement in _imports(task["setup"]):
-        exec(statement, names)
-    for name in _tested_builtins(task["tests"], names):
-        names.take_function(name)
-    gone = False
-    for test in task["tests"]:
+
+    def start() -> None:
+        """Lets the response run; until here, nothing of it has."""
+        names.start = None
+        os.write(report, b"s")
+        channel.send("start")
+        if channel.receive() != "ready":
+            channel.closed = True
+
+    names.start = start
+    try:
+        exec(compile(setup, "setup", "exec", dont_inherit=True), names)
+    except BaseException as error:
+        if names.start is not None:  # it has not asked for anything of the response
+            os.write(report, b"e" + _text("setup", error).encode(errors="replace"))
+        return
+    if names.start is not None:
+        start()
+    names.take_tested_builtin(tests)
+    for test in tests:
         passed = False
-        if not gone:
+        if not channel.closed:
             try:
                 exec(compile(test, "test", "exec", dont_inherit=True), names)
                 passed = True
-            except BaseException as e:  # SystemExit too
-                gone = isinstance(e, (BrokenPipeError, EOFError)) and channel.closed
-        os.write(report, b"1" if passed else b"0")
+            except BaseException:  # SystemExit too
+                passed = False
+        # A test may take the end of the response for an exception that it expects.
+        os.write(report, b"1" if passed and not channel.closed else b"0")
 
 
-def _tested_builtins(tests: list[str], known: Container[str]) -> set[str]:
-    """Builtin names that the tests are about, as where a task asks for a function `sum`.
-
-    Only where the tests use no other name of the response: else a response could replace `abs` and
-    with it the comparison.
-    """
-    loaded: set[str] = set()
-    stored: set[str] = set()
+def _import(setup: str, tests: list[str], names: dict[str, Any]) -> str:
+    """Carries out the imports of `setup`; says what is missing there or for the tests."""
+    for node in ast.parse(setup).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            try:
+                exec(compile(ast.Module([node], []), "setup", "exec", dont_inherit=True), names)
+            except Exception as error:
+                return _text("setup", error)
     for test in tests:
-        try:
-            nodes = list(ast.walk(ast.parse(test)))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue  # that test fails by itself
-        for node in nodes:
-            if isinstance(node, ast.Name):
-                (loaded if isinstance(node.ctx, ast.Load) else stored).add(node.id)
-            elif isinstance(node, ast.arg):
-                stored.add(node.arg)
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                stored.add(node.name)
-            elif isinstance(node, ast.alias):
-                stored.add(node.asname or node.name)
-    others = {name for name in loaded - stored if name not in known and not hasattr(builtins, name)}
-    if others - _PURE - _PURE_OR_FUNCTION:
-        return set()
-    return {name for name in loaded - stored if name in builtins.__dict__}
+        if "import" not in test or "sys." in test:  # such as a module that the test makes
+            continue
+        for node in ast.parse(test).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module]
+            for module in {module.split(".")[0] for module in modules}:
+                if module not in sys.modules and importlib.util.find_spec(module) is None:
+                    return f"`tests` import {module!r}, which is not installed"
+    return ""
 
 
-def _imports(setup: str) -> list[Any]:
-    """The top-level import statements of `setup`, compiled."""
-    return [
-        compile(ast.Module([node], []), "setup", "exec")
-        for node in ast.parse(setup).body
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    ]
+def _text(where: str, error: BaseException) -> str:
+    return f"`{where}` fails ({type(error).__name__}: {str(error)[:200]})"

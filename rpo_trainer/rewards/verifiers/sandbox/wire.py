@@ -21,6 +21,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from . import classes
+
 _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _loads = json.JSONDecoder().decode
 LARGEST = 1 << 28  # bytes of one message
@@ -46,7 +48,7 @@ _DATES: dict[type, Callable[[Any], list[Any]]] = {
     datetime.time: lambda d: [d.hour, d.minute, d.second, d.microsecond],
     datetime.timedelta: lambda d: [d.days, d.seconds, d.microseconds],
 }
-_ZONES = (type(None), datetime.timezone)
+_ZONES = (type(None), datetime.timezone)  # other zones: `classes`
 _DATE_NAMES: dict[str, Any] = {kind.__name__: kind for kind in _DATES}
 _MUTABLE = (list, dict, set, bytearray, collections.deque, collections.defaultdict,
             collections.OrderedDict, collections.Counter)  # fmt: skip
@@ -67,13 +69,18 @@ class Channel:
         """Writes one message."""
         data = _dumps(message).encode()
         rest = memoryview(struct.pack("=Q", len(data)) + data)
-        while rest:
-            rest = rest[self._os_write(self._write, rest) :]
+        try:
+            while rest:
+                rest = rest[self._os_write(self._write, rest) :]
+        except BrokenPipeError:
+            self.closed = True
+            raise
 
     def receive(self) -> Any:
         """Reads one message; EOFError if the other side has closed."""
         (size,) = struct.unpack("=Q", self.exactly(8))
         if size > LARGEST:
+            self.closed = True
             raise EOFError("a message is too long")
         return _loads(self.exactly(size).decode())
 
@@ -97,7 +104,8 @@ class Codec:
     """Encodes values for the other side; keeps the objects that stay on this one.
 
     `make` builds the object that stands for one of the other side's; `describe` adds what the other
-    side must know of an object that stays here.
+    side must know of an object that stays here. `shared` names the classes that both sides have, in
+    `names`.
     """
 
     def __init__(self, *, trusted: bool, make: Callable[[int, Any], Any], proxy: Any) -> None:
@@ -106,6 +114,8 @@ class Codec:
         self.kept: dict[int, Any] = {}
         self._numbers: dict[int, int] = {}
         self.describe: Callable[[Any], Any] = lambda value: None
+        self.shared: frozenset[str] = frozenset()
+        self.names: dict[str, Any] = {}
 
     def keep(self, value: Any) -> int:
         """The number under which the other side refers to `value`."""
@@ -115,6 +125,11 @@ class Codec:
             self._numbers[id(value)] = number
             self.kept[number] = value
         return number
+
+    def is_shared(self, kind: Any) -> bool:
+        """Whether the other side has this class, too."""
+        name = getattr(kind, "__name__", None) if self.shared and isinstance(kind, type) else None
+        return type(name) is str and name in self.shared and self.names.get(name) is kind
 
     def encode(self, value: Any) -> Any:
         """What stands for `value` in a message."""
@@ -162,6 +177,10 @@ class Codec:
         known = type(name) is str and getattr(builtins, name, None) is value
         if kind is type and known:
             return ["type", name]
+        if self.is_shared(value):
+            return ["shared", name]
+        if (named := classes.take_apart(value)) is not None:
+            return ["object", named[0], [self._encode(part) for part in named[1]]]
         if type(value).__module__ == "numpy" and "numpy" in sys.modules:
             import numpy
 
@@ -222,6 +241,10 @@ class Codec:
             return date.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=rest[2])))
         if tag == "constant":
             return {"Ellipsis": Ellipsis, "NotImplemented": NotImplemented}[rest[0]]
+        if tag == "shared" and rest[0] in self.shared:
+            return self.names[rest[0]]
+        if tag == "object":
+            return classes.put_together(rest[0], [self.decode(part) for part in rest[1]])
         if tag == "type" and isinstance(found := getattr(builtins, rest[0]), type):
             return found
         if tag == "array":
