@@ -39,7 +39,8 @@ def chat_messages(messages: Sequence[Message]) -> list[Message]:
             new["reasoning_content"] = thought
         if message.get("tool_calls"):
             new["tool_calls"] = [
-                _sent_call(call, f"call_{calls + n}") for n, call in enumerate(message["tool_calls"])
+                _sent_call(call, f"call_{calls + n}")
+                for n, call in enumerate(message["tool_calls"])
             ]
             calls += len(new["tool_calls"])
             unanswered = [call["id"] for call in new["tool_calls"]]
