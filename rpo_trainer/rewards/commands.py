@@ -25,12 +25,12 @@ from rpo_trainer.files import file_digest, make_folder, remove_empty, write_whol
 from rpo_trainer.redact import redact_values
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
+from rpo_trainer.rewards.partial import partials
 from rpo_trainer.rewards.rowfile import (
     ALONE,
     Ranks,
     complete,
     content_key,
-    partials,
     read_rows,
     write_rows,
 )
