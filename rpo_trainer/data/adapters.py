@@ -50,6 +50,7 @@ def adapt(
     columns: Mapping[str, str] | None = None,
     require_rewards: bool = False,
     keep: Collection[str] | None = (),
+    used: Collection[str] = (),
     as_given: bool = False,
     unscored: bool = False,
     special_tokens: SpecialTokens | None = None,
@@ -65,6 +66,7 @@ def adapt(
             are no numbers are left out and counted.
         keep: other columns that stay in the rows as they are (a verifier's); None: all others, and the row's
             own `source` in place of the file's name.
+        used: with `keep=None`, those of them that the caller reads; the others are counted as not read.
         as_given: every row stays, with its responses in their order.
         unscored: sampled responses without rewards are taken too: nobody reads their order.
         special_tokens: how text of special tokens is to be read, for `tokenize_rows`.
@@ -95,7 +97,9 @@ def adapt(
     rows = with_messages(rows, own, ids, raw.where, audit)
     kept = present - own if keep is None else set(keep) - own
     missed, others = unread(
-        rows, filled - own - kept - _read_of_common(kind), {*COMMON, *chosen.ignored}
+        rows,
+        filled - own - set(used if keep is None else kept) - _read_of_common(kind),
+        {*COMMON, *chosen.ignored},
     )
     if kind == "prompt":  # responses are not missed where they are to be sampled
         missed, others = (

@@ -113,7 +113,7 @@ def tokenize_rows(
 
 
 def audit_prompts(
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     audit: Audit,
     *,
@@ -122,12 +122,21 @@ def audit_prompts(
     """Counts what the chat template leaves out of prompts to sample from, as `tokenize_rows` does.
 
     Raises:
-        DataError: see `check_special_text`.
+        DataError, or Problems: prompts that the template refuses, or whose tool calls it does not write;
+            see also `check_special_text`.
     """
     work = _Tokenizer(tokenizer, "pair", 0, "drop")
     work.audit = audit
     for row in rows:
-        work.look_at_prompt(row)
+        try:
+            work.look_at_prompt(row)
+        except RowError as error:
+            work.problems.add(str(error), row["id"])
+    work.problems.raise_if_any(
+        len(rows),
+        why="no response can be sampled to them",
+        fix="correct the rows, or choose another chat_template: chatml | plain | a path",
+    )
     check_special_text(audit, refuse=refuse_special_text)
 
 

@@ -14,6 +14,7 @@ from rpo_trainer.errors import RecipeError
 from rpo_trainer.rewards.options import SERVICE, service_fields, source_spec, valid, weights_of
 
 if TYPE_CHECKING:
+    from rpo_trainer.data.rows import SpecialTokens
     from rpo_trainer.rewards.calibrate import Calibration
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,6 +26,11 @@ _output = click.option(
 _format = click.option("--format", "format_", help="Format of INPUT; else found from its columns.")
 _columns = click.option(
     "--column", "columns", multiple=True, metavar="OURS=THEIRS", help="A column of another name."
+)
+_special_tokens = click.option(
+    "--special-tokens",
+    type=click.Choice(["text", "parse"]),
+    help="How text of special tokens in INPUT is read: as letters (default), or as the tokens.",
 )
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 
@@ -53,6 +59,7 @@ _service = _options(
 
 @click.command()
 @_source
+@_special_tokens
 @_output
 @click.option("--verifier", help="Rewards from the rows' right answers: exact, numeric, ...")
 @click.option("--allow-code-execution", is_flag=True, help="Let the verifier `asserts` run code.")
@@ -69,6 +76,7 @@ def score(
     data: Path,
     format_: str | None,
     columns: Sequence[str],
+    special_tokens: SpecialTokens | None,
     output: Path,
     verifier: str | None,
     allow_code_execution: bool,
@@ -84,7 +92,7 @@ def score(
 ) -> None:
     """Give rewards to the responses of INPUT: SFT rows, pairs, or K responses a row.
 
-    They come from --verifier, --model, --endpoint or --judge. Started again, it goes on where it
+    They come from --verifier, --model, --endpoint or --judge. Run again, it resumes where it
     stopped; a row that finally fails is reported, and nothing is written until all have succeeded.
     """
     from rpo_trainer.recipe import ScoreSpec
@@ -124,11 +132,13 @@ def score(
         asked = {key: value for key, value in judged.items() if value is not None}
         fields["judge"] = {**service_fields(judge, name, service), **asked}
     spec = valid(ScoreSpec, {k: v for k, v in fields.items() if v is not None})
-    score_file(source_spec(data, format_, columns), output, spec, click.echo)
+    source = source_spec(data, format_, columns, special_tokens)
+    score_file(source, output, spec, click.echo)
 
 
 @click.command()
 @_source
+@_special_tokens
 @_output
 @click.option("--policy", "policies", multiple=True, help="A model: directory or hub name.")
 @click.option(
@@ -161,6 +171,7 @@ def generate(
     data: Path,
     format_: str | None,
     columns: Sequence[str],
+    special_tokens: SpecialTokens | None,
     output: Path,
     policies: Sequence[str],
     endpoints: Sequence[str],
@@ -171,7 +182,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Sample responses to the prompts of INPUT, from one policy or from several.
 
-    Started again, it goes on where it stopped. What a row gets depends on its id and the seed, not
+    Run again, it resumes where it stopped. What a row gets depends on its id and the seed, not
     on the rows beside it.
     """
     from rpo_trainer.recipe import GenerateSpec
@@ -195,7 +206,7 @@ def generate(
     at = [service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
     spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **settings})
     generate_file(
-        source_spec(data, format_, columns), output, spec,
+        source_spec(data, format_, columns, special_tokens), output, spec,
         seed=seed, chat_template=chat_template, say=click.echo,
     )  # fmt: skip
 
@@ -326,13 +337,13 @@ def audit(
     truncation: Literal["drop", "cut"],
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Look INPUT over: what a stage would drop, and what it would learn without being told."""
+    """Audit INPUT: what a stage would drop, and what it would learn without being told."""
     from rpo_trainer.data.doctor import audit_file
 
     if tokenizer is None and (max_length is not None or chat_template is not None):
         raise RecipeError(
             "--max-length and --chat-template need --tokenizer",
-            why="a row's length is counted in tokens, behind the template",
+            why="a row's length is counted in tokens, after the template is applied",
             fix="add --tokenizer MODEL, or leave them out",
         )
     found = audit_file(

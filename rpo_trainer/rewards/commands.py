@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
@@ -24,12 +25,12 @@ from rpo_trainer.files import file_digest, make_folder, remove_empty, write_whol
 from rpo_trainer.redact import redact_values
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
+from rpo_trainer.rewards.partial import partials
 from rpo_trainer.rewards.rowfile import (
     ALONE,
     Ranks,
     complete,
     content_key,
-    partials,
     read_rows,
     write_rows,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe import (
         FilterSpec,
         GenerateSpec,
+        ModelSpec,
         PairsSpec,
         ScoreSpec,
         SourceSpec,
@@ -157,6 +159,7 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
             say = _silently
         with ranks.together():
             found = read_responses(source)
+            found.audit.log(logger, "the rows")
             scorer = make_scorer(spec, model=model)
             key = content_key(scorer.key, found.rows)
         with _held(out, ranks):
@@ -231,7 +234,8 @@ def generate_file(
         if ranks.rank():
             say = _silently
         with ranks.together():
-            rows = read_prompts(source)
+            rows, audit = read_prompts(source)
+            audit.log(logger, "the rows")
             check_truths(rows, spec)
             policies: list[Policy] = []
             for name in spec.policies:
@@ -246,6 +250,10 @@ def generate_file(
             if ranks.on_main(lambda: _finished(out, key)):
                 say(f"{out} is finished already: nothing to do")
                 return read_rows(out)
+            with ranks.together():
+                if ranks.rank() == 0:
+                    for name in spec.policies:
+                        _audit_template(rows, name, chat_template)
             made = sample_rows(
                 out, rows, policies, spec, seed=seed, ranks=ranks,
                 then=lambda made: _report(out, key, len(made), settings),
@@ -256,15 +264,35 @@ def generate_file(
     return made
 
 
+def _model_spec(name: str, chat_template: str | None) -> ModelSpec:
+    from rpo_trainer.recipe import ModelSpec
+
+    return ModelSpec.model_validate({"name_or_path": name, "chat_template": chat_template})
+
+
+def _audit_template(rows: Sequence[Row], name: str, chat_template: str | None) -> None:
+    """Logs what the chat template of a policy leaves out of the prompts.
+
+    Raises:
+        DataError, Problems: as `audit_prompts`.
+    """
+    from rpo_trainer.data.tokenize import audit_prompts
+    from rpo_trainer.loading import load_tokenizer
+
+    audit = Audit()
+    tokenizer = load_tokenizer(_model_spec(name, chat_template), Path())
+    audit_prompts(rows, tokenizer, audit, refuse_special_text=True)
+    audit.log(logger, "the rows", f"{name}: ")
+
+
 def _loader(name: str, chat_template: str | None) -> Callable[[], Any]:
     def load() -> Any:
         import torch
 
         from rpo_trainer.loading import load_model, load_tokenizer
-        from rpo_trainer.recipe import ModelSpec
 
         cuda = torch.cuda.is_available()
-        spec = ModelSpec.model_validate({"name_or_path": name, "chat_template": chat_template})
+        spec = _model_spec(name, chat_template)
         tokenizer = load_tokenizer(spec, Path())
         model: Any = load_model(spec, Path(), seed=0, vocabulary=len(tokenizer))
         model = model.to(device="cuda", dtype=torch.bfloat16) if cuda else model
@@ -326,5 +354,9 @@ def calibrate_file(
     """
     from rpo_trainer.rewards.calibrate import by_source
 
-    rows = [row for source in sources for row in read_pairs(source)[0]]
+    rows: list[Row] = []
+    for source in sources:
+        found, audit = read_pairs(source)
+        audit.log(logger, "the rows")
+        rows += found
     return by_source(rows, reward_scale)

@@ -11,12 +11,19 @@ from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.detect import find_format, kind_of
 from rpo_trainer.data.formats import FORMATS
-from rpo_trainer.data.rows import Kind, Row, response_message
-from rpo_trainer.data.sources import load_source
+from rpo_trainer.data.rows import Kind, Row, RowError, RowProblems, SpecialTokens, response_message
+from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import SourceSpec
+from rpo_trainer.rewards.verifiers import VERIFIERS
 
 Shape = Literal["pair", "responses", "single"]
+# What verifiers read, and what `generate` and `score` write beside the columns of a format.
+_COLUMNS = {column for verifier in VERIFIERS.values() for column in verifier.columns} | {
+    "answers", "finished", "judge", "policies", "rewards", "sampling", "scores",
+    "special_tokens",
+}  # fmt: skip
+_USED = ("role", "content", "weight", "tool_calls")  # keys that are no part of `response_fields`
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,29 @@ class Responses:
 
 
 def source_of(
-    path: Path | str, format: str | None = None, columns: dict[str, str] | None = None
+    path: Path | str,
+    format: str | None = None,
+    columns: dict[str, str] | None = None,
+    special_tokens: SpecialTokens | None = None,
 ) -> SourceSpec:
     """A source as a recipe would name it."""
     return SourceSpec.model_validate(
-        {"path": str(path), "format": format, "columns": columns or None}
+        {
+            "path": str(path),
+            "format": format,
+            "columns": columns or None,
+            "special_tokens": special_tokens,
+        }
     )
+
+
+def _adapted(raw: RawSource, kind: Kind, source: SourceSpec, audit: Audit, **how: Any) -> list[Row]:
+    """The rows of a file with all its columns, and in the audit those that nothing here reads."""
+    audit.add_read(raw.name, len(raw.rows))
+    return adapt(
+        raw, kind=kind, format=source.format, columns=source.columns, keep=None, used=_COLUMNS,
+        special_tokens=source.special_tokens, audit=audit, **how,
+    )  # fmt: skip
 
 
 def read_responses(source: SourceSpec) -> Responses:
@@ -63,18 +87,31 @@ def read_responses(source: SourceSpec) -> Responses:
     if kind is None:
         kind = find_format(present, "pair", source.format, raw.where).kind  # says what is known
     audit = Audit()
-    audit.add_read(raw.name, len(raw.rows))
-    rows = adapt(
-        raw, kind=kind, format=source.format, columns=source.columns, keep=None, as_given=True,
-        unscored=True, audit=audit,
-    )  # fmt: skip
+    rows = _adapted(raw, kind, source, audit, as_given=True, unscored=True)
     if kind == "pair":
         found = find_format(present, "pair", source.format, raw.where)
         # Two of K responses are no chosen and rejected: nobody has said which is better.
         labelled = not found.sort and "responses" not in found.required
         pairs = labelled and all(len(row["responses"]) == 2 for row in rows)
         return Responses(rows, "pair" if pairs else "responses", audit)
-    return Responses([_single(row) for row in rows], "single", audit)
+    return Responses(_singles(rows, raw.where), "single", audit)
+
+
+def _singles(rows: Sequence[Row], where: str) -> list[Row]:
+    """Rows of one response. Raises DataError: one that is a tool call, not text."""
+    problems = RowProblems(where)
+    found = []
+    for row in rows:
+        try:
+            found.append(_single(row))
+        except RowError as error:
+            problems.add(str(error), row["id"])
+    problems.raise_if_any(
+        len(rows),
+        why="a reward is for an answer in text",
+        fix="remove these rows, or let them end with the answer that follows the call",
+    )
+    return found
 
 
 def _single(row: Row) -> Row:
@@ -83,7 +120,15 @@ def _single(row: Row) -> Row:
         return row if "responses" in row else {**row, "responses": [row["response"]]}
     messages = row["messages"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return {**row, "prompt": messages[:last], "responses": [messages[last]["content"]]}
+    turn = messages[last]
+    if turn.get("tool_calls"):
+        raise RowError(
+            "the last turn of the assistant has `tool_calls`; what is scored must be text"
+        )
+    found = {**row, "prompt": messages[:last], "responses": [turn["content"]]}
+    if fields := {key: turn[key] for key in turn if key not in _USED}:
+        found["response_fields"] = [fields]
+    return found
 
 
 def _pair(row: Row) -> Row:
@@ -146,15 +191,10 @@ def read_pairs(source: SourceSpec, *, keep_all: bool = False) -> tuple[list[Row]
     """
     raw = load_source(source, None, 0)
     audit = Audit()
-    audit.add_read(raw.name, len(raw.rows))
-    rows = adapt(
-        raw, kind="pair", format=source.format, columns=source.columns,
-        keep=None, as_given=keep_all, audit=audit,
-    )  # fmt: skip
-    return rows, audit
+    return _adapted(raw, "pair", source, audit, as_given=keep_all), audit
 
 
-def read_prompts(source: SourceSpec) -> list[Row]:
+def read_prompts(source: SourceSpec) -> tuple[list[Row], Audit]:
     """Prompts of a file, with its other columns.
 
     Raises:
@@ -170,6 +210,5 @@ def read_prompts(source: SourceSpec) -> list[Row]:
             why="the sampled ones are written under these names, and would take their place",
             fix="take the file of prompts, or remove these columns",
         )
-    return adapt(
-        raw, kind="prompt", format=source.format, columns=source.columns, keep=None, audit=Audit()
-    )
+    audit = Audit()
+    return _adapted(raw, "prompt", source, audit), audit

@@ -5,6 +5,8 @@ Imported only where the library `openai` is installed.
 
 from __future__ import annotations
 
+import importlib
+import socket
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ _PLAIN = ("", "identity")
 
 # openai 2 is built on httpx, openai 3 on httpx2, which has the same names.
 _httpx: Any = sys.modules[openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
+_httpcore: Any = importlib.import_module(_httpx.__name__.replace("httpx", "httpcore"))
 _request = threading.local()  # `deadline` of the request that this thread waits for
 
 
@@ -29,8 +32,9 @@ class TooLarge(openai.OpenAIError):
 class BoundedClient(openai.DefaultHttpxClient):
     """An HTTP client that reads each answer whole, within `timeout` seconds from its request.
 
-    The timeouts of the library begin anew with every byte that arrives. Here each read, write and
-    TLS handshake gets the seconds that are left, so that a server cannot extend them.
+    The timeouts of the library begin anew with every address that is tried and every byte that arrives.
+    Here each connection, read, write and TLS handshake gets the seconds that are left, so that a server
+    cannot extend them. Looking up the addresses of a host is the system's, and has its own limits.
 
     Args:
         timeout: seconds for connecting, sending, headers and body together.
@@ -47,6 +51,12 @@ class BoundedClient(openai.DefaultHttpxClient):
         self.seconds = timeout
         self.clean = clean
         self.max_bytes = max_bytes
+        # The library has no argument for it, and one `transport` of ours would replace the proxies.
+        transports: list[Any] = [self._transport, *self._mounts.values()]
+        for transport in transports:
+            if transport is not None:  # a host without a proxy
+                pool = transport._pool
+                pool._network_backend = _Network(pool._network_backend)
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """The response with its whole body.
@@ -57,7 +67,6 @@ class BoundedClient(openai.DefaultHttpxClient):
         """
         _request.deadline = time.monotonic() + self.seconds
         request.headers["accept-encoding"] = "identity"
-        request.extensions["trace"] = _bound_connection
         response = super().send(request, stream=True, **options)
         try:
             body = self._body(response)
@@ -84,26 +93,72 @@ class BoundedClient(openai.DefaultHttpxClient):
         return bytes(body)
 
 
-def _bound_connection(event: str, info: dict[str, Any]) -> None:
-    """Gives a new connection the deadline: httpcore's `trace` extension shows each one made."""
-    if not event.endswith((".connect_tcp.complete", ".start_tls.complete")):
-        return
-    stream = info["return_value"]
-    read, write, start_tls = stream.read, stream.write, stream.start_tls
+class _Network:
+    """The network of a connection pool, whose connections have the deadline of their request."""
 
-    def bounded_read(max_bytes: int, timeout: float | None = None) -> Any:
-        return read(max_bytes, _left(_httpx.ReadTimeout))
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
 
-    def bounded_write(buffer: bytes, timeout: float | None = None) -> None:
+    def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, **options: Any
+    ) -> _Stream:
+        """A connection to the first address of a host that accepts one.
+
+        An address gets its share of the seconds that are left, so that one that does not answer
+        leaves time for the others.
+        """
+        addresses = _addresses(host, port)
+        while True:
+            left = _left(_httpx.ConnectTimeout)
+            address = addresses.pop(0)
+            try:
+                found = self._inner.connect_tcp(
+                    address, port, timeout=left / (len(addresses) + 1), **options
+                )
+                return _Stream(found)
+            except (_httpcore.ConnectError, _httpcore.ConnectTimeout):
+                if not addresses:
+                    raise
+
+    def sleep(self, seconds: float) -> None:
+        self._inner.sleep(seconds)
+
+
+def _addresses(host: str, port: int) -> list[str]:
+    """The numeric addresses of a host, in the order of the system."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise _httpcore.ConnectError(str(error)) from error
+    numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+    return list(dict.fromkeys(socket.getnameinfo(each[4], numeric)[0] for each in found))
+
+
+class _Stream:
+    """A connection, each of whose calls has the seconds that are left."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> Any:
+        return self._inner.read(max_bytes, _left(_httpx.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
         for start in range(0, len(buffer), _PIECE):
-            write(buffer[start : start + _PIECE], _left(_httpx.WriteTimeout))
+            piece = buffer[start : start + _PIECE]
+            self._inner.write(piece, _left(_httpx.WriteTimeout))
 
-    def bounded_tls(
-        ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
-    ) -> Any:
-        return start_tls(ssl_context, server_hostname, _left(_httpx.ConnectTimeout))
+    def start_tls(
+        self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
+    ) -> _Stream:
+        left = _left(_httpx.ConnectTimeout)
+        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left))
 
-    stream.read, stream.write, stream.start_tls = bounded_read, bounded_write, bounded_tls
+    def close(self) -> None:
+        self._inner.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
 
 
 def _left(timed_out: type[Exception]) -> float:

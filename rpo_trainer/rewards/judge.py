@@ -8,11 +8,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rpo_trainer.data.rows import Message, Row
+from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.files import read_text
 from rpo_trainer.redact import redact
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
+from rpo_trainer.rewards.messages import prompt_text, response_text
 
 # {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].
 TEMPLATE = """\
@@ -32,7 +33,7 @@ their length is a reason to prefer one.
 {second}
 </answer_B>
 
-Give your reasons in a few sentences. Then end with your verdict, and nothing behind it: [[A]] if \
+Give your reasons in a few sentences. Then end with your verdict, and nothing after it: [[A]] if \
 answer A is better, [[B]] if answer B is better, [[C]] if they are equally good.
 """
 _MOST_BYTES = 2**20
@@ -76,13 +77,6 @@ def fill_template(template: str, prompt: str, first: str, second: str) -> str:
     return re.sub(pattern, lambda match: texts[match[0]], template)
 
 
-def as_text(prompt: str | Sequence[Message]) -> str:
-    """A prompt as the judge reads it."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
-
-
 def read_verdict(answer: Any) -> tuple[str, str]:
     """(A, B or C; the whole text). The last verdict counts. Raises Unreadable without one."""
     text = message_of(answer)
@@ -105,8 +99,8 @@ def judge_row(endpoint: Endpoint, template: str, row: Row, **options: Any) -> di
     Raises:
         RowFailed: a request has finally failed.
     """
-    prompt = as_text(row["prompt"])
-    responses = row["responses"]
+    prompt = prompt_text(row)
+    responses = [response_text(row, number) for number in range(len(row["responses"]))]
     points: list[list[float]] = [[] for _ in responses]
     comparisons = []
     for a, b in combinations(range(len(responses)), 2):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rpo_trainer.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rpo_trainer.data.rows import SpecialTokens
     from rpo_trainer.recipe import SourceSpec
 
 SERVICE = ("api_key_env", "concurrency", "timeout", "retries")
@@ -49,12 +50,17 @@ def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
         ) from None
 
 
-def source_spec(data: Path, format_: str | None, columns: Sequence[str]) -> SourceSpec:
+def source_spec(
+    data: Path,
+    format_: str | None,
+    columns: Sequence[str],
+    special_tokens: SpecialTokens | None = None,
+) -> SourceSpec:
     """A file as a source, with `--column` as `columns`."""
     from rpo_trainer.rewards.files import source_of
 
     named = dict(_assignment(text, "--column") for text in columns)
-    return source_of(data, format_, named)
+    return source_of(data, format_, named, special_tokens)
 
 
 def weights_of(text: str | None) -> dict[str, float] | str | None:

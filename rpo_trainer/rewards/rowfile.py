@@ -1,35 +1,33 @@
 """A file of rows that are made one by one: what is done survives a kill; the file is whole or absent.
 
-Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order, each line with the
-digest of its content. Started again with the same rows and settings, only what is missing or damaged is
-made, and the file is byte for byte that of a run that was never stopped.
+Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order (see `partial`).
+Started again with the same rows and settings, only what is missing or damaged is made, and the file is byte
+for byte that of a run that was never stopped.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.files import verify_digest, write_whole, write_with_digest
+from rpo_trainer.rewards.partial import Partial, partials, read_partials, unfinished
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SYNC_SECONDS = 1.0  # a kill loses nothing that was written; a power cut at most so much
 _REPORT_SECONDS = 15.0
 _GIVE_UP = 20  # failures in a row, without one success, that speak of the service and not of rows
 
@@ -178,8 +176,8 @@ def complete(
     """
     failures = _Failures(what, ids, f"{label} " if label else "")
     with ranks.together():
-        # By all of them before any writes: a run may go on with another number of processes.
-        found = _read_partials(path, key, len(ids))
+        # By all of them before any writes: a run may resume with another number of processes.
+        found = read_partials(path, key, len(ids))
     pending = [i for i in range(len(ids)) if i not in found]
     if found and pending:
         logger.info("%s%d of %d rows are %s already", failures.label, len(found), len(ids), what)
@@ -217,7 +215,7 @@ def _work_off(
     found: dict[int, dict[str, Any]] = {}
     if not pending:
         return found
-    partial = _Partial(path, key)
+    partial = Partial(path, key)
     try:
         for done in work(pending, shard):
             if done.failed is not None:
@@ -225,22 +223,12 @@ def _work_off(
             else:
                 assert done.fields is not None
                 found[done.index] = done.fields
-                partial.write([done.index, done.fields])
+                partial.write(done.index, done.fields)
                 failures.in_a_row = 0
             failures.show(len(failures.ids) - len(pending) + len(found))
     finally:
         partial.close()
     return found
-
-
-def unfinished(path: Path, rank: int = 0) -> Path:
-    """Where a process's results for `path` are until it is whole."""
-    return path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
-
-
-def partials(path: Path) -> list[Path]:
-    """The partial files of all processes: while there is one, the work is not finished."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.partial*"), reverse=True)
 
 
 def write_rows(path: Path, rows: Iterable[Row], *, with_digest: bool = False) -> None:
@@ -292,7 +280,7 @@ class _Failures:
             raise RunError(
                 f"{self.in_a_row} rows in a row have failed: {failed}",
                 why="the service does not answer as it should; what is done is kept",
-                fix="mend it, and run the same command again",
+                fix="fix it, and run the same command again",
             )
 
     def show(self, finished: int) -> None:
@@ -314,110 +302,9 @@ class _Failures:
             + "\n    ".join(lines[:10])
             + (f"\n    and {len(lines) - 10} reasons more" if len(lines) > 10 else ""),
             where=str(path),
-            why="no row is left out in silence; the others are kept",
-            fix="run the same command again for these rows alone, or mend or remove them",
+            why="rows are not skipped; the results of the others are kept",
+            fix="run the same command again for these rows only, or fix or remove them",
         )
-
-
-def _read_partials(path: Path, key: str, total: int) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for partial in partials(path):
-        if not partial.is_file():
-            raise RunError(
-                "this is not a file of unfinished work",
-                where=str(partial),
-                why="the results are kept under this name until all are there",
-                fix="remove it, or name another output",
-            )
-        header, results, _ = _read_partial(partial)
-        if header is None or header.get("key") != key:
-            if not results:
-                continue
-            raise RunError(
-                "there is unfinished work of other rows or settings",
-                where=str(partial),
-                why="continuing would mix the two in one file",
-                fix="give the rows and settings that it began with, remove it, or name another output",
-            )
-        found |= {index: fields for index, fields in results if 0 <= index < total}
-    return found
-
-
-def _line(value: dict[str, Any] | list[Any]) -> bytes:
-    """A line of a partial file: the header or a result, with the digest of its content."""
-    mark = content_key(value)
-    marked = {**value, "digest": mark} if isinstance(value, dict) else [*value, mark]
-    return json.dumps(marked, ensure_ascii=False).encode() + b"\n"
-
-
-def _read_line(line: bytes) -> Any:
-    """What a line says; None where it is cut or damaged."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        value = json.loads(line)
-        mark = value.pop("digest" if isinstance(value, dict) else -1)
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
-        return None
-    whole = isinstance(value, dict) or len(value) == 2
-    return value if whole and mark == content_key(value) else None
-
-
-def _read_partial(path: Path) -> tuple[dict[str, Any] | None, list[tuple[int, Any]], int]:
-    """Header and results of a partial file, and how many of its lines are damaged.
-
-    A last line that a kill has cut does not count. Without its header nothing says what results belong to.
-    """
-    with path.open("rb") as file:
-        lines = list(file)
-    values = [_read_line(line) for line in lines]
-    cut = bool(lines) and not lines[-1].endswith(b"\n")
-    damaged = sum(value is None for value in values) - cut
-    header = values[0] if values and isinstance(values[0], dict) else None
-    if header is None:
-        return None, [], damaged
-    return header, [(v[0], v[1]) for v in values[1:] if v is not None], damaged
-
-
-class _Partial:
-    """The append-only file of one process's results; there is none before the first."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path = path
-        self.key = key
-        self._file: BinaryIO | None = None
-        self._synced = time.monotonic()
-
-    def _open(self) -> BinaryIO:
-        header, results, damaged = _read_partial(self.path) if self.path.exists() else (None, [], 0)
-        if damaged:
-            logger.warning(
-                "%s is damaged: %d of its lines are left out, and their rows made again",
-                self.path, damaged,
-            )  # fmt: skip
-        own = header is not None and header.get("key") == self.key
-        kept = [{"key": self.key}, *(map(list, results) if own else ())]
-        # Written anew, not cut at the first damaged line: the results after it may have cost hours.
-        staged = self.path.with_name(f".{self.path.name}")
-        staged.write_bytes(b"".join(map(_line, kept)))
-        os.replace(staged, self.path)
-        return self.path.open("ab")
-
-    def write(self, value: Any) -> None:
-        """One line, out of this process when it returns."""
-        if self._file is None:
-            self._file = self._open()
-        self._file.write(_line(value))
-        self._file.flush()
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
-
-    def close(self) -> None:
-        """On disk when it returns."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
 
 
 def one_by_one(make: Callable[[int], dict[str, Any]], workers: int = 1) -> Work:

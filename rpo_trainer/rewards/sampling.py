@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from rpo_trainer.data.rows import Row
+from rpo_trainer.data.rows import THINKING, Row, is_empty
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
+from rpo_trainer.rewards.messages import chat_messages, warn_unsent
 from rpo_trainer.rewards.rowfile import ALONE, Done, Ranks, Shard, complete, content_key, one_by_one
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rpo_trainer.recipe import EndpointSpec, GenerateSpec
+
+logger = logging.getLogger(__name__)
 
 Loaded = Callable[[], "tuple[PreTrainedModel, PreTrainedTokenizerBase]"]
 
@@ -94,16 +98,28 @@ class EndpointPolicy:
     def sample(
         self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
     ) -> Iterator[Done]:
+        warn_unsent(rows, self.endpoint.spec.url, completions=True)
+        left_out: list[str] = []  # one entry a response; all threads add to it
+
         def make(index: int) -> dict[str, Any]:
-            found = [
-                self._one(rows[index], f"{self.seed}:{keys[index]}:{copy}")
-                for copy in range(self.spec.responses)
-            ]
-            return _fields([text for text, _ in found], [finished for _, finished in found])
+            texts, finished = [], []
+            for copy in range(self.spec.responses):
+                text, whole, beside = self._one(rows[index], f"{self.seed}:{keys[index]}:{copy}")
+                texts.append(text)
+                finished.append(whole)
+                left_out.extend(filter(None, [beside]))
+            return _fields(texts, finished)
 
-        yield from one_by_one(make, workers=self.endpoint.spec.concurrency)(pending, shard)
+        try:
+            yield from one_by_one(make, workers=self.endpoint.spec.concurrency)(pending, shard)
+        finally:
+            for names, count in sorted(Counter(left_out).items()):
+                logger.warning(
+                    "%s: %d responses came with %s, which is left out: a response is its text",
+                    self.endpoint.spec.url, count, names,
+                )  # fmt: skip
 
-    def _one(self, row: Row, key: str) -> tuple[str, bool]:
+    def _one(self, row: Row, key: str) -> tuple[str, bool, str]:
         spec = self.spec
         options: dict[str, Any] = {
             "model": self.endpoint.spec.model,
@@ -120,17 +136,22 @@ class EndpointPolicy:
             if isinstance(prompt, str):
                 return client.completions.create(prompt=prompt, **options)
             tools = {"tools": row["tools"]} if row.get("tools") else {}
-            return client.chat.completions.create(messages=[*prompt], **options, **tools)
+            messages: Any = chat_messages(prompt)
+            return client.chat.completions.create(messages=messages, **options, **tools)
 
         return self.endpoint.ask(send, _response)
 
 
-def _response(answer: Any) -> tuple[str, bool]:
+def _response(answer: Any) -> tuple[str, bool, str]:
+    """A response, whether it is whole, and the names of what its message has beside the text."""
     choice = answer.choices[0]
-    text = choice.message.content if hasattr(choice, "message") else choice.text
+    message = getattr(choice, "message", None)
+    text = choice.text if message is None else message.content
     if not isinstance(text, str):
         raise Unreadable("a completion without text")
-    return encodable(text), choice.finish_reason != "length"
+    found = [key for key in (*THINKING, "tool_calls") if not is_empty(getattr(message, key, None))]
+    beside = " and ".join(f"`{key}`" for key in found)
+    return encodable(text), choice.finish_reason != "length", beside
 
 
 def _fields(texts: list[str], finished: list[bool]) -> dict[str, Any]:

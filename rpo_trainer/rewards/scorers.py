@@ -16,6 +16,7 @@ from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.files import file_digest
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
 from rpo_trainer.rewards.judge import judge_row, read_template
+from rpo_trainer.rewards.messages import scored_conversation, warn_unsent
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard, Work, content_key, one_by_one
 from rpo_trainer.rewards.verifiers import FailedChecks, Verifier, check_rows, get_verifier
 from rpo_trainer.rewards.weights import PRESETS, resolve_weights
@@ -143,15 +144,15 @@ class _ByEndpoint:
         self.key = content_key("endpoint", spec.url, spec.model, self.weights)
 
     def check(self, rows: Sequence[Row]) -> None:
-        pass  # any text can be scored
+        warn_unsent(rows, self.endpoint.spec.url)
 
     def work(self, rows: Sequence[Row]) -> Work:
         def make(index: int) -> dict[str, Any]:
             row = rows[index]
-            found = [
-                self.endpoint.chat(_conversation(row, response), self._read)
-                for response in row["responses"]
-            ]
+            found = []
+            for number in range(len(row["responses"])):
+                messages, tools = scored_conversation(row, number)
+                found.append(self.endpoint.chat(messages, self._read, **tools))
             scores = [by_name for by_name, _ in found]
             rewards = [sum(w * each[name] for name, w in self.weights.items()) for each in scores]
             return {"rewards": rewards, "scores": scores, "answers": [text for _, text in found]}
@@ -181,6 +182,7 @@ class _ByJudge:
         self.key = content_key("judge", spec.url, spec.model, self.template, self.options)
 
     def check(self, rows: Sequence[Row]) -> None:
+        warn_unsent(rows, self.endpoint.spec.url)
         single = [str(row["id"]) for row in rows if len(row["responses"]) < 2]
         if single:
             raise DataError(
@@ -195,12 +197,6 @@ class _ByJudge:
             lambda index: judge_row(self.endpoint, self.template, rows[index], **self.options),
             workers=self.endpoint.spec.concurrency,
         )
-
-
-def _conversation(row: Row, response: str) -> list[dict[str, Any]]:
-    prompt = row["prompt"]
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-    return [*before, {"role": "assistant", "content": response}]
 
 
 def weights_key(path: Path) -> str:

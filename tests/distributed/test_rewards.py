@@ -10,6 +10,7 @@ import pytest
 
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.rewards import rowfile
+from rpo_trainer.rewards.partial import unfinished
 from tests.distributed.launch import run, torchrun
 from tests.rewards.policies import llama
 from tests.rewards.test_commands import read, write
@@ -33,8 +34,8 @@ def interrupted(out: Path, command: list[object], keep: slice) -> None:
 
     with mock.patch.object(rowfile, "write_rows", killed):
         assert alone(*command, out) == 130
-    header, *lines = rowfile.unfinished(out).read_text().splitlines(keepends=True)
-    rowfile.unfinished(out).write_text("".join([header, *lines[keep]]))
+    lines = unfinished(out).read_text().splitlines(keepends=True)
+    unfinished(out).write_text("".join(lines[keep]))
 
 
 def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
@@ -66,6 +67,6 @@ def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
     command[1], failed = write(tmp_path / "rows.jsonl", rows), tmp_path / "failed.jsonl"
     said = together(*command, failed, failing=True)
     assert said.count("1 of 11 rows could not be scored") == 1 and not failed.exists()
-    parts: list[Any] = [read(rowfile.unfinished(failed, rank))[1:] for rank in (0, 1)]
-    done = [{index for index, _, _ in part} for part in parts]
+    parts: list[Any] = [read(unfinished(failed, rank)) for rank in (0, 1)]
+    done = [{index for _, index, _, _ in part} for part in parts]
     assert all(done) and not done[0] & done[1] and done[0] | done[1] == set(range(10))

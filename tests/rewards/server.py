@@ -27,6 +27,7 @@ class Answer:
     hang_up: bool = False
     finish_reason: str = "stop"
     logprobs: dict[str, float] | None = None
+    beside: dict[str, Any] = field(default_factory=dict)  # of the message, beside its text
     content_type: str = "application/json"
     drip: str = ""  # "headers" or "body": a byte at a time, without an end
     endless: bytes = b""  # sent as a body again and again, until the client closes
@@ -35,7 +36,7 @@ class Answer:
 def completion(answer: Answer, path: str) -> bytes:
     choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason}
     if path.endswith("/chat/completions"):
-        choice["message"] = {"role": "assistant", "content": answer.text}
+        choice["message"] = {"role": "assistant", "content": answer.text, **answer.beside}
     else:
         choice["text"] = answer.text
     if answer.logprobs is not None:

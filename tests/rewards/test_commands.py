@@ -15,6 +15,7 @@ import pytest
 
 from rpo_trainer.cli import main
 from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.rewards import partial
 from tests.conftest import Injected
 from tests.rewards.policies import llama
 from tests.rewards.server import Answer, refused, serving
@@ -139,7 +140,8 @@ def test_killed_between_the_file_and_its_report(tmp_path: Path) -> None:
     report = tmp_path / "k.jsonl.report.json"
     key, whole = json.loads(report.read_text())["key"], out.read_bytes()
     report.unlink()
-    (tmp_path / "k.jsonl.partial").write_text(json.dumps({"key": key}) + "\n")
+    done = partial.line(key, 0, {"rewards": [0.0, 1.0, 0.0]})
+    (tmp_path / "k.jsonl.partial").write_bytes(done)
     assert run("score", data, "-o", out, "--verifier", "numeric") == 0
     assert out.read_bytes() == whole and report.exists()
     assert not (tmp_path / "k.jsonl.partial").exists()
@@ -480,14 +482,14 @@ def assert_killed_is_whole(command: list[str], folder: Path) -> int:
     """
     whole, out = folder / "whole.jsonl", folder / "out.jsonl"
     subprocess.run([*command, "-o", str(whole)], check=True)
-    kills, partial = 0, folder / "out.jsonl.partial"
+    kills, part_file = 0, folder / "out.jsonl.partial"
     part = whole.stat().st_size // 8  # each start takes seconds
     for _ in range(20):
         process = subprocess.Popen([*command, "-o", str(out)])
-        before = partial.stat().st_size if partial.exists() else 0
+        before = part_file.stat().st_size if part_file.exists() else 0
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
-            if partial.exists() and partial.stat().st_size > before + part:
+            if part_file.exists() and part_file.stat().st_size > before + part:
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
                 break

@@ -16,7 +16,8 @@ import pytest
 
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.files import digest_path
-from rpo_trainer.rewards import rowfile
+from rpo_trainer.rewards import partial, rowfile
+from rpo_trainer.rewards.partial import unfinished
 from rpo_trainer.rewards.rowfile import (
     Done,
     RowFailed,
@@ -26,12 +27,15 @@ from rpo_trainer.rewards.rowfile import (
     is_intact,
     one_by_one,
     read_rows,
-    unfinished,
     write_rows,
 )
 from tests.conftest import Injected
 
-line = rowfile._line
+
+def line(index: int, key: str = "k", n: int | None = None) -> bytes:
+    return partial.line(key, index, {"n": index if n is None else n})
+
+
 ROWS = [{"id": f"r{i}", "text": "x\u2028" * i} for i in range(12)]
 EXPECTED = [{**row, "n": i} for i, row in enumerate(ROWS)]
 
@@ -69,31 +73,25 @@ def test_no_more_at_once_than_asked_for(tmp_path: Path) -> None:
     assert most == 3
 
 
-@pytest.mark.parametrize("kept", range(0, 14))
-def test_stopped_anywhere_it_goes_on_and_makes_only_what_is_missing(
+@pytest.mark.parametrize("kept", range(0, 13))
+def test_stopped_anywhere_it_resumes_and_makes_only_what_is_missing(
     kept: int, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole.jsonl"
     run(whole)
     path = tmp_path / "out.jsonl"
-    lines = [
-        line({"key": "k"}),
-        *(line([i, {"n": i}]) for i in (3, 1, 0, *range(4, 12), 2)),
-    ]
-    unfinished(path).write_bytes(b"".join(lines[:kept]))
+    order = (3, 1, 0, *range(4, 12), 2)[:kept]
+    unfinished(path).write_bytes(b"".join(map(line, order)))
     made: list[int] = []
     run(path, lambda i: made.append(i) or {"n": i})
-    assert made == [
-        i for i in range(12) if i not in (3, 1, 0, *range(4, 12), 2)[: max(0, kept - 1)]
-    ]
+    assert made == [i for i in range(12) if i not in order]
     assert path.read_bytes() == whole.read_bytes()
 
 
 def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    good = line({"key": "k"}) + line([0, {"n": 0}])
-    for cut in (b'[1, {"n"', line([1, {"n": 1}])[:-1], b"\x00\x00\x00\n", b"\n"):
-        unfinished(path).write_bytes(good + cut)
+    for cut in (b'[1, {"n"', line(1)[:-1], b"\x00\x00\x00\n", b"\n"):
+        unfinished(path).write_bytes(line(0) + cut)
         made: list[int] = []
         assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED  # noqa: B023
         assert made == list(range(1, 12))
@@ -101,7 +99,7 @@ def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
 
 def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    unfinished(path).write_bytes(line({"key": "other"}) + line([0, {"n": 5}]))
+    unfinished(path).write_bytes(line(0, "other", 5))
     before = unfinished(path).read_bytes()
     with pytest.raises(RunError, match="unfinished work of other rows or settings"):
         run(path)
@@ -109,9 +107,9 @@ def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -
     assert not path.exists()
 
 
-def test_unfinished_work_without_a_result_does_not_block(tmp_path: Path) -> None:
+def test_unfinished_work_without_a_whole_result_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    unfinished(path).write_bytes(line({"key": "other"}))
+    unfinished(path).write_bytes(line(0, "other")[:-9])
     assert run(path) == EXPECTED
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
@@ -135,19 +133,20 @@ def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) 
     assert not list(tmp_path.rglob("*.jsonl*"))
 
 
-@pytest.mark.parametrize("place", [0, 1, 4, 11])
-def test_a_damaged_line_is_made_again_and_those_after_it_are_kept(
-    place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("place", [0, 1, 4, 10])
+@pytest.mark.parametrize("at", [0, 2, 6, 15, -6])
+def test_a_byte_changed_anywhere_costs_its_row_only(
+    at: int, place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A digit flipped in the middle: still JSON, and another result."""
+    """In the key, the index, the result or the digest; mostly still JSON."""
     path = tmp_path / "out.jsonl"
-    lines = [line({"key": "k"}), *(line([i, {"n": i}]) for i in range(11))]
-    lines[place] = lines[place].replace(b'{"n": ', b'{"n": 7').replace(b'"k"', b'"j"')
+    lines = [bytearray(line(i, n=7)) for i in range(11)]
+    lines[place][at] ^= 1
     unfinished(path).write_bytes(b"".join(lines))
     made: list[int] = []
-    assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED
-    assert made == (list(range(12)) if place == 0 else [place - 1, 11])
-    assert "damaged" in caplog.text and unfinished(path).name in caplog.text
+    assert run(path, lambda i: made.append(i) or {"n": 7}) == [{**row, "n": 7} for row in ROWS]
+    assert made == [place, 11]
+    assert "1 of its lines" in caplog.text and unfinished(path).name in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -362,5 +361,5 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path, injected: Inject
 
 
 def _size(path: Path) -> int:
-    partial = unfinished(path)
-    return partial.stat().st_size if partial.exists() else 0
+    found = unfinished(path)
+    return found.stat().st_size if found.exists() else 0
