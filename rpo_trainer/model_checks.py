@@ -32,7 +32,7 @@ def check_context(config: Any, max_length: int, where: str, *, whose: str = "the
         raise ModelError(
             f"max_length {max_length} is beyond {whose} context of {limit} tokens",
             where=where,
-            why="the model has never seen positions so far out, if it has them at all",
+            why="the model was not trained on positions beyond this, and may not have them",
             fix=f"max_length: {limit}, or less",
         )
 
@@ -41,6 +41,8 @@ def positions_of(config: Any) -> int | None:
     """Positions that a model is made for, stretched ropes included; None: its config has no limit."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and limit < 1:  # XLNet's -1
+        return None
     rope = getattr(text, "rope_parameters", None) or {}
     if limit is not None and isinstance(rope.get("factor"), int | float):
         trained = rope.get("original_max_position_embeddings") or limit

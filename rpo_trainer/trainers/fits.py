@@ -21,6 +21,7 @@ from rpo_trainer.trainers.examples import Examples
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.01  # of trained spans or of a token's occurrences; rarer ones may be where a response was cut
+_OFFSETS = 8  # rows that a table may have before its first position: 2 in OPT and BART
 _ROWS = 256  # of a data set that are read at once
 
 
@@ -30,8 +31,8 @@ def check_fit(
     """Raises ModelError where examples have tokens or positions that a model has no weights for.
 
     Every response restarts at its prompt's length, so an example is as long as its prompt and its longest
-    response, however rows are packed. Beyond the trained length of rotary positions there is a WARNING only:
-    they can be computed.
+    response, however rows are packed. Where positions are computed (rotary, ALiBi) or a model has none, there
+    is only a WARNING beyond the length that it was trained with.
     """
     if examples is None or not len(examples):
         return
@@ -49,10 +50,10 @@ def check_fit(
     limit = positions_of(inner.config)
     if limit is None or longest <= limit:
         return
-    if any("Rotary" in type(part).__name__ for part in inner.modules()):
+    if not _has_table(inner, limit):
         logger.warning(
-            "the longest example of the %s data has %d tokens; %s was made for %d positions (its config), "
-            "and computes the others untrained",
+            "the longest example of the %s data has %d tokens; %s was trained for %d positions; later "
+            "positions are extrapolated",
             name, longest, whose, limit,
         )  # fmt: skip
         return
@@ -61,6 +62,23 @@ def check_fit(
         why="there are no weights for positions beyond its table",
         fix=f"set max_length={limit}, or less",
     )
+
+
+def _has_table(inner: Any, positions: int) -> bool:
+    """Whether a model looks its positions up in a table: an embedding or a buffer of about as many rows."""
+    parts = list(inner.modules())
+    if any("Rotary" in type(part).__name__ for part in parts):
+        return False
+    tokens = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    for part in parts:
+        if any(part is each for each in tokens) or hasattr(part, "make_weights"):  # a table that grows
+            continue
+        sizes = [len(b) for b in part.buffers(recurse=False) if b.dim() == 2]
+        if isinstance(part, nn.Embedding):
+            sizes.append(part.num_embeddings)
+        if any(positions <= size <= positions + _OFFSETS for size in sizes):
+            return True
+    return False
 
 
 def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
