@@ -20,7 +20,9 @@ from rpo_trainer.trainers.examples import Examples
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 0.01  # of trained spans or of a token's occurrences; rarer ones may be where a response was cut
+_SHARE = (
+    0.01  # of trained spans or of a token's occurrences; rarer ones may be where a response was cut
+)
 _OFFSETS = 8  # rows that a table may have before its first position: 2 in OPT and BART
 _ROWS = 256  # of a data set that are read at once
 
@@ -71,7 +73,9 @@ def _has_table(inner: Any, positions: int) -> bool:
         return False
     tokens = (inner.get_input_embeddings(), inner.get_output_embeddings())
     for part in parts:
-        if any(part is each for each in tokens) or hasattr(part, "make_weights"):  # a table that grows
+        if any(part is each for each in tokens) or hasattr(
+            part, "make_weights"
+        ):  # a table that grows
             continue
         sizes = [len(b) for b in part.buffers(recurse=False) if b.dim() == 2]
         if isinstance(part, nn.Embedding):
@@ -116,10 +120,9 @@ def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
     continued = [t for t in often if inside[t] > _SHARE * (inside[t] + ends[t])]
     if (unsaid := [t for t in continued if t in known]) and is_main():
         logger.warning(
-            "%s: not added to the eos_token_id that is saved, because training continues after it in the same "
-            "response",
+            "%s: not added to the saved eos_token_id, because training continues after it in a response",
             ", ".join(
-                f"{tokenizer.convert_ids_to_tokens(t)!r} ends {ends[t]} trained spans and is within {inside[t]}"
+                f"{tokenizer.convert_ids_to_tokens(t)!r} ends {ends[t]} trained spans and is in {inside[t]}"
                 for t in unsaid
             ),
         )  # fmt: skip

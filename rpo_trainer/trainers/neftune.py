@@ -55,6 +55,8 @@ class Noise:
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if not module.training or self.lengths is None:
             return output
-        size = self.alpha / (self.lengths * output.shape[-1]).float().sqrt()  # too large for float16
+        size = (
+            self.alpha / (self.lengths * output.shape[-1]).float().sqrt()
+        )  # too large for float16
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * size[..., None].to(output.dtype)

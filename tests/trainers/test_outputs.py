@@ -212,7 +212,7 @@ def test_tokens_that_training_continues_after_end_nothing(
             processing_class=tokenizer(END + PROMPT),
         )  # fmt: skip
     assert trainer.written.ends == ends
-    assert ("not added to the eos_token_id" in caplog.text) == (ends == ())
+    assert ("not added to the saved eos_token_id" in caplog.text) == (ends == ())
 
 
 def test_a_template_that_writes_the_end_token_elsewhere_keeps_it(tmp_path: Path) -> None:
