@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
-from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.errors import ModelError, RecipeError, first_line
 from rpo_trainer.foreign import reads
-from rpo_trainer.pretrained import ADAPTER_CONFIG, stored_tensors
+from rpo_trainer.pretrained import ADAPTER_CONFIG, has_weights, tensors_in
 from rpo_trainer.sharding import has_shards
 
 CONFIG = ADAPTER_CONFIG
@@ -21,8 +22,8 @@ WAY = "adapter_base.json"  # path of the base relative to the adapter, so that a
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether an adapter lies there, and no whole model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether an adapter lies there, and no whole model; its base's config may be beside it."""
+    return (folder / CONFIG).is_file() and not has_weights(folder)
 
 
 def describe(folder: Path, base: str, *, way: str | None = None, plain_start: bool = False) -> None:
@@ -58,9 +59,9 @@ def base_of(folder: Path) -> str:
     name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
     if not name:
         raise ModelError(
-            "the adapter does not say what it is an adapter of",
+            "the adapter does not name its base model",
             where=str(folder / CONFIG),
-            why="it is a change of one model's weights, and says nothing sensible on another's",
+            why="it is only valid for that base",
             fix="write the model's directory or hub name there as base_model_name_or_path",
         )
     for local in (folder / Path(name).expanduser(), Path(name).expanduser()):
@@ -85,10 +86,10 @@ def require_weights(folder: Path, where: str) -> None:
     """Raises ModelError where a directory has no adapter weights in safetensors."""
     if (folder / WEIGHTS).is_file():
         try:
-            stored_tensors(folder)
+            tensors_in([folder / WEIGHTS])
             return
         except (OSError, SafetensorError) as error:
-            what = f"{WEIGHTS} is damaged ({next(iter(str(error).splitlines()), '')})"
+            what = f"{WEIGHTS} is damaged ({first_line(error)})"
     else:
         pickled = (folder / "adapter_model.bin").is_file()
         what = "its weights are pickled (adapter_model.bin)" if pickled else f"{WEIGHTS} is missing"
@@ -105,13 +106,13 @@ def require_complete(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    found, known = stored_tensors(folder), model.state_dict()
+    found, known = _as_loaded(model, tensors_in([folder / WEIGHTS])), model.state_dict()
     missing = sorted(expected.keys() - found.keys())
     unknown = sorted(found.keys() - expected.keys() - known.keys())
     other = [
         name
         for name, tensor in sorted(expected.items())
-        if name in found and not has_shards(model) and found[name][1] != list(tensor.shape)
+        if name in found and not has_shards(model) and found[name] != list(tensor.shape)
     ]
     if not missing and not unknown and not other:
         return
@@ -124,9 +125,26 @@ def require_complete(model: Any, folder: Path) -> None:
     raise ModelError(
         f"the adapter's file does not fit its configuration and base; {'; '.join(parts)}",
         where=str(folder / WEIGHTS),
-        why="PEFT would start what is missing anew and leave out the rest",
+        why="PEFT would initialize missing tensors and ignore the others",
         fix="copy the adapter again, or name the base that it was trained on",
     )
+
+
+def _as_loaded(model: Any, stored: Mapping[str, tuple[str, list[int]]]) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors under the names that PEFT loads them with.
+
+    Adapters of mixtures of experts have one pair for each expert where they are from transformers 4.
+    """
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers as convert,
+    )
+
+    config = model.peft_config[model.active_adapter]
+    empty = {name: torch.empty(shape, device="meta") for name, (_, shape) in stored.items()}
+    return {
+        name: list(tensor.shape)
+        for name, tensor in convert(model, config, empty, model.active_adapter).items()
+    }
 
 
 @reads("the adapter", lambda folder, wanted: str(folder))

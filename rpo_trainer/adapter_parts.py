@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import nn
 
+from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError
 from rpo_trainer.pretrained import loading_report, local_folder, stored_tensors
 from rpo_trainer.step import causal_lm, is_classifier
@@ -34,9 +35,9 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
         return config
     if not hasattr(config, "modules_to_save"):
         raise ModelError(
-            f"the adapter method {config.peft_type} cannot train {', '.join(parts)} beside the adapter",
+            f"the adapter method {config.peft_type} cannot also train {', '.join(parts)}",
             why="these parts are new, or the head of a reward model: frozen, they would stay random",
-            fix="take LoRA",
+            fix="use LoRA",
         )
     asked = getattr(config.task_type, "value", config.task_type)
     given = list(config.modules_to_save or ())
@@ -44,7 +45,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
     changed.modules_to_save = given + [part for part in parts if part.split(".")[-1] not in given]
     if heads:
         changed.task_type = "SEQ_CLS"
-    if asked != changed.task_type or changed.modules_to_save != given:
+    if (asked != changed.task_type or changed.modules_to_save != given) and is_main():
         logger.warning(
             "the adapter trains and saves %s whole (modules_to_save)%s",
             ", ".join(parts),
@@ -68,19 +69,18 @@ def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
     Of models that are not from a directory or the hub's cache nothing is known.
     """
     made = list(getattr(inner, "_rpo_made", ()))  # by this package
-    known = getattr(inner, "_rpo_fresh", None)  # of models that this package has loaded
-    if known is not None:
-        return [*known, *made], []
+    if getattr(inner, "_rpo_complete", False):  # loaded by this package, with all of its weights
+        return made, []
     name = getattr(inner, "name_or_path", "") or ""
     folder = local_folder(name) if name else None
     quantized = getattr(inner.config, "quantization_config", None) is not None
     try:
-        if folder is None or quantized or not stored_tensors(folder):
+        if folder is None or quantized or not stored_tensors(folder, inner.config):
             return made, []
-        kind, info = loading_report(type(inner), inner.config, folder, name)
+        model, info = loading_report(type(inner), inner.config, folder, name)
     except (ModelError, OSError, ValueError, SafetensorError):
         return made, []
-    if kind is None:
+    if model is None:
         return made, []
     missing = sorted({*info["missing_keys"], *made})
     return missing, sorted(key[0] for key in info["mismatched_keys"])
@@ -91,7 +91,7 @@ def warn_of_random(model: nn.Module) -> None:
     inner = causal_lm(model)
     heads = _heads(inner) if is_classifier(inner) else []
     missing = [n for n in fresh_parameters(inner)[0] if n.split(".")[0] not in heads]
-    if missing:
+    if missing and is_main():
         logger.warning(
             "%d weights of the model are not in the files that it was loaded from (%s): they start at random",
             len(missing), ", ".join(missing[:4]),
@@ -101,7 +101,7 @@ def warn_of_random(model: nn.Module) -> None:
 def _warn_resized(resized: list[str], config: Any) -> None:
     names = {*(getattr(config, "modules_to_save", None) or ()), *_targets(config)}
     frozen = [name for name in resized if not names & {*name.split(".")}]
-    if frozen and not getattr(config, "trainable_token_indices", None):
+    if frozen and not getattr(config, "trainable_token_indices", None) and is_main():
         logger.warning(
             "%s were resized after loading: the adapter leaves their new rows as they are. To train them, "
             "set trainable_token_indices to the new tokens, or add the modules to modules_to_save",
@@ -135,7 +135,7 @@ def require_trained_parts(model: nn.Module) -> None:
     if not is_classifier(model):
         return
     heads = [name for name in _heads(inner) if not _trains(inner, name)]
-    if heads:
+    if heads and is_main():
         logger.warning(
             "the adapter leaves the head of the reward model (%s) frozen and does not save it: that is "
             "right only if it was trained before and the base keeps it",

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from rpo_trainer.adapter_files import WEIGHTS, require_complete, require_weights
 from rpo_trainer.adapter_parts import with_new_parts
-from rpo_trainer.errors import ModelError
-from rpo_trainer.foreign import reads
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.foreign import device_failed, reads
 from rpo_trainer.outputs import read_generation
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
@@ -63,7 +63,7 @@ def require_fit(config: PeftConfig) -> None:
     raise ModelError(
         f"the adapter method {kind} cannot be trained here",
         why=why,
-        fix="take LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
+        fix="use LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
     )
 
 
@@ -142,7 +142,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             f"PEFT makes no adapter of this: {error}",
             where="peft",
             why="the settings do not fit together, or not this model",
-            fix="mend them: target_modules name layers of the model, r and lora_alpha are numbers",
+            fix="fix them: target_modules name layers of the model, r and lora_alpha are numbers",
         ) from error
     _require_same(
         wrapped, before,
@@ -265,10 +265,12 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
             fix="copy the adapter again",
         ) from error
     except (OSError, ValueError, RuntimeError, TypeError) as error:
+        if device_failed(error):
+            raise
         raise ModelError(
             "the adapter cannot be loaded",
             where=str(folder),
-            why=next(iter(str(error).strip().splitlines()), type(error).__name__),
+            why=first_line(error),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
         ) from error
     generation = read_generation(folder, str(folder))
@@ -296,7 +298,7 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
         raise ModelError(
             "the adapter cannot be loaded",
             where=where,
-            why=next(iter(str(error).strip().splitlines()), type(error).__name__),
+            why=first_line(error),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
         ) from error
     require_complete(model, folder)

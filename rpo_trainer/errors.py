@@ -21,6 +21,16 @@ def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     return near[0] if near else None
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says before it goes into detail; the error's class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def last_line(error: BaseException) -> str:
+    """What a library says after a list of details; the error's class where it says nothing."""
+    return [type(error).__name__, *str(error).strip().splitlines()][-1].strip()
+
+
 class RPOTrainerError(Exception):
     """Base of every error this package raises on purpose. Its texts hold no secrets, see `redact`.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from rpo_trainer.errors import ModelError, RPOTrainerError
+from rpo_trainer.errors import ModelError, RPOTrainerError, first_line
 from rpo_trainer.files import kind_of_file
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # be the device, or memory.
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    ImportError, AssertionError, NotImplementedError, MemoryError,
+    ImportError, AssertionError, NotImplementedError,
 )  # fmt: skip
 _MOST = {
     "num_hidden_layers": 10**4, "hidden_size": 10**7, "intermediate_size": 10**8, "vocab_size": 10**8,
@@ -28,7 +28,7 @@ _BY_NAME = ("StrictDataclassError", "SafetensorError", "PanicException")  # no c
 
 @contextmanager
 def reading(what: str, where: str) -> Iterator[None]:
-    """Within it, an error of a library about a file becomes a ModelError.
+    """Within it, an error of a library about a file becomes a ModelError, and so does a lack of memory.
 
     Args:
         what: is read, such as `the tokenizer`.
@@ -39,15 +39,37 @@ def reading(what: str, where: str) -> Iterator[None]:
     except RPOTrainerError:
         raise
     except BaseException as error:  # a panic of tokenizers is not an Exception
+        if lacks_memory(error):
+            raise ModelError(
+                f"there is not enough memory to load {what}",
+                where=where,
+                why=first_line(error),
+                fix="use a machine with more memory, fewer processes on it, or a smaller or quantized model",
+            ) from error
         named = any(kind.__name__ in _BY_NAME for kind in type(error).__mro__)
         if not isinstance(error, UNREADABLE) and not named:
             raise
         raise ModelError(
-            f"{what} cannot be read: {type(error).__name__}: {_first_line(error)}",
+            f"{what} cannot be read: {type(error).__name__}: {first_line(error)}",
             where=where,
             why="a file of it is damaged, or does not hold what its name says",
             fix="copy or download the files again",
         ) from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of a device is exhausted; torch raises a RuntimeError on CPUs."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether memory or an accelerator has failed, so that nothing is wrong with what was loaded."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return lacks_memory(error) or "AcceleratorError" in names or "CUDA error" in str(error)
 
 
 def reads(what: str, where: Callable[..., str]) -> Callable[[F], F]:
@@ -104,7 +126,3 @@ def require_sizes(config: Any, where: str) -> Any:
                     fix="correct the model's configuration",
                 )
     return config
-
-
-def _first_line(error: BaseException) -> Any:
-    return next(iter(str(error).strip().splitlines()), "")[:300]

@@ -22,13 +22,13 @@ from transformers import (
 )
 
 from rpo_trainer.data import set_chat_template
-from rpo_trainer.errors import ModelError
-from rpo_trainer.foreign import reads, require_files, require_sizes
+from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.foreign import device_failed, reads, require_files, require_sizes
 from rpo_trainer.pretrained import (
-    ADAPTER_CONFIG,
     LOADING_ERRORS,
     load_complete,
     load_pretrained,
+    refuse_adapter,
 )
 from rpo_trainer.sharding import loading_whole, rows_of
 
@@ -159,7 +159,7 @@ def _configuration(settings: dict[str, Any]) -> Any:
         config = AutoConfig.for_model(**settings)
     except (*_CONFIGURATION_ERRORS, StrictDataclassError) as error:
         # Of an unknown model_type, what follows is the list of all known ones.
-        what = _last_line(error).split(" Should contain one of")[0]
+        what = last_line(error).split(" Should contain one of")[0]
         raise ModelError(
             f"this is no configuration of a model: {type(error).__name__}: {what}",
             where=where,
@@ -187,22 +187,15 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
         with loading_whole():  # in parts, each rank would draw other numbers
             return factory.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
+        if device_failed(error):
+            raise
         raise ModelError(
             f"no model can be made of this configuration: {type(error).__name__}: "
-            f"{_last_line(error).split(' Model type should be one of')[0]}",
+            f"{last_line(error).split(' Model type should be one of')[0]}",
             where="model.from_config",
             why=NEEDED,
-            fix="mend the field it speaks of, or take the configuration of a model that exists",
+            fix="fix the field named above, or take the configuration of a model that exists",
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library says before it goes into detail."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _last_line(error: Exception) -> str:
-    return [type(error).__name__, *str(error).strip().splitlines()][-1].strip()
 
 
 def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
@@ -240,6 +233,7 @@ def load_weights(
     return _named(model, os.path.abspath(folder))
 
 
+@reads("the model", lambda name, **_: name)
 def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
     """The model of a name or path that a trainer was given, in float32.
 
@@ -248,7 +242,7 @@ def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
     Raises:
         ModelError: it cannot be loaded whole, from safetensors and without code of its own.
     """
-    _refuse_adapter(name)
+    refuse_adapter(name)
     try:
         config = load_pretrained(AutoConfig, name)
         _refuse_kernel(config, name)
@@ -256,7 +250,7 @@ def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
         model: PreTrainedModel = load_complete(factory, name, dtype=torch.float32)
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, name) from error
-    model._rpo_fresh = ()  # type: ignore[assignment]
+    model._rpo_complete = True  # type: ignore[assignment]
     return model
 
 
@@ -269,24 +263,13 @@ def load_tokenizer_named(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _refuse_adapter(name: str) -> None:
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        raise ModelError(
-            "this is a PEFT adapter, not a whole model",
-            where=name,
-            why="whether it is to be merged, or trained further, cannot be guessed",
-            fix="load its base, then PeftModel.from_pretrained(base, directory, is_trainable=True), and "
-            "pass the wrapped model",
-        )
-
-
 def _refuse_kernel(config: Any, where: str) -> None:
     """A config can name an attention kernel on the hub, which is code that runs here."""
     if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
         raise ModelError(
             f"the model's configuration asks for attention code from the hub ({name})",
             where=where,
-            why="that code would run here with all your rights",
+            why="that code would run here with your permissions",
             fix="remove attn_implementation from config.json",
         )
 
@@ -318,7 +301,7 @@ def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
         return ModelError(
             f"the {what} cannot be loaded: it needs code from its repository",
             where=where,
-            why="that code would run here with all your rights",
+            why="that code would run here with your permissions",
             fix="take a model that transformers knows by itself; or read the code, and set "
             "`trust_remote_code: true` under `model`",
         )
@@ -333,7 +316,7 @@ def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
 def _named(model: Any, name: str) -> PreTrainedModel:
     """The model, told to have come from `name`, a hub name or an absolute path: an adapter writes it."""
     model.name_or_path = model.config._name_or_path = name
-    model._rpo_fresh = ()  # see `adapters.fresh_parameters`
+    model._rpo_complete = True  # see `adapter_parts.fresh_parameters`
     return model  # type: ignore[no-any-return]
 
 

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification
 
-from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.errors import ModelError, RecipeError, first_line
 from rpo_trainer.foreign import reads
-from rpo_trainer.loading import auto_class, check_tokens, first_line, saved_config
+from rpo_trainer.loading import auto_class, check_tokens, saved_config
 from rpo_trainer.outputs import check_savable, read_generation, repair_generation, warn_repaired
-from rpo_trainer.pretrained import check_stored
+from rpo_trainer.pretrained import check_stored, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_INDEX = ".safetensors.index.json"
 
 
 @reads("the model's configuration", lambda config, length, where, **_: where)
@@ -32,7 +30,7 @@ def check_context(config: Any, max_length: int, where: str, *, whose: str = "the
         raise ModelError(
             f"max_length {max_length} is beyond {whose} context of {limit} tokens",
             where=where,
-            why="the model has never seen positions so far out, if it has them at all",
+            why="the model was not trained on positions beyond this, and may not have them",
             fix=f"max_length: {limit}, or less",
         )
 
@@ -41,6 +39,8 @@ def positions_of(config: Any) -> int | None:
     """Positions that a model is made for, stretched ropes included; None: its config has no limit."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and limit < 1:  # XLNet's -1
+        return None
     rope = getattr(text, "rope_parameters", None) or {}
     if limit is not None and isinstance(rope.get("factor"), int | float):
         trained = rope.get("original_max_position_embeddings") or limit
@@ -74,7 +74,7 @@ def check_unread(
     """
     factory = auto_class(config, reward=reward, where=where)
     if folder is not None:
-        check_safetensors(folder, where)
+        check_safetensors(folder, where, config)
         check_stored(factory, config, folder, where, trust_remote_code=trust_remote_code)
     rows = getattr(config.get_text_config(), "vocab_size", None) or 0
     if rows:
@@ -85,7 +85,7 @@ def check_unread(
 def check_scorer(folder: Path, where: str) -> None:
     """Raises ModelError where a directory is not a reward model that can be loaded whole."""
     config = saved_config(folder, where)
-    check_safetensors(folder, where)
+    check_safetensors(folder, where, config)
     check_stored(AutoModelForSequenceClassification, config, folder, where)
 
 
@@ -147,26 +147,29 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where
         )
 
 
-def check_safetensors(folder: Path, where: str) -> None:
-    """Raises ModelError where a directory has no weights in safetensors, or damaged ones."""
+def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
+    """Raises ModelError where a directory has no weights in safetensors, or damaged ones.
+
+    Only the files that transformers reads are judged (see `weight_files`).
+    """
     files = sorted(path.name for path in folder.iterdir())
-    weights = [name for name in files if name.endswith((".safetensors", _INDEX))]
-    for name in weights:
-        try:
-            if name.endswith(_INDEX):
-                parts = json.loads((folder / name).read_text())["weight_map"].values()
-                if lacking := sorted(set(parts) - set(files)):
-                    raise ValueError(f"{lacking[0]} is missing")
-            else:
-                with safe_open(folder / name, "pt"):  # reads its head, and knows its length
-                    pass
-        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(
-                f"the model cannot be loaded: {name} is damaged, or no weights ({first_line(error)})",
-                where=where,
-                why="a part of its weights would be missing",
-                fix="copy or download the model's files again (from git: `git lfs pull`)",
-            ) from error
+    name = "the index of its weights"
+    try:
+        weights = weight_files(folder, config)
+        for path in weights:
+            name = path.name
+            if name not in files and path.parent == folder:
+                raise ValueError("it is missing")
+            with safe_open(path, "pt"):  # reads its head, and knows its length
+                pass
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(
+            f"the model cannot be loaded: {name} is damaged or is not a safetensors file "
+            f"({first_line(error)})",
+            where=where,
+            why="a part of its weights would be missing",
+            fix="copy or download the model's files again (from git: `git lfs pull`)",
+        ) from error
     if weights:
         return
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
@@ -178,8 +181,10 @@ def check_safetensors(folder: Path, where: str) -> None:
             fix="take the model's safetensors, or convert them where you trust their origin: "
             "load them with transformers, then `save_pretrained`",
         )
+    others = [name for name in files if name.endswith(".safetensors")]
+    found = f", only {others[0]}, which transformers does not read" if others else ""
     raise ModelError(
-        "the model cannot be loaded: there are no weights beside its configuration",
+        f"the model cannot be loaded: there are no weights beside its configuration{found}",
         where=where,
         why="the stage could not begin",
         fix="give a directory with the model's files, its weights as safetensors",

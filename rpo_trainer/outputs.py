@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
-from rpo_trainer.errors import ModelError, RunError
+from rpo_trainer.errors import ModelError, RunError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,8 +123,8 @@ def warn_repaired(removed: Sequence[str], where: str | None = None) -> str | Non
     if not removed:
         return None
     return (
-        f"{where + ': ' if where else ''}the generation config has {', '.join(removed)}, without effect as "
-        "it stands (with greedy decoding, for example), and transformers refuses to save it so: these fields "
+        f"{where + ': ' if where else ''}the generation config has {', '.join(removed)}, which have no "
+        "effect (with greedy decoding, for example), and transformers refuses to save it so: these fields "
         "are left out of what is written"
     )
 
@@ -143,7 +143,7 @@ def read_generation(folder: Path, where: str) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{GENERATION} cannot be read: {_first(error)}",
+            f"{GENERATION} cannot be read: {first_line(error)}",
             where=where,
             why="the model would generate, and be written, with other settings",
             fix="repair the file, or remove it",
@@ -152,15 +152,11 @@ def read_generation(folder: Path, where: str) -> GenerationConfig | None:
 
 def _not_written(what: str, error: Exception, where: str | None) -> ModelError:
     return ModelError(
-        f"the {what} cannot be saved: {_first(error)}",
+        f"the {what} cannot be saved: {first_line(error)}",
         where=where,
         why="the trained model could not be written at the end",
         fix="correct it (load it, change what the message names, save it again)",
     )
-
-
-def _first(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # --- whether all of it can be written ---
@@ -194,8 +190,8 @@ def check_savable(
         raise RunError(
             f"nothing can be written here: {error.strerror or error}",
             where=str(folder or tempfile.gettempdir()),
-            why="checkpoints and the trained model are",
-            fix="name another output directory, or make room or give the rights",
+            why="checkpoints and the trained model are written here",
+            fix="name another output directory, or free disk space or fix the permissions",
         ) from error
 
 
@@ -294,13 +290,14 @@ def ends_line(model: Any, written: Written, tokenizer: Any) -> str | None:
         return None
     word = tokenizer.convert_ids_to_tokens
     trained = ", ".join(f"{word(t)!r} ({t})" for t in written.ends)
-    stops = ", ".join(f"{word(t)!r} ({t})" for t in base) or "nowhere"
+    stops = ", ".join(f"{word(t)!r} ({t})" for t in base)
+    config = f"stops at {stops}" if stops else "has no eos_token_id"
     own = (
         f"its tokenizer's eos_token is {written.tokenizer.eos_token!r}"
         if written.tokenizer is not tokenizer
         else f"its tokenizer keeps eos_token {tokenizer.eos_token!r}"
     )
     return (
-        f"responses end with {trained} in training, but the model's generation config stops at {stops}: the "
-        f"eos_token_id of what is written has both, and {own}"
+        f"responses end with {trained} in training, but the model's generation config {config}: the saved "
+        f"eos_token_id includes both, and {own}"
     )

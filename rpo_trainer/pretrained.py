@@ -6,23 +6,35 @@ complete: transformers fills tensors that are missing from the files with random
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
-from rpo_trainer.errors import ModelError
+from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.outputs import read_generation
 from rpo_trainer.sharding import loading_whole
 
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+# Not RuntimeError: that may be the device, or memory.
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 ADAPTER_CONFIG = "adapter_config.json"
 _SHOWN = 4  # tensors that an error names
 _INTEGERS = "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"  # dtypes of safetensors
+_TENSORS = re.compile(
+    r"loading state_dict|size mismatch|ignore_mismatched_sizes|conversion of the weights"
+)
 _HEAD = re.compile(r"^lm_head\.")
 
 
@@ -44,12 +56,12 @@ def load_complete(
         settings: further arguments of `from_pretrained`.
 
     Raises:
-        ModelError: tensors that are missing, left over or of another shape; an adapter beside the model.
+        ModelError: tensors that are missing, left over or of another shape; an adapter beside the model; a
+            damaged generation config.
         OSError, ValueError, ...: see `LOADING_ERRORS`.
     """
     where = str(source)
-    if (Path(source) / ADAPTER_CONFIG).is_file():
-        raise _adapter_there(where)
+    refuse_adapter(where)
     try:
         model, info = factory.from_pretrained(
             source,
@@ -59,13 +71,18 @@ def load_complete(
             ignore_mismatched_sizes=True,  # reported below, by name
             **settings,
         )
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if _TENSORS.search(str(error)) is None:
+            raise
         raise _other_tensors(error, where) from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise _adapter_there(where)
-    _require_complete(type(model), info, where, lambda: _headers_of(source, settings))
+        raise _adapter_there(where, beside=False)
+    folder = local_folder(source, settings.get("revision"))
+    _require_complete(
+        model, info, where, lambda: {} if folder is None else stored_tensors(folder, model.config)
+    )
+    if folder is not None and model.can_generate():
+        read_generation(folder, where)
     return model
 
 
@@ -75,33 +92,48 @@ _FIX = (
 )
 
 
-def _adapter_there(where: str) -> ModelError:
+def refuse_adapter(where: str) -> None:
+    """Raises ModelError where a directory holds a PEFT adapter, alone or beside a model."""
+    folder = Path(where)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise _adapter_there(where, beside=has_weights(folder))
+
+
+def _adapter_there(where: str, *, beside: bool) -> ModelError:
     return ModelError(
-        "this directory holds a PEFT adapter, not only a model",
+        f"this directory holds a PEFT adapter{' beside a model' if beside else ', not a whole model'}",
         where=where,
-        why="transformers would load both as one model, whose adapter is neither trained nor merged",
-        fix="name the base model here; load an adapter with PeftModel.from_pretrained(base, directory, "
-        "is_trainable=True) and pass the wrapped model, or name the adapter's directory as `init` of a "
-        "recipe's stage",
+        why="whether it is to be merged, trained further or left out cannot be guessed",
+        fix="move the adapter to a directory of its own"
+        if beside
+        else "load its base, then PeftModel.from_pretrained(base, directory, is_trainable=True), and pass "
+        "the wrapped model; in a recipe, name the adapter's directory as `init` of a stage",
     )
 
 
 def _require_complete(
-    kind: type, info: Mapping[str, Collection[Any]], where: str, headers: Any
+    model: Any,
+    info: Mapping[str, Collection[Any]],
+    where: str,
+    headers: Callable[[], dict[str, tuple[str, list[int]]]],
 ) -> None:
     """Raises ModelError where transformers' loading report is not empty."""
-    found = {
+    lacking = {
         "missing": sorted(info["missing_keys"]),
         "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
-        "unknown": _left_over(kind, info["unexpected_keys"], headers),
     }
+    more = _left_over(model, info["unexpected_keys"], headers)
+    found = {**lacking, "unknown": more}
     if not any(found.values()):
         return
     parts = [f"{what}: {_named(names)}" for what, names in found.items() if names]
     raise ModelError(
-        f"the files of the model do not fit a {kind.__name__}: {'; '.join(parts)}",
+        f"the files of the model do not fit a {type(model).__name__}: {'; '.join(parts)}",
         where=where,
-        why="transformers would fill what is missing with random numbers and leave out the rest",
+        why="transformers would fill what is missing with random numbers and ignore the others"
+        if any(lacking.values())
+        else "the files hold more than this model, such as the other parts of a composite one, which would "
+        "be ignored and not saved again",
         fix=_FIX,
     )
 
@@ -111,12 +143,21 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _left_over(kind: type, unexpected: Collection[str], headers: Any) -> list[str]:
-    """Tensors that hold weights the class has no place for; masks and constants of old releases do not."""
+def _left_over(
+    model: Any,
+    unexpected: Collection[str],
+    headers: Callable[[], dict[str, tuple[str, list[int]]]],
+) -> list[str]:
+    """Tensors that hold weights the model has no place for.
+
+    Masks, constants and buffers that the class computes itself, as old releases saved them, hold none.
+    """
     if not unexpected:
         return []
-    known: dict[str, tuple[str, list[int]]] = headers()
-    classifier = kind.__name__.endswith("ForSequenceClassification")
+    known = headers()
+    classifier = type(model).__name__.endswith("ForSequenceClassification")
+    saved, prefix = model.state_dict(), model.base_model_prefix + "."
+    computed = {name for name, _ in model.named_buffers() if name not in saved}
     return sorted(
         name
         for name in unexpected
@@ -124,16 +165,53 @@ def _left_over(kind: type, unexpected: Collection[str], headers: Any) -> list[st
             classifier and _HEAD.match(name)
         )  # a language head, which a classifier does not use
         and not (name in known and (known[name][0] in _INTEGERS or not known[name][1]))
+        and not computed & {name, prefix + name, name.removeprefix(prefix)}
     )
 
 
 # --- without reading the weights ---
 
 
-def stored_tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of each tensor in a directory's safetensors files, from their headers."""
+def weight_files(folder: Path, config: Any = None) -> list[Path]:
+    """The safetensors files of a directory that transformers reads, and no others that lie there.
+
+    They are `model.safetensors`, or else the parts that `model.safetensors.index.json` names, or else none.
+
+    Args:
+        config: the model's, which can name another file (`transformers_weights`) and more of them.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    named = getattr(config, "transformers_weights", None)
+    choices = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    name = next((name for name in choices if (folder / name).is_file()), None)
+    if name is None:
+        return []
+    names = {name}
+    if name.endswith(".index.json"):
+        try:
+            names = set(
+                json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+            )
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{name}: {first_line(error)}") from error
+    names |= {
+        more for more in getattr(type(config), "extra_files", ()) if (folder / more).is_file()
+    }
+    return [folder / str(each) for each in sorted(names, key=str)]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a directory holds the weights of a whole model, in safetensors or pickled."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    return any((folder / name).is_file() for name in names)
+
+
+def tensors_in(files: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of each tensor in safetensors files, from their headers."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(name)
@@ -141,9 +219,9 @@ def stored_tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def _headers_of(source: str | Path, settings: Mapping[str, Any]) -> Any:
-    folder = local_folder(source, settings.get("revision"))
-    return {} if folder is None else stored_tensors(folder)
+def stored_tensors(folder: Path, config: Any = None) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of each tensor that a directory's model is loaded from (see `weight_files`)."""
+    return tensors_in(weight_files(folder, config))
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path | None:
@@ -170,22 +248,24 @@ def check_stored(
     """
     if getattr(config, "quantization_config", None) is not None:
         return
-    kind, info = loading_report(factory, config, folder, where, trust_remote_code=trust_remote_code)
-    if kind is not None:
-        _require_complete(kind, info, where, lambda: stored_tensors(folder))
+    model, info = loading_report(
+        factory, config, folder, where, trust_remote_code=trust_remote_code
+    )
+    if model is not None:
+        _require_complete(model, info, where, lambda: stored_tensors(folder, config))
 
 
 def loading_report(
     factory: Any, config: Any, folder: Path, where: str, *, trust_remote_code: bool = False
-) -> tuple[type | None, Mapping[str, Collection[Any]]]:
-    """Class and loading report of a model whose weights are not read; class None: it cannot be told.
+) -> tuple[Any, Mapping[str, Collection[Any]]]:
+    """A model whose weights are not read, and its loading report; None: it cannot be told.
 
     Args:
         factory: an Auto class, or the model's own class.
     """
     stored = {
         name: torch.empty(shape, device="meta")
-        for name, (_, shape) in stored_tensors(folder).items()
+        for name, (_, shape) in stored_tensors(folder, config).items()
     }
     try:
         with loading_whole(), quiet_loading():
@@ -193,7 +273,7 @@ def loading_report(
             if not hasattr(factory, "config_class"):
                 with torch.device("meta"):
                     kind = type(factory.from_config(config, trust_remote_code=trust_remote_code))
-            _, info = kind.from_pretrained(
+            model, info = kind.from_pretrained(
                 None,
                 config=config,
                 state_dict=stored,
@@ -204,10 +284,12 @@ def loading_report(
                 use_safetensors=True,
             )
     except RuntimeError as error:
+        if _TENSORS.search(str(error)) is None:
+            raise
         raise _other_tensors(error, where) from error
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
         return None, {}  # no model can be made of the configuration: said where one is made
-    return kind, info
+    return model, info
 
 
 @contextmanager
@@ -231,10 +313,6 @@ def _other_tensors(error: RuntimeError, where: str) -> ModelError:
     return ModelError(
         "the model cannot be loaded: its files do not hold the tensors of its class",
         where=where,
-        why=_last_line(error),
+        why=last_line(error),
         fix=_FIX,
     )
-
-
-def _last_line(error: Exception) -> str:
-    return [type(error).__name__, *str(error).strip().splitlines()][-1].strip()

@@ -119,8 +119,8 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
         nn.init.normal_(weights, std=getattr(config.get_text_config(), "initializer_range", 0.02))
     made.name_or_path = source.name_or_path
     made._rpo_made = tuple(f"score.{name}" for name, _ in made.score.named_parameters())
-    if hasattr(source, "_rpo_fresh"):
-        made._rpo_fresh = source._rpo_fresh
+    if hasattr(source, "_rpo_complete"):
+        made._rpo_complete = source._rpo_complete
     made.train(source.training)
     return made
 

@@ -47,7 +47,7 @@ def test_max_length_beyond_the_context(settings: dict[str, Any], limit: int) -> 
     assert str(error.value) == (
         f"stages.dpo.max_length: max_length {limit + 1} is beyond the model's context of {limit} "
         "tokens\n"
-        "  why: the model has never seen positions so far out, if it has them at all\n"
+        "  why: the model was not trained on positions beyond this, and may not have them\n"
         f"  fix: max_length: {limit}, or less"
     )
 

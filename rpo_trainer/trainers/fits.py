@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from rpo_trainer.data import end_token_ids
+from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError
 from rpo_trainer.model_checks import positions_of
 from rpo_trainer.sharding import rows_of
@@ -19,7 +20,11 @@ from rpo_trainer.trainers.examples import Examples
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 0.01  # of the ends of trained spans; rarer ones may be where a response was cut
+_SHARE = (
+    0.01  # of trained spans or of a token's occurrences; rarer ones may be where a response was cut
+)
+_OFFSETS = 8  # rows that a table may have before its first position: 2 in OPT and BART
+_ROWS = 256  # of a data set that are read at once
 
 
 def check_fit(
@@ -28,8 +33,8 @@ def check_fit(
     """Raises ModelError where examples have tokens or positions that a model has no weights for.
 
     Every response restarts at its prompt's length, so an example is as long as its prompt and its longest
-    response, however rows are packed. Beyond the trained length of rotary positions there is a WARNING only:
-    they can be computed.
+    response, however rows are packed. Where positions are computed (rotary, ALiBi) or a model has none, there
+    is only a WARNING beyond the length that it was trained with.
     """
     if examples is None or not len(examples):
         return
@@ -47,10 +52,10 @@ def check_fit(
     limit = positions_of(inner.config)
     if limit is None or longest <= limit:
         return
-    if any("Rotary" in type(part).__name__ for part in inner.modules()):
+    if not _has_table(inner, limit):
         logger.warning(
-            "the longest example of the %s data has %d tokens; %s was made for %d positions (its config), "
-            "and computes the others untrained",
+            "the longest example of the %s data has %d tokens; %s was trained for %d positions; later "
+            "positions are extrapolated",
             name, longest, whose, limit,
         )  # fmt: skip
         return
@@ -59,6 +64,25 @@ def check_fit(
         why="there are no weights for positions beyond its table",
         fix=f"set max_length={limit}, or less",
     )
+
+
+def _has_table(inner: Any, positions: int) -> bool:
+    """Whether a model looks its positions up in a table: an embedding or a buffer of about as many rows."""
+    parts = list(inner.modules())
+    if any("Rotary" in type(part).__name__ for part in parts):
+        return False
+    tokens = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    for part in parts:
+        if any(part is each for each in tokens) or hasattr(
+            part, "make_weights"
+        ):  # a table that grows
+            continue
+        sizes = [len(b) for b in part.buffers(recurse=False) if b.dim() == 2]
+        if isinstance(part, nn.Embedding):
+            sizes.append(part.num_embeddings)
+        if any(positions <= size <= positions + _OFFSETS for size in sizes):
+            return True
+    return False
 
 
 def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
@@ -72,24 +96,37 @@ def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
 def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
     """The control tokens that trained spans end with, the most frequent first.
 
-    What else a span ends with, where a response was cut or a mask has holes, ends nothing.
+    Tokens that training continues after, such as the end of an analysis before its answer, are left out:
+    a model that stopped there would not finish. So is what a cut response or a mask with holes ends with.
     """
     if examples is None or not len(examples) or tokenizer is None:
         return []
-    counts: Counter[int] = Counter()
-    for ids, mask, last in _responses(examples):
-        followed = np.append(mask[1:], 0) & ~last
-        found, times = np.unique(ids[(mask == 1) & (followed == 0)], return_counts=True)
-        counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
-    added = getattr(tokenizer, "added_tokens_decoder", {})
     known = _known_ends(tokenizer)
-    control = {token for token, each in added.items() if each.special}
-    least = _SHARE * sum(counts.values())
-    return [
-        token
-        for token, count in counts.most_common()
-        if token in known or (token in control and count >= least)
-    ]
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    candidates = np.array(sorted(known | {t for t, each in added.items() if each.special}))
+    ends: Counter[int] = Counter()
+    inside: Counter[int] = Counter()
+    spans = 0
+    for ids, mask, last in _responses(examples):
+        trained = mask == 1
+        followed = trained & np.append(trained[1:], False) & ~last
+        final = trained & ~followed
+        spans += int(final.sum())
+        for chosen, counts in ((final, ends), (followed, inside)):
+            tokens = ids[chosen]
+            found, times = np.unique(tokens[np.isin(tokens, candidates)], return_counts=True)
+            counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
+    often = [t for t, n in ends.most_common() if t in known or n >= _SHARE * spans]
+    continued = [t for t in often if inside[t] > _SHARE * (inside[t] + ends[t])]
+    if (unsaid := [t for t in continued if t in known]) and is_main():
+        logger.warning(
+            "%s: not added to the saved eos_token_id, because training continues after it in a response",
+            ", ".join(
+                f"{tokenizer.convert_ids_to_tokens(t)!r} ends {ends[t]} trained spans and is in {inside[t]}"
+                for t in unsaid
+            ),
+        )  # fmt: skip
+    return [t for t in often if t not in continued]
 
 
 def _known_ends(tokenizer: Any) -> set[int]:
@@ -100,7 +137,7 @@ def _known_ends(tokenizer: Any) -> set[int]:
 
 
 def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
-    """Of many responses after each other: token ids, masks, and whether a token is a response's last."""
+    """Of some responses after each other: token ids, masks, and whether a token is a response's last."""
     rows = examples.rows
     if not hasattr(rows, "with_format"):
         for row in rows:
@@ -113,15 +150,15 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
         return
     import pyarrow.compute as pc
 
-    table = rows.with_format("arrow")[:]
-    responses = pc.list_flatten(table["response_ids"])
-    lengths = pc.list_value_length(responses).to_numpy()
-    ids = pc.list_flatten(responses).to_numpy()
-    mask = pc.list_flatten(pc.list_flatten(table["response_mask"])).to_numpy()
-    last = np.zeros(len(ids), dtype=bool)
-    last[np.cumsum(lengths)[lengths > 0] - 1] = True
-    if 0 < len(ids) == len(mask):
-        yield ids, mask.astype(np.int64), last
+    for table in _tables(rows, ["response_ids", "response_mask"]):
+        responses = pc.list_flatten(table["response_ids"])
+        lengths = pc.list_value_length(responses).to_numpy()
+        ids = pc.list_flatten(responses).to_numpy()
+        mask = pc.list_flatten(pc.list_flatten(table["response_mask"])).to_numpy()
+        last = np.zeros(len(ids), dtype=bool)
+        last[np.cumsum(lengths)[lengths > 0] - 1] = True
+        if 0 < len(ids) == len(mask):
+            yield ids, mask, last
 
 
 def _extremes(examples: Examples) -> tuple[int, int, int]:
@@ -135,10 +172,18 @@ def _extremes(examples: Examples) -> tuple[int, int, int]:
         return max(ids), min(ids), longest
     import pyarrow.compute as pc
 
-    table = rows.with_format("arrow")[:]
-    parts = (
-        pc.list_flatten(table["prompt_ids"]),
-        pc.list_flatten(pc.list_flatten(table["response_ids"])),
-    )
-    found = [pc.min_max(part).as_py() for part in parts if len(part)]
+    found = [
+        pc.min_max(part).as_py()
+        for table in _tables(rows, ["prompt_ids", "response_ids"])
+        for part in (
+            pc.list_flatten(table["prompt_ids"]),
+            pc.list_flatten(pc.list_flatten(table["response_ids"])),
+        )
+        if len(part)
+    ]
     return max(f["max"] for f in found), min(f["min"] for f in found), longest
+
+
+def _tables(rows: Any, columns: list[str]) -> Iterator[Any]:
+    """The columns of a data set as Arrow tables of a few rows: they are not copied whole."""
+    yield from rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS)

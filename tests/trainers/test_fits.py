@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpo_trainer import (
@@ -19,6 +20,8 @@ from rpo_trainer import (
 )
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.fits import check_fit
 from tests.models import VOCABULARY, make_model
 
 
@@ -117,6 +120,64 @@ def test_rotary_positions_can_be_computed_beyond(
     with caplog.at_level(logging.WARNING, "rpo_trainer"):
         sft(make_model(max_position_embeddings=32), tmp_path, [row(16, (20,))] * 2).train()
     assert "36 tokens" in caplog.text and "32 positions" in caplog.text
+
+
+TINY = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BODY = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+# How a model knows positions: what limits it, or nothing.
+POSITIONS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "learned": ("gpt_neo", {
+        "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 32,
+        "attention_types": [[["global", "local"], 1]],
+    }, True),
+    "learned, with an offset": ("opt", {
+        "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 32, "word_embed_proj_dim": 16,
+    }, True),
+    "computed once": ("gptj", {
+        "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "rotary_dim": 4,
+    }, True),
+    "computed as needed": ("xglm", {
+        "d_model": 16, "ffn_dim": 16, "num_layers": 1, "attention_heads": 2, "max_position_embeddings": 32,
+    }, False),
+    "none": ("granitemoehybrid", {
+        **BODY, "num_key_value_heads": 2, "layer_types": ["attention", "attention"],
+        "position_embedding_type": None, "num_local_experts": 0, "shared_intermediate_size": 16,
+        "mamba_n_heads": 2,
+    }, False),
+    "recurrent": ("rwkv", {
+        "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "context_length": 32,
+    }, False),
+    "no limit": ("xlnet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_only_a_table_of_positions_ends(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    family, settings, limited = POSITIONS[case]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY, **settings))
+    ids = torch.full((1, 40), 5)
+
+    def runs() -> bool:
+        try:
+            return bool(model.eval()(input_ids=ids, use_cache=False).logits.isfinite().all())
+        except (IndexError, RuntimeError):
+            return False
+
+    def accepted() -> bool:
+        try:
+            check_fit(model, Examples([row(20, (20,))]), "train")
+        except ModelError:
+            return False
+        return True
+
+    with caplog.at_level(logging.WARNING, "rpo_trainer"):
+        assert accepted() == runs() == (not limited)
+    assert ("40 tokens" in caplog.text) == (not limited and case != "no limit")
 
 
 MIXTURES = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
+from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -215,6 +216,33 @@ def test_tokens_where_a_response_was_cut_end_nothing(tmp_path: Path) -> None:
         processing_class=tokenizer(),
     )  # fmt: skip
     assert trainer.written.ends == (3, 4)  # often enough to be an end of its own
+
+
+PARTS = {  # trained responses, the base's end being 0 → ends
+    "an analysis before its answer": ([[7, 4], [8, 4, 9, 0]], (0,)),
+    "the marker of the template": ([[7, 3], [8, 3, 9, 3]], ()),
+    "one stray token in many": ([[7, 3]] * 199 + [[8, 3, 9, 3]], (3,)),
+    "the next response": ([[7, 3], [3, 3], [3]], ()),
+}
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("case", PARTS)
+def test_tokens_that_training_continues_after_end_nothing(
+    case: str, table: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    responses, ends = PARTS[case]
+    rows: Any = [
+        {"prompt_ids": [6], "response_ids": [r], "response_mask": [[1] * len(r)]} for r in responses
+    ]
+    with caplog.at_level(logging.WARNING, "rpo_trainer"):
+        trainer = SFTTrainer(
+            model(), args=args(SFTConfig, tmp_path),
+            train_dataset=Dataset.from_list(rows) if table else rows,
+            processing_class=tokenizer(END + PROMPT),
+        )  # fmt: skip
+    assert trainer.written.ends == ends
+    assert ("not added to the saved eos_token_id" in caplog.text) == (ends == ())
 
 
 def test_a_template_that_writes_the_end_token_elsewhere_keeps_it(tmp_path: Path) -> None:
