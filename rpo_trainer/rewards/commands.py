@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT = ".report.json"  # behind the name of the output: how it was made
+REPORT = ".report.json"  # added to the name of the output: how it was made
 Say = Callable[[str], None]
 
 
@@ -85,7 +85,7 @@ def _locked(out: Path) -> Iterator[None]:
         raise RunError(
             "another process is writing this file",
             where=str(out),
-            why="rows of two would stand in it mixed",
+            why="the rows of two processes would be mixed in it",
             fix="wait for it, or stop it",
         ) from None
     except OSError as error:
@@ -132,7 +132,7 @@ def _finished(out: Path, key: str) -> bool:
 
 
 def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
-    """What the output was made with; written behind it, and what makes it finished."""
+    """What the output was made with; written after it, and what makes it finished."""
     content = {
         "key": key, "xxh3_128": file_digest(out), "rows": rows, "settings": redact_values(settings),
     }  # fmt: skip

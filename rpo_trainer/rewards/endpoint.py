@@ -103,7 +103,7 @@ class Endpoint:
                     unreadable = str(cause)
                     continue
                 raise RowFailed(
-                    f"the endpoint is not reached ({_short(str(cause))})", service=True
+                    f"the endpoint cannot be reached ({_short(str(cause))})", service=True
                 ) from None
             except RecursionError:
                 unreadable = "JSON that is nested too deeply"
@@ -177,18 +177,18 @@ def _client(spec: EndpointSpec, key: str | None, clean: Callable[[bytes], bytes]
         ) from None
     if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
         raise RecipeError(
-            f"the key in {spec.api_key_env} has a line break, a space at an end, or letters beyond "
-            "ASCII",
+            f"the key in {spec.api_key_env} has a line break, a space at an end, or "
+            "non-ASCII characters",
             where=spec.url,
             why="an HTTP header cannot carry it",
-            fix=f"set {spec.api_key_env} to the key alone",
+            fix=f"set {spec.api_key_env} to the key only",
         )
     from rpo_trainer.rewards.http_client import BoundedClient
 
     redact_logs_of("openai", "httpx", "httpcore", "httpx2", "httpcore2")
     parts = urlsplit(spec.url)
     return openai.OpenAI(
-        # The client appends paths to its base url, and would do so behind a query.
+        # The client appends paths to its base url, and would do so after a query.
         base_url=urlunsplit(parts._replace(query="", fragment="")),
         default_query=dict(parse_qsl(parts.query)),
         # A server without keys does not read it, and the client needs some text.
@@ -207,7 +207,7 @@ def _redirected(url: str, error: Any) -> RunError:
         f"the endpoint redirects ({error.status_code}) to {target}",
         where=url,
         why="prompts and the key are sent only to the host that is named",
-        fix="if that is the right address, name it as the url",
+        fix="if that is the right address, set it as `url`",
     )
 
 

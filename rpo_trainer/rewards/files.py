@@ -23,7 +23,7 @@ _COLUMNS = {column for verifier in VERIFIERS.values() for column in verifier.col
     "answers", "finished", "judge", "policies", "rewards", "sampling", "scores",
     "special_tokens",
 }  # fmt: skip
-_USED = ("role", "content", "weight", "tool_calls")  # keys that are no part of `response_fields`
+_USED = ("role", "content", "weight", "tool_calls")  # keys that are not in `response_fields`
 
 
 @dataclass(frozen=True)

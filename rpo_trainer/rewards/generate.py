@@ -109,7 +109,7 @@ def iter_responses(
     Args:
         prompts: texts, or lists of messages for the tokenizer's chat template.
         wanted: indices of the prompts to sample for. Batches are those of all prompts: a run that
-            goes on computes with the shapes, and so the rounding, of one that was never stopped.
+            resumes computes with the shapes, and so the rounding, of one that was never stopped.
         responses: K, at least 1.
         max_new_tokens: limit of a response, its end token included.
         temperature: above 0; 1 samples from the policy as it is.
@@ -276,7 +276,7 @@ def _generate_batch(
     choice: list[LogitsProcessor],
     device: torch.device,
 ) -> list[list[int]]:
-    """The new tokens behind each of the encoded prompts."""
+    """The new tokens after each of the encoded prompts."""
     width = max(map(len, encoded))
     pad = config.pad_token_id
     ids = [[pad] * (width - len(row)) + row for row in encoded]
@@ -309,13 +309,13 @@ def _encode(
             str(error),
             where=f"prompt {index}",
             why="no response can be sampled to it",
-            fix="mend the row, or give the tokenizer another chat template",
+            fix="fix the row, or give the tokenizer another chat template",
         ) from error
     if not ids:
         raise DataError(
             "the prompt has no token",
             where=f"prompt {index}",
-            why="the first token of a response is drawn from what the model says behind the prompt",
+            why="the first token of a response is drawn from what the model predicts after the prompt",
             fix="leave the row out, or give its prompt some text",
         )
     return ids
@@ -339,11 +339,11 @@ def _decoder(
         return decode
     before = decode(prompt_ids)
 
-    def decode_behind_prompt(ids: list[int]) -> str:
+    def decode_after_prompt(ids: list[int]) -> str:
         text = decode(prompt_ids + ids)
         return text[len(before) :] if text.startswith(before) else decode(ids)
 
-    return decode_behind_prompt
+    return decode_after_prompt
 
 
 def _sample(row: list[int], ends: list[int], to_text: Callable[[list[int]], str]) -> Sample:
@@ -393,7 +393,7 @@ def check_room(
             f"the longest prompt has {longest} tokens, and with max_new_tokens {max_new_tokens} "
             f"goes beyond the model's context of {limit}",
             where=where,
-            why="the model has learnt no positions beyond it: what it says there is noise",
+            why="the model was not trained on positions beyond it, and its output there is noise",
             fix="lower max_new_tokens, or leave the longest prompts out",
         )
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class RewardModel:
     """A sequence classifier: one score for each of its labels, weighted to one reward.
 
-    A response is read as the policy is trained on it: behind its prompt, through the chat template,
+    A response is read as the policy is trained on it: after its prompt, through the chat template,
     with its end marker. The scores are those at the last token. A row's prompt is computed once for
     all its responses, and no token is padding, if the model allows it (see `probe`).
 
@@ -42,7 +42,7 @@ class RewardModel:
         layout: the only one to try; None: the fastest that agrees with plain forwards.
 
     Raises:
-        ModelError: it cannot be loaded, is no decoder with a score head, or agrees with no layout.
+        ModelError: it cannot be loaded, is not a decoder with a score head, or agrees with no layout.
         RecipeError: weights that do not fit its labels.
     """
 
@@ -148,7 +148,7 @@ _Example = dict[str, Any]  # of `batch.pack`, without its masks
 
 
 def _examples(texts: list[list[int]]) -> list[_Example]:
-    """Texts of one row behind the tokens that they share; each by itself where they share none."""
+    """Texts of one row after the tokens that they share; each by itself where they share none."""
     columns = enumerate(zip(*texts, strict=False))
     shortest = min(map(len, texts), default=0)
     shared = next((i for i, column in columns if len({*column}) > 1), shortest)
@@ -187,7 +187,7 @@ def _batches(
 
 
 def _until_end(ids: list[int], mask: list[int]) -> list[int]:
-    """Up to the response's last token: what a template writes behind it is not part of it."""
+    """Up to the response's last token: what a template writes after it is not part of it."""
     if 1 not in mask:
         raise RowError("a response without a token")
     return ids[: len(mask) - mask[::-1].index(1)]

@@ -81,7 +81,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
             found[name] = float(value)
         except ValueError:
             raise RecipeError(
-                f"{value!r} is no number",
+                f"{value!r} is not a number",
                 where="--weights",
                 why="the score of an attribute is multiplied by its weight",
                 fix=f"write it as in {name}=0.5",

@@ -117,7 +117,7 @@ def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
 def _in_order(
     responses: list[Scored], row: dict[str, Any], chosen: str
 ) -> tuple[list[Scored], bool]:
-    """Best first, or the ground truth first and the others behind it; whether the truth is first."""
+    """Best first, or the ground truth first and the others after it; whether the truth is first."""
     ordered = sorted(responses, key=lambda scored: -scored.reward)  # stable
     truth = str(row.get("ground_truth") or "").strip()
     found = [scored for scored in ordered if truth and scored.text.strip() == truth]

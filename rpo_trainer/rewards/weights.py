@@ -48,7 +48,9 @@ def resolve_weights(
     unknown = [name for name in weights if name not in attributes]
     if missing or unknown:
         faults = [f"no weight for {name}" for name in missing]
-        faults += [f"a weight for {name}, which is no attribute of the model" for name in unknown]
+        faults += [
+            f"a weight for {name}, which is not an attribute of the model" for name in unknown
+        ]
         raise RecipeError(
             "; ".join(faults),
             where="reward_weights",

@@ -51,7 +51,7 @@ def test_scores_by_attribute(text: str, scores: dict[str, float]) -> None:
 def test_lone_surrogates_are_replaced_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     broken, whole = "half \ud83d here, \U0001f600", "half \ufffd here, \U0001f600"
     assert message_of(_answer(broken)) == whole
-    assert _response(_answer(broken)) == (whole, True)
+    assert _response(_answer(broken)) == (whole, True, "")
     assert read_verdict(_answer(broken + "[[A]]"))[1] == whole + "[[A]]"
     tokens = SimpleNamespace(content=[SimpleNamespace(token="re\udfffward", logprob=1.0)])
     assert attribute_scores(_answer("", logprobs=tokens))[0] == {"re\ufffdward": 1.0}

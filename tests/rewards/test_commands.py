@@ -273,7 +273,7 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
         (("--verifier", "exact", "--name", "m"), "--name belongs to"),
         (("--verifier", "exact", "--max-tokens", "5"), "belong to --judge"),
         (("--verifier", "exact", "--weights", "a=1"), "`weights` belongs to"),
-        (("--model", "m", "--weights", "a=x"), "'x' is no number"),
+        (("--model", "m", "--weights", "a=x"), "'x' is not a number"),
         (("--model", "m", "--weights", "a=1,b"), "'b' is not name=value"),
         (("--model", "m", "--weights", "a=1,a=2"), "'a' is given two weights"),
         (("--model", "m", "--weights", "nobodys"), "no published weights 'nobodys'"),

@@ -84,7 +84,7 @@ def test_a_wait_longer_than_the_clients_is_kept_too(monkeypatch: pytest.MonkeyPa
         (refused(500, "boom"), "refuses: 500 boom", True),
         (refused(429, "slow down"), "refuses: 429 slow down", True),
         (refused(400, "too long"), "refuses: 400 too long", False),
-        (Answer(hang_up=True), "is not reached", True),
+        (Answer(hang_up=True), "cannot be reached", True),
         (Answer("x", stall=1.0), "no complete answer within 0.2 s", True),
         (Answer(body=b"{"), "cannot be read", False),
         (Answer(text=""), "cannot be read: a completion without text", False),
@@ -113,7 +113,7 @@ def test_what_refuses_every_request_stops_the_run(status: int) -> None:
 def test_nobody_there() -> None:
     with serving(lambda *_: Answer("x")) as server:
         pass
-    with pytest.raises(RowFailed, match="is not reached") as failed:
+    with pytest.raises(RowFailed, match="cannot be reached") as failed:
         endpoint(server, retries=0).chat(HELLO, message_of)
     assert failed.value.service
 

@@ -157,7 +157,7 @@ def test_an_address_in_a_refusal_hides_its_password() -> None:
 def test_a_server_without_tls_is_a_failed_row() -> None:
     with serving(lambda *_: Answer("x")) as server:
         spec = EndpointSpec(url=server.url.replace("http:", "https:"), model="m", retries=0)
-        with pytest.raises(RowFailed, match="is not reached") as failed:
+        with pytest.raises(RowFailed, match="cannot be reached") as failed:
             Endpoint(spec).chat(HELLO, message_of)
     assert failed.value.service
 

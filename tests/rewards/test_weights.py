@@ -30,7 +30,7 @@ def test_without_weights_the_mean():
     [
         ("nemotron", r"(?s)published weights 'nemotron'.*nemotron-4-340b-reward"),
         ({"a": 1.0}, "no weight for b"),
-        ({"a": 1.0, "b": 1.0, "c": 1.0}, "a weight for c, which is no attribute"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, "a weight for c, which is not an attribute"),
         ({"a": 0.0, "b": 0.0}, "all weights are 0"),
         ("nemotron-4-340b-reward", "no weight for a; no weight for b; a weight for helpfulness"),
     ],

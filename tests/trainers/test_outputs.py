@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from huggingface_hub.utils import filter_repo_objects
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
