@@ -144,12 +144,40 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="the settings do not fit together, or not this model",
             fix="fix them: target_modules name layers of the model, r and lora_alpha are numbers",
         ) from error
-    _require_same(
-        wrapped, before,
-        what="the adapter changes the model before anything is learnt",
-        fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
-    )  # fmt: skip
+    try:
+        _require_same(
+            wrapped, before,
+            what="the adapter changes the model before anything is learnt",
+            fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
+        )  # fmt: skip
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        odd = ", ".join(_odd_targets(wrapped))
+        raise ModelError(
+            "the model cannot run with this adapter"
+            + (
+                f": the targets {odd} compute more than a linear layer, as routers do"
+                if odd
+                else ""
+            ),
+            where="peft",
+            why=first_line(error),
+            fix="leave these modules out: list them in exclude_modules, or the others in target_modules",
+        ) from error
     return wrapped  # type: ignore[no-any-return]
+
+
+def _odd_targets(wrapped: nn.Module) -> list[str]:
+    """Last names of adapted linear layers whose class has a forward of its own."""
+    layers = ((name, getattr(part, "base_layer", None)) for name, part in wrapped.named_modules())
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, layer in layers
+            if isinstance(layer, nn.Linear)
+            and type(layer).forward is not nn.Linear.forward
+            and not type(layer).__module__.startswith("bitsandbytes")
+        }
+    )
 
 
 @contextmanager

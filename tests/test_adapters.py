@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpo_trainer import adapter_files, adapters
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.loading import load_weights
 from rpo_trainer.probe import probe
 from tests.models import make_model
 from tests.test_step import compare, plain_logprobs, random_examples
@@ -133,7 +134,7 @@ def test_prompt_learning_is_refused_with_the_reason(number: int, wrapped: bool) 
     model = peft.get_peft_model(model, config) if wrapped else model
     with pytest.raises(ModelError, match="virtual tokens stand before a row") as error:
         adapters.require_fit_model(model) if wrapped else adapters.with_adapter(model, config)
-    assert str(config.peft_type.value) in error.value.what and "take LoRA" in str(error.value.fix)
+    assert str(config.peft_type.value) in error.value.what and "use LoRA" in str(error.value.fix)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,56 @@ def test_what_would_be_wrong_is_refused(config: Any, words: str) -> None:
     import re
 
     assert re.search(words, str(error.value), flags=re.DOTALL), str(error.value)
+
+
+def routed(family: str) -> Any:
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            family, vocab_size=61, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1,
+            head_dim=8, intermediate_size_mlp=16, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
+def test_routers_among_the_targets_are_named(family: str) -> None:
+    with pytest.raises(ModelError, match="router"):
+        adapters.with_adapter(routed(family), lora(target_modules="all-linear"))
+    excluded = lora(target_modules="all-linear", exclude_modules=["router"])
+    assert adapters.is_adapted(adapters.with_adapter(routed(family), excluded))
+
+
+def old_experts(folder: Path, *, without: str = "nothing") -> None:
+    """A LoRA adapter of Mixtral as transformers 4 names it: one pair for each expert."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM",
+        base_model_name_or_path="base",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    tensors = {}
+    for layer, expert in ((layer, expert) for layer in range(2) for expert in range(4)):
+        for name, (width, out) in {"w1": (32, 16), "w2": (16, 32), "w3": (32, 16)}.items():
+            stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(2, width)
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(out, 2)
+    kept = {name: t for name, t in tensors.items() if without not in name}
+    save_file(kept, folder / adapter_files.WEIGHTS)
+
+
+def test_experts_as_transformers_4_names_them(tmp_path: Path) -> None:
+    old_experts(tmp_path)
+    model = adapters.load_adapter(routed("mixtral"), tmp_path, trainable=True)
+    torch.manual_seed(0)
+    below = routed("mixtral")
+    below.load_state_dict(adapters._base_state(model), strict=False)
+    assert (logps(model) - logps(below)).abs().max() > 0.01
+    with torch.device("meta"):
+        unread = routed("mixtral")
+    adapters.check_unread(tmp_path, unread, "here")
+    old_experts(tmp_path, without="layers.1.")
+    with pytest.raises(ModelError):
+        adapters.load_adapter(routed("mixtral"), tmp_path, trainable=True)
 
 
 def test_loftq_is_refused_by_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,8 +335,19 @@ def test_what_cannot_be_read_is_said(saved: Path) -> None:
     adapter_files.describe(saved, "some/hub-name")
     assert adapter_files.base_of(saved) == "some/hub-name"
     adapter_files.describe(saved, "")
-    with pytest.raises(ModelError, match="does not say what it is an adapter of"):
+    with pytest.raises(ModelError, match="does not name its base model"):
         adapter_files.base_of(saved)
+
+
+def test_other_files_beside_an_adapter(saved: Path) -> None:
+    make_model().config.save_pretrained(saved)  # as some programs save it
+    save_file({"x": torch.ones(2)}, saved / "draft.safetensors")
+    assert adapter_files.is_adapter(saved)
+    adapters.load_adapter(make_model(), saved, trainable=True)
+    with pytest.raises(ModelError, match="PEFT adapter"):
+        load_weights(saved)
+    make_model().save_pretrained(saved)
+    assert not adapter_files.is_adapter(saved)
 
 
 def _without(folder: Path, part: str) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from rpo_trainer import adapter_files, model_checks
+from rpo_trainer import adapter_files, loading, model_checks
+from rpo_trainer.adapters import load_adapter
 from rpo_trainer.data import load_rows, set_chat_template
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.bounds import TemplateLimit, limited
@@ -73,6 +76,7 @@ def test_damaged_files_of_a_model(file: str, content: bytes, place: Path) -> Non
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_damaged_index_of_weights(content: bytes, place: Path) -> None:
     config = saved_config(place / "model", "here")
+    (place / "model" / "model.safetensors").unlink()
     (place / "model" / "model.safetensors.index.json").write_bytes(content)
     with pytest.raises(ModelError) as error:
         model_checks.check_unread(config, place / "model", tokens=5, reward=False, where="here")
@@ -106,10 +110,46 @@ def test_our_own_errors_and_those_of_devices_pass() -> None:
     for error in (RecipeError("ours"), RuntimeError("CUDA error"), KeyboardInterrupt()):
         with pytest.raises(type(error)), reading("it", "here"):
             raise error
-    for error in (RecursionError(), OverflowError("x"), MemoryError(), AssertionError("x")):
+    for error in (RecursionError(), OverflowError("x"), AssertionError("x")):
         with pytest.raises(ModelError) as raised, reading("the model", "here"):
             raise error
         assert raised.value.where == "here" and type(error).__name__ in raised.value.what
+
+
+MEMORY = {
+    "python": MemoryError(),
+    "cpu": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    ),
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+}
+
+
+@pytest.mark.parametrize("case", [*MEMORY, "device"])
+@pytest.mark.parametrize("what", ["directory", "name", "from_config", "adapter"])
+def test_memory_and_devices_are_no_fault_of_the_files(
+    what: str, case: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise MEMORY.get(case, RuntimeError("CUDA error: no kernel image is available"))
+
+    base: Any = llama()
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "adapter")
+    for owner, name in (
+        (loading.AutoModelForCausalLM, "from_pretrained"),
+        (loading.AutoModelForCausalLM, "from_config"), (PeftModel, "from_pretrained"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, fails)
+    spec = ModelSpec(from_config={"model_type": "llama"}, tokenizer="characters", dtype="float32")
+    load = {
+        "directory": lambda: loading.load_weights(place / "model"),
+        "name": lambda: loading.load_model_named(str(place / "model")),
+        "from_config": lambda: loading.load_model(spec, place, seed=0, vocabulary=9),
+        "adapter": lambda: load_adapter(base, place / "adapter", trainable=True),
+    }[what]
+    with pytest.raises(RuntimeError if case == "device" else ModelError) as error:
+        load()
+    assert case == "device" or "not enough memory" in error.value.what
 
 
 # --- pipes, devices, loops ---

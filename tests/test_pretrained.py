@@ -20,7 +20,8 @@ import rpo_trainer
 from rpo_trainer import DPOTrainer, RewardTrainer, SFTTrainer
 from rpo_trainer.errors import ModelError
 from rpo_trainer.loading import load_model, load_model_named, load_weights
-from rpo_trainer.pretrained import check_stored
+from rpo_trainer.model_checks import check_safetensors
+from rpo_trainer.pretrained import check_stored, weight_files
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import ModelSpec
 from rpo_trainer.rewards.model import RewardModel
@@ -121,6 +122,73 @@ def test_ties_renamings_and_old_masks_are_no_faults(family: str, tmp_path: Path)
     rewritten(tmp_path, with_more(**old))
     load_weights(tmp_path)
     check_stored(AutoModelForCausalLM, AutoConfig.from_pretrained(tmp_path), tmp_path, "")
+
+
+# Beside the weights that transformers reads, whole or in parts.
+BESIDE: dict[str, Tensors] = {
+    "consolidated": {"layers.0.attention.wq.weight": torch.ones(2, 2)},
+    "draft": {"extra.weight": torch.ones(2, 2)},
+}
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_only_the_files_that_transformers_reads_count(
+    loader: str, size: str, saved: Path, tmp_path: Path
+) -> None:
+    (saved / "model.safetensors").unlink()
+    make_model(vocab_size=100).save_pretrained(saved, max_shard_size=size)
+    whole = {n: t for p in saved.glob("*.safetensors") for n, t in load_file(p).items()}
+    for name, tensors in BESIDE.items():
+        save_file(tensors, saved / f"{name}.safetensors", metadata={"format": "pt"})
+    (saved / "cut.safetensors").write_bytes(b"version https://git-lfs")
+    check_safetensors(saved, "here")
+    LOADERS[loader](saved)
+    # What the others hold is not what is loaded.
+    save_file(whole, saved / "model-of-old.safetensors", metadata={"format": "pt"})
+    read = next(p for p in weight_files(saved) if "lm_head.weight" in load_file(p))
+    kept = without("lm_head")(load_file(read))
+    save_file(kept, read, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"missing: lm_head\.weight"):
+        LOADERS[loader](saved)
+    for path in weight_files(saved):
+        path.unlink()
+    with pytest.raises(ModelError):
+        check_safetensors(saved, "here")
+
+
+COMPUTED: dict[str, tuple[dict[str, Any], str, Tensors]] = {
+    "xglm": (
+        {"d_model": 16, "ffn_dim": 32, "num_layers": 1, "attention_heads": 2},
+        "model.", {"model.embed_positions.weights": torch.ones(34, 16)},
+    ),
+    "gptj": (
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
+        "transformer.", {"transformer.h.0.attn.embed_positions": torch.ones(32, 4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefixed_names", [True, False])
+@pytest.mark.parametrize("family", COMPUTED)
+def test_buffers_that_the_class_computes_are_no_weights(
+    family: str, prefixed_names: bool, tmp_path: Path
+) -> None:
+    settings, prefix, old = COMPUTED[family]
+    config = AutoConfig.for_model(family, vocab_size=50, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    more = old if prefixed_names else {n.removeprefix(prefix): t for n, t in old.items()}
+    rewritten(tmp_path, lambda tensors: {**tensors, **more})
+    load_weights(tmp_path)
+    check_stored(AutoModelForCausalLM, AutoConfig.from_pretrained(tmp_path), tmp_path, "")
+
+
+@pytest.mark.parametrize("loader", [name for name in LOADERS if name != "the headers alone"])
+def test_a_damaged_generation_config_is_not_replaced(loader: str, saved: Path) -> None:
+    (saved / "generation_config.json").write_text('{"eos_token_id": [3, 7],')
+    with pytest.raises(ModelError) as error:
+        LOADERS[loader](saved)
+    assert "generation_config.json" in error.value.what
 
 
 def mixture() -> Any:
