@@ -155,7 +155,7 @@ def test_max_length_beyond_the_context(tmp_path: Path) -> None:
     assert found == (
         f"{place(tmp_path, 'max_length: 65')} (stages.dpo.max_length): "
         "max_length 65 is beyond the model's context of 64 tokens\n"
-        "  why: the model has never seen positions so far out, if it has them at all\n"
+        "  why: the model was not trained on positions beyond this, and may not have them\n"
         "  fix: max_length: 64, or less\n"
         "1 problem found"
     )
@@ -184,7 +184,7 @@ def cut(folder: Path) -> None:
 
 def without_a_part(folder: Path) -> None:
     parts = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
-    saved_model(folder)
+    (saved_model(folder) / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(parts))
 
 
@@ -226,16 +226,16 @@ MODELS = {
         "the stage could not begin", "give a directory with the model's files",
     ),
     "weights that are cut": (
-        cut, "the model cannot be loaded: model.safetensors is damaged, or no weights",
+        cut, "the model cannot be loaded: model.safetensors is damaged or is not a safetensors file",
         "a part of its weights would be missing", "copy or download the model's files again",
     ),
     "a part missing": (
-        without_a_part, "index.json is damaged, or no weights (model-00002-of-00002.safetensors is",
+        without_a_part, "index.json is damaged or is not a safetensors file (model-00002-of-00002.safetensors is",
         "a part of its weights would be missing", "copy or download the model's files again",
     ),
     "code from a repository": (
         with_code, "cannot be loaded: it needs code from its repository",
-        "that code would run here with all your rights",
+        "that code would run here with your permissions",
         "take a model that transformers knows by itself; or read the code",
     ),
     "more tokens than embeddings": (
@@ -244,7 +244,7 @@ MODELS = {
     ),
     "a tensor missing": (
         without_a_tensor, "missing: model.layers.1.mlp.down_proj.weight",
-        "transformers would fill what is missing with random numbers and leave out the rest",
+        "transformers would fill what is missing with random numbers and ignore the others",
         "copy or download the model's files again",
     ),
     "a generation config that is none": (
