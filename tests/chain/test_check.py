@@ -230,7 +230,8 @@ MODELS = {
         "a part of its weights would be missing", "copy or download the model's files again",
     ),
     "a part missing": (
-        without_a_part, "index.json is damaged or is not a safetensors file (model-00002-of-00002.safetensors is",
+        without_a_part,
+        "model-00002-of-00002.safetensors is damaged or is not a safetensors file (it is missing",
         "a part of its weights would be missing", "copy or download the model's files again",
     ),
     "code from a repository": (
