@@ -116,22 +116,25 @@ def test_our_own_errors_and_those_of_devices_pass() -> None:
         assert raised.value.where == "here" and type(error).__name__ in raised.value.what
 
 
-MEMORY = {
-    "python": MemoryError(),
-    "cpu": RuntimeError(
-        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+FAILURES: dict[str, tuple[type[Exception], str]] = {
+    "python": (MemoryError, ""),
+    "cpu": (
+        RuntimeError,
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
     ),
-    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "gpu": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "device": (RuntimeError, "CUDA error: no kernel image is available"),
 }
 
 
-@pytest.mark.parametrize("case", [*MEMORY, "device"])
+@pytest.mark.parametrize("case", FAILURES)
 @pytest.mark.parametrize("what", ["directory", "name", "from_config", "adapter"])
 def test_memory_and_devices_are_no_fault_of_the_files(
     what: str, case: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
-        raise MEMORY.get(case, RuntimeError("CUDA error: no kernel image is available"))
+        kind, text = FAILURES[case]
+        raise kind(text)
 
     base: Any = llama()
     get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "adapter")
