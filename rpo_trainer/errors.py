@@ -22,8 +22,11 @@ def did_you_mean(word: str, known: Sequence[str]) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says before it goes into detail; the error's class where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+    """What a library says before it goes into detail; the error's class where it says nothing.
+
+    Secrets are removed before it is cut to 300 characters, or a part of one could be left.
+    """
+    return redact(next(iter(str(error).strip().splitlines()), type(error).__name__))[:300]
 
 
 def last_line(error: BaseException) -> str:

@@ -161,9 +161,8 @@ def _left_over(
     return sorted(
         name
         for name in unexpected
-        if not (
-            classifier and _HEAD.match(name)
-        )  # a language head, which a classifier does not use
+        # A classifier does not use a language head.
+        if not (classifier and _HEAD.match(name))
         and not (name in known and (known[name][0] in _INTEGERS or not known[name][1]))
         and not computed & {name, prefix + name, name.removeprefix(prefix)}
     )

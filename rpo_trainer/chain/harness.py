@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.errors import RecipeError, RunError, did_you_mean
+from rpo_trainer.errors import RecipeError, RunError, did_you_mean, first_line
 from rpo_trainer.recipe import resolve_path
 
 if TYPE_CHECKING:
@@ -78,9 +78,8 @@ def run_tasks(
                 fewshot_random_seed=seed,
             )  # fmt: skip
     except Exception as error:  # whatever a task, its data set or the network comes up with
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
-            f"lm-eval failed: {type(error).__name__}: {first}",
+            f"lm-eval failed: {type(error).__name__}: {first_line(error)}",
             where=f"eval.lm_eval.tasks: {', '.join(spec.tasks)}",
             why="the tasks fetch their data from the hub when they begin",
             fix="fetch it first where there is a network, or take the task out of `lm_eval`; the stage is "

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rpo_trainer.errors import RecipeError, RPOTrainerError
-from rpo_trainer.redact import redact
+from rpo_trainer.errors import RecipeError, RPOTrainerError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def push_output(
         raise  # a signal that came meanwhile
     except Exception as error:  # the network, the token, the hub: the output is on disk
         # It is also written into the record of the stage.
-        first = redact(next(iter(str(error).strip().splitlines()), type(error).__name__))
+        first = first_line(error)
         logger.warning(
             "the output of stage %s is not on the hub (%s): %s. It is complete in its `final`; "
             "`hf upload %s %s` pushes it by hand",

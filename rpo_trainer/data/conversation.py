@@ -14,6 +14,7 @@ from rpo_trainer.data.rows import (
     check_conversation,
     check_prompt_end,
     check_text,
+    fields_beside,
     is_blank,
     is_messages,
     to_messages,
@@ -170,8 +171,7 @@ def _split(prompt: object, answer: object, name: str) -> _Split:
         if turns[-1].get("weight") == 0:
             raise RowError(f"the last turn of {name} has the weight 0, and is what is compared")
         before, response = _joined(prompt, turns[:-1], name), turns[-1]["content"]
-        used = ("role", "content", "weight", "tool_calls")
-        fields = {key: value for key, value in turns[-1].items() if key not in used}
+        fields = fields_beside(turns[-1])
     check_conversation(before, f"the prompt of {name}")
     check_prompt_end(before, f"the prompt of {name}")
     return _Split(before, response, fields)

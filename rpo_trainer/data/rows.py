@@ -285,6 +285,12 @@ def with_responses(row: Row, kept: Sequence[int]) -> Row:
     return {**row, **chosen}
 
 
+def fields_beside(turn: Message) -> Row:
+    """What the turn of a response says beside its text (thinking, for example): `response_fields`."""
+    text = ("role", "content", "weight", "tool_calls")
+    return {key: value for key, value in turn.items() if key not in text}
+
+
 def response_message(row: Row, number: int) -> Message:
     """A response as the turn that follows the prompt."""
     fields = row["response_fields"][number] if row.get("response_fields") else {}

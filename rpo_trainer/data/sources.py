@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from rpo_trainer.data.csv_file import read_csv
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
-from rpo_trainer.errors import DataError
+from rpo_trainer.errors import DataError, first_line
 from rpo_trainer.files import kind_of_file
 from rpo_trainer.foreign import UNREADABLE
 
@@ -205,7 +205,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
-        what = f"the parquet file is damaged ({_first_line(error)})"
+        what = f"the parquet file is damaged ({first_line(error)})"
         raise DataError(what, where=str(path), why=NOT_WHOLE, fix=AGAIN) from None
     twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
     if twice is not None:
@@ -220,16 +220,12 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             column.validate(full=True)
         except pyarrow.ArrowInvalid as error:
             raise DataError(
-                f"the column {name!r} holds invalid text ({_first_line(error)})",
+                f"the column {name!r} holds invalid text ({first_line(error)})",
                 where=str(path),
                 why="tokenizers need valid UTF-8",
                 fix="write the file again, with its texts in UTF-8",
             ) from None
     return list(table.to_pylist())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[int]]:
@@ -323,7 +319,7 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        what = f"the saved data set is damaged ({_first_line(error)})"
+        what = f"the saved data set is damaged ({first_line(error)})"
         fix = "save the data set again"
         raise DataError(what, where=str(path), why=NOT_WHOLE, fix=fix) from None
     return _rows_of(data, split, str(path))
@@ -390,7 +386,7 @@ def _read_hub(name: str, split: str | None) -> list[dict[str, Any]]:
     except Exception as error:
         raise DataError(
             "no file of this name, and the hub gives no data set of this name "
-            f"({_first_line(error)})",
+            f"({first_line(error)})",
             where=name,
             why=NO_ROWS,
             fix="check the path (relative to the recipe), the hub name, or the network",

@@ -11,7 +11,15 @@ from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.detect import find_format, kind_of
 from rpo_trainer.data.formats import FORMATS
-from rpo_trainer.data.rows import Kind, Row, RowError, RowProblems, SpecialTokens, response_message
+from rpo_trainer.data.rows import (
+    Kind,
+    Row,
+    RowError,
+    RowProblems,
+    SpecialTokens,
+    fields_beside,
+    response_message,
+)
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import SourceSpec
@@ -23,7 +31,6 @@ _COLUMNS = {column for verifier in VERIFIERS.values() for column in verifier.col
     "answers", "finished", "judge", "policies", "rewards", "sampling", "scores",
     "special_tokens",
 }  # fmt: skip
-_USED = ("role", "content", "weight", "tool_calls")  # keys that are not in `response_fields`
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def _single(row: Row) -> Row:
             "the last turn of the assistant has `tool_calls`; what is scored must be text"
         )
     found = {**row, "prompt": messages[:last], "responses": [turn["content"]]}
-    if fields := {key: turn[key] for key in turn if key not in _USED}:
+    if fields := fields_beside(turn):
         found["response_fields"] = [fields]
     return found
 

@@ -14,7 +14,7 @@ from rpo_trainer.batch import Layout, forward_tokens, pack, to_device
 from rpo_trainer.data.chat import ChatRenderer, render_plain
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rows import Row, RowError, response_message
-from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.errors import DataError, ModelError, first_line
 from rpo_trainer.foreign import reads
 from rpo_trainer.pretrained import LOADING_ERRORS, load_complete, load_pretrained
 from rpo_trainer.probe import probe
@@ -201,11 +201,10 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
         model = load_complete(factory, path, dtype="auto" if cuda else torch.float32)
         tokenizer = load_pretrained(AutoTokenizer, path)
     except LOADING_ERRORS as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             "the reward model cannot be loaded",
             where=path,
-            why=first,
+            why=first_line(error),
             fix="give a directory with a sequence classifier and its tokenizer, or a hub name",
         ) from error
     if not hasattr(model, "score"):

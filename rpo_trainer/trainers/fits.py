@@ -20,9 +20,8 @@ from rpo_trainer.trainers.examples import Examples
 
 logger = logging.getLogger(__name__)
 
-_SHARE = (
-    0.01  # of trained spans or of a token's occurrences; rarer ones may be where a response was cut
-)
+# Of trained spans, or of a token's occurrences; rarer ones may be where a response was cut.
+_SHARE = 0.01
 _OFFSETS = 8  # rows that a table may have before its first position: 2 in OPT and BART
 _ROWS = 256  # of a data set that are read at once
 
@@ -73,9 +72,8 @@ def _has_table(inner: Any, positions: int) -> bool:
         return False
     tokens = (inner.get_input_embeddings(), inner.get_output_embeddings())
     for part in parts:
-        if any(part is each for each in tokens) or hasattr(
-            part, "make_weights"
-        ):  # a table that grows
+        grows = hasattr(part, "make_weights")
+        if grows or any(part is each for each in tokens):
             continue
         sizes = [len(b) for b in part.buffers(recurse=False) if b.dim() == 2]
         if isinstance(part, nn.Embedding):
@@ -142,9 +140,7 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
     if not hasattr(rows, "with_format"):
         for row in rows:
             for ids, mask in zip(row["response_ids"], row["response_mask"], strict=True):
-                if (
-                    0 < len(ids) == len(mask)
-                ):  # others are an error of the collator, which names the row
+                if 0 < len(ids) == len(mask):  # the collator refuses others, and names the row
                     last = np.arange(len(ids)) == len(ids) - 1
                     yield np.asarray(ids), np.asarray(mask, dtype=np.int64), last
         return
