@@ -249,7 +249,7 @@ def test_checkpoints_that_cannot_be_read_are_refused(before, now, message, tmp_p
 
 def test_a_checkpoint_says_who_wrote_it(make_trainer, start, tmp_path):
     trainer = make_trainer(
-        "sft", start, make_rows(0, (1,) * 4), save_strategy="steps", save_steps=1,
+        "sft", copy.deepcopy(start), make_rows(0, (1,) * 4), save_strategy="steps", save_steps=1,
         output_dir=str(tmp_path),
     )  # fmt: skip
     trainer.train()
