@@ -34,7 +34,7 @@ from rpo_trainer.batch import Layout, forward_tokens, pack, to_device
 from rpo_trainer.logprobs import response_sums
 from rpo_trainer.losses import preference_loss
 from rpo_trainer.order import deal
-from rpo_trainer.step import head_of, install, token_logprobs
+from rpo_trainer.step import install, token_logprobs
 from rpo_trainer.usage import peak_memory
 
 
@@ -105,9 +105,10 @@ class Step:
 
     def __call__(self, variant: Variant) -> list[float]:
         """Seconds of each micro-batch; the optimizer's move is in the last."""
-        head = head_of(self.model)
+        install(self.model)
+        head = self.model._rpo_head
         head.fused, head.tile_bytes = variant.fused, self.args.tile_mib * 2**20
-        install(self.model, padded=variant.layout == "padded", head=head)
+        install(self.model, layout=variant.layout, head=head)
         if self.given is None:
             with torch.no_grad():
                 self.given = [

@@ -25,21 +25,31 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rpo_trainer import varlen
-from rpo_trainer.batch import AttentionPlan
+from rpo_trainer.batch import AttentionPlan, Reach
+from rpo_trainer.reach import current_recording
 
 ATTENTION_NAME = "rpo_packed"
+REACH_ATTRIBUTE = "_rpo_reach"  # of an attention module: what `reach.recording` has found
 
 
 @contextmanager
-def packing_masks() -> Iterator[None]:
-    """Within it, transformers builds no mask for models set to `rpo_packed`: the plan stands in for it."""
+def packing_masks(plan: AttentionPlan | None = None) -> Iterator[None]:
+    """Within it, transformers builds no mask for models set to `rpo_packed`: the plan stands in for it.
+
+    Args:
+        plan: what it hands to the layers as their mask; None: nothing. For models whose layers do not pass
+            other arguments on to their attention.
+    """
     # An implementation without a mask function is left alone. With one, transformers would first look
     # into the position ids for packed sequences, and the host would wait for the device.
     masks = AttentionMaskInterface._global_mapping
     known = masks.pop(ATTENTION_NAME, None)
+    if plan is not None:
+        masks[ATTENTION_NAME] = lambda **_: plan
     try:
         yield
     finally:
+        masks.pop(ATTENTION_NAME, None)
         if known is not None:
             masks[ATTENTION_NAME] = known
 
@@ -49,7 +59,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -62,7 +72,8 @@ def packed_attention(
     """Attention of one layer, the signature transformers calls.
 
     Args:
-        sliding_window: tokens seen back, by position.
+        attention_mask: a tensor for stock attention, the plan itself, or None.
+        sliding_window: tokens seen back, by position; what `reach.recording` has found goes before it.
         softcap: scores become `softcap · tanh(scores / softcap)` (Gemma-2).
         s_aux: `[heads]`, attention sinks.
         packing_plan: who sees whom in the packed row; None for stock attention.
@@ -70,6 +81,11 @@ def packed_attention(
     Returns:
         `[1, T, heads, D]`, and None for the weights.
     """
+    if (recording := current_recording()) is not None:
+        recording.note(module, attention_mask, {**kwargs, "packing_plan": packing_plan})
+        packing_plan = None
+    elif isinstance(attention_mask, AttentionPlan):
+        packing_plan, attention_mask = attention_mask, None
     if packing_plan is None:
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
@@ -87,14 +103,16 @@ def packed_attention(
         return out.transpose(1, 2).contiguous(), None
 
     query, key, value = (in_autocast_dtype(x) for x in (query, key, value))
-    index = packing_plan.index
-    if index is not None and varlen.applies(
-        query, key, value, dropout=dropout, softcap=softcap, sinks=s_aux
-    ):
-        out = varlen.attend(
-            query, key, value, index, scaling=scaling, sliding_window=sliding_window
-        )
-        return out, None
+    reach: Reach = getattr(module, REACH_ATTRIBUTE, None) or Reach(window=sliding_window)
+    if varlen.applies(query, key, value, dropout=dropout, softcap=softcap, sinks=s_aux):
+        index = packing_plan.index
+        if reach.chunk is not None:
+            index = packing_plan.chunk_index(reach.chunk, query.device)
+        if index is not None:
+            out = varlen.attend(
+                query, key, value, index, scaling=scaling, sliding_window=reach.window
+            )
+            return out, None
 
     pieces = []
     units = packing_plan.units
@@ -112,18 +130,17 @@ def packed_attention(
             v = torch.cat([values[owner][:, :, prefix], v], dim=2)
         else:
             owner = number
-        narrow = sliding_window is not None and sliding_window < k.shape[2]
-        window = sliding_window if narrow else None
+        seen = Reach(*(n if n is not None and n < k.shape[2] else None for n in reach))
         if softcap is not None or s_aux is not None:
-            mask = packing_plan.mask(number, window, q.device)
+            mask = packing_plan.mask(number, seen, q.device)
             pieces.append(_explicit(q, k, v, mask, scaling, dropout, softcap, s_aux))
             continue
-        causal = window is None and len(unit) == 1 and q.shape[2] == k.shape[2]
+        causal = seen == Reach() and len(unit) == 1 and q.shape[2] == k.shape[2]
         pieces.append(
             F.scaled_dot_product_attention(
                 q,
                 *_repeat(q, k, v),
-                attn_mask=None if causal else packing_plan.mask(number, window, q.device),
+                attn_mask=None if causal else packing_plan.mask(number, seen, q.device),
                 dropout_p=dropout,
                 is_causal=causal,
                 scale=scaling,

@@ -4,11 +4,12 @@ Shapes: `B` examples, `R` responses of the micro-batch in order (example 1's, ex
 the packed row, `N` trained response tokens, `L` longest padded row.
 
 A tokenised example is a mapping with `prompt_ids` `[p]`, `response_ids` K lists, `response_mask` K lists
-(1 = trained), and for preferences `rewards` and `reference_logps`, K numbers each. Three layouts:
+(1 = trained), and for preferences `rewards` and `reference_logps`, K numbers each. Four layouts:
 
     shared   [1, T]  prompt, response 1, ..., response K, next example      (the prompt once per example)
     packed   [1, T]  prompt, response 1, prompt, response 2, ...            (nothing shared)
-    padded   [R, L]  one row per response, padded on the right              (any model)
+    padded   [R, L]  one row per response, padded on the right              (any model that ignores padding)
+    single   [1, T]  as packed, but each response goes through the model in a forward of its own
 
 Position ids restart behind the prompt for every response, so a response sees its prompt and itself and
 never its siblings; `AttentionPlan` says so to the attention function.
@@ -26,7 +27,14 @@ from torch import Tensor
 
 from rpo_trainer.varlen import VarlenIndex
 
-Layout = Literal["shared", "packed", "padded"]
+Layout = Literal["shared", "packed", "padded", "single"]
+
+
+class Reach(NamedTuple):
+    """What a query sees of the positions up to its own: all, the last `window`, or those of its chunk."""
+
+    window: int | None = None
+    chunk: int | None = None
 
 
 class Segment(NamedTuple):
@@ -54,9 +62,8 @@ class AttentionPlan:
 
     segments: tuple[Segment, ...]
     index: VarlenIndex | None = field(default=None, repr=False, compare=False)
-    _masks: dict[tuple[int, int | None], Tensor] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _masks: dict[tuple[int, Reach], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _chunked: dict[int, VarlenIndex | None] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> AttentionPlan:
         """The plan with its tensors on the device."""
@@ -67,7 +74,7 @@ class AttentionPlan:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        return replace(self, index=self.index and self.index.map(move), _masks={})
+        return replace(self, index=self.index and self.index.map(move), _masks={}, _chunked={})
 
     @cached_property
     def units(self) -> tuple[tuple[Segment, ...], ...]:
@@ -92,47 +99,79 @@ class AttentionPlan:
                 units.append(list(example))
         return tuple(map(tuple, units))
 
-    def mask(self, number: int, window: int | None, device: torch.device) -> Tensor:
+    def mask(self, number: int, reach: Reach, device: torch.device) -> Tensor:
         """Who sees whom in unit `number`, made once a step and used by every layer.
 
         Args:
-            window: sliding window in tokens; a query sees keys less than this far back, by position.
+            reach: how far back a query sees, by position.
 
         Returns:
             `[queries, keys]`, True where a query sees a key; the keys are the unit's own tokens, behind
             the prefix where the unit is a single segment that has one.
         """
-        if (number, window) not in self._masks:
+        if (number, reach) not in self._masks:
             unit = self.units[number]
             # On the device itself: a copy from the host would have it wait.
             make = _dense_mask if len(unit) > 1 else _single_mask
-            self._masks[number, window] = make(unit, window, device)
-        return self._masks[number, window]
+            self._masks[number, reach] = make(unit, reach, device)
+        return self._masks[number, reach]
+
+    def chunk_index(self, chunk: int, device: torch.device) -> VarlenIndex | None:
+        """`index` of attention in chunks of `chunk` positions: every segment cut where a chunk ends."""
+        if chunk not in self._chunked:
+            index = VarlenIndex.of(_cut(self.segments, chunk))
+            self._chunked[chunk] = index and index.map(lambda tensor: tensor.to(device))
+        return self._chunked[chunk]
 
 
-def _single_mask(unit: tuple[Segment, ...], window: int | None, device: torch.device) -> Tensor:
+def _cut(segments: Sequence[Segment], chunk: int) -> list[Segment]:
+    """The segments, cut at multiples of `chunk` positions, each with what its chunk has of the prefix."""
+    pieces = []
+    for start, stop, prefix_start, prefix_stop in segments:
+        prefix = prefix_stop - prefix_start
+        first = prefix  # position of the piece's first token
+        while first < prefix + stop - start:
+            begin = first // chunk * chunk
+            last = min(begin + chunk, prefix + stop - start)
+            own = (start + first - prefix, start + last - prefix)
+            pieces.append(
+                Segment(*own, prefix_start + begin, prefix_stop)
+                if begin < prefix
+                else Segment(*own)
+            )
+            first = last
+    return pieces
+
+
+def _single_mask(unit: tuple[Segment, ...], reach: Reach, device: torch.device) -> Tensor:
     start, stop, prefix_start, prefix_stop = unit[0]
     position = torch.arange(prefix_stop - prefix_start + stop - start, device=device)
-    return _seen(position[prefix_stop - prefix_start :], position, window)
+    return sees(position[prefix_stop - prefix_start :, None], position[None], reach)
 
 
-def _dense_mask(unit: tuple[Segment, ...], window: int | None, device: torch.device) -> Tensor:
+def _dense_mask(unit: tuple[Segment, ...], reach: Reach, device: torch.device) -> Tensor:
     origin, tokens = unit[0].start, unit[-1].stop - unit[0].start
     mask = torch.zeros(tokens, tokens, dtype=torch.bool, device=device)
     for start, stop, prefix_start, prefix_stop in unit:
         prefix = prefix_stop - prefix_start
-        position = torch.arange(prefix, prefix + stop - start, device=device)
+        position = torch.arange(prefix, prefix + stop - start, device=device)[:, None]
         own = slice(start - origin, stop - origin)
-        mask[own, own] = _seen(position, position, window)
+        mask[own, own] = sees(position, position.T, reach)
         if prefix:
             keys = slice(prefix_start - origin, prefix_stop - origin)
-            mask[own, keys] = _seen(position, torch.arange(prefix, device=device), window)
+            mask[own, keys] = sees(position, torch.arange(prefix, device=device)[None], reach)
     return mask
 
 
-def _seen(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:
-    behind = query_position[:, None] - key_position[None, :]
-    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+def sees(query_position: Tensor, key_position: Tensor, reach: Reach) -> Tensor:
+    """Whether a query sees a key of its own text, by their positions, broadcast against each other."""
+    behind = query_position - key_position
+    seen = behind >= 0
+    if reach.window is not None:
+        seen = seen & (behind < reach.window)
+    if reach.chunk is not None:
+        seen = seen & (query_position // reach.chunk == key_position // reach.chunk)
+    return seen
 
 
 def to_device(data: Any, device: torch.device) -> Any:
@@ -160,7 +199,8 @@ def pack(
 
     Returns a dict:
         model_inputs: what the model's forward takes: `input_ids`, `position_ids` (`[1, T]` or `[R, L]`),
-            `plan` (None when padded), `attention_mask` (None when packed), `predict_index` `[N]`, the flat
+            `plan` (None when padded or single), `attention_mask` (None when packed), `rows`, where each
+            response's text starts and stops (None but for single), `predict_index` `[N]`, the flat
             position whose hidden state predicts each trained token, `labels` `[N]`, that token, and
             `last_index` `[R]`, the flat position of each response's last token.
         response_index: `[N]`, which of the R responses a token belongs to.
@@ -184,7 +224,10 @@ def pack(
             "input_ids": rows.input_ids,
             "position_ids": rows.position_ids,
             "attention_mask": rows.attention_mask,
-            "plan": rows.plan,
+            "plan": None if layout == "single" else rows.plan,
+            "rows": tuple((s.start, s.stop) for s in rows.plan.segments)
+            if layout == "single" and rows.plan
+            else None,
             "predict_index": torch.tensor(rows.predict_index, dtype=torch.long),
             "labels": torch.tensor(rows.labels, dtype=torch.long),
             "last_index": torch.tensor(rows.last_index, dtype=torch.long),
@@ -226,7 +269,7 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
         prompt_start = prompt_stop = 0
         for k, response in enumerate(example["response_ids"]):
             start = len(tokens)
-            if k == 0 or layout == "packed":
+            if k == 0 or layout != "shared":
                 prompt_start, prompt_stop = start, start + len(prompt)
                 tokens += prompt
                 positions += range(len(prompt))

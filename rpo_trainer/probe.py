@@ -1,188 +1,205 @@
-"""The start-up probe: does the packed step say what the model itself says?
+"""The start-up probe: which layout and which head give what the model itself gives, proved on this model.
 
-Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and a
-silent error for others (state-space layers, chunked attention, a head nobody foresaw). So each trainer asks
-the model at hand once, on a few random tokens, and takes the first way that agrees.
+Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and wrong
+for others: state-space layers that carry one text into the next, attention of another kind, a head that does
+more. So each trainer asks the model at hand, once, and takes the first layout that `proof.py` cannot refute.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rpo_trainer.adapters import lowest_precision
-from rpo_trainer.batch import Layout, pack, to_device
-from rpo_trainer.errors import ModelError
-from rpo_trainer.sharding import device_of, has_shards
-from rpo_trainer.step import (
-    Head,
-    causal_lm,
-    head_of,
-    install,
-    is_classifier,
-    response_scores,
-    token_logprobs,
-    uninstall,
+from rpo_trainer.batch import Layout
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.foreign import device_failed
+from rpo_trainer.heads import FORWARD_ERRORS, Head
+from rpo_trainer.proof import (
+    Answers,
+    exchanges,
+    last_bits_disturbed,
+    layout_answers,
+    plain_answers,
+    random_examples,
+    sees_others,
 )
+from rpo_trainer.reach import Recording
+from rpo_trainer.step import causal_lm, install, is_classifier, uninstall
 
 logger = logging.getLogger(__name__)
 
-_LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded")
+_LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded", "single")
+_NAMES = {
+    "shared": "shared prompts",
+    "packed": "packed rows",
+    "padded": "one response a row",
+    "single": "one response a forward",
+}
+_DISAGREES = "disagrees"  # with plain forwards: its head may be the cause
 
 
 def probe(
     model: nn.Module, *, layout: Layout | None = None, tile_bytes: int | None = None
 ) -> tuple[Layout, Head]:
-    """Installs the fastest way that agrees with plain forwards, and says which.
+    """Installs the fastest layout that is proved to give what plain forwards give, and says which.
 
     Args:
         model: a causal language model or a sequence classifier, wrapped or not, with whole weights.
-        layout: the only one to try; None: shared, then packed, then padded.
+        layout: the only one to try; None: shared, then packed, padded and single.
         tile_bytes: size of the head's tiles; None: the default.
 
     Raises:
-        ModelError: no way agrees.
+        ModelError: no layout gives it.
     """
-    inner = causal_lm(model)
-    uninstall(model)
-    head = head_of(inner)
-    if tile_bytes is not None:
-        head.tile_bytes = tile_bytes
-    config = inner.config.get_text_config()
-    examples = _random_examples(config.vocab_size, avoid=config.pad_token_id)
     training = model.training
     model.eval()
     try:
-        plain = _plain_scores if is_classifier(model) else _plain_logprobs
-        expected = plain(model, examples)
-        failures: list[str] = []
-        for fused in (True, False):
-            for candidate in (layout,) if layout else _LAYOUTS:
-                tried = dataclasses.replace(head, fused=fused)
-                why = _disagreement(model, examples, candidate, tried, expected)
+        recorded = install(model)
+        head: Head = causal_lm(model)._rpo_head
+        uninstall(model)
+        if tile_bytes is not None:
+            head.tile_bytes = tile_bytes
+        proof = _Proof(model, recorded)
+        refused: list[str] = []
+        for candidate in (layout,) if layout else _LAYOUTS:
+            for tried in _heads(head):
+                why = proof.refusal(candidate, tried)
                 if why is None:
-                    _report(failures, candidate, tried)
+                    _report(refused, candidate, tried)
                     return candidate, tried
-                name = candidate if fused else f"{candidate} with the model's own logits"
-                failures.append(f"{name}: {why}")
+                own = "" if tried.fused else " with the model's own logits"
+                refused.append(f"{_NAMES[candidate]}{own}: {why}")
+                if _DISAGREES not in why:
+                    break
     finally:
         model.train(training)
     uninstall(model)
     raise ModelError(
-        f"no packed step agrees with plain forwards of {type(inner).__name__}",
-        why="; ".join(failures),
+        f"no layout of the step gives what plain forwards of {type(causal_lm(model)).__name__} give",
+        why="; ".join(refused),
         fix="report the model's type, or set attn_implementation='sdpa' when loading it",
     )
 
 
-def _report(failures: list[str], layout: Layout, head: Head) -> None:
-    if failures:
-        own = "" if head.fused else " and the model's own logits"
-        logger.warning("step layout: %s%s, since %s", layout, own, "; ".join(failures))
+def _heads(head: Head) -> list[Head]:
+    return [head, dataclasses.replace(head, fused=False)] if head.fused else [head]
+
+
+def _report(refused: list[str], layout: Layout, head: Head) -> None:
+    line = (
+        f"step layout: {_NAMES[layout]}, {'fused head' if head.fused else 'the model’s own logits'}"
+    )
+    if refused:
+        logger.warning("%s (%s)", line, "; ".join(refused))
     else:
-        logger.info("step layout: %s", layout)
+        logger.info("%s", line)
 
 
-def _random_examples(vocabulary: int, avoid: int | None) -> list[dict[str, Any]]:
-    """Two prompts with several responses; a classifier reads its score in front of a pad token."""
-    generator = torch.Generator().manual_seed(0)
+class _Proof:
+    """Plain answers of a model, and what they refute."""
 
-    def tokens(n: int) -> list[int]:
-        found = torch.randint(vocabulary, (n,), generator=generator).tolist()
-        return [(token + 1) % vocabulary if token == avoid else token for token in found]
+    def __init__(self, model: nn.Module, recorded: Recording) -> None:
+        self.model = model
+        self.recorded = recorded
+        self.examples = random_examples(model)
+        self.others = random_examples(model, seed=1)
+        self.plain = plain_answers(model, self.examples)
+        low = lowest_precision(model) in (torch.bfloat16, torch.float16)
+        with last_bits_disturbed(model):
+            disturbed = plain_answers(model, self.examples)
+        size = 1.0 + self.plain.values.abs().max().item()
+        if is_classifier(model):
+            size -= 1.0  # a fresh head's scores are small
+        noise = _furthest(disturbed, self.plain)
+        eps = torch.finfo(lowest_precision(model)).eps
+        self.tolerance = 8.0 * noise + (4.0 if low else 32.0) * eps * size
+        self.relative = 0.2 if low else 1e-3
 
-    return [
-        {
-            "prompt_ids": tokens(prompt),
-            "response_ids": [tokens(n) for n in lengths],
-            "response_mask": [[1] * n for n in lengths],
+    def refusal(self, layout: Layout, head: Head) -> str | None:
+        """Why the layout is not taken; None: nothing speaks against it."""
+        speaks_against = {
+            "shared": self.recorded.problems,
+            "packed": self.recorded.problems,
+            "padded": self.recorded.selecting,  # how much it selects of padding depends on the length
+            "single": [],
         }
-        for prompt, lengths in ((7, (5, 3)), (4, (6, 2, 4)))
-    ]
+        if speaks_against[layout]:
+            return speaks_against[layout][0]
+        install(self.model, layout=layout, head=head)
+        try:
+            return self._dependence(layout) or self._disagreement(layout)
+        except FORWARD_ERRORS as error:
+            if device_failed(error):
+                raise
+            return f"{type(error).__name__}: {first_line(error)}"
 
+    def _disagreement(self, layout: Layout) -> str | None:
+        found = self._ask(layout, with_gradients=True)
+        off = _furthest(found, self.plain)
+        if not off <= self.tolerance:
+            return f"{_DISAGREES} with plain forwards by {off:.2g} (rounding: {self.tolerance:.2g})"
+        if found.gradients is not None and self.plain.gradients is not None:
+            norm = self.plain.gradients.norm().clamp_min(1e-30)
+            relative = ((found.gradients - self.plain.gradients).norm() / norm).item()
+            if not relative <= self.relative:
+                return f"its gradients differ from those of plain forwards by {relative:.1%}"
+        return None
 
-def _plain_logprobs(
-    model: nn.Module, examples: list[dict[str, Any]]
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs by one stock forward per response, and one gradient."""
-    device = device_of(model)
-    pieces = []
-    with torch.enable_grad():
-        for example in examples:
-            prompt = example["prompt_ids"]
-            for response in example["response_ids"]:
-                ids = torch.tensor([prompt + response], device=device)
-                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-                dtype = torch.promote_types(logits.dtype, torch.float32)
-                labels = torch.tensor(response, device=device)
-                pieces.append(logits.to(dtype).log_softmax(-1).gather(1, labels[:, None])[:, 0])
-        return _with_gradient(model, torch.cat(pieces))
+    def _dependence(self, layout: Layout) -> str | None:
+        """What a response's result depends on beside its own text."""
+        if layout == "single":
+            return None
+        base = self._ask(layout)
+        off = 0.0
+        for examples, kept in exchanges(self.examples, self.others):
+            stays = torch.isin(base.owner, torch.tensor(kept))
+            other = self._ask(layout, examples)
+            if not torch.equal(base.values[stays], other.values[stays]):
+                off = max(off, _furthest(base, other, stays))
+        if layout == "padded" and not is_classifier(
+            self.model
+        ):  # its own forward ends rows at padding
+            filled = self._ask(layout, pad_token_id=self.others[0]["prompt_ids"][0])
+            if not torch.equal(base.values, filled.values):
+                off = max(off, _furthest(base, filled))
+        if off == 0.0:
+            return None
+        # Rounding alone: experts compute as many tokens as are routed to them.
+        if off <= self.tolerance and not sees_others(
+            self.model, self.examples, layout, pad_token_id=self.pad_token_id
+        ):
+            return None
+        return f"a response depends on the other texts of its batch (by {off:.2g})"
 
+    @property
+    def pad_token_id(self) -> int:
+        config = causal_lm(self.model).config.get_text_config()
+        return getattr(config, "pad_token_id", None) or 0
 
-def _plain_scores(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
-    """Scores by one stock forward of right-padded rows, as any other tool would do it; and one gradient."""
-    inputs = pack(examples, "padded", pad_token_id=_pad_token(model))["model_inputs"]
-    device = device_of(model)
-    with torch.enable_grad():
-        scores = model(
-            input_ids=inputs["input_ids"].to(device),
-            attention_mask=inputs["attention_mask"].to(device),
-            use_cache=False,
-        ).logits
-        return _with_gradient(model, scores.to(torch.promote_types(scores.dtype, torch.float32)))
-
-
-def _pad_token(model: nn.Module) -> int:
-    return causal_lm(model).config.get_text_config().pad_token_id or 0
-
-
-def _with_gradient(model: nn.Module, logps: Tensor) -> tuple[Tensor, Tensor | None]:
-    parameter = next((p for p in model.parameters() if p.requires_grad), None)
-    if parameter is None or has_shards(model):
-        return logps.detach(), None  # an engine wants its gradients for itself
-    weights = torch.linspace(-1.0, 1.0, logps.numel(), device=logps.device, dtype=logps.dtype)
-    total = (logps.flatten() * weights).sum()
-    (grad,) = torch.autograd.grad(total, [parameter], allow_unused=True)
-    return logps.detach(), grad
-
-
-def _disagreement(
-    model: nn.Module,
-    examples: list[dict[str, Any]],
-    layout: Layout,
-    head: Head,
-    expected: tuple[Tensor, Tensor | None],
-) -> str | None:
-    install(model, padded=layout == "padded", head=head)
-    device = expected[0].device
-    inputs = pack(examples, layout, pad_token_id=_pad_token(model))["model_inputs"]
-    inputs = to_device(inputs, device)
-    scored = is_classifier(model)
-    run = response_scores if scored else token_logprobs
-    try:
-        with torch.enable_grad():
-            logps, grad = _with_gradient(model, run(model, inputs))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    low = lowest_precision(model) in (torch.bfloat16, torch.float16)
-    # Rounding alone; a token that sees what it should not is off by far more.
-    off = (logps - expected[0]).abs().max().item()
-    # A fresh head gives small scores, so theirs is relative to the largest.
-    size = (expected[0].abs().max().item() or 1.0) if scored else 1.0
-    if not off <= (0.25 if low else 1e-3) * size:
-        what = (
-            f"scores differ by {off / size:.1%}"
-            if scored
-            else f"log-probs differ by {off:.2g} nats"
+    def _ask(
+        self,
+        layout: Layout,
+        examples: list[dict[str, object]] | None = None,
+        *,
+        pad_token_id: int | None = None,
+        with_gradients: bool = False,
+    ) -> Answers:
+        return layout_answers(
+            self.model,
+            self.examples if examples is None else examples,
+            layout,
+            pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
+            with_gradients=with_gradients,
         )
-        return what
-    if grad is not None and expected[1] is not None:
-        scale = expected[1].float().norm().clamp_min(1e-12)
-        relative = ((grad.float() - expected[1].float()).norm() / scale).item()
-        if not relative <= (0.2 if low else 1e-2):
-            return f"a gradient differs by {relative:.0%}"
-    return None
+
+
+def _furthest(found: Answers, expected: Answers, where: torch.Tensor | None = None) -> float:
+    """The largest distance of two answers' values; NaN counts as infinite."""
+    off = (found.values - expected.values).abs()
+    if where is not None:
+        off = off[where]
+    return float(torch.nan_to_num(off, nan=float("inf")).max())

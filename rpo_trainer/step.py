@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,35 +19,22 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rpo_trainer.attention import ATTENTION_NAME, in_autocast_dtype, packing_masks
-from rpo_trainer.errors import ModelError
-from rpo_trainer.logprobs import DEFAULT_TILE_BYTES, linear_logprobs, logprobs_from_logits
-
-# How a family's logits differ from its head's plain product: config attribute → scale.
-_SCALES = {
-    "cohere": ("logit_scale", False),
-    "cohere2": ("logit_scale", False),
-    "granite": ("logits_scaling", True),
-    "granitemoe": ("logits_scaling", True),
-    "granitemoeshared": ("logits_scaling", True),
-}
-
+from rpo_trainer import distributed
+from rpo_trainer.attention import (
+    ATTENTION_NAME,
+    REACH_ATTRIBUTE,
+    in_autocast_dtype,
+    packing_masks,
+)
+from rpo_trainer.batch import AttentionPlan, Layout, Segment
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.heads import FORWARD_ERRORS, Head, decoder_of, head_of
+from rpo_trainer.logprobs import linear_logprobs, logprobs_from_logits
+from rpo_trainer.reach import Recording, recording
+from rpo_trainer.sharding import device_of, has_shards
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of these classes
-
-
-@dataclass
-class Head:
-    """What stands between the last hidden state and the logits.
-
-    Attributes:
-        fused: False where only the model's own forward knows; then its logits are taken whole.
-    """
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    fused: bool = True
-    tile_bytes: int = DEFAULT_TILE_BYTES
+_RECORDED_TOKENS = 8  # of the forward that attention is learned from
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -73,56 +59,97 @@ def is_classifier(model: nn.Module) -> bool:
     return type(causal_lm(model)).__name__.endswith(CLASSIFIER)
 
 
-def head_of(model: Any) -> Head:
-    """Scale and soft-cap of the logits, from the config; checked by the start-up probe."""
-    config = model.config.get_text_config()
-    head = Head()
-    if config.model_type in _SCALES:
-        name, divide = _SCALES[config.model_type]
-        value = float(getattr(config, name, 1.0))
-        head.logit_scale = 1.0 / value if divide else value
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head.softcap = None if softcap is None else float(softcap)
-    return head
-
-
-def install(model: nn.Module, *, padded: bool = False, head: Head | None = None) -> Any:
+def install(
+    model: nn.Module, *, layout: Layout = "shared", head: Head | None = None, learn: bool = True
+) -> Recording:
     """Teaches the model to answer `model(packed=inputs)`; installing again changes the settings.
 
     Args:
         model: a causal language model or a sequence classifier, wrapped or not.
-        padded: the rows will come padded, so attention stays the model's own.
-        head: how logits are made; by default from the model's config.
+        layout: how the rows will come. Padded ones, or one response at a time, leave attention to the model.
+        head: how logits are made; None: as the model itself says.
+        learn: False for a model that cannot run (on the meta device): its head is taken for a plain
+            product, the reach of its attention from the arguments of each call.
 
     Returns:
-        The transformers model inside.
+        What the attention modules were called with in a forward of the model's own; nothing for layouts that
+        leave attention to the model, and where nothing is learned.
     """
     inner = causal_lm(model)
-    if not hasattr(inner, "_rpo_stock"):
-        inner._rpo_stock = (inner.forward, inner.config._attn_implementation)
-        run = _packed_scores if is_classifier(inner) else _packed_logprobs
+    uninstall(inner)
+    inner._rpo_stock = (inner.forward, inner.config._attn_implementation)
+    inner._rpo_plan_as_mask = False
+    run = _packed_scores if is_classifier(inner) else _packed_logprobs
 
-        @functools.wraps(inner.forward)
-        def forward(
-            self: Any, *args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any
-        ) -> Any:
-            return self._rpo_stock[0](*args, **kwargs) if packed is None else run(self, packed)
+    @functools.wraps(inner.forward)
+    def forward(self: Any, *args: Any, packed: Any = None, **kwargs: Any) -> Any:
+        if packed is None:
+            return self._rpo_stock[0](*args, **kwargs)
+        return packed(self) if callable(packed) else run(self, packed)
 
-        # Bound, so that a deep copy of the model runs its own weights and not these.
-        inner.forward = types.MethodType(forward, inner)
-    inner.set_attn_implementation(inner._rpo_stock[1] if padded else ATTENTION_NAME)
-    inner._rpo_head = head or head_of(inner)
-    return inner
+    # Bound, so that a deep copy of the model runs its own weights and not these.
+    inner.forward = types.MethodType(forward, inner)
+    if head is None:
+        ask = learn and not is_classifier(inner)
+        head = _within(model, lambda m: head_of(m, m._rpo_stock[0])) if ask else Head()
+    inner._rpo_head = head
+    if layout in ("padded", "single"):
+        return Recording()
+    inner.set_attn_implementation(ATTENTION_NAME)
+    return _learn_reach(model) if learn else Recording()
+
+
+def _within(model: nn.Module, question: Callable[[Any], Any]) -> Any:
+    """`question(inner)`, asked inside the forward of whatever wraps the model, in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(packed=question)
+    finally:
+        model.train(training)
 
 
 def uninstall(model: nn.Module) -> None:
     """Gives the model its own forward and attention back."""
     inner = causal_lm(model)
-    if hasattr(inner, "_rpo_stock"):
-        forward, attention = inner._rpo_stock
-        inner.forward = forward
+    if not hasattr(inner, "_rpo_stock"):
+        return
+    forward, attention = inner._rpo_stock
+    inner.forward = forward
+    if inner.config._attn_implementation != attention:
         inner.set_attn_implementation(attention)
-        del inner._rpo_stock, inner._rpo_head
+    for module in inner.modules():
+        if REACH_ATTRIBUTE in vars(module):
+            delattr(module, REACH_ATTRIBUTE)
+    for name in ("_rpo_stock", "_rpo_plan_as_mask", "_rpo_head"):
+        if name in vars(inner):
+            delattr(inner, name)
+
+
+def _learn_reach(model: nn.Module) -> Recording:
+    """One forward of a few tokens, each attention module told how far the model's mask for it reaches."""
+    inner = causal_lm(model)
+    ids = torch.arange(_RECORDED_TOKENS, device=device_of(model))[None] % 8
+    arguments = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "packing_plan": AttentionPlan((Segment(0, _RECORDED_TOKENS),)),
+        "use_cache": False,
+    }
+    with recording(ATTENTION_NAME) as found:
+        try:
+            _within(model, lambda m: _decoder(m)(**arguments))
+        except FORWARD_ERRORS as error:
+            found.problems.append(f"{type(error).__name__}: {first_line(error)}")
+    for module, reach in found.reaches.items():
+        setattr(module, REACH_ATTRIBUTE, reach)
+    inner._rpo_plan_as_mask = bool(found.unplanned)
+    return found
+
+
+def _decoder(inner: Any) -> Any:
+    return inner.base_model if is_classifier(inner) else decoder_of(inner)
 
 
 def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
@@ -136,47 +163,70 @@ def response_scores(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor
 
 
 def _decoder_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    decoder_inputs = {
-        "input_ids": inputs["input_ids"],
-        "position_ids": inputs["position_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "use_cache": False,
-    }
+    """Arguments of the decoder. Padded rows come without positions: the model counts its own."""
+    decoder_inputs = {"input_ids": inputs["input_ids"], "use_cache": False}
     if inputs["plan"] is not None:
-        decoder_inputs["packing_plan"] = inputs["plan"]
+        decoder_inputs |= {"position_ids": inputs["position_ids"], "packing_plan": inputs["plan"]}
+    else:
+        decoder_inputs["attention_mask"] = inputs["attention_mask"]
     return decoder_inputs
 
 
-def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> Tensor:
+    """`wanted` of the outputs of a forward, `[rows · length, ·]`; of one for each of `rows`, if given."""
     decoder_inputs = _decoder_inputs(inputs)
+    rows = inputs.get("rows")
+    if rows is None:
+        plan = inputs["plan"]
+        masks = packing_masks(plan if model._rpo_plan_as_mask else None)
+        with masks if plan is not None else contextlib.nullcontext():
+            return _flat(getattr(forward(**decoder_inputs), wanted))
+    pieces = []
+    # Ranks that share the weights must run them equally often.
+    rounds = distributed.greatest(len(rows)) if has_shards(model) else len(rows)
+    for number in range(rounds):
+        start, stop = rows[number % len(rows)]
+        one = {**decoder_inputs, "input_ids": inputs["input_ids"][:, start:stop]}
+        pieces.append(_flat(getattr(forward(**one), wanted)))
+    unused = sum((piece.sum() * 0.0 for piece in pieces[len(rows) :]), pieces[0].new_zeros(()))
+    return torch.cat(pieces[: len(rows)]) + unused
+
+
+def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     if not model._rpo_head.fused:
         if inputs["plan"] is not None:
             raise ValueError("the model's own forward scores one response a row")
-        scores: Tensor = model._rpo_stock[0](**decoder_inputs).logits
+        scores = _run(model, model._rpo_stock[0], inputs, "logits")
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
-    with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        hidden = model.base_model(**decoder_inputs).last_hidden_state
-    last = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["last_index"])
+    hidden = _run(model, _decoder(model), inputs, "last_hidden_state")
+    last = hidden.index_select(0, inputs["last_index"])
     # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
     with torch.autocast(last.device.type, enabled=False):
-        scores = model.score(last.to(next(model.score.parameters()).dtype))
+        scores: Tensor = model.score(last.to(next(model.score.parameters()).dtype))
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     head: Head = model._rpo_head
-    decoder_inputs = _decoder_inputs(inputs)
-    if not head.fused:
-        return _through_own_logits(model, decoder_inputs, inputs)
-    with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        hidden = model.get_decoder()(**decoder_inputs).last_hidden_state
-    gathered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["predict_index"])
+    if not head.fused:  # always right: the model's own forward, all its logits
+        logits = _run(model, model._rpo_stock[0], inputs, "logits")
+        return logprobs_from_logits(
+            logits.index_select(0, inputs["predict_index"]), inputs["labels"]
+        )
+    hidden = _run(model, _decoder(model), inputs, "last_hidden_state")
+    gathered = hidden.index_select(0, inputs["predict_index"])
     return _run_head(model, gathered, inputs["labels"], head)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     """Calls the head as a module, with the fused log-probs in place of its forward, so that its hooks run."""
     module: Any = model.get_output_embeddings()
+    if head.hidden_multiplier != 1.0:
+        hidden = hidden * head.hidden_multiplier
     if type(module) is not nn.Linear:
         return _generic_head(module, hidden, labels, head)
     hooked = vars(module).get("forward")  # accelerate's hooks put one here
@@ -217,13 +267,3 @@ def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head)
         for h, y in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
     ]
     return torch.cat(pieces)
-
-
-def _through_own_logits(
-    model: Any, decoder_inputs: dict[str, Any], inputs: Mapping[str, Any]
-) -> Tensor:
-    """The last resort, always right: the model's own forward, all its logits."""
-    with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        logits = model._rpo_stock[0](**decoder_inputs).logits
-    flat = logits.reshape(-1, logits.shape[-1]).index_select(0, inputs["predict_index"])
-    return logprobs_from_logits(flat, inputs["labels"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rpo_trainer import batch as batch_module
-from rpo_trainer.batch import AttentionPlan, Segment, forward_tokens, pack
+from rpo_trainer.batch import AttentionPlan, Reach, Segment, forward_tokens, pack, sees
 
 # Two responses of two and one token behind a prompt of three; then one response with a hole.
 FIRST: dict[str, Any] = {
@@ -39,6 +39,7 @@ def test_shared():
         "position_ids": [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3]],
         "attention_mask": None,
         "plan": AttentionPlan((Segment(0, 5), Segment(5, 6, 0, 3), Segment(6, 10))),
+        "rows": None,
         # 30 is predicted by the prompt's last token, not by 21 that lies before it.
         "predict_index": [2, 3, 2, 6, 8],
         "labels": [20, 21, 30, 40, 42],
@@ -52,10 +53,16 @@ def test_packed():
         "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 3]],
         "attention_mask": None,
         "plan": AttentionPlan((Segment(0, 5), Segment(5, 9), Segment(9, 13))),
+        "rows": None,
         "predict_index": [2, 3, 7, 9, 11],
         "labels": [20, 21, 30, 40, 42],
         "last_index": [4, 8, 12],
     }
+
+
+def test_single_is_packed_rows_cut_at_each_response():
+    packed, single = inputs_of("packed"), inputs_of("single")
+    assert single == {**packed, "plan": None, "rows": ((0, 5), (5, 9), (9, 13))}
 
 
 def test_padded():
@@ -64,6 +71,7 @@ def test_padded():
         "position_ids": [[0, 1, 2, 3, 4]] * 3,
         "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]],
         "plan": None,
+        "rows": None,
         "predict_index": [2, 3, 7, 10, 12],
         "labels": [20, 21, 30, 40, 42],
         "last_index": [4, 8, 13],
@@ -116,7 +124,7 @@ def test_forward_tokens():
 
 
 def seen(plan: AttentionPlan, unit: int, window: int | None = None) -> list[list[int]]:
-    return plan.mask(unit, window, torch.device("cpu")).int().tolist()
+    return plan.mask(unit, Reach(window), torch.device("cpu")).int().tolist()
 
 
 TWO = (Segment(0, 5), Segment(5, 7, 0, 3))  # prompt of 3, responses of 2 and 2
@@ -175,8 +183,8 @@ def test_mask_of_several_segments():
 
 def test_masks_are_made_once():
     plan, device = AttentionPlan(TWO), torch.device("cpu")
-    assert plan.mask(0, None, device) is plan.mask(0, None, device)
-    assert plan.mask(0, 2, device) is not plan.mask(0, None, device)
+    assert plan.mask(0, Reach(), device) is plan.mask(0, Reach(), device)
+    assert plan.mask(0, Reach(window=2), device) is not plan.mask(0, Reach(), device)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +205,25 @@ def test_an_example_that_does_not_fit_itself_is_refused(change, message):
 def test_an_empty_micro_batch_is_refused():
     with pytest.raises(ValueError, match="at least one example"):
         pack([], "shared")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
+def test_segments_are_cut_where_chunks_end(chunk):
+    """The cut segments, each causal in itself, see what chunks by position allow."""
+    plan = AttentionPlan(
+        (Segment(0, 7), Segment(7, 12, 0, 5), Segment(12, 16, 0, 5), Segment(16, 18))
+    )
+    seen = torch.zeros(18, 18, dtype=torch.bool)
+    for start, stop, prefix_start, prefix_stop in batch_module._cut(plan.segments, chunk):
+        seen[start:stop, prefix_start:prefix_stop] = True
+        seen[start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
+    wanted = plan.mask(0, Reach(chunk=chunk), torch.device("cpu"))
+    assert torch.equal(seen, wanted)
+
+
+def test_a_chunk_sees_no_position_before_its_first():
+    positions = torch.arange(10)
+    seen = sees(positions[:, None], positions[None], Reach(chunk=4))
+    assert [row.nonzero().flatten().tolist() for row in seen[[3, 4, 7, 9]]] == [
+        [0, 1, 2, 3], [4], [4, 5, 6, 7], [8, 9],
+    ]  # fmt: skip

@@ -73,7 +73,7 @@ def test_values_are_plain_log_probs(layout, batch_tokens):
     rows = make_rows(1, (2, 3, 5, 2), spans=True)
     with torch.no_grad():
         expected = [plain_sums(model, row).tolist() for row in rows]
-    install(model, padded=layout == "padded")
+    install(model, layout=layout)
     values = reference_logps(
         model, rows, layout=layout, cache=ReferenceCache(None), batch_tokens=batch_tokens
     )

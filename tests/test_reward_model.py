@@ -55,7 +55,7 @@ def test_float64_scores_and_gradients_equal_a_plain_padded_forward(family, layou
         slopes = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
         (expected * slopes).sum().backward()
         wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        install(model, padded=layout == "padded")
+        install(model, layout=layout)
         model.zero_grad()
         actual = response_scores(model, pack(examples, layout)["model_inputs"])
         assert actual.shape == (7, 3)

@@ -76,7 +76,7 @@ def _compare(model, examples, layout, rtol, atol, settings):
     (expected * weights).sum().backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    install(model, padded=layout == "padded", **settings)
+    install(model, layout=layout, **settings)
     model.zero_grad()
     actual = token_logprobs(model, pack(examples, layout)["model_inputs"])
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from rpo_trainer.batch import Layout, pack
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.logprobs import response_sums
-from rpo_trainer.step import install, is_classifier, token_logprobs
+from rpo_trainer.step import causal_lm, install, is_classifier, token_logprobs
 
 # Bytes of state per trained parameter, for optimizers that need a library or a device to be made.
 _STATE_BYTES = {
@@ -92,7 +92,8 @@ def step_memory(
         _give_fake_weights(model)
         if checkpointing:
             _checkpoint_activations(model)
-        inner = install(model, padded=layout == "padded")
+        install(model, layout=layout, learn=False)
+        inner = causal_lm(model)
         if tile_bytes is not None:
             inner._rpo_head.tile_bytes = tile_bytes
         model.train()

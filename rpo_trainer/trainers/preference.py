@@ -18,8 +18,8 @@ from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.loading import load_model_named
 from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
 from rpo_trainer.model_checks import check_same_vocabulary
+from rpo_trainer.probe import probe
 from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
-from rpo_trainer.step import install
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.engine import shard_reference
@@ -158,9 +158,9 @@ class PreferenceTrainer(PackedTrainer):
         silent = self.ref_model is not None and starts_as(self.model, self.ref_model)
         if self.ref_model is not None:
             key = self._key_of(self.ref_model)
-            install(self.ref_model, padded=self.layout == "padded")
             disable_dropout(self.ref_model)
             model = shard_reference(self.ref_model, self.accelerator)
+            probe(model, layout=self.layout)
         folder = Path(
             self.args.reference_cache_dir or Path(str(self.args.output_dir)) / "reference-cache"
         )

@@ -8,11 +8,12 @@ import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
 import torch
 from transformers import TrainingArguments
 
+from rpo_trainer.batch import Layout
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
 from rpo_trainer.trainers.arguments import (
@@ -149,8 +150,9 @@ class StepConfig(TrainingArguments):
         None,
     )
     layout: str = described(
-        "How responses lie in a row: `shared` (each prompt once), `packed`, `padded`, or `auto`: the "
-        "first of them that agrees with the model's plain forward.",
+        "How responses lie in a row: `shared` (each prompt once), `packed`, `padded` (one response a row), "
+        "`single` (one response a forward), or `auto`: the first of them that is proved to give what the "
+        "model's plain forward gives.",
         "auto",
     )
     tile_bytes: int = described("Most memory for one tile of logits, in bytes.", DEFAULT_TILE_BYTES)
@@ -326,8 +328,9 @@ class StepConfig(TrainingArguments):
             problems.append(f"truncation must be drop or cut, got {self.truncation!r}")
         if self.special_tokens not in (None, "text", "parse"):
             problems.append(f"special_tokens must be text or parse, got {self.special_tokens!r}")
-        if self.layout not in ("auto", "shared", "packed", "padded"):
-            problems.append(f"layout must be auto, shared, packed or padded, got {self.layout!r}")
+        if self.layout not in ("auto", *get_args(Layout)):
+            names = ", ".join(get_args(Layout))
+            problems.append(f"layout must be auto or one of {names}, got {self.layout!r}")
         if self.max_length is not None and self.max_length < 2:
             problems.append(f"max_length must be 2 or more, got {self.max_length}")
         if self.micro_batch_tokens is not None:
