@@ -196,13 +196,13 @@ def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     if not model._rpo_head.fused:
         if inputs["plan"] is not None:
             raise ValueError("the model's own forward scores one response a row")
-        scores = _run(model, model._rpo_stock[0], inputs, "logits")
+        scores: Tensor = _run(model, model._rpo_stock[0], inputs, "logits")
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
     hidden = _run(model, _decoder(model), inputs, "last_hidden_state")
     last = hidden.index_select(0, inputs["last_index"])
     # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
     with torch.autocast(last.device.type, enabled=False):
-        scores: Tensor = model.score(last.to(next(model.score.parameters()).dtype))
+        scores = model.score(last.to(next(model.score.parameters()).dtype))
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
