@@ -115,7 +115,7 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
     prefix_high, (stop_low, stop_high) = (
         prefix_rows.amax(1)[:, None], (x[:, None] for x in stop_rows.aminmax(dim=1)),
     )  # fmt: skip
-    first, last = low[:, None], torch.minimum(high, low.new_tensor(tokens - 1))[:, None]
+    first, last = low[:, None], high.clamp(max=tokens - 1)[:, None]
     # A block that some query might see is visited; one that all queries see whole needs no mask.
     visited = (own_low <= high) & (last >= low)
     visited |= (prefix_low <= high) & (stop_high > low)
@@ -173,7 +173,8 @@ def _kernel_options(size: int, itemsize: int, device: torch.device) -> dict[str,
     of tokens, all that a kernel holds without prefetching, are kept to 64 KiB; consumer GPUs have 99 KiB.
     """
     options: dict[str, Any] = {"BACKEND": "TRITON"}  # one kernel for rows of all lengths
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    memory = properties.shared_memory_per_block_optin
     if size not in _TUNED_SIZES or memory < _LARGE_SHARED_MEMORY:
         rounded = 1 << (size - 1).bit_length()  # as the kernels do
         block = 32 if rounded * itemsize <= 512 else 16
@@ -256,7 +257,8 @@ def _attend(
             score = score - slopes[head] * (positions[query_index] - positions[key_index])
         return score
 
-    result: Any = flex_attention(
+    attention: Any = flex_attention  # its overloads take no value that may be None
+    result = attention(
         query,
         key,
         value,
@@ -267,11 +269,12 @@ def _attend(
         kernel_options=kernel_options,
         return_aux=None if sinks is None else AuxRequest(lse=True),
     )
+    out: Tensor = result if sinks is None else result[0]
     if sinks is None:
-        return result
-    out, aux = result
+        return out
+    lse: Tensor = result[1].lse
     # exp(lse) / (exp(lse) + exp(sink)): the share of the weights that a sink leaves to the keys.
-    share = torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype))
+    share = torch.sigmoid(lse - sinks[:, None].to(lse.dtype))
     return (out * share.unsqueeze(-1)).to(out.dtype)
 
 
