@@ -342,9 +342,17 @@ def test_a_fused_kernel_reads_the_lists_of_blocks(monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("size", [16, 64, 96, 128, 256])
-@pytest.mark.parametrize("settings", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "size", "dtype"),
+    [
+        (CASES[1], 256, torch.bfloat16),  # Gemma-2
+        (CASES[3], 64, torch.bfloat16),  # GPT-OSS
+        (CASES[4], 96, torch.bfloat16),  # a size that torch has no settings for
+        (CASES[4], 128, torch.float32),
+        (CASES[2], 16, torch.float32),
+    ],
+)
 def test_on_a_gpu_against_scores_in_float64(settings, size, dtype):
     """Rows of less than a block, and of several; gradients of sinks too."""
     for tokens in (60, 700):
