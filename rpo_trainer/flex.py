@@ -105,16 +105,14 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
     blocks = -(-tokens // _BLOCK)
     rows = torch.arange(blocks * _BLOCK, dtype=torch.int32, device=own.device)
     rows = rows.clamp(max=tokens - 1).view(blocks, _BLOCK)  # the last query again, beyond the end
-    low = (
-        torch.arange(blocks, dtype=torch.int32, device=own.device) * _BLOCK
-    )  # of each block of keys
+    # Of each block of keys, its first and last token.
+    low = torch.arange(blocks, dtype=torch.int32, device=own.device) * _BLOCK
     high = low + (_BLOCK - 1)
     own_low, own_high = (x[:, None] for x in own[rows].aminmax(dim=1))
     prefix_rows, stop_rows = prefix[rows], prefix_stop[rows]
     prefix_low = torch.where(prefix_rows < stop_rows, prefix_rows, tokens).amin(1)[:, None]
-    prefix_high, (stop_low, stop_high) = (
-        prefix_rows.amax(1)[:, None], (x[:, None] for x in stop_rows.aminmax(dim=1)),
-    )  # fmt: skip
+    prefix_high = prefix_rows.amax(1)[:, None]
+    stop_low, stop_high = (x[:, None] for x in stop_rows.aminmax(dim=1))
     first, last = low[:, None], high.clamp(max=tokens - 1)[:, None]
     # A block that some query might see is visited; one that all queries see whole needs no mask.
     visited = (own_low <= high) & (last >= low)
