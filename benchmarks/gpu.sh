@@ -103,6 +103,7 @@ bench() {
     # files, those with a test that needs a GPU.
     part tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench)
     bench head 60 head.py $head $half
+    [ "$device" = cpu ] || bench attention 90 attention.py --rounds 2
     bench ratio2 90 step.py $model $half $ratio2 $peers
     bench sft 90 sft.py $model $half $sft $peers
     bench ablation 60 ablation.py $model $half $ablation

@@ -3,10 +3,11 @@
 A model set to it stays a whole model: with a packing plan among the keyword arguments the plan is followed,
 without one (generation, evaluation by other code) attention is what transformers does by `sdpa`.
 
-A plan is followed in one of two ways. On a GPU in half precision all of the row goes through one call of
-the variable-length kernel (`varlen.py`). What that kernel does not do goes unit by unit through torch's
-scaled dot product attention, which picks a kernel that fits: any device, float32 and float64, dropout, any
-head size. And what no fused kernel of torch does, soft-capped scores and sinks, is written out.
+A plan is followed in one of three ways. On a GPU in half precision all of the row goes through one call of
+the variable-length kernel (`varlen.py`). Soft-capped scores and sinks, which that kernel does not do, go
+through FlexAttention on a GPU (`flex.py`), and elsewhere unit by unit with the scores written out. The rest
+goes unit by unit through torch's scaled dot product attention, which picks a kernel that fits: any device,
+float32 and float64, dropout, any head size.
 
 Shapes: query `[1, heads, T, D]`, key and value `[1, kv_heads, T, D]`.
 """
@@ -24,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rpo_trainer import varlen
+from rpo_trainer import flex, varlen
 from rpo_trainer.batch import AttentionPlan, Reach
 from rpo_trainer.reach import current_recording
 
@@ -114,6 +115,16 @@ def packed_attention(
             )
             return out, None
 
+    written_out = softcap is not None or s_aux is not None
+    flex_index = packing_plan.flex_index
+    fits = reach.chunk is None and flex_index is not None
+    if written_out and fits and flex.applies(query, key, value, dropout=dropout):
+        out = flex.attend(
+            query, key, value, flex_index, scaling=scaling, sliding_window=reach.window,
+            softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        return out, None
+
     pieces = []
     units = packing_plan.units
     # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
@@ -131,7 +142,7 @@ def packed_attention(
         else:
             owner = number
         seen = Reach(*(n if n is not None and n < k.shape[2] else None for n in reach))
-        if softcap is not None or s_aux is not None:
+        if written_out:
             mask = packing_plan.mask(number, seen, q.device)
             pieces.append(_explicit(q, k, v, mask, scaling, dropout, softcap, s_aux))
             continue
@@ -166,7 +177,7 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention written out, for what no fused kernel does: soft-capped scores and sinks."""
+    """Attention written out, for soft-capped scores and sinks where FlexAttention does not apply."""
     key, value = _repeat(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(-1, -2) * scale

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rpo_trainer.flex import FlexIndex
 from rpo_trainer.varlen import VarlenIndex
 
 Layout = Literal["shared", "packed", "padded", "single"]
@@ -58,10 +59,12 @@ class AttentionPlan:
         segments: for the first response of an example prompt + response; for each further one the
             response alone, with the prompt as its prefix.
         index: the same for the kernel that takes all segments in one call; None: only units.
+        flex_index: the same for FlexAttention; None: only units.
     """
 
     segments: tuple[Segment, ...]
     index: VarlenIndex | None = field(default=None, repr=False, compare=False)
+    flex_index: FlexIndex | None = field(default=None, repr=False, compare=False)
     _masks: dict[tuple[int, Reach], Tensor] = field(default_factory=dict, repr=False, compare=False)
     _chunked: dict[int, VarlenIndex | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -74,7 +77,13 @@ class AttentionPlan:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        return replace(self, index=self.index and self.index.map(move), _masks={}, _chunked={})
+        return replace(
+            self,
+            index=self.index and self.index.map(move),
+            flex_index=self.flex_index and self.flex_index.map(move),
+            _masks={},
+            _chunked={},
+        )
 
     @cached_property
     def units(self) -> tuple[tuple[Segment, ...], ...]:
@@ -293,7 +302,7 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
         input_ids=torch.tensor([tokens], dtype=torch.long),
         position_ids=torch.tensor([positions], dtype=torch.long),
         attention_mask=None,
-        plan=AttentionPlan(tuple(segments), VarlenIndex.of(segments)),
+        plan=AttentionPlan(tuple(segments), VarlenIndex.of(segments), FlexIndex.of(segments)),
         predict_index=predict,
         labels=labels,
         response_index=owner,

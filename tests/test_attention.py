@@ -32,10 +32,10 @@ def sees(query: int, key: int) -> bool:
 
 def by_hand(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scaling: float | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, size: int = D,
 ) -> Tensor:  # fmt: skip
     """`[1, T, heads, D]`, one query and one head at a time."""
-    out = torch.zeros(1, T, HEADS, D, dtype=q.dtype)
+    out = torch.zeros(1, T, HEADS, size, dtype=q.dtype)
     for head in range(HEADS):
         kv = head // (HEADS // KV_HEADS)
         for i in range(T):

@@ -1,0 +1,120 @@
+"""Attention of a layer with soft-capped scores or sinks, on a GPU: memory and time against the row's length.
+
+    python benchmarks/attention.py                          # Gemma-2 9B and GPT-OSS, 4,096 to 16,384 tokens
+    python benchmarks/attention.py --shape gpt-oss --lengths 4096,32768 --without explicit
+
+flex: FlexAttention. explicit: scores written out, as where FlexAttention does not apply. Forward and backward
+of one packed row, a prompt of a quarter of the row and two responses that share it. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from common import DEVICE, wait
+from torch import nn
+
+from rpo_trainer import flex
+from rpo_trainer.attention import packed_attention
+from rpo_trainer.batch import AttentionPlan, Segment
+from rpo_trainer.flex import FlexIndex
+
+# Query heads, heads of keys and values, head size, and what the attention function is called with.
+SHAPES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "gemma-2": (16, 8, 256, {"softcap": 50.0, "scaling": 256**-0.5}),
+    "gemma-2-window": (16, 8, 256, {"softcap": 50.0, "scaling": 256**-0.5, "sliding_window": 4096}),
+    "gpt-oss": (64, 8, 64, {"s_aux": True}),
+    "gpt-oss-window": (64, 8, 64, {"s_aux": True, "sliding_window": 128}),
+}
+
+
+def main() -> None:
+    """Prints a line for each shape, way and length, and how memory grows: the slope in log-log."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="default: all")
+    parser.add_argument("--lengths", default="4096,8192,16384", help="tokens of the row")
+    parser.add_argument("--without", choices=["flex", "explicit"], help="leaves one of the two out")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    args = parser.parse_args()
+    if DEVICE != "cuda":
+        sys.exit("benchmarks/attention.py needs a GPU: FlexAttention is not used on a CPU")
+    lengths = [int(length) for length in args.lengths.split(",")]
+    found: dict[str, Any] = {}
+    for name in args.shape or SHAPES:
+        for way in ("flex", "explicit"):
+            if way == args.without:
+                continue
+            lines = [_measured(name, way, tokens, args) for tokens in lengths]
+            found[f"{name} {way}"] = lines
+            for tokens, (peak, seconds) in zip(lengths, lines, strict=True):
+                print(
+                    f"{name:15} {way:9} {tokens:7,} tokens "
+                    + (
+                        "out of memory"
+                        if peak is None
+                        else f"{seconds * 1e3:9.1f} ms {record.mib(peak)}"
+                    )
+                )
+            ends = [
+                (tokens, peak) for tokens, (peak, _) in zip(lengths, lines, strict=True) if peak
+            ]
+            if len(ends) > 1:
+                (first, low), (last, high) = ends[0], ends[-1]
+                slope = math.log(high / low) / math.log(last / first)
+                print(f"{name:15} {way:9} memory grows with length to the power of {slope:.2f}")
+    record.append(args, lengths=lengths, peak_and_seconds=found)
+
+
+def _measured(
+    name: str, way: str, tokens: int, args: argparse.Namespace
+) -> tuple[int | None, float]:
+    """Peak of one forward and backward beyond the inputs, in bytes (None: out of memory); median seconds."""
+    heads, kv_heads, size, settings = SHAPES[name]
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(1, n, tokens, size, device=DEVICE).to(dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    ]
+    settings = dict(settings)
+    if settings.pop("s_aux", False):
+        settings["s_aux"] = torch.randn(heads, device=DEVICE).to(dtype).requires_grad_()
+    if not flex.applies(*leaves):
+        sys.exit("FlexAttention does not apply to this GPU and dtype: see rpo_trainer/flex.py")
+    first = tokens // 8 * 5
+    segments = (Segment(0, first), Segment(first, tokens, 0, tokens // 4))
+    try:
+        seconds = []
+        for turn in range(args.rounds + 1):
+            index = FlexIndex.of(segments) if way == "flex" else None
+            plan = AttentionPlan(segments, flex_index=index).to(torch.device(DEVICE))
+            wait()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            out, _ = packed_attention(nn.Module(), *leaves, None, packing_plan=plan, **settings)
+            out.sum().backward()
+            wait()
+            if turn:  # the first one compiles
+                seconds.append(time.perf_counter() - start)
+            peak = torch.cuda.max_memory_allocated() - before
+            del out
+            for leaf in leaves:
+                leaf.grad = None
+        return peak, statistics.median(seconds)
+    except torch.OutOfMemoryError:
+        return None, math.nan
+
+
+if __name__ == "__main__":
+    main()
