@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from rpo_trainer.attention import ATTENTION_NAME, in_autocast_dtype, packing_masks
 from rpo_trainer.errors import ModelError
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES, linear_logprobs, logprobs_from_logits
+from rpo_trainer.router_loss import apart, asked, beside, only_sums, sums_of
 
 # How a family's logits differ from its head's plain product: config attribute → scale.
 _SCALES = {
@@ -127,11 +128,16 @@ def uninstall(model: nn.Module) -> None:
 
 def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
     """log π of each trained token of a micro-batch made by `batch.pack`: `[N]`, float32 or better."""
-    return model(packed=model_inputs)  # type: ignore[no-any-return]
+    return apart(model(packed=model_inputs), model_inputs)
 
 
 def response_scores(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
     """Scores of a sequence classifier at each response's last token: `[R, A]`, float32 or better."""
+    return apart(model(packed=model_inputs), model_inputs)
+
+
+def router_sums_only(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """Sums of the routers' loss, `[2E + 1]`, of inputs that `router_loss.request` has marked `only`."""
     return model(packed=model_inputs)  # type: ignore[no-any-return]
 
 
@@ -144,34 +150,44 @@ def _decoder_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
     if inputs["plan"] is not None:
         decoder_inputs["packing_plan"] = inputs["plan"]
+    if asked(inputs):
+        decoder_inputs["output_router_logits"] = True
     return decoder_inputs
 
 
-def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Any:
     decoder_inputs = _decoder_inputs(inputs)
     if not model._rpo_head.fused:
         if inputs["plan"] is not None:
             raise ValueError("the model's own forward scores one response a row")
-        scores: Tensor = model._rpo_stock[0](**decoder_inputs).logits
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        outputs = model._rpo_stock[0](**decoder_inputs)
+        scores: Tensor = outputs.logits
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return beside(scores, outputs, inputs)
     with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        hidden = model.base_model(**decoder_inputs).last_hidden_state
+        outputs = model.base_model(**decoder_inputs)
+    if only_sums(inputs):
+        return sums_of(outputs, inputs)
+    hidden = outputs.last_hidden_state
     last = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["last_index"])
     # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
     with torch.autocast(last.device.type, enabled=False):
         scores = model.score(last.to(next(model.score.parameters()).dtype))
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return beside(scores.to(torch.promote_types(scores.dtype, torch.float32)), outputs, inputs)
 
 
-def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Any:
     head: Head = model._rpo_head
     decoder_inputs = _decoder_inputs(inputs)
     if not head.fused:
         return _through_own_logits(model, decoder_inputs, inputs)
     with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        hidden = model.get_decoder()(**decoder_inputs).last_hidden_state
+        outputs = model.get_decoder()(**decoder_inputs)
+    if only_sums(inputs):
+        return sums_of(outputs, inputs)
+    hidden = outputs.last_hidden_state
     gathered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["predict_index"])
-    return _run_head(model, gathered, inputs["labels"], head)
+    return beside(_run_head(model, gathered, inputs["labels"], head), outputs, inputs)
 
 
 def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
@@ -221,9 +237,12 @@ def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head)
 
 def _through_own_logits(
     model: Any, decoder_inputs: dict[str, Any], inputs: Mapping[str, Any]
-) -> Tensor:
+) -> Any:
     """The last resort, always right: the model's own forward, all its logits."""
     with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        logits = model._rpo_stock[0](**decoder_inputs).logits
+        outputs = model._rpo_stock[0](**decoder_inputs)
+    if only_sums(inputs):
+        return sums_of(outputs, inputs)
+    logits = outputs.logits
     flat = logits.reshape(-1, logits.shape[-1]).index_select(0, inputs["predict_index"])
-    return logprobs_from_logits(flat, inputs["labels"])
+    return beside(logprobs_from_logits(flat, inputs["labels"]), outputs, inputs)
