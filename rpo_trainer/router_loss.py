@@ -171,7 +171,7 @@ def _coefficients(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
     """The load-balancing loss that the model's own family computes.
 
-    A forward of a few random tokens, some of them padding, proves that the loss computed here is the family's.
+    A forward of a few tokens, some of them padding, proves that the loss computed here is the family's.
 
     Args:
         inner: a transformers causal language model or sequence classifier.

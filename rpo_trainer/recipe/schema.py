@@ -154,6 +154,12 @@ class StageBase(Spec):
     report_to: Annotated[str | list[str], BeforeValidator(_text_or_list)] = Field(
         "none", description="trackers, as in `transformers`: `none`, `tensorboard`, `wandb`, ..."
     )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the load-balancing loss of a mixture of experts' routers; 0: none; by "
+        "default what the model's config asks for (`output_router_logits`)",
+    )
     nonfinite: Annotated[str, BeforeValidator(_stop_or_skip)] = Field(
         "stop",
         description="a loss or gradient that is NaN or infinite: `stop` before the weights move, or "

@@ -24,6 +24,7 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
 from rpo_trainer.probe import probe
+from rpo_trainer.router_loss import asked_by_config
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, token_logprobs
 from rpo_trainer.trainers.best import require_best_metric
@@ -132,7 +133,9 @@ class PackedTrainer(SavingTrainer):
         if evaluation is not None:
             sets = evaluation if isinstance(evaluation, dict) else {None: evaluation}
             require_best_metric(
-                args, {name: self.metric_names(args, examples) for name, examples in sets.items()}
+                args,
+                {name: self.metric_names(args, examples) for name, examples in sets.items()},
+                asked=bool(asked_by_config(causal_lm(model).config)),
             )
         use_cache = getattr(causal_lm(model).config, "use_cache", None)
         with harmless_trackers(args) as trackers:

@@ -131,10 +131,9 @@ def router_term(
         _say_off(inner.config, given)
         return None
     try:
-        if (kwargs := args.gradient_checkpointing_kwargs or {}).get("use_reentrant") and (
-            args.gradient_checkpointing
-        ):
-            raise NoRouterLoss(f"gradient checkpointing with {kwargs} keeps no gradient of it")
+        kwargs = args.gradient_checkpointing_kwargs
+        if args.gradient_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise NoRouterLoss("checkpointing with use_reentrant=True keeps no gradient of it")
         loss = router_loss_of(inner, device_of(model))
         if is_classifier(model) and not inner._rpo_head.fused:
             raise NoRouterLoss("the classifier's own forward does not give its router logits")
