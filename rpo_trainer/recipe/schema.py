@@ -227,7 +227,10 @@ class PreferenceStage(StageBase):
     step0_check: bool = Field(
         True, description="check the loss before the first update against its known constant"
     )
-    disable_dropout: bool = Field(True, description="set the model's dropout to 0")
+    disable_dropout: bool = Field(
+        True,
+        description="turn the model's noise in training off: dropout, layer drop, router jitter",
+    )
 
 
 class DPOStage(PreferenceStage):
@@ -289,7 +292,10 @@ class RewardStage(StageBase):
         description="the margin is this times the gap of the given rewards (bradley_terry); 0: no "
         "margin, and no rewards are needed",
     )
-    disable_dropout: bool = Field(True, description="set the model's dropout to 0")
+    disable_dropout: bool = Field(
+        True,
+        description="turn the model's noise in training off: dropout, layer drop, router jitter",
+    )
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:

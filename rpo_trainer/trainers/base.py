@@ -36,6 +36,7 @@ from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
 from rpo_trainer.trainers.names import answering_unknown_arguments
+from rpo_trainer.trainers.noise import disable_noise, say_noise
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
 from rpo_trainer.trainers.saving import SavingTrainer
@@ -87,6 +88,7 @@ class PackedTrainer(SavingTrainer):
     config_class: type[StepConfig] = StepConfig
     row_kind: Literal["sft", "pair", "rating"] = "sft"
     needs_rewards = False
+    no_noise = ""  # with `disable_dropout`: why there can be none
     args: StepConfig
     # transformers types these as unions with None and with data sets we never hold.
     model: Any
@@ -172,6 +174,10 @@ class PackedTrainer(SavingTrainer):
         with awake(self.model):
             self.layout, _ = probe(self.model, layout=wanted, tile_bytes=self.args.tile_bytes)
         self.router = router_term(self.model, self.args, self._reduce)
+        if getattr(self.args, "disable_dropout", False):
+            disable_noise(self.model, self.no_noise)
+        else:
+            say_noise(self.model)
         self._probed = True
 
     def wrapped(self, train_dataloader: Any) -> Any:

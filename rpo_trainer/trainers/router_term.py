@@ -109,7 +109,8 @@ class RouterTerm:
 
 def _real(sums: Tensor, batch: dict[str, Any]) -> Tensor:
     """0 for the filler of a rank that has no example left."""
-    return sums.double() * batch["weights"].max().double()
+    real: Tensor = batch["weights"].max()
+    return sums.double() * real.double()
 
 
 def _same_noise_again() -> Any:
