@@ -191,6 +191,8 @@ def test_experts_that_are_left_as_they_are_are_named(
     family: str, targets: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The names that the warning gives train the experts of all layers, and then there is no warning."""
+    if (family, targets) == ("mixtral", "all-linear"):
+        pytest.skip("PEFT turns this into target_parameters of its own")
     excluded = {"exclude_modules": ["router", "gate"]} if targets == "all-linear" else {}
     adapters.with_adapter(routed(family), lora(target_modules=targets, **excluded))
     (said,) = [r.getMessage() for r in caplog.records if "target_parameters" in r.getMessage()]
@@ -218,8 +220,10 @@ def test_experts_that_are_left_as_they_are_are_named(
         assert not torch.equal(plain.get_parameter(n), base)
 
 
-def test_a_model_without_fused_experts_has_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_there_is_no_warning_where_no_expert_is_left(caplog: pytest.LogCaptureFixture) -> None:
     adapters.with_adapter(make_model(), lora(target_modules="all-linear"))
+    wrapped = adapters.with_adapter(routed("mixtral"), lora(target_modules="all-linear"))
+    assert any(".experts." in n and p.requires_grad for n, p in wrapped.named_parameters())
     assert "target_parameters" not in caplog.text
 
 
