@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -107,6 +108,50 @@ def _warn_resized(resized: list[str], config: Any) -> None:
             "set trainable_token_indices to the new tokens, or add the modules to modules_to_save",
             ", ".join(frozen),
         )
+
+
+def warn_of_fused_experts(wrapped: Any, config: Any) -> None:
+    """A WARNING where an adapter leaves experts as they are, whose weights are no linear layers.
+
+    PEFT's `target_modules` names modules; families that hold all experts of a layer in one parameter need
+    `target_parameters`.
+
+    Args:
+        wrapped: a model that PEFT has wrapped with a fresh adapter.
+        config: the adapter's.
+    """
+    if not hasattr(config, "target_parameters"):
+        return
+    trained = set(getattr(wrapped.base_model, "targeted_parameter_names", ()))
+    left: dict[str, int] = {}
+    for path, module in causal_lm(wrapped).named_modules():
+        path = re.sub(r"(\.base_layer)+(?=\.|$)", "", path)
+        for name, p in module.named_parameters(recurse=False):
+            whole = f"{path}.{name}"
+            if (
+                _is_fused_experts(path, name, module, p)
+                and whole not in trained
+                and not p.requires_grad
+            ):
+                short = re.split(r"\.\d+\.", whole)[-1]
+                left[short] = left.get(short, 0) + p.numel()
+    if left and is_main():
+        logger.warning(
+            "the adapter leaves the experts as they are: %s (%.3g weights) are parameters, and "
+            "target_modules names linear layers alone. To train them, set target_parameters: [%s]",
+            ", ".join(left), sum(left.values()), ", ".join(left),
+        )  # fmt: skip
+
+
+def _is_fused_experts(path: str, name: str, module: nn.Module, p: nn.Parameter) -> bool:
+    """Whether a parameter holds the weights of all experts of a layer."""
+    if (
+        p.ndim < 2
+        or name.endswith("bias")
+        or type(module).__module__.startswith(("torch.", "peft."))
+    ):
+        return False
+    return "expert" in f"{path}.{type(module).__name__}".lower()
 
 
 def _targets(config: Any) -> set[str]:

@@ -6,6 +6,7 @@ merged model must answer as the adapted one does. Both are compared on a few ran
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rpo_trainer.adapter_files import WEIGHTS, require_complete, require_weights
-from rpo_trainer.adapter_parts import with_new_parts
+from rpo_trainer.adapter_parts import warn_of_fused_experts, with_new_parts
 from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.foreign import device_failed, reads
 from rpo_trainer.outputs import read_generation
@@ -163,6 +164,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why=first_line(error),
             fix="leave these modules out: list them in exclude_modules, or the others in target_modules",
         ) from error
+    warn_of_fused_experts(wrapped, config)
     return wrapped  # type: ignore[no-any-return]
 
 
@@ -218,7 +220,7 @@ def _base_state(model: nn.Module) -> dict[str, Tensor]:
     """Weights below the adapter, under the names that they have without one."""
     kept = {}
     for name, tensor in causal_lm(model).state_dict().items():
-        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".original_module.", ".")
         if plain != name or not any(mark in name for mark in ("lora_", ".modules_to_save.")):
             kept[plain] = tensor
     return kept

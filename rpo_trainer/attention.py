@@ -116,9 +116,8 @@ def packed_attention(
             return out, None
 
     written_out = softcap is not None or s_aux is not None
-    flex_index = packing_plan.flex_index
-    fits = reach.chunk is None and flex_index is not None
-    if written_out and fits and flex.applies(query, key, value, dropout=dropout):
+    flex_index = packing_plan.flex_index if written_out and reach.chunk is None else None
+    if flex_index is not None and flex.applies(query, key, value, dropout=dropout):
         out = flex.attend(
             query, key, value, flex_index, scaling=scaling, sliding_window=reach.window,
             softcap=softcap, sinks=s_aux,

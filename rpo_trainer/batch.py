@@ -211,7 +211,8 @@ def pack(
             `plan` (None when padded or single), `attention_mask` (None when packed), `rows`, where each
             response's text starts and stops (None but for single), `predict_index` `[N]`, the flat
             position whose hidden state predicts each trained token, `labels` `[N]`, that token, and
-            `last_index` `[R]`, the flat position of each response's last token.
+            `last_index` `[R]`, the flat position of each response's last token, and `token_uses` as
+            `input_ids`, int64, how many responses use each token: 0 for padding.
         response_index: `[N]`, which of the R responses a token belongs to.
         response_tokens: `[R]`, trained tokens of each response.
         groups: `[b, k]` response numbers of the examples that have k responses, one tensor for each k.
@@ -240,6 +241,7 @@ def pack(
             "predict_index": torch.tensor(rows.predict_index, dtype=torch.long),
             "labels": torch.tensor(rows.labels, dtype=torch.long),
             "last_index": torch.tensor(rows.last_index, dtype=torch.long),
+            "token_uses": rows.token_uses,
         },
         "response_index": response_index,
         "response_tokens": counts,
@@ -261,6 +263,7 @@ class _Rows:
     labels: list[int]
     response_index: list[int]
     last_index: list[int]
+    token_uses: Tensor
     responses: int
 
 
@@ -272,9 +275,11 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
     labels: list[int] = []
     owner: list[int] = []
     last: list[int] = []
+    uses: list[int] = []
     number = 0
     for example in examples:
         prompt = example["prompt_ids"]
+        sharing = len(example["response_ids"]) if layout == "shared" else 1
         prompt_start = prompt_stop = 0
         for k, response in enumerate(example["response_ids"]):
             start = len(tokens)
@@ -282,12 +287,14 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
                 prompt_start, prompt_stop = start, start + len(prompt)
                 tokens += prompt
                 positions += range(len(prompt))
+                uses += [sharing] * len(prompt)
                 prefix = (0, 0)
             else:
                 prefix = (prompt_start, prompt_stop)
             first = len(tokens)
             tokens += response
             positions += range(len(prompt), len(prompt) + len(response))
+            uses += [1] * len(response)
             if len(tokens) > start:
                 segments.append(Segment(start, len(tokens), *prefix))
             # The token before the first one of a response is its prompt's last, wherever that lies.
@@ -307,6 +314,7 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
         labels=labels,
         response_index=owner,
         last_index=last,
+        token_uses=torch.tensor([uses], dtype=torch.long),
         responses=number,
     )
 
@@ -344,6 +352,7 @@ def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> _Rows:
         labels=labels,
         response_index=owner,
         last_index=last,
+        token_uses=attention_mask,
         responses=len(rows),
     )
 

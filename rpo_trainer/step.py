@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -31,6 +31,7 @@ from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.heads import FORWARD_ERRORS, Head, decoder_of, head_of
 from rpo_trainer.logprobs import linear_logprobs, logprobs_from_logits
 from rpo_trainer.reach import Recording, recording
+from rpo_trainer.router_loss import apart, asked, beside, only_sums, sums_of
 from rpo_trainer.sharding import device_of, has_shards
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of these classes
@@ -154,11 +155,16 @@ def _decoder(inner: Any) -> Any:
 
 def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
     """log π of each trained token of a micro-batch made by `batch.pack`: `[N]`, float32 or better."""
-    return model(packed=model_inputs)  # type: ignore[no-any-return]
+    return apart(model(packed=model_inputs), model_inputs)
 
 
 def response_scores(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
     """Scores of a sequence classifier at each response's last token: `[R, A]`, float32 or better."""
+    return apart(model(packed=model_inputs), model_inputs)
+
+
+def router_sums_only(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """Sums of the routers' loss, `[2E + 1]`, of inputs that `router_loss.request` has marked `only`."""
     return model(packed=model_inputs)  # type: ignore[no-any-return]
 
 
@@ -169,53 +175,78 @@ def _decoder_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
         decoder_inputs |= {"position_ids": inputs["position_ids"], "packing_plan": inputs["plan"]}
     else:
         decoder_inputs["attention_mask"] = inputs["attention_mask"]
+    if asked(inputs):
+        decoder_inputs["output_router_logits"] = True
     return decoder_inputs
 
 
-def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> Tensor:
-    """`wanted` of the outputs of a forward, `[rows · length, ·]`; of one for each of `rows`, if given."""
+class _Outputs(NamedTuple):
+    """Of a forward: what was wanted of it, `[rows · length, ·]`, and its routers' logits, of each layer."""
+
+    wanted: Tensor
+    router_logits: Sequence[Tensor]
+
+
+def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> _Outputs:
+    """One forward; one for each of `rows`, where the inputs have them."""
     decoder_inputs = _decoder_inputs(inputs)
     rows = inputs.get("rows")
     if rows is None:
         plan = inputs["plan"]
         masks = packing_masks(plan if model._rpo_plan_as_mask else None)
         with masks if plan is not None else contextlib.nullcontext():
-            return _flat(getattr(forward(**decoder_inputs), wanted))
-    pieces = []
+            found = forward(**decoder_inputs)
+        return _Outputs(_flat(getattr(found, wanted)), getattr(found, "router_logits", None) or ())
     # Ranks that share the weights must run them equally often.
     rounds = distributed.greatest(len(rows)) if has_shards(model) else len(rows)
+    pieces, routers = [], []
     for number in range(rounds):
         start, stop = rows[number % len(rows)]
-        one = {**decoder_inputs, "input_ids": inputs["input_ids"][:, start:stop]}
-        pieces.append(_flat(getattr(forward(**one), wanted)))
+        found = forward(**{**decoder_inputs, "input_ids": inputs["input_ids"][:, start:stop]})
+        pieces.append(_flat(getattr(found, wanted)))
+        routers.append([_flat(layer) for layer in getattr(found, "router_logits", None) or ()])
     unused = sum((piece.sum() * 0.0 for piece in pieces[len(rows) :]), pieces[0].new_zeros(()))
-    return torch.cat(pieces[: len(rows)]) + unused
+    return _Outputs(
+        torch.cat(pieces[: len(rows)]) + unused,
+        [torch.cat(layer) for layer in zip(*routers[: len(rows)], strict=True)],
+    )
 
 
-def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Any:
     if not model._rpo_head.fused:
         if inputs["plan"] is not None:
             raise ValueError("the model's own forward scores one response a row")
-        scores: Tensor = _run(model, model._rpo_stock[0], inputs, "logits")
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
-    hidden = _run(model, _decoder(model), inputs, "last_hidden_state")
-    last = hidden.index_select(0, inputs["last_index"])
+        outputs = _run(model, model._rpo_stock[0], inputs, "logits")
+        scores: Tensor = outputs.wanted
+        return beside(_at_least_float32(scores), outputs, inputs)
+    outputs = _run(model, _decoder(model), inputs, "last_hidden_state")
+    if only_sums(inputs):
+        return sums_of(outputs, inputs)
+    last = outputs.wanted.index_select(0, inputs["last_index"])
     # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
     with torch.autocast(last.device.type, enabled=False):
         scores = model.score(last.to(next(model.score.parameters()).dtype))
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return beside(_at_least_float32(scores), outputs, inputs)
 
 
-def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Any:
     head: Head = model._rpo_head
-    if not head.fused:  # always right: the model's own forward, all its logits
-        logits = _run(model, model._rpo_stock[0], inputs, "logits")
-        return logprobs_from_logits(
-            logits.index_select(0, inputs["predict_index"]), inputs["labels"]
-        )
-    hidden = _run(model, _decoder(model), inputs, "last_hidden_state")
-    gathered = hidden.index_select(0, inputs["predict_index"])
-    return _run_head(model, gathered, inputs["labels"], head)
+    run, wanted = (
+        (_decoder(model), "last_hidden_state") if head.fused else (model._rpo_stock[0], "logits")
+    )
+    outputs = _run(model, run, inputs, wanted)
+    if only_sums(inputs):
+        return sums_of(outputs, inputs)
+    gathered = outputs.wanted.index_select(0, inputs["predict_index"])
+    if head.fused:
+        logps = _run_head(model, gathered, inputs["labels"], head)
+    else:  # always right: the model's own forward, all its logits
+        logps = logprobs_from_logits(gathered, inputs["labels"])
+    return beside(logps, outputs, inputs)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _flat(x: Tensor) -> Tensor:

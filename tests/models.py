@@ -37,12 +37,19 @@ FAMILIES: dict[str, dict] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48},
 }  # fmt: skip
 
+_MIXTURE = {"num_experts_per_tok": 2, "head_dim": 8, "moe_intermediate_size": 24}
+MIXTURES: dict[str, dict] = {
+    "mixtral": {**_MIXTURE, "num_local_experts": 4},
+    "qwen3_moe": {**_MIXTURE, "num_experts": 4},
+    "gpt_oss": {**_MIXTURE, "num_local_experts": 4, "sliding_window": 6},
+}
+
 
 def make_model(
     family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **extra
 ):
     """A random model of two layers with dropout off; biases and norms are random too."""
-    settings = {**({} if family == "gpt2" else _COMMON), **FAMILIES[family], **extra}
+    settings = {**({} if family == "gpt2" else _COMMON), **(FAMILIES | MIXTURES)[family], **extra}
     if family == "gpt2":
         settings = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, **settings}
         settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -51,6 +58,8 @@ def make_model(
     # transformers 5.17 gives Gemma-2 an sdpa that drops the soft-cap of its scores.
     eager = {"attn_implementation": "eager"} if family == "gemma2" else {}
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
+    if family in MIXTURES:
+        model.set_experts_implementation("eager")  # the grouped kernel has no float64
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,55 @@ def test_routers_among_the_targets_are_named(family: str) -> None:
         adapters.with_adapter(routed(family), lora(target_modules="all-linear"))
     excluded = lora(target_modules="all-linear", exclude_modules=["router"])
     assert adapters.is_adapted(adapters.with_adapter(routed(family), excluded))
+
+
+FUSED = {
+    "mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "llama4_text": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
+@pytest.mark.parametrize("family", FUSED)
+def test_experts_that_are_left_as_they_are_are_named(
+    family: str, targets: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The names that the warning gives train the experts of all layers, and then there is no warning."""
+    if (family, targets) == ("mixtral", "all-linear"):
+        pytest.skip("PEFT turns this into target_parameters of its own")
+    excluded = {"exclude_modules": ["router", "gate"]} if targets == "all-linear" else {}
+    adapters.with_adapter(routed(family), lora(target_modules=targets, **excluded))
+    (said,) = [r.getMessage() for r in caplog.records if "target_parameters" in r.getMessage()]
+    names = said.rpartition("[")[2].rstrip("]").split(", ")
+    assert names == FUSED[family]
+    caplog.clear()
+    start = routed(family)
+    wrapped = adapters.with_adapter(
+        start, lora(target_modules=targets, target_parameters=names, **excluded)
+    )
+    assert "target_parameters" not in caplog.text
+    before = {n: p.clone() for n, p in wrapped.named_parameters()}
+    experts = [n for n, p in wrapped.named_parameters() if p.requires_grad and ".experts." in n]
+    assert len(experts) == 2 * 2 * len(names)  # A and B of each in two layers
+    stirred(wrapped)
+    expected = wrapped(input_ids=IDS).logits
+    plain = adapters.merged(wrapped)
+    torch.testing.assert_close(plain(input_ids=IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    moved = [n for n, p in plain.named_parameters() if n.endswith(tuple(names))]
+    assert len(moved) == 2 * len(names)
+    for n in moved:
+        base = next(
+            p for old, p in before.items() if re.sub(r"(\.base_layer)+", "", old).endswith(n)
+        )
+        assert not torch.equal(plain.get_parameter(n), base)
+
+
+def test_there_is_no_warning_where_no_expert_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    adapters.with_adapter(make_model(), lora(target_modules="all-linear"))
+    wrapped = adapters.with_adapter(routed("mixtral"), lora(target_modules="all-linear"))
+    assert any(".experts." in n and p.requires_grad for n, p in wrapped.named_parameters())
+    assert "target_parameters" not in caplog.text
 
 
 def old_experts(folder: Path, *, without: str = "nothing") -> None:

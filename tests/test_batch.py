@@ -44,6 +44,7 @@ def test_shared():
         "predict_index": [2, 3, 2, 6, 8],
         "labels": [20, 21, 30, 40, 42],
         "last_index": [4, 5, 9],
+        "token_uses": [[2, 2, 2, 1, 1, 1, 1, 1, 1, 1]],
     }
 
 
@@ -57,6 +58,7 @@ def test_packed():
         "predict_index": [2, 3, 7, 9, 11],
         "labels": [20, 21, 30, 40, 42],
         "last_index": [4, 8, 12],
+        "token_uses": [[1] * 13],
     }
 
 
@@ -75,6 +77,7 @@ def test_padded():
         "predict_index": [2, 3, 7, 10, 12],
         "labels": [20, 21, 30, 40, 42],
         "last_index": [4, 8, 13],
+        "token_uses": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]],
     }
 
 

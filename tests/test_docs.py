@@ -54,7 +54,8 @@ def test_the_librarys_program_runs_and_logs_the_metrics_it_names(
     logged = {*state["log_history"][0]} - {"step", "epoch", "grad_norm", "learning_rate"}
     table = page("library").split("| name | is |")[1].split("\n\n")[0]
     cells = [line.split("|")[1] for line in table.strip().splitlines()[1:]]
-    assert {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)} == logged
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert named - {"loss/router_aux"} == logged  # of mixtures of experts alone
 
 
 def test_the_readme_and_the_command_line_know_the_same_commands() -> None:

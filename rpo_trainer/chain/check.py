@@ -59,7 +59,7 @@ from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.generate import check_room
 from rpo_trainer.rewards.scorers import make_scorer
-from rpo_trainer.trainers.step_zero import dropout_of
+from rpo_trainer.trainers.noise import noise_of
 
 WARNING = "WARNING: "  # begins, behind its indentation, each line that deserves attention
 
@@ -198,11 +198,11 @@ class _Check:
     def _dropout(self, stage: Stage) -> None:
         if self.config is None or not isinstance(stage, PreferenceStage):
             return
-        found = dropout_of(self.config)
+        found = noise_of(self.config)
         if found and stage.disable_dropout:
             self.lines.append(
-                f"  {WARNING}the model's config has dropout ({found}): it is set to 0 in this stage, "
-                "since the reference has none"
+                f"  {WARNING}the model's config has noise in training ({found}): it is set to 0 in this "
+                "stage, since the reference has none"
             )
 
     def _start(self, key: str, source: str, *, reward: bool = False) -> int:

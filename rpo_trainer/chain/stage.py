@@ -61,6 +61,7 @@ _SAME = (
     "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
     "logging_steps", "save_total_limit", "report_to", "nonfinite",
+    "router_aux_loss_coef",
     "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
     "disable_dropout", "label_smoothing", "reward_scale",
     "objective", "attributes", "reward_weights", "rating_range", "margin_scale",

@@ -154,6 +154,12 @@ class StageBase(Spec):
     report_to: Annotated[str | list[str], BeforeValidator(_text_or_list)] = Field(
         "none", description="trackers, as in `transformers`: `none`, `tensorboard`, `wandb`, ..."
     )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the load-balancing loss of a mixture of experts' routers; 0: none; by "
+        "default what the model's config asks for (`output_router_logits`)",
+    )
     nonfinite: Annotated[str, BeforeValidator(_stop_or_skip)] = Field(
         "stop",
         description="a loss or gradient that is NaN or infinite: `stop` before the weights move, or "
@@ -221,7 +227,10 @@ class PreferenceStage(StageBase):
     step0_check: bool = Field(
         True, description="check the loss before the first update against its known constant"
     )
-    disable_dropout: bool = Field(True, description="set the model's dropout to 0")
+    disable_dropout: bool = Field(
+        True,
+        description="turn the model's noise in training off: dropout, layer drop, router jitter",
+    )
 
 
 class DPOStage(PreferenceStage):
@@ -283,7 +292,10 @@ class RewardStage(StageBase):
         description="the margin is this times the gap of the given rewards (bradley_terry); 0: no "
         "margin, and no rewards are needed",
     )
-    disable_dropout: bool = Field(True, description="set the model's dropout to 0")
+    disable_dropout: bool = Field(
+        True,
+        description="turn the model's noise in training off: dropout, layer drop, router jitter",
+    )
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:

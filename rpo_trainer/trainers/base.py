@@ -24,6 +24,7 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
 from rpo_trainer.probe import probe
+from rpo_trainer.router_loss import asked_by_config
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, token_logprobs
 from rpo_trainer.trainers.best import require_best_metric
@@ -35,6 +36,9 @@ from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
 from rpo_trainer.trainers.names import answering_unknown_arguments
+from rpo_trainer.trainers.noise import disable_noise, say_noise
+from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
+from rpo_trainer.trainers.router_term import RouterTerm, router_term
 from rpo_trainer.trainers.saving import SavingTrainer
 from rpo_trainer.trainers.setup import (
     note_defaults,
@@ -84,6 +88,7 @@ class PackedTrainer(SavingTrainer):
     config_class: type[StepConfig] = StepConfig
     row_kind: Literal["sft", "pair", "rating"] = "sft"
     needs_rewards = False
+    no_noise = ""  # with `disable_dropout`: why there can be none
     args: StepConfig
     # transformers types these as unions with None and with data sets we never hold.
     model: Any
@@ -130,7 +135,9 @@ class PackedTrainer(SavingTrainer):
         if evaluation is not None:
             sets = evaluation if isinstance(evaluation, dict) else {None: evaluation}
             require_best_metric(
-                args, {name: self.metric_names(args, examples) for name, examples in sets.items()}
+                args,
+                {name: self.metric_names(args, examples) for name, examples in sets.items()},
+                asked=bool(asked_by_config(causal_lm(model).config)),
             )
         use_cache = getattr(causal_lm(model).config, "use_cache", None)
         with harmless_trackers(args) as trackers:
@@ -152,6 +159,7 @@ class PackedTrainer(SavingTrainer):
         self.prepare_output(use_cache)
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
         self._probed = False
+        self.router: RouterTerm | None = None
         if whole_on_every_rank(self.model):
             self._probe()
         compile_if_asked(self.model, self.accelerator)
@@ -165,6 +173,11 @@ class PackedTrainer(SavingTrainer):
         wanted: Any = None if self.args.layout == "auto" else self.args.layout
         with awake(self.model):
             self.layout, _ = probe(self.model, layout=wanted, tile_bytes=self.args.tile_bytes)
+        self.router = router_term(self.model, self.args, self._reduce)
+        if getattr(self.args, "disable_dropout", False):
+            disable_noise(self.model, self.no_noise)
+        else:
+            say_noise(self.model)
         self._probed = True
 
     def wrapped(self, train_dataloader: Any) -> Any:
@@ -185,6 +198,9 @@ class PackedTrainer(SavingTrainer):
         """What the losses are made of, for each response: `[R]` summed log-probs."""
         logps = token_logprobs(model, inputs["model_inputs"])
         return response_sums(logps, inputs["response_index"], len(inputs["response_tokens"]))
+
+    def before_forward(self, inputs: dict[str, Any]) -> None:
+        """Runs before the forward of a micro-batch, in training and evaluation."""
 
     def data_options(self, args: StepConfig) -> dict[str, Any]:
         """Further arguments of `prepare_dataset`."""
@@ -297,6 +313,8 @@ class PackedTrainer(SavingTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
+        if self.router is not None:
+            self.router.begin_step(batches)
         counts = torch.stack([batch["counts"] for batch in batches]).sum(0)
         counts = counts.to(device, non_blocking=True)
         if self.args.world_size > 1:
@@ -313,6 +331,9 @@ class PackedTrainer(SavingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward of a micro-batch; with a token budget of all those of the step."""
+        if self.router is not None:
+            model.train()
+            self.router.prepare(lambda batch: self._router_sums(model, batch))
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         batches, accelerator = inputs["micro_batches"], self.accelerator
@@ -328,6 +349,14 @@ class PackedTrainer(SavingTrainer):
                 total += super().training_step(model, batch, num_items_in_batch)
         return total
 
+    def _router_sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Sums of the routers' loss of a micro-batch, from a forward of nothing else."""
+        assert self.router is not None
+        inputs = self._prepare_inputs(batch)
+        self.before_forward(inputs)
+        with self.compute_loss_context_manager():
+            return self.router.sums_only(model, inputs)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Moves tensors, and leaves their dtype: rewards and log-probs stay float32 under DeepSpeed."""
         return to_device(inputs, self.args.device)  # type: ignore[no-any-return]
@@ -340,6 +369,9 @@ class PackedTrainer(SavingTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Loss of one micro-batch, scaled so that the sum over micro-batches and ranks is the batch's."""
+        self.before_forward(inputs)
+        if self.router is not None:
+            self.router.request(inputs)
         sums = self.outputs(model, inputs)
         result = self.losses(sums, inputs)
         training = num_items_in_batch is not None
@@ -357,6 +389,12 @@ class PackedTrainer(SavingTrainer):
         for name, values in result.metrics.items():
             metrics.add(name, values, weights)
         self._coefficients = {f"loss/{name}": t.coefficient for name, t in result.terms.items()}
+        if self.router is not None:
+            balance, share = self.router.share(inputs, training)
+            if training:
+                metrics.add_ratio(ROUTER_AUX, balance, share)
+            loss = loss + self.router.coefficient * balance.to(loss.dtype)
+            self._coefficients[ROUTER_AUX] = self.router.coefficient
         if training:
             self.step_guard.add(loss.detach(), inputs["ids"])
             loss = loss * self.args.world_size  # the engines average gradients over ranks
@@ -395,6 +433,8 @@ class PackedTrainer(SavingTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._eval_metrics.drain(self._reduce)
+        if self.router is not None:
+            means[ROUTER_AUX] = self.router.evaluated()
         metrics: dict[str, float] = output.metrics or {}
         metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         metrics[f"{prefix}_loss"] = sum(

@@ -15,24 +15,28 @@ _SPEED = ("runtime", "samples_per_second", "steps_per_second")
 _MEMORY = "mem_"  # of its memory figures, with `skip_memory_metrics=False`
 
 
-def require_best_metric(args: Any, metrics: Mapping[str | None, Collection[str]]) -> None:
+def require_best_metric(
+    args: Any, metrics: Mapping[str | None, Collection[str]], *, asked: bool = False
+) -> None:
     """Raises RecipeError where `metric_for_best_model` names no metric of the evaluation.
 
     Args:
         args: a config.
         metrics: names that an evaluation has, without the prefix, by eval set; None: one without a name.
+        asked: whether the model's config asks for the loss of its routers, which is then a metric too.
     """
     wanted = args.metric_for_best_model
     if wanted is None or args.eval_strategy == IntervalStrategy.NO:
         return
     name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     named = None not in metrics
+    routers = {"loss/router_aux"} if args.router_aux_loss_coef or asked else set()
     known = []
     for one, own in metrics.items():
         prefix = "eval_" if one is None else f"eval_{one}_"
         rest = name.removeprefix(prefix)
         memory = rest.startswith(_MEMORY) and not args.skip_memory_metrics
-        if rest != name and (rest in own or rest in _SPEED or memory):
+        if rest != name and (rest in own or rest in routers or rest in _SPEED or memory):
             return
         known += [prefix + metric for metric in sorted(own)]
     near = get_close_matches(name, known, n=3, cutoff=0.5) or known[:6]

@@ -44,7 +44,10 @@ class PreferenceConfig(StepConfig):
     average_logps: bool = described(
         "Divide each response's log-prob by its number of tokens.", False
     )
-    disable_dropout: bool = described("Set all dropout to 0: the reference has none.", True)
+    disable_dropout: bool = described(
+        "Turn all noise in training off (dropout, layer drop, router jitter): the reference has none.",
+        True,
+    )
     step0_check: bool = described(
         "Stop before the first update if policy and reference disagree where they must not.", True
     )
@@ -144,7 +147,9 @@ class RewardConfig(StepConfig):
     _VALID_DICT_FIELDS = [*StepConfig._VALID_DICT_FIELDS, "reward_weights"]  # noqa: RUF012
 
     learning_rate: float = described("Peak learning rate.", 1e-4)
-    disable_dropout: bool = described("Set all dropout to 0.", True)
+    disable_dropout: bool = described(
+        "Turn all noise in training off (dropout, layer drop, router jitter).", True
+    )
     objective: str = described(
         "`bradley_terry` (pairs) or `regression` (ratings of attributes).", "bradley_terry"
     )

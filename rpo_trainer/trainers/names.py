@@ -52,7 +52,6 @@ ELSEWHERE = {
     "use_weighting": _NOT_OFFERED,
     "discopop_tau": _NOT_OFFERED,
     "dataset_kwargs": _NOT_OFFERED,
-    "router_aux_loss_coef": _NOT_OFFERED,
     "activation_offloading": _NOT_OFFERED,
     "center_rewards_coefficient": _NOT_OFFERED,
     "gt_reward_scale": "write reward_scale (of RPOConfig)",

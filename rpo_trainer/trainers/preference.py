@@ -26,7 +26,7 @@ from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.setup import unprepared
-from rpo_trainer.trainers.step_zero import StepZero, disable_dropout
+from rpo_trainer.trainers.step_zero import StepZero
 from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class PreferenceTrainer(PackedTrainer):
     config_class: type[PreferenceConfig] = PreferenceConfig
     row_kind: Literal["sft", "pair"] = "pair"
     args: PreferenceConfig
+    no_noise = "the reference has none"
 
     def __init__(
         self,
@@ -87,8 +88,6 @@ class PreferenceTrainer(PackedTrainer):
             self._check_vocabulary(ref_model)
             for name, examples in self._data_sets().items():
                 check_fit(ref_model, examples, name, whose="the reference")
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
         for name, examples in self._data_sets().items():
             self._check_rows(name, examples)
         self._policy_key: str | None = None
@@ -158,7 +157,6 @@ class PreferenceTrainer(PackedTrainer):
         silent = self.ref_model is not None and starts_as(self.model, self.ref_model)
         if self.ref_model is not None:
             key = self._key_of(self.ref_model)
-            disable_dropout(self.ref_model)
             model = shard_reference(self.ref_model, self.accelerator)
             probe(model, layout=self.layout)
         folder = Path(

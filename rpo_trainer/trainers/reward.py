@@ -22,7 +22,6 @@ from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_p
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_of
 from rpo_trainer.trainers.step_config import StepConfig
-from rpo_trainer.trainers.step_zero import disable_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ class RewardTrainer(PackedTrainer):
 
     config_class = RewardConfig
     args: RewardConfig
+    no_noise = "the scores of a pair would differ by it"
 
     def __init__(
         self,
@@ -86,8 +86,6 @@ class RewardTrainer(PackedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.disable_dropout:
-            disable_dropout(self.model, "the scores of a pair would differ by it")
         self.attributes = attributes_of(self.model)
         self.weights = weights_of(self.model)
 

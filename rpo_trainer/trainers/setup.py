@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
-
-# Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
-_ROUTER_LOSS = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
 
 
 def require_config(trainer: Any, args: Any) -> None:
@@ -170,36 +165,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
             "arithmetic",
             " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
         )  # fmt: skip
-    _warn_router_loss(causal_lm(model).config)
     return model
-
-
-def _warn_router_loss(config: Any) -> None:
-    """A WARNING where a mixture of experts asks for a loss of its routers, which no trainer here computes."""
-    text = config.get_text_config()
-    # Checkpoints' own code adds the loss without the switch that transformers' classes have.
-    asks = getattr(text, "output_router_logits", getattr(config, "output_router_logits", True))
-    found = dict(_router_coefficients(text.to_dict()))
-    if not asks or not found or not is_main():
-        return
-    logger.warning(
-        "the model's config asks for a load-balancing loss of its routers (%s): it is not part of the loss "
-        "that is trained",
-        ", ".join(f"{name}={value}" for name, value in found.items()),
-    )
-
-
-def _router_coefficients(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _router_coefficients(value)
-        elif (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and value
-            and _ROUTER_LOSS.search(name)
-        ):
-            yield name, float(value)
 
 
 def tokenizer_of(model: nn.Module) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpo_trainer.errors import DataError
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
@@ -52,11 +52,10 @@ class SFTTrainer(PackedTrainer):
         """The metrics of an evaluation."""
         return {"loss", "loss/sft"}
 
-    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Summed log-probs; noise on the embeddings is scaled by the examples of this forward."""
+    def before_forward(self, inputs: dict[str, Any]) -> None:
+        """Noise on the embeddings is scaled by the examples of this forward."""
         if self._noise is not None:
             self._noise.lengths = example_lengths(inputs["model_inputs"])
-        return super().outputs(model, inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`PackedTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""

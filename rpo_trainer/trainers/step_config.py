@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -156,6 +157,11 @@ class StepConfig(TrainingArguments):
         "auto",
     )
     tile_bytes: int = described("Most memory for one tile of logits, in bytes.", DEFAULT_TILE_BYTES)
+    router_aux_loss_coef: float | None = described(
+        "Weight of the load-balancing loss of a mixture of experts' routers; 0: none. None: the weight in "
+        "the model's config, where that asks for the loss (output_router_logits true).",
+        None,
+    )
     nonfinite: str = described(
         "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip(n)`: leave "
         "out such steps, up to n of them.",
@@ -338,6 +344,10 @@ class StepConfig(TrainingArguments):
                 if (value := getattr(self, name)) is not None and value < 1:
                     problems.append(f"{name} must be positive, got {value}")
         problems += self._nonfinite_problems()
+        if (coefficient := self.router_aux_loss_coef) is not None and not (
+            math.isfinite(coefficient) and coefficient >= 0
+        ):
+            problems.append(f"router_aux_loss_coef must be 0 or more, got {coefficient}")
         if self.tile_bytes < 1:
             problems.append(f"tile_bytes must be positive, got {self.tile_bytes}")
         if self.torch_compile_mode in _CUDA_GRAPHS:

@@ -8,60 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rpo_trainer.distributed import merge, rank
 from rpo_trainer.errors import StepZeroError
-from rpo_trainer.logprobs import response_sums
+from rpo_trainer.logprobs import logprobs_from_logits, response_sums
 from rpo_trainer.losses import step_zero_losses
+from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import token_logprobs
+from rpo_trainer.trainers.noise import is_deterministic, is_noisy, noise_in, text_of
 
 if TYPE_CHECKING:
     from rpo_trainer.trainers.preference import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
-
-# Dropout that modules apply by a number of their own rather than by an nn.Dropout.
-_DROPOUT_ATTRIBUTES = (
-    "dropout",
-    "attention_dropout",
-    "attn_dropout",
-    "hidden_dropout",
-    "dropout_p",
-)
-
-
-def dropout_of(config: Any) -> str:
-    """The dropout that a configuration gives to the decoder, `name value, ...`; empty: none."""
-    fields = config.get_text_config().to_dict()
-    found = {
-        name: value
-        for name, value in fields.items()
-        if "drop" in name and not name.startswith(("summary_", "classifier_"))  # of other heads
-        if isinstance(value, float) and value > 0
-    }
-    return ", ".join(f"{name} {value:g}" for name, value in sorted(found.items()))
-
-
-def disable_dropout(model: nn.Module, why: str = "the reference has none") -> None:
-    """Sets every dropout probability of the model to 0, and says so where there was any."""
-    if has_dropout(model):
-        logger.warning("the model has dropout: it is set to 0, since %s", why)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in _DROPOUT_ATTRIBUTES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether any dropout of the model is above 0."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or any(
-            isinstance(value := getattr(module, name, None), float) and value > 0
-            for name in _DROPOUT_ATTRIBUTES
-        )
-        for module in model.modules()
-    )
 
 
 class StepZero:
@@ -140,29 +98,82 @@ class StepZero:
         error.values = values
         raise error
 
-    def _worst(self) -> float:
-        """Nats per token that the response furthest off is off by, in eval mode."""
-        model, worst = self.trainer.model, 0.0
+    def _worst(self, plain: bool = False) -> tuple[float, float]:
+        """Nats per token that the response furthest off is off by, in eval mode, over all ranks.
+
+        Args:
+            plain: also by forwards of the model's own, one response at a time.
+
+        Returns:
+            Of the step, and of plain forwards (0 where not asked), against the reference.
+        """
+        model, worst = self.trainer.model, [0.0, 0.0]
         model.eval()
         for batch in self.batches:
-            tokens = batch["response_tokens"]
+            tokens, real = batch["response_tokens"], batch["weights"].max().item()
             with torch.no_grad(), self.trainer.accelerator.autocast():
                 logps = token_logprobs(model, batch["model_inputs"])
-            sums = response_sums(logps, batch["response_index"], len(tokens))
-            off = (sums - batch["reference_logps"]).abs() / tokens
-            worst = max(worst, off.max().item())
+                ways = [response_sums(logps, batch["response_index"], len(tokens))]
+                ways += [plain_sums(model, batch)] if plain else []
+            for number, sums in enumerate(ways):
+                off = (sums - batch["reference_logps"]).abs() / tokens
+                worst[number] = max(worst[number], off.max().item() * real)
         model.train()
-        return worst
+        of_ranks = merge({rank(): worst}).values()
+        return max(off[0] for off in of_ranks), max(off[1] for off in of_ranks)
 
     def _diagnose(self) -> tuple[str, str]:
-        trainer, model = self.trainer, self.trainer.model
-        if self._worst() <= self.tolerance_each:
-            if has_dropout(model):
-                return "dropout is on in the policy", "set disable_dropout=True (the default)"
+        trainer, model, each = self.trainer, self.trainer.model, self.tolerance_each
+        whole = whole_on_every_rank(model)
+        if self._worst()[0] <= each:
+            if whole and is_noisy(model):
+                names = text_of(noise_in(model))
+                return (
+                    f"noise is on in the policy{names and f' ({names})'}",
+                    "report the model's type" if trainer.args.disable_dropout
+                    else "set disable_dropout=True (the default)",
+                )  # fmt: skip
             return "the policy in train mode is not the policy in eval mode", "look for noise in it"
         if trainer.ref_model is not None:
             return "ref_model does not give what the policy gives", "check ref_model"
+        if not whole:
+            return (
+                "the reference log-probs are not the policy's: the cache is stale, the tokens have changed, "
+                "or the model's log-probs depend on the other examples of a forward",
+                "remove the folder reference-cache and start again; if that changes nothing, report the "
+                "model's type",
+            )
+        if not is_deterministic(model):
+            return (
+                "two forwards of the model in eval mode give different log-probs",
+                "train a model whose forward is deterministic, or set step0_check=False",
+            )
+        step, plain = self._worst(plain=True)
+        if plain <= each < step:
+            return (
+                f"in a batch of layout {trainer.layout} the policy's log-probs are not those of one response "
+                "at a time, which the reference log-probs agree with",
+                "set per_device_train_batch_size=1 or another layout, and report the model's type",
+            )
         return (
             "the reference log-probs are not the policy's: the cache is stale, or the tokens have changed",
             "remove the folder reference-cache and start again",
         )
+
+
+def plain_sums(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Log-prob of each response of a micro-batch, `[R]`, by plain forwards of one response each."""
+    inputs = batch["model_inputs"]
+    ids, positions = inputs["input_ids"], inputs["position_ids"].reshape(-1)
+    if inputs["plan"] is None:
+        rows = [row[mask.bool()] for row, mask in zip(ids, inputs["attention_mask"], strict=True)]
+    else:
+        flat = ids[0]
+        rows = [flat[[*range(a, b), *range(s, e)]] for s, e, a, b in inputs["plan"].segments]
+    sums = []
+    for number, row in enumerate(rows):
+        own = batch["response_index"] == number
+        logits = model(input_ids=row[None], use_cache=False).logits[0]
+        logits = logits[positions[inputs["predict_index"][own]]]
+        sums.append(logprobs_from_logits(logits, inputs["labels"][own]).sum())
+    return torch.stack(sums)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.trainers import DPOConfig, DPOTrainer
+from rpo_trainer.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from tests.models import make_model
 
 trl = pytest.importorskip("trl")
@@ -174,3 +174,67 @@ def test_in_the_order_of_the_data(settings: dict[str, Any], tmp_path: Path) -> N
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     weights = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
     assert max((a - b).abs().max().item() for a, b in weights) < 1e-4
+
+
+def routed(kind: str, ours: bool, **settings: Any) -> Any:
+    """A trained mixture of experts, by our trainer or TRL's."""
+    import datasets
+
+    rows = pairs()
+    if kind == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    common = {name: value for name, value in COMMON.items() if name != "beta" or kind == "dpo"}
+    start = make_model("mixtral", vocab_size=100, router_aux_loss_coef=0.7)
+    start.config.output_router_logits = "router_aux_loss_coef" not in settings
+    if ours:
+        config, trainer = (SFTConfig, SFTTrainer) if kind == "sft" else (DPOConfig, DPOTrainer)
+        reference = {}
+        more: dict[str, Any] = {"shuffle": False, "global_batch_size": BATCH, **settings}
+    else:
+        config, trainer = (
+            getattr(trl, f"{kind.upper()}Config"),
+            getattr(trl, f"{kind.upper()}Trainer"),
+        )
+        more = {
+            "per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential",
+            "gradient_checkpointing": False, "bf16": False, **settings,
+        }  # fmt: skip
+        reference = {"ref_model": copy.deepcopy(start)} if kind == "dpo" else {}
+        rows = datasets.Dataset.from_list(rows)
+    made = trainer(
+        start,
+        args=config(**common, **more),
+        train_dataset=rows,
+        processing_class=character_tokenizer(),
+        **reference,
+    )
+    made.train()
+    return made
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("by", ["the model's config", "the field"])
+def test_the_load_balancing_loss_agrees(kind: str, by: str, tmp_path: Path, capsys: Any) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()
+    weight = {} if by != "the field" else {"router_aux_loss_coef": 0.4}
+    theirs = routed(kind, False, output_dir=str(tmp_path / "theirs"), **weight)
+    for size in (
+        4,
+        1,
+    ):  # TRL's accumulates the losses of micro-batches: equal only where there is one
+        ours = routed(
+            kind, True, output_dir=str(tmp_path / str(size)), per_device_train_batch_size=size, **weight
+        )  # fmt: skip
+        both = list(zip(lines(ours), lines(theirs), strict=True))
+        worst = {
+            "loss": max(abs(a["loss"] - b["loss"]) for a, b in both),
+            "aux": max(abs(a["loss/router_aux"] - b["aux_loss"]) for a, b in both),
+            "grad_norm": max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in both),
+        }
+        weights = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
+        worst["weights"] = max((a - b).abs().max().item() for a, b in weights)
+        with capsys.disabled():
+            print(f"\n{kind}, {by}, micro-batches of {size}: largest differences {worst}")
+        assert worst["loss"] < 1e-4 and worst["aux"] < 1e-4
+        assert worst["grad_norm"] < 1e-3 and worst["weights"] < 1e-4

@@ -30,6 +30,8 @@ MATRIX: dict[str, Case] = {
 }  # fmt: skip
 ATTENTION = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16}
 HEAD = {**ATTENTION, "target_modules": ["q_proj", "lm_head"]}
+# A mixture of experts whose config asks for the loss of its routers.
+ROUTERS = {"moe": True, "fsdp": {"transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"]}}
 OTHERS: dict[str, Case] = {
     # With a token budget the number of forwards follows the lengths; some examples alone are longer.
     "rpo short forwards": {
@@ -44,6 +46,13 @@ OTHERS: dict[str, Case] = {
     "rpo LoRA on the head": {"kind": "rpo", "tied": True, "checkpointing": True, "lora": HEAD},
     "dpo DoRA": {"kind": "dpo", "lora": {**ATTENTION, "use_dora": True}},
     "dpo LoRA, head saved": {"kind": "dpo", "lora": {**ATTENTION, "modules_to_save": ["lm_head"]}},
+    "sft ×4 routers": {"kind": "sft", "accumulation": 4, **ROUTERS},
+    "rpo ×1 routers": {"kind": "rpo", "checkpointing": True, **ROUTERS},
+    "rpo short forwards, routers": {
+        "kind": "rpo", "accumulation": 4, "settings": {"micro_batch_tokens": 40}, **ROUTERS,
+    },
+    "dpo ×4 routers LoRA": {"kind": "dpo", "accumulation": 4, "lora": ATTENTION, **ROUTERS},
+    "reward routers": {"kind": "reward", "accumulation": 4, **ROUTERS},
     "rpo ×4 offload": {
         **MATRIX["rpo ×4 checkpointing"],
         "settings": {"activation_checkpointing_kwargs": {"offload": True}},
@@ -126,6 +135,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, tied in (("tied", True), ("untied", False)):
         make_model(tie_word_embeddings=tied).save_pretrained(folder / name)
     make_model(seed=1).save_pretrained(folder / "other")
+    routers = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    make_model("mixtral", **routers).save_pretrained(folder / "moe")
     return folder
 
 

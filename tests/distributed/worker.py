@@ -85,7 +85,9 @@ def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
     )  # fmt: skip
     rows = rows_of(kind, batch)
     return trainer(
-        model=str(models / ("tied" if case.get("tied") else "untied")),
+        model=str(
+            models / ("moe" if case.get("moe") else "tied" if case.get("tied") else "untied")
+        ),
         args=args,
         train_dataset=rows,
         eval_dataset=rows[:5],

@@ -181,7 +181,8 @@ def test_only_a_table_of_positions_ends(case: str, caplog: pytest.LogCaptureFixt
 
 
 MIXTURES = [
-    ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.02}, "router_aux_loss_coef"),
+    ("llama4_text", {"output_router_logits": True, "router_aux_loss_coef": 0.02}, "router_aux_loss_coef"),
+    ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.02}, None),
     ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.0}, None),
     ("mixtral", {"output_router_logits": False, "router_aux_loss_coef": 0.02}, None),
     ("llama", {"aux_loss_alpha": 0.001}, "aux_loss_alpha"),

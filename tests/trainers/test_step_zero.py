@@ -11,7 +11,7 @@ import torch
 
 from rpo_trainer import reference
 from rpo_trainer.errors import StepZeroError
-from rpo_trainer.trainers.step_zero import disable_dropout, has_dropout
+from rpo_trainer.trainers.noise import disable_noise, is_noisy, noise_in
 from tests.models import make_model
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
@@ -88,7 +88,7 @@ def test_dropout_left_on_is_found_and_named(family, make_trainer):
     trainer = make_trainer(
         "dpo", model, make_rows(0, (2,) * 4), disable_dropout=False, global_batch_size=4
     )
-    with pytest.raises(StepZeroError, match=r"dropout is on(.|\n)*disable_dropout") as caught:
+    with pytest.raises(StepZeroError, match=r"noise is on(.|\n)*disable_dropout") as caught:
         trainer.train()
     assert caught.value.exit_code == 2
     assert_bitwise_equal(model, before)
@@ -98,18 +98,18 @@ def test_dropout_left_on_is_found_and_named(family, make_trainer):
 def test_dropout_is_off_by_default(family, make_trainer):
     model = with_dropout(0.2, family)
     trainer = make_trainer("dpo", model, make_rows(0, (2,) * 4), global_batch_size=4)
-    assert not has_dropout(trainer.model)
+    assert not noise_in(trainer.model) and not is_noisy(trainer.model)
     trainer.train()
     assert trainer.step_zero["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_has_dropout_and_disable_dropout():
+def test_noise_is_found_and_turned_off():
     for family in ("gpt2", "llama"):
         model = with_dropout(0.2, family)
-        assert has_dropout(model)
-        disable_dropout(model)
-        assert not has_dropout(model)
-    assert not has_dropout(make_model())
+        assert noise_in(model) and is_noisy(model)
+        disable_noise(model, "a test")
+        assert not noise_in(model) and not is_noisy(model)
+    assert not noise_in(make_model()) and not is_noisy(make_model())
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
@@ -176,11 +176,11 @@ def test_the_policy_itself_may_be_given_as_reference(start, make_trainer):
     assert trainer.step_zero["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_noise_that_is_no_dropout_is_told_apart(start, make_trainer):
+def test_a_change_in_train_mode_that_is_not_random_is_told_apart(start, make_trainer):
     model = copy.deepcopy(start)
 
     def noise(module: Any, args: Any, output: Any) -> Any:
-        return output + 0.5 * torch.randn_like(output) if module.training else output
+        return output * output.cos() if module.training else output
 
     model.model.norm.register_forward_hook(noise)
     trainer = make_trainer("dpo", model, make_rows(0, (2,) * 4))

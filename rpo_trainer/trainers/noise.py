@@ -1,0 +1,308 @@
+"""Noise that a model makes in training: dropout, layer drop, router jitter, sampled experts.
+
+Noise under a name is set to 0, wherever the family keeps it: an `nn.Dropout`, a number of a module, a field
+of a config that a forward reads. Whether any is left is tried out, and modules that still draw random
+numbers stay in eval mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rpo_trainer.distributed import is_main
+from rpo_trainer.sharding import device_of
+from rpo_trainer.step import causal_lm
+
+logger = logging.getLogger(__name__)
+
+_NAMES = re.compile(r"drop|jitter|noise")
+_OF_OTHER_HEADS = ("summary_", "classifier_")
+
+
+# --- names and values ---
+
+
+def noise_of(config: Any) -> str:
+    """The noise that a configuration gives to the decoder, `name value, ...`; empty: none."""
+    return text_of(dict(_fields(config.get_text_config().to_dict())))
+
+
+def text_of(found: Mapping[str, float]) -> str:
+    """`name value, ...`, sorted."""
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(found.items()))
+
+
+def noise_in(model: nn.Module) -> dict[str, float]:
+    """Names and largest values of the noise that the model's modules are set to."""
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        values = {name: getattr(module, name) for name in _attributes(module)}
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            values[path.rpartition(".")[2]] = module.p
+        for config, names in _configs(module):
+            values |= {name: getattr(config, name) for name in names}
+        for name, value in values.items():
+            found[name] = max(value, found.get(name, 0.0))
+    return found
+
+
+def _fields(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value)
+        elif _is_noise(name, value):
+            yield name, value
+
+
+def _is_noise(name: str, value: Any) -> bool:
+    named = bool(_NAMES.search(name)) and not name.startswith(_OF_OTHER_HEADS)
+    return named and isinstance(value, float) and value > 0
+
+
+def _attributes(module: nn.Module) -> list[str]:
+    return [name for name, value in vars(module).items() if _is_noise(name, value)]
+
+
+def _configs(module: nn.Module) -> Iterator[tuple[PreTrainedConfig, list[str]]]:
+    """Configs of a module, and the noise in each that its methods read while they run."""
+    for config in vars(module).values():
+        if isinstance(config, PreTrainedConfig):
+            source = _source(type(module))  # type: ignore[arg-type]
+            fields = [n for n, v in vars(config).items() if _is_noise(n, v)]
+            aliases = {n: a for n, a in config.attribute_map.items() if a in fields}
+            names = [n for n in (*fields, *aliases) if re.search(rf"config\.{n}\b", source)]
+            if names := [n for n in names if getattr(config, n)]:
+                yield config, names
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    """Source of the methods of a family's class, without its constructor's."""
+    found = []
+    for base in cls.__mro__[:-1]:
+        if any(base is stop for stop in (nn.Module, PreTrainedModel, GradientCheckpointingLayer)):
+            break
+        for name, method in vars(base).items():
+            if isinstance(method, types.FunctionType) and name != "__init__":
+                try:
+                    found.append(inspect.getsource(method))
+                except OSError:  # of code that is in no file nothing is known
+                    continue
+    return "\n".join(found)
+
+
+# --- turning it off ---
+
+
+def disable_noise(model: nn.Module, why: str) -> None:
+    """Turns off what a model in training draws at random; a WARNING names it.
+
+    The model's config, which is saved with it, keeps its values. A number that the model reads in eval mode
+    too is part of what it computes (Phi-3.5-MoE's `router_jitter_noise`), and stays.
+
+    Args:
+        model: with whole weights, or sharded by an engine, on all ranks at once.
+        why: the noise cannot be.
+    """
+    found = noise_in(model)
+    undo = _silence(model, found)
+    if found:
+        silent = _forward(model, 0, training=False)
+        _restore(undo)
+        if not _same(silent, lambda: _forward(model, 0, training=False)):
+            for name in [name for name in found if _matters(model, name)]:
+                del found[name]
+        _silence(model, found)
+    held = _hold(model) if is_noisy(model) else []
+    left = bool(held) and is_noisy(model)
+    if not is_main():
+        return
+    if found:
+        logger.warning(
+            "the model has noise in training (%s): it is set to 0, since %s", text_of(found), why
+        )
+    if held:
+        logger.warning(
+            "the model draws random numbers in %s, which stay in eval mode, since %s",
+            ", ".join(held),
+            why,
+        )
+    if left:
+        logger.warning(
+            "two forwards of the model in training differ: it makes noise that cannot be turned off. "
+            "It should not, since %s", why,
+        )  # fmt: skip
+
+
+_Undo = list[tuple[Any, str, Any]]
+
+
+def _silence(model: nn.Module, names: Collection[str]) -> _Undo:
+    """Sets noise of these names to 0; gives what it was."""
+    inner, undo = causal_lm(model), []
+    for path, module in model.named_modules():
+        changes: dict[str, Any] = {name: 0.0 for name in _attributes(module) if name in names}
+        if isinstance(module, _DropoutNd) and path.rpartition(".")[2] in names:
+            changes["p"] = 0.0
+        for config, read in _configs(module):
+            if module is not inner and (hidden := tuple(name for name in read if name in names)):
+                attribute = next(name for name, value in vars(module).items() if value is config)
+                changes[attribute] = _quiet(config, hidden)
+        undo += [(module, name, getattr(module, name)) for name in changes]
+        for name, value in changes.items():
+            setattr(module, name, value)
+    return undo
+
+
+def _restore(undo: _Undo) -> None:
+    for module, name, value in undo:
+        setattr(module, name, value)
+
+
+def _matters(model: nn.Module, name: str) -> bool:
+    """Whether noise of this name changes what the model computes in eval mode."""
+    before = _forward(model, 0, training=False)
+    undo = _silence(model, [name])
+    same = _same(before, lambda: _forward(model, 0, training=False))
+    _restore(undo)
+    return not same
+
+
+def _quiet(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig:
+    """The same config, whatever becomes of it later, but for fields that read as 0."""
+    cls = type(config)
+    fields: dict[str, Any] = {
+        "__class__": property(lambda self: cls),
+        # A copy of the model is to have a view of its own config.
+        "__reduce_ex__": lambda self, protocol: (_quiet, (config, names)),
+        **{name: property(lambda self: 0.0) for name in names},
+    }
+    view: PreTrainedConfig = object.__new__(type(cls.__name__, (cls,), fields))
+    object.__setattr__(view, "__dict__", vars(config))
+    return view
+
+
+def say_noise(model: nn.Module) -> None:
+    """A log line with the noise that a model has in training."""
+    found = noise_in(model)
+    if found and is_main():
+        logger.info("noise in training: %s", text_of(found))
+
+
+# --- trying it out ---
+
+
+def is_noisy(model: nn.Module) -> bool:
+    """Whether two forwards in training differ by the random numbers that they draw.
+
+    Args:
+        model: with whole weights.
+    """
+    first, second = _forward(model, 0), _forward(model, 1)
+    return not _same(second, lambda: _forward(model, 0), first)
+
+
+def _same(expected: Tensor, forward: Callable[[], Tensor], found: Tensor | None = None) -> bool:
+    """Whether a forward gives what is expected, but for kernels that add up in another order each time."""
+    found = forward() if found is None else found
+    if torch.equal(found, expected):
+        return True
+    return _distance(found, expected) <= 10 * _distance(found, forward())
+
+
+def is_deterministic(model: nn.Module) -> bool:
+    """Whether two forwards in eval mode are equal."""
+    return torch.equal(_forward(model, 0, False), _forward(model, 1, False))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
+    """Logits (scores, of a classifier) of a few tokens, with random numbers of its own."""
+    inner = causal_lm(model)
+    device, before = device_of(model), model.training
+    ids = (
+        torch.arange(1, 17, device=device).reshape(2, 8) % inner.config.get_text_config().vocab_size
+    )
+    devices = [device] if device.type == "cuda" else []
+    model.train(training)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(before)
+    return logits.float()
+
+
+def _hold(model: nn.Module) -> list[str]:
+    """Keeps modules that draw random numbers in eval mode; gives their classes."""
+    held = set()
+    for module in _drawing(model):
+        # These are told by `training` whether they recompute their activations.
+        if not any(isinstance(part, GradientCheckpointingLayer) for part in module.modules()):
+            module.eval()
+            module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
+            held.add(type(module).__name__)
+    return sorted(held)
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def _drawing(model: nn.Module) -> list[nn.Module]:
+    """Modules whose own code draws random numbers in a forward in training, not that of their parts."""
+    found: dict[nn.Module, None] = {}
+    running: list[tuple[nn.Module, Tensor]] = []
+
+    def state() -> Tensor:
+        device = device_of(model)
+        parts = [torch.get_rng_state()]
+        if device.type == "cuda":
+            parts.append(torch.cuda.get_rng_state(device))
+        return torch.cat(parts)
+
+    def look() -> Tensor:
+        now = state()
+        if running and not torch.equal(now, running[-1][1]):
+            found[running[-1][0]] = None
+        return now
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append((module, look()))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        now = look()
+        running.pop()
+        if running:
+            running[-1] = (running[-1][0], now)
+
+    handles = [
+        handle
+        for module in model.modules()
+        for handle in (
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave),
+        )
+    ]
+    try:
+        _forward(model, 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)

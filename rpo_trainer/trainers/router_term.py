@@ -1,0 +1,183 @@
+"""`loss/router_aux`: the load-balancing loss of a mixture of experts as a term of a trainer's loss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpo_trainer.distributed import is_main
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.router_loss import (
+    NoRouterLoss,
+    RouterLoss,
+    asked_by_config,
+    balance,
+    has_switch,
+    request,
+    router_loss_of,
+)
+from rpo_trainer.sharding import device_of
+from rpo_trainer.step import causal_lm, is_classifier, router_sums_only
+from rpo_trainer.trainers.step_config import StepConfig
+
+logger = logging.getLogger(__name__)
+
+NAME = "loss/router_aux"
+
+
+class RouterTerm:
+    """The term, over the forwards of a step and over those of an evaluation.
+
+    How often each expert is chosen is a mean over the whole global batch, and a factor of every token's
+    gradient. Where a step is one forward, the ranks add their sums up between forward and backward. Where it
+    is several, `prepare` runs them once before, without gradients and without the head.
+
+    Attributes:
+        loss: how the model's loss is computed.
+        coefficient: its weight in the loss that is trained.
+    """
+
+    def __init__(
+        self, loss: RouterLoss, coefficient: float, reduce: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.loss = loss
+        self.coefficient = coefficient
+        self._reduce = reduce
+        self._pending: Sequence[dict[str, Any]] = ()
+        self._step: Tensor | None = None
+        self._evaluated: Tensor | None = None
+
+    # --- training ---
+
+    def begin_step(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Notes the micro-batches of the next optimizer step; a step of one needs no forward before it."""
+        forwards = [part for batch in batches for part in batch.get("micro_batches", [batch])]
+        self._pending = forwards if len(forwards) > 1 else ()
+        self._step = None
+
+    def prepare(self, forward: Callable[[dict[str, Any]], Tensor]) -> None:
+        """Finds the sums of the whole step, where it is several micro-batches and they are not known.
+
+        Args:
+            forward: gives the sums of a micro-batch. What it draws at random is drawn again in training.
+        """
+        if not self._pending:
+            return
+        with torch.no_grad(), _same_noise_again():
+            total = sum(forward(batch) for batch in self._pending)
+        assert isinstance(total, Tensor)
+        self._step, self._pending = self._reduce(total), ()
+
+    def sums_only(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Sums of a micro-batch, `[2E + 1]` float64, from a forward of nothing else."""
+        inputs = dict(batch["model_inputs"])
+        request(inputs, self.loss, only=True)
+        return _real(router_sums_only(model, inputs), batch)
+
+    def request(self, batch: dict[str, Any]) -> None:
+        """Has the forward of a micro-batch give the sums too."""
+        request(batch["model_inputs"], self.loss)
+
+    def share(self, batch: dict[str, Any], training: bool) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch whose forward is done, and its share of the global batch's tokens.
+
+        Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In an
+        evaluation the loss is the micro-batch's own; that of the whole data is `evaluated`.
+        """
+        sums = _real(batch["model_inputs"]["router"].pop("sums"), batch)
+        if training:
+            total = self._reduce(sums.detach()) if self._step is None else self._step
+        else:
+            total = sums.detach()
+            self._evaluated = total if self._evaluated is None else self._evaluated + total
+        total = torch.cat([total[:-1], total[-1:].clamp_min(1)])  # a filler has no tokens
+        return balance(total, sums), sums.detach()[-1] / total[-1]
+
+    # --- evaluation ---
+
+    def evaluated(self) -> float:
+        """The loss over all micro-batches and ranks since the last call."""
+        assert self._evaluated is not None  # at least one micro-batch
+        total = self._reduce(self._evaluated)
+        self._evaluated = None
+        return float(balance(total, total))
+
+
+def _real(sums: Tensor, batch: dict[str, Any]) -> Tensor:
+    """0 for the filler of a rank that has no example left."""
+    real: Tensor = batch["weights"].max()
+    return sums.double() * real.double()
+
+
+def _same_noise_again() -> Any:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)
+
+
+def router_term(
+    model: nn.Module, args: StepConfig, reduce: Callable[[Tensor], Tensor]
+) -> RouterTerm | None:
+    """The term that the config, or else the model's own config, asks for; a log line says which.
+
+    Raises:
+        RecipeError: `router_aux_loss_coef` is set, and the model's loss cannot be computed.
+    """
+    inner, given = causal_lm(model), args.router_aux_loss_coef
+    wanted = asked_by_config(inner.config)
+    if given == 0.0 or (given is None and not wanted):
+        _say_off(inner.config, given)
+        return None
+    try:
+        kwargs = args.gradient_checkpointing_kwargs
+        if args.gradient_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise NoRouterLoss("checkpointing with use_reentrant=True keeps no gradient of it")
+        loss = router_loss_of(inner, device_of(model))
+        if is_classifier(model) and not inner._rpo_head.fused:
+            raise NoRouterLoss("the classifier's own forward does not give its router logits")
+    except NoRouterLoss as error:
+        if given is not None:
+            raise RecipeError(
+                f"router_aux_loss_coef is {given:g}, but {type(inner).__name__} has no load-balancing loss "
+                "that can be computed",
+                where=type(args).__name__,
+                why=str(error),
+                fix="set it to 0, or leave it out",
+            ) from error
+        _warn_left_out(wanted, str(error))
+        return None
+    coefficient = loss.coefficient if given is None else given
+    if given is None and not coefficient:
+        _warn_left_out(wanted, f"{type(inner).__name__} reads none of them")
+        return None
+    if is_main():
+        logger.info(
+            "%s: the load-balancing loss of %d routers, %d of %d experts a token, times %g (%s); with "
+            "gradient accumulation the forwards of a step run once more without gradients",
+            NAME, loss.layers, loss.top_k, loss.experts, coefficient,
+            "the model's config" if given is None else "router_aux_loss_coef",
+        )  # fmt: skip
+    return RouterTerm(loss, coefficient, reduce)
+
+
+def _say_off(config: Any, given: float | None) -> None:
+    if has_switch(config) and is_main():
+        why = (
+            "the model's config does not ask for it (output_router_logits is false); to add it, set "
+            "router_aux_loss_coef"
+            if given is None
+            else "router_aux_loss_coef is 0"
+        )
+        logger.info("%s: off, since %s", NAME, why)
+
+
+def _warn_left_out(wanted: dict[str, float], why: str) -> None:
+    if is_main():
+        logger.warning(
+            "the model's config asks for a load-balancing loss of its routers (%s): it is not part of the "
+            "loss that is trained, since %s",
+            ", ".join(f"{name}={value}" for name, value in wanted.items()), why,
+        )  # fmt: skip
