@@ -19,6 +19,7 @@ from rpo_trainer.adapter_files import WEIGHTS, require_complete, require_weights
 from rpo_trainer.adapter_parts import with_new_parts
 from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.foreign import device_failed, reads
+from rpo_trainer.multimodal import without_towers
 from rpo_trainer.outputs import read_generation
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
@@ -133,7 +134,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         )
     require_fit(config)
     require_plain_start(config)
-    config = with_new_parts(model, config)
+    config = without_towers(causal_lm(model), with_new_parts(model, config))
     before = _answers(model)
     try:
         wrapped: Any = get_peft_model(model, config)

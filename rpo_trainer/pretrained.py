@@ -24,8 +24,14 @@ from transformers.utils import (
 )
 
 from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.multimodal import (
+    is_composite,
+    processor_files,
+    remember_processor,
+    require_text_forward,
+)
 from rpo_trainer.outputs import read_generation
-from rpo_trainer.sharding import loading_whole
+from rpo_trainer.sharding import loading_whole, whole_on_every_rank
 
 # Not RuntimeError: that may be the device, or memory.
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
@@ -83,7 +89,22 @@ def load_complete(
     )
     if folder is not None and model.can_generate():
         read_generation(folder, where)
+    if is_composite(model.config):
+        _complete_multimodal(model, source, settings, where)
     return model
+
+
+def _complete_multimodal(
+    model: Any, source: str | Path, settings: Mapping[str, Any], where: str
+) -> None:
+    if settings.get("quantization_config") is None and whole_on_every_rank(model):
+        require_text_forward(model, where)
+    files = processor_files(
+        source,
+        revision=settings.get("revision"),
+        local_files_only=bool(settings.get("local_files_only")),
+    )
+    remember_processor(model, files)
 
 
 _FIX = (

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from rpo_trainer.attention import ATTENTION_NAME, in_autocast_dtype, packing_masks
 from rpo_trainer.errors import ModelError
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES, linear_logprobs, logprobs_from_logits
+from rpo_trainer.multimodal import is_composite, text_decoder
 
 # How a family's logits differ from its head's plain product: config attribute → scale.
 _SCALES = {
@@ -155,7 +156,8 @@ def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Tensor:
         scores: Tensor = model._rpo_stock[0](**decoder_inputs).logits
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
     with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        hidden = model.base_model(**decoder_inputs).last_hidden_state
+        decoder = text_decoder(model) if is_composite(model.config) else model.base_model
+        hidden = decoder(**decoder_inputs).last_hidden_state
     last = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["last_index"])
     # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
     with torch.autocast(last.device.type, enabled=False):
@@ -169,7 +171,7 @@ def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     if not head.fused:
         return _through_own_logits(model, decoder_inputs, inputs)
     with packing_masks() if inputs["plan"] is not None else contextlib.nullcontext():
-        hidden = model.get_decoder()(**decoder_inputs).last_hidden_state
+        hidden = text_decoder(model)(**decoder_inputs).last_hidden_state
     gathered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["predict_index"])
     return _run_head(model, gathered, inputs["labels"], head)
 

@@ -17,6 +17,7 @@ from rpo_trainer.errors import ModelError, RecipeError, RunError
 from rpo_trainer.files import refusal
 from rpo_trainer.foreign import UNREADABLE, reading
 from rpo_trainer.loading import auto_class, load_config
+from rpo_trainer.multimodal import freeze_towers
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.report.values import size
 from rpo_trainer.reward_model import as_reward_model
@@ -93,6 +94,7 @@ def unread_model(
     if isinstance(stage, RewardStage):
         names, weights = stage.attributes, stage.reward_weights
         model = as_reward_model(model, attributes=names, weights=weights)
+    freeze_towers(model)
     adapter = lora_config(stage)
     try:
         return model if adapter is None else with_adapter(model, adapter)

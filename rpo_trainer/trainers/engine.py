@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.multimodal import text_decoder
 from rpo_trainer.step import causal_lm, is_classifier
 
 ENGINE_FILE = "engine.json"
@@ -177,7 +178,7 @@ def may_be_unused(model: nn.Module) -> bool:
     parts = (
         (inner.base_model, inner.score)
         if is_classifier(inner)
-        else (inner.get_decoder(), inner.get_output_embeddings())
+        else (text_decoder(inner), inner.get_output_embeddings())
     )
     used = {id(p) for part in parts if part is not None for p in part.parameters()}
     if any(p.requires_grad and id(p) not in used for p in model.parameters()):

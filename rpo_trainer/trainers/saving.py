@@ -17,6 +17,7 @@ from rpo_trainer.adapter_files import make_base_absolute
 from rpo_trainer.adapters import is_adapted
 from rpo_trainer.distributed import is_main, on_main
 from rpo_trainer.errors import RunError
+from rpo_trainer.multimodal import write_processor
 from rpo_trainer.outputs import (
     Written,
     check_savable,
@@ -146,6 +147,7 @@ class SavingTrainer(WrappingTrainer):
     def _save_beside(self, folder: Path) -> None:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if not is_adapted(self.model):
+            write_processor(causal_lm(self.model), folder)
             return
         make_base_absolute(folder)
         if self._staging is not None:

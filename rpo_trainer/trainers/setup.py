@@ -20,6 +20,8 @@ from rpo_trainer.adapter_parts import require_trained_parts, warn_of_random
 from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
+from rpo_trainer.multimodal import freeze_towers, require_text_forward, towers_line
+from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm
 from rpo_trainer.trainers.settings import defaults_of
 from rpo_trainer.trainers.step_config import StepConfig
@@ -149,6 +151,7 @@ def unprepared(model: Any) -> Any:
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
     four_bits.steady(model)
+    _freeze_towers(causal_lm(model), adapted=peft_config is not None or adapters.is_adapted(model))
     if peft_config is None:
         adapters.require_fit_model(model)
         if adapters.is_adapted(model):
@@ -172,6 +175,18 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
         )  # fmt: skip
     _warn_router_loss(causal_lm(model).config)
     return model
+
+
+def _freeze_towers(inner: Any, *, adapted: bool) -> None:
+    """Freezes what text does not use of a multimodal model, and says so."""
+    line = towers_line(inner)
+    if line is None:
+        return
+    if not getattr(inner, "_rpo_complete", False) and whole_on_every_rank(inner):
+        require_text_forward(inner)
+    freeze_towers(inner)
+    if is_main():
+        logger.warning("%s%s", line, "; a new adapter leaves them out" if adapted else "")
 
 
 def _warn_router_loss(config: Any) -> None:
