@@ -73,6 +73,11 @@ def is_composite(config: Any) -> bool:
     return config.get_text_config() is not config
 
 
+def is_multimodal(config: Any) -> bool:
+    """Whether its models have parts beside a language model."""
+    return is_composite(config) or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
 def language_model_class(config: Any, where: str) -> Any:
     """What loads the language model of a configuration: an Auto class, or one like it.
 
@@ -120,8 +125,10 @@ def _a(config: Any) -> str:
 
 def _require_text(kind: Any, config: Any, where: str) -> None:
     """Raises ModelError where a class cannot compute log-probs of text alone, by its signature."""
-    if getattr(config, "is_encoder_decoder", False) and is_composite(config):
+    if getattr(config, "is_encoder_decoder", False) and is_multimodal(config):
         why = "it is an encoder-decoder: its decoder reads what the encoder makes of an image"
+    elif getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
+        why = "its text attention is bidirectional: each token would see the one that it predicts"
     elif not inspect.isfunction(kind.forward) or kind.forward.__name__ != "forward":
         why = "it has no forward; it generates only, from several models"
     elif needed := _required_arguments(kind.forward):
@@ -152,15 +159,17 @@ def require_text_forward(model: Any, where: str | None = None) -> None:
 
     Weights may be on the meta device; a forward that needs their values is then no answer.
     """
-    if not is_composite(model.config) and type(model.config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+    if not is_multimodal(model.config):
         return
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return
-    if head_of_text(model) is None:
+    if model.get_output_embeddings() is None:
         raise _not_on_text(name, "it has no language head", where)
     device = next(model.parameters()).device
-    tokens = torch.ones(1, 2, dtype=torch.long, device=device)
+    special = _tokens_of(model.config)
+    token = next(number for number in range(len(special) + 1) if number not in special)
+    tokens = torch.full((1, 2), token, device=device)
     training = model.training
     model.eval()
     try:
@@ -173,6 +182,12 @@ def require_text_forward(model: Any, where: str | None = None) -> None:
             raise
     finally:
         model.train(training)
+
+
+def _tokens_of(config: Any) -> set[int]:
+    """Tokens that a configuration names, those of images among them."""
+    fields = {**vars(config.get_text_config()), **vars(config)}
+    return {v for k, v in fields.items() if "token_i" in k and isinstance(v, int)}
 
 
 # --- the parts ---
@@ -203,96 +218,82 @@ def text_decoder(model: Any) -> Any:
     return decoder
 
 
-def head_of_text(model: Any) -> Any:
-    """The layer that makes logits of hidden states; None: there is none."""
-    return model.get_output_embeddings()
+def tower_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Parameters of a transformers model that a forward of text does not use, by name.
 
-
-def towers(model: Any) -> dict[str, nn.Module]:
-    """Modules of a transformers model, by name, that a forward of text does not use: the largest of each.
-
-    Of a model without other modalities there are none.
+    They are those outside decoder, embeddings and head, and inside of the decoder its cross-attention layers
+    and models of another configuration. A model of text alone has none.
     """
-    config = model.config
-    if not (is_composite(config) or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING):
-        return dict(_cross_attention(model, text_decoder(model)))
-    kept = [text_decoder(model), model.get_input_embeddings()]
-    kept += [part for name in ("score", "lm_head") if (part := getattr(model, name, None))]
-    kept.append(head_of_text(model))
-    found = dict(_outside(model, [part for part in kept if part is not None]))
-    if not is_composite(config):  # its decoder holds the towers
-        found |= dict(_of_other_configs(model, kept[0]))
-    found |= dict(_cross_attention(model, kept[0]))
-    return {name: part for name, part in found.items() if any(True for _ in part.parameters())}
+    decoder, head = text_decoder(model), model.get_output_embeddings()
+    unused = list(_cross_attention(model, decoder))
+    kept: list[nn.Module] = [model]
+    if is_multimodal(model.config):
+        score = getattr(model, "score", None)  # of a classifier
+        kept = [p for p in (decoder, model.get_input_embeddings(), head, score) if p is not None]
+        if not is_composite(model.config):  # its decoder holds the towers
+            unused += _of_other_configs(decoder)
+    not_used = {id(p) for part in unused for p in part.parameters()}
+    used = {id(p) for part in kept for p in part.parameters()} - not_used
+    return {name: p for name, p in model.named_parameters() if id(p) not in used}
 
 
-def _outside(model: nn.Module, kept: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules that hold none of `kept` and are not inside one."""
-    whole = {id(part) for one in kept for part in one.modules()}
-    holders = {
-        id(part) for part in model.modules() if any(id(one) in whole for one in part.modules())
-    }
-
-    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
-            if id(child) not in holders:
-                yield prefix + name, child
-            elif id(child) not in whole:
-                yield from walk(f"{prefix}{name}.", child)
-
-    yield from walk("", model)
-
-
-def _of_other_configs(model: nn.Module, decoder: Any) -> Iterator[tuple[str, nn.Module]]:
+def _of_other_configs(decoder: Any) -> Iterator[nn.Module]:
     """Children of the decoder with a model of another configuration inside."""
-    for name, child in decoder.named_children():
+    for child in decoder.children():
         if any(
             isinstance(part, PreTrainedModel) and type(part.config) is not type(decoder.config)
             for part in child.modules()
         ):
-            yield f"{_prefix(model, decoder)}{name}", child
+            yield child
 
 
-def _cross_attention(model: Any, decoder: Any) -> Iterator[tuple[str, nn.Module]]:
+def _cross_attention(model: Any, decoder: Any) -> Iterator[nn.Module]:
     """Layers of the decoder that are skipped without an image (Mllama)."""
     layers = getattr(decoder, "layers", None)
     numbers = getattr(model.config.get_text_config(), "cross_attention_layers", None)
-    for number in numbers or () if isinstance(layers, nn.ModuleList) else ():
-        if number < len(layers):  # type: ignore[arg-type]
-            yield f"{_prefix(model, decoder)}layers.{number}", layers[number]  # type: ignore[index]
+    if isinstance(layers, nn.ModuleList):
+        yield from (layers[number] for number in numbers or () if number < len(layers))
 
 
-def _prefix(model: nn.Module, part: nn.Module) -> str:
-    name = next(name for name, module in model.named_modules() if module is part)
-    return f"{name}." if name else ""
+def _tower_names(model: nn.Module) -> list[str]:
+    """The largest modules that hold nothing but what text does not use, and single parameters."""
+    unused = {id(p) for p in tower_parameters(model).values()}
 
+    def walk(prefix: str, module: nn.Module) -> Iterator[str]:
+        for name, child in module.named_children():
+            inside = [id(p) in unused for p in child.parameters()]
+            if inside and all(inside):
+                yield prefix + name
+            elif any(inside):
+                yield from walk(f"{prefix}{name}.", child)
+        yield from (
+            prefix + name for name, p in module.named_parameters(recurse=False) if id(p) in unused
+        )
 
-def tower_weights(model: Any) -> int:
-    """Numbers in the towers, those of sharded weights included."""
-    parameters = {id(p): p for part in towers(model).values() for p in part.parameters()}
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters.values())
+    return list(walk("", model)) if unused else []
 
 
 def freeze_towers(model: Any) -> None:
     """Takes the gradient from the towers of a transformers model; an adapter's parameters keep theirs."""
-    for part in towers(model).values():
-        for name, parameter in part.named_parameters():
-            if "lora_" not in name:
-                parameter.requires_grad_(False)
+    for name, parameter in tower_parameters(model).items():
+        if "lora_" not in name:
+            parameter.requires_grad_(False)
 
 
 def towers_line(model: Any) -> str | None:
     """What is frozen of a multimodal model; None: it has no towers."""
-    found = towers(model)
+    found = tower_parameters(model)
     if not found:
         return None
-    total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    weights = tower_weights(model)
-    share = f" of {total:,}" if total > weights else ""
+    weights, total = (sum(map(_numel, part)) for part in (found.values(), model.parameters()))
     return (
-        f"{type(model).__name__} is trained on text: {weights:,}{share} weights outside its text decoder "
-        f"and head are frozen ({_grouped(list(found))})"
+        f"{type(model).__name__} is trained on text: {weights:,} of {total:,} weights outside its text "
+        f"decoder and head are frozen ({_grouped(_tower_names(model))})"
     )
+
+
+def _numel(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 holds parts
 
 
 def _grouped(names: list[str]) -> str:
@@ -313,7 +314,7 @@ def _grouped(names: list[str]) -> str:
 
 def without_towers(model: Any, config: PeftConfig) -> PeftConfig:
     """The config, which leaves the towers without an adapter; a copy where it changes."""
-    names = list(towers(model))
+    names = _tower_names(model)
     if not names or not hasattr(config, "exclude_modules"):
         return config
     changed: Any = copy.deepcopy(config)
@@ -359,7 +360,7 @@ def write_processor(model: Any, folder: Path) -> None:
     They are those of where it was loaded from: noted by the loader, or else in that directory or the hub's
     cache.
     """
-    if not is_composite(model.config):
+    if not is_multimodal(model.config):
         return
     files = getattr(model, "_rpo_processor_files", None)
     if files is None:

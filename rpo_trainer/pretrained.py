@@ -25,7 +25,7 @@ from transformers.utils import (
 
 from rpo_trainer.errors import ModelError, first_line, last_line
 from rpo_trainer.multimodal import (
-    is_composite,
+    is_multimodal,
     processor_files,
     remember_processor,
     require_text_forward,
@@ -89,7 +89,7 @@ def load_complete(
     )
     if folder is not None and model.can_generate():
         read_generation(folder, where)
-    if is_composite(model.config):
+    if is_multimodal(model.config):
         _complete_multimodal(model, source, settings, where)
     return model
 

@@ -42,6 +42,7 @@ from rpo_trainer.model_checks import (
     check_same_tokenizer,
     check_same_vocabulary,
     check_scorer,
+    check_towers,
     check_unread,
     check_written,
 )
@@ -245,6 +246,12 @@ class _Check:
             config, local, tokens=tokens, reward=reward, where=where,
             trust_remote_code=self.recipe.model.trust_remote_code,
         )  # fmt: skip
+        frozen = check_towers(
+            config, reward=reward, where=where,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+        )  # fmt: skip
+        if frozen is not None and key.endswith(".init"):
+            self.lines.append(f"  {frozen}")
         if folder is not None and is_adapter(folder):
             self._adapter(folder, config, where, reward=reward)
         if key.endswith(".init"):

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from rpo_trainer.errors import RecipeError, RunError
-from rpo_trainer.multimodal import text_decoder
+from rpo_trainer.multimodal import is_composite, is_multimodal, text_decoder
 from rpo_trainer.step import causal_lm, is_classifier
 
 ENGINE_FILE = "engine.json"
@@ -183,6 +183,8 @@ def may_be_unused(model: nn.Module) -> bool:
     used = {id(p) for part in parts if part is not None for p in part.parameters()}
     if any(p.requires_grad and id(p) not in used for p in model.parameters()):
         return True
+    if is_multimodal(inner.config) and not is_composite(inner.config):
+        return True  # projections of images stand inside the decoder
     lists = [module for module in inner.modules() if isinstance(module, nn.ModuleList)]
     inside = {id(part) for one in lists for part in one.modules() if part is not one}
     return any(id(one) in inside for one in lists)
