@@ -132,6 +132,12 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="which of the two is to be trained cannot be guessed",
             fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
         )
+    if getattr(causal_lm(model), "_rpo_text_part", False):
+        raise ModelError(
+            "a reward model of the text part of a multimodal checkpoint cannot be trained by an adapter",
+            why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
+            fix="train it whole: leave peft_config (`peft` in a recipe) out",
+        )
     require_fit(config)
     require_plain_start(config)
     config = without_towers(causal_lm(model), with_new_parts(model, config))

@@ -156,7 +156,7 @@ def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary:
 
 def _with_vocabulary(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """The settings with the tokenizer's size; of a composite configuration it is the text part's."""
-    kind: Any = CONFIG_MAPPING.get(settings.get("model_type"), None)
+    kind: Any = CONFIG_MAPPING.get(str(settings.get("model_type")), None)
     if "text_config" not in getattr(kind, "sub_configs", {}):
         return {"vocab_size": vocabulary, **settings}
     text = {"vocab_size": vocabulary, **(settings.get("text_config") or {})}

@@ -29,8 +29,8 @@ from transformers.utils import (
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
-    cached_file,
 )
+from transformers.utils.hub import cached_file
 
 from rpo_trainer.errors import ModelError, first_line
 
@@ -88,24 +88,24 @@ def language_model_class(config: Any, where: str) -> Any:
         ModelError: transformers has no language model for the configuration, or one that text alone does
             not suffice for.
     """
-    code = getattr(config, "auto_map", None) or {}
-    if (own := next((name for name in _OWN_CODE if name in code), None)) is not None:
-        return getattr(transformers, own)  # which asks for `trust_remote_code`
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
     known = {
-        factory: kind
+        factory: _one_of(kind, named)
         for factory, mapping in (
             (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
             (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
         )
         if (kind := mapping.get(type(config), None)) is not None
     }
-    named = [str(name) for name in getattr(config, "architectures", None) or ()]
     chosen = next((f for f, kind in known.items() if kind.__name__ in named), None)
     if chosen is None and known:
         chosen = list(known)[-1 if is_composite(config) else 0]
     if chosen is not None:
         _require_text(known[chosen], config, where)
         return chosen
+    code = getattr(config, "auto_map", None) or {}
+    if (own := next((name for name in _OWN_CODE if name in code), None)) is not None:
+        return getattr(transformers, own)  # which asks for `trust_remote_code`
     for kind in (getattr(transformers, name, None) for name in named):
         if isinstance(kind, type) and getattr(kind, "config_class", None) is type(config):
             _require_text(kind, config, where)
@@ -117,6 +117,12 @@ def language_model_class(config: Any, where: str) -> Any:
         + (f", and its architectures ({', '.join(named)}) name none" if named else ""),
         fix=_FIX,
     )
+
+
+def _one_of(kinds: Any, named: list[str]) -> Any:
+    """The class of a mapping's entry, which may be several: the named one, or the first."""
+    several = kinds if isinstance(kinds, tuple) else (kinds,)
+    return next((kind for kind in several if kind.__name__ in named), several[0])
 
 
 def _a(config: Any) -> str:
@@ -149,9 +155,7 @@ def _required_arguments(forward: Callable[..., Any]) -> list[str]:
 
 
 def _not_on_text(name: str, why: str, where: str | None) -> ModelError:
-    return ModelError(
-        f"a {name} cannot be trained on text alone", where=where, why=why, fix=_FIX
-    )
+    return ModelError(f"a {name} cannot be trained on text alone", where=where, why=why, fix=_FIX)
 
 
 def require_text_forward(model: Any, where: str | None = None) -> None:
@@ -198,8 +202,9 @@ def text_decoder(model: Any) -> Any:
 
     `get_decoder` of some conditional classes is a language model with its head; its decoder is inside.
     """
-    decoder = model.get_decoder()
-    while isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+    decoder: Any = model.get_decoder()
+    kind: Any = PreTrainedModel  # whose methods have no types
+    while isinstance(decoder, kind) and decoder.get_output_embeddings() is not None:
         inside = decoder.get_decoder()
         if inside is decoder:
             embeddings = decoder.get_input_embeddings()
