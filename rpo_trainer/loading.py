@@ -24,7 +24,7 @@ from transformers import (
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError, first_line, last_line
 from rpo_trainer.foreign import device_failed, reads, require_files, require_sizes
-from rpo_trainer.multimodal import language_model_class
+from rpo_trainer.multimodal import language_model_class, random_model, require_text_forward
 from rpo_trainer.pretrained import (
     LOADING_ERRORS,
     load_complete,
@@ -196,7 +196,7 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
     factory = auto_class(config, reward=False, where="model.from_config")
     try:
         with loading_whole():  # in parts, each rank would draw other numbers
-            return factory.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = random_model(factory, config, dtype=torch.float32)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
         if device_failed(error):
             raise
@@ -207,6 +207,8 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
             why=NEEDED,
             fix="fix the field named above, or take the configuration of a model that exists",
         ) from error
+    require_text_forward(model, "model.from_config")
+    return model
 
 
 def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:

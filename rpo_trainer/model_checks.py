@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from rpo_trainer.errors import ModelError, RecipeError, first_line
 from rpo_trainer.foreign import reads
 from rpo_trainer.loading import auto_class, check_tokens, saved_config
-from rpo_trainer.multimodal import is_multimodal, require_text_forward, towers_line
+from rpo_trainer.multimodal import is_multimodal, random_model, require_text_forward, towers_line
 from rpo_trainer.outputs import check_savable, read_generation, repair_generation, warn_repaired
 from rpo_trainer.pretrained import check_stored, weight_files
 
@@ -98,7 +98,7 @@ def check_towers(
     factory = auto_class(config, reward=reward, where=where)
     try:
         with torch.device("meta"):
-            model = factory.from_config(config, trust_remote_code=trust_remote_code)
+            model = random_model(factory, config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
         return None  # no model can be made of the configuration: said where one is made
     require_text_forward(model, where)

@@ -42,30 +42,28 @@ PROCESSOR_FILES = (
     PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME
 )  # fmt: skip
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
-_FIX = "take a causal language model, or a multimodal one whose forward takes text alone"
+_FIX = (
+    "take a causal language model, or a multimodal one whose forward takes text alone in this "
+    "release of transformers"
+)
 
 
 # --- which class ---
 
 
-class OneClass:
-    """A class of transformers that no Auto class maps its configuration to, used as an Auto class is.
+def random_model(
+    factory: Any, config: Any, *, trust_remote_code: bool = False, **settings: Any
+) -> Any:
+    """A model of random weights.
 
-    Attributes:
-        kind: the model class.
+    Args:
+        factory: what `language_model_class` gives, or another Auto class.
+        settings: `dtype`; by default that of the configuration.
     """
-
-    def __init__(self, kind: type[PreTrainedModel]) -> None:
-        self.kind = kind
-
-    def from_config(self, config: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
-        """A model of random weights; `trust_remote_code` has no meaning for a class that is known."""
-        model: Any = self.kind(copy.deepcopy(config))
-        return model if dtype is None else model.to(dtype)
-
-    def from_pretrained(self, source: Any, **settings: Any) -> Any:
-        """See `PreTrainedModel.from_pretrained`."""
-        return self.kind.from_pretrained(source, **settings)
+    if not isinstance(factory, type) or not issubclass(factory, PreTrainedModel):
+        return factory.from_config(config, trust_remote_code=trust_remote_code, **settings)
+    model: Any = factory(copy.deepcopy(config))
+    return model.to(**settings) if settings else model
 
 
 def is_composite(config: Any) -> bool:
@@ -79,10 +77,10 @@ def is_multimodal(config: Any) -> bool:
 
 
 def language_model_class(config: Any, where: str) -> Any:
-    """What loads the language model of a configuration: an Auto class, or one like it.
+    """What loads the language model of a configuration: an Auto class, or the class that it names itself.
 
     `architectures` decides; without a class that transformers knows, a composite configuration means the
-    conditional class and any other one the causal class.
+    conditional class and any other one the causal class. See `random_model` for `from_config`.
 
     Raises:
         ModelError: transformers has no language model for the configuration, or one that text alone does
@@ -109,7 +107,7 @@ def language_model_class(config: Any, where: str) -> Any:
     for kind in (getattr(transformers, name, None) for name in named):
         if isinstance(kind, type) and getattr(kind, "config_class", None) is type(config):
             _require_text(kind, config, where)
-            return OneClass(kind)
+            return kind
     raise ModelError(
         f"transformers has no language model for the configuration of {_a(config)}",
         where=where,

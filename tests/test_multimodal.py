@@ -20,7 +20,7 @@ from rpo_trainer.batch import pack
 from rpo_trainer.errors import ModelError
 from rpo_trainer.loading import auto_class, load_model_named, load_weights
 from rpo_trainer.model_checks import check_towers, check_unread
-from rpo_trainer.multimodal import text_decoder, tower_parameters
+from rpo_trainer.multimodal import random_model, text_decoder, tower_parameters
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.step import token_logprobs
 from rpo_trainer.trainers.engine import may_be_unused
@@ -88,7 +88,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "idefics3": {"text_config": _text("llama"), "vision_config": {**VISION}, "scale_factor": 2},
     "smolvlm": {"text_config": _text("llama"), "vision_config": {**VISION}, "scale_factor": 2},
     "aria": {
-        "text_config": {**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        "text_config": _text("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
         "vision_config": {**VISION, "model_type": "idefics3_vision"},
         "projector_patch_to_query_dict": {"4": 4},
     },
@@ -179,6 +179,12 @@ def trainer(kind: Any, model: Any, folder: Path, rows: Any, **more: Any) -> Any:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_step_of_dpo(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make_checkpoint(name, tmp_path / "model")
+    try:
+        plain_logprobs(made, examples())
+    except AttributeError:  # Llama-4 in transformers 5.24
+        with pytest.raises(ModelError):
+            load_model_named(str(tmp_path / "model"))
+        return
     model: Any = load_model_named(str(tmp_path / "model"))
     assert type(model) is type(made)
     with caplog.at_level(logging.WARNING, "rpo_trainer"):
@@ -276,7 +282,7 @@ def test_architectures_choose_the_class(tmp_path: Path) -> None:
     assert auto_class(config, reward=False, where="") is AutoModelForMultimodalLM
     config.architectures = ["Llama4ForCausalLM"]
     with torch.device("meta"):
-        made = auto_class(config, reward=False, where="").from_config(config)
+        made = random_model(auto_class(config, reward=False, where=""), config)
     assert type(made).__name__ == "Llama4ForCausalLM"
 
 

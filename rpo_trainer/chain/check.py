@@ -46,6 +46,7 @@ from rpo_trainer.model_checks import (
     check_unread,
     check_written,
 )
+from rpo_trainer.multimodal import random_model
 from rpo_trainer.pretrained import local_folder
 from rpo_trainer.recipe import (
     GenerateSpec,
@@ -265,8 +266,8 @@ class _Check:
         factory = auto_class(config, reward=reward, where=where)
         try:
             with torch.device("meta"):
-                base = factory.from_config(
-                    config, trust_remote_code=self.recipe.model.trust_remote_code
+                base = random_model(
+                    factory, config, trust_remote_code=self.recipe.model.trust_remote_code
                 )
         except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError):
             return  # no model can be made of the configuration: said where one is made
