@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,7 +23,12 @@ from transformers import (
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError, first_line, last_line
 from rpo_trainer.foreign import device_failed, reads, require_files, require_sizes
-from rpo_trainer.multimodal import language_model_class, random_model, require_text_forward
+from rpo_trainer.multimodal import (
+    language_model_class,
+    random_model,
+    require_text_forward,
+    with_vocabulary,
+)
 from rpo_trainer.pretrained import (
     LOADING_ERRORS,
     load_complete,
@@ -98,7 +102,7 @@ def load_model(
         reward: a reward model will do too (see `auto_class`).
     """
     if spec.from_config is not None:
-        model: Any = _random_model(_with_vocabulary(spec.from_config, vocabulary), seed)
+        model: Any = _random_model(with_vocabulary(spec.from_config, vocabulary), seed)
     else:
         assert spec.name_or_path is not None  # the schema
         config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
@@ -145,22 +149,13 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
     """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
-        return _configuration(_with_vocabulary(spec.from_config, vocabulary))
+        return _configuration(with_vocabulary(spec.from_config, vocabulary))
     name = spec.name_or_path
     if source is not None:
         name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
     assert name is not None  # the schema
     config = _load(AutoConfig, name, base_dir, spec, what="model's configuration")
     return require_sizes(config, f"model: {name}")
-
-
-def _with_vocabulary(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """The settings with the tokenizer's size; of a composite configuration it is the text part's."""
-    kind: Any = CONFIG_MAPPING.get(str(settings.get("model_type")), None)
-    if "text_config" not in getattr(kind, "sub_configs", {}):
-        return {"vocab_size": vocabulary, **settings}
-    text = {"vocab_size": vocabulary, **(settings.get("text_config") or {})}
-    return {**settings, "text_config": text}
 
 
 def _configuration(settings: dict[str, Any]) -> Any:

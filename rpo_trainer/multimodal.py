@@ -10,37 +10,26 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     PreTrainedModel,
 )
-from transformers.utils import (
-    AUDIO_TOKENIZER_NAME,
-    IMAGE_PROCESSOR_NAME,
-    PROCESSOR_NAME,
-    VIDEO_PROCESSOR_NAME,
-)
-from transformers.utils.hub import cached_file
 
 from rpo_trainer.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# Not the processor's old chat_template.json: it would hide the template that the tokenizer writes.
-PROCESSOR_FILES = (
-    PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME
-)  # fmt: skip
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 _FIX = (
     "take a causal language model, or a multimodal one whose forward takes text alone in this "
@@ -60,10 +49,11 @@ def random_model(
         factory: what `language_model_class` gives, or another Auto class.
         settings: `dtype`; by default that of the configuration.
     """
-    if not isinstance(factory, type) or not issubclass(factory, PreTrainedModel):
-        return factory.from_config(config, trust_remote_code=trust_remote_code, **settings)
-    model: Any = factory(copy.deepcopy(config))
-    return model.to(**settings) if settings else model
+    if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
+        model: Any = factory(copy.deepcopy(config))
+        return model.to(**settings) if settings else model
+    auto: Any = factory
+    return auto.from_config(config, trust_remote_code=trust_remote_code, **settings)
 
 
 def is_composite(config: Any) -> bool:
@@ -190,6 +180,15 @@ def _tokens_of(config: Any) -> set[int]:
     """Tokens that a configuration names, those of images among them."""
     fields = {**vars(config.get_text_config()), **vars(config)}
     return {v for k, v in fields.items() if "token_i" in k and isinstance(v, int)}
+
+
+def with_vocabulary(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """The settings with the tokenizer's size; of a composite configuration it is the text part's."""
+    kind: Any = CONFIG_MAPPING.get(str(settings.get("model_type")), None)
+    if "text_config" not in getattr(kind, "sub_configs", {}):
+        return {"vocab_size": vocabulary, **settings}
+    text = {"vocab_size": vocabulary, **(settings.get("text_config") or {})}
+    return {**settings, "text_config": text}
 
 
 # --- the parts ---
@@ -330,45 +329,3 @@ def without_towers(model: Any, config: PeftConfig) -> PeftConfig:
         patterns.insert(0, rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(given)))})")
     changed.exclude_modules = "|".join(f"(?:{pattern})" for pattern in patterns)
     return changed  # type: ignore[no-any-return]
-
-
-# --- files of the processor ---
-
-
-def processor_files(
-    source: str | Path, *, revision: str | None = None, local_files_only: bool = False
-) -> dict[str, bytes]:
-    """Contents of the processor's files of a directory or hub name, by name; absent ones are left out."""
-    found = {}
-    for name in PROCESSOR_FILES:
-        try:
-            path = cached_file(
-                str(source), name, revision=revision, local_files_only=local_files_only
-            )
-        except OSError:
-            continue
-        if path is not None:
-            found[name] = Path(path).read_bytes()
-    return found
-
-
-def remember_processor(model: Any, files: Mapping[str, bytes]) -> None:
-    """Notes on a model what `write_processor` is to write."""
-    model._rpo_processor_files = dict(files)
-
-
-def write_processor(model: Any, folder: Path) -> None:
-    """Writes the processor's files of a multimodal model beside its weights, as they were.
-
-    They are those of where it was loaded from: noted by the loader, or else in that directory or the hub's
-    cache.
-    """
-    if not is_multimodal(model.config):
-        return
-    files = getattr(model, "_rpo_processor_files", None)
-    if files is None:
-        name = getattr(model, "name_or_path", "") or ""
-        files = processor_files(name, local_files_only=True) if name else {}
-        remember_processor(model, files)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)

@@ -13,18 +13,25 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, Emu3ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    Emu3ForCausalLM,
+    ProcessorMixin,
+)
 
 from rpo_trainer import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from rpo_trainer.batch import pack
 from rpo_trainer.errors import ModelError
-from rpo_trainer.loading import auto_class, load_model_named, load_weights
+from rpo_trainer.loading import auto_class, load_model_named, load_tokenizer_named, load_weights
 from rpo_trainer.model_checks import check_towers, check_unread
 from rpo_trainer.multimodal import random_model, text_decoder, tower_parameters
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.step import token_logprobs
 from rpo_trainer.trainers.engine import may_be_unused
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.setup import tokenizer_in
 
 VOCABULARY = 128
 TEXT = {
@@ -272,6 +279,39 @@ def test_a_composite_classifier_and_one_of_the_text_part(tmp_path: Path) -> None
             RewardTrainer, str(tmp_path / "mistral3"), tmp_path / "run", rows,
             peft_config=LoraConfig(r=2, target_modules="all-linear"),
         )  # fmt: skip
+
+
+# --- the processor ---
+
+
+def test_a_processor_stands_for_its_tokenizer() -> None:
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer: Any, chat_template: str) -> None:
+            self.tokenizer, self.chat_template = tokenizer, chat_template
+
+    tokenizer = character_tokenizer()
+    assert tokenizer_in(tokenizer) is tokenizer and tokenizer_in(None) is None
+    tokenizer.chat_template = None
+    assert tokenizer_in(Processor(tokenizer, "{{ messages }}")) is tokenizer
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_the_template_of_a_processor_alone(tmp_path: Path) -> None:
+    """Old processors keep their template in a file that no tokenizer reads, and prefer it."""
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_checkpoint("llava", tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    dpo = DPOTrainer(str(tmp_path / "model"), DPOConfig(
+        output_dir=str(tmp_path / "run"), report_to=[], use_cpu=True, bf16=False, max_steps=1
+    ), train_dataset=rows)  # fmt: skip
+    assert dpo.processing_class.chat_template == template
+    dpo.save_model(str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "chat_template.json").exists()
+    assert load_tokenizer_named(str(tmp_path / "out")).chat_template == template
 
 
 # --- which class ---

@@ -22,8 +22,7 @@ from transformers import PreTrainedModel, set_seed
 from rpo_trainer import adapter_files, adapters, distributed, four_bits
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.loading import check_vocabulary, load_model, load_weights
-from rpo_trainer.multimodal import write_processor
-from rpo_trainer.outputs import set_ends
+from rpo_trainer.outputs import set_ends, write_processor
 from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.sharding import loading_whole
 from rpo_trainer.trainers.base import PackedTrainer

@@ -17,7 +17,6 @@ from rpo_trainer.adapter_files import make_base_absolute
 from rpo_trainer.adapters import is_adapted
 from rpo_trainer.distributed import is_main, on_main
 from rpo_trainer.errors import RunError
-from rpo_trainer.multimodal import write_processor
 from rpo_trainer.outputs import (
     Written,
     check_savable,
@@ -26,6 +25,7 @@ from rpo_trainer.outputs import (
     joined_ends,
     repair_generation,
     warn_repaired,
+    write_processor,
 )
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier

@@ -13,7 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments, set_seed
+from transformers import ProcessorMixin, TrainingArguments, set_seed
 
 from rpo_trainer import adapters, four_bits
 from rpo_trainer.adapter_parts import require_trained_parts, warn_of_random
@@ -215,6 +215,16 @@ def _router_coefficients(settings: Mapping[str, Any]) -> Iterator[tuple[str, flo
             and _ROUTER_LOSS.search(name)
         ):
             yield name, float(value)
+
+
+def tokenizer_in(processing_class: Any) -> Any:
+    """The tokenizer of a multimodal processor; any other processing class as it is."""
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    inside: Any = processing_class.tokenizer
+    if not inside.chat_template:
+        inside.chat_template = processing_class.chat_template
+    return inside
 
 
 def tokenizer_of(model: nn.Module) -> Any:
