@@ -166,6 +166,22 @@ def settle(args: Any, accelerator: Accelerator) -> None:
             )
 
 
+def wrap_present_layers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Has FSDP shard by those of the class's layers that the model has, where no others are asked for.
+
+    Classes of multimodal models also name layers of towers that a checkpoint does not have.
+    """
+    plugin = (
+        accelerator.state.fsdp_plugin
+        if accelerator.distributed_type == DistributedType.FSDP
+        else None
+    )
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        there = {type(module).__name__ for module in model.modules()}
+        names: Any = getattr(model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = sorted(there & set(names)) or None
+
+
 def settle_unused(model: nn.Module, args: Any, accelerator: Accelerator) -> None:
     """Has DDP look for weights without a gradient only where there may be some: each time ranks must meet."""
     if accelerator.ddp_handler is not None and args.ddp_find_unused_parameters is None:
