@@ -185,8 +185,8 @@ def _tokens_of(config: Any) -> set[int]:
 def with_vocabulary(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """The settings with the tokenizer's size; of a composite configuration it is the text part's."""
     name = str(settings.get("model_type"))
-    kind: Any = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None
-    if "text_config" not in getattr(kind, "sub_configs", {}):
+    # Not `get`, which does not look among the classes that are still to be imported.
+    if name not in CONFIG_MAPPING or "text_config" not in CONFIG_MAPPING[name].sub_configs:
         return {"vocab_size": vocabulary, **settings}
     text = {"vocab_size": vocabulary, **(settings.get("text_config") or {})}
     return {**settings, "text_config": text}
