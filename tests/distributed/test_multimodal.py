@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo_trainer.loading import load_model
+from rpo_trainer.loading import load_model, load_weights
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import ModelSpec
 from tests.chain import tiny
-from tests.distributed.chains import STAGES, final_weights, furthest, launched, recipe, start
+from tests.distributed.chains import STAGES, launched, recipe, start
 from tests.distributed.launch import require
 
 pytestmark = pytest.mark.slow
@@ -62,13 +62,18 @@ def test_frozen_towers_on_two_ranks(
     tiny.write_recipe(tmp_path, multimodal(engine, checkpoint))
     code, output = start(tmp_path)
     assert code == 0, output[-5000:]
-    assert furthest(one, tmp_path) < 1e-4
-    start_weights, weights = (
-        load_file(checkpoint / "model.safetensors"),
-        final_weights(tmp_path, STAGES),
-    )
+    start_weights = load_weights(checkpoint).state_dict()
     towers = [name for name in start_weights if "vision" in name or "projector" in name]
     assert towers
     for stage in STAGES:
-        for name in towers:  # under its name in the checkpoint
-            assert torch.equal(weights[f"{stage}.{name}"], start_weights[name])
+        expected, found = (
+            load_weights(folder / "run" / stage / "final").state_dict()
+            for folder in (one, tmp_path)
+        )
+        assert max((expected[n] - t).abs().max().item() for n, t in found.items()) < 1e-4
+        assert all(torch.equal(found[name], start_weights[name]) for name in towers)
+    if (
+        engine != "zero3"
+    ):  # transformers renames nothing there: other names, which the class reads too
+        names = load_file(checkpoint / "model.safetensors").keys()
+        assert load_file(tmp_path / "run" / STAGES[-1] / "final/model.safetensors").keys() == names
