@@ -20,6 +20,7 @@ from rpo_trainer.adapter_files import WEIGHTS, require_complete, require_weights
 from rpo_trainer.adapter_parts import warn_of_fused_experts, with_new_parts
 from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.foreign import device_failed, reads
+from rpo_trainer.multimodal import without_towers
 from rpo_trainer.outputs import read_generation
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
@@ -132,9 +133,15 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="which of the two is to be trained cannot be guessed",
             fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
         )
+    if getattr(causal_lm(model), "_rpo_text_part", False):
+        raise ModelError(
+            "a reward model of the text part of a multimodal checkpoint cannot be trained by an adapter",
+            why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
+            fix="train it whole: leave peft_config (`peft` in a recipe) out",
+        )
     require_fit(config)
     require_plain_start(config)
-    config = with_new_parts(model, config)
+    config = without_towers(causal_lm(model), with_new_parts(model, config))
     before = _answers(model)
     try:
         wrapped: Any = get_peft_model(model, config)

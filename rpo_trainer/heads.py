@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
+from rpo_trainer.multimodal import text_decoder
 from rpo_trainer.sharding import device_of, rows_of
 
 # What the head's product is replaced by, a number a token: small ones tell the scale, large ones the cap.
@@ -59,24 +60,9 @@ def head_of(model: Any, forward: Callable[..., Any]) -> Head:
         return Head(fused=False)  # it does not run on its own: the probe says why
 
 
-def decoder_of(model: Any) -> Any:
-    """What gives the hidden states of a transformers causal language model; None: not told apart.
-
-    It holds the embedding and not the head; a few classes answer `get_decoder()` with something else.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for part in (model.get_decoder(), *model.children()):
-        if part is None or part is model:
-            continue
-        inside = set(map(id, part.modules()))
-        if id(embedding) in inside and id(head) not in inside:
-            return part
-    return None
-
-
 def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
-    decoder, module = decoder_of(model), model.get_output_embeddings()
-    if not isinstance(module, nn.Module) or decoder is None:
+    decoder, module = text_decoder(model), model.get_output_embeddings()
+    if not isinstance(module, nn.Module) or decoder is model:
         return None
     vocabulary = rows_of(module.weight)
     device = device_of(model)

@@ -13,7 +13,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -24,6 +23,12 @@ from transformers import (
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError, first_line, last_line
 from rpo_trainer.foreign import device_failed, reads, require_files, require_sizes
+from rpo_trainer.multimodal import (
+    language_model_class,
+    random_model,
+    require_text_forward,
+    with_vocabulary,
+)
 from rpo_trainer.pretrained import (
     LOADING_ERRORS,
     load_complete,
@@ -97,7 +102,7 @@ def load_model(
         reward: a reward model will do too (see `auto_class`).
     """
     if spec.from_config is not None:
-        model: Any = _random_model({"vocab_size": vocabulary, **spec.from_config}, seed)
+        model: Any = _random_model(with_vocabulary(spec.from_config, vocabulary), seed)
     else:
         assert spec.name_or_path is not None  # the schema
         config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
@@ -124,11 +129,12 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
         reward: whether a reward model is wanted, or a policy to make one of.
 
     Raises:
-        ModelError: a reward model where a policy is wanted; its language head would be random.
+        ModelError: a reward model where a policy is wanted; its language head would be random. A model
+            that text alone does not suffice for (see `language_model_class`).
     """
     names = map(str, getattr(config, "architectures", None) or ())
     if not any(name.endswith("ForSequenceClassification") for name in names):
-        return AutoModelForCausalLM
+        return language_model_class(config, where)
     if not reward:
         raise ModelError(
             "this is a reward model (a sequence classifier), and no policy",
@@ -143,7 +149,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
     """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
-        return _configuration({"vocab_size": vocabulary, **spec.from_config})
+        return _configuration(with_vocabulary(spec.from_config, vocabulary))
     name = spec.name_or_path
     if source is not None:
         name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
@@ -182,10 +188,10 @@ def _configuration(settings: dict[str, Any]) -> Any:
 def _random_model(settings: dict[str, Any], seed: int) -> Any:
     config = _configuration(settings)
     set_seed(seed)
-    factory: Any = AutoModelForCausalLM
+    factory = auto_class(config, reward=False, where="model.from_config")
     try:
         with loading_whole():  # in parts, each rank would draw other numbers
-            return factory.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = random_model(factory, config, dtype=torch.float32)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
         if device_failed(error):
             raise
@@ -196,6 +202,8 @@ def _random_model(settings: dict[str, Any], seed: int) -> Any:
             why=NEEDED,
             fix="fix the field named above, or take the configuration of a model that exists",
         ) from error
+    require_text_forward(model, "model.from_config")
+    return model
 
 
 def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.errors import ModelError, RecipeError, first_line
 from rpo_trainer.foreign import reads
 from rpo_trainer.loading import auto_class, check_tokens, saved_config
+from rpo_trainer.multimodal import is_multimodal, random_model, require_text_forward, towers_line
 from rpo_trainer.outputs import check_savable, read_generation, repair_generation, warn_repaired
 from rpo_trainer.pretrained import check_stored, weight_files
 
@@ -80,6 +82,27 @@ def check_unread(
     if rows:
         check_tokens(rows, tokens, where)
     return int(rows)
+
+
+@reads("the model", lambda config, *, where, **_: where)
+def check_towers(
+    config: Any, *, reward: bool, where: str, trust_remote_code: bool = False
+) -> str | None:
+    """What is frozen of a multimodal model, from its configuration; None: nothing, or it cannot be told.
+
+    Raises:
+        ModelError: its forward does not take text alone.
+    """
+    if not is_multimodal(config):
+        return None
+    factory = auto_class(config, reward=reward, where=where)
+    try:
+        with torch.device("meta"):
+            model = random_model(factory, config, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
+        return None  # no model can be made of the configuration: said where one is made
+    require_text_forward(model, where)
+    return towers_line(model)
 
 
 def check_scorer(folder: Path, where: str) -> None:

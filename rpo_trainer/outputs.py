@@ -7,14 +7,22 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
+from transformers.utils import (
+    AUDIO_TOKENIZER_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
+from transformers.utils.hub import cached_file
 
 from rpo_trainer.errors import ModelError, RunError, first_line
+from rpo_trainer.multimodal import is_multimodal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
+_OLD_TEMPLATE = "chat_template.json"  # of processors
+# Without it: it would hide the template that the tokenizer writes.
+PROCESSOR_FILES = (
+    PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME
+)  # fmt: skip
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FLAGGED = re.compile(r"^- `(\w+)`", re.MULTILINE)
 _MISSING = object()
@@ -301,3 +314,58 @@ def ends_line(model: Any, written: Written, tokenizer: Any) -> str | None:
         f"responses end with {trained} in training, but the model's generation config {config}: the saved "
         f"eos_token_id includes both, and {own}"
     )
+
+
+# --- files of the processor ---
+
+
+def processor_files(
+    source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> dict[str, bytes]:
+    """Contents of the processor's files of a directory or hub name, by name; absent ones are left out."""
+    read = ((name, _file_of(source, name, revision, local_files_only)) for name in PROCESSOR_FILES)
+    return {name: content for name, content in read if content is not None}
+
+
+def processor_template(
+    source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> str | None:
+    """The chat template of the processor's `chat_template.json`, which tokenizers do not read; None: none."""
+    content = _file_of(source, _OLD_TEMPLATE, revision, local_files_only)
+    try:
+        found = json.loads(content or b"{}")["chat_template"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _file_of(
+    source: str | Path, name: str, revision: str | None, local_files_only: bool
+) -> bytes | None:
+    try:
+        path = cached_file(str(source), name, revision=revision, local_files_only=local_files_only)
+    except OSError:
+        return None
+    return None if path is None else Path(path).read_bytes()
+
+
+def remember_processor(model: Any, files: Mapping[str, bytes]) -> None:
+    """Notes on a model what `write_processor` is to write."""
+    model._rpo_processor_files = dict(files)
+
+
+def write_processor(model: Any, folder: Path) -> None:
+    """Writes the processor's files of a multimodal model beside its weights, as they were.
+
+    They are those of where it was loaded from: noted by the loader, or else in that directory or the hub's
+    cache.
+    """
+    if not is_multimodal(model.config):
+        return
+    files = getattr(model, "_rpo_processor_files", None)
+    if files is None:
+        name = getattr(model, "name_or_path", "") or ""
+        files = processor_files(name, local_files_only=True) if name else {}
+        remember_processor(model, files)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

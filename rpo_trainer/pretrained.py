@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -23,9 +24,19 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, first_line, last_line
-from rpo_trainer.outputs import read_generation
-from rpo_trainer.sharding import loading_whole
+from rpo_trainer.multimodal import is_multimodal, require_text_forward
+from rpo_trainer.outputs import (
+    PROCESSOR_FILES,
+    processor_files,
+    processor_template,
+    read_generation,
+    remember_processor,
+)
+from rpo_trainer.sharding import loading_whole, whole_on_every_rank
+
+logger = logging.getLogger(__name__)
 
 # Not RuntimeError: that may be the device, or memory.
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
@@ -41,8 +52,18 @@ _HEAD = re.compile(r"^lm_head\.")
 def load_pretrained(
     factory: Any, source: str | Path, *, trust_remote_code: bool = False, **settings: Any
 ) -> Any:
-    """A tokenizer or a configuration; transformers would ask on stdin whether to run a repository's code."""
-    return factory.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
+    """A tokenizer or a configuration; transformers would ask on stdin whether to run a repository's code.
+
+    A tokenizer without a chat template gets the one that its processor has in a file of its own.
+    """
+    made = factory.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
+    if factory is AutoTokenizer and not made.chat_template:
+        made.chat_template = processor_template(
+            source,
+            revision=settings.get("revision"),
+            local_files_only=bool(settings.get("local_files_only")),
+        )
+    return made
 
 
 def load_complete(
@@ -83,7 +104,28 @@ def load_complete(
     )
     if folder is not None and model.can_generate():
         read_generation(folder, where)
+    if is_multimodal(model.config):
+        _complete_multimodal(model, source, settings, where)
     return model
+
+
+def _complete_multimodal(
+    model: Any, source: str | Path, settings: Mapping[str, Any], where: str
+) -> None:
+    if settings.get("quantization_config") is None and whole_on_every_rank(model):
+        require_text_forward(model, where)
+    files = processor_files(
+        source,
+        revision=settings.get("revision"),
+        local_files_only=bool(settings.get("local_files_only")),
+    )
+    if not files and not Path(source).is_dir() and is_main():
+        logger.warning(
+            "%s: no files of a processor were found (%s): the output will have none, and needs them "
+            "before it can be given images or sound",
+            where, ", ".join(PROCESSOR_FILES),
+        )  # fmt: skip
+    remember_processor(model, files)
 
 
 _FIX = (

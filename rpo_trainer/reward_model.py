@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
 
 from rpo_trainer.data import end_token_ids
 from rpo_trainer.errors import ModelError
+from rpo_trainer.multimodal import is_composite, text_decoder
 from rpo_trainer.rewards.weights import resolve_weights
 from rpo_trainer.sharding import loading_whole
 from rpo_trainer.step import causal_lm, is_classifier
@@ -38,7 +43,8 @@ def as_reward_model(
     """A reward model with these attributes, made of a causal language model or of a reward model.
 
     A language model is taken apart: its decoder gets a new head, drawn by `seed`, and its own head is
-    left out. A sequence classifier stays what it is.
+    left out. Of a multimodal model without a classifier of its own, the text decoder alone becomes one, of
+    the text configuration. A sequence classifier stays what it is.
 
     Args:
         attributes: names of the heads, in order; None: those of the classifier, or one reward.
@@ -87,9 +93,14 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
             why="its head would be another one",
             fix="pass the language model itself (an adapter is given as peft_config)",
         )
-    config, decoder = source.config, source.base_model
-    config.num_labels = len(names)
     factory: Any = AutoModelForSequenceClassification
+    config, decoder = source.config, source.base_model
+    text_part = (
+        is_composite(config) and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    )
+    if text_part:  # its text decoder alone may have a classifier
+        config, decoder = config.get_text_config(), text_decoder(source)
+    config.num_labels = len(names)
     try:
         # The decoder is there already, and what stands in for it must not be handed out to the ranks.
         with loading_whole(), init_empty_weights(include_buffers=False):
@@ -121,6 +132,7 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     made._rpo_made = tuple(f"score.{name}" for name, _ in made.score.named_parameters())
     if hasattr(source, "_rpo_complete"):
         made._rpo_complete = source._rpo_complete
+    made._rpo_text_part = text_part
     made.train(source.training)
     return made
 

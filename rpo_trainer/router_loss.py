@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rpo_trainer.errors import ModelError
+from rpo_trainer.multimodal import text_decoder
 
 # Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
 _COEFFICIENT = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
@@ -187,7 +188,7 @@ def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
     causal = type(inner).__name__.endswith(_CAUSAL) or not type(inner).__name__.endswith(
         _CLASSIFIER
     )
-    decoder = inner.get_decoder() if causal else inner.base_model
+    decoder = text_decoder(inner) if causal else inner.base_model
     training = inner.training
     inner.eval()
     try:

@@ -28,8 +28,9 @@ from rpo_trainer.attention import (
 )
 from rpo_trainer.batch import AttentionPlan, Layout, Segment
 from rpo_trainer.errors import ModelError, first_line
-from rpo_trainer.heads import FORWARD_ERRORS, Head, decoder_of, head_of
+from rpo_trainer.heads import FORWARD_ERRORS, Head, head_of
 from rpo_trainer.logprobs import linear_logprobs, logprobs_from_logits
+from rpo_trainer.multimodal import is_composite, text_decoder
 from rpo_trainer.reach import Recording, recording
 from rpo_trainer.router_loss import apart, asked, beside, only_sums, sums_of
 from rpo_trainer.sharding import device_of, has_shards
@@ -150,7 +151,8 @@ def _learn_reach(model: nn.Module) -> Recording:
 
 
 def _decoder(inner: Any) -> Any:
-    return inner.base_model if is_classifier(inner) else decoder_of(inner)
+    whole = is_classifier(inner) and not is_composite(inner.config)
+    return inner.base_model if whole else text_decoder(inner)
 
 
 def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from rpo_trainer.heads import Head, decoder_of, head_of
+from rpo_trainer.heads import Head, head_of
+from rpo_trainer.multimodal import text_decoder
 from tests.models import make_model
 
 
@@ -95,7 +95,7 @@ def test_nothing_of_the_question_stays_in_the_model():
 
 def test_a_class_that_takes_itself_for_its_decoder():
     model = make_model("llama")
-    model.get_decoder = lambda: model
-    assert decoder_of(model) is model.model
-    model.get_decoder = lambda: nn.Linear(2, 2)
-    assert decoder_of(model) is model.model
+    for wrong in (model, model.lm_head, None):
+        model.get_decoder = lambda wrong=wrong: wrong
+        assert text_decoder(model) is model.model
+        assert head_of(model, model.forward).fused

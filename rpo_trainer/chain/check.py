@@ -42,9 +42,11 @@ from rpo_trainer.model_checks import (
     check_same_tokenizer,
     check_same_vocabulary,
     check_scorer,
+    check_towers,
     check_unread,
     check_written,
 )
+from rpo_trainer.multimodal import random_model
 from rpo_trainer.pretrained import local_folder
 from rpo_trainer.recipe import (
     GenerateSpec,
@@ -245,6 +247,12 @@ class _Check:
             config, local, tokens=tokens, reward=reward, where=where,
             trust_remote_code=self.recipe.model.trust_remote_code,
         )  # fmt: skip
+        frozen = check_towers(
+            config, reward=reward, where=where,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+        )  # fmt: skip
+        if frozen is not None and key.endswith(".init"):
+            self.lines.append(f"  {frozen}")
         if folder is not None and is_adapter(folder):
             self._adapter(folder, config, where, reward=reward)
         if key.endswith(".init"):
@@ -258,8 +266,8 @@ class _Check:
         factory = auto_class(config, reward=reward, where=where)
         try:
             with torch.device("meta"):
-                base = factory.from_config(
-                    config, trust_remote_code=self.recipe.model.trust_remote_code
+                base = random_model(
+                    factory, config, trust_remote_code=self.recipe.model.trust_remote_code
                 )
         except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError):
             return  # no model can be made of the configuration: said where one is made

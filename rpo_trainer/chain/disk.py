@@ -17,6 +17,7 @@ from rpo_trainer.errors import ModelError, RecipeError, RunError
 from rpo_trainer.files import refusal
 from rpo_trainer.foreign import UNREADABLE, reading
 from rpo_trainer.loading import auto_class, load_config
+from rpo_trainer.multimodal import freeze_towers, random_model
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.report.values import size
 from rpo_trainer.reward_model import as_reward_model
@@ -80,8 +81,8 @@ def unread_model(
     with reading("the model's configuration", where):
         factory: Any = auto_class(config, reward=reward, where=where)
     try:
-        model: nn.Module = factory.from_config(
-            config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
+        model: nn.Module = random_model(
+            factory, config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
         )
     except (RuntimeError, *UNREADABLE) as error:  # on `meta`: not memory, and not a device
         raise ModelError(
@@ -93,6 +94,7 @@ def unread_model(
     if isinstance(stage, RewardStage):
         names, weights = stage.attributes, stage.reward_weights
         model = as_reward_model(model, attributes=names, weights=weights)
+    freeze_towers(model)
     adapter = lora_config(stage)
     try:
         return model if adapter is None else with_adapter(model, adapter)

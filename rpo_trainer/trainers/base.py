@@ -46,6 +46,7 @@ from rpo_trainer.trainers.setup import (
     require_config,
     require_one_gpu,
     set_checkpointing,
+    tokenizer_in,
     tokenizer_of,
     unprepared,
     with_adapter,
@@ -119,7 +120,7 @@ class PackedTrainer(SavingTrainer):
             processing_class = processing_class or load_tokenizer_named(model)
             model = load_model_named(model)
         model = with_adapter(unprepared(model), peft_config, args.seed)
-        processing_class = processing_class or tokenizer_of(model)
+        processing_class = tokenizer_in(processing_class) or tokenizer_of(model)
         set_checkpointing(model, args)
         self.audits: dict[str, Any] = {}
         train = self._examples(train_dataset, processing_class, args, "train")

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.multimodal import is_composite, is_multimodal, text_decoder
 from rpo_trainer.step import causal_lm, is_classifier
 
 ENGINE_FILE = "engine.json"
@@ -165,6 +166,22 @@ def settle(args: Any, accelerator: Accelerator) -> None:
             )
 
 
+def wrap_present_layers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Has FSDP shard by those of the class's layers that the model has, where no others are asked for.
+
+    Classes of multimodal models also name layers of towers that a checkpoint does not have.
+    """
+    plugin = (
+        accelerator.state.fsdp_plugin
+        if accelerator.distributed_type == DistributedType.FSDP
+        else None
+    )
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        there = {type(module).__name__ for module in model.modules()}
+        names: Any = getattr(model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = sorted(there & set(names)) or None
+
+
 def settle_unused(model: nn.Module, args: Any, accelerator: Accelerator) -> None:
     """Has DDP look for weights without a gradient only where there may be some: each time ranks must meet."""
     if accelerator.ddp_handler is not None and args.ddp_find_unused_parameters is None:
@@ -177,11 +194,13 @@ def may_be_unused(model: nn.Module) -> bool:
     parts = (
         (inner.base_model, inner.score)
         if is_classifier(inner)
-        else (inner.get_decoder(), inner.get_output_embeddings())
+        else (text_decoder(inner), inner.get_output_embeddings())
     )
     used = {id(p) for part in parts if part is not None for p in part.parameters()}
     if any(p.requires_grad and id(p) not in used for p in model.parameters()):
         return True
+    if is_multimodal(inner.config) and not is_composite(inner.config):
+        return True  # projections of images stand inside the decoder
     lists = [module for module in inner.modules() if isinstance(module, nn.ModuleList)]
     inside = {id(part) for one in lists for part in one.modules() if part is not one}
     return any(id(one) in inside for one in lists)

@@ -20,7 +20,7 @@ from rpo_trainer.trainers.config import RewardConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_pairs, check_rated
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
-from rpo_trainer.trainers.setup import tokenizer_of
+from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
 from rpo_trainer.trainers.step_config import StepConfig
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class RewardTrainer(PackedTrainer):
             self.row_kind: Literal["pair", "rating"] = "rating" if regression else "pair"
             self.needs_rewards = args.margin_scale > 0
             start = load_model_named(model, reward=True) if isinstance(model, str) else model
-            processing_class = processing_class or (
+            processing_class = tokenizer_in(processing_class) or (
                 load_tokenizer_named(model) if isinstance(model, str) else tokenizer_of(model)
             )
             reward_model: nn.Module = as_reward_model(

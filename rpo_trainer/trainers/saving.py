@@ -25,6 +25,7 @@ from rpo_trainer.outputs import (
     joined_ends,
     repair_generation,
     warn_repaired,
+    write_processor,
 )
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
@@ -146,6 +147,7 @@ class SavingTrainer(WrappingTrainer):
     def _save_beside(self, folder: Path) -> None:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if not is_adapted(self.model):
+            write_processor(causal_lm(self.model), folder)
             return
         make_base_absolute(folder)
         if self._staging is not None:

@@ -11,13 +11,15 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments, set_seed
+from transformers import ProcessorMixin, TrainingArguments, set_seed
 
 from rpo_trainer import adapters, four_bits
 from rpo_trainer.adapter_parts import require_trained_parts, warn_of_random
 from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
+from rpo_trainer.multimodal import freeze_towers, require_text_forward, towers_line
+from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm
 from rpo_trainer.trainers.settings import defaults_of
 from rpo_trainer.trainers.step_config import StepConfig
@@ -144,6 +146,7 @@ def unprepared(model: Any) -> Any:
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
     four_bits.steady(model)
+    _freeze_towers(causal_lm(model), adapted=peft_config is not None or adapters.is_adapted(model))
     if peft_config is None:
         adapters.require_fit_model(model)
         if adapters.is_adapted(model):
@@ -166,6 +169,28 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
             " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
         )  # fmt: skip
     return model
+
+
+def _freeze_towers(inner: Any, *, adapted: bool) -> None:
+    """Freezes what text does not use of a multimodal model, and says so."""
+    line = towers_line(inner)
+    if line is None:
+        return
+    if not getattr(inner, "_rpo_complete", False) and whole_on_every_rank(inner):
+        require_text_forward(inner)
+    freeze_towers(inner)
+    if is_main():
+        logger.warning("%s%s", line, "; a new adapter leaves them out" if adapted else "")
+
+
+def tokenizer_in(processing_class: Any) -> Any:
+    """The tokenizer of a multimodal processor; any other processing class as it is."""
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    inside: Any = processing_class.tokenizer
+    if not inside.chat_template:
+        inside.chat_template = processing_class.chat_template
+    return inside
 
 
 def tokenizer_of(model: nn.Module) -> Any:

@@ -21,6 +21,7 @@ from rpo_trainer.trainers.engine import (
     check_engine,
     settle,
     settle_unused,
+    wrap_present_layers,
     wraps_late,
     write_engine,
 )
@@ -39,6 +40,7 @@ class WrappingTrainer(Trainer):
         """Checks and settles the engine; once, when the trainer is made."""
         check_engine(self.args, self.accelerator)
         settle(self.args, self.accelerator)
+        wrap_present_layers(self.model, self.accelerator)
         settle_unused(self.model, self.args, self.accelerator)
         self.wraps_late = wraps_late(self.accelerator)
         self._deepspeed_guard: DeepSpeedGuard | None = None
