@@ -161,7 +161,8 @@ def _coefficients(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if isinstance(value, Mapping):
             yield from _coefficients(value)
         elif (
-            isinstance(value, int | float)
+            isinstance(name, str)
+            and isinstance(value, int | float)
             and not isinstance(value, bool)
             and value
             and _COEFFICIENT.search(name)

@@ -66,9 +66,10 @@ def _fields(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-def _is_noise(name: str, value: Any) -> bool:
-    named = bool(_NAMES.search(name)) and not name.startswith(_OF_OTHER_HEADS)
-    return named and isinstance(value, float) and value > 0
+def _is_noise(name: Any, value: Any) -> bool:
+    if not isinstance(name, str) or not isinstance(value, float):  # numbers name labels
+        return False
+    return bool(_NAMES.search(name)) and not name.startswith(_OF_OTHER_HEADS) and value > 0
 
 
 def _attributes(module: nn.Module) -> list[str]:

@@ -429,11 +429,11 @@ def test_a_failed_step_zero_check_is_kept(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     recipe["model"]["from_config"]["attention_dropout"] = 0.5
     tiny.stage_of(recipe, "rpo")["disable_dropout"] = False
-    with pytest.raises(StepZeroError, match="dropout is on in the policy"):
+    with pytest.raises(StepZeroError, match="noise is on in the policy"):
         tiny.run(tmp_path, recipe)
     kept = tiny.records(tmp_path / "run")["rpo"]["step0"]
     assert kept["ok"] is False and kept["nats_per_token"] > 1e-3
-    assert "dropout is on in the policy" in kept["why"]
+    assert "noise is on in the policy" in kept["why"]
 
 
 def test_dropout_in_the_config(
@@ -443,11 +443,13 @@ def test_dropout_in_the_config(
     recipe["model"]["from_config"]["attention_dropout"] = 0.5
     run_dir = tiny.run(tmp_path, recipe)
     assert tiny.records(run_dir)["rpo"]["step0"]["ok"]
-    assert "the model has dropout: it is set to 0, since the reference has none" in caplog.text
+    assert "it is set to 0, since the reference has none" in caplog.text
     with pytest.raises(SystemExit) as end:
         main(["check", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "other")])
     assert end.value.code == 0
-    warning = "WARNING: the model's config has dropout (attention_dropout 0.5): it is set to 0"
+    warning = (
+        "WARNING: the model's config has noise in training (attention_dropout 0.5): it is set to 0"
+    )
     assert warning in capsys.readouterr().out
 
 

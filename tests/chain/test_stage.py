@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "beta": 0.125, "loss_type": "rpo_sqloo", "sft_loss_weight": 0.5,
     "sft_reduction": "token_mean", "average_logps": True, "step0_check": False,
     "disable_dropout": False, "reward_scale": 2.0, "nonfinite": "skip(3)",
+    "router_aux_loss_coef": 0.25,
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ MATHEMATICAL = {
     "training_args", "repeat", "reference", "beta", "sft_loss_weight", "sft_reduction",
     "average_logps", "disable_dropout", "loss_type", "label_smoothing", "reward_scale",
     "objective", "attributes", "rating_range", "reward_weights", "margin_scale",
+    "router_aux_loss_coef",
 }  # fmt: skip
 
 
