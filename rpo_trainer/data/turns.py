@@ -1,0 +1,393 @@
+"""Where the assistant's turns are in a rendered conversation, and where each of them ends.
+
+A turn begins where the generation prompt of the conversation before it ends. Its end is learned from
+renderings that differ in what follows the turn: nothing, a turn of the user, or the answer of a tool.
+What they share after the turn's own words is its end marker (`<|im_end|>`); a template that writes
+nothing of its own there (GLM) ends a turn with the token that opens the next one.
+
+Where a template renders a turn differently once others follow (it drops thinking, for example), the
+content of the turn or of the next one is replaced by SENTINEL, which is then looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rpo_trainer.data.rows import Message, RowError
+
+Span = tuple[int, int]
+Render = Callable[[list[Message], bool], str]  # messages, with the generation prompt → text
+
+SENTINEL = "\ue00frpo\ue00e"
+NO_END = "the chat template writes no end marker after the assistant's turn"
+UNCLEAR = "the chat template rewrites the conversation so that the assistant's turn cannot be found"
+_AROUND = 40  # characters shown on both sides of a difference
+USER: Message = {"role": "user", "content": "a"}
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The texts of a tokenizer's added tokens."""
+
+    names: tuple[str, ...]  # longest first
+
+    def starts(self, text: str) -> int:
+        """Where the token ends that `text` begins with, after blanks; 0 for none."""
+        blank = len(text) - len(text.lstrip())
+        return blank + next((len(n) for n in self.names if text.startswith(n, blank)), -blank)
+
+    def ends(self, text: str) -> bool:
+        """Whether `text` ends with a token."""
+        return text.endswith(self.names)
+
+    def common(self, first: str, second: str) -> int:
+        """Length of the common prefix; it does not end inside a token of either text."""
+        low, high = 0, min(len(first), len(second))
+        while low < high:  # bisection: slices are compared by the interpreter's own loop
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+        cut = [self._inside(text, low) for text in (first, second)]
+        return min(cut)
+
+    def _inside(self, text: str, place: int) -> int:
+        """The beginning of the token that `place` is inside of, else `place`."""
+        for name in self.names:
+            begin = text.find(name, max(0, place - len(name) + 1), place + len(name) - 1)
+            if 0 <= begin < place:
+                return begin
+        return place
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a template writes after the words of an assistant turn without calls.
+
+    Attributes:
+        last: after a turn that is the last one.
+        between: between it and the words of the user after it; None where that cannot be rendered.
+        marker: of `last`, the part that ends the turn; the rest ends the conversation.
+        heading: what stands between a prompt and the words in a template without generation prompt.
+        opening: what stands between the words of the user and those of the assistant.
+    """
+
+    last: str
+    between: str | None
+    marker: str
+    heading: str
+    opening: str
+
+    @property
+    def open(self) -> bool:
+        """Whether the token that opens the next turn ends one."""
+        return not self.last.strip()
+
+
+def learn_ending(render: Render, controls: Controls) -> Ending:
+    """The ending of a template, from conversations of one and two questions."""
+    said = {"role": "assistant", "content": SENTINEL}
+    asked = {"role": "user", "content": SENTINEL}
+    alone = render([USER, said], False)
+    if SENTINEL not in alone:
+        raise RowError(UNCLEAR)
+    last = alone.rpartition(SENTINEL)[2].rstrip()
+    prompt = render([USER], True)
+    heading = ""
+    if prompt == render([USER], False) and alone.startswith(prompt):
+        heading = alone[len(prompt) :].partition(SENTINEL)[0]
+    try:
+        parts = render([asked, said, asked], False).split(SENTINEL)
+    except RowError:
+        parts = []
+    if len(parts) != 4:
+        return Ending(last, None, last, heading if heading.strip() else "", "")
+    between = parts[2]
+    shared = last[: controls.common(last, between)].rstrip()
+    if last[len(shared) :].strip() and not controls.ends(shared):
+        shared = ""
+    return Ending(last, between, shared or last, heading if heading.strip() else "", parts[1])
+
+
+@dataclass(frozen=True)
+class Found:
+    """A rendered conversation and its trained turns.
+
+    `differs` is what generation and training have around their first difference in front of a trained
+    turn; None: training has the generation prompt.
+    """
+
+    text: str
+    spans: list[Span]
+    differs: tuple[str, str] | None = None
+
+
+@dataclass
+class TurnFinder:
+    """Finds the assistant's turns of one conversation.
+
+    Args:
+        prompt: `messages` are rendered with the generation prompt.
+
+    Raises (all methods):
+        RowError: the template refuses a part of the conversation, writes no end marker, or rewrites the
+            turns so that no way finds them.
+    """
+
+    render: Render
+    messages: list[Message]
+    controls: Controls
+    ending: Ending
+    opens_turn: bool
+    prompt: bool = False
+    _prompts: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.text = self.render(self.messages, self.prompt)
+
+    def found(self, turns: Sequence[int]) -> Found:
+        """The text to train on, and the spans of these turns.
+
+        A turn at the end goes behind its own generation prompt where the template writes the turns
+        before it differently once it is there, but opens it alike: the system prompt may stand in the
+        last turn of the user.
+        """
+        last = len(self.messages) - 1
+        if last > 0 and self.messages[last]["role"] == "assistant":
+            start = self._moved(last)
+            if start is not None:
+                return self._behind_prompt(turns, start)
+        spans = [self.span(turn) for turn in turns]
+        text = self.text
+        if last in turns and (marker := self._opener()):
+            text += marker
+            spans[-1] = (spans[-1][0], len(text))
+        starts = {turn: start for turn, (start, _) in zip(turns, spans, strict=True) if turn}
+        return Found(text, spans, self._difference(starts))
+
+    def span(self, turn: int) -> Span:
+        """Where a turn begins and ends in `text`."""
+        start = self._start(turn)
+        end = self._last_end() if turn == len(self.messages) - 1 else self._inner_end(turn, start)
+        if start >= end:
+            raise RowError(UNCLEAR)
+        return start, end
+
+    # --- the text that a turn stands behind ---
+
+    def _prompt(self, turn: int) -> str:
+        """What the turn is generated behind."""
+        if turn not in self._prompts:
+            self._prompts[turn] = self.render(self.messages[:turn], True)
+        return self._prompts[turn]
+
+    def _moved(self, last: int) -> int | None:
+        """The start of the last turn where `text` does not begin with its generation prompt, but has the
+        same opening of the turn; else None."""
+        prompt = self._prompt(last)
+        if self.text.startswith(prompt):
+            return None
+        try:
+            start = self._start(last)
+            marked = [*self.messages[: last - 1], _marked(self.messages[last - 1])]
+            opening = self.render(marked, True).rpartition(SENTINEL)
+        except RowError:
+            return None
+        same = opening[1] and opening[2].strip() and prompt.endswith(opening[2])
+        return start if same and self.text[:start].endswith(opening[2]) else None
+
+    def _behind_prompt(self, turns: Sequence[int], start: int) -> Found:
+        last = len(self.messages) - 1
+        before = TurnFinder(
+            self.render, self.messages[:last], self.controls, self.ending, self.opens_turn, True
+        )
+        earlier = before.found([turn for turn in turns if turn < last])
+        spans, text = earlier.spans, before.text
+        if last in turns:
+            said = self.text[start : self._last_end()] + self._opener()
+            spans = [*spans, (len(text), len(text) + len(said))]
+            return Found(text + said, spans, earlier.differs)
+        return Found(text + self.text[start:], spans, earlier.differs)
+
+    def _difference(self, starts: Mapping[int, int]) -> tuple[str, str] | None:
+        for turn, start in starts.items():
+            prompt, before = self._prompt(turn), self.text[:start]
+            if before != prompt:
+                place = self.controls.common(prompt, before)
+                view = slice(max(0, place - _AROUND), place + _AROUND)
+                return prompt[view], before[view]
+        return None
+
+    # --- where a turn begins ---
+
+    def _start(self, turn: int) -> int:
+        prompt = self._prompt(turn) if turn else ""
+        if turn and self.text.startswith(prompt):
+            heading = "" if self.opens_turn else self.ending.heading
+            if self.text.startswith(heading, len(prompt)):
+                return len(prompt) + len(heading)
+        before = self._before(turn)
+        return len(before) - len(self._lead(turn, prompt, before))
+
+    def _before(self, turn: int) -> str:
+        """What `text` has in front of the turn's words; with calls the turn may have none."""
+        message = self.messages[turn]
+        bare = {"role": "assistant", "content": SENTINEL}
+        tries = [(_marked(message), self.messages[turn + 1 :])]
+        if message.get("tool_calls"):
+            tries += [(bare, self.messages[turn + 1 :]), (bare, [])]
+        found = []
+        for marked, rest in tries:
+            try:
+                parts = self.render([*self.messages[:turn], marked, *rest], self.prompt)
+            except RowError:
+                continue
+            before = parts.split(SENTINEL)
+            if len(before) == 2 and self.text.startswith(before[0]):
+                found.append(before[0])
+        if not found:
+            raise RowError(UNCLEAR)
+        return min(found, key=len)
+
+    def _lead(self, turn: int, prompt: str, before: str) -> str:
+        """What the model is to write between the prompt and the turn's own words.
+
+        Without a generation prompt that is the blank in front of the words, not a heading: that is
+        the template's.
+        """
+        if not turn:
+            return ""
+        alone = self.render([*self.messages[:turn], _marked(self.messages[turn])], False)
+        alone = alone.partition(SENTINEL)[0]
+        lead = alone[len(prompt) :] if alone.startswith(prompt) else ""
+        own = self.opens_turn or not lead.strip()
+        return lead if own and before.endswith(lead) else ""
+
+    # --- where a turn ends ---
+
+    def _opener(self) -> str:
+        """The token of the next turn that ends the last one, in a template without end markers."""
+        if not self.ending.open:
+            return ""
+        following = self._following()
+        if following is not None:
+            place = self.controls.common(self.text, following)
+        else:
+            following, place = self.ending.between or "", 0
+        end = self.controls.starts(following[place:])
+        if not end:
+            raise RowError(NO_END)
+        return following[place : place + end]
+
+    def _following(self) -> str | None:
+        """The conversation with the next turn; None where the template then rewrites the last one."""
+        message = self.messages[-1]
+        following = USER
+        if calls := message.get("tool_calls"):
+            name = str(calls[0].get("function", calls[0]).get("name") or "")
+            following = {"role": "tool", "content": "a", "name": name}
+            if "id" in calls[0]:
+                following["tool_call_id"] = calls[0]["id"]
+        try:
+            text = self.render([*self.messages, following], False)
+        except RowError:
+            return None
+        place = self.controls.common(self.text, text)
+        return text if self.ending.last.endswith(self.text[place:].rstrip()) else None
+
+    def _last_end(self) -> int:
+        """The end of the last turn without what ends the conversation only."""
+        ending, text = self.ending, self.text.rstrip()
+        if ending.open:
+            return len(self.text)
+        if not self.messages[-1].get("tool_calls") and text.endswith(ending.last):
+            return len(text) - len(ending.last) + len(ending.marker)
+        following = self._following()
+        if following is None:
+            rest = len(ending.last) - len(ending.marker) if text.endswith(ending.last) else 0
+            return len(text) - rest
+        place = self.controls.common(self.text, following)
+        shared, rest_of = text[:place].rstrip(), text[place:]
+        if shared.endswith(ending.marker) or not rest_of.strip():
+            return len(shared)
+        if rest_of.startswith(ending.marker):
+            return place + len(ending.marker)
+        return len(text)
+
+    def _inner_end(self, turn: int, start: int) -> int:
+        until = self.render(self.messages[: turn + 1], False)
+        place = self.controls.common(until, self.text)
+        if place > start and self.ending.last.endswith(until[place:].rstrip()):
+            return self._marked_end(until, place, self.text)
+        end = self._end_before_next(turn)
+        return self._end_after_words(turn) if end is None else end
+
+    def _marked_end(self, until: str, place: int, text: str) -> int:
+        """The end of a turn whose words end in front of `place` in `text`.
+
+        Args:
+            until: the same where the turn is the last one; they share the first `place` characters.
+        """
+        shared = until[:place].rstrip()
+        if not self.ending.open:
+            # A call may close itself, with its result in the same turn.
+            closed = shared.endswith(self.ending.marker) or self.controls.ends(shared)
+            if closed or not until[place:].strip():
+                return len(shared)
+        end = self.controls.starts(text[place:])
+        if not end:
+            raise RowError(NO_END)
+        return place + end
+
+    def _end_before_next(self, turn: int) -> int | None:
+        """The end found from the next turn's words: what stands between these and the end of the turn is
+        the same in a conversation that ends with the next turn. None where it is not."""
+        said, following = _marked_last(self.messages[turn]), _marked(self.messages[turn + 1])
+        whole = [*self.messages[: turn + 1], following, *self.messages[turn + 2 :]]
+        try:
+            until = self.render([*self.messages[:turn], said], False).rpartition(SENTINEL)
+            pair = self.render([*self.messages[:turn], said, following], False).split(SENTINEL)
+            before, found, _ = self.render(whole, self.prompt).partition(SENTINEL)
+        except RowError:
+            return None
+        if not (until[1] and len(pair) == 3 and found and self.text.startswith(before)):
+            return None
+        place = self.controls.common(until[2], pair[1])
+        if not self.ending.last.endswith(until[2][place:].rstrip()):
+            return None
+        between = pair[1][self._marked_end(until[2], place, pair[1]) :]
+        return len(before) - len(between) if before.endswith(between) else None
+
+    def _end_after_words(self, turn: int) -> int:
+        marked = [*self.messages]
+        if marked[turn].get("tool_calls"):
+            raise RowError(UNCLEAR)
+        marked[turn] = _marked(marked[turn])
+        parts = self.render(marked, self.prompt).split(SENTINEL)
+        if len(parts) != 2 or not self.text.endswith(parts[1]):
+            raise RowError(UNCLEAR)
+        behind, marker = parts[1], self.ending.marker
+        place = len(self.text) - len(behind)
+        if self.ending.open or not behind.startswith(marker):
+            end = self.controls.starts(behind)
+            if not end:
+                raise RowError(NO_END)
+            return place + end
+        return place + len(marker)
+
+
+def _marked(message: Message) -> Message:
+    return {**message, "content": SENTINEL}
+
+
+def _marked_last(message: Message) -> Message:
+    """The message with SENTINEL as the last of its words: in its last call, where it has one."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return _marked(message)
+    function = calls[-1].get("function", calls[-1])
+    arguments: object = {"a": SENTINEL}
+    if isinstance(function.get("arguments"), str):
+        arguments = f'{{"a": "{SENTINEL}"}}'
+    function = {**function, "arguments": arguments}
+    last = {**calls[-1], "function": function} if "function" in calls[-1] else function
+    return {**message, "tool_calls": [*calls[:-1], last]}
