@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.chat import ChatRenderer, Rendered, Span, special_pattern, special_texts
+from rpo_trainer.data.chat import ChatRenderer, Rendered, special_pattern, special_texts
 from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.turns import Span
 from rpo_trainer.errors import ModelError
 
 if TYPE_CHECKING:

@@ -214,7 +214,7 @@ class TurnFinder:
             if before != prompt:
                 place = self.controls.common(prompt, before)
                 view = slice(max(0, place - _AROUND), place + _AROUND)
-                return prompt[view], before[view]
+                return prompt[view], self.text[view]
         return None
 
     # --- where a turn begins ---
