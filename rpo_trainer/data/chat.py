@@ -134,8 +134,9 @@ class ChatRenderer:
     def __post_init__(self) -> None:
         added = {t.content for t in self.tokenizer.added_tokens_decoder.values()}
         names = _longest_first(name for name in added if name.strip())
-        self._controls = Controls(tuple(names))
-        self._thoughts = special_pattern([name for name in names if THOUGHT.search(name)])
+        thoughts = tuple(name for name in names if THOUGHT.search(name))
+        self._controls = Controls(tuple(names), thoughts)
+        self._thoughts = special_pattern(thoughts)
         self._names = _longest_first({*special_texts(self.tokenizer), *self._marks()})
         self._special = special_pattern(self._names)
         last = chr(PRIVATE + max(len(self._names) - 1, 0))
@@ -186,14 +187,9 @@ class ChatRenderer:
             end = 0
         return text[:end], text[end:]
 
-    def thought_marks_before(self, text: str) -> int:
-        """Where the marks of thinking begin that `text` ends with."""
-        end = len(text.rstrip())
-        while self._thoughts and (found := list(self._thoughts.finditer(text[:end]))):
-            if found[-1].end() != end:
-                break
-            end = len(text[: found[-1].start()].rstrip())
-        return end
+    def thought_begins(self, before: str) -> int:
+        """Where the marks of thinking begin that the text in front of a turn ends with."""
+        return self._controls.thoughts_at_end(before)
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:

@@ -235,17 +235,41 @@ def encode_prompt(
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: the end token, and the marker that the chat template writes, if any."""
+    """Ids that end a response: the end token, and those that the chat template ends an answer and a call
+    with, if any (its own marker, or the token that opens the next turn)."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            rendered = ChatRenderer(tokenizer).conversation(messages)
-        except RowError:
-            return ends  # the template writes none, or not for such a short conversation
-        ids, mask = Encoder(tokenizer).encode([rendered])[0]
-        last = [token for token, trained in zip(ids, mask, strict=True) if trained][-1]
-        added = tokenizer.added_tokens_decoder
-        if last in added and last not in ends:
-            ends.append(last)
+        renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
+        for answer in _ANSWERS:
+            ids = _trained(renderer, encoder, answer)
+            again = _trained(renderer, encoder, _twice(answer)) if "tool_calls" in answer else ids
+            # What stands between two calls does not end a response.
+            last = ids[-1] if ids and again and again.index(ids[-1]) == len(again) - 1 else None
+            if last in tokenizer.added_tokens_decoder and last not in ends:
+                ends.append(last)
     return ends
+
+
+_CALL = {"type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
+_ANSWERS: tuple[Message, ...] = (
+    {"role": "assistant", "content": "b"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "000000000", **_CALL}]},
+)
+
+
+def _twice(message: Message) -> Message:
+    (call,) = message["tool_calls"]
+    return {**message, "tool_calls": [call, {**call, "id": "000000001"}]}
+
+
+def _trained(renderer: ChatRenderer, encoder: Encoder, answer: Message) -> list[int]:
+    """The trained tokens of an answer; none where the template does not write it, or no end of it."""
+    try:
+        rendered = renderer.conversation([{"role": "user", "content": "a"}, answer])
+    except RowError:
+        return []
+    ((start, end),) = rendered.spans
+    if "tool_calls" in answer and "d" not in rendered.text[start:end]:
+        return []
+    ids, mask = encoder.encode([rendered])[0]
+    return [token for token, trained in zip(ids, mask, strict=True) if trained]

@@ -28,9 +28,18 @@ USER: Message = {"role": "user", "content": "a"}
 
 @dataclass(frozen=True)
 class Controls:
-    """The texts of a tokenizer's added tokens."""
+    """The texts of a tokenizer's added tokens, longest first; `thoughts`: those around thinking."""
 
-    names: tuple[str, ...]  # longest first
+    names: tuple[str, ...]
+    thoughts: tuple[str, ...] = ()
+
+    def thoughts_at_end(self, text: str) -> int:
+        """Where the marks of thinking begin that `text` ends with, blanks aside; else its length."""
+        place, end = len(text), len(text.rstrip())
+        while name := next((n for n in self.thoughts if text.endswith(n, 0, end)), ""):
+            place = end - len(name)
+            end = len(text[:place].rstrip())
+        return place
 
     def starts(self, text: str) -> int:
         """Where the token ends that `text` begins with, after blanks; 0 for none."""
@@ -91,21 +100,19 @@ def learn_ending(render: Render, controls: Controls) -> Ending:
     if SENTINEL not in alone:
         raise RowError(UNCLEAR)
     last = alone.rpartition(SENTINEL)[2].rstrip()
-    prompt = render([USER], True)
-    heading = ""
-    if prompt == render([USER], False) and alone.startswith(prompt):
-        heading = alone[len(prompt) :].partition(SENTINEL)[0]
+    prompt = render([asked], True).rpartition(SENTINEL)[2]
     try:
         parts = render([asked, said, asked], False).split(SENTINEL)
     except RowError:
         parts = []
     if len(parts) != 4:
-        return Ending(last, None, last, heading if heading.strip() else "", "")
-    between = parts[2]
+        return Ending(last, None, last, "", prompt)
+    opening, between = parts[1:3]
     shared = last[: controls.common(last, between)].rstrip()
     if last[len(shared) :].strip() and not controls.ends(shared):
         shared = ""
-    return Ending(last, between, shared or last, heading if heading.strip() else "", parts[1])
+    heading = opening[len(prompt) :] if opening.startswith(prompt) else ""
+    return Ending(last, between, shared or last, heading if heading.strip() else "", opening)
 
 
 @dataclass(frozen=True)
@@ -225,8 +232,36 @@ class TurnFinder:
             heading = "" if self.opens_turn else self.ending.heading
             if self.text.startswith(heading, len(prompt)):
                 return len(prompt) + len(heading)
+        start = self._start_after_previous(turn) if turn else None
+        if start is not None:
+            return start
         before = self._before(turn)
         return len(before) - len(self._lead(turn, prompt, before))
+
+    def _start_after_previous(self, turn: int) -> int | None:
+        """The start found from the words of the turn before it; None where these are not found.
+
+        What follows them is the opening of the turn, and the same in the generation prompt; of the
+        thinking that the prompt opens, the text may have another part, or none.
+        """
+        marked = [*self.messages]
+        marked[turn - 1] = _marked(marked[turn - 1])
+        try:
+            opening = self.render(marked[:turn], True).rpartition(SENTINEL)
+            after = self.render(marked, self.prompt).rpartition(SENTINEL)
+        except RowError:
+            return None
+        if not (opening[1] and after[1] and self.text.endswith(after[2])):
+            return None
+        length = self.controls.common(opening[2], after[2])
+        if length < len(opening[2]):
+            core = opening[2][: self.controls.thoughts_at_end(opening[2])].rstrip()
+            if length < len(core):
+                return None
+            length = self.controls.thoughts_at_end(after[2][:length])
+        elif not self.opens_turn and after[2].startswith(self.ending.heading, length):
+            length += len(self.ending.heading)
+        return len(self.text) - len(after[2]) + length
 
     def _before(self, turn: int) -> str:
         """What `text` has in front of the turn's words; with calls the turn may have none."""

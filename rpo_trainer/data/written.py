@@ -42,7 +42,7 @@ def left_out(
             begin, end = spans[number]
             own = Written(rendered.text[begin:end])
             # The generation prompt may have begun the thinking.
-            begin = renderer.thought_marks_before(rendered.text[:begin])
+            begin = renderer.thought_begins(rendered.text[:begin])
             whole = Written(rendered.text[begin:end])
         for call in message.get("tool_calls") or ():
             called = call.get("function", call)
