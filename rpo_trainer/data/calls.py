@@ -13,14 +13,13 @@ def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
     """The messages as they are, then with every call as `{"type", "function": {...}}`: its arguments an
     object, as most templates read them, or JSON as text, as OpenAI's messages have them."""
     yield messages
-    if any(message.get("tool_calls") for message in messages):
-        for as_text in (False, True):
-            yield [
-                {**m, "tool_calls": [_spelled(call, as_text) for call in m["tool_calls"]]}
-                if m.get("tool_calls")
-                else m
-                for m in messages
-            ]
+    for as_text in (False, True):
+        yield [
+            {**m, "tool_calls": [_spelled(call, as_text) for call in m["tool_calls"]]}
+            if m.get("tool_calls")
+            else m
+            for m in messages
+        ]
 
 
 def writes_python(messages: list[Message], text: str) -> bool:

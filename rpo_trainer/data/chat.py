@@ -34,7 +34,7 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.foreign import UNREADABLE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AddedToken, PreTrainedTokenizerBase
 
 __all__ = ["ChatRenderer", "Rendered", "set_chat_template"]
 
@@ -91,6 +91,11 @@ def special_pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
+def _is_control(token: AddedToken) -> bool:
+    """Whether an added token is one of a template's, not a word that a vocabulary was extended by."""
+    return bool(token.special or token.content.lstrip()[:1] in "<[|")
+
+
 def _with_thinking(message: Message) -> Message:
     """The message with its thinking under every name that templates know, as newer transformers do."""
     thought = next((message[key] for key in THINKING if message.get(key)), None)
@@ -132,8 +137,8 @@ class ChatRenderer:
     _endings: dict[bool, Ending] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        added = {t.content for t in self.tokenizer.added_tokens_decoder.values()}
-        names = _longest_first(name for name in added if name.strip())
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = _longest_first({t.content for t in added if t.content.strip() and _is_control(t)})
         thoughts = tuple(name for name in names if THOUGHT.search(name))
         self._controls = Controls(tuple(names), thoughts)
         self._thoughts = special_pattern(thoughts)
@@ -233,6 +238,8 @@ class ChatRenderer:
 
     def _readable(self, messages: list[Message], tools: Tools) -> list[Message]:
         """The messages with their tool calls in the first spelling that the template writes as JSON."""
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
         last = messages[-1]["role"] != "assistant"
         for form in call_forms(messages):
             text = self._or_none(form, tools, last)

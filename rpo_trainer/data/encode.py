@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,6 +82,8 @@ class Encoder:
         return encoded
 
     def _finished(self, text: Rendered, ids: list[int], offsets: list[Span]) -> Encoded:
+        if not text.plain:
+            ids, offsets = self._cut_blanks(text, ids, offsets)
         mask = mask_of(self._own_text(text.text, ids, offsets), text.spans)
         if text.plain and text.parsed and (ended := self._ended(ids, text.text, offsets)):
             ids, mask = ids[:ended], mask[:ended]
@@ -92,6 +95,31 @@ class Encoder:
         if self.begin and (by_data or not written):
             ids, mask = [*self.begin, *ids], [0, *mask]
         return ids, mask
+
+    def _cut_blanks(
+        self, text: Rendered, ids: list[int], offsets: list[Span]
+    ) -> tuple[list[int], list[Span]]:
+        """Ids and ranges with each token of blanks that a trained span begins inside of cut there.
+
+        A generation prompt may end with a line break (`<think>\n`), and the turn begin with another:
+        in the prompt to sample after, the first one is a token of its own.
+        """
+        for start, _ in reversed(text.spans):
+            place = bisect_left(offsets, (start, 0)) - 1
+            begin, end = offsets[place] if place >= 0 else (start, start)
+            if not begin < start < end or not text.text[begin:end].isspace():
+                continue
+            pieces = self._batch([text.text[begin:start], text.text[start:end]], literal=False)
+            found = [token for part, _ in pieces for token in part]
+            if self.tokenizer.decode(found) == self.tokenizer.decode([ids[place]]):
+                moved = [
+                    (a + by, b + by)
+                    for (_, part), by in zip(pieces, (begin, start), strict=True)
+                    for a, b in part
+                ]
+                ids = [*ids[:place], *found, *ids[place + 1 :]]
+                offsets = [*offsets[:place], *moved, *offsets[place + 1 :]]
+        return ids, offsets
 
     def _ended(self, ids: list[int], text: str, offsets: list[Span]) -> int:
         """How many of the tokens there are up to an end token that nothing but white space follows; 0
@@ -244,7 +272,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             ids = _trained(renderer, encoder, answer)
             again = _trained(renderer, encoder, _twice(answer)) if "tool_calls" in answer else ids
             # What stands between two calls does not end a response.
-            last = ids[-1] if ids and again and again.index(ids[-1]) == len(again) - 1 else None
+            last = ids[-1] if ids and ids[-1] not in again[:-1] else None
             if last in tokenizer.added_tokens_decoder and last not in ends:
                 ends.append(last)
     return ends

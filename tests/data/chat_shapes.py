@@ -113,11 +113,7 @@ _FOLDED = (
 _JOINED = (
     "{% for m in messages %}{% if m.role == 'tool' %}\n[result]{{ m.content }}[/result]\n"
     "{% else %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}"
-    "<|{{ m.role }}|>{% endif %}{{ m.content }}"
-    + _EACH
-    + "<call>"
-    + _CALL
-    + "</call>{% endfor %}"
+    "<|{{ m.role }}|>{% endif %}{{ m.content }}" + _EACH + "<call>" + _CALL + "</call>{% endfor %}"
     "{% if not m.tool_calls or loop.last %}<|end|>{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|assistant|>{% endif %}"
 )
@@ -143,7 +139,12 @@ def _deepseek(words: str, opened: str) -> str:
 
 _DS = (
     *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
-    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
+    *(
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+    ),
     *("<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"),
     *("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
 )
@@ -176,10 +177,11 @@ _COHERE = (
     + "<|CHATBOT_TOKEN|>"
     "{% if m.reasoning_content %}<|START_THINKING|>{{ m.reasoning_content }}<|END_THINKING|>{% endif %}"
     "{% if m.content %}<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% endif %}"
-    "{% if m.tool_calls %}<|START_ACTION|>[" + _EACH + _CALL + "{% endfor %}]<|END_ACTION|>{% endif %}"
-    "{% else %}"
-    + _TURN
-    + "<|{{ {'tool': 'SYSTEM'}.get(m.role, m.role | upper) }}_TOKEN|>"
+    "{% if m.tool_calls %}<|START_ACTION|>["
+    + _EACH
+    + _CALL
+    + "{% endfor %}]<|END_ACTION|>{% endif %}"
+    "{% else %}" + _TURN + "<|{{ {'tool': 'SYSTEM'}.get(m.role, m.role | upper) }}_TOKEN|>"
     "{{ '<|START_TOOL_RESULT|>' ~ m.content ~ '<|END_TOOL_RESULT|>' if m.role == 'tool' else m.content }}"
     "{% endif %}"
     + _OVER
