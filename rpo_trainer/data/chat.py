@@ -18,8 +18,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
-from rpo_trainer.data.calls import call_forms, writes_python
 from rpo_trainer.data.rows import THINKING, Message, RowError
+from rpo_trainer.data.spellings import call_forms, thinking_apart, writes_python
 from rpo_trainer.data.templates import set_chat_template
 from rpo_trainer.data.turns import (
     SENTINEL,
@@ -135,6 +135,7 @@ class ChatRenderer:
     _controls: Controls = field(init=False)
     _thoughts: re.Pattern[str] | None = field(init=False)
     _endings: dict[bool, Ending] = field(init=False, default_factory=dict)
+    _thinking: dict[bool, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder.values()
@@ -219,7 +220,7 @@ class ChatRenderer:
         if not keys and not tools:
             return []
         last = messages[-1]["role"] != "assistant"
-        messages = self._readable(list(messages), tools)
+        messages = self.as_read(list(messages), tools)
         whole = self._render(messages, tools, last)
         found = []
         for key in sorted(keys):
@@ -236,8 +237,10 @@ class ChatRenderer:
         except RowError:
             return None
 
-    def _readable(self, messages: list[Message], tools: Tools) -> list[Message]:
-        """The messages with their tool calls in the first spelling that the template writes as JSON."""
+    def as_read(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
+        """The messages in the spelling that the template reads: thinking in a key of its own where it
+        would be written as a part of the answer, tool calls in the first form that it writes as JSON."""
+        messages = [*map(thinking_apart, messages)] if self._reads_thinking(tools) else [*messages]
         if not any(message.get("tool_calls") for message in messages):
             return messages
         last = messages[-1]["role"] != "assistant"
@@ -247,15 +250,28 @@ class ChatRenderer:
                 return form
         return messages
 
+    def _reads_thinking(self, tools: Tools) -> bool:
+        """Whether the template writes the thinking of a key, and in another way than in the content."""
+        key = bool(tools)
+        if key not in self._thinking:
+            inside = {"role": "assistant", "content": f"<think>\n{SENTINEL}\n</think>\n\nb"}
+            texts = [
+                self._or_none([{"role": "user", "content": "a"}, turn], tools, False)
+                for turn in (inside, thinking_apart(inside))
+            ]
+            dense = ["".join((text or "").split()) for text in texts]
+            self._thinking[key] = SENTINEL in dense[1] and dense[0] != dense[1]
+        return self._thinking[key]
+
     def prompt(
         self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
     ) -> Rendered:
         """The text a response is sampled after: the conversation and the generation prompt."""
         if parsed:
-            text = self._render(self._readable(list(messages), tools), tools, True)
+            text = self._render(self.as_read(list(messages), tools), tools, True)
             return Rendered(text, (), parsed=True)
         hidden, tools = self._hidden(messages), self._hide(tools)
-        text = self._render(self._readable(hidden, tools), tools, generation_prompt=True)
+        text = self._render(self.as_read(hidden, tools), tools, generation_prompt=True)
         return self._show(Found(text, []))
 
     def conversation(
@@ -281,7 +297,7 @@ class ChatRenderer:
             hidden = [self._without_end(message, tools) for message in messages]
         else:
             hidden, tools = self._hidden(messages), self._hide(tools)
-        hidden = self._readable(hidden, tools)
+        hidden = self.as_read(hidden, tools)
         turns = trained_turns(hidden)
         finder = TurnFinder(
             lambda talk, prompt: self._render(talk, tools, prompt),

@@ -235,14 +235,24 @@ class TurnFinder:
         start = self._start_after_previous(turn) if turn else None
         if start is not None:
             return start
-        before = self._before(turn)
+        try:
+            before = self._before(turn)
+        except RowError:
+            start = self._start_after_previous(turn, opened=False) if turn else None
+            if start is None:
+                raise
+            return start
         return len(before) - len(self._lead(turn, prompt, before))
 
-    def _start_after_previous(self, turn: int) -> int | None:
+    def _start_after_previous(self, turn: int, *, opened: bool = True) -> int | None:
         """The start found from the words of the turn before it; None where these are not found.
 
         What follows them is the opening of the turn, and the same in the generation prompt; of the
         thinking that the prompt opens, the text may have another part, or none.
+
+        Args:
+            opened: the text has the opening; else the turn begins where the two part, as a second call
+                does that a template writes without it.
         """
         marked = [*self.messages]
         marked[turn - 1] = _marked(marked[turn - 1])
@@ -256,7 +266,7 @@ class TurnFinder:
         length = self.controls.common(opening[2], after[2])
         if length < len(opening[2]):
             core = opening[2][: self.controls.thoughts_at_end(opening[2])].rstrip()
-            if length < len(core):
+            if opened and length < len(core):
                 return None
             length = self.controls.thoughts_at_end(after[2][:length])
         elif not self.opens_turn and after[2].startswith(self.ending.heading, length):

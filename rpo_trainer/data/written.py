@@ -36,7 +36,7 @@ def left_out(
     turns = trained_turns(talk)
     turns = turns[len(turns) - len(rendered.spans) :]
     spans = dict(zip(turns, rendered.spans, strict=True))
-    for number, message in enumerate(talk):
+    for number, message in enumerate(renderer.as_read(talk, tools)):
         own = whole = text
         if number in spans:
             begin, end = spans[number]

@@ -153,6 +153,7 @@ TRAINED: dict[str, Trained] = {
     "magistral": {
         **without_thinking("~</s>", '[TOOL_CALLS]weather[ARGS]{"city": "~"}</s>'),
         "thought": ["[THINK]2+2[/THINK]Four.</s>"],
+        "inside": ["[THINK]2+2[/THINK]Four.</s>"],
         "thoughts": [
             '[THINK]first[/THINK][TOOL_CALLS]weather[ARGS]{"city": "Rome"}</s>',
             '[THINK]then[/THINK][TOOL_CALLS]weather[ARGS]{"city": "Bern"}</s>',
@@ -170,9 +171,12 @@ TRAINED: dict[str, Trained] = {
             f"<|START_ACTION|>[{JSON}]<|END_ACTION|>{OVER}",
             text=f"<|START_RESPONSE|>I look.<|END_RESPONSE|><|START_ACTION|>[{JSON}]<|END_ACTION|>{OVER}",
         ),
-        "thought": [
-            f"<|START_THINKING|>2+2<|END_THINKING|><|START_RESPONSE|>Four.<|END_RESPONSE|>{OVER}"
-        ],
+        **{
+            case: [
+                f"<|START_THINKING|>2+2<|END_THINKING|><|START_RESPONSE|>Four.<|END_RESPONSE|>{OVER}"
+            ]
+            for case in ("thought", "inside")
+        },
         "thoughts": [
             f"<|START_THINKING|>first<|END_THINKING|><|START_ACTION|>[{rome(JSON)}]<|END_ACTION|>{OVER}",
             f"<|START_THINKING|>then<|END_THINKING|><|START_ACTION|>[{bern(JSON)}]<|END_ACTION|>{OVER}",
@@ -189,7 +193,7 @@ TRAINED: dict[str, Trained] = {
         "system": [final("Four.")],
         "turns": [final("Four.", "<|end|>"), final("Yes.")],
         "thought": [analysis("2+2") + final("Four.")],
-        "inside": [final(f"{block('2+2')}Four.")],
+        "inside": [analysis("2+2") + final("Four.")],
         "call": [rome(HARMONY)],
         "text, call": [analysis("I look.") + rome(HARMONY)],
         "answer": [rome(HARMONY), final("It rains.")],

@@ -1,12 +1,26 @@
-"""Tool calls in the spellings that chat templates read."""
+"""Tool calls and thinking in the spellings that chat templates read."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from rpo_trainer.data.rows import Message
+from rpo_trainer.data.rows import THINKING, Message
+
+_THOUGHT = re.compile(r"\s*(<think>)?(.*?)</think>(.*)", re.DOTALL)
+
+
+def thinking_apart(message: Message) -> Message:
+    """A turn of the assistant whose content begins with `<think>...</think>` (or ends what the generation
+    prompt began, without `<think>`), with that in a key of its own."""
+    if message["role"] != "assistant" or any(message.get(key) for key in THINKING):
+        return message
+    found = _THOUGHT.fullmatch(message["content"])
+    if found is None or "<think>" in found[2] or not found[2].strip():
+        return message
+    return {**message, "content": found[3].lstrip(), "reasoning_content": found[2].strip()}
 
 
 def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
