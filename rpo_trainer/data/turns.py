@@ -12,7 +12,7 @@ content of the turn or of the next one is replaced by SENTINEL, which is then lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rpo_trainer.data.rows import Message, RowError
 
@@ -59,6 +59,16 @@ class Controls:
         cut = [self._inside(text, low) for text in (first, second)]
         return min(cut)
 
+    def shared_opener(self, head: str, first: str) -> str:
+        """The token at the end of `head` that is also one of those that `first` begins with."""
+        head = head.rstrip()
+        last = next((name for name in self.names if head.endswith(name)), "")
+        while end := self.starts(first):
+            if last and first[:end].endswith(last):
+                return last
+            first = first[end:]
+        return ""
+
     def _inside(self, text: str, place: int) -> int:
         """The beginning of the token that `place` is inside of, else `place`."""
         for name in self.names:
@@ -78,6 +88,8 @@ class Ending:
         marker: of `last`, the part that ends the turn; the rest ends the conversation.
         heading: what stands between a prompt and the words in a template without generation prompt.
         opening: what stands between the words of the user and those of the assistant.
+        opener: the token that all turns begin with, in a template that opens the next turn of the
+            assistant after every turn, asked for or not; else none.
     """
 
     last: str
@@ -85,11 +97,18 @@ class Ending:
     marker: str
     heading: str
     opening: str
+    opener: str = ""
 
     @property
     def open(self) -> bool:
         """Whether the token that opens the next turn ends one."""
         return not self.last.strip()
+
+    def without_opener(self, text: str, place: int) -> int:
+        """`place` in `text`, in front of the token that opens a turn where it stands behind one."""
+        head = text[:place].rstrip()
+        cut = self.opener and head.endswith(self.opener)
+        return len(head) - len(self.opener) if cut else place
 
 
 def learn_ending(render: Render, controls: Controls) -> Ending:
@@ -108,11 +127,21 @@ def learn_ending(render: Render, controls: Controls) -> Ending:
     if len(parts) != 4:
         return Ending(last, None, last, "", prompt)
     opening, between = parts[1:3]
-    shared = last[: controls.common(last, between)].rstrip()
+    place = controls.common(last, between)
+    heading = opening[len(prompt) :] if opening.startswith(prompt) else ""
+    opener, rest = "", last[place:]
+    if (
+        rest.strip()
+        and prompt == parts[3]
+        and prompt.rstrip().endswith(rest)
+        and opening.startswith(prompt)
+    ):
+        opener, heading = controls.shared_opener(last[:place], parts[0]), ""
+    ending = Ending(last, between, last, heading if heading.strip() else "", opening, opener)
+    shared = last[: ending.without_opener(last, place)].rstrip()
     if last[len(shared) :].strip() and not controls.ends(shared):
         shared = ""
-    heading = opening[len(prompt) :] if opening.startswith(prompt) else ""
-    return Ending(last, between, shared or last, heading if heading.strip() else "", opening)
+    return replace(ending, marker=shared or last)
 
 
 @dataclass(frozen=True)
@@ -309,6 +338,10 @@ class TurnFinder:
 
     # --- where a turn ends ---
 
+    def _shared(self, first: str, second: str) -> int:
+        """Length of what two renderings share, without the token that opens the next turn."""
+        return self.ending.without_opener(first, self.controls.common(first, second))
+
     def _opener(self) -> str:
         """The token of the next turn that ends the last one, in a template without end markers."""
         if not self.ending.open:
@@ -336,7 +369,7 @@ class TurnFinder:
             text = self.render([*self.messages, following], False)
         except RowError:
             return None
-        place = self.controls.common(self.text, text)
+        place = self._shared(self.text, text)
         return text if self.ending.last.endswith(self.text[place:].rstrip()) else None
 
     def _last_end(self) -> int:
@@ -350,9 +383,10 @@ class TurnFinder:
         if following is None:
             rest = len(ending.last) - len(ending.marker) if text.endswith(ending.last) else 0
             return len(text) - rest
-        place = self.controls.common(self.text, following)
+        place = self._shared(self.text, following)
         shared, rest_of = text[:place].rstrip(), text[place:]
-        if shared.endswith(ending.marker) or not rest_of.strip():
+        closing = rest_of.strip() in ("", ending.last[len(ending.marker) :].strip())
+        if shared.endswith(ending.marker) or closing:
             return len(shared)
         if rest_of.startswith(ending.marker):
             return place + len(ending.marker)
@@ -360,7 +394,7 @@ class TurnFinder:
 
     def _inner_end(self, turn: int, start: int) -> int:
         until = self.render(self.messages[: turn + 1], False)
-        place = self.controls.common(until, self.text)
+        place = self._shared(until, self.text)
         if place > start and self.ending.last.endswith(until[place:].rstrip()):
             return self._marked_end(until, place, self.text)
         end = self._end_before_next(turn)
@@ -396,7 +430,7 @@ class TurnFinder:
             return None
         if not (until[1] and len(pair) == 3 and found and self.text.startswith(before)):
             return None
-        place = self.controls.common(until[2], pair[1])
+        place = self._shared(until[2], pair[1])
         if not self.ending.last.endswith(until[2][place:].rstrip()):
             return None
         between = pair[1][self._marked_end(until[2], place, pair[1]) :]

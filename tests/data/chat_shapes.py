@@ -189,6 +189,9 @@ _COHERE = (
     + _TURN
     + "<|CHATBOT_TOKEN|>{% endif %}"
 )
+# The next turn of the model is opened after every conversation, asked for or not.
+_OPENED = _COHERE.replace("{% if add_generation_prompt %}", "")
+_OPENED = _OPENED.removesuffix("{% endif %}")
 # Thinking is left out of a call that an answer follows; the answer at the end has an end of its own.
 _HARMONY = (
     "{% set ns = namespace(final=-1) %}{% for m in messages %}"
@@ -255,6 +258,11 @@ _NAMED += "<|im_end|>\n{% endif %}"
 
 _GLM = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>")
 _GLM += ("<|observation|>",)
+_COMMAND = (
+    *("<BOS>", _TURN, _OVER, "<|CHATBOT_TOKEN|>", "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+    *("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    *("<|START_ACTION|>", "<|END_ACTION|>", "<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"),
+)
 _S = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 
 SHAPES: dict[str, Shape] = {
@@ -278,15 +286,8 @@ SHAPES: dict[str, Shape] = {
         _MAGISTRAL, (*_S, "[THINK]", "[/THINK]", "[ARGS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
         "</s>", bos="<s>",
     ),
-    "cohere": Shape(
-        _COHERE,
-        (
-            *("<BOS>", _TURN, _OVER, "<|CHATBOT_TOKEN|>", "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>"),
-            *("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
-            *("<|START_ACTION|>", "<|END_ACTION|>", "<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"),
-        ),
-        _OVER, bos="<BOS>",
-    ),
+    "cohere": Shape(_COHERE, _COMMAND, _OVER, bos="<BOS>"),
+    "always opened": Shape(_OPENED, _COMMAND, _OVER, bos="<BOS>"),
     "harmony": Shape(
         _HARMONY,
         ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"),

@@ -243,6 +243,7 @@ TRAINED: dict[str, Trained] = {
         "~<|end|>", f"<call>{JSON}</call><|end|>", inner=f"<call>{JSON}</call>"
     ),
 }
+TRAINED["always opened"] = TRAINED["cohere"]
 NO_THINKING = {
     *("hermes", "named marks", "deepseek", "mistral", "llama", "granite", "phi4 mini", "glm4"),
     *("folded result", "joined result", "cut thought", "deepseek r1"),
@@ -273,6 +274,7 @@ DIFFERS = {
 ENDS = {
     "deepseek": ["<｜end▁of▁sentence｜>"], "deepseek r1": ["<｜end▁of▁sentence｜>"],
     "mistral": ["</s>"], "magistral": ["</s>"], "cohere": [OVER],
+    "always opened": [OVER],
     "harmony": ["<|return|>", "<|call|>"], "llama": ["<|eot_id|>", "<|eom_id|>"],
     "granite": ["<|end_of_text|>"], "phi4 mini": ["<|endoftext|>", "<|end|>"],
     "glm4": ["<|endoftext|>", "<|user|>", "<|observation|>"],
