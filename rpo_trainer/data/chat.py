@@ -10,7 +10,6 @@ The marks around the thinking of an assistant's turn are control even so: a mode
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +17,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
+from rpo_trainer.data.endings import SENTINEL, Controls, Ending, learn_ending
 from rpo_trainer.data.rows import THINKING, Message, RowError
 from rpo_trainer.data.spellings import call_forms, thinking_apart, writes_python
-from rpo_trainer.data.templates import set_chat_template
-from rpo_trainer.data.turns import (
-    SENTINEL,
-    Controls,
-    Ending,
-    Found,
-    Span,
-    TurnFinder,
-    learn_ending,
-)
+from rpo_trainer.data.templates import set_chat_template, stop_clock
+from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.foreign import UNREADABLE
 
@@ -41,9 +33,6 @@ __all__ = ["ChatRenderer", "Rendered", "set_chat_template"]
 Tools = list[Any] | None
 
 PRIVATE = 0xF0000  # a plane of characters that no text uses
-# The date that the first templates with a clock write where there is none.
-DATE = datetime.datetime(2024, 7, 26)
-CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1\s*\)")
 # The names of tokens around thinking: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
 THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 CLOSING = re.compile("/|end", re.IGNORECASE)
@@ -107,20 +96,6 @@ def trained_turns(messages: Sequence[Message]) -> list[int]:
     return [
         i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0
     ]
-
-
-def stop_clock(template: str) -> str:
-    """`template` with a clock that stands still.
-
-    Otherwise tomorrow's tokens, and with them the reference log-probs, would be others.
-    """
-    template = CLOCK.sub(lambda match: repr(DATE.strftime(match[2])), template)
-    if "strftime_now(" not in template:
-        return template
-    # The form comes from elsewhere: a macro of the same name, which is slower.
-    parts = "".join(f".replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "AaBbdeHIjMmpSYy")
-    clock = "{%- macro strftime_now(form) -%}{{ form" + parts + " }}{%- endmacro -%}"
-    return clock + template
 
 
 @dataclass

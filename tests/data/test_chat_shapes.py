@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
 
 from rpo_trainer.data import Audit, encode_prompt, end_token_ids, tokenize_rows
 
-from .chat_shapes import CASES, SHAPES, TOOL, USER, Chat, said
+from .chat_shapes import CASES, SHAPES
 from .conftest import trained_texts
 
 Trained = dict[str, list[str]]
@@ -284,19 +282,6 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def tokenizers(make_tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
-    def make(name: str) -> Any:
-        shape = SHAPES[name]
-        fields = {"bos": shape.bos, "eos": shape.eos, "chat_template": shape.template}
-        tokenizer = make_tokenizer(list(shape.specials), **fields)
-        more = [AddedToken(text, special=False, normalized=False) for text in shape.added]
-        tokenizer.add_tokens(more)
-        return tokenizer
-
-    return lru_cache(make)
-
-
 def prepared(tokenizer: Any, row: dict[str, Any], kind: Any = "sft") -> tuple[Any, Audit]:
     audit = Audit()
     row = {"id": "r0", "source": "s", **row}
@@ -319,9 +304,9 @@ def last_start(mask: list[int]) -> int:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_exactly_what_the_model_writes_is_trained(
-    tokenizers: Callable[[str], Any], name: str, case: str
+    shaped: Callable[[str], Any], name: str, case: str
 ) -> None:
-    tokenizer, chat = tokenizers(name), CASES[case]
+    tokenizer, chat = shaped(name), CASES[case]
     example, audit = prepared(tokenizer, {"messages": chat})
     ids, mask = whole(example)
     assert trained_texts(tokenizer, ids, mask) == TRAINED[name][case]
@@ -338,9 +323,9 @@ def test_exactly_what_the_model_writes_is_trained(
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_last_turn_alone(tokenizers: Callable[[str], Any], name: str) -> None:
+def test_the_last_turn_alone(shaped: Callable[[str], Any], name: str) -> None:
     """Of a pair, the last turn is trained as in SFT, and its end is one that ends a response."""
-    tokenizer = tokenizers(name)
+    tokenizer = shaped(name)
     ends = end_token_ids(tokenizer)
     assert tokenizer.convert_ids_to_tokens(ends) == ENDS.get(name, ["<|im_end|>"])
     for case, chat in CASES.items():
@@ -354,59 +339,3 @@ def test_the_last_turn_alone(tokenizers: Callable[[str], Any], name: str) -> Non
         ids, mask = whole(example)
         assert trained_texts(tokenizer, ids, mask) == TRAINED[name][case][-1:]
         assert ids[-1] in ends
-
-
-def test_what_differs_is_a_warning_with_an_example(tokenizers: Callable[[str], Any]) -> None:
-    _, audit = prepared(tokenizers("deepseek r1"), {"messages": CASES["plain"]})
-    generation, training = audit.as_dict()["generation"]["s"]["example"]
-    assert generation.endswith("<｜Assistant｜><think>\n")
-    assert training.endswith("<｜Assistant｜>Four.<｜end▁of▁sentence｜>")
-    (told,) = [text for _, text in audit.messages() if repr(generation) in text]
-    assert repr(training) in told and "r0" in told
-
-
-def test_marks_of_thinking_in_an_answer_are_tokens(tokenizers: Callable[[str], Any]) -> None:
-    """Special or not, named by the template's own words or not; in a question, special ones are text."""
-    for name, opening, closing in (
-        ("named marks", "<think>", "</think>"),
-        ("magistral", "[THINK]", "[/THINK]"),
-    ):
-        tokenizer = tokenizers(name)
-        marks = tokenizer.convert_tokens_to_ids([opening, closing])
-        turn = said(f"{opening}2+2{closing}Four. {opening}")
-        example, audit = prepared(tokenizer, {"messages": [USER, turn]})
-        trained = [i for i, m in zip(*whole(example), strict=True) if m]
-        special = name == "magistral"
-        assert [i for i in trained if i in marks] == (marks if special else [*marks, marks[0]])
-        assert ("special_token_text" in audit.warnings) == special  # the last one is text
-        asked = {"role": "user", "content": f"{opening}a{closing}"}
-        ids = encode_prompt(tokenizer, [asked])
-        assert (marks[0] in ids[-20:]) == (not special)
-    tokenizer = tokenizers("magistral")
-    turn = said("[THINK]2+2[/THINK]Four.")
-    key = said("Four.", "2+2")
-    of = [prepared(tokenizer, {"messages": [USER, each]}) for each in (turn, key)]
-    assert of[0][0]["response_ids"] == of[1][0]["response_ids"]
-    assert not of[0][1].warnings
-
-
-def test_a_blank_token_across_the_border_is_cut(make_tokenizer: Callable[..., Any]) -> None:
-    """The generation prompt ends with a line break, and the turn begins with one."""
-    shape = SHAPES["opened thought"]
-    tokenizer = make_tokenizer(list(shape.specials), eos=shape.eos, chat_template=shape.template)
-    tokenizer.add_tokens([*shape.added, AddedToken("\n\n", normalized=False)])
-    chat = CASES["plain"]
-    ids, mask = whole(prepared(tokenizer, {"messages": chat})[0])
-    assert ids[: last_start(mask)] == encode_prompt(tokenizer, chat[:-1])
-    assert trained_texts(tokenizer, ids, mask) == TRAINED["opened thought"]["plain"]
-
-
-def test_calls_in_every_spelling(tokenizers: Callable[[str], Any]) -> None:
-    """Arguments as an object or as JSON, in `function` or not, are the same to every template."""
-    for name in ("hermes", "deepseek", "llama", "cohere"):
-        tokenizer = tokenizers(name)
-        function = {"name": "weather", "arguments": {"city": "Rome"}}
-        for call in (function, {"type": "function", "function": function}):
-            chat: Chat = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, TOOL]
-            example, _ = prepared(tokenizer, {"messages": [*chat, said("It rains.")]})
-            assert trained_texts(tokenizer, *whole(example)) == TRAINED[name]["answer"]
