@@ -9,6 +9,8 @@ from tokenizers import AddedToken
 
 from rpo_trainer.data import encode_prompt
 from rpo_trainer.data.endings import Controls
+from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.fits import trained_ends
 
 from .chat_shapes import CASES, SHAPES, TOOL, USER, Chat, said
 from .conftest import trained_texts
@@ -127,3 +129,17 @@ def test_what_two_texts_share_does_not_end_inside_a_token() -> None:
     assert controls.common("Four.<|end|>", "Four.<|end|><|start|>") == 12
     assert controls.common("Four", "Five") == 1
     assert (controls.starts(" \n<|end|>x"), controls.starts("x<|end|>")) == (9, 0)
+
+
+def test_outputs_end_where_turns_end(shaped: Callable[[str], Any]) -> None:
+    """What `eos_token_id` of an output holds: ends of answers and of calls, not what goes on after."""
+    for name, ends in (
+        ("glm4", {"<|user|>", "<|observation|>"}),
+        ("harmony", {"<|return|>", "<|call|>"}),
+        ("folded result", {"<end_of_turn>", "<start_function_response>"}),
+    ):
+        tokenizer = shaped(name)
+        cases = ("plain", "call", "thought", "answer", "thoughts")
+        rows = [prepared(tokenizer, {"messages": CASES[case]})[0] for case in cases]
+        found = trained_ends(Examples(rows), tokenizer)
+        assert {*tokenizer.convert_ids_to_tokens(found)} == ends
