@@ -243,11 +243,8 @@ class TurnFinder:
             following = {"role": "tool", "content": "a", "name": name}
             if "id" in calls[0]:
                 following["tool_call_id"] = calls[0]["id"]
-        try:
-            text = self.render([*self.messages, following], False)
-        except RowError:
-            return None
-        if text == self.text:  # it leaves the next turn out
+        text = self._or_none([*self.messages, following])
+        if text in (None, self.text):  # it refuses the next turn, or leaves it out
             return None
         place = self._shared(self.text, text)
         return text if self.ending.last.endswith(self.text[place:].rstrip()) else None
@@ -273,9 +270,9 @@ class TurnFinder:
         return len(text)
 
     def _inner_end(self, turn: int, start: int) -> int:
-        until = self.render(self.messages[: turn + 1], False)
-        place = self._shared(until, self.text)
-        if place > start and self.ending.last.endswith(until[place:].rstrip()):
+        until = self._or_none(self.messages[: turn + 1])
+        place = 0 if until is None else self._shared(until, self.text)
+        if until and place > start and self.ending.last.endswith(until[place:].rstrip()):
             return self._marked_end(until, place, self.text)
         end = self._end_before_next(turn)
         return self._end_after_words(turn) if end is None else end
@@ -303,18 +300,37 @@ class TurnFinder:
         said, following = _marked_last(self.messages[turn]), _marked(self.messages[turn + 1])
         whole = [*self.messages[: turn + 1], following, *self.messages[turn + 2 :]]
         try:
-            until = self.render([*self.messages[:turn], said], False).rpartition(SENTINEL)
             pair = self.render([*self.messages[:turn], said, following], False).split(SENTINEL)
             before, found, _ = self.render(whole, self.prompt).partition(SENTINEL)
         except RowError:
             return None
-        if not (until[1] and len(pair) == 3 and found and self.text.startswith(before)):
+        if not (len(pair) == 3 and found and self.text.startswith(before)):
             return None
-        place = self._shared(until[2], pair[1])
-        if not self.ending.last.endswith(until[2][place:].rstrip()):
+        end = self._end_in(pair[1], self._or_none([*self.messages[:turn], said]))
+        between = pair[1][end:]
+        return len(before) - len(between) if end and before.endswith(between) else None
+
+    def _end_in(self, between: str, until: str | None) -> int:
+        """The end of a turn in what follows its words up to those of the next turn; 0: not found.
+
+        Args:
+            until: the conversation that ends with the turn, its last words marked; None: the template
+                refuses it, a call without its result for example.
+        """
+        if until is None:
+            place = -1 if self.ending.open else between.find(self.ending.marker)
+            return place + len(self.ending.marker) if place >= 0 else 0
+        _, found, until = until.rpartition(SENTINEL)
+        place = self._shared(until, between)
+        if not found or not self.ending.last.endswith(until[place:].rstrip()):
+            return 0
+        return self._marked_end(until, place, between)
+
+    def _or_none(self, messages: list[Message]) -> str | None:
+        try:
+            return self.render(messages, False)
+        except RowError:
             return None
-        between = pair[1][self._marked_end(until[2], place, pair[1]) :]
-        return len(before) - len(between) if before.endswith(between) else None
 
     def _end_after_words(self, turn: int) -> int:
         marked = [*self.messages]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken
 
 from rpo_trainer.data import encode_prompt
 from rpo_trainer.data.endings import Controls
+from rpo_trainer.errors import DataError
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import trained_ends
 
@@ -143,3 +145,21 @@ def test_outputs_end_where_turns_end(shaped: Callable[[str], Any]) -> None:
         rows = [prepared(tokenizer, {"messages": CASES[case]})[0] for case in cases]
         found = trained_ends(Examples(rows), tokenizer)
         assert {*tokenizer.convert_ids_to_tokens(found)} == ends
+
+
+def test_a_template_that_refuses_a_call_without_its_result(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    shape = SHAPES["mistral"]
+    refuse = (
+        "{% for m in messages %}{% if m.tool_calls and (loop.last or "
+        "messages[loop.index0 + 1].role != 'tool') %}{{ raise_exception('no result') }}{% endif %}"
+        "{% endfor %}"
+    )
+    fields = {"bos": shape.bos, "eos": shape.eos, "chat_template": refuse + shape.template}
+    tokenizer = make_tokenizer(list(shape.specials), **fields)
+    for case in ("plain", "answer", "question", "thoughts"):
+        example, _ = prepared(tokenizer, {"messages": CASES[case]})
+        assert trained_texts(tokenizer, *whole(example)) == TRAINED["mistral"][case]
+    with pytest.raises(DataError, match="no result"):
+        prepared(tokenizer, {"messages": CASES["call"]})
