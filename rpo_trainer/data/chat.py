@@ -82,7 +82,7 @@ def special_pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
 
 def _is_control(token: AddedToken) -> bool:
     """Whether an added token is one of a template's, not a word that a vocabulary was extended by."""
-    return bool(token.special or token.content.lstrip()[:1] in "<[|")
+    return bool(token.special or token.content.lstrip()[:1] in "<[]|{")
 
 
 def _with_thinking(message: Message) -> Message:
