@@ -136,7 +136,8 @@ class Differences:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.rows.as_dict(), "of": self.of, "example": self.example}
+        found = {"of": self.of, "example": self.example, "text": self.told()}
+        return {**self.rows.as_dict(), **found}
 
 
 def percent(part: int, whole: int) -> str:
