@@ -19,6 +19,7 @@ from rpo_trainer.data.counts import (
     MAX_ROWS,
     WARNINGS,
     Count,
+    Differences,
     SpecialText,
     examples_of,
     filtered,
@@ -55,6 +56,7 @@ class Audit:
         self.extra_columns: dict[str, list[str]] = {}
         self.unread_columns: dict[str, list[str]] = {}
         self.special_text: dict[str, SpecialText] = {}
+        self.generation: dict[str, Differences] = {}
         self.max_length: int | None = None
         self.pairs: dict[str, Any] = {}
         self.filter: dict[str, Any] = {}
@@ -109,6 +111,16 @@ class Audit:
         found = SpecialText(1, int(bool(tokens)), tokens)
         self.special_text.setdefault(source, SpecialText()).add(found)
 
+    def add_generation(
+        self, source: str, row_id: str | None, differs: tuple[str, str] | None
+    ) -> None:
+        """Counts a row by whether generation has the text that it is trained after.
+
+        Args:
+            differs: what generation and training have around the first difference; None: the same.
+        """
+        self.generation.setdefault(source, Differences()).add(row_id, differs)
+
     def remark(self, text: str) -> None:
         """A warning about the whole data set."""
         if text not in self.remarks:
@@ -132,6 +144,8 @@ class Audit:
                 mine.setdefault(reason, Count()).add_all(count)
         for source, found in other.special_text.items():
             self.special_text.setdefault(source, SpecialText()).add(found)
+        for source, differences in other.generation.items():
+            self.generation.setdefault(source, Differences()).add_all(differences)
         for name, lengths in other._lengths.items():
             self._lengths.setdefault(name, []).extend(lengths)
 
@@ -263,6 +277,7 @@ class Audit:
             "dropped": {reason: count.as_dict() for reason, count in self.dropped.items()},
             "warnings": {reason: count.as_dict() for reason, count in self.warnings.items()},
             "remarks": list(self.remarks),
+            "generation": {s: d.as_dict() for s, d in self.generation.items() if d.example},
             "extra_columns": dict(self.extra_columns),
             "unread_columns": dict(self.unread_columns),
             "pairs": dict(self.pairs),
@@ -328,6 +343,9 @@ class Audit:
             found = f"{count.count} {rows_word(count)}{share}"
             text = f"{found}, {WARNINGS.get(reason, reason)}{examples_of(count)}"
             told.append((info if reason in HARMLESS else warn, text))
+        for source, differences in self.generation.items():
+            if (difference := differences.told()) is not None:
+                told.append((warn, f"{source}: {difference}"))
         told += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
             told.append((warn, f"{source}: columns that are not read: {', '.join(columns)}"))

@@ -1,20 +1,15 @@
 """Rows as text, and exactly which characters of it are trained.
 
 A trained span is what the model has to write itself: from the end of the generation prompt to the end
-marker of the turn, with the marker and without the line break after it. Two ways find it:
-
-1. Prefixes. The conversation up to a turn, rendered alone with the generation prompt, is the
-   beginning of the whole; where it ends the turn begins. Rendered with the turn, it ends the turn.
-2. Sentinels, where a template renders a turn differently once others follow (it drops thinking,
-   say): the turn's content is replaced by a mark, and the mark is looked for.
+marker of the turn, with the marker and without the line break after it (`turns.py` finds both).
 
 Text of special tokens inside the data is replaced by private-use characters while rendering, so
 that what the template wrote and what the data holds stay apart; `encode.py` makes text of it again.
+The marks around the thinking of an assistant's turn are control even so: a model writes them itself.
 """
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,26 +17,25 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
+from rpo_trainer.data.endings import SENTINEL, Controls, Ending, learn_ending
 from rpo_trainer.data.rows import THINKING, Message, RowError
-from rpo_trainer.data.templates import set_chat_template
+from rpo_trainer.data.spellings import call_forms, thinking_apart, writes_python
+from rpo_trainer.data.templates import set_chat_template, stop_clock
+from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.foreign import UNREADABLE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AddedToken, PreTrainedTokenizerBase
 
 __all__ = ["ChatRenderer", "Rendered", "set_chat_template"]
 
-Span = tuple[int, int]
 Tools = list[Any] | None
 
-SENTINEL = "\ue00frpo\ue00e"
 PRIVATE = 0xF0000  # a plane of characters that no text uses
-# The date that the first templates with a clock write where there is none.
-DATE = datetime.datetime(2024, 7, 26)
-CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1\s*\)")
-NO_END = "the chat template writes no end marker after the assistant's turn"
-UNCLEAR = "the chat template rewrites the conversation so that the assistant's turn cannot be found"
+# The names of tokens around thinking: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
+THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
+CLOSING = re.compile("/|end", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,8 @@ class Rendered:
         literal: character ranges of special-token text that came with the data.
         plain: no chat template; nothing in it is control, and the end token follows it.
         parsed: text of special tokens that came with the data is control all the same.
+        differs: what generation and training have around their first difference in front of a trained
+            turn; None: the turn stands behind its generation prompt.
     """
 
     text: str
@@ -60,6 +56,7 @@ class Rendered:
     literal: tuple[Span, ...] = ()
     plain: bool = False
     parsed: bool = False
+    differs: tuple[str, str] | None = None
 
 
 def render_plain(prompt: str, response: str, *, parsed: bool = False) -> Rendered:
@@ -83,6 +80,11 @@ def special_pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
+def _is_control(token: AddedToken) -> bool:
+    """Whether an added token is one of a template's, not a word that a vocabulary was extended by."""
+    return bool(token.special or token.content.lstrip()[:1] in "<[]|{")
+
+
 def _with_thinking(message: Message) -> Message:
     """The message with its thinking under every name that templates know, as newer transformers do."""
     thought = next((message[key] for key in THINKING if message.get(key)), None)
@@ -96,20 +98,6 @@ def trained_turns(messages: Sequence[Message]) -> list[int]:
     ]
 
 
-def stop_clock(template: str) -> str:
-    """`template` with a clock that stands still.
-
-    Otherwise tomorrow's tokens, and with them the reference log-probs, would be others.
-    """
-    template = CLOCK.sub(lambda match: repr(DATE.strftime(match[2])), template)
-    if "strftime_now(" not in template:
-        return template
-    # The form comes from elsewhere: a macro of the same name, which is slower.
-    parts = "".join(f".replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "AaBbdeHIjMmpSYy")
-    clock = "{%- macro strftime_now(form) -%}{{ form" + parts + " }}{%- endmacro -%}"
-    return clock + template
-
-
 @dataclass
 class ChatRenderer:
     """Renders conversations by the chat template of `tokenizer`."""
@@ -119,8 +107,17 @@ class ChatRenderer:
     _names: list[str] = field(init=False)
     _stand_in: re.Pattern[str] = field(init=False)
     _reserved: re.Pattern[str] = field(init=False)
+    _controls: Controls = field(init=False)
+    _thoughts: re.Pattern[str] | None = field(init=False)
+    _endings: dict[bool, Ending] = field(init=False, default_factory=dict)
+    _thinking: dict[bool, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = _longest_first({t.content for t in added if t.content.strip() and _is_control(t)})
+        thoughts = tuple(name for name in names if THOUGHT.search(name))
+        self._controls = Controls(tuple(names), thoughts)
+        self._thoughts = special_pattern(thoughts)
         self._names = _longest_first({*special_texts(self.tokenizer), *self._marks()})
         self._special = special_pattern(self._names)
         last = chr(PRIVATE + max(len(self._names) - 1, 0))
@@ -134,14 +131,46 @@ class ChatRenderer:
         if not added or not self.tokenizer.chat_template:
             return []
         try:
-            text = self._render([{"role": "user", "content": "a"}], None) + self.ending[0]
+            ending = self.ending()
+            asked = self._render([{"role": "user", "content": SENTINEL}], None, True)
         except RowError:
             return []
-        return [name for name in added if name.strip() and name in text and name != "a"]
+        around = "\n".join(
+            (ending.last, ending.between or "", ending.opening, *asked.split(SENTINEL))
+        )
+        return [n for n in added if n.strip() and n in around and not THOUGHT.search(n)]
 
-    def special_texts_in(self, text: str) -> set[str]:
-        """The special tokens, and others that the template writes, whose text is in `text`."""
-        return set() if self._special is None else set(self._special.findall(text))
+    def special_texts_in(self, text: str, *, said: bool = False) -> set[str]:
+        """The special tokens, and others that the template writes, whose text is in `text`.
+
+        Args:
+            said: the assistant's: the marks around its thinking are control, not text.
+        """
+        if self._special is None:
+            return set()
+        if said:
+            thought, text = self._thought_apart(text)
+            thought = "" if self._thoughts is None else self._thoughts.sub("", thought)
+            text = f"{thought}\n{text}"
+        return set(self._special.findall(text))
+
+    def _thought_apart(self, text: str) -> tuple[str, str]:
+        """The thinking that a turn begins with, with its marks, and the rest of the turn.
+
+        The opening mark may be absent: the generation prompt may have written it.
+        """
+        marks = [] if self._thoughts is None else list(self._thoughts.finditer(text))
+        if marks and not text[: marks[0].start()].strip():
+            end = marks[min(1, len(marks) - 1)].end()
+        elif marks and CLOSING.search(marks[0][0]):
+            end = marks[0].end()
+        else:
+            end = 0
+        return text[:end], text[end:]
+
+    def thought_begins(self, before: str) -> int:
+        """Where the marks of thinking begin that the text in front of a turn ends with."""
+        return self._controls.thoughts_at_end(before)
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:
@@ -166,13 +195,14 @@ class ChatRenderer:
         if not keys and not tools:
             return []
         last = messages[-1]["role"] != "assistant"
-        whole = self._render(list(messages), tools, last)
+        messages = self.as_read(list(messages), tools)
+        whole = self._render(messages, tools, last)
         found = []
         for key in sorted(keys):
             without = [{k: v for k, v in m.items() if k != key} for m in messages]
             if self._or_none(without, tools, last) == whole:
                 found.append(key)
-        if tools and self._or_none(list(messages), None, last) == whole:
+        if tools and self._or_none(messages, None, last) == whole:
             found.append("tools")
         return found
 
@@ -182,14 +212,42 @@ class ChatRenderer:
         except RowError:
             return None
 
+    def as_read(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
+        """The messages in the spelling that the template reads: thinking in a key of its own where it
+        would be written as a part of the answer, tool calls in the first form that it writes as JSON."""
+        messages = [*map(thinking_apart, messages)] if self._reads_thinking(tools) else [*messages]
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        last = messages[-1]["role"] != "assistant"
+        for form in call_forms(messages):
+            text = self._or_none(form, tools, last)
+            if text is not None and not writes_python(form, text):
+                return form
+        return messages
+
+    def _reads_thinking(self, tools: Tools) -> bool:
+        """Whether the template writes the thinking of a key, and in another way than in the content."""
+        key = bool(tools)
+        if key not in self._thinking:
+            inside = {"role": "assistant", "content": f"<think>\n{SENTINEL}\n</think>\n\nb"}
+            texts = [
+                self._or_none([{"role": "user", "content": "a"}, turn], tools, False)
+                for turn in (inside, thinking_apart(inside))
+            ]
+            dense = ["".join((text or "").split()) for text in texts]
+            self._thinking[key] = SENTINEL in dense[1] and dense[0] != dense[1]
+        return self._thinking[key]
+
     def prompt(
         self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
     ) -> Rendered:
         """The text a response is sampled after: the conversation and the generation prompt."""
         if parsed:
-            return Rendered(self._render(list(messages), tools, True), (), parsed=True)
-        text = self._render(self._hide(messages), self._hide(tools), generation_prompt=True)
-        return self._show(text, [])
+            text = self._render(self.as_read(list(messages), tools), tools, True)
+            return Rendered(text, (), parsed=True)
+        hidden, tools = self._hidden(messages), self._hide(tools)
+        text = self._render(self.as_read(hidden, tools), tools, generation_prompt=True)
+        return self._show(Found(text, []))
 
     def conversation(
         self,
@@ -207,24 +265,34 @@ class ChatRenderer:
 
         Raises:
             RowError: the template refuses the conversation, writes no end marker, or rewrites the
-                turns so that neither way finds them.
+                turns so that no way finds them.
             DataError: there is no chat template.
         """
         if parsed:
-            hidden = [self._without_end(message) for message in messages]
+            hidden = [self._without_end(message, tools) for message in messages]
         else:
-            hidden, tools = self._hide(messages), self._hide(tools)
+            hidden, tools = self._hidden(messages), self._hide(tools)
+        hidden = self.as_read(hidden, tools)
         turns = trained_turns(hidden)
-        full = self._render(hidden, tools)
-        finder = _TurnFinder(self, hidden, tools, full)
-        spans = [finder.span(turn) for turn in (turns[-1:] if last_only else turns)]
-        return Rendered(full, tuple(spans), parsed=True) if parsed else self._show(full, spans)
+        finder = TurnFinder(
+            lambda talk, prompt: self._render(talk, tools, prompt),
+            hidden,
+            self._controls,
+            self.ending(tools),
+            self.opens_turn,
+        )
+        found = finder.found(turns[-1:] if last_only else turns)
+        if parsed:
+            return Rendered(found.text, tuple(found.spans), parsed=True, differs=found.differs)
+        return self._show(found)
 
-    def _without_end(self, message: Message) -> Message:
+    def _without_end(self, message: Message, tools: Tools) -> Message:
         """The message without an end marker at the end of its content."""
         if message["role"] != "assistant":
             return message
-        marker = self.ending[0][: self.ending[1]].strip()
+        ending = self.ending(tools)
+        marker = (ending.between or "" if ending.open else ending.marker).strip()
+        marker = marker[: self._controls.starts(marker) or len(marker)] if ending.open else marker
         content = message["content"]
         for end in (marker, self.tokenizer.eos_token):
             if end and content.rstrip().endswith(end):
@@ -265,21 +333,33 @@ class ChatRenderer:
         probe: list[Message] = [{"role": "user", "content": "a"}]
         return self._render(probe, None, True) != self._render(probe, None)
 
-    @cached_property
-    def ending(self) -> tuple[str, int]:
-        """What the template writes after an assistant turn that is the last, and how many characters
-        of it are the end marker: some end the whole conversation too (`<|end|>`, `<|endoftext|>`).
-        """
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-        text = self._render(probe, None).rpartition(SENTINEL)[2].rstrip()
-        return text, self._control_end(text) or len(text)
+    def ending(self, tools: Tools = None) -> Ending:
+        """What the template writes after an assistant turn; with tools it may be another template."""
+        key = bool(tools)
+        if key not in self._endings:
+            self._endings[key] = learn_ending(
+                lambda talk, prompt: self._render(talk, tools, prompt), self._controls
+            )
+        return self._endings[key]
 
-    def _control_end(self, text: str) -> int:
-        """Where the control token ends that `text` begins with, after blanks; 0 for none."""
-        blank = len(text) - len(text.lstrip())
-        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        found = [name for name in tokens if name and text.startswith(name, blank)]
-        return blank + len(max(found, key=len)) if found else 0
+    def _hidden(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with the text of special tokens hidden, but for the marks around the
+        assistant's thinking."""
+        return [
+            self._hide_said(message) if message["role"] == "assistant" else self._hide(message)
+            for message in messages
+        ]
+
+    def _hide_said(self, message: Message) -> Message:
+        thought, said = self._thought_apart(message["content"])
+        hidden: Message = self._hide({**message, "content": said})
+        parts = (
+            [thought]
+            if self._thoughts is None
+            else re.split(f"({self._thoughts.pattern})", thought)
+        )
+        marks = [part if number % 2 else self._hide(part) for number, part in enumerate(parts)]
+        return {**hidden, "content": "".join(marks) + hidden["content"]}
 
     def _hide(self, value: Any) -> Any:
         """`value` with the text of special tokens replaced by private-use characters."""
@@ -295,8 +375,9 @@ class ChatRenderer:
             return [self._hide(item) for item in value]
         return value
 
-    def _show(self, text: str, spans: list[Span]) -> Rendered:
+    def _show(self, found: Found) -> Rendered:
         """The special-token texts put back, with the spans moved to fit."""
+        text, spans = found.text, found.spans
         pieces, literal, moves, length, done = [], [], [(0, 0)], 0, 0
         for match in self._stand_in.finditer(text):
             name = self._names[ord(match[0]) - PRIVATE]
@@ -306,87 +387,15 @@ class ChatRenderer:
             length, done = length + len(name), match.end()
             moves.append((done, length - done))
         if not literal:
-            return Rendered(text, tuple(spans))
+            return Rendered(text, tuple(spans), differs=found.differs)
 
         def moved(place: int) -> int:
             return place + next(by for start, by in reversed(moves) if start <= place)
 
         text = "".join([*pieces, text[done:]])
-        return Rendered(text, tuple((moved(a), moved(b)) for a, b in spans), tuple(literal))
+        shown = tuple((moved(a), moved(b)) for a, b in spans)
+        differs = found.differs and (self._named(found.differs[0]), self._named(found.differs[1]))
+        return Rendered(text, shown, tuple(literal), differs=differs)
 
-
-@dataclass
-class _TurnFinder:
-    """Finds the assistant turns of one rendered conversation."""
-
-    renderer: ChatRenderer
-    messages: list[Message]
-    tools: Tools
-    full: str
-
-    def span(self, turn: int) -> Span:
-        start, end = self._start(turn), self._end(turn)
-        if start >= end:
-            raise RowError(UNCLEAR)
-        return start, end
-
-    def _start(self, turn: int) -> int:
-        prompt = self.renderer._render(self.messages[:turn], self.tools, True) if turn else ""
-        begins = self.full.startswith(prompt) and turn > 0
-        if begins and self.renderer.opens_turn:
-            return len(prompt)
-        before, _ = self._around(turn)
-        if not self.full.startswith(before):
-            raise RowError(UNCLEAR)
-        return len(before) - len(self._lead(turn, prompt, before))
-
-    def _lead(self, turn: int, prompt: str, before: str) -> str:
-        """What the model is to write between the prompt and the turn's own words.
-
-        Without a generation prompt that is the blank in front of the words, not a heading: that is
-        the template's.
-        """
-        if not turn:
-            return ""
-        alone, _ = self._until(turn)._around(turn)
-        lead = alone[len(prompt) :] if alone.startswith(prompt) else ""
-        own = self.renderer.opens_turn or not lead.strip()
-        return lead if own and before.endswith(lead) else ""
-
-    def _end(self, turn: int) -> int:
-        ending, marker = self.renderer.ending
-        if not ending:
-            raise RowError(NO_END)
-        if turn == len(self.messages) - 1:
-            text = self.full.rstrip()
-            return len(text) - (len(ending) - marker if text.endswith(ending) else 0)
-        until = self.renderer._render(self.messages[: turn + 1], self.tools)
-        if self.full.startswith(until):
-            return len(until.rstrip())
-        _, behind = self._around(turn)
-        if not self.full.endswith(behind):
-            raise RowError(UNCLEAR)
-        return len(self.full) - len(behind) + self._marker(turn, behind)
-
-    def _until(self, turn: int) -> _TurnFinder:
-        """The conversation that ends with this turn."""
-        return _TurnFinder(self.renderer, self.messages[: turn + 1], self.tools, "")
-
-    def _around(self, turn: int) -> tuple[str, str]:
-        """What the template writes before and after the content of a turn."""
-        marked = [*self.messages]
-        marked[turn] = {**marked[turn], "content": SENTINEL}
-        parts = self.renderer._render(marked, self.tools).split(SENTINEL)
-        if len(parts) != 2 or SENTINEL in self.full:
-            raise RowError(UNCLEAR)
-        return parts[0], parts[1]
-
-    def _marker(self, turn: int, behind: str) -> int:
-        """Characters of the end marker at the beginning of what follows a turn's content."""
-        if end := self.renderer._control_end(behind):
-            return end
-        # The marker is words: it is what follows the turn when nothing follows.
-        _, marker = self._until(turn)._around(turn)
-        if not marker.strip() or not behind.startswith(marker.rstrip()):
-            raise RowError(NO_END)
-        return len(marker.rstrip())
+    def _named(self, text: str) -> str:
+        return self._stand_in.sub(lambda match: self._names[ord(match[0]) - PRIVATE], text)

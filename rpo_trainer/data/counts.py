@@ -103,6 +103,43 @@ class Count:
         return {"count": self.count, "examples": self.examples}
 
 
+class Differences:
+    """Rows of a source that generation and training render differently, and what the first one has
+    around the first difference: (generation, training)."""
+
+    def __init__(self) -> None:
+        self.of = 0
+        self.rows = Count()
+        self.example: tuple[str, str] | None = None
+
+    def add(self, row_id: str | None, differs: tuple[str, str] | None) -> None:
+        self.of += 1
+        if differs is not None:
+            self.rows.add(row_id)
+            self.example = self.example or differs
+
+    def add_all(self, other: Differences) -> None:
+        """Appends the rows of others."""
+        self.of += other.of
+        self.rows.add_all(other.rows)
+        self.example = self.example or other.example
+
+    def told(self) -> str | None:
+        """The warning; None where there is no difference."""
+        if self.example is None:
+            return None
+        generation, training = map(repr, self.example)
+        return (
+            f"{percent(self.rows.count, self.of)} of its rows ({self.rows.count}) are trained after "
+            f"another text than generation has{examples_of(self.rows)}: generation {generation}, "
+            f"training {training}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {"of": self.of, "example": self.example, "text": self.told()}
+        return {**self.rows.as_dict(), **found}
+
+
 def percent(part: int, whole: int) -> str:
     """A share as text: `83 %`, `0.4 %`; 0 % only of nothing, and 100 % only of all."""
     share = min(1.0, part / whole) if whole else 1.0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.chat import ChatRenderer, Rendered, Span, special_pattern, special_texts
+from rpo_trainer.data.chat import ChatRenderer, Rendered, special_pattern, special_texts
 from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.turns import Span
 from rpo_trainer.errors import ModelError
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class Encoder:
         return encoded
 
     def _finished(self, text: Rendered, ids: list[int], offsets: list[Span]) -> Encoded:
+        if not text.plain:
+            ids, offsets = self._cut_blanks(text, ids, offsets)
         mask = mask_of(self._own_text(text.text, ids, offsets), text.spans)
         if text.plain and text.parsed and (ended := self._ended(ids, text.text, offsets)):
             ids, mask = ids[:ended], mask[:ended]
@@ -91,6 +95,31 @@ class Encoder:
         if self.begin and (by_data or not written):
             ids, mask = [*self.begin, *ids], [0, *mask]
         return ids, mask
+
+    def _cut_blanks(
+        self, text: Rendered, ids: list[int], offsets: list[Span]
+    ) -> tuple[list[int], list[Span]]:
+        """Ids and ranges with each token of blanks that a trained span begins inside of cut there.
+
+        A generation prompt may end with a line break (`<think>\n`), and the turn begin with another:
+        in the prompt to sample after, the first one is a token of its own.
+        """
+        for start, _ in reversed(text.spans):
+            place = bisect_left(offsets, (start, 0)) - 1
+            begin, end = offsets[place] if place >= 0 else (start, start)
+            if not begin < start < end or not text.text[begin:end].isspace():
+                continue
+            pieces = self._batch([text.text[begin:start], text.text[start:end]], literal=False)
+            found = [token for part, _ in pieces for token in part]
+            if self.tokenizer.decode(found) == self.tokenizer.decode([ids[place]]):
+                moved = [
+                    (a + by, b + by)
+                    for (_, part), by in zip(pieces, (begin, start), strict=True)
+                    for a, b in part
+                ]
+                ids = [*ids[:place], *found, *ids[place + 1 :]]
+                offsets = [*offsets[:place], *moved, *offsets[place + 1 :]]
+        return ids, offsets
 
     def _ended(self, ids: list[int], text: str, offsets: list[Span]) -> int:
         """How many of the tokens there are up to an end token that nothing but white space follows; 0
@@ -234,17 +263,41 @@ def encode_prompt(
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: the end token, and the marker that the chat template writes, if any."""
+    """Ids that end a response: the end token, and those that the chat template ends an answer and a call
+    with, if any (its own marker, or the token that opens the next turn)."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            rendered = ChatRenderer(tokenizer).conversation(messages)
-        except RowError:
-            return ends  # the template writes none, or not for such a short conversation
-        ids, mask = Encoder(tokenizer).encode([rendered])[0]
-        last = [token for token, trained in zip(ids, mask, strict=True) if trained][-1]
-        added = tokenizer.added_tokens_decoder
-        if last in added and last not in ends:
-            ends.append(last)
+        renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
+        for answer in _ANSWERS:
+            ids = _trained(renderer, encoder, answer)
+            again = _trained(renderer, encoder, _twice(answer)) if "tool_calls" in answer else ids
+            # What stands between two calls does not end a response.
+            last = ids[-1] if ids and ids[-1] not in again[:-1] else None
+            if last in tokenizer.added_tokens_decoder and last not in ends:
+                ends.append(last)
     return ends
+
+
+_CALL = {"type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
+_ANSWERS: tuple[Message, ...] = (
+    {"role": "assistant", "content": "b"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "000000000", **_CALL}]},
+)
+
+
+def _twice(message: Message) -> Message:
+    (call,) = message["tool_calls"]
+    return {**message, "tool_calls": [call, {**call, "id": "000000001"}]}
+
+
+def _trained(renderer: ChatRenderer, encoder: Encoder, answer: Message) -> list[int]:
+    """The trained tokens of an answer; none where the template does not write it, or no end of it."""
+    try:
+        rendered = renderer.conversation([{"role": "user", "content": "a"}, answer])
+    except RowError:
+        return []
+    ((start, end),) = rendered.spans
+    if "tool_calls" in answer and "d" not in rendered.text[start:end]:
+        return []
+    ids, mask = encoder.encode([rendered])[0]
+    return [token for token, trained in zip(ids, mask, strict=True) if trained]

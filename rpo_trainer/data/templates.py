@@ -1,7 +1,9 @@
-"""Chat templates that come with the package, and setting one on a tokenizer."""
+"""Chat templates that come with the package, setting one on a tokenizer, and stopping its clock."""
 
 from __future__ import annotations
 
+import datetime
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,9 @@ PLAIN = (
 
 BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
 MAX_BYTES = 2**20  # of a template; the longest published ones have 30,000
+# The date that the first templates with a clock write where there is none.
+DATE = datetime.datetime(2024, 7, 26)
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1\s*\)")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
@@ -90,3 +95,17 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             why="a response without one never ends",
             fix="set eos_token in tokenizer_config.json",
         )
+
+
+def stop_clock(template: str) -> str:
+    """`template` with a clock that stands still.
+
+    Otherwise tomorrow's tokens, and with them the reference log-probs, would be others.
+    """
+    template = CLOCK.sub(lambda match: repr(DATE.strftime(match[2])), template)
+    if "strftime_now(" not in template:
+        return template
+    # The form comes from elsewhere: a macro of the same name, which is slower.
+    parts = "".join(f".replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "AaBbdeHIjMmpSYy")
+    clock = "{%- macro strftime_now(form) -%}{{ form" + parts + " }}{%- endmacro -%}"
+    return clock + template

@@ -6,10 +6,8 @@ is the longest common token prefix of the K tokenised texts, up to the first tra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_trainer.data.audit import Audit
@@ -18,17 +16,16 @@ from rpo_trainer.data.counts import ALIKE, unread_key
 from rpo_trainer.data.encode import Encoded, Encoder
 from rpo_trainer.data.processes import map_batches, processes_for
 from rpo_trainer.data.rows import (
-    THINKING,
     Message,
     Row,
     RowError,
     RowProblems,
     is_blank,
-    leaf_texts,
     response_message,
     row_texts,
     with_responses,
 )
+from rpo_trainer.data.written import left_out
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -256,6 +253,8 @@ class _Tokenizer:
             unread = set()
             for talk, text in zip(talks, texts, strict=True):
                 unread |= self._unread(row, talk, text)
+            differs = next((text.differs for text in texts if text.differs), None)
+            self.audit.add_generation(row["source"], row["id"], differs)
         self._count(row, unread)
         return texts
 
@@ -275,41 +274,18 @@ class _Tokenizer:
         if row.get("special_tokens") is not None:
             return
         found: set[str] = set()
+        said = _said(row)
         for text in row_texts(row):
-            found |= self.renderer.special_texts_in(text)
+            found |= self.renderer.special_texts_in(text, said=text in said)
         if found:
             self.audit.warn("special_token_text", row["id"])
         self.audit.add_special_text(row["source"], found & self.renderer.control_tokens)
 
     def _unread(self, row: Row, talk: list[Message], rendered: Rendered) -> set[str]:
-        """Keys of messages, and `tools`, that the template does not write, or not in every turn.
-
-        Raises:
-            RowError: tool calls that it does not write.
-        """
-        text = _Written(rendered.text)
-        unread = set(self.renderer.unread_keys(talk, row.get("tools"), rendered))
-        turns = trained_turns(talk)
-        turns = turns[len(turns) - len(rendered.spans) :]
-        spans = dict(zip(turns, rendered.spans, strict=True))
-        for number, message in enumerate(talk):
-            own = text if number not in spans else _Written(rendered.text[slice(*spans[number])])
-            for call in message.get("tool_calls") or ():
-                called = call.get("function", call)
-                if not own.has(str(called.get("name") or "")):
-                    raise RowError("the chat template does not write the assistant's `tool_calls`")
-                if not all(map(own.has, leaf_texts(called.get("arguments")))):
-                    unread.add("tool_calls")
-            thoughts = [message[key] for key in THINKING if message.get(key)]
-            # The generation prompt may have begun the thinking of the last turn.
-            whole = text if number == len(talk) - 1 else own
-            if not all(map(whole.has, leaf_texts([message["content"], thoughts]))):
-                said = message["role"] == "assistant"
-                self.audit.warn("text_left_out" if said else "prompt_text_left_out", row["id"])
-            for key in message.keys() - {"role", "content", "weight", "tool_calls", *THINKING}:
-                if not all(map(text.has, leaf_texts(message[key]))):
-                    unread.add(key)
-        return unread
+        found = left_out(self.renderer, talk, row.get("tools"), rendered)
+        for reason in found.warnings:
+            self.audit.warn(reason, row["id"])
+        return found.keys
 
     def _usable(self, row: Row) -> Row:
         if self.kind == "pair":
@@ -393,28 +369,12 @@ def _conversations(row: Row) -> list[list[Message]]:
     return [[*row["prompt"], response_message(row, number)] for number in range(count)]
 
 
-class _Written:
-    """What a template has written: whether a text of the data is in it.
-
-    Templates trim texts, put thinking on lines of its own, and write some texts as JSON.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    @cached_property
-    def _dense(self) -> str:
-        return _without_blanks(self.text)
-
-    def has(self, text: str) -> bool:
-        if text in self.text:
-            return bool(text)
-        forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
-        return any(_without_blanks(form) in self._dense for form in forms)
-
-
-def _without_blanks(text: str) -> str:
-    return "".join(text.split())
+def _said(row: Row) -> set[str]:
+    """The texts of a row that are the assistant's."""
+    talk = row.get("messages") or (row["prompt"] if not isinstance(row.get("prompt"), str) else ())
+    turns = {message["content"] for message in talk if message["role"] == "assistant"}
+    answers = [row["response"]] if "response" in row else row.get("responses", ())
+    return {*turns, *answers}
 
 
 def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

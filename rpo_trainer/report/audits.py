@@ -50,6 +50,7 @@ class AuditRecord:
     ties: int = 0
     reversed: int = 0
     unread: dict[str, list[str]] = field(default_factory=dict)
+    generation: list[str] = field(default_factory=list)
 
     def concerns(self, what: str, *, sampled: bool = False) -> Iterator[Concern]:
         """What a reader should know before, or after, training on these rows.
@@ -93,6 +94,12 @@ class AuditRecord:
                 yield Concern(
                     f"{percent(reason.rows, whole)} of {what} ({reason.rows:,} rows): {reason.text}"
                 )
+        for text in self.generation:
+            yield Concern(
+                text,
+                "What a model samples after should be what it was trained after: another chat_template, or "
+                "rows that suit this one.",
+            )
         for remark in self.remarks:
             yield Concern(remark)
         for source, columns in self.unread.items():
@@ -165,7 +172,17 @@ def read_audit(record: Mapping[str, Any]) -> AuditRecord:
         ties=count(pairs.get("ties")) or 0,
         reversed=count(pairs.get("reversed")) or 0,
         unread=unread,
+        generation=list(_different(record.get("generation"))),
     )
+
+
+def _different(record: Any) -> Iterator[str]:
+    """The sources of which most rows are trained after another text than generation has."""
+    for source, value in mapping(record).items():
+        entry = mapping(value)
+        rows, whole = count(entry.get("count")), count(entry.get("of"))
+        if rows and whole and rows > MANY_UNREAD * whole and entry.get("text"):
+            yield f"{source}: {entry['text']}"
 
 
 def _total(by_source: Any) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data.audit import Audit
+
+from .chat_shapes import SHAPES
 
 SENTENCES = [
     "The cat sat on the mat and looked at the rain.",
@@ -59,6 +62,23 @@ def make_tokenizer() -> Callable[..., Any]:
         return tokenizer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shaped(make_tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
+    """A tokenizer with the template and the tokens of a shape."""
+
+    def make(name: str) -> Any:
+        from tokenizers import AddedToken
+
+        shape = SHAPES[name]
+        fields = {"bos": shape.bos, "eos": shape.eos, "chat_template": shape.template}
+        tokenizer = make_tokenizer(list(shape.specials), **fields)
+        more = [AddedToken(text, special=False, normalized=False) for text in shape.added]
+        tokenizer.add_tokens(more)
+        return tokenizer
+
+    return lru_cache(make)
 
 
 @pytest.fixture

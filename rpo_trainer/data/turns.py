@@ -1,0 +1,368 @@
+"""Where the assistant's turns are in a rendered conversation, and where each of them ends.
+
+A turn begins where the generation prompt of the conversation before it ends. Its end is learned from
+renderings that differ in what follows the turn: nothing, a turn of the user, or the answer of a tool.
+What they share after the turn's own words is its end marker (`<|im_end|>`); a template that writes
+nothing of its own there (GLM) ends a turn with the token that opens the next one.
+
+Where a template renders a turn differently once others follow (it drops thinking, for example), the
+content of the turn or of the next one is replaced by SENTINEL, which is then looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rpo_trainer.data.endings import SENTINEL, UNCLEAR, USER, Controls, Ending, Render
+from rpo_trainer.data.rows import Message, RowError
+
+Span = tuple[int, int]
+NO_END = "the chat template writes no end marker after the assistant's turn"
+_AROUND = 40  # characters shown on both sides of a difference
+
+
+@dataclass(frozen=True)
+class Found:
+    """A rendered conversation and its trained turns.
+
+    `differs` is what generation and training have around their first difference in front of a trained
+    turn; None: training has the generation prompt.
+    """
+
+    text: str
+    spans: list[Span]
+    differs: tuple[str, str] | None = None
+
+
+@dataclass
+class TurnFinder:
+    """Finds the assistant's turns of one conversation.
+
+    Args:
+        prompt: `messages` are rendered with the generation prompt.
+
+    Raises (all methods):
+        RowError: the template refuses a part of the conversation, writes no end marker, or rewrites the
+            turns so that no way finds them.
+    """
+
+    render: Render
+    messages: list[Message]
+    controls: Controls
+    ending: Ending
+    opens_turn: bool
+    prompt: bool = False
+    _prompts: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.text = self.render(self.messages, self.prompt)
+
+    def found(self, turns: Sequence[int]) -> Found:
+        """The text to train on, and the spans of these turns.
+
+        A turn at the end goes behind its own generation prompt where the template writes the turns
+        before it differently once it is there, but opens it alike: the system prompt may stand in the
+        last turn of the user.
+        """
+        last = len(self.messages) - 1
+        if last > 0 and self.messages[last]["role"] == "assistant":
+            start = self._moved(last)
+            if start is not None:
+                return self._behind_prompt(turns, start)
+        spans = [self.span(turn) for turn in turns]
+        text = self.text
+        if last in turns and (marker := self._opener()):
+            text += marker
+            spans[-1] = (spans[-1][0], len(text))
+        starts = {turn: start for turn, (start, _) in zip(turns, spans, strict=True) if turn}
+        return Found(text, spans, self._difference(starts))
+
+    def span(self, turn: int) -> Span:
+        """Where a turn begins and ends in `text`."""
+        start = self._start(turn)
+        end = self._last_end() if turn == len(self.messages) - 1 else self._inner_end(turn, start)
+        if start >= end:
+            raise RowError(UNCLEAR)
+        return start, end
+
+    # --- the text that a turn stands behind ---
+
+    def _prompt(self, turn: int) -> str:
+        """What the turn is generated behind."""
+        if turn not in self._prompts:
+            self._prompts[turn] = self.render(self.messages[:turn], True)
+        return self._prompts[turn]
+
+    def _moved(self, last: int) -> int | None:
+        """The start of the last turn where `text` does not begin with its generation prompt, but has the
+        same opening of the turn; else None."""
+        prompt = self._prompt(last)
+        if self.text.startswith(prompt):
+            return None
+        try:
+            start = self._start(last)
+            marked = [*self.messages[: last - 1], _marked(self.messages[last - 1])]
+            opening = self.render(marked, True).rpartition(SENTINEL)
+        except RowError:
+            return None
+        same = opening[1] and opening[2].strip() and prompt.endswith(opening[2])
+        return start if same and self.text[:start].endswith(opening[2]) else None
+
+    def _behind_prompt(self, turns: Sequence[int], start: int) -> Found:
+        last = len(self.messages) - 1
+        before = TurnFinder(
+            self.render, self.messages[:last], self.controls, self.ending, self.opens_turn, True
+        )
+        earlier = before.found([turn for turn in turns if turn < last])
+        spans, text = earlier.spans, before.text
+        if last in turns:
+            said = self.text[start : self._last_end()] + self._opener()
+            spans = [*spans, (len(text), len(text) + len(said))]
+            return Found(text + said, spans, earlier.differs)
+        return Found(text + self.text[start:], spans, earlier.differs)
+
+    def _difference(self, starts: Mapping[int, int]) -> tuple[str, str] | None:
+        for turn, start in starts.items():
+            prompt, before = self._prompt(turn), self.text[:start]
+            if before != prompt:
+                place = self.controls.common(prompt, before)
+                view = slice(max(0, place - _AROUND), place + _AROUND)
+                return prompt[view], self.text[view]
+        return None
+
+    # --- where a turn begins ---
+
+    def _start(self, turn: int) -> int:
+        prompt = self._prompt(turn) if turn else ""
+        if turn and self.text.startswith(prompt):
+            heading = "" if self.opens_turn else self.ending.heading
+            if self.text.startswith(heading, len(prompt)):
+                return len(prompt) + len(heading)
+        start = self._start_after_previous(turn) if turn else None
+        if start is not None:
+            return start
+        try:
+            before = self._before(turn)
+        except RowError:
+            start = self._start_after_previous(turn, opened=False) if turn else None
+            if start is None:
+                raise
+            return start
+        return len(before) - len(self._lead(turn, prompt, before))
+
+    def _start_after_previous(self, turn: int, *, opened: bool = True) -> int | None:
+        """The start found from the words of the turn before it; None where these are not found.
+
+        What follows them is the opening of the turn, and the same in the generation prompt; of the
+        thinking that the prompt opens, the text may have another part, or none.
+
+        Args:
+            opened: the text has the opening; else the turn begins where the two part, as a second call
+                does that a template writes without it.
+        """
+        marked = [*self.messages]
+        marked[turn - 1] = _marked(marked[turn - 1])
+        try:
+            opening = self.render(marked[:turn], True).rpartition(SENTINEL)
+            after = self.render(marked, self.prompt).rpartition(SENTINEL)
+        except RowError:
+            return None
+        if not (opening[1] and after[1] and self.text.endswith(after[2])):
+            return None
+        length = self.controls.common(opening[2], after[2])
+        if length < len(opening[2]):
+            core = opening[2][: self.controls.thoughts_at_end(opening[2])].rstrip()
+            if opened and length < len(core):
+                return None
+            length = self.controls.thoughts_at_end(after[2][:length])
+        elif not self.opens_turn and after[2].startswith(self.ending.heading, length):
+            length += len(self.ending.heading)
+        return len(self.text) - len(after[2]) + length
+
+    def _before(self, turn: int) -> str:
+        """What `text` has in front of the turn's words; with calls the turn may have none."""
+        message = self.messages[turn]
+        bare = {"role": "assistant", "content": SENTINEL}
+        tries = [(_marked(message), self.messages[turn + 1 :])]
+        if message.get("tool_calls"):
+            tries += [(bare, self.messages[turn + 1 :]), (bare, [])]
+        found = []
+        for marked, rest in tries:
+            try:
+                parts = self.render([*self.messages[:turn], marked, *rest], self.prompt)
+            except RowError:
+                continue
+            before = parts.split(SENTINEL)
+            if len(before) == 2 and self.text.startswith(before[0]):
+                found.append(before[0])
+        if not found:
+            raise RowError(UNCLEAR)
+        return min(found, key=len)
+
+    def _lead(self, turn: int, prompt: str, before: str) -> str:
+        """What the model is to write between the prompt and the turn's own words.
+
+        Without a generation prompt that is the blank in front of the words, not a heading: that is
+        the template's.
+        """
+        if not turn:
+            return ""
+        alone = self.render([*self.messages[:turn], _marked(self.messages[turn])], False)
+        alone = alone.partition(SENTINEL)[0]
+        lead = alone[len(prompt) :] if alone.startswith(prompt) else ""
+        own = self.opens_turn or not lead.strip()
+        return lead if own and before.endswith(lead) else ""
+
+    # --- where a turn ends ---
+
+    def _shared(self, first: str, second: str) -> int:
+        """Length of what two renderings share, without the token that opens the next turn."""
+        return self.ending.without_opener(first, self.controls.common(first, second))
+
+    def _opener(self) -> str:
+        """The token of the next turn that ends the last one, in a template without end markers."""
+        if not self.ending.open:
+            return ""
+        following = self._following()
+        if following is not None:
+            place = self.controls.common(self.text, following)
+        else:
+            following, place = self.ending.between or "", 0
+        end = self.controls.starts(following[place:])
+        if not end:
+            raise RowError(NO_END)
+        return following[place : place + end]
+
+    def _following(self) -> str | None:
+        """The conversation with the next turn; None where the template then rewrites the last one."""
+        message = self.messages[-1]
+        following = USER
+        if calls := message.get("tool_calls"):
+            name = str(calls[0].get("function", calls[0]).get("name") or "")
+            following = {"role": "tool", "content": "a", "name": name}
+            if "id" in calls[0]:
+                following["tool_call_id"] = calls[0]["id"]
+        text = self._or_none([*self.messages, following])
+        if text in (None, self.text):  # it refuses the next turn, or leaves it out
+            return None
+        place = self._shared(self.text, text)
+        return text if self.ending.last.endswith(self.text[place:].rstrip()) else None
+
+    def _last_end(self) -> int:
+        """The end of the last turn without what ends the conversation only."""
+        ending, text = self.ending, self.text.rstrip()
+        if ending.open:
+            return len(self.text)
+        if not self.messages[-1].get("tool_calls") and text.endswith(ending.last):
+            return len(text) - len(ending.last) + len(ending.marker)
+        following = self._following()
+        if following is None:
+            rest = len(ending.last) - len(ending.marker) if text.endswith(ending.last) else 0
+            return len(text) - rest
+        place = self._shared(self.text, following)
+        shared, rest_of = text[:place].rstrip(), text[place:]
+        closing = rest_of.strip() in ("", ending.last[len(ending.marker) :].strip())
+        if shared.endswith(ending.marker) or closing:
+            return len(shared)
+        if rest_of.startswith(ending.marker):
+            return place + len(ending.marker)
+        return len(text)
+
+    def _inner_end(self, turn: int, start: int) -> int:
+        until = self._or_none(self.messages[: turn + 1])
+        place = 0 if until is None else self._shared(until, self.text)
+        if until and place > start and self.ending.last.endswith(until[place:].rstrip()):
+            return self._marked_end(until, place, self.text)
+        end = self._end_before_next(turn)
+        return self._end_after_words(turn) if end is None else end
+
+    def _marked_end(self, until: str, place: int, text: str) -> int:
+        """The end of a turn whose words end in front of `place` in `text`.
+
+        Args:
+            until: the same where the turn is the last one; they share the first `place` characters.
+        """
+        shared = until[:place].rstrip()
+        if not self.ending.open:
+            # A call may close itself, with its result in the same turn.
+            closed = shared.endswith(self.ending.marker) or self.controls.ends(shared)
+            if closed or not until[place:].strip():
+                return len(shared)
+        end = self.controls.starts(text[place:])
+        if not end:
+            raise RowError(NO_END)
+        return place + end
+
+    def _end_before_next(self, turn: int) -> int | None:
+        """The end found from the next turn's words: what stands between these and the end of the turn is
+        the same in a conversation that ends with the next turn. None where it is not."""
+        said, following = _marked_last(self.messages[turn]), _marked(self.messages[turn + 1])
+        whole = [*self.messages[: turn + 1], following, *self.messages[turn + 2 :]]
+        try:
+            pair = self.render([*self.messages[:turn], said, following], False).split(SENTINEL)
+            before, found, _ = self.render(whole, self.prompt).partition(SENTINEL)
+        except RowError:
+            return None
+        if not (len(pair) == 3 and found and self.text.startswith(before)):
+            return None
+        end = self._end_in(pair[1], self._or_none([*self.messages[:turn], said]))
+        between = pair[1][end:]
+        return len(before) - len(between) if end and before.endswith(between) else None
+
+    def _end_in(self, between: str, until: str | None) -> int:
+        """The end of a turn in what follows its words up to those of the next turn; 0: not found.
+
+        Args:
+            until: the conversation that ends with the turn, its last words marked; None: the template
+                refuses it, a call without its result for example.
+        """
+        if until is None:
+            place = -1 if self.ending.open else between.find(self.ending.marker)
+            return place + len(self.ending.marker) if place >= 0 else 0
+        _, found, until = until.rpartition(SENTINEL)
+        place = self._shared(until, between)
+        if not found or not self.ending.last.endswith(until[place:].rstrip()):
+            return 0
+        return self._marked_end(until, place, between)
+
+    def _or_none(self, messages: list[Message]) -> str | None:
+        try:
+            return self.render(messages, False)
+        except RowError:
+            return None
+
+    def _end_after_words(self, turn: int) -> int:
+        marked = [*self.messages]
+        if marked[turn].get("tool_calls"):
+            raise RowError(UNCLEAR)
+        marked[turn] = _marked(marked[turn])
+        parts = self.render(marked, self.prompt).split(SENTINEL)
+        if len(parts) != 2 or not self.text.endswith(parts[1]):
+            raise RowError(UNCLEAR)
+        behind, marker = parts[1], self.ending.marker
+        place = len(self.text) - len(behind)
+        if self.ending.open or not behind.startswith(marker):
+            end = self.controls.starts(behind)
+            if not end:
+                raise RowError(NO_END)
+            return place + end
+        return place + len(marker)
+
+
+def _marked(message: Message) -> Message:
+    return {**message, "content": SENTINEL}
+
+
+def _marked_last(message: Message) -> Message:
+    """The message with SENTINEL as the last of its words: in its last call, where it has one."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return _marked(message)
+    function = calls[-1].get("function", calls[-1])
+    arguments: object = {"a": SENTINEL}
+    if isinstance(function.get("arguments"), str):
+        arguments = f'{{"a": "{SENTINEL}"}}'
+    function = {**function, "arguments": arguments}
+    last = {**calls[-1], "function": function} if "function" in calls[-1] else function
+    return {**message, "tool_calls": [*calls[:-1], last]}
