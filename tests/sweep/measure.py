@@ -1,7 +1,7 @@
 """One family of models: what the trainers make of it, against plain forwards.
 
 The truth is a copy of the model in float64 whose attention and experts are written out (eager), asked for one
-response at a time. Compared with it are the log-probs and the gradient of one DPO step, the gradient of an
+response at a time; where that copy is another function (`truth`: float32), the model's own forward. Compared with it are the log-probs and the gradient of one DPO step, the gradient of an
 adapter on `all-linear`, and of a reward model; a saved model is loaded again.
 """
 
@@ -20,6 +20,10 @@ import peft
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from rpo_trainer import adapters
 from rpo_trainer.errors import RPOTrainerError
@@ -61,7 +65,13 @@ def measure(name: str, wide: bool, *, beside: bool = True) -> Result:
     try:
         model = tiny_model(name, wide)
         found["class"] = type(model).__name__
-        expected = _plain_step(_exact(model), pairs)
+        own, exact = _plain_sums(model, pairs), _exact(model)
+        expected = _plain_step(exact, pairs)
+        found["truth"] = str(next(exact.parameters()).dtype).removeprefix("torch.")
+        if not _relative(own, expected[0]) <= LOGPS / 10:
+            # Choices of indexers flip by rounding; and an attention of transformers may be another one.
+            found["truth"] = "float32"
+            expected = _plain_step(copy.deepcopy(model), pairs)
         if not torch.isfinite(expected[0]).all():
             raise ValueError("its log-probs are not finite")
     except Exception as error:  # transformers' own, before anything of this package has run
@@ -69,7 +79,8 @@ def measure(name: str, wide: bool, *, beside: bool = True) -> Result:
     found |= _caught(_preference, copy.deepcopy(model), pairs, expected)
     if beside and found["result"] == "ok":
         found["lora"] = _caught(_adapter, copy.deepcopy(model), pairs)
-        found["reward"] = _caught(_reward, model, pairs)
+        family = model.config.get_text_config().model_type
+        found["reward"] = _caught(_reward, model, pairs) | {"has_class": family in CLASSIFIERS}
     found["seconds"] = round(time.perf_counter() - begun, 2)
     return found
 
@@ -104,34 +115,52 @@ def _exact(model: Any) -> Any:
     for implementation in (inner.set_attn_implementation, inner.set_experts_implementation):
         with contextlib.suppress(Exception):
             implementation("eager")
+    ids = torch.tensor([[7, 8, 9, 10, 11]])
     try:
         with torch.no_grad():
-            exact(input_ids=torch.tensor([[7, 8, 9, 10, 11]]), use_cache=False)
+            if exact(input_ids=ids, use_cache=False).logits.isfinite().all():
+                return exact
     except RuntimeError:  # some families compute parts in a dtype of their own
-        return exact.float()
-    return exact
+        pass
+    return exact.float()
 
 
-def _plain_sums(model: nn.Module, pairs: Sequence[dict[str, Any]]) -> Tensor:
-    """`[2 · pairs]`, log π of each response."""
-    sums = []
+def _plain_forwards(
+    model: nn.Module, pairs: Sequence[dict[str, Any]]
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """`[2 · pairs]`, log π of each response; and the router logits of its forward, `[T, E]` a layer."""
+    sums, routers = [], []
     for pair in pairs:
         prompt = pair["prompt_ids"]
         for response in pair["response_ids"]:
-            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits
-            logps = logits[0, len(prompt) - 1 : -1].to(torch.float64).log_softmax(-1)
+            outputs = model(input_ids=torch.tensor([prompt + response]), use_cache=False)
+            logps = outputs.logits[0, len(prompt) - 1 : -1].to(torch.float64).log_softmax(-1)
             sums.append(logps.gather(1, torch.tensor(response)[:, None]).sum())
-    return torch.stack(sums)
+            routers.append(getattr(outputs, "router_logits", None) or ())
+    return torch.stack(sums), routers
+
+
+def _plain_sums(model: nn.Module, pairs: Sequence[dict[str, Any]]) -> Tensor:
+    with torch.no_grad():
+        return _plain_forwards(model, pairs)[0]
 
 
 def _plain_step(
     model: nn.Module, pairs: Sequence[dict[str, Any]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs, and the gradient of the DPO loss with its SFT term where policy = reference."""
-    sums = _plain_sums(model, pairs)
+    """Log-probs, and the gradient of the DPO loss with its SFT term where policy = reference.
+
+    The load-balancing loss of routers is added where the model's config asks for it.
+    """
+    sums, routers = _plain_forwards(model, pairs)
     chosen, rejected = (sums - sums.detach()).reshape(-1, 2).unbind(-1)
-    loss = -(BETA * (chosen - rejected)).sigmoid().log().mean()
-    (loss - SFT_WEIGHT * sums[::2].mean()).backward()
+    loss = -(BETA * (chosen - rejected)).sigmoid().log().mean() - SFT_WEIGHT * sums[::2].mean()
+    text = causal_lm(model).config.get_text_config()
+    if getattr(text, "output_router_logits", False) and all(routers):
+        layers = tuple(torch.cat(layer) for layer in zip(*routers, strict=True))
+        balance = load_balancing_loss_func(layers, layers[0].shape[-1], text.num_experts_per_tok)
+        loss = loss + text.router_aux_loss_coef * balance
+    loss.backward()
     return sums.detach(), _gradients(model)
 
 
@@ -146,6 +175,11 @@ def _plain_regression(model: nn.Module, rows: Sequence[dict[str, Any]]) -> dict[
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    """The largest difference of sums of log-probs, by their size."""
+    return ((got - expected).abs() / expected.abs().clamp_min(1.0)).max().item()
 
 
 def _off(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -167,15 +201,16 @@ def _preference(
 ) -> Result:
     sums, gradient = expected
     with _trained(DPOTrainer, model, pairs) as (trainer, got, folder):
-        found: Result = {"layout": trainer.layout, "fused": _inner(trainer)._rpo_head.fused}
+        found: Result = {
+            "layout": trainer.layout, "fused": causal_lm(trainer.model)._rpo_head.fused
+        }  # fmt: skip
         logps = torch.tensor(trainer.train_dataset.extra["reference_logps"]).flatten()
-        found["logps_off"] = ((logps - sums).abs() / sums.abs().clamp_min(1.0)).max().item()
+        found["logps_off"] = _relative(logps, sums)
         found["gradient_off"] = _off(got, gradient)
         trainer.save_model(f"{folder}/saved")
         uninstall(trainer.model)
         again, found["loads_by"] = _loaded(type(model), f"{folder}/saved")
-        with torch.no_grad():
-            after, before = (_plain_sums(m.eval(), pairs) for m in (again, trainer.model))
+        after, before = (_plain_sums(m.eval(), pairs) for m in (again, trainer.model))
         found["reload_off"] = (after - before).abs().max().item()
     limits = {"logps_off": LOGPS, "gradient_off": GRADIENT, "reload_off": RELOAD}
     return _judged(found, limits)
@@ -226,6 +261,9 @@ def _reward(model: Any, pairs: list[dict[str, Any]]) -> Result:
         for number, response in enumerate(pair["response_ids"])
     ]
     scorer = as_reward_model(model, attributes=("quality",))
+    text = scorer.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False  # no plain forward of a classifier gives the routers' loss
     expected: dict[str, Tensor] = {}
 
     def before(trainer: Any) -> None:
@@ -282,10 +320,6 @@ def _trained(
         with contextlib.redirect_stdout(None):
             trainer.train()
         yield trainer, gradients.found, folder
-
-
-def _inner(trainer: Any) -> Any:
-    return causal_lm(trainer.model)
 
 
 # --- how it ended ---
