@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     reaches = [args.reach == "wide"] if args.reach else [False, True]
     cases = all_cases(args.families, reaches)
     results: list[Result] = []
-    for result in _read(args.given) if args.given else sweep(cases, jobs=args.jobs, seconds=args.seconds):
+    for result in (
+        _read(args.given) if args.given else sweep(cases, jobs=args.jobs, seconds=args.seconds)
+    ):
         results.append(result)
         print(line_of(result), flush=True)
         if args.json:

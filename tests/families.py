@@ -110,28 +110,26 @@ _QWEN_WINDOW = {
     "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2,
     "layer_types": _LAYERS_IN_TURN,
 }  # fmt: skip
-_WINDOW = {"sliding_window": WINDOW}
-_DECODER = {"is_decoder": True}
 _INDEXER = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }  # fmt: skip
 _WIDE_HEADS = {"per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}}}
 
-# What single families need beside their shrunk defaults.
+# What families need beside their shrunk defaults: several alike, and single ones.
+_SETTINGS_OF_MANY: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer "
+        "rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod",
+        {"is_decoder": True},
+    ),
+    ("mistral mixtral phi3 phimoe starcoder2", {"sliding_window": WINDOW}),
+    ("qwen2 qwen2_moe qwen3 qwen3_moe", _QWEN_WINDOW),
+    ("qwen4_exp qwen4_exp_text", _INDEXER),
+    ("gemma4_text gemma4_unified_text", {**_WIDE_HEADS, "num_kv_shared_layers": 2}),
+    ("hunyuan_v1_dense hunyuan_v1_moe ministral", {"head_dim": 8}),
+)
 _SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert "
-        "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl".split(),
-        _DECODER,
-    ),
-    **dict.fromkeys("mistral mixtral phi3 phimoe starcoder2".split(), _WINDOW),
-    **dict.fromkeys("qwen2 qwen2_moe qwen3 qwen3_moe".split(), _QWEN_WINDOW),
-    **dict.fromkeys("qwen4_exp qwen4_exp_text".split(), _INDEXER),
-    **dict.fromkeys(
-        "gemma4_text gemma4_unified_text".split(), {**_WIDE_HEADS, "num_kv_shared_layers": 2}
-    ),
-    **dict.fromkeys("hunyuan_v1_dense hunyuan_v1_moe ministral".split(), {"head_dim": 8}),
     "blt": {"encoder_config": {"num_hidden_layers": 1, "num_key_value_heads": 4}},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -166,7 +164,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"scale_attn_by_inverse_layer_idx": True},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": ABSENT},
-    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "lfm2": {
         "layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": ABSENT,
         "block_multiple_of": 8,
@@ -175,8 +173,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
-    "reformer": {**_DECODER, "axial_pos_embds": False},
-    "xmod": {**_DECODER, "default_language": "en_XX"},
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64},
     "zamba2": {"attention_hidden_size": 64, "mamba_headdim": 32},
     "zaya": {"num_experts_per_tok": 1},
@@ -229,8 +227,8 @@ def tiny_config(name: str, wide: bool = False) -> Any:
     """
     family, extra = VARIANTS.get(name, (name, {}))
     made = CONFIG_MAPPING[family]
-    fields = _over(_shrunk(_defaults(family), wide), _SETTINGS.get(family, {}), wide)
-    inner = _SETTINGS.get(f"{family}_text")  # a model with towers has the settings of its text model
+    fields = _over(_shrunk(made().to_dict(), wide), _settings(family), wide)
+    inner = _settings(f"{family}_text")  # a model with towers has the settings of its text model
     if inner and isinstance(fields.get("text_config"), dict):
         fields["text_config"] = _over(fields["text_config"], inner, wide)
     return made(**_over(fields, extra, wide))
@@ -257,8 +255,9 @@ def stirred(model: nn.Module) -> Any:
     return model
 
 
-def _defaults(family: str) -> dict[str, Any]:
-    return CONFIG_MAPPING[family]().to_dict()  # type: ignore[no-any-return]
+def _settings(family: str) -> dict[str, Any]:
+    found = [settings for names, settings in _SETTINGS_OF_MANY if family in names.split()]
+    return {k: v for settings in (*found, _SETTINGS.get(family, {})) for k, v in settings.items()}
 
 
 def _shrunk(fields: Mapping[str, Any], wide: bool) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """One family of models: what the trainers make of it, against plain forwards.
 
 The truth is a copy of the model in float64 whose attention and experts are written out (eager), asked for one
-response at a time; where that copy is another function (`truth`: float32), the model's own forward. Compared with it are the log-probs and the gradient of one DPO step, the gradient of an
-adapter on `all-linear`, and of a reward model; a saved model is loaded again.
+response at a time; where that copy is another function (`truth`: float32), the model's own forward. Compared
+with it are the log-probs and the gradient of one DPO step, of an adapter on `all-linear`, and of a reward
+model; a saved model is loaded again.
 """
 
 from __future__ import annotations
@@ -227,11 +228,12 @@ def _loaded(kind: Any, folder: str) -> tuple[Any, str]:
 def _adapter(model: Any, pairs: list[dict[str, Any]]) -> Result:
     """LoRA on `all-linear`: the gradient of its first step, then merged, which compares the answers."""
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain = copy.deepcopy(model)
     expected: dict[str, Tensor] = {}
 
     def before(trainer: Any) -> None:
-        twin = copy.deepcopy(trainer.model)
-        uninstall(twin)
+        twin: Any = peft.get_peft_model(plain, copy.deepcopy(config))
+        twin.load_state_dict(trainer.model.state_dict())
         expected.update(_plain_step(_exact(twin.eval()), pairs)[1])
 
     with _trained(DPOTrainer, model, pairs, before=before, peft_config=config) as run:
@@ -263,15 +265,11 @@ def _reward(model: Any, pairs: list[dict[str, Any]]) -> Result:
     scorer = as_reward_model(model, attributes=("quality",))
     text = scorer.config.get_text_config()
     if getattr(text, "output_router_logits", False):
-        text.output_router_logits = False  # no plain forward of a classifier gives the routers' loss
-    expected: dict[str, Tensor] = {}
-
-    def before(trainer: Any) -> None:
-        twin = copy.deepcopy(trainer.model)
-        uninstall(twin)
-        expected.update(_plain_regression(_exact(twin.eval()), rows))
-
-    with _trained(RewardTrainer, scorer, rows, before=before) as (trainer, got, _):
+        text.output_router_logits = (
+            False  # no plain forward of a classifier gives the routers' loss
+        )
+    expected = _plain_regression(_exact(scorer.eval()), rows)
+    with _trained(RewardTrainer, scorer, rows) as (trainer, got, _):
         found: Result = {"layout": trainer.layout, "gradient_off": _off(got, expected)}
     return _judged(found, {"gradient_off": GRADIENT})
 

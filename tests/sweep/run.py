@@ -18,6 +18,7 @@ from tests.families import FAMILIES, VARIANTS
 from tests.sweep.measure import Result, measure
 
 SECONDS = 120.0  # of one case
+_IMPORTS = 60.0  # seconds that the first answer of a process may take beside
 _CASES_EACH = 50  # of one process, whose memory grows with the classes it imports
 
 Case = tuple[str, bool]  # name, wide
@@ -53,43 +54,36 @@ def sweep(cases: Sequence[Case], *, jobs: int = 1, seconds: float = SECONDS) -> 
 def _serve(
     waiting: queue.SimpleQueue[Case], done: Callable[[Result], None], seconds: float
 ) -> None:
-    worker = _Worker()
-    with worker:
-        while True:
-            try:
-                case = waiting.get_nowait()
-            except queue.Empty:
-                return
-            done(worker.ask(case, seconds))
+    worker = Worker()
+    while True:
+        try:
+            case = waiting.get_nowait()
+        except queue.Empty:
+            return worker.stop()
+        done(worker.ask(case, seconds))
 
 
-class _Worker:
+class Worker:
     """A process that measures one case after another; started again after a crash."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("spawn")
         self.process: Any = None
 
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def ask(self, case: Case, seconds: float) -> Result:
+        """The record of a case; a `crash` where the process ends or takes longer."""
         if self.process is None:
             self.start()
-        self.pipe.send(case)
         why = f"not done after {seconds:g} s"
         try:
-            # The first answer of a process waits for its imports too.
-            if self.pipe.poll(seconds + (60.0 if self.cases == 0 else 0.0)):
+            self.pipe.send(case)
+            if self.pipe.poll(seconds + (_IMPORTS if self.cases == 0 else 0.0)):
                 self.cases += 1
                 answer: Result = self.pipe.recv()
                 if self.cases >= _CASES_EACH:
                     self.stop()
                 return answer
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             why = f"its process ended with exit code {self.process.exitcode}"
         self.stop()

@@ -28,9 +28,9 @@ compared with forwards of one response at a time, in float64 where the model can
 again. This page is generated: `python -m benchmarks.models --write`.
 
 - **layout**: how rows go through the model. *Shared prompts*: the responses to a prompt are one row and the
-  prompt is computed once. *Packed*: one row, the prompt once for each response. *Padded*: one response a row, as in
-  other trainers. The trainer finds the fastest layout that is exact for the model at hand; a family whose
-  layout depends on the length of its windows has both.
+  prompt is computed once. *Packed*: one row, the prompt once for each response. *Padded*: one response a row,
+  as in other trainers. The trainer finds the fastest layout that is exact for the model at hand; a family
+  whose layout depends on the length of its windows has both.
 - **head**: *fused*: log-probs without the matrix of logits. *Own logits*: the model's own forward makes them.
 - **LoRA**: whether `target_modules: all-linear` trains and merges. *Not the experts*: the weights of the
   experts are not linear layers, so `all-linear` leaves them as they are (see `target_parameters` of PEFT).
