@@ -183,7 +183,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 # Families that the sweep leaves out, and why.
 NOT_SWEPT = {
-    "gemma3n": "its vision tower needs timm; `gemma3n_text` is its language model",
+    "gemma3n": "its vision tower needs timm, its language model is `gemma3n_text`",
     "gemma4_assistant": "drafts for another model and reads that model's states",
     "gemma4_unified_assistant": "drafts for another model and reads that model's states",
     "musicgen": "transformers cannot build its decoder, which predicts audio codes, from this config",

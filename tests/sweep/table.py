@@ -127,15 +127,17 @@ def _notes(narrow: Result, wide: Result) -> list[str]:
 
 
 def _reason(result: Result) -> str:
-    """The reason of a refusal in a line, without the numbers of this one model."""
+    """The reason of a refusal in a line, without what is true of this one model only."""
     why = result.get("why")
-    return _plain(f"{result['reason']}: {why}" if why else result["reason"])
+    text = f"{result['reason']}: {why}" if why else result["reason"]
+    return _plain(text.replace(result.get("class", "\n"), "the model"))
 
 
 def _plain(text: str) -> str:
+    """The first clause, its numbers left out: they depend on the machine."""
     text = re.sub(r"\s*\([^)]*\)|\[[^\]]*\]\s*", "", " ".join(text.split()))
-    text = re.sub(r" (?:by|is|gives) [\d.e+-]*\d(?: nats| ?%)?", "", text)
     text = re.split(r"; |\. ", text)[0].replace("|", "/")
+    text = re.sub(r"(?<![\w.:-])-?\d+(\.\d+)?(e[+-]?\d+)?(?![\w.]*\w)", "…", text)
     return text if len(text) <= 200 else text[:199] + "…"
 
 
@@ -159,7 +161,15 @@ def rows_of(results: Iterable[Result]) -> dict[str, Row]:
     by_name: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_name[result["name"]].append(result)
-    return {name: row_of(by_name[name]) for name in sorted(by_name)}
+    rows = {name: row_of(by_name[name]) for name in sorted(by_name)}
+    return {name: _as_setting(row) if name in VARIANTS else row for name, row in rows.items()}
+
+
+def _as_setting(row: Row) -> Row:
+    told = row.section in ("trained", "wrong")  # what is wrong says so
+    return row._replace(
+        section="settings", notes=row.notes if told else f"{row.section}: {row.notes}"
+    )
 
 
 def page(results: Sequence[Result]) -> str:
@@ -175,9 +185,6 @@ def page(results: Sequence[Result]) -> str:
             lines += [f"## {section.capitalize()}", "", *([text, ""] if text else [])]
             lines += [*_table(found), ""]
     lines += ["## Settings", "", "Settings of a family that ask something else of the step.", ""]
-    for name, row in variants.items():
-        if row.section != "trained":
-            variants[name] = row._replace(notes=f"{row.section}: {row.notes}")
     return "\n".join([*lines, *_table(variants), ""])
 
 
