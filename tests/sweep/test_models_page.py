@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,12 @@ def test_a_page_is_read_back() -> None:
 
 
 def test_a_page_wants_all_families_in_both_reaches(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in _records()))
     with pytest.raises(SystemExit):
-        main(["not-a-family", "--jobs", "1", "--write"])
-    assert "missing: " in capsys.readouterr().err
+        main(["--from", str(file), "--write"])
+    assert "missing: afmoe (narrow), afmoe (wide), " in capsys.readouterr().err
+    assert main(["--from", str(file)]) == 1  # one of them is wrong
 
 
 def _records() -> list[dict[str, Any]]:
@@ -117,9 +121,10 @@ def test_every_family_has_a_small_config(wide: bool) -> None:
     for name in (*FAMILIES, *VARIANTS):
         if name not in NOT_SWEPT:
             text = tiny_config(name, wide).get_text_config(decoder=True)
-            layers = getattr(text, "num_hidden_layers", 4)
-            sizes[name] = (text.vocab_size, layers <= 8, text.hidden_size <= 64)
-    assert {n: s for n, s in sizes.items() if s != (VOCABULARY, True, True)} == {}
+            layers, hidden = (getattr(text, f, 0) for f in ("num_hidden_layers", "hidden_size"))
+            sizes[name] = (text.vocab_size, layers, hidden)
+    large = {n: s for n, s in sizes.items() if s[0] != VOCABULARY or s[1] > 8 or s[2] > 32}
+    assert large == {}
 
 
 def test_how_far_attention_reaches_is_an_argument() -> None:
@@ -138,15 +143,15 @@ def test_a_small_model_is_the_same_each_time_and_hides_nothing() -> None:
 
 
 def test_a_step_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rpo_trainer.trainers import base
-
     def off(model: Any, inputs: Any) -> torch.Tensor:
-        return step.token_logprobs(model, inputs) * 1.001
+        return 1.01 * step.token_logprobs(model, inputs)
 
-    monkeypatch.setattr(base, "token_logprobs", off)
-    monkeypatch.setattr("rpo_trainer.reference.token_logprobs", off, raising=False)
+    for user in ("reference", "trainers.base"):
+        monkeypatch.setattr(f"rpo_trainer.{user}.token_logprobs", off)
     found = measure("llama", False, beside=False)
-    assert found["result"] in ("wrong", "refused")
+    assert failures(found) == ["wrong: logps_off, gradient_off"]
+    assert found["logps_off"] == pytest.approx(0.01, rel=1e-3)
+    assert found["gradient_off"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_an_error_that_is_not_for_people_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
