@@ -49,6 +49,8 @@ def sweep(cases: Sequence[Case], *, jobs: int = 1, seconds: float = SECONDS) -> 
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     for _ in cases:
         yield done.get() | versions
+    for thread in threads:
+        thread.join()
 
 
 def _serve(
@@ -99,10 +101,12 @@ class Worker:
         theirs.close()
 
     def stop(self) -> None:
+        """Ends the process, which has nothing more to do once the pipe is closed."""
         if self.process is not None:
-            self.process.kill()
-            self.process.join()
             self.pipe.close()
+            self.process.join(5.0)
+            self.process.kill()  # it hangs
+            self.process.join()
             self.process = None
 
 
