@@ -158,15 +158,13 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             what="the adapter changes the model before anything is learnt",
             fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
         )  # fmt: skip
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if device_failed(error):
+            raise
         odd = ", ".join(_odd_targets(wrapped))
         raise ModelError(
             "the model cannot run with this adapter"
-            + (
-                f": the targets {odd} compute more than a linear layer, as routers do"
-                if odd
-                else ""
-            ),
+            + (f": the targets {odd} do not compute what a linear layer does" if odd else ""),
             where="peft",
             why=first_line(error),
             fix="leave these modules out: list them in exclude_modules, or the others in target_modules",

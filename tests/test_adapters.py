@@ -18,6 +18,7 @@ from rpo_trainer import adapter_files, adapters
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_weights
 from rpo_trainer.probe import probe
+from tests.families import tiny_model
 from tests.models import make_model
 from tests.test_step import compare, plain_logprobs, random_examples
 
@@ -225,6 +226,14 @@ def test_there_is_no_warning_where_no_expert_is_left(caplog: pytest.LogCaptureFi
     wrapped = adapters.with_adapter(routed("mixtral"), lora(target_modules="all-linear"))
     assert any(".experts." in n and p.requires_grad for n, p in wrapped.named_parameters())
     assert "target_parameters" not in caplog.text
+
+
+def test_grouped_layers_among_the_targets_are_named() -> None:
+    with pytest.raises(ModelError) as error:
+        adapters.with_adapter(tiny_model("deepseek_v4"), lora(target_modules="all-linear"))
+    assert "o_a_proj" in error.value.what
+    excluded = lora(target_modules="all-linear", exclude_modules=["o_a_proj"])
+    assert adapters.is_adapted(adapters.with_adapter(tiny_model("deepseek_v4"), excluded))
 
 
 def old_experts(folder: Path, *, without: str = "nothing") -> None:
