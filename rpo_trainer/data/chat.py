@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from rpo_trainer.data.rows import THINKING, Message, RowError
 from rpo_trainer.data.templates import set_chat_template
 from rpo_trainer.errors import DataError
 from rpo_trainer.foreign import UNREADABLE
+from rpo_trainer.template_kwargs import kwargs_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ Span = tuple[int, int]
 Tools = list[Any] | None
 
 SENTINEL = "\ue00frpo\ue00e"
+MOST_RENDERERS = 256  # with variables of their own, kept at once
 PRIVATE = 0xF0000  # a plane of characters that no text uses
 # The date that the first templates with a clock write where there is none.
 DATE = datetime.datetime(2024, 7, 26)
@@ -112,9 +114,16 @@ def stop_clock(template: str) -> str:
 
 @dataclass
 class ChatRenderer:
-    """Renders conversations by the chat template of `tokenizer`."""
+    """Renders conversations by the chat template of `tokenizer`.
+
+    Args:
+        template_kwargs: variables that the template gets beside the conversation (`enable_thinking`);
+            see `using` for those of a row.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _others: dict[tuple[str, bool], ChatRenderer] = field(init=False, default_factory=dict)
     _special: re.Pattern[str] | None = field(init=False)
     _names: list[str] = field(init=False)
     _stand_in: re.Pattern[str] = field(init=False)
@@ -126,6 +135,27 @@ class ChatRenderer:
         last = chr(PRIVATE + max(len(self._names) - 1, 0))
         self._stand_in = re.compile(f"[{chr(PRIVATE)}-{last}]")
         self._reserved = re.compile(f"{self._stand_in.pattern}|{SENTINEL}")
+
+    def using(
+        self, template_kwargs: Mapping[str, Any] | None, *, parsed: bool = False
+    ) -> ChatRenderer:
+        """The renderer with these variables in place of its own.
+
+        Args:
+            parsed: text of special tokens in them is control, as in `conversation`.
+        """
+        key = kwargs_key(template_kwargs), parsed
+        if key[0] == kwargs_key(self.template_kwargs):
+            return self
+        if key not in self._others:
+            if (
+                len(self._others) >= MOST_RENDERERS
+            ):  # rows with documents have variables of their own
+                self._others.clear()
+            given = dict(template_kwargs or {})
+            hidden = given if parsed else self._hide(given)
+            self._others[key] = ChatRenderer(self.tokenizer, hidden)
+        return self._others[key]
 
     def _marks(self) -> list[str]:
         """Tokens that the template writes around turns although the tokenizer does not call them
@@ -250,6 +280,7 @@ class ChatRenderer:
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
+                    **self.template_kwargs,
                     chat_template=stop_clock(self.tokenizer.get_chat_template(None, tools)),
                 )
             if len(text) > CHARACTERS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -216,6 +216,7 @@ def encode_prompt(
     tools: list[dict[str, Any]] | None = None,
     *,
     parsed: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a prompt to sample a response behind: the same tokens that training puts there.
 
@@ -224,8 +225,10 @@ def encode_prompt(
 
     Args:
         parsed: text of special tokens in the prompt is control (`special_tokens: parse`).
+        template_kwargs: variables of the chat template.
     """
-    renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
+    renderer = ChatRenderer(tokenizer).using(template_kwargs, parsed=parsed)
+    encoder = Encoder(tokenizer)
     if not isinstance(prompt, str):
         return encoder.encode([renderer.prompt(prompt, tools, parsed=parsed)])[0][0]
     ids, _ = encoder._batch([prompt], literal=not parsed)[0]
@@ -233,13 +236,15 @@ def encode_prompt(
     return [*([] if written else encoder.begin), *ids]
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """Ids that end a response: the end token, and the marker that the chat template writes, if any."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            rendered = ChatRenderer(tokenizer).conversation(messages)
+            rendered = ChatRenderer(tokenizer).using(template_kwargs).conversation(messages)
         except RowError:
             return ends  # the template writes none, or not for such a short conversation
         ids, mask = Encoder(tokenizer).encode([rendered])[0]
