@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.errors import RecipeError
+from rpo_trainer.errors import Problems, RecipeError, RPOTrainerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ Kwargs = Mapping[str, Any]
 _OF_ROWS = "the rows say it"
 _OF_TRAINING = "it is set wherever a conversation is rendered"
 _OF_TOKENIZER = "it is the tokenizer's own"
+_ELSEWHERE = "a chat template gets it from elsewhere, or cannot get it at all"
 # Names that apply_chat_template of transformers takes for itself, and why none of them is a variable here.
 RESERVED = {
     "messages": _OF_ROWS, "conversation": _OF_ROWS, "tools": _OF_ROWS,
@@ -64,6 +65,27 @@ def _are_documents(value: Any) -> bool:
     return value is None or (
         isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
     )
+
+
+def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, Any] | None:
+    """Variables from the command line, each as `name=value` with a value in YAML; None for no words.
+
+    Raises:
+        RecipeError, or Problems: words that are none.
+    """
+    from rpo_trainer.recipe.overrides import apply_override, parse_overrides
+
+    found: dict[str, Any] = {}
+    overrides, errors = parse_overrides(words)
+    for override in overrides:
+        apply_override(found, override)
+    problems: list[RPOTrainerError] = [error.at(f"{option}: {error.where}") for error in errors]
+    problems += [
+        RecipeError(fault, where=option, why=_ELSEWHERE, fix="remove it") for fault in faults(found)
+    ]
+    if problems:
+        raise Problems(problems) if len(problems) > 1 else problems[0]
+    return found or None
 
 
 def merged(*levels: Kwargs | None) -> dict[str, Any]:
@@ -113,7 +135,7 @@ def check_kwargs(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase, wher
             raise RecipeError(
                 fault,
                 where=f"{where}.{name}",
-                why="a chat template gets it from elsewhere, or cannot get it at all",
+                why=_ELSEWHERE,
                 fix="remove it",
             )
     names = unread(kwargs, tokenizer)
