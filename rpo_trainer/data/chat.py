@@ -157,6 +157,10 @@ class ChatRenderer:
             self._others[key] = ChatRenderer(self.tokenizer, hidden)
         return self._others[key]
 
+    def text(self, messages: Sequence[Message], tools: Tools = None) -> str:
+        """What the template writes for a conversation. Raises RowError where it refuses it."""
+        return self._render(list(messages), tools)
+
     def _marks(self) -> list[str]:
         """Tokens that the template writes around turns although the tokenizer does not call them
         special: in the data they are text as well."""
