@@ -15,7 +15,7 @@ from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.sample_conversations import SAMPLES, Sample
 from rpo_trainer.data.tokenize import tokenize_rows
-from rpo_trainer.errors import DataError, Problems, RPOTrainerError, TemplateError
+from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, TemplateError
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import ModelSpec
 from rpo_trainer.template_kwargs import COLUMN
@@ -64,9 +64,8 @@ def load_checked(
         kwargs: variables of the template.
 
     Raises:
-        ModelError: it cannot be loaded, or the template does not end.
+        ModelError: it cannot be loaded, it has no chat template, or one that does not end.
         RecipeError: variables that the template does not read.
-        TemplateError: it has no chat template.
     """
     spec = ModelSpec.model_validate(
         {
@@ -77,7 +76,7 @@ def load_checked(
     )
     loaded = load_tokenizer(spec, Path())
     if not loaded.chat_template:
-        raise TemplateError(
+        raise ModelError(
             "the tokenizer has no chat template",
             where=tokenizer,
             why="there is none to check",
