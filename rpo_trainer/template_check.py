@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.chat import ChatRenderer
+from rpo_trainer.data.counts import WARNINGS
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.sample_conversations import SAMPLES, Sample
 from rpo_trainer.data.tokenize import tokenize_rows
@@ -19,7 +20,7 @@ from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError,
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import ModelSpec
 from rpo_trainer.template_kwargs import COLUMN
-from rpo_trainer.token_view import PROMPT, TokenView, trained_styles, visible, warnings_of
+from rpo_trainer.token_view import PROMPT, TokenView, trained_styles, visible
 
 _LONG = 2**30  # tokens: longer than any sample
 _AROUND = 24  # characters shown on each side of a difference
@@ -122,8 +123,10 @@ def _checked(
     whole = renderer.conversation(row["messages"], tools).text
     prefix = whole.startswith(before)
     reasons = [] if prefix else [_difference(before, whole)]
+    # The reasons alone: the counts of a conversation are 1.
+    warnings = [WARNINGS.get(reason, reason) for reason in audit.warnings] + audit.remarks
     return Checked(
-        sample.name, "right" if prefix else "wrong", reasons, warnings_of(audit), ids, mask,
+        sample.name, "right" if prefix else "wrong", reasons, warnings, ids, mask,
         len(prompt), prefix,
     )  # fmt: skip
 
@@ -167,12 +170,12 @@ def shown(
         trained = f", {sum(one.mask):,} of {len(one.ids):,} tokens trained" if one.ids else ""
         yield Text(f"\n{one.name}: {one.status}{trained}", style)
         yield from (Text(visible(reason)) for reason in one.reasons)
-        yield from (Text(f"warning: {text}", "yellow") for text in one.warnings)
+        yield from (Text(f"warning: {visible(text)}", "yellow") for text in one.warnings)
         if one.prefix:
             yield Text("the generation prompt is the beginning of the training text")
         if one.ids:
             styles = [PROMPT] * one.prompt + trained_styles(one.mask[one.prompt :])
-            yield view.tokens(one.ids, styles)
+            yield view.tokens(one.ids, styles, most=len(one.ids))
 
 
 def as_dict(one: Checked, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -19,7 +19,7 @@ TRAINED = ("black on green", "black on bright_green")
 _MARKS = {PROMPT: ("", ""), UNTRAINED: ("", ""), LOST: ("⟨", "⟩"), TRAINED[0]: ("[", "]")}
 # Around a special token: its name in the data, read as text, looks the same but for them.
 SPECIAL = ("⟦", "⟧")
-_SHOWN = 400  # tokens of a prompt or a response; of a longer one both ends
+SHOWN = 400  # tokens of a prompt or a response; of a longer one both ends
 _CONTEXT = 4  # tokens decoded in front of one, since some tokenizers join words by what precedes
 _JOINERS = "\u200c\u200d"  # parts of emoji and of words
 
@@ -46,12 +46,12 @@ class TokenView:
             f"   {opening}special token{closing}: one token; without the marks, letters"
         )
 
-    def tokens(self, ids: Sequence[int], styles: Sequence[str]) -> Text:
-        """The text of the tokens, each in its style; of many tokens both ends."""
+    def tokens(self, ids: Sequence[int], styles: Sequence[str], most: int = SHOWN) -> Text:
+        """The text of the tokens, each in its style; of more than `most` tokens both ends."""
         line = Text()
-        half = _SHOWN // 2
+        half = most // 2
         parts = [(0, len(ids))]
-        if len(ids) > _SHOWN:
+        if len(ids) > most:
             parts = [(0, half), (len(ids) - half, len(ids))]
         for number, (start, end) in enumerate(parts):
             if number:

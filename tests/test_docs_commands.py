@@ -103,6 +103,7 @@ OWN = {
     "KEY": "stages.dpo.beta",
     "[NAME]": "quickstart/chain",
     "MODEL": "{here}/base-model",
+    "TOKENIZER": "{here}/base-model",
     "DATA": "{here}/data",
     "model.name_or_path=...": "model.name_or_path={here}/base-model",
     "stages.sft.data.train.0.path=...": "stages.sft.data.train.0.path={here}/sft.jsonl",
@@ -130,6 +131,7 @@ QUICK = (
 )
 # Words behind a command that begins so: what it leaves to the reader, or what makes it small.
 MORE = {
+    "rpo-trainer check --template": "--chat-template plain",
     "rpo-trainer generate INPUT": "--policy ./model --max-new-tokens 4",
     "rpo-trainer score INPUT": "--verifier numeric",
     "rpo-trainer run RECIPE --allow-changed KEY": "stages.dpo.beta=0.2",
