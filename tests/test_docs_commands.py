@@ -79,7 +79,10 @@ def is_whole(span: str) -> bool:
     name = re.fullmatch(r"rpo-trainer(?: (\w+))?|torchrun|accelerate launch|deepspeed|make", span)
     if name is None:
         return True
-    return bool(name[1]) and not any(p.required for p in cli.commands[name[1]].params)
+    if not name[1]:
+        return False
+    # `check` takes a recipe or `--template`.
+    return not any(p.required or p.name == "recipe" for p in cli.commands[name[1]].params)
 
 
 def by_launcher_tests(command: str) -> bool:
