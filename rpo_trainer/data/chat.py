@@ -152,9 +152,10 @@ class ChatRenderer:
                 len(self._others) >= MOST_RENDERERS
             ):  # rows with documents have variables of their own
                 self._others.clear()
-            given = dict(template_kwargs or {})
-            hidden = given if parsed else self._hide(given)
-            self._others[key] = ChatRenderer(self.tokenizer, hidden)
+            other = ChatRenderer(self.tokenizer, dict(template_kwargs or {}))
+            if not parsed:  # by its own names: with other variables a template writes other tokens
+                other.template_kwargs = other._hide(other.template_kwargs)
+            self._others[key] = other
         return self._others[key]
 
     def text(self, messages: Sequence[Message], tools: Tools = None) -> str:

@@ -203,3 +203,17 @@ def test_variables_of_the_command_line() -> None:
     assert parse_kwargs([]) is None
     with pytest.raises((RecipeError, Problems), match="--kwargs"):
         parse_kwargs(["a", "tools=1"])
+
+
+def test_special_text_of_documents_stays_itself_where_a_variable_adds_tokens(
+    make_tokenizer: Any,
+) -> None:
+    mark = "<|longer_than_all_special_tokens|>"
+    tokenizer = make_tokenizer(
+        ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], eos="<|im_end|>",
+        chat_template="{{ '" + mark + "' if more }}" + TEMPLATE,
+    )  # fmt: skip
+    tokenizer.add_tokens([mark])  # text in the data, unless the template writes it
+    given = {"more": True, "documents": [{"text": f"of <|im_end|> and {mark}"}]}
+    (text,) = prepared([{**ROWS["sft"], COLUMN: given}], tokenizer)
+    assert text.startswith(f"{mark}of <|im_end|> and {mark}\n[none]")
