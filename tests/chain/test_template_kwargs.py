@@ -131,3 +131,28 @@ def test_rows_with_variables_of_their_own_are_counted(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({**row, COLUMN: {"depth": 1}}) + "\n" for row in rows))
     lines = check_recipe(tiny.load(tmp_path, recipe), tmp_path / "run")
     assert any("`depth`" in line and "16" in line and "WARNING" in line for line in lines)
+
+
+def test_tasks_of_lm_eval_are_rendered_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    from lm_eval.models import huggingface
+
+    from rpo_trainer.chain import harness
+    from rpo_trainer.recipe.data_schema import LmEvalSpec
+
+    class Stopped(Exception):
+        pass
+
+    given: dict[str, Any] = {}
+
+    def model(**arguments: Any) -> None:
+        given.update(arguments)
+        raise Stopped
+
+    monkeypatch.setattr(huggingface, "HFLM", model)
+    spec = LmEvalSpec.model_validate({"tasks": ["ifeval"], "chat_template": True})
+    with pytest.raises(Stopped):
+        harness.run_tasks(None, None, spec, tmp_path, seed=0, template_kwargs={"mode": "a"})
+    assert given["chat_template_args"] == {"mode": "a"}
