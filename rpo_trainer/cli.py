@@ -70,11 +70,42 @@ def run(
 
 
 @cli.command(context_settings=_OVERRIDES)
-@_recipe_argument
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @_overrides_argument
 @_run_dir_option
-def check(recipe: Path, overrides: Sequence[str], run_dir: Path | None) -> None:
+@click.option(
+    "--template",
+    metavar="TOKENIZER",
+    help="Directory or hub name: show what its chat template makes of seven conversations, in place of "
+    "checking a recipe. Exit code 5 where one that it supports is not right.",
+)
+@click.option("--chat-template", help="Of --template: chatml, plain, or a Jinja file.")
+@click.option(
+    "--kwargs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of --template: a variable of the chat template, such as enable_thinking=false.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Of --template: print JSON.")
+def check(
+    recipe: Path | None,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    template: str | None,
+    chat_template: str | None,
+    kwargs: Sequence[str],
+    as_json: bool,
+) -> None:
     """Check RECIPE: its text, its data, tokenizer and template, disk. Loads no model."""
+    if template is not None:
+        if recipe is not None or run_dir is not None:
+            raise click.UsageError("--template checks a tokenizer alone: leave RECIPE out.")
+        _check_template(template, chat_template, kwargs, as_json)
+        return
+    if recipe is None:
+        raise click.UsageError("Missing argument 'RECIPE' (or --template TOKENIZER).")
+    if chat_template is not None or kwargs or as_json:
+        raise click.UsageError("--chat-template, --kwargs and --json belong to --template.")
     from rpo_trainer.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -88,6 +119,33 @@ def check(recipe: Path, overrides: Sequence[str], run_dir: Path | None) -> None:
     click.echo(
         f"{recipe}: OK" + (f", with {warnings} warning{'s' * (warnings > 1)}" * bool(warnings))
     )
+
+
+def _check_template(
+    tokenizer: str, chat_template: str | None, kwargs: Sequence[str], as_json: bool
+) -> None:
+    from rpo_trainer.template_kwargs import parse_kwargs
+
+    given = parse_kwargs(kwargs)
+    from rich.console import Console
+
+    from rpo_trainer.template_check import (
+        as_dict,
+        check_samples,
+        load_checked,
+        raise_if_wrong,
+        shown,
+    )
+
+    loaded = load_checked(tokenizer, chat_template, given)
+    found = check_samples(loaded, given)
+    if as_json:
+        click.echo(json.dumps([as_dict(one, loaded) for one in found], indent=1))
+    else:
+        console = Console()
+        for text in shown(found, loaded, colours=console.color_system is not None):
+            console.print(text, soft_wrap=True)
+    raise_if_wrong(found)
 
 
 @cli.command(context_settings=_OVERRIDES)

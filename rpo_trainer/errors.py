@@ -108,6 +108,12 @@ class NonFiniteError(RPOTrainerError):
     everywhere = True
 
 
+class TemplateError(RPOTrainerError):
+    """A chat template with which a conversation is trained otherwise than it is sampled."""
+
+    exit_code = 5
+
+
 class StepZeroError(RPOTrainerError):
     """The loss before the first update is not the constant that policy = reference gives."""
 

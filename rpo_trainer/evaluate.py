@@ -14,6 +14,7 @@ import numpy as np
 
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.generate import Gather, Sample, greedy_responses, sample_responses
+from rpo_trainer.template_kwargs import kwargs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,6 +132,7 @@ def respond(
         "batch_size": generate.batch_size,
         "tools": [row.get("tools") for row in rows],
         "parsed": [row.get("special_tokens") == "parse" for row in rows],
+        "template_kwargs": kwargs_of(rows),
         "shard": shard,
         "gather": gather,
     }

@@ -36,6 +36,7 @@ from rpo_trainer.pretrained import (
     refuse_adapter,
 )
 from rpo_trainer.sharding import loading_whole, rows_of
+from rpo_trainer.template_kwargs import COLUMN, check_kwargs
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -71,6 +72,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     if template is not None and (path := base_dir / Path(template).expanduser()).is_file():
         template = str(path)
     made = set_chat_template(tokenizer, template)
+    check_kwargs(spec.chat_template_kwargs, made, f"model.{COLUMN}")
     made("a")  # what its settings do not let it do is noticed here
     if made.eos_token_id is None:
         raise ModelError(

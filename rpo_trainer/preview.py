@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,20 +17,12 @@ from rpo_trainer.data.rows import row_texts
 from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import LoadedRecipe, Stage, expand_stages
+from rpo_trainer.template_kwargs import COLUMN, kwargs_key
+from rpo_trainer.token_view import LOST, PROMPT, TokenView, trained_styles, visible, warnings_of
 
 Row = dict[str, Any]
 
-PROMPT, UNTRAINED, LOST = "cyan", "yellow", "red strike"
-# Neighbouring tokens differ in shade, so that their borders are seen.
-TRAINED = ("black on green", "black on bright_green")
-# The same for a terminal without colours, and for files.
-_MARKS = {PROMPT: ("", ""), UNTRAINED: ("", ""), LOST: ("⟨", "⟩"), TRAINED[0]: ("[", "]")}
-# Around a special token: its name in the data, read as text, looks the same but for them.
-SPECIAL = ("⟦", "⟧")
-_SHOWN = 400  # tokens of a prompt or a response; of a longer one both ends
 _LONG = 2**30  # tokens: longer than any text
-_CONTEXT = 4  # tokens decoded in front of one, since some tokenizers join words by what precedes
-_JOINERS = "\u200c\u200d"  # parts of emoji and of words
 
 
 def preview(
@@ -58,7 +49,7 @@ def preview(
             why="it is not taken for another; the rounds of a repeated stage have numbers (rpo-1, rpo-2)",
             fix=f"one of: {', '.join(names)}",
         )
-    yield shown.legend()
+    yield shown.view.legend()
     for each in shown.stages:
         if stage in (None, each.name):
             with placed(loaded.origins, f"stages.{each.name}"):
@@ -68,24 +59,13 @@ def preview(
 class _Preview:
     def __init__(self, loaded: LoadedRecipe, colours: bool) -> None:
         self.loaded = loaded
-        self.colours = colours
         self.stages = expand_stages(loaded.recipe)
         self.rows = rows_by_stage(self.stages, loaded.recipe, loaded.base_dir)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             loaded.recipe.model, loaded.base_dir
         )
+        self.view = TokenView(self.tokenizer, colours)
         self._seen: dict[str, str] = {}
-
-    def legend(self) -> Text:
-        """What the colours mean."""
-        line = Text("prompt", PROMPT) if self.colours else Text("prompt as it is")
-        names = (("trained", TRAINED[0]), ("response, not trained", UNTRAINED))
-        for name, style in (*names, ("lost to max_length", LOST)):
-            line.append("   ").append_text(self._styled(name, style))
-        opening, closing = SPECIAL
-        return line.append(
-            f"   {opening}special token{closing}: one token; without the marks, letters"
-        )
 
     def stage(self, stage: Stage, count: int) -> Iterator[Text]:
         """Its head and its examples."""
@@ -110,71 +90,40 @@ class _Preview:
 
     def _prompt(self, row: Row, note: str) -> Iterator[Text]:
         (ids,) = prompt_ids([row], self.tokenizer)
-        yield Text(f"\nrow {row['id']}{note}: prompt of {len(ids):,} tokens", "bold")
-        yield self._tokens(ids, [PROMPT] * len(ids))
+        yield Text(_title(row, note, len(ids)), "bold")
+        yield self.view.tokens(ids, [PROMPT] * len(ids))
 
     def _example(self, stage: Stage, row: Row, note: str) -> Iterator[Text]:
-        whole, reason = self._tokenised(stage.model_copy(update={"max_length": _LONG}), row)
+        whole, reason, warnings = self._tokenised(
+            stage.model_copy(update={"max_length": _LONG}), row
+        )
         if whole is None:
             yield Text(f"\nrow {row['id']}{note}: dropped: {reason}", "bold red")
-            yield from (Text(_visible(text)) for text in row_texts(row))
+            yield from (Text(visible(text)) for text in row_texts(row))
             return
-        kept, reason = self._tokenised(stage, row)
+        kept, reason, _ = self._tokenised(stage, row)
         prompt = whole["prompt_ids"]
-        yield Text(f"\nrow {row['id']}{note}: prompt of {len(prompt):,} tokens", "bold")
+        yield Text(_title(row, note, len(prompt)), "bold")
+        yield from (Text(f"warning: {text}", "yellow") for text in warnings)
         if kept is None:
             yield Text(f"dropped: {reason}", "bold red")
-        yield self._tokens(prompt, _lost_behind([PROMPT] * len(prompt), stage.max_length))
+        yield self.view.tokens(prompt, _lost_behind([PROMPT] * len(prompt), stage.max_length))
         room = stage.max_length - len(prompt)
         for number, ids in enumerate(whole["response_ids"]):
             mask = whole["response_mask"][number]
             yield Text(_head(whole, number, ids, mask, room), "bold")
-            styles = [TRAINED[i % 2] if trained else UNTRAINED for i, trained in enumerate(mask)]
-            yield self._tokens(ids, _lost_behind(styles, room))
+            yield self.view.tokens(ids, _lost_behind(trained_styles(mask), room))
 
-    def _tokenised(self, stage: Stage, row: Row) -> tuple[Row | None, str]:
-        """The example, or why there is none."""
+    def _tokenised(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
+        """The example, or why there is none, and what an audit says of it."""
         audit = Audit()
         try:
-            return tokenize_stage(stage, [row], self.tokenizer, audit)[0], ""
+            (example,) = tokenize_stage(stage, [row], self.tokenizer, audit)
+            return example, "", warnings_of(audit)
         except DataError:
             if not audit.dropped:  # a fault, not a row to leave out
                 raise
-            return None, ", ".join(DROPS[name] for name in audit.dropped)
-
-    def _tokens(self, ids: Sequence[int], styles: Sequence[str]) -> Text:
-        """The text of the tokens, each in its style; of many tokens both ends."""
-        line = Text()
-        half = _SHOWN // 2
-        parts = [(0, len(ids))]
-        if len(ids) > _SHOWN:
-            parts = [(0, half), (len(ids) - half, len(ids))]
-        for number, (start, end) in enumerate(parts):
-            if number:
-                line.append(f" … {len(ids) - 2 * half:,} tokens … ", "dim")
-            pieces = self._marked(ids, _pieces(self.tokenizer, ids, start, end))
-            for style, text in pieces if self.colours else _runs(pieces, styles):
-                line.append_text(self._styled(text, styles[style]))
-        return line
-
-    def _marked(self, ids: Sequence[int], pieces: list[tuple[int, str]]) -> list[tuple[int, str]]:
-        """The pieces with marks around those that are one added token: special ones, and tags."""
-        added = self.tokenizer.added_tokens_decoder
-        opening, closing = SPECIAL
-
-        def marked(number: int, text: str) -> str:
-            token = added.get(ids[number])
-            if token is None or not token.content.strip() or token.content not in text:
-                return text
-            return text.replace(token.content, f"{opening}{token.content}{closing}")
-
-        return [(number, marked(number, text)) for number, text in pieces]
-
-    def _styled(self, text: str, style: str) -> Text:
-        if self.colours:
-            return Text(_visible(text), style)
-        before, behind = _MARKS[TRAINED[0] if style in TRAINED else style]
-        return Text(f"{before}{_visible(text)}{behind}")
+            return None, ", ".join(DROPS[name] for name in audit.dropped), []
 
 
 def _spread(rows: Sequence[Row], count: int) -> Iterator[tuple[Row, str]]:
@@ -186,6 +135,12 @@ def _spread(rows: Sequence[Row], count: int) -> Iterator[tuple[Row, str]]:
     longest = max(range(len(rows)), key=lambda i: sum(map(len, row_texts(rows[i]))), default=None)
     if longest is not None and longest not in chosen:
         yield rows[longest], " (the longest)"
+
+
+def _title(row: Row, note: str, tokens: int) -> str:
+    """The row, the tokens of its prompt, and the variables that its template gets."""
+    given = f", {COLUMN} {kwargs_key(row[COLUMN])}" if row.get(COLUMN) else ""
+    return f"\nrow {row['id']}{note}: prompt of {tokens:,} tokens{visible(given)}"
 
 
 def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], room: int) -> str:
@@ -202,64 +157,3 @@ def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], ro
 def _lost_behind(styles: list[str], room: int) -> list[str]:
     room = max(room, 0)
     return [*styles[:room], *[LOST] * (len(styles) - room)]
-
-
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int, end: int
-) -> list[tuple[int, str]]:
-    """Each token's number and its text; the tokens of one character come as one, under the last."""
-    found: list[tuple[int, str]] = []
-    done = start
-    for number in range(start, end):
-        first = max(start, done - _CONTEXT)
-        before = _decoded(tokenizer, ids[first:done])
-        text = _decoded(tokenizer, ids[first : number + 1])[len(before) :]
-        if text.endswith("�") and number + 1 < end and number - done < _CONTEXT:
-            continue  # the bytes of a character so far
-        found.append((number, text))
-        done = number + 1
-    return found
-
-
-def _runs(pieces: list[tuple[int, str]], styles: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Neighbours of one meaning joined: marks around every token would hide the text."""
-    held: tuple[int, str] | None = None
-    for number, text in pieces:
-        if held is not None and _meaning(styles[held[0]]) == _meaning(styles[number]):
-            held = (held[0], held[1] + text)
-            continue
-        if held is not None:
-            yield held
-        held = (number, text)
-    if held is not None:
-        yield held
-
-
-def _meaning(style: str) -> str:
-    return "trained" if style in TRAINED else style
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(
-        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def _visible(text: str) -> str:
-    """Line ends shown and kept; control characters as their pictures: data must not steer a terminal."""
-    shown = []
-    for character in text:
-        code = ord(character)
-        if character == "\n":
-            shown.append("↵\n")
-        elif code < 0x20:
-            shown.append(chr(0x2400 + code))
-        elif code == 0x7F:
-            shown.append("␡")
-        elif unicodedata.category(character) in ("Cc", "Cf") and character not in _JOINERS:
-            shown.append(f"\\u{code:04x}")
-        else:
-            shown.append(character)
-    return "".join(shown)

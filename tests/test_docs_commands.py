@@ -80,7 +80,10 @@ def is_whole(span: str) -> bool:
     name = re.fullmatch(r"rpo-trainer(?: (\w+))?|torchrun|accelerate launch|deepspeed|make", span)
     if name is None:
         return True
-    return bool(name[1]) and not any(p.required for p in cli.commands[name[1]].params)
+    if not name[1]:
+        return False
+    # `check` takes a recipe or `--template`.
+    return not any(p.required or p.name == "recipe" for p in cli.commands[name[1]].params)
 
 
 def by_launcher_tests(command: str) -> bool:
@@ -104,6 +107,7 @@ OWN = {
     "KEY": "stages.dpo.beta",
     "[NAME]": "quickstart/chain",
     "MODEL": "{here}/base-model",
+    "TOKENIZER": "{here}/base-model",
     "DATA": "{here}/data",
     "model.name_or_path=...": "model.name_or_path={here}/base-model",
     "stages.sft.data.train.0.path=...": "stages.sft.data.train.0.path={here}/sft.jsonl",
@@ -131,6 +135,7 @@ QUICK = (
 )
 # Words behind a command that begins so: what it leaves to the reader, or what makes it small.
 MORE = {
+    "rpo-trainer check --template": "--chat-template plain",
     "rpo-trainer generate INPUT": "--policy ./model --max-new-tokens 4",
     "rpo-trainer score INPUT": "--verifier numeric",
     "rpo-trainer run RECIPE --allow-changed KEY": "stages.dpo.beta=0.2",

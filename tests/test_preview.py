@@ -12,8 +12,9 @@ from rich.text import Text
 
 from rpo_trainer.cli import main
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.preview import LOST, PROMPT, TRAINED, _pieces, _visible, preview
+from rpo_trainer.preview import preview
 from rpo_trainer.recipe import load_recipe
+from rpo_trainer.token_view import LOST, PROMPT, TRAINED, pieces_of, visible
 from tests.chain import tiny
 
 
@@ -148,16 +149,16 @@ def test_a_character_of_several_tokens_is_one_piece() -> None:
     text = "né 語😀!"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
-    pieces = _pieces(tokenizer, ids, 0, len(ids))
+    pieces = pieces_of(tokenizer, ids, 0, len(ids))
     assert [piece for _, piece in pieces] == list(text)
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert _visible("a\x1b[31m\nb\x00\u202e\x7f") == "a␛[31m↵\nb␀\\u202e␡"
+    assert visible("a\x1b[31m\nb\x00\u202e\x7f") == "a␛[31m↵\nb␀\\u202e␡"
 
 
 def test_joiners_of_emoji_stay() -> None:
-    assert _visible("👩\u200d🔬") == "👩\u200d🔬"
+    assert visible("👩\u200d🔬") == "👩\u200d🔬"
 
 
 def test_an_unknown_stage_is_named_with_those_there_are(tmp_path: Path) -> None:

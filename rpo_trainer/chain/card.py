@@ -19,6 +19,7 @@ from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.report.agreement import read_agreement
 from rpo_trainer.report.scores import Figure, read_scores
 from rpo_trainer.report.values import short
+from rpo_trainer.template_kwargs import kwargs_key
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
 CARD = "README.md"
@@ -87,7 +88,10 @@ def card(
         "Data files by the start of their xxh3-128; `data` alone is that of the examples as they were "
         "trained on. Weights by the start of the hashes of their files.\n",
         "## Settings\n",
-        _table(("", ""), _settings(stage, records.get(stage.name, {}))),
+        _table(
+            ("", ""),
+            [*_settings(stage, records.get(stage.name, {})), *_template(stage, recipe)],
+        ),
         *_measured(records.get(stage.name, {})),
         "## Recipe of this stage\n",
         f"```yaml\n{_excerpt(stage)}```\n",
@@ -163,6 +167,15 @@ def _settings(stage: Stage, record: Mapping[str, Any]) -> list[list[str]]:
         elif value is not None:
             found.append([label, f"{value:g}" if isinstance(value, float) else str(value)])
     return found
+
+
+def _template(stage: Stage, recipe: Recipe) -> list[list[str]]:
+    """The variables that conversations were rendered with, for whoever prompts the model."""
+    levels = [("chat template", recipe.model.chat_template_kwargs)]
+    for source in stage.data.train:
+        name = Path(source.path).name if source.path else source.task
+        levels.append((f"chat template, rows of {name}", source.chat_template_kwargs))
+    return [[label, f"`{kwargs_key(given)}`"] for label, given in levels if given]
 
 
 def _measured(record: Mapping[str, Any]) -> list[str]:

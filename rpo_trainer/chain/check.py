@@ -61,6 +61,7 @@ from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.generate import check_room
 from rpo_trainer.rewards.scorers import make_scorer
+from rpo_trainer.template_kwargs import COLUMN, check_kwargs
 from rpo_trainer.trainers.noise import noise_of
 
 WARNING = "WARNING: "  # begins, behind its indentation, each line that deserves attention
@@ -123,6 +124,10 @@ class _Check:
                 loaded.recipe.model, loaded.base_dir, None, len(self.tokenizer)
             )
             self.configs["model"] = self.config
+        for key, source in loaded.recipe.sources():
+            with self._collected():
+                if self.tokenizer is not None:
+                    check_kwargs(source.chat_template_kwargs, self.tokenizer, f"{key}.{COLUMN}")
 
     def stage(self, stage: Stage) -> None:
         """Its arguments, its start, its data and its evaluation, each for itself."""

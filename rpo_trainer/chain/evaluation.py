@@ -132,7 +132,12 @@ class Evaluation:
                 policy = self._policy(stage.name)
                 found["lm_eval"] = distributed.patiently_on_main(
                     lambda: run_tasks(
-                        policy, self.tokenizer, tasks, self.base_dir, seed=self.recipe.seed
+                        policy,
+                        self.tokenizer,
+                        tasks,
+                        self.base_dir,
+                        seed=self.recipe.seed,
+                        template_kwargs=self.recipe.model.chat_template_kwargs,
                     )
                 )
         finally:

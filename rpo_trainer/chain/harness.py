@@ -50,11 +50,20 @@ def check_tasks(spec: LmEvalSpec, base_dir: Path, *, where: str = "eval.lm_eval"
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, spec: LmEvalSpec, base_dir: Path, *, seed: int
+    model: Any,
+    tokenizer: Any,
+    spec: LmEvalSpec,
+    base_dir: Path,
+    *,
+    seed: int,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures by task, then by metric: `value`, with `low` and `high` where there is a standard error.
 
     Of a group its own figures are given, not those of its tasks.
+
+    Args:
+        template_kwargs: variables of the chat template, where the tasks go through it.
 
     Raises:
         RecipeError: as `check_tasks`.
@@ -65,7 +74,11 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size, trust_remote_code=False
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=spec.batch_size,
+        trust_remote_code=False,
+        chat_template_args=dict(template_kwargs or {}),
     )
     try:
         with _code_allowed(spec.allow_code_execution):

@@ -36,6 +36,7 @@ from rpo_trainer.rewards.sampling import (
 )
 from rpo_trainer.rewards.scorers import Scorer, make_scorer, weights_key
 from rpo_trainer.rewards.verifiers import VERIFIERS
+from rpo_trainer.template_kwargs import COLUMN
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,11 @@ def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[
     for row in rows:
         try:
             parsed = row.get("special_tokens") == "parse"
-            found.append(encode_prompt(tokenizer, row["prompt"], row.get("tools"), parsed=parsed))
+            ids = encode_prompt(
+                tokenizer, row["prompt"], row.get("tools"), parsed=parsed,
+                template_kwargs=row.get(COLUMN),
+            )  # fmt: skip
+            found.append(ids)
         except RowError as error:
             raise DataError(
                 str(error),

@@ -43,7 +43,9 @@ _VERSION = 1
 _EXAMPLE_FIELDS = (
     "data", "max_length", "truncation", "seed", "init", "attributes", "rating_range",
 )  # fmt: skip
-_TOKENIZER_FIELDS = ("name_or_path", "revision", "tokenizer", "chat_template")
+_TOKENIZER_FIELDS = (
+    "name_or_path", "revision", "tokenizer", "chat_template", "chat_template_kwargs",
+)  # fmt: skip
 _LIBRARIES = ("rpo-trainer", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")
 
 

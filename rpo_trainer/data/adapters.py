@@ -19,7 +19,13 @@ from rpo_trainer.data.csv_file import numbers
 from rpo_trainer.data.detect import find_format
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
 from rpo_trainer.data.json_text import with_messages
-from rpo_trainer.data.row_parts import refuse_media, tools, unread_system, without_nulls
+from rpo_trainer.data.row_parts import (
+    refuse_media,
+    template_kwargs,
+    tools,
+    unread_system,
+    without_nulls,
+)
 from rpo_trainer.data.rows import (
     Kind,
     Row,
@@ -31,6 +37,7 @@ from rpo_trainer.data.rows import (
 )
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
+from rpo_trainer.template_kwargs import COLUMN, Kwargs
 
 # Names under which a prompt may stand that is not read; `source` columns and the like are not.
 _PROMPT_NAMES = {name.lower() for name in (*MEANT["prompt"], *PROMPT_COLUMNS)}
@@ -54,6 +61,8 @@ def adapt(
     as_given: bool = False,
     unscored: bool = False,
     special_tokens: SpecialTokens | None = None,
+    source_kwargs: Kwargs | None = None,
+    model_kwargs: Kwargs | None = None,
     audit: Audit,
 ) -> list[Row]:
     """Internal rows of one source.
@@ -70,6 +79,8 @@ def adapt(
         as_given: every row stays, with its responses in their order.
         unscored: sampled responses without rewards are taken too: nobody reads their order.
         special_tokens: how text of special tokens is to be read, for `tokenize_rows`.
+        source_kwargs, model_kwargs: variables of the chat template for all rows, and for those of
+            messages; a row's own `chat_template_kwargs` go before the first, and these before the second.
 
     Raises:
         DataError, or Problems: how many rows have which fault, and the first three of each.
@@ -129,6 +140,7 @@ def adapt(
             new = {"id": row_id, "source": raw.name, **chosen.convert(row), **tools(row)}
             for column in [*new.pop("unread", ()), *unread_system(new, row)]:
                 audit.warn(f"the column `{column}` is not read: {_no_place(column)}", row_id)
+            new |= template_kwargs(row, new, source_kwargs, model_kwargs)
             repeated = {column for column in repeated if _says(new, row.get(column))}
             if special_tokens is not None:
                 new["special_tokens"] = special_tokens
@@ -136,7 +148,7 @@ def adapt(
             _finish(new, row, chosen, require_rewards, audit)
             if as_given and row.get("judge") is not None:  # a judge leaves responses undecided
                 new["rewards"] = _decided(given, new["rewards"])
-            new = {**{c: row[c] for c in row if c in kept}, **new}
+            new = {**{c: row[c] for c in row if c in kept and c != COLUMN}, **new}
             if keep is None and isinstance(row.get("source"), str):
                 new["source"] = row["source"]
         except RowError as error:
@@ -159,7 +171,7 @@ def adapt(
 
 def _read_of_common(kind: Kind) -> set[str]:
     """The columns that are read beside those of a format."""
-    read = {"id", "system", "tools"}
+    read = {"id", "system", "tools", COLUMN}
     if kind in ("pair", "prompt"):
         read.add("ground_truth")
     return read | {"truth_chosen"} if kind == "pair" else read
@@ -246,7 +258,7 @@ def _together(
     A column that one of them has not is null, as in a row of its own.
     """
     joined, firsts = [], []
-    same = ("prompt", "system", "tools", "ground_truth")
+    same = ("prompt", "system", "tools", "ground_truth", COLUMN)
     for _, run in groupby(range(len(rows)), key=lambda i: repr([rows[i].get(c) for c in same])):
         alike = list(run)
         lists = {c: [rows[i].get(c) for i in alike] for c in columns}

@@ -11,7 +11,7 @@ The marks around the thinking of an assistant's turn are control even so: a mode
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from rpo_trainer.data.templates import set_chat_template, stop_clock
 from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.foreign import UNREADABLE
+from rpo_trainer.template_kwargs import kwargs_key
 
 if TYPE_CHECKING:
     from transformers import AddedToken, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ __all__ = ["ChatRenderer", "Rendered", "set_chat_template"]
 
 Tools = list[Any] | None
 
+MOST_RENDERERS = 256  # with variables of their own, kept at once
 PRIVATE = 0xF0000  # a plane of characters that no text uses
 # The names of tokens around thinking: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
 THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
@@ -100,9 +102,16 @@ def trained_turns(messages: Sequence[Message]) -> list[int]:
 
 @dataclass
 class ChatRenderer:
-    """Renders conversations by the chat template of `tokenizer`."""
+    """Renders conversations by the chat template of `tokenizer`.
+
+    Args:
+        template_kwargs: variables that the template gets beside the conversation (`enable_thinking`);
+            see `using` for those of a row.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _others: dict[tuple[str, bool], ChatRenderer] = field(init=False, default_factory=dict)
     _special: re.Pattern[str] | None = field(init=False)
     _names: list[str] = field(init=False)
     _stand_in: re.Pattern[str] = field(init=False)
@@ -123,6 +132,32 @@ class ChatRenderer:
         last = chr(PRIVATE + max(len(self._names) - 1, 0))
         self._stand_in = re.compile(f"[{chr(PRIVATE)}-{last}]")
         self._reserved = re.compile(f"{self._stand_in.pattern}|{SENTINEL}")
+
+    def using(
+        self, template_kwargs: Mapping[str, Any] | None, *, parsed: bool = False
+    ) -> ChatRenderer:
+        """The renderer with these variables in place of its own.
+
+        Args:
+            parsed: text of special tokens in them is control, as in `conversation`.
+        """
+        key = kwargs_key(template_kwargs), parsed
+        if key[0] == kwargs_key(self.template_kwargs):
+            return self
+        if key not in self._others:
+            if (
+                len(self._others) >= MOST_RENDERERS
+            ):  # rows with documents have variables of their own
+                self._others.clear()
+            other = ChatRenderer(self.tokenizer, dict(template_kwargs or {}))
+            if not parsed:  # by its own names: with other variables a template writes other tokens
+                other.template_kwargs = other._hide(other.template_kwargs)
+            self._others[key] = other
+        return self._others[key]
+
+    def text(self, messages: Sequence[Message], tools: Tools = None) -> str:
+        """What the template writes for a conversation. Raises RowError where it refuses it."""
+        return self._render(list(messages), tools)
 
     def _marks(self) -> list[str]:
         """Tokens that the template writes around turns although the tokenizer does not call them
@@ -318,6 +353,7 @@ class ChatRenderer:
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
+                    **self.template_kwargs,
                     chat_template=stop_clock(self.tokenizer.get_chat_template(None, tools)),
                 )
             if len(text) > CHARACTERS:

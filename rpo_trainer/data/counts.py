@@ -68,6 +68,11 @@ def unread_key(key: str) -> str:
     )
 
 
+def unread_variable(name: str) -> str:
+    """The warning about a variable of `chat_template_kwargs` that no template reads."""
+    return f"`{name}` of `chat_template_kwargs`, which no chat template reads there"
+
+
 @dataclass
 class SpecialText:
     """Rows of a source that were looked at for the text of control tokens, and what was found."""

@@ -161,7 +161,10 @@ def _kind_of_format(name: str) -> Kind | None:
 
 def _adapt(raw: RawSource, source: SourceSpec, kind: Kind, audit: Audit) -> list[Row]:
     columns = source.columns
-    return adapt(raw, kind=kind, format=source.format, columns=columns, unscored=True, audit=audit)
+    return adapt(
+        raw, kind=kind, format=source.format, columns=columns, unscored=True,
+        source_kwargs=source.chat_template_kwargs, audit=audit,
+    )  # fmt: skip
 
 
 def _reasons(error: RPOTrainerError) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rpo_trainer.data.rows import Message, Row
+from rpo_trainer.template_kwargs import COLUMN, kwargs_key
 
 if TYPE_CHECKING:
     from rpo_trainer.data.audit import Audit
@@ -84,14 +85,14 @@ def shared(rows: Iterable[Row], others: Sequence[Row]) -> tuple[list[Row], list[
 
 
 def drop_duplicates(rows: Sequence[Row], how: Dedup | None, audit: Audit) -> list[Row]:
-    """The first row of each prompt; the others are counted."""
+    """The first row of each prompt, with the same variables of the chat template; the others are counted."""
     if how is None:
         return list(rows)
     key = prompt_key if how == "exact" else loose_prompt_key
-    seen: set[bytes] = set()
+    seen: set[tuple[bytes, str]] = set()
     kept = []
     for row in rows:
-        found = key(row)
+        found = key(row), kwargs_key(row.get(COLUMN))
         if found in seen:
             audit.drop("repeated_prompt", row["id"])
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -245,6 +245,7 @@ def encode_prompt(
     tools: list[dict[str, Any]] | None = None,
     *,
     parsed: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a prompt to sample a response behind: the same tokens that training puts there.
 
@@ -253,8 +254,10 @@ def encode_prompt(
 
     Args:
         parsed: text of special tokens in the prompt is control (`special_tokens: parse`).
+        template_kwargs: variables of the chat template.
     """
-    renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
+    renderer = ChatRenderer(tokenizer).using(template_kwargs, parsed=parsed)
+    encoder = Encoder(tokenizer)
     if not isinstance(prompt, str):
         return encoder.encode([renderer.prompt(prompt, tools, parsed=parsed)])[0][0]
     ids, _ = encoder._batch([prompt], literal=not parsed)[0]
@@ -262,12 +265,14 @@ def encode_prompt(
     return [*([] if written else encoder.begin), *ids]
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """Ids that end a response: the end token, and those that the chat template ends an answer and a call
     with, if any (its own marker, or the token that opens the next turn)."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
-        renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
+        renderer, encoder = ChatRenderer(tokenizer).using(template_kwargs), Encoder(tokenizer)
         for answer in _ANSWERS:
             ids = _trained(renderer, encoder, answer)
             again = _trained(renderer, encoder, _twice(answer)) if "tool_calls" in answer else ids

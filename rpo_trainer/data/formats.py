@@ -79,7 +79,9 @@ class Format:
 
 
 # Read for every format, beside its own columns.
-COMMON = ("id", "source", "system", "tools", "ground_truth", "truth_chosen")
+COMMON = (
+    "id", "source", "system", "tools", "ground_truth", "truth_chosen", "chat_template_kwargs",
+)  # fmt: skip
 
 # ---------------------------------------------------------------- SFT
 

@@ -18,6 +18,7 @@ from rpo_trainer.data.rows import Kind, Row, SpecialTokens, raise_all
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.data.tokenize import TOKENISED, Truncation, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
+from rpo_trainer.template_kwargs import COLUMN, Kwargs, check_kwargs
 
 if TYPE_CHECKING:
     import datasets
@@ -71,6 +72,8 @@ def load_rows(
                 keep=keep,
                 unscored=unscored,
                 special_tokens=spec.special_tokens,
+                source_kwargs=spec.chat_template_kwargs,
+                model_kwargs=spec.model_kwargs,
                 audit=audit,
             )
             named.append((raw.name, rows))
@@ -97,6 +100,7 @@ def prepare_dataset(
     attributes: Sequence[str] = (),
     rating_range: tuple[float, float] | None = None,
     special_tokens: SpecialTokens | None = None,
+    chat_template_kwargs: Kwargs | None = None,
     audit: Audit | None = None,
 ) -> datasets.Dataset:
     """Tokenised examples of raw rows in any known format; tokenised ones are returned as they are.
@@ -108,10 +112,13 @@ def prepare_dataset(
         special_tokens: what the text of special tokens in the rows stands for: `text` = letters,
             `parse` = the tokens, for rows that went through a chat template before. None: `text`, with
             a warning where rows hold some.
+        chat_template_kwargs: variables of the chat template for all rows of messages; a row's own column of
+            this name goes before them, key by key.
         audit: counts what is dropped; None: the counts are logged.
 
     Raises:
         DataError, Problems, ModelError: as `load_rows`, `filter_rows` and `tokenize_rows`.
+        RecipeError: `chat_template_kwargs` that the chat template does not read.
     """
     import datasets
 
@@ -129,6 +136,7 @@ def prepare_dataset(
         )
     if not isinstance(dataset, datasets.Dataset) and set(TOKENISED) <= set(raw_rows[0]):
         return datasets.Dataset.from_list(raw_rows)
+    check_kwargs(chat_template_kwargs, tokenizer, COLUMN)
     counted = audit or Audit()
     arrow = isinstance(dataset, datasets.Dataset)
     raw = RawSource("dataset", raw_rows, list(range(len(raw_rows))), "dataset", arrow)
@@ -138,6 +146,7 @@ def prepare_dataset(
         kind=kind,
         require_rewards=require_rewards,
         special_tokens=special_tokens,
+        model_kwargs=chat_template_kwargs,
         audit=counted,
     )
     _observe(rows, kind, counted)

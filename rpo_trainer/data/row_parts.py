@@ -1,4 +1,5 @@
-"""Parts of a raw row that every format reads, or refuses, alike: tools, system prompt, media, nulls."""
+"""Parts of a raw row that every format reads, or refuses, alike: tools, system prompt, variables of the
+chat template, media, nulls."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 from rpo_trainer.data.conversation import with_system
 from rpo_trainer.data.rows import MEDIA, Row, RowError, check_text, is_blank, is_empty, is_messages
+from rpo_trainer.template_kwargs import COLUMN, Kwargs, fault_of, merged
 
 Raw = Mapping[str, Any]
 
@@ -17,26 +19,46 @@ def tools(row: Raw) -> Row:
 
     It may be one tool, and JSON text as a whole or in each of its parts.
     """
-    tools = _from_json(row.get("tools"))
+    tools = _from_json(row.get("tools"), "tools")
     if not tools:
         return {}
     if isinstance(tools, Mapping):
         tools = [tools]
     if isinstance(tools, list):
-        tools = [_from_json(tool) for tool in tools]
+        tools = [_from_json(tool, "tools") for tool in tools]
     if not is_messages(tools):
         raise RowError("`tools` is not a list of objects")
     wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
     return {"tools": wrapped}
 
 
-def _from_json(value: Any) -> Any:
+def template_kwargs(row: Raw, new: Row, of_source: Kwargs | None, of_model: Kwargs | None) -> Row:
+    """The variables of the chat template that a row is rendered with (`chat_template_kwargs`).
+
+    Args:
+        row: its own column, an object or the JSON text of one, goes before the others.
+        new: the converted row; those of the model are for messages, since no template renders a text.
+    """
+    given = _from_json(row.get(COLUMN), COLUMN)
+    if is_empty(given) and not isinstance(given, Mapping):
+        given = {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise RowError(f"`{COLUMN}` is not an object")
+    for name, value in given.items():
+        if (fault := fault_of(name, value)) is not None:
+            raise RowError(f"in `{COLUMN}`: {fault}")
+    text = "messages" not in new and isinstance(new["prompt"], str)
+    found = merged(None if text else of_model, of_source, given)
+    return {COLUMN: found} if found else {}
+
+
+def _from_json(value: Any, column: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise RowError("`tools` is text that is not JSON") from None
+        raise RowError(f"`{column}` is text that is not JSON") from None
 
 
 def unread_system(new: Row, raw: Raw) -> list[str]:

@@ -14,7 +14,8 @@ Rows are plain dicts, so that they can be written to JSON as they are:
 A row with messages may carry "tools" (a list of function descriptions for the chat template). A
 row whose responses came as messages may carry "response_fields": for each response the keys of its
 message beside role and content (thinking, for example). "special_tokens" is `text` or `parse` where
-the source says how text of special tokens is read.
+the source says how text of special tokens is read; "chat_template_kwargs" are the variables that its
+chat template gets, those of the row, its source and the model together.
 """
 
 from __future__ import annotations
@@ -394,5 +395,6 @@ def row_texts(row: Row) -> Iterable[str]:
     yield from row.get("responses", ())
     if "response" in row:
         yield row["response"]
+    yield from leaf_texts(row.get("chat_template_kwargs"))
     for message in (*messages, *row.get("response_fields", ())):
         yield from (message[key] for key in THINKING if isinstance(message.get(key), str))

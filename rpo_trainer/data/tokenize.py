@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain, trained_turns
-from rpo_trainer.data.counts import ALIKE, unread_key
+from rpo_trainer.data.counts import ALIKE, unread_key, unread_variable
 from rpo_trainer.data.encode import Encoded, Encoder
 from rpo_trainer.data.processes import map_batches, processes_for
 from rpo_trainer.data.rows import (
@@ -27,6 +27,7 @@ from rpo_trainer.data.rows import (
 )
 from rpo_trainer.data.written import left_out
 from rpo_trainer.errors import DataError
+from rpo_trainer.template_kwargs import COLUMN, variables
 
 if TYPE_CHECKING:
     import datasets
@@ -201,6 +202,7 @@ class _Tokenizer:
     ) -> None:
         self.renderer = ChatRenderer(tokenizer)
         self.encoder = Encoder(tokenizer)
+        self.variables = variables(tokenizer)
         self.kind = kind
         self.max_length = max_length
         self.truncation = truncation
@@ -246,8 +248,9 @@ class _Tokenizer:
         else:
             talks = _conversations(row)
             last_only = "messages" not in row
+            renderer = self.renderer.using(row.get(COLUMN), parsed=parsed)
             texts = [
-                self.renderer.conversation(talk, tools, last_only=last_only, parsed=parsed)
+                renderer.conversation(talk, tools, last_only=last_only, parsed=parsed)
                 for talk in talks
             ]
             unread = set()
@@ -265,12 +268,17 @@ class _Tokenizer:
             self._count(row, {"tools"} if tools else set())
         else:
             parsed = row.get("special_tokens") == "parse"
-            rendered = self.renderer.prompt(prompt, tools, parsed=parsed)
+            renderer = self.renderer.using(row.get(COLUMN), parsed=parsed)
+            rendered = renderer.prompt(prompt, tools, parsed=parsed)
             self._count(row, self._unread(row, prompt, rendered))
 
     def _count(self, row: Row, unread: set[str]) -> None:
         for key in sorted(unread):
             self.audit.warn("tools_not_rendered" if key == "tools" else unread_key(key), row["id"])
+        plain = "messages" not in row and isinstance(row["prompt"], str)
+        read = frozenset() if plain else self.variables
+        for name in sorted(set(row.get(COLUMN) or ()) - read):
+            self.audit.warn(unread_variable(name), row["id"])
         if row.get("special_tokens") is not None:
             return
         found: set[str] = set()
@@ -282,7 +290,8 @@ class _Tokenizer:
         self.audit.add_special_text(row["source"], found & self.renderer.control_tokens)
 
     def _unread(self, row: Row, talk: list[Message], rendered: Rendered) -> set[str]:
-        found = left_out(self.renderer, talk, row.get("tools"), rendered)
+        renderer = self.renderer.using(row.get(COLUMN), parsed=rendered.parsed)
+        found = left_out(renderer, talk, row.get("tools"), rendered)
         for reason in found.warnings:
             self.audit.warn(reason, row["id"])
         return found.keys

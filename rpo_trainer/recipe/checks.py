@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from rpo_trainer.template_kwargs import COLUMN, fault_of
+
 CHECK = "recipe_check"  # the error type of everything found here
 PREFERENCE_KINDS = ("dpo", "rpo")
 PREFERENCE_DATA = ("filter", "generate", "score", "pairs", "refresh", "rows_of")
@@ -107,8 +109,20 @@ def _exactly_one(
         yield wrong((first,), what, why=why, fix=f"add `{first}: ...` or `{second}: ...`")
 
 
+def template_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    """Names in `chat_template_kwargs` that can be variables of a chat template."""
+    given = raw.get(COLUMN)
+    if not isinstance(given, dict):
+        return
+    for name, value in given.items():
+        if isinstance(name, str) and (fault := fault_of(name, value)) is not None:
+            why = "a chat template gets it from elsewhere, or cannot get it at all"
+            yield wrong((COLUMN, name), fault, why=why, fix=f"remove `{name}`")
+
+
 def model_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     """One origin of the weights; random weights say of what model and with what tokenizer."""
+    yield from template_checks(raw)
     yield from _exactly_one(raw, "name_or_path", "from_config", "`model`")
     config = raw.get("from_config")
     if not isinstance(config, dict):
@@ -128,6 +142,7 @@ def model_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
 
 def source_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     """A path or a task, with the fields that belong to it."""
+    yield from template_checks(raw)
     yield from _exactly_one(raw, "path", "task", "a source")
     given = _given(raw, "path", "task")
     if len(given) != 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from pydantic_core import InitErrorDetails
 
 from rpo_trainer.recipe import checks, eval_checks, reward_checks
@@ -38,12 +38,27 @@ class SourceSpec(Spec):
         "the tokens, for rows that went through a chat template before; by default `text`, and an error "
         "where most rows hold some",
     )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="variables of the chat template for the rows of this source; a row's own column of "
+        "this name goes before them, and they go before `model.chat_template_kwargs`, key by key",
+    )
     weight: float | None = Field(
         None, gt=0, description="share of this source in the mixture, relative to the other sources"
     )
     max_rows: int | None = Field(None, ge=1, description="use at most so many rows")
     size: int | None = Field(None, ge=1, le=10**7, description="number of rows that a task makes")
     seed: int | None = Field(None, ge=0, lt=2**32, description="seed of a task's rows")
+    _model_kwargs: dict[str, Any] | None = PrivateAttr(None)
+
+    @property
+    def model_kwargs(self) -> dict[str, Any] | None:
+        """`model.chat_template_kwargs` of the recipe that the source is part of."""
+        return self._model_kwargs
+
+    def inherit(self, model_kwargs: dict[str, Any] | None) -> None:
+        """Takes over `model.chat_template_kwargs`; the recipe does it for its sources."""
+        self._model_kwargs = model_kwargs
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
@@ -121,9 +136,16 @@ class EndpointSpec(Spec):
         description="further tries of a request, each after a longer wait (Retry-After)",
     )
 
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="variables of the chat template of the model there (vLLM, SGLang), sent with each "
+        "chat request; by default those of the row, and for a judge none. `{}`: none are sent",
+    )
+
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        return reward_checks.endpoint_checks(raw)
+        yield from checks.template_checks(raw)
+        yield from reward_checks.endpoint_checks(raw)
 
 
 class JudgeSpec(EndpointSpec):

@@ -38,6 +38,11 @@ class ModelSpec(Spec):
         description="path of a Jinja chat template, or a built-in one (`chatml`, `plain`); by "
         "default the tokenizer's own",
     )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="variables of the chat template, such as `enable_thinking: false`, wherever a "
+        "conversation is rendered; those of a source and of a row go before these, key by key",
+    )
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(
         False,

@@ -330,6 +330,23 @@ class Recipe(Spec):
         min_length=1, description="the stages, in order"
     )
 
+    def model_post_init(self, _: Any) -> None:
+        """The sources get the model's `chat_template_kwargs`."""
+        for _, source in self.sources():
+            source.inherit(self.model.chat_template_kwargs)
+
+    def sources(self) -> Iterator[tuple[str, SourceSpec]]:
+        """All sources of data, each with its key in the recipe."""
+        parts: list[tuple[str, EvalSpec | None]] = [("eval", self.eval)]
+        for stage in self.stages:
+            own = f"stages.{stage.name}"
+            for field in ("train", "eval"):
+                yield from _numbered(f"{own}.data.{field}", getattr(stage.data, field))
+            parts.append((f"{own}.eval", stage.eval))
+        for key, spec in parts:
+            for field in ("data", "preferences", "nll") if spec is not None else ():
+                yield from _numbered(f"{key}.{field}", getattr(spec, field))
+
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """Stages as mappings, each with the defaults that belong to its kind."""
@@ -348,6 +365,10 @@ class Recipe(Spec):
         yield from reward_checks.reference_checks(raw)
         yield from eval_checks.eval_reference_checks(raw)
         yield from peft_chain_checks(raw)
+
+
+def _numbered(key: str, sources: list[SourceSpec]) -> Iterator[tuple[str, SourceSpec]]:
+    yield from ((f"{key}.{number}", source) for number, source in enumerate(sources))
 
 
 def with_defaults(stage: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import click
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.rewards.options import SERVICE, service_fields, source_spec, valid, weights_of
+from rpo_trainer.template_kwargs import parse_kwargs
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens
@@ -31,6 +32,12 @@ _special_tokens = click.option(
     "--special-tokens",
     type=click.Choice(["text", "parse"]),
     help="How text of special tokens in INPUT is read: as letters (default), or as the tokens.",
+)
+_kwargs = click.option(
+    "--kwargs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A variable of the chat template, such as enable_thinking=false; may be repeated.",
 )
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 
@@ -60,6 +67,7 @@ _service = _options(
 @click.command()
 @_source
 @_special_tokens
+@_kwargs
 @_output
 @click.option("--verifier", help="Rewards from the rows' right answers: exact, numeric, ...")
 @click.option("--allow-code-execution", is_flag=True, help="Let the verifier `asserts` run code.")
@@ -77,6 +85,7 @@ def score(
     format_: str | None,
     columns: Sequence[str],
     special_tokens: SpecialTokens | None,
+    kwargs: Sequence[str],
     output: Path,
     verifier: str | None,
     allow_code_execution: bool,
@@ -126,19 +135,29 @@ def score(
             why="it is what a server calls its model; a verifier or --model has no server",
             fix="add --endpoint URL or --judge URL, or leave it out",
         )
+    if kwargs and verifier is not None:
+        raise RecipeError(
+            "--kwargs belongs to --model, --endpoint or --judge",
+            why="a verifier reads the responses alone: no chat template is rendered",
+            fix="leave it out",
+        )
     if endpoint is not None:
         fields["endpoint"] = service_fields(endpoint, name, service)
     if judge is not None:
         asked = {key: value for key, value in judged.items() if value is not None}
-        fields["judge"] = {**service_fields(judge, name, service), **asked}
+        # A judge reads the rows as text: the variables are those of its own template.
+        own = {} if not kwargs else {"chat_template_kwargs": parse_kwargs(kwargs)}
+        fields["judge"] = {**service_fields(judge, name, service), **asked, **own}
     spec = valid(ScoreSpec, {k: v for k, v in fields.items() if v is not None})
-    source = source_spec(data, format_, columns, special_tokens)
+    rendered = () if judge is not None else kwargs
+    source = source_spec(data, format_, columns, special_tokens, rendered)
     score_file(source, output, spec, click.echo)
 
 
 @click.command()
 @_source
 @_special_tokens
+@_kwargs
 @_output
 @click.option("--policy", "policies", multiple=True, help="A model: directory or hub name.")
 @click.option(
@@ -172,6 +191,7 @@ def generate(
     format_: str | None,
     columns: Sequence[str],
     special_tokens: SpecialTokens | None,
+    kwargs: Sequence[str],
     output: Path,
     policies: Sequence[str],
     endpoints: Sequence[str],
@@ -206,7 +226,7 @@ def generate(
     at = [service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
     spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **settings})
     generate_file(
-        source_spec(data, format_, columns, special_tokens), output, spec,
+        source_spec(data, format_, columns, special_tokens, kwargs), output, spec,
         seed=seed, chat_template=chat_template, say=click.echo,
     )  # fmt: skip
 
@@ -318,6 +338,7 @@ def _show(name: str, found: Calibration) -> None:
 )
 @click.option("--tokenizer", help="Directory or hub name: lengths, truncation, template.")
 @click.option("--chat-template", help="chatml, plain, or a Jinja file; else the tokenizer's own.")
+@_kwargs
 @click.option("--max-length", type=click.IntRange(2), help="Longest prompt + response, in tokens.")
 @click.option(
     "--truncation",
@@ -333,6 +354,7 @@ def audit(
     against: Path | None,
     tokenizer: str | None,
     chat_template: str | None,
+    kwargs: Sequence[str],
     max_length: int | None,
     truncation: Literal["drop", "cut"],
     as_json: bool,
@@ -340,14 +362,14 @@ def audit(
     """Audit INPUT: what a stage would drop, and what it would learn without being told."""
     from rpo_trainer.data.doctor import audit_file
 
-    if tokenizer is None and (max_length is not None or chat_template is not None):
+    if tokenizer is None and (max_length is not None or chat_template is not None or kwargs):
         raise RecipeError(
-            "--max-length and --chat-template need --tokenizer",
+            "--max-length, --chat-template and --kwargs need --tokenizer",
             why="a row's length is counted in tokens, after the template is applied",
             fix="add --tokenizer MODEL, or leave them out",
         )
     found = audit_file(
-        source_spec(data, format_, columns),
+        source_spec(data, format_, columns, kwargs=kwargs),
         against=against,
         tokenizer=tokenizer,
         chat_template=chat_template,

@@ -253,7 +253,7 @@ def generate_file(
             with ranks.together():
                 if ranks.rank() == 0:
                     for name in spec.policies:
-                        _audit_template(rows, name, chat_template)
+                        _audit_template(rows, name, chat_template, source)
             made = sample_rows(
                 out, rows, policies, spec, seed=seed, ranks=ranks,
                 then=lambda made: _report(out, key, len(made), settings),
@@ -270,17 +270,22 @@ def _model_spec(name: str, chat_template: str | None) -> ModelSpec:
     return ModelSpec.model_validate({"name_or_path": name, "chat_template": chat_template})
 
 
-def _audit_template(rows: Sequence[Row], name: str, chat_template: str | None) -> None:
+def _audit_template(
+    rows: Sequence[Row], name: str, chat_template: str | None, source: SourceSpec
+) -> None:
     """Logs what the chat template of a policy leaves out of the prompts.
 
     Raises:
         DataError, Problems: as `audit_prompts`.
+        RecipeError: `--kwargs` that the chat template does not read.
     """
     from rpo_trainer.data.tokenize import audit_prompts
     from rpo_trainer.loading import load_tokenizer
+    from rpo_trainer.template_kwargs import check_kwargs
 
     audit = Audit()
     tokenizer = load_tokenizer(_model_spec(name, chat_template), Path())
+    check_kwargs(source.chat_template_kwargs, tokenizer, "--kwargs")
     audit_prompts(rows, tokenizer, audit, refuse_special_text=True)
     audit.log(logger, "the rows", f"{name}: ")
 

@@ -56,6 +56,7 @@ def source_of(
     format: str | None = None,
     columns: dict[str, str] | None = None,
     special_tokens: SpecialTokens | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> SourceSpec:
     """A source as a recipe would name it."""
     return SourceSpec.model_validate(
@@ -64,6 +65,7 @@ def source_of(
             "format": format,
             "columns": columns or None,
             "special_tokens": special_tokens,
+            "chat_template_kwargs": chat_template_kwargs,
         }
     )
 
@@ -73,7 +75,8 @@ def _adapted(raw: RawSource, kind: Kind, source: SourceSpec, audit: Audit, **how
     audit.add_read(raw.name, len(raw.rows))
     return adapt(
         raw, kind=kind, format=source.format, columns=source.columns, keep=None, used=_COLUMNS,
-        special_tokens=source.special_tokens, audit=audit, **how,
+        special_tokens=source.special_tokens, source_kwargs=source.chat_template_kwargs,
+        audit=audit, **how,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ the responses come from the policy itself, as the caller's arguments shape it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,12 +29,14 @@ from transformers import (
 from rpo_trainer.data import encode_prompt, end_token_ids
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, RecipeError
+from rpo_trainer.template_kwargs import kwargs_key
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[dict[str, Any]]
 Tools = Sequence[list[dict[str, Any]] | None]  # of each prompt
+TemplateKwargs = Sequence[Mapping[str, Any]]  # of each prompt
 
 
 class Sample(NamedTuple):
@@ -62,6 +64,7 @@ def sample_responses(
     keys: Sequence[str] | None = None,
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
+    template_kwargs: TemplateKwargs | None = None,
     shard: tuple[int, int] = (0, 1),
     gather: Gather = lambda found: found,
 ) -> list[list[Sample]]:
@@ -76,7 +79,7 @@ def sample_responses(
                 model, tokenizer, prompts, range(len(prompts)), responses=responses,
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                 batch_size=batch_size, seed=seed, keys=keys, tools=tools, parsed=parsed,
-                shard=shard,
+                template_kwargs=template_kwargs, shard=shard,
             )
         )
     )  # fmt: skip
@@ -99,6 +102,7 @@ def iter_responses(
     keys: Sequence[str] | None = None,
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
+    template_kwargs: TemplateKwargs | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, list[Sample]]]:
     """(index of a wanted prompt, its K sampled responses), a batch at a time.
@@ -120,6 +124,7 @@ def iter_responses(
             same numbers.
         tools: function descriptions of each prompt, for the chat template.
         parsed: whether text of special tokens in each prompt stands for the tokens.
+        template_kwargs: variables of the chat template for each prompt.
         shard: (rank, world size): which of the batches this process decodes.
 
     Raises:
@@ -154,7 +159,7 @@ def iter_responses(
 
     yield from _generate(
         model, tokenizer, prompts, wanted, choose, responses, max_new_tokens, batch_size, tools,
-        parsed, shard,
+        parsed, template_kwargs, shard,
     )  # fmt: skip
 
 
@@ -196,13 +201,14 @@ def greedy_responses(
     batch_size: int = 64,
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
+    template_kwargs: TemplateKwargs | None = None,
     shard: tuple[int, int] = (0, 1),
     gather: Gather = lambda found: found,
 ) -> list[Sample]:
     """The likeliest next token at every step: one response a prompt; else as `sample_responses`."""
     own = _generate(
         model, tokenizer, prompts, range(len(prompts)), lambda *_: [], 1, max_new_tokens, batch_size,
-        tools, parsed, shard,
+        tools, parsed, template_kwargs, shard,
     )  # fmt: skip
     found = gather(dict(own))
     return [found[index][0] for index in range(len(prompts))]
@@ -219,6 +225,7 @@ def _generate(
     batch_size: int,
     tools: Tools | None,
     parsed: Sequence[bool] | None,
+    template_kwargs: TemplateKwargs | None,
     shard: tuple[int, int],
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Batches of prompts of like length, longest first: memory runs out at once or never.
@@ -241,11 +248,12 @@ def _generate(
             tools[index] if tools is not None else None,
             index,
             parsed=parsed is not None and parsed[index],
+            template_kwargs=template_kwargs[index] if template_kwargs is not None else None,
         )
         for index, prompt in enumerate(prompts)
     ]
     check_room(model.config, encoded, max_new_tokens)
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model, tokenizer, template_kwargs or ())
     config = _generation_config(tokenizer, ends, max_new_tokens)
     prompts_per_batch, left = max(1, batch_size // copies), set(wanted)
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
@@ -301,9 +309,12 @@ def _encode(
     index: int,
     *,
     parsed: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     try:
-        ids = encode_prompt(tokenizer, prompt, tools, parsed=parsed)
+        ids = encode_prompt(
+            tokenizer, prompt, tools, parsed=parsed, template_kwargs=template_kwargs
+        )
     except RowError as error:
         raise DataError(
             str(error),
@@ -351,11 +362,18 @@ def _sample(row: list[int], ends: list[int], to_text: Callable[[list[int]], str]
     return Sample(to_text(row[:stop]), finished=stop is not None)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Iterable[Mapping[str, Any]],
+) -> list[int]:
     """What ends a response in training, and the end tokens of the checkpoint, often several."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     listed = named if isinstance(named, list) else [named]
-    ends = {*end_token_ids(tokenizer), *(token for token in listed if token is not None)}
+    # One short rendering for each set of variables: they may change what ends a turn.
+    distinct = {kwargs_key(each): each for each in ({}, *template_kwargs)}
+    trained = [token for each in distinct.values() for token in end_token_ids(tokenizer, each)]
+    ends = {*trained, *(token for token in listed if token is not None)}
     if not ends:
         raise ModelError(
             "the tokenizer has no end token",

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.rows import (
     THINKING,
@@ -16,6 +16,10 @@ from rpo_trainer.data.rows import (
     is_empty,
     response_message,
 )
+from rpo_trainer.template_kwargs import COLUMN
+
+if TYPE_CHECKING:
+    from rpo_trainer.recipe import EndpointSpec
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,18 @@ def scored_conversation(row: Row, number: int) -> tuple[list[Message], dict[str,
     return chat_messages([*before, response_message(row, number)]), tools
 
 
+def template_options(spec: EndpointSpec, row: Row | None) -> dict[str, Any]:
+    """`chat_template_kwargs` as vLLM and SGLang take them: options of a chat request, {} for none.
+
+    Args:
+        row: its own are sent where the endpoint has none of its own; None: it has none.
+    """
+    given = spec.chat_template_kwargs
+    if given is None:
+        given = row.get(COLUMN) if row is not None else None
+    return {"extra_body": {COLUMN: dict(given)}} if given else {}
+
+
 def prompt_text(row: Row) -> str:
     """The prompt of a row as a judge reads it, after the tools it has."""
     prompt, tools = row["prompt"], row.get("tools")
@@ -75,13 +91,21 @@ def response_text(row: Row, number: int) -> str:
     return _said(response_message(row, number))
 
 
-def warn_unsent(rows: Sequence[Row], where: str, *, completions: bool = False) -> None:
+def warn_unsent(
+    rows: Sequence[Row],
+    where: str,
+    *,
+    completions: bool = False,
+    documents: bool = True,
+) -> None:
     """One warning about what rows say and a server is not told, with counts of rows.
 
     Args:
-        completions: prompts that are text go to the completions interface, which takes no tools.
+        completions: prompts that are text go to the completions interface, which takes neither tools
+            nor variables of a chat template.
+        documents: `documents` among the variables of a row are sent.
     """
-    counts = Counter(name for row in rows for name in _unsent(row, completions))
+    counts = Counter(name for row in rows for name in _unsent(row, completions, documents))
     if counts:
         logger.warning(
             "%s: not sent to the server: %s (of %d rows)",
@@ -91,7 +115,7 @@ def warn_unsent(rows: Sequence[Row], where: str, *, completions: bool = False) -
         )
 
 
-def _unsent(row: Row, completions: bool) -> set[str]:
+def _unsent(row: Row, completions: bool, documents: bool) -> set[str]:
     text = isinstance(row["prompt"], str)
     messages = [*([] if text else row["prompt"]), *(row.get("response_fields") or ())]
     found = {
@@ -104,6 +128,11 @@ def _unsent(row: Row, completions: bool) -> set[str]:
         found.add("`special_tokens`")
     if text and completions and row.get("tools"):
         found.add("`tools` of a prompt that is text")
+    given = row.get(COLUMN) or {}
+    if given.get("documents") and not documents:
+        found.add(f"`documents` of `{COLUMN}`")
+    if given and text and completions:
+        found.add(f"`{COLUMN}` of a prompt that is text")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from rpo_trainer.reward_model import attributes_of
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard
 from rpo_trainer.rewards.weights import resolve_weights
 from rpo_trainer.step import response_scores
+from rpo_trainer.template_kwargs import COLUMN, unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +81,8 @@ class RewardModel:
         """
         wanted = set(pending)
         rank, world = shard
+        if rank == 0:
+            self._warn_unread(rows)
         examples: dict[int, list[_Example]] = {}
         for index, row in enumerate(rows):
             try:
@@ -95,15 +99,30 @@ class RewardModel:
                 if index in wanted:
                     yield Done(index, self._fields(own))
 
+    def _warn_unread(self, rows: Sequence[Row]) -> None:
+        """One warning about variables of rows that its chat template does not read."""
+        counts = Counter(
+            name
+            for row in rows
+            if not isinstance(row["prompt"], str)
+            for name in unread(row.get(COLUMN), self.tokenizer)
+        )
+        for name, count in sorted(counts.items()):
+            logger.warning(
+                "%s: its chat template does not read `%s` of `%s` (%d of %d rows)",
+                self.path, name, COLUMN, count, len(rows),
+            )  # fmt: skip
+
     def encode(self, row: Row) -> list[list[int]]:
         """Token ids of the prompt with each response. Raises RowError: longer than the context."""
         prompt, tools = row["prompt"], row.get("tools")
         parsed = row.get("special_tokens") == "parse"
+        renderer = self._renderer.using(row.get(COLUMN), parsed=parsed)
         if isinstance(prompt, str):
             texts = [render_plain(prompt, response, parsed=parsed) for response in row["responses"]]
         else:
             texts = [
-                self._renderer.conversation(
+                renderer.conversation(
                     [*prompt, response_message(row, number)], tools, last_only=True, parsed=parsed
                 )
                 for number in range(len(row["responses"]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.template_kwargs import parse_kwargs
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens
@@ -55,12 +56,13 @@ def source_spec(
     format_: str | None,
     columns: Sequence[str],
     special_tokens: SpecialTokens | None = None,
+    kwargs: Sequence[str] = (),
 ) -> SourceSpec:
-    """A file as a source, with `--column` as `columns`."""
+    """A file as a source, with `--column` as `columns` and `--kwargs` as `chat_template_kwargs`."""
     from rpo_trainer.rewards.files import source_of
 
     named = dict(_assignment(text, "--column") for text in columns)
-    return source_of(data, format_, named, special_tokens)
+    return source_of(data, format_, named, special_tokens, parse_kwargs(kwargs))
 
 
 def weights_of(text: str | None) -> dict[str, float] | str | None:

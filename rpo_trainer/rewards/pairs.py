@@ -165,7 +165,7 @@ def _preference_row(
         "source": row["source"],
         "prompt": row["prompt"],
         **({"tools": row["tools"]} if row.get("tools") else {}),
-        **{name: row[name] for name in ("special_tokens",) if row.get(name)},
+        **{name: row[name] for name in ("special_tokens", "chat_template_kwargs") if row.get(name)},
         "responses": [scored.text for scored in kept],
         **(
             {"response_fields": [row["response_fields"][scored.number] for scored in kept]}

@@ -14,8 +14,9 @@ import xxhash
 from rpo_trainer.data.rows import THINKING, Row, is_empty
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
-from rpo_trainer.rewards.messages import chat_messages, warn_unsent
+from rpo_trainer.rewards.messages import chat_messages, template_options, warn_unsent
 from rpo_trainer.rewards.rowfile import ALONE, Done, Ranks, Shard, complete, content_key, one_by_one
+from rpo_trainer.template_kwargs import kwargs_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -73,7 +74,8 @@ class LocalPolicy:
             temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k,
             batch_size=spec.batch_size, seed=self.seed, keys=keys,
             tools=[row.get("tools") for row in rows],
-            parsed=[row.get("special_tokens") == "parse" for row in rows], shard=shard,
+            parsed=[row.get("special_tokens") == "parse" for row in rows],
+            template_kwargs=kwargs_of(rows), shard=shard,
         )  # fmt: skip
         for index, samples in found:
             texts = [sample.text for sample in samples]
@@ -93,12 +95,15 @@ class EndpointPolicy:
         self.seed = seed
         self.endpoint = Endpoint(endpoint)
         settings = sampling_settings(spec)
-        self.key = content_key("endpoint", endpoint.url, endpoint.model, settings, seed)
+        own = () if endpoint.chat_template_kwargs is None else (endpoint.chat_template_kwargs,)
+        self.key = content_key("endpoint", endpoint.url, endpoint.model, settings, seed, *own)
 
     def sample(
         self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
     ) -> Iterator[Done]:
-        warn_unsent(rows, self.endpoint.spec.url, completions=True)
+        spec = self.endpoint.spec
+        own = spec.chat_template_kwargs is not None
+        warn_unsent(rows, spec.url, completions=True, documents=not own)
         left_out: list[str] = []  # one entry a response; all threads add to it
 
         def make(index: int) -> dict[str, Any]:
@@ -131,6 +136,9 @@ class EndpointPolicy:
         if spec.top_k:  # not in OpenAI's own interface; vLLM and most servers know it
             options["extra_body"] = {"top_k": spec.top_k}
         prompt = row["prompt"]
+        if not isinstance(prompt, str) and (variables := template_options(self.endpoint.spec, row)):
+            body = {**options.get("extra_body", {}), **variables["extra_body"]}
+            options["extra_body"] = body
 
         def send(client: OpenAI) -> Any:
             if isinstance(prompt, str):

@@ -16,7 +16,7 @@ from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.files import file_digest
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
 from rpo_trainer.rewards.judge import judge_row, read_template
-from rpo_trainer.rewards.messages import scored_conversation, warn_unsent
+from rpo_trainer.rewards.messages import scored_conversation, template_options, warn_unsent
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard, Work, content_key, one_by_one
 from rpo_trainer.rewards.verifiers import FailedChecks, Verifier, check_rows, get_verifier
 from rpo_trainer.rewards.weights import PRESETS, resolve_weights
@@ -141,18 +141,20 @@ class _ByEndpoint:
         names = list(by_name) if by_name is not None else ["reward"]
         self.weights = resolve_weights(weights, names)
         self.endpoint = Endpoint(spec)
-        self.key = content_key("endpoint", spec.url, spec.model, self.weights)
+        own = () if spec.chat_template_kwargs is None else (spec.chat_template_kwargs,)
+        self.key = content_key("endpoint", spec.url, spec.model, self.weights, *own)
 
     def check(self, rows: Sequence[Row]) -> None:
-        warn_unsent(rows, self.endpoint.spec.url)
+        own = self.endpoint.spec.chat_template_kwargs is not None
+        warn_unsent(rows, self.endpoint.spec.url, documents=not own)
 
     def work(self, rows: Sequence[Row]) -> Work:
         def make(index: int) -> dict[str, Any]:
             row = rows[index]
-            found = []
+            found, variables = [], template_options(self.endpoint.spec, row)
             for number in range(len(row["responses"])):
                 messages, tools = scored_conversation(row, number)
-                found.append(self.endpoint.chat(messages, self._read, **tools))
+                found.append(self.endpoint.chat(messages, self._read, **tools, **variables))
             scores = [by_name for by_name, _ in found]
             rewards = [sum(w * each[name] for name, w in self.weights.items()) for each in scores]
             return {"rewards": rewards, "scores": scores, "answers": [text for _, text in found]}
@@ -178,11 +180,15 @@ class _ByJudge:
             path = (base_dir or Path()) / Path(spec.template).expanduser()
         self.template = read_template(path)
         self.endpoint = Endpoint(spec)
-        self.options = {"max_tokens": spec.max_tokens, "temperature": spec.temperature}
+        self.options: dict[str, Any] = {
+            "max_tokens": spec.max_tokens,
+            "temperature": spec.temperature,
+            **template_options(spec, None),
+        }
         self.key = content_key("judge", spec.url, spec.model, self.template, self.options)
 
     def check(self, rows: Sequence[Row]) -> None:
-        warn_unsent(rows, self.endpoint.spec.url)
+        warn_unsent(rows, self.endpoint.spec.url, documents=False)
         single = [str(row["id"]) for row in rows if len(row["responses"]) < 2]
         if single:
             raise DataError(

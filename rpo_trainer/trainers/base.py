@@ -255,6 +255,7 @@ class PackedTrainer(SavingTrainer):
             truncation=args.truncation,  # type: ignore[arg-type]
             require_rewards=self.needs_rewards,
             special_tokens=args.special_tokens,  # type: ignore[arg-type]
+            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
             **self.data_options(args),
             audit=audit,
         )

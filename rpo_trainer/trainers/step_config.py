@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from rpo_trainer.batch import Layout
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
+from rpo_trainer.template_kwargs import faults
 from rpo_trainer.trainers.arguments import (
     bfloat16_by_default,
     checkpointing_by_default,
@@ -126,7 +127,7 @@ class StepConfig(TrainingArguments):
     }
     unlike_trl: ClassVar[tuple[str, ...]] = ()
     compared_with_trl: ClassVar[bool] = True
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "derived"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "derived", "chat_template_kwargs"]  # noqa: RUF012
 
     max_length: int | None = described(
         "Longest prompt + response, in tokens; None: no limit.", 1024
@@ -138,6 +139,11 @@ class StepConfig(TrainingArguments):
     special_tokens: str | None = described(
         "What the text of special tokens in the rows stands for: `text` (letters) or `parse` (the "
         "tokens, for rows that went through a chat template before). None: `text`, with a warning.",
+        None,
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = described(  # noqa: RUF009
+        "Variables of the chat template, such as {'enable_thinking': False}, for rows of messages (a dict, "
+        "or JSON); a row's own column of this name goes before them, key by key.",
         None,
     )
     global_batch_size: int | None = described(
@@ -334,6 +340,7 @@ class StepConfig(TrainingArguments):
             problems.append(f"truncation must be drop or cut, got {self.truncation!r}")
         if self.special_tokens not in (None, "text", "parse"):
             problems.append(f"special_tokens must be text or parse, got {self.special_tokens!r}")
+        problems += faults(self.chat_template_kwargs)
         if self.layout not in ("auto", *get_args(Layout)):
             names = ", ".join(get_args(Layout))
             problems.append(f"layout must be auto or one of {names}, got {self.layout!r}")

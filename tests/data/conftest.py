@@ -105,7 +105,7 @@ def source() -> Callable[..., Any]:
 
     def make(path: str | None = None, **fields: Any) -> Any:
         names = ["task", "split", "format", "columns", "weight", "max_rows", "size", "seed"]
-        names.append("special_tokens")
+        names += ["special_tokens", "chat_template_kwargs", "model_kwargs"]
         return SimpleNamespace(path=path, **{**dict.fromkeys(names), **fields})
 
     return make

@@ -283,7 +283,7 @@ def test_a_prompt_that_the_messages_hold_is_not_missed(column: str) -> None:
     assert audit.unread_columns == {"src": [column]}
 
 
-@pytest.mark.parametrize("column", ["chat_template_kwargs", "margin", "loss_mask", "sample_weight"])
+@pytest.mark.parametrize("column", ["enable_thinking", "margin", "loss_mask", "sample_weight"])
 @pytest.mark.parametrize("value", [0.5, {"enable_thinking": False}])
 def test_columns_that_change_training_are_warnings(column: str, value: Any) -> None:
     for kind, row in (

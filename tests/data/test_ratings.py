@@ -179,7 +179,19 @@ def test_some_prompt_is_held_out_and_some_is_left() -> None:
 
 def source(path: Path, **fields: Any) -> Any:
     fields = {"path": str(path), "format": None, "columns": None, **fields}
-    empty = dict.fromkeys(("task", "split", "weight", "max_rows", "size", "seed", "special_tokens"))
+    empty = dict.fromkeys(
+        (
+            "task",
+            "split",
+            "weight",
+            "max_rows",
+            "size",
+            "seed",
+            "special_tokens",
+            "chat_template_kwargs",
+            "model_kwargs",
+        )
+    )
     return SimpleNamespace(**{**empty, **fields})
 
 

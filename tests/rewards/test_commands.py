@@ -606,3 +606,51 @@ def test_audit_shows_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["kind"] == "pair"
     assert run("audit", data, "--max-length", "10") == 2
     assert "need --tokenizer" in capsys.readouterr().err
+
+
+TALKS = [{"prompt": [{"role": "user", "content": c}], "ground_truth": c} for c in "ab"]
+WITH_MODE = (
+    "{{ mode }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+)
+
+
+def test_generate_with_variables_of_the_template(
+    tmp_path: Path, policies: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.jinja").write_text(WITH_MODE)
+    rows = [TALKS[0], {**TALKS[1], "chat_template_kwargs": {"mode": "row"}}]
+    command = (
+        "generate", write(tmp_path / "p.jsonl", rows), "--policy", policies[0],
+        "--chat-template", tmp_path / "t.jinja", "--max-new-tokens", 4,
+    )  # fmt: skip
+    found = {}
+    for mode in ("a", "b"):
+        out = tmp_path / f"{mode}.jsonl"
+        assert run(*command, "-o", out, "--kwargs", f"mode={mode}") == 0
+        found[mode] = read(out)
+        given = [row["chat_template_kwargs"] for row in found[mode]]
+        assert given == [{"mode": mode}, {"mode": "row"}]  # read again with the responses
+    first, second = found["a"], found["b"]
+    assert first[0]["responses"] != second[0]["responses"]
+    assert first[1] == second[1]
+    # Another mode is other work, not a file that is finished.
+    assert run(*command, "-o", tmp_path / "a.jsonl", "--kwargs", "mode=b") == 2
+    assert run(*command, "-o", tmp_path / "c.jsonl", "--kwargs", "depth=1") == 2
+    assert "`depth`" in capsys.readouterr().err
+
+
+def test_score_with_variables_of_a_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "p.jsonl", [{**TALKS[0], "responses": ["x", "yy"]}])
+    assert run("score", data, "-o", tmp_path / "o", "--verifier", "exact", "--kwargs", "a=1") == 2
+    assert "--kwargs" in capsys.readouterr().err
+    for by, wanted in (("--endpoint", "reward:1"), ("--judge", "[[A]]")):
+        with serving(lambda *_, wanted=wanted: Answer(wanted)) as server:
+            out = tmp_path / f"{by}.jsonl"
+            assert (
+                run("score", data, by, server.url, "--name", "m", "--kwargs", "a=1", "-o", out) == 0
+            )
+        assert {json.dumps(r["chat_template_kwargs"]) for r in server.asked} == {'{"a": 1}'}
+        assert ("chat_template_kwargs" in read(out)[0]) == (by == "--endpoint")

@@ -147,3 +147,59 @@ def test_what_answers_say_beside_their_text_is_counted(
     rows = adapted({"prompt": PROMPT}, {"prompt": "p"}, kind="prompt")
     sampled(rows, Answer("x", beside={key: [CALL] if key == "tool_calls" else "t"}))
     assert f"2 responses came with `{key}`" in caplog.text
+
+
+# ---------------------------------------------------------------- variables of the chat template
+
+GIVEN = {"enable_thinking": False, "documents": [{"text": "DOC"}]}
+
+
+@pytest.mark.parametrize("own", [None, {}, {"depth": 1}], ids=["rows", "none", "its own"])
+@pytest.mark.parametrize("by", ["sampling", "endpoint", "judge"])
+def test_variables_of_a_row_or_of_the_endpoint_are_in_the_body(
+    by: str, own: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = set()
+    row = {"prompt": PROMPT, "chat_template_kwargs": GIVEN}
+    for given in (own, {"depth": 2}):
+        with serving(lambda *_: Answer("[[A]]" if by == "judge" else "reward:1")) as server:
+            at = {"url": server.url, "model": "m", "chat_template_kwargs": given}
+            if by == "sampling":
+                spec = GenerateSpec.model_validate(
+                    {"responses": 1, "max_new_tokens": 4, "top_k": 3, "endpoints": [at]}
+                )
+                policy = EndpointPolicy(spec.endpoints[0], spec, seed=0)
+                list(policy.sample(adapted(row, kind="prompt"), [0], ["0"], (0, 1)))
+                keys.add(policy.key.replace(server.url, ""))
+                assert server.asked[0]["top_k"] == 3
+            else:
+                rows = adapted(pair(chat_template_kwargs=GIVEN))
+                scorer = make_scorer(ScoreSpec.model_validate({by: at}))
+                scorer.check(rows)
+                list(scorer.work(rows)([0], (0, 1)))
+        wanted = given if given is not None else None if by == "judge" else GIVEN
+        assert all(r.get("chat_template_kwargs") == (wanted or None) for r in server.asked)
+    warned = any("documents" in record.getMessage() for record in caplog.records)
+    assert warned  # of what the second endpoint is not told
+
+
+def test_the_key_of_what_is_sampled_and_scored_depends_on_them() -> None:
+    spec = GenerateSpec.model_validate({"responses": 1, "max_new_tokens": 4})
+    for make in (
+        lambda at: EndpointPolicy(EndpointSpec.model_validate(at), spec, seed=0).key,
+        lambda at: make_scorer(ScoreSpec.model_validate({"endpoint": at})).key,
+    ):
+        keys = [
+            make({"url": "http://h/v1", "model": "m", "chat_template_kwargs": given})
+            for given in (None, {}, {"a": 1}, {"a": 2})
+        ]
+        assert len(set(keys)) == 4
+
+
+def test_a_prompt_of_text_has_no_template_to_send_them_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = adapted({"prompt": "p", "chat_template_kwargs": {"a": 1}}, kind="prompt")
+    (request, _) = sampled(rows, Answer("x"))
+    assert "chat_template_kwargs" not in request
+    assert "`chat_template_kwargs` of a prompt that is text (1)" in caplog.text

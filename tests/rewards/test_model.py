@@ -194,3 +194,22 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
     character_tokenizer().save_pretrained(tmp_path / "bert")
     with pytest.raises(ModelError, match="no score head"):
         RewardModel(tmp_path / "bert")
+
+
+def test_rows_are_scored_with_their_variables(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "{{ mode }}" + TEMPLATE.replace(
+        "\n{% endfor", "{% if m['role'] == 'assistant' %}</s>{% endif %}\n{% endfor"
+    )
+    model = RewardModel(save_model(tmp_path, template=template))
+    talk = {"prompt": [{"role": "user", "content": "hi"}], "responses": ["yo", "no"]}
+    given = [{"mode": "b"}, {"mode": "c", "depth": 1}, {}]
+    rows = [{**talk, "id": str(n), "chat_template_kwargs": each} for n, each in enumerate(given)]
+    texts = [
+        [model.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") for ids in found]
+        for found in map(model.encode, rows)
+    ]
+    assert texts == [[f"{mode}u:hia:{r}" for r in ("yo", "no")] for mode in ("b", "c", "")]
+    assert len({found["rewards"][0] for found in scores(model, rows).values()}) == 3
+    assert "`depth` of `chat_template_kwargs` (1 of 3 rows)" in caplog.text

@@ -287,3 +287,28 @@ def test_the_model_stays_a_whole_model(start, make_trainer):
     assert isinstance(model.forward, types.FunctionType | types.MethodType)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(ids).logits, before)
+
+
+@pytest.mark.parametrize("given", [{"mode": "x"}, '{"mode": "x"}'], ids=["dict", "JSON"])
+def test_variables_of_the_template_are_those_of_the_config_and_of_the_row(
+    given, character_model, make_trainer, tokenizer
+):
+    talk = {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}
+    rows = [talk, {**talk, "chat_template_kwargs": {"mode": "y"}}]
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{{ mode }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    options = {"processing_class": own, "shuffle": False}
+    trainer = make_trainer(
+        "dpo", copy.deepcopy(character_model), rows, chat_template_kwargs=given, **options
+    )
+    prompts = [own.decode(trainer.train_dataset[n]["prompt_ids"]) for n in range(2)]
+    assert sorted(text.removeprefix("<s>").strip()[0] for text in prompts) == ["x", "y"]
+    assert trainer.args.chat_template_kwargs == {"mode": "x"}
+    for wrong in ({"depth": 1}, {"tools": []}, [1]):
+        with pytest.raises(RecipeError, match="chat_template_kwargs"):
+            make_trainer(
+                "dpo", copy.deepcopy(character_model), rows, chat_template_kwargs=wrong, **options
+            )
