@@ -16,6 +16,7 @@ from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.reward_model import as_reward_model, attributes_of, weights_of, with_pad_token
 from rpo_trainer.step import install, is_classifier, response_scores, uninstall
 from tests.models import FAMILIES, make_model
+from tests.test_probe import Blind
 from tests.test_step import Float64Inside, random_examples
 
 CLASSIFIED = [family for family in FAMILIES if family not in ("cohere", "granite")]
@@ -192,16 +193,12 @@ def test_the_probe_shares_prompts_for_known_families(family, dtype):
 def test_the_probe_sees_a_fresh_head_whose_scores_are_small(monkeypatch, caplog):
     """As a stock attention would: position ids alone, the siblings in plain sight."""
 
-    def blind(module, query, key, value, mask, packing_plan=None, **kwargs):
-        return attention.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-    monkeypatch.setitem(
-        attention.AttentionInterface._global_mapping, attention.ATTENTION_NAME, blind
-    )
+    functions = attention.AttentionInterface._global_mapping
+    monkeypatch.setitem(functions, attention.ATTENTION_NAME, Blind())
     model = as_reward_model(make_model("llama"))
     model.config.pad_token_id = 0
     layout, _ = probe(model)
-    assert layout == "padded" and "scores differ by" in caplog.text
+    assert layout == "padded" and "depends on the other texts of its batch" in caplog.text
 
 
 def test_a_head_that_only_the_model_knows_is_left_to_its_own_forward(caplog):

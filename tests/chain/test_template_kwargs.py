@@ -156,3 +156,21 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     with pytest.raises(Stopped):
         harness.run_tasks(None, None, spec, tmp_path, seed=0, template_kwargs={"mode": "a"})
     assert given["chat_template_args"] == {"mode": "a"}
+
+
+def test_a_generation_prompt_that_training_does_not_have_is_said(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path)
+    recipe["stages"] = recipe["stages"][:1]
+    opened = TEMPLATE.replace("}a:{%", "}a:{{ '<t>' if size }}{%")
+    (tmp_path / "t.jinja").write_text(opened)
+    said = {}
+    for size in (0, 1):
+        recipe["model"][COLUMN] = {"mode": "all", "size": size}
+        loaded = tiny.load(tmp_path, recipe)
+        lines = check_recipe(loaded, tmp_path / "run")
+        shown = [line.plain for line in preview(loaded, 1, colours=False)]
+        said[size] = [line for line in [*lines, *shown] if "<t>" in line]
+    assert not said[0]
+    assert len(said[1]) >= 2 and all("generation" in line for line in said[1])
+    assert any("WARNING" in line for line in said[1])
+    assert any(line.startswith("warning: ") for line in said[1])
