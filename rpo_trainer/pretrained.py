@@ -98,6 +98,7 @@ def load_complete(
         raise _other_tensors(error, where) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _adapter_there(where, beside=False)
+    _keep_used_conversions(model)
     folder = local_folder(source, settings.get("revision"))
     _require_complete(
         model, info, where, lambda: {} if folder is None else stored_tensors(folder, model.config)
@@ -107,6 +108,16 @@ def load_complete(
     if is_multimodal(model.config):
         _complete_multimodal(model, source, settings, where)
     return model
+
+
+def _keep_used_conversions(model: Any) -> None:
+    """Leaves only those conversions of tensor names to the model that its loading has used.
+
+    Saving reverts them. transformers does so itself, except under DeepSpeed ZeRO-3.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and all(hasattr(conversion, "was_used") for conversion in conversions):
+        model._weight_conversions = [c for c in conversions if c.was_used()]
 
 
 def _complete_multimodal(

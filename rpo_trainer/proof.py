@@ -236,9 +236,9 @@ def _embedded(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_(True)
+            output = output.detach().requires_grad_(True)
         found.append(output)
-        return output
+        return output.clone()  # some models change it in place
 
     handle = causal_lm(model).get_input_embeddings().register_forward_hook(keep)
     try:

@@ -19,6 +19,7 @@ from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
 from rpo_trainer.multimodal import freeze_towers, require_text_forward, towers_line
+from rpo_trainer.padding_row import require_kept_padding
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm
 from rpo_trainer.trainers.settings import defaults_of
@@ -146,6 +147,7 @@ def unprepared(model: Any) -> Any:
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
     four_bits.steady(model)
+    require_kept_padding(causal_lm(model))
     _freeze_towers(causal_lm(model), adapted=peft_config is not None or adapters.is_adapted(model))
     if peft_config is None:
         adapters.require_fit_model(model)

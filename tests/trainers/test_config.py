@@ -21,7 +21,11 @@ from rpo_trainer.trainers.names import ELSEWHERE
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SFTConfig, {"truncation": "keep_end"}, "truncation must be drop or cut, got 'keep_end'"),
-    (SFTConfig, {"layout": "dense"}, "layout must be auto or one of shared, packed, padded, single, got 'dense'"),
+    (
+        SFTConfig,
+        {"layout": "dense"},
+        "layout must be auto or one of shared, packed, padded, single, got 'dense'",
+    ),
     (SFTConfig, {"max_length": 1}, "max_length must be 2 or more, got 1"),
     (SFTConfig, {"tile_bytes": 0}, "tile_bytes must be positive, got 0"),
     (SFTConfig, {"micro_batch_tokens": 0}, "micro_batch_tokens must be positive, got 0"),
