@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from rpo_trainer import adapter_files, loading, model_checks
 from rpo_trainer.adapters import load_adapter
@@ -139,8 +140,8 @@ def test_memory_and_devices_are_no_fault_of_the_files(
     base: Any = llama()
     get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "adapter")
     for owner, name in (
-        (loading.AutoModelForCausalLM, "from_pretrained"),
-        (loading.AutoModelForCausalLM, "from_config"), (PeftModel, "from_pretrained"),
+        (AutoModelForCausalLM, "from_pretrained"), (AutoModelForCausalLM, "from_config"),
+        (PeftModel, "from_pretrained"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, fails)
     spec = ModelSpec(from_config={"model_type": "llama"}, tokenizer="characters", dtype="float32")

@@ -19,9 +19,9 @@ from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.loading import load_tokenizer_named
 from rpo_trainer.multimodal import freeze_towers, require_text_forward, towers_line
-from rpo_trainer.padding_row import require_kept_padding
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm
+from rpo_trainer.trainers.padding_row import require_kept_padding
 from rpo_trainer.trainers.settings import defaults_of
 from rpo_trainer.trainers.step_config import StepConfig
 

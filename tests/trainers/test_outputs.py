@@ -325,7 +325,7 @@ def test_a_chain_ends_so_in_every_output(between: str | None, tmp_path: Path) ->
     net: Any = (
         load_adapter(base, final, trainable=False) if between == "keep" else load_weights(final)
     )
-    assert _end_tokens(net, tokenizer()) == [0, 3]  # what is sampled stops where training did
+    assert _end_tokens(net, tokenizer(), []) == [0, 3]  # what is sampled stops where training did
 
 
 # --- what cannot be saved ---
