@@ -90,9 +90,8 @@ def _heads(head: Head) -> list[Head]:
 
 
 def _report(refused: list[str], layout: Layout, head: Head) -> None:
-    line = (
-        f"step layout: {_NAMES[layout]}, {'fused head' if head.fused else 'the model’s own logits'}"
-    )
+    how = "fused head" if head.fused else "the model's own logits"
+    line = f"step layout: {_NAMES[layout]}, {how}"
     if refused:
         logger.warning("%s (%s)", line, "; ".join(refused))
     else:
