@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rpo_trainer.errors import ModelError, first_line
 
@@ -105,6 +106,20 @@ def language_model_class(config: Any, where: str) -> Any:
         + (f", and its architectures ({', '.join(named)}) name none" if named else ""),
         fix=_FIX,
     )
+
+
+def whole_config(model: Any) -> Any:
+    """The composite configuration by which an Auto class loads a text part; None: its own is known."""
+    config, name = model.config, type(model).__name__
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or is_multimodal(config):
+        return None
+    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if class_name != name or model_type not in CONFIG_MAPPING:
+            continue
+        kind: Any = CONFIG_MAPPING[model_type]
+        if kind.sub_configs.get("text_config") is type(config):
+            return kind(text_config=config.to_dict(), architectures=[name])
+    return None
 
 
 def _one_of(kinds: Any, named: list[str]) -> Any:

@@ -22,7 +22,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 
 from rpo_trainer.errors import ModelError, RunError, first_line
-from rpo_trainer.multimodal import is_multimodal
+from rpo_trainer.multimodal import is_multimodal, whole_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -350,16 +350,19 @@ def _file_of(
 
 
 def remember_processor(model: Any, files: Mapping[str, bytes]) -> None:
-    """Notes on a model what `write_processor` is to write."""
+    """Notes on a model what `write_beside` is to write."""
     model._rpo_processor_files = dict(files)
 
 
-def write_processor(model: Any, folder: Path) -> None:
-    """Writes the processor's files of a multimodal model beside its weights, as they were.
+def write_beside(model: Any, folder: Path) -> None:
+    """Completes what `save_pretrained` has written of a model, for those who read it by an Auto class.
 
-    They are those of where it was loaded from: noted by the loader, or else in that directory or the hub's
-    cache.
+    A multimodal model gets the processor's files of where it was loaded from: noted by the loader, or else in
+    that directory or the hub's cache. A text part whose configuration no Auto class knows (Emu3, Mllama) gets
+    the whole configuration that stands for it.
     """
+    if (config := whole_config(model)) is not None:
+        config.save_pretrained(folder)
     if not is_multimodal(model.config):
         return
     files = getattr(model, "_rpo_processor_files", None)

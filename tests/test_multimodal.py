@@ -16,6 +16,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     Emu3ForCausalLM,
     ProcessorMixin,
@@ -27,6 +28,7 @@ from rpo_trainer.errors import ModelError
 from rpo_trainer.loading import auto_class, load_model_named, load_tokenizer_named, load_weights
 from rpo_trainer.model_checks import check_towers, check_unread
 from rpo_trainer.multimodal import random_model, text_decoder, tower_parameters
+from rpo_trainer.outputs import write_beside
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.step import token_logprobs
 from rpo_trainer.trainers.engine import may_be_unused
@@ -333,6 +335,13 @@ def test_a_text_config_that_no_auto_class_knows(tmp_path: Path) -> None:
     model = load_weights(tmp_path)
     assert type(model) is Emu3ForCausalLM
     assert isinstance(text_decoder(model), nn.Module)
+    # The output is read by an Auto class too: its configuration is the whole one that stands for this part.
+    model.save_pretrained(tmp_path / "out")
+    write_beside(model, tmp_path / "out")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(again) is Emu3ForCausalLM and not any(info.values())
+    assert again.config.to_diff_dict()["vocab_size"] == model.config.vocab_size
+    assert type(load_weights(tmp_path / "out")) is Emu3ForCausalLM
 
 
 @pytest.mark.parametrize(

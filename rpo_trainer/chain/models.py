@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, set_seed
 from rpo_trainer import adapter_files, adapters, distributed, four_bits
 from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.loading import check_vocabulary, load_model, load_weights
-from rpo_trainer.outputs import set_ends, write_processor
+from rpo_trainer.outputs import set_ends, write_beside
 from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.sharding import loading_whole
 from rpo_trainer.trainers.base import PackedTrainer
@@ -227,7 +227,7 @@ class Models:
         plain = model.unload()
         set_ends(plain)
         plain.save_pretrained(staged)
-        write_processor(plain, staged)
+        write_beside(plain, staged)
         write_manifest(staged)
         shutil.rmtree(own, ignore_errors=True)
         os.replace(staged, own)
@@ -277,7 +277,7 @@ class Models:
         set_ends(model, trainer.written.ends)
         model.save_pretrained(folder)
         trainer.written.tokenizer.save_pretrained(folder)
-        write_processor(model, folder)
+        write_beside(model, folder)
 
 
 def _replace(staged: Path, final: Path) -> None:

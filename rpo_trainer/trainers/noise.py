@@ -126,8 +126,8 @@ def disable_noise(model: nn.Module, why: str) -> None:
             for name in [name for name in found if _matters(model, name)]:
                 del found[name]
         _silence(model, found)
-    held = _hold(model) if is_noisy(model) else []
-    left = bool(held) and is_noisy(model)
+    held = _hold(model)
+    left = is_noisy(model)
     if not is_main():
         return
     if found:

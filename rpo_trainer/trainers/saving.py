@@ -25,7 +25,7 @@ from rpo_trainer.outputs import (
     joined_ends,
     repair_generation,
     warn_repaired,
-    write_processor,
+    write_beside,
 )
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, is_classifier
@@ -147,7 +147,7 @@ class SavingTrainer(WrappingTrainer):
     def _save_beside(self, folder: Path) -> None:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if not is_adapted(self.model):
-            write_processor(causal_lm(self.model), folder)
+            write_beside(causal_lm(self.model), folder)
             return
         make_base_absolute(folder)
         if self._staging is not None:

@@ -13,7 +13,9 @@ from tests.sweep.measure import Result
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
-_LAYOUTS = {"shared": "shared prompts", "packed": "packed", "padded": "padded"}  # fastest first
+_LAYOUTS = {  # fastest first
+    "shared": "shared prompts", "packed": "packed", "padded": "padded", "single": "single",
+}  # fmt: skip
 _HEADS = ("fused", "own logits")
 _FAILED = ("wrong", "crash")
 
@@ -29,7 +31,8 @@ again. This page is generated: `python -m benchmarks.models --write`.
 
 - **layout**: how rows go through the model. *Shared prompts*: the responses to a prompt are one row and the
   prompt is computed once. *Packed*: one row, the prompt once for each response. *Padded*: one response a row,
-  as in other trainers. The trainer finds the fastest layout that is exact for the model at hand; a family
+  as in other trainers. *Single*: one response a forward, for attention that selects tokens and would select
+  padding too. The trainer finds the fastest layout that is exact for the model at hand; a family
   whose layout depends on the length of its windows has both.
 - **head**: *fused*: log-probs without the matrix of logits. *Own logits*: the model's own forward makes them.
 - **LoRA**: whether `target_modules: all-linear` trains and merges. *Not the experts*: the weights of the

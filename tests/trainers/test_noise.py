@@ -16,6 +16,7 @@ from rpo_trainer.trainers import RewardConfig, RewardTrainer
 from rpo_trainer.trainers import noise as module
 from rpo_trainer.trainers.noise import disable_noise, is_noisy, noise_in
 from rpo_trainer.trainers.step_zero import plain_sums
+from tests.families import tiny_model
 from tests.models import VOCABULARY, make_model
 from tests.trainers.plain import make_rows
 
@@ -250,3 +251,15 @@ def test_plain_sums_are_those_of_the_step(layout: str, make_trainer: Any) -> Non
             token_logprobs(trainer.model, batch["model_inputs"]), batch["response_index"], 7
         )
         torch.testing.assert_close(plain_sums(trainer.model, batch), sums, atol=1e-4, rtol=1e-4)
+
+
+def test_what_draws_is_held_though_two_forwards_may_happen_to_agree() -> None:
+    """The router of Phi-3.5-MoE samples between experts whose scores are close, which few tokens have."""
+    model = tiny_model("phimoe")
+    disable_noise(model, "the test has none")
+    ids = torch.arange(6, 90)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+        for seed in range(5):
+            torch.manual_seed(seed)
+            assert torch.equal(model.train()(input_ids=ids, use_cache=False).logits, expected)
