@@ -53,7 +53,7 @@ def probe(
         tile_bytes: size of the head's tiles; None: the default.
 
     Raises:
-        ModelError: no layout gives it.
+        ModelError: no layout gives it, or the model's own forward fails.
     """
     training = model.training
     model.eval()
@@ -106,7 +106,17 @@ class _Proof:
         self.recorded = recorded
         self.examples = random_examples(model)
         self.others = random_examples(model, seed=1)
-        self.plain = plain_answers(model, self.examples)
+        try:
+            self.plain = plain_answers(model, self.examples)
+        except FORWARD_ERRORS as error:
+            if device_failed(error):
+                raise
+            raise ModelError(
+                f"a forward of {type(causal_lm(model)).__name__} fails",
+                why=f"{type(error).__name__}: {first_line(error)}",
+                fix="see whether it runs in another dtype (dtype=torch.float32) or with another "
+                "attn_implementation",
+            ) from error
         low = lowest_precision(model) in (torch.bfloat16, torch.float16)
         with last_bits_disturbed(model):
             disturbed = plain_answers(model, self.examples)

@@ -42,8 +42,11 @@ def test_no_layout_that_leaks_is_taken(family, dtype, weights):
     if weights == "fresh":
         torch.manual_seed(0)
         model = type(model)(model.config).eval()
-    layout, _ = probe(model.to(dtype))
-    assert layout in ("padded", "single")
+    if (family, dtype) == ("xlstm", torch.bfloat16):  # nor does it run in a stock forward
+        with pytest.raises(ModelError, match="a forward of xLSTMForCausalLM fails"):
+            probe(model.to(dtype))
+    else:
+        assert probe(model.to(dtype))[0] in ("padded", "single")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
