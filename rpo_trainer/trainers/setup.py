@@ -88,6 +88,16 @@ def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
         )
 
 
+def stop_input_gradients(model: nn.Module, args: Any) -> None:
+    """Removes the hooks by which transformers has gradients flow to frozen embeddings under checkpointing.
+
+    Only reentrant checkpointing needs them. They cost the backward of all that lies below the first adapter,
+    and fail in models that change their embeddings in place.
+    """
+    if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
+        causal_lm(model).disable_input_require_grads()
+
+
 def note_defaults(args: StepConfig) -> None:
     """A WARNING, once in a process, on settings that have a default which differs from TRL's."""
     if not args.compared_with_trl or not is_main():

@@ -26,6 +26,7 @@ from rpo_trainer.trainers.engine import (
     write_engine,
 )
 from rpo_trainer.trainers.guards import BeforeUpdate
+from rpo_trainer.trainers.setup import stop_input_gradients
 from rpo_trainer.trainers.step_config import StepConfig
 
 
@@ -74,6 +75,7 @@ class WrappingTrainer(Trainer):
         """transformers', with a pause between wrapping a model and loading its checkpoint."""
         # A checkpoint brings the intervals it was made with; those that are asked for now count.
         self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
+        stop_input_gradients(self.model, self.args)
         if not self.wraps_late:
             return super()._prepare_for_training(  # type: ignore[no-untyped-call]
                 max_steps, train_dataloader, resume_from_checkpoint

@@ -232,7 +232,9 @@ def _adapter(model: Any, pairs: list[dict[str, Any]]) -> Result:
     expected: dict[str, Tensor] = {}
 
     def before(trainer: Any) -> None:
-        twin: Any = peft.get_peft_model(plain, copy.deepcopy(config))
+        # As the trainer's own: towers of multimodal models are left out.
+        own = trainer.model.peft_config["default"]
+        twin: Any = peft.get_peft_model(plain, copy.deepcopy(own))
         twin.load_state_dict(trainer.model.state_dict())
         expected.update(_plain_step(_exact(twin.eval()), pairs)[1])
 
