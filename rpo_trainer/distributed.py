@@ -161,12 +161,17 @@ def merge(values: dict[Any, T]) -> dict[Any, T]:
 
 def greatest(value: int) -> int:
     """The greatest of all processes' values; one small exchange, off the GPU where gloo is there."""
+    return int(greatest_float(value))
+
+
+def greatest_float(value: float) -> float:
+    """As `greatest`, of floats (float64)."""
     if world_size() == 1:
         return value
     on_cpu = "gloo" in torch.distributed.get_backend_config()
-    found = torch.tensor([value], device="cpu" if on_cpu else device())
+    found = torch.tensor([value], dtype=torch.float64, device="cpu" if on_cpu else device())
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return int(found.item())
+    return float(found.item())
 
 
 def end(seconds: float = _END_SECONDS) -> bool:

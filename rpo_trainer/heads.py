@@ -64,7 +64,8 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
     decoder, module = text_decoder(model), model.get_output_embeddings()
     if not isinstance(module, nn.Module) or decoder is model:
         return None
-    vocabulary = rows_of(module.weight)
+    # The weight of a quantized head has another shape.
+    vocabulary = getattr(module, "out_features", None) or rows_of(module.weight)
     device = device_of(model)
     products = torch.tensor(_PRODUCTS, device=device)
     hidden: list[Tensor] = []
@@ -72,7 +73,9 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
 
     def replace_hidden(_: nn.Module, __: Any, outputs: Any) -> Any:
         shape = outputs.last_hidden_state.shape
-        hidden.append(torch.linspace(0.5, 1.5, shape.numel(), device=device).reshape(shape))
+        # Powers of two: a model that rounds them to its own dtype leaves them as they are.
+        exponents = torch.arange(shape.numel(), device=device).reshape(shape) % 5 - 2
+        hidden.append(2.0**exponents)
         outputs.last_hidden_state = hidden[-1]
         return outputs
 

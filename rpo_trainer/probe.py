@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 
 from rpo_trainer.adapters import lowest_precision
 from rpo_trainer.batch import Layout
+from rpo_trainer.distributed import broadcast, greatest_float, is_main
 from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.foreign import device_failed
 from rpo_trainer.heads import FORWARD_ERRORS, Head
@@ -27,7 +29,8 @@ from rpo_trainer.proof import (
     random_examples,
     sees_others,
 )
-from rpo_trainer.reach import Recording
+from rpo_trainer.reach import Recording, rotary_limit
+from rpo_trainer.sharding import has_shards
 from rpo_trainer.step import causal_lm, install, is_classifier, uninstall
 
 logger = logging.getLogger(__name__)
@@ -39,24 +42,34 @@ _NAMES = {
     "padded": "one response a row",
     "single": "one response a forward",
 }
-_DISAGREES = "disagrees"  # with plain forwards: its head may be the cause
+_DEPENDS = "a response depends on the other texts of its batch"
 
 
 def probe(
-    model: nn.Module, *, layout: Layout | None = None, tile_bytes: int | None = None
+    model: nn.Module,
+    *,
+    layout: Layout | None = None,
+    tile_bytes: int | None = None,
+    longest: int | None = None,
+    whose: str = "the model",
 ) -> tuple[Layout, Head]:
     """Installs the fastest layout that is proved to give what plain forwards give, and says which.
 
+    Sharded weights are asked by all ranks at once, and the ranks decide alike.
+
     Args:
-        model: a causal language model or a sequence classifier, wrapped or not, with whole weights.
+        model: a causal language model or a sequence classifier, wrapped or not.
         layout: the only one to try; None: shared, then packed, padded and single.
         tile_bytes: size of the head's tiles; None: the default.
+        longest: tokens of the longest text; None: not known. Some rotary embeddings change with it.
+        whose: what the model is called in messages.
 
     Raises:
         ModelError: no layout gives it, or the model's own forward fails.
     """
     training = model.training
     model.eval()
+    name = type(causal_lm(model)).__name__
     try:
         recorded = install(model)
         head: Head = causal_lm(model)._rpo_head
@@ -64,34 +77,83 @@ def probe(
         if tile_bytes is not None:
             head.tile_bytes = tile_bytes
         proof = _Proof(model, recorded)
+        against = _known_against(model, recorded, longest)
         refused: list[str] = []
         for candidate in (layout,) if layout else _LAYOUTS:
+            if against[candidate]:
+                refused.append(f"{_NAMES[candidate]}: {against[candidate][0]}")
+                continue
             for tried in _heads(head):
                 why = proof.refusal(candidate, tried)
                 if why is None:
-                    _report(refused, candidate, tried)
+                    _report(refused, candidate, tried, whose)
                     return candidate, tried
                 own = "" if tried.fused else " with the model's own logits"
                 refused.append(f"{_NAMES[candidate]}{own}: {why}")
-                if _DISAGREES not in why:
+                if why.startswith(_DEPENDS):  # whatever the head is
                     break
     finally:
         model.train(training)
     uninstall(model)
+    if layout:
+        raise ModelError(
+            f"layout={layout!r} does not give what plain forwards of {whose} ({name}) give",
+            why="; ".join(refused),
+            fix="layout='auto' finds one that does",
+        )
     raise ModelError(
-        f"no layout of the step gives what plain forwards of {type(causal_lm(model)).__name__} give",
+        f"no layout of the step gives what plain forwards of {whose} ({name}) give",
         why="; ".join(refused),
         fix="report the model's type, or set attn_implementation='sdpa' when loading it",
     )
+
+
+def probe_on_all_ranks(model: nn.Module, **settings: Any) -> tuple[Layout, Head]:
+    """`probe` on every rank, each of which takes what the first one finds: their batches go by the layout."""
+    found = probe(model, **settings)
+    layout, head = broadcast(found)
+    if (layout, head) != found:
+        install(model, layout=layout, head=head)
+    return layout, head
+
+
+def _known_against(
+    model: nn.Module, recorded: Recording, longest: int | None
+) -> dict[Layout, list[str]]:
+    """What speaks against each layout before it is tried."""
+    rotary = rotary_limit(model)
+    others, alone = [], []
+    if rotary is not None and (longest is None or longest > rotary.positions):
+        others.append(
+            f"its rotary embedding ({rotary.kind}) changes for all texts of a batch that has one beyond "
+            f"{rotary.positions} tokens"
+        )
+        if rotary.remembers and longest is not None:
+            alone.append(
+                f"its rotary embedding ({rotary.kind}) changes with the longest text that it has seen, and "
+                f"the data has one of {longest} tokens, more than {rotary.positions}"
+            )
+    return {
+        "shared": [*recorded.problems, *others],
+        "packed": [*recorded.problems, *others],
+        "padded": [
+            *recorded.selecting,
+            *others,
+        ],  # how much is selected of padding depends on the length
+        "single": alone,
+    }
 
 
 def _heads(head: Head) -> list[Head]:
     return [head, dataclasses.replace(head, fused=False)] if head.fused else [head]
 
 
-def _report(refused: list[str], layout: Layout, head: Head) -> None:
+def _report(refused: list[str], layout: Layout, head: Head, whose: str) -> None:
+    if not is_main():
+        return
     how = "fused head" if head.fused else "the model's own logits"
-    line = f"step layout: {_NAMES[layout]}, {how}"
+    of = "" if whose == "the model" else f" of {whose}"
+    line = f"step layout{of}: {_NAMES[layout]}, {how}"
     if refused:
         logger.warning("%s (%s)", line, "; ".join(refused))
     else:
@@ -117,40 +179,43 @@ class _Proof:
                 fix="see whether it runs in another dtype (dtype=torch.float32) or with another "
                 "attn_implementation",
             ) from error
-        low = lowest_precision(model) in (torch.bfloat16, torch.float16)
+        dtype = min(
+            (lowest_precision(model), self.plain.dtype or torch.float32), key=lambda d: d.itemsize
+        )
+        low = dtype in (torch.bfloat16, torch.float16)
         with last_bits_disturbed(model):
             disturbed = plain_answers(model, self.examples)
         size = 1.0 + self.plain.values.abs().max().item()
         if is_classifier(model):
             size -= 1.0  # a fresh head's scores are small
         noise = _furthest(disturbed, self.plain)
-        eps = torch.finfo(lowest_precision(model)).eps
+        eps = torch.finfo(dtype).eps
         self.tolerance = 8.0 * noise + (4.0 if low else 32.0) * eps * size
         self.relative = 0.2 if low else 1e-3
 
     def refusal(self, layout: Layout, head: Head) -> str | None:
         """Why the layout is not taken; None: nothing speaks against it."""
-        speaks_against = {
-            "shared": self.recorded.problems,
-            "packed": self.recorded.problems,
-            "padded": self.recorded.selecting,  # how much it selects of padding depends on the length
-            "single": [],
-        }
-        if speaks_against[layout]:
-            return speaks_against[layout][0]
         install(self.model, layout=layout, head=head)
+        why = None
         try:
-            return self._dependence(layout) or self._disagreement(layout)
+            why = self._dependence(layout) or self._disagreement(layout)
         except FORWARD_ERRORS as error:
             if device_failed(error):
                 raise
-            return f"{type(error).__name__}: {first_line(error)}"
+            why = f"{type(error).__name__}: {first_line(error)}"
+        if self._agreed(why is not None) and why is None:
+            return "another rank finds it wrong"
+        return why
+
+    def _agreed(self, value: float) -> float:
+        """The greatest value of the ranks that share the weights: they must take the same way from here."""
+        return greatest_float(float(value)) if has_shards(self.model) else float(value)
 
     def _disagreement(self, layout: Layout) -> str | None:
         found = self._ask(layout, with_gradients=True)
         off = _furthest(found, self.plain)
         if not off <= self.tolerance:
-            return f"{_DISAGREES} with plain forwards by {off:.2g} (rounding: {self.tolerance:.2g})"
+            return f"disagrees with plain forwards by {off:.2g} (rounding: {self.tolerance:.2g})"
         if found.gradients is not None and self.plain.gradients is not None:
             norm = self.plain.gradients.norm().clamp_min(1e-30)
             relative = ((found.gradients - self.plain.gradients).norm() / norm).item()
@@ -175,19 +240,20 @@ class _Proof:
             filled = self._ask(layout, pad_token_id=self.others[0]["prompt_ids"][0])
             if not torch.equal(base.values, filled.values):
                 off = max(off, _furthest(base, filled))
-        if off == 0.0:
+        if (off := self._agreed(off)) == 0.0:
             return None
-        # Rounding alone: experts compute as many tokens as are routed to them.
-        if off <= self.tolerance and not sees_others(
-            self.model, self.examples, layout, pad_token_id=self.pad_token_id
-        ):
-            return None
-        return f"a response depends on the other texts of its batch (by {off:.2g})"
+        # Rounding alone: experts compute as many tokens as are routed to them. A gradient that cannot be
+        # had proves nothing.
+        if off <= self.tolerance:
+            seen = sees_others(self.model, self.examples, layout, pad_token_id=self.pad_token_id)
+            if not self._agreed(seen is not False):
+                return None
+        return f"{_DEPENDS} (by {off:.2g})"
 
     @property
     def pad_token_id(self) -> int:
         config = causal_lm(self.model).config.get_text_config()
-        return getattr(config, "pad_token_id", None) or 0
+        return max(0, getattr(config, "pad_token_id", None) or 0)
 
     def _ask(
         self,

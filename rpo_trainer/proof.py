@@ -39,11 +39,13 @@ class Answers:
         owner: `[n]`, the response that each belongs to.
         gradients: `[P, H]` of a weighted sum of the values to the embeddings; those of a prompt summed over
             its responses. None: they cannot be had.
+        dtype: of the embeddings' output: an engine may compute in another than the weights'.
     """
 
     values: Tensor
     owner: Tensor
     gradients: Tensor | None
+    dtype: torch.dtype | None = None
 
 
 # --- the texts ---
@@ -55,7 +57,8 @@ def random_examples(model: nn.Module, seed: int = 0) -> list[Example]:
     rows = rows_of(inner.get_input_embeddings().weight)
     known = getattr(inner.config.get_text_config(), "vocab_size", None) or rows
     special = set(_special_tokens(inner.config.to_dict()))
-    usable = torch.tensor([token for token in range(min(rows, known)) if token not in special])
+    tokens_of = range(min(rows, known))
+    usable = torch.tensor([t for t in tokens_of if t not in special] or list(tokens_of))
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(n: int) -> list[int]:
@@ -140,7 +143,8 @@ def plain_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
         ends = [len(prompt) for prompt, _ in _texts(examples)]
         places = [(row[:end], row[end:]) for row, end in zip(rows, ends, strict=True)]
         gradients = _by_place(examples, places)
-    return Answers(flat.detach(), torch.tensor(owners), gradients)
+    dtype = embedded[0].dtype if embedded else None
+    return Answers(flat.detach(), torch.tensor(owners), gradients, dtype)
 
 
 def layout_answers(
@@ -179,12 +183,14 @@ def sees_others(
     Returns:
         None: gradients cannot be had.
     """
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        return None  # DeepSpeed runs backwards by itself
     batch = pack(examples, layout, pad_token_id=pad_token_id)
     inputs = to_device(batch["model_inputs"], device_of(model))
     run = response_scores if is_classifier(model) else token_logprobs
     with torch.enable_grad(), _embedded(model) as embedded:
         found = run(model, inputs)
-        if has_shards(model) or len(embedded) != 1:
+        if len(embedded) != 1:
             return None
         owner = _owner(batch, found).to(found.device)
         for number, (prompt, response) in enumerate(_places(examples, layout)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -186,3 +186,41 @@ def reach_of(mask_function: Callable[..., Any], local_size: int | None = None) -
         if torch.equal(seen.expand(len(queries), keys.shape[1]), sees(queries, keys, reach)):
             return reach
     return None
+
+
+class RotaryLimit(NamedTuple):
+    """Where a rotary embedding changes with the longest text of a forward.
+
+    Attributes:
+        kind: of the embedding (`longrope`, `dynamic`).
+        positions: of which a longer text changes the angles of all others in its batch.
+        remembers: later forwards too see what a longer one has changed.
+    """
+
+    kind: str
+    positions: int
+    remembers: bool
+
+
+def rotary_limit(model: nn.Module) -> RotaryLimit | None:
+    """The limit of a model's rotary embeddings; None: they do not depend on the length of a forward."""
+    found = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        config = getattr(module, "config", None)
+        if kinds is None or config is None:
+            continue
+        parameters = getattr(config, "rope_parameters", None) or {}
+        for layer, kind in (kinds if isinstance(kinds, dict) else {"": kinds}).items():
+            kind = str(kind)
+            if "dynamic" not in kind and kind != "longrope":
+                continue
+            own = parameters.get(layer, parameters) if isinstance(parameters, dict) else {}
+            limit = int(config.max_position_embeddings)
+            if kind == "longrope":
+                original = own.get("original_max_position_embeddings") or getattr(
+                    config, "original_max_position_embeddings", None
+                )
+                limit = int(original or limit)
+            found.append(RotaryLimit(kind, limit, remembers="dynamic" in kind))
+    return min(found, key=lambda one: one.positions, default=None)

@@ -33,7 +33,7 @@ from rpo_trainer.logprobs import linear_logprobs, logprobs_from_logits
 from rpo_trainer.multimodal import is_composite, text_decoder
 from rpo_trainer.reach import Recording, recording
 from rpo_trainer.router_loss import apart, asked, beside, only_sums, sums_of
-from rpo_trainer.sharding import device_of, has_shards
+from rpo_trainer.sharding import device_of, has_shards, rows_of
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of these classes
 _RECORDED_TOKENS = 8  # of the forward that attention is learned from
@@ -93,7 +93,8 @@ def install(
     inner.forward = types.MethodType(forward, inner)
     if head is None:
         ask = learn and not is_classifier(inner)
-        head = _within(model, lambda m: head_of(m, m._rpo_stock[0])) if ask else Head()
+        plain = Head(fused=not is_classifier(inner) or hasattr(inner, "score"))
+        head = _within(model, lambda m: head_of(m, m._rpo_stock[0])) if ask else plain
     inner._rpo_head = head
     if layout in ("padded", "single"):
         return Recording()
@@ -132,7 +133,8 @@ def uninstall(model: nn.Module) -> None:
 def _learn_reach(model: nn.Module) -> Recording:
     """One forward of a few tokens, each attention module told how far the model's mask for it reaches."""
     inner = causal_lm(model)
-    ids = torch.arange(_RECORDED_TOKENS, device=device_of(model))[None] % 8
+    rows = rows_of(inner.get_input_embeddings().weight)
+    ids = torch.arange(_RECORDED_TOKENS, device=device_of(model))[None] % rows
     arguments = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from rpo_trainer import attention, heads, proof
 from rpo_trainer.batch import pack
 from rpo_trainer.errors import ModelError
 from rpo_trainer.heads import Head
 from rpo_trainer.probe import probe
+from rpo_trainer.reach import rotary_limit
 from rpo_trainer.step import causal_lm, install, token_logprobs
 from tests.families import tiny_model
 from tests.models import FAMILIES, VOCABULARY, make_model
@@ -172,3 +178,102 @@ def test_texts_of_the_proof_hold_no_token_with_a_meaning():
         for example in proof.random_examples(model, seed):
             tokens = {*example["prompt_ids"]}.union(*example["response_ids"])
             assert not tokens & {0, 1, 2, 7}
+
+
+# --- rotary embeddings that change with the longest text ---
+
+
+def _long_rope(kind: str) -> nn.Module:
+    common = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0,
+    }  # fmt: skip
+    rope: dict = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        config = Phi3Config(
+            **common, max_position_embeddings=64, original_max_position_embeddings=16,
+            rope_parameters=rope,
+        )  # fmt: skip
+        return Phi3ForCausalLM(config).eval()
+    config = LlamaConfig(**common, max_position_embeddings=16, rope_parameters=rope)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_rotary_embedding_that_changes_with_the_longest_text(kind):
+    """Beside a text beyond its limit a short one would be read with other angles, in one row or one batch."""
+    model = _long_rope(kind)
+    limit = rotary_limit(model)
+    assert limit is not None and (limit.kind, limit.positions) == (kind, 16)
+    assert probe(model, longest=16)[0] == "shared"
+    if kind == "longrope":
+        assert probe(model, longest=17)[0] == probe(model)[0] == "single"
+    else:  # and later texts too
+        with pytest.raises(ModelError, match="no layout"):
+            probe(model, longest=17)
+    assert rotary_limit(make_model("llama")) is None
+
+
+def test_single_rows_of_longrope_are_right_at_any_length():
+    model = _long_rope("longrope")
+    examples = [
+        {"prompt_ids": [5] * n, "response_ids": [[7, 8, 9], [9] * k], "response_mask": [[1] * 3, [1] * k]}
+        for n, k in ((4, 5), (6, 40))
+    ]  # fmt: skip
+    expected = proof.plain_answers(model, examples).values
+    off = {}
+    for layout in ("shared", "padded", "single"):
+        install(model, layout=layout)
+        found = token_logprobs(model, pack(examples, layout)["model_inputs"])
+        off[layout] = (found - expected).abs().max().item()
+    assert off["single"] < 1e-5 < 5e-5 < min(off["shared"], off["padded"])
+
+
+# --- odd models and settings ---
+
+
+def test_a_layout_that_is_asked_for_and_wrong_says_so():
+    with pytest.raises(ModelError, match="layout='shared'"):
+        probe(tiny_model("mamba"), layout="shared")
+
+
+@pytest.mark.parametrize("vocabulary", [3, 4, 5, 7, 12])
+def test_vocabularies_of_a_few_tokens(vocabulary):
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    assert probe(LlamaForCausalLM(config))[0] == "shared"
+
+
+def test_the_head_of_a_model_that_rounds_in_front_of_it_is_fused():
+    layout, head = probe(tiny_model("mamba").to(torch.bfloat16))
+    assert layout == "padded" and head.fused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["jamba", "lfm2", "qwen3_next", "mixtral"])
+def test_shards_with_halves_take_no_leaking_layout(family, tmp_path):
+    """FSDP2 computes in bfloat16: the last bit tells, or else the gradient."""
+    script = tmp_path / "sharded.py"
+    script.write_text(
+        "import sys, torch, torch.distributed as dist\n"
+        "from torch.distributed.device_mesh import init_device_mesh\n"
+        "from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard\n"
+        "from rpo_trainer.probe import probe\n"
+        "from tests.families import tiny_model\n"
+        "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=0, world_size=1)\n"
+        "model = tiny_model(sys.argv[1])\n"
+        "policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)\n"
+        "fully_shard(model, mesh=init_device_mesh('cpu', (1,)), mp_policy=policy)\n"
+        "print('layout', probe(model)[0])\n"
+        "dist.destroy_process_group()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, str(script), family, str(tmp_path / "meeting")],
+        capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    wanted = "shared" if family == "mixtral" else "padded"
+    assert f"layout {wanted}" in ran.stdout, ran.stdout + ran.stderr

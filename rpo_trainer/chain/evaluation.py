@@ -22,7 +22,7 @@ from rpo_trainer.chain.data import at_most, evaluation_prompts
 from rpo_trainer.chain.harness import run_tasks
 from rpo_trainer.data import Audit, load_rows, tokenize_rows
 from rpo_trainer.files import write_with_digest
-from rpo_trainer.probe import probe
+from rpo_trainer.probe import probe_on_all_ranks
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.reference import ReferenceCache, reference_logps, response_key
 from rpo_trainer.rewards.judge import bias_lines, biases
@@ -328,7 +328,8 @@ class Evaluation:
         if all(value is not None for row in known for value in row):
             return known  # type: ignore[return-value]
         policy = self._policy(source)
-        layout, _ = probe(policy)
+        longest = max(len(e["prompt_ids"]) + max(map(len, e["response_ids"])) for e in examples)
+        layout, _ = probe_on_all_ranks(policy, longest=longest)
         half = self.dtype in (torch.bfloat16, torch.float16)
         precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
         try:

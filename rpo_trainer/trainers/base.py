@@ -23,7 +23,7 @@ from rpo_trainer.batch import Layout, to_device
 from rpo_trainer.errors import DataError
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
-from rpo_trainer.probe import probe
+from rpo_trainer.probe import probe_on_all_ranks
 from rpo_trainer.router_loss import asked_by_config
 from rpo_trainer.sharding import whole_on_every_rank
 from rpo_trainer.step import causal_lm, token_logprobs
@@ -31,7 +31,7 @@ from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.counting import flops_per_token, forward_tokens_of
 from rpo_trainer.trainers.examples import Examples, PackingCollator
-from rpo_trainer.trainers.fits import check_all_fit, check_fit
+from rpo_trainer.trainers.fits import check_all_fit, check_fit, check_layout, longest_text
 from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import MetricSums
@@ -133,6 +133,7 @@ class PackedTrainer(SavingTrainer):
             else self._examples(eval_dataset, processing_class, args, "eval")
         )
         check_all_fit(model, train, evaluation)
+        self._longest = longest_text(model, train, evaluation)
         if evaluation is not None:
             sets = evaluation if isinstance(evaluation, dict) else {None: evaluation}
             require_best_metric(
@@ -163,7 +164,7 @@ class PackedTrainer(SavingTrainer):
         self.router: RouterTerm | None = None
         if whole_on_every_rank(self.model):
             self._probe()
-        compile_if_asked(self.model, self.accelerator)
+            compile_if_asked(self.model, self.accelerator)
         self.pad_token_id = pad_token_id_of(processing_class)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self._train_metrics = MetricSums()
@@ -173,7 +174,9 @@ class PackedTrainer(SavingTrainer):
     def _probe(self) -> None:
         wanted: Any = None if self.args.layout == "auto" else self.args.layout
         with awake(self.model):
-            self.layout, _ = probe(self.model, layout=wanted, tile_bytes=self.args.tile_bytes)
+            self.layout, _ = probe_on_all_ranks(
+                self.model, layout=wanted, tile_bytes=self.args.tile_bytes, longest=self._longest
+            )
         self.router = router_term(self.model, self.args, self._reduce)
         if getattr(self.args, "disable_dropout", False):
             disable_noise(self.model, self.no_noise)
@@ -186,6 +189,7 @@ class PackedTrainer(SavingTrainer):
         if self._probed:
             return train_dataloader
         self._probe()
+        compile_if_asked(self.model, self.accelerator)
         self.data_collator = self._collator(self.train_dataset)
         return self.get_train_dataloader()
 
@@ -298,6 +302,7 @@ class PackedTrainer(SavingTrainer):
             raise ValueError("evaluation needs an eval_dataset")
         if eval_dataset is not examples:
             check_fit(self.model, examples, "eval")
+        check_layout(self.model, examples, self.layout, self._longest)
         return examples
 
     # --- the step ---

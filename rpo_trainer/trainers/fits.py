@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from rpo_trainer.batch import Layout
 from rpo_trainer.data import end_token_ids
 from rpo_trainer.distributed import is_main
-from rpo_trainer.errors import ModelError
+from rpo_trainer.errors import DataError, ModelError
 from rpo_trainer.model_checks import positions_of
+from rpo_trainer.reach import rotary_limit
 from rpo_trainer.sharding import rows_of
 from rpo_trainer.step import causal_lm
 from rpo_trainer.trainers.examples import Examples
@@ -157,10 +159,39 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
             yield ids, mask, last
 
 
+def longest_text(model: nn.Module, *sets: Any) -> int | None:
+    """Tokens of the longest text of the data sets; None where the model's layout does not depend on it."""
+    if rotary_limit(model) is None:
+        return None
+    each = [e for one in sets for e in (one.values() if isinstance(one, dict) else [one])]
+    return max((_longest(examples) for examples in each if examples is not None), default=0)
+
+
+def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: int | None) -> None:
+    """Raises DataError for data with texts for which the layout was not proved.
+
+    Args:
+        longest: of the texts that the layout was found for.
+    """
+    limit = rotary_limit(model)
+    if limit is None or longest is None or layout == "single" or longest > limit.positions:
+        return
+    if (length := _longest(examples)) > limit.positions:
+        raise DataError(
+            f"the data has a text of {length} tokens, and the trainer was made for {limit.positions}",
+            why=f"the model's rotary embedding ({limit.kind}) changes there, for all texts of a batch",
+            fix="give the trainer this data as eval_dataset when it is made, or set layout='single'",
+        )
+
+
+def _longest(examples: Examples) -> int:
+    return max((length for _, length in examples.shapes("padded")), default=0)
+
+
 def _extremes(examples: Examples) -> tuple[int, int, int]:
     """Largest and smallest token id, and tokens of the longest prompt with its longest response."""
     rows = examples.rows
-    longest = max(length for _, length in examples.shapes("padded"))
+    longest = _longest(examples)
     if not hasattr(rows, "with_format"):
         ids = [
             i for row in rows for part in (row["prompt_ids"], *row["response_ids"]) for i in part

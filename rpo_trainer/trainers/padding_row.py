@@ -48,8 +48,10 @@ def require_kept_padding(model: Any) -> None:
 
 def _zeroed_when_loaded(model: Any, place: int) -> bool:
     """Whether the class initializes the row of an embedding that is marked as loaded."""
-    trial = nn.Embedding(place + 1, 1, padding_idx=place)
-    with torch.no_grad():
+    if model.is_remote_code():
+        return False  # transformers leaves what it has loaded of these alone
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        trial = nn.Embedding(place + 1, 1, padding_idx=place)
         trial.weight.fill_(1.0)
         trial.weight._is_hf_initialized = True  # type: ignore[attr-defined]
         model._init_weights(trial)

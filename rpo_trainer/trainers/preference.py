@@ -18,8 +18,9 @@ from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.loading import load_model_named
 from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
 from rpo_trainer.model_checks import check_same_vocabulary
-from rpo_trainer.probe import probe
+from rpo_trainer.probe import probe_on_all_ranks
 from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
+from rpo_trainer.step import causal_lm
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.engine import shard_reference
@@ -158,7 +159,12 @@ class PreferenceTrainer(PackedTrainer):
         if self.ref_model is not None:
             key = self._key_of(self.ref_model)
             model = shard_reference(self.ref_model, self.accelerator)
-            probe(model, layout=self.layout)
+            alike = type(causal_lm(model)) is type(causal_lm(self.model))
+            layout, _ = probe_on_all_ranks(
+                model, layout=self.layout if alike else None, tile_bytes=self.args.tile_bytes,
+                longest=self._longest, whose="the reference",
+            )  # fmt: skip
+            self._reference_layout = layout
         folder = Path(
             self.args.reference_cache_dir or Path(str(self.args.output_dir)) / "reference-cache"
         )
@@ -188,7 +194,7 @@ class PreferenceTrainer(PackedTrainer):
             return reference.reference_logps(
                 model,
                 examples,  # type: ignore[arg-type]
-                layout=self.layout,
+                layout=self.layout if model is self.model else self._reference_layout,
                 cache=cache,
                 batch_tokens=args.reference_batch_tokens,
                 pad_token_id=self.pad_token_id,

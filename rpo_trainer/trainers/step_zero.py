@@ -165,7 +165,9 @@ def plain_sums(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Log-prob of each response of a micro-batch, `[R]`, by plain forwards of one response each."""
     inputs = batch["model_inputs"]
     ids, positions = inputs["input_ids"], inputs["position_ids"].reshape(-1)
-    if inputs["plan"] is None:
+    if inputs["rows"] is not None:
+        rows = [ids[0, start:stop] for start, stop in inputs["rows"]]
+    elif inputs["plan"] is None:
         rows = [row[mask.bool()] for row, mask in zip(ids, inputs["attention_mask"], strict=True)]
     else:
         flat = ids[0]
