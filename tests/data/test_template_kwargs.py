@@ -258,6 +258,24 @@ def test_variables_of_the_command_line() -> None:
         parse_kwargs(["a", "tools=1"])
 
 
+@pytest.mark.parametrize(
+    ("word", "where"),
+    [
+        ("enable_thinking", "--kwargs enable_thinking"), ("a=", "--kwargs a="), ("=b", "--kwargs =b"),
+        ("a=[", "--kwargs a=["), ("tools=1", "--kwargs.tools"), ("documents=a", "--kwargs.documents"),
+        ("b.c=1", "--kwargs b.c=1"),
+    ],
+)  # fmt: skip
+def test_a_word_of_the_command_line_that_sets_nothing(word: str, where: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse_kwargs([*(["b=1"] if word.startswith("b.") else []), word])
+    found = error.value
+    assert found.where == where
+    said = f"{found.why} {found.fix}"
+    assert "recipe" not in said and "stages" not in said
+    assert ("enable_thinking=false" in said) == (not where.startswith("--kwargs."))
+
+
 def test_special_text_of_documents_stays_itself_where_a_variable_adds_tokens(
     make_tokenizer: Any,
 ) -> None:
