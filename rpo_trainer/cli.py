@@ -143,7 +143,7 @@ def _check_template(
         click.echo(json.dumps([as_dict(one, loaded) for one in found], indent=1))
     else:
         console = Console()
-        for text in shown(found, loaded, colours=console.color_system is not None):
+        for text in shown(found, loaded, colors=console.color_system is not None):
             console.print(text, soft_wrap=True)
     raise_if_wrong(found)
 
@@ -204,7 +204,7 @@ def preview(recipe: Path, overrides: Sequence[str], count: int, stage: str | Non
     from rpo_trainer.preview import preview
 
     console = Console()
-    for text in preview(loaded, count, stage=stage, colours=console.color_system is not None):
+    for text in preview(loaded, count, stage=stage, colors=console.color_system is not None):
         console.print(text, soft_wrap=True)
 
 

@@ -74,16 +74,27 @@ def output_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that is written: its end token is one that training ended responses with.
 
-    It is the same tokenizer where training ended a response with its end token, or where another end
-    token would change what it or its chat template writes. The pad token stays what it is.
+    It is the same tokenizer where training ended a response with its end token, where another end token
+    would change what it or its chat template writes, or where the template ends a turn with the token that
+    opens the next one (GLM): a row of text would then end with `<|user|>`. The pad token stays what it is.
     """
-    if not trained or tokenizer.eos_token_id in trained:
+    if not trained or tokenizer.eos_token_id in trained or _ends_with_openers(tokenizer):
         return tokenizer
     changed = copy.deepcopy(tokenizer)
     changed.eos_token = tokenizer.convert_ids_to_tokens(trained[0])
     if changed.eos_token_id != trained[0] or _writes(changed) != _writes(tokenizer):
         return tokenizer
     return changed
+
+
+def _ends_with_openers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    from rpo_trainer.data.chat import ChatRenderer
+    from rpo_trainer.data.rows import RowError
+
+    try:
+        return bool(tokenizer.chat_template) and ChatRenderer(tokenizer).ending().open
+    except RowError:
+        return False
 
 
 def _writes(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -299,10 +310,15 @@ def ends_line(model: Any, written: Written, tokenizer: Any) -> str | None:
     if generation is None or not written.ends:
         return None
     base = listed(generation.eos_token_id)
-    if set(written.ends) <= set(base):
-        return None
     word = tokenizer.convert_ids_to_tokens
     trained = ", ".join(f"{word(t)!r} ({t})" for t in written.ends)
+    if set(written.ends) <= set(base):
+        if written.tokenizer is tokenizer:
+            return None
+        return (
+            f"responses end with {trained} in training: the saved tokenizer's eos_token is "
+            f"{written.tokenizer.eos_token!r} instead of {tokenizer.eos_token!r}"
+        )
     stops = ", ".join(f"{word(t)!r} ({t})" for t in base)
     config = f"stops at {stops}" if stops else "has no eos_token_id"
     own = (

@@ -1,4 +1,4 @@
-"""Examples as the model will get them: every token, coloured by whether it is trained."""
+"""Examples as the model will get them: every token, colored by whether it is trained."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _LONG = 2**30  # tokens: longer than any text
 
 
 def preview(
-    loaded: LoadedRecipe, count: int, *, stage: str | None = None, colours: bool = True
+    loaded: LoadedRecipe, count: int, *, stage: str | None = None, colors: bool = True
 ) -> Iterator[Text]:
     """Some examples of each stage, evenly spread over its rows, and the longest one.
 
     Args:
         count: examples of a stage; the longest comes on top.
         stage: its name; None: all. A stage with the data of one before it is only named.
-        colours: else marks in the text: `[trained]`, `⟨lost to max_length⟩`.
+        colors: else marks in the text: `[trained]`, `⟨lost to max_length⟩`.
 
     Raises:
         RecipeError: no such stage.
         DataError, ModelError, Problems: of its data or tokenizer.
     """
     with placed(loaded.origins):
-        shown = _Preview(loaded, colours)
+        shown = _Preview(loaded, colors)
     names = [each.name for each in shown.stages]
     if stage is not None and stage not in names:
         raise RecipeError(
@@ -57,14 +57,14 @@ def preview(
 
 
 class _Preview:
-    def __init__(self, loaded: LoadedRecipe, colours: bool) -> None:
+    def __init__(self, loaded: LoadedRecipe, colors: bool) -> None:
         self.loaded = loaded
         self.stages = expand_stages(loaded.recipe)
         self.rows = rows_by_stage(self.stages, loaded.recipe, loaded.base_dir)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             loaded.recipe.model, loaded.base_dir
         )
-        self.view = TokenView(self.tokenizer, colours)
+        self.view = TokenView(self.tokenizer, colors)
         self._seen: dict[str, str] = {}
 
     def stage(self, stage: Stage, count: int) -> Iterator[Text]:
@@ -94,14 +94,14 @@ class _Preview:
         yield self.view.tokens(ids, [PROMPT] * len(ids))
 
     def _example(self, stage: Stage, row: Row, note: str) -> Iterator[Text]:
-        whole, reason, warnings = self._tokenised(
+        whole, reason, warnings = self._tokenized(
             stage.model_copy(update={"max_length": _LONG}), row
         )
         if whole is None:
             yield Text(f"\nrow {row['id']}{note}: dropped: {reason}", "bold red")
             yield from (Text(visible(text)) for text in row_texts(row))
             return
-        kept, reason, _ = self._tokenised(stage, row)
+        kept, reason, _ = self._tokenized(stage, row)
         prompt = whole["prompt_ids"]
         yield Text(_title(row, note, len(prompt)), "bold")
         yield from (Text(f"warning: {text}", "yellow") for text in warnings)
@@ -114,7 +114,7 @@ class _Preview:
             yield Text(_head(whole, number, ids, mask, room), "bold")
             yield self.view.tokens(ids, _lost_behind(trained_styles(mask), room))
 
-    def _tokenised(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
+    def _tokenized(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
         """The example, or why there is none, and what an audit says of it."""
         audit = Audit()
         try:

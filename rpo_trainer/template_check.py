@@ -12,18 +12,24 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.chat import ChatRenderer
-from rpo_trainer.data.counts import WARNINGS
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.sample_conversations import SAMPLES, Sample
 from rpo_trainer.data.tokenize import tokenize_rows
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, TemplateError
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import ModelSpec
-from rpo_trainer.template_kwargs import COLUMN
-from rpo_trainer.token_view import PROMPT, TokenView, trained_styles, visible
+from rpo_trainer.template_kwargs import COLUMN, check_kwargs
+from rpo_trainer.token_view import (
+    PROMPT,
+    TRAINED,
+    TokenView,
+    different,
+    trained_styles,
+    visible,
+    warnings_of,
+)
 
 _LONG = 2**30  # tokens: longer than any sample
-_AROUND = 24  # characters shown on each side of a difference
 
 Status = Literal["right", "wrong", "not supported"]
 
@@ -34,14 +40,13 @@ class Checked:
 
     Attributes:
         status: `right`; `not supported`: the template refuses it, or leaves out its tool calls; `wrong`:
-            its trained turns cannot be found, or do not follow what generation would put before them.
+            its trained turns cannot be found, or one does not follow its generation prompt.
         reasons: why it is not right.
         warnings: what the template leaves out, and the like.
         ids, mask: tokens of the whole conversation, and 1 for each that is trained; [] where there are
             none.
-        prompt: tokens in front of the first trained one.
-        prefix: whether the generation prompt of the last turn is the beginning of the training text; None
-            where that cannot be told.
+        follows: whether every trained turn follows its generation prompt; None where the turns cannot be
+            found.
     """
 
     name: str
@@ -50,8 +55,7 @@ class Checked:
     warnings: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
-    prompt: int = 0
-    prefix: bool | None = None
+    follows: bool | None = None
 
 
 def load_checked(
@@ -68,13 +72,7 @@ def load_checked(
         ModelError: it cannot be loaded, it has no chat template, or one that does not end.
         RecipeError: variables that the template does not read.
     """
-    spec = ModelSpec.model_validate(
-        {
-            "name_or_path": tokenizer,
-            "chat_template": chat_template,
-            COLUMN: None if kwargs is None else dict(kwargs),
-        }
-    )
+    spec = ModelSpec.model_validate({"name_or_path": tokenizer, "chat_template": chat_template})
     loaded = load_tokenizer(spec, Path())
     if not loaded.chat_template:
         raise ModelError(
@@ -83,6 +81,7 @@ def load_checked(
             why="there is none to check",
             fix="--chat-template chatml | plain | the path of a Jinja template",
         )
+    check_kwargs(kwargs, loaded, "--kwargs")
     return loaded
 
 
@@ -104,7 +103,7 @@ def _checked(
     row |= {COLUMN: dict(kwargs)} if kwargs else {}
     tools = row.get("tools")
     try:
-        text = renderer.text(row["messages"], tools)
+        text = renderer.text(renderer.as_read(row["messages"], tools), tools)
     except RowError as error:
         return Checked(sample.name, "not supported", [str(error)])
     audit = Audit()
@@ -119,15 +118,10 @@ def _checked(
     prompt = example["prompt_ids"]
     ids = [*prompt, *example["response_ids"][0]]
     mask = [*[0] * len(prompt), *example["response_mask"][0]]
-    before = renderer.prompt(row["messages"][:-1], tools).text
-    whole = renderer.conversation(row["messages"], tools).text
-    prefix = whole.startswith(before)
-    reasons = [] if prefix else [_difference(before, whole)]
-    # The reasons alone: the counts of a conversation are 1.
-    warnings = [WARNINGS.get(reason, reason) for reason in audit.warnings] + audit.remarks
+    differs = audit.generation.pop(row["source"]).example
     return Checked(
-        sample.name, "right" if prefix else "wrong", reasons, warnings, ids, mask,
-        len(prompt), prefix,
+        sample.name, "wrong" if differs else "right", [different(*differs)] if differs else [],
+        warnings_of(audit), ids, mask, follows=differs is None,
     )  # fmt: skip
 
 
@@ -144,38 +138,26 @@ def _reasons(error: RPOTrainerError) -> list[str]:
     return [one.what.partition(": 1 of 1 rows")[0] for one in found]
 
 
-def _difference(before: str, whole: str) -> str:
-    """Where the generation prompt leaves the training text."""
-    pairs = enumerate(zip(before, whole, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole)))
-    shown = slice(max(0, place - _AROUND), place + _AROUND)
-    return (
-        "the generation prompt is not the beginning of the training text: generation has "
-        f"{before[shown]!r}, training {whole[shown]!r}"
-    )
-
-
 def shown(
-    found: list[Checked], tokenizer: PreTrainedTokenizerBase, *, colours: bool
+    found: list[Checked], tokenizer: PreTrainedTokenizerBase, *, colors: bool
 ) -> Iterator[Text]:
     """The conversations for people, as `preview` shows examples.
 
     Args:
-        colours: else marks in the text around what is trained: `[trained]`.
+        colors: else marks in the text around what is trained: `[trained]`.
     """
-    view = TokenView(tokenizer, colours)
-    yield view.legend()
+    view = TokenView(tokenizer, colors)
+    yield view.legend((("not trained", PROMPT), ("trained", TRAINED[0])))
     for one in found:
         style = {"right": "bold green", "wrong": "bold red"}.get(one.status, "bold yellow")
         trained = f", {sum(one.mask):,} of {len(one.ids):,} tokens trained" if one.ids else ""
         yield Text(f"\n{one.name}: {one.status}{trained}", style)
         yield from (Text(visible(reason)) for reason in one.reasons)
-        yield from (Text(f"warning: {visible(text)}", "yellow") for text in one.warnings)
-        if one.prefix:
-            yield Text("the generation prompt is the beginning of the training text")
+        yield from (Text(f"warning: {text}", "yellow") for text in one.warnings)
+        if one.follows:
+            yield Text("every trained turn follows its generation prompt")
         if one.ids:
-            styles = [PROMPT] * one.prompt + trained_styles(one.mask[one.prompt :])
-            yield view.tokens(one.ids, styles, most=len(one.ids))
+            yield view.tokens(one.ids, trained_styles(one.mask, PROMPT), most=len(one.ids))
 
 
 def as_dict(one: Checked, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -191,7 +173,7 @@ def as_dict(one: Checked, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "status": one.status,
         "reasons": one.reasons,
         "warnings": one.warnings,
-        "generation_prompt_is_prefix": one.prefix,
+        "follows_generation_prompt": one.follows,
         "tokens": len(one.ids),
         "trained_tokens": sum(one.mask),
         "trained": [tokenizer.decode(run, skip_special_tokens=False) for run in runs],

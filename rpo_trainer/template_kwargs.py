@@ -6,9 +6,9 @@ A row's own go before those of its source, and these before those of the model, 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpo_trainer.errors import Problems, RecipeError, RPOTrainerError
 
@@ -20,34 +20,53 @@ if TYPE_CHECKING:
 COLUMN = "chat_template_kwargs"
 Kwargs = Mapping[str, Any]
 
-_OF_ROWS = "the rows say it"
+_OF_ROWS = "it comes from the rows"
 _OF_TRAINING = "it is set wherever a conversation is rendered"
-_OF_TOKENIZER = "it is the tokenizer's own"
-_ELSEWHERE = "a chat template gets it from elsewhere, or cannot get it at all"
-# Names that apply_chat_template of transformers takes for itself, and why none of them is a variable here.
+_OF_TOKENIZER = "it comes from the tokenizer"
+# Names that apply_chat_template of transformers takes for itself, and why none of them can be set here.
 RESERVED = {
     "messages": _OF_ROWS, "conversation": _OF_ROWS, "tools": _OF_ROWS,
     "add_generation_prompt": _OF_TRAINING, "continue_final_message": _OF_TRAINING,
     "tokenize": _OF_TRAINING, "return_dict": _OF_TRAINING, "return_tensors": _OF_TRAINING,
     "return_assistant_tokens_mask": _OF_TRAINING, "tokenizer_kwargs": _OF_TRAINING,
     "padding": _OF_TRAINING, "truncation": _OF_TRAINING, "max_length": _OF_TRAINING,
-    "sanitize_control_tokens": "`special_tokens` of a source says it",
-    "chat_template": "the model's `chat_template` says it",
-    "strftime_now": "the clock of templates stands still, so that the tokens stay the same",
+    "sanitize_control_tokens": "it is set by `special_tokens` of the source",
+    "chat_template": "it is set by `chat_template` of the model",
+    "strftime_now": "templates get a fixed date, so that the tokens stay the same",
     "bos_token": _OF_TOKENIZER, "eos_token": _OF_TOKENIZER, "pad_token": _OF_TOKENIZER,
     "unk_token": _OF_TOKENIZER, "sep_token": _OF_TOKENIZER, "cls_token": _OF_TOKENIZER,
     "mask_token": _OF_TOKENIZER,
 }  # fmt: skip
 
 
-def fault_of(name: str, value: Any) -> str | None:
-    """What keeps a name and its value from being a variable of a chat template; None: nothing does."""
+class Fault(NamedTuple):
+    """What keeps a name and its value from being a variable of a chat template, as errors say it."""
+
+    what: str
+    why: str
+    fix: str
+
+
+def fault_of(name: str, value: Any) -> Fault | None:
+    """What is wrong with a variable; None: nothing."""
     if name in RESERVED:
-        return f"`{name}` is no variable to set: {RESERVED[name]}"
+        return Fault(
+            f"`{name}` cannot be set here: {RESERVED[name]}",
+            "a second value would contradict the first",
+            f"remove `{name}`",
+        )
     if not name.isidentifier():
-        return f"{name!r} is no name of a variable"
+        return Fault(
+            f"{name!r} is not a valid variable name",
+            "a chat template reads variables by name",
+            "use letters, digits and underscores, or remove it",
+        )
     if name == "documents" and not _are_documents(value):
-        return "`documents` is not a list of objects, such as {title: ..., text: ...}"
+        return Fault(
+            "`documents` is not a list of objects",
+            "a chat template writes them one by one",
+            "write a list, such as [{title: ..., text: ...}]",
+        )
     return None
 
 
@@ -56,9 +75,9 @@ def faults(kwargs: object) -> list[str]:
     if kwargs is None:
         return []
     if not isinstance(kwargs, Mapping):
-        return [f"{COLUMN} must be a dict, got {kwargs!r}"]
+        return [f"{COLUMN} must be a dict or the JSON text of one, got {kwargs!r}"]
     found = [fault_of(str(name), value) for name, value in kwargs.items()]
-    return [f"{COLUMN}: {fault}" for fault in found if fault]
+    return [f"{COLUMN}: {fault.what}" for fault in found if fault]
 
 
 def _are_documents(value: Any) -> bool:
@@ -78,14 +97,30 @@ def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, An
     found: dict[str, Any] = {}
     overrides, errors = parse_overrides(words)
     for override in overrides:
-        apply_override(found, override)
-    problems: list[RPOTrainerError] = [error.at(f"{option}: {error.where}") for error in errors]
-    problems += [
-        RecipeError(fault, where=option, why=_ELSEWHERE, fix="remove it") for fault in faults(found)
+        try:
+            apply_override(found, override)
+        except RecipeError as error:
+            errors.append(error)
+    problems: list[RPOTrainerError] = [
+        RecipeError(
+            error.what,
+            where=f"{option} {(error.where or '').removeprefix('override ')}",
+            why="each word sets one variable of the chat template",
+            fix="write name=value, for example enable_thinking=false; the value is YAML, so a text with "
+            "special characters needs quotes",
+        )
+        for error in errors
     ]
+    problems += _problems(found, option)
     if problems:
         raise Problems(problems) if len(problems) > 1 else problems[0]
     return found or None
+
+
+def _problems(kwargs: Kwargs | None, where: str) -> Iterator[RecipeError]:
+    for name, value in (kwargs or {}).items():
+        if (fault := fault_of(name, value)) is not None:
+            yield RecipeError(fault.what, where=f"{where}.{name}", why=fault.why, fix=fault.fix)
 
 
 def merged(*levels: Kwargs | None) -> dict[str, Any]:
@@ -113,12 +148,13 @@ def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 @cache
 def _variables(template: str) -> frozenset[str]:
     import jinja2
-    import jinja2.meta
     from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from rpo_trainer.template_reads import outer_reads
 
     try:
         environment = _compile_jinja_template(template).environment
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+        return frozenset(outer_reads(environment.parse(template)) - set(environment.globals))
     except jinja2.TemplateError:
         return frozenset()  # rendering says what is wrong with it
 
@@ -130,14 +166,8 @@ def unread(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 def check_kwargs(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Raises RecipeError: a name that is no variable, or one that the chat template does not read."""
-    for name, value in (kwargs or {}).items():
-        if (fault := fault_of(name, value)) is not None:
-            raise RecipeError(
-                fault,
-                where=f"{where}.{name}",
-                why=_ELSEWHERE,
-                fix="remove it",
-            )
+    for problem in _problems(kwargs, where):
+        raise problem
     names = unread(kwargs, tokenizer)
     if not names:
         return

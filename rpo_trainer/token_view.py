@@ -1,8 +1,7 @@
-"""Tokens as the model will get them: each in the colour of what becomes of it, or between marks."""
+"""Tokens as the model will get them: each in the color of what becomes of it, or between marks."""
 
 from __future__ import annotations
 
-import logging
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,17 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.counts import HARMLESS, WARNINGS
 
 PROMPT, UNTRAINED, LOST = "cyan", "yellow", "red strike"
-# Neighbouring tokens differ in shade, so that their borders are seen.
+# Neighboring tokens differ in shade, so that their borders are seen.
 TRAINED = ("black on green", "black on bright_green")
-# The same for a terminal without colours, and for files.
+# The same for a terminal without colors, and for files.
 _MARKS = {PROMPT: ("", ""), UNTRAINED: ("", ""), LOST: ("⟨", "⟩"), TRAINED[0]: ("[", "]")}
+_NAMES = (
+    ("prompt", PROMPT), ("trained", TRAINED[0]), ("response, not trained", UNTRAINED),
+    ("lost to max_length", LOST),
+)  # fmt: skip
 # Around a special token: its name in the data, read as text, looks the same but for them.
 SPECIAL = ("⟦", "⟧")
 SHOWN = 400  # tokens of a prompt or a response; of a longer one both ends
@@ -29,22 +33,27 @@ class TokenView:
     """Shows tokens of one tokenizer.
 
     Args:
-        colours: else marks in the text: `[trained]`, `⟨lost to max_length⟩`.
+        colors: else marks in the text: `[trained]`, `⟨lost to max_length⟩`.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    colours: bool = True
+    colors: bool = True
 
-    def legend(self) -> Text:
-        """What the colours mean."""
-        line = Text("prompt", PROMPT) if self.colours else Text("prompt as it is")
-        names = (("trained", TRAINED[0]), ("response, not trained", UNTRAINED))
-        for name, style in (*names, ("lost to max_length", LOST)):
-            line.append("   ").append_text(self.styled(name, style))
+    def legend(self, names: Sequence[tuple[str, str]] = _NAMES) -> Text:
+        """What the colors mean.
+
+        Args:
+            names: of what is shown, each with its style.
+        """
+        line = Text("   ").join(self._example(name, style) for name, style in names)
         opening, closing = SPECIAL
         return line.append(
             f"   {opening}special token{closing}: one token; without the marks, letters"
         )
+
+    def _example(self, name: str, style: str) -> Text:
+        unmarked = not self.colors and _MARKS[style] == ("", "")
+        return self.styled(f"{name} (no marks)" if unmarked else name, style)
 
     def tokens(self, ids: Sequence[int], styles: Sequence[str], most: int = SHOWN) -> Text:
         """The text of the tokens, each in its style; of more than `most` tokens both ends."""
@@ -57,7 +66,7 @@ class TokenView:
             if number:
                 line.append(f" … {len(ids) - 2 * half:,} tokens … ", "dim")
             pieces = self._marked(ids, pieces_of(self.tokenizer, ids, start, end))
-            for style, text in pieces if self.colours else _runs(pieces, styles):
+            for style, text in pieces if self.colors else _runs(pieces, styles):
                 line.append_text(self.styled(text, styles[style]))
         return line
 
@@ -75,20 +84,36 @@ class TokenView:
         return [(number, marked(number, text)) for number, text in pieces]
 
     def styled(self, text: str, style: str) -> Text:
-        if self.colours:
+        if self.colors:
             return Text(visible(text), style)
         before, behind = _MARKS[TRAINED[0] if style in TRAINED else style]
         return Text(f"{before}{visible(text)}{behind}")
 
 
 def warnings_of(audit: Audit) -> list[str]:
-    """The warnings of an audit, such as parts of a row that a template leaves out."""
-    return [visible(text) for level, text in audit.messages() if level >= logging.WARNING]
+    """The warnings of the audit of one row, without counts: a row says nothing of its source."""
+    found = [WARNINGS.get(reason, reason) for reason in audit.warnings if reason not in HARMLESS]
+    found += [
+        different(*each.example) for each in audit.generation.values() if each.example is not None
+    ]
+    return [visible(text) for text in (*found, *audit.remarks)]
 
 
-def trained_styles(mask: Sequence[int]) -> list[str]:
-    """The style of each token of a response with this mask (1 = trained)."""
-    return [TRAINED[i % 2] if trained else UNTRAINED for i, trained in enumerate(mask)]
+def different(generation: str, training: str) -> str:
+    """The warning about a turn that generation and training render differently.
+
+    Args:
+        generation, training: what they have around the first difference.
+    """
+    return (
+        "a trained turn does not follow its generation prompt: generation has "
+        f"{generation!r}, training {training!r}"
+    )
+
+
+def trained_styles(mask: Sequence[int], untrained: str = UNTRAINED) -> list[str]:
+    """The style of each token with this mask (1 = trained)."""
+    return [TRAINED[i % 2] if trained else untrained for i, trained in enumerate(mask)]
 
 
 def pieces_of(
@@ -109,7 +134,7 @@ def pieces_of(
 
 
 def _runs(pieces: list[tuple[int, str]], styles: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Neighbours of one meaning joined: marks around every token would hide the text."""
+    """Neighbors of one meaning joined: marks around every token would hide the text."""
     held: tuple[int, str] | None = None
     for number, text in pieces:
         if held is not None and _meaning(styles[held[0]]) == _meaning(styles[number]):

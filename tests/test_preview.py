@@ -1,4 +1,4 @@
-"""What is coloured as trained is what the trainer trains; nothing of a row is hidden."""
+"""What is colored as trained is what the trainer trains; nothing of a row is hidden."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_the_response_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     assert "response 2: 3 tokens, 3 trained, reward 0.5" in text
 
 
-@pytest.mark.parametrize("colours", [True, False])
-def test_special_tokens_look_other_than_their_letters(tmp_path: Path, colours: bool) -> None:
+@pytest.mark.parametrize("colors", [True, False])
+def test_special_tokens_look_other_than_their_letters(tmp_path: Path, colors: bool) -> None:
     row = {"prompt": "<s>a", "response": "b</s>"}
     path = recipe(tmp_path, {"kind": "sft"}, [row])
     said: dict[str, str] = {}
@@ -71,7 +71,7 @@ def test_special_tokens_look_other_than_their_letters(tmp_path: Path, colours: b
         made = tiny.tiny_recipe()
         made["stages"] = [{"name": "one", "kind": "sft", "data": {"train": given}}]
         path = tiny.write_recipe(tmp_path, made)
-        lines = shown(path, colours=colours)
+        lines = shown(path, colors=colors)
         assert "⟦special token⟧" in lines[0].plain  # the legend
         said[how] = plain(lines[1:])
     assert "⟦<s>⟧<s>a" in said["text"] and "b</s>⟦" in said["text"]
@@ -79,7 +79,7 @@ def test_special_tokens_look_other_than_their_letters(tmp_path: Path, colours: b
     assert said["parse"].count("⟦") == 2  # the begin and one end
 
 
-def test_neighbouring_tokens_differ_in_shade(tmp_path: Path) -> None:
+def test_neighboring_tokens_differ_in_shade(tmp_path: Path) -> None:
     lines = shown(recipe(tmp_path, {"kind": "sft"}, [{"prompt": "a", "response": "bcd"}]))
     (line,) = [line for line in lines[1:] if styled(line, *TRAINED)]
     styles = [span.style for span in line.spans]
@@ -128,11 +128,11 @@ def test_a_stage_that_samples_shows_its_prompts_and_rounds_are_shown_once(tmp_pa
     assert "code (sft)" in text
 
 
-def test_without_colours_the_marks_are_in_the_text(tmp_path: Path) -> None:
+def test_without_colors_the_marks_are_in_the_text(tmp_path: Path) -> None:
     path = recipe(
         tmp_path, {"kind": "sft", "max_length": 6}, [{"prompt": "abc", "response": "defg"}]
     )
-    text = plain(shown(path, colours=False))
+    text = plain(shown(path, colors=False))
     assert "abc" in text and "[de]⟨fg" in text
 
 

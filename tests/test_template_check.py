@@ -53,7 +53,7 @@ def test_what_is_trained_is_what_the_trainer_trains(save: Any, capsys: Any) -> N
     found: Json = json.loads(out)
     assert code == 0 and [one["name"] for one in found] == [sample.name for sample in SAMPLES]
     assert {one["status"] for one in found} == {"right"} and len(found) == 7
-    assert all(one["generation_prompt_is_prefix"] for one in found)
+    assert all(one["follows_generation_prompt"] for one in found)
     by = {one["name"]: one["trained"] for one in found}
     assert by["several turns"] == [
         "<think></think>The Rhine.<|im_end|>", "<think></think>Lake Geneva.<|im_end|>",
@@ -76,14 +76,49 @@ def test_what_is_trained_is_what_the_trainer_trains(save: Any, capsys: Any) -> N
             audit=Audit(),
         )
         assert one.ids == [*example["prompt_ids"], *example["response_ids"][0]]
-        assert one.mask[one.prompt :] == example["response_mask"][0]
+        assert one.mask == [0] * len(example["prompt_ids"]) + example["response_mask"][0]
 
 
 def test_the_page_marks_what_is_trained(save: Any, capsys: Any) -> None:
     code, out, _ = run(capsys, save(TEMPLATE))
     assert code == 0
     assert "[<think></think>Five.⟦<|im_end|>⟧]" in out
-    assert out.count(": right, ") == 7 and "the generation prompt is the beginning" in out
+    assert out.count(": right, ") == 7 and "every trained turn follows" in out
+    legend = out.splitlines()[0]
+    assert "[trained]" in legend and "max_length" not in legend and "response" not in legend
+
+
+# Generation opens a thought, and of the turns in the text only the last one has it.
+CLOSED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, CLOSED])
+def test_wrong_is_what_training_warns_about(template: str, save: Any, capsys: Any) -> None:
+    code, out, _ = run(capsys, save(template), "--json")
+    status = {one["name"]: one["status"] for one in json.loads(out)}
+    assert (code == 5) == (template == CLOSED) == (status["several turns"] == "wrong")
+    assert status["plain"] == "right"
+    tokenizer = load_checked(save(template), None, None)
+    for sample in SAMPLES:
+        if status[sample.name] != "not supported":
+            audit = Audit()
+            tokenize_rows(
+                [sample.row()], tokenizer, kind="sft", max_length=10**6, truncation="drop", audit=audit
+            )  # fmt: skip
+            warned = any("generation" in text for _, text in audit.messages())
+            assert warned == (status[sample.name] == "wrong")
+
+
+def test_a_template_that_takes_arguments_as_text(save: Any, capsys: Any) -> None:
+    text = TEMPLATE.replace("c.function | tojson", "c.function.name + c.function.arguments")
+    code, out, _ = run(capsys, save(text), "--json")
+    found: Json = json.loads(out)
+    assert code == 0 and {one["status"] for one in found} == {"right"}
+    assert '"city": "Oslo"' in found[4]["trained"][0]
 
 
 def test_variables_change_what_is_shown(save: Any, capsys: Any) -> None:
@@ -94,7 +129,7 @@ def test_variables_change_what_is_shown(save: Any, capsys: Any) -> None:
     left_out = [one["name"] for one in found if any("leaves out" in w for w in one["warnings"])]
     assert left_out == ["thinking", "thinking before and between tool calls"]
     code, _, err = run(capsys, folder, "--kwargs", "enable_thinking=true")
-    assert code == 2 and "`quiet`" in err
+    assert code == 2 and "`quiet`" in err and "--kwargs.enable_thinking: " in err
     code, _, err = run(capsys, folder, "--kwargs", "tools=1")
     assert code == 2 and "tools" in err
 
@@ -104,7 +139,7 @@ def test_a_generation_prompt_that_training_does_not_have(save: Any, capsys: Any)
     code, out, err = run(capsys, *words, "--json")
     found: Json = json.loads(out)
     assert code == 5 and "7 of 7" in err
-    assert all(one["status"] == "wrong" and not one["generation_prompt_is_prefix"] for one in found)
+    assert all(one["status"] == "wrong" and not one["follows_generation_prompt"] for one in found)
     assert "<think>" in found[0]["reasons"][0]
     assert run(capsys, *words)[0] == 5
 

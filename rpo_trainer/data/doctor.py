@@ -104,6 +104,7 @@ def audit_file(
     Raises:
         DataError: the source is absent, damaged, or of no known format.
         ModelError: the tokenizer cannot be used.
+        RecipeError: `--kwargs` that its chat template does not read.
     """
     found, rows = _read(source)
     audit = found.audit
@@ -123,7 +124,7 @@ def audit_file(
             )
         audit.check_overlap(rows, held_out)
     if tokenizer is not None and rows:
-        _tokenise(found, rows, tokenizer, chat_template, max_length, truncation)
+        _tokenize(found, rows, source, tokenizer, chat_template, max_length, truncation)
     else:
         for row in rows:
             _look_at_texts(row, audit)
@@ -240,9 +241,10 @@ def _look_at_texts(row: Row, audit: Audit) -> None:
         audit.warn("equal_responses", row["id"])
 
 
-def _tokenise(
+def _tokenize(
     found: Findings,
     rows: list[Row],
+    source: SourceSpec,
     name: str,
     chat_template: str | None,
     max_length: int | None,
@@ -251,12 +253,14 @@ def _tokenise(
     from rpo_trainer.data.tokenize import tokenize_rows
     from rpo_trainer.loading import load_tokenizer
     from rpo_trainer.recipe import ModelSpec
+    from rpo_trainer.template_kwargs import check_kwargs
 
     if found.kind == "rating":
         rows = [{**row, "attributes": [*row["attributes"].values()]} for row in rows]
     tokenizer = load_tokenizer(
         ModelSpec.model_validate({"name_or_path": name, "chat_template": chat_template}), Path()
     )
+    check_kwargs(source.chat_template_kwargs, tokenizer, "--kwargs")
     try:
         tokenize_rows(
             rows,

@@ -23,7 +23,7 @@ _Piece = tuple[list[int], list[Span]]  # ids and their character ranges
 
 @dataclass
 class Encoder:
-    """Tokenises rendered texts by a fast tokenizer.
+    """Tokenizes rendered texts by a fast tokenizer.
 
     Raises:
         ModelError: the tokenizer cannot tell which characters a token stands for.
@@ -66,7 +66,7 @@ class Encoder:
         """Ids and masks. A token is trained when it overlaps a trained span.
 
         Args:
-            apart: which texts to tokenise piece by piece (see `_in_pieces`), beside those that
+            apart: which texts to tokenize piece by piece (see `_in_pieces`), beside those that
                 need it; responses to one prompt must all be, or none.
         """
         flags = [bool(t.literal) or bool(apart and apart[i]) for i, t in enumerate(texts)]

@@ -46,7 +46,7 @@ def template_kwargs(row: Raw, new: Row, of_source: Kwargs | None, of_model: Kwar
         raise RowError(f"`{COLUMN}` is not an object")
     for name, value in given.items():
         if (fault := fault_of(name, value)) is not None:
-            raise RowError(f"in `{COLUMN}`: {fault}")
+            raise RowError(f"in `{COLUMN}`: {fault.what}")
     text = "messages" not in new and isinstance(new["prompt"], str)
     found = merged(None if text else of_model, of_source, given)
     return {COLUMN: found} if found else {}

@@ -116,8 +116,7 @@ def template_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         return
     for name, value in given.items():
         if isinstance(name, str) and (fault := fault_of(name, value)) is not None:
-            why = "a chat template gets it from elsewhere, or cannot get it at all"
-            yield wrong((COLUMN, name), fault, why=why, fix=f"remove `{name}`")
+            yield wrong((COLUMN, name), fault.what, why=fault.why, fix=fault.fix)
 
 
 def model_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:

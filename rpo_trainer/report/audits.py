@@ -97,8 +97,8 @@ class AuditRecord:
         for text in self.generation:
             yield Concern(
                 text,
-                "What a model samples after should be what it was trained after: another chat_template, or "
-                "rows that suit this one.",
+                "A model should be sampled after the same text that it is trained after: choose another "
+                "chat_template, or use rows that this one renders so.",
             )
         for remark in self.remarks:
             yield Concern(remark)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rpo_trainer.data.doctor import Findings, audit_file
-from rpo_trainer.errors import DataError
+from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.rewards.files import source_of
 
@@ -173,3 +173,19 @@ def test_what_is_no_data(tmp_path: Path) -> None:
 def test_real_files(name: str, shared_dir: Path) -> None:
     found = audit_file(source_of(shared_dir / "data" / "dev" / f"{name}.jsonl"))
     assert found.kind == "pair" and found.faults == [] and found.lines()
+
+
+def test_variables_that_the_template_does_not_read_are_refused(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = (
+        "{{ mode }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"messages": [{"role": r, "content": "a"} for r in ("user", "assistant")]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = str(tmp_path / "tokenizer")
+    assert not audit_file(source_of(path, None, {}, None, {"mode": 1}), tokenizer=folder).faults
+    with pytest.raises(RecipeError) as error:
+        audit_file(source_of(path, None, {}, None, {"nope": 1}), tokenizer=folder)
+    assert error.value.where == "--kwargs.nope"

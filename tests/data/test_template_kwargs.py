@@ -193,8 +193,61 @@ def test_equal_prompts_with_other_variables_are_two(tokenizer: Any) -> None:
 
 
 def test_variables_are_found_in_a_template(tokenizer: Any) -> None:
-    assert {"mode", "mark", "documents", "messages"} <= variables(tokenizer)
-    assert "m" not in variables(tokenizer)
+    assert variables(tokenizer) == {
+        "mode",
+        "mark",
+        "documents",
+        "messages",
+        "add_generation_prompt",
+    }
+
+
+@pytest.mark.parametrize(
+    ("template", "read"),
+    [
+        ("{{ x }}", True),
+        ("{% set x = x | default('a') %}{{ x }}", True),
+        ("{% if x is not defined %}{% set x = 1 %}{% endif %}{{ x }}", True),
+        ("{% set x = 1 %}{{ x }}", False),
+        ("{% if yes %}{% set x = 1 %}{% else %}{% set x = 2 %}{% endif %}{{ x }}", False),
+        ("{% if no %}{% set x = 1 %}{% endif %}{{ x }}", True),
+        ("{% if no %}{% set x = 1 %}{% elif no %}{% set x = 2 %}{% endif %}{{ x }}", True),
+        ("{% if yes %}{% set x = 1 %}{% else %}{{ raise_exception('') }}{% endif %}{{ x }}", False),
+        ("{% for x in [1] %}{{ x }}{% endfor %}", False),
+        ("{% for x in [1] %}{{ x }}{% endfor %}{{ x }}", True),
+        ("{% for a in [1] %}{% set x = a %}{{ x }}{% endfor %}", False),
+        ("{% for a in [1] %}{% set x = a %}{% endfor %}{{ x }}", True),
+        ("{% for a in [1, 2] %}{{ x if a == 2 }}{% set x = a %}{% endfor %}", True),
+        ("{% for a in [1] if a == x %}{{ a }}{% else %}b{% endfor %}", True),
+        ("{% for x in [1] if x %}{{ loop.index }}{% endfor %}", False),
+        ("{% for a in [1, 2] %}{% if a == 1 %}{% continue %}{% else %}{% set x = a %}{% endif %}{{ x }}"
+         "{% endfor %}", False),
+        ("{% macro f(x) %}{{ x }}{% endmacro %}{{ f(1) }}", False),
+        ("{% macro f(a, b=x) %}{{ b }}{% endmacro %}{{ f(2) }}", True),
+        ("{% macro f() %}{{ x }}{% endmacro %}{{ f() }}", True),
+        ("{% macro f() %}{{ x() }}{% endmacro %}{% macro x() %}b{% endmacro %}{{ f() }}", False),
+        ("{% set n = namespace(x=1) %}{% set n.x = 2 %}{{ n.x }}{{ {'x': 1}.x }}", False),
+        ("{% set x %}b{% endset %}{{ x }}", False),
+        ("{% set a %}{{ x }}{% endset %}{{ a }}", True),
+        ("{% with x = 1 %}{{ x }}{% endwith %}", False),
+        ("{% with x = x %}{{ x }}{% endwith %}", True),
+        ("{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}", False),
+        ("{% generation %}{% set x = 1 %}{% endgeneration %}{{ x }}", True),
+        ("{% set x, a = 1, 2 %}{{ x }}", False),
+        ("{% filter upper %}{{ x }}{% endfilter %}", True),
+    ],
+)  # fmt: skip
+def test_a_name_is_a_variable_where_its_value_can_change_the_text(
+    template: str, read: bool, make_tokenizer: Any
+) -> None:
+    tokenizer = make_tokenizer(["</s>"], eos="</s>", chat_template=template)
+    texts = {
+        tokenizer.apply_chat_template(TALK, tokenize=False, yes=True, no=False, **given)
+        for given in ({}, {"x": 1.5}, {"x": 1})
+    }
+    assert (len(texts) > 1) == read  # what Jinja does
+    assert ("x" in variables(tokenizer)) == read
+    assert variables(tokenizer) <= {"x", "yes", "no"}
 
 
 def test_variables_of_the_command_line() -> None:
@@ -203,6 +256,24 @@ def test_variables_of_the_command_line() -> None:
     assert parse_kwargs([]) is None
     with pytest.raises((RecipeError, Problems), match="--kwargs"):
         parse_kwargs(["a", "tools=1"])
+
+
+@pytest.mark.parametrize(
+    ("word", "where"),
+    [
+        ("enable_thinking", "--kwargs enable_thinking"), ("a=", "--kwargs a="), ("=b", "--kwargs =b"),
+        ("a=[", "--kwargs a=["), ("tools=1", "--kwargs.tools"), ("documents=a", "--kwargs.documents"),
+        ("b.c=1", "--kwargs b.c=1"),
+    ],
+)  # fmt: skip
+def test_a_word_of_the_command_line_that_sets_nothing(word: str, where: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse_kwargs([*(["b=1"] if word.startswith("b.") else []), word])
+    found = error.value
+    assert found.where == where
+    said = f"{found.why} {found.fix}"
+    assert "recipe" not in said and "stages" not in said
+    assert ("enable_thinking=false" in said) == (not where.startswith("--kwargs."))
 
 
 def test_special_text_of_documents_stays_itself_where_a_variable_adds_tokens(

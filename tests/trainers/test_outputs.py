@@ -60,6 +60,11 @@ SPECIALS = ["<eos>", "<pad>", "<start>", "<end>", "<call>"]
 END = "{% for m in messages %}<start> {{ m.role }} : {{ m.content }} <end>{% endfor %}"
 EOS = "{% for m in messages %}{{ m.role }} : {{ m.content }} {{ eos_token }}{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<start> assistant :{% endif %}"
+# Turns have no end of their own: the token that opens the next one ends them.
+OPENERS = (
+    "{% for m in messages %}{{ '<call>' if m.role == 'user' else '<start>' }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<start> {% endif %}"
+)
 PROMPT_EOS = "{% if add_generation_prompt %}assistant :{% endif %}"
 LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
@@ -132,6 +137,8 @@ CASES: dict[str, tuple[str | None, Any, Any, Any, str]] = {
     "completions": (None, completions(), 0, 0, "<eos>"),
     "completions of a base that lists more": (None, completions(), [4, 0], [0, 4], "<eos>"),
     "both kinds": (END + PROMPT, tokenized(3, 3, 3, 0, 3, 0), 0, [3, 0], "<eos>"),
+    "the opener of a turn": (OPENERS, chats(), 0, [4, 0], "<eos>"),
+    "an opener that the base knows": (OPENERS, chats(), [0, 4], [4, 0], "<eos>"),
     "a base without an end": (END + PROMPT, chats(), None, 3, "<end>"),
 }
 
@@ -185,17 +192,22 @@ def test_what_is_pushed_in_training_is_what_was_saved(
 
 
 def test_a_difference_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def said(template: str | None, rows: Any) -> str:
+    def said(template: str | None, rows: Any, base: Any = 0) -> str:
         caplog.clear()
+        net = model()
+        net.config.eos_token_id = net.generation_config.eos_token_id = base
         with caplog.at_level(logging.WARNING, "rpo_trainer"):
             SFTTrainer(
-                model(), args=args(SFTConfig, tmp_path), train_dataset=rows,
+                net, args=args(SFTConfig, tmp_path), train_dataset=rows,
                 processing_class=tokenizer(template),
             )  # fmt: skip
         return caplog.text
 
     assert "'<end>' (3)" in said(END + PROMPT, chats()) and "eos_token_id" in caplog.text
     assert "eos_token" not in said(None, completions())
+    # Of a base that stops there already, the tokenizer may still change.
+    assert "'<eos>'" in said(END + PROMPT, chats(), [0, 3]) and "'<end>'" in caplog.text
+    assert "eos_token" not in said(OPENERS, chats(), [0, 4])
 
 
 def test_tokens_where_a_response_was_cut_end_nothing(tmp_path: Path) -> None:
