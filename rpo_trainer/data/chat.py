@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
 from rpo_trainer.data.endings import SENTINEL, Controls, Ending, learn_ending
 from rpo_trainer.data.rows import THINKING, Message, RowError
-from rpo_trainer.data.spellings import call_forms, thinking_apart, writes_python
+from rpo_trainer.data.spellings import ThinkingForms, call_forms, learn_thinking, writes_python
 from rpo_trainer.data.templates import set_chat_template, stop_clock
 from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
@@ -119,7 +119,8 @@ class ChatRenderer:
     _controls: Controls = field(init=False)
     _thoughts: re.Pattern[str] | None = field(init=False)
     _endings: dict[bool, Ending] = field(init=False, default_factory=dict)
-    _thinking: dict[bool, bool] = field(init=False, default_factory=dict)
+    _thinking: dict[bool, ThinkingForms] = field(init=False, default_factory=dict)
+    _opened: dict[bool, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder.values()
@@ -192,12 +193,12 @@ class ChatRenderer:
     def _thought_apart(self, text: str) -> tuple[str, str]:
         """The thinking that a turn begins with, with its marks, and the rest of the turn.
 
-        The opening mark may be absent: the generation prompt may have written it.
+        The opening mark may be absent where the generation prompt has written it.
         """
         marks = [] if self._thoughts is None else list(self._thoughts.finditer(text))
         if marks and not text[: marks[0].start()].strip():
             end = marks[min(1, len(marks) - 1)].end()
-        elif marks and CLOSING.search(marks[0][0]):
+        elif marks and CLOSING.search(marks[0][0]) and self.opens_thought():
             end = marks[0].end()
         else:
             end = 0
@@ -250,7 +251,7 @@ class ChatRenderer:
     def as_read(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
         """The messages in the spelling that the template reads: thinking in a key of its own where it
         would be written as a part of the answer, tool calls in the first form that it writes as JSON."""
-        messages = [*map(thinking_apart, messages)] if self._reads_thinking(tools) else [*messages]
+        messages = [*map(self._thinking_forms(tools).apart, messages)]
         if not any(message.get("tool_calls") for message in messages):
             return messages
         last = messages[-1]["role"] != "assistant"
@@ -260,18 +261,47 @@ class ChatRenderer:
                 return form
         return messages
 
-    def _reads_thinking(self, tools: Tools) -> bool:
-        """Whether the template writes the thinking of a key, and in another way than in the content."""
+    def _thinking_forms(self, tools: Tools) -> ThinkingForms:
         key = bool(tools)
         if key not in self._thinking:
-            inside = {"role": "assistant", "content": f"<think>\n{SENTINEL}\n</think>\n\nb"}
-            texts = [
-                self._or_none([{"role": "user", "content": "a"}, turn], tools, False)
-                for turn in (inside, thinking_apart(inside))
-            ]
-            dense = ["".join((text or "").split()) for text in texts]
-            self._thinking[key] = SENTINEL in dense[1] and dense[0] != dense[1]
+            asked: Message = {"role": "user", "content": "a"}
+            self._thinking[key] = learn_thinking(
+                lambda turn: self._or_none([asked, turn], tools, False),
+                opened=self.opens_thought(tools),
+            )
         return self._thinking[key]
+
+    def opens_thought(self, tools: Tools = None) -> bool:
+        """Whether the generation prompt ends with a mark that opens the thinking."""
+        key = bool(tools)
+        if key not in self._opened:
+            text = ""
+            if self.tokenizer.chat_template:
+                text = self._or_none([{"role": "user", "content": "a"}], tools, True) or ""
+            text = text.rstrip()
+            marks = text[self._controls.thoughts_at_end(text) :]
+            last = [] if self._thoughts is None else self._thoughts.findall(marks)
+            self._opened[key] = bool(last and not CLOSING.search(last[-1])) or text.endswith(
+                "<think>"
+            )
+        return self._opened[key]
+
+    def takes_for_thinking(self, written: str, content: Sequence[str]) -> bool:
+        """Whether `written`, a turn, has a part of these words as thinking: the words mention a mark that
+        closes it, and the template has put one that opens it in front of them, which generation has not."""
+        if self._thoughts is None or self.opens_thought():
+            return False
+        dense = "".join(written.split())
+        for words in ("".join(text.split()) for text in content):
+            begin = dense.find(words)
+            marks = (
+                dense[self._controls.thoughts_at_end(dense[:begin]) : begin] if begin > 0 else ""
+            )
+            last = self._thoughts.findall(marks)
+            closes = any(CLOSING.search(mark) for mark in self._thoughts.findall(words))
+            if closes and last and not CLOSING.search(last[-1]):
+                return True
+        return False
 
     def prompt(
         self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
