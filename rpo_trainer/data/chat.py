@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
-from rpo_trainer.data.endings import SENTINEL, Controls, Ending, learn_ending
+from rpo_trainer.data.endings import SENTINEL, USER, Controls, Ending, learn_ending
 from rpo_trainer.data.rows import THINKING, Message, RowError
 from rpo_trainer.data.spellings import ThinkingForms, call_forms, learn_thinking, writes_python
 from rpo_trainer.data.templates import set_chat_template, stop_clock
@@ -93,6 +93,12 @@ def _with_thinking(message: Message) -> Message:
     return message if thought is None else {**message, **dict.fromkeys(THINKING, thought)}
 
 
+def _in_parts(message: Message) -> Message:
+    if not isinstance(message.get("content"), str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
 def trained_turns(messages: Sequence[Message]) -> list[int]:
     """Places of the assistant's turns, without those that the data gives the weight 0."""
     return [
@@ -112,6 +118,7 @@ class ChatRenderer:
     tokenizer: PreTrainedTokenizerBase
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     _others: dict[tuple[str, bool], ChatRenderer] = field(init=False, default_factory=dict)
+    _parts: bool | None = field(init=False, default=None)
     _special: re.Pattern[str] | None = field(init=False)
     _names: list[str] = field(init=False)
     _stand_in: re.Pattern[str] = field(init=False)
@@ -379,7 +386,7 @@ class ChatRenderer:
         try:
             with limited():
                 text = self.tokenizer.apply_chat_template(
-                    [_with_thinking(message) for message in messages],
+                    [self._shaped(message) for message in messages],
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
@@ -392,6 +399,22 @@ class ChatRenderer:
             said = str(error) or type(error).__name__
             raise RowError(f"the chat template refuses the row ({said})") from None
         return str(text)
+
+    def _shaped(self, message: Message) -> Message:
+        """The message as it is handed to the template."""
+        message = _with_thinking(message)
+        if self._parts is None:
+            self._learn_parts()
+        return _in_parts(message) if self._parts else message
+
+    def _learn_parts(self) -> None:
+        """Whether the template takes content as a list of parts only, as those of some models of images
+        do: it refuses a text or does not write it, and writes the text of a part."""
+        probe: list[Message] = [USER, {"role": "assistant", "content": SENTINEL}]
+        for self._parts in (False, True):
+            if SENTINEL in (self._or_none(probe, None, False) or ""):
+                return
+        self._parts = False
 
     @cached_property
     def opens_turn(self) -> bool:
