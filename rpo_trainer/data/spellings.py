@@ -1,4 +1,4 @@
-"""Tool calls and thinking in the spellings that chat templates read."""
+"""Tool calls, thinking and content in the spellings that chat templates read."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ def learn_thinking(written: Callable[[Message], str | None], *, opened: bool) ->
 
     block = f"{SENTINEL}\n</think>\n\nb"
     return ThinkingForms(reads(f"<think>\n{block}"), opened and reads(block))
+
+
+def with_thinking(message: Message) -> Message:
+    """The message with its thinking under every name that templates know, as newer transformers do."""
+    thought = next((message[key] for key in THINKING if message.get(key)), None)
+    return message if thought is None else {**message, **dict.fromkeys(THINKING, thought)}
+
+
+def in_parts(message: Message) -> Message:
+    """The message with its text as a list of one part."""
+    if not isinstance(message.get("content"), str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
