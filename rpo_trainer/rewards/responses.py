@@ -50,7 +50,7 @@ class Asked:
     parsed: bool = False
     template_kwargs: Mapping[str, Any] | None = None
     frames: list[tuple[str, ...]] | None = (
-        None  # what is around words, and around thinking and words
+        None  # what is around thinking and words, and around words
     )
 
 
@@ -136,7 +136,8 @@ class ResponseReader:
             yield plain
 
     def _inside(self, asked: Asked, raw: str) -> Iterator[str]:
-        """The words, or thinking and words, inside what the template writes around them."""
+        """Thinking and words, or the words, inside what the template writes around them. `<think>` is read
+        with every template that reads thinking, that of a reward model too."""
         if asked.frames is None:
             asked.frames = [*self._frames(asked)]
         for lead, *inner, tail in asked.frames:
@@ -152,7 +153,7 @@ class ResponseReader:
 
     def _frames(self, asked: Asked) -> Iterator[tuple[str, ...]]:
         ends = [str(self.tokenizer.convert_ids_to_tokens(end)) for end in self.ends]
-        for content in (WORDS, f"<think>\n{THOUGHT}\n</think>\n\n{WORDS}"):
+        for content in (f"<think>\n{THOUGHT}\n</think>\n\n{WORDS}", WORDS):
             try:
                 rendered = self._rendered(asked, content)
             except RowError:

@@ -42,7 +42,7 @@ def test_what_was_sampled_is_trained(shaped: Callable[[str], Any], name: str, ca
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("magistral", "[THINK]2+2[/THINK]Four."),
+        ("magistral", "<think>\n2+2\n</think>\n\nFour."),
         ("cohere", "<think>\n2+2\n</think>\n\nFour."),
         ("harmony", "<think>\n2+2\n</think>\n\nFour."),
         ("opened thought", "2+2\n</think>\n\nFour."),
@@ -52,6 +52,13 @@ def test_what_was_sampled_is_trained(shaped: Callable[[str], Any], name: str, ca
 def test_thinking_is_kept_in_the_text(shaped: Callable[[str], Any], name: str, text: str) -> None:
     row = last_turn(shaped(name), CASES["thought"])
     assert read(shaped(name), [USER], row)[0].text == text
+
+
+def test_marks_stay_where_white_space_tells_the_forms_apart(shaped: Callable[[str], Any]) -> None:
+    tokenizer, text = shaped("magistral"), "[THINK] 2+2[/THINK] Four."
+    row = tokenizer(f"{text}</s>", add_special_tokens=False)["input_ids"]
+    sample, reader = read(tokenizer, [USER], row)
+    assert (sample.text, reader.changed) == (text, 0)
 
 
 def test_the_lead_of_a_template_is_not_in_the_text(shaped: Callable[[str], Any]) -> None:
