@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.generate import Gather, Sample, greedy_responses, sample_responses
+from rpo_trainer.rewards.generate import Gather, greedy_responses, sample_responses
+from rpo_trainer.rewards.responses import Sample
 from rpo_trainer.template_kwargs import kwargs_of
 
 if TYPE_CHECKING:

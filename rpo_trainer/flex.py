@@ -1,4 +1,4 @@
-"""A packed row through torch's FlexAttention: soft-capped scores, attention sinks and ALiBi, fused.
+"""A packed row through torch's FlexAttention: soft-capped scores and attention sinks, fused.
 
 The scores of a row of `T` tokens are never written to memory, which so grows with `T` and not with `T²`.
 
@@ -191,7 +191,6 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention of one layer over a packed row.
 
@@ -204,8 +203,6 @@ def attend(
         sliding_window: tokens seen back, by position, the query's own included.
         softcap: scores become `softcap · tanh(scores / softcap)` (Gemma-2).
         sinks: `[heads]`, one more score of each query, whose weight goes to no value (GPT-OSS).
-        alibi_slopes: `[heads]`, taken from a score once for each position between query and key (ALiBi); no
-            gradient flows to them.
 
     Returns:
         `[1, T, heads, Dv]`.
@@ -220,7 +217,6 @@ def attend(
             _constant(scaling),
             _constant(softcap),
             sinks,
-            None if alibi_slopes is None else (alibi_slopes.detach(), index.positions),
             _kernel_options(size, query.itemsize, query.device),
         )
     return out.transpose(1, 2).contiguous()
@@ -242,7 +238,6 @@ def _attend(
     scaling: str | None,
     softcap: str | None,
     sinks: Tensor | None,
-    alibi: tuple[Tensor, Tensor] | None,
     kernel_options: dict[str, Any],
 ) -> Tensor:
     def modified(
@@ -250,9 +245,6 @@ def _attend(
     ) -> Tensor:
         if softcap is not None:
             score = float(softcap) * torch.tanh(score / float(softcap))
-        if alibi is not None:
-            slopes, positions = alibi
-            score = score - slopes[head] * (positions[query_index] - positions[key_index])
         return score
 
     attention: Any = flex_attention  # its overloads take no value that may be None

@@ -15,6 +15,7 @@ from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.sample_conversations import SAMPLES, Sample
 from rpo_trainer.data.tokenize import tokenize_rows
+from rpo_trainer.data.turns import PARTED
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, TemplateError
 from rpo_trainer.loading import load_tokenizer
 from rpo_trainer.recipe import ModelSpec
@@ -113,7 +114,8 @@ def _checked(
             processes=1,
         )  # fmt: skip
     except (DataError, Problems) as error:
-        status: Status = "wrong" if _writes_calls(text, row["messages"]) else "not supported"
+        supported = _writes_calls(text, row["messages"]) and PARTED not in str(error)
+        status: Status = "wrong" if supported else "not supported"
         return Checked(sample.name, status, _reasons(error))
     prompt = example["prompt_ids"]
     ids = [*prompt, *example["response_ids"][0]]

@@ -25,7 +25,7 @@ from rpo_trainer.batch import AttentionPlan, Segment, pack, to_device
 from rpo_trainer.flex import FlexIndex
 from rpo_trainer.step import install, token_logprobs
 from tests.models import VOCABULARY, make_model
-from tests.test_attention import HEADS, KV_HEADS, PLAN, POSITIONS, SINKS, T, by_hand, sees
+from tests.test_attention import HEADS, KV_HEADS, PLAN, POSITIONS, SINKS, T, sees
 from tests.test_step import compare, random_examples
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -156,21 +156,6 @@ def test_equals_scores_written_out(settings, dtype, tolerance, monkeypatch):
     assert calls == [T]
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
-
-
-def test_alibi_is_a_distance_in_position(monkeypatch):
-    """A response's distance to its prompt does not count the responses between them."""
-    emulate(monkeypatch)
-    q, k, v = make_tensors()
-    slopes = torch.tensor([0.5, 0.25, 0.125, 1.0], dtype=torch.float64)
-    # Scores of an extra dimension of the heads: slope · position of the key, the same up to a constant.
-    wide_q = torch.cat([q, slopes.view(1, HEADS, 1, 1).expand(1, HEADS, T, 1) / 0.3], -1)
-    position = torch.tensor(POSITIONS, dtype=torch.float64).view(1, 1, T, 1)
-    wide_k = torch.cat([k, position.expand(1, KV_HEADS, T, 1)], -1)
-    wide_v = torch.cat([v, torch.zeros(1, KV_HEADS, T, 1, dtype=v.dtype)], -1)
-    out = flex.attend(q, k, v, FlexIndex.of(PLAN), scaling=0.3, alibi_slopes=slopes)
-    expected = by_hand(wide_q, wide_k, wide_v, scaling=0.3, size=SIZE + 1)[..., :SIZE]
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 def gpt_oss(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -17,10 +17,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
-from rpo_trainer.data.endings import SENTINEL, Controls, Ending, learn_ending
-from rpo_trainer.data.rows import THINKING, Message, RowError
-from rpo_trainer.data.spellings import call_forms, thinking_apart, writes_python
+from rpo_trainer.data.endings import SENTINEL, USER, Controls, Ending, learn_ending
+from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.spellings import (
+    ThinkingForms,
+    call_forms,
+    in_parts,
+    learn_thinking,
+    with_thinking,
+    writes_python,
+)
 from rpo_trainer.data.templates import set_chat_template, stop_clock
+from rpo_trainer.data.thinking import THOUGHT, Thoughts
 from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.foreign import UNREADABLE
@@ -35,9 +43,6 @@ Tools = list[Any] | None
 
 MOST_RENDERERS = 256  # with variables of their own, kept at once
 PRIVATE = 0xF0000  # a plane of characters that no text uses
-# The names of tokens around thinking: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
-THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
-CLOSING = re.compile("/|end", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,6 @@ def _is_control(token: AddedToken) -> bool:
     return bool(token.special or token.content.lstrip()[:1] in "<[]|{")
 
 
-def _with_thinking(message: Message) -> Message:
-    """The message with its thinking under every name that templates know, as newer transformers do."""
-    thought = next((message[key] for key in THINKING if message.get(key)), None)
-    return message if thought is None else {**message, **dict.fromkeys(THINKING, thought)}
-
-
 def trained_turns(messages: Sequence[Message]) -> list[int]:
     """Places of the assistant's turns, without those that the data gives the weight 0."""
     return [
@@ -112,21 +111,23 @@ class ChatRenderer:
     tokenizer: PreTrainedTokenizerBase
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     _others: dict[tuple[str, bool], ChatRenderer] = field(init=False, default_factory=dict)
+    _parts: bool | None = field(init=False, default=None)
     _special: re.Pattern[str] | None = field(init=False)
     _names: list[str] = field(init=False)
     _stand_in: re.Pattern[str] = field(init=False)
     _reserved: re.Pattern[str] = field(init=False)
     _controls: Controls = field(init=False)
-    _thoughts: re.Pattern[str] | None = field(init=False)
+    _thoughts: Thoughts = field(init=False)
     _endings: dict[bool, Ending] = field(init=False, default_factory=dict)
-    _thinking: dict[bool, bool] = field(init=False, default_factory=dict)
+    _thinking: dict[bool, ThinkingForms] = field(init=False, default_factory=dict)
+    _opened: dict[bool, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder.values()
         names = _longest_first({t.content for t in added if t.content.strip() and _is_control(t)})
         thoughts = tuple(name for name in names if THOUGHT.search(name))
         self._controls = Controls(tuple(names), thoughts)
-        self._thoughts = special_pattern(thoughts)
+        self._thoughts = Thoughts(self._controls, special_pattern(thoughts))
         self._names = _longest_first({*special_texts(self.tokenizer), *self._marks()})
         self._special = special_pattern(self._names)
         last = chr(PRIVATE + max(len(self._names) - 1, 0))
@@ -184,24 +185,9 @@ class ChatRenderer:
         if self._special is None:
             return set()
         if said:
-            thought, text = self._thought_apart(text)
-            thought = "" if self._thoughts is None else self._thoughts.sub("", thought)
-            text = f"{thought}\n{text}"
+            thought, text = self._thoughts.apart(text, opened=self.opens_thought())
+            text = "\n".join(("".join(self._thoughts.split(thought)[::2]), text))
         return set(self._special.findall(text))
-
-    def _thought_apart(self, text: str) -> tuple[str, str]:
-        """The thinking that a turn begins with, with its marks, and the rest of the turn.
-
-        The opening mark may be absent: the generation prompt may have written it.
-        """
-        marks = [] if self._thoughts is None else list(self._thoughts.finditer(text))
-        if marks and not text[: marks[0].start()].strip():
-            end = marks[min(1, len(marks) - 1)].end()
-        elif marks and CLOSING.search(marks[0][0]):
-            end = marks[0].end()
-        else:
-            end = 0
-        return text[:end], text[end:]
 
     def thought_begins(self, before: str) -> int:
         """Where the marks of thinking begin that the text in front of a turn ends with."""
@@ -250,7 +236,7 @@ class ChatRenderer:
     def as_read(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
         """The messages in the spelling that the template reads: thinking in a key of its own where it
         would be written as a part of the answer, tool calls in the first form that it writes as JSON."""
-        messages = [*map(thinking_apart, messages)] if self._reads_thinking(tools) else [*messages]
+        messages = [*map(self._thinking_forms(tools).apart, messages)]
         if not any(message.get("tool_calls") for message in messages):
             return messages
         last = messages[-1]["role"] != "assistant"
@@ -260,18 +246,29 @@ class ChatRenderer:
                 return form
         return messages
 
-    def _reads_thinking(self, tools: Tools) -> bool:
-        """Whether the template writes the thinking of a key, and in another way than in the content."""
+    def _thinking_forms(self, tools: Tools) -> ThinkingForms:
         key = bool(tools)
         if key not in self._thinking:
-            inside = {"role": "assistant", "content": f"<think>\n{SENTINEL}\n</think>\n\nb"}
-            texts = [
-                self._or_none([{"role": "user", "content": "a"}, turn], tools, False)
-                for turn in (inside, thinking_apart(inside))
-            ]
-            dense = ["".join((text or "").split()) for text in texts]
-            self._thinking[key] = SENTINEL in dense[1] and dense[0] != dense[1]
+            asked: Message = {"role": "user", "content": "a"}
+            self._thinking[key] = learn_thinking(
+                lambda turn: self._or_none([asked, turn], tools, False),
+                opened=self.opens_thought(tools),
+            )
         return self._thinking[key]
+
+    def opens_thought(self, tools: Tools = None) -> bool:
+        """Whether the generation prompt ends with a mark that opens the thinking."""
+        key = bool(tools)
+        if key not in self._opened:
+            asked: list[Message] = [{"role": "user", "content": "a"}]
+            text = self._or_none(asked, tools, True) if self.tokenizer.chat_template else None
+            self._opened[key] = self._thoughts.opened_by(text or "")
+        return self._opened[key]
+
+    def takes_for_thinking(self, written: str, content: Sequence[str]) -> bool:
+        """Whether the template has made thinking of a part of these words of a turn, which mention a mark
+        that closes it, although generation opens none."""
+        return not self.opens_thought() and self._thoughts.cut(written, content)
 
     def prompt(
         self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
@@ -349,7 +346,7 @@ class ChatRenderer:
         try:
             with limited():
                 text = self.tokenizer.apply_chat_template(
-                    [_with_thinking(message) for message in messages],
+                    [self._shaped(message) for message in messages],
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
@@ -362,6 +359,22 @@ class ChatRenderer:
             said = str(error) or type(error).__name__
             raise RowError(f"the chat template refuses the row ({said})") from None
         return str(text)
+
+    def _shaped(self, message: Message) -> Message:
+        """The message as it is handed to the template."""
+        message = with_thinking(message)
+        if self._parts is None:
+            self._learn_parts()
+        return in_parts(message) if self._parts else message
+
+    def _learn_parts(self) -> None:
+        """Whether the template takes content as a list of parts only, as those of some models of images
+        do: it refuses a text or does not write it, and writes the text of a part."""
+        probe: list[Message] = [USER, {"role": "assistant", "content": SENTINEL}]
+        for self._parts in (False, True):
+            if SENTINEL in (self._or_none(probe, None, False) or ""):
+                return
+        self._parts = False
 
     @cached_property
     def opens_turn(self) -> bool:
@@ -387,13 +400,9 @@ class ChatRenderer:
         ]
 
     def _hide_said(self, message: Message) -> Message:
-        thought, said = self._thought_apart(message["content"])
+        thought, said = self._thoughts.apart(message["content"], opened=self.opens_thought())
         hidden: Message = self._hide({**message, "content": said})
-        parts = (
-            [thought]
-            if self._thoughts is None
-            else re.split(f"({self._thoughts.pattern})", thought)
-        )
+        parts = self._thoughts.split(thought)
         marks = [part if number % 2 else self._hide(part) for number, part in enumerate(parts)]
         return {**hidden, "content": "".join(marks) + hidden["content"]}
 

@@ -45,7 +45,7 @@ WARNINGS = {
     "messages_as_text": "text that is a JSON list of messages, read as text: few values of its column are",
     "unusable_rewards": "rewards that are not numbers, ignored by this stage",
     "tools_not_rendered": "`tools` that are not written: no chat template is used, or it leaves them out",
-    "text_left_out": "assistant text that the chat template leaves out (thinking in earlier turns)",
+    "text_left_out": "assistant text that the chat template leaves out (thinking, ...) or takes for thinking",
     "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
     "truncated": "cut to max_length",
 }

@@ -253,9 +253,7 @@ class _Tokenizer:
                 renderer.conversation(talk, tools, last_only=last_only, parsed=parsed)
                 for talk in talks
             ]
-            unread = set()
-            for talk, text in zip(talks, texts, strict=True):
-                unread |= self._unread(row, talk, text)
+            unread = self._unread(row, zip(talks, texts, strict=True))
             differs = next((text.differs for text in texts if text.differs), None)
             self.audit.add_generation(row["source"], row["id"], differs)
         self._count(row, unread)
@@ -270,7 +268,7 @@ class _Tokenizer:
             parsed = row.get("special_tokens") == "parse"
             renderer = self.renderer.using(row.get(COLUMN), parsed=parsed)
             rendered = renderer.prompt(prompt, tools, parsed=parsed)
-            self._count(row, self._unread(row, prompt, rendered))
+            self._count(row, self._unread(row, [(prompt, rendered)]))
 
     def _count(self, row: Row, unread: set[str]) -> None:
         for key in sorted(unread):
@@ -289,12 +287,19 @@ class _Tokenizer:
             self.audit.warn("special_token_text", row["id"])
         self.audit.add_special_text(row["source"], found & self.renderer.control_tokens)
 
-    def _unread(self, row: Row, talk: list[Message], rendered: Rendered) -> set[str]:
-        renderer = self.renderer.using(row.get(COLUMN), parsed=rendered.parsed)
-        found = left_out(renderer, talk, row.get("tools"), rendered)
-        for reason in found.warnings:
+    def _unread(self, row: Row, texts: Iterable[tuple[list[Message], Rendered]]) -> set[str]:
+        """The keys of a row's conversations that do not reach the tokens; counts the row once for each
+        reason to warn."""
+        keys: set[str] = set()
+        warnings: set[str] = set()
+        for talk, rendered in texts:
+            renderer = self.renderer.using(row.get(COLUMN), parsed=rendered.parsed)
+            found = left_out(renderer, talk, row.get("tools"), rendered)
+            keys |= found.keys
+            warnings |= found.warnings
+        for reason in sorted(warnings):
             self.audit.warn(reason, row["id"])
-        return found.keys
+        return keys
 
     def _usable(self, row: Row) -> Row:
         if self.kind == "pair":

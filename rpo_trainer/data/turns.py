@@ -19,6 +19,7 @@ from rpo_trainer.data.rows import Message, RowError
 
 Span = tuple[int, int]
 NO_END = "the chat template writes no end marker after the assistant's turn"
+PARTED = "the chat template writes the text of a turn with calls after the results of these calls"
 _AROUND = 40  # characters shown on both sides of a difference
 
 
@@ -66,13 +67,14 @@ class TurnFinder:
         last turn of the user.
         """
         last = len(self.messages) - 1
-        if last > 0 and self.messages[last]["role"] == "assistant":
+        closed = not self.prompt  # else `text` goes on with the generation prompt
+        if last > 0 and closed and self.messages[last]["role"] == "assistant":
             start = self._moved(last)
             if start is not None:
                 return self._behind_prompt(turns, start)
         spans = [self.span(turn) for turn in turns]
         text = self.text
-        if last in turns and (marker := self._opener()):
+        if last in turns and closed and (marker := self._opener()):
             text += marker
             spans[-1] = (spans[-1][0], len(text))
         starts = {turn: start for turn, (start, _) in zip(turns, spans, strict=True) if turn}
@@ -80,11 +82,27 @@ class TurnFinder:
 
     def span(self, turn: int) -> Span:
         """Where a turn begins and ends in `text`."""
+        if self._parted(turn):
+            raise RowError(PARTED)
         start = self._start(turn)
-        end = self._last_end() if turn == len(self.messages) - 1 else self._inner_end(turn, start)
+        last = turn == len(self.messages) - 1 and not self.prompt
+        end = self._last_end() if last else self._inner_end(turn, start)
         if start >= end:
             raise RowError(UNCLEAR)
         return start, end
+
+    def _parted(self, turn: int) -> bool:
+        """Whether the words of a turn with calls are written after the results of the calls."""
+        said, *after = self.messages[turn : turn + 2]
+        called = said.get("tool_calls") and said["content"].strip()
+        if not called or not after or after[0]["role"] != "tool":
+            return False
+        places = []
+        for place in (turn, turn + 1):
+            marked = [*self.messages]
+            marked[place] = _marked(marked[place])
+            places.append((self._or_none(marked) or "").find(SENTINEL))
+        return 0 <= places[1] < places[0]
 
     # --- the text that a turn stands behind ---
 
@@ -272,9 +290,14 @@ class TurnFinder:
     def _inner_end(self, turn: int, start: int) -> int:
         until = self._or_none(self.messages[: turn + 1])
         place = 0 if until is None else self._shared(until, self.text)
+        if until and self.ending.opener and until.rstrip().endswith(self.ending.last):
+            # It opens the next turn of the assistant, which may be the one that follows.
+            place = min(
+                place, len(until.rstrip()) - len(self.ending.last) + len(self.ending.marker)
+            )
         if until and place > start and self.ending.last.endswith(until[place:].rstrip()):
             return self._marked_end(until, place, self.text)
-        end = self._end_before_next(turn)
+        end = self._end_before_next(turn) if turn + 1 < len(self.messages) else None
         return self._end_after_words(turn) if end is None else end
 
     def _marked_end(self, until: str, place: int, text: str) -> int:

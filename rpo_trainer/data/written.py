@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,14 +11,16 @@ from functools import cached_property
 from rpo_trainer.data.chat import ChatRenderer, Rendered, Tools, trained_turns
 from rpo_trainer.data.rows import THINKING, Message, RowError, leaf_texts
 
+CALLS = "the assistant's `tool_calls`"
+
 
 @dataclass
 class LeftOut:
-    """What does not reach the tokens: `keys` of messages and `tools`, and reasons to warn of the row,
-    one for each turn (keys of WARNINGS)."""
+    """What does not reach the tokens: `keys` of messages and `tools`, and reasons to warn of the row
+    (keys of WARNINGS)."""
 
     keys: set[str] = field(default_factory=set)
-    warnings: list[str] = field(default_factory=list)
+    warnings: set[str] = field(default_factory=set)
 
 
 def left_out(
@@ -29,7 +32,7 @@ def left_out(
         rendered: `talk` as `renderer` gives it.
 
     Raises:
-        RowError: tool calls that it does not write.
+        RowError: tool calls that it does not write, one of them or its arguments.
     """
     text = Written(rendered.text)
     found = LeftOut(set(renderer.unread_keys(talk, tools, rendered)))
@@ -44,18 +47,25 @@ def left_out(
             # The generation prompt may have begun the thinking.
             begin = renderer.thought_begins(rendered.text[:begin])
             whole = Written(rendered.text[begin:end])
-        for call in message.get("tool_calls") or ():
-            called = call.get("function", call)
-            if not own.has(str(called.get("name") or "")):
-                raise RowError("the chat template does not write the assistant's `tool_calls`")
-            if not own.has_all(leaf_texts(called.get("arguments"))):
-                found.keys.add("tool_calls")
+        calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        names = Counter(str(called.get("name") or "") for called in calls)
+        if not all(map(own.has, names)):
+            raise RowError(f"the chat template does not write {CALLS}")
+        texts = [list(leaf_texts(called.get("arguments"))) for called in calls]
+        alone = any(own.count(name) < count for name, count in names.items())
+        if alone or any(part and not any(map(own.has, part)) for part in texts):
+            raise RowError(f"the chat template does not write all of {CALLS}")
+        if not all(map(own.has_all, texts)):
+            found.keys.add("tool_calls")
         thoughts = [message[key] for key in THINKING if message.get(key)]
         content = list(leaf_texts(message["content"]))
         # Thinking that the answer repeats is looked for beside the answer.
-        if not whole.has_all(content) or not whole.without(content).has_all(leaf_texts(thoughts)):
-            said = message["role"] == "assistant"
-            found.warnings.append("text_left_out" if said else "prompt_text_left_out")
+        missed = not whole.has_all(content) or not whole.without(content).has_all(
+            leaf_texts(thoughts)
+        )
+        said = message["role"] == "assistant"
+        if missed or (said and not thoughts and renderer.takes_for_thinking(whole.text, content)):
+            found.warnings.add("text_left_out" if said else "prompt_text_left_out")
         for key in message.keys() - {"role", "content", "weight", "tool_calls", *THINKING}:
             if not text.has_all(leaf_texts(message[key])):
                 found.keys.add(key)
@@ -79,6 +89,10 @@ class Written:
         if text in self.text:
             return bool(text)
         return any(_without_blanks(form) in self._dense for form in _forms(text))
+
+    def count(self, text: str) -> int:
+        """How many times the text is there, in the form that is there most often."""
+        return max(self._dense.count(_without_blanks(form)) for form in _forms(text)) if text else 0
 
     def has_all(self, texts: Iterable[str]) -> bool:
         return all(map(self.has, texts))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from transformers import (
 from rpo_trainer.data import encode_prompt, end_token_ids
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, RecipeError
+from rpo_trainer.rewards.responses import Asked, ResponseReader, Sample
 from rpo_trainer.template_kwargs import kwargs_key
 
 if TYPE_CHECKING:
@@ -37,15 +38,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[dict[str, Any]]
 Tools = Sequence[list[dict[str, Any]] | None]  # of each prompt
 TemplateKwargs = Sequence[Mapping[str, Any]]  # of each prompt
-
-
-class Sample(NamedTuple):
-    """One response; `finished` is False where it was cut by `max_new_tokens`."""
-
-    text: str
-    finished: bool
-
-
 Gather = Callable[[dict[int, list[Sample]]], dict[int, list[Sample]]]
 
 
@@ -241,8 +233,8 @@ def _generate(
             why="a response has at least its end token, and a batch at least one prompt",
             fix="give at least 1 for both",
         )
-    encoded = [
-        _encode(
+    asked = [
+        _asked(
             tokenizer,
             prompt,
             tools[index] if tools is not None else None,
@@ -252,12 +244,13 @@ def _generate(
         )
         for index, prompt in enumerate(prompts)
     ]
+    encoded = [each.ids for each in asked]
     check_room(model.config, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, template_kwargs or ())
     config = _generation_config(tokenizer, ends, max_new_tokens)
     prompts_per_batch, left = max(1, batch_size // copies), set(wanted)
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
-    device = next(model.parameters()).device
+    device, reader = next(model.parameters()).device, ResponseReader(tokenizer, ends)
     rank, world = shard
     batches = [
         order[start : start + prompts_per_batch]
@@ -272,9 +265,9 @@ def _generate(
             rows = _generate_batch(model, repeated, config, choose(batch, width), device)
         for place, index in enumerate(batch):
             if index in left:
-                to_text = _decoder(tokenizer, prompts[index], encoded[index])
                 own = rows[place * copies : (place + 1) * copies]
-                yield index, [_sample(row, ends, to_text) for row in own]
+                yield index, [reader.read(asked[index], row) for row in own]
+    reader.warn()
 
 
 def _generate_batch(
@@ -302,7 +295,7 @@ def _generate_batch(
     return rows
 
 
-def _encode(
+def _asked(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     tools: list[dict[str, Any]] | None,
@@ -310,7 +303,7 @@ def _encode(
     *,
     parsed: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
+) -> Asked:
     try:
         ids = encode_prompt(
             tokenizer, prompt, tools, parsed=parsed, template_kwargs=template_kwargs
@@ -329,37 +322,8 @@ def _encode(
             why="the first token of a response is drawn from what the model predicts after the prompt",
             fix="leave the row out, or give its prompt some text",
         )
-    return ids
-
-
-def _decoder(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prompt_ids: list[int]
-) -> Callable[[list[int]], str]:
-    """From the tokens of a response to its text.
-
-    A response to a text is what it adds to that text: decoded alone, a SentencePiece tokenizer
-    would lose the space it begins with.
-    """
-
-    def decode(ids: list[int]) -> str:
-        return str(
-            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
-
-    if not isinstance(prompt, str):
-        return decode
-    before = decode(prompt_ids)
-
-    def decode_after_prompt(ids: list[int]) -> str:
-        text = decode(prompt_ids + ids)
-        return text[len(before) :] if text.startswith(before) else decode(ids)
-
-    return decode_after_prompt
-
-
-def _sample(row: list[int], ends: list[int], to_text: Callable[[list[int]], str]) -> Sample:
-    stop = next((place for place, token in enumerate(row) if token in ends), None)
-    return Sample(to_text(row[:stop]), finished=stop is not None)
+    given = prompt if isinstance(prompt, str) else list(prompt)
+    return Asked(given, ids, tools, parsed, template_kwargs)
 
 
 def _end_tokens(

@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 
 from rpo_trainer.data import encode_prompt
 from rpo_trainer.data.endings import Controls
+from rpo_trainer.data.turns import PARTED
 from rpo_trainer.errors import DataError
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.trainers.examples import Examples
@@ -166,3 +167,70 @@ def test_a_template_that_refuses_a_call_without_its_result(
         assert trained_texts(tokenizer, *whole(example)) == TRAINED["mistral"][case]
     with pytest.raises(DataError, match="no result"):
         prepared(tokenizer, {"messages": CASES["call"]})
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_two_turns_of_the_assistant_at_the_end(shaped: Callable[[str], Any], name: str) -> None:
+    """The first of them ends with its own end, not with what opens the second."""
+    tokenizer = shaped(name)
+    chat = [USER, said("Four."), said("Yes.")]
+    example, _ = prepared(tokenizer, {"messages": chat})
+    found = "".join(trained_texts(tokenizer, *whole(example)))
+    (own,) = TRAINED[name]["plain"]
+    if "<|user|>" in own:  # the token of the next turn ends one
+        own = own.replace("<|user|>", "<|assistant|>")
+    if name == "harmony":
+        own = own.replace("<|return|>", "<|end|>")
+    assert found.startswith(own)
+    second = found[len(own) :]
+    assert second.endswith(TRAINED[name]["turns"][1].partition("Yes.")[2])
+    assert "Four." not in second
+
+
+def test_words_that_are_written_after_the_result_of_their_call(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}<|result|>{{ m.content }}"
+        "{% set before = messages[loop.index0 - 1] %}{{ before.content if before.tool_calls }}"
+        "{% elif m.tool_calls %}<|assistant|><|call|>{{ m.tool_calls[0].function.name }} "
+        "{{ m.tool_calls[0].function.arguments.city }}<|end|>"
+        "{% else %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    specials = ["<|user|>", "<|assistant|>", "<|result|>", "<|call|>", "<|end|>"]
+    tokenizer = make_tokenizer(specials, eos="<|end|>", chat_template=template)
+    silent, saying = said("", city="Rome"), said("I look.", city="Rome")
+    example, _ = prepared(tokenizer, {"messages": [USER, silent, TOOL, said("It rains.")]})
+    found = trained_texts(tokenizer, *whole(example))
+    assert found == ["<|call|>weather Rome<|end|>", "It rains.<|end|>"]
+    with pytest.raises(DataError, match=PARTED):
+        prepared(tokenizer, {"messages": [USER, saying, TOOL, said("It rains.")]})
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_templates_that_take_content_in_parts_only(
+    refused: bool, make_tokenizer: Callable[..., Any]
+) -> None:
+    """As those of some models of images: a text is refused, or is not written."""
+    part = "{{ part.text.strip() }}" if refused else "{{ part.text }}"
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+        + ("" if refused else "{% if part.type == 'text' %}")
+        + part
+        + ("" if refused else "{% endif %}")
+        + "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    specials = ["<|im_start|>", "<|im_end|>"]
+    parts = make_tokenizer(specials, eos="<|im_end|>", chat_template=template)
+    plain = make_tokenizer(specials, eos="<|im_end|>")
+    plain.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for case in ("plain", "system", "turns"):
+        chat = CASES[case]
+        (example, audit), (same, _) = (prepared(t, {"messages": chat}) for t in (parts, plain))
+        assert example == same and not audit.warnings
+        assert encode_prompt(parts, chat[:-1]) == encode_prompt(plain, chat[:-1])

@@ -102,3 +102,20 @@ def test_sampling_sees_the_tokens_that_training_sees(
             trained = example["response_mask"][0].index(1)
             assert len(sampled_behind) == len(example["prompt_ids"]) + trained, i
     assert all(len(each) == 2 for each in found)
+
+
+def test_responses_that_training_cannot_give_back_are_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = next_token_model(
+        {":": {"a": 1.0}, "a": {"<unk>": 1.0}, "<unk>": {"b": 1.0}, "b": {"</s>": 1.0}}
+    )
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    messages = [[{"role": "user", "content": text}] for text in "xyz"]
+    found = sample_responses(
+        model, tokenizer, messages, responses=2, max_new_tokens=5, batch_size=2
+    )
+    assert found == [[Sample("ab", True)] * 2] * 3
+    (record,) = [each for each in caplog.records if each.name.endswith("rewards.responses")]
+    assert record.args is not None and record.args[:2] == (6, 6)

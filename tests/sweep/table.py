@@ -202,7 +202,10 @@ def _counts(rows: Mapping[str, Row]) -> str:
         + ", ".join(f"{layouts[name]} {name}" for name in _LAYOUTS.values())
         + f"; {fused} with the fused head, {sum(row.lora.startswith('yes') for row in trained)} with LoRA on "
         f"all linear layers, {sum(row.reward == 'yes' for row in trained)} as reward models. "
-        + ", ".join(f"{sections[name]} are {name}" for name in ("refused", "not swept", "wrong"))
+        + ", ".join(
+            f"{sections[name]} {'is' if sections[name] == 1 else 'are'} {name}"
+            for name in ("refused", "not swept", "wrong")
+        )
         + "."
     )
 
