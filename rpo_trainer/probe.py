@@ -67,6 +67,7 @@ def probe(
     Raises:
         ModelError: no layout gives it, or the model's own forward fails.
     """
+    shared = has_shards(model)  # asked before a forward, after which a few weights stay whole
     training = model.training
     model.eval()
     name = type(causal_lm(model)).__name__
@@ -76,7 +77,7 @@ def probe(
         uninstall(model)
         if tile_bytes is not None:
             head.tile_bytes = tile_bytes
-        proof = _Proof(model, recorded)
+        proof = _Proof(model, shared)
         against = _known_against(model, recorded, longest)
         refused: list[str] = []
         for candidate in (layout,) if layout else _LAYOUTS:
@@ -163,9 +164,9 @@ def _report(refused: list[str], layout: Layout, head: Head, whose: str) -> None:
 class _Proof:
     """Plain answers of a model, and what they refute."""
 
-    def __init__(self, model: nn.Module, recorded: Recording) -> None:
+    def __init__(self, model: nn.Module, ranks_share_weights: bool) -> None:
         self.model = model
-        self.recorded = recorded
+        self.ranks_share_weights = ranks_share_weights
         self.examples = random_examples(model)
         self.others = random_examples(model, seed=1)
         try:
@@ -209,7 +210,7 @@ class _Proof:
 
     def _agreed(self, value: float) -> float:
         """The greatest value of the ranks that share the weights: they must take the same way from here."""
-        return greatest_float(float(value)) if has_shards(self.model) else float(value)
+        return greatest_float(float(value)) if self.ranks_share_weights else float(value)
 
     def _disagreement(self, layout: Layout) -> str | None:
         found = self._ask(layout, with_gradients=True)
