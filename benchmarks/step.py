@@ -31,7 +31,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--response", type=int, default=128)
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs, see common.py")
-    parser.add_argument("--layout", default="auto", help="of ours: shared, packed, padded")
+    parser.add_argument("--layout", default="auto", help="of ours: shared, packed, padded, single")
     return parser.parse_args(words)
 
 
