@@ -27,6 +27,7 @@ from rpo_trainer.proof import (
     layout_answers,
     plain_answers,
     random_examples,
+    sees_order,
     sees_others,
 )
 from rpo_trainer.reach import Recording, rotary_limit
@@ -243,11 +244,13 @@ class _Proof:
                 off = max(off, _furthest(base, filled))
         if (off := self._agreed(off)) == 0.0:
             return None
-        # Rounding alone: experts compute as many tokens as are routed to them. A gradient that cannot be
-        # had proves nothing.
+        # Rounding alone: experts compute as many tokens as are routed to them.
         if off <= self.tolerance:
-            seen = sees_others(self.model, self.examples, layout, pad_token_id=self.pad_token_id)
-            if not self._agreed(seen is not False):
+            pad = self.pad_token_id
+            seen = sees_others(self.model, self.examples, layout, pad_token_id=pad)
+            if seen is None:
+                seen = sees_order(self.model, self.examples, self.others, layout, pad_token_id=pad)
+            if not self._agreed(seen):
                 return None
         return f"{_DEPENDS} (by {off:.2g})"
 

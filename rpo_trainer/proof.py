@@ -4,9 +4,9 @@ Three questions, each with its own answer. Does a response's result depend on an
 other texts of the row are exchanged for others of the same lengths: the result must stay the same to the last
 bit, in any dtype and whatever the weights. Where it does not for a reason that is only rounding (experts
 compute as many tokens as are routed to them), the gradient of the result to all other texts must be exactly
-zero. Is the result that of the model's own forward? To the rounding of this very model, which is measured by
-disturbing the last bit of its modules' outputs. And the gradients to the embeddings must be those of plain
-forwards.
+zero; where an engine has the gradients for itself (ZeRO-3), the order of the other texts must not matter. Is
+the result that of the model's own forward? To the rounding of this very model, which is measured by disturbing
+the last bit of its modules' outputs. And the gradients to the embeddings must be those of plain forwards.
 
 Shapes: `R` responses, `n` values, `P` places: the tokens of all prompts and responses, each once.
 """
@@ -203,6 +203,35 @@ def sees_others(
             others = torch.ones(grad.shape[0] * grad.shape[1], dtype=torch.bool)
             others[prompt] = others[response] = False
             if grad.flatten(0, 1)[others.to(grad.device)].ne(0).any():
+                return True
+    return False
+
+
+def sees_order(
+    model: nn.Module,
+    examples: Sequence[Example],
+    others: Sequence[Example],
+    layout: Layout,
+    *,
+    pad_token_id: int,
+) -> bool:
+    """Whether the values of an example change with the order of two others, before or behind it.
+
+    Experts compute as many tokens as before, each in its place, so that rounding is the same to the last bit.
+
+    Args:
+        others: examples of the same lengths as `examples`.
+    """
+    for number, kept in enumerate(examples):
+        one, two = examples[1 - number], others[1 - number]
+        for rows in (([kept, one, two], [kept, two, one]), ([one, two, kept], [two, one, kept])):
+            found = []
+            for row in rows:
+                answers = layout_answers(model, row, layout, pad_token_id=pad_token_id)
+                first = 0 if row[0] is kept else sum(len(e["response_ids"]) for e in row[:2])
+                own = (answers.owner >= first) & (answers.owner < first + len(kept["response_ids"]))
+                found.append(answers.values[own])
+            if not torch.equal(*found):
                 return True
     return False
 

@@ -62,6 +62,29 @@ def test_experts_that_round_by_what_is_routed_to_them_are_no_leak(family):
     assert layout == "shared" and head.fused
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "leaks"),
+    [
+        ("mixtral", False),
+        ("qwen3_moe", False),
+        ("jamba", True),
+        ("lfm2_moe", True),
+        ("qwen3_next", True),
+    ],
+)
+def test_where_there_are_no_gradients_the_order_of_the_other_texts_tells(
+    family, leaks, dtype, monkeypatch
+):
+    """As under ZeRO-3: the same tokens are routed, so that an expert rounds alike; a state does not."""
+    model = tiny_model(family).to(dtype)
+    monkeypatch.setattr("rpo_trainer.probe.sees_others", lambda *_, **__: None)
+    assert probe(model)[0] == ("padded" if leaks else "shared")
+    examples, others = proof.random_examples(model), proof.random_examples(model, seed=1)
+    install(model, layout="packed")
+    assert proof.sees_order(model, examples, others, "packed", pad_token_id=0) is leaks
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
