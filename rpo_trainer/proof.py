@@ -5,8 +5,9 @@ other texts of the row are exchanged for others of the same lengths: the result 
 bit, in any dtype and whatever the weights. Where it does not for a reason that is only rounding (experts
 compute as many tokens as are routed to them), the gradient of the result to all other texts must be exactly
 zero; where an engine has the gradients for itself (ZeRO-3), the order of the other texts must not matter. Is
-the result that of the model's own forward? To the rounding of this very model, which is measured by disturbing
-the last bit of its modules' outputs. And the gradients to the embeddings must be those of plain forwards.
+the result that of the model's own forward? To the rounding of this very model, which is measured by
+disturbing the last bit of its modules' outputs. And the gradients to the embeddings must be those of plain
+forwards.
 
 Shapes: `R` responses, `n` values, `P` places: the tokens of all prompts and responses, each once.
 """
