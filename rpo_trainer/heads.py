@@ -8,7 +8,8 @@ arithmetic on them tells the three numbers, to float32's precision in models of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,19 @@ def head_of(model: Any, forward: Callable[..., Any]) -> Head:
         return Head(fused=False)  # it does not run on its own: the probe says why
 
 
+@contextmanager
+def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it the module computes `forward`, called as a module, so that its hooks run."""
+    hooked = vars(module).get("forward")  # accelerate's hooks put one here
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if hooked is not None:
+            vars(module)["forward"] = hooked
+
+
 def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
     decoder, module = text_decoder(model), model.get_output_embeddings()
     if not isinstance(module, nn.Module) or decoder is model:
@@ -84,17 +98,16 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
         return products[None, :, None].expand(1, -1, vocabulary).clone()
 
     ids = torch.arange(len(_PRODUCTS), device=device)[None] % min(vocabulary, 8)
-    hooked = vars(module).get("forward")  # accelerate's hooks put one here
     handle = decoder.register_forward_hook(replace_hidden)
-    vars(module)["forward"] = replace_product
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            forward_of(module, replace_product),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             logits = forward(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-        del vars(module)["forward"]
-        if hooked is not None:
-            vars(module)["forward"] = hooked
     if len(hidden) != 1 or len(seen) != 1 or seen[0].shape != hidden[0].shape:
         return None
     if logits.shape != (1, len(_PRODUCTS), vocabulary):

@@ -24,6 +24,7 @@ from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError, first_line, last_line
 from rpo_trainer.foreign import device_failed, reads, require_files, require_sizes
 from rpo_trainer.multimodal import (
+    CLASSIFIER,
     language_model_class,
     random_model,
     require_text_forward,
@@ -135,7 +136,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
             that text alone does not suffice for (see `language_model_class`).
     """
     names = map(str, getattr(config, "architectures", None) or ())
-    if not any(name.endswith("ForSequenceClassification") for name in names):
+    if not any(name.endswith(CLASSIFIER) for name in names):
         return language_model_class(config, where)
     if not reward:
         raise ModelError(

@@ -31,6 +31,7 @@ from rpo_trainer.errors import ModelError, first_line
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of these classes
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 _FIX = (
     "take a causal language model, or a multimodal one whose forward takes text alone in this "
@@ -169,7 +170,7 @@ def require_text_forward(model: Any, where: str | None = None) -> None:
     if not is_multimodal(model.config):
         return
     name = type(model).__name__
-    if name.endswith("ForSequenceClassification"):
+    if name.endswith(CLASSIFIER):
         return
     if model.get_output_embeddings() is None:
         raise _not_on_text(name, "it has no language head", where)
@@ -228,6 +229,12 @@ def text_decoder(model: Any) -> Any:
     root = decoder if isinstance(decoder, PreTrainedModel) else model
     parts = (p for p in root.modules() if isinstance(p, PreTrainedModel) and p is not model)
     return next((part for part in parts if fits(part)), model)
+
+
+def decoder_of(model: Any) -> Any:
+    """What gives the hidden states of a language model, or of a sequence classifier."""
+    whole = type(model).__name__.endswith(CLASSIFIER) and not is_composite(model.config)
+    return model.base_model if whole else text_decoder(model)
 
 
 def tower_parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ from transformers.utils import (
 
 from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, first_line, last_line
-from rpo_trainer.multimodal import is_multimodal, require_text_forward
+from rpo_trainer.multimodal import CLASSIFIER, is_multimodal, require_text_forward
 from rpo_trainer.outputs import (
     PROCESSOR_FILES,
     processor_files,
@@ -208,7 +208,7 @@ def _left_over(
     if not unexpected:
         return []
     known = headers()
-    classifier = type(model).__name__.endswith("ForSequenceClassification")
+    classifier = type(model).__name__.endswith(CLASSIFIER)
     saved, prefix = model.state_dict(), model.base_model_prefix + "."
     computed = {name for name, _ in model.named_buffers() if name not in saved}
     return sorted(

@@ -138,10 +138,8 @@ def _known_against(
     return {
         "shared": [*recorded.problems, *others],
         "packed": [*recorded.problems, *others],
-        "padded": [
-            *recorded.selecting,
-            *others,
-        ],  # how much is selected of padding depends on the length
+        # How much is selected of padding depends on the length.
+        "padded": [*recorded.selecting, *others],
         "single": alone,
     }
 

@@ -157,13 +157,8 @@ def layout_answers(
     with_gradients: bool = False,
 ) -> Answers:
     """By one packed micro-batch of a model on which the step is installed."""
-    batch = pack(examples, layout, pad_token_id=pad_token_id)
-    inputs = to_device(batch["model_inputs"], device_of(model))
-    scored = is_classifier(model)
-    run = response_scores if scored else token_logprobs
     with torch.set_grad_enabled(with_gradients), _embedded(model) as embedded:
-        found = run(model, inputs)
-        values = found.flatten()
+        values, owner = _run(model, examples, layout, pad_token_id)
         gradients = None
         if with_gradients and layout != "single":
             grads = _gradients(model, values, embedded, 1)
@@ -173,7 +168,7 @@ def layout_answers(
                     for prompt, response in _places(examples, layout)
                 ]
                 gradients = _by_place(examples, places, once=layout == "shared")
-    return Answers(values.detach(), _owner(batch, found), gradients)
+    return Answers(values.detach(), owner, gradients)
 
 
 def sees_others(
@@ -186,16 +181,13 @@ def sees_others(
     """
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         return None  # DeepSpeed runs backwards by itself
-    batch = pack(examples, layout, pad_token_id=pad_token_id)
-    inputs = to_device(batch["model_inputs"], device_of(model))
-    run = response_scores if is_classifier(model) else token_logprobs
     with torch.enable_grad(), _embedded(model) as embedded:
-        found = run(model, inputs)
+        values, owner = _run(model, examples, layout, pad_token_id)
         if len(embedded) != 1:
             return None
-        owner = _owner(batch, found).to(found.device)
+        owner = owner.to(values.device)
         for number, (prompt, response) in enumerate(_places(examples, layout)):
-            total = found.flatten()[owner == number].sum()
+            total = values[owner == number].sum()
             grad: Tensor | None = torch.autograd.grad(
                 total, embedded, retain_graph=True, allow_unused=True
             )[0]
@@ -332,8 +324,13 @@ def _texts(examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
     return [(e["prompt_ids"], response) for e in examples for response in e["response_ids"]]
 
 
-def _owner(batch: Mapping[str, Any], values: Tensor) -> Tensor:
-    """`[n]`: scores are `[R, A]`, log-probs `[n]`."""
-    if values.ndim == 1:
-        return batch["response_index"]  # type: ignore[no-any-return]
-    return torch.arange(values.shape[0]).repeat_interleave(values.shape[1])
+def _run(
+    model: nn.Module, examples: Sequence[Example], layout: Layout, pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """One packed micro-batch: its values and the owner of each, both `[n]`."""
+    batch = pack(examples, layout, pad_token_id=pad_token_id)
+    inputs = to_device(batch["model_inputs"], device_of(model))
+    if not is_classifier(model):
+        return token_logprobs(model, inputs), batch["response_index"]
+    scores = response_scores(model, inputs)  # [R, A]
+    return scores.flatten(), torch.arange(len(scores)).repeat_interleave(scores.shape[1])

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from rpo_trainer.errors import ModelError
-from rpo_trainer.multimodal import text_decoder
+from rpo_trainer.multimodal import CLASSIFIER, decoder_of
 
 # Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
 _COEFFICIENT = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
 _OWN = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of causal language models
-_CAUSAL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 
 
 class NoRouterLoss(Exception):
@@ -186,10 +185,7 @@ def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    causal = type(inner).__name__.endswith(_CAUSAL) or not type(inner).__name__.endswith(
-        _CLASSIFIER
-    )
-    decoder = text_decoder(inner) if causal else inner.base_model
+    causal, decoder = not type(inner).__name__.endswith(CLASSIFIER), decoder_of(inner)
     training = inner.training
     inner.eval()
     try:
@@ -240,7 +236,7 @@ def _family_function(inner: nn.Module) -> Any:
 
 def _causal_twin(classifier: Any) -> Any:
     """The family's causal language model, without weights: it knows how the family's loss is computed."""
-    name = type(classifier).__name__.removesuffix(_CLASSIFIER) + _CAUSAL
+    name = type(classifier).__name__.removesuffix(CLASSIFIER) + "ForCausalLM"
     cls = getattr(sys.modules[type(classifier).__module__], name, None)
     if cls is None:
         raise NoRouterLoss(f"there is no {name}, which would compute a load-balancing loss")

@@ -28,14 +28,13 @@ from rpo_trainer.attention import (
 )
 from rpo_trainer.batch import AttentionPlan, Layout, Segment
 from rpo_trainer.errors import ModelError, first_line
-from rpo_trainer.heads import FORWARD_ERRORS, Head, head_of
+from rpo_trainer.heads import FORWARD_ERRORS, Head, forward_of, head_of
 from rpo_trainer.logprobs import linear_logprobs, logprobs_from_logits
-from rpo_trainer.multimodal import is_composite, text_decoder
+from rpo_trainer.multimodal import CLASSIFIER, decoder_of
 from rpo_trainer.reach import Recording, recording
 from rpo_trainer.router_loss import apart, asked, beside, only_sums, sums_of
 from rpo_trainer.sharding import device_of, has_shards, rows_of
 
-CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of these classes
 _RECORDED_TOKENS = 8  # of the forward that attention is learned from
 
 
@@ -81,6 +80,8 @@ def install(
     uninstall(inner)
     inner._rpo_stock = (inner.forward, inner.config._attn_implementation)
     inner._rpo_plan_as_mask = False
+    decoder = decoder_of(inner)
+    inner._rpo_decoder = next(name for name, part in inner.named_modules() if part is decoder)
     run = _packed_scores if is_classifier(inner) else _packed_logprobs
 
     @functools.wraps(inner.forward)
@@ -125,7 +126,7 @@ def uninstall(model: nn.Module) -> None:
     for module in inner.modules():
         if REACH_ATTRIBUTE in vars(module):
             delattr(module, REACH_ATTRIBUTE)
-    for name in ("_rpo_stock", "_rpo_plan_as_mask", "_rpo_head"):
+    for name in ("_rpo_stock", "_rpo_decoder", "_rpo_plan_as_mask", "_rpo_head"):
         if name in vars(inner):
             delattr(inner, name)
 
@@ -153,8 +154,8 @@ def _learn_reach(model: nn.Module) -> Recording:
 
 
 def _decoder(inner: Any) -> Any:
-    whole = is_classifier(inner) and not is_composite(inner.config)
-    return inner.base_model if whole else text_decoder(inner)
+    """`decoder_of` an installed model, which knows it by name: the search looks at every module."""
+    return inner.get_submodule(inner._rpo_decoder)
 
 
 def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
@@ -264,7 +265,6 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
         hidden = hidden * head.hidden_multiplier
     if type(module) is not nn.Linear:
         return _generic_head(module, hidden, labels, head)
-    hooked = vars(module).get("forward")  # accelerate's hooks put one here
 
     def fused(x: Tensor) -> Tensor:
         return linear_logprobs(
@@ -277,13 +277,8 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
             tile_bytes=head.tile_bytes,
         )
 
-    vars(module)["forward"] = fused
-    try:
+    with forward_of(module, fused):
         return module(hidden)  # type: ignore[no-any-return]
-    finally:
-        del vars(module)["forward"]
-        if hooked is not None:
-            vars(module)["forward"] = hooked
 
 
 def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:

@@ -67,7 +67,7 @@ class TurnFinder:
         last turn of the user.
         """
         last = len(self.messages) - 1
-        closed = not self.prompt  # else `text` goes on with the generation prompt
+        closed = not self.prompt  # else `text` ends with the generation prompt
         if last > 0 and closed and self.messages[last]["role"] == "assistant":
             start = self._moved(last)
             if start is not None:

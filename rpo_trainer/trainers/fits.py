@@ -173,8 +173,10 @@ def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: 
     Args:
         longest: of the texts that the layout was found for.
     """
+    if longest is None or layout == "single":
+        return
     limit = rotary_limit(model)
-    if limit is None or longest is None or layout == "single" or longest > limit.positions:
+    if limit is None or longest > limit.positions:
         return
     if (length := _longest(examples)) > limit.positions:
         raise DataError(

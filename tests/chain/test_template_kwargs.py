@@ -82,7 +82,7 @@ def test_a_run_samples_trains_and_records_with_its_variables(
         card = (run_dir / name / "final" / "README.md").read_text()
         assert '`{"mode": "all"}`' in card and card.count('`{"size": 2}`') == sizes
     assert "mode: all" in build_report(run_dir).read_text()
-    # Others are noticed when the run goes on.
+    # Others are noticed when the run resumes.
     for key, value, shown in (
         ("model", {"mode": "none"}, f'model.{COLUMN}.mode: "all" → "none"'),
         ("source", {"size": 3}, "stages.dpo.data.train"),

@@ -138,7 +138,7 @@ def test_what_two_texts_share_does_not_end_inside_a_token() -> None:
 
 
 def test_outputs_end_where_turns_end(shaped: Callable[[str], Any]) -> None:
-    """What `eos_token_id` of an output holds: ends of answers and of calls, not what goes on after."""
+    """What `eos_token_id` of an output holds: ends of answers and of calls, not what follows them."""
     for name, ends in (
         ("glm4", {"<|user|>", "<|observation|>"}),
         ("harmony", {"<|return|>", "<|call|>"}),
