@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# All measurements that need a GPU, most important first, within LIMIT seconds (nine minutes on one H200).
+# All measurements that need a GPU, most important first, part by part.
 #
 #     bash benchmarks/gpu.sh                    # a Llama of the 1 B class, bfloat16 weights, full fine-tuning
-#     SIZE=tiny bash benchmarks/gpu.sh          # the same on a very small model, on a CPU too: is it all in order?
-#     WHEELS=dir bash benchmarks/gpu.sh         # first installs the wheels of that folder, and nothing they need
+#     SIZE=tiny bash benchmarks/gpu.sh          # the same on a very small model, on a CPU too: a test of the script
+#     PACKED=.gpu bash benchmarks/gpu.sh        # first unpacks what gpu_prepare.sh has packed
 #
-# OUT     where results go: DATE-DEVICE.jsonl, a line for each run, and DATE-DEVICE.md, what they printed
+# OUT     where results go: DATE-DEVICE.jsonl, a line for each run; DATE-DEVICE.md, what they printed; and
+#         DATE-DEVICE.done, the parts that have ended well, which a further call leaves out
+# ONLY    names of parts, to run no others, done or not: "uf ratio4"
+# LIMIT   seconds for all of it (default 530): a part that cannot start before is left for the next call
 # PYTHON  the interpreter, with this project's requirements; without TRL ours is measured alone
-# ONLY    names of parts, to run no others: "uf ratio4"
+# PACKED  folder of gpu_prepare.sh; its wheels, model and data are unpacked into WORK (default /tmp/rpo-gpu)
+# MODEL   folder of SmolLM2-135M-Instruct for the part `chain`, DATA the folder of its JSONL files; both default
+#         to what was unpacked, and without them the part is skipped
 #
-# Ends with what was skipped for want of time or failed; status 1 if anything failed.
+# Ends with what was skipped or failed; status 1 if anything failed.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -17,10 +22,26 @@ SIZE=${SIZE:-1b}
 OUT=${OUT:-benchmarks/results}
 LIMIT=${LIMIT:-530}
 ONLY=${ONLY:-}
+PACKED=${PACKED:-}
+WORK=${WORK:-/tmp/rpo-gpu}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-if [ -n "${WHEELS:-}" ]; then
-    "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl || exit 1
+if [ -n "$PACKED" ]; then
+    export PYTHONPATH="$PYTHONPATH:$WORK/site"
+    if [ ! -d "$WORK/site" ]; then
+        "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$WORK/site" \
+            "$PACKED"/wheels/*.whl || exit 1
+    fi
+    if [ -f "$PACKED/data.tar.gz" ] && [ ! -d "$WORK/data" ]; then
+        mkdir -p "$WORK/data"
+        tar -xzf "$PACKED/data.tar.gz" -C "$WORK/data" || exit 1
+    fi
+    if compgen -G "$PACKED/model.part-*" >/dev/null && [ ! -d "$WORK/model" ]; then
+        mkdir -p "$WORK/model"
+        cat "$PACKED"/model.part-* | tar -x -C "$WORK/model" --strip-components 1 || exit 1
+    fi
+    [ -d "$WORK/model" ] && MODEL=${MODEL:-$WORK/model}
+    [ -d "$WORK/data" ] && DATA=${DATA:-$WORK/data}
 fi
 
 device=$("$PYTHON" - <<'PROGRAM'
@@ -36,7 +57,9 @@ mkdir -p "$OUT"
 stem=$OUT/$(date +%F)-$(echo "$device" | tr ' [:upper:]' '-[:lower:]')$([ "$SIZE" = tiny ] && echo -tiny)
 lines=$stem.jsonl
 report=$stem.md
-echo "# $(date +%F), $device, $SIZE" >"$report"
+finished=$stem.done
+touch "$finished"
+[ -s "$report" ] || echo "# $(date +%F), $device, $SIZE" >"$report"
 
 if [ "$SIZE" = tiny ]; then
     # Everything small: this checks the script, and its figures mean nothing.
@@ -48,8 +71,9 @@ if [ "$SIZE" = tiny ]; then
     head="--tokens 64 --hidden 32 --vocabulary 512 --rounds 1"
     ablation="--batch 4 --micro 2" scaling="--points 2 --steps 2 --prompt 32 --response 16 --batch 1 --micro 1"
     tile="--points 1 --steps 1 --tile-mib 1"
+    quickstart="model.hidden_size=32 defaults.max_steps=2"
 else
-    model="--size $SIZE --vocabulary 128256 --rounds 3"
+    model="--size $SIZE --rounds 2"
     half="--dtype bfloat16"
     uf="--batch 32 --micro 8 --steps 5" ratio2="--batch 16 --micro 8 --steps 5 --prompt 512 --response 256"
     ratio4="--batch 16 --micro 8 --steps 5 --prompt 1024 --response 256"
@@ -58,6 +82,7 @@ else
     head="--tokens 8192 --hidden 2048 --vocabulary 128256"
     ablation="--batch 32 --micro 8" scaling="--rounds 1 --batch 4 --micro 4"
     tile="--batch 4 --micro 4 --steps 2"
+    quickstart=""
 fi
 real="--lengths benchmarks/ultrafeedback.csv"
 peers=""
@@ -67,22 +92,33 @@ skipped=() failed=()
 
 # part NAME SECONDS COMMAND...: runs it for at most so long, and not at all where little time is left.
 part() {
-    local name=$1 limit=$2 left=$((LIMIT - SECONDS)) status
+    local name=$1 limit=$2 left=$((LIMIT - SECONDS)) start=$SECONDS status log
     shift 2
-    [ -z "$ONLY" ] || [[ " $ONLY " == *" $name "* ]] || return 0
+    if [ -n "$ONLY" ]; then
+        [[ " $ONLY " == *" $name "* ]] || return 0
+    elif grep -qx "$name" "$finished"; then
+        return 0
+    fi
     if [ "$left" -lt 25 ]; then
         skipped+=("$name (no time left)")
         return 0
     fi
     [ "$limit" -le "$left" ] || limit=$left
-    printf '\n## %s\n\n`%s`\n\n' "$name" "$*" >>"$report"
     echo "== $name, at ${SECONDS} s"
-    timeout "$limit" "$@" 2>&1 | tail -n 60 | tee -a "$report"
-    status=${PIPESTATUS[0]}
+    log=$stem.$name.log
+    timeout "$limit" "$@" >"$log" 2>&1
+    status=$?
+    {
+        printf '\n## %s\n\n`%s`\n\n' "$name" "$*"
+        tail -n 60 "$log"
+        printf '\n%s s, status %s\n' "$((SECONDS - start))" "$status"
+    } | tee -a "$report" | tail -n 25
     if [ "$status" = 124 ]; then
         skipped+=("$name (stopped after $limit s)")
     elif [ "$status" != 0 ]; then
         failed+=("$name (status $status)")
+    else
+        echo "$name" >>"$finished"
     fi
 }
 
@@ -93,15 +129,18 @@ bench() {
     part "$name" "$limit" "$PYTHON" "benchmarks/$script" "$@" --json "$lines"
 }
 
-# shellcheck disable=SC2086  # the options are lists of words
+# shellcheck disable=SC2086,SC2046  # the options are lists of words
 {
-    bench uf 90 step.py $model $half $uf $real $peers
+    # Whole files: those with a test that needs a GPU.
+    part tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu \
+        $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench --exclude-dir gpu)
+    part quickstart 150 "$PYTHON" -m rpo_trainer run recipes/quickstart/chain.yaml --run-dir "$WORK/quickstart" \
+        --no-report $quickstart
+    bench uf 100 step.py $model $half $uf $real $peers
     bench ratio4 90 step.py $model $half $ratio4 $peers
     bench k4 90 step.py $model $half $k4 --k 4 $peers
     bench memory 100 step.py $model $half $uf $real --memory $peers
-    # The packed step's kernel, forward and backward, against SDPA in float32, and the head's halves: whole
-    # files, those with a test that needs a GPU.
-    part tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench)
+    bench compile 100 step.py $model $half $uf $real --peers ours-compiled
     bench head 60 head.py $head $half
     [ "$device" = cpu ] || bench attention 90 attention.py --rounds 2
     bench ratio2 90 step.py $model $half $ratio2 $peers
