@@ -71,7 +71,12 @@ if [ "$SIZE" = tiny ]; then
     head="--tokens 64 --hidden 32 --vocabulary 512 --rounds 1"
     ablation="--batch 4 --micro 2" scaling="--points 2 --steps 2 --prompt 32 --response 16 --batch 1 --micro 1"
     tile="--points 1 --steps 1 --tile-mib 1"
-    quickstart="model.hidden_size=32 defaults.max_steps=2"
+    quickstart="eval.data.0.size=8"
+    for stage in code-sft general-sft; do
+        quickstart+=" stages.$stage.max_steps=2 stages.$stage.warmup_steps=0"
+        quickstart+=" stages.$stage.data.train.0.size=200 stages.$stage.data.eval.0.size=8"
+    done
+    quickstart+=" stages.dpo.data.train.0.size=100 stages.rpo.data.train.0.size=100"
 else
     model="--size $SIZE --rounds 2"
     half="--dtype bfloat16"
