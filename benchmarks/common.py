@@ -23,25 +23,49 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-SIZES: dict[str, dict[str, int]] = {
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's dimensions; `tied`: the head is the embedding table."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocabulary: int = 32000
+    tied: bool = False
+
+
+SIZES = {
     # 42 M parameters take part in a token's forward (the embedding table does not).
-    "42m": {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 8, "inner": 1376},
-    "1b": {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "inner": 8192},
-    "tiny": {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "inner": 128},
+    "42m": Shape(512, 8, 8, 8, 1376),
+    "smollm2": Shape(576, 30, 9, 3, 1536, 49152, tied=True),  # SmolLM2-135M
+    "1b": Shape(2048, 16, 32, 8, 8192, 128256, tied=True),  # Llama-3.2-1B
+    "8b": Shape(4096, 32, 32, 8, 14336, 128256),  # Llama-3.1-8B
+    "tiny": Shape(64, 2, 4, 2, 128),
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Fills in the vocabulary of the size."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if found.vocabulary is None:
+            found.vocabulary = SIZES[found.size].vocabulary
+        return found, rest
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """What every benchmark can be told."""
-    made = argparse.ArgumentParser(
-        description=(description or "").splitlines()[0], allow_abbrev=False
-    )
+    made = _Parser(description=(description or "").splitlines()[0], allow_abbrev=False)
     made.add_argument("--size", default="42m", choices=SIZES)
-    made.add_argument("--vocabulary", type=int, default=32000)
+    made.add_argument("--vocabulary", type=int, help="default: that of the size")
     made.add_argument("--dtype", default="float32", help="of the weights, and so of everything")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--tile-mib", type=int, default=512, help="most memory of one tile of logits")
@@ -55,18 +79,19 @@ def make_model(size: str, vocabulary: int, *, dtype: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["inner"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=32768,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
     )
     with torch.device(DEVICE):
-        return LlamaForCausalLM(config).to(getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 @functools.cache
@@ -181,12 +206,13 @@ def matmul_flops(dtype: str, *, seconds: float = 1.5) -> float:
 def step_flops(rows: Sequence[Row], size: str, vocabulary: int) -> float:
     """Model FLOPs of one forward and backward with each prompt once: 6 per weight and token.
 
-    The head counts for response tokens alone; attention scores are left out, as is usual.
+    The head counts for response tokens alone, tied or not: a look-up in the table multiplies nothing.
+    Attention scores are left out, as is usual.
     """
     shape = SIZES[size]
-    hidden = shape["hidden"]
-    kv = shape["kv_heads"] / shape["heads"]
-    body = shape["layers"] * (hidden * hidden * (2 + 2 * kv) + 3 * hidden * shape["inner"])
+    hidden = shape.hidden
+    kv = shape.kv_heads / shape.heads
+    body = shape.layers * (hidden * hidden * (2 + 2 * kv) + 3 * hidden * shape.inner)
     tokens = sum(len(row.prompt) + sum(map(len, row.responses)) for row in rows)
     responses = sum(sum(map(len, row.responses)) for row in rows)
     return 6.0 * (body * tokens + hidden * vocabulary * responses)

@@ -4,11 +4,13 @@
     python benchmarks/step.py --prompt 1024 --response 256 --batch 2 --micro 2
     python benchmarks/step.py --k 4                    # TRL gets the pairs: best against each other one
     python benchmarks/step.py --lengths benchmarks/ultrafeedback.csv
+    python benchmarks/step.py --peers ours-compiled    # torch_compile on against off
     python benchmarks/step.py --memory                 # peak memory, one process each
 
 Both read cached reference log-probs. `trl` is its fastest setting here: fused head (it has no other), the
 attention that transformers picks (`sdpa`), no checkpointing, and rows of like length together where a step
 has several forwards; it pads, its only way for DPO at present. `trl-plain` is the same without the grouping.
+`ours-compiled` is ours with `torch_compile`; a ratio below 1 says that compiling helps.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ MIB = 2**20
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = duel.duel_parser(__doc__, ["trl", "trl-plain"])
+    parser = duel.duel_parser(__doc__, ["trl", "trl-plain", "ours-compiled"])
     parser.set_defaults(peers=["trl"])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--response", type=int, default=128)
@@ -43,7 +45,14 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     return make_rows(args.batch, [(args.prompt, [args.response] * args.k)], args.vocabulary)
 
 
-def ours(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
+def ours(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    callbacks: list[Any],
+    *,
+    compiled: bool = False,
+) -> Any:
     """Our trainer: DPO for pairs, RPO for K responses."""
     from rpo_trainer import DPOConfig, DPOTrainer, RPOConfig, RPOTrainer
 
@@ -54,12 +63,19 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[A
         model=model,
         args=config_class(
             **settings, beta=0.1, max_length=None, layout=args.layout,
-            tile_bytes=args.tile_mib * MIB,
+            tile_bytes=args.tile_mib * MIB, torch_compile=compiled,
         ),
         train_dataset=[row.example(i) for i, row in enumerate(rows_of(args))],
         processing_class=tokenizer,
         callbacks=callbacks,
     )  # fmt: skip
+
+
+def ours_compiled(
+    args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]
+) -> Any:
+    """Our trainer with its layers compiled."""
+    return ours(args, model, tokenizer, callbacks, compiled=True)
 
 
 def trl(
@@ -103,7 +119,12 @@ def trl_plain(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: l
     return trl(args, model, tokenizer, callbacks, grouped=False)
 
 
-BUILDERS: dict[str, duel.Builder] = {"ours": ours, "trl": trl, "trl-plain": trl_plain}
+BUILDERS: dict[str, duel.Builder] = {
+    "ours": ours,
+    "trl": trl,
+    "trl-plain": trl_plain,
+    "ours-compiled": ours_compiled,
+}
 
 
 def work(args: argparse.Namespace) -> duel.Work:

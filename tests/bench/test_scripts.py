@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +58,36 @@ def test_against_trl(script: str, peers: set[str], tmp_path: Path) -> None:
     assert "ratio" in printed and set(line["ratios"]) == peers
     losses = list(line["losses"].values())
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch_compile on a CPU needs g++")
+def test_compiled_against_not_compiled(tmp_path: Path) -> None:
+    _, line = run("step.py", *MODEL, *ROWS, "--peers", "ours-compiled", folder=tmp_path)
+    losses = line["losses"]
+    assert set(line["ratios"]) == {"ours-compiled"}
+    assert losses["ours-compiled"] == pytest.approx(losses["ours"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("smollm2", 134_515_008), ("1b", 1_235_814_400), ("8b", 8_030_261_248), ("42m", None)],
+)
+def test_sizes_are_those_of_the_models(
+    size: str, count: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights counted, and the operations of a token against the weights that it is multiplied with."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import common
+
+    monkeypatch.setattr(common, "DEVICE", "meta")
+    vocabulary = common.parser("test").parse_args(["--size", size]).vocabulary
+    model = common.make_model(size, vocabulary, dtype="bfloat16")
+    assert model.lm_head.weight.dtype is torch.bfloat16
+    assert count in (None, sum(p.numel() for p in model.parameters()))
+    layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    rows = [common.Row(prompt=[2] * 5, responses=[[2] * 2, [2] * 1])]
+    wanted = 6 * (8 * layers + 3 * model.lm_head.weight.numel())
+    assert common.step_flops(rows, size, vocabulary) == wanted
 
 
 @needs_trl
