@@ -55,7 +55,9 @@ def emulate(monkeypatch: pytest.MonkeyPatch, kernel: Any = reference) -> list[di
     calls: list[dict[str, Any]] = []
 
     def called(*args: Any, **settings: Any) -> Tensor:
-        known = {k: v for k, v in settings.items() if k != "enable_gqa" or k in SIGNATURE.parameters}
+        known = {
+            k: v for k, v in settings.items() if k != "enable_gqa" or k in SIGNATURE.parameters
+        }
         calls.append(SIGNATURE.bind(*args, **known).arguments | settings)
         return kernel(*args, **settings)
 
