@@ -22,6 +22,8 @@ from torch import Tensor
 
 DEFAULT_TILE_BYTES = 512 * 2**20
 _LEAST_WIDTH = 1024  # of a slice of the vocabulary: narrower products are slow
+# Slices are multiples of it: a GPU's fast kernels take rows that start at multiples of 16 bytes.
+_ALIGNED_WIDTH = 64
 # On a CPU fresh memory costs more than the arithmetic on it, so what is made for a moment stays small enough
 # to be used again: by the allocator, or by the cache.
 _CPU_CELLS = 2**22
@@ -81,7 +83,11 @@ def _tiles(tokens: int, vocabulary: int, hidden: int, cells: int) -> tuple[int, 
     A slice of the weight may have to be copied, in another dtype, so it takes no more than a tile either.
     """
     block = max(1, min(tokens, cells // min(vocabulary, _LEAST_WIDTH)))
-    return block, min(vocabulary, max(1, min(cells // block, cells // hidden)))
+    return block, min(vocabulary, _aligned(max(1, min(cells // block, cells // hidden))))
+
+
+def _aligned(width: int) -> int:
+    return width // _ALIGNED_WIDTH * _ALIGNED_WIDTH or width
 
 
 def _spans(total: int, size: int) -> Iterator[tuple[int, int]]:
@@ -127,6 +133,7 @@ class _LinearLogProbs(torch.autograd.Function):
         if keep and n:
             width = min(v, max(1, (cells if hidden.is_cuda else min(cells, _CPU_CELLS)) // n))
             width = min(width, max(_LEAST_WIDTH, cells // n - v))
+            width = width if width == v else _aligned(width)
         ctx.save_for_backward(hidden, weight, bias, labels, normaliser, tile)
         ctx.settings = (logit_scale, softcap, block, width, dtype)
         return target - normaliser
@@ -203,7 +210,7 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         # All logits of a token are needed at once; only a weight that has to be copied is cut. Beside the
         # logits lie the pieces they are joined from, then what their normaliser is summed over.
         copied = weight.dtype != _factor_dtype(hidden)
-        slices = list(_spans(v, max(1, cells // hidden.shape[1]) if copied else v))
+        slices = list(_spans(v, _aligned(max(1, cells // hidden.shape[1])) if copied else v))
         block = max(1, cells // (2 * v))
         logps = torch.empty(n, dtype=dtype, device=hidden.device)
         unscaled = torch.empty(n, hidden.shape[1], dtype=dtype, device=hidden.device)

@@ -3,12 +3,17 @@
 Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and wrong
 for others: state-space layers that carry one text into the next, attention of another kind, a head that does
 more. So each trainer asks the model at hand, once, and takes the first layout that `proof.py` cannot refute.
+
+It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast picks
+other kernels, so there the layout has to hold under the autocast of the training too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +36,7 @@ from rpo_trainer.proof import (
     sees_others,
 )
 from rpo_trainer.reach import Recording, rotary_limit
-from rpo_trainer.sharding import has_shards
+from rpo_trainer.sharding import device_of, has_shards
 from rpo_trainer.step import causal_lm, install, is_classifier, uninstall
 
 logger = logging.getLogger(__name__)
@@ -52,6 +57,7 @@ def probe(
     layout: Layout | None = None,
     tile_bytes: int | None = None,
     longest: int | None = None,
+    autocast: torch.dtype | None = None,
     whose: str = "the model",
 ) -> tuple[Layout, Head]:
     """Installs the fastest layout that is proved to give what plain forwards give, and says which.
@@ -63,6 +69,7 @@ def probe(
         layout: the only one to try; None: shared, then packed, padded and single.
         tile_bytes: size of the head's tiles; None: the default.
         longest: tokens of the longest text; None: not known. Some rotary embeddings change with it.
+        autocast: dtype of the autocast that the model is to run under; None: none.
         whose: what the model is called in messages.
 
     Raises:
@@ -78,7 +85,10 @@ def probe(
         uninstall(model)
         if tile_bytes is not None:
             head.tile_bytes = tile_bytes
-        proof = _Proof(model, shared)
+        with _exact_products():
+            proofs = [_Proof(model, shared)]
+            if autocast is not None and not shared and _has_own_kernels(device_of(model)):
+                proofs.append(_Proof(model, shared, autocast))
         against = _known_against(model, recorded, longest)
         refused: list[str] = []
         for candidate in (layout,) if layout else _LAYOUTS:
@@ -86,7 +96,9 @@ def probe(
                 refused.append(f"{_NAMES[candidate]}: {against[candidate][0]}")
                 continue
             for tried in _heads(head):
-                why = proof.refusal(candidate, tried)
+                with _exact_products():
+                    whys = (proof.refusal(candidate, tried) for proof in proofs)
+                    why = next((one for one in whys if one is not None), None)
                 if why is None:
                     _report(refused, candidate, tried, whose)
                     return candidate, tried
@@ -160,16 +172,41 @@ def _report(refused: list[str], layout: Layout, head: Head, whose: str) -> None:
         logger.info("%s", line)
 
 
-class _Proof:
-    """Plain answers of a model, and what they refute."""
+def _has_own_kernels(device: torch.device) -> bool:
+    """Whether halves take other kernels than float32 there."""
+    return device.type == "cuda"
 
-    def __init__(self, model: nn.Module, ranks_share_weights: bool) -> None:
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Within it, float32 products are not rounded to TF32, whatever training will do."""
+    products, every = torch.backends.cuda.matmul, torch.backends
+    found = products.fp32_precision
+    own = found if found != every.fp32_precision else "none"  # it goes by the setting of all
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = own
+
+
+class _Proof:
+    """Plain answers of a model, and what they refute.
+
+    Args:
+        autocast: the dtype of the autocast that all answers are given under; None: none.
+    """
+
+    def __init__(
+        self, model: nn.Module, ranks_share_weights: bool, autocast: torch.dtype | None = None
+    ) -> None:
         self.model = model
         self.ranks_share_weights = ranks_share_weights
+        self.autocast = autocast
         self.examples = random_examples(model)
         self.others = random_examples(model, seed=1)
         try:
-            self.plain = plain_answers(model, self.examples)
+            self.plain = self._plain()
         except FORWARD_ERRORS as error:
             if device_failed(error):
                 raise
@@ -182,9 +219,11 @@ class _Proof:
         dtype = min(
             (lowest_precision(model), self.plain.dtype or torch.float32), key=lambda d: d.itemsize
         )
+        if autocast is not None:
+            dtype = min(dtype, autocast, key=lambda d: d.itemsize)
         low = dtype in (torch.bfloat16, torch.float16)
         with last_bits_disturbed(model):
-            disturbed = plain_answers(model, self.examples)
+            disturbed = self._plain()
         size = 1.0 + self.plain.values.abs().max().item()
         if is_classifier(model):
             size -= 1.0  # a fresh head's scores are small
@@ -192,6 +231,10 @@ class _Proof:
         eps = torch.finfo(dtype).eps
         self.tolerance = 8.0 * noise + (4.0 if low else 32.0) * eps * size
         self.relative = 0.2 if low else 1e-3
+        if (
+            autocast is not None
+        ):  # the gradients of a deep model are rounded more than those of its values
+            self.relative = max(self.relative, 2.0 * _relative(disturbed, self.plain))
 
     def refusal(self, layout: Layout, head: Head) -> str | None:
         """Why the layout is not taken; None: nothing speaks against it."""
@@ -199,6 +242,8 @@ class _Proof:
         why = None
         try:
             why = self._dependence(layout) or self._disagreement(layout)
+            if why is not None and self.autocast is not None:
+                why += f" under autocast to {str(self.autocast).removeprefix('torch.')}"
         except FORWARD_ERRORS as error:
             if device_failed(error):
                 raise
@@ -211,16 +256,23 @@ class _Proof:
         """The greatest value of the ranks that share the weights: they must take the same way from here."""
         return greatest_float(float(value)) if self.ranks_share_weights else float(value)
 
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_of(self.model).type, self.autocast)
+
+    def _plain(self) -> Answers:
+        with self._arithmetic():
+            return plain_answers(self.model, self.examples)
+
     def _disagreement(self, layout: Layout) -> str | None:
         found = self._ask(layout, with_gradients=True)
         off = _furthest(found, self.plain)
         if not off <= self.tolerance:
             return f"disagrees with plain forwards by {off:.2g} (rounding: {self.tolerance:.2g})"
-        if found.gradients is not None and self.plain.gradients is not None:
-            norm = self.plain.gradients.norm().clamp_min(1e-30)
-            relative = ((found.gradients - self.plain.gradients).norm() / norm).item()
-            if not relative <= self.relative:
-                return f"its gradients differ from those of plain forwards by {relative:.1%}"
+        relative = _relative(found, self.plain)
+        if not relative <= self.relative:
+            return f"its gradients differ from those of plain forwards by {relative:.1%}"
         return None
 
     def _dependence(self, layout: Layout) -> str | None:
@@ -245,9 +297,12 @@ class _Proof:
         # Rounding alone: experts compute as many tokens as are routed to them.
         if off <= self.tolerance:
             pad = self.pad_token_id
-            seen = sees_others(self.model, self.examples, layout, pad_token_id=pad)
-            if seen is None:
-                seen = sees_order(self.model, self.examples, self.others, layout, pad_token_id=pad)
+            with self._arithmetic():
+                seen = sees_others(self.model, self.examples, layout, pad_token_id=pad)
+                if seen is None:
+                    seen = sees_order(
+                        self.model, self.examples, self.others, layout, pad_token_id=pad
+                    )
             if not self._agreed(seen):
                 return None
         return f"{_DEPENDS} (by {off:.2g})"
@@ -265,13 +320,22 @@ class _Proof:
         pad_token_id: int | None = None,
         with_gradients: bool = False,
     ) -> Answers:
-        return layout_answers(
-            self.model,
-            self.examples if examples is None else examples,
-            layout,
-            pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
-            with_gradients=with_gradients,
-        )
+        with self._arithmetic():
+            return layout_answers(
+                self.model,
+                self.examples if examples is None else examples,
+                layout,
+                pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
+                with_gradients=with_gradients,
+            )
+
+
+def _relative(found: Answers, expected: Answers) -> float:
+    """Relative distance of two answers' gradients; 0 where there are none."""
+    if found.gradients is None or expected.gradients is None:
+        return 0.0
+    norm = expected.gradients.norm().clamp_min(1e-30)
+    return ((found.gradients - expected.gradients).norm() / norm).item()
 
 
 def _furthest(found: Answers, expected: Answers, where: torch.Tensor | None = None) -> float:

@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -176,7 +177,8 @@ def reach_of(mask_function: Callable[..., Any], local_size: int | None = None) -
     keys = torch.tensor(sorted(n for n in {*range(130), *places, *edges} if n >= 0))[None]
     zero = torch.zeros((), dtype=torch.long)
     try:
-        seen = mask_function(zero, zero, queries, keys)
+        with _OnCpu():
+            seen = mask_function(zero, zero, queries, keys)
     except (IndexError, RuntimeError, TypeError):
         return None  # a mask of these very tokens
     candidates = [Reach()]
@@ -186,6 +188,22 @@ def reach_of(mask_function: Callable[..., Any], local_size: int | None = None) -
         if torch.equal(seen.expand(len(queries), keys.shape[1]), sees(queries, keys, reach)):
             return reach
     return None
+
+
+class _OnCpu(TorchFunctionMode):
+    """Within it, tensors of another device are read from a copy on the CPU.
+
+    A mask function may hold tensors of the model's device, such as the padding. An index beyond one is an
+    error on a CPU; on a GPU it would end the process.
+    """
+
+    def __torch_function__(
+        self, function: Any, _: Any, arguments: Any = (), settings: Any = None
+    ) -> Any:
+        arguments, settings = tree_map_only(
+            Tensor, lambda x: x if x.device.type == "cpu" else x.cpu(), (arguments, settings or {})
+        )
+        return function(*arguments, **settings)
 
 
 class RotaryLimit(NamedTuple):

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# torch 2.11 has no word for grouped keys, 2.12 and later do.
-_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# The kernel takes grouped keys as they are. From torch 2.12 on, its wrapper has to be told.
+_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -144,11 +144,8 @@ def attend(
     settings: dict[str, Any] = {"scale": scaling}
     # (back, forward): causal, which is aligned at the end of a segment; −1 is no bound.
     settings["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
-    if q.shape[1] != k.shape[1]:
-        if _TAKES_GROUPS:
-            settings["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if _ASKS_FOR_GROUPS and q.shape[1] != k.shape[1]:
+        settings["enable_gqa"] = True
     out: Any = varlen_attn(
         q, k, v, index.query_starts, key_starts, index.longest_query, index.longest_key, **settings
     )

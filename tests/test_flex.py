@@ -102,14 +102,14 @@ def test_no_block_is_missed_and_none_goes_unmasked(seed, window):
 
     def blocks(mask: Any, side: str) -> tuple[Tensor, Tensor]:
         """Blocks with a mask, and without one."""
-        names = ("kv_num_blocks", "kv_indices") if side == "keys" else ("q_num_blocks", "q_indices")
-        return tuple(
-            torchs._ordered_to_dense(
-                getattr(mask, full + names[0]), getattr(mask, full + names[1]),
-                mask.kv_indices.shape[-1],
-            )[0, 0].bool()
-            for full in ("", "full_")
-        )  # fmt: skip
+        name = "kv" if side == "keys" else "q"
+        found = []
+        for full in ("", "full_"):
+            counts = getattr(mask, f"{full}{name}_num_blocks")[0, 0]
+            indices = getattr(mask, f"{full}{name}_indices")[0, 0].long()
+            listed = torch.arange(indices.shape[1]) < counts[:, None]
+            found.append(torch.zeros_like(listed).scatter(1, indices, listed))
+        return found[0], found[1]
 
     for side in ("keys", "queries"):
         masked, whole = blocks(ours, side)

@@ -317,6 +317,15 @@ def test_response_sums():
     assert sums.tolist() == [1.0, 0.0, 6.0, 0.0]
 
 
+@pytest.mark.parametrize("tokens", [1, 2000, 2401, 5000, 16384])
+def test_slices_are_aligned_for_the_fast_kernels(tokens):
+    """A row of halves that starts off a multiple of 16 bytes costs a GPU the product's speed."""
+    for vocabulary, hidden in ((128256, 2048), (49152, 576), (1000, 64)):
+        _, width = logprobs._tiles(tokens, vocabulary, hidden, logprobs.DEFAULT_TILE_BYTES // 4)
+        assert width == vocabulary or width % 64 == 0
+    assert [logprobs._aligned(n) for n in (1, 40, 64, 100, 53687)] == [1, 40, 64, 64, 53632]
+
+
 def test_tile_must_be_positive():
     hidden, weight, labels, *_ = tensors(torch.float64)
     with pytest.raises(ValueError, match="tile_bytes must be positive, got 0"):

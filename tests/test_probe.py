@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from rpo_trainer import attention, heads, proof
+from rpo_trainer import attention, heads, proof, varlen
+from rpo_trainer import probe as probe_module
 from rpo_trainer.batch import pack
 from rpo_trainer.errors import ModelError
 from rpo_trainer.heads import Head
@@ -22,6 +24,7 @@ from rpo_trainer.reach import rotary_limit
 from rpo_trainer.step import causal_lm, install, token_logprobs
 from tests.families import tiny_model
 from tests.models import FAMILIES, VOCABULARY, make_model
+from tests.varlen_kernel import emulate, reference
 
 # State-space layers, linear attention, convolutions, ALiBi: what goes from one text of a row into the next.
 LEAKING = (
@@ -36,6 +39,48 @@ LEAKING = (
 def test_known_families_share_prompts(family, dtype):
     layout, head = probe(make_model(family, dtype=dtype))
     assert layout == "shared" and head.fused
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_kernels_that_only_autocast_takes_are_proved_too(leaks, monkeypatch, caplog):
+    """As on a GPU: float32 goes by units and would not notice."""
+
+    def kernel(*args: Any, **settings: Any) -> Tensor:
+        out = reference(*args, **settings)
+        return out + 1e-3 * out.mean(0) if leaks else out
+
+    calls = emulate(monkeypatch, kernel)
+    monkeypatch.setattr(varlen, "_DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(probe_module, "_has_own_kernels", lambda device: True)
+    assert probe(make_model("llama"))[0] == "shared" and not calls
+    layout, head = probe(make_model("llama"), autocast=torch.bfloat16)
+    assert layout == ("padded" if leaks else "shared") and head.fused and calls
+    assert ("under autocast to bfloat16" in caplog.text) == leaks
+
+
+@pytest.mark.parametrize("set_for", ["all", "products", "nothing"])
+def test_tf32_is_off_while_the_model_is_asked_and_as_it_was_after(set_for, monkeypatch):
+    """torch_compile turns it on; products would be right to three digits, and the layouts refused."""
+    every, products = torch.backends, torch.backends.cuda.matmul
+    before = every.fp32_precision, products.fp32_precision
+    seen = []
+    monkeypatch.setattr(
+        probe_module, "plain_answers",
+        lambda *args: seen.append(products.fp32_precision) or proof.plain_answers(*args),
+    )  # fmt: skip
+    try:
+        if set_for != "nothing":
+            (every if set_for == "all" else products).fp32_precision = "tf32"
+        found = every.fp32_precision, products.fp32_precision
+        probe(make_model("llama"))
+        assert set(seen) == {"ieee"}
+        assert (every.fp32_precision, products.fp32_precision) == found
+        if set_for == "all":
+            every.fp32_precision = "ieee"
+            assert products.fp32_precision == "ieee"  # it still goes by the setting of all
+    finally:
+        products.fp32_precision, every.fp32_precision = "none", before[0]
+    assert (every.fp32_precision, products.fp32_precision) == before
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from rpo_trainer.step import install, uninstall
 from tests.models import make_model
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("size", [1, 2, 6, 4096, 1_000_000])
@@ -51,6 +52,27 @@ def test_another_mask_is_none_of_them(mask_function):
     assert reach_of(mask_function) is None
     assert reach_of(mask_function, 64) is None
     assert reach_of(causal_mask_function) == Reach()
+
+
+def test_what_a_mask_function_holds_on_another_device_is_read_on_the_cpu(monkeypatch):
+    """On a GPU an index beyond a tensor ends the process, and tensors of two devices do not mix."""
+    moved = []
+    elsewhere = torch.zeros(1, dtype=torch.long).as_subclass(_Elsewhere)
+    monkeypatch.setattr(_Elsewhere, "cpu", lambda self: moved.append(self) or NO_PADDING)
+    assert reach_of(chunked_causal_mask_function(6, elsewhere), 6) == Reach(chunk=6)
+    assert moved
+
+
+class _Elsewhere(torch.Tensor):
+    device = torch.device("cuda")
+
+
+@needs_gpu
+def test_mask_functions_that_hold_tensors_of_a_gpu():
+    assert reach_of(chunked_causal_mask_function(6, NO_PADDING.cuda()), 6) == Reach(chunk=6)
+    few = torch.tensor([1, 1, 0]).cuda()
+    assert reach_of(lambda b, h, q, kv: few[q] == kv) is None
+    assert few.sum() == 2  # the device still answers
 
 
 def _model(family: str, **settings):

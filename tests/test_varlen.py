@@ -57,18 +57,19 @@ def test_nothing_is_gathered_where_nothing_is_shared():
     [{}, {"window": 3}, {"window": 1}, {"window": 7}, {"window": 100}, {"scaling": 0.7},
      {"scaling": 0.2, "window": 2}],
 )  # fmt: skip
-@pytest.mark.parametrize("takes_groups", [True, False])
-def test_equals_attention_by_hand(takes_groups, settings, tensors, monkeypatch):
-    """With and without a kernel that knows grouped keys, as torch 2.12's and 2.11's."""
+@pytest.mark.parametrize("asks_for_groups", [True, False])
+def test_equals_attention_by_hand(asks_for_groups, settings, tensors, monkeypatch):
+    """Grouped keys are handed over as they are, with a word about it (torch 2.12) or without (2.11)."""
     calls = emulate(monkeypatch)
-    monkeypatch.setattr(varlen, "_TAKES_GROUPS", takes_groups)
+    monkeypatch.setattr(varlen, "_ASKS_FOR_GROUPS", asks_for_groups)
     names = {"window": "sliding_window"}
     out, _ = packed_attention(
         nn.Module(), *tensors, None, packing_plan=indexed(),
         **{names.get(name, name): value for name, value in settings.items()},
     )  # fmt: skip
     torch.testing.assert_close(out, by_hand(*tensors, **settings), rtol=1e-12, atol=1e-12)
-    assert [("enable_gqa" in call) for call in calls] == [takes_groups]
+    assert [("enable_gqa" in call) for call in calls] == [asks_for_groups]
+    assert {calls[0][name].shape[1] for name in ("key", "value")} == {KV_HEADS}
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -220,7 +221,7 @@ def test_compiled_without_a_break_and_not_again_for_every_length(monkeypatch):
     kernel.register_fake(lambda q, *rest: torch.empty_like(q))
 
     def called(
-        *args: Any, scale: float | None, window_size: tuple[int, int], enable_gqa: bool
+        *args: Any, scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False
     ) -> Tensor:
         assert scale is None
         return kernel(*args, *window_size, enable_gqa)

@@ -22,7 +22,7 @@ def reference(
     """Masks aligned at the bottom right, as torch's documentation of the kernel has it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     groups = query.shape[1] // key.shape[1]
-    assert enable_gqa or groups == 1
+    assert enable_gqa == (groups > 1 and varlen._ASKS_FOR_GROUPS)
     q_starts, k_starts = cu_seq_q.tolist(), cu_seq_k.tolist()
     assert (q_starts[-1], k_starts[-1]) == (len(query), len(key)) and len(key) == len(value)
     q_lengths, k_lengths = (torch.diff(starts).tolist() for starts in (cu_seq_q, cu_seq_k))
@@ -55,7 +55,10 @@ def emulate(monkeypatch: pytest.MonkeyPatch, kernel: Any = reference) -> list[di
     calls: list[dict[str, Any]] = []
 
     def called(*args: Any, **settings: Any) -> Tensor:
-        calls.append(SIGNATURE.bind(*args, **settings).arguments)
+        known = {
+            k: v for k, v in settings.items() if k != "enable_gqa" or k in SIGNATURE.parameters
+        }
+        calls.append(SIGNATURE.bind(*args, **known).arguments | settings)
         return kernel(*args, **settings)
 
     monkeypatch.setattr(varlen, "varlen_attn", called)

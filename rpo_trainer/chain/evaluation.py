@@ -329,8 +329,10 @@ class Evaluation:
             return known  # type: ignore[return-value]
         policy = self._policy(source)
         longest = max(len(e["prompt_ids"]) + max(map(len, e["response_ids"])) for e in examples)
-        layout, _ = probe_on_all_ranks(policy, longest=longest)
         half = self.dtype in (torch.bfloat16, torch.float16)
+        layout, _ = probe_on_all_ranks(
+            policy, longest=longest, autocast=self.dtype if half else None
+        )
         precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
         try:
             with precision:

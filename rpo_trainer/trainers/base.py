@@ -175,8 +175,9 @@ class PackedTrainer(SavingTrainer):
         wanted: Any = None if self.args.layout == "auto" else self.args.layout
         with awake(self.model):
             self.layout, _ = probe_on_all_ranks(
-                self.model, layout=wanted, tile_bytes=self.args.tile_bytes, longest=self._longest
-            )
+                self.model, layout=wanted, tile_bytes=self.args.tile_bytes, longest=self._longest,
+                autocast=self.args.mixed_precision_dtype(),
+            )  # fmt: skip
         self.router = router_term(self.model, self.args, self._reduce)
         if getattr(self.args, "disable_dropout", False):
             disable_noise(self.model, self.no_noise)

@@ -162,7 +162,8 @@ class PreferenceTrainer(PackedTrainer):
             alike = type(causal_lm(model)) is type(causal_lm(self.model))
             layout, _ = probe_on_all_ranks(
                 model, layout=self.layout if alike else None, tile_bytes=self.args.tile_bytes,
-                longest=self._longest, whose="the reference",
+                longest=self._longest, autocast=self.args.mixed_precision_dtype(),
+                whose="the reference",
             )  # fmt: skip
             self._reference_layout = layout
         folder = Path(
