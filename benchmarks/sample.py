@@ -7,10 +7,10 @@
     python benchmarks/sample.py --peers                            # ours alone
 
 `generate` is transformers' own with `num_return_sequences`, prompts of like length together; `generate_batch`
-its continuous batching, with the prefix of a prompt shared. All hold at most `--batch` responses at once and
-sample at temperature 1 from the whole vocabulary. A random model ends its responses by lengths that are in its
-weights (see lengths.py), the same for all. On a GPU also the limit that reading weights and cache from memory
-sets to a decode step.
+its continuous batching, each prompt prefilled once. All hold at most `--batch` responses at once and sample
+at temperature 1 from the whole vocabulary. A random model ends its responses by lengths that are in its
+weights (see lengths.py), the same for all. On a GPU also the limit of memory: a decode step reads all weights
+and the cache, and cannot be faster than that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lengths import empirical, geometric, give_lengths, prompt_words
 from rpo_trainer.data import encode_prompt
 from rpo_trainer.rewards.generate import sample_responses
 
-_WORDS = "river stone garden clock letter winter engine mirror island candle bridge forest".split()
+_WORDS = ("river", "stone", "garden", "clock", "letter", "winter", "engine", "mirror", "island")
 _WARM_UP = 8  # tokens
 
 
@@ -105,7 +105,7 @@ def generate(work: Work, longest: int) -> list[int]:
 def generate_batch(work: Work, longest: int) -> list[int]:
     """Continuous batching; the manager stays, so that no later call pays for its start.
 
-    What the model's `generate_batch` does, written out: that of transformers 5.17 loses all copies but the first.
+    What the model's `generate_batch` does, written out: in transformers 5.17 it gives back one copy of each.
 
     Raises:
         RuntimeError: some responses did not come.
