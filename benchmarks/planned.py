@@ -5,7 +5,7 @@
     python benchmarks/planned.py --size 8b --vocabulary 128256 --dtype bfloat16 --lora 16 --checkpointing
     python benchmarks/planned.py --size 8b --vocabulary 128256 --dtype bfloat16 --lora 16 --frozen bfloat16
 
-It writes a recipe of one stage of DPO, plans it with the functions of the command, and trains a few steps with
+It writes a recipe of one stage of DPO, plans it with the functions of the command, and trains a few steps by
 those of `rpo-trainer run`. `--frozen bfloat16` is not in a recipe, whose weights are float32: it is a model
 loaded in bfloat16 that a trainer is given with an adapter in float32, planned in the same way. Measured is
 what torch has allocated on a GPU, and on a CPU what the process holds beyond what it held before it had a
