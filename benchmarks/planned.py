@@ -1,0 +1,277 @@
+"""What `rpo-trainer plan` predicts beside what training takes: memory of one device, by part.
+
+    python benchmarks/planned.py                                   # 42 M weights, all trained
+    python benchmarks/planned.py --size 1b --vocabulary 128256 --dtype bfloat16
+    python benchmarks/planned.py --size 8b --vocabulary 128256 --dtype bfloat16 --lora 16 --checkpointing
+    python benchmarks/planned.py --size 8b --vocabulary 128256 --dtype bfloat16 --lora 16 --frozen bfloat16
+
+It writes a recipe of one stage of DPO, plans it with the functions of the command, and trains a few steps by
+those of `rpo-trainer run`. `--frozen bfloat16` is not in a recipe, whose weights are float32: it is a model
+loaded in bfloat16 that a trainer is given with an adapter in float32, planned in the same way. Measured is
+what torch has allocated on a GPU, and on a CPU what the process holds beyond what it held before it had a
+model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import record
+import torch
+from common import DEVICE, SIZES, lengths_of, make_rows, make_tokenizer, quiet
+from torch import nn
+from transformers import TrainerCallback
+
+from rpo_trainer.adapters import with_adapter
+from rpo_trainer.chain.data import StageData, build_rows, stage_seed, tokenize_stage
+from rpo_trainer.chain.stage import lora_config, make_trainer, training_config
+from rpo_trainer.data import Audit
+from rpo_trainer.loading import load_config, load_model, load_tokenizer
+from rpo_trainer.multimodal import random_model
+from rpo_trainer.plan import DeviceMemory, estimate, plan_recipe
+from rpo_trainer.recipe import LoadedRecipe, expand_stages, load_recipe
+from rpo_trainer.usage import peak_memory
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "reference", "peak")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--size", default="42m", choices=SIZES)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--dtype", default="float32", help="the arithmetic, as in a recipe")
+    parser.add_argument("--lora", type=int, metavar="R", help="an adapter on all linear layers")
+    parser.add_argument(
+        "--frozen",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the weights below the adapter",
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    parser.add_argument("--optim", default="adamw_torch")
+    parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
+    parser.add_argument("--micro", type=int, default=2, help="pairs of a forward")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--response", type=int, default=256)
+    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs, see common.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    args = parser.parse_args()
+    if args.frozen != "float32" and args.lora is None:
+        parser.error("--frozen is of the weights below an adapter: give --lora too")
+    return args
+
+
+def write_recipe(args: argparse.Namespace, folder: Path) -> Path:
+    """Recipe, tokenizer and rows; JSON is YAML too."""
+    make_tokenizer(args.vocabulary).save_pretrained(folder / "tokenizer")
+    count = args.batch * args.steps
+    if args.lengths:
+        rows = make_rows(count, lengths_of(args.lengths, count, 2), args.vocabulary, jitter=0.0)
+    else:
+        rows = make_rows(count, [(args.prompt, [args.response] * 2)], args.vocabulary)
+
+    def text(ids: list[int]) -> str:
+        return "".join(f" w{n}" for n in ids if n > 1)
+
+    lines = [
+        {"id": str(i), "prompt": text(row.prompt), "chosen": text(best), "rejected": text(other)}
+        for i, row in enumerate(rows)
+        for best, other in [row.responses]
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shape = SIZES[args.size]
+    stage = {
+        "name": "dpo", "kind": "dpo", "beta": 0.1, "learning_rate": 1e-6,
+        "data": {"train": [{"path": "rows.jsonl"}]},
+        "max_length": 32768, "max_steps": args.steps, "optim": args.optim,
+        "global_batch_size": args.batch, "micro_batch_size": args.micro,
+        "gradient_checkpointing": args.checkpointing,
+    }  # fmt: skip
+    if args.lora is not None:
+        stage["peft"] = {"r": args.lora, "target_modules": "all-linear"}
+    recipe = {
+        "model": {
+            "from_config": {
+                "model_type": "llama", "hidden_size": shape["hidden"],
+                "intermediate_size": shape["inner"], "num_hidden_layers": shape["layers"],
+                "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv_heads"],
+                "max_position_embeddings": 32768, "pad_token_id": 0, "eos_token_id": 1,
+            },
+            "tokenizer": "./tokenizer",
+            "dtype": args.dtype,
+        },
+        "run_dir": "run",
+        "stages": [stage],
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe, indent=1))
+    return path
+
+
+# --- planned ---
+
+
+def planned(args: argparse.Namespace, loaded: LoadedRecipe) -> DeviceMemory:
+    """What the command computes."""
+    frozen = 0
+
+    def unread(*given: Any) -> nn.Module:
+        nonlocal frozen
+        model = estimate_unread(*given)
+        frozen = in_half(model)
+        return model
+
+    estimate_unread = estimate.unread_model
+    run_dir = loaded.base_dir / "run"
+    if args.frozen == "float32":
+        return plan_recipe(loaded, run_dir).stages[0].memory
+    with mock.patch.object(estimate, "unread_model", unread):
+        memory = plan_recipe(loaded, run_dir).stages[0].memory
+    # A plan counts every weight as float32.
+    return dataclasses.replace(
+        memory, weights=memory.weights - 2 * frozen, reference=memory.reference - 2 * frozen
+    )
+
+
+def in_half(model: nn.Module) -> int:
+    """Casts the frozen weights to bfloat16; how many there are."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return sum(p.numel() for p in frozen)
+
+
+# --- measured ---
+
+
+class Peaks(TrainerCallback):
+    """What is held at most: before the first step, in forwards and backwards, in the optimizer's move.
+
+    On a CPU a process's peak cannot be reset, and all of them are the most since it began.
+    """
+
+    def __init__(self) -> None:
+        self.gradients = 0
+        self.found = {"reference": 0, "backward": 0, "optimizer": 0}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note("optimizer" if state.global_step else "reference")
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        held = [p.grad for p in model.parameters() if p.grad is not None]
+        self.gradients = sum(map(size_of, held))
+        self._note("backward")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note("optimizer")
+
+    def _note(self, name: str) -> None:
+        self.found[name] = max(self.found[name], peak_memory())
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+
+def measured(args: argparse.Namespace, loaded: LoadedRecipe) -> tuple[dict[str, int], list[float]]:
+    """Bytes by part, and the losses of the steps."""
+    (stage,) = expand_stages(loaded.recipe)
+    tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
+    seed, audit, peaks = stage_seed(stage, loaded.recipe), Audit(), Peaks()
+    run_dir = loaded.base_dir / "run"
+    config = training_config(
+        stage, loaded.recipe.model, seed=seed, folder=run_dir / stage.name, run_dir=run_dir
+    )
+    config.logging_steps = 1
+    rows = build_rows(stage, loaded.base_dir, seed=seed, audit=audit, earlier=lambda _: [])
+    data = StageData(tokenize_stage(stage, rows, tokenizer, audit), None, audit, rows)
+    for library in ("peft", "bitsandbytes", "torch._dynamo"):  # no part of what is planned
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    before = record.memory_now()
+    model = start(args, loaded, seed, len(tokenizer))
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer = make_trainer(stage, config, model, None, tokenizer, data, [peaks])
+    trainer.train()
+    found = {name: value - before for name, value in peaks.found.items()}
+    parts = {
+        "weights": sum(map(size_of, [*model.parameters(), *model.buffers()])),
+        "gradients": peaks.gradients,
+        "optimizer": sum(
+            size_of(value)
+            for state in trainer.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ),
+    }
+    training = max(found["backward"], found["optimizer"])
+    parts["activations"] = training - sum(parts.values())
+    parts["in backward"], parts["in optimizer"] = found["backward"], found["optimizer"]
+    parts["reference"], parts["peak"] = found["reference"], max(found.values())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return parts, losses
+
+
+def start(args: argparse.Namespace, loaded: LoadedRecipe, seed: int, vocabulary: int) -> Any:
+    """The stage's model, its random weights made where they are used."""
+    spec, (stage,) = loaded.recipe.model, expand_stages(loaded.recipe)
+    adapter = lora_config(stage)
+    with torch.device(DEVICE):
+        if args.frozen == "float32":
+            model: Any = load_model(spec, loaded.base_dir, seed=seed, vocabulary=vocabulary)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            model = random_model(
+                AutoModelForCausalLM,
+                load_config(spec, loaded.base_dir, None, vocabulary),
+                dtype=torch.bfloat16,
+            )
+        return model if adapter is None else with_adapter(model, adapter)
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """Bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def main() -> None:
+    """A table: planned, measured, and the ratio of the peaks."""
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_recipe(write_recipe(args, Path(folder)))
+        with quiet():
+            found, losses = measured(args, loaded)
+            memory = planned(args, loaded)
+    expected = {name: getattr(memory, name) for name in PARTS}
+    ratio = found["peak"] / expected["peak"]
+    print(f"{'MiB':12} {'planned':>10} {'measured':>10}")
+    for name in PARTS:
+        # On a CPU the reference pass has no peak of its own.
+        known = name != "reference" or DEVICE == "cuda"
+        print(
+            f"{name:12} {expected[name] / 2**20:10,.0f} "
+            + (f"{found[name] / 2**20:10,.0f}" if known else f"{'':>10}")
+        )
+    if DEVICE == "cuda":
+        print(
+            f"measured in forward and backward {record.mib(found['in backward'])}, "
+            f"in the optimizer's move {record.mib(found['in optimizer'])}"
+        )
+    print(f"measured / planned: {ratio:.3f}   losses {', '.join(f'{x:.4f}' for x in losses)}")
+    record.append(args, planned=expected, measured=found, ratio=ratio, losses=losses)
+
+
+if __name__ == "__main__":
+    main()

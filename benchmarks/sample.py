@@ -1,0 +1,337 @@
+"""Sampling K responses a prompt: ours against transformers, alternating in one process.
+
+    python benchmarks/sample.py                                    # 42 M weights, K = 4, geometric lengths
+    python benchmarks/sample.py --k 4 8 --prompt 256 1024
+    python benchmarks/sample.py --lengths benchmarks/ultrafeedback.csv --max-new-tokens 512
+    python benchmarks/sample.py --model FOLDER --dtype bfloat16    # a real model ends its responses itself
+    python benchmarks/sample.py --peers                            # ours alone
+
+`generate` is transformers' own with `num_return_sequences`, prompts of like length together; `generate_batch`
+its continuous batching, each prompt prefilled once. All hold at most `--batch` responses at once and sample
+at temperature 1 from the whole vocabulary. A random model ends its responses by lengths that are in its
+weights (see lengths.py), the same for all. On a GPU also the limit of memory: a decode step reads all weights
+and the cache, and cannot be faster than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from common import DEVICE, SIZES, lengths_of, make_model, make_tokenizer, quiet, wait
+from lengths import empirical, geometric, give_lengths, prompt_words
+
+from rpo_trainer.data import encode_prompt
+from rpo_trainer.rewards.generate import sample_responses
+
+_WORDS = ("river", "stone", "garden", "clock", "letter", "winter", "engine", "mirror", "island")
+_WARM_UP = 8  # tokens
+
+
+@dataclass
+class Work:
+    """What every engine gets: one model, the same prompts, the same limits."""
+
+    model: Any
+    tokenizer: Any
+    prompts: list[Any]
+    ids: list[list[int]]
+    ends: list[int]
+    k: int
+    batch: int
+    longest: int
+
+    def config(self, longest: int) -> Any:
+        """For transformers' engines."""
+        from transformers import GenerationConfig
+
+        pad = self.tokenizer.pad_token_id
+        return GenerationConfig(
+            max_new_tokens=longest, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            num_return_sequences=self.k, eos_token_id=self.ends,
+            pad_token_id=self.ends[0] if pad is None else pad,
+        )  # fmt: skip
+
+    def length(self, tokens: Sequence[int]) -> int:
+        """Tokens of a response, its end token included."""
+        return next((n for n, token in enumerate(tokens, 1) if token in self.ends), len(tokens))
+
+
+Engine = Callable[[Work, int], list[int]]  # (work, most new tokens) to the length of each response
+
+
+def ours(work: Work, longest: int) -> list[int]:
+    """This project's sampling, from texts to texts."""
+    found = sample_responses(
+        work.model, work.tokenizer, work.prompts, responses=work.k, max_new_tokens=longest,
+        batch_size=work.batch,
+    )  # fmt: skip
+    samples = list(itertools.chain(*found))
+    texts = work.tokenizer([sample.text for sample in samples], add_special_tokens=False)
+    return [
+        len(ids) + sample.finished for ids, sample in zip(texts["input_ids"], samples, strict=True)
+    ]
+
+
+def generate(work: Work, longest: int) -> list[int]:
+    """Padded batches of prompts of like length, longest first, each until its last response ends."""
+    order = sorted(work.ids, key=len, reverse=True)
+    each, config, found = max(1, work.batch // work.k), work.config(longest), []
+    for start in range(0, len(order), each):
+        rows = order[start : start + each]
+        width = len(rows[0])
+        ids = [[config.pad_token_id] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        with torch.no_grad():
+            out = work.model.generate(
+                input_ids=torch.tensor(ids, device=DEVICE),
+                attention_mask=torch.tensor(mask, device=DEVICE),
+                generation_config=config,
+            )
+        found += [work.length(row) for row in out[:, width:].tolist()]
+    return found
+
+
+def generate_batch(work: Work, longest: int) -> list[int]:
+    """Continuous batching; the manager stays, so that no later call pays for its start.
+
+    What the model's `generate_batch` does, written out: in transformers 5.17 it gives back one copy of each.
+
+    Raises:
+        RuntimeError: some responses did not come.
+    """
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+
+    room = {"max_memory_percent": 0.4} if DEVICE == "cuda" else _small_cache(work)
+    wanted, found = len(work.ids) * work.k, []
+    width = max(map(len, work.ids))
+    with work.model.continuous_batching_context_manager(
+        generation_config=work.config(longest),
+        continuous_batching_config=ContinuousBatchingConfig(
+            max_requests_per_batch=work.batch, **room
+        ),
+        persistent_manager=True,
+        workload_hints=WorkloadHints(
+            max_prompt_length=width, max_generated_length=longest, num_requests=wanted
+        ),
+    ) as manager:
+        manager.add_requests(inputs=work.ids, max_new_tokens=longest)
+        while len(found) < wanted:
+            output = manager.get_result(timeout=1)
+            if output is None:
+                if not manager.is_running():
+                    raise RuntimeError(f"it stopped after {len(found)} of {wanted} responses")
+            elif output.error:
+                raise RuntimeError(output.error)
+            elif output.is_finished():
+                found.append(work.length(output.generated_tokens))
+    return found
+
+
+def _small_cache(work: Work) -> dict[str, int]:
+    """Room for the batch alone: on a CPU its own estimate would take most of the machine's memory."""
+    block, width = 256, max(map(len, work.ids))
+    blocks = work.batch * (-(-(width + work.longest) // block) + 1)
+    return {"block_size": block, "num_blocks": blocks, "max_batch_tokens": max(1024, width)}
+
+
+PEERS: dict[str, Engine] = {"generate": generate, "generate_batch": generate_batch}
+
+
+@dataclass
+class Case:
+    """Prompts of some lengths, K, and how long responses are."""
+
+    name: str
+    k: int
+    prompts: list[int]
+    shares: list[float]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--size", default="42m", choices=SIZES)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--model", type=Path, help="a folder, in place of --size and --vocabulary")
+    parser.add_argument("--dtype", default="float32", help="of the weights, and so of everything")
+    parser.add_argument("--k", type=int, nargs="+", default=[4], help="responses for each prompt")
+    parser.add_argument("--prompts", type=int, default=32, help="how many")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[256], help="tokens of each")
+    parser.add_argument("--mean", type=float, default=44.0, help="of geometric lengths")
+    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs, see common.py")
+    parser.add_argument("--max-new-tokens", type=int, default=192)
+    parser.add_argument("--batch", type=int, default=64, help="most responses at once")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    return parser.parse_args()
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """One for each K and prompt length; with `--lengths` one for each K."""
+    if args.lengths:
+        found = lengths_of(args.lengths, args.prompts, 2)
+        rest = [n for _, lengths in found for n in lengths]
+        prompts, shares = [prompt for prompt, _ in found], empirical(rest, args.max_new_tokens)
+        return [Case(f"K {k}, lengths of {args.lengths.name}", k, prompts, shares) for k in args.k]
+    shares = geometric(args.mean, args.max_new_tokens)
+    return [
+        Case(f"K {k}, prompts of {n}", k, [n] * args.prompts, shares)
+        for n in args.prompt
+        for k in args.k
+    ]
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
+    """Model, tokenizer and end tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    if args.model is None:
+        model, tokenizer = (
+            make_model(args.size, args.vocabulary, dtype=args.dtype),
+            make_tokenizer(args.vocabulary),
+        )
+    else:
+        with torch.device(DEVICE):
+            model = AutoModelForCausalLM.from_pretrained(
+                args.model, dtype=getattr(torch, args.dtype)
+            ).to(DEVICE)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    ends = sorted({n for n in (*listed, tokenizer.eos_token_id) if n is not None})
+    # What a checkpoint says about decoding would reach some engines and not others.
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    return model.eval(), tokenizer, ends
+
+
+def prompt_of(args: argparse.Namespace, tokenizer: Any, length: int, rng: random.Random) -> Any:
+    """A text of exactly `length` tokens; for a real model a request of about that length."""
+    if args.model is None:
+        words = prompt_words(args.vocabulary)
+        return " ".join(f"w{rng.choice(words)}" for _ in range(length))
+    request = [{"role": "user", "content": "Write a short story with these words:"}]
+    bare = len(encode_prompt(tokenizer, request))
+    named = " ".join(rng.choice(_WORDS) for _ in range(max(3, length - bare)))
+    return [{"role": "user", "content": f"{request[0]['content']} {named}"}]
+
+
+def main() -> None:
+    """For each case a line for each engine, and on a GPU the limit of its memory."""
+    args = arguments()
+    model, tokenizer, ends = load(args)
+    speed = memory_speed() if DEVICE == "cuda" else None
+    results = []
+    for case in cases_of(args):
+        if args.model is None:
+            with quiet():
+                model = make_model(args.size, args.vocabulary, dtype=args.dtype).eval()
+            give_lengths(model, case.shares)
+        rng = random.Random(0)
+        prompts = [prompt_of(args, tokenizer, n, rng) for n in case.prompts]
+        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        work = Work(model, tokenizer, prompts, ids, ends, case.k, args.batch, args.max_new_tokens)
+        results.append(compare(case, work, args, speed))
+    record.append(args, memory_speed=speed, cases=results)
+
+
+def compare(
+    case: Case, work: Work, args: argparse.Namespace, speed: float | None
+) -> dict[str, Any]:
+    """All engines in turn; prints and returns what was found."""
+    engines: dict[str, Engine] = {"ours": ours, **{name: PEERS[name] for name in args.peers}}
+    skipped: dict[str, str] = {}
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    lengths: dict[str, list[int]] = {name: [] for name in engines}
+    for turn in range(args.rounds + 1):
+        for name, engine in engines.items():
+            if name in skipped:
+                continue
+            # Continuous batching sizes its cache for the first request.
+            short = turn == 0 and name != "generate_batch"
+            wait()
+            start = time.perf_counter()
+            try:
+                with quiet():
+                    found = engine(work, _WARM_UP if short else work.longest)
+            except Exception as error:
+                if name == "ours":
+                    raise
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                skipped[name] = f"{type(error).__name__}: {first[:300]}"
+                continue
+            wait()
+            if turn:
+                rates[name].append(sum(found) / (time.perf_counter() - start))
+                lengths[name] += found
+    with contextlib.suppress(AttributeError):
+        work.model.destroy_cached_continuous_batching_manager()
+    ran = [name for name in engines if name not in skipped]
+    mean = {name: statistics.mean(lengths[name]) for name in ran}
+    # Of rates: how many times the peer's is ours.
+    ratios = {name: record.spread(rates[name], rates["ours"]) for name in ran if name != "ours"}
+    most = limit(work, mean["ours"], speed) if speed else None
+    print(f"{case.name}, batch {work.batch}, at most {work.longest} new tokens")
+    for name in engines:
+        if name in skipped:
+            print(f"  {name:14} skipped: {skipped[name]}")
+            continue
+        print(
+            f"  {name:14} {statistics.median(rates[name]):10,.0f} tokens/s   mean length {mean[name]:6.1f}"
+            + (f"   {statistics.median(rates[name]) / most:5.1%} of the limit" if most else "")
+            + ("   ours is {:.2f} x ({:.2f} to {:.2f})".format(*ratios[name]) if name in ratios else "")
+        )  # fmt: skip
+    if most and speed:
+        print(f"  limit of memory {most:9,.0f} tokens/s, at {speed / 1e9:,.0f} GB/s")
+    return {
+        "case": case.name, "k": case.k, "skipped": skipped, "rates": {n: rates[n] for n in ran},
+        "ratios": ratios, "mean_length": mean, "limit": most,
+    }  # fmt: skip
+
+
+def memory_speed() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    size = 2 * 2**30
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(8):
+        wait()
+        start = time.perf_counter()
+        target.copy_(source)
+        wait()
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    return best
+
+
+def limit(work: Work, mean: float, speed: float) -> float:
+    """Tokens a second, if a decode step of a full batch took as long as reading what it has to read.
+
+    That is all weights but the table of embeddings, and keys and values of every token so far.
+    """
+    model, config = work.model, work.model.config.get_text_config()
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if table is not head:
+        weights -= table.numel() * table.element_size()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * size * table.element_size()
+    rows = min(work.batch, len(work.ids) * work.k)
+    context = statistics.mean(map(len, work.ids)) + mean / 2
+    return rows * speed / (weights + rows * context * token)
+
+
+if __name__ == "__main__":
+    main()
