@@ -35,7 +35,8 @@ N = 4  # an n-gram is a repetition where it has stood in the same answer before
 def prompts(data: Path, task: str, count: int) -> list[dict[str, Any]]:
     """The first held-out rows of a task."""
     lines = (data / f"{task}_heldout.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    return [{**json.loads(line), "task": task} for line in lines]
+    rows = [json.loads(line) for line in lines]
+    return [{**row, "ground_truth": row.get("response"), "task": task} for row in rows]
 
 
 def repetition(text: str) -> float:

@@ -49,13 +49,12 @@ def mbpp(row: Row) -> Row:
 
 
 def gsm8k(row: Row) -> Row:
-    """The whole solution is the response, its last number the ground truth."""
+    """The response is the whole solution, with the right number behind its `####`."""
     question, answer = row.get("question"), row.get("answer") or row["answer_raw"]
     if question is None:
         question = row["prompt"] if "prompt" in row else row["messages"][0]["content"]
     answer = re.sub("<<.*?>>", "", answer)  # the marks of a calculator
-    truth = answer.rpartition("####")[2].strip()
-    return {"prompt": user(question), "response": answer, "ground_truth": truth}
+    return {"prompt": user(question), "response": answer}
 
 
 def conversation(row: Row) -> Row | None:

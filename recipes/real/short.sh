@@ -8,6 +8,7 @@
 set -eu
 HERE=$(dirname "$0")
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
+if [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd); fi  # a recipe's paths begin at its folder
 RUN=${RUN:-runs/real-short}
 PYTHON=${PYTHON:-python3}
 if [ -n "${DATA:-}" ]; then
@@ -19,14 +20,11 @@ fi
     model.name_or_path="$MODEL" \
     eval.data.0.max_rows=150 eval.greedy=false \
     eval.generate='{responses: 1, top_k: 1, max_new_tokens: 192, batch_size: 400}' \
-    defaults.micro_batch_size=64 \
     stages.general-sft.num_train_epochs=1 \
     stages.rpo-math.data.train.0.max_rows=350 \
     stages.rpo-math.data.generate.max_new_tokens=192 \
-    stages.rpo-math.data.generate.batch_size=2800 \
-    stages.rpo-code.data.train.0.max_rows=200 \
+    stages.rpo-code.data.train.0.max_rows=150 \
     stages.rpo-code.data.generate.max_new_tokens=192 \
     stages.rpo-instructions.data.generate.max_new_tokens=256 \
-    stages.rpo-instructions.data.generate.batch_size=2800 \
     "$@"
 "$PYTHON" "$HERE/measure.py" "$RUN" --rows 100 --max-new-tokens 256 --batch-size 300
