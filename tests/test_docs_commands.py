@@ -168,7 +168,8 @@ FILES = {
     "data/attr_hanna_human_stories.jsonl": "stories",
 }  # fmt: skip
 KINDS = {
-    r"sft|math_": "sft", r"pref_multi": "many", r"scored_single": "score", r"attr_hanna": "stories",
+    r"data/ifeval": "prompts", r"sft|math_|data/(mbpp|code|gsm8k|general)": "sft",
+    r"pref_multi": "many", r"scored_single": "score", r"attr_hanna": "stories",
     r"eval_humaneval": "canonical_solution", r"eval_gsm8k": "answer_raw",
     r"pref|pairs|scored": "pairs",
 }  # fmt: skip

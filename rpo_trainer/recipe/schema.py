@@ -392,14 +392,17 @@ def _default_checks(defaults: object) -> Iterator[InitErrorDetails]:
         if key in NOT_DEFAULTS or not kinds:
             yield InitErrorDetails(type="extra_forbidden", loc=("defaults", key), input=value)
             continue
-        per_kind = [list(_default_errors(kind, key, value)) for kind in kinds]
+        per_kind = [list(_default_errors(kind, key, defaults)) for kind in kinds]
         if all(per_kind):
             yield from per_kind[0]
 
 
-def _default_errors(kind: type[Stage], key: str, value: object) -> Iterator[InitErrorDetails]:
+def _default_errors(
+    kind: type[Stage], key: str, defaults: Mapping[str, Any]
+) -> Iterator[InitErrorDetails]:
+    """What is wrong with one default, beside the others that stages of this kind get."""
     try:
-        kind.model_validate({key: value})
+        kind.model_validate({k: v for k, v in defaults.items() if k in kind.model_fields})
     except ValidationError as error:
         for detail in checks.details_of(error):
             if detail["loc"][:1] == (key,):

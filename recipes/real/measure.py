@@ -1,0 +1,122 @@
+"""What each policy of a finished run says to held-out prompts of three tasks, decoded greedily.
+
+    python recipes/real/measure.py RUN --rows 200
+
+An evaluation in a recipe has one scorer; this measures GSM8K (the number), MBPP (all asserts) and IFEval
+(all instructions) side by side, and how long and how repetitive the answers are. Writes RUN/tasks.json,
+and prints a table with 95 % intervals (bootstrap over prompts); the last three columns are in the order
+of the tasks. The asserts run code that the model has written, see docs/security.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rpo_trainer.evaluate import Estimate, estimate, respond
+from rpo_trainer.loading import load_model_named, load_tokenizer_named
+from rpo_trainer.recipe.data_schema import GenerateSpec
+from rpo_trainer.rewards.verifiers import get_verifier
+
+TASKS = {"gsm8k": "numeric", "mbpp": "asserts", "ifeval": "instructions"}
+HEADER = """| after | GSM8K | MBPP | IFEval | tokens | repetition | cut |
+|---|---|---|---|---|---|---|"""
+N = 4  # an n-gram is a repetition where it has stood in the same answer before
+
+
+def prompts(data: Path, task: str, count: int) -> list[dict[str, Any]]:
+    """The first held-out rows of a task."""
+    lines = (data / f"{task}_heldout.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    rows = [json.loads(line) for line in lines]
+    return [{**row, "ground_truth": row.get("response"), "task": task} for row in rows]
+
+
+def repetition(text: str) -> float:
+    """The share of n-grams of words that have stood in the text before."""
+    words = text.split()
+    grams = [tuple(words[i : i + N]) for i in range(len(words) - N + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def rewards(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> list[float]:
+    """The reward of each answer, by the verifier of its task."""
+
+    def reward(both: tuple[dict[str, Any], dict[str, Any]]) -> float:
+        row, answer = both
+        verifier = get_verifier(TASKS[row["task"]], allow_code_execution=True)
+        return verifier.prepare(row)(answer["responses"][0])
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(reward, zip(rows, answers, strict=True)))
+
+
+def measure(name: str, rows: list[dict[str, Any]], spec: GenerateSpec) -> dict[str, Any]:
+    """The figures of one policy by task, each with its interval."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model_named(name).to(device), load_tokenizer_named(name)
+    answers = respond(model, tokenizer, rows, generate=spec, greedy=False, seed=0)
+    scored = rewards(rows, answers)
+    found: dict[str, Any] = {}
+    for task in TASKS:
+        own = [i for i, row in enumerate(rows) if row["task"] == task]
+        texts = [answers[i]["responses"][0] for i in own]
+        values: dict[str, list[float]] = {
+            "right": [float(scored[i] == 1) for i in own],
+            "reward": [scored[i] for i in own],
+            "tokens": [float(len(tokenizer(text)["input_ids"])) for text in texts],
+            "repetition": [repetition(text) for text in texts],
+            "cut": [float(not answers[i]["finished"][0]) for i in own],
+        }
+        found[task] = {key: asdict(estimate(each, 0)) for key, each in values.items()}
+        found[task]["prompts"] = len(own)
+    return found
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """A policy's row of the table."""
+    cells = []
+    for task in TASKS:
+        right = Estimate(**found[task]["right"])
+        cells.append(f"{right.value:.1%} ({right.low:.1%} to {right.high:.1%})")
+    for key, form in (("tokens", ".0f"), ("repetition", ".2f"), ("cut", ".0%")):
+        cells.append(" / ".join(f"{found[task][key]['value']:{form}}" for task in TASKS))
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measures the policies of a run, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--stages", help="measure these alone, as in model,dpo (model: before all)")
+    parser.add_argument("--rows", type=int, default=200, help="prompts of each task")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=600)
+    options = parser.parse_args()
+    chain = json.loads((options.run / "chain.json").read_text(encoding="utf-8"))
+    policies = {"model": chain["model"]["name_or_path"]}
+    for stage in chain["stages"]:
+        if stage["state"] == "done":
+            policies[stage["name"]] = str(options.run / stage["name"] / "final")
+    rows = [row for task in TASKS for row in prompts(options.data, task, options.rows)]
+    spec = GenerateSpec(
+        responses=1, top_k=1, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+    )
+    print(HEADER, flush=True)
+    found = {}
+    for name in options.stages.split(",") if options.stages else policies:
+        found[name] = measure(policies[name], rows, spec)
+        print(line(name, found[name]), flush=True)
+        (options.run / "tasks.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
