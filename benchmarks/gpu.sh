@@ -71,6 +71,9 @@ if [ "$SIZE" = tiny ]; then
     head="--tokens 64 --hidden 32 --vocabulary 512 --rounds 1"
     ablation="--batch 4 --micro 2" scaling="--points 2 --steps 2 --prompt 32 --response 16 --batch 1 --micro 1"
     tile="--points 1 --steps 1 --tile-mib 1"
+    plan="--size tiny --vocabulary 512" plan_lora="--size tiny --vocabulary 512 --lora 4"
+    sample="--size tiny --vocabulary 512 --prompts 4 --max-new-tokens 8 --rounds 1"
+    chain="defaults.max_steps=2"
     quickstart="eval.data.0.size=8"
     for stage in code-sft general-sft; do
         quickstart+=" stages.$stage.max_steps=2 stages.$stage.warmup_steps=0"
@@ -87,6 +90,9 @@ else
     head="--tokens 8192 --hidden 2048 --vocabulary 128256"
     ablation="--batch 32 --micro 8" scaling="--rounds 1 --batch 4 --micro 4"
     tile="--batch 4 --micro 4 --steps 2"
+    plan="--size 1b --dtype bfloat16" plan_lora="--size 8b --dtype bfloat16 --lora 16 --frozen bfloat16"
+    sample="--size smollm2 --dtype bfloat16 --prompts 64 --batch 256 --rounds 2"
+    chain=""
     quickstart=""
 fi
 real="--lengths benchmarks/ultrafeedback.csv"
@@ -145,6 +151,15 @@ bench() {
     bench ratio4 90 step.py $model $half $ratio4 $peers
     bench k4 90 step.py $model $half $k4 --k 4 $peers
     bench memory 100 step.py $model $half $uf $real --memory $peers
+    if [ -n "${MODEL:-}" ]; then
+        part chain 330 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" \
+            sh recipes/real/short.sh --no-report $chain
+    elif [ -z "$ONLY" ]; then
+        skipped+=("chain (no MODEL)")
+    fi
+    bench plan 60 planned.py $plan
+    bench plan-lora 90 planned.py $plan_lora
+    bench sample 90 sample.py $sample
     bench compile 100 step.py $model $half $uf $real --peers ours-compiled
     bench head 60 head.py $head $half
     [ "$device" = cpu ] || bench attention 90 attention.py --rounds 2
