@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--size", default="42m", choices=SIZES)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--vocabulary", type=int, help="default: that of the size")
     parser.add_argument("--model", type=Path, help="a folder, in place of --size and --vocabulary")
     parser.add_argument("--dtype", default="float32", help="of the weights, and so of everything")
     parser.add_argument("--k", type=int, nargs="+", default=[4], help="responses for each prompt")
@@ -176,7 +176,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.vocabulary = args.vocabulary or SIZES[args.size].vocabulary
+    return args
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
