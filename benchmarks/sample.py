@@ -36,6 +36,7 @@ from rpo_trainer.rewards.generate import sample_responses
 
 _WORDS = ("river", "stone", "garden", "clock", "letter", "winter", "engine", "mirror", "island")
 _WARM_UP = 8  # tokens
+_PATIENCE = 30 if DEVICE == "cuda" else 300  # seconds between two responses of continuous batching
 
 
 @dataclass
@@ -122,20 +123,23 @@ def generate_batch(work: Work, longest: int) -> list[int]:
             max_requests_per_batch=work.batch, **room
         ),
         persistent_manager=True,
+        timeout=5,
         workload_hints=WorkloadHints(
             max_prompt_length=width, max_generated_length=longest, num_requests=wanted
         ),
     ) as manager:
         manager.add_requests(inputs=work.ids, max_new_tokens=longest)
+        last = time.perf_counter()
         while len(found) < wanted:
             output = manager.get_result(timeout=1)
             if output is None:
-                if not manager.is_running():
+                if not manager.is_running() or time.perf_counter() - last > _PATIENCE:
                     raise RuntimeError(f"it stopped after {len(found)} of {wanted} responses")
             elif output.error:
                 raise RuntimeError(output.error)
             elif output.is_finished():
                 found.append(work.length(output.generated_tokens))
+                last = time.perf_counter()
     return found
 
 
