@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 END = 1  # common.make_tokenizer's end token; words begin at 2
 _SIZE = 4.0  # of a bit in the residual stream: large beside all else that is in it
@@ -47,10 +47,16 @@ def prompt_words(vocabulary: int) -> range:
 def give_lengths(model: Any, shares: Sequence[float]) -> None:
     """Makes a model of `common.make_model` end its responses after 1, 2, ... tokens with these shares.
 
+    A tied head becomes a matrix of its own, which is read as often.
+
     Raises:
         ValueError: the vocabulary has fewer words than there are lengths.
     """
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if head is table:
+        model.config.tie_word_embeddings = False
+        head = nn.Parameter(table.detach().clone())
+        model.get_output_embeddings().weight = head
     vocabulary, hidden = table.shape
     words, longest = prompt_words(vocabulary).start - 2, len(shares)
     if words < longest - 1:

@@ -1,9 +1,9 @@
 """What `rpo-trainer plan` predicts beside what training takes: memory of one device, by part.
 
     python benchmarks/planned.py                                   # 42 M weights, all trained
-    python benchmarks/planned.py --size 1b --vocabulary 128256 --dtype bfloat16
-    python benchmarks/planned.py --size 8b --vocabulary 128256 --dtype bfloat16 --lora 16 --checkpointing
-    python benchmarks/planned.py --size 8b --vocabulary 128256 --dtype bfloat16 --lora 16 --frozen bfloat16
+    python benchmarks/planned.py --size 1b --dtype bfloat16
+    python benchmarks/planned.py --size 8b --dtype bfloat16 --lora 16 --checkpointing
+    python benchmarks/planned.py --size 8b --dtype bfloat16 --lora 16 --frozen bfloat16
 
 It writes a recipe of one stage of DPO, plans it with the functions of the command, and trains a few steps by
 those of `rpo-trainer run`. `--frozen bfloat16` is not in a recipe, whose weights are float32: it is a model
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--size", default="42m", choices=SIZES)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--vocabulary", type=int, help="default: that of the size")
     parser.add_argument("--dtype", default="float32", help="the arithmetic, as in a recipe")
     parser.add_argument("--lora", type=int, metavar="R", help="an adapter on all linear layers")
     parser.add_argument(
@@ -66,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs, see common.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
     args = parser.parse_args()
+    args.vocabulary = args.vocabulary or SIZES[args.size].vocabulary
     if args.frozen != "float32" and args.lora is None:
         parser.error("--frozen is of the weights below an adapter: give --lora too")
     return args
@@ -102,10 +103,11 @@ def write_recipe(args: argparse.Namespace, folder: Path) -> Path:
     recipe = {
         "model": {
             "from_config": {
-                "model_type": "llama", "hidden_size": shape["hidden"],
-                "intermediate_size": shape["inner"], "num_hidden_layers": shape["layers"],
-                "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv_heads"],
+                "model_type": "llama", "hidden_size": shape.hidden,
+                "intermediate_size": shape.inner, "num_hidden_layers": shape.layers,
+                "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
                 "max_position_embeddings": 32768, "pad_token_id": 0, "eos_token_id": 1,
+                "tie_word_embeddings": shape.tied,
             },
             "tokenizer": "./tokenizer",
             "dtype": args.dtype,

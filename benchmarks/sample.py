@@ -36,6 +36,7 @@ from rpo_trainer.rewards.generate import sample_responses
 
 _WORDS = ("river", "stone", "garden", "clock", "letter", "winter", "engine", "mirror", "island")
 _WARM_UP = 8  # tokens
+_PATIENCE = 30 if DEVICE == "cuda" else 300  # seconds between two responses of continuous batching
 
 
 @dataclass
@@ -122,20 +123,23 @@ def generate_batch(work: Work, longest: int) -> list[int]:
             max_requests_per_batch=work.batch, **room
         ),
         persistent_manager=True,
+        timeout=5,
         workload_hints=WorkloadHints(
             max_prompt_length=width, max_generated_length=longest, num_requests=wanted
         ),
     ) as manager:
         manager.add_requests(inputs=work.ids, max_new_tokens=longest)
+        last = time.perf_counter()
         while len(found) < wanted:
             output = manager.get_result(timeout=1)
             if output is None:
-                if not manager.is_running():
+                if not manager.is_running() or time.perf_counter() - last > _PATIENCE:
                     raise RuntimeError(f"it stopped after {len(found)} of {wanted} responses")
             elif output.error:
                 raise RuntimeError(output.error)
             elif output.is_finished():
                 found.append(work.length(output.generated_tokens))
+                last = time.perf_counter()
     return found
 
 
@@ -163,7 +167,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--size", default="42m", choices=SIZES)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--vocabulary", type=int, help="default: that of the size")
     parser.add_argument("--model", type=Path, help="a folder, in place of --size and --vocabulary")
     parser.add_argument("--dtype", default="float32", help="of the weights, and so of everything")
     parser.add_argument("--k", type=int, nargs="+", default=[4], help="responses for each prompt")
@@ -176,7 +180,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.vocabulary = args.vocabulary or SIZES[args.size].vocabulary
+    return args
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:

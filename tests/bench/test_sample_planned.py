@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import statistics
 import sys
@@ -68,12 +69,16 @@ def test_planned_parts_are_the_measured_ones(options: list[str], tmp_path: Path)
 
 
 @pytest.mark.usefixtures("benchmarks")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_responses_have_the_lengths_that_the_model_was_given(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", True)])
+def test_responses_have_the_lengths_that_the_model_was_given(
+    dtype: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever samples from it: here the logits alone, a token at a time."""
     import common
     import lengths
 
+    shape = dataclasses.replace(common.SIZES["tiny"], tied=tied)
+    monkeypatch.setitem(common.SIZES, "tiny", shape)
     shares = [0.1, 0.0, 0.3, 0.0, 0.0, 0.0, 0.0, 0.6]
     model: Any = common.make_model("tiny", 500, dtype=dtype).to("cpu")
     lengths.give_lengths(model, shares)
