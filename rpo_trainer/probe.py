@@ -4,8 +4,8 @@ Sharing a prompt, packing rows and fusing the head are exact for the families th
 for others: state-space layers that carry one text into the next, attention of another kind, a head that does
 more. So each trainer asks the model at hand, once, and takes the first layout that `proof.py` cannot refute.
 
-It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast picks
-other kernels, so there the layout has to hold under the autocast of the training too.
+It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast
+picks other kernels, so there the layout has to hold under the autocast of the training too.
 """
 
 from __future__ import annotations

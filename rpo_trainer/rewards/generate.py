@@ -175,10 +175,11 @@ class _Draw(LogitsProcessor):
         self.width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.numbers = self.numbers.to(scores.device)  # once: the host would wait for each copy
         step = input_ids.shape[1] - self.width
         filled = scores.float().softmax(-1).double().cumsum(-1)  # [rows, V]
         total = filled[:, -1:]
-        level = self.numbers[:, step : step + 1].to(scores.device) * total
+        level = self.numbers[:, step : step + 1] * total
         level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
         token = torch.searchsorted(filled, level, right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)

@@ -232,6 +232,7 @@ def test_stop_and_skip_are_read() -> None:
 def test_what_cannot_be_skipped_is_refused(make_config, monkeypatch) -> None:
     with pytest.raises(RecipeError, match=r"nonfinite must be stop or skip\(n\), got 'skip'"):
         make_config("sft", nonfinite="skip")
+    pytest.importorskip("deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(RecipeError, match=r"skip\(n\) does not work under DeepSpeed, which moves"):
         make_config("sft", nonfinite="skip(3)")

@@ -146,7 +146,7 @@ def files(seen: Counter[str]) -> dict[str, int]:
         ("dpo", {"sft_loss_weight": 0.1, "sft_reduction": "token_mean"}),
         ("rpo", {"sft_loss_weight": 0.1, "average_logps": True}),
         ("rpo", {"layout": "packed"}),
-        ("rpo", {"activation_checkpointing": True}),
+        ("rpo", {"gradient_checkpointing": True}),
         ("rpo", {"bf16": True}),
         ("rpo", {"max_grad_norm": 0.0}),
     ],
