@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
+# For real-small: a model, a folder or a hub name, and a folder with data in place of the hub's.
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+DATA ?=
+REAL_DIR ?= runs/real-small
 # Test processes; each computes with one thread, so tests that start ranks do not crowd the cores.
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -12,13 +16,20 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-fast lint audit format clean
+.PHONY: help quickstart real-small test test-all test-fast lint audit format clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
 quickstart: $(VENV)/.installed-report  ## the whole chain on a small model, on a CPU, then its report
 	$(BIN)/rpo-trainer run recipes/quickstart/chain.yaml --run-dir $(RUN_DIR)
+
+real-small: $(VENV)/.installed-report,verifiers  ## the chain on SmolLM2-135M (MODEL=, DATA=), adapters, on a CPU, and its table
+	$(BIN)/python recipes/real/prepare.py $(if $(DATA),--local $(DATA))
+	$(BIN)/rpo-trainer run recipes/real/small.yaml --run-dir $(REAL_DIR) \
+		model.name_or_path=$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))
+	$(BIN)/python recipes/real/measure.py $(REAL_DIR) --rows 32 --max-new-tokens 96 --batch-size 32 \
+		--stages model,general-sft,dpo,rpo-instructions
 
 test: $(VENV)/.installed-test  ## the tests that CI runs, slow ones too
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
