@@ -61,6 +61,7 @@ finished=$stem.done
 touch "$finished"
 [ -s "$report" ] || echo "# $(date +%F), $device, $SIZE" >"$report"
 
+lengths="--lengths benchmarks/ultrafeedback.csv"
 if [ "$SIZE" = tiny ]; then
     # Everything small: this checks the script, and its figures mean nothing.
     model="--size tiny --vocabulary 512 --rounds 1"
@@ -71,8 +72,8 @@ if [ "$SIZE" = tiny ]; then
     head="--tokens 64 --hidden 32 --vocabulary 512 --rounds 1"
     ablation="--batch 4 --micro 2" scaling="--points 2 --steps 2 --prompt 32 --response 16 --batch 1 --micro 1"
     tile="--points 1 --steps 1 --tile-mib 1"
-    plan="--size tiny --vocabulary 512" plan_lora="--size tiny --vocabulary 512 --lora 4"
-    sample="--size tiny --vocabulary 512 --prompts 4 --max-new-tokens 8 --rounds 1"
+    plan="--size tiny --vocabulary 512 --prompt 32 --response 16 --steps 2" plan_lora="$plan --lora 4"
+    sample="--size tiny --vocabulary 512 --prompts 8 --prompt 16 --batch 16 --max-new-tokens 64 --mean 12 --rounds 1"
     chain="defaults.max_steps=2"
     quickstart="eval.data.0.size=8"
     for stage in code-sft general-sft; do
@@ -90,12 +91,12 @@ else
     head="--tokens 8192 --hidden 2048 --vocabulary 128256"
     ablation="--batch 32 --micro 8" scaling="--rounds 1 --batch 4 --micro 4"
     tile="--batch 4 --micro 4 --steps 2"
-    plan="--size 1b --dtype bfloat16" plan_lora="--size 8b --dtype bfloat16 --lora 16 --frozen bfloat16"
-    sample="--size smollm2 --dtype bfloat16 --prompts 64 --batch 256 --rounds 2"
+    plan="--size 1b --dtype bfloat16 --batch 16 --micro 8 --steps 3 $lengths"
+    plan_lora="--size 8b --dtype bfloat16 --lora 16 --frozen bfloat16 --batch 8 --micro 4 --steps 3"
+    sample="--size 1b --dtype bfloat16 --k 8 --prompts 32 --prompt 256 --batch 256 --max-new-tokens 192 --rounds 2"
     chain=""
     quickstart=""
 fi
-real="--lengths benchmarks/ultrafeedback.csv"
 peers=""
 "$PYTHON" -c 'import trl' 2>/dev/null || { peers="--peers"; echo "no TRL: ours is measured alone" | tee -a "$report"; }
 
@@ -147,10 +148,10 @@ bench() {
         $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench --exclude-dir gpu)
     part quickstart 150 "$PYTHON" -m rpo_trainer run recipes/quickstart/chain.yaml --run-dir "$WORK/quickstart" \
         --no-report $quickstart
-    bench uf 100 step.py $model $half $uf $real $peers
+    bench uf 100 step.py $model $half $uf $lengths $peers
     bench ratio4 90 step.py $model $half $ratio4 $peers
     bench k4 90 step.py $model $half $k4 --k 4 $peers
-    bench memory 100 step.py $model $half $uf $real --memory $peers
+    bench memory 100 step.py $model $half $uf $lengths --memory $peers
     if [ -n "${MODEL:-}" ]; then
         part chain 330 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" \
             sh recipes/real/short.sh --no-report $chain
@@ -160,7 +161,7 @@ bench() {
     bench plan 60 planned.py $plan
     bench plan-lora 90 planned.py $plan_lora
     bench sample 90 sample.py $sample
-    bench compile 100 step.py $model $half $uf $real --peers ours-compiled
+    bench compile 100 step.py $model $half $uf $lengths --peers ours-compiled
     bench head 60 head.py $head $half
     [ "$device" = cpu ] || bench attention 90 attention.py --rounds 2
     bench ratio2 90 step.py $model $half $ratio2 $peers
