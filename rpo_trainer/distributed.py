@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
@@ -84,6 +85,19 @@ def is_main() -> bool:
 def device() -> torch.device:
     """The device of this process."""
     return torch.device(PartialState().device)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Within it, arguments of transformers may be made for another device: this process keeps its own."""
+    states: list[dict[str, Any]] = [PartialState._shared_state, AcceleratorState._shared_state]
+    found = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, before in zip(states, found, strict=True):
+            state.clear()
+            state.update(before)
 
 
 def barrier() -> None:

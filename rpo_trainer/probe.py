@@ -180,7 +180,8 @@ def _has_own_kernels(device: torch.device) -> bool:
 @contextlib.contextmanager
 def _exact_products() -> Iterator[None]:
     """Within it, float32 products are not rounded to TF32, whatever training will do."""
-    products, every = torch.backends.cuda.matmul, torch.backends
+    products: Any = torch.backends.cuda.matmul
+    every: Any = torch.backends
     found = products.fp32_precision
     own = found if found != every.fp32_precision else "none"  # it goes by the setting of all
     products.fp32_precision = "ieee"
@@ -335,7 +336,7 @@ def _relative(found: Answers, expected: Answers) -> float:
     if found.gradients is None or expected.gradients is None:
         return 0.0
     norm = expected.gradients.norm().clamp_min(1e-30)
-    return ((found.gradients - expected.gradients).norm() / norm).item()
+    return float((found.gradients - expected.gradients).norm() / norm)
 
 
 def _furthest(found: Answers, expected: Answers, where: torch.Tensor | None = None) -> float:

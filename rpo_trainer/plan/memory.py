@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rpo_trainer import distributed
 from rpo_trainer.batch import Layout, pack
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.logprobs import response_sums
@@ -266,7 +267,8 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
     from transformers import Trainer, TrainingArguments
 
     try:
-        args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
+        with distributed.kept():  # the rest of the process may compute on a GPU
+            args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
         factory, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         return factory(weights, **settings)
     except (ValueError, ImportError, RuntimeError) as error:

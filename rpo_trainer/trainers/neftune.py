@@ -22,8 +22,8 @@ def example_lengths(model_inputs: dict[str, Any]) -> Tensor:
     if model_inputs["plan"] is None:
         lengths: Tensor = model_inputs["attention_mask"].sum(-1, keepdim=True).expand(ids.shape)
         return lengths
-    lengths = [segment.stop - segment.start for segment in model_inputs["plan"].segments]
-    counts = torch.tensor(lengths).to(ids.device, non_blocking=True)
+    counts = torch.tensor([s.stop - s.start for s in model_inputs["plan"].segments])
+    counts = counts.to(ids.device, non_blocking=True)
     # With the size given, the host does not wait for the device.
     return counts.repeat_interleave(counts, output_size=ids.shape[1])[None]
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rpo_trainer import distributed
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.plan import StepMemory, step_memory
+from rpo_trainer.plan.memory import optimizer_bytes
 from rpo_trainer.plan.nf4 import hold_in_nf4, nf4_bytes
 from rpo_trainer.reward_model import as_reward_model
 from tests.distributed.launch import require, run, torchrun
@@ -92,6 +95,17 @@ def test_no_tensor_is_really_made() -> None:
 def test_state_of_optimizers(optim: str, bytes_: int) -> None:
     slack = 4 * len(list(llama().parameters()))
     assert 0 <= memory(optim=optim).optimizer - bytes_ * WEIGHTS <= slack
+
+
+def test_the_process_keeps_its_device(monkeypatch) -> None:
+    """A run looks at the disk first, where it needs this, and then samples: on its GPU, not on the CPU."""
+    PartialState()
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
+    monkeypatch.setitem(PartialState._shared_state, "process_index", 3)
+    with torch.device("meta"):
+        model = llama()
+    assert optimizer_bytes(model, "adamw_torch")
+    assert distributed.device() == torch.device("cuda") and distributed.rank() == 3
 
 
 def test_an_optimizer_of_unknown_size_is_refused() -> None:
