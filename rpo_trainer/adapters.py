@@ -199,7 +199,7 @@ def awake(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for p in asleep:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+                p.copy_(torch.randn(p.shape, generator=generator, device="cpu") * 0.02)
         yield
     finally:
         with torch.no_grad():
@@ -249,7 +249,8 @@ def _answers(model: nn.Module) -> Tensor | None:
         return None
     inner = causal_lm(model)
     vocabulary = inner.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, 12), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, 12), generator=generator, device="cpu")
     ids = ids.to(next(model.parameters()).device)
     training = model.training
     model.eval()

@@ -59,12 +59,12 @@ def random_examples(model: nn.Module, seed: int = 0) -> list[Example]:
     known = getattr(inner.config.get_text_config(), "vocab_size", None) or rows
     special = set(_special_tokens(inner.config.to_dict()))
     tokens_of = range(min(rows, known))
-    usable = torch.tensor([t for t in tokens_of if t not in special] or list(tokens_of))
+    usable = [t for t in tokens_of if t not in special] or list(tokens_of)
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(n: int) -> list[int]:
-        chosen: list[int] = usable[torch.randint(len(usable), (n,), generator=generator)].tolist()
-        return chosen
+        places = torch.randint(len(usable), (n,), generator=generator, device="cpu")
+        return [usable[place] for place in places.tolist()]
 
     return [
         {
@@ -237,10 +237,11 @@ def last_bits_disturbed(model: nn.Module) -> Iterator[None]:
     def disturb(_: nn.Module, __: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        signs = (
-            torch.randint(2, output.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-        )
-        return output * (1 + torch.finfo(output.dtype).eps * signs.to(output.device, output.dtype))
+        # A default device of the caller's is not that of the generator.
+        signs = torch.randint(
+            2, output.shape, generator=generator, dtype=torch.int8, device="cpu"
+        ).to(output.device, output.dtype)
+        return output * (1 + torch.finfo(output.dtype).eps * (2 * signs - 1))
 
     handles = [
         module.register_forward_hook(disturb)

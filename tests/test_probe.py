@@ -345,3 +345,10 @@ def test_shards_with_halves_take_no_leaking_layout(family, tmp_path):
     )  # fmt: skip
     wanted = "shared" if family == "mixtral" else "padded"
     assert f"layout {wanted}" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_a_default_device_of_the_callers_does_not_matter():
+    model = make_model()
+    expected = proof.random_examples(model)
+    with torch.device("meta"):
+        assert proof.random_examples(model) == expected

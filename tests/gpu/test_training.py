@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from rpo_trainer.adapters import with_adapter
+from rpo_trainer.probe import probe
 from tests.models import make_model
 from tests.trainers.plain import make_rows
 
@@ -21,6 +23,18 @@ KS = {"sft": (1,) * 24, "dpo": (2,) * 24, "rpo": (2, 3, 4, 2) * 6}
 
 def rows_of(kind: str) -> list[dict[str, Any]]:
     return make_rows(0, KS[kind], rewards=kind == "rpo")
+
+
+def test_a_default_device_of_the_callers(start: Any) -> None:
+    """`torch.device("cuda")` around it: what is drawn on the CPU stays there."""
+    from peft import LoraConfig
+
+    with torch.device("cuda"):
+        model = with_adapter(
+            copy.deepcopy(start).cuda(), LoraConfig(r=2, target_modules=["q_proj"])
+        )
+        layout, _ = probe(model)
+    assert layout == "shared"
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -64,8 +78,8 @@ def test_the_figures_are_those_of_the_cpu(kind: str, make_trainer: Any, tmp_path
         metrics = Metrics()
         make_trainer(
             kind, rows_of(kind), use_cpu=use_cpu, output_dir=str(tmp_path / f"cpu-{use_cpu}"),
-            logging_strategy="steps", logging_steps=1,
-            max_steps=6, callbacks=[metrics], **({} if kind == "sft" else {"sft_loss_weight": 0.1}),
+            logging_strategy="steps", logging_steps=1, max_steps=6, callbacks=[metrics], optim="sgd",
+            learning_rate=0.05, **({} if kind == "sft" else {"sft_loss_weight": 0.1}),
         ).train()  # fmt: skip
         found.append(metrics.lines)
     ours, expected = found
@@ -131,42 +145,72 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def resumed_and_straight(
+    kind: str, make_trainer: Any, folder: Path, **settings: Any
+) -> list[dict[str, torch.Tensor]]:
+    """Weights of a run that stopped after half of its steps and was resumed, and of two straight ones."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, **settings}
+
+    def run(name: str, **extra: Any) -> Any:
+        return make_trainer(kind, rows_of(kind), output_dir=str(folder / name), **settings, **extra)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", callbacks=[Stop(3)]).train()
+    resumed = run("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    found = [weights(resumed)]
+    for name in ("straight", "again"):
+        trainer = run(name)
+        trainer.train()
+        found.append(weights(trainer))
+    return found
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", ["sft", "rpo"])
-def test_resumed_is_straight(kind: str, bf16: bool, make_trainer: Any, tmp_path: Path) -> None:
-    """Bitwise, unless two straight runs differ too: then no further than four times as far as these."""
-    settings = {"bf16": bf16, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    straight = []
-    for number in range(2):
-        trainer = make_trainer(
-            kind, rows_of(kind), output_dir=str(tmp_path / f"{number}"), **settings
-        )
-        trainer.train()
-        straight.append(weights(trainer))
-    folder = str(tmp_path / "stopped")
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(
-            kind, rows_of(kind), output_dir=folder, callbacks=[Stop(3)], **settings
-        ).train()
-    trainer = make_trainer(kind, rows_of(kind), output_dir=folder, **settings)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 6
-    between = furthest(straight[1], straight[0])
-    resumed = furthest(weights(trainer), straight[0])
-    print(json.dumps({"kind": kind, "bf16": bf16, "straight": between, "resumed": resumed}))
-    assert resumed <= 4 * between
-
-
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
-def test_random_state_of_the_gpu_is_resumed(
-    optimizer: str, make_trainer: Any, tmp_path: Path
+def test_resumed_is_straight(
+    kind: str, bf16: bool, make_trainer: Any, tmp_path: Path, record_property: Any
 ) -> None:
+    """To the order in which the GPU adds gradients: no further than two straight runs are apart."""
+    resumed, straight, again = resumed_and_straight(
+        kind, make_trainer, tmp_path, bf16=bf16, optim="sgd", learning_rate=0.1
+    )
+    between, distance = furthest(again, straight), furthest(resumed, straight)
+    line = f"{kind}, bf16 {bf16}: straight runs {between:.1e} apart, resumed {distance:.1e}"
+    record_property("table: weights of resumed runs on a GPU", line)
+    assert distance <= max(10 * between, 1e-6)
+
+
+@pytest.fixture
+def determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `full_determinism` sets for the process is undone after the test."""
+    names = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.parametrize("kind", ["sft", "rpo"])
+@pytest.mark.usefixtures("determinism")
+def test_resumed_is_straight_bitwise(kind: str, make_trainer: Any, tmp_path: Path) -> None:
+    """With deterministic kernels there is no difference at all."""
+    resumed, straight, _ = resumed_and_straight(
+        kind, make_trainer, tmp_path, bf16=True, full_determinism=True
+    )
+    assert furthest(resumed, straight) == 0.0
+
+
+def test_random_state_of_the_gpu_is_resumed(make_trainer: Any, tmp_path: Path) -> None:
     """Dropout draws from the GPU's own generator."""
     noisy = make_model("gpt2")
     for module in noisy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": optimizer}
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "sgd"}
 
     def run(name: str, **extra: Any) -> Any:
         return make_trainer(
@@ -181,4 +225,4 @@ def test_random_state_of_the_gpu_is_resumed(
     torch.cuda.manual_seed(12345)  # a process does not start in the state of the one before
     resumed = run("stopped")
     resumed.train(resume_from_checkpoint=True)
-    assert furthest(weights(resumed), weights(straight)) < 1e-6
+    assert furthest(weights(resumed), weights(straight)) < 1e-5
