@@ -17,6 +17,7 @@ from rpo_trainer.data.counts import (
     HELD_OUT,
     LEFT_OUT,
     MAX_ROWS,
+    REPEATED,
     WARNINGS,
     Count,
     Differences,
@@ -74,17 +75,25 @@ class Audit:
         self.kept[source] = self.kept.get(source, 0) + 1
 
     def leave_out(self, reason: str, source: str, rows: int) -> None:
-        """Counts rows that are not used by request; `reason` is a key of LEFT_OUT."""
+        """Counts rows that are not used by request; `reason` is a key of LEFT_OUT.
+
+        `max_rows` is applied to the file. The other reasons choose among rows that were looked at, so
+        the warnings up to here are shares of more rows than are left.
+        """
         if rows:
+            for count in self.warnings.values() if reason != MAX_ROWS else ():
+                count.of = count.of or self.rows()
             found = self.left_out.setdefault(reason, {})
             found[source] = found.get(source, 0) + rows
 
     def leave_out_all(self, reason: str, rows: Sequence[Row], kept: Sequence[Row]) -> None:
-        """Counts those of `rows` that are not among `kept`."""
+        """Counts those of `rows` that are not among `kept`; prompts that occur again are those of `kept`."""
         own = {id(row) for row in kept}
         for row in rows:
             if id(row) not in own:
                 self.leave_out(reason, str(row.get("source")), 1)
+        if [self.warnings.pop(name) for name in REPEATED if name in self.warnings]:
+            self.observe_prompts(kept)
 
     def drop(self, reason: str, row_id: str | None = None) -> None:
         """Counts a dropped row; `reason` is a key of DROPS, or words of its own."""
@@ -292,8 +301,8 @@ class Audit:
         }
 
     def rows(self) -> int:
-        """Rows that are used or dropped, what every percentage is of: those that were read, and of a
-        replay, without those left out by request; rows joined to one count once."""
+        """Rows that are used or dropped: those that were read, and of a replay, without those left out by
+        request; rows joined to one count once. Percentages are of these, or of `of` of a count."""
         found = sum(map(self._available, self.read)) + int(self.replay.get("rows", 0))
         later = (counts for reason, counts in self.left_out.items() if reason != MAX_ROWS)
         return max(0, found - sum(sum(counts.values()) for counts in later))
@@ -339,7 +348,8 @@ class Audit:
                 told.append((info if reason == HELD_OUT else warn, f"{source}: {text}"))
         told += [(info, line) for line in self._facts()]
         for reason, count in self.warnings.items():
-            share = f" ({percent(count.count, self.rows())})" if self.rows() else ""
+            whole = count.of or self.rows()
+            share = f" ({percent(count.count, whole)})" if whole else ""
             found = f"{count.count} {rows_word(count)}{share}"
             text = f"{found}, {WARNINGS.get(reason, reason)}{examples_of(count)}"
             told.append((info if reason in HARMLESS else warn, text))

@@ -57,8 +57,9 @@ LEFT_OUT = {
     HELD_OUT: "held out: eval_share",
     EVAL_ROWS: "not used: max_rows of the evaluation",
 }
+REPEATED = ("duplicate_prompt", "similar_prompt")
 # These do not change a trained row, and are reported at INFO.
-HARMLESS = {"duplicate_prompt", "similar_prompt", "truth_not_chosen"}
+HARMLESS = {*REPEATED, "truth_not_chosen"}
 
 
 def unread_key(key: str) -> str:
@@ -88,10 +89,11 @@ class SpecialText:
 
 
 class Count:
-    """A number of rows and the ids of the first few."""
+    """A number of rows and the ids of the first few; `of`: among how many, None: all that are used."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.of: int | None = None
         self.examples: list[str] = []
 
     def add(self, row_id: str | None) -> None:
@@ -105,7 +107,8 @@ class Count:
         self.examples = [*self.examples, *other.examples][:EXAMPLES]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "examples": self.examples}
+        of = {} if self.of is None else {"of": self.of}
+        return {"count": self.count, "examples": self.examples, **of}
 
 
 class Differences:

@@ -29,12 +29,16 @@ class Concern:
 
 @dataclass(frozen=True)
 class Reason:
-    """Rows that were dropped or noticed for one reason: its text, their number, first ids, short name."""
+    """Rows that were dropped or noticed for one reason: its text, their number, first ids, short name.
+
+    `of`: among how many rows, where these are more than the rows that are used.
+    """
 
     text: str
     rows: int
     examples: list[str]
     key: str = ""
+    of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,10 @@ class AuditRecord:
             )
         for reason in self.noticed:
             left_out = reason.key not in _COUNTED_ELSEWHERE
-            if whole and left_out and reason.rows > MANY_UNREAD * whole:
+            among = reason.of or whole
+            if among and left_out and reason.rows > MANY_UNREAD * among:
                 yield Concern(
-                    f"{percent(reason.rows, whole)} of {what} ({reason.rows:,} rows): {reason.text}"
+                    f"{percent(reason.rows, among)} of {what} ({reason.rows:,} rows): {reason.text}"
                 )
         for text in self.generation:
             yield Concern(
@@ -200,5 +205,5 @@ def _reasons(record: Any, words: Mapping[str, str]) -> list[Reason]:
         if rows:
             text = words.get(key, key if " " in key else key.replace("_", " "))
             ids = [str(example) for example in examples] if isinstance(examples, list) else []
-            found.append(Reason(text, rows, ids, key))
+            found.append(Reason(text, rows, ids, key, count(entry.get("of"))))
     return sorted(found, key=lambda reason: -reason.rows)

@@ -95,6 +95,37 @@ def test_shares_are_of_the_rows_that_are_used(
     assert any(not concern.minor for concern in record.concerns("the rows"))
 
 
+@pytest.mark.parametrize("reason", ["weight", "eval_share", "eval_max_rows"])
+def test_warnings_are_shares_of_the_rows_that_they_count(
+    tmp_path: Path, source: Any, jsonl: Callable[..., str], reason: str
+) -> None:
+    """Three of 40 rows have rewards that are not used, every prompt is there twice; four are left."""
+    pairs = [{**PAIR, "prompt": f"q{i // 2}"} for i in range(40)]
+    for pair in pairs[:3]:
+        pair["chosen_reward"] = "x"
+    weight = 1.0 if reason == "weight" else None
+    sources = [source(jsonl(pairs), weight=weight)]
+    if weight is not None:
+        sources.append(source(jsonl([PAIR, PAIR], "small.jsonl"), weight=0.5))
+    audit = Audit()
+    rows = load_rows(sources, kind="pair", base_dir=tmp_path, audit=audit, seed=0)
+    if weight is None:
+        rows, found = rows[:4], rows
+        audit.leave_out_all(reason, found, rows)
+    assert audit.rows() == len(rows) == (4 if weight is None else 6)
+    read = 40 if weight is None else 42
+    again = len(rows) - len({row["prompt"] for row in rows})
+    record = read_audit(audit.as_dict())
+    assert {noticed.key: (noticed.rows, noticed.of) for noticed in record.noticed} == {
+        "unusable_rewards": (3, read),
+        "duplicate_prompt": (again, None),
+    }
+    lines = audit.summary_lines()
+    assert any(f"3 rows ({percent(3, read)}), rewards" in line for line in lines)
+    assert any(f"({percent(again, len(rows))}), prompt seen" in line for line in lines)
+    assert not any("rewards" in concern.text for concern in record.concerns("the rows"))
+
+
 def test_sampled_responses_are_refused_whatever_the_other_sources_name(
     tmp_path: Path, source: Any, jsonl: Callable[..., str]
 ) -> None:
