@@ -22,6 +22,7 @@ from tests.chain.tiny import records
 from tests.distributed import launch
 from tests.documents import ROOT, SHIPPED, TOLD, code, commands, name_of, spans
 from tests.documents_data import rows, save_base_model, save_policy, save_reward_model, write
+from tests.real_data import write_local
 
 # ---------------------------------------------------------------- which are run, and which not
 
@@ -31,6 +32,7 @@ _CHECKOUT = (
 _INSTALLS = "installs from a package index"
 NOT_RUN = {
     "make quickstart": _CHECKOUT,
+    "make real-small": _CHECKOUT,
     "make test": _CHECKOUT,
     "make test-fast": _CHECKOUT,
     "make test-all": _CHECKOUT,
@@ -151,6 +153,16 @@ MORE = {
     "rpo-trainer run recipes/sft.yaml": "stages.sft.warmup_steps=1",
     "rpo-trainer run recipes/dpo.yaml": "stages.dpo.warmup_steps=1",
     "rpo-trainer run recipes/examples/real_chain.yaml": "defaults.max_steps=2",
+    "python recipes/real/prepare.py": "--local {here}/local",
+    "rpo-trainer run recipes/real/chain.yaml": (
+        "model.name_or_path={here}/base-model defaults.warmup_steps=0 eval.data.0.max_rows=1"
+        " 'eval.generate={responses: 1, max_new_tokens: 4, batch_size: 8}'"
+        + "".join(
+            f" stages.rpo-{stage}.data.generate.max_new_tokens=8"
+            for stage in ("math", "code", "instructions")
+        )
+    ),
+    "python recipes/real/measure.py": "--rows 1 --max-new-tokens 4",
     "rpo-trainer run recipes/examples/reward_models.yaml": (
         "stages.stories.max_steps=2 stages.scores.max_steps=2 stages.pairs.max_steps=2"
     ),
@@ -168,10 +180,9 @@ FILES = {
     "data/attr_hanna_human_stories.jsonl": "stories",
 }  # fmt: skip
 KINDS = {
-    r"data/ifeval": "prompts", r"sft|math_|data/(mbpp|code|gsm8k|general)": "sft",
-    r"pref_multi": "many", r"scored_single": "score", r"attr_hanna": "stories",
-    r"eval_humaneval": "canonical_solution", r"eval_gsm8k": "answer_raw",
-    r"pref|pairs|scored": "pairs",
+    r"sft|math_|data/code": "sft", r"pref_multi": "many",
+    r"scored_single": "score", r"attr_hanna": "stories", r"eval_humaneval": "canonical_solution",
+    r"eval_gsm8k": "answer_raw", r"pref|pairs|scored": "pairs",
 }  # fmt: skip
 MINE = """
 model:
@@ -204,13 +215,16 @@ def as_typed(command: str, here: Path) -> str:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "page"
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("data"))
+    write_local(folder / "local")
     save_base_model(folder / "base-model")
     save_policy(folder / "model")
     save_reward_model(folder / "reward-model")
     for name, kind in FILES.items():
         write(folder / name, rows(kind))
     for path in (folder / "recipes").rglob("*.yaml"):
+        if path.parent.name == "real":  # its data are made by prepare.py
+            continue
         for name in re.findall(r"path: (\S+\.jsonl)", path.read_text(encoding="utf-8")):
             kind = next(kind for pattern, kind in KINDS.items() if re.search(pattern, name))
             write(path.parent / name, rows(kind))
