@@ -13,7 +13,20 @@ from unittest import mock
 
 Row = dict[str, Any]
 REAL = Path(__file__).parents[1] / "recipes" / "real"
-WORDS = ("sun", "sea", "bread", "stone", "tree", "lamp", "road", "wind", "clock", "bridge")
+WORDS = (
+    "sun",
+    "sea",
+    "bread",
+    "stone",
+    "tree",
+    "lamp",
+    "road",
+    "wind",
+    "clock",
+    "bridge",
+    "snow",
+    "coin",
+)
 # What a task is of; the first test is shown in the prompt.
 FUNCTIONS = {
     1: ("adds two numbers", "def add(a, b):\n    return a + b", "add(1, 2) == 3"),
@@ -84,11 +97,11 @@ def raw(name: str, *, hub: bool) -> list[Row]:
         )
     elif name == "eval_ifeval":
         for number, word in enumerate(WORDS):
-            kwargs: list[Row] = [{}, {"relation": "less than", "num_words": 30}]
+            kwargs: list[Row] = [{}, {"relation": "at least", "num_words": 12}]
             if hub:
                 kwargs = [{"relation": None, "num_words": None} | own for own in kwargs]
             ids = ["punctuation:no_comma", "length_constraints:number_words"]
-            asked = f"Write about a {word} in less than 30 words, without commas."
+            asked = f"Write at least 12 words about a {word}, without commas."
             rows.append(
                 {"key": number, "prompt": asked, "instruction_id_list": ids, "kwargs": kwargs}
             )

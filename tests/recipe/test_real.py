@@ -48,7 +48,7 @@ def test_tasks_have_what_their_verifiers_read(data: Path) -> None:
         for row in rows(data, part):
             assert re.fullmatch(r"They hold [^<>]* pens\.\n#### \d+", row["response"])
     for row in [*rows(data, "ifeval_train"), *rows(data, "ifeval_heldout")]:
-        assert row["kwargs"] == [{}, {"relation": "less than", "num_words": 30}]
+        assert row["kwargs"] == [{}, {"relation": "at least", "num_words": 12}]
         assert len(row["instruction_id_list"]) == 2
 
 
@@ -94,10 +94,10 @@ def test_what_measure_counts(data: Path) -> None:
     assert measure.repetition("a b c d e f") == measure.repetition("a b") == 0
     assert measure.repetition("a b c d a b c d") == pytest.approx(1 / 5)
     tasks = [row for task in measure.TASKS for row in measure.prompts(data, task, 1)]
-    right = [tasks[0]["response"], tasks[1]["response"], "A short text."]
+    right = [tasks[0]["response"], tasks[1]["response"], "word " * 12]
     answers = [{"responses": [text]} for text in right]
     assert measure.rewards(tasks, answers) == [1, 1, 1]
-    assert measure.rewards(tasks, [{"responses": ["0, 1"]}] * 3) == [0, 0, 0.5]
+    assert measure.rewards(tasks, [{"responses": ["0 1"]}] * 3) == [0, 0, 0.5]
 
 
 def test_the_hub_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
