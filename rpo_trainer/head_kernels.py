@@ -1,8 +1,7 @@
 """Triton kernels of the logit head: each reads a float32 tile of logits once.
 
 As torch operations, softmax and gradient take some fifteen passes over the tile, a tenth of a step on a GPU.
-`logprobs` has these too, for all other devices and dtypes. Offsets of rows have 64 bits: a tile may hold more
-than 2³¹ logits.
+`logprobs` has these too, for all else. Offsets of rows have 64 bits: a tile may hold more than 2³¹ logits.
 """
 
 from __future__ import annotations
