@@ -143,9 +143,9 @@ bench() {
 
 # shellcheck disable=SC2086,SC2046  # the options are lists of words
 {
-    # Whole files: those with a test that needs a GPU.
-    part tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu \
-        $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench --exclude-dir gpu)
+    # Those that need a GPU: `gpu` is in their names. Few threads leave the processor to the rest.
+    part tests 200 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q -p no:cacheprovider -rf --tb=short -k gpu \
+        tests/gpu $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench --exclude-dir gpu)
     part quickstart 150 "$PYTHON" -m rpo_trainer run recipes/quickstart/chain.yaml --run-dir "$WORK/quickstart" \
         --no-report $quickstart
     bench uf 100 step.py $model $half $uf $lengths $peers

@@ -10,6 +10,7 @@ the backward makes the tiles again.
 
 Tiles are float32 whatever the inputs are. A GPU multiplies halves into float32 at full speed, so there the
 factors stay as they are; on a CPU they are widened first. Autocast has no say in it: it would round the tile.
+Between the products a GPU reads and writes the tile once each, in the kernels of `head_kernels`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 DEFAULT_TILE_BYTES = 512 * 2**20
 _LEAST_WIDTH = 1024  # of a slice of the vocabulary: narrower products are slow
@@ -123,10 +125,8 @@ class _LinearLogProbs(torch.autograd.Function):
             for t0, t1 in _spans(n, block):
                 h = hidden[t0:t1].to(w.dtype)
                 logits = _logits(h, w, b, logit_scale, softcap, dtype)
-                index, inside = _where(labels[t0:t1], v0, v1)
-                found = logits.gather(1, index).squeeze(1)
-                target[t0:t1] += torch.where(inside, found, found.new_zeros(()))
-                total = _logsumexp(logits, in_place=not keep)
+                total, found = _logsumexp(logits, labels[t0:t1], v0, in_place=not keep)
+                target[t0:t1] += found
                 normaliser[t0:t1] = torch.logaddexp(normaliser[t0:t1], total)
                 tile = logits if keep else None
                 del logits  # before the next tile is made
@@ -154,20 +154,23 @@ class _LinearLogProbs(torch.autograd.Function):
             w, b = _slice(weight, bias, v0, v1, hidden)
             dw = None
             if d_weight is not None:
-                # Summed over the blocks of tokens in `dtype`, in its place where that is its own.
+                # Summed over the blocks of tokens in `dtype`, in its place where that is its own. A single
+                # block is one product, which a GPU sums in float32 and rounds once.
                 dw = d_weight[v0:v1]
-                dw = dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
+                at_once = block >= n and dw.dtype == w.dtype
+                dw = dw if at_once or dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
             for t0, t1 in _spans(n, block):
                 h = hidden[t0:t1].to(w.dtype)
                 logits = tile[:, v0:v1] if tile is not None else None
                 if logits is None:
                     logits = _logits(h, w, b, logit_scale, softcap, dtype)
                 d_logits = _slope(
-                    logits, normaliser[t0:t1], _where(labels[t0:t1], v0, v1), logit_scale, softcap,
+                    logits, normaliser[t0:t1], labels[t0:t1], v0, grad[t0:t1], logit_scale, softcap,
+                    # The sum over tokens takes them before they are rounded.
+                    dtype=w.dtype if d_bias is None else dtype,
                     # A kept tile stays as it is, for a second backward; one made here is used up.
                     in_place=tile is None,
                 )  # fmt: skip
-                d_logits.mul_(grad[t0:t1, None])
                 if d_bias is not None:
                     d_bias[v0:v1] += d_logits.sum(dim=0)
                 d_logits = d_logits.to(w.dtype)
@@ -222,12 +225,12 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
                 pieces.append(_logits(h, w, b, logit_scale, softcap, dtype))
             logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
             del pieces
-            index, inside = _where(labels[t0:t1], 0, v)
-            found = logits.gather(1, index).squeeze(1)
-            normaliser = _logsumexp(logits, in_place=False)
+            normaliser, found = _logsumexp(logits, labels[t0:t1], 0, in_place=False)
             logps[t0:t1] = found - normaliser
-            slope = _slope(logits, normaliser, (index, inside), logit_scale, softcap, in_place=True)
-            slope = slope.to(h.dtype)
+            slope = _slope(
+                logits, normaliser, labels[t0:t1], 0, None, logit_scale, softcap,
+                dtype=h.dtype, in_place=True,
+            )  # fmt: skip
             for v0, v1 in slices:
                 if len(slices) > 1:
                     w, b = _slice(weight, bias, v0, v1, hidden)
@@ -245,21 +248,47 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
 def _slope(
     logits: Tensor,
     normaliser: Tensor,
-    where: tuple[Tensor, Tensor],
+    labels: Tensor,
+    v0: int,
+    grad: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     *,
+    dtype: torch.dtype,
     in_place: bool,
 ) -> Tensor:
-    """d log-prob / d (hidden @ weightᵀ) of one tile: (1[label] − softmax), through cap and scale."""
+    """grad · d log-prob / d (hidden @ weightᵀ) of one tile, in `dtype`: grad · (1[label] − softmax), through
+    cap and scale. In place it may use the tile up."""
+    if (kernels := _kernels(logits)) is not None:
+        fits = in_place and dtype == logits.dtype
+        out = logits if fits else logits.new_empty(logits.shape, dtype=dtype)
+        return kernels.slope(  # type: ignore[no-any-return]
+            logits, normaliser, labels, v0, grad, logit_scale, softcap, out
+        )
     cap = None if softcap is None else 1.0 - (logits / softcap).square()
     slope = torch.sub(logits, normaliser[:, None], out=logits if in_place else None)
     slope.exp_().neg_()
-    index, inside = where
+    index, inside = _where(labels, v0, v0 + logits.shape[1])
     slope.scatter_add_(1, index, inside[:, None].to(slope.dtype))
     if cap is not None:
         slope.mul_(cap)
-    return slope.mul_(logit_scale) if logit_scale != 1.0 else slope
+    if logit_scale != 1.0:
+        slope.mul_(logit_scale)
+    if grad is not None:
+        slope.mul_(grad[:, None])
+    return slope.to(dtype)
+
+
+def _kernels(logits: Tensor) -> Any:
+    """The module `head_kernels` where it can take this tile, or None. Tensors of other types (fake,
+    distributed) are not plain memory."""
+    if not logits.is_cuda or logits.dtype != torch.float32 or type(logits) is not Tensor:
+        return None
+    if not has_triton():
+        return None
+    from rpo_trainer import head_kernels  # Triton takes long to import
+
+    return head_kernels if head_kernels.works_on(logits.device) else None
 
 
 def _factor_dtype(hidden: Tensor) -> torch.dtype:
@@ -291,7 +320,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:
-        total.copy_(_product(a, b, total.dtype))
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(_product(a, b, total.dtype))
 
@@ -315,11 +344,19 @@ def _logits(
     return logits
 
 
-def _logsumexp(logits: Tensor, *, in_place: bool) -> Tensor:
-    """`[t, w]` → `[t]`; in place it uses the tile up, where torch's own takes a second one."""
+def _logsumexp(logits: Tensor, labels: Tensor, v0: int, *, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Of each row, and its label's logit (0 if it lies elsewhere): `[t, w]` → `[t]`, `[t]`.
+
+    In place it may use the tile up, where torch's own takes a second one.
+    """
+    if (kernels := _kernels(logits)) is not None:
+        return kernels.logsumexp(logits, labels, v0)  # type: ignore[no-any-return]
+    index, inside = _where(labels, v0, v0 + logits.shape[1])
+    found = logits.gather(1, index).squeeze(1)
+    found = torch.where(inside, found, found.new_zeros(()))
     rows = len(logits) if logits.is_cuda else max(1, _CACHED_CELLS // logits.shape[1])
     parts = [_rows_logsumexp(part, in_place) for part in torch.split(logits, max(1, rows))]
-    return torch.cat(parts)
+    return torch.cat(parts), found
 
 
 def _rows_logsumexp(logits: Tensor, in_place: bool) -> Tensor:

@@ -51,7 +51,7 @@ class StepZero:
                     rewards=batch["rewards"][group] if self.trainer.needs_rewards else None,
                     reward_scale=getattr(args, "reward_scale", 1.0),
                     batch_size=len(group),
-                ).to(sums.device)
+                ).to(sums.device, non_blocking=True)
                 for group in batch["groups"]
             ]
         )

@@ -14,7 +14,6 @@ import torch
 from transformers import TrainerCallback
 
 from rpo_trainer.adapters import with_adapter
-from rpo_trainer.probe import probe
 from tests.models import make_model
 from tests.trainers.plain import make_rows
 
@@ -29,12 +28,10 @@ def test_a_default_device_of_the_callers(start: Any) -> None:
     """`torch.device("cuda")` around it: what is drawn on the CPU stays there."""
     from peft import LoraConfig
 
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
     with torch.device("cuda"):
-        model = with_adapter(
-            copy.deepcopy(start).cuda(), LoraConfig(r=2, target_modules=["q_proj"])
-        )
-        layout, _ = probe(model)
-    assert layout == "shared"
+        model = with_adapter(copy.deepcopy(start).cuda(), adapter)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -73,22 +70,25 @@ def test_prompts_are_shared(family: str, arithmetic: str, make_trainer: Any) -> 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "rpo"])
 def test_the_figures_are_those_of_the_cpu(kind: str, make_trainer: Any, tmp_path: Path) -> None:
+    """In float32. Shares of pairs are left out: a difference of a last bit decides them at step 0."""
     found = []
     for use_cpu in (False, True):
         metrics = Metrics()
         make_trainer(
             kind, rows_of(kind), use_cpu=use_cpu, output_dir=str(tmp_path / f"cpu-{use_cpu}"),
             logging_strategy="steps", logging_steps=1, max_steps=6, callbacks=[metrics], optim="sgd",
-            learning_rate=0.05, **({} if kind == "sft" else {"sft_loss_weight": 0.1}),
+            learning_rate=0.05, bf16=False, **({} if kind == "sft" else {"sft_loss_weight": 0.1}),
         ).train()  # fmt: skip
         found.append(metrics.lines)
     ours, expected = found
     assert len(ours) == len(expected) == 6
     for got, wanted in zip(ours, expected, strict=True):
         names = [
-            name for name in wanted if name.startswith(("loss", "grad_norm", "logps", "rewards"))
-        ]
-        assert names
+            name for name in wanted
+            if name.startswith(("loss", "grad_norm", "logps/", "rewards/"))
+            and not name.endswith(("falling", "accuracies"))
+        ]  # fmt: skip
+        assert len(names) > (1 if kind == "sft" else 6)
         for name in names:
             assert got[name] == pytest.approx(wanted[name], rel=2e-4, abs=2e-4), name
 

@@ -1,0 +1,149 @@
+"""Triton kernels of the logit head: each reads a float32 tile of logits once.
+
+As torch operations, softmax and gradient take some fifteen passes over the tile, a tenth of a step on a GPU.
+`logprobs` has these too, for all else. Offsets of rows have 64 bits: a tile may hold more than 2³¹ logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 4096  # logits of a row that one program reads
+_LEAST = torch.finfo(torch.float32).min  # in place of a maximum of −inf
+
+
+@functools.cache
+def works_on(device: torch.device) -> bool:
+    """Whether the kernels can be built for `device`, tried once: Triton needs a C compiler."""
+    tile = torch.zeros(1, 1, device=device)
+    labels = torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        logsumexp(tile, labels, 0)
+    except Exception as error:  # whatever the machine's compiler or driver raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning(
+            "Triton kernels cannot be built for %s (%s): the logit head uses torch operations, "
+            "which take longer; install a C compiler and Python's headers",
+            device,
+            reason,
+        )
+        return False
+    return True
+
+
+def logsumexp(logits: Tensor, labels: Tensor, v0: int) -> tuple[Tensor, Tensor]:
+    """Log of each row's sum of exponentials, and its label's logit: `[t, w]` → `[t]`, `[t]`, float32.
+
+    Args:
+        logits: `[t, w]` float32, a slice of the vocabulary from `v0` on; not changed.
+        labels: `[t]`, token ids. The logit is 0 where the label lies outside the slice.
+        v0: token id of the first column.
+    """
+    rows, width = logits.shape
+    blocks = triton.cdiv(width, _BLOCK)
+    # Added up in float64: few numbers, whose rounding would count as much as the result's.
+    partial = torch.empty(rows, blocks, dtype=torch.float64, device=logits.device)
+    found = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    with torch.cuda.device_of(logits):
+        _logsumexp_kernel[(rows, blocks)](
+            logits, labels.contiguous(), partial, found, v0, width, logits.stride(0),
+            LEAST=_LEAST, BLOCK=_BLOCK,
+        )  # fmt: skip
+    return partial.logsumexp(dim=1).float(), found
+
+
+def slope(
+    logits: Tensor,
+    normaliser: Tensor,
+    labels: Tensor,
+    v0: int,
+    grad: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    out: Tensor,
+) -> Tensor:
+    """grad · (1[label] − softmax) of one tile, through cap and scale, into `out`.
+
+    Args:
+        logits: `[t, w]` float32, a slice of the vocabulary from `v0` on.
+        normaliser: `[t]` float32, the logsumexp over the whole vocabulary.
+        labels: `[t]`, token ids.
+        v0: token id of the first column.
+        grad: `[t]` float32 or None for 1.
+        logit_scale: factor on the logits before the cap.
+        softcap: the cap, or None.
+        out: `[t, w]` in any floating dtype; may be `logits`.
+    """
+    rows, width = logits.shape
+    with torch.cuda.device_of(logits):
+        _slope_kernel[(rows, triton.cdiv(width, _BLOCK))](
+            logits, out, normaliser.contiguous(), labels.contiguous(),
+            None if grad is None else grad.contiguous(),
+            v0, width, logits.stride(0), out.stride(0), float(logit_scale),
+            None if softcap is None else float(softcap), BLOCK=_BLOCK,
+        )  # fmt: skip
+    return out
+
+
+# Not annotated but for constants: Triton looks the names in annotations up as if they were used.
+@triton.jit(do_not_specialize=["v0"])
+def _logsumexp_kernel(
+    logits,
+    labels,
+    partial,
+    found,
+    v0,
+    width,
+    stride,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * stride + columns, mask=columns < width, other=float("-inf"))
+    top = tl.maximum(tl.max(x, axis=0), LEAST)
+    total = tl.sum(tl.exp(x - top), axis=0)
+    tl.store(partial + row * tl.num_programs(1) + block, top.to(tl.float64) + tl.log(total))
+    if block == 0:
+        column = tl.load(labels + row).to(tl.int64) - v0
+        inside = (column >= 0) & (column < width)
+        tl.store(found + row, tl.load(logits + row * stride + column, mask=inside, other=0.0))
+
+
+@triton.jit(do_not_specialize=["v0"])
+def _slope_kernel(
+    logits,
+    out,
+    normaliser,
+    labels,
+    grad,
+    v0,
+    width,
+    stride,
+    out_stride,
+    logit_scale,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(logits + row * stride + columns, mask=inside, other=0.0)
+    column = tl.load(labels + row).to(tl.int64) - v0
+    column = tl.where((column >= 0) & (column < width), column, -1).to(tl.int32)
+    y = tl.where(columns == column, 1.0, 0.0) - tl.exp(x - tl.load(normaliser + row))
+    if softcap is not None:
+        y *= 1.0 - (x / softcap) * (x / softcap)
+    factor = logit_scale
+    if grad is not None:
+        factor *= tl.load(grad + row)
+    tl.store(out + row * out_stride + columns, (y * factor).to(out.dtype.element_ty), mask=inside)
