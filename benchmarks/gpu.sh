@@ -74,7 +74,17 @@ if [ "$SIZE" = tiny ]; then
     tile="--points 1 --steps 1 --tile-mib 1"
     plan="--size tiny --vocabulary 512 --prompt 32 --response 16 --steps 2" plan_lora="$plan --lora 4"
     sample="--size tiny --vocabulary 512 --prompts 8 --prompt 16 --batch 16 --max-new-tokens 64 --mean 12 --rounds 1"
-    chain="defaults.max_steps=2"
+    chain="defaults.warmup_steps=0 eval.data.0.max_rows=4 eval.generate.max_new_tokens=8"
+    for data in eval.preferences eval.nll code-sft.train code-sft.eval general-sft.train general-sft.eval dpo.train; do
+        [[ $data = eval.* ]] || data=stages.${data/./.data.}
+        chain+=" $data.0.max_rows=4"
+    done
+    chain+=" eval.nll.1.max_rows=4 eval.nll.2.max_rows=4"
+    chain+=" stages.code-sft.data.train.1.max_rows=4 stages.general-sft.data.train.1.max_rows=4"
+    for stage in math code instructions; do
+        chain+=" stages.rpo-$stage.data.train.0.max_rows=4 stages.rpo-$stage.data.generate.max_new_tokens=8"
+    done
+    measure="--rows 1 --max-new-tokens 8 --stages model,rpo-instructions"
     quickstart="eval.data.0.size=8"
     for stage in code-sft general-sft; do
         quickstart+=" stages.$stage.max_steps=2 stages.$stage.warmup_steps=0"
@@ -94,7 +104,7 @@ else
     plan="--size 1b --dtype bfloat16 --batch 16 --micro 8 --steps 3 $lengths"
     plan_lora="--size 8b --dtype bfloat16 --lora 16 --frozen bfloat16 --batch 8 --micro 4 --steps 3"
     sample="--size 1b --dtype bfloat16 --k 8 --prompts 32 --prompt 256 --batch 256 --max-new-tokens 192 --rounds 2"
-    chain=""
+    chain="" measure="--rows 100 --max-new-tokens 256 --batch-size 300"
     quickstart=""
 fi
 peers=""
@@ -153,7 +163,7 @@ bench() {
     bench k4 90 step.py $model $half $k4 --k 4 $peers
     bench memory 100 step.py $model $half $uf $lengths --memory $peers
     if [ -n "${MODEL:-}" ]; then
-        part chain 330 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" \
+        part chain 330 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" MEASURE="$measure" \
             sh recipes/real/short.sh --no-report $chain
     elif [ -z "$ONLY" ]; then
         skipped+=("chain (no MODEL)")

@@ -4,13 +4,14 @@
 #   MODEL=HuggingFaceTB/SmolLM2-135M-Instruct RUN=runs/real-short sh recipes/real/short.sh
 #
 # MODEL is a folder or a hub name. DATA, a folder with the files that prepare.py reads, is in place of the
-# hub. PYTHON is the interpreter. Further arguments are overrides of the recipe.
+# hub. PYTHON is the interpreter, MEASURE the options of measure.py. Further arguments are overrides of the recipe.
 set -eu
 HERE=$(dirname "$0")
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 if [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd); fi  # a recipe's paths begin at its folder
 RUN=${RUN:-runs/real-short}
 PYTHON=${PYTHON:-python3}
+MEASURE=${MEASURE:---rows 100 --max-new-tokens 256 --batch-size 300}
 if [ -n "${DATA:-}" ]; then
     "$PYTHON" "$HERE/prepare.py" --local "$DATA"
 else
@@ -27,4 +28,5 @@ fi
     stages.rpo-code.data.generate.max_new_tokens=192 \
     stages.rpo-instructions.data.generate.max_new_tokens=256 \
     "$@"
-"$PYTHON" "$HERE/measure.py" "$RUN" --rows 100 --max-new-tokens 256 --batch-size 300
+# shellcheck disable=SC2086  # options
+"$PYTHON" "$HERE/measure.py" "$RUN" $MEASURE
