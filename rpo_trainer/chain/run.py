@@ -60,6 +60,7 @@ from rpo_trainer.chain.training import (
     write_gaps,
     write_output,
 )
+from rpo_trainer.cores import limit_threads
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
 from rpo_trainer.loading import load_tokenizer
@@ -107,6 +108,7 @@ def run_chain(
     """
     run_dir = default_run_dir(loaded) if run_dir is None else run_dir
     distributed.start()
+    limit_threads()
     with ExitStack() as held:
 
         def hold() -> None:

@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from rpo_trainer.cores import usable_cores
+
 logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
@@ -26,14 +28,10 @@ _work: Callable[[Any], Any] | None = None
 
 
 def processes_for(batches: int) -> int:
-    """How many processes are worth it: one for few batches, else the cores that are ours.
-
-    The cores are shared with the other ranks of a distributed run on this machine.
-    """
+    """How many processes are worth it: one for few batches, else the cores that are ours."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(len(os.sched_getaffinity(0)) // ranks, batches // 4, MOST))
+    return max(1, min(usable_cores(), batches // 4, MOST))
 
 
 def map_batches(

@@ -6,11 +6,11 @@ one, the fields `rewards` (one a response) and, where there is more to tell, `sc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rpo_trainer.cores import usable_cores
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.files import file_digest
@@ -96,7 +96,7 @@ class _ByVerifier:
 
         # Tests of code wait for another process; the rest is faster without threads.
         outside = self.verifier.name == "asserts"
-        each = one_by_one(make, workers=(os.cpu_count() or 1) if outside else 1)
+        each = one_by_one(make, workers=usable_cores() if outside else 1)
 
         def run(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
             try:

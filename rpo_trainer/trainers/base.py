@@ -20,6 +20,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from rpo_trainer.adapters import awake
 from rpo_trainer.allocator import keeping_freed_memory
 from rpo_trainer.batch import Layout, to_device
+from rpo_trainer.cores import OtherProcesses, limit_threads
+from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import DataError
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.logprobs import response_sums
@@ -116,6 +118,8 @@ class PackedTrainer(SavingTrainer):
         args = args if args is not None else self.config_class(output_dir="trainer_output")
         require_config(self, args)
         require_one_gpu(args)
+        limit_threads()
+        self._other_processes = OtherProcesses()
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer_named(model)
             model = load_model_named(model)
@@ -507,6 +511,8 @@ class PackedTrainer(SavingTrainer):
         if not self.wraps_late:
             self.policy_ready(resume)
         on_cpu = self.args.device.type == "cpu"
+        if on_cpu and is_main():
+            self._other_processes.report()
         with keeping_freed_memory() if on_cpu else contextlib.nullcontext():
             return super().train(resume_from_checkpoint=resume, **kwargs)
 
