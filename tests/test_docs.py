@@ -45,7 +45,7 @@ def test_the_readme_has_a_recipe_and_says_what_every_line_of_it_is() -> None:
 def test_the_librarys_program_runs_and_logs_the_metrics_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (program,) = blocks(page("library"), "python")
+    program, _ = blocks(page("library"), "python")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     # Through a file name of its own, so that a traceback shows where in the page it failed.
@@ -56,6 +56,31 @@ def test_the_librarys_program_runs_and_logs_the_metrics_it_names(
     cells = [line.split("|")[1] for line in table.strip().splitlines()[1:]]
     named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     assert named - {"loss/router_aux"} == logged  # of mixtures of experts alone
+
+
+def test_the_librarys_own_loss_is_one_and_its_step_zero_is_right() -> None:
+    from rpo_trainer.losses import LOSSES, preference_loss, step_zero_losses
+
+    before = dict(LOSSES)
+    _, program = blocks(page("library"), "python")
+    try:
+        exec(compile(program, "library.md", "exec"), {"__name__": "__main__"})
+        (name,) = LOSSES.keys() - before.keys()
+        logps = torch.randn(3, 2, dtype=torch.float64)
+        losses = preference_loss(logps, logps, loss_type=name, beta=0.1).losses
+        assert torch.equal(losses, step_zero_losses(name, beta=0.1, shape=(3, 2)))
+    finally:
+        LOSSES.clear()
+        LOSSES.update(before)
+
+
+def test_every_loss_is_in_the_table_with_the_responses_it_takes() -> None:
+    from rpo_trainer.losses import LOSSES
+
+    table = page("rpo").split("| `loss_type` |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    pairs_only = [(f"`{name}`", loss.pairs_only) for name, loss in LOSSES.items()]
+    assert [(name, more == "–") for name, _, more in rows] == pairs_only
 
 
 def test_the_readme_and_the_command_line_know_the_same_commands() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpo_trainer.losses import LOSS_TYPES, preference_loss, sft_loss, step_zero_losses
+from rpo_trainer.losses import LOSSES, preference_loss, sft_loss, step_zero_losses
 
 RTOL, ATOL = 1e-10, 1e-12
 INFINITY = float("inf")
@@ -125,7 +125,7 @@ def test_k_responses_match_the_categorical_forms(k):
             assert grad == pytest.approx(slopes, rel=1e-9, abs=ATOL)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [1e4, -1e4])
 @pytest.mark.parametrize("reward", [0.0, 1e4, -1e4, INFINITY, -INFINITY])
@@ -163,18 +163,18 @@ def test_nan_reward_is_not_hidden():
     assert math.isnan(loss)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("k", [2, 5])
 def test_step_zero_constant_is_the_loss_at_policy_equal_to_reference(loss_type, k):
-    if k > 2 and loss_type in ("dpo", "ipo", "rpo_sq"):
+    if k > 2 and LOSSES[loss_type].pairs_only:
         return
     logps = torch.randn(3, k, dtype=torch.float64) * 30 - 100
     rewards = torch.rand(3, k, dtype=torch.float64) * 4
-    given = rewards if loss_type.startswith("rpo") else None
+    given = rewards if LOSSES[loss_type].needs_rewards else None
     actual = preference_loss(
         logps, logps, loss_type=loss_type, beta=0.3, rewards=given, reward_scale=1.7
     ).losses
-    constant = step_zero_losses(loss_type, beta=0.3, rewards=given, reward_scale=1.7, batch_size=3)
+    constant = step_zero_losses(loss_type, beta=0.3, rewards=given, reward_scale=1.7, shape=(3, k))
     torch.testing.assert_close(constant, actual, rtol=1e-10, atol=1e-12)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from rpo_trainer.losses import find_loss, more_than_pairs, smoothed
 from rpo_trainer.template_kwargs import COLUMN, fault_of
 
 CHECK = "recipe_check"  # the error type of everything found here
 PREFERENCE_KINDS = ("dpo", "rpo")
 PREFERENCE_DATA = ("filter", "generate", "score", "pairs", "refresh", "rows_of")
 LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
-PAIR_LOSSES = ("rpo_sq",)  # defined for two responses only
 # TrainingArguments fields that the recipe says in other words
 OTHER_NAMES = {
     "per_device_train_batch_size": "`micro_batch_size`",
@@ -210,13 +210,14 @@ def stage_checks(raw: Mapping[str, Any], own: frozenset[str]) -> Iterator[InitEr
     yield from _batch_checks(raw)
     yield from _training_args_checks(raw, own)
     yield from _data_of_kind_checks(raw)
-    smoothing = raw.get("label_smoothing")
-    if raw.get("loss_type") == "ipo" and isinstance(smoothing, float) and smoothing > 0:
+    smoothing, loss = raw.get("label_smoothing"), find_loss(raw.get("loss_type"))
+    without = loss is not None and loss.kind == "dpo" and not loss.label_smoothing
+    if without and isinstance(smoothing, float) and smoothing > 0:
         yield wrong(
             ("label_smoothing",),
-            "`label_smoothing` with `loss_type: ipo`",
-            why="it is the share of wrong labels in the likelihood of DPO; IPO is no likelihood",
-            fix="remove it, or use `loss_type: dpo`",
+            f"`label_smoothing` with `loss_type: {raw['loss_type']}`",
+            why="it is the share of wrong labels in a likelihood of labels, which this loss is not",
+            fix=f"remove it, or use `loss_type: {smoothed()}`",
         )
 
 
@@ -302,12 +303,14 @@ def _data_of_kind_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     if not isinstance(pairs, dict) or pairs.get("select") != "all_responses":
         return
     responses = generate.get("responses", 4) if isinstance(generate, dict) else None
-    loss = raw.get("objective") if kind == "reward" else raw.get("loss_type")
-    if kind in ("dpo", "reward") or (loss in PAIR_LOSSES and responses not in (None, 2)):
-        name = loss or kind
+    name = raw.get("objective" if kind == "reward" else "loss_type") or kind
+    loss = find_loss(name)
+    pairs_only = kind == "reward" or (loss is not None and loss.pairs_only)
+    if pairs_only and (kind != "rpo" or responses not in (None, 2)):
         yield wrong(
             ("data", "pairs", "select"),
             f"`select: all_responses` with the loss `{name}`",
             why="that gives more than two responses a prompt, and this loss takes two",
-            fix="write `select: best_worst`, or use `rpo_bwd_kl` or `rpo_sqloo` in an rpo stage",
+            fix="write `select: best_worst`, or train with a loss of more responses: "
+            + ", ".join(f"`{name}`" for name in more_than_pairs()),
         )

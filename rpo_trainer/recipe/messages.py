@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from rpo_trainer.errors import RecipeError, did_you_mean
+from rpo_trainer.losses import find_loss
 from rpo_trainer.recipe.checks import CHECK, NOT_CONVERTED
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS
 from rpo_trainer.recipe.where import Origins, fields_at, places
@@ -225,11 +226,8 @@ def not_a_choice(name: str, value: object, expected: str) -> tuple[str, str]:
     what = f"`{name}` must be one of {listed}, got {described(value)}{hint}"
     if name == "loss_type" and value == "sigmoid" and "dpo" in choices:
         return what, "write `dpo`: the same loss under another name"
-    if name == "loss_type" and isinstance(value, str):
-        for kind, stage in STAGE_KINDS.items():
-            info = stage.model_fields.get("loss_type")
-            if info and value in get_args(info.annotation):
-                return what, f"`{value}` is a loss of stages of kind {kind}: give it there"
+    if name == "loss_type" and (loss := find_loss(value)) is not None:
+        return what, f"`{value}` is a loss of stages of kind {loss.kind}: give it there"
     return what, f"write {f'`{near}`' if near else f'one of {listed}'}"
 
 

@@ -28,6 +28,7 @@ from rpo_trainer.recipe.data_schema import (
     ScoreSpec,
     SourceSpec,
 )
+from rpo_trainer.recipe.loss_field import LossOf
 from rpo_trainer.recipe.model_schema import ModelSpec
 from rpo_trainer.recipe.peft_schema import PeftSpec, peft_chain_checks
 from rpo_trainer.recipe.spec import Spec, Text
@@ -237,7 +238,7 @@ class DPOStage(PreferenceStage):
     """Direct preference optimisation, with an optional SFT term."""
 
     kind: Literal["dpo"] = Field("dpo", description="`dpo`: direct preference optimisation")
-    loss_type: Literal["dpo", "ipo"] = Field("dpo", description="the preference loss")
+    loss_type: Annotated[str, LossOf("dpo")] = Field("dpo", description="the preference loss")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="probability that a pair's label is wrong (cDPO)"
     )
@@ -247,7 +248,7 @@ class RPOStage(PreferenceStage):
     """Reward-aware preference optimisation: the implicit gap learns the gap of given rewards."""
 
     kind: Literal["rpo"] = Field("rpo", description="`rpo`: reward-aware preference optimisation")
-    loss_type: Literal["rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq", "rpo_sqloo"] = Field(
+    loss_type: Annotated[str, LossOf("rpo")] = Field(
         "rpo_bwd_kl", description="the preference loss; `rpo_bwd_kl` is the paper's"
     )
     reward_scale: Annotated[float | Literal["auto"], BeforeValidator(_scale_or_auto)] = Field(

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rpo_trainer.losses import REWARD_LOSSES
+from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
 from rpo_trainer.trainers.step_config import StepConfig, TrlDefault, config, described
+
+
+def _described_losses(kind: str) -> str:
+    return "; ".join(f"`{name}`: {LOSSES[name].description}" for name in losses_of(kind)) + "."
 
 
 @config
@@ -28,7 +32,7 @@ class SFTConfig(StepConfig):
 class PreferenceConfig(StepConfig):
     """Fields that DPO and RPO share."""
 
-    _losses: ClassVar[frozenset[str]] = frozenset()
+    _kind: ClassVar[str] = ""  # of the losses
 
     learning_rate: float = described("Peak learning rate.", 1e-6)
     beta: float = described("β: strength of the implicit reward.", 0.1)
@@ -70,7 +74,7 @@ class PreferenceConfig(StepConfig):
                 "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
                 "Optimization"
             )
-        known = sorted(self._losses)
+        known = losses_of(self._kind)
         if self.loss_type not in known:  # a list of losses, as elsewhere, would have no hash
             hint = "; TRL's sigmoid is dpo, its sft is sft_loss_weight" if "dpo" in known else ""
             problems.append(f"loss_type {self.loss_type!r} is not one of {', '.join(known)}{hint}")
@@ -94,23 +98,24 @@ class PreferenceConfig(StepConfig):
 class DPOConfig(PreferenceConfig):
     """Direct Preference Optimization (arXiv 2305.18290), with an SFT term on the chosen responses."""
 
-    _losses: ClassVar[frozenset[str]] = frozenset({"dpo", "ipo"})
+    _kind: ClassVar[str] = "dpo"
     trl_defaults: ClassVar[Mapping[str, TrlDefault]] = {
         **PreferenceConfig.trl_defaults,
         "loss_type": TrlDefault("", "TRL's `sigmoid` is this loss under another name."),
     }
 
-    loss_type: str = described("`dpo`, or `ipo`, which stops at a margin.", "dpo")
+    loss_type: str = described(_described_losses("dpo"), "dpo")
     label_smoothing: float = described(
-        "Share of labels taken to be wrong: cDPO (loss_type dpo).", 0.0
+        f"Share of labels taken to be wrong: cDPO (loss_type {smoothed()}).", 0.0
     )
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
         if not 0.0 <= self.label_smoothing < 0.5:
             problems.append(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.label_smoothing and self.loss_type != "dpo":
-            problems.append(f"label_smoothing belongs to dpo, not to {self.loss_type}")
+        loss = find_loss(self.loss_type)
+        if self.label_smoothing and loss is not None and not loss.label_smoothing:
+            problems.append(f"label_smoothing belongs to {smoothed()}, not to {self.loss_type}")
         return problems
 
 
@@ -119,11 +124,9 @@ class DPOConfig(PreferenceConfig):
 class RPOConfig(PreferenceConfig):
     """Reward-aware Preference Optimization (Nemotron-4 340B report, section 3.3.2)."""
 
-    _losses: ClassVar[frozenset[str]] = REWARD_LOSSES
+    _kind: ClassVar[str] = "rpo"
 
-    loss_type: str = described(
-        "rpo_bwd_kl (the report's), rpo_fwd_kl, rpo_sq or rpo_sqloo.", "rpo_bwd_kl"
-    )
+    loss_type: str = described(_described_losses("rpo"), "rpo_bwd_kl")
     reward_scale: float = described("η: scale of the given rewards.", 1.0)
 
     def _problems(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""DPO and RPO: one trainer, two row kinds, the loss a function of `rpo_trainer.losses`."""
+"""DPO and RPO: one trainer, two row kinds, the loss an entry of `rpo_trainer.losses`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rpo_trainer.adapters import starts_as
 from rpo_trainer.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.loading import load_model_named
-from rpo_trainer.losses import PAIR_ONLY_LOSSES, PreferenceLoss, preference_loss, sft_loss
+from rpo_trainer.losses import LOSSES, PreferenceLoss, more_than_pairs, preference_loss, sft_loss
 from rpo_trainer.model_checks import check_same_vocabulary
 from rpo_trainer.probe import probe_on_all_ranks
 from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
@@ -117,11 +117,12 @@ class PreferenceTrainer(PackedTrainer):
                 why="a preference lies between two responses to the same prompt",
                 fix="give these rows a second response, or leave them out",
             )
-        if self.args.loss_type in PAIR_ONLY_LOSSES and (counts != 2).any():
+        if LOSSES[self.args.loss_type].pairs_only and (counts != 2).any():
             raise DataError(
                 f"{int((counts != 2).sum())} rows of the {name} data have more than two responses",
                 why=f"{self.args.loss_type} is a loss of pairs",
-                fix="make pairs of them (best against worst), or take rpo_bwd_kl or rpo_sqloo",
+                fix="make pairs of them (best against worst), or use a loss of more responses: "
+                + ", ".join(more_than_pairs()),
             )
         if self.needs_rewards:
             missing = examples.without("rewards").tolist()
@@ -303,7 +304,7 @@ class PreferenceTrainer(PackedTrainer):
         return preference_loss(
             policy[group],
             ref[group],
-            loss_type=self.args.loss_type,  # type: ignore[arg-type]
+            loss_type=self.args.loss_type,
             beta=self.args.beta,
             rewards=rewards[group] if self.needs_rewards and rewards is not None else None,
             reward_scale=getattr(self.args, "reward_scale", 1.0),

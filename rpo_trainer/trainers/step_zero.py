@@ -46,11 +46,12 @@ class StepZero:
         constants = torch.cat(
             [
                 step_zero_losses(
-                    args.loss_type,  # type: ignore[arg-type]
+                    args.loss_type,
                     beta=args.beta,
+                    shape=tuple(group.shape),
                     rewards=batch["rewards"][group] if self.trainer.needs_rewards else None,
                     reward_scale=getattr(args, "reward_scale", 1.0),
-                    batch_size=len(group),
+                    label_smoothing=getattr(args, "label_smoothing", 0.0),
                 ).to(sums.device, non_blocking=True)
                 for group in batch["groups"]
             ]

@@ -22,6 +22,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from rpo_trainer.losses import LOSSES
+
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 64  # fewer say little: log lines are put together until they hold so many
@@ -60,7 +62,8 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
             "prefer, and what it says instead is in no example",
             f"{_hold_up(args)}, or lower learning_rate",
         )
-    if means.get("rewards/target_saturated", 0.0) > SATURATED_SHARE and "kl" in args.loss_type:
+    saturated = means.get("rewards/target_saturated", 0.0) > SATURATED_SHARE
+    if saturated and LOSSES[args.loss_type].saturates:
         yield EarlyWarning(
             "targets_saturated",
             f"σ(target gap) is near 0 or 1 for {means['rewards/target_saturated']:.0%} of the "

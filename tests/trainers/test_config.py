@@ -90,9 +90,9 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     [
         (SFTConfig, "tile_bytes (int, 536870912): Most memory for one tile of logits, in bytes."),
         (DPOConfig, "label_smoothing (float, 0.0): Share of labels taken to be wrong: cDPO"),
-        (DPOConfig, "loss_type (str, 'dpo'): `dpo`, or `ipo`"),
+        (DPOConfig, "loss_type (str, 'dpo'): `dpo`: −log σ of the implicit gap"),
         (RPOConfig, "reward_scale (float, 1.0): η: scale of the given rewards."),
-        (RPOConfig, "loss_type (str, 'rpo_bwd_kl'): rpo_bwd_kl (the report's), rpo_fwd_kl"),
+        (RPOConfig, "loss_type (str, 'rpo_bwd_kl'): `rpo_bwd_kl`: KL(softmax of"),
         (RewardConfig, "objective (str, 'bradley_terry'): `bradley_terry` (pairs) or"),
         (RewardConfig, "learning_rate (float, 0.0001): Peak learning rate."),
     ],
