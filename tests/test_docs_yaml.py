@@ -18,7 +18,14 @@ from pydantic import BaseModel, ValidationError
 from transformers import TrainingArguments
 
 from rpo_trainer.cli import main
-from rpo_trainer.recipe import data_schema, load_recipe, model_schema, peft_schema, schema, yaml12
+from rpo_trainer.recipe import (
+    data_schema,
+    load_recipe,
+    model_schema,
+    peft_schema,
+    schema,
+    yaml_document,
+)
 from rpo_trainer.recipe.spec import Spec
 from tests.chain.tiny import records
 from tests.documents import ROOT, TOLD, blocks, code, name_of, spans
@@ -147,7 +154,7 @@ def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("where", "piece"), PIECES)
 def test_a_piece_of_a_recipe_is_one(where: str, piece: str) -> None:
     for chosen in alternatives(piece):
-        parsed = yaml12.parse(chosen).data
+        parsed = yaml_document.parse(chosen).data
         assert isinstance(parsed, dict)
         assert wrong(parsed) == []
 
@@ -164,7 +171,7 @@ def test_a_wrong_piece_is_found() -> None:
         "training_args: {torch_compiled: true}", "peft: {rank: 16}", "dedup: exactly",
         "generate: {responses: four}", "eval: {data: ..., generate: {top: ...}}",
     ):  # fmt: skip
-        assert wrong(yaml12.parse(piece).data), piece
+        assert wrong(yaml_document.parse(piece).data), piece
 
 
 OVERRIDES = sorted(

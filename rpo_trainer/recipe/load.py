@@ -22,7 +22,7 @@ from rpo_trainer.recipe.overrides import (
 )
 from rpo_trainer.recipe.schema import Recipe
 from rpo_trainer.recipe.where import Origins
-from rpo_trainer.recipe.yaml12 import Document, Key, YamlProblem, parse
+from rpo_trainer.recipe.yaml_document import Document, Key, YamlProblem, parse
 
 _HIDDEN = "..."  # stands for a secret that must not be shown by other errors
 MAX_BYTES = 2**20  # far above any recipe; keeps a data file given by mistake from being parsed

@@ -12,7 +12,7 @@ from rpo_trainer.losses import find_loss
 from rpo_trainer.recipe.checks import CHECK, NOT_CONVERTED
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS
 from rpo_trainer.recipe.where import Origins, fields_at, places
-from rpo_trainer.recipe.yaml12 import Key, plain_scalar
+from rpo_trainer.recipe.yaml_document import Key, plain_scalar
 
 Located = tuple[int, RecipeError]  # a number to sort by, the error
 

@@ -17,7 +17,7 @@ from rpo_trainer.errors import RecipeError, did_you_mean
 from rpo_trainer.recipe.chain_checks import expanded_names
 from rpo_trainer.recipe.checks import LENGTH_FIELDS
 from rpo_trainer.recipe.environment import is_secret
-from rpo_trainer.recipe.yaml12 import Key, YamlProblem, parse
+from rpo_trainer.recipe.yaml_document import Key, YamlProblem, parse
 
 _WHY = "each word behind the recipe is one change of it"
 

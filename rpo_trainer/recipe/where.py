@@ -11,7 +11,7 @@ from typing import Any
 from rpo_trainer.recipe.chain_checks import stage_names
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS, Recipe
 from rpo_trainer.recipe.spec import Spec
-from rpo_trainer.recipe.yaml12 import Key
+from rpo_trainer.recipe.yaml_document import Key
 
 
 @dataclass

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rpo_trainer.recipe.yaml12 import MAX_NODES, YamlProblem, parse, plain_scalar
+from rpo_trainer.recipe.yaml_document import MAX_DEPTH, YamlProblem, parse, plain_scalar
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,30 @@ def test_every_repeated_key_is_found_and_the_first_value_stays() -> None:
     assert document.repeated == [(("b", "c"), 2, 2), (("a",), 3, 1)]
 
 
-def test_an_alias_is_a_copy_of_its_own() -> None:
-    data = parse("a: &x {k: [1]}\nb: *x\n").data
-    data["a"]["k"].append(2)
-    assert data["b"] == {"k": [1]}
+def test_keys_repeated_in_a_repeated_key_are_found_too() -> None:
+    document = parse("a: {b: 1, b: 2}\na: {c: 1, c: 2, b: 3}\n")
+    assert document.data == {"a": {"b": 1}}
+    assert [(line, first) for _, line, first in document.repeated] == [(1, 1), (2, 1), (2, 2)]
 
 
-BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
-    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
-)
+def test_keys_are_the_text_as_written() -> None:
+    data = parse("010: 1\nno: 1\ntrue: 1\n1.50: 1\n~: 1\n2026-01-01: 1\n'<<': 1\n").data
+    assert list(data) == ["010", "no", "true", "1.50", "~", "2026-01-01", "<<"]
+
+
+def test_only_plain_values_come_out() -> None:
+    data = parse("a: 1\nb: [1.0, 'x', \"y\", z, true, null]\nc: |\n  text\nd: >\n  text\n").data
+    values = [data, data["a"], data["b"], *data["b"], data["c"], data["d"]]
+    assert [type(value) for value in values] == [
+        dict, int, list, float, str, str, str, bool, type(None), str, str
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("start", "end"), ["[]", ("{x: ", "}")])
+def test_as_deep_as_allowed(start: str, end: str) -> None:
+    parse(f"{start * MAX_DEPTH}1{end * MAX_DEPTH}")
+    with pytest.raises(YamlProblem, match="deeply"):
+        parse(f"{start * (MAX_DEPTH + 1)}1{end * (MAX_DEPTH + 1)}")
 
 
 @pytest.mark.parametrize(
@@ -92,11 +107,17 @@ BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("a: 1\nb: !!python/object/apply:os.system [ls]\n", 2, "!!python/object/apply:os.system"),
         ("a: !!str 5\n", 1, "!!str"),
         ("a: 1\n[1, 2]: 3\n", 2, "key must be a word"),
-        ("a: &x {b: 1}\nc:\n  <<: *x\n", 3, "merge keys"),
-        ("a: *nothing\n", 1, "names nothing"),
-        ("a: &a [1, *a]\n", 1, "inside the value"),
+        ("a: 1\nc:\n  <<: {b: 1}\n", 3, "merge keys"),
+        ("a: 1\nb: &x {b: 1}\nc:\n  <<: *x\n", 2, "`&x`"),
+        ("a: 1\n&x b: 1\n", 2, "`&x`"),
+        ("a: *nothing\n", 1, "`*nothing`"),
+        ("a: 1\n*x : 1\n", 2, "`*x`"),
+        ("a: &a [1, *a]\n", 1, "`&a`"),
+        ("a: 1\n!!str b: 1\n", 2, "!!str"),
+        ("a: ! 5\n", 1, "tag `!`"),
+        ("a: {b: {}, [1]: 2}\n", 1, "key must be a word"),
         ("a: " + "[" * 200 + "\n", 1, "deeply"),
-        (BOMB, 5, f"{MAX_NODES:,}"),
+        ("a: " + "[" * 100_000 + "\n", 1, "deeply"),
     ],
 )
 def test_what_is_no_recipe_text_is_refused_with_its_line(text: str, line: int, what: str) -> None:
