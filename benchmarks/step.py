@@ -10,12 +10,14 @@
 Both read cached reference log-probs. `trl` is its fastest setting here: fused head (it has no other), the
 attention that transformers picks (`sdpa`), no checkpointing, and rows of like length together where a step
 has several forwards; it pads, its only way for DPO at present. `trl-plain` is the same without the grouping.
+`trl-default` is TRL as it comes, other work too: a reference model in every step, gradient checkpointing.
 `ours-compiled` is ours with `torch_compile`; a ratio below 1 says that compiling helps.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ MIB = 2**20
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = duel.duel_parser(__doc__, ["trl", "trl-plain", "ours-compiled"])
+    parser = duel.duel_parser(__doc__, ["trl", "trl-plain", "trl-default", "ours-compiled"])
     parser.set_defaults(peers=["trl"])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--response", type=int, default=128)
@@ -85,6 +87,7 @@ def trl(
     callbacks: list[Any],
     *,
     grouped: bool = True,
+    cached: bool = True,
 ) -> Any:
     """TRL's trainer on the same pairs; K responses become K − 1 pairs with the best."""
     from datasets import Dataset
@@ -105,9 +108,12 @@ def trl(
     if grouped:
         # Off, or transformers drops the column of lengths before its sampler looks for it.
         settings |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
+    if not cached:
+        settings["gradient_checkpointing"] = True
     return DPOTrainer(
         model=model,
-        args=DPOConfig(**settings, beta=0.1, max_length=None, precompute_ref_log_probs=True),
+        ref_model=None if cached else copy.deepcopy(model),
+        args=DPOConfig(**settings, beta=0.1, max_length=None, precompute_ref_log_probs=cached),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -119,10 +125,16 @@ def trl_plain(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: l
     return trl(args, model, tokenizer, callbacks, grouped=False)
 
 
+def trl_default(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
+    """TRL's defaults, but for what all are told."""
+    return trl(args, model, tokenizer, callbacks, grouped=False, cached=False)
+
+
 BUILDERS: dict[str, duel.Builder] = {
     "ours": ours,
     "trl": trl,
     "trl-plain": trl_plain,
+    "trl-default": trl_default,
     "ours-compiled": ours_compiled,
 }
 

@@ -94,9 +94,19 @@ def test_sizes_are_those_of_the_models(
 def test_lengths_of_real_rows_and_more_than_two_responses(tmp_path: Path) -> None:
     lengths = tmp_path / "lengths.csv"
     lengths.write_text("prompt,chosen,rejected\n9,5,4\n20,6,3\n7,2000,2\n")
-    options = [*ROWS, "--k", "4", "--lengths", str(lengths), "--peers", "trl", "trl-plain"]
+    options = [
+        *ROWS,
+        "--k",
+        "4",
+        "--lengths",
+        str(lengths),
+        "--peers",
+        "trl",
+        "trl-plain",
+        "trl-default",
+    ]
     _, line = run("step.py", *MODEL, *options, folder=tmp_path)
-    assert set(line["ratios"]) == {"trl", "trl-plain"}
+    assert set(line["ratios"]) == {"trl", "trl-plain", "trl-default"}
 
 
 @needs_trl
