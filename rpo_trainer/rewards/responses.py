@@ -84,7 +84,8 @@ class ResponseReader:
     def read(self, asked: Asked, row: list[int]) -> Sample:
         """The response in `row`, the tokens sampled behind a prompt up to the end token or a limit.
 
-        Where no form gives back the tokens, it is the text without control tokens.
+        Where no form gives back the tokens, it is the text without control tokens; of a response that was
+        cut, the form that gives back most of them up to the cut.
         """
         stop = next((place for place, token in enumerate(row) if token in self.ends), None)
         aside = self._special & {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
@@ -95,22 +96,25 @@ class ResponseReader:
             return Sample(plain, finished)
         self.checked += 1
         second: str | None = None
+        kept, most = plain, 0
         for text in self._forms(asked, ids, plain, special=special):
             behind, trained = self._trained(asked, text, cut=not finished)
             if self._same(trained, ids):
                 if behind:
                     return Sample(text, finished)
                 second = text if second is None else second
+            elif not finished and len(trained) > most and trained == ids[: len(trained)]:
+                kept, most = text, len(trained)
         if second is not None:  # training says itself that its prompt is another one
             return Sample(second, finished)
         self.changed += 1
         if self.example is None:
-            _, trained = self._trained(asked, plain, cut=not finished)
+            _, trained = self._trained(asked, kept, cut=not finished)
             self.example = (
                 self._decoded(row[: None if stop is None else stop + 1]),
                 self._decoded(trained),
             )
-        return Sample(plain, finished)
+        return Sample(kept, finished)
 
     def warn(self) -> None:
         """One WARNING of the responses that are trained as another text than was sampled."""
