@@ -367,7 +367,8 @@ class Audit:
             if (difference := differences.told()) is not None:
                 told.append((warn, f"{source}: {difference}"))
         for source, cut in self.cut.items():
-            told.append((warn if cut.many else info, f"{source}: {cut.told()}"))
+            if cut.count:
+                told.append((warn if cut.many else info, f"{source}: {cut.told()}"))
         told += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
             told.append((warn, f"{source}: columns that are not read: {', '.join(columns)}"))
