@@ -377,9 +377,9 @@ def _untie(model: Any) -> bool:
     shared = {id(p) for p in model.get_input_embeddings().parameters()}
     found = False
     for module in () if head is None else head.modules():
-        for name, p in module._parameters.items():
-            if p is not None and id(p) in shared:
-                module._parameters[name] = nn.Parameter(p.detach().clone(), p.requires_grad)
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(p) in shared:
+                setattr(module, name, nn.Parameter(p.detach().clone(), p.requires_grad))
                 found = True
     return found
 

@@ -326,7 +326,7 @@ def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
 
 def _named(model: Any, name: str) -> PreTrainedModel:
     """The model, told to have come from `name`, a hub name or an absolute path: an adapter writes it."""
-    model.name_or_path = model.config._name_or_path = name
+    model.name_or_path = model.config.name_or_path = name
     model._rpo_complete = True  # see `adapter_parts.fresh_parameters`
     return model  # type: ignore[no-any-return]
 

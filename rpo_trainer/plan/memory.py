@@ -172,16 +172,17 @@ def _give_fake_weights(model: nn.Module) -> None:
     """From `meta`, where models and adapters are made without content, to tensors that pass for the CPU's."""
     made: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is None:
-                    continue
-                if tensor not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[tensor] = fake
-                held[name] = made[tensor]  # type: ignore[assignment]
+        held = [
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ]
+        for name, tensor in held:
+            if tensor not in made:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                made[tensor] = fake
+            setattr(module, name, made[tensor])
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]

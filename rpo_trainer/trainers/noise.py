@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _NAMES = re.compile(r"drop|jitter|noise")
 _OF_OTHER_HEADS = ("summary_", "classifier_")
+_DROPOUT = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+)  # fmt: skip
 
 
 # --- names and values ---
@@ -49,7 +51,7 @@ def noise_in(model: nn.Module) -> dict[str, float]:
     found: dict[str, float] = {}
     for path, module in model.named_modules():
         values = {name: getattr(module, name) for name in _attributes(module)}
-        if isinstance(module, _DropoutNd) and module.p > 0:
+        if isinstance(module, _DROPOUT) and module.p > 0:
             values[path.rpartition(".")[2]] = module.p
         for config, names in _configs(module):
             values |= {name: getattr(config, name) for name in names}
@@ -155,7 +157,7 @@ def _silence(model: nn.Module, names: Collection[str]) -> _Undo:
     inner, undo = causal_lm(model), []
     for path, module in model.named_modules():
         changes: dict[str, Any] = {name: 0.0 for name in _attributes(module) if name in names}
-        if isinstance(module, _DropoutNd) and path.rpartition(".")[2] in names:
+        if isinstance(module, _DROPOUT) and path.rpartition(".")[2] in names:
             changes["p"] = 0.0
         for config, read in _configs(module):
             if module is not inner and (hidden := tuple(name for name in read if name in names)):

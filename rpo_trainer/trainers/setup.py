@@ -207,7 +207,7 @@ def tokenizer_in(processing_class: Any) -> Any:
 
 def tokenizer_of(model: nn.Module) -> Any:
     """The tokenizer of the name or path that the model was loaded from."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
     if not name:
         raise ModelError(
             "there is no tokenizer",
