@@ -199,6 +199,7 @@ def tokenize_stage(
         truncation=stage.truncation,
         audit=audit,
         refuse_special_text=True,
+        all_end=isinstance(stage, RewardStage),
     )
 
 

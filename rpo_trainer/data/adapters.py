@@ -195,6 +195,8 @@ def _no_place(column: str) -> str:
         return "the responses are whole conversations that do not contain it"
     if column.startswith("input."):
         return "`input` has `messages` and `tools`"
+    if column == "finished":
+        return "it is a list with one true or false a response"
     return "each completion has a `completion` and its `rank`"
 
 

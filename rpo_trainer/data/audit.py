@@ -20,6 +20,7 @@ from rpo_trainer.data.counts import (
     REPEATED,
     WARNINGS,
     Count,
+    CutResponses,
     Differences,
     SpecialText,
     examples_of,
@@ -58,6 +59,7 @@ class Audit:
         self.unread_columns: dict[str, list[str]] = {}
         self.special_text: dict[str, SpecialText] = {}
         self.generation: dict[str, Differences] = {}
+        self.cut: dict[str, CutResponses] = {}
         self.max_length: int | None = None
         self.pairs: dict[str, Any] = {}
         self.filter: dict[str, Any] = {}
@@ -130,6 +132,11 @@ class Audit:
         """
         self.generation.setdefault(source, Differences()).add(row_id, differs)
 
+    def add_cut(self, source: str, finished: Sequence[bool]) -> None:
+        """Counts the responses of an example that were cut before they ended."""
+        found = CutResponses(sum(not whole for whole in finished), len(finished))
+        self.cut.setdefault(source, CutResponses()).add(found)
+
     def remark(self, text: str) -> None:
         """A warning about the whole data set."""
         if text not in self.remarks:
@@ -155,6 +162,8 @@ class Audit:
             self.special_text.setdefault(source, SpecialText()).add(found)
         for source, differences in other.generation.items():
             self.generation.setdefault(source, Differences()).add_all(differences)
+        for source, cut in other.cut.items():
+            self.cut.setdefault(source, CutResponses()).add(cut)
         for name, lengths in other._lengths.items():
             self._lengths.setdefault(name, []).extend(lengths)
 
@@ -287,6 +296,7 @@ class Audit:
             "warnings": {reason: count.as_dict() for reason, count in self.warnings.items()},
             "remarks": list(self.remarks),
             "generation": {s: d.as_dict() for s, d in self.generation.items() if d.example},
+            "cut": {source: found.as_dict() for source, found in self.cut.items()},
             "extra_columns": dict(self.extra_columns),
             "unread_columns": dict(self.unread_columns),
             "pairs": dict(self.pairs),
@@ -356,6 +366,9 @@ class Audit:
         for source, differences in self.generation.items():
             if (difference := differences.told()) is not None:
                 told.append((warn, f"{source}: {difference}"))
+        for source, cut in self.cut.items():
+            if cut.count:
+                told.append((warn if cut.many else info, f"{source}: {cut.told()}"))
         told += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
             told.append((warn, f"{source}: columns that are not read: {', '.join(columns)}"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Rendered:
         spans: trained character ranges of `text`, ascending.
         literal: character ranges of special-token text that came with the data.
         plain: no chat template; nothing in it is control, and the end token follows it.
+        cut: the response was cut before it ended: the text ends with its words, and no end token follows.
         parsed: text of special tokens that came with the data is control all the same.
         differs: what generation and training have around their first difference in front of a trained
             turn; None: the turn stands behind its generation prompt.
@@ -62,14 +63,17 @@ class Rendered:
     spans: tuple[Span, ...]
     literal: tuple[Span, ...] = ()
     plain: bool = False
+    cut: bool = False
     parsed: bool = False
     differs: tuple[str, str] | None = None
 
 
-def render_plain(prompt: str, response: str, *, parsed: bool = False) -> Rendered:
-    """Prompt and response joined as they are."""
+def render_plain(
+    prompt: str, response: str, *, parsed: bool = False, cut: bool = False
+) -> Rendered:
+    """Prompt and response joined as they are; `cut`: the response has no end token."""
     text = prompt + response
-    return Rendered(text, ((len(prompt), len(text)),), plain=True, parsed=parsed)
+    return Rendered(text, ((len(prompt), len(text)),), plain=True, cut=cut, parsed=parsed)
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -288,10 +292,13 @@ class ChatRenderer:
         *,
         last_only: bool = False,
         parsed: bool = False,
+        cut: bool = False,
     ) -> Rendered:
         """The whole conversation, every assistant turn trained, or only the last.
 
         Args:
+            cut: the last turn is a response that was cut before it ended: what the template writes after
+                its words is left out.
             parsed: text of special tokens in the messages is control, as what the template writes; an
                 end marker that a turn brings is not written twice.
 
@@ -312,11 +319,14 @@ class ChatRenderer:
             self._controls,
             self.ending(tools),
             self.opens_turn,
+            cut=cut,
         )
         found = finder.found(turns[-1:] if last_only else turns)
         if parsed:
-            return Rendered(found.text, tuple(found.spans), parsed=True, differs=found.differs)
-        return self._show(found)
+            shown = Rendered(found.text, tuple(found.spans), parsed=True, differs=found.differs)
+        else:
+            shown = self._show(found)
+        return replace(shown, cut=cut)
 
     def _without_end(self, message: Message, tools: Tools) -> Message:
         """The message without an end marker at the end of its content."""

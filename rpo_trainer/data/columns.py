@@ -53,7 +53,7 @@ _QUIET = re.compile(
 _TELLING = {
     "weight", "weights", "loss_weight", "sample_weight", "train", "loss", "loss_mask", "loss_scale",
     "mask", "masks", "completion_mask", "assistant_masks", "label", "labels", "margin", "margins",
-    "enable_thinking", "kto_tag",
+    "enable_thinking", "kto_tag", "finished",
 }  # fmt: skip
 
 

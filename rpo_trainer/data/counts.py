@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EXAMPLES = 3
+MANY_CUT = 0.25  # share of cut responses above which their line is a warning
 
 # reason → its text in messages; the short names are the keys of `Audit.as_dict()`.
 DROPS = {
@@ -86,6 +87,34 @@ class SpecialText:
         self.of += other.of
         self.rows += other.rows
         self.tokens |= other.tokens
+
+
+@dataclass
+class CutResponses:
+    """Responses of a source that were cut before they ended; `of`: among how many that are trained on."""
+
+    count: int = 0
+    of: int = 0
+
+    def add(self, other: CutResponses) -> None:
+        """Appends further responses."""
+        self.count += other.count
+        self.of += other.of
+
+    @property
+    def many(self) -> bool:
+        """Whether they are more than `MANY_CUT` of the responses."""
+        return self.count > MANY_CUT * self.of
+
+    def told(self) -> str:
+        """The line about them."""
+        return (
+            f"{self.count} of {self.of} responses ({percent(self.count, self.of)}) were cut before they "
+            "ended, and are trained without an end token"
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        return {"count": self.count, "of": self.of}
 
 
 class Count:

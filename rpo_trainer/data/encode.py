@@ -86,8 +86,9 @@ class Encoder:
             ids, offsets = self._cut_blanks(text, ids, offsets)
         mask = mask_of(self._own_text(text.text, ids, offsets), text.spans)
         if text.plain and text.parsed and (ended := self._ended(ids, text.text, offsets)):
+            ended -= int(text.cut)
             ids, mask = ids[:ended], mask[:ended]
-        elif text.plain:
+        elif text.plain and not text.cut:
             ids, mask = [*ids, self.end()], [*mask, int(bool(text.spans))]
         bos = self.tokenizer.bos_token
         written = not _as_letters(text) and bos is not None and text.text.startswith(bos)

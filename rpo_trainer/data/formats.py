@@ -125,14 +125,27 @@ def _sharegpt(raw: Raw) -> Row:
 # ---------------------------------------------------------------- preferences
 
 
+def _finished(raw: Raw, count: int) -> Row:
+    """Which of the responses have ended, as `generate` writes it; none where the column is absent."""
+    flags = raw.get("finished")
+    if flags is None:
+        return {}
+    if not isinstance(flags, list):  # it says another thing of the row
+        return {"unread": ["finished"]}
+    if len(flags) != count or not all(isinstance(flag, bool) for flag in flags):
+        raise RowError("`finished` is not a list with one true or false a response")
+    return {"finished": flags}
+
+
 def _pairs(raw: Raw) -> Row:
     chosen, rejected = raw["chosen"], raw["rejected"]
     prompt, unread = pair_prompt(raw, [chosen, rejected])
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = implicit_text_pair(chosen, rejected)
     row = preference(prompt, [chosen, rejected], ["`chosen`", "`rejected`"])
-    row["unread"] = [*row.get("unread", ()), *unread]
-    return {**row, "rewards": [raw.get("chosen_reward"), raw.get("rejected_reward")]}
+    ended = _finished(raw, 2)
+    row["unread"] = [*row.get("unread", ()), *unread, *ended.pop("unread", ())]
+    return {**row, **ended, "rewards": [raw.get("chosen_reward"), raw.get("rejected_reward")]}
 
 
 def _margin(raw: Raw) -> Row:
@@ -226,7 +239,9 @@ def _responses(raw: Raw) -> Row:
     answers = raw["responses"]
     if not isinstance(answers, list):
         raise RowError("`responses` is not a list")
-    return preference(raw["prompt"], answers, [f"`responses`[{i}]" for i in range(len(answers))])
+    row = preference(raw["prompt"], answers, [f"`responses`[{i}]" for i in range(len(answers))])
+    ended = _finished(raw, len(answers))
+    return {**row, **ended, "unread": [*row.get("unread", ()), *ended.get("unread", ())]}
 
 
 def _scored_responses(raw: Raw) -> Row:
@@ -316,15 +331,16 @@ def _open_conversation(messages: list[Message]) -> list[Message]:
 
 _SHAREGPT = ("mask",)
 _REWARDS = ("chosen_reward", "rejected_reward")
+_ENDED = ("finished",)
 _PROMPTS = (*PROMPT_COLUMNS, *WITH_INSTRUCTION, *_SHAREGPT)
 _RATED = ("prompt", "response")
 
 # In the order in which they are tried: the more telling columns first.
 FORMATS: dict[str, Format] = {
     "responses": Format(
-        "pair", ("prompt", "responses", "rewards"), (), _scored_responses, sort=True
+        "pair", ("prompt", "responses", "rewards"), _ENDED, _scored_responses, sort=True
     ),
-    "ranked": Format("pair", ("prompt", "responses"), ("ranks",), _ranked),
+    "ranked": Format("pair", ("prompt", "responses"), ("ranks", *_ENDED), _ranked),
     "nemo": Format("pair", ("prompt", "chosen_response", "rejected_response"), _REWARDS, _nemo),
     "nemo_rl": Format("pair", ("context", "completions"), (), _nemo_rl),
     "openai_preference": Format(
@@ -360,20 +376,28 @@ FORMATS: dict[str, Format] = {
     "ultrafeedback_binarized": Format(
         "pair",
         ("chosen", "rejected", "score_chosen", "score_rejected"),
-        _PROMPTS,
+        (*_PROMPTS, *_ENDED),
         _ultrafeedback,
         prompts=PROMPT_COLUMNS,
         ignored=("prompt_id", "messages"),
     ),
     "pairs": Format(
-        "pair", ("chosen", "rejected"), (*_PROMPTS, *_REWARDS), _pairs, prompts=PROMPT_COLUMNS
+        "pair",
+        ("chosen", "rejected"),
+        (*_PROMPTS, *_REWARDS, *_ENDED),
+        _pairs,
+        prompts=PROMPT_COLUMNS,
     ),
     # Only by name: `pairs` has the same columns.
     "margin": Format(
-        "pair", ("chosen", "rejected", "margin"), _PROMPTS, _margin, prompts=PROMPT_COLUMNS
+        "pair",
+        ("chosen", "rejected", "margin"),
+        (*_PROMPTS, *_ENDED),
+        _margin,
+        prompts=PROMPT_COLUMNS,
     ),
     # Only by name: a question may be asked with a template of its own.
-    "orca": Format("pair", ("question", "chosen", "rejected"), _REWARDS, _orca),
+    "orca": Format("pair", ("question", "chosen", "rejected"), (*_REWARDS, *_ENDED), _orca),
     "attributes": Format("rating", (*_RATED, "attributes"), (), _attributes),
     "helpsteer2": Format(
         "rating",

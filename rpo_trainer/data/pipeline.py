@@ -101,6 +101,7 @@ def prepare_dataset(
     rating_range: tuple[float, float] | None = None,
     special_tokens: SpecialTokens | None = None,
     chat_template_kwargs: Kwargs | None = None,
+    all_end: bool = False,
     audit: Audit | None = None,
 ) -> datasets.Dataset:
     """Tokenised examples of raw rows in any known format; tokenised ones are returned as they are.
@@ -114,6 +115,7 @@ def prepare_dataset(
             a warning where rows hold some.
         chat_template_kwargs: variables of the chat template for all rows of messages; a row's own column of
             this name goes before them, key by key.
+        all_end: see `tokenize_rows`.
         audit: counts what is dropped; None: the counts are logged.
 
     Raises:
@@ -155,7 +157,13 @@ def prepare_dataset(
     elif kind == "rating":
         rows = rating_targets(rows, attributes, rating_range=rating_range, audit=counted)
     tokenised = tokenize_rows(
-        rows, tokenizer, kind=kind, max_length=max_length, truncation=truncation, audit=counted
+        rows,
+        tokenizer,
+        kind=kind,
+        max_length=max_length,
+        truncation=truncation,
+        audit=counted,
+        all_end=all_end,
     )
     if audit is None:
         counted.log(logger, "the data set")

@@ -6,16 +6,17 @@ Rows are plain dicts, so that they can be written to JSON as they are:
                     or {"id", "source", "prompt": str, "response": str}
     preference row  {"id", "source", "prompt": str | messages, "responses": [str] * K (best first),
                      "rewards": [float] * K | None, "ground_truth": str | None,
-                     "truth_chosen": bool}
+                     "truth_chosen": bool}, perhaps "finished": [bool] * K
     rating row      {"id", "source", "prompt": str | messages, "responses": [str] (one),
                      "attributes": {name: float | None}}
     prompt row      {"id", "source", "prompt": str | messages, "ground_truth": str | None}
 
 A row with messages may carry "tools" (a list of function descriptions for the chat template). A
 row whose responses came as messages may carry "response_fields": for each response the keys of its
-message beside role and content (thinking, for example). "special_tokens" is `text` or `parse` where
-the source says how text of special tokens is read; "chat_template_kwargs" are the variables that its
-chat template gets, those of the row, its source and the model together.
+message beside role and content (thinking, for example). "finished" is false for each response that was
+cut before it ended (by `max_new_tokens`); without it all have ended. "special_tokens" is `text` or
+`parse` where the source says how text of special tokens is read; "chat_template_kwargs" are the variables
+that its chat template gets, those of the row, its source and the model together.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ def with_responses(row: Row, kept: Sequence[int]) -> Row:
     """The row with these of its responses, in this order, and what belongs to each of them."""
     chosen = {
         name: [row[name][i] for i in kept]
-        for name in ("responses", "rewards", "response_fields")
+        for name in ("responses", "rewards", "response_fields", "finished")
         if row.get(name) is not None
     }
     return {**row, **chosen}
@@ -290,6 +291,16 @@ def fields_beside(turn: Message) -> Row:
     """What the turn of a response says beside its text (thinking, for example): `response_fields`."""
     text = ("role", "content", "weight", "tool_calls")
     return {key: value for key, value in turn.items() if key not in text}
+
+
+def is_cut(row: Row, number: int) -> bool:
+    """Whether a response was cut before it ended, so that no end token is trained after it."""
+    return bool(row.get("finished")) and not row["finished"][number]
+
+
+def response_key(row: Row, number: int) -> str:
+    """Equal for responses that are trained alike: text, thinking, and whether it has ended."""
+    return repr((response_message(row, number), is_cut(row, number)))
 
 
 def response_message(row: Row, number: int) -> Message:

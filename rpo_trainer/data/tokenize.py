@@ -21,6 +21,8 @@ from rpo_trainer.data.rows import (
     RowError,
     RowProblems,
     is_blank,
+    is_cut,
+    response_key,
     response_message,
     row_texts,
     with_responses,
@@ -53,6 +55,7 @@ def tokenize_rows(
     audit: Audit,
     processes: int | None = None,
     refuse_special_text: bool = False,
+    all_end: bool = False,
 ) -> datasets.Dataset:
     """Tokenised examples of the rows that can be trained on; the others are counted in `audit`.
 
@@ -60,7 +63,8 @@ def tokenize_rows(
     (1 = trained; at least one in each response), all int32, and `rewards` [K] float64 or null. Rows
     of ratings have one response, and `attributes` float64, a list with null for what is not rated.
 
-    SFT trains every assistant turn with its end marker, the others their last response only.
+    SFT trains every assistant turn with its end marker, the others their last response only: with its
+    end marker, but where `finished` says that it was cut before it ended, up to its last word.
     Blank responses and, of equal ones, all but the first leave the row; a preference row of which
     fewer than two are left is dropped.
 
@@ -71,6 +75,8 @@ def tokenize_rows(
         processes: None: as many as it pays for; the result is the same.
         refuse_special_text: most rows of a source with the text of control tokens, and not said how it
             is to be read (`special_tokens`), are an error; else a remark of the audit.
+        all_end: give every response its end marker, whatever `finished` says: a reward model is trained on
+            what it will score, and scorers read texts.
 
     Raises:
         DataError: no chat template where rows are messages; a template that refuses rows, or in
@@ -80,7 +86,7 @@ def tokenize_rows(
     import datasets
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-    work = _Tokenizer(tokenizer, kind, max_length, truncation)
+    work = _Tokenizer(tokenizer, kind, max_length, truncation, all_end)
     batches = list(_batched(rows, BATCH))
     count = processes_for(len(batches)) if processes is None else processes
     tables, problems = [_schema(kind).empty_table()], RowProblems()
@@ -199,6 +205,7 @@ class _Tokenizer:
         kind: Literal["sft", "pair", "rating"],
         max_length: int,
         truncation: Truncation,
+        all_end: bool = False,
     ) -> None:
         self.renderer = ChatRenderer(tokenizer)
         self.encoder = Encoder(tokenizer)
@@ -206,6 +213,7 @@ class _Tokenizer:
         self.kind = kind
         self.max_length = max_length
         self.truncation = truncation
+        self.all_end = all_end
         self.audit, self.problems = Audit(), RowProblems()
 
     def __call__(self, batch: Sequence[Row]) -> _Tokenised:
@@ -218,6 +226,8 @@ class _Tokenizer:
     def _examples(self, batch: Sequence[Row]) -> list[Row]:
         rendered: list[tuple[Row, list[Rendered]]] = []
         for row in batch:
+            if self.all_end:
+                row = {**row, "finished": None}
             try:
                 used = self._usable(row)
                 rendered.append((used, self._render(used)))
@@ -243,15 +253,20 @@ class _Tokenizer:
         tools = row.get("tools")
         if "messages" not in row and isinstance(row["prompt"], str):
             responses = [row["response"]] if self.kind == "sft" else row["responses"]
-            texts = [render_plain(row["prompt"], answer, parsed=parsed) for answer in responses]
+            texts = [
+                render_plain(row["prompt"], answer, parsed=parsed, cut=is_cut(row, number))
+                for number, answer in enumerate(responses)
+            ]
             unread = {"tools"} if tools else set()
         else:
             talks = _conversations(row)
             last_only = "messages" not in row
             renderer = self.renderer.using(row.get(COLUMN), parsed=parsed)
             texts = [
-                renderer.conversation(talk, tools, last_only=last_only, parsed=parsed)
-                for talk in talks
+                renderer.conversation(
+                    talk, tools, last_only=last_only, parsed=parsed, cut=is_cut(row, number)
+                )
+                for number, talk in enumerate(talks)
             ]
             unread = self._unread(row, zip(talks, texts, strict=True))
             differs = next((text.differs for text in texts if text.differs), None)
@@ -316,7 +331,7 @@ class _Tokenizer:
             raise _Dropped("empty_response")
         first: dict[str, int] = {}
         for i in filled:
-            first.setdefault(repr(response_message(row, i)), i)
+            first.setdefault(response_key(row, i), i)
         if len(first) < 2:
             raise _Dropped("identical_responses")
         if len(filled) < len(texts):
@@ -342,6 +357,8 @@ class _Tokenizer:
         if not all(any(mask[prompt:]) for _, mask in texts):
             raise _Dropped("no_trained_tokens")
         self.audit.keep(row["source"])
+        if row.get("finished"):
+            self.audit.add_cut(row["source"], row["finished"])
         self.audit.add_lengths(prompt, (len(ids) - prompt for ids, _ in texts))
         return {
             "id": row["id"],

@@ -42,6 +42,7 @@ class TurnFinder:
 
     Args:
         prompt: `messages` are rendered with the generation prompt.
+        cut: the last turn was cut before it ended: its text and span end with its words.
 
     Raises (all methods):
         RowError: the template refuses a part of the conversation, writes no end marker, or rewrites the
@@ -54,6 +55,7 @@ class TurnFinder:
     ending: Ending
     opens_turn: bool
     prompt: bool = False
+    cut: bool = False
     _prompts: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,9 @@ class TurnFinder:
                 return self._behind_prompt(turns, start)
         spans = [self.span(turn) for turn in turns]
         text = self.text
-        if last in turns and closed and (marker := self._opener()):
+        if last in turns and self.cut:
+            text = text[: spans[-1][1]]
+        elif last in turns and closed and (marker := self._opener()):
             text += marker
             spans[-1] = (spans[-1][0], len(text))
         starts = {turn: start for turn, (start, _) in zip(turns, spans, strict=True) if turn}
@@ -240,7 +244,7 @@ class TurnFinder:
 
     def _opener(self) -> str:
         """The token of the next turn that ends the last one, in a template without end markers."""
-        if not self.ending.open:
+        if not self.ending.open or self.cut:
             return ""
         following = self._following()
         if following is not None:
@@ -270,6 +274,8 @@ class TurnFinder:
     def _last_end(self) -> int:
         """The end of the last turn without what ends the conversation only."""
         ending, text = self.ending, self.text.rstrip()
+        if self.cut:
+            return self._words_end()
         if ending.open:
             return len(self.text)
         if not self.messages[-1].get("tool_calls") and text.endswith(ending.last):
@@ -286,6 +292,15 @@ class TurnFinder:
         if rest_of.startswith(ending.marker):
             return place + len(ending.marker)
         return len(text)
+
+    def _words_end(self) -> int:
+        """The end of the last turn's words, in front of all that the template writes after them."""
+        message = self.messages[-1]
+        marked = {**message, "content": message["content"] + SENTINEL}
+        _, found, after = self.render([*self.messages[:-1], marked], False).rpartition(SENTINEL)
+        if not found or not self.text.endswith(after):
+            raise RowError(UNCLEAR)
+        return len(self.text) - len(after)
 
     def _inner_end(self, turn: int, start: int) -> int:
         until = self._or_none(self.messages[: turn + 1])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rpo_trainer.data.counts import ALIKE, DROPS, WARNINGS, percent
+from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, CutResponses, percent
 from rpo_trainer.report.values import count, mapping
 
 # Shares of the rows above which something deserves attention.
@@ -14,7 +14,6 @@ MANY_DROPPED = 0.25
 MANY_TIED = 0.25
 MANY_REPEATED = 0.25
 MANY_REVERSED = 0.1
-MANY_CUT = 0.25
 MANY_UNREAD = 0.5  # of what a chat template leaves out of the rows
 
 
@@ -55,6 +54,7 @@ class AuditRecord:
     reversed: int = 0
     unread: dict[str, list[str]] = field(default_factory=dict)
     generation: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
 
     def concerns(self, what: str, *, sampled: bool = False) -> Iterator[Concern]:
         """What a reader should know before, or after, training on these rows.
@@ -99,6 +99,11 @@ class AuditRecord:
                 yield Concern(
                     f"{percent(reason.rows, among)} of {what} ({reason.rows:,} rows): {reason.text}"
                 )
+        for text in self.cut:
+            yield Concern(
+                text,
+                "Raise max_new_tokens: where few responses end, little is learned of where to end.",
+            )
         for text in self.generation:
             yield Concern(
                 text,
@@ -178,6 +183,7 @@ def read_audit(record: Mapping[str, Any]) -> AuditRecord:
         reversed=count(pairs.get("reversed")) or 0,
         unread=unread,
         generation=list(_different(record.get("generation"))),
+        cut=list(_cut(record.get("cut"))),
     )
 
 
@@ -188,6 +194,15 @@ def _different(record: Any) -> Iterator[str]:
         rows, whole = count(entry.get("count")), count(entry.get("of"))
         if rows and whole and rows > MANY_UNREAD * whole and entry.get("text"):
             yield f"{source}: {entry['text']}"
+
+
+def _cut(record: Any) -> Iterator[str]:
+    """The sources of which many responses were cut before they ended."""
+    for source, value in mapping(record).items():
+        entry = mapping(value)
+        found = CutResponses(count(entry.get("count")) or 0, count(entry.get("of")) or 0)
+        if found.many:
+            yield f"{source}: {found.told()}"
 
 
 def _total(by_source: Any) -> int | None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from rpo_trainer.data.rows import MOST_REWARD, response_message
+from rpo_trainer.data.rows import MOST_REWARD, is_cut, response_key
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def make_preference_rows(
 
     Args:
         rows: with `id`, `source`, `prompt`, `responses` (K texts), `rewards` (K numbers) and
-            perhaps `ground_truth`, `tools`.
+            perhaps `ground_truth`, `tools`, `finished` (K flags; absent: all have ended).
         select: what to reject: the worst, a random one that is worse, each in turn; or
             `all_responses` keeps K.
         chosen: the best; or the response that is the row's ground truth, where there is one.
@@ -102,8 +102,10 @@ def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
     ]
     said = [scored for scored in decided if scored.text.strip()]
     found: dict[str, Scored] = {}
-    for scored in said:  # two responses with other thinking are two
-        found.setdefault(repr(response_message(row, scored.number)), scored)
+    for (
+        scored
+    ) in said:  # two responses with other thinking are two, and so are a cut and a whole one
+        found.setdefault(response_key(row, scored.number), scored)
     for left, before, warning in (
         (decided, texts, "undecided_responses_removed"),
         (said, decided, "blank_responses_removed"),
@@ -121,6 +123,7 @@ def _in_order(
     ordered = sorted(responses, key=lambda scored: -scored.reward)  # stable
     truth = str(row.get("ground_truth") or "").strip()
     found = [scored for scored in ordered if truth and scored.text.strip() == truth]
+    found.sort(key=lambda scored: is_cut(row, scored.number))  # the whole one first
     if chosen == "ground_truth" and found:
         ordered = [found[0], *(scored for scored in ordered if scored is not found[0])]
     return ordered, bool(found) and ordered[0] is found[0]
@@ -167,11 +170,11 @@ def _preference_row(
         **({"tools": row["tools"]} if row.get("tools") else {}),
         **{name: row[name] for name in ("special_tokens", "chat_template_kwargs") if row.get(name)},
         "responses": [scored.text for scored in kept],
-        **(
-            {"response_fields": [row["response_fields"][scored.number] for scored in kept]}
-            if row.get("response_fields")
-            else {}
-        ),
+        **{
+            name: [row[name][scored.number] for scored in kept]
+            for name in ("response_fields", "finished")
+            if row.get(name)
+        },
         "rewards": None if ranked else [scored.reward for scored in kept],
         "ground_truth": row.get("ground_truth"),
         "truth_chosen": truth_first and _is_truth(kept[0].text, row),

@@ -84,7 +84,8 @@ class ResponseReader:
     def read(self, asked: Asked, row: list[int]) -> Sample:
         """The response in `row`, the tokens sampled behind a prompt up to the end token or a limit.
 
-        Where no form gives back the tokens, it is the text without control tokens.
+        Where no form gives back the tokens, it is the text without control tokens; of a response that was
+        cut, the form that gives back most of them up to the cut.
         """
         stop = next((place for place, token in enumerate(row) if token in self.ends), None)
         aside = self._special & {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
@@ -95,22 +96,25 @@ class ResponseReader:
             return Sample(plain, finished)
         self.checked += 1
         second: str | None = None
+        kept, most = plain, 0
         for text in self._forms(asked, ids, plain, special=special):
-            behind, trained = self._trained(asked, text)
-            if self._same(trained, ids, finished=finished):
+            behind, trained = self._trained(asked, text, cut=not finished)
+            if self._same(trained, ids):
                 if behind:
                     return Sample(text, finished)
                 second = text if second is None else second
+            elif not finished and len(trained) > most and trained == ids[: len(trained)]:
+                kept, most = text, len(trained)
         if second is not None:  # training says itself that its prompt is another one
             return Sample(second, finished)
         self.changed += 1
         if self.example is None:
-            _, trained = self._trained(asked, plain)
+            _, trained = self._trained(asked, kept, cut=not finished)
             self.example = (
                 self._decoded(row[: None if stop is None else stop + 1]),
                 self._decoded(trained),
             )
-        return Sample(plain, finished)
+        return Sample(kept, finished)
 
     def warn(self) -> None:
         """One WARNING of the responses that are trained as another text than was sampled."""
@@ -168,18 +172,20 @@ class ResponseReader:
             if found and thought and between:
                 yield before, between, tail
 
-    def _rendered(self, asked: Asked, text: str) -> Rendered:
+    def _rendered(self, asked: Asked, text: str, *, cut: bool = False) -> Rendered:
         if isinstance(asked.prompt, str):
-            return render_plain(asked.prompt, text, parsed=asked.parsed)
+            return render_plain(asked.prompt, text, parsed=asked.parsed, cut=cut)
         renderer = self._renderer.using(asked.template_kwargs, parsed=asked.parsed)
         talk = [*asked.prompt, {"role": "assistant", "content": text}]
-        return renderer.conversation(talk, asked.tools, last_only=True, parsed=asked.parsed)
+        return renderer.conversation(
+            talk, asked.tools, last_only=True, parsed=asked.parsed, cut=cut
+        )
 
-    def _trained(self, asked: Asked, text: str) -> tuple[bool, list[int]]:
+    def _trained(self, asked: Asked, text: str, *, cut: bool) -> tuple[bool, list[int]]:
         """Whether a response is trained behind the tokens of the prompt, and its tokens; none where the
         template refuses it."""
         try:
-            ids, mask = self._encoder.encode([self._rendered(asked, text)])[0]
+            ids, mask = self._encoder.encode([self._rendered(asked, text, cut=cut)])[0]
         except RowError:
             return False, []
         if 1 not in mask:
@@ -187,9 +193,9 @@ class ResponseReader:
         start, end = mask.index(1), len(mask) - mask[::-1].index(1)
         return ids[:start] == asked.ids, ids[start:end]
 
-    def _same(self, trained: list[int], ids: list[int], *, finished: bool) -> bool:
-        """Whether two responses are the same text with the same control tokens; of one that was cut, the
-        other has more. (A text may have been sampled as other tokens than a tokenizer makes of it.)"""
+    def _same(self, trained: list[int], ids: list[int]) -> bool:
+        """Whether two responses are the same text with the same control tokens. (A text may have been
+        sampled as other tokens than a tokenizer makes of it.)"""
         last = [place for place, token in enumerate(trained) if token in self.ends][-1:]
         body = trained[: last[0]] if last else trained
         if body == ids:
@@ -198,9 +204,7 @@ class ResponseReader:
             map(self._decoded, (body, ids)),
             ([token for token in part if token in self._special] for part in (body, ids)),
         )
-        if finished:
-            return whole == sampled and marks == own
-        return whole.startswith(sampled) and marks[: len(own)] == own
+        return whole == sampled and marks == own
 
     def _decoded(self, ids: list[int], *, skip: bool = False) -> str:
         return str(

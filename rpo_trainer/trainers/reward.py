@@ -107,10 +107,10 @@ class RewardTrainer(PackedTrainer):
     # --- data ---
 
     def data_options(self, args: StepConfig) -> dict[str, Any]:
-        """What the ratings are of."""
+        """What the ratings are of; every response has its end token, as when it is scored."""
         assert isinstance(args, RewardConfig)
         if args.objective != "regression":
-            return {}
+            return {"all_end": True}
         return {"attributes": args.attributes, "rating_range": args.rating_range}
 
     def _examples(

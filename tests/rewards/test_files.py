@@ -96,8 +96,9 @@ def test_what_is_read_or_written_here_is_not_warned_of(
 ) -> None:
     """The columns of verifiers, and those that a scored or sampled row has gained."""
     row = {
-        "prompt": "p", "responses": ["a", "b"], "pattern": "a", "choices": ["a"], "finished": [True],
-        "policies": ["m", "m"], "sampling": {"seed": 0}, "answers": ["1", "2"], "level": "hard",
+        "prompt": "p", "responses": ["a", "b"], "pattern": "a", "choices": ["a"],
+        "finished": [True, False], "policies": ["m", "m"], "sampling": {"seed": 0},
+        "answers": ["1", "2"], "level": "hard",
     }  # fmt: skip
     out = tmp_path / "o.jsonl"
     given = write(tmp_path / "r.jsonl", [row])
