@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from ruamel.yaml import YAML
 
 from rpo_trainer.adapter_files import is_adapter
 from rpo_trainer.chain.state import library_versions
 from rpo_trainer.files import file_digest, write_whole
 from rpo_trainer.recipe import Recipe, Stage, resolve_path
 from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.recipe.yaml_document import dump
 from rpo_trainer.report.agreement import read_agreement
 from rpo_trainer.report.scores import Figure, read_scores
 from rpo_trainer.report.values import short
@@ -207,13 +206,7 @@ def _measured(record: Mapping[str, Any]) -> list[str]:
 def _excerpt(stage: Stage) -> str:
     fields = stage.model_dump(exclude_none=True, exclude_defaults=True)
     fields = {"name": stage.name, "kind": stage.kind, **fields}
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.allow_unicode = True
-    buffer = io.StringIO()
-    yaml.dump(fields, buffer)
-    return buffer.getvalue()
+    return dump(fields)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from rpo_trainer.recipe.chain_checks import expanded_names
 from rpo_trainer.recipe.data_schema import DataSpec
@@ -17,6 +14,7 @@ from rpo_trainer.recipe.schema import (
     Stage,
     StageBase,
 )
+from rpo_trainer.recipe.yaml_document import dump
 
 
 def expand_stages(recipe: Recipe) -> list[Stage]:
@@ -84,14 +82,7 @@ def dump_resolved(recipe: Recipe) -> str:
     """
     fields = recipe.model_dump(exclude_none=True, exclude={"defaults", "stages"})
     fields["stages"] = [_plain(stage) for stage in expand_stages(recipe)]
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.allow_unicode = True
-    yaml.width = 4096
-    buffer = io.StringIO()
-    yaml.dump(fields, buffer)
-    return buffer.getvalue()
+    return dump(fields)
 
 
 def _plain(stage: StageBase) -> dict[str, Any]:

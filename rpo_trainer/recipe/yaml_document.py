@@ -1,4 +1,4 @@
-"""YAML 1.2 text to plain values, with the line of every key.
+"""YAML 1.2 text to plain values, with the line of every key, and back.
 
 ruamel composes the nodes. The values are made here because its constructors keep neither the text
 of a key nor a second value of it, and read more than the core schema (`1_000`, dates).
@@ -6,6 +6,7 @@ of a key nor a second value of it, and read more than the core schema (`1_000`, 
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -56,6 +57,19 @@ def plain_scalar(text: str) -> Any:
         if re.fullmatch(pattern, text):
             return convert(text)
     return text
+
+
+def dump(values: Any) -> str:
+    """Text that `parse` reads: values in their order, written out again wherever they stand a second time."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.allow_unicode = True
+    yaml.width = 4096
+    yaml.representer.ignore_aliases = lambda *_: True
+    buffer = io.StringIO()
+    yaml.dump(values, buffer)
+    return buffer.getvalue()
 
 
 def parse(text: str) -> Document:

@@ -8,10 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from rpo_trainer.chain import run_chain
 from rpo_trainer.recipe import LoadedRecipe, load_recipe
+from rpo_trainer.recipe.yaml_document import dump
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
 Recipe = dict[str, Any]
@@ -92,8 +91,7 @@ def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
 def write_recipe(folder: Path, recipe: Recipe) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
-    with path.open("w") as file:
-        YAML(typ="safe", pure=True).dump(recipe, file)
+    path.write_text(dump(recipe), encoding="utf-8")
     return path
 
 

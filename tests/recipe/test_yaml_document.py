@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rpo_trainer.recipe.yaml_document import MAX_DEPTH, YamlProblem, parse, plain_scalar
+from rpo_trainer.recipe.yaml_document import MAX_DEPTH, YamlProblem, dump, parse, plain_scalar
 
 
 @pytest.mark.parametrize(
@@ -126,3 +126,11 @@ def test_what_is_no_recipe_text_is_refused_with_its_line(text: str, line: int, w
     assert what in caught.value.what
     assert caught.value.line == line
     assert caught.value.fix
+
+
+def test_what_is_dumped_is_read_again_without_anchors():
+    shared = {"a": [1.5, "true", None], "ü": "x: y"}
+    values = {"first": shared, "second": shared, "list": [shared["a"], shared["a"]], "0": "0"}
+    text = dump(values)
+    assert "&" not in text and "*" not in text
+    assert parse(text).data == values
