@@ -9,7 +9,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.cores import wait_passively
+from rpo_trainer.cores import shorten_waits
 from rpo_trainer.redact import RedactingHandler
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ _EXPORTS = {
 # It shows nothing; first of all handlers, it removes keys from what the others show.
 logging.getLogger(__name__).addHandler(RedactingHandler())
 
-wait_passively()  # before torch is loaded, if it is not yet
+shorten_waits()  # before torch is loaded, if it is not yet
 
 __all__ = [*_EXPORTS, "__version__"]
 

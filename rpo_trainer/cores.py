@@ -19,17 +19,19 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _STAT = Path("/proc/stat")
+_SPINS = "1000"
 _SHORTEST = 0.5  # seconds: /proc/stat counts in hundredths
 
 
-def wait_passively() -> None:
-    """Lets threads sleep while they wait for each other; nothing where the user has said how they wait.
+def shorten_waits() -> None:
+    """Lets threads spin only briefly while they wait for each other, if the user has not said how they wait.
 
-    By default OpenMP's threads spin at the end of each operation. Where another process takes turns on one
-    of the cores, that spinning keeps the core from the thread that is waited for. Results do not change.
+    By default GNU OpenMP's threads spin for long at the end of each operation. Where another process takes
+    turns on one of the cores, that keeps the core from the thread that is waited for. They spin as often
+    here as that library lets them where it knows of more threads than cores. Results do not change.
     """
     if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def usable_cores() -> int:
@@ -102,8 +104,8 @@ def _advice() -> str:
     if any(name in os.environ for name in _WAITING):
         return ""
     return (
-        ", several times as long while threads spin when they wait; "
-        "set OMP_WAIT_POLICY=PASSIVE before Python starts"
+        ", several times as long where threads spin while they wait; "
+        f"set GOMP_SPINCOUNT={_SPINS} before Python starts"
     )
 
 
