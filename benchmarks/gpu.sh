@@ -10,7 +10,7 @@
 # ONLY    names of parts, to run no others, done or not: "uf ratio4"
 # LIMIT   seconds for all of it (default 530): a part that cannot start before is left for the next call
 # PYTHON  the interpreter, with this project's requirements; without TRL ours is measured alone
-# PACKED  folder of gpu_prepare.sh; its wheels, model and data are unpacked into WORK (default /tmp/rpo-gpu)
+# PACKED  folder of gpu_prepare.sh; its wheels, model and data are unpacked into WORK (default runs/gpu)
 # MODEL   folder of SmolLM2-135M-Instruct for the part `chain`, DATA the folder of its JSONL files; both default
 #         to what was unpacked, and without them the part is skipped
 #
@@ -23,7 +23,7 @@ OUT=${OUT:-benchmarks/results}
 LIMIT=${LIMIT:-530}
 ONLY=${ONLY:-}
 PACKED=${PACKED:-}
-WORK=${WORK:-/tmp/rpo-gpu}
+WORK=${WORK:-$PWD/runs/gpu}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [ -n "$PACKED" ]; then

@@ -53,10 +53,8 @@ def limit_threads() -> None:
     import torch
 
     cores, of_torch, affinity = usable_cores(), torch.get_num_threads(), _affinity()
-    automatic = of_torch in (
-        affinity,
-        affinity // 2,
-    )  # one for each core, or for two hardware threads
+    # One for each core, or for two hardware threads.
+    automatic = of_torch in (affinity, affinity // 2)
     if of_torch > cores and automatic and not any(name in os.environ for name in _COUNTS):
         torch.set_num_threads(cores)
         logger.info("CPU threads: %d instead of %d, for the cores granted here", cores, of_torch)
@@ -129,10 +127,8 @@ def _quotas() -> list[float]:
             if not folder.is_relative_to(root):
                 break
             if controllers:
-                words = [
-                    *_lines(folder / "cpu.cfs_quota_us"),
-                    *_lines(folder / "cpu.cfs_period_us"),
-                ]
+                files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                words = [word for name in files for word in _lines(folder / name)]
             else:
                 words = " ".join(_lines(folder / "cpu.max")).split()
             if len(words) == 2 and words[0] not in ("max", "-1"):

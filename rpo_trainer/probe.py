@@ -232,9 +232,8 @@ class _Proof:
         eps = torch.finfo(dtype).eps
         self.tolerance = 8.0 * noise + (4.0 if low else 32.0) * eps * size
         self.relative = 0.2 if low else 1e-3
-        if (
-            autocast is not None
-        ):  # the gradients of a deep model are rounded more than those of its values
+        if autocast is not None:
+            # The gradients of a deep model are rounded more than its values.
             self.relative = max(self.relative, 2.0 * _relative(disturbed, self.plain))
 
     def refusal(self, layout: Layout, head: Head) -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from rpo_trainer.cores import usable_cores
 from rpo_trainer.evaluate import Estimate, estimate, respond
 from rpo_trainer.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.recipe.data_schema import GenerateSpec
@@ -54,7 +54,7 @@ def rewards(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -
         verifier = get_verifier(TASKS[row["task"]], allow_code_execution=True)
         return verifier.prepare(row)(answer["responses"][0])
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(reward, zip(rows, answers, strict=True)))
 
 

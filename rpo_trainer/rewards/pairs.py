@@ -102,9 +102,8 @@ def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
     ]
     said = [scored for scored in decided if scored.text.strip()]
     found: dict[str, Scored] = {}
-    for (
-        scored
-    ) in said:  # two responses with other thinking are two, and so are a cut and a whole one
+    # Two responses with other thinking are two, and so are a cut and a whole one.
+    for scored in said:
         found.setdefault(response_key(row, scored.number), scored)
     for left, before, warning in (
         (decided, texts, "undecided_responses_removed"),

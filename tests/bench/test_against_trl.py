@@ -17,6 +17,7 @@ import torch
 
 from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from tests.bench.settings import SETTINGS
 from tests.models import make_model
 
 trl = pytest.importorskip("trl")
@@ -25,19 +26,10 @@ pytestmark = pytest.mark.slow
 
 STEPS, BATCH = 20, 4
 COMMON = {
+    **SETTINGS,
     "max_steps": STEPS,
     "learning_rate": 0.05,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 3,
     "optim": "sgd",
-    "max_grad_norm": 1.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 7,
-    "max_length": None,
     "beta": 0.2,
 }
 

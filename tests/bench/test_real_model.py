@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from tests.bench.settings import SETTINGS
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -34,20 +35,7 @@ pytestmark = [
 BATCH, END = 4, 2
 TEXT = """The old mill stands by a small river, and every morning two boats leave it with 12 sacks of
 flour for bakers who pay late! Why? Because, they say, bread is cheap.\n\n- first\n- second: 7 %"""
-COMMON = {
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 3,
-    "max_grad_norm": 1.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 7,
-    "max_length": None,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
+COMMON = {**SETTINGS, "bf16": False, "gradient_checkpointing": False}
 
 
 @pytest.fixture(autouse=True)
