@@ -30,12 +30,12 @@ import torch
 from common import DEVICE, lengths_of, make_model, make_rows, parser, wait
 from torch import Tensor
 
-from rpo_trainer.batch import Layout, forward_tokens, pack, to_device
-from rpo_trainer.logprobs import response_sums
 from rpo_trainer.losses import preference_loss
-from rpo_trainer.order import deal
-from rpo_trainer.step import install, token_logprobs
-from rpo_trainer.usage import peak_memory
+from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
+from rpo_trainer.step.forward import install, token_logprobs
+from rpo_trainer.step.logprobs import response_sums
+from rpo_trainer.step.order import deal
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from common import DEVICE, wait
 from torch import Tensor
 
-from rpo_trainer.logprobs import linear_logprobs
-from rpo_trainer.usage import peak_memory
+from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.step.logprobs import linear_logprobs
 
 
 def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

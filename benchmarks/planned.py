@@ -30,15 +30,15 @@ from common import DEVICE, SIZES, lengths_of, make_rows, make_tokenizer, quiet
 from torch import nn
 from transformers import TrainerCallback
 
-from rpo_trainer.adapters import with_adapter
-from rpo_trainer.chain.data import StageData, build_rows, stage_seed, tokenize_stage
-from rpo_trainer.chain.stage import lora_config, make_trainer, training_config
 from rpo_trainer.data import Audit
-from rpo_trainer.loading import load_config, load_model, load_tokenizer
-from rpo_trainer.multimodal import random_model
+from rpo_trainer.models.adapters import with_adapter
+from rpo_trainer.models.loading import load_config, load_model, load_tokenizer
+from rpo_trainer.models.multimodal import random_model
 from rpo_trainer.plan import DeviceMemory, estimate, plan_recipe
 from rpo_trainer.recipe import LoadedRecipe, expand_stages, load_recipe
-from rpo_trainer.usage import peak_memory
+from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.stages.data import StageData, build_rows, stage_seed, tokenize_stage
+from rpo_trainer.stages.settings import lora_config, make_trainer, training_config
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "reference", "peak")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 
 TOKENIZER = character_tokenizer()  # AutoTokenizer.from_pretrained(...)
 

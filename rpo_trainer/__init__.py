@@ -9,8 +9,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.cores import shorten_waits
 from rpo_trainer.redact import RedactingHandler
+from rpo_trainer.runtime.cores import shorten_waits
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _EXPORTS = {
     "RewardTrainer": "rpo_trainer.trainers",
     "RewardConfig": "rpo_trainer.trainers",
     "preference_loss": "rpo_trainer.losses",
-    "linear_logprobs": "rpo_trainer.logprobs",
+    "linear_logprobs": "rpo_trainer.step.logprobs",
     "load_recipe": "rpo_trainer.recipe",
     "run_chain": "rpo_trainer.chain",
 }
@@ -38,9 +38,9 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from rpo_trainer.chain import run_chain as run_chain
-    from rpo_trainer.logprobs import linear_logprobs as linear_logprobs
     from rpo_trainer.losses import preference_loss as preference_loss
     from rpo_trainer.recipe import load_recipe as load_recipe
+    from rpo_trainer.step.logprobs import linear_logprobs as linear_logprobs
     from rpo_trainer.trainers import (
         DPOConfig as DPOConfig,
     )

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.templates import CHATML, CHATML_TOKENS
-from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 from tests.rewards.policies import llama, next_token_model
 from tests.rewards.test_model import save_model
 

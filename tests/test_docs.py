@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import rpo_trainer
-from rpo_trainer.cli import cli
+from rpo_trainer.cli.main import cli
 from rpo_trainer.data import prepare_dataset, set_chat_template
 from rpo_trainer.data.detect import kind_of
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.recipe import load_recipe
 from tests.documents import DOCUMENTS, ROOT, blocks, name_of, page
 

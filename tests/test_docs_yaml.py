@@ -17,7 +17,7 @@ from peft import LoraConfig
 from pydantic import BaseModel, ValidationError
 from transformers import TrainingArguments
 
-from rpo_trainer.cli import main
+from rpo_trainer.cli.main import main
 from rpo_trainer.recipe import (
     data_schema,
     load_recipe,

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rpo_trainer
-from rpo_trainer.attention import ATTENTION_NAME
+from rpo_trainer.step.attention import ATTENTION_NAME
 from tests.private_names import uses
 from tests.watched_trainer import OVERRIDDEN, Squares, worked
 

@@ -27,7 +27,7 @@ def test_a_private_name_of_others_is_found(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from rpo_trainer.files import _x", "_x = 1", "def _x(): return _x()", "model.__dict__",
+        "from rpo_trainer.runtime.files import _x", "_x = 1", "def _x(): return _x()", "model.__dict__",
         "os._exit(1)",
         "class A:\n def _x(self): return self._x", "class A:\n _x: int = 1\nA()._x",
         "class A:\n def f(self): self._x = 1\nA()._x", "name.endswith('_x')", "f'{name}_x'", "model._rpo_x",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from rpo_trainer import varlen
+from rpo_trainer.step import varlen
 
 SIGNATURE = inspect.signature(varlen_attn)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from rpo_trainer import distributed
 from rpo_trainer.errors import StoppedBySignal
+from rpo_trainer.runtime import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from rpo_trainer.adapter_files import is_adapter
 from rpo_trainer.chain.state import library_versions
-from rpo_trainer.files import file_digest, write_whole
+from rpo_trainer.models.adapter_files import is_adapter
 from rpo_trainer.recipe import Recipe, Stage, resolve_path
 from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.recipe.yaml_document import dump
 from rpo_trainer.report.agreement import read_agreement
 from rpo_trainer.report.scores import Figure, read_scores
 from rpo_trainer.report.values import short
-from rpo_trainer.template_kwargs import kwargs_key
+from rpo_trainer.runtime.files import file_digest, write_whole
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
 CARD = "README.md"

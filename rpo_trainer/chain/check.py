@@ -12,9 +12,41 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.adapter_files import base_of, is_adapter, require_weights
-from rpo_trainer.adapters import check_unread as check_adapter
-from rpo_trainer.chain.data import (
+from rpo_trainer.chain.inputs import Inputs, check_inputs
+from rpo_trainer.chain.state import ChainState, check_run_dir, plain
+from rpo_trainer.data import Audit, load_rows, tokenize_rows
+from rpo_trainer.data.tokenize import audit_prompts
+from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError
+from rpo_trainer.models.adapter_files import base_of, is_adapter, require_weights
+from rpo_trainer.models.adapters import check_unread as check_adapter
+from rpo_trainer.models.checks import (
+    check_context,
+    check_same_tokenizer,
+    check_same_vocabulary,
+    check_scorer,
+    check_towers,
+    check_unread,
+    check_written,
+)
+from rpo_trainer.models.loading import auto_class, load_config, load_tokenizer, saved_config
+from rpo_trainer.models.multimodal import random_model
+from rpo_trainer.models.pretrained import local_folder
+from rpo_trainer.plan.disk import check_disk
+from rpo_trainer.recipe import (
+    GenerateSpec,
+    LoadedRecipe,
+    PreferenceStage,
+    RewardStage,
+    Stage,
+    expand_stages,
+    resolve_path,
+)
+from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.recipe.template_kwargs import COLUMN, check_kwargs
+from rpo_trainer.report.audits import read_audit
+from rpo_trainer.rewards.generate import check_room
+from rpo_trainer.rewards.scorers import make_scorer
+from rpo_trainer.stages.data import (
     at_most,
     build_evaluation,
     build_rows,
@@ -26,42 +58,10 @@ from rpo_trainer.chain.data import (
     stage_seed,
     tokenize_stage,
 )
-from rpo_trainer.chain.disk import check_disk
-from rpo_trainer.chain.harness import check_tasks
-from rpo_trainer.chain.inputs import Inputs, check_inputs
-from rpo_trainer.chain.made import load_given, load_prompts, prompt_ids, sampling
-from rpo_trainer.chain.places import each, locate, name_part
-from rpo_trainer.chain.stage import check_warmup, lora_config, steps_of, training_config
-from rpo_trainer.chain.state import ChainState, check_run_dir, plain
-from rpo_trainer.data import Audit, load_rows, tokenize_rows
-from rpo_trainer.data.tokenize import audit_prompts
-from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError
-from rpo_trainer.loading import auto_class, load_config, load_tokenizer, saved_config
-from rpo_trainer.model_checks import (
-    check_context,
-    check_same_tokenizer,
-    check_same_vocabulary,
-    check_scorer,
-    check_towers,
-    check_unread,
-    check_written,
-)
-from rpo_trainer.multimodal import random_model
-from rpo_trainer.pretrained import local_folder
-from rpo_trainer.recipe import (
-    GenerateSpec,
-    LoadedRecipe,
-    PreferenceStage,
-    RewardStage,
-    Stage,
-    expand_stages,
-    resolve_path,
-)
-from rpo_trainer.recipe.chain_checks import looks_like_path
-from rpo_trainer.report.audits import read_audit
-from rpo_trainer.rewards.generate import check_room
-from rpo_trainer.rewards.scorers import make_scorer
-from rpo_trainer.template_kwargs import COLUMN, check_kwargs
+from rpo_trainer.stages.harness import check_tasks
+from rpo_trainer.stages.made import load_given, load_prompts, prompt_ids, sampling
+from rpo_trainer.stages.places import each, locate, name_part
+from rpo_trainer.stages.settings import check_warmup, lora_config, steps_of, training_config
 from rpo_trainer.trainers.noise import noise_of
 
 WARNING = "WARNING: "  # begins, behind its indentation, each line that deserves attention

@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rpo_trainer import distributed, evaluate
-from rpo_trainer.chain.data import at_most, evaluation_prompts
-from rpo_trainer.chain.harness import run_tasks
 from rpo_trainer.data import Audit, load_rows, tokenize_rows
-from rpo_trainer.files import write_with_digest
-from rpo_trainer.probe import probe_on_all_ranks
+from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
-from rpo_trainer.reference import ReferenceCache, reference_logps, response_key
+from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.judge import bias_lines, biases
 from rpo_trainer.rewards.rowfile import complete_rows, content_key, is_intact, read_rows
 from rpo_trainer.rewards.sampling import sampling_settings
-from rpo_trainer.sharding import loading_whole
-from rpo_trainer.step import uninstall
+from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.files import write_with_digest
+from rpo_trainer.stages.data import at_most, evaluation_prompts
+from rpo_trainer.stages.harness import run_tasks
+from rpo_trainer.step.forward import uninstall
+from rpo_trainer.step.probe import probe_on_all_ranks
+from rpo_trainer.step.reference import ReferenceCache, reference_logps, response_key
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import Row

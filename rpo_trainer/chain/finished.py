@@ -8,11 +8,11 @@ from typing import Any
 
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.chain.inputs import Inputs, check_inputs
-from rpo_trainer.chain.made import sources_of_rows
 from rpo_trainer.chain.state import ChainState
 from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage
+from rpo_trainer.stages.made import sources_of_rows
 from rpo_trainer.trainers.checkpoint import damage
 
 

@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rpo_trainer.adapter_files import base_of, is_adapter
 from rpo_trainer.chain.changes import covers, ways_out
-from rpo_trainer.chain.hub import RepoKind, hub_commit
-from rpo_trainer.chain.stage import named_files
 from rpo_trainer.chain.state import ChainState
 from rpo_trainer.errors import RunError
-from rpo_trainer.files import known_digest
+from rpo_trainer.models.adapter_files import base_of, is_adapter
 from rpo_trainer.recipe import (
     DataSpec,
     EvalSpec,
@@ -34,6 +31,9 @@ from rpo_trainer.recipe import (
     Stage,
     resolve_path,
 )
+from rpo_trainer.runtime.files import known_digest
+from rpo_trainer.stages.hub import RepoKind, hub_commit
+from rpo_trainer.stages.settings import named_files
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
 Reach = Literal["model", "tokenizer", "all"]  # which files of a directory are read

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from rpo_trainer import adapter_files, adapters, distributed, four_bits
-from rpo_trainer.chain.stage import lora_config
-from rpo_trainer.loading import check_vocabulary, load_model, load_weights
-from rpo_trainer.outputs import set_ends, write_beside
+from rpo_trainer.models import adapter_files, adapters, four_bits
+from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
+from rpo_trainer.models.outputs import set_ends, write_beside
+from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
-from rpo_trainer.sharding import loading_whole
+from rpo_trainer.runtime import distributed
+from rpo_trainer.stages.settings import lora_config
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import damage, write_manifest
 

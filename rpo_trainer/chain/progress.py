@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
-from rpo_trainer import distributed
+from rpo_trainer.runtime import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -14,35 +14,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rpo_trainer import distributed
 from rpo_trainer.chain.asked import default_run_dir
 from rpo_trainer.chain.callbacks import MetricsLog, StopOnSignal
 from rpo_trainer.chain.card import write_card
 from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.check import check_recipe
-from rpo_trainer.chain.data import (
-    StageData,
-    build_evaluation,
-    build_rows,
-    check_overlap,
-    fitted_stage,
-    rows_by_stage,
-    set_aside,
-    source_digests,
-    stage_seed,
-    tokenize_stage,
-)
-from rpo_trainer.chain.disk import check_disk, raise_if_refused
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.garbage import light_collections
-from rpo_trainer.chain.hub import push_output
 from rpo_trainer.chain.inputs import Digests, Inputs
-from rpo_trainer.chain.made import RowMaker, source_key
 from rpo_trainer.chain.models import Models
-from rpo_trainer.chain.places import placed
 from rpo_trainer.chain.progress import ChainProgress
-from rpo_trainer.chain.stage import arithmetic, check_warmup, make_trainer, training_config
 from rpo_trainer.chain.state import (
     METRICS_FILE,
     ChainState,
@@ -60,10 +42,11 @@ from rpo_trainer.chain.training import (
     write_gaps,
     write_output,
 )
-from rpo_trainer.cores import limit_threads
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
-from rpo_trainer.loading import load_tokenizer
+from rpo_trainer.models.loading import load_tokenizer
+from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.plan.disk import check_disk, raise_if_refused
 from rpo_trainer.recipe import (
     LoadedRecipe,
     PreferenceStage,
@@ -75,7 +58,24 @@ from rpo_trainer.recipe import (
     resolve_path,
 )
 from rpo_trainer.rewards.rowfile import content_key
-from rpo_trainer.sharding import loading_whole
+from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.cores import limit_threads
+from rpo_trainer.stages.data import (
+    StageData,
+    build_evaluation,
+    build_rows,
+    check_overlap,
+    fitted_stage,
+    rows_by_stage,
+    set_aside,
+    source_digests,
+    stage_seed,
+    tokenize_stage,
+)
+from rpo_trainer.stages.hub import push_output
+from rpo_trainer.stages.made import RowMaker, source_key
+from rpo_trainer.stages.places import placed
+from rpo_trainer.stages.settings import arithmetic, check_warmup, make_trainer, training_config
 from rpo_trainer.trainers.checkpoint import damage
 from rpo_trainer.trainers.preference import PreferenceTrainer
 from rpo_trainer.trainers.reward import RewardTrainer

@@ -25,8 +25,14 @@ from rpo_trainer.chain.changes import (
     ways_out,
 )
 from rpo_trainer.errors import RunError
-from rpo_trainer.files import file_digest, json_digest, make_folder, remove_empty, write_whole
 from rpo_trainer.recipe import resolve_path
+from rpo_trainer.runtime.files import (
+    file_digest,
+    json_digest,
+    make_folder,
+    remove_empty,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import Recipe, Stage

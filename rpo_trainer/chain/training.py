@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from rpo_trainer import distributed
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
-from rpo_trainer.files import write_with_digest
+from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.files import write_with_digest
+from rpo_trainer.runtime.usage import peak_memory
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 from rpo_trainer.trainers.warnings import EarlyWarnings
-from rpo_trainer.usage import peak_memory
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from rpo_trainer.data.rows import (
 )
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
-from rpo_trainer.template_kwargs import COLUMN, Kwargs
+from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs
 
 # Names under which a prompt may stand that is not read; `source` columns and the like are not.
 _PROMPT_NAMES = {name.lower() for name in (*MEANT["prompt"], *PROMPT_COLUMNS)}

@@ -31,8 +31,8 @@ from rpo_trainer.data.templates import set_chat_template, stop_clock
 from rpo_trainer.data.thinking import THOUGHT, Thoughts
 from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
-from rpo_trainer.foreign import UNREADABLE
-from rpo_trainer.template_kwargs import kwargs_key
+from rpo_trainer.recipe.template_kwargs import kwargs_key
+from rpo_trainer.runtime.file_errors import UNREADABLE
 
 if TYPE_CHECKING:
     from transformers import AddedToken, PreTrainedTokenizerBase

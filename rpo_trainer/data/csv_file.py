@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
 from rpo_trainer.data.strict_json import NOT_WHOLE, decode
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 INDEX = "Unnamed: 0"  # pandas' name of the column without a name that its `to_csv` writes
 _NUMBERS = frozenset(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rpo_trainer.data.rows import Message, Row
-from rpo_trainer.template_kwargs import COLUMN, kwargs_key
+from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
 
 if TYPE_CHECKING:
     from rpo_trainer.data.audit import Audit

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
 from rpo_trainer.data.conversation import (
     PROMPT_COLUMNS,
     WITH_INSTRUCTION,
@@ -31,7 +32,6 @@ from rpo_trainer.data.rows import (
     to_messages,
     with_responses,
 )
-from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 Raw = Mapping[str, Any]
 

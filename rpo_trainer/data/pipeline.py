@@ -18,7 +18,7 @@ from rpo_trainer.data.rows import Kind, Row, SpecialTokens, raise_all
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.data.tokenize import TOKENISED, Truncation, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
-from rpo_trainer.template_kwargs import COLUMN, Kwargs, check_kwargs
+from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs, check_kwargs
 
 if TYPE_CHECKING:
     import datasets

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from rpo_trainer.cores import usable_cores
+from rpo_trainer.runtime.cores import usable_cores
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rpo_trainer.data.conversation import with_system
 from rpo_trainer.data.rows import MEDIA, Row, RowError, check_text, is_blank, is_empty, is_messages
-from rpo_trainer.template_kwargs import COLUMN, Kwargs, fault_of, merged
+from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs, fault_of, merged
 
 Raw = Mapping[str, Any]
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from rpo_trainer.data.csv_file import read_csv
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError, first_line
-from rpo_trainer.files import kind_of_file
-from rpo_trainer.foreign import UNREADABLE
+from rpo_trainer.runtime.file_errors import UNREADABLE
+from rpo_trainer.runtime.files import kind_of_file
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rpo_trainer.data.bounds import check_ends
 from rpo_trainer.errors import ModelError
-from rpo_trainer.files import read_text
+from rpo_trainer.runtime.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,7 +29,7 @@ from rpo_trainer.data.rows import (
 )
 from rpo_trainer.data.written import left_out
 from rpo_trainer.errors import DataError
-from rpo_trainer.template_kwargs import COLUMN, variables
+from rpo_trainer.recipe.template_kwargs import COLUMN, variables
 
 if TYPE_CHECKING:
     import datasets

@@ -14,20 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.batch import forward_tokens, pack, to_device
-from rpo_trainer.chain.data import (
-    build_rows,
-    needs_policy,
-    rows_by_stage,
-    stage_seed,
-    tokenize_stage,
-)
-from rpo_trainer.chain.disk import stage_disk, together, unread_model
-from rpo_trainer.chain.made import load_prompts, prompt_ids, sampling
-from rpo_trainer.chain.places import placed
-from rpo_trainer.chain.stage import arithmetic, training_config
 from rpo_trainer.data import Audit
-from rpo_trainer.loading import load_model, load_tokenizer
+from rpo_trainer.models.loading import load_model, load_tokenizer
+from rpo_trainer.models.reward_model import as_reward_model
+from rpo_trainer.plan.disk import stage_disk, together, unread_model
 from rpo_trainer.plan.engines import DeviceMemory, Engine, check_devices, launch_line, per_device
 from rpo_trainer.plan.memory import step_memory
 from rpo_trainer.plan.nf4 import hold_in_nf4
@@ -38,8 +28,18 @@ from rpo_trainer.recipe import (
     Stage,
     expand_stages,
 )
-from rpo_trainer.reward_model import as_reward_model
-from rpo_trainer.step import install, token_logprobs
+from rpo_trainer.stages.data import (
+    build_rows,
+    needs_policy,
+    rows_by_stage,
+    stage_seed,
+    tokenize_stage,
+)
+from rpo_trainer.stages.made import load_prompts, prompt_ids, sampling
+from rpo_trainer.stages.places import placed
+from rpo_trainer.stages.settings import arithmetic, training_config
+from rpo_trainer.step.batch import forward_tokens, pack, to_device
+from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.trainers.config import PreferenceConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader

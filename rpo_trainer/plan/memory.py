@@ -19,11 +19,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rpo_trainer import distributed
-from rpo_trainer.batch import Layout, pack
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.logprobs import response_sums
-from rpo_trainer.step import causal_lm, install, is_classifier, token_logprobs
+from rpo_trainer.runtime import distributed
+from rpo_trainer.step.batch import Layout, pack
+from rpo_trainer.step.forward import causal_lm, install, is_classifier, token_logprobs
+from rpo_trainer.step.logprobs import response_sums
 
 # Bytes of state per trained parameter, for optimizers that need a library or a device to be made.
 _STATE_BYTES = {

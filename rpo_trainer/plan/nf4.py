@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpo_trainer.step import causal_lm, is_classifier
+from rpo_trainer.step.forward import causal_lm, is_classifier
 
 
 def nf4_bytes(weights: int) -> int:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rpo_trainer.losses import find_loss, more_than_pairs, smoothed
-from rpo_trainer.template_kwargs import COLUMN, fault_of
+from rpo_trainer.recipe.template_kwargs import COLUMN, fault_of
 
 CHECK = "recipe_check"  # the error type of everything found here
 PREFERENCE_KINDS = ("dpo", "rpo")

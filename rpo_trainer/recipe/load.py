@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from rpo_trainer.errors import Problems, RecipeError
-from rpo_trainer.files import kind_of_file
 from rpo_trainer.recipe.environment import is_secret
 from rpo_trainer.recipe.messages import Located, recipe_errors
 from rpo_trainer.recipe.overrides import (
@@ -23,6 +22,7 @@ from rpo_trainer.recipe.overrides import (
 from rpo_trainer.recipe.schema import Recipe
 from rpo_trainer.recipe.where import Origins
 from rpo_trainer.recipe.yaml_document import Document, Key, YamlProblem, parse
+from rpo_trainer.runtime.files import kind_of_file
 
 _HIDDEN = "..."  # stands for a secret that must not be shown by other errors
 MAX_BYTES = 2**20  # far above any recipe; keeps a data file given by mistake from being parsed

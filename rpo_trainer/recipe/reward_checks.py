@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 
 from pydantic_core import InitErrorDetails
 
+from rpo_trainer.attributes import PRESETS, resolve_weights
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.chain_checks import looks_like_path, stage_names, unknown_stage
 from rpo_trainer.recipe.checks import NOT_READ, PREFERENCE_KINDS, named_stages, wrong
 from rpo_trainer.redact import redact
-from rpo_trainer.rewards.weights import PRESETS, resolve_weights
 
 SCORERS = ("verifier", "model", "endpoint", "judge")
 CHOSEN_FILTERS = ("min_chosen_reward", "min_chosen_quantile", "top_chosen_share")

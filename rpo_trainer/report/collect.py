@@ -18,11 +18,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rpo_trainer.errors import RunError
-from rpo_trainer.files import digest_path, json_digest, verify_digest
 from rpo_trainer.report.agreement import Agreement, read_agreement
 from rpo_trainer.report.audits import AuditRecord, read_audit
 from rpo_trainer.report.scores import EvalScores, read_scores
 from rpo_trainer.report.values import count, mapping, number
+from rpo_trainer.runtime.files import digest_path, json_digest, verify_digest
 
 PREFERENCE_KINDS = ("dpo", "rpo")
 

@@ -21,7 +21,6 @@ from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.files import file_digest, make_folder, remove_empty, write_whole
 from rpo_trainer.redact import redact_values
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
@@ -34,6 +33,7 @@ from rpo_trainer.rewards.rowfile import (
     read_rows,
     write_rows,
 )
+from rpo_trainer.runtime.files import file_digest, make_folder, remove_empty, write_whole
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import (
@@ -58,7 +58,7 @@ def _processes() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
-    from rpo_trainer import distributed
+    from rpo_trainer.runtime import distributed
 
     distributed.start()
     yield distributed
@@ -280,8 +280,8 @@ def _audit_template(
         RecipeError: `--kwargs` that the chat template does not read.
     """
     from rpo_trainer.data.tokenize import audit_prompts
-    from rpo_trainer.loading import load_tokenizer
-    from rpo_trainer.template_kwargs import check_kwargs
+    from rpo_trainer.models.loading import load_tokenizer
+    from rpo_trainer.recipe.template_kwargs import check_kwargs
 
     audit = Audit()
     tokenizer = load_tokenizer(_model_spec(name, chat_template), Path())
@@ -294,7 +294,7 @@ def _loader(name: str, chat_template: str | None) -> Callable[[], Any]:
     def load() -> Any:
         import torch
 
-        from rpo_trainer.loading import load_model, load_tokenizer
+        from rpo_trainer.models.loading import load_model, load_tokenizer
 
         cuda = torch.cuda.is_available()
         spec = _model_spec(name, chat_template)

@@ -29,8 +29,8 @@ from transformers import (
 from rpo_trainer.data import encode_prompt, end_token_ids
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, RecipeError
+from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.rewards.responses import Asked, ResponseReader, Sample
-from rpo_trainer.template_kwargs import kwargs_key
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -10,10 +10,10 @@ from typing import Any
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.files import read_text
 from rpo_trainer.redact import redact
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
 from rpo_trainer.rewards.messages import prompt_text, response_text
+from rpo_trainer.runtime.files import read_text
 
 # {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].
 TEMPLATE = """\

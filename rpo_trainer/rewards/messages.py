@@ -16,7 +16,7 @@ from rpo_trainer.data.rows import (
     is_empty,
     response_message,
 )
-from rpo_trainer.template_kwargs import COLUMN
+from rpo_trainer.recipe.template_kwargs import COLUMN
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import EndpointSpec

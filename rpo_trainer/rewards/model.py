@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rpo_trainer.batch import Layout, forward_tokens, pack, to_device
+from rpo_trainer.attributes import resolve_weights
 from rpo_trainer.data.chat import ChatRenderer, render_plain
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rows import Row, RowError, response_message
 from rpo_trainer.errors import DataError, ModelError, first_line
-from rpo_trainer.foreign import reads
-from rpo_trainer.pretrained import LOADING_ERRORS, load_complete, load_pretrained
-from rpo_trainer.probe import probe
-from rpo_trainer.reward_model import attributes_of
+from rpo_trainer.models.pretrained import LOADING_ERRORS, load_complete, load_pretrained
+from rpo_trainer.models.reward_model import attributes_of
+from rpo_trainer.recipe.template_kwargs import COLUMN, unread
 from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard
-from rpo_trainer.rewards.weights import resolve_weights
-from rpo_trainer.step import response_scores
-from rpo_trainer.template_kwargs import COLUMN, unread
+from rpo_trainer.runtime.file_errors import reads
+from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
+from rpo_trainer.step.forward import response_scores
+from rpo_trainer.step.probe import probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,8 +21,8 @@ import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.files import verify_digest, write_whole, write_with_digest
 from rpo_trainer.rewards.partial import Partial, partials, read_partials, unfinished
+from rpo_trainer.runtime.files import verify_digest, write_whole, write_with_digest
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ Work = Callable[[Sequence[int], Shard], Iterator[Done]]
 
 
 class Ranks(Protocol):
-    """The processes that share the work; `rpo_trainer.distributed` is one."""
+    """The processes that share the work; `rpo_trainer.runtime.distributed` is one."""
 
     def rank(self) -> int:
         """Number of this process."""

@@ -17,18 +17,18 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from rpo_trainer.adapters import awake
-from rpo_trainer.allocator import keeping_freed_memory
-from rpo_trainer.batch import Layout, to_device
-from rpo_trainer.cores import OtherProcesses, limit_threads
-from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import DataError
-from rpo_trainer.loading import load_model_named, load_tokenizer_named
-from rpo_trainer.logprobs import response_sums
-from rpo_trainer.probe import probe_on_all_ranks
-from rpo_trainer.router_loss import asked_by_config
-from rpo_trainer.sharding import whole_on_every_rank
-from rpo_trainer.step import causal_lm, token_logprobs
+from rpo_trainer.models.adapters import awake
+from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
+from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.allocator import keeping_freed_memory
+from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
+from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.batch import Layout, to_device
+from rpo_trainer.step.forward import causal_lm, token_logprobs
+from rpo_trainer.step.logprobs import response_sums
+from rpo_trainer.step.probe import probe_on_all_ranks
+from rpo_trainer.step.router_loss import asked_by_config
 from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.counting import flops_per_token, forward_tokens_of

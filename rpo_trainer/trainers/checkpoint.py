@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from rpo_trainer.errors import RunError
-from rpo_trainer.files import file_digest, write_whole
+from rpo_trainer.runtime.files import file_digest, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rpo_trainer.attention import ATTENTION_NAME, packed_attention
 from rpo_trainer.errors import ModelError, RecipeError
-from rpo_trainer.step import causal_lm
+from rpo_trainer.step.attention import ATTENTION_NAME, packed_attention
+from rpo_trainer.step.forward import causal_lm
 
 
 def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:

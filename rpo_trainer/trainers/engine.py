@@ -19,8 +19,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from rpo_trainer.errors import RecipeError, RunError
-from rpo_trainer.multimodal import is_composite, is_multimodal, text_decoder
-from rpo_trainer.step import causal_lm, is_classifier
+from rpo_trainer.models.multimodal import is_composite, is_multimodal, text_decoder
+from rpo_trainer.step.forward import causal_lm, is_classifier
 
 ENGINE_FILE = "engine.json"
 

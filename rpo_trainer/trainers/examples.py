@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rpo_trainer.batch import Layout, forward_tokens, pack
+from rpo_trainer.step.batch import Layout, forward_tokens, pack
 
 
 class Examples(Dataset[dict[str, Any]]):
     """Rows of a tokenised data set, with columns computed later laid beside them.
 
     Args:
-        rows: a `datasets.Dataset` or any sequence of tokenised examples (see `rpo_trainer.batch`).
+        rows: a `datasets.Dataset` or any sequence of tokenised examples (see `rpo_trainer.step.batch`).
     """
 
     def __init__(self, rows: Any) -> None:

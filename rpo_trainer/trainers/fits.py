@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rpo_trainer.batch import Layout
 from rpo_trainer.data import end_token_ids
-from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import DataError, ModelError
-from rpo_trainer.model_checks import positions_of
-from rpo_trainer.reach import rotary_limit
-from rpo_trainer.sharding import rows_of
-from rpo_trainer.step import causal_lm
+from rpo_trainer.models.checks import positions_of
+from rpo_trainer.models.sharding import rows_of
+from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.batch import Layout
+from rpo_trainer.step.forward import causal_lm
+from rpo_trainer.step.reach import rotary_limit
 from rpo_trainer.trainers.examples import Examples
 
 logger = logging.getLogger(__name__)

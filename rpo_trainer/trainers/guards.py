@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rpo_trainer.distributed import merge, rank
 from rpo_trainer.errors import NonFiniteError
+from rpo_trainer.runtime.distributed import merge, rank
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from rpo_trainer.order import GlobalBatches, StepBatchSampler, TokenBudgetSampler
+from rpo_trainer.step.order import GlobalBatches, StepBatchSampler, TokenBudgetSampler
 from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
 from rpo_trainer.trainers.step_config import StepConfig
 

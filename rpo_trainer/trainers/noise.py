@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rpo_trainer.distributed import is_main
-from rpo_trainer.sharding import device_of
-from rpo_trainer.step import causal_lm
+from rpo_trainer.models.sharding import device_of
+from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.forward import causal_lm
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError
-from rpo_trainer.sharding import whole_on_every_rank
+from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.distributed import is_main
 
 logger = logging.getLogger(__name__)
 

@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rpo_trainer import reference
-from rpo_trainer.adapter_parts import warn_of_random
-from rpo_trainer.adapters import starts_as
-from rpo_trainer.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.errors import DataError, RecipeError, RunError
-from rpo_trainer.loading import load_model_named
 from rpo_trainer.losses import LOSSES, PreferenceLoss, more_than_pairs, preference_loss, sft_loss
-from rpo_trainer.model_checks import check_same_vocabulary
-from rpo_trainer.probe import probe_on_all_ranks
-from rpo_trainer.sharding import has_shards, rows_of, whole_on_every_rank
-from rpo_trainer.step import causal_lm
+from rpo_trainer.models.adapter_parts import warn_of_random
+from rpo_trainer.models.adapters import starts_as
+from rpo_trainer.models.checks import check_same_vocabulary
+from rpo_trainer.models.loading import load_model_named
+from rpo_trainer.models.sharding import has_shards, rows_of, whole_on_every_rank
+from rpo_trainer.runtime.distributed import broadcast, is_main, merge, on_main
+from rpo_trainer.step import reference
+from rpo_trainer.step.forward import causal_lm
+from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.engine import shard_reference

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from rpo_trainer.distributed import is_main
-from rpo_trainer.loading import load_model_named, load_tokenizer_named
-from rpo_trainer.reward_losses import bradley_terry_loss, regression_losses
-from rpo_trainer.reward_model import as_reward_model, attributes_of, weights_of, with_pad_token
-from rpo_trainer.step import response_scores
+from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
+from rpo_trainer.models.reward_model import (
+    as_reward_model,
+    attributes_of,
+    weights_of,
+    with_pad_token,
+)
+from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.forward import response_scores
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import RewardConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_pairs, check_rated
+from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
 from rpo_trainer.trainers.step_config import StepConfig

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.router_loss import (
+from rpo_trainer.models.sharding import device_of
+from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.forward import causal_lm, is_classifier, router_sums_only
+from rpo_trainer.step.router_loss import (
     NoRouterLoss,
     RouterLoss,
     asked_by_config,
@@ -20,8 +22,6 @@ from rpo_trainer.router_loss import (
     request,
     router_loss_of,
 )
-from rpo_trainer.sharding import device_of
-from rpo_trainer.step import causal_lm, is_classifier, router_sums_only
 from rpo_trainer.trainers.step_config import StepConfig
 
 logger = logging.getLogger(__name__)

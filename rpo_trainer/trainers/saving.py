@@ -13,11 +13,10 @@ from torch import nn
 from transformers import trainer as of_transformers
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from rpo_trainer.adapter_files import make_base_absolute
-from rpo_trainer.adapters import is_adapted
-from rpo_trainer.distributed import is_main, on_main
 from rpo_trainer.errors import RunError
-from rpo_trainer.outputs import (
+from rpo_trainer.models.adapter_files import make_base_absolute
+from rpo_trainer.models.adapters import is_adapted
+from rpo_trainer.models.outputs import (
     Written,
     check_savable,
     check_unshared,
@@ -27,8 +26,9 @@ from rpo_trainer.outputs import (
     warn_repaired,
     write_beside,
 )
-from rpo_trainer.sharding import whole_on_every_rank
-from rpo_trainer.step import causal_lm, is_classifier
+from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.distributed import is_main, on_main
+from rpo_trainer.step.forward import causal_lm, is_classifier
 from rpo_trainer.trainers import checkpoint
 from rpo_trainer.trainers.engine import check_same_engine
 from rpo_trainer.trainers.fits import trained_ends

@@ -13,14 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 
-from rpo_trainer import adapters, four_bits
-from rpo_trainer.adapter_parts import require_trained_parts, warn_of_random
-from rpo_trainer.distributed import is_main
 from rpo_trainer.errors import ModelError, RecipeError
-from rpo_trainer.loading import load_tokenizer_named
-from rpo_trainer.multimodal import freeze_towers, require_text_forward, towers_line
-from rpo_trainer.sharding import whole_on_every_rank
-from rpo_trainer.step import causal_lm
+from rpo_trainer.models import adapters, four_bits
+from rpo_trainer.models.adapter_parts import require_trained_parts, warn_of_random
+from rpo_trainer.models.loading import load_tokenizer_named
+from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
+from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.forward import causal_lm
 from rpo_trainer.trainers.padding_row import require_kept_padding
 from rpo_trainer.trainers.settings import defaults_of
 from rpo_trainer.trainers.step_config import StepConfig

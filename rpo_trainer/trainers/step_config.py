@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 import torch
 from transformers import TrainingArguments
 
-from rpo_trainer.batch import Layout
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.logprobs import DEFAULT_TILE_BYTES
-from rpo_trainer.template_kwargs import faults
+from rpo_trainer.recipe.template_kwargs import faults
+from rpo_trainer.step.batch import Layout
+from rpo_trainer.step.logprobs import DEFAULT_TILE_BYTES
 from rpo_trainer.trainers.arguments import (
     bfloat16_by_default,
     checkpointing_by_default,

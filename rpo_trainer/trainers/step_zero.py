@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rpo_trainer.distributed import merge, rank
 from rpo_trainer.errors import StepZeroError
-from rpo_trainer.logprobs import logprobs_from_logits, response_sums
 from rpo_trainer.losses import step_zero_losses
-from rpo_trainer.sharding import whole_on_every_rank
-from rpo_trainer.step import token_logprobs
+from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.distributed import merge, rank
+from rpo_trainer.step.forward import token_logprobs
+from rpo_trainer.step.logprobs import logprobs_from_logits, response_sums
 from rpo_trainer.trainers.noise import is_deterministic, is_noisy, noise_in, text_of
 
 if TYPE_CHECKING:

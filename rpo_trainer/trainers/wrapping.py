@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.sharding import full_state_dict, has_shards, reshard
+from rpo_trainer.models.sharding import full_state_dict, has_shards, reshard
 from rpo_trainer.trainers.engine import (
     DeepSpeedGuard,
     check_engine,

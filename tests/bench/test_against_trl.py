@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from tests.bench.settings import SETTINGS
 from tests.models import make_model

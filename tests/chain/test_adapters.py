@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpo_trainer import adapter_files
 from rpo_trainer.chain import run as chain_run
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.check import check_recipe
-from rpo_trainer.chain.stage import lora_config
 from rpo_trainer.errors import Problems, RecipeError, RunError
+from rpo_trainer.models import adapter_files
 from rpo_trainer.recipe import expand_stages, load_recipe
+from rpo_trainer.stages.settings import lora_config
 from rpo_trainer.trainers.checkpoint import damage
 from tests.chain import tiny
 from tests.chain.killer import run_until

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import xxhash
 
-from rpo_trainer.chain import disk, run_chain
 from rpo_trainer.chain import models as chain_models
+from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.state import CHAIN_FILE, locked
-from rpo_trainer.cli import main
+from rpo_trainer.cli.main import main
 from rpo_trainer.errors import NonFiniteError, RunError
+from rpo_trainer.plan import disk
 from rpo_trainer.trainers import checkpoint
 from rpo_trainer.trainers.preference import PreferenceTrainer
 from tests.chain import tiny
@@ -344,7 +345,7 @@ def test_a_stale_or_half_written_reference_cache(
 ) -> None:
     from safetensors.numpy import load_file
 
-    from rpo_trainer.reference import ReferenceCache
+    from rpo_trainer.step.reference import ReferenceCache
 
     (part,) = (again / "run" / "reference-cache").rglob("part-*")
     keys = load_file(part)["keys"].tolist()

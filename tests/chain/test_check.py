@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rpo_trainer import adapter_files
 from rpo_trainer.chain.check import check_recipe
-from rpo_trainer.cli import main
+from rpo_trainer.cli.main import main
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import Problems
-from rpo_trainer.loading import load_model, load_weights
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.models import adapter_files
+from rpo_trainer.models.loading import load_model, load_weights
 from rpo_trainer.recipe import ModelSpec
 from tests.chain import tiny
 

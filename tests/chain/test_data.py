@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.data import (
+from rpo_trainer.chain.inputs import Digests, Input
+from rpo_trainer.data import Audit
+from rpo_trainer.data.quickstart import character_tokenizer
+from rpo_trainer.errors import DataError
+from rpo_trainer.models.loading import load_tokenizer, load_weights
+from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
+from rpo_trainer.rewards import rowfile
+from rpo_trainer.stages.data import (
     StageData,
     at_most,
     build_evaluation,
@@ -24,14 +31,7 @@ from rpo_trainer.chain.data import (
     stage_seed,
     tokenize_stage,
 )
-from rpo_trainer.chain.inputs import Digests, Input
-from rpo_trainer.chain.made import RowMaker
-from rpo_trainer.data import Audit
-from rpo_trainer.errors import DataError
-from rpo_trainer.loading import load_tokenizer, load_weights
-from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
-from rpo_trainer.rewards import rowfile
+from rpo_trainer.stages.made import RowMaker
 from tests.chain import tiny
 
 
@@ -370,7 +370,7 @@ def test_digests_are_of_local_files_by_their_written_path(tmp_path: Path) -> Non
 def test_digests_of_a_record_are_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpo_trainer.files._TIME_STEP_NS", 0)
+    monkeypatch.setattr("rpo_trainer.runtime.files._TIME_STEP_NS", 0)
     (tmp_path / "a.jsonl").write_text("x")
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     (tmp_path / "folder" / "deep" / "data.arrow").write_text("x")
@@ -380,7 +380,7 @@ def test_digests_of_a_record_are_not_computed_again(
         for i, source in enumerate(sources)
     ]
     record, expected = Digests().of(inputs), source_digests(sources, tmp_path)
-    monkeypatch.delattr("rpo_trainer.files.file_digest")
+    monkeypatch.delattr("rpo_trainer.runtime.files.file_digest")
     assert source_digests(sources, tmp_path, record) == expected
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.evaluation import baseline_of
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError, Problems, RunError
-from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import expand_stages, load_recipe
 from rpo_trainer.report import build_report, status_view
 from tests.chain import tiny
@@ -137,8 +137,8 @@ def test_measuring_changes_nothing(measured: Path, finished: Path) -> None:
 def test_what_was_sampled_and_computed_is_not_made_again(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rpo_trainer import evaluate
     from rpo_trainer.chain import evaluation
+    from rpo_trainer.rewards import evaluate
 
     shutil.copytree(measured.parent, tmp_path / "again")
     state = tmp_path / "again" / "run" / "chain.json"
@@ -331,8 +331,8 @@ def test_without_the_extra_check_says_what_to_install(
 
 def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    from rpo_trainer.chain.harness import run_tasks
     from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from rpo_trainer.stages.harness import run_tasks
     from tests.models import make_model
 
     spec = LmEvalSpec.model_validate(tasks_of(tmp_path))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.data import build_rows
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import expand_stages, load_recipe
+from rpo_trainer.stages.data import build_rows
 
 ROWS = [
     {

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rpo_trainer.chain.hub import hub_commit
 from rpo_trainer.chain.inputs import Digests, Inputs, changed_parts, check_inputs
 from rpo_trainer.chain.state import ChainState, plain
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import RecipeError, RunError
-from rpo_trainer.files import known_digest
-from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.recipe import LoadedRecipe, expand_stages
+from rpo_trainer.runtime.files import known_digest
+from rpo_trainer.stages.hub import hub_commit
 from tests.chain import tiny
 from tests.rewards.policies import llama
 
@@ -210,9 +210,11 @@ def test_a_file_that_was_not_written_to_is_not_read_again(
     path.write_text("one")
     first = known_digest(path, None)
     assert "stat" not in first  # changed just now: a second change might leave the same time
-    monkeypatch.setattr("rpo_trainer.files._TIME_STEP_NS", 0)
+    monkeypatch.setattr("rpo_trainer.runtime.files._TIME_STEP_NS", 0)
     kept = known_digest(path, None)
-    monkeypatch.setattr("rpo_trainer.files.file_digest", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(
+        "rpo_trainer.runtime.files.file_digest", lambda _: pytest.fail("read again")
+    )
     assert known_digest(path, kept) == kept
     monkeypatch.undo()
     rewritten = path.stat()
@@ -224,7 +226,7 @@ def test_a_file_that_was_not_written_to_is_not_read_again(
 def test_another_file_under_the_name_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpo_trainer.files._TIME_STEP_NS", 0)
+    monkeypatch.setattr("rpo_trainer.runtime.files._TIME_STEP_NS", 0)
     path, other = tmp_path / "a", tmp_path / "b"
     path.write_text("one")
     other.write_text("two")

@@ -11,8 +11,8 @@ from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import DataError, Problems, RPOTrainerError
 from rpo_trainer.plan import plan_recipe
-from rpo_trainer.preview import preview
 from rpo_trainer.recipe import LoadedRecipe
+from rpo_trainer.stages.preview import preview
 from tests.chain import tiny
 from tests.chain.killer import at, run_until
 

@@ -12,9 +12,9 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from rpo_trainer.chain.card import write_card
-from rpo_trainer.chain.hub import push_output
 from rpo_trainer.errors import RecipeError, StoppedBySignal
 from rpo_trainer.recipe import expand_stages
+from rpo_trainer.stages.hub import push_output
 from rpo_trainer.trainers.checkpoint import damage
 from tests.chain import tiny
 from tests.chain.test_stage import config

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.stage import arithmetic, lora_config, training_config
 from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.recipe import ModelSpec, Stage, expand_stages
 from rpo_trainer.recipe.schema import STAGE_KINDS
+from rpo_trainer.stages.settings import arithmetic, lora_config, training_config
 from tests.chain import tiny
 
 # Fields that the trainer's config does not take under their own name: what reads them.

@@ -11,10 +11,10 @@ import pytest
 
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import Problems, RunError
-from rpo_trainer.preview import preview
+from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.report import build_report
 from rpo_trainer.rewards import generate
-from rpo_trainer.template_kwargs import COLUMN
+from rpo_trainer.stages.preview import preview
 from tests.chain import tiny
 
 TEMPLATE = (
@@ -139,8 +139,8 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from lm_eval.models import huggingface
 
-    from rpo_trainer.chain import harness
     from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from rpo_trainer.stages import harness
 
     class Stopped(Exception):
         pass

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
 from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.formats import FORMATS
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError, Problems
-from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 Q = {"role": "user", "content": "q"}
 A = {"role": "assistant", "content": "a"}

@@ -10,12 +10,12 @@ import pytest
 
 from rpo_trainer.data import Audit, end_token_ids, set_chat_template, tokenize_rows
 from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
-from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.reference import response_key
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.pairs import make_preference_rows
+from rpo_trainer.step.reference import response_key
 
 from .chat_shapes import CASES, SHAPES, USER
 from .test_sampled_responses import last_turn, read

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpo_trainer.data.doctor import Findings, audit_file
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, RecipeError
-from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.rewards.files import source_of
+from rpo_trainer.stages.inspect_data import Findings, audit_file
 
 
 def look(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Findings:

@@ -287,7 +287,7 @@ def test_known_oddities_of_real_pairs_are_counted(
     assert ties == sum(row["chosen_reward"] == row["rejected_reward"] for row in raw)
     assert identical == sum(row["chosen"] == row["rejected"] for row in raw)
 
-    from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer.data.quickstart import character_tokenizer
 
     audit = Audit()
     tokenizer = set_chat_template(character_tokenizer(), "plain")

@@ -12,9 +12,9 @@ import pytest
 from rpo_trainer.data import hold_out, load_rows, prepare_dataset, rating_targets
 from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError, Problems
-from rpo_trainer.quickstart import character_tokenizer
 
 FIVE = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
 

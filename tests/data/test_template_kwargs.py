@@ -18,7 +18,7 @@ from rpo_trainer.data.sources import RawSource
 from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import DataError, Problems, RecipeError
 from rpo_trainer.recipe import Recipe
-from rpo_trainer.template_kwargs import COLUMN, parse_kwargs, variables
+from rpo_trainer.recipe.template_kwargs import COLUMN, parse_kwargs, variables
 
 # `mode` opens the prompt, `mark` ends a turn, and documents stand before all.
 TEMPLATE = (

@@ -20,8 +20,8 @@ from tests.distributed import gloo
 
 def fault(name: str) -> Any:
     """What one rank reads is `missing` (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
-    from rpo_trainer.chain import data
     from rpo_trainer.errors import DataError
+    from rpo_trainer.stages import data
     from rpo_trainer.trainers.base import PackedTrainer
 
     load_rows, outputs = data.load_rows, PackedTrainer.outputs
@@ -62,8 +62,8 @@ def signal_once(folder: Path, number: str, point: str) -> Any:
 def main(folder: Path, rank: str = "", *happens: str) -> None:
     if "WORLD_SIZE" in os.environ:
         gloo.allow()
-    from rpo_trainer import distributed
-    from rpo_trainer.cli import main as command
+    from rpo_trainer.cli.main import main as command
+    from rpo_trainer.runtime import distributed
 
     mine = os.environ.get("RANK", "0")
     leave = distributed.exit_at_once

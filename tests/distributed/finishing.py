@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rpo_trainer import distributed
+from rpo_trainer.runtime import distributed
 
 
 class Slow:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo_trainer import adapter_files
+from rpo_trainer.models import adapter_files
 from tests.chain import tiny
 from tests.distributed.chains import launched, recipe, start
 from tests.distributed.launch import require

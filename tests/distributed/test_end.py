@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from tests.chain import tiny
 from tests.distributed.launch import accelerate, by_launcher, run, torchrun
 from tests.rewards.policies import llama

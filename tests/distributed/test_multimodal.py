@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo_trainer.loading import load_model, load_weights
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
+from rpo_trainer.models.loading import load_model, load_weights
 from rpo_trainer.recipe import ModelSpec
 from tests.chain import tiny
 from tests.distributed.chains import STAGES, launched, recipe, start

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.rewards import rowfile
 from rpo_trainer.rewards.partial import unfinished
 from tests.distributed.launch import run, torchrun

@@ -51,7 +51,7 @@ def engine_settings(engine: str, **more: Any) -> dict[str, Any]:
 
 def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
     """The trainer of a case; the global batch is the same whatever the world size."""
-    from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer.data.quickstart import character_tokenizer
     from rpo_trainer.trainers import RewardTrainer
     from tests.trainers.conftest import TRAINERS
 
@@ -135,8 +135,8 @@ def optimizer_dtypes(trainer: Any) -> set[str]:
 def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     import torch
 
-    from rpo_trainer.distributed import merge, rank, world_size
-    from rpo_trainer.sharding import full_state_dict
+    from rpo_trainer.models.sharding import full_state_dict
+    from rpo_trainer.runtime.distributed import merge, rank, world_size
     from rpo_trainer.trainers.engine import engine_name
 
     trainer = trainer_of(engine, case, out)
@@ -172,7 +172,7 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _references(out: Path) -> dict[Any, float]:
     """The reference log-probs on disk."""
-    from rpo_trainer.reference import ReferenceCache
+    from rpo_trainer.step.reference import ReferenceCache
 
     found: dict[Any, float] = {}
     for folder in sorted((out / "reference").glob("*")):
@@ -184,9 +184,9 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     """The second step's loss or gradient is not finite, on the second rank alone."""
     from transformers import TrainerCallback
 
-    from rpo_trainer.distributed import merge, rank
     from rpo_trainer.errors import NonFiniteError
-    from rpo_trainer.sharding import full_state_dict
+    from rpo_trainer.models.sharding import full_state_dict
+    from rpo_trainer.runtime.distributed import merge, rank
 
     trainer = trainer_of(engine, case, out)
     own = trainer.losses
@@ -226,7 +226,7 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def save_late(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     """The second rank is late with what it writes into a checkpoint."""
-    from rpo_trainer.distributed import rank
+    from rpo_trainer.runtime.distributed import rank
     from rpo_trainer.trainers import checkpoint
 
     trainer = trainer_of(engine, case, out)
@@ -261,7 +261,7 @@ def main(engine: str, out: Path, *cases: str) -> None:
 
     torch.set_num_threads(1)
     logging.getLogger("rpo_trainer").setLevel(logging.ERROR)
-    from rpo_trainer import distributed
+    from rpo_trainer.runtime import distributed
 
     for name in cases:
         case = json.loads(name)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rpo_trainer.adapters import with_adapter
+from rpo_trainer.models.adapters import with_adapter
 from tests.models import make_model
 from tests.trainers.plain import make_rows
 

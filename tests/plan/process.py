@@ -56,10 +56,10 @@ def planned(settings: dict[str, Any]) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rpo_trainer.adapters import with_adapter
+    from rpo_trainer.models.adapters import with_adapter
+    from rpo_trainer.models.reward_model import as_reward_model
     from rpo_trainer.plan import per_device, step_memory
     from rpo_trainer.plan.nf4 import hold_in_nf4
-    from rpo_trainer.reward_model import as_reward_model
 
     rows, half = rows_of(settings), torch.bfloat16 if settings["bf16"] else None
     engine = settings["engine"]
@@ -86,8 +86,9 @@ def train(settings: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rpo_trainer import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, four_bits
-    from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+    from rpo_trainer.data.quickstart import character_tokenizer
+    from rpo_trainer.models import four_bits
     from tests.distributed.worker import engine_settings
 
     reward, engine = settings["kind"] == "reward", settings["engine"]
@@ -125,8 +126,8 @@ def main(text: str) -> None:
     import psutil
     import torch._dynamo
 
-    from rpo_trainer import distributed
-    from rpo_trainer.usage import peak_memory
+    from rpo_trainer.runtime import distributed
+    from rpo_trainer.runtime.usage import peak_memory
 
     for library in (
         "rpo_trainer.trainers", "deepspeed", "peft", "torch.distributed.fsdp", "bitsandbytes",

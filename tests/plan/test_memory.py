@@ -13,12 +13,12 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpo_trainer import distributed
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan import StepMemory, step_memory
 from rpo_trainer.plan.memory import optimizer_bytes
 from rpo_trainer.plan.nf4 import hold_in_nf4, nf4_bytes
-from rpo_trainer.reward_model import as_reward_model
+from rpo_trainer.runtime import distributed
 from tests.distributed.launch import require, run, torchrun
 from tests.distributed.worker import ENGINES
 from tests.plan import process

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.cli import main
+from rpo_trainer.cli.main import main
 from rpo_trainer.recipe import DPOStage, load_recipe
 
 Capture = pytest.CaptureFixture[str]

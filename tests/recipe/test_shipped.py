@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
 from rpo_trainer.recipe import (
     DPOStage,
     RewardStage,
@@ -14,7 +15,6 @@ from rpo_trainer.recipe import (
     expand_stages,
     load_recipe,
 )
-from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # What lies in accelerate/ are the launchers' own files.

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.cli.options import valid
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import EndpointSpec, GenerateSpec, JudgeSpec, ScoreSpec
-from rpo_trainer.rewards.options import valid
 
 SERVICE = {"url": "http://localhost:1/v1", "model": "m"}
 

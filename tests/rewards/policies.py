@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.rewards.generate import Sample
 
 TEMPLATE = (

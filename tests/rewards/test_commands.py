@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.cli import main
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.cli.main import main
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.rewards import partial
 from tests.conftest import Injected
 from tests.rewards.policies import llama

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.data import build_rows, tokenize_stage
-from rpo_trainer.cli import main
+from rpo_trainer.cli.main import main
 from rpo_trainer.data import Audit, prepare_dataset
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.recipe import expand_stages
+from rpo_trainer.stages.data import build_rows, tokenize_stage
 from tests.chain import tiny
 from tests.rewards.policies import llama
 from tests.rewards.server import Answer, serving

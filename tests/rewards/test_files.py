@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
-from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.rewards.files import read_prompts, read_responses, source_of
 from tests.rewards.policies import TEMPLATE, llama
 from tests.rewards.test_commands import read, run, write

@@ -18,8 +18,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, ModelError, RecipeError
-from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.rewards.generate import (
     Sample,
     greedy_responses,

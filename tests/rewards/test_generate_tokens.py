@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpo_trainer.data import Audit, end_token_ids, set_chat_template, tokenize_rows
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.rewards.generate import Sample, greedy_responses, sample_responses
 from tests.rewards.policies import TEMPLATE, llama, next_token_model, plain_greedy
 

@@ -16,8 +16,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, ModelError, RecipeError
-from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.rewards.model import RewardModel, check_template
 from tests.rewards.policies import TEMPLATE
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.files import digest_path
 from rpo_trainer.rewards import partial, rowfile
 from rpo_trainer.rewards.partial import unfinished
 from rpo_trainer.rewards.rowfile import (
@@ -29,6 +28,7 @@ from rpo_trainer.rewards.rowfile import (
     read_rows,
     write_rows,
 )
+from rpo_trainer.runtime.files import digest_path
 from tests.conftest import Injected
 
 
@@ -225,7 +225,7 @@ def test_rows_that_fail_by_themselves_are_no_sign_of_that(
 
 
 class Group:
-    """Some ranks as threads, with what `rpo_trainer.distributed` has."""
+    """Some ranks as threads, with what `rpo_trainer.runtime.distributed` has."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES, resolve_weights
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.rewards.weights import HELPSTEER_ATTRIBUTES, resolve_weights
 
 
 def test_published_weights_in_the_order_of_the_model():

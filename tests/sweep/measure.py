@@ -26,11 +26,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from rpo_trainer import adapters
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import RPOTrainerError
-from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.reward_model import as_reward_model
-from rpo_trainer.step import causal_lm, uninstall
+from rpo_trainer.models import adapters
+from rpo_trainer.models.reward_model import as_reward_model
+from rpo_trainer.step.forward import causal_lm, uninstall
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from rpo_trainer.trainers.examples import Examples
 from tests.families import NOT_SWEPT, tiny_model

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from benchmarks.models import main
-from rpo_trainer import step
+from rpo_trainer.step.forward import forward as step
 from tests.documents import ROOT
 from tests.families import FAMILIES, NOT_SWEPT, VARIANTS, VOCABULARY, tiny_config, tiny_model
 from tests.sweep import run, table

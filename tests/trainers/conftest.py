@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rpo_trainer.quickstart import character_tokenizer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.trainers import DPOTrainer, RPOTrainer, SFTTrainer
 from tests.models import make_model
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpo_trainer.order import StepBatchSampler
+from rpo_trainer.step.order import StepBatchSampler
 from tests.models import VOCABULARY
 
 
@@ -181,7 +181,7 @@ def global_batches(
     shuffle: bool = True,
     seed: int = 42,
 ) -> list[list[dict[str, Any]]]:
-    """The rows of each optimizer step; which rows meet is proved in tests/test_order.py."""
+    """The rows of each optimizer step; which rows meet is proved in tests/step/test_order.py."""
     costs = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
     sampler = StepBatchSampler(
         costs,

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from rpo_trainer import SFTConfig, SFTTrainer
-from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.step import causal_lm
+from rpo_trainer.data.quickstart import character_tokenizer
+from rpo_trainer.step.forward import causal_lm
 from rpo_trainer.trainers.examples import Examples
 from tests.families import tiny_model
 

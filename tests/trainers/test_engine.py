@@ -13,9 +13,9 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from rpo_trainer.adapters import with_adapter
 from rpo_trainer.errors import RecipeError, RunError
-from rpo_trainer.reward_model import as_reward_model
+from rpo_trainer.models.adapters import with_adapter
+from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.trainers import SFTTrainer, engine
 from tests.models import make_model
 from tests.trainers.plain import make_rows

@@ -18,8 +18,8 @@ from rpo_trainer import (
     SFTConfig,
     SFTTrainer,
 )
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError, RecipeError
-from rpo_trainer.quickstart import character_tokenizer
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
 from tests.models import VOCABULARY, make_model

@@ -161,7 +161,7 @@ def test_rows_too_long_are_dropped_and_counted(character_model, make_trainer):
 
 def test_messages_go_through_the_chat_template(character_model, make_trainer):
     from rpo_trainer.data import set_chat_template
-    from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer.data.quickstart import character_tokenizer
 
     chat = set_chat_template(character_tokenizer(), "plain")
     rows = [

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rpo_trainer import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
-from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.reward_model import as_reward_model
+from rpo_trainer.models.reward_model import as_reward_model
 from tests.models import make_model
 
 PAIRS = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "no"} for n in range(8)]

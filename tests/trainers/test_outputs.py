@@ -30,10 +30,10 @@ from rpo_trainer import (
     SFTConfig,
     SFTTrainer,
 )
-from rpo_trainer.adapters import load_adapter
 from rpo_trainer.chain import run_chain
 from rpo_trainer.errors import ModelError, Problems, RunError
-from rpo_trainer.loading import load_weights
+from rpo_trainer.models.adapters import load_adapter
+from rpo_trainer.models.loading import load_weights
 from rpo_trainer.rewards.generate import _end_tokens
 from tests.chain import tiny
 from tests.models import make_model
@@ -424,7 +424,7 @@ def test_a_directory_that_cannot_be_written_to(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rpo_trainer.outputs.tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr("rpo_trainer.models.outputs.tempfile.TemporaryDirectory", full)
     with pytest.raises(RunError, match="No space left on device") as error:
         SFTTrainer(
             model(), args=args(SFTConfig, tmp_path), train_dataset=completions(),

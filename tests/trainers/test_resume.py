@@ -215,7 +215,7 @@ def test_another_reference_is_refused(trainer_of, make_trainer, tmp_path):
 
 
 def test_resuming_computes_no_reference_again(trainer_of, monkeypatch):
-    from rpo_trainer import reference
+    from rpo_trainer.step import reference
 
     kill(trainer_of("rpo", "out"), 2)
     monkeypatch.setattr(reference, "_VERIFIED_ROWS", 0)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, ModelError, RecipeError
-from rpo_trainer.quickstart import character_tokenizer
-from rpo_trainer.reward_model import as_reward_model
+from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.reward_data import RatingCollator

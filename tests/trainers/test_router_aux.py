@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.router_loss import router_loss_of
+from rpo_trainer.step.router_loss import router_loss_of
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
 from tests.models import MIXTURES, make_model
 from tests.trainers.plain import make_rows

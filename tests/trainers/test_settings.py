@@ -152,7 +152,7 @@ def test_accelerators_settings_that_act_may_serve_two_trainers(start, make_train
 
 
 def _tokenizer() -> Any:
-    from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer.data.quickstart import character_tokenizer
 
     return character_tokenizer()
 

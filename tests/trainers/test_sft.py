@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, make_trainer, 
 
 def test_messages_train_every_assistant_turn(make_trainer):
     from rpo_trainer.data import set_chat_template
-    from rpo_trainer.quickstart import character_tokenizer
+    from rpo_trainer.data.quickstart import character_tokenizer
 
     chat = set_chat_template(character_tokenizer(), "plain")
     turns = [("user", "one"), ("assistant", "first"), ("user", "two"), ("assistant", "second")]

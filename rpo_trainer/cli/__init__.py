@@ -1,0 +1,5 @@
+"""The command line, `rpo-trainer`."""
+
+from rpo_trainer.cli.main import main
+
+__all__ = ["main"]

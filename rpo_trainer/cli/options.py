@@ -1,0 +1,103 @@
+"""What the options of the commands on rewards say, as fields of a recipe. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe.template_kwargs import parse_kwargs
+
+if TYPE_CHECKING:
+    from rpo_trainer.data.rows import SpecialTokens
+    from rpo_trainer.recipe import SourceSpec
+
+SERVICE = ("api_key_env", "concurrency", "timeout", "retries")
+
+
+def service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an endpoint; RecipeError where its model has no name."""
+    if name is None:
+        raise RecipeError(
+            "an endpoint needs the name of its model",
+            where=url,
+            why="a server may have several, and every request says which one it is for",
+            fix="add --name",
+        )
+    return {"url": url, "model": name, **service}
+
+
+def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
+    """Arguments checked as a recipe's fields are; the first fault is shown."""
+    from rpo_trainer.recipe.messages import not_a_choice, why_of
+
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        context = first.get("ctx", {})
+        option = "--" + "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
+        if first["type"] == "literal_error":
+            what, fix = not_a_choice(option, first["input"], context["expected"])
+            raise RecipeError(what, why=why_of(first["type"]), fix=fix) from None
+        raise RecipeError(
+            context.get("what") or f"{first['msg']} ({first['input']!r})",
+            where=option,
+            why=context.get("why") or why_of(first["type"]),
+            fix=context.get("fix") or "see --help for what it takes",
+        ) from None
+
+
+def source_spec(
+    data: Path,
+    format_: str | None,
+    columns: Sequence[str],
+    special_tokens: SpecialTokens | None = None,
+    kwargs: Sequence[str] = (),
+) -> SourceSpec:
+    """A file as a source, with `--column` as `columns` and `--kwargs` as `chat_template_kwargs`."""
+    from rpo_trainer.rewards.files import source_of
+
+    named = dict(_assignment(text, "--column") for text in columns)
+    return source_of(data, format_, named, special_tokens, parse_kwargs(kwargs))
+
+
+def weights_of(text: str | None) -> dict[str, float] | str | None:
+    """`--weights`: a name, or weights by attribute."""
+    if text is None or "=" not in text:
+        return text
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, value = _assignment(part, "--weights")
+        if name in found:
+            raise RecipeError(
+                f"{name!r} is given two weights",
+                where="--weights",
+                why="a reward is one sum, and which of the two belongs in it cannot be guessed",
+                fix="give each attribute once",
+            )
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise RecipeError(
+                f"{value!r} is not a number",
+                where="--weights",
+                why="the score of an attribute is multiplied by its weight",
+                fix=f"write it as in {name}=0.5",
+            ) from None
+    return found
+
+
+def _assignment(text: str, option: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (sign and name.strip() and value.strip()):
+        raise RecipeError(
+            f"{text!r} is not name=value",
+            where=option,
+            why="one half alone does not say what it belongs to",
+            fix="write both, as in --column prompt=question or --weights helpfulness=0.5,coherence=0.5",
+        )
+    return name.strip(), value.strip()

@@ -1,0 +1,386 @@
+"""The commands on rewards: arguments only. No torch before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from rpo_trainer.cli.options import SERVICE, service_fields, source_spec, valid, weights_of
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe.template_kwargs import parse_kwargs
+
+if TYPE_CHECKING:
+    from rpo_trainer.data.rows import SpecialTokens
+    from rpo_trainer.rewards.calibrate import Calibration
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_input = click.argument("data", metavar="INPUT", type=click.Path(path_type=Path))
+_output = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write."
+)
+_format = click.option("--format", "format_", help="Format of INPUT; else found from its columns.")
+_columns = click.option(
+    "--column", "columns", multiple=True, metavar="OURS=THEIRS", help="A column of another name."
+)
+_special_tokens = click.option(
+    "--special-tokens",
+    type=click.Choice(["text", "parse"]),
+    help="How text of special tokens in INPUT is read: as letters (default), or as the tokens.",
+)
+_kwargs = click.option(
+    "--kwargs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A variable of the chat template, such as enable_thinking=false; may be repeated.",
+)
+_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_source = _options(_input, _format, _columns)
+_service = _options(
+    click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True,
+                 help="Environment variable with the key."),
+    click.option("--concurrency", type=int, default=8, show_default=True,
+                 help="Requests at a time."),
+    click.option("--timeout", type=float, default=60.0, show_default=True,
+                 help="Seconds without an answer before the next try."),
+    click.option("--retries", type=int, default=6, show_default=True,
+                 help="Further tries of a request."),
+)  # fmt: skip
+
+
+@click.command()
+@_source
+@_special_tokens
+@_kwargs
+@_output
+@click.option("--verifier", help="Rewards from the rows' right answers: exact, numeric, ...")
+@click.option("--allow-code-execution", is_flag=True, help="Let the verifier `asserts` run code.")
+@click.option("--model", help="A reward model: directory or hub name.")
+@click.option("--endpoint", metavar="URL", help="A reward model behind an endpoint.")
+@click.option("--judge", metavar="URL", help="An LLM judge behind an endpoint, asked twice a pair.")
+@click.option("--name", help="The model's name at the endpoint.")
+@click.option("--weights", help="attribute=weight,... or published weights by name.")
+@click.option("--template", help="File with the judge's prompt: {prompt}, {first}, {second}.")
+@click.option("--max-tokens", type=int, help="Longest answer of the judge.")
+@click.option("--batch-tokens", type=int, help="Tokens in a forward pass of --model.")
+@_service
+def score(
+    data: Path,
+    format_: str | None,
+    columns: Sequence[str],
+    special_tokens: SpecialTokens | None,
+    kwargs: Sequence[str],
+    output: Path,
+    verifier: str | None,
+    allow_code_execution: bool,
+    model: str | None,
+    endpoint: str | None,
+    judge: str | None,
+    name: str | None,
+    weights: str | None,
+    template: str | None,
+    max_tokens: int | None,
+    batch_tokens: int | None,
+    **service: Any,
+) -> None:
+    """Give rewards to the responses of INPUT: SFT rows, pairs, or K responses a row.
+
+    They come from --verifier, --model, --endpoint or --judge. Run again, it resumes where it
+    stopped; a row that finally fails is reported, and nothing is written until all have succeeded.
+    """
+    from rpo_trainer.recipe import ScoreSpec
+    from rpo_trainer.rewards.commands import score_file
+
+    scorers = {"--verifier": verifier, "--model": model, "--endpoint": endpoint, "--judge": judge}
+    given = [option for option, value in scorers.items() if value is not None]
+    if len(given) != 1:
+        raise RecipeError(
+            f"{' and '.join(given)} are given" if given else "no scorer is given",
+            why="one scorer gives the rewards: those of two have no common unit",
+            fix=f"give one of {', '.join(given or scorers)}",
+        )
+    fields: dict[str, Any] = {
+        "verifier": verifier,
+        "allow_code_execution": allow_code_execution,
+        "model": model,
+        "weights": weights_of(weights),
+        "batch_tokens": batch_tokens,
+    }
+    judged = {"template": template, "max_tokens": max_tokens}
+    if judge is None and any(value is not None for value in judged.values()):
+        raise RecipeError(
+            "--template and --max-tokens belong to --judge",
+            why="nothing else is asked in words, so nothing would read them",
+            fix="add --judge URL --name MODEL, or leave them out",
+        )
+    if name is not None and endpoint is None and judge is None:
+        raise RecipeError(
+            "--name belongs to --endpoint or --judge",
+            why="it is what a server calls its model; a verifier or --model has no server",
+            fix="add --endpoint URL or --judge URL, or leave it out",
+        )
+    if kwargs and verifier is not None:
+        raise RecipeError(
+            "--kwargs belongs to --model, --endpoint or --judge",
+            why="a verifier reads the responses alone: no chat template is rendered",
+            fix="leave it out",
+        )
+    if endpoint is not None:
+        fields["endpoint"] = service_fields(endpoint, name, service)
+    if judge is not None:
+        asked = {key: value for key, value in judged.items() if value is not None}
+        # A judge reads the rows as text: the variables are those of its own template.
+        own = {} if not kwargs else {"chat_template_kwargs": parse_kwargs(kwargs)}
+        fields["judge"] = {**service_fields(judge, name, service), **asked, **own}
+    spec = valid(ScoreSpec, {k: v for k, v in fields.items() if v is not None})
+    rendered = () if judge is not None else kwargs
+    source = source_spec(data, format_, columns, special_tokens, rendered)
+    score_file(source, output, spec, click.echo)
+
+
+@click.command()
+@_source
+@_special_tokens
+@_kwargs
+@_output
+@click.option("--policy", "policies", multiple=True, help="A model: directory or hub name.")
+@click.option(
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    metavar="URL",
+    help="A model behind an OpenAI-compatible endpoint (vLLM, say); needs --name.",
+)
+@click.option("--name", "names", multiple=True, help="The model's name there, one an --endpoint.")
+@click.option(
+    "--responses",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Responses for each prompt, from each policy.",
+)
+@click.option("--max-new-tokens", type=int, required=True, help="Longest response.")
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0: every token.")
+@click.option(
+    "--batch-size", type=int, default=64, show_default=True, help="Responses decoded at once."
+)
+@click.option("--with-ground-truth", is_flag=True, help="Add each row's `ground_truth` to them.")
+@click.option("--chat-template", help="chatml, plain, or a Jinja file; else each policy's own.")
+@_seed
+@_service
+def generate(
+    data: Path,
+    format_: str | None,
+    columns: Sequence[str],
+    special_tokens: SpecialTokens | None,
+    kwargs: Sequence[str],
+    output: Path,
+    policies: Sequence[str],
+    endpoints: Sequence[str],
+    names: Sequence[str],
+    chat_template: str | None,
+    seed: int,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Sample responses to the prompts of INPUT, from one policy or from several.
+
+    Run again, it resumes where it stopped. What a row gets depends on its id and the seed, not
+    on the rows beside it.
+    """
+    from rpo_trainer.recipe import GenerateSpec
+    from rpo_trainer.rewards.commands import generate_file
+
+    if len(endpoints) != len(names):
+        raise RecipeError(
+            f"{len(endpoints)} endpoints and {len(names)} names",
+            where="--endpoint, --name",
+            why="they belong together in their order, so none may be missing",
+            fix="one --name an --endpoint",
+        )
+    if not policies and not endpoints:
+        raise RecipeError(
+            "there is no policy to sample from",
+            where="--policy",
+            why="the responses are a model's, and none is taken unasked",
+            fix="add --policy MODEL, or --endpoint URL --name MODEL",
+        )
+    service = {key: settings.pop(key) for key in SERVICE}
+    at = [service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
+    spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **settings})
+    generate_file(
+        source_spec(data, format_, columns, special_tokens, kwargs), output, spec,
+        seed=seed, chat_template=chat_template, say=click.echo,
+    )  # fmt: skip
+
+
+@click.command()
+@_source
+@_output
+@click.option(
+    "--select",
+    default="best_worst",
+    show_default=True,
+    help="best_worst, best_random, all_pairs or all_responses.",
+)
+@click.option(
+    "--chosen",
+    default="best",
+    show_default=True,
+    help="best, or ground_truth: the row's, where it is among the responses.",
+)
+@click.option("--ties", default="drop", show_default=True, help="drop or keep equal rewards.")
+@click.option(
+    "--min-gap", type=float, default=0.0, show_default=True, help="Drop what has no larger gap."
+)
+@click.option("--min-chosen-reward", type=float, help="Drop rows with a lower chosen reward.")
+@click.option("--min-chosen-quantile", type=float, help="The same, as a quantile.")
+@click.option("--top-chosen-share", type=float, help="Keep this share, the best chosen.")
+@_seed
+def pairs(
+    data: Path,
+    format_: str | None,
+    columns: Sequence[str],
+    output: Path,
+    seed: int,
+    min_chosen_reward: float | None,
+    min_chosen_quantile: float | None,
+    top_chosen_share: float | None,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Make pairs, or rows of K responses, of the scored or ranked responses of INPUT."""
+    from rpo_trainer.recipe import FilterSpec, PairsSpec
+    from rpo_trainer.rewards.commands import pairs_file
+
+    thresholds = {
+        "min_chosen_reward": min_chosen_reward,
+        "min_chosen_quantile": min_chosen_quantile,
+        "top_chosen_share": top_chosen_share,
+    }
+    given = {key: value for key, value in thresholds.items() if value is not None}
+    filter = valid(FilterSpec, {**given, "reversed": "keep"}) if given else None
+    spec = valid(PairsSpec, settings)
+    source = source_spec(data, format_, columns)
+    pairs_file(source, output, spec, filter, seed=seed, say=click.echo)
+
+
+@click.command()
+@click.argument("data", metavar="INPUT...", nargs=-1, required=True)
+@_format
+@_columns
+@click.option("--reward-scale", type=float, help="The η to look at; else the fitted one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def calibrate(
+    data: Sequence[str],
+    format_: str | None,
+    columns: Sequence[str],
+    reward_scale: float | None,
+    as_json: bool,
+) -> None:
+    """Show what η makes of the reward gaps of INPUT, and fit one."""
+    from rpo_trainer.rewards.commands import calibrate_file
+
+    if reward_scale is not None and not 0 < reward_scale < math.inf:
+        raise RecipeError(
+            f"--reward-scale must be above 0, and finite, got {reward_scale:g}",
+            why="η multiplies the gaps: 0 takes them away, and below 0 worse responses would be learnt",
+            fix="give another, or leave it out: one is fitted",
+        )
+    sources = [source_spec(Path(path), format_, columns) for path in data]
+    found = calibrate_file(sources, reward_scale)
+    if as_json:
+        click.echo(json.dumps({name: c.as_dict() for name, c in found.items()}, indent=1))
+        return
+    for name, calibration in found.items():
+        _show(name, calibration)
+
+
+def _show(name: str, found: Calibration) -> None:
+    click.echo(f"{name}: {found.rows} pairs, {found.ties} ties, {found.against} reversed")
+    if found.without:
+        click.echo(f"  warning: {found.without} without rewards, left out")
+    widest = max(count for _, _, count in found.histogram)
+    for low, high, count in found.histogram:
+        bar = "█" * round(30 * count / max(widest, 1))
+        click.echo(f"  {low:>9.3g} to {high:<9.3g} {count:>7} {bar}")
+    click.echo(
+        f"  at η = {found.reward_scale:g}: {found.saturated:.1%} of the targets saturated, "
+        f"{found.flat:.1%} flat"
+    )
+    click.echo(f"  {found.fit.line()}" if found.fit is not None else f"  no fit: {found.unfit}")
+    if (warning := found.warning()) is not None:
+        click.echo(f"  warning: {warning}")
+
+
+@click.command()
+@_source
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Rows held out: their prompts should not be in INPUT.",
+)
+@click.option("--tokenizer", help="Directory or hub name: lengths, truncation, template.")
+@click.option("--chat-template", help="chatml, plain, or a Jinja file; else the tokenizer's own.")
+@_kwargs
+@click.option("--max-length", type=click.IntRange(2), help="Longest prompt + response, in tokens.")
+@click.option(
+    "--truncation",
+    type=click.Choice(["drop", "cut"]),
+    default="drop",
+    help="What becomes of longer rows (drop).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def audit(
+    data: Path,
+    format_: str | None,
+    columns: Sequence[str],
+    against: Path | None,
+    tokenizer: str | None,
+    chat_template: str | None,
+    kwargs: Sequence[str],
+    max_length: int | None,
+    truncation: Literal["drop", "cut"],
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Audit INPUT: what a stage would drop, and what it would learn without being told."""
+    from rpo_trainer.stages.inspect_data import audit_file
+
+    if tokenizer is None and (max_length is not None or chat_template is not None or kwargs):
+        raise RecipeError(
+            "--max-length, --chat-template and --kwargs need --tokenizer",
+            why="a row's length is counted in tokens, after the template is applied",
+            fix="add --tokenizer MODEL, or leave them out",
+        )
+    found = audit_file(
+        source_spec(data, format_, columns, kwargs=kwargs),
+        against=against,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        max_length=max_length,
+        truncation=truncation,
+    )
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=1))
+    else:
+        for line in found.lines():
+            click.echo(line)
+
+
+COMMANDS = (score, generate, pairs, calibrate, audit)

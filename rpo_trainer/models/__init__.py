@@ -1,0 +1,1 @@
+"""Models: loading, unwrapping, adapters, sharding, checks, reward models."""

@@ -1,0 +1,166 @@
+"""PEFT adapters on disk: what they belong to, and whether their files are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from rpo_trainer.errors import ModelError, RecipeError, first_line
+from rpo_trainer.models.pretrained import ADAPTER_CONFIG, has_weights, tensors_in
+from rpo_trainer.models.sharding import has_shards
+from rpo_trainer.runtime.file_errors import reads
+
+CONFIG = ADAPTER_CONFIG
+WEIGHTS = "adapter_model.safetensors"
+WAY = "adapter_base.json"  # path of the base relative to the adapter, so that a run can be moved
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether an adapter lies there, and no whole model; its base's config may be beside it."""
+    return (folder / CONFIG).is_file() and not has_weights(folder)
+
+
+def describe(folder: Path, base: str, *, way: str | None = None, plain_start: bool = False) -> None:
+    """Writes into a saved adapter what it is an adapter of.
+
+    Args:
+        base: absolute directory or hub name, which PEFT and others find from wherever they run.
+        way: the directory relative to the adapter's, which counts first here: both may have been moved.
+        plain_start: the base is what the adapter's start made of it, so loading must not do so again.
+    """
+    path = folder / CONFIG
+    settings = json.loads(path.read_text())
+    settings["base_model_name_or_path"] = base
+    if way is not None:
+        (folder / WAY).write_text(json.dumps({"base": way}))
+    if plain_start:
+        settings["init_lora_weights"] = True
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, an empty form
+
+
+@reads("the adapter", str)
+def base_of(folder: Path) -> str:
+    """Directory or hub name of the model that a saved adapter belongs to.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    if (folder / WAY).is_file():
+        near = folder / str(json.loads((folder / WAY).read_text())["base"])
+        if near.is_dir():
+            return str(near.resolve())
+    name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(
+            "the adapter does not name its base model",
+            where=str(folder / CONFIG),
+            why="it is only valid for that base",
+            fix="write the model's directory or hub name there as base_model_name_or_path",
+        )
+    for local in (folder / Path(name).expanduser(), Path(name).expanduser()):
+        if local.is_dir():
+            return str(local.resolve())
+    return str(name)
+
+
+def make_base_absolute(folder: Path) -> None:
+    """PEFT writes the base as it was named, which from elsewhere is another directory or none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text())
+    name = settings.get("base_model_name_or_path")
+    if name and not os.path.isabs(name) and Path(name).is_dir():
+        settings["base_model_name_or_path"] = os.path.abspath(name)
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def require_weights(folder: Path, where: str) -> None:
+    """Raises ModelError where a directory has no adapter weights in safetensors."""
+    if (folder / WEIGHTS).is_file():
+        try:
+            tensors_in([folder / WEIGHTS])
+            return
+        except (OSError, SafetensorError) as error:
+            what = f"{WEIGHTS} is damaged ({first_line(error)})"
+    else:
+        pickled = (folder / "adapter_model.bin").is_file()
+        what = "its weights are pickled (adapter_model.bin)" if pickled else f"{WEIGHTS} is missing"
+    raise ModelError(
+        f"the adapter cannot be loaded: {what}",
+        where=where,
+        why="weights are read from safetensors alone: a pickle can hold code",
+        fix="copy the adapter again, or load it with PEFT where you trust its origin, and `save_pretrained`",
+    )
+
+
+def require_complete(model: Any, folder: Path) -> None:
+    """Raises ModelError where the adapter's file lacks tensors or has others; PEFT only warns."""
+    from peft import get_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found, known = _as_loaded(model, tensors_in([folder / WEIGHTS])), model.state_dict()
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys() - known.keys())
+    other = [
+        name
+        for name, tensor in sorted(expected.items())
+        if name in found and not has_shards(model) and found[name] != list(tensor.shape)
+    ]
+    if not missing and not unknown and not other:
+        return
+    parts = [
+        f"{what}: {', '.join(names[:4])}"
+        + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for what, names in (("missing", missing), ("of another shape", other), ("unknown", unknown))
+        if names
+    ]
+    raise ModelError(
+        f"the adapter's file does not fit its configuration and base; {'; '.join(parts)}",
+        where=str(folder / WEIGHTS),
+        why="PEFT would initialize missing tensors and ignore the others",
+        fix="copy the adapter again, or name the base that it was trained on",
+    )
+
+
+def _as_loaded(model: Any, stored: Mapping[str, tuple[str, list[int]]]) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors under the names that PEFT loads them with.
+
+    Adapters of mixtures of experts have one pair for each expert where they are from transformers 4.
+    """
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers as convert,
+    )
+
+    config = model.peft_config[model.active_adapter]
+    empty = {name: torch.empty(shape, device="meta") for name, (_, shape) in stored.items()}
+    return {
+        name: list(tensor.shape)
+        for name, tensor in convert(model, config, empty, model.active_adapter).items()
+    }
+
+
+@reads("the adapter", lambda folder, wanted: str(folder))
+def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises RecipeError where a saved adapter is not what a recipe says of it."""
+    saved = json.loads((folder / CONFIG).read_text())
+    for name, value in wanted.items():
+        if name == "init_lora_weights" or name not in saved or value == "all-linear":
+            continue  # it has started already; PEFT writes names in place of `all-linear`
+        old, new = saved[name], value
+        if isinstance(old, list) and isinstance(new, list):
+            old, new = sorted(old, key=str), sorted(new, key=str)
+        if old != new:
+            raise RecipeError(
+                f"the recipe continues this adapter, whose {name} is {saved[name]}, not {value}",
+                where=str(folder),
+                why="its weights were trained with its own settings",
+                fix=f"write {name}: {saved[name]}, or merge the adapter first",
+            )

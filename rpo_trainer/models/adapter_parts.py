@@ -1,0 +1,198 @@
+"""Parts of a model that an adapter must train and save whole: new heads, and weights that no file has."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from rpo_trainer.errors import ModelError
+from rpo_trainer.models.pretrained import loading_report, local_folder, stored_tensors
+from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.forward import causal_lm, is_classifier
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+
+def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """The config, extended by what the adapter has to train and save whole; a copy where it changes.
+
+    These are the head of a classifier, which PEFT includes for task type SEQ_CLS alone, and modules that
+    the model's files do not have.
+    """
+    heads = _heads(model) if is_classifier(model) else []
+    missing, resized = fresh_parameters(causal_lm(model))
+    modules = {name.rpartition(".")[0] for name in missing}
+    parts = [*heads, *sorted(m for m in modules if m not in heads)]
+    _warn_resized(resized, config)
+    if not parts:
+        return config
+    if not hasattr(config, "modules_to_save"):
+        raise ModelError(
+            f"the adapter method {config.peft_type} cannot also train {', '.join(parts)}",
+            why="these parts are new, or the head of a reward model: frozen, they would stay random",
+            fix="use LoRA",
+        )
+    asked = getattr(config.task_type, "value", config.task_type)
+    given = list(config.modules_to_save or ())
+    changed: Any = copy.deepcopy(config)
+    changed.modules_to_save = given + [part for part in parts if part.split(".")[-1] not in given]
+    if heads:
+        changed.task_type = "SEQ_CLS"
+    if (asked != changed.task_type or changed.modules_to_save != given) and is_main():
+        logger.warning(
+            "the adapter trains and saves %s whole (modules_to_save)%s",
+            ", ".join(parts),
+            f"; its task_type is SEQ_CLS, not {asked}" if heads and asked != "SEQ_CLS" else "",
+        )
+    return changed  # type: ignore[no-any-return]
+
+
+def _heads(classifier: Any) -> list[str]:
+    """Names of a classifier's parts beside its decoder."""
+    return [
+        name
+        for name, part in classifier.named_children()
+        if part is not classifier.base_model and any(True for _ in part.parameters())
+    ]
+
+
+def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
+    """Parameters that the files a model was loaded from do not have, or have in another shape.
+
+    Of models that are not from a directory or the hub's cache nothing is known.
+    """
+    made = list(getattr(inner, "_rpo_made", ()))  # by this package
+    if getattr(inner, "_rpo_complete", False):  # loaded by this package, with all of its weights
+        return made, []
+    name = getattr(inner, "name_or_path", "") or ""
+    folder = local_folder(name) if name else None
+    quantized = getattr(inner.config, "quantization_config", None) is not None
+    try:
+        if folder is None or quantized or not stored_tensors(folder, inner.config):
+            return made, []
+        model, info = loading_report(type(inner), inner.config, folder, name)
+    except (ModelError, OSError, ValueError, SafetensorError):
+        return made, []
+    if model is None:
+        return made, []
+    missing = sorted({*info["missing_keys"], *made})
+    return missing, sorted(key[0] for key in info["mismatched_keys"])
+
+
+def warn_of_random(model: nn.Module) -> None:
+    """A WARNING where a model that somebody else has loaded has weights that its files lack."""
+    inner = causal_lm(model)
+    heads = _heads(inner) if is_classifier(inner) else []
+    missing = [n for n in fresh_parameters(inner)[0] if n.split(".")[0] not in heads]
+    if missing and is_main():
+        logger.warning(
+            "%d weights of the model are not in the files that it was loaded from (%s): they start at random",
+            len(missing), ", ".join(missing[:4]),
+        )  # fmt: skip
+
+
+def _warn_resized(resized: list[str], config: Any) -> None:
+    names = {*(getattr(config, "modules_to_save", None) or ()), *_targets(config)}
+    frozen = [name for name in resized if not names & {*name.split(".")}]
+    if frozen and not getattr(config, "trainable_token_indices", None) and is_main():
+        logger.warning(
+            "%s were resized after loading: the adapter leaves their new rows as they are. To train them, "
+            "set trainable_token_indices to the new tokens, or add the modules to modules_to_save",
+            ", ".join(frozen),
+        )
+
+
+def warn_of_fused_experts(wrapped: Any, config: Any) -> None:
+    """A WARNING where an adapter leaves experts as they are, whose weights are no linear layers.
+
+    PEFT's `target_modules` names modules; families that hold all experts of a layer in one parameter need
+    `target_parameters`.
+
+    Args:
+        wrapped: a model that PEFT has wrapped with a fresh adapter.
+        config: the adapter's.
+    """
+    if not hasattr(config, "target_parameters"):
+        return
+    trained = set(getattr(wrapped.base_model, "targeted_parameter_names", ()))
+    left: dict[str, int] = {}
+    for path, module in causal_lm(wrapped).named_modules():
+        path = re.sub(r"(\.base_layer)+(?=\.|$)", "", path)
+        for name, p in module.named_parameters(recurse=False):
+            whole = f"{path}.{name}"
+            if (
+                _is_fused_experts(path, name, module, p)
+                and whole not in trained
+                and not p.requires_grad
+            ):
+                short = re.split(r"\.\d+\.", whole)[-1]
+                left[short] = left.get(short, 0) + p.numel()
+    if left and is_main():
+        logger.warning(
+            "the adapter leaves the experts as they are: %s (%.3g weights) are parameters, and "
+            "target_modules names linear layers alone. To train them, set target_parameters: [%s]",
+            ", ".join(left), sum(left.values()), ", ".join(left),
+        )  # fmt: skip
+
+
+def _is_fused_experts(path: str, name: str, module: nn.Module, p: nn.Parameter) -> bool:
+    """Whether a parameter holds the weights of all experts of a layer."""
+    if (
+        p.ndim < 2
+        or name.endswith("bias")
+        or type(module).__module__.startswith(("torch.", "peft."))
+    ):
+        return False
+    return "expert" in f"{path}.{type(module).__name__}".lower()
+
+
+def _targets(config: Any) -> set[str]:
+    targets = getattr(config, "target_modules", None)
+    return set() if targets is None or isinstance(targets, str) else set(targets)
+
+
+def require_trained_parts(model: nn.Module) -> None:
+    """Raises ModelError where an adapter that somebody else has begun leaves random parts frozen.
+
+    Frozen heads of classifiers whose weights may have been trained are a WARNING.
+    """
+    inner = causal_lm(model)
+    trained = {_plain_name(name) for name, p in inner.named_parameters() if p.requires_grad}
+    missing, resized = fresh_parameters(inner)
+    frozen = [name for name in missing if name not in trained]
+    if frozen:
+        raise ModelError(
+            f"{', '.join(frozen[:4])} are new and random, and the adapter neither trains nor saves them",
+            why="the files that the model was loaded from do not have them",
+            fix='name their modules in modules_to_save of the adapter\'s config (task_type="SEQ_CLS" '
+            "includes the head of a reward model), or pass the model and peft_config",
+        )
+    for config in model.peft_config.values():  # type: ignore[operator]
+        _warn_resized([name for name in resized if name not in trained], config)
+    if not is_classifier(model):
+        return
+    heads = [name for name in _heads(inner) if not _trains(inner, name)]
+    if heads and is_main():
+        logger.warning(
+            "the adapter leaves the head of the reward model (%s) frozen and does not save it: that is "
+            "right only if it was trained before and the base keeps it",
+            ", ".join(heads),
+        )
+
+
+def _trains(inner: nn.Module, part: str) -> bool:
+    return any(p.requires_grad for p in inner.get_submodule(part).parameters())
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what an adapter that trains a module whole puts into it."""
+    before, mark, after = name.partition(".modules_to_save.")
+    return before + "." + after.partition(".")[2] if mark else name

@@ -1,0 +1,393 @@
+"""PEFT adapters: which are taken, how one is begun, loaded and merged.
+
+Nothing is believed that can be asked: a fresh adapter must leave the model's answers as they are, and a
+merged model must answer as the adapted one does. Both are compared on a few random tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.models.adapter_files import WEIGHTS, require_complete, require_weights
+from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_parts
+from rpo_trainer.models.multimodal import without_towers
+from rpo_trainer.models.outputs import read_generation
+from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.file_errors import device_failed, reads
+from rpo_trainer.step.forward import causal_lm, is_classifier
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_LOW = (torch.bfloat16, torch.float16)
+
+# Methods that are no change of weights, by `peft_type`.
+_NOT_WEIGHTS = {
+    "ADAPTION_PROMPT": "it puts a prompt of its own into the attention of every row",
+    "ADALORA": "its rank schedule and its regulariser need calls from a training loop made for it",
+    "XLORA": "it runs the model twice to mix adapters row by row",
+    "POLY": "it needs a task id with every row",
+}
+# Starts of LoRA that PEFT makes from data, in a step of its own before or after the adapter is added.
+_FROM_DATA = ("eva", "corda", "lora_ga")
+# Starts that take from the base what they put into the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+# --- which are taken ---
+
+
+def require_fit(config: PeftConfig) -> None:
+    """Raises ModelError for methods that the packed step cannot be right for."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning:
+        why = (
+            "its virtual tokens stand before a row, and a row here holds many examples, "
+            "of which only the first would see them"
+        )
+    elif kind in _NOT_WEIGHTS:
+        why = _NOT_WEIGHTS[kind]
+    elif getattr(config, "alora_invocation_tokens", None) is not None:
+        kind, why = "activated LoRA", "it is switched on by tokens of a row, which here is packed"
+    elif getattr(config, "monteclora_config", None) is not None:
+        kind, why = "MonteCLoRA", "it adds a term of its own to the loss, which nobody would add"
+    else:
+        return
+    raise ModelError(
+        f"the adapter method {kind} cannot be trained here",
+        why=why,
+        fix="use LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
+    )
+
+
+def require_plain_start(config: PeftConfig) -> None:
+    """Raises ModelError where a fresh adapter would need data that a config does not bring."""
+    start = getattr(config, "init_lora_weights", True)
+    if start is False:
+        raise ModelError(
+            "init_lora_weights=False starts the adapter at random",
+            why="the policy would not start as the model it is made from",
+            fix="leave init_lora_weights out",
+        )
+    if isinstance(start, str) and start in _FROM_DATA:
+        raise ModelError(
+            f"init_lora_weights={start!r} is made from data, in a step that is not part of a trainer",
+            why="without that step PEFT starts with other weights, or not at all",
+            fix="wrap the model yourself as PEFT's documentation says and pass the wrapped model, "
+            "or take another start (pissa, olora, orthogonal)",
+        )
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether the start of the adapter changes the weights below it."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has wrapped the model."""
+    from peft import PeftMixedModel, PeftModel
+
+    return isinstance(model, (PeftModel, PeftMixedModel))
+
+
+def require_fit_model(model: nn.Module) -> None:
+    """The same as `require_fit` for a model that somebody else has wrapped."""
+    from peft import PeftMixedModel
+
+    if isinstance(model, PeftMixedModel):
+        raise ModelError(
+            "a PeftMixedModel cannot be trained here",
+            why="PEFT cannot save one",
+            fix="take a PeftModel with one adapter",
+        )
+    if is_adapted(model):
+        for config in model.peft_config.values():  # type: ignore[operator]
+            require_fit(config)
+
+
+# --- beginning ---
+
+
+def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """The model with a fresh adapter, which leaves its answers as they are.
+
+    Raises:
+        ModelError: the model has an adapter already, or the method does not fit, or the model would
+            start as another one.
+    """
+    from peft import get_peft_model
+
+    if is_adapted(model):
+        raise ModelError(
+            "peft_config was given for a model that has an adapter already",
+            why="which of the two is to be trained cannot be guessed",
+            fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
+        )
+    if getattr(causal_lm(model), "_rpo_text_part", False):
+        raise ModelError(
+            "a reward model of the text part of a multimodal checkpoint cannot be trained by an adapter",
+            why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
+            fix="train it whole: leave peft_config (`peft` in a recipe) out",
+        )
+    require_fit(config)
+    require_plain_start(config)
+    config = without_towers(causal_lm(model), with_new_parts(model, config))
+    before = _answers(model)
+    try:
+        wrapped: Any = get_peft_model(model, config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"PEFT makes no adapter of this: {error}",
+            where="peft",
+            why="the settings do not fit together, or not this model",
+            fix="fix them: target_modules name layers of the model, r and lora_alpha are numbers",
+        ) from error
+    try:
+        _require_same(
+            wrapped, before,
+            what="the adapter changes the model before anything is learnt",
+            fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
+        )  # fmt: skip
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if device_failed(error):
+            raise
+        odd = ", ".join(_odd_targets(wrapped))
+        raise ModelError(
+            "the model cannot run with this adapter"
+            + (f": the targets {odd} do not compute what a linear layer does" if odd else ""),
+            where="peft",
+            why=first_line(error),
+            fix="leave these modules out: list them in exclude_modules, or the others in target_modules",
+        ) from error
+    warn_of_fused_experts(wrapped, config)
+    return wrapped  # type: ignore[no-any-return]
+
+
+def _odd_targets(wrapped: nn.Module) -> list[str]:
+    """Last names of adapted linear layers whose class has a forward of its own."""
+    layers = ((name, getattr(part, "base_layer", None)) for name, part in wrapped.named_modules())
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, layer in layers
+            if isinstance(layer, nn.Linear)
+            and type(layer).forward is not nn.Linear.forward
+            and not type(layer).__module__.startswith("bitsandbytes")
+        }
+    )
+
+
+@contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """Within it an adapter's parameters that start at zero do not, so that a test of paths can see them."""
+    asleep = [
+        p
+        for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())
+        if p.requires_grad and p.is_floating_point() and not p.any()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in asleep:
+                p.copy_(torch.randn(p.shape, generator=generator, device="cpu") * 0.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for p in asleep:
+                p.zero_()
+
+
+def starts_as(model: nn.Module, other: nn.Module) -> bool:
+    """Whether an adapted model is another one below its adapter, and the adapter does nothing yet."""
+    if not is_adapted(model) or is_adapted(other) or not whole_on_every_rank(model):
+        return False
+    below, theirs = _base_state(model), other.state_dict()
+    if below.keys() != theirs.keys() or not all(
+        torch.equal(t.to(theirs[n].device), theirs[n]) for n, t in below.items()
+    ):
+        return False
+    with model.disable_adapter():  # type: ignore[operator]
+        before = _answers(model)
+    return _off(model, before) < 1e-4
+
+
+def _base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights below the adapter, under the names that they have without one."""
+    kept = {}
+    for name, tensor in causal_lm(model).state_dict().items():
+        plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".original_module.", ".")
+        if plain != name or not any(mark in name for mark in ("lora_", ".modules_to_save.")):
+            kept[plain] = tensor
+    return kept
+
+
+# --- asking a model ---
+
+
+def lowest_precision(model: nn.Module) -> torch.dtype:
+    """The dtype that decides how closely two ways to the same answer can agree."""
+    for module in model.modules():
+        compute = getattr(module, "compute_dtype", None)  # of bitsandbytes' linear layers
+        if compute in _LOW:
+            return compute  # type: ignore[no-any-return]
+    return next(model.parameters()).dtype
+
+
+def _answers(model: nn.Module) -> Tensor | None:
+    """Log-probs (scores, of a classifier) on a few random tokens; None: the weights are not here whole."""
+    if not whole_on_every_rank(model):
+        return None
+    inner = causal_lm(model)
+    vocabulary = inner.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, 12), generator=generator, device="cpu")
+    ids = ids.to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        model.train(training)
+    return logits if is_classifier(inner) else logits.log_softmax(-1)
+
+
+def _off(model: nn.Module, expected: Tensor | None) -> float:
+    actual = _answers(model)
+    if actual is None or expected is None:
+        return 0.0
+    return (actual - expected.to(actual.device)).abs().max().item()
+
+
+def _require_same(model: nn.Module, expected: Tensor | None, *, what: str, fix: str) -> None:
+    off = _off(model, expected)
+    if not off <= (0.25 if lowest_precision(model) in _LOW else 1e-3):
+        raise ModelError(what, why=f"its log-probs change by {off:.2g} nats", fix=fix)
+
+
+# --- on disk ---
+
+
+@reads("the adapter", lambda base, folder, **_: str(folder))
+def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
+    """The model with a saved adapter; its weights are float32.
+
+    Raises:
+        ModelError: the adapter does not belong to this model, or its method is not taken.
+    """
+    from peft import PeftConfig, PeftModel
+
+    require_weights(folder, str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        require_fit(config)
+        model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        require_complete(model, folder)
+    except KeyError as error:  # of a module that is saved whole, PEFT looks its tensors up
+        raise ModelError(
+            f"the adapter's file does not fit its configuration; missing: {error.args[0]}",
+            where=str(folder / WEIGHTS),
+            why="the adapter would not be the one that was saved",
+            fix="copy the adapter again",
+        ) from error
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        if device_failed(error):
+            raise
+        raise ModelError(
+            "the adapter cannot be loaded",
+            where=str(folder),
+            why=first_line(error),
+            fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
+        ) from error
+    generation = read_generation(folder, str(folder))
+    if generation is not None:
+        causal_lm(model).generation_config = generation
+    return model  # type: ignore[no-any-return]
+
+
+def check_unread(folder: Path, base: nn.Module, where: str) -> None:
+    """Raises ModelError where `load_adapter` would, from the headers of the adapter's file.
+
+    Args:
+        base: the model that the adapter belongs to, its weights on the meta device; it is changed.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        require_fit(config)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # the start is in the file
+        with torch.device("meta"):
+            model: Any = get_peft_model(base, config)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            "the adapter cannot be loaded",
+            where=where,
+            why=first_line(error),
+            fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
+        ) from error
+    require_complete(model, folder)
+
+
+# --- merging ---
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """The model with its adapter merged in; answers as before, and can be trained.
+
+    Embeddings and head that shared a weight come apart where the adapter has changed one of them alone.
+
+    Raises:
+        ModelError: the method cannot be merged, or the merged model is another one.
+    """
+    before = _answers(model)
+    tied = _untie(model.get_base_model())
+    try:
+        plain: Any = model.merge_and_unload()
+    except (AttributeError, ValueError, NotImplementedError, TypeError) as error:
+        raise ModelError(
+            "the adapter cannot be merged",
+            why=str(error),
+            fix="write `between_stages: keep` without `merge`, or take a method that can be merged",
+        ) from error
+    if tied:
+        _tie_again(plain)
+    _require_same(
+        plain, before,
+        what="the merged model is not the adapted one",
+        fix="write `between_stages: keep` without `merge`, or report the method",
+    )  # fmt: skip
+    return plain.requires_grad_()  # type: ignore[no-any-return]
+
+
+def _untie(model: Any) -> bool:
+    """Gives the head a weight of its own: merging into a shared one would change the embeddings too."""
+    head = model.get_output_embeddings()
+    shared = {id(p) for p in model.get_input_embeddings().parameters()}
+    found = False
+    for module in () if head is None else head.modules():
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(p) in shared:
+                setattr(module, name, nn.Parameter(p.detach().clone(), p.requires_grad))
+                found = True
+    return found
+
+
+def _tie_again(model: Any) -> None:
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = torch.equal(embeddings.weight, head.weight)
+    if tied:
+        head.weight = embeddings.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied

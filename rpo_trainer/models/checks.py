@@ -1,0 +1,224 @@
+"""What can be known of a model before its weights are loaded: whether it fits, and can be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForSequenceClassification
+
+from rpo_trainer.errors import ModelError, RecipeError, first_line
+from rpo_trainer.models.loading import auto_class, check_tokens, saved_config
+from rpo_trainer.models.multimodal import (
+    is_multimodal,
+    random_model,
+    require_text_forward,
+    towers_line,
+)
+from rpo_trainer.models.outputs import (
+    check_savable,
+    read_generation,
+    repair_generation,
+    warn_repaired,
+)
+from rpo_trainer.models.pretrained import check_stored, weight_files
+from rpo_trainer.runtime.file_errors import reads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@reads("the model's configuration", lambda config, length, where, **_: where)
+def check_context(config: Any, max_length: int, where: str, *, whose: str = "the model's") -> None:
+    """Raises ModelError where `max_length` tokens are more than the model has positions for.
+
+    A rope that is stretched (yarn, linear) reaches its factor times the length it was trained at.
+    """
+    limit = positions_of(config)
+    if limit is not None and max_length > limit:
+        raise ModelError(
+            f"max_length {max_length} is beyond {whose} context of {limit} tokens",
+            where=where,
+            why="the model was not trained on positions beyond this, and may not have them",
+            fix=f"max_length: {limit}, or less",
+        )
+
+
+def positions_of(config: Any) -> int | None:
+    """Positions that a model is made for, stretched ropes included; None: its config has no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and limit < 1:  # XLNet's -1
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit is not None and isinstance(rope.get("factor"), int | float):
+        trained = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(trained * rope["factor"]))
+    return limit
+
+
+@reads("the model", lambda *_, where, **__: where)
+def check_unread(
+    config: Any,
+    folder: Path | None,
+    *,
+    tokens: int,
+    reward: bool,
+    where: str,
+    trust_remote_code: bool = False,
+) -> int:
+    """What can be seen of a model before its weights are read.
+
+    Args:
+        folder: where its files are; None: random weights, or a hub's.
+        tokens: of the tokenizer.
+        reward: a reward model will do too (see `auto_class`).
+
+    Returns:
+        The rows of its embeddings, as its configuration says; 0 where it does not.
+
+    Raises:
+        ModelError: weights in pickles alone, absent or cut, tensors that are missing, left over or of another
+            shape, a reward model where a policy is wanted, more tokens than embeddings.
+    """
+    factory = auto_class(config, reward=reward, where=where)
+    if folder is not None:
+        check_safetensors(folder, where, config)
+        check_stored(factory, config, folder, where, trust_remote_code=trust_remote_code)
+    rows = getattr(config.get_text_config(), "vocab_size", None) or 0
+    if rows:
+        check_tokens(rows, tokens, where)
+    return int(rows)
+
+
+@reads("the model", lambda config, *, where, **_: where)
+def check_towers(
+    config: Any, *, reward: bool, where: str, trust_remote_code: bool = False
+) -> str | None:
+    """What is frozen of a multimodal model, from its configuration; None: nothing, or it cannot be told.
+
+    Raises:
+        ModelError: its forward does not take text alone.
+    """
+    if not is_multimodal(config):
+        return None
+    factory = auto_class(config, reward=reward, where=where)
+    try:
+        with torch.device("meta"):
+            model = random_model(factory, config, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
+        return None  # no model can be made of the configuration: said where one is made
+    require_text_forward(model, where)
+    return towers_line(model)
+
+
+def check_scorer(folder: Path, where: str) -> None:
+    """Raises ModelError where a directory is not a reward model that can be loaded whole."""
+    config = saved_config(folder, where)
+    check_safetensors(folder, where, config)
+    check_stored(AutoModelForSequenceClassification, config, folder, where)
+
+
+def check_written(
+    config: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None, where: str
+) -> str | None:
+    """Saves what is written beside the weights of a stage that starts from this model.
+
+    Args:
+        folder: of the model; None: it has no generation config to read.
+
+    Returns:
+        A warning about fields of the generation config that are left out, or None.
+
+    Raises:
+        ModelError: the config, the generation config or the tokenizer cannot be saved.
+    """
+    generation = None if folder is None else read_generation(folder, where)
+    removed = [] if generation is None else repair_generation(generation, where)
+    check_savable(
+        {"model's config": config, "generation config": generation, "tokenizer": tokenizer},
+        where=where,
+    )
+    return warn_repaired(removed, where)
+
+
+def check_same_vocabulary(policy: int, reference: int, where: str | None = None) -> None:
+    """Raises RecipeError where a reference has other numbers of embeddings than the policy."""
+    if policy != reference:
+        raise RecipeError(
+            f"the reference has {reference} tokens, the policy {policy}",
+            where=where,
+            why="their log-probs would be of different tokens",
+            fix="take a reference with the policy's tokenizer",
+        )
+
+
+@reads("the model's tokenizer", lambda tokenizer, folder, where: where)
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> None:
+    """Raises ModelError where a model's own tokenizer gives tokens other numbers than the recipe's does."""
+    if not (folder / "tokenizer.json").is_file():
+        return  # nothing to compare with
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8", errors="replace")
+    try:
+        own = json.loads(text)["model"]["vocab"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if not isinstance(own, dict):  # unigram models: a list of pieces with their scores
+        own = {piece: number for number, (piece, _) in enumerate(own)}
+    known = tokenizer.get_vocab()
+    other = next((t for t, i in own.items() if known.get(t, i) != i), None)
+    if other is not None:
+        raise ModelError(
+            f"the model's tokenizer is another one: {other!r} is token {own[other]} there, and "
+            f"{known[other]} of the recipe's",
+            where=where,
+            why="the tokens of the recipe's tokenizer would mean other words to it",
+            fix="take a model with the tokenizer of `model`, or set `model.tokenizer`",
+        )
+
+
+def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
+    """Raises ModelError where a directory has no weights in safetensors, or damaged ones.
+
+    Only the files that transformers reads are judged (see `weight_files`).
+    """
+    files = sorted(path.name for path in folder.iterdir())
+    name = "the index of its weights"
+    try:
+        weights = weight_files(folder, config)
+        for path in weights:
+            name = path.name
+            if name not in files and path.parent == folder:
+                raise ValueError("it is missing")
+            with safe_open(path, "pt"):  # reads its head, and knows its length
+                pass
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(
+            f"the model cannot be loaded: {name} is damaged or is not a safetensors file "
+            f"({first_line(error)})",
+            where=where,
+            why="a part of its weights would be missing",
+            fix="copy or download the model's files again (from git: `git lfs pull`)",
+        ) from error
+    if weights:
+        return
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        raise ModelError(
+            f"the model cannot be loaded: its weights are pickled ({pickles[0]})",
+            where=where,
+            why="a pickle can hold code, which runs when it is read",
+            fix="take the model's safetensors, or convert them where you trust their origin: "
+            "load them with transformers, then `save_pretrained`",
+        )
+    others = [name for name in files if name.endswith(".safetensors")]
+    found = f", only {others[0]}, which transformers does not read" if others else ""
+    raise ModelError(
+        f"the model cannot be loaded: there are no weights beside its configuration{found}",
+        where=where,
+        why="the stage could not begin",
+        fix="give a directory with the model's files, its weights as safetensors",
+    )

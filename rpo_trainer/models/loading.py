@@ -1,0 +1,400 @@
+"""Models and tokenizers from a recipe: safetensors only, no code of strangers, clear errors."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from rpo_trainer.data import set_chat_template
+from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.models.multimodal import (
+    CLASSIFIER,
+    language_model_class,
+    random_model,
+    require_text_forward,
+    with_vocabulary,
+)
+from rpo_trainer.models.pretrained import (
+    LOADING_ERRORS,
+    load_complete,
+    load_pretrained,
+    refuse_adapter,
+)
+from rpo_trainer.models.sharding import loading_whole, rows_of
+from rpo_trainer.recipe.template_kwargs import COLUMN, check_kwargs
+from rpo_trainer.runtime.file_errors import device_failed, reads, require_files, require_sizes
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+    from rpo_trainer.recipe import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+NEEDED = "nothing can be trained or measured without it"
+_CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
+# Fields that configurations take beside those they write.
+_ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
+
+
+@reads("the tokenizer", lambda spec, base_dir: f"model: {spec.tokenizer or spec.name_or_path}")
+def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer, with its chat template."""
+    if spec.tokenizer == "characters":
+        from rpo_trainer.data.quickstart import character_tokenizer
+
+        tokenizer: Any = character_tokenizer()
+    else:
+        name = spec.tokenizer or spec.name_or_path
+        if name is None:
+            raise ModelError(
+                "a model made by from_config brings no tokenizer",
+                where="model.tokenizer",
+                why="without one no text becomes tokens",
+                fix="name one: a directory, a hub name, or `characters`",
+            )
+        tokenizer = _load(AutoTokenizer, name, base_dir, spec, what="tokenizer")
+    template = spec.chat_template
+    if template is not None and (path := base_dir / Path(template).expanduser()).is_file():
+        template = str(path)
+    made = set_chat_template(tokenizer, template)
+    check_kwargs(spec.chat_template_kwargs, made, f"model.{COLUMN}")
+    made("a")  # what its settings do not let it do is noticed here
+    if made.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end token",
+            where=f"model: {spec.tokenizer or spec.name_or_path}",
+            why="a response without one never ends, neither in the data nor when it is sampled",
+            fix="set eos_token in tokenizer_config.json",
+        )
+    return made
+
+
+@reads("the model", lambda spec, *_, **__: f"model: {spec.name_or_path}")
+def load_model(
+    spec: ModelSpec,
+    base_dir: Path,
+    *,
+    seed: int,
+    vocabulary: int,
+    quantization: BitsAndBytesConfig | None = None,
+    reward: bool = False,
+) -> PreTrainedModel:
+    """The model that the first stage starts from.
+
+    Weights are kept in float32 whatever `dtype` says: steps of 1e-7 are lost in bfloat16 weights.
+    `dtype` is the arithmetic (autocast) of the stages.
+
+    Args:
+        quantization: how its linear layers are held, where they are frozen.
+        reward: a reward model will do too (see `auto_class`).
+    """
+    if spec.from_config is not None:
+        model: Any = _random_model(with_vocabulary(spec.from_config, vocabulary), seed)
+    else:
+        assert spec.name_or_path is not None  # the schema
+        config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
+        model = _load(
+            auto_class(config, reward=reward, where=f"model: {spec.name_or_path}"),
+            spec.name_or_path,
+            base_dir,
+            spec,
+            what="model",
+            dtype=torch.float32,
+            **_quantized(quantization),
+        )
+    check_vocabulary(model, vocabulary)
+    name = spec.name_or_path or ""
+    local = base_dir / Path(name).expanduser()
+    return _named(model, os.path.abspath(local) if name and local.exists() else name)
+
+
+def auto_class(config: Any, *, reward: bool, where: str) -> Any:
+    """The class to load a checkpoint with: sequence classifiers are reward models, all others policies.
+
+    Args:
+        config: the checkpoint's.
+        reward: whether a reward model is wanted, or a policy to make one of.
+
+    Raises:
+        ModelError: a reward model where a policy is wanted; its language head would be random. A model
+            that text alone does not suffice for (see `language_model_class`).
+    """
+    names = map(str, getattr(config, "architectures", None) or ())
+    if not any(name.endswith(CLASSIFIER) for name in names):
+        return language_model_class(config, where)
+    if not reward:
+        raise ModelError(
+            "this is a reward model (a sequence classifier), and no policy",
+            where=where,
+            why="it cannot say how likely a token is",
+            fix="start from a causal language model",
+        )
+    return AutoModelForSequenceClassification
+
+
+@reads("the model's configuration", lambda spec, *_, **__: f"model: {spec.name_or_path}")
+def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
+    """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
+    if source is None and spec.from_config is not None:
+        return _configuration(with_vocabulary(spec.from_config, vocabulary))
+    name = spec.name_or_path
+    if source is not None:
+        name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
+    assert name is not None  # the schema
+    config = _load(AutoConfig, name, base_dir, spec, what="model's configuration")
+    return require_sizes(config, f"model: {name}")
+
+
+def _configuration(settings: dict[str, Any]) -> Any:
+    where = "model.from_config"
+    try:
+        known = AutoConfig.for_model(settings["model_type"])
+        config = AutoConfig.for_model(**settings)
+    except (*_CONFIGURATION_ERRORS, StrictDataclassError) as error:
+        # Of an unknown model_type, what follows is the list of all known ones.
+        what = last_line(error).split(" Should contain one of")[0]
+        raise ModelError(
+            f"this is no configuration of a model: {type(error).__name__}: {what}",
+            where=where,
+            why=NEEDED,
+            fix="write its fields as transformers has them, `model_type` among them",
+        ) from error
+    for name in settings:
+        if name in _ALSO_TAKEN or name in known.to_dict() or hasattr(known, name):
+            continue
+        near = difflib.get_close_matches(name, known.to_dict(), n=1)
+        raise ModelError(
+            f"a {settings['model_type']} has no field `{name}`",
+            where=where,
+            why="it would be ignored",
+            fix=f"did you mean `{near[0]}`?" if near else "remove it",
+        )
+    return require_sizes(config, where)
+
+
+def _random_model(settings: dict[str, Any], seed: int) -> Any:
+    config = _configuration(settings)
+    set_seed(seed)
+    factory = auto_class(config, reward=False, where="model.from_config")
+    try:
+        with loading_whole():  # in parts, each rank would draw other numbers
+            model = random_model(factory, config, dtype=torch.float32)
+    except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
+        if device_failed(error):
+            raise
+        raise ModelError(
+            f"no model can be made of this configuration: {type(error).__name__}: "
+            f"{last_line(error).split(' Model type should be one of')[0]}",
+            where="model.from_config",
+            why=NEEDED,
+            fix="fix the field named above, or take the configuration of a model that exists",
+        ) from error
+    require_text_forward(model, "model.from_config")
+    return model
+
+
+def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
+    return {} if config is None else {"quantization_config": config}
+
+
+@reads("the model", lambda folder, **_: str(folder))
+def load_weights(
+    folder: Path,
+    *,
+    quantization: BitsAndBytesConfig | None = None,
+    reward: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A stage's output, or any local model directory; float32, or its linear layers quantised.
+
+    Args:
+        reward: a reward model will do too (see `auto_class`).
+
+    Raises:
+        ModelError: there is no model, none in safetensors, or an incomplete one.
+    """
+    config = saved_config(folder, str(folder), trust_remote_code=trust_remote_code)
+    try:
+        model = load_complete(
+            auto_class(config, reward=reward, where=str(folder)),
+            folder,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            local_files_only=True,
+            **_quantized(quantization),
+        )
+    except LOADING_ERRORS as error:
+        raise _not_loaded("model", error, str(folder)) from error
+    return _named(model, os.path.abspath(folder))
+
+
+@reads("the model", lambda name, **_: name)
+def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
+    """The model of a name or path that a trainer was given, in float32.
+
+    A file's own dtype would round the steps; bf16 of the arguments is the arithmetic.
+
+    Raises:
+        ModelError: it cannot be loaded whole, from safetensors and without code of its own.
+    """
+    refuse_adapter(name)
+    try:
+        config = load_pretrained(AutoConfig, name)
+        _refuse_kernel(config, name)
+        factory = auto_class(config, reward=reward, where=name)
+        model: PreTrainedModel = load_complete(factory, name, dtype=torch.float32)
+    except LOADING_ERRORS as error:
+        raise _not_loaded("model", error, name) from error
+    model._rpo_complete = True  # type: ignore[assignment]
+    return model
+
+
+def load_tokenizer_named(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a name or path that a trainer was given; ModelError where there is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name)
+    except LOADING_ERRORS as error:
+        raise _not_loaded("tokenizer", error, name) from error
+    return tokenizer
+
+
+def _refuse_kernel(config: Any, where: str) -> None:
+    """A config can name an attention kernel on the hub, which is code that runs here."""
+    if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
+        raise ModelError(
+            f"the model's configuration asks for attention code from the hub ({name})",
+            where=where,
+            why="that code would run here with your permissions",
+            fix="remove attn_implementation from config.json",
+        )
+
+
+@reads("the model's configuration", lambda folder, where, **_: where)
+def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a local model; ModelError where there is none, or none that can be read."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "there is no model here",
+            where=where,
+            why=NEEDED,
+            fix="give a directory with config.json and weights in safetensors",
+        )
+    require_files(folder, where)
+    try:
+        config = load_pretrained(
+            AutoConfig, folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except LOADING_ERRORS as error:
+        raise _not_loaded("model", error, where) from error
+    if not trust_remote_code:
+        _refuse_kernel(config, where)
+    return require_sizes(config, where)
+
+
+def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"the {what} cannot be loaded: it needs code from its repository",
+            where=where,
+            why="that code would run here with your permissions",
+            fix="take a model that transformers knows by itself; or read the code, and set "
+            "`trust_remote_code: true` under `model`",
+        )
+    return ModelError(
+        f"the {what} cannot be loaded: {first_line(error)}",
+        where=where,
+        why=NEEDED,
+        fix="give a directory with the model's files (safetensors), or a hub name",
+    )
+
+
+def _named(model: Any, name: str) -> PreTrainedModel:
+    """The model, told to have come from `name`, a hub name or an absolute path: an adapter writes it."""
+    model.name_or_path = model.config.name_or_path = name
+    model._rpo_complete = True  # see `adapter_parts.fresh_parameters`
+    return model  # type: ignore[no-any-return]
+
+
+def check_vocabulary(model: Any, tokens: int) -> None:
+    """Raises ModelError where the tokenizer has more tokens than the model has embeddings."""
+    check_tokens(rows_of(model.get_input_embeddings().weight), tokens, "model")
+
+
+def check_tokens(rows: int, tokens: int, where: str) -> None:
+    """Raises ModelError where a tokenizer has more tokens than a model has embeddings."""
+    if tokens > rows:
+        raise ModelError(
+            f"the tokenizer has {tokens} tokens, the model {rows} embeddings",
+            where=where,
+            why="a token beyond the table cannot be embedded",
+            fix="take the model's own tokenizer, or resize the model's embeddings first",
+        )
+
+
+def _load(
+    factory: Any, name: str, base_dir: Path, spec: ModelSpec, *, what: str, **settings: Any
+) -> Any:
+    local = base_dir / Path(name).expanduser()
+    where = str(local) if local.exists() else name
+    if not local.exists() and name.startswith((".", "/", "~")):  # no hub name begins so
+        raise ModelError(
+            f"the {what} cannot be loaded: there is no such directory",
+            where=f"model: {name}",
+            why=NEEDED,
+            fix="give a directory with the model's files (safetensors), or a hub name",
+        )
+    if local.is_dir():
+        require_files(local, f"model: {name}")
+    revision = spec.revision or "main"
+    known = local.exists() or _hub_answers(name, revision)
+    load = load_complete if what == "model" else load_pretrained
+    try:
+        made = load(
+            factory,
+            where,
+            revision=revision,
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=not known,
+            **settings,
+        )
+        if factory is AutoConfig and not spec.trust_remote_code:
+            _refuse_kernel(made, f"model: {name}")
+        return made
+    except ModelError as error:
+        raise error.at(f"model: {name}") from None
+    except LOADING_ERRORS as error:
+        failed = _not_loaded(what, error, f"model: {name}")
+        if known:
+            raise failed from error
+        fix = (
+            f"give a directory with the model's files (safetensors); or try again with a network, or run "
+            f"`hf download {name}` where there is one: its cache is read without"
+        )
+        raise ModelError(failed.what, where=failed.where, why=failed.why, fix=fix) from error
+
+
+def _hub_answers(name: str, revision: str) -> bool:
+    """Whether the hub can be asked; transformers would try for 45 s before it reads its cache alone."""
+    try:
+        HfApi().file_exists(name, "config.json", revision=revision)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # an answer, which transformers has the words for
+    except Exception:  # no network, in the words of whichever client the hub's library has
+        return False
+    return True

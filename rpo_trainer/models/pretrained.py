@@ -1,0 +1,370 @@
+"""The only module that calls `from_pretrained` of models and tokenizers.
+
+Weights come from safetensors, code from a repository runs only where the caller allows it, and a model is
+complete: transformers fills tensors that are missing from the files with random numbers and only logs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.models.multimodal import CLASSIFIER, is_multimodal, require_text_forward
+from rpo_trainer.models.outputs import (
+    PROCESSOR_FILES,
+    processor_files,
+    processor_template,
+    read_generation,
+    remember_processor,
+)
+from rpo_trainer.models.sharding import loading_whole, whole_on_every_rank
+from rpo_trainer.runtime.distributed import is_main
+
+logger = logging.getLogger(__name__)
+
+# Not RuntimeError: that may be the device, or memory.
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+ADAPTER_CONFIG = "adapter_config.json"
+_SHOWN = 4  # tensors that an error names
+_INTEGERS = "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"  # dtypes of safetensors
+_TENSORS = re.compile(
+    r"loading state_dict|size mismatch|ignore_mismatched_sizes|conversion of the weights"
+)
+_HEAD = re.compile(r"^lm_head\.")
+
+
+def load_pretrained(
+    factory: Any, source: str | Path, *, trust_remote_code: bool = False, **settings: Any
+) -> Any:
+    """A tokenizer or a configuration; transformers would ask on stdin whether to run a repository's code.
+
+    A tokenizer without a chat template gets the one that its processor has in a file of its own.
+    """
+    made = factory.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
+    if factory is AutoTokenizer and not made.chat_template:
+        made.chat_template = processor_template(
+            source,
+            revision=settings.get("revision"),
+            local_files_only=bool(settings.get("local_files_only")),
+        )
+    return made
+
+
+def load_complete(
+    factory: Any, source: str | Path, *, trust_remote_code: bool = False, **settings: Any
+) -> Any:
+    """A model with all of its weights, each of them from safetensors.
+
+    Args:
+        factory: one of transformers' Auto classes for models.
+        source: directory or hub name.
+        settings: further arguments of `from_pretrained`.
+
+    Raises:
+        ModelError: tensors that are missing, left over or of another shape; an adapter beside the model; a
+            damaged generation config.
+        OSError, ValueError, ...: see `LOADING_ERRORS`.
+    """
+    where = str(source)
+    refuse_adapter(where)
+    try:
+        model, info = factory.from_pretrained(
+            source,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **settings,
+        )
+    except RuntimeError as error:
+        if _TENSORS.search(str(error)) is None:
+            raise
+        raise _other_tensors(error, where) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapter_there(where, beside=False)
+    _keep_used_conversions(model)
+    folder = local_folder(source, settings.get("revision"))
+    _require_complete(
+        model, info, where, lambda: {} if folder is None else stored_tensors(folder, model.config)
+    )
+    if folder is not None and model.can_generate():
+        read_generation(folder, where)
+    if is_multimodal(model.config):
+        _complete_multimodal(model, source, settings, where)
+    return model
+
+
+def _keep_used_conversions(model: Any) -> None:
+    """Leaves only those conversions of tensor names to the model that its loading has used.
+
+    Saving reverts them. transformers does so itself, except under DeepSpeed ZeRO-3.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and all(hasattr(conversion, "was_used") for conversion in conversions):
+        model._weight_conversions = [c for c in conversions if c.was_used()]
+
+
+def _complete_multimodal(
+    model: Any, source: str | Path, settings: Mapping[str, Any], where: str
+) -> None:
+    if settings.get("quantization_config") is None and whole_on_every_rank(model):
+        require_text_forward(model, where)
+    files = processor_files(
+        source,
+        revision=settings.get("revision"),
+        local_files_only=bool(settings.get("local_files_only")),
+    )
+    if not files and not Path(source).is_dir() and is_main():
+        logger.warning(
+            "%s: no files of a processor were found (%s): the output will have none, and needs them "
+            "before it can be given images or sound",
+            where, ", ".join(PROCESSOR_FILES),
+        )  # fmt: skip
+    remember_processor(model, files)
+
+
+_FIX = (
+    "copy or download the model's files again; or load them with transformers, read its report, and "
+    "`save_pretrained` what you want to train"
+)
+
+
+def refuse_adapter(where: str) -> None:
+    """Raises ModelError where a directory holds a PEFT adapter, alone or beside a model."""
+    folder = Path(where)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise _adapter_there(where, beside=has_weights(folder))
+
+
+def _adapter_there(where: str, *, beside: bool) -> ModelError:
+    return ModelError(
+        f"this directory holds a PEFT adapter{' beside a model' if beside else ', not a whole model'}",
+        where=where,
+        why="whether it is to be merged, trained further or left out cannot be guessed",
+        fix="move the adapter to a directory of its own"
+        if beside
+        else "load its base, then PeftModel.from_pretrained(base, directory, is_trainable=True), and pass "
+        "the wrapped model; in a recipe, name the adapter's directory as `init` of a stage",
+    )
+
+
+def _require_complete(
+    model: Any,
+    info: Mapping[str, Collection[Any]],
+    where: str,
+    headers: Callable[[], dict[str, tuple[str, list[int]]]],
+) -> None:
+    """Raises ModelError where transformers' loading report is not empty."""
+    lacking = {
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    more = _left_over(model, info["unexpected_keys"], headers)
+    found = {**lacking, "unknown": more}
+    if not any(found.values()):
+        return
+    parts = [f"{what}: {_named(names)}" for what, names in found.items() if names]
+    raise ModelError(
+        f"the files of the model do not fit a {type(model).__name__}: {'; '.join(parts)}",
+        where=where,
+        why="transformers would fill what is missing with random numbers and ignore the others"
+        if any(lacking.values())
+        else "the files hold more than this model, such as the other parts of a composite one, which would "
+        "be ignored and not saved again",
+        fix=_FIX,
+    )
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _left_over(
+    model: Any,
+    unexpected: Collection[str],
+    headers: Callable[[], dict[str, tuple[str, list[int]]]],
+) -> list[str]:
+    """Tensors that hold weights the model has no place for.
+
+    Masks, constants and buffers that the class computes itself, as old releases saved them, hold none.
+    """
+    if not unexpected:
+        return []
+    known = headers()
+    classifier = type(model).__name__.endswith(CLASSIFIER)
+    saved, prefix = model.state_dict(), model.base_model_prefix + "."
+    computed = {name for name, _ in model.named_buffers() if name not in saved}
+    return sorted(
+        name
+        for name in unexpected
+        # A classifier does not use a language head.
+        if not (classifier and _HEAD.match(name))
+        and not (name in known and (known[name][0] in _INTEGERS or not known[name][1]))
+        and not computed & {name, prefix + name, name.removeprefix(prefix)}
+    )
+
+
+# --- without reading the weights ---
+
+
+def weight_files(folder: Path, config: Any = None) -> list[Path]:
+    """The safetensors files of a directory that transformers reads, and no others that lie there.
+
+    They are `model.safetensors`, or else the parts that `model.safetensors.index.json` names, or else none.
+
+    Args:
+        config: the model's, which can name another file (`transformers_weights`) and more of them.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    named = getattr(config, "transformers_weights", None)
+    choices = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    name = next((name for name in choices if (folder / name).is_file()), None)
+    if name is None:
+        return []
+    names = {name}
+    if name.endswith(".index.json"):
+        try:
+            names = set(
+                json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+            )
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{name}: {first_line(error)}") from error
+    names |= {
+        more for more in getattr(type(config), "extra_files", ()) if (folder / more).is_file()
+    }
+    return [folder / str(each) for each in sorted(names, key=str)]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a directory holds the weights of a whole model, in safetensors or pickled."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    return any((folder / name).is_file() for name in names)
+
+
+def tensors_in(files: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of each tensor in safetensors files, from their headers."""
+    found = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                found[name] = (str(part.get_dtype()), list(part.get_shape()))
+    return found
+
+
+def stored_tensors(folder: Path, config: Any = None) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of each tensor that a directory's model is loaded from (see `weight_files`)."""
+    return tensors_in(weight_files(folder, config))
+
+
+def local_folder(source: str | Path, revision: str | None = None) -> Path | None:
+    """The directory that a model is in, or the one in the hub's cache; None: neither is there."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(str(source), "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def check_stored(
+    factory: Any, config: Any, folder: Path, where: str, *, trust_remote_code: bool = False
+) -> None:
+    """Raises ModelError where `load_complete` would, from the headers of the files alone.
+
+    transformers loads tensors of these names and shapes without values, so that its renamings, ties and
+    exceptions count. Weights that are quantized in the files are left to the loading itself.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    model, info = loading_report(
+        factory, config, folder, where, trust_remote_code=trust_remote_code
+    )
+    if model is not None:
+        _require_complete(model, info, where, lambda: stored_tensors(folder, config))
+
+
+def loading_report(
+    factory: Any, config: Any, folder: Path, where: str, *, trust_remote_code: bool = False
+) -> tuple[Any, Mapping[str, Collection[Any]]]:
+    """A model whose weights are not read, and its loading report; None: it cannot be told.
+
+    Args:
+        factory: an Auto class, or the model's own class.
+    """
+    stored = {
+        name: torch.empty(shape, device="meta")
+        for name, (_, shape) in stored_tensors(folder, config).items()
+    }
+    try:
+        with loading_whole(), quiet_loading():
+            kind = factory
+            if not hasattr(factory, "config_class"):
+                with torch.device("meta"):
+                    kind = type(factory.from_config(config, trust_remote_code=trust_remote_code))
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=stored,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+            )
+    except RuntimeError as error:
+        if _TENSORS.search(str(error)) is None:
+            raise
+        raise _other_tensors(error, where) from error
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
+        return None, {}  # no model can be made of the configuration: said where one is made
+    return model, info
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers' loading report and progress bar from the screen."""
+    from transformers.utils import logging as theirs
+
+    log = logging.getLogger("transformers")
+    level, bar = log.level, theirs.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bar:
+            theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _other_tensors(error: RuntimeError, where: str) -> ModelError:
+    return ModelError(
+        "the model cannot be loaded: its files do not hold the tensors of its class",
+        where=where,
+        why=last_line(error),
+        fix=_FIX,
+    )

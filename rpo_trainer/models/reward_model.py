@@ -1,0 +1,181 @@
+"""Reward models: transformers' sequence classifiers, one head for each attribute.
+
+Any tool loads them with `AutoModelForSequenceClassification.from_pretrained`, and reads the same scores. What
+turns the scores into one reward lies in their config: `id2label`, the names of the attributes, and
+`reward_weights`, by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
+
+from rpo_trainer.attributes import resolve_weights
+from rpo_trainer.data import end_token_ids
+from rpo_trainer.errors import ModelError
+from rpo_trainer.models.multimodal import is_composite, text_decoder
+from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.step.forward import causal_lm, is_classifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ONE_REWARD = ("reward",)  # the only head where nothing else is asked for
+
+
+def as_reward_model(
+    model: nn.Module,
+    *,
+    attributes: Sequence[str] | None = None,
+    weights: str | Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Any:
+    """A reward model with these attributes, made of a causal language model or of a reward model.
+
+    A language model is taken apart: its decoder gets a new head, drawn by `seed`, and its own head is
+    left out. Of a multimodal model without a classifier of its own, the text decoder alone becomes one, of
+    the text configuration. A sequence classifier stays what it is.
+
+    Args:
+        attributes: names of the heads, in order; None: those of the classifier, or one reward.
+        weights: see `resolve_weights`; None: those of the classifier, else the mean.
+
+    Raises:
+        ModelError: a family without a sequence classifier; a classifier with other attributes; a
+            language model inside a wrapper.
+        RecipeError: weights that do not fit the attributes.
+    """
+    if is_classifier(model):
+        names = _names_of(causal_lm(model), attributes)
+    else:
+        names = tuple(attributes or ONE_REWARD)
+        model = _with_head(model, names, seed)
+    config = causal_lm(model).config
+    known = getattr(config, "reward_weights", None)
+    if weights is None and isinstance(known, Mapping) and set(known) == set(names):
+        weights = known
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.reward_weights = resolve_weights(weights, names)
+    return model
+
+
+def _names_of(classifier: Any, attributes: Sequence[str] | None) -> tuple[str, ...]:
+    own = attributes_of(classifier)
+    unnamed = own == tuple(f"LABEL_{number}" for number in range(len(own)))
+    if attributes is None:
+        return ONE_REWARD if unnamed and len(own) == 1 else own
+    if len(own) != len(attributes) or (own != tuple(attributes) and not unnamed):
+        raise ModelError(
+            f"the reward model scores {', '.join(own)}, asked for are {', '.join(attributes)}",
+            where="attributes",
+            why="each head was trained for one attribute: under another name it gets another's weight",
+            fix="name its attributes in its order, or start from a language model",
+        )
+    return tuple(attributes)
+
+
+def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
+    source = causal_lm(model)
+    if source is not model:
+        raise ModelError(
+            f"a {type(model).__name__} around a language model cannot become a reward model",
+            why="its head would be another one",
+            fix="pass the language model itself (an adapter is given as peft_config)",
+        )
+    factory: Any = AutoModelForSequenceClassification
+    config, decoder = source.config, source.base_model
+    text_part = (
+        is_composite(config) and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    )
+    if text_part:  # its text decoder alone may have a classifier
+        config, decoder = config.get_text_config(), text_decoder(source)
+    config.num_labels = len(names)
+    try:
+        # The decoder is there already, and what stands in for it must not be handed out to the ranks.
+        with loading_whole(), init_empty_weights(include_buffers=False):
+            made = factory.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no sequence classifier for {config.model_type} models",
+            why="a reward model is one",
+            fix="take a model of another family",
+        ) from error
+    parameter = next(decoder.parameters())
+    setattr(made, made.base_model_prefix, decoder)
+    missing = [
+        name
+        for name, part in made.named_children()
+        if part is not decoder and any(True for _ in part.parameters())
+    ]
+    if missing != ["score"]:
+        raise ModelError(
+            f"the sequence classifier of {config.model_type} models is no decoder with a head",
+            why=f"the language model has nothing for {', '.join(missing)}",
+            fix="take a model of another family",
+        )
+    made.score.to_empty(device=parameter.device).to(parameter.dtype)
+    set_seed(seed)
+    for weights in made.score.parameters():
+        nn.init.normal_(weights, std=getattr(config.get_text_config(), "initializer_range", 0.02))
+    made.name_or_path = source.name_or_path
+    made._rpo_made = tuple(f"score.{name}" for name, _ in made.score.named_parameters())
+    if hasattr(source, "_rpo_complete"):
+        made._rpo_complete = source._rpo_complete
+    made._rpo_text_part = text_part
+    made.train(source.training)
+    return made
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:
+    """A tokenizer whose pad token ends no response, and the model told of it.
+
+    transformers' classifiers read their scores at the last token that is not padding: where a
+    response ends with the pad token, that would be the token before its end. So the pad token, if
+    there is none or if it is an end token, becomes the unknown or the begin token.
+
+    Returns:
+        `tokenizer` itself, or a copy.
+
+    Raises:
+        ModelError: there is no such token.
+    """
+    config = causal_lm(model).config
+    ends = end_token_ids(tokenizer)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        others = (tokenizer.unk_token, tokenizer.bos_token)
+        free = [t for t in others if t and tokenizer.convert_tokens_to_ids(t) not in ends]
+        if not free:
+            raise ModelError(
+                "the tokenizer has no pad token, or one that ends responses",
+                why="a classifier reads its scores at the last token that is not padding",
+                fix="set pad_token in tokenizer_config.json to a token that ends nothing",
+            )
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = free[0]
+    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def attributes_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of a reward model's heads, in their order."""
+    labels = causal_lm(model).config.id2label
+    return tuple(str(labels[number]) for number in sorted(labels))
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    """`[A]`, float64: the weight of each head in the reward; the mean where the config has none."""
+    names = attributes_of(model)
+    known = getattr(causal_lm(model).config, "reward_weights", None)
+    weights = resolve_weights(known, names)
+    return torch.tensor([weights[name] for name in names], dtype=torch.float64)

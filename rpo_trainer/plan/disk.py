@@ -1,0 +1,196 @@
+"""What a run writes, in bytes; whether there is room for it; and what the file system refuses after all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpo_trainer.errors import ModelError, RecipeError, RunError
+from rpo_trainer.models.adapter_files import base_of, is_adapter
+from rpo_trainer.models.adapters import with_adapter
+from rpo_trainer.models.loading import auto_class, load_config
+from rpo_trainer.models.multimodal import freeze_towers, random_model
+from rpo_trainer.models.reward_model import as_reward_model
+from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
+from rpo_trainer.report.values import size
+from rpo_trainer.runtime.file_errors import UNREADABLE, reading
+from rpo_trainer.runtime.files import refusal
+from rpo_trainer.stages.settings import lora_config
+
+SAVING = "saving"  # the part that is there only while a checkpoint is written
+_CELL = 60  # bytes of one reference log-prob in the cache, its key and file overhead included
+
+
+def stage_disk(
+    stage: Stage, *, parameters: int, trained: int, optimizer: int, responses: int
+) -> dict[str, int]:
+    """Bytes by what is kept of a stage: output, checkpoints, cache; and `saving`, for a moment.
+
+    Args:
+        parameters, trained, optimizer: bytes of all weights, of the trained ones, of their state.
+        responses: how many there are of which the reference's log-probs are kept.
+    """
+    spec = stage.peft
+    parts = {"output": parameters}
+    if spec is not None:
+        merged = spec.between_stages == "merge" or spec.merge
+        parts["output"] = trained + (parameters if merged else 0)
+    if stage.save_steps:
+        parts[SAVING] = (parameters if spec is None else trained) + optimizer
+        parts["checkpoints"] = parts[SAVING] * stage.save_total_limit
+    if isinstance(stage, PreferenceStage):
+        parts["reference cache"] = responses * _CELL
+    return parts
+
+
+def together(stages: Sequence[Mapping[str, int]]) -> int:
+    """Bytes that several stages take when most is there: one of them writes a checkpoint at a time."""
+    kept = sum(n for parts in stages for name, n in parts.items() if name != SAVING)
+    return kept + max((parts.get(SAVING, 0) for parts in stages), default=0)
+
+
+def unread_model(
+    stage: Stage,
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    base_dir: Path,
+    vocabulary: int,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The model that a stage trains, adapter included, of weights that nobody has read.
+
+    To be called under `torch.device("meta")`.
+
+    Raises:
+        ModelError: there is no configuration, or none that a causal language model can be made of.
+    """
+    source = stage.init
+    by_name = {other.name: other for other in stages}
+    while source in by_name:
+        source = by_name[source].init
+    if source != "model" and is_adapter(folder := resolve_path(base_dir, source)):
+        source = base_of(folder)
+    where = f"stages.{stage.name}.init"
+    config = load_config(recipe.model, base_dir, None if source == "model" else source, vocabulary)
+    reward = isinstance(stage, RewardStage)
+    with reading("the model's configuration", where):
+        factory: Any = auto_class(config, reward=reward, where=where)
+    try:
+        model: nn.Module = random_model(
+            factory, config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except (RuntimeError, *UNREADABLE) as error:  # on `meta`: not memory, and not a device
+        raise ModelError(
+            f"no model can be made of its configuration: {error}",
+            where="model",
+            why="its fields do not fit together",
+            fix="correct them, or take a causal language model that transformers knows",
+        ) from error
+    if isinstance(stage, RewardStage):
+        names, weights = stage.attributes, stage.reward_weights
+        model = as_reward_model(model, attributes=names, weights=weights)
+    freeze_towers(model)
+    adapter = lora_config(stage)
+    try:
+        return model if adapter is None else with_adapter(model, adapter)
+    except ModelError as error:
+        raise error.at(f"stages.{stage.name}.peft") from error
+
+
+def check_disk(
+    recipe: Recipe,
+    base_dir: Path,
+    run_dir: Path,
+    wanted: Sequence[Stage],
+    stages: Sequence[Stage],
+    vocabulary: int,
+    responses: Mapping[str, int],
+) -> None:
+    """Raises RunError where stages that are still to run will write more than there is room for.
+
+    Args:
+        wanted: the stages to run, of all `stages`; what lies there of them already is counted off.
+        responses: of each stage by name, where known.
+    """
+    needs = {
+        stage.name: _of_stage(stage, stages, recipe, base_dir, vocabulary, responses)
+        for stage in wanted
+    }
+    there = sum(_size(run_dir / name) for name in needs)
+    needed = together(list(needs.values())) - there
+    free = shutil.disk_usage(existing(run_dir)).free
+    if needed <= free:
+        return
+    largest = sorted(needs, key=lambda name: -sum(needs[name].values()))[:3]
+    raise RunError(
+        f"the run needs about {size(needed)} of disk, {size(free)} are free",
+        where=str(run_dir),
+        why="it would stop in the middle of a save; most is written by "
+        + ", ".join(f"{name} ({_parts(needs[name])})" for name in largest),
+        fix="make room, lower save_total_limit, or name a --run-dir on another disk",
+    )
+
+
+def _of_stage(
+    stage: Stage,
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    base_dir: Path,
+    vocabulary: int,
+    responses: Mapping[str, int],
+) -> dict[str, int]:
+    with torch.device("meta"):
+        model = unread_model(stage, stages, recipe, base_dir, vocabulary, torch.float32)
+    return stage_disk(
+        stage,
+        parameters=_held(model.parameters()),
+        trained=_held(p for p in model.parameters() if p.requires_grad),
+        optimizer=_state(model, stage) if stage.save_steps else 0,
+        responses=responses.get(stage.name, 0),
+    )
+
+
+def _held(weights: Any) -> int:
+    return sum(weight.numel() * 4 for weight in weights)  # float32, whatever the arithmetic is
+
+
+def _state(model: nn.Module, stage: Stage) -> int:
+    from rpo_trainer.plan.memory import optimizer_bytes  # which needs what needs this
+
+    try:
+        return optimizer_bytes(model, stage.optim)
+    except (
+        RecipeError
+    ):  # an optimizer of a library that is not here: at least nothing is refused for it
+        return 0
+
+
+def raise_if_refused(error: Exception, run_dir: Path) -> None:
+    """RunError where an error of a run is what the file system has refused: a full disk, no rights."""
+    said = refusal(error)
+    if said is not None:
+        raise RunError(
+            f"the file system refuses: {said}",
+            where=str(getattr(error, "filename", None) or run_dir),
+            why="what was written to its end is kept: finished stages, and complete checkpoints",
+            fix="free disk space or fix the permissions, and run the same command again: it resumes",
+        ) from error
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return path if path.exists() else existing(path.parent)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _parts(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)

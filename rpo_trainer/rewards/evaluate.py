@@ -1,0 +1,295 @@
+"""What a policy says to held-out prompts and thinks of held-out responses, in figures with intervals.
+
+Every interval is a 95 % bootstrap over prompts (or rows): it tells of their choice and of sampling,
+not of the training seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rpo_trainer.errors import DataError
+from rpo_trainer.recipe.template_kwargs import kwargs_of
+from rpo_trainer.rewards.generate import Gather, greedy_responses, sample_responses
+from rpo_trainer.rewards.responses import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rpo_trainer.data.rows import Row
+    from rpo_trainer.recipe import GenerateSpec
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the bounds of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def estimate(
+    values: Sequence[float], seed: int, weights: Sequence[float] | None = None
+) -> Estimate:
+    """Σ value / Σ weight with its interval: 2.5 % and 97.5 % points over rows drawn with replacement.
+
+    Args:
+        values: [n], one a row.
+        weights: [n]; None: 1 each, so that it is the mean.
+    """
+    numerators = np.asarray(values, dtype=np.float64)
+    counts = np.ones_like(numerators) if weights is None else np.asarray(weights, dtype=np.float64)
+    n = len(numerators)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(_RESAMPLES):
+        rows = rng.integers(0, n, n)
+        drawn.append(numerators[rows].sum() / counts[rows].sum())
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(float(numerators.sum() / counts.sum()), float(low), float(high))
+
+
+# ---------------------------------------------------------------- sampled responses
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """One prompt for a reader: the first sampled response, and the greedy one if there is one."""
+
+    id: str
+    prompt: Any
+    ground_truth: str
+    sampled: str
+    reward: float | None
+    greedy: str | None
+    greedy_reward: float | None
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Rewards of a policy's responses, in the scorer's units; shares are in [0, 1].
+
+    `reward_low` and `reward_high` bound the interval of `reward_mean`. `exact` counts responses with
+    the verifier's largest reward (None where the scorer has none), `unfinished` those cut by
+    `max_new_tokens`.
+    """
+
+    prompts: int
+    responses: int
+    reward_mean: float
+    reward_low: float
+    reward_high: float
+    exact: float | None
+    unfinished: float
+    greedy_reward_mean: float | None
+    greedy_exact: float | None
+    samples: tuple[EvalSample, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, texts, lists and dicts, for JSON."""
+        return {**asdict(self), "samples": [asdict(sample) for sample in self.samples]}
+
+
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    generate: GenerateSpec,
+    greedy: bool,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    gather: Gather = lambda found: found,
+) -> list[dict[str, Any]]:
+    """What a policy says to each row's prompt.
+
+    Args:
+        shard, gather: see `rpo_trainer.rewards.generate.sample_responses`.
+
+    Returns:
+        For each row its `id`, K `responses`, whether each is `finished`, and the `greedy` one or None.
+
+    Raises:
+        DataError: no rows, or a prompt that cannot be written.
+        RecipeError: sampling arguments out of range.
+    """
+    if not rows:
+        raise DataError(
+            "there are no rows to evaluate on",
+            where="eval.data",
+            why="an evaluation is a mean over responses, and over none there is no mean",
+            fix="give sources with rows",
+        )
+    prompts = [row["prompt"] for row in rows]
+    common: dict[str, Any] = {
+        "max_new_tokens": generate.max_new_tokens,
+        "batch_size": generate.batch_size,
+        "tools": [row.get("tools") for row in rows],
+        "parsed": [row.get("special_tokens") == "parse" for row in rows],
+        "template_kwargs": kwargs_of(rows),
+        "shard": shard,
+        "gather": gather,
+    }
+    sampled = sample_responses(
+        model, tokenizer, prompts, responses=generate.responses, temperature=generate.temperature,
+        top_p=generate.top_p, top_k=generate.top_k, seed=seed, **common,
+    )  # fmt: skip
+    likeliest: Sequence[Sample | None] = [None] * len(rows)
+    if greedy:
+        likeliest = greedy_responses(model, tokenizer, prompts, **common)
+    return [
+        {
+            "id": str(row["id"]),
+            "responses": [sample.text for sample in each],
+            "finished": [sample.finished for sample in each],
+            "greedy": None if best is None else best.text,
+        }
+        for row, each, best in zip(rows, sampled, likeliest, strict=True)
+    ]
+
+
+def to_score(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows with all responses of a policy, the greedy one last."""
+    made = []
+    for row, answer in zip(rows, answers, strict=True):
+        likeliest = [] if answer["greedy"] is None else [answer["greedy"]]
+        made.append({**row, "responses": [*answer["responses"], *likeliest]})
+    return made
+
+
+def summarise(
+    rows: Sequence[Row],
+    answers: Sequence[Mapping[str, Any]],
+    rewards: Sequence[Sequence[float]],
+    *,
+    maximum: float | None,
+    seed: int,
+    samples: int = 8,
+) -> EvalResult:
+    """The figures of a policy's responses.
+
+    Args:
+        answers: of `respond`.
+        rewards: of the responses of `to_score`.
+        maximum: the reward of a right answer and of nothing else; None: there is none.
+    """
+    k = len(answers[0]["responses"])
+    table = np.array([row[:k] for row in rewards])  # [prompts, K]
+    greedy = answers[0]["greedy"] is not None
+    likeliest = np.array([row[k] for row in rewards]) if greedy else None
+    mean = estimate(table.mean(axis=1).tolist(), seed)
+    shown = samples_of(rows, answers, samples, rewards)
+    exact = maximum is not None
+    return EvalResult(
+        prompts=len(rows),
+        responses=table.size,
+        reward_mean=mean.value,
+        reward_low=mean.low,
+        reward_high=mean.high,
+        exact=float((table == maximum).mean()) if exact else None,
+        unfinished=unfinished(answers),
+        greedy_reward_mean=None if likeliest is None else float(likeliest.mean()),
+        greedy_exact=None
+        if likeliest is None or not exact
+        else float((likeliest == maximum).mean()),
+        samples=shown,
+    )
+
+
+def unfinished(answers: Sequence[Mapping[str, Any]]) -> float:
+    """The share of sampled responses that were cut by `max_new_tokens`."""
+    return float(np.mean([not end for answer in answers for end in answer["finished"]]))
+
+
+def samples_of(
+    rows: Sequence[Row],
+    answers: Sequence[Mapping[str, Any]],
+    wanted: int = 8,
+    rewards: Sequence[Sequence[float]] | None = None,
+) -> tuple[EvalSample, ...]:
+    """Some rows as they are, evenly spaced: the same ones for every policy."""
+    n = len(rows)
+    places = [i * n // wanted for i in range(wanted)] if n > wanted else list(range(n))
+    found = []
+    for i in places:
+        answer, own = answers[i], None if rewards is None else rewards[i]
+        likeliest = answer["greedy"]
+        found.append(
+            EvalSample(
+                id=str(rows[i]["id"]),
+                prompt=rows[i]["prompt"],
+                ground_truth=str(rows[i].get("ground_truth") or ""),
+                sampled=answer["responses"][0],
+                reward=None if own is None else float(own[0]),
+                greedy=likeliest,
+                greedy_reward=None if own is None or likeliest is None else float(own[-1]),
+            )
+        )
+    return tuple(found)
+
+
+def win_rate(
+    mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int
+) -> Estimate:
+    """How often a response of mine has the higher reward than one of theirs; equal ones count ½.
+
+    Args:
+        mine, theirs: [prompts][K] rewards of responses to the same prompts; all K × K are compared.
+    """
+    shares = []
+    for own, others in zip(mine, theirs, strict=True):
+        differences = np.subtract.outer(np.asarray(own), np.asarray(others))
+        shares.append(float(np.mean(np.sign(differences) / 2 + 0.5)))
+    return estimate(shares, seed)
+
+
+# ---------------------------------------------------------------- held-out responses
+
+
+def preference_figures(
+    policy: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None, seed: int
+) -> dict[str, Any]:
+    """How a policy ranks held-out responses.
+
+    Args:
+        policy, baseline: [rows][K] log-probs, nats, the chosen response's first.
+
+    Returns:
+        `pairs`, a count; `ranked`, how often the chosen is the likelier one; and against the baseline
+        `accuracy` (the chosen gained more than the rejected), `margin` (by how many nats) and
+        `chosen_delta` (what the chosen gained). Further responses of a row count as rejected ones.
+    """
+    own = [np.asarray(row) for row in policy]
+    found: dict[str, Any] = {"pairs": len(own)}
+    found["ranked"] = asdict(estimate([_first_above(row) for row in own], seed))
+    if baseline is None:
+        return found
+    gains = [row - np.asarray(other) for row, other in zip(own, baseline, strict=True)]
+    margins = [float(gain[0] - gain[1:].mean()) for gain in gains]
+    found["accuracy"] = asdict(estimate([_first_above(gain) for gain in gains], seed))
+    found["margin"] = asdict(estimate(margins, seed))
+    found["chosen_delta"] = asdict(estimate([float(gain[0]) for gain in gains], seed))
+    return found
+
+
+def _first_above(values: Any) -> float:
+    return float(np.mean(np.sign(values[0] - values[1:]) / 2 + 0.5))
+
+
+def nll_figures(
+    logps: Sequence[float], tokens: Sequence[int], sources: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Negative log-likelihood a trained token, in nats, of each source, with its number of `rows`."""
+    found = {}
+    for source in dict.fromkeys(sources):
+        rows = [i for i, own in enumerate(sources) if own == source]
+        mean = estimate([-logps[i] for i in rows], seed, [tokens[i] for i in rows])
+        found[source] = {**asdict(mean), "rows": len(rows)}
+    return found

@@ -1,0 +1,128 @@
+"""Files of others, such as a model's: what a library raises about a damaged one becomes a ModelError."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from rpo_trainer.errors import ModelError, RPOTrainerError, first_line
+from rpo_trainer.runtime.files import kind_of_file
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# What Python and the libraries raise when a file does not hold what they expect. Not RuntimeError: that may
+# be the device, or memory.
+UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    ImportError, AssertionError, NotImplementedError,
+)  # fmt: skip
+_MOST = {
+    "num_hidden_layers": 10**4, "hidden_size": 10**7, "intermediate_size": 10**8, "vocab_size": 10**8,
+    "num_attention_heads": 10**5,
+}  # fmt: skip
+_BY_NAME = ("StrictDataclassError", "SafetensorError", "PanicException")  # no class that is public
+
+
+@contextmanager
+def reading(what: str, where: str) -> Iterator[None]:
+    """Within it, an error of a library about a file becomes a ModelError, and so does a lack of memory.
+
+    Args:
+        what: is read, such as `the tokenizer`.
+        where: it is.
+    """
+    try:
+        yield
+    except RPOTrainerError:
+        raise
+    except BaseException as error:  # a panic of tokenizers is not an Exception
+        if lacks_memory(error):
+            raise ModelError(
+                f"there is not enough memory to load {what}",
+                where=where,
+                why=first_line(error),
+                fix="use a machine with more memory, fewer processes on it, or a smaller or quantized model",
+            ) from error
+        named = any(kind.__name__ in _BY_NAME for kind in type(error).__mro__)
+        if not isinstance(error, UNREADABLE) and not named:
+            raise
+        raise ModelError(
+            f"{what} cannot be read: {type(error).__name__}: {first_line(error)}",
+            where=where,
+            why="a file of it is damaged, or does not hold what its name says",
+            fix="copy or download the files again",
+        ) from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of a device is exhausted; torch raises a RuntimeError on CPUs."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether memory or an accelerator has failed, so that nothing is wrong with what was loaded."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return lacks_memory(error) or "AcceleratorError" in names or "CUDA error" in str(error)
+
+
+def reads(what: str, where: Callable[..., str]) -> Callable[[F], F]:
+    """`reading` around a function.
+
+    Args:
+        where: from the function's arguments to the place.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with reading(what, where(*args, **kwargs)):
+                return function(*args, **kwargs)
+
+        return cast(F, guarded)
+
+    return decorate
+
+
+def require_files(folder: Path, where: str) -> None:
+    """Raises ModelError where something else than files and directories is in a directory.
+
+    Reading from a pipe would wait for its writer, and a device may never end.
+    """
+    try:
+        found = [(path, kind) for path in folder.iterdir() if (kind := kind_of_file(path))]
+    except OSError as error:
+        raise ModelError(
+            f"the directory cannot be read: {error.strerror or error}",
+            where=where,
+            why="the model's files are there",
+            fix="check the path and its permissions",
+        ) from error
+    for path, kind in found:
+        raise ModelError(
+            f"{path.name} is {kind}, not a file",
+            where=where,
+            why="reading it could wait forever",
+            fix="put a file in its place, or remove it",
+        )
+
+
+def require_sizes(config: Any, where: str) -> Any:
+    """The configuration; ModelError where making its model would never end, or take all memory."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, most in _MOST.items():
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value > most:
+                raise ModelError(
+                    f"{name} is {value}",
+                    where=where,
+                    why=f"no model has more than {most}",
+                    fix="correct the model's configuration",
+                )
+    return config

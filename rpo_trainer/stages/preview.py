@@ -1,0 +1,166 @@
+"""Examples as the model will get them: every token, colored by whether it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from rpo_trainer.data import Audit
+from rpo_trainer.data.counts import DROPS
+from rpo_trainer.data.rows import row_texts
+from rpo_trainer.data.token_view import (
+    LOST,
+    PROMPT,
+    TokenView,
+    trained_styles,
+    visible,
+    warnings_of,
+)
+from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.models.loading import load_tokenizer
+from rpo_trainer.recipe import LoadedRecipe, Stage, expand_stages
+from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
+from rpo_trainer.stages.data import needs_policy, rows_by_stage, stage_seed, tokenize_stage
+from rpo_trainer.stages.made import load_prompts, prompt_ids
+from rpo_trainer.stages.places import placed
+
+Row = dict[str, Any]
+
+_LONG = 2**30  # tokens: longer than any text
+
+
+def preview(
+    loaded: LoadedRecipe, count: int, *, stage: str | None = None, colors: bool = True
+) -> Iterator[Text]:
+    """Some examples of each stage, evenly spread over its rows, and the longest one.
+
+    Args:
+        count: examples of a stage; the longest comes on top.
+        stage: its name; None: all. A stage with the data of one before it is only named.
+        colors: else marks in the text: `[trained]`, `⟨lost to max_length⟩`.
+
+    Raises:
+        RecipeError: no such stage.
+        DataError, ModelError, Problems: of its data or tokenizer.
+    """
+    with placed(loaded.origins):
+        shown = _Preview(loaded, colors)
+    names = [each.name for each in shown.stages]
+    if stage is not None and stage not in names:
+        raise RecipeError(
+            f"there is no stage {stage!r}",
+            where=str(loaded.path),
+            why="it is not taken for another; the rounds of a repeated stage have numbers (rpo-1, rpo-2)",
+            fix=f"one of: {', '.join(names)}",
+        )
+    yield shown.view.legend()
+    for each in shown.stages:
+        if stage in (None, each.name):
+            with placed(loaded.origins, f"stages.{each.name}"):
+                yield from shown.stage(each, count)
+
+
+class _Preview:
+    def __init__(self, loaded: LoadedRecipe, colors: bool) -> None:
+        self.loaded = loaded
+        self.stages = expand_stages(loaded.recipe)
+        self.rows = rows_by_stage(self.stages, loaded.recipe, loaded.base_dir)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            loaded.recipe.model, loaded.base_dir
+        )
+        self.view = TokenView(self.tokenizer, colors)
+        self._seen: dict[str, str] = {}
+
+    def stage(self, stage: Stage, count: int) -> Iterator[Text]:
+        """Its head and its examples."""
+        yield Text(f"\n{stage.name} ({stage.kind})", "bold")
+        data = stage.data.model_dump_json() + stage.kind + str(stage.max_length)
+        if (before := self._seen.setdefault(data, stage.name)) != stage.name:
+            yield Text(f"the same data as {before}")
+            return
+        seed = stage_seed(stage, self.loaded.recipe)
+        if stage.data.rows_of is not None:
+            yield Text(f"the responses of stage {stage.data.rows_of}")
+        elif needs_policy(stage.data):
+            rows = load_prompts(stage.data, self.loaded.base_dir, seed=seed, audit=Audit())
+            yield Text(f"{len(rows):,} prompts; their responses are sampled when the stage runs")
+            for row, note in _spread(rows, count):
+                yield from self._prompt(row, note)
+        else:
+            rows = self.rows(stage.name)
+            yield Text(f"{len(rows):,} rows, max_length {stage.max_length:,} ({stage.truncation})")
+            for row, note in _spread(rows, count):
+                yield from self._example(stage, row, note)
+
+    def _prompt(self, row: Row, note: str) -> Iterator[Text]:
+        (ids,) = prompt_ids([row], self.tokenizer)
+        yield Text(_title(row, note, len(ids)), "bold")
+        yield self.view.tokens(ids, [PROMPT] * len(ids))
+
+    def _example(self, stage: Stage, row: Row, note: str) -> Iterator[Text]:
+        whole, reason, warnings = self._tokenized(
+            stage.model_copy(update={"max_length": _LONG}), row
+        )
+        if whole is None:
+            yield Text(f"\nrow {row['id']}{note}: dropped: {reason}", "bold red")
+            yield from (Text(visible(text)) for text in row_texts(row))
+            return
+        kept, reason, _ = self._tokenized(stage, row)
+        prompt = whole["prompt_ids"]
+        yield Text(_title(row, note, len(prompt)), "bold")
+        yield from (Text(f"warning: {text}", "yellow") for text in warnings)
+        if kept is None:
+            yield Text(f"dropped: {reason}", "bold red")
+        yield self.view.tokens(prompt, _lost_behind([PROMPT] * len(prompt), stage.max_length))
+        room = stage.max_length - len(prompt)
+        for number, ids in enumerate(whole["response_ids"]):
+            mask = whole["response_mask"][number]
+            yield Text(_head(whole, number, ids, mask, room), "bold")
+            yield self.view.tokens(ids, _lost_behind(trained_styles(mask), room))
+
+    def _tokenized(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
+        """The example, or why there is none, and what an audit says of it."""
+        audit = Audit()
+        try:
+            (example,) = tokenize_stage(stage, [row], self.tokenizer, audit)
+            return example, "", warnings_of(audit)
+        except DataError:
+            if not audit.dropped:  # a fault, not a row to leave out
+                raise
+            return None, ", ".join(DROPS[name] for name in audit.dropped), []
+
+
+def _spread(rows: Sequence[Row], count: int) -> Iterator[tuple[Row, str]]:
+    """`count` rows at even distances, then the longest with a note, where it is not among them."""
+    count = min(count, len(rows))
+    chosen = [number * len(rows) // count for number in range(count)] if count else []
+    for number in chosen:
+        yield rows[number], ""
+    longest = max(range(len(rows)), key=lambda i: sum(map(len, row_texts(rows[i]))), default=None)
+    if longest is not None and longest not in chosen:
+        yield rows[longest], " (the longest)"
+
+
+def _title(row: Row, note: str, tokens: int) -> str:
+    """The row, the tokens of its prompt, and the variables that its template gets."""
+    given = f", {COLUMN} {kwargs_key(row[COLUMN])}" if row.get(COLUMN) else ""
+    return f"\nrow {row['id']}{note}: prompt of {tokens:,} tokens{visible(given)}"
+
+
+def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], room: int) -> str:
+    said = f"response {number + 1}: {len(ids):,} tokens, {sum(mask):,} trained"
+    if len(ids) > room:
+        said += f", {len(ids) - max(room, 0):,} beyond max_length"
+    if example["rewards"] is not None:
+        said += f", reward {example['rewards'][number]:g}"
+    if example.get("attributes"):
+        said += f", ratings {example['attributes']}"
+    return said
+
+
+def _lost_behind(styles: list[str], room: int) -> list[str]:
+    room = max(room, 0)
+    return [*styles[:room], *[LOST] * (len(styles) - room)]

@@ -1,0 +1,339 @@
+"""One stage: its training arguments, its adapter and its trainer, from its recipe."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from rpo_trainer.errors import ModelError, Problems, RecipeError, did_you_mean
+from rpo_trainer.models import adapters, four_bits
+from rpo_trainer.recipe import (
+    DPOStage,
+    ModelSpec,
+    PeftSpec,
+    PreferenceStage,
+    RewardStage,
+    RPOStage,
+    Stage,
+    fill_from_environment,
+)
+from rpo_trainer.recipe.checks import NOT_READ
+from rpo_trainer.runtime.file_errors import UNREADABLE
+from rpo_trainer.runtime.files import kind_of_file
+from rpo_trainer.stages.data import StageData
+from rpo_trainer.stages.hub import check_strategy
+from rpo_trainer.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RPOConfig,
+    RPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.best import require_best_metric
+from rpo_trainer.trainers.engine import asks_for_shards
+from rpo_trainer.trainers.settings import by_name
+from rpo_trainer.trainers.settings_table import TRAINING
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+logger = logging.getLogger(__name__)
+
+_FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
+
+
+# Stage fields that bear the same name in our configs.
+_SAME = (
+    "max_length", "truncation", "global_batch_size", "micro_batch_tokens", "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
+    "logging_steps", "save_total_limit", "report_to", "nonfinite",
+    "router_aux_loss_coef",
+    "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
+    "disable_dropout", "label_smoothing", "reward_scale",
+    "objective", "attributes", "reward_weights", "rating_range", "margin_scale",
+)  # fmt: skip
+
+
+def arithmetic(model: ModelSpec) -> str:
+    """The dtype of a recipe's arithmetic; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if model.dtype != "auto":
+        return model.dtype
+    has = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bfloat16" if has else "float32"
+
+
+def training_config(
+    stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
+) -> SFTConfig | DPOConfig | RPOConfig | RewardConfig:
+    """The trainer's config of a stage.
+
+    Raises:
+        RecipeError: a name or value that transformers does not know or take, in `training_args` or
+            elsewhere; a tracker that is not installed.
+    """
+    settings: dict[str, Any] = {
+        name: getattr(stage, name) for name in _SAME if hasattr(stage, name)
+    }
+    if settings.get("reward_scale") == "auto":
+        del settings["reward_scale"]  # before the data is read; see `fitted_stage`
+    settings |= {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": stage.micro_batch_size,
+        "per_device_eval_batch_size": stage.micro_batch_size,
+        "num_train_epochs": stage.num_train_epochs or 1.0,
+        "max_steps": stage.max_steps or -1,
+        "save_strategy": "steps" if stage.save_steps else "no",
+        "save_steps": stage.save_steps or 500,
+        "seed": seed,
+        "bf16": arithmetic(model) == "bfloat16",
+        "fp16": arithmetic(model) == "float16",
+        "use_cpu": not torch.cuda.is_available()
+        and not torch.backends.mps.is_available()
+        and not asks_for_shards(stage.training_args),
+        "disable_tqdm": True,
+        "log_level": "warning",
+        "logging_nan_inf_filter": False,
+    }
+    if (stage.data.eval or stage.data.eval_share) and stage.eval_steps:
+        settings |= {"eval_strategy": "steps", "eval_steps": stage.eval_steps}
+    if isinstance(stage, PreferenceStage):
+        settings["reference_cache_dir"] = str(run_dir / "reference-cache")
+    where = f"stages.{stage.name}.training_args"
+    given = fill_from_environment(stage.training_args, where=where)
+    check_strategy(given, where)
+    _check_files(given, where)
+    # The chain pushes outputs itself, with their cards: see `push_output`.
+    settings |= {**given, "push_to_hub": False}
+    config = _config_class(stage)
+    known = set(inspect.signature(config).parameters) - {"derived"}  # which a config writes itself
+    settings["gradient_checkpointing"] = stage.gradient_checkpointing
+    problems = [
+        RecipeError(
+            f"transformers has no training argument {name}",
+            where=f"{where}.{name}",
+            why=NOT_READ,
+            fix=_or_see(did_you_mean(name, sorted(known)), "transformers.TrainingArguments"),
+        )
+        for name in sorted(set(settings) - known)
+    ]
+    problems += _unknown_names(stage)
+    problems += [
+        RecipeError(
+            f"`{name}` cannot be set in a recipe",
+            where=f"{where}.{name}",
+            why=row.recipe.partition(": ")[0],
+            fix=row.recipe.partition(": ")[2],
+        )
+        for name, row in by_name(TRAINING).items()
+        if row.recipe and given.get(name)
+    ]
+    if problems:
+        raise Problems(problems)
+    try:
+        made = config(**settings)
+    except RecipeError as error:
+        _, _, field = (error.where or "").partition(".")
+        raise error.at(f"stages.{stage.name}" + (f".{field}" if field else "")) from None
+    except (RuntimeError, *UNREADABLE) as error:  # what a file of them holds, too
+        raise RecipeError(
+            str(error) or type(error).__name__,
+            where=f"stages.{stage.name}",
+            why="transformers does not take these arguments together, or not on this machine",
+            fix="see transformers.TrainingArguments for what it takes",
+        ) from error
+    made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
+    try:
+        if stage.data.eval or stage.data.eval_share:
+            require_best_metric(made, {None: trainer_class(stage).metric_names(made)})
+    except RecipeError as error:
+        raise error.at(f"{where}.{error.where}") from None
+    try:
+        trackers: Any = get_reporting_integration_callbacks
+        for tracker in trackers(made.report_to):
+            tracker()  # says here, not when training starts, that it is not installed
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise RecipeError(
+            f"a tracker cannot start: {error}",
+            where=f"stages.{stage.name}.report_to",
+            why="nothing would be sent to it, and nobody would know before the end",
+            fix="install its package, or take it out; metrics.jsonl has everything all the same",
+        ) from error
+    return made
+
+
+def named_files(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The `training_args` that name a JSON file, and its name; a text that begins with `{` is JSON itself."""
+    for name in _FILE_ARGUMENTS:
+        value = arguments.get(name)
+        if isinstance(value, str) and not value.startswith("{"):
+            yield name, value
+
+
+def _check_files(arguments: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError where an argument names a pipe, a device or the like for a JSON file."""
+    for name, file in named_files(arguments):
+        if kind := kind_of_file(Path(file).expanduser()):
+            raise RecipeError(
+                f"this is {kind}, not a file",
+                where=f"{where}.{name}: {file}",
+                why="reading it could wait forever",
+                fix="give a JSON file, or write its content here",
+            )
+
+
+def _unknown_names(stage: Stage) -> Iterator[RecipeError]:
+    for field, names in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        known = [str(name.value) for name in names]
+        if (value := getattr(stage, field)) not in known:
+            yield RecipeError(
+                f"transformers has no {field} {value}",
+                where=f"stages.{stage.name}.{field}",
+                why="none is taken in place of another",
+                fix=_or_see(did_you_mean(value, known), "transformers.TrainingArguments"),
+            )
+
+
+def _or_see(near: str | None, place: str) -> str:
+    return f"did you mean {near}?" if near else f"see {place} for the names"
+
+
+def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | RewardConfig]:
+    if isinstance(stage, DPOStage):
+        return DPOConfig
+    if isinstance(stage, RewardStage):
+        return RewardConfig
+    return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
+
+
+def trainer_class(stage: Stage) -> type[PackedTrainer]:
+    """The trainer of a kind of stage."""
+    if isinstance(stage, DPOStage):
+        return DPOTrainer
+    if isinstance(stage, RewardStage):
+        return RewardTrainer
+    return RPOTrainer if isinstance(stage, RPOStage) else SFTTrainer
+
+
+def steps_of(stage: Stage, examples: int) -> int:
+    """Optimizer steps of a stage."""
+    if stage.max_steps is not None:
+        return stage.max_steps
+    per_epoch = -(-examples // stage.global_batch_size)
+    return int(-(-per_epoch * (stage.num_train_epochs or 1.0) // 1))
+
+
+def check_warmup(stage: Stage, examples: int) -> None:
+    """Raises RecipeError where the warm-up is longer than the stage."""
+    steps = steps_of(stage, examples)
+    if stage.warmup_steps > steps:
+        raise RecipeError(
+            f"`warmup_steps` is {stage.warmup_steps}, longer than the stage, which has {steps} steps",
+            where=f"stages.{stage.name}.warmup_steps",
+            why="the learning rate would never reach its peak",
+            fix=f"write at most {steps}, or raise `num_train_epochs`",
+        )
+
+
+def lora_config(stage: Stage) -> LoraConfig | None:
+    """The adapter that a stage would begin; None: it trains all weights.
+
+    Raises:
+        RecipeError: a field of `peft` that LoraConfig does not know or take, or an adapter that cannot be
+            trained here.
+    """
+    if stage.peft is None:
+        return None
+    from peft import LoraConfig
+
+    where = f"stages.{stage.name}.peft"
+    fields = {"task_type": "CAUSAL_LM", **stage.peft.lora_fields()}
+    _require_lora(str(fields.pop("peft_type", "LORA")).upper(), where)
+    known = set(inspect.signature(LoraConfig).parameters)
+    for name in fields:
+        if name not in known:
+            near = did_you_mean(name, [*known, *PeftSpec.model_fields])
+            raise RecipeError(
+                f"LoraConfig has no field {name}",
+                where=f"{where}.{name}",
+                why=NOT_READ,
+                fix=_or_see(near, "peft.LoraConfig"),
+            )
+    try:
+        config = LoraConfig(**fields)
+        adapters.require_fit(config)
+        adapters.require_plain_start(config)
+        if stage.peft.quantization is not None:
+            four_bits.nf4(torch.float32)
+    except ModelError as error:
+        raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
+    except RecipeError as error:
+        raise error.at(f"{where}.{error.where}") from None
+    except (TypeError, ValueError, ImportError) as error:
+        why = "PEFT makes no adapter of these settings"
+        raise RecipeError(str(error), where=where, why=why, fix="see peft.LoraConfig") from error
+    if stage.peft.quantization is not None and adapters.changes_base(config):
+        raise RecipeError(
+            f"init_lora_weights: {config.init_lora_weights} changes the weights below the adapter, "
+            "which are in 4 bits",
+            where=where,
+            why="what it takes from them would be rounded away",
+            fix="leave out init_lora_weights, or quantization",
+        )
+    return config
+
+
+def _require_lora(kind: str, where: str) -> None:
+    from peft import LoraConfig
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if kind == "LORA":
+        return
+    methods = {str(name.value): method for name, method in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    prompt = issubclass(methods.get(kind, LoraConfig), PromptLearningConfig)
+    raise RecipeError(
+        f"peft_type {kind}: a recipe trains LoRA adapters",
+        where=where,
+        why="the virtual tokens of a prompt-learning method stand before a row, and a row here holds many "
+        "examples" if prompt else "the stages of a chain hand over LoRA adapters and no others",
+        fix="leave peft_type out" + ("" if prompt else "; a trainer takes other methods (peft_config)"),
+    )  # fmt: skip
+
+
+def make_trainer(
+    stage: Stage,
+    config: SFTConfig | DPOConfig | RPOConfig | RewardConfig,
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: StageData,
+    callbacks: list[TrainerCallback],
+) -> PackedTrainer:
+    """The trainer of a stage, told nothing that the stage does not say."""
+    common: dict[str, Any] = {
+        "model": model,
+        "args": config,
+        "train_dataset": data.train,
+        "eval_dataset": data.evaluation,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
+    if isinstance(stage, PreferenceStage):
+        common["ref_model"] = reference
+    trainer = trainer_class(stage)(**common)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

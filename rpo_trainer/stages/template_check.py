@@ -1,0 +1,195 @@
+"""What a tokenizer's chat template makes of seven sample conversations: what is trained, and after what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from rpo_trainer.data.audit import Audit
+from rpo_trainer.data.chat import ChatRenderer
+from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.sample_conversations import SAMPLES, Sample
+from rpo_trainer.data.token_view import (
+    PROMPT,
+    TRAINED,
+    TokenView,
+    different,
+    trained_styles,
+    visible,
+    warnings_of,
+)
+from rpo_trainer.data.tokenize import tokenize_rows
+from rpo_trainer.data.turns import PARTED
+from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, TemplateError
+from rpo_trainer.models.loading import load_tokenizer
+from rpo_trainer.recipe import ModelSpec
+from rpo_trainer.recipe.template_kwargs import COLUMN, check_kwargs
+
+_LONG = 2**30  # tokens: longer than any sample
+
+Status = Literal["right", "wrong", "not supported"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One sample conversation under a chat template.
+
+    Attributes:
+        status: `right`; `not supported`: the template refuses it, or leaves out its tool calls; `wrong`:
+            its trained turns cannot be found, or one does not follow its generation prompt.
+        reasons: why it is not right.
+        warnings: what the template leaves out, and the like.
+        ids, mask: tokens of the whole conversation, and 1 for each that is trained; [] where there are
+            none.
+        follows: whether every trained turn follows its generation prompt; None where the turns cannot be
+            found.
+    """
+
+    name: str
+    status: Status
+    reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    follows: bool | None = None
+
+
+def load_checked(
+    tokenizer: str, chat_template: str | None, kwargs: Mapping[str, Any] | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the template that is to be checked.
+
+    Args:
+        tokenizer: directory or hub name.
+        chat_template: `chatml`, `plain`, or the path of a Jinja file; None: its own.
+        kwargs: variables of the template.
+
+    Raises:
+        ModelError: it cannot be loaded, it has no chat template, or one that does not end.
+        RecipeError: variables that the template does not read.
+    """
+    spec = ModelSpec.model_validate({"name_or_path": tokenizer, "chat_template": chat_template})
+    loaded = load_tokenizer(spec, Path())
+    if not loaded.chat_template:
+        raise ModelError(
+            "the tokenizer has no chat template",
+            where=tokenizer,
+            why="there is none to check",
+            fix="--chat-template chatml | plain | the path of a Jinja template",
+        )
+    check_kwargs(kwargs, loaded, "--kwargs")
+    return loaded
+
+
+def check_samples(
+    tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None
+) -> list[Checked]:
+    """Each of the seven conversations as it would be trained."""
+    renderer = ChatRenderer(tokenizer).using(kwargs)
+    return [_checked(sample, tokenizer, renderer, kwargs) for sample in SAMPLES]
+
+
+def _checked(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: ChatRenderer,
+    kwargs: Mapping[str, Any] | None,
+) -> Checked:
+    row = sample.row()
+    row |= {COLUMN: dict(kwargs)} if kwargs else {}
+    tools = row.get("tools")
+    try:
+        text = renderer.text(renderer.as_read(row["messages"], tools), tools)
+    except RowError as error:
+        return Checked(sample.name, "not supported", [str(error)])
+    audit = Audit()
+    try:
+        (example,) = tokenize_rows(
+            [row], tokenizer, kind="sft", max_length=_LONG, truncation="drop", audit=audit,
+            processes=1,
+        )  # fmt: skip
+    except (DataError, Problems) as error:
+        supported = _writes_calls(text, row["messages"]) and PARTED not in str(error)
+        status: Status = "wrong" if supported else "not supported"
+        return Checked(sample.name, status, _reasons(error))
+    prompt = example["prompt_ids"]
+    ids = [*prompt, *example["response_ids"][0]]
+    mask = [*[0] * len(prompt), *example["response_mask"][0]]
+    differs = audit.generation.pop(row["source"]).example
+    return Checked(
+        sample.name, "wrong" if differs else "right", [different(*differs)] if differs else [],
+        warnings_of(audit), ids, mask, follows=differs is None,
+    )  # fmt: skip
+
+
+def _writes_calls(text: str, messages: Sequence[Message]) -> bool:
+    """Whether the arguments of all calls are in the text; the turns' own words may have them too."""
+    said = "".join(message["content"] for message in messages)
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    values = {value for call in calls for value in call["arguments"].values()}
+    return all(text.count(value) > said.count(value) for value in values)
+
+
+def _reasons(error: RPOTrainerError) -> list[str]:
+    found = error.problems if isinstance(error, Problems) else [error]
+    return [one.what.partition(": 1 of 1 rows")[0] for one in found]
+
+
+def shown(
+    found: list[Checked], tokenizer: PreTrainedTokenizerBase, *, colors: bool
+) -> Iterator[Text]:
+    """The conversations for people, as `preview` shows examples.
+
+    Args:
+        colors: else marks in the text around what is trained: `[trained]`.
+    """
+    view = TokenView(tokenizer, colors)
+    yield view.legend((("not trained", PROMPT), ("trained", TRAINED[0])))
+    for one in found:
+        style = {"right": "bold green", "wrong": "bold red"}.get(one.status, "bold yellow")
+        trained = f", {sum(one.mask):,} of {len(one.ids):,} tokens trained" if one.ids else ""
+        yield Text(f"\n{one.name}: {one.status}{trained}", style)
+        yield from (Text(visible(reason)) for reason in one.reasons)
+        yield from (Text(f"warning: {text}", "yellow") for text in one.warnings)
+        if one.follows:
+            yield Text("every trained turn follows its generation prompt")
+        if one.ids:
+            yield view.tokens(one.ids, trained_styles(one.mask, PROMPT), most=len(one.ids))
+
+
+def as_dict(one: Checked, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A conversation for JSON, with the text of each run of trained tokens."""
+    runs: list[list[int]] = []
+    for place, (token, trained) in enumerate(zip(one.ids, one.mask, strict=True)):
+        if trained and not (place and one.mask[place - 1]):
+            runs.append([])
+        if trained:
+            runs[-1].append(token)
+    return {
+        "name": one.name,
+        "status": one.status,
+        "reasons": one.reasons,
+        "warnings": one.warnings,
+        "follows_generation_prompt": one.follows,
+        "tokens": len(one.ids),
+        "trained_tokens": sum(one.mask),
+        "trained": [tokenizer.decode(run, skip_special_tokens=False) for run in runs],
+    }
+
+
+def raise_if_wrong(found: list[Checked]) -> None:
+    """Raises TemplateError where a conversation that the template supports is not right."""
+    wrong = [one.name for one in found if one.status == "wrong"]
+    if not wrong:
+        return
+    raise TemplateError(
+        f"{len(wrong)} of {len(found)} conversations are not right: {', '.join(wrong)}",
+        why="what is trained would not be what the model writes when it is sampled",
+        fix="choose another template (--chat-template) or other variables (--kwargs), or leave rows of "
+        "this kind out",
+    )

@@ -1,0 +1,1 @@
+"""One training step: order, batch, attention, head, forward, log-probs."""

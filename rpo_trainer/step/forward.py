@@ -1,0 +1,299 @@
+"""One forward of a packed micro-batch: a causal language model gives the log-probability of each trained
+token, a sequence classifier the scores of each response.
+
+`install(model)` teaches a transformers model to answer `model(packed=inputs)`. The work happens
+inside the model's own `forward`, so whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT) sees a normal call
+and its hooks have the weights whole where they are used, the head's included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.models.multimodal import CLASSIFIER, decoder_of
+from rpo_trainer.models.sharding import device_of, has_shards, rows_of
+from rpo_trainer.runtime import distributed
+from rpo_trainer.step.attention import (
+    ATTENTION_NAME,
+    REACH_ATTRIBUTE,
+    in_autocast_dtype,
+    packing_masks,
+)
+from rpo_trainer.step.batch import AttentionPlan, Layout, Segment
+from rpo_trainer.step.head import FORWARD_ERRORS, Head, forward_of, head_of
+from rpo_trainer.step.logprobs import linear_logprobs, logprobs_from_logits
+from rpo_trainer.step.reach import Recording, recording
+from rpo_trainer.step.router_loss import apart, asked, beside, only_sums, sums_of
+
+_RECORDED_TOKENS = 8  # of the forward that attention is learned from
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside whatever wraps it."""
+    seen: Any = model
+    while not isinstance(seen, PreTrainedModel):
+        inner = getattr(seen, "module", None)
+        if inner is None and hasattr(seen, "get_base_model"):
+            inner = seen.get_base_model()
+        if not isinstance(inner, nn.Module):
+            raise ModelError(
+                f"{type(model).__name__} holds no transformers model",
+                why="the step runs inside a PreTrainedModel's forward",
+                fix="pass a transformers causal language model, wrapped by PEFT or not",
+            )
+        seen = inner
+    return seen
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether it is a sequence classifier, the class of reward models, and no language model."""
+    return type(causal_lm(model)).__name__.endswith(CLASSIFIER)
+
+
+def install(
+    model: nn.Module, *, layout: Layout = "shared", head: Head | None = None, learn: bool = True
+) -> Recording:
+    """Teaches the model to answer `model(packed=inputs)`; installing again changes the settings.
+
+    Args:
+        model: a causal language model or a sequence classifier, wrapped or not.
+        layout: how the rows will come. Padded ones, or one response at a time, leave attention to the model.
+        head: how logits are made; None: as the model itself says.
+        learn: False for a model that cannot run (on the meta device): its head is taken for a plain
+            product, the reach of its attention from the arguments of each call.
+
+    Returns:
+        What the attention modules were called with in a forward of the model's own; nothing for layouts that
+        leave attention to the model, and where nothing is learned.
+    """
+    inner = causal_lm(model)
+    uninstall(inner)
+    inner._rpo_stock = (inner.forward, inner.config._attn_implementation)
+    inner._rpo_plan_as_mask = False
+    decoder = decoder_of(inner)
+    inner._rpo_decoder = next(name for name, part in inner.named_modules() if part is decoder)
+    run = _packed_scores if is_classifier(inner) else _packed_logprobs
+
+    @functools.wraps(inner.forward)
+    def forward(self: Any, *args: Any, packed: Any = None, **kwargs: Any) -> Any:
+        if packed is None:
+            return self._rpo_stock[0](*args, **kwargs)
+        return packed(self) if callable(packed) else run(self, packed)
+
+    # Bound, so that a deep copy of the model runs its own weights and not these.
+    inner.forward = types.MethodType(forward, inner)
+    if head is None:
+        ask = learn and not is_classifier(inner)
+        plain = Head(fused=not is_classifier(inner) or hasattr(inner, "score"))
+        head = _within(model, lambda m: head_of(m, m._rpo_stock[0])) if ask else plain
+    inner._rpo_head = head
+    if layout in ("padded", "single"):
+        return Recording()
+    inner.set_attn_implementation(ATTENTION_NAME)
+    return _learn_reach(model) if learn else Recording()
+
+
+def _within(model: nn.Module, question: Callable[[Any], Any]) -> Any:
+    """`question(inner)`, asked inside the forward of whatever wraps the model, in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(packed=question)
+    finally:
+        model.train(training)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Gives the model its own forward and attention back."""
+    inner = causal_lm(model)
+    if not hasattr(inner, "_rpo_stock"):
+        return
+    forward, attention = inner._rpo_stock
+    inner.forward = forward
+    if inner.config._attn_implementation != attention:
+        inner.set_attn_implementation(attention)
+    for module in inner.modules():
+        if REACH_ATTRIBUTE in vars(module):
+            delattr(module, REACH_ATTRIBUTE)
+    for name in ("_rpo_stock", "_rpo_decoder", "_rpo_plan_as_mask", "_rpo_head"):
+        if name in vars(inner):
+            delattr(inner, name)
+
+
+def _learn_reach(model: nn.Module) -> Recording:
+    """One forward of a few tokens, each attention module told how far the model's mask for it reaches."""
+    inner = causal_lm(model)
+    rows = rows_of(inner.get_input_embeddings().weight)
+    ids = torch.arange(_RECORDED_TOKENS, device=device_of(model))[None] % rows
+    arguments = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "packing_plan": AttentionPlan((Segment(0, _RECORDED_TOKENS),)),
+        "use_cache": False,
+    }
+    with recording(ATTENTION_NAME) as found:
+        try:
+            _within(model, lambda m: _decoder(m)(**arguments))
+        except FORWARD_ERRORS as error:
+            found.problems.append(f"{type(error).__name__}: {first_line(error)}")
+    for module, reach in found.reaches.items():
+        setattr(module, REACH_ATTRIBUTE, reach)
+    inner._rpo_plan_as_mask = bool(found.unplanned)
+    return found
+
+
+def _decoder(inner: Any) -> Any:
+    """`decoder_of` an installed model, which knows it by name: the search looks at every module."""
+    return inner.get_submodule(inner._rpo_decoder)
+
+
+def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """log π of each trained token of a micro-batch made by `batch.pack`: `[N]`, float32 or better."""
+    return apart(model(packed=model_inputs), model_inputs)
+
+
+def response_scores(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """Scores of a sequence classifier at each response's last token: `[R, A]`, float32 or better."""
+    return apart(model(packed=model_inputs), model_inputs)
+
+
+def router_sums_only(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """Sums of the routers' loss, `[2E + 1]`, of inputs that `router_loss.request` has marked `only`."""
+    return model(packed=model_inputs)  # type: ignore[no-any-return]
+
+
+def _decoder_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the decoder. Padded rows come without positions: the model counts its own."""
+    decoder_inputs = {"input_ids": inputs["input_ids"], "use_cache": False}
+    if inputs["plan"] is not None:
+        decoder_inputs |= {"position_ids": inputs["position_ids"], "packing_plan": inputs["plan"]}
+    else:
+        decoder_inputs["attention_mask"] = inputs["attention_mask"]
+    if asked(inputs):
+        decoder_inputs["output_router_logits"] = True
+    return decoder_inputs
+
+
+class _Outputs(NamedTuple):
+    """Of a forward: what was wanted of it, `[rows · length, ·]`, and its routers' logits, of each layer."""
+
+    wanted: Tensor
+    router_logits: Sequence[Tensor]
+
+
+def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> _Outputs:
+    """One forward; one for each of `rows`, where the inputs have them."""
+    decoder_inputs = _decoder_inputs(inputs)
+    rows = inputs.get("rows")
+    if rows is None:
+        plan = inputs["plan"]
+        masks = packing_masks(plan if model._rpo_plan_as_mask else None)
+        with masks if plan is not None else contextlib.nullcontext():
+            found = forward(**decoder_inputs)
+        return _Outputs(_flat(getattr(found, wanted)), getattr(found, "router_logits", None) or ())
+    # Ranks that share the weights must run them equally often.
+    rounds = distributed.greatest(len(rows)) if has_shards(model) else len(rows)
+    pieces, routers = [], []
+    for number in range(rounds):
+        start, stop = rows[number % len(rows)]
+        found = forward(**{**decoder_inputs, "input_ids": inputs["input_ids"][:, start:stop]})
+        pieces.append(_flat(getattr(found, wanted)))
+        routers.append([_flat(layer) for layer in getattr(found, "router_logits", None) or ()])
+    unused = sum((piece.sum() * 0.0 for piece in pieces[len(rows) :]), pieces[0].new_zeros(()))
+    return _Outputs(
+        torch.cat(pieces[: len(rows)]) + unused,
+        [torch.cat(layer) for layer in zip(*routers[: len(rows)], strict=True)],
+    )
+
+
+def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Any:
+    if not model._rpo_head.fused:
+        if inputs["plan"] is not None:
+            raise ValueError("the model's own forward scores one response a row")
+        outputs = _run(model, model._rpo_stock[0], inputs, "logits")
+        scores: Tensor = outputs.wanted
+        return beside(_at_least_float32(scores), outputs, inputs)
+    outputs = _run(model, _decoder(model), inputs, "last_hidden_state")
+    if only_sums(inputs):
+        return sums_of(outputs, inputs)
+    last = outputs.wanted.index_select(0, inputs["last_index"])
+    # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
+    with torch.autocast(last.device.type, enabled=False):
+        scores = model.score(last.to(next(model.score.parameters()).dtype))
+    return beside(_at_least_float32(scores), outputs, inputs)
+
+
+def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Any:
+    head: Head = model._rpo_head
+    run, wanted = (
+        (_decoder(model), "last_hidden_state") if head.fused else (model._rpo_stock[0], "logits")
+    )
+    outputs = _run(model, run, inputs, wanted)
+    if only_sums(inputs):
+        return sums_of(outputs, inputs)
+    gathered = outputs.wanted.index_select(0, inputs["predict_index"])
+    if head.fused:
+        logps = _run_head(model, gathered, inputs["labels"], head)
+    else:  # always right: the model's own forward, all its logits
+        logps = logprobs_from_logits(gathered, inputs["labels"])
+    return beside(logps, outputs, inputs)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """Calls the head as a module, with the fused log-probs in place of its forward, so that its hooks run."""
+    module: Any = model.get_output_embeddings()
+    if head.hidden_multiplier != 1.0:
+        hidden = hidden * head.hidden_multiplier
+    if type(module) is not nn.Linear:
+        return _generic_head(module, hidden, labels, head)
+
+    def fused(x: Tensor) -> Tensor:
+        return linear_logprobs(
+            in_autocast_dtype(x),
+            module.weight,
+            labels,
+            module.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            tile_bytes=head.tile_bytes,
+        )
+
+    with forward_of(module, fused):
+        return module(hidden)  # type: ignore[no-any-return]
+
+
+def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """A head that is no plain linear layer (LoRA, quantised): its own forward, recomputed by chunks."""
+
+    def chunk(h: Tensor, y: Tensor) -> Tensor:
+        logits = module(h) * head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return logprobs_from_logits(logits, y)
+
+    vocabulary = getattr(module, "out_features", None) or 2**17
+    size = max(1, head.tile_bytes // (4 * vocabulary))
+    pieces = [
+        torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False)
+        for h, y in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    ]
+    return torch.cat(pieces)

@@ -1,0 +1,346 @@
+"""The start-up probe: which layout and which head give what the model itself gives, proved on this model.
+
+Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and wrong
+for others: state-space layers that carry one text into the next, attention of another kind, a head that does
+more. So each trainer asks the model at hand, once, and takes the first layout that `proof.py` cannot refute.
+
+It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast
+picks other kernels, so there the layout has to hold under the autocast of the training too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.models.adapters import lowest_precision
+from rpo_trainer.models.sharding import device_of, has_shards
+from rpo_trainer.runtime.distributed import broadcast, greatest_float, is_main
+from rpo_trainer.runtime.file_errors import device_failed
+from rpo_trainer.step.batch import Layout
+from rpo_trainer.step.forward import causal_lm, install, is_classifier, uninstall
+from rpo_trainer.step.head import FORWARD_ERRORS, Head
+from rpo_trainer.step.proof import (
+    Answers,
+    exchanges,
+    last_bits_disturbed,
+    layout_answers,
+    plain_answers,
+    random_examples,
+    sees_order,
+    sees_others,
+)
+from rpo_trainer.step.reach import Recording, rotary_limit
+
+logger = logging.getLogger(__name__)
+
+_LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded", "single")
+_NAMES = {
+    "shared": "shared prompts",
+    "packed": "packed rows",
+    "padded": "one response a row",
+    "single": "one response a forward",
+}
+_DEPENDS = "a response depends on the other texts of its batch"
+
+
+def probe(
+    model: nn.Module,
+    *,
+    layout: Layout | None = None,
+    tile_bytes: int | None = None,
+    longest: int | None = None,
+    autocast: torch.dtype | None = None,
+    whose: str = "the model",
+) -> tuple[Layout, Head]:
+    """Installs the fastest layout that is proved to give what plain forwards give, and says which.
+
+    Sharded weights are asked by all ranks at once, and the ranks decide alike.
+
+    Args:
+        model: a causal language model or a sequence classifier, wrapped or not.
+        layout: the only one to try; None: shared, then packed, padded and single.
+        tile_bytes: size of the head's tiles; None: the default.
+        longest: tokens of the longest text; None: not known. Some rotary embeddings change with it.
+        autocast: dtype of the autocast that the model is to run under; None: none.
+        whose: what the model is called in messages.
+
+    Raises:
+        ModelError: no layout gives it, or the model's own forward fails.
+    """
+    shared = has_shards(model)  # asked before a forward, after which a few weights stay whole
+    training = model.training
+    model.eval()
+    name = type(causal_lm(model)).__name__
+    try:
+        recorded = install(model)
+        head: Head = causal_lm(model)._rpo_head
+        uninstall(model)
+        if tile_bytes is not None:
+            head.tile_bytes = tile_bytes
+        with _exact_products():
+            proofs = [_Proof(model, shared)]
+            if autocast is not None and not shared and _has_own_kernels(device_of(model)):
+                proofs.append(_Proof(model, shared, autocast))
+        against = _known_against(model, recorded, longest)
+        refused: list[str] = []
+        for candidate in (layout,) if layout else _LAYOUTS:
+            if against[candidate]:
+                refused.append(f"{_NAMES[candidate]}: {against[candidate][0]}")
+                continue
+            for tried in _heads(head):
+                with _exact_products():
+                    whys = (proof.refusal(candidate, tried) for proof in proofs)
+                    why = next((one for one in whys if one is not None), None)
+                if why is None:
+                    _report(refused, candidate, tried, whose)
+                    return candidate, tried
+                own = "" if tried.fused else " with the model's own logits"
+                refused.append(f"{_NAMES[candidate]}{own}: {why}")
+                if why.startswith(_DEPENDS):  # whatever the head is
+                    break
+    finally:
+        model.train(training)
+    uninstall(model)
+    if layout:
+        raise ModelError(
+            f"layout={layout!r} does not give what plain forwards of {whose} ({name}) give",
+            why="; ".join(refused),
+            fix="layout='auto' finds one that does",
+        )
+    raise ModelError(
+        f"no layout of the step gives what plain forwards of {whose} ({name}) give",
+        why="; ".join(refused),
+        fix="report the model's type, or set attn_implementation='sdpa' when loading it",
+    )
+
+
+def probe_on_all_ranks(model: nn.Module, **settings: Any) -> tuple[Layout, Head]:
+    """`probe` on every rank, each of which takes what the first one finds: their batches go by the layout."""
+    found = probe(model, **settings)
+    layout, head = broadcast(found)
+    if (layout, head) != found:
+        install(model, layout=layout, head=head)
+    return layout, head
+
+
+def _known_against(
+    model: nn.Module, recorded: Recording, longest: int | None
+) -> dict[Layout, list[str]]:
+    """What speaks against each layout before it is tried."""
+    rotary = rotary_limit(model)
+    others, alone = [], []
+    if rotary is not None and (longest is None or longest > rotary.positions):
+        others.append(
+            f"its rotary embedding ({rotary.kind}) changes for all texts of a batch that has one beyond "
+            f"{rotary.positions} tokens"
+        )
+        if rotary.remembers and longest is not None:
+            alone.append(
+                f"its rotary embedding ({rotary.kind}) changes with the longest text that it has seen, and "
+                f"the data has one of {longest} tokens, more than {rotary.positions}"
+            )
+    return {
+        "shared": [*recorded.problems, *others],
+        "packed": [*recorded.problems, *others],
+        # How much is selected of padding depends on the length.
+        "padded": [*recorded.selecting, *others],
+        "single": alone,
+    }
+
+
+def _heads(head: Head) -> list[Head]:
+    return [head, dataclasses.replace(head, fused=False)] if head.fused else [head]
+
+
+def _report(refused: list[str], layout: Layout, head: Head, whose: str) -> None:
+    if not is_main():
+        return
+    how = "fused head" if head.fused else "the model's own logits"
+    of = "" if whose == "the model" else f" of {whose}"
+    line = f"step layout{of}: {_NAMES[layout]}, {how}"
+    if refused:
+        logger.warning("%s (%s)", line, "; ".join(refused))
+    else:
+        logger.info("%s", line)
+
+
+def _has_own_kernels(device: torch.device) -> bool:
+    """Whether halves take other kernels than float32 there."""
+    return device.type == "cuda"
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Within it, float32 products are not rounded to TF32, whatever training will do."""
+    products: Any = torch.backends.cuda.matmul
+    every: Any = torch.backends
+    found = products.fp32_precision
+    own = found if found != every.fp32_precision else "none"  # it goes by the setting of all
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = own
+
+
+class _Proof:
+    """Plain answers of a model, and what they refute.
+
+    Args:
+        autocast: the dtype of the autocast that all answers are given under; None: none.
+    """
+
+    def __init__(
+        self, model: nn.Module, ranks_share_weights: bool, autocast: torch.dtype | None = None
+    ) -> None:
+        self.model = model
+        self.ranks_share_weights = ranks_share_weights
+        self.autocast = autocast
+        self.examples = random_examples(model)
+        self.others = random_examples(model, seed=1)
+        try:
+            self.plain = self._plain()
+        except FORWARD_ERRORS as error:
+            if device_failed(error):
+                raise
+            raise ModelError(
+                f"a forward of {type(causal_lm(model)).__name__} fails",
+                why=f"{type(error).__name__}: {first_line(error)}",
+                fix="see whether it runs in another dtype (dtype=torch.float32) or with another "
+                "attn_implementation",
+            ) from error
+        dtype = min(
+            (lowest_precision(model), self.plain.dtype or torch.float32), key=lambda d: d.itemsize
+        )
+        if autocast is not None:
+            dtype = min(dtype, autocast, key=lambda d: d.itemsize)
+        low = dtype in (torch.bfloat16, torch.float16)
+        with last_bits_disturbed(model):
+            disturbed = self._plain()
+        size = 1.0 + self.plain.values.abs().max().item()
+        if is_classifier(model):
+            size -= 1.0  # a fresh head's scores are small
+        noise = _furthest(disturbed, self.plain)
+        eps = torch.finfo(dtype).eps
+        self.tolerance = 8.0 * noise + (4.0 if low else 32.0) * eps * size
+        self.relative = 0.2 if low else 1e-3
+        if autocast is not None:
+            # The gradients of a deep model are rounded more than its values.
+            self.relative = max(self.relative, 2.0 * _relative(disturbed, self.plain))
+
+    def refusal(self, layout: Layout, head: Head) -> str | None:
+        """Why the layout is not taken; None: nothing speaks against it."""
+        install(self.model, layout=layout, head=head)
+        why = None
+        try:
+            why = self._dependence(layout) or self._disagreement(layout)
+            if why is not None and self.autocast is not None:
+                why += f" under autocast to {str(self.autocast).removeprefix('torch.')}"
+        except FORWARD_ERRORS as error:
+            if device_failed(error):
+                raise
+            why = f"{type(error).__name__}: {first_line(error)}"
+        if self._agreed(why is not None) and why is None:
+            return "another rank finds it wrong"
+        return why
+
+    def _agreed(self, value: float) -> float:
+        """The greatest value of the ranks that share the weights: they must take the same way from here."""
+        return greatest_float(float(value)) if self.ranks_share_weights else float(value)
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_of(self.model).type, self.autocast)
+
+    def _plain(self) -> Answers:
+        with self._arithmetic():
+            return plain_answers(self.model, self.examples)
+
+    def _disagreement(self, layout: Layout) -> str | None:
+        found = self._ask(layout, with_gradients=True)
+        off = _furthest(found, self.plain)
+        if not off <= self.tolerance:
+            return f"disagrees with plain forwards by {off:.2g} (rounding: {self.tolerance:.2g})"
+        relative = _relative(found, self.plain)
+        if not relative <= self.relative:
+            return f"its gradients differ from those of plain forwards by {relative:.1%}"
+        return None
+
+    def _dependence(self, layout: Layout) -> str | None:
+        """What a response's result depends on beside its own text."""
+        if layout == "single":
+            return None
+        base = self._ask(layout)
+        off = 0.0
+        for examples, kept in exchanges(self.examples, self.others):
+            stays = torch.isin(base.owner, torch.tensor(kept))
+            other = self._ask(layout, examples)
+            if not torch.equal(base.values[stays], other.values[stays]):
+                off = max(off, _furthest(base, other, stays))
+        if layout == "padded" and not is_classifier(
+            self.model
+        ):  # its own forward ends rows at padding
+            filled = self._ask(layout, pad_token_id=self.others[0]["prompt_ids"][0])
+            if not torch.equal(base.values, filled.values):
+                off = max(off, _furthest(base, filled))
+        if (off := self._agreed(off)) == 0.0:
+            return None
+        # Rounding alone: experts compute as many tokens as are routed to them.
+        if off <= self.tolerance:
+            pad = self.pad_token_id
+            with self._arithmetic():
+                seen = sees_others(self.model, self.examples, layout, pad_token_id=pad)
+                if seen is None:
+                    seen = sees_order(
+                        self.model, self.examples, self.others, layout, pad_token_id=pad
+                    )
+            if not self._agreed(seen):
+                return None
+        return f"{_DEPENDS} (by {off:.2g})"
+
+    @property
+    def pad_token_id(self) -> int:
+        config = causal_lm(self.model).config.get_text_config()
+        return max(0, getattr(config, "pad_token_id", None) or 0)
+
+    def _ask(
+        self,
+        layout: Layout,
+        examples: list[dict[str, object]] | None = None,
+        *,
+        pad_token_id: int | None = None,
+        with_gradients: bool = False,
+    ) -> Answers:
+        with self._arithmetic():
+            return layout_answers(
+                self.model,
+                self.examples if examples is None else examples,
+                layout,
+                pad_token_id=self.pad_token_id if pad_token_id is None else pad_token_id,
+                with_gradients=with_gradients,
+            )
+
+
+def _relative(found: Answers, expected: Answers) -> float:
+    """Relative distance of two answers' gradients; 0 where there are none."""
+    if found.gradients is None or expected.gradients is None:
+        return 0.0
+    norm = expected.gradients.norm().clamp_min(1e-30)
+    return float((found.gradients - expected.gradients).norm() / norm)
+
+
+def _furthest(found: Answers, expected: Answers, where: torch.Tensor | None = None) -> float:
+    """The largest distance of two answers' values; NaN counts as infinite."""
+    off = (found.values - expected.values).abs()
+    if where is not None:
+        off = off[where]
+    return float(torch.nan_to_num(off, nan=float("inf")).max())

@@ -1,0 +1,244 @@
+"""The load-balancing loss of a mixture of experts, from the sums of a micro-batch.
+
+    loss = E · Σ_e f_e · P_e
+
+f_e is the mean number of times that a token chooses expert e, P_e its mean probability, both over all tokens
+and layers (Switch Transformer, arXiv 2101.03961, equations 4 to 6, as `load_balancing_loss_func` of
+transformers computes it). Both means are over the whole global batch, so a micro-batch gives sums; the
+trainer adds them up over micro-batches and ranks. A token of a shared prompt counts once for each response.
+
+Shapes: `E` experts, `T` tokens of a micro-batch. Sums are `[2E + 1]`: choices of each expert, probability of
+each expert, and the number of tokens times layers.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpo_trainer.errors import ModelError
+from rpo_trainer.models.multimodal import CLASSIFIER, decoder_of
+
+# Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
+_COEFFICIENT = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
+_OWN = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of causal language models
+
+
+class NoRouterLoss(Exception):
+    """The model has no load-balancing loss that can be computed; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """How a model's load-balancing loss is computed.
+
+    Attributes:
+        coefficient: the model's own.
+        top_k: experts that a token chooses.
+        experts: E.
+        layers: routers that a forward records.
+    """
+
+    coefficient: float
+    top_k: int
+    experts: int
+    layers: int
+
+
+# --- sums of a forward ---
+
+
+def router_sums(logits: Sequence[Tensor], uses: Tensor, top_k: int) -> Tensor:
+    """Sums of a micro-batch, `[2E + 1]`, float32 or better; the gradient flows through the probabilities.
+
+    Args:
+        logits: of each layer, `[T, E]` or `[rows, length, E]`.
+        uses: responses that use each token, 0 for padding; T numbers in any shape.
+    """
+    experts, device = logits[0].shape[-1], uses.device
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    weights = uses.reshape(-1, 1).to(dtype)
+    chosen = torch.zeros(experts, dtype=dtype, device=device)
+    probability = torch.zeros(experts, dtype=dtype, device=device)
+    # Sums of bfloat16 products would be right to three digits.
+    with torch.autocast(device.type, enabled=False):
+        for layer in logits:
+            p = layer.to(device, dtype).reshape(-1, experts).softmax(-1)
+            ones = torch.zeros_like(p).scatter_(1, p.detach().topk(top_k, dim=-1).indices, 1.0)
+            chosen = chosen + (ones * weights).sum(0)
+            probability = probability + (p * weights).sum(0)
+        return torch.cat([chosen, probability, weights.sum(0) * len(logits)])
+
+
+def balance(total: Tensor, part: Tensor) -> Tensor:
+    """The share of a micro-batch in the loss of its global batch, a scalar; the shares add up to it.
+
+    Args:
+        total: sums of the global batch, constants.
+        part: sums of the micro-batch, of which the probabilities count, with their gradient.
+    """
+    experts = len(total) // 2
+    fraction = total[:experts] / total[-1]
+    return experts * (fraction * part[experts:-1]).sum() / total[-1]
+
+
+# --- between the step and the trainer ---
+
+
+def request(
+    model_inputs: MutableMapping[str, Any], loss: RouterLoss, *, only: bool = False
+) -> None:
+    """Has the next forward of these inputs give the sums too; `only`: the sums and nothing else."""
+    model_inputs["router"] = {"top_k": loss.top_k, "layers": loss.layers, "only": only}
+
+
+def asked(model_inputs: Mapping[str, Any]) -> bool:
+    """Whether the forward of these inputs is to give the sums."""
+    return model_inputs.get("router") is not None
+
+
+def only_sums(model_inputs: Mapping[str, Any]) -> bool:
+    """Whether the forward of these inputs is to give nothing but the sums."""
+    return asked(model_inputs) and bool(model_inputs["router"]["only"])
+
+
+def sums_of(outputs: Any, model_inputs: Mapping[str, Any]) -> Tensor:
+    """Sums from a decoder's outputs.
+
+    Raises:
+        ModelError: the forward has recorded other router logits than the one at the start.
+    """
+    logits = getattr(outputs, "router_logits", None) or ()
+    if len(logits) != model_inputs["router"]["layers"]:
+        raise ModelError(
+            f"the forward gave the router logits of {len(logits)} layers, where "
+            f"{model_inputs['router']['layers']} have a router",
+            why="the load-balancing loss would be of some layers alone",
+            fix="set router_aux_loss_coef to 0, or leave torch_compile out",
+        )
+    return router_sums(logits, model_inputs["token_uses"], model_inputs["router"]["top_k"])
+
+
+def beside(answer: Tensor, outputs: Any, model_inputs: Mapping[str, Any]) -> Any:
+    """The answer of a forward, with the sums where they were asked for."""
+    return (answer, sums_of(outputs, model_inputs)) if asked(model_inputs) else answer
+
+
+def apart(answer: Any, model_inputs: Mapping[str, Any]) -> Tensor:
+    """The answer of a forward without the sums, which are kept in `model_inputs["router"]["sums"]`."""
+    if not asked(model_inputs):
+        return answer  # type: ignore[no-any-return]
+    answer, model_inputs["router"]["sums"] = answer
+    return answer  # type: ignore[no-any-return]
+
+
+# --- what a model has ---
+
+
+def asked_by_config(config: Any) -> dict[str, float]:
+    """Coefficients of routers' losses in a config that asks for them, by name; empty: it does not."""
+    text = config.get_text_config()
+    # Checkpoints' own code adds the loss without the switch that transformers' classes have.
+    asks = getattr(text, "output_router_logits", getattr(config, "output_router_logits", True))
+    return dict(_coefficients(text.to_dict())) if asks else {}
+
+
+def has_switch(config: Any) -> bool:
+    """Whether a config has the switch for routers' logits and a coefficient, whatever they are set to."""
+    text = config.get_text_config()
+    return hasattr(text, "output_router_logits") and any(_coefficients(text.to_dict()))
+
+
+def _coefficients(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _coefficients(value)
+        elif (
+            isinstance(name, str)
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and value
+            and _COEFFICIENT.search(name)
+        ):
+            yield name, float(value)
+
+
+def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
+    """The load-balancing loss that the model's own family computes.
+
+    A forward of a few tokens, some of them padding, proves that the loss computed here is the family's.
+
+    Args:
+        inner: a transformers causal language model or sequence classifier.
+
+    Raises:
+        NoRouterLoss: the family has none, its routers' logits cannot be had, or the losses differ.
+    """
+    text = inner.config.get_text_config()
+    ids = torch.arange(1, 13, device=device).reshape(2, 6) % text.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    causal, decoder = not type(inner).__name__.endswith(CLASSIFIER), decoder_of(inner)
+    training = inner.training
+    inner.eval()
+    try:
+        with torch.no_grad():
+            outputs = decoder(**inputs, output_router_logits=True)
+            logits = getattr(outputs, "router_logits", None) or ()
+            if not logits:
+                raise NoRouterLoss(f"{type(decoder).__name__} gives no router logits")
+            family = inner if causal else _causal_twin(inner)
+            top_k = getattr(family, "num_experts_per_tok", None) or text.num_experts_per_tok
+            expected = (
+                getattr(inner(**inputs, output_router_logits=True), "aux_loss", None)
+                if causal
+                else _family_function(inner)(logits, logits[0].shape[-1], top_k, mask)
+            )
+            if not isinstance(expected, Tensor):
+                raise NoRouterLoss(f"{type(inner).__name__} computes no load-balancing loss")
+            sums = router_sums(logits, mask, top_k)
+            found = balance(sums, sums)
+    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NoRouterLoss(f"a forward with output_router_logits=True fails: {first}") from error
+    finally:
+        inner.train(training)
+    tolerance = 1e-4 if logits[0].dtype in (torch.float32, torch.float64) else 2e-2
+    if not torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=0.0):
+        raise NoRouterLoss(
+            f"{type(inner).__name__} computes another load-balancing loss: {expected.item():.6g}, where "
+            f"E · Σ f · P is {found.item():.6g}"
+        )
+    return RouterLoss(_own_coefficient(family, text), top_k, logits[0].shape[-1], len(logits))
+
+
+def _own_coefficient(family: Any, text: Any) -> float:
+    for holder in (family, text):
+        for name in _OWN:
+            if isinstance(value := getattr(holder, name, None), int | float):
+                return float(value)
+    return 0.0
+
+
+def _family_function(inner: nn.Module) -> Any:
+    found = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    if found is None:
+        raise NoRouterLoss(f"the family of {type(inner).__name__} computes no load-balancing loss")
+    return found
+
+
+def _causal_twin(classifier: Any) -> Any:
+    """The family's causal language model, without weights: it knows how the family's loss is computed."""
+    name = type(classifier).__name__.removesuffix(CLASSIFIER) + "ForCausalLM"
+    cls = getattr(sys.modules[type(classifier).__module__], name, None)
+    if cls is None:
+        raise NoRouterLoss(f"there is no {name}, which would compute a load-balancing loss")
+    with torch.device("meta"):
+        return cls(classifier.config)

@@ -1,0 +1,263 @@
+"""Models and tokenizers from a recipe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoModelForCausalLM
+
+from rpo_trainer.data.quickstart import character_tokenizer
+from rpo_trainer.errors import ModelError
+from rpo_trainer.models.loading import check_vocabulary, load_model, load_tokenizer, load_weights
+from rpo_trainer.recipe import ModelSpec
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def random_spec(**changes: Any) -> ModelSpec:
+    return ModelSpec(from_config={**CONFIG, **changes}, tokenizer="characters")
+
+
+def model_of(spec: ModelSpec, base: Path, seed: int = 0) -> Any:
+    return load_model(spec, base, seed=seed, vocabulary=100)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `model`, a model and its tokenizer, its weights in bfloat16."""
+    base = tmp_path_factory.mktemp("loading")
+    model_of(random_spec(), base).to(torch.bfloat16).save_pretrained(base / "model")
+    character_tokenizer().save_pretrained(base / "model")
+    return base
+
+
+# --- random weights ---
+
+
+def test_random_weights_follow_the_seed_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = model_of(random_spec(), tmp_path).state_dict()
+    torch.manual_seed(2)
+    again = model_of(random_spec(), tmp_path).state_dict()
+    other = model_of(random_spec(), tmp_path, seed=1).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    assert first["lm_head.weight"].shape == (100, 16)  # the tokenizer's size, unless said
+
+
+def test_the_vocabulary_may_be_larger_than_the_tokenizer(tmp_path: Path) -> None:
+    assert model_of(random_spec(vocab_size=128), tmp_path).config.vocab_size == 128
+    with pytest.raises(ModelError, match="the tokenizer has 100 tokens, the model 64 embeddings"):
+        model_of(random_spec(vocab_size=64), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 64}, "a llama has no field `hiden_size`.*did you mean `hidden_size`"),
+        ({"zzz": 64}, "a llama has no field `zzz`.*remove it"),
+        ({"hidden_size": "wide"}, "expected int, got str"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "swish9"}, "swish9"),
+        ({"model_type": "lama"}, "Unrecognized model identifier: lama"),
+        ({"model_type": "vit"}, "a vit has no field"),
+    ],
+)
+def test_a_bad_configuration_is_named(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=f"(?s){message}") as error:
+        model_of(random_spec(**changes), tmp_path)
+    assert error.value.where == "model.from_config"
+    assert error.value.why and error.value.fix
+    assert len(str(error.value)) < 500  # not the list of all models there are
+
+
+def test_fields_of_other_names_are_taken(tmp_path: Path) -> None:
+    spec = ModelSpec(
+        from_config={"model_type": "gpt2", "hidden_size": 16, "n_layer": 1, "n_head": 2},
+        tokenizer="characters",
+    )
+    assert model_of(spec, tmp_path).config.n_embd == 16
+    assert model_of(random_spec(rope_theta=5e4), tmp_path) is not None
+
+
+# --- directories ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
+def test_weights_are_float32_whatever_the_arithmetic(dtype: str, folder: Path) -> None:
+    stored = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    assert stored.dtype == torch.bfloat16
+    for model in (
+        model_of(ModelSpec(name_or_path="model", dtype=dtype), folder),  # type: ignore[arg-type]
+        model_of(random_spec(), folder),
+        load_weights(folder / "model"),
+    ):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_paths_are_relative_to_the_recipe(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = ModelSpec(name_or_path="./model")
+    model = model_of(spec, folder)
+    assert load_tokenizer(spec, folder).eos_token == "</s>"
+    assert model_of(ModelSpec(name_or_path=str(folder / "model")), tmp_path) is not None
+    # What is written into adapters is found from any directory.
+    assert model.config._name_or_path == model.name_or_path == str(folder / "model")
+    assert load_weights(Path(os.path.relpath(folder / "model"))).name_or_path == str(
+        folder / "model"
+    )
+
+
+@pytest.mark.parametrize("name", ["./absent", "nobody/no-such-model", "/absent"])
+def test_what_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    spec = ModelSpec(name_or_path=name)
+    for load in (load_tokenizer, model_of):
+        with pytest.raises(ModelError, match="cannot be loaded") as error:
+            load(spec, tmp_path)
+        assert error.value.where == f"model: {name}"
+        assert "safetensors" in str(error.value)
+        assert "\n" not in error.value.what
+    with pytest.raises(ModelError, match="there is no model here"):
+        load_weights(tmp_path / "absent")
+
+
+def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = load_weights(folder / "model")
+    shutil.copytree(folder / "model", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    for load in (
+        lambda: model_of(ModelSpec(name_or_path="pickled"), tmp_path),
+        lambda: load_weights(tmp_path / "pickled"),
+    ):
+        with pytest.raises(ModelError, match="cannot be loaded") as error:
+            load()
+        assert "safetensors" in str(error.value)
+
+
+def test_damaged_weights_are_an_error_for_people(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_weights(tmp_path / "model")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        model_of(ModelSpec(name_or_path="model"), tmp_path)
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_weights(tmp_path / "model")
+
+
+def test_code_from_a_repository_is_not_run(folder: Path, tmp_path: Path) -> None:
+    import json
+
+    shutil.copytree(folder / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["model_type"] = "strange"
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    path.write_text(json.dumps(config))
+    (tmp_path / "model" / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\nclass Config: pass\nclass Model: pass\n"
+    )
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        model_of(ModelSpec(name_or_path="model"), tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_weights(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- tokenizers ---
+
+
+def test_the_character_tokenizer(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(random_spec(), tmp_path)
+    assert tokenizer("ab")["input_ids"] == [1, 69, 70]
+    assert tokenizer.chat_template is None
+
+
+def test_another_tokenizer_than_the_models(folder: Path, tmp_path: Path) -> None:
+    spec = ModelSpec(name_or_path=str(folder / "model"), tokenizer="characters")
+    assert len(load_tokenizer(spec, tmp_path)) == 100
+    elsewhere = ModelSpec(from_config=CONFIG, tokenizer="model")
+    assert len(load_tokenizer(elsewhere, folder)) == 100
+
+
+def test_random_weights_bring_no_tokenizer(tmp_path: Path) -> None:
+    spec = ModelSpec.model_construct(from_config=CONFIG, name_or_path=None, tokenizer=None)
+    with pytest.raises(ModelError, match="brings no tokenizer"):
+        load_tokenizer(spec, tmp_path)
+
+
+def test_chat_templates_are_built_in_or_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def template(name: str) -> Any:
+        spec = ModelSpec(from_config=CONFIG, tokenizer="characters", chat_template=name)
+        return load_tokenizer(spec, tmp_path).chat_template
+
+    assert "Assistant:" in template("plain")
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
+    assert template("mine.jinja") == "{{ messages[0].content }}"
+    assert template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert template("~/mine.jinja") == "{{ messages[0].content }}"
+    with pytest.raises(ModelError, match=r"'other\.jinja' cannot be read"):
+        template("other.jinja")
+    with pytest.raises(ModelError, match=r"the tokenizer has no tokens <\|im_start\|>"):
+        template("chatml")
+
+
+def test_more_tokens_than_embeddings(folder: Path) -> None:
+    model = load_weights(folder / "model")
+    check_vocabulary(model, 100)
+    check_vocabulary(model, 64)
+    with pytest.raises(ModelError, match="the tokenizer has 101 tokens, the model 100"):
+        check_vocabulary(model, 101)
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked"),
+    [
+        (True, True), (False, True), (HFValidationError("no name"), True),
+        (ConnectionError("no network"), False), (TimeoutError("too slow"), False),
+    ],
+)  # fmt: skip
+def test_without_a_network_only_the_cache_is_read(
+    answer: bool | Exception, asked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """transformers by itself tries for 45 s, and then reads the cache."""
+
+    def file_exists(self: object, name: str, file: str, *, revision: str) -> bool:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def from_pretrained(name: str, **settings: Any) -> Any:
+        given.append((name, settings["revision"], settings["local_files_only"]))
+        raise OSError("it is not there")
+
+    given: list[tuple[str, str, bool]] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.file_exists", file_exists)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    with pytest.raises(
+        ModelError, match="the tokenizer cannot be loaded: it is not there"
+    ) as error:
+        load_tokenizer(ModelSpec(name_or_path="some/model", revision="v1"), tmp_path)
+    assert given == [("some/model", "v1", not asked)]
+    assert error.value.where == "model: some/model"
+    assert ("hf download some/model" in str(error.value)) == (not asked)
