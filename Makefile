@@ -44,6 +44,7 @@ lint: $(VENV)/.installed-test  ## format, lint and types, nothing is changed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 audit: $(VENV)/.installed-audit  ## known vulnerabilities of the installed packages, where the database can be reached
 	$(BIN)/python .ci/audit.py

@@ -6,7 +6,7 @@ The command line prints them without a traceback and ends with their `exit_code`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rpo_trainer.redact import redact
 
@@ -19,6 +19,12 @@ def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     near += [name for name in known if word.startswith(f"{name}_") or name.startswith(f"{word}_")]
     near += difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return near[0] if near else None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rpo_trainer.chain.inputs import Inputs, check_inputs
 from rpo_trainer.chain.state import ChainState, check_run_dir, plain
 from rpo_trainer.data import Audit, load_rows, tokenize_rows
+from rpo_trainer.data.template_variables import check_kwargs
 from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError
 from rpo_trainer.models.adapter_files import base_of, is_adapter, require_weights
@@ -42,7 +43,7 @@ from rpo_trainer.recipe import (
     resolve_path,
 )
 from rpo_trainer.recipe.chain_checks import looks_like_path
-from rpo_trainer.recipe.template_kwargs import COLUMN, check_kwargs
+from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.generate import check_room
 from rpo_trainer.rewards.scorers import make_scorer

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpo_trainer.data import Audit, load_rows, tokenize_rows
+from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.rewards import evaluate
-from rpo_trainer.rewards.judge import bias_lines, biases
 from rpo_trainer.rewards.rowfile import complete_rows, content_key, is_intact, read_rows
 from rpo_trainer.rewards.sampling import sampling_settings
 from rpo_trainer.runtime import distributed

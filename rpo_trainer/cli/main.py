@@ -124,7 +124,7 @@ def check(
 def _check_template(
     tokenizer: str, chat_template: str | None, kwargs: Sequence[str], as_json: bool
 ) -> None:
-    from rpo_trainer.recipe.template_kwargs import parse_kwargs
+    from rpo_trainer.cli.options import parse_kwargs
 
     given = parse_kwargs(kwargs)
     from rich.console import Console

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.template_kwargs import parse_kwargs
+from rpo_trainer.errors import Problems, RecipeError, RPOTrainerError
+from rpo_trainer.recipe import template_kwargs
+from rpo_trainer.recipe.overrides import apply_override, parse_overrides
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens
@@ -101,3 +102,32 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
             fix="write both, as in --column prompt=question or --weights helpfulness=0.5,coherence=0.5",
         )
     return name.strip(), value.strip()
+
+
+def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, Any] | None:
+    """Variables from the command line, each as `name=value` with a value in YAML; None for no words.
+
+    Raises:
+        RecipeError, or Problems: words that are none.
+    """
+    found: dict[str, Any] = {}
+    overrides, errors = parse_overrides(words)
+    for override in overrides:
+        try:
+            apply_override(found, override)
+        except RecipeError as error:
+            errors.append(error)
+    problems: list[RPOTrainerError] = [
+        RecipeError(
+            error.what,
+            where=f"{option} {(error.where or '').removeprefix('override ')}",
+            why="each word sets one variable of the chat template",
+            fix="write name=value, for example enable_thinking=false; the value is YAML, so a text with "
+            "special characters needs quotes",
+        )
+        for error in errors
+    ]
+    problems += template_kwargs.problems(found, option)
+    if problems:
+        raise Problems(problems) if len(problems) > 1 else problems[0]
+    return found or None

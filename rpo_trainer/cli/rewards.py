@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from rpo_trainer.cli.options import SERVICE, service_fields, source_spec, valid, weights_of
+from rpo_trainer.cli.options import (
+    SERVICE,
+    parse_kwargs,
+    service_fields,
+    source_spec,
+    valid,
+    weights_of,
+)
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.template_kwargs import parse_kwargs
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens

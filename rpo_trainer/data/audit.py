@@ -30,6 +30,7 @@ from rpo_trainer.data.counts import (
     rows_word,
 )
 from rpo_trainer.data.duplicates import repeated, shared
+from rpo_trainer.data.judge_bias import bias_lines
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
 
@@ -419,8 +420,6 @@ class Audit:
                 + text.format(**self.calibration)
             )
         if self.judge:
-            from rpo_trainer.rewards.judge import bias_lines  # which needs this package
-
             lines += bias_lines(self.judge)
         if self.pairs.get("with_rewards"):
             lines.append("{ties} ties, {reversed} reversed among {rows} rows".format(**self.pairs))

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpo_trainer.errors import RecipeError
-from rpo_trainer.rewards.verifiers import nearest
+from rpo_trainer.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -409,3 +409,8 @@ def row_texts(row: Row) -> Iterable[str]:
     yield from leaf_texts(row.get("chat_template_kwargs"))
     for message in (*messages, *row.get("response_fields", ())):
         yield from (message[key] for key in THINKING if isinstance(message.get(key), str))
+
+
+def kwargs_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The variables of each row."""
+    return [row.get("chat_template_kwargs") or {} for row in rows]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from rpo_trainer.data import quickstart
 from rpo_trainer.data.csv_file import read_csv
 from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError, first_line
@@ -119,7 +120,6 @@ def _indexed(
 
 
 def _load_task(spec: SourceSpec, seed: int) -> RawSource:
-    from rpo_trainer import quickstart  # imported here: it needs this package in turn
 
     assert spec.task is not None
     if spec.size is None:

@@ -27,9 +27,10 @@ from rpo_trainer.data.rows import (
     row_texts,
     with_responses,
 )
+from rpo_trainer.data.template_variables import variables
 from rpo_trainer.data.written import left_out
 from rpo_trainer.errors import DataError
-from rpo_trainer.recipe.template_kwargs import COLUMN, variables
+from rpo_trainer.recipe.template_kwargs import COLUMN
 
 if TYPE_CHECKING:
     import datasets

@@ -12,8 +12,8 @@ from torch import nn
 
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.pretrained import loading_report, local_folder, stored_tensors
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.distributed import is_main
-from rpo_trainer.step.forward import causal_lm, is_classifier
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -28,7 +28,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
     the model's files do not have.
     """
     heads = _heads(model) if is_classifier(model) else []
-    missing, resized = fresh_parameters(causal_lm(model))
+    missing, resized = fresh_parameters(transformers_model(model))
     modules = {name.rpartition(".")[0] for name in missing}
     parts = [*heads, *sorted(m for m in modules if m not in heads)]
     _warn_resized(resized, config)
@@ -89,7 +89,7 @@ def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
 
 def warn_of_random(model: nn.Module) -> None:
     """A WARNING where a model that somebody else has loaded has weights that its files lack."""
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     heads = _heads(inner) if is_classifier(inner) else []
     missing = [n for n in fresh_parameters(inner)[0] if n.split(".")[0] not in heads]
     if missing and is_main():
@@ -124,7 +124,7 @@ def warn_of_fused_experts(wrapped: Any, config: Any) -> None:
         return
     trained = set(getattr(wrapped.base_model, "targeted_parameter_names", ()))
     left: dict[str, int] = {}
-    for path, module in causal_lm(wrapped).named_modules():
+    for path, module in transformers_model(wrapped).named_modules():
         path = re.sub(r"(\.base_layer)+(?=\.|$)", "", path)
         for name, p in module.named_parameters(recurse=False):
             whole = f"{path}.{name}"
@@ -164,7 +164,7 @@ def require_trained_parts(model: nn.Module) -> None:
 
     Frozen heads of classifiers whose weights may have been trained are a WARNING.
     """
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     trained = {_plain_name(name) for name, p in inner.named_parameters() if p.requires_grad}
     missing, resized = fresh_parameters(inner)
     frozen = [name for name in missing if name not in trained]

@@ -22,8 +22,8 @@ from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_par
 from rpo_trainer.models.multimodal import without_towers
 from rpo_trainer.models.outputs import read_generation
 from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.file_errors import device_failed, reads
-from rpo_trainer.step.forward import causal_lm, is_classifier
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -133,7 +133,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="which of the two is to be trained cannot be guessed",
             fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
         )
-    if getattr(causal_lm(model), "_rpo_text_part", False):
+    if getattr(transformers_model(model), "_rpo_text_part", False):
         raise ModelError(
             "a reward model of the text part of a multimodal checkpoint cannot be trained by an adapter",
             why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
@@ -141,7 +141,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         )
     require_fit(config)
     require_plain_start(config)
-    config = without_towers(causal_lm(model), with_new_parts(model, config))
+    config = without_towers(transformers_model(model), with_new_parts(model, config))
     before = _answers(model)
     try:
         wrapped: Any = get_peft_model(model, config)
@@ -224,7 +224,7 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
     """Weights below the adapter, under the names that they have without one."""
     kept = {}
-    for name, tensor in causal_lm(model).state_dict().items():
+    for name, tensor in transformers_model(model).state_dict().items():
         plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".original_module.", ".")
         if plain != name or not any(mark in name for mark in ("lora_", ".modules_to_save.")):
             kept[plain] = tensor
@@ -247,7 +247,7 @@ def _answers(model: nn.Module) -> Tensor | None:
     """Log-probs (scores, of a classifier) on a few random tokens; None: the weights are not here whole."""
     if not whole_on_every_rank(model):
         return None
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     vocabulary = inner.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, 12), generator=generator, device="cpu")
@@ -311,7 +311,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
         ) from error
     generation = read_generation(folder, str(folder))
     if generation is not None:
-        causal_lm(model).generation_config = generation
+        transformers_model(model).generation_config = generation
     return model  # type: ignore[no-any-return]
 
 

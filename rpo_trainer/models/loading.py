@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from rpo_trainer.data import set_chat_template
+from rpo_trainer.data.template_variables import check_kwargs
 from rpo_trainer.errors import ModelError, first_line, last_line
 from rpo_trainer.models.multimodal import (
     CLASSIFIER,
@@ -36,7 +37,7 @@ from rpo_trainer.models.pretrained import (
     refuse_adapter,
 )
 from rpo_trainer.models.sharding import loading_whole, rows_of
-from rpo_trainer.recipe.template_kwargs import COLUMN, check_kwargs
+from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.runtime.file_errors import device_failed, reads, require_files, require_sizes
 
 if TYPE_CHECKING:

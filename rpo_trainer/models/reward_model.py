@@ -25,7 +25,7 @@ from rpo_trainer.data import end_token_ids
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.multimodal import is_composite, text_decoder
 from rpo_trainer.models.sharding import loading_whole
-from rpo_trainer.step.forward import causal_lm, is_classifier
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,11 +56,11 @@ def as_reward_model(
         RecipeError: weights that do not fit the attributes.
     """
     if is_classifier(model):
-        names = _names_of(causal_lm(model), attributes)
+        names = _names_of(transformers_model(model), attributes)
     else:
         names = tuple(attributes or ONE_REWARD)
         model = _with_head(model, names, seed)
-    config = causal_lm(model).config
+    config = transformers_model(model).config
     known = getattr(config, "reward_weights", None)
     if weights is None and isinstance(known, Mapping) and set(known) == set(names):
         weights = known
@@ -86,7 +86,7 @@ def _names_of(classifier: Any, attributes: Sequence[str] | None) -> tuple[str, .
 
 
 def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
-    source = causal_lm(model)
+    source = transformers_model(model)
     if source is not model:
         raise ModelError(
             f"a {type(model).__name__} around a language model cannot become a reward model",
@@ -150,7 +150,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreT
     Raises:
         ModelError: there is no such token.
     """
-    config = causal_lm(model).config
+    config = transformers_model(model).config
     ends = end_token_ids(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         others = (tokenizer.unk_token, tokenizer.bos_token)
@@ -169,13 +169,13 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreT
 
 def attributes_of(model: nn.Module) -> tuple[str, ...]:
     """Names of a reward model's heads, in their order."""
-    labels = causal_lm(model).config.id2label
+    labels = transformers_model(model).config.id2label
     return tuple(str(labels[number]) for number in sorted(labels))
 
 
 def weights_of(model: nn.Module) -> Tensor:
     """`[A]`, float64: the weight of each head in the reward; the mean where the config has none."""
     names = attributes_of(model)
-    known = getattr(causal_lm(model).config, "reward_weights", None)
+    known = getattr(transformers_model(model).config, "reward_weights", None)
     weights = resolve_weights(known, names)
     return torch.tensor([weights[name] for name in names], dtype=torch.float64)

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime import distributed
 from rpo_trainer.step.batch import Layout, pack
-from rpo_trainer.step.forward import causal_lm, install, is_classifier, token_logprobs
+from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 
 # Bytes of state per trained parameter, for optimizers that need a library or a device to be made.
@@ -94,7 +95,7 @@ def step_memory(
         if checkpointing:
             _checkpoint_activations(model)
         install(model, layout=layout, learn=False)
-        inner = causal_lm(model)
+        inner = transformers_model(model)
         if tile_bytes is not None:
             inner._rpo_head.tile_bytes = tile_bytes
         model.train()

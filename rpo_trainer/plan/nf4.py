@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpo_trainer.step.forward import causal_lm, is_classifier
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 
 
 def nf4_bytes(weights: int) -> int:
@@ -25,7 +25,7 @@ def hold_in_nf4(model: nn.Module, compute: torch.dtype) -> None:
     Args:
         compute: dtype of the products.
     """
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     head = inner.score if is_classifier(inner) else inner.get_output_embeddings()
     outside = set(head.modules()) if head is not None else set()
     for parent in model.modules():

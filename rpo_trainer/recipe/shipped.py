@@ -6,17 +6,16 @@ import re
 import shutil
 from pathlib import Path
 
-import rpo_trainer
 from rpo_trainer.errors import RunError
 
+PACKAGE = Path(__file__).parents[1]
 _SUFFIXES = (".yaml", ".json")
 
 
 def folder() -> Path:
     """Where they lie: in an installed package inside of it, in a checkout beside it."""
-    package = Path(rpo_trainer.__file__).parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    inside = PACKAGE / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
 
 def shipped() -> dict[str, str]:

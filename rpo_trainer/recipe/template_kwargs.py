@@ -6,16 +6,10 @@ A row's own go before those of its source, and these before those of the model, 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from rpo_trainer.errors import Problems, RecipeError, RPOTrainerError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from rpo_trainer.data.rows import Row
+from rpo_trainer.errors import RecipeError
 
 COLUMN = "chat_template_kwargs"
 Kwargs = Mapping[str, Any]
@@ -86,38 +80,8 @@ def _are_documents(value: Any) -> bool:
     )
 
 
-def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, Any] | None:
-    """Variables from the command line, each as `name=value` with a value in YAML; None for no words.
-
-    Raises:
-        RecipeError, or Problems: words that are none.
-    """
-    from rpo_trainer.recipe.overrides import apply_override, parse_overrides
-
-    found: dict[str, Any] = {}
-    overrides, errors = parse_overrides(words)
-    for override in overrides:
-        try:
-            apply_override(found, override)
-        except RecipeError as error:
-            errors.append(error)
-    problems: list[RPOTrainerError] = [
-        RecipeError(
-            error.what,
-            where=f"{option} {(error.where or '').removeprefix('override ')}",
-            why="each word sets one variable of the chat template",
-            fix="write name=value, for example enable_thinking=false; the value is YAML, so a text with "
-            "special characters needs quotes",
-        )
-        for error in errors
-    ]
-    problems += _problems(found, option)
-    if problems:
-        raise Problems(problems) if len(problems) > 1 else problems[0]
-    return found or None
-
-
-def _problems(kwargs: Kwargs | None, where: str) -> Iterator[RecipeError]:
+def problems(kwargs: Kwargs | None, where: str) -> Iterator[RecipeError]:
+    """An error for each variable that cannot be set."""
     for name, value in (kwargs or {}).items():
         if (fault := fault_of(name, value)) is not None:
             yield RecipeError(fault.what, where=f"{where}.{name}", why=fault.why, fix=fault.fix)
@@ -131,57 +95,3 @@ def merged(*levels: Kwargs | None) -> dict[str, Any]:
 def kwargs_key(kwargs: Kwargs | None) -> str:
     """A text that is the same for equal variables; empty for none."""
     return json.dumps(kwargs, sort_keys=True, default=str) if kwargs else ""
-
-
-def kwargs_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The variables of each row."""
-    return [row.get(COLUMN) or {} for row in rows]
-
-
-def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The variables that the chat template reads, of several templates any of them; empty without one."""
-    given = tokenizer.chat_template
-    texts = given.values() if isinstance(given, Mapping) else [given] if given else []
-    return frozenset(name for text in texts for name in _variables(str(text)))
-
-
-@cache
-def _variables(template: str) -> frozenset[str]:
-    import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    from rpo_trainer.data.template_reads import outer_reads
-
-    try:
-        environment = _compile_jinja_template(template).environment
-        return frozenset(outer_reads(environment.parse(template)) - set(environment.globals))
-    except jinja2.TemplateError:
-        return frozenset()  # rendering says what is wrong with it
-
-
-def unread(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Those of `kwargs` that the chat template does not read."""
-    return sorted(set(kwargs or ()) - variables(tokenizer))
-
-
-def check_kwargs(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raises RecipeError: a name that is no variable, or one that the chat template does not read."""
-    for problem in _problems(kwargs, where):
-        raise problem
-    names = unread(kwargs, tokenizer)
-    if not names:
-        return
-    if not tokenizer.chat_template:
-        what, why = "the tokenizer has no chat template", "nothing would read these variables"
-        fix = "remove them, or set `chat_template`"
-    else:
-        what = f"the chat template does not read {_listed(names)}"
-        why = "what it writes would be the same without"
-        fix = "remove it; the template reads " + (
-            _listed(sorted(variables(tokenizer) - set(RESERVED))) or "no variable of its own"
-        )
-    raise RecipeError(what, where=f"{where}.{names[0]}", why=why, fix=fix)
-
-
-def _listed(names: Collection[str] | Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

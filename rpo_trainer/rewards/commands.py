@@ -146,7 +146,7 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
         DataError, Problems: rows that cannot be read or scored.
         RunError: the output is another file, or unfinished work of other settings lies there.
     """
-    from rpo_trainer.rewards.judge import bias_lines, biases
+    from rpo_trainer.data.judge_bias import bias_lines, biases
     from rpo_trainer.rewards.scorers import make_scorer, weights_key
 
     def model(path: str) -> tuple[str, str]:
@@ -279,9 +279,9 @@ def _audit_template(
         DataError, Problems: as `audit_prompts`.
         RecipeError: `--kwargs` that the chat template does not read.
     """
+    from rpo_trainer.data.template_variables import check_kwargs
     from rpo_trainer.data.tokenize import audit_prompts
     from rpo_trainer.models.loading import load_tokenizer
-    from rpo_trainer.recipe.template_kwargs import check_kwargs
 
     audit = Audit()
     tokenizer = load_tokenizer(_model_spec(name, chat_template), Path())

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rpo_trainer.data.rows import kwargs_of
 from rpo_trainer.errors import DataError
-from rpo_trainer.recipe.template_kwargs import kwargs_of
 from rpo_trainer.rewards.generate import Gather, greedy_responses, sample_responses
 from rpo_trainer.rewards.responses import Sample
 

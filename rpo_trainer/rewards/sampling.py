@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from rpo_trainer.data.rows import THINKING, Row, is_empty
+from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
 from rpo_trainer.errors import DataError
-from rpo_trainer.recipe.template_kwargs import kwargs_of
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
 from rpo_trainer.rewards.messages import chat_messages, template_options, warn_unsent
 from rpo_trainer.rewards.rowfile import ALONE, Done, Ranks, Shard, complete, content_key, one_by_one

@@ -250,10 +250,10 @@ def _tokenize(
     max_length: int | None,
     truncation: Truncation,
 ) -> None:
+    from rpo_trainer.data.template_variables import check_kwargs
     from rpo_trainer.data.tokenize import tokenize_rows
     from rpo_trainer.models.loading import load_tokenizer
     from rpo_trainer.recipe import ModelSpec
-    from rpo_trainer.recipe.template_kwargs import check_kwargs
 
     if found.kind == "rating":
         rows = [{**row, "attributes": [*row["attributes"].values()]} for row in rows]

@@ -15,11 +15,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_trainer.data import Audit, encode_prompt, load_rows
+from rpo_trainer.data.judge_bias import biases
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import DataSpec, ScoreSpec, Stage, resolve_path
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.rewards.judge import biases
 from rpo_trainer.rewards.rowfile import (
     ALONE,
     Ranks,

@@ -14,6 +14,7 @@ from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.sample_conversations import SAMPLES, Sample
+from rpo_trainer.data.template_variables import check_kwargs
 from rpo_trainer.data.token_view import (
     PROMPT,
     TRAINED,
@@ -28,7 +29,7 @@ from rpo_trainer.data.turns import PARTED
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, TemplateError
 from rpo_trainer.models.loading import load_tokenizer
 from rpo_trainer.recipe import ModelSpec
-from rpo_trainer.recipe.template_kwargs import COLUMN, check_kwargs
+from rpo_trainer.recipe.template_kwargs import COLUMN
 
 _LONG = 2**30  # tokens: longer than any sample
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from rpo_trainer.errors import ModelError, first_line
-from rpo_trainer.models.multimodal import CLASSIFIER, decoder_of
+from rpo_trainer.errors import first_line
+from rpo_trainer.models.multimodal import decoder_of
 from rpo_trainer.models.sharding import device_of, has_shards, rows_of
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime import distributed
 from rpo_trainer.step.attention import (
     ATTENTION_NAME,
@@ -36,28 +36,6 @@ from rpo_trainer.step.reach import Recording, recording
 from rpo_trainer.step.router_loss import apart, asked, beside, only_sums, sums_of
 
 _RECORDED_TOKENS = 8  # of the forward that attention is learned from
-
-
-def causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside whatever wraps it."""
-    seen: Any = model
-    while not isinstance(seen, PreTrainedModel):
-        inner = getattr(seen, "module", None)
-        if inner is None and hasattr(seen, "get_base_model"):
-            inner = seen.get_base_model()
-        if not isinstance(inner, nn.Module):
-            raise ModelError(
-                f"{type(model).__name__} holds no transformers model",
-                why="the step runs inside a PreTrainedModel's forward",
-                fix="pass a transformers causal language model, wrapped by PEFT or not",
-            )
-        seen = inner
-    return seen
-
-
-def is_classifier(model: nn.Module) -> bool:
-    """Whether it is a sequence classifier, the class of reward models, and no language model."""
-    return type(causal_lm(model)).__name__.endswith(CLASSIFIER)
 
 
 def install(
@@ -76,7 +54,7 @@ def install(
         What the attention modules were called with in a forward of the model's own; nothing for layouts that
         leave attention to the model, and where nothing is learned.
     """
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     uninstall(inner)
     inner._rpo_stock = (inner.forward, inner.config._attn_implementation)
     inner._rpo_plan_as_mask = False
@@ -116,7 +94,7 @@ def _within(model: nn.Module, question: Callable[[Any], Any]) -> Any:
 
 def uninstall(model: nn.Module) -> None:
     """Gives the model its own forward and attention back."""
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     if not hasattr(inner, "_rpo_stock"):
         return
     forward, attention = inner._rpo_stock
@@ -133,7 +111,7 @@ def uninstall(model: nn.Module) -> None:
 
 def _learn_reach(model: nn.Module) -> Recording:
     """One forward of a few tokens, each attention module told how far the model's mask for it reaches."""
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     rows = rows_of(inner.get_input_embeddings().weight)
     ids = torch.arange(_RECORDED_TOKENS, device=device_of(model))[None] % rows
     arguments = {

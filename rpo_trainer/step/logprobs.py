@@ -286,7 +286,7 @@ def _kernels(logits: Tensor) -> Any:
         return None
     if not has_triton():
         return None
-    from rpo_trainer import head_kernels  # Triton takes long to import
+    from rpo_trainer.step import head_kernels  # Triton takes long to import
 
     return head_kernels if head_kernels.works_on(logits.device) else None
 

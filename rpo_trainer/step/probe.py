@@ -22,10 +22,11 @@ from torch import nn
 from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.models.adapters import lowest_precision
 from rpo_trainer.models.sharding import device_of, has_shards
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.distributed import broadcast, greatest_float, is_main
 from rpo_trainer.runtime.file_errors import device_failed
 from rpo_trainer.step.batch import Layout
-from rpo_trainer.step.forward import causal_lm, install, is_classifier, uninstall
+from rpo_trainer.step.forward import install, uninstall
 from rpo_trainer.step.head import FORWARD_ERRORS, Head
 from rpo_trainer.step.proof import (
     Answers,
@@ -78,10 +79,10 @@ def probe(
     shared = has_shards(model)  # asked before a forward, after which a few weights stay whole
     training = model.training
     model.eval()
-    name = type(causal_lm(model)).__name__
+    name = type(transformers_model(model)).__name__
     try:
         recorded = install(model)
-        head: Head = causal_lm(model)._rpo_head
+        head: Head = transformers_model(model)._rpo_head
         uninstall(model)
         if tile_bytes is not None:
             head.tile_bytes = tile_bytes
@@ -212,7 +213,7 @@ class _Proof:
             if device_failed(error):
                 raise
             raise ModelError(
-                f"a forward of {type(causal_lm(model)).__name__} fails",
+                f"a forward of {type(transformers_model(model)).__name__} fails",
                 why=f"{type(error).__name__}: {first_line(error)}",
                 fix="see whether it runs in another dtype (dtype=torch.float32) or with another "
                 "attn_implementation",
@@ -309,7 +310,7 @@ class _Proof:
 
     @property
     def pad_token_id(self) -> int:
-        config = causal_lm(self.model).config.get_text_config()
+        config = transformers_model(self.model).config.get_text_config()
         return max(0, getattr(config, "pad_token_id", None) or 0)
 
     def _ask(

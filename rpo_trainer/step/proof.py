@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from rpo_trainer.models.sharding import device_of, has_shards, rows_of
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.step.batch import Layout, pack, to_device
-from rpo_trainer.step.forward import causal_lm, is_classifier, response_scores, token_logprobs
+from rpo_trainer.step.forward import response_scores, token_logprobs
 
 Example = dict[str, Any]
 # Lengths of each prompt and of its responses.
@@ -54,7 +55,7 @@ class Answers:
 
 def random_examples(model: nn.Module, seed: int = 0) -> list[Example]:
     """Two prompts with two responses each, without tokens that the model's config gives a meaning."""
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     rows = rows_of(inner.get_input_embeddings().weight)
     known = getattr(inner.config.get_text_config(), "vocab_size", None) or rows
     special = set(_special_tokens(inner.config.to_dict()))
@@ -269,7 +270,7 @@ def _embedded(model: nn.Module) -> Iterator[list[Tensor]]:
         found.append(output)
         return output.clone()  # some models change it in place
 
-    handle = causal_lm(model).get_input_embeddings().register_forward_hook(keep)
+    handle = transformers_model(model).get_input_embeddings().register_forward_hook(keep)
     try:
         yield found
     finally:

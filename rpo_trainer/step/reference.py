@@ -29,8 +29,9 @@ from tqdm.auto import tqdm
 
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.sharding import device_of, whole
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
-from rpo_trainer.step.forward import causal_lm, token_logprobs
+from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
         arithmetic: what else decides rounding, such as the autocast dtype.
     """
     digest = xxhash.xxh3_128()
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     config = inner.config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version", "use_cache", "architectures"):
         config.pop(name, None)

@@ -21,11 +21,12 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.models.adapters import awake
 from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.allocator import keeping_freed_memory
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import Layout, to_device
-from rpo_trainer.step.forward import causal_lm, token_logprobs
+from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.step.router_loss import asked_by_config
@@ -143,9 +144,9 @@ class PackedTrainer(SavingTrainer):
             require_best_metric(
                 args,
                 {name: self.metric_names(args, examples) for name, examples in sets.items()},
-                asked=bool(asked_by_config(causal_lm(model).config)),
+                asked=bool(asked_by_config(transformers_model(model).config)),
             )
-        use_cache = getattr(causal_lm(model).config, "use_cache", None)
+        use_cache = getattr(transformers_model(model).config, "use_cache", None)
         with harmless_trackers(args) as trackers:
             super().__init__(
                 model=model,

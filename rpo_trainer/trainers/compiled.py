@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rpo_trainer.errors import ModelError, RecipeError
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.attention import ATTENTION_NAME, packed_attention
-from rpo_trainer.step.forward import causal_lm
 
 
 def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:
@@ -38,12 +38,12 @@ def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:
     outside: Any = torch.compiler.disable  # untyped
     AttentionInterface.register(ATTENTION_NAME, outside(packed_attention))
     layers = [
-        module for module in causal_lm(model).modules()
+        module for module in transformers_model(model).modules()
         if isinstance(module, GradientCheckpointingLayer)
     ]  # fmt: skip
     if not layers:
         raise ModelError(
-            f"torch_compile: no layers to compile were found in {type(causal_lm(model)).__name__}",
+            f"torch_compile: no layers to compile were found in {type(transformers_model(model)).__name__}",
             why="layers are compiled one by one, so that rows of all lengths share the result",
             fix="leave torch_compile out for this model",
         )

@@ -20,7 +20,7 @@ from torch import nn
 
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.models.multimodal import is_composite, is_multimodal, text_decoder
-from rpo_trainer.step.forward import causal_lm, is_classifier
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 
 ENGINE_FILE = "engine.json"
 
@@ -190,7 +190,7 @@ def settle_unused(model: nn.Module, args: Any, accelerator: Accelerator) -> None
 
 def may_be_unused(model: nn.Module) -> bool:
     """Whether a packed step may leave a trained weight out: beside decoder and head, or a list of experts."""
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     parts = (
         (inner.base_model, inner.score)
         if is_classifier(inner)

@@ -14,9 +14,9 @@ from rpo_trainer.data import end_token_ids
 from rpo_trainer.errors import DataError, ModelError
 from rpo_trainer.models.checks import positions_of
 from rpo_trainer.models.sharding import rows_of
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import Layout
-from rpo_trainer.step.forward import causal_lm
 from rpo_trainer.step.reach import rotary_limit
 from rpo_trainer.trainers.examples import Examples
 
@@ -39,7 +39,7 @@ def check_fit(
     """
     if examples is None or not len(examples):
         return
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     largest, smallest, longest = _extremes(examples)
     rows = rows_of(inner.get_input_embeddings().weight)
     if largest >= rows or smallest < 0:

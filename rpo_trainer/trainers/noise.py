@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rpo_trainer.models.sharding import device_of
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
-from rpo_trainer.step.forward import causal_lm
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ _Undo = list[tuple[Any, str, Any]]
 
 def _silence(model: nn.Module, names: Collection[str]) -> _Undo:
     """Sets noise of these names to 0; gives what it was."""
-    inner, undo = causal_lm(model), []
+    inner, undo = transformers_model(model), []
     for path, module in model.named_modules():
         changes: dict[str, Any] = {name: 0.0 for name in _attributes(module) if name in names}
         if isinstance(module, _DROPOUT) and path.rpartition(".")[2] in names:
@@ -236,7 +236,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
     """Logits (scores, of a classifier) of a few tokens, with random numbers of its own."""
-    inner = causal_lm(model)
+    inner = transformers_model(model)
     device, before = device_of(model), model.training
     ids = (
         torch.arange(1, 17, device=device).reshape(2, 8) % inner.config.get_text_config().vocab_size

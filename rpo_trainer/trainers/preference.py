@@ -17,9 +17,9 @@ from rpo_trainer.models.adapters import starts_as
 from rpo_trainer.models.checks import check_same_vocabulary
 from rpo_trainer.models.loading import load_model_named
 from rpo_trainer.models.sharding import has_shards, rows_of, whole_on_every_rank
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import broadcast, is_main, merge, on_main
 from rpo_trainer.step import reference
-from rpo_trainer.step.forward import causal_lm
 from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
@@ -160,7 +160,7 @@ class PreferenceTrainer(PackedTrainer):
         if self.ref_model is not None:
             key = self._key_of(self.ref_model)
             model = shard_reference(self.ref_model, self.accelerator)
-            alike = type(causal_lm(model)) is type(causal_lm(self.model))
+            alike = type(transformers_model(model)) is type(transformers_model(self.model))
             layout, _ = probe_on_all_ranks(
                 model, layout=self.layout if alike else None, tile_bytes=self.args.tile_bytes,
                 longest=self._longest, autocast=self.args.mixed_precision_dtype(),

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.models.sharding import device_of
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.distributed import is_main
-from rpo_trainer.step.forward import causal_lm, is_classifier, router_sums_only
+from rpo_trainer.step.forward import router_sums_only
 from rpo_trainer.step.router_loss import (
     NoRouterLoss,
     RouterLoss,
@@ -126,7 +127,7 @@ def router_term(
     Raises:
         RecipeError: `router_aux_loss_coef` is set, and the model's loss cannot be computed.
     """
-    inner, given = causal_lm(model), args.router_aux_loss_coef
+    inner, given = transformers_model(model), args.router_aux_loss_coef
     wanted = asked_by_config(inner.config)
     if given == 0.0 or (given is None and not wanted):
         _say_off(inner.config, given)

@@ -27,8 +27,8 @@ from rpo_trainer.models.outputs import (
     write_beside,
 )
 from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.distributed import is_main, on_main
-from rpo_trainer.step.forward import causal_lm, is_classifier
 from rpo_trainer.trainers import checkpoint
 from rpo_trainer.trainers.engine import check_same_engine
 from rpo_trainer.trainers.fits import trained_ends
@@ -92,7 +92,7 @@ class SavingTrainer(WrappingTrainer):
                 saved, or parameters share memory in a way that safetensors cannot hold.
             RunError: the output directory cannot be written to.
         """
-        inner = causal_lm(self.model)
+        inner = transformers_model(self.model)
         if use_cache is not None:  # every forward of a step says use_cache=False itself
             inner.config.use_cache = use_cache
         generation = getattr(inner, "generation_config", None)
@@ -112,7 +112,7 @@ class SavingTrainer(WrappingTrainer):
         on_main(self._check_savable)
 
     def _check_savable(self) -> None:
-        inner, tokenizer = causal_lm(self.model), self.written.tokenizer
+        inner, tokenizer = transformers_model(self.model), self.written.tokenizer
         parts = {
             "model's config": inner.config,
             "generation config": getattr(inner, "generation_config", None),
@@ -147,12 +147,12 @@ class SavingTrainer(WrappingTrainer):
     def _save_beside(self, folder: Path) -> None:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if not is_adapted(self.model):
-            write_beside(causal_lm(self.model), folder)
+            write_beside(transformers_model(self.model), folder)
             return
         make_base_absolute(folder)
         if self._staging is not None:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card
-        generation = getattr(causal_lm(self.model), "generation_config", None)
+        generation = getattr(transformers_model(self.model), "generation_config", None)
         if generation is not None and not is_classifier(self.model):
             generation.save_pretrained(folder)
 

@@ -19,8 +19,8 @@ from rpo_trainer.models.adapter_parts import require_trained_parts, warn_of_rand
 from rpo_trainer.models.loading import load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
 from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
-from rpo_trainer.step.forward import causal_lm
 from rpo_trainer.trainers.padding_row import require_kept_padding
 from rpo_trainer.trainers.settings import defaults_of
 from rpo_trainer.trainers.step_config import StepConfig
@@ -81,7 +81,7 @@ def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
             )
     elif not able:
         raise RecipeError(
-            f"{type(causal_lm(model)).__name__} does not support gradient checkpointing",
+            f"{type(transformers_model(model)).__name__} does not support gradient checkpointing",
             where="gradient_checkpointing",
             why="transformers marks the classes that can recompute their activations",
             fix="set gradient_checkpointing=False",
@@ -95,7 +95,7 @@ def stop_input_gradients(model: nn.Module, args: Any) -> None:
     and fail in models that change their embeddings in place.
     """
     if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
-        causal_lm(model).disable_input_require_grads()
+        transformers_model(model).disable_input_require_grads()
 
 
 def note_defaults(args: StepConfig) -> None:
@@ -157,8 +157,10 @@ def unprepared(model: Any) -> Any:
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
     four_bits.steady(model)
-    require_kept_padding(causal_lm(model))
-    _freeze_towers(causal_lm(model), adapted=peft_config is not None or adapters.is_adapted(model))
+    require_kept_padding(transformers_model(model))
+    _freeze_towers(
+        transformers_model(model), adapted=peft_config is not None or adapters.is_adapted(model)
+    )
     if peft_config is None:
         adapters.require_fit_model(model)
         if adapters.is_adapted(model):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rpo_trainer.data.judge_bias import biases
 from rpo_trainer.errors import DataError, ModelError, Problems
-from rpo_trainer.rewards.judge import biases
 from tests.chain import tiny
 from tests.rewards.server import Answer, refused, serving
 from tests.rewards.test_judge import by_length

@@ -11,14 +11,16 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
+from rpo_trainer.cli.options import parse_kwargs
 from rpo_trainer.data import Audit, encode_prompt, end_token_ids, load_rows, prepare_dataset
 from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.duplicates import drop_duplicates
 from rpo_trainer.data.sources import RawSource
+from rpo_trainer.data.template_variables import variables
 from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import DataError, Problems, RecipeError
 from rpo_trainer.recipe import Recipe
-from rpo_trainer.recipe.template_kwargs import COLUMN, parse_kwargs, variables
+from rpo_trainer.recipe.template_kwargs import COLUMN
 
 # `mode` opens the prompt, `mark` ends a turn, and documents stand before all.
 TEMPLATE = (

@@ -16,9 +16,10 @@ from rpo_trainer.models.reward_model import (
     weights_of,
     with_pad_token,
 )
+from rpo_trainer.models.unwrap import is_classifier
 from rpo_trainer.step import attention
 from rpo_trainer.step.batch import pack
-from rpo_trainer.step.forward import install, is_classifier, response_scores, uninstall
+from rpo_trainer.step.forward import install, response_scores, uninstall
 from rpo_trainer.step.probe import probe
 from tests.models import FAMILIES, make_model
 from tests.step.test_forward import Float64Inside, random_examples

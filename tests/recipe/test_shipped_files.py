@@ -61,7 +61,7 @@ def test_an_installed_package_has_them_inside(
 ) -> None:
     package = tmp_path / "rpo_trainer"
     (package / "recipes").mkdir(parents=True)
-    monkeypatch.setattr(shipped.rpo_trainer, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(shipped, "PACKAGE", package)
     assert shipped.folder() == package / "recipes"
 
 

@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import JudgeSpec
 from rpo_trainer.rewards.endpoint import Endpoint
-from rpo_trainer.rewards.judge import (
-    TEMPLATE,
-    bias_lines,
-    biases,
-    fill_template,
-    judge_row,
-    read_template,
-)
+from rpo_trainer.rewards.judge import TEMPLATE, fill_template, judge_row, read_template
 from rpo_trainer.rewards.rowfile import RowFailed
 from tests.rewards.server import Answer, serving
 

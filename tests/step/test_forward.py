@@ -11,8 +11,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from rpo_trainer.errors import ModelError
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.batch import pack
-from rpo_trainer.step.forward import Head, causal_lm, install, token_logprobs, uninstall
+from rpo_trainer.step.forward import Head, install, token_logprobs, uninstall
 from tests.models import FAMILIES, VOCABULARY, make_model
 
 
@@ -195,7 +196,7 @@ def test_saved_config_does_not_name_the_attention(tmp_path):
 
 def test_a_model_that_is_no_transformers_model_is_refused():
     with pytest.raises(ModelError, match="Linear holds no transformers model"):
-        causal_lm(torch.nn.Linear(2, 2))
+        transformers_model(torch.nn.Linear(2, 2))
 
 
 def test_pretrained_model_meets_its_golden_log_probs(shared_dir):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from rpo_trainer.errors import ModelError
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step import attention, proof, varlen
 from rpo_trainer.step import head as heads
 from rpo_trainer.step import probe as probe_module
 from rpo_trainer.step.batch import pack
-from rpo_trainer.step.forward import causal_lm, install, token_logprobs
+from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.head import Head
 from rpo_trainer.step.probe import probe
 from rpo_trainer.step.reach import rotary_limit
@@ -237,7 +238,7 @@ def test_mode_and_settings_are_kept():
     layout, head = probe(model, layout="packed", tile_bytes=4096)
     assert (layout, head.tile_bytes, model.training) == ("packed", 4096, True)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_hooks for module in causal_lm(model).modules())
+    assert not any(module._forward_hooks for module in transformers_model(model).modules())
 
 
 def test_texts_of_the_proof_hold_no_token_with_a_meaning():

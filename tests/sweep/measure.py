@@ -30,7 +30,8 @@ from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import RPOTrainerError
 from rpo_trainer.models import adapters
 from rpo_trainer.models.reward_model import as_reward_model
-from rpo_trainer.step.forward import causal_lm, uninstall
+from rpo_trainer.models.unwrap import transformers_model
+from rpo_trainer.step.forward import uninstall
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from rpo_trainer.trainers.examples import Examples
 from tests.families import NOT_SWEPT, tiny_model
@@ -112,7 +113,7 @@ def make_pairs(wide: bool) -> list[dict[str, Any]]:
 def _exact(model: Any) -> Any:
     """A copy in float64 with attention and experts written out, where the family has such ones."""
     exact = copy.deepcopy(model).double()
-    inner = causal_lm(exact)
+    inner = transformers_model(exact)
     for implementation in (inner.set_attn_implementation, inner.set_experts_implementation):
         with contextlib.suppress(Exception):
             implementation("eager")
@@ -156,7 +157,7 @@ def _plain_step(
     sums, routers = _plain_forwards(model, pairs)
     chosen, rejected = (sums - sums.detach()).reshape(-1, 2).unbind(-1)
     loss = -(BETA * (chosen - rejected)).sigmoid().log().mean() - SFT_WEIGHT * sums[::2].mean()
-    text = causal_lm(model).config.get_text_config()
+    text = transformers_model(model).config.get_text_config()
     if getattr(text, "output_router_logits", False) and all(routers):
         layers = tuple(torch.cat(layer) for layer in zip(*routers, strict=True))
         balance = load_balancing_loss_func(layers, layers[0].shape[-1], text.num_experts_per_tok)
@@ -203,7 +204,7 @@ def _preference(
     sums, gradient = expected
     with _trained(DPOTrainer, model, pairs) as (trainer, got, folder):
         found: Result = {
-            "layout": trainer.layout, "fused": causal_lm(trainer.model)._rpo_head.fused
+            "layout": trainer.layout, "fused": transformers_model(trainer.model)._rpo_head.fused
         }  # fmt: skip
         logps = torch.tensor(trainer.train_dataset.extra["reference_logps"]).flatten()
         found["logps_off"] = _relative(logps, sums)

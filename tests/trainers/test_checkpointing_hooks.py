@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from rpo_trainer import SFTConfig, SFTTrainer
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.step.forward import causal_lm
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.trainers.examples import Examples
 from tests.families import tiny_model
 
@@ -30,7 +30,7 @@ class Seen(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        embedding = causal_lm(model).get_input_embeddings()
+        embedding = transformers_model(model).get_input_embeddings()
         embedding.register_forward_hook(lambda *a: self.asked.append(a[2].requires_grad))
 
     def on_pre_optimizer_step(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rpo_trainer.data.rows import Row, RowError, RowProblems
-from rpo_trainer.errors import RecipeError
+from rpo_trainer.errors import RecipeError, nearest
 from rpo_trainer.rewards.verifiers.asserts import ASSERTS, require_permission
 from rpo_trainer.rewards.verifiers.base import FailedChecks, Verifier
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTION_CHECKS
@@ -15,7 +14,7 @@ from rpo_trainer.rewards.verifiers.numeric import NUMERIC
 from rpo_trainer.rewards.verifiers.text import EXACT, MULTIPLE_CHOICE, PARTIAL_MATCH, REGEX
 
 __all__ = [
-    "VERIFIERS", "FailedChecks", "Verifier", "check_rows", "get_verifier", "nearest", "score_rows",
+    "VERIFIERS", "FailedChecks", "Verifier", "check_rows", "get_verifier", "score_rows",
 ]  # fmt: skip
 
 VERIFIERS = {
@@ -84,9 +83,3 @@ def _raise(problems: RowProblems, total: int, verifier: Verifier) -> None:
         total,
         fix=f"give what it reads ({', '.join(verifier.columns)}), or leave these rows out",
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""

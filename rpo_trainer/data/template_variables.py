@@ -1,0 +1,61 @@
+"""The variables that a tokenizer's chat template reads, and those of a recipe that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from rpo_trainer.data.template_reads import outer_reads
+from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe.template_kwargs import RESERVED, Kwargs, problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The variables that the chat template reads, of several templates any of them; empty without one."""
+    given = tokenizer.chat_template
+    texts = given.values() if isinstance(given, Mapping) else [given] if given else []
+    return frozenset(name for text in texts for name in _variables(str(text)))
+
+
+@cache
+def _variables(template: str) -> frozenset[str]:
+    import jinja2
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        environment = _compile_jinja_template(template).environment
+        return frozenset(outer_reads(environment.parse(template)) - set(environment.globals))
+    except jinja2.TemplateError:
+        return frozenset()  # rendering says what is wrong with it
+
+
+def unread(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Those of `kwargs` that the chat template does not read."""
+    return sorted(set(kwargs or ()) - variables(tokenizer))
+
+
+def check_kwargs(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises RecipeError: a name that is no variable, or one that the chat template does not read."""
+    for problem in problems(kwargs, where):
+        raise problem
+    names = unread(kwargs, tokenizer)
+    if not names:
+        return
+    if not tokenizer.chat_template:
+        what, why = "the tokenizer has no chat template", "nothing would read these variables"
+        fix = "remove them, or set `chat_template`"
+    else:
+        what = f"the chat template does not read {_listed(names)}"
+        why = "what it writes would be the same without"
+        fix = "remove it; the template reads " + (
+            _listed(sorted(variables(tokenizer) - set(RESERVED))) or "no variable of its own"
+        )
+    raise RecipeError(what, where=f"{where}.{names[0]}", why=why, fix=fix)
+
+
+def _listed(names: Collection[str] | Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
