@@ -107,7 +107,7 @@ class Step:
         """Seconds of each micro-batch; the optimizer's move is in the last."""
         install(self.model)
         head = self.model._rpo_head
-        head.fused, head.tile_bytes = variant.fused, self.args.tile_mib * 2**20
+        head.fused, head.logits_chunk_bytes = variant.fused, self.args.tile_mib * 2**20
         install(self.model, layout=variant.layout, head=head)
         if self.given is None:
             with torch.no_grad():

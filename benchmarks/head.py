@@ -33,10 +33,10 @@ def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
-def candidates(tile_bytes: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def candidates(logits_chunk_bytes: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Functions of (hidden `[N, H]`, weight `[V, H]`, labels `[N]`) to log-probs `[N]`."""
     found = {
-        "ours": lambda h, w, y: linear_logprobs(h, w, y, tile_bytes=tile_bytes),
+        "ours": lambda h, w, y: linear_logprobs(h, w, y, logits_chunk_bytes=logits_chunk_bytes),
         "dense": dense,
     }
     if hasattr(F, "linear_cross_entropy"):

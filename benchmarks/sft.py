@@ -47,7 +47,7 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[A
     settings = duel.settings(args, micro=args.micro, accumulation=duel.accumulation_of(args))
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**settings, max_length=None, tile_bytes=args.tile_mib * MIB),
+        args=SFTConfig(**settings, max_length=None, logits_chunk_bytes=args.tile_mib * MIB),
         train_dataset=[row.example(i) for i, row in enumerate(rows_of(args))],
         processing_class=tokenizer,
         callbacks=callbacks,

@@ -65,7 +65,7 @@ def ours(
         model=model,
         args=config_class(
             **settings, beta=0.1, max_length=None, layout=args.layout,
-            tile_bytes=args.tile_mib * MIB, torch_compile=compiled,
+            logits_chunk_bytes=args.tile_mib * MIB, torch_compile=compiled,
         ),
         train_dataset=[row.example(i) for i, row in enumerate(rows_of(args))],
         processing_class=tokenizer,

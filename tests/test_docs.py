@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rpo_trainer
-from rpo_trainer.cli.main import cli
+from rpo_trainer.cli.commands import cli
 from rpo_trainer.data import prepare_dataset, set_chat_template
 from rpo_trainer.data.detect import kind_of
 from rpo_trainer.data.quickstart import character_tokenizer

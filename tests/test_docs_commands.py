@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rpo_trainer.chain import default_run_dir
-from rpo_trainer.cli.main import cli, main
+from rpo_trainer.cli.commands import cli, main
 from rpo_trainer.recipe import expand_stages, load_recipe
 from tests.chain.tiny import records
 from tests.distributed import launch

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from rpo_trainer.cli.main import cli
+from rpo_trainer.cli.commands import cli
 from rpo_trainer.recipe import data_schema, load_recipe, peft_schema, schema
 from tests.documents import ROOT, SHIPPED, TOLD, blocks, code, commands, name_of, page
 

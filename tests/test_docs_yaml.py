@@ -17,7 +17,7 @@ from peft import LoraConfig
 from pydantic import BaseModel, ValidationError
 from transformers import TrainingArguments
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.recipe import (
     data_schema,
     load_recipe,
@@ -167,7 +167,7 @@ def test_what_is_taken_for_no_piece_is_there() -> None:
 @pytest.mark.usefixtures("by_itself")
 def test_a_wrong_piece_is_found() -> None:
     for piece in (
-        "bata: 0.1", "filter: {tie: drop}", "refresh: always", "{modell: PATH}", "tf23: false",
+        "bata: 0.1", "filter: {tie: drop}", "resample: always", "{modell: PATH}", "tf23: false",
         "training_args: {torch_compiled: true}", "peft: {rank: 16}", "dedup: exactly",
         "generate: {responses: four}", "eval: {data: ..., generate: {top: ...}}",
     ):  # fmt: skip

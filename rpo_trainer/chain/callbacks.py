@@ -120,7 +120,7 @@ class StopOnSignal(TrainerCallback):
         self._raise_if_stopped()
 
     def _agreed(self) -> signal.Signals | None:
-        number = distributed.greatest(self.received or 0)
+        number = distributed.all_reduce_max(self.received or 0)
         self.received = signal.Signals(number) if number else None
         return self.received
 

@@ -18,7 +18,7 @@ from rpo_trainer.recipe.yaml_document import dump
 from rpo_trainer.report.agreement import read_agreement
 from rpo_trainer.report.scores import Figure, read_scores
 from rpo_trainer.report.values import short
-from rpo_trainer.runtime.files import file_digest, write_whole
+from rpo_trainer.runtime.files import atomic_write, file_digest
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
 CARD = "README.md"
@@ -54,12 +54,12 @@ def write_card(
     text = card(final, stage, stages, records, recipe, base_dir)
     path = final / CARD
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_whole(path, text)
+        atomic_write(path, text)
     manifest = json.loads((final / MANIFEST).read_text())
     entry = {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
     if manifest["files"].get(CARD) != entry:
         manifest["files"][CARD] = entry
-        write_whole(final / MANIFEST, json.dumps(manifest, indent=1))
+        atomic_write(final / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def card(

@@ -339,8 +339,8 @@ class _Check:
     def _prompts(self, stage: Stage, seed: int) -> None:
         data, audit = sampling(stage.data, self.stages), Audit()
         rows = load_prompts(data, self.base_dir, seed=seed, audit=audit)
-        if stage.data.rows_of is not None:
-            self.lines.append(f"  the responses of stage {stage.data.rows_of}")
+        if stage.data.responses_from is not None:
+            self.lines.append(f"  the responses of stage {stage.data.responses_from}")
             self._held_out(stage, rows, None, audit, seed)
             return
         self._scorer(stage, [{**row, "responses": ["", ""]} for row in rows])

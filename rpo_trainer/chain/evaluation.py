@@ -22,7 +22,7 @@ from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.rewards import evaluate
-from rpo_trainer.rewards.rowfile import complete_rows, content_key, is_intact, read_rows
+from rpo_trainer.rewards.rowfile import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.rewards.sampling import sampling_settings
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
@@ -131,7 +131,7 @@ class Evaluation:
                 tasks = spec.lm_eval
                 logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
                 policy = self._policy(stage.name)
-                found["lm_eval"] = distributed.patiently_on_main(
+                found["lm_eval"] = distributed.on_main_with_timeout(
                     lambda: run_tasks(
                         policy,
                         self.tokenizer,
@@ -201,7 +201,7 @@ class Evaluation:
         answers = evaluate.respond(
             self._policy(source), self.tokenizer, rows, generate=spec.generate, greedy=spec.greedy,
             seed=seed, shard=(distributed.rank(), distributed.world_size()),
-            gather=distributed.merge,
+            gather=distributed.all_gather_dict,
         )  # fmt: skip
         text = "".join(json.dumps(answer) + "\n" for answer in answers)
         distributed.on_main(lambda: write_with_digest(path, text))
@@ -213,7 +213,7 @@ class Evaluation:
         path = self.run_dir / FOLDER / f"rewards-{key}.jsonl"
         if distributed.on_main(lambda: is_intact(path)):
             return read_rows(path)
-        return complete_rows(
+        return map_rows_resumable(
             path, rows, scorer.work(rows), key=key, what="scored", label=label, with_digest=True,
             ranks=distributed,
         )  # fmt: skip
@@ -307,7 +307,7 @@ class Evaluation:
         self, sources: list[SourceSpec], kind: Any, spec: EvalSpec, what: str
     ) -> list[Mapping[str, Any]]:
         audit, seed = Audit(), self.recipe.seed
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
             examples = tokenize_rows(
                 at_most(rows, spec.max_rows, audit), self.tokenizer, kind=kind, truncation="drop",
@@ -339,7 +339,7 @@ class Evaluation:
             with precision:
                 return reference_logps(
                     policy, examples, layout=layout, cache=cache,
-                    shard=(distributed.rank(), distributed.world_size()), gather=distributed.merge,
+                    shard=(distributed.rank(), distributed.world_size()), gather=distributed.all_gather_dict,
                     pad_token_id=self.tokenizer.pad_token_id or 0, tolerance=0.1 if half else 1e-3,
                 )  # fmt: skip
         finally:

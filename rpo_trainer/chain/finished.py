@@ -13,7 +13,7 @@ from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage
 from rpo_trainer.stages.made import sources_of_rows
-from rpo_trainer.trainers.checkpoint import damage
+from rpo_trainer.trainers.checkpoint import verify_manifest
 
 
 def check_finished(
@@ -32,8 +32,8 @@ def check_finished(
 
 def _check_output(final: Path, name: str, record: Mapping[str, Any]) -> None:
     base = final.with_name("base")
-    fault = damage(final)
-    if fault is None and base.is_dir() and (fault := damage(base)) is not None:
+    fault = verify_manifest(final)
+    if fault is None and base.is_dir() and (fault := verify_manifest(base)) is not None:
         fault = f"base: {fault}"
     if fault is None and output_fingerprint(final) != record["output"]["fingerprint"]:
         fault = "these are other weights than the stage has written"

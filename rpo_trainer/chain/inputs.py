@@ -140,7 +140,7 @@ class Inputs:
     def _data(self, key: str, data: DataSpec) -> Iterator[Input]:
         yield from self._sources(f"{key}.train", data.train)
         yield from self._sources(f"{key}.eval", data.eval)
-        for other in (data.rows_of, data.replay.stage if data.replay else None):
+        for other in (data.responses_from, data.replay.stage if data.replay else None):
             if other in self.stages:
                 of_other = self.stages[other].data
                 yield from self._data(f"stages.{other}.data", of_other)

@@ -27,7 +27,7 @@ from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.runtime import distributed
 from rpo_trainer.stages.settings import lora_config
 from rpo_trainer.trainers.base import PackedTrainer
-from rpo_trainer.trainers.checkpoint import damage, write_manifest
+from rpo_trainer.trainers.checkpoint import verify_manifest, write_manifest
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -180,7 +180,7 @@ class Models:
             check_vocabulary(model, self.vocabulary)
         else:
             model = self._load_named(place, held, reward)
-        four_bits.steady(model)
+        four_bits.disable_bnb_cpu_bf16(model)
         return model
 
     def _load_named(
@@ -217,7 +217,7 @@ class Models:
 
     def _write_base(self, stage: Stage, seed: int, own: Path) -> None:
         """`base`: the weights below a fresh adapter and its `start`; complete or absent."""
-        if damage(own) is None:
+        if verify_manifest(own) is None:
             return
         staged = own.with_name(f".{own.name}")
         shutil.rmtree(staged, ignore_errors=True)
@@ -236,7 +236,7 @@ class Models:
     def _merged(self, left: _Adapter) -> PreTrainedModel:
         """Base and adapter in one."""
         with loading_whole():
-            base = four_bits.in_full(self._load(left.base.place, left.quantization))
+            base = four_bits.dequantized(self._load(left.base.place, left.quantization))
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: PackedTrainer, stage: Stage) -> None:

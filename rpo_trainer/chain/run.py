@@ -74,9 +74,9 @@ from rpo_trainer.stages.data import (
 )
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.made import RowMaker, source_key
-from rpo_trainer.stages.places import placed
+from rpo_trainer.stages.places import errors_located_in
 from rpo_trainer.stages.settings import arithmetic, check_warmup, make_trainer, training_config
-from rpo_trainer.trainers.checkpoint import damage
+from rpo_trainer.trainers.checkpoint import verify_manifest
 from rpo_trainer.trainers.preference import PreferenceTrainer
 from rpo_trainer.trainers.reward import RewardTrainer
 
@@ -115,10 +115,10 @@ def run_chain(
             new = open_run_dir(run_dir)
             held.enter_context(locked(run_dir, new=new))
 
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if distributed.is_main():
                 hold()
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             chain = _Chain(loaded, run_dir, allow_changed)
         try:
             return chain.run(only)
@@ -138,7 +138,7 @@ class _Chain:
         self.stages = expand_stages(loaded.recipe)
         self.state = ChainState(run_dir)
         self.state.adopt(*plain(loaded.recipe, self.stages, loaded.base_dir), allowed=allow_changed)
-        with placed(loaded.origins):
+        with errors_located_in(loaded.origins):
             self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
         self.models = Models(
             self.recipe, self.base_dir, run_dir, self.stages,
@@ -191,7 +191,10 @@ class _Chain:
             self._start_engines([stage for stage, _ in wanted])
             distributed.on_main(begin)
             for stage, record in wanted:
-                with light_collections(), placed(self.loaded.origins, f"stages.{stage.name}"):
+                with (
+                    light_collections(),
+                    errors_located_in(self.loaded.origins, f"stages.{stage.name}"),
+                ):
                     self._run_stage(stage, record)
         return self.run_dir
 
@@ -199,7 +202,7 @@ class _Chain:
         """DeepSpeed joins its processes when arguments are made for it: all must make them."""
         if distributed.world_size() == 1:
             return
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             for stage in stages:
                 training_config(
                     stage, self.recipe.model, seed=stage_seed(stage, self.recipe),
@@ -253,7 +256,7 @@ class _Chain:
         if record["state"] == "pending":
             # Before anything of the stage is read, so that no change in between goes unnoticed.
             record["inputs"] = distributed.on_main(lambda: self.digests.of(self.inputs.of(stage)))
-        fault = distributed.on_main(lambda: damage(self._final(stage.name)))
+        fault = distributed.on_main(lambda: verify_manifest(self._final(stage.name)))
         try:
             if fault is not None or "steps" not in record:
                 self._train(stage, record, folder, stage_seed(stage, self.recipe))
@@ -293,7 +296,7 @@ class _Chain:
         logger.info("%s preparing data", label)
         data = self._data(stage, record, seed)
         stage = fitted_stage(stage, data.audit)
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             check_warmup(
                 stage, len(data.train)
             )  # of sampled examples nobody knew how many there are
@@ -359,7 +362,7 @@ class _Chain:
     def _data(self, stage: Stage, record: dict[str, Any], seed: int) -> StageData:
         audit = Audit()
         made = self.maker.rows(stage, audit)
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             rows = build_rows(
                 stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows, made=made
             )
@@ -373,8 +376,8 @@ class _Chain:
             held_out[2].log(logger, "the held-out rows", f"{label} held-out data: ")
         data = StageData(train, held_out[0] if held_out else None, audit, rows)
         fingerprint = data.fingerprint()
-        made_here = distributed.merge({distributed.rank(): fingerprint})
-        with distributed.together():
+        made_here = distributed.all_gather_dict({distributed.rank(): fingerprint})
+        with distributed.raise_on_all_ranks():
             if len(set(made_here.values())) > 1:
                 raise RunError(
                     f"the processes have made different examples of stage {stage.name}",

@@ -27,11 +27,11 @@ from rpo_trainer.chain.changes import (
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import resolve_path
 from rpo_trainer.runtime.files import (
+    atomic_write,
     file_digest,
     json_digest,
     make_folder,
     remove_empty,
-    write_whole,
 )
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class ChainState:
         if self.changes:
             content["changes"] = self.changes
         content["digest"] = json_digest(content)
-        write_whole(self.path, json.dumps(content, indent=1))
+        atomic_write(self.path, json.dumps(content, indent=1))
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """The record of a stage by name."""
@@ -322,7 +322,7 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
         )
     try:
         try:
-            write_whole(holder, f"process {os.getpid()} on {socket.gethostname()}")
+            atomic_write(holder, f"process {os.getpid()} on {socket.gethostname()}")
         except OSError as error:
             raise _unusable("written", error, run_dir) from error
         yield
@@ -366,7 +366,7 @@ def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool =
             kept.append(line + "\n")
     if unread:
         logger.warning("%d lines of %s could not be read and were left out", unread, path)
-    write_whole(path, "".join(kept))
+    atomic_write(path, "".join(kept))
 
 
 def library_versions() -> dict[str, str]:
@@ -383,4 +383,4 @@ def library_versions() -> dict[str, str]:
 def write_recipe(run_dir: Path, resolved: str) -> None:
     """`recipe.yaml`: the recipe as it runs, under the versions of the libraries."""
     versions = [f"# {name} {version}\n" for name, version in library_versions().items()]
-    write_whole(run_dir / RECIPE_FILE, "".join(versions) + resolved)
+    atomic_write(run_dir / RECIPE_FILE, "".join(versions) + resolved)

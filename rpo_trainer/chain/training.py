@@ -71,7 +71,7 @@ def train_stage(
         reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint
         known = None if reloaded else _evaluation_at(state.global_step, state.log_history)
         results["eval_after"] = _finite(trainer.evaluate() if known is None else known)
-    return {**results, "peak_memory_bytes": distributed.greatest(peak_memory())}
+    return {**results, "peak_memory_bytes": distributed.all_reduce_max(peak_memory())}
 
 
 def _resume_from(folder: Path) -> Path | None:

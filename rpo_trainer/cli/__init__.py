@@ -1,5 +1,5 @@
 """The command line, `rpo-trainer`."""
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 
 __all__ = ["main"]

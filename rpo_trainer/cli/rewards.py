@@ -258,7 +258,7 @@ def generate(
 )
 @click.option("--min-chosen-reward", type=float, help="Drop rows with a lower chosen reward.")
 @click.option("--min-chosen-quantile", type=float, help="The same, as a quantile.")
-@click.option("--top-chosen-share", type=float, help="Keep this share, the best chosen.")
+@click.option("--keep-top-fraction", type=float, help="Keep this share, the best chosen.")
 @_seed
 def pairs(
     data: Path,
@@ -268,7 +268,7 @@ def pairs(
     seed: int,
     min_chosen_reward: float | None,
     min_chosen_quantile: float | None,
-    top_chosen_share: float | None,
+    keep_top_fraction: float | None,
     **settings: Any,
 ) -> None:  # fmt: skip
     """Make pairs, or rows of K responses, of the scored or ranked responses of INPUT."""
@@ -278,7 +278,7 @@ def pairs(
     thresholds = {
         "min_chosen_reward": min_chosen_reward,
         "min_chosen_quantile": min_chosen_quantile,
-        "top_chosen_share": top_chosen_share,
+        "keep_top_fraction": keep_top_fraction,
     }
     given = {key: value for key, value in thresholds.items() if value is not None}
     filter = valid(FilterSpec, {**given, "reversed": "keep"}) if given else None

@@ -27,7 +27,7 @@ DROPS = {
     "small_gap": "reward gap below min_gap",
     "low_chosen_reward": "chosen reward below min_chosen_reward",
     "chosen_below_quantile": "chosen reward below min_chosen_quantile",
-    "chosen_not_in_top": "chosen reward not in top_chosen_share",
+    "chosen_not_in_top": "chosen reward not in keep_top_fraction",
     "unreadable": "the row cannot be read",
     "no_verdict": "the judge gave no consistent verdict",
 }
@@ -51,11 +51,11 @@ WARNINGS = {
     "truncated": "cut to max_length",
 }
 # Rows that are neither used nor dropped, since a recipe asks for it.
-MAX_ROWS, WEIGHT, HELD_OUT, EVAL_ROWS = "max_rows", "weight", "eval_share", "eval_max_rows"
+MAX_ROWS, WEIGHT, HELD_OUT, EVAL_ROWS = "max_rows", "weight", "eval_fraction", "eval_max_rows"
 LEFT_OUT = {
     MAX_ROWS: "not used: max_rows",
     WEIGHT: "not used: weight",
-    HELD_OUT: "held out: eval_share",
+    HELD_OUT: "held out: eval_fraction",
     EVAL_ROWS: "not used: max_rows of the evaluation",
 }
 REPEATED = ("duplicate_prompt", "similar_prompt")

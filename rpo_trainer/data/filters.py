@@ -22,7 +22,7 @@ class _NoFilter:
 
     min_chosen_reward: float | None = None
     min_chosen_quantile: float | None = None
-    top_chosen_share: float | None = None
+    keep_top_fraction: float | None = None
     min_gap: float | None = None
     ties: Literal["keep", "drop"] = "keep"
     reversed: Literal["error", "drop", "keep"] = "error"
@@ -35,7 +35,7 @@ def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> l
     where there are more than two), not scaled by η. A row passes `min_gap` when it is at least as
     large. The chosen's quality is looked at last, among the rows that pass all else: at least
     `min_chosen_reward`, or the `min_chosen_quantile` of these rows, or one of their
-    `top_chosen_share`, of equal ones the earlier; a chosen response that is the ground truth always
+    `keep_top_fraction`, of equal ones the earlier; a chosen response that is the ground truth always
     passes. Rows without rewards pass where no threshold is set. `audit.filter` counts what passes.
 
     Raises:
@@ -80,7 +80,7 @@ def _reason(row: Row, spec: FilterSpec | _NoFilter) -> str | None:
 
 def _quality(spec: FilterSpec | _NoFilter) -> float | None:
     """The one threshold of the chosen reward that is set, in whatever units."""
-    thresholds = (spec.min_chosen_reward, spec.min_chosen_quantile, spec.top_chosen_share)
+    thresholds = (spec.min_chosen_reward, spec.min_chosen_quantile, spec.keep_top_fraction)
     return next((value for value in thresholds if value is not None), None)
 
 
@@ -90,9 +90,9 @@ def _good_enough(rows: list[Row], spec: FilterSpec | _NoFilter, audit: Audit) ->
         return rows
     chosen = [row["rewards"][0] for row in rows]
     best_first = sorted(range(len(rows)), key=lambda i: -chosen[i])  # stable
-    if spec.top_chosen_share is not None:
+    if spec.keep_top_fraction is not None:
         reason = "chosen_not_in_top"
-        count = max(1, round(spec.top_chosen_share * len(rows)))
+        count = max(1, round(spec.keep_top_fraction * len(rows)))
         passes = set(best_first[:count])
         threshold = chosen[best_first[count - 1]]
     else:

@@ -77,7 +77,7 @@ def hold_out(rows: Sequence[Row], fraction: float, *, seed: int) -> tuple[list[R
     if len(prompts) < 2:
         raise DataError(
             f"{len(rows)} rows with {len(prompts)} different prompt: none can be held out",
-            where="data.eval_share",
+            where="data.eval_fraction",
             why="a prompt is never on both sides: what was trained on says nothing of new prompts",
             fix="give more rows, or held-out rows of their own (data.eval)",
         )

@@ -188,7 +188,7 @@ def _odd_targets(wrapped: nn.Module) -> list[str]:
 
 
 @contextmanager
-def awake(model: nn.Module) -> Iterator[None]:
+def randomized_zero_init(model: nn.Module) -> Iterator[None]:
     """Within it an adapter's parameters that start at zero do not, so that a test of paths can see them."""
     asleep = [
         p

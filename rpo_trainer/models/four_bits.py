@@ -41,7 +41,7 @@ def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def steady(model: nn.Module) -> None:
+def disable_bnb_cpu_bf16(model: nn.Module) -> None:
     """Keeps bitsandbytes from another arithmetic in eval mode.
 
     On a CPU with bfloat16 instructions its 4-bit layers turn, at the first forward without gradient, into a
@@ -53,7 +53,7 @@ def steady(model: nn.Module) -> None:
             setattr(module, name, False)
 
 
-def in_full(model: PreTrainedModel) -> PreTrainedModel:
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """A 4-bit model as the float32 model that it stands for; any other one as it is."""
     if getattr(model, "hf_quantizer", None) is None:
         return model

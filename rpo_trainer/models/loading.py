@@ -36,7 +36,7 @@ from rpo_trainer.models.pretrained import (
     load_pretrained,
     refuse_adapter,
 )
-from rpo_trainer.models.sharding import loading_whole, rows_of
+from rpo_trainer.models.sharding import loading_whole, num_rows
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.runtime.file_errors import device_failed, reads, require_files, require_sizes
 
@@ -334,7 +334,7 @@ def _named(model: Any, name: str) -> PreTrainedModel:
 
 def check_vocabulary(model: Any, tokens: int) -> None:
     """Raises ModelError where the tokenizer has more tokens than the model has embeddings."""
-    check_tokens(rows_of(model.get_input_embeddings().weight), tokens, "model")
+    check_tokens(num_rows(model.get_input_embeddings().weight), tokens, "model")
 
 
 def check_tokens(rows: int, tokens: int, where: str) -> None:

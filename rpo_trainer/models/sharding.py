@@ -40,7 +40,7 @@ def device_of(model: nn.Module) -> torch.device:
     return distributed.device() if has_shards(model) else next(model.parameters()).device
 
 
-def rows_of(weight: Any) -> int:
+def num_rows(weight: Any) -> int:
     """Rows of a matrix, also where a rank holds none of them."""
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 

@@ -36,14 +36,14 @@ from rpo_trainer.stages.data import (
     tokenize_stage,
 )
 from rpo_trainer.stages.made import load_prompts, prompt_ids, sampling
-from rpo_trainer.stages.places import placed
+from rpo_trainer.stages.places import errors_located_in
 from rpo_trainer.stages.settings import arithmetic, training_config
 from rpo_trainer.step.batch import forward_tokens, pack, to_device
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.trainers.config import PreferenceConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader
-from rpo_trainer.trainers.step_config import StepConfig, accumulation_of
+from rpo_trainer.trainers.step_config import BaseConfig, accumulation_of
 
 
 @dataclass
@@ -112,11 +112,11 @@ def plan_recipe(
         DataError, ModelError, RecipeError, Problems: of the tokenizer, or of a stage, with its place.
     """
     check_devices(engine, devices, nodes)
-    with placed(loaded.origins):
+    with errors_located_in(loaded.origins):
         planner = _Planner(loaded, run_dir, engine, devices)
     planned = []
     for stage in planner.stages:
-        with placed(loaded.origins, f"stages.{stage.name}"):
+        with errors_located_in(loaded.origins, f"stages.{stage.name}"):
             planned.append(planner.stage(stage))
     plan = Plan(
         stages=planned,
@@ -169,7 +169,7 @@ class _Planner:
             half_weights=self.half and self.engine not in ("single", "ddp", "zero2"),
             accumulation=-(-stage.global_batch_size // per_step),
             checkpointing=stage.gradient_checkpointing,
-            tile_bytes=config.tile_bytes,
+            logits_chunk_bytes=config.logits_chunk_bytes,
         )
         typical = sorted(batches, key=lambda batch: sum(costs[i] for i in batch))[len(batches) // 2]
         self.typical[stage.name] = (stage, [examples[i] for i in typical])
@@ -267,7 +267,7 @@ def _timed(model: Any, batch: dict[str, Any], device: torch.device, dtype: Any) 
     return min(seconds[1:])
 
 
-def _micro_batches(examples: Examples, config: StepConfig) -> list[list[int]]:
+def _micro_batches(examples: Examples, config: BaseConfig) -> list[list[int]]:
     """The micro-batches of the first epoch."""
     collate = PackingCollator("shared", 0, examples)
     sampler: Any = train_loader(
@@ -280,7 +280,7 @@ def _micro_batches(examples: Examples, config: StepConfig) -> list[list[int]]:
 
 
 def _reference_batch(
-    config: StepConfig, examples: Examples, costs: Sequence[int]
+    config: BaseConfig, examples: Examples, costs: Sequence[int]
 ) -> list[dict[str, Any]]:
     """The longest examples, as many as one forward of the reference pass takes."""
     if not isinstance(config, PreferenceConfig):

@@ -71,7 +71,7 @@ def step_memory(
     half_weights: bool = False,
     accumulation: int = 1,
     checkpointing: bool = False,
-    tile_bytes: int | None = None,
+    logits_chunk_bytes: int | None = None,
 ) -> StepMemory:
     """Simulates a step on `micro_batch` and the reference pass on `reference_batch`.
 
@@ -96,8 +96,8 @@ def step_memory(
             _checkpoint_activations(model)
         install(model, layout=layout, learn=False)
         inner = transformers_model(model)
-        if tile_bytes is not None:
-            inner._rpo_head.tile_bytes = tile_bytes
+        if logits_chunk_bytes is not None:
+            inner._rpo_head.logits_chunk_bytes = logits_chunk_bytes
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(map(_bytes, trained))

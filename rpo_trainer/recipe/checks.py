@@ -18,7 +18,7 @@ from rpo_trainer.recipe.template_kwargs import COLUMN, fault_of
 
 CHECK = "recipe_check"  # the error type of everything found here
 PREFERENCE_KINDS = ("dpo", "rpo")
-PREFERENCE_DATA = ("filter", "generate", "score", "pairs", "refresh", "rows_of")
+PREFERENCE_DATA = ("filter", "generate", "score", "pairs", "resample", "responses_from")
 LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
 # TrainingArguments fields that the recipe says in other words
 OTHER_NAMES = {
@@ -292,9 +292,9 @@ def _data_of_kind_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     no_pairs = kind == "sft" or raw.get("objective") == "regression"
     unread: tuple[str, ...] = PREFERENCE_DATA if no_pairs else ()
     unread += () if kind == "sft" else ("replay",)
-    unread += () if kind == "reward" else ("eval_share",)
+    unread += () if kind == "reward" else ("eval_fraction",)
     for field in _given(data, *unread):
-        kinds = {"replay": "sft", "eval_share": "reward"}.get(
+        kinds = {"replay": "sft", "eval_fraction": "reward"}.get(
             field, "dpo, rpo or reward (bradley_terry)"
         )
         what = f"`data.{field}` is for stages of kind {kinds}; this one is {kind}"

@@ -92,7 +92,7 @@ class FilterSpec(Spec):
         description="the same with the threshold at this quantile of all chosen rewards; 0.75 keeps "
         "the best quarter, and what equals its last",
     )
-    top_chosen_share: float | None = Field(
+    keep_top_fraction: float | None = Field(
         None,
         gt=0,
         le=1,
@@ -263,12 +263,12 @@ class DataSpec(Spec):
     train: list[SourceSpec] = Field(
         [],
         min_length=1,
-        description="sources to train on, mixed; absent only where `rows_of` is given",
+        description="sources to train on, mixed; absent only where `responses_from` is given",
     )
     eval: list[SourceSpec] = Field(
         [], description="held-out sources for the loss during training (`eval_steps`)"
     )
-    eval_share: float | None = Field(
+    eval_fraction: float | None = Field(
         None,
         gt=0,
         lt=1,
@@ -302,12 +302,12 @@ class DataSpec(Spec):
     pairs: PairsSpec | None = Field(
         None, description="make pairs from scored responses (of pairs only)"
     )
-    refresh: Literal["each", "never"] | None = Field(
+    resample: Literal["every_round", "once"] | None = Field(
         None,
         description="with `repeat` and `generate`: `each` round samples from the policy that seeds "
         "it (the default), or `never` again after the first, whose responses all rounds use",
     )
-    rows_of: Text | None = Field(
+    responses_from: Text | None = Field(
         None,
         description="use the sampled and scored responses of this earlier stage, in place of "
         "`generate` and `score`",

@@ -15,7 +15,7 @@ from rpo_trainer.recipe.checks import NOT_READ, PREFERENCE_KINDS, named_stages, 
 from rpo_trainer.redact import redact
 
 SCORERS = ("verifier", "model", "endpoint", "judge")
-CHOSEN_FILTERS = ("min_chosen_reward", "min_chosen_quantile", "top_chosen_share")
+CHOSEN_FILTERS = ("min_chosen_reward", "min_chosen_quantile", "keep_top_fraction")
 
 
 def _given(raw: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
@@ -96,17 +96,17 @@ def generate_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
 
 def rows_of_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     """Rows are made here or taken from another stage; what is never made is never made again."""
-    if raw.get("rows_of") is None:
+    if raw.get("responses_from") is None:
         if "train" not in raw:
             yield InitErrorDetails(type="missing", loc=("train",), input=raw)
     else:
         for field in _given(raw, ("train", "generate", "score")):
-            what = f"`{field}` beside `rows_of`"
-            why = "`rows_of` takes another stage's prompts with their scored responses"
+            what = f"`{field}` beside `responses_from`"
+            why = "`responses_from` takes another stage's prompts with their scored responses"
             yield wrong((field,), what, why=why, fix="keep one of the two")
-    if raw.get("refresh") is not None and not isinstance(raw.get("generate"), dict):
-        what, why = "`refresh` without `generate`", "the same rows are read in each round anyway"
-        yield wrong(("refresh",), what, why=why, fix="remove `refresh`")
+    if raw.get("resample") is not None and not isinstance(raw.get("generate"), dict):
+        what, why = "`resample` without `generate`", "the same rows are read in each round anyway"
+        yield wrong(("resample",), what, why=why, fix="remove `resample`")
 
 
 def reference_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
@@ -131,7 +131,11 @@ _Reference = tuple[tuple[str | int, ...], str, tuple[str, ...], tuple[str, ...]]
 
 def _data_references(data: Mapping[str, Any]) -> Iterator[_Reference]:
     """(key, stage, kinds that serve, words that are no stage) for each."""
-    score, generate, rows_of = data.get("score"), data.get("generate"), data.get("rows_of")
+    score, generate, responses_from = (
+        data.get("score"),
+        data.get("generate"),
+        data.get("responses_from"),
+    )
     model = score.get("model") if isinstance(score, dict) else None
     if isinstance(model, str) and model and not looks_like_path(model):
         yield ("score", "model"), model, ("reward",), ()
@@ -140,8 +144,8 @@ def _data_references(data: Mapping[str, Any]) -> Iterator[_Reference]:
         if isinstance(policy, str) and policy and not looks_like_path(policy):
             kinds = ("sft", *PREFERENCE_KINDS)
             yield ("generate", "policies", i), policy, kinds, ("init", "model")
-    if isinstance(rows_of, str) and rows_of:
-        yield ("rows_of",), rows_of, PREFERENCE_KINDS, ()
+    if isinstance(responses_from, str) and responses_from:
+        yield ("responses_from",), responses_from, PREFERENCE_KINDS, ()
 
 
 def _stage_of_kind(
@@ -162,15 +166,17 @@ def _stage_of_kind(
         why = "its output is of another sort than what is needed here"
         fix = f"name an earlier stage of kind {' or '.join(kinds)}"
         yield wrong(at, what, why=why, fix=fix)
-    elif key == "rows_of" and not _makes_rows(found):
-        what = f"`rows_of` refers to `{target}`, which samples no responses"
+    elif key == "responses_from" and not _makes_rows(found):
+        what = f"`responses_from` refers to `{target}`, which samples no responses"
         why = "rows that were given can be named under `train` here too"
         yield wrong(at, what, why=why, fix="name a stage with `data: {generate: ..., score: ...}`")
 
 
 def _makes_rows(stage: Mapping[str, Any]) -> bool:
     data = stage.get("data")
-    return isinstance(data, dict) and any(data.get(f) is not None for f in ("generate", "rows_of"))
+    return isinstance(data, dict) and any(
+        data.get(f) is not None for f in ("generate", "responses_from")
+    )
 
 
 def filter_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
@@ -208,7 +214,7 @@ def reward_stage_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
     yield from _weights_checks(raw.get("reward_weights"), names)
     if raw.get("eval") is not None:
         what, why = "`eval` in a reward stage", "it measures a policy, and a reward model is none"
-        fix = "remove it; `data.eval` or `data.eval_share` test the rewards"
+        fix = "remove it; `data.eval` or `data.eval_fraction` test the rewards"
         yield wrong(("eval",), what, why=why, fix=fix)
     if raw.get("peft") is not None:
         what, why = "`peft` in a reward stage", "a reward stage trains all weights"
@@ -217,10 +223,10 @@ def reward_stage_checks(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         what, why = "`repeat` of a reward stage", "every round would start from the same policy"
         yield wrong(("repeat",), what, why=why, fix="remove it, and raise `num_train_epochs`")
     data = raw.get("data")
-    if isinstance(data, dict) and data.get("eval_share") is not None and data.get("eval"):
-        what = "`data` has both `eval` and `eval_share`"
+    if isinstance(data, dict) and data.get("eval_fraction") is not None and data.get("eval"):
+        what = "`data` has both `eval` and `eval_fraction`"
         why = "each of them says which rows are held out"
-        yield wrong(("data", "eval_share"), what, why=why, fix="keep one of the two")
+        yield wrong(("data", "eval_fraction"), what, why=why, fix="keep one of the two")
 
 
 def _is_number(value: object) -> bool:

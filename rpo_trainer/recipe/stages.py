@@ -52,13 +52,19 @@ def expand_stages(recipe: Recipe) -> list[Stage]:
 
 def _rewarded(data: DataSpec, number: int, first: str, last_round: dict[str, str]) -> DataSpec:
     """`data` of one round: the stages it names are those that run, and never again is said so."""
-    changes: dict[str, Any] = {"refresh": None}
-    if number > 0 and data.refresh == "never":
+    changes: dict[str, Any] = {"resample": None}
+    if number > 0 and data.resample == "once":
         return data.model_copy(
-            update={**changes, "train": [], "generate": None, "score": None, "rows_of": first}
+            update={
+                **changes,
+                "train": [],
+                "generate": None,
+                "score": None,
+                "responses_from": first,
+            }
         )
-    if data.rows_of is not None:
-        changes["rows_of"] = last_round[data.rows_of]
+    if data.responses_from is not None:
+        changes["responses_from"] = last_round[data.responses_from]
     if data.score is not None and data.score.model is not None:
         model = last_round.get(data.score.model, data.score.model)
         changes["score"] = data.score.model_copy(update={"model": model})
@@ -87,6 +93,6 @@ def dump_resolved(recipe: Recipe) -> str:
 
 def _plain(stage: StageBase) -> dict[str, Any]:
     fields = stage.model_dump(exclude_none=True)
-    if stage.data.rows_of is not None:
+    if stage.data.responses_from is not None:
         del fields["data"]["train"]  # empty
     return {"name": fields.pop("name"), "kind": fields.pop("kind"), **fields}

@@ -126,7 +126,7 @@ class StageRecord:
     def samples_data(self) -> bool:
         """Whether its responses were sampled in the run."""
         data = mapping(self.settings.get("data"))
-        return any(data.get(field) is not None for field in ("generate", "rows_of"))
+        return any(data.get(field) is not None for field in ("generate", "responses_from"))
 
     def curve(self, name: str) -> Curve:
         """The finite values of the metric `name`, by step; empty where it was never logged."""

@@ -127,7 +127,7 @@ def _reward_model(stage: StageRecord) -> Iterator[Finding]:
             stage.name,
             "info",
             "Nothing was held out, so nobody knows how well it scores.",
-            "Give `data.eval`, or set some prompts aside with `data.eval_share`.",
+            "Give `data.eval`, or set some prompts aside with `data.eval_fraction`.",
         )
         return
     if accuracy is not None:

@@ -33,7 +33,7 @@ from rpo_trainer.rewards.rowfile import (
     read_rows,
     write_rows,
 )
-from rpo_trainer.runtime.files import file_digest, make_folder, remove_empty, write_whole
+from rpo_trainer.runtime.files import atomic_write, file_digest, make_folder, remove_empty
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import (
@@ -68,7 +68,7 @@ def _processes() -> Iterator[Ranks]:
 def _held(out: Path, ranks: Ranks) -> Iterator[None]:
     """The output belongs to these processes until the end."""
     with ExitStack() as held:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.rank() == 0:
                 held.enter_context(_locked(out))
         yield
@@ -136,7 +136,7 @@ def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
     content = {
         "key": key, "xxh3_128": file_digest(out), "rows": rows, "settings": redact_values(settings),
     }  # fmt: skip
-    write_whole(out.with_name(out.name + REPORT), json.dumps(content, indent=1))
+    atomic_write(out.with_name(out.name + REPORT), json.dumps(content, indent=1))
 
 
 def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list[Row]:
@@ -157,7 +157,7 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
     with _processes() as ranks:
         if ranks.rank():
             say = _silently
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             found = read_responses(source)
             found.audit.log(logger, "the rows")
             scorer = make_scorer(spec, model=model)
@@ -166,7 +166,7 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
             if ranks.on_main(lambda: _finished(out, key)):
                 say(f"{out} is finished already: nothing to do")
                 return read_rows(out)
-            with ranks.together():
+            with ranks.raise_on_all_ranks():
                 scorer.check(found.rows)
 
             def assemble(fields: Sequence[dict[str, Any]]) -> list[Row]:
@@ -233,7 +233,7 @@ def generate_file(
     with _processes() as ranks:
         if ranks.rank():
             say = _silently
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             rows, audit = read_prompts(source)
             audit.log(logger, "the rows")
             check_truths(rows, spec)
@@ -250,7 +250,7 @@ def generate_file(
             if ranks.on_main(lambda: _finished(out, key)):
                 say(f"{out} is finished already: nothing to do")
                 return read_rows(out)
-            with ranks.together():
+            with ranks.raise_on_all_ranks():
                 if ranks.rank() == 0:
                     for name in spec.policies:
                         _audit_template(rows, name, chat_template, source)

@@ -22,7 +22,7 @@ import xxhash
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards.partial import Partial, partials, read_partials, unfinished
-from rpo_trainer.runtime.files import verify_digest, write_whole, write_with_digest
+from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,10 @@ class Ranks(Protocol):
     def world_size(self) -> int:
         """How many there are."""
 
-    def together(self) -> AbstractContextManager[None]:
+    def raise_on_all_ranks(self) -> AbstractContextManager[None]:
         """An error of one inside becomes the error of all."""
 
-    def merge(self, values: dict[Any, T]) -> dict[Any, T]:
+    def all_gather_dict(self, values: dict[Any, T]) -> dict[Any, T]:
         """The entries of all, on each."""
 
     def on_main(self, do: Callable[[], T]) -> T:
@@ -84,10 +84,10 @@ class _Alone:
     def world_size(self) -> int:
         return 1
 
-    def together(self) -> AbstractContextManager[None]:
+    def raise_on_all_ranks(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def merge(self, values: dict[Any, T]) -> dict[Any, T]:
+    def all_gather_dict(self, values: dict[Any, T]) -> dict[Any, T]:
         return values
 
     def on_main(self, do: Callable[[], T]) -> T:
@@ -108,7 +108,7 @@ def content_key(*parts: Any) -> str:
 Assemble = Callable[[Sequence[dict[str, Any]]], list[Row]]
 
 
-def complete_rows(
+def map_rows_resumable(
     path: Path,
     rows: Sequence[Row],
     work: Work,
@@ -175,20 +175,20 @@ def complete(
         RunError: unfinished work of other rows or settings lies there, or the service is down.
     """
     failures = _Failures(what, ids, f"{label} " if label else "")
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         # By all of them before any writes: a run may resume with another number of processes.
         found = read_partials(path, key, len(ids))
     pending = [i for i in range(len(ids)) if i not in found]
     if found and pending:
         logger.info("%s%d of %d rows are %s already", failures.label, len(found), len(ids), what)
     ranks.barrier()
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = unfinished(path, ranks.rank())
         found |= _work_off(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
-    failures.reasons = ranks.merge(failures.reasons)
-    found = ranks.merge(found)
-    with ranks.together():  # all know the same: one of them says it
+    failures.reasons = ranks.all_gather_dict(failures.reasons)
+    found = ranks.all_gather_dict(found)
+    with ranks.raise_on_all_ranks():  # all know the same: one of them says it
         failures.raise_if_any(path)
     rows = assemble([found[i] for i in range(len(ids))])
 
@@ -237,7 +237,7 @@ def write_rows(path: Path, rows: Iterable[Row], *, with_digest: bool = False) ->
     Args:
         with_digest: keep the digest of the file beside it, for `is_intact`.
     """
-    write = write_with_digest if with_digest else write_whole
+    write = write_with_digest if with_digest else atomic_write
     write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

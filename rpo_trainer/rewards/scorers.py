@@ -42,7 +42,7 @@ class Scorer(Protocol):
         """Raises DataError, or Problems, where rows cannot be scored, before any is."""
 
     def work(self, rows: Sequence[Row]) -> Work:
-        """What `complete_rows` needs."""
+        """What `map_rows_resumable` needs."""
 
 
 def make_scorer(

@@ -106,7 +106,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """An error of one process inside becomes the error of all; what is done inside must not communicate."""
     error: RPOTrainerError | None = None
     try:
@@ -126,13 +126,13 @@ def together() -> Iterator[None]:
 def on_main(do: Callable[[], T]) -> T:
     """What `do` gives, or the error it raises, on every process; it runs on the main one alone."""
     result: Any = None
-    with together():
+    with raise_on_all_ranks():
         if is_main():
             result = do()
     return broadcast(result)  # type: ignore[no-any-return]
 
 
-def patiently_on_main(do: Callable[[], T]) -> T:
+def on_main_with_timeout(do: Callable[[], T]) -> T:
     """As `on_main`, for what may take hours: an exchange of the processes has a time limit."""
     if world_size() == 1:
         return on_main(do)
@@ -166,14 +166,14 @@ def broadcast(value: T) -> T:
     return box[0]  # type: ignore[no-any-return]
 
 
-def merge(values: dict[Any, T]) -> dict[Any, T]:
+def all_gather_dict(values: dict[Any, T]) -> dict[Any, T]:
     """The entries of all processes, on each of them."""
     if world_size() == 1:
         return values
     return {key: value for part in gather_object([values]) for key, value in part.items()}
 
 
-def greatest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The greatest of all processes' values; one small exchange, off the GPU where gloo is there."""
     return int(greatest_float(value))
 

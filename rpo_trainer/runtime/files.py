@@ -24,7 +24,7 @@ DIGEST_SUFFIX = ".xxh3_128"
 _TIME_STEP_NS = 2 * 10**9
 
 
-def write_whole(path: Path, text: str | Iterable[str]) -> None:
+def atomic_write(path: Path, text: str | Iterable[str]) -> None:
     """Writes a text, or its pieces, whole or not at all; it is on disk when this returns."""
     os.replace(_staged(path, text), path)
 
@@ -41,12 +41,12 @@ def _staged(path: Path, text: str | Iterable[str]) -> Path:
 
 
 def write_with_digest(path: Path, text: str | Iterable[str]) -> None:
-    """`write_whole`, with the digest of the content in a file beside it (`digest_path`).
+    """`atomic_write`, with the digest of the content in a file beside it (`digest_path`).
 
     The digest is written first: a file without one was not written to its end.
     """
     staged = _staged(path, text)
-    write_whole(digest_path(path), file_digest(staged) + "\n")
+    atomic_write(digest_path(path), file_digest(staged) + "\n")
     os.replace(staged, path)
 
 

@@ -112,7 +112,7 @@ def _needs_rewards(stage: Stage) -> bool:
 
 def needs_policy(data: DataSpec) -> bool:
     """Whether there are no responses before the run has sampled them."""
-    return data.generate is not None or data.rows_of is not None
+    return data.generate is not None or data.responses_from is not None
 
 
 def rows_by_stage(
@@ -212,8 +212,8 @@ def _targets(stage: RewardStage, rows: list[dict[str, Any]], audit: Audit) -> li
 def set_aside(
     stage: Stage, rows: list[dict[str, Any]], *, seed: int, audit: Audit
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Rows to train on, and those that `data.eval_share` keeps for the evaluation."""
-    share = stage.data.eval_share
+    """Rows to train on, and those that `data.eval_fraction` keeps for the evaluation."""
+    share = stage.data.eval_fraction
     if share is None:
         return rows, None
     train, held = hold_out(rows, share, seed=seed)

@@ -23,9 +23,9 @@ from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.rewards.rowfile import (
     ALONE,
     Ranks,
-    complete_rows,
     content_key,
     is_intact,
+    map_rows_resumable,
     read_rows,
 )
 from rpo_trainer.rewards.sampling import (
@@ -46,8 +46,8 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def sources_of_rows(data: DataSpec) -> dict[str, str]:
     """What a stage's rows are made with, by field: stages, words or paths, as `init` has them."""
     found = {}
-    if data.rows_of is not None:
-        found["rows_of"] = data.rows_of
+    if data.responses_from is not None:
+        found["responses_from"] = data.responses_from
     if data.score is not None and data.score.model is not None:
         found["score.model"] = data.score.model
     for number, name in enumerate(data.generate.policies if data.generate is not None else ()):
@@ -74,9 +74,9 @@ def load_prompts(data: DataSpec, base_dir: Path, *, seed: int, audit: Audit) -> 
 
 
 def sampling(data: DataSpec, stages: Sequence[Stage]) -> DataSpec:
-    """`data` itself, or that of the stage whose sampled responses it takes (`rows_of`)."""
-    while data.rows_of is not None:
-        data = next(stage.data for stage in stages if stage.name == data.rows_of)
+    """`data` itself, or that of the stage whose sampled responses it takes (`responses_from`)."""
+    while data.responses_from is not None:
+        data = next(stage.data for stage in stages if stage.name == data.responses_from)
     return data
 
 
@@ -144,13 +144,13 @@ class RowMaker:
             RunError: an endpoint that refuses, or does not answer.
         """
         data = stage.data
-        if data.rows_of is not None:
-            return self.rows(self.stages[data.rows_of], audit)
+        if data.responses_from is not None:
+            return self.rows(self.stages[data.responses_from], audit)
         if data.score is None:
             return None
         seed = self.seed(stage)
         load = load_prompts if data.generate is not None else load_given
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             rows = load(data, self.base_dir, seed=seed, audit=audit)
             scorer = self.scorer(data.score)
             if data.generate is not None:
@@ -205,7 +205,7 @@ class RowMaker:
     def _scored(self, stage: Stage, name: str, rows: Sequence[Row], scorer: Scorer) -> list[Row]:
         key = content_key(scorer.key, list(rows))
         path = self.run_dir / stage.name / f"{name}-{key}.jsonl"
-        return self._read(path) or complete_rows(
+        return self._read(path) or map_rows_resumable(
             path, rows, scorer.work(rows), key=key, what="scored", label=self.label(stage),
             with_digest=True, ranks=self.ranks,
         )  # fmt: skip

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def placed(origins: Origins, part: str | None = None) -> Iterator[None]:
+def errors_located_in(origins: Origins, part: str | None = None) -> Iterator[None]:
     """Errors raised inside get file and line, and those of data the part of the recipe that asks for it.
 
     Args:

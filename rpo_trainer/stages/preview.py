@@ -25,7 +25,7 @@ from rpo_trainer.recipe import LoadedRecipe, Stage, expand_stages
 from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
 from rpo_trainer.stages.data import needs_policy, rows_by_stage, stage_seed, tokenize_stage
 from rpo_trainer.stages.made import load_prompts, prompt_ids
-from rpo_trainer.stages.places import placed
+from rpo_trainer.stages.places import errors_located_in
 
 Row = dict[str, Any]
 
@@ -46,7 +46,7 @@ def preview(
         RecipeError: no such stage.
         DataError, ModelError, Problems: of its data or tokenizer.
     """
-    with placed(loaded.origins):
+    with errors_located_in(loaded.origins):
         shown = _Preview(loaded, colors)
     names = [each.name for each in shown.stages]
     if stage is not None and stage not in names:
@@ -59,7 +59,7 @@ def preview(
     yield shown.view.legend()
     for each in shown.stages:
         if stage in (None, each.name):
-            with placed(loaded.origins, f"stages.{each.name}"):
+            with errors_located_in(loaded.origins, f"stages.{each.name}"):
                 yield from shown.stage(each, count)
 
 
@@ -82,8 +82,8 @@ class _Preview:
             yield Text(f"the same data as {before}")
             return
         seed = stage_seed(stage, self.loaded.recipe)
-        if stage.data.rows_of is not None:
-            yield Text(f"the responses of stage {stage.data.rows_of}")
+        if stage.data.responses_from is not None:
+            yield Text(f"the responses of stage {stage.data.responses_from}")
         elif needs_policy(stage.data):
             rows = load_prompts(stage.data, self.loaded.base_dir, seed=seed, audit=Audit())
             yield Text(f"{len(rows):,} prompts; their responses are sampled when the stage runs")

@@ -108,7 +108,7 @@ def training_config(
         "log_level": "warning",
         "logging_nan_inf_filter": False,
     }
-    if (stage.data.eval or stage.data.eval_share) and stage.eval_steps:
+    if (stage.data.eval or stage.data.eval_fraction) and stage.eval_steps:
         settings |= {"eval_strategy": "steps", "eval_steps": stage.eval_steps}
     if isinstance(stage, PreferenceStage):
         settings["reference_cache_dir"] = str(run_dir / "reference-cache")
@@ -157,7 +157,7 @@ def training_config(
         ) from error
     made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
-        if stage.data.eval or stage.data.eval_share:
+        if stage.data.eval or stage.data.eval_fraction:
             require_best_metric(made, {None: trainer_class(stage).metric_names(made)})
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rpo_trainer.errors import first_line
 from rpo_trainer.models.multimodal import decoder_of
-from rpo_trainer.models.sharding import device_of, has_shards, rows_of
+from rpo_trainer.models.sharding import device_of, has_shards, num_rows
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime import distributed
 from rpo_trainer.step.attention import (
@@ -112,7 +112,7 @@ def uninstall(model: nn.Module) -> None:
 def _learn_reach(model: nn.Module) -> Recording:
     """One forward of a few tokens, each attention module told how far the model's mask for it reaches."""
     inner = transformers_model(model)
-    rows = rows_of(inner.get_input_embeddings().weight)
+    rows = num_rows(inner.get_input_embeddings().weight)
     ids = torch.arange(_RECORDED_TOKENS, device=device_of(model))[None] % rows
     arguments = {
         "input_ids": ids,
@@ -181,7 +181,7 @@ def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> _O
             found = forward(**decoder_inputs)
         return _Outputs(_flat(getattr(found, wanted)), getattr(found, "router_logits", None) or ())
     # Ranks that share the weights must run them equally often.
-    rounds = distributed.greatest(len(rows)) if has_shards(model) else len(rows)
+    rounds = distributed.all_reduce_max(len(rows)) if has_shards(model) else len(rows)
     pieces, routers = [], []
     for number in range(rounds):
         start, stop = rows[number % len(rows)]
@@ -252,7 +252,7 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
             module.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
-            tile_bytes=head.tile_bytes,
+            logits_chunk_bytes=head.logits_chunk_bytes,
         )
 
     with forward_of(module, fused):
@@ -269,7 +269,7 @@ def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head)
         return logprobs_from_logits(logits, y)
 
     vocabulary = getattr(module, "out_features", None) or 2**17
-    size = max(1, head.tile_bytes // (4 * vocabulary))
+    size = max(1, head.logits_chunk_bytes // (4 * vocabulary))
     pieces = [
         torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False)
         for h, y in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rpo_trainer.models.multimodal import text_decoder
-from rpo_trainer.models.sharding import device_of, rows_of
-from rpo_trainer.step.logprobs import DEFAULT_TILE_BYTES
+from rpo_trainer.models.sharding import device_of, num_rows
+from rpo_trainer.step.logprobs import DEFAULT_LOGITS_CHUNK_BYTES
 
 # What the head's product is replaced by, a number a token: small ones tell the scale, large ones the cap.
 _PRODUCTS = (1e-3, -1e-3, 0.1, -0.1, 1.0, -1.0, 7.0, -7.0, 33.0, -33.0, 500.0, -500.0, 1e6, -1e6)
@@ -36,14 +36,14 @@ class Head:
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma-2).
         fused: False where only the model's own forward knows; then its logits are taken whole.
-        tile_bytes: the most that one tile of logits may take.
+        logits_chunk_bytes: the most that one tile of logits may take.
     """
 
     hidden_multiplier: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
     fused: bool = True
-    tile_bytes: int = DEFAULT_TILE_BYTES
+    logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES
 
 
 def head_of(model: Any, forward: Callable[..., Any]) -> Head:
@@ -79,7 +79,7 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
     if not isinstance(module, nn.Module) or decoder is model:
         return None
     # The weight of a quantized head has another shape.
-    vocabulary = getattr(module, "out_features", None) or rows_of(module.weight)
+    vocabulary = getattr(module, "out_features", None) or num_rows(module.weight)
     device = device_of(model)
     products = torch.tensor(_PRODUCTS, device=device)
     hidden: list[Tensor] = []

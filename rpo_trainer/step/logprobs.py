@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-DEFAULT_TILE_BYTES = 512 * 2**20
+DEFAULT_LOGITS_CHUNK_BYTES = 512 * 2**20
 _LEAST_WIDTH = 1024  # of a slice of the vocabulary: narrower products are slow
 # Slices are multiples of it: a GPU's fast kernels take rows that start at multiples of 16 bytes.
 _ALIGNED_WIDTH = 64
@@ -40,7 +40,7 @@ def linear_logprobs(
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    tile_bytes: int = DEFAULT_TILE_BYTES,
+    logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
 ) -> Tensor:
     """log softmax(cap(scale · (hidden @ weightᵀ + bias)))[label] of each token.
 
@@ -51,20 +51,20 @@ def linear_logprobs(
         bias: `[V]` or None.
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma-2).
-        tile_bytes: the most that one tile of logits may take. The copies that a product in another dtype
-            needs of a slice of the weight, and of its gradient, are held to it too; a soft-cap's slope and
-            halves of a tile's gradient come on top, one of each at a time.
+        logits_chunk_bytes: the most that one tile of logits may take. The copies that a product in another
+            dtype needs of a slice of the weight, and of its gradient, are held to it too; a soft-cap's slope
+            and halves of a tile's gradient come on top, one of each at a time.
 
     Returns:
         `[N]`, nats; float32, or float64 for float64 inputs.
     """
-    if tile_bytes < 1:
-        raise ValueError(f"tile_bytes must be positive, got {tile_bytes}")
+    if logits_chunk_bytes < 1:
+        raise ValueError(f"logits_chunk_bytes must be positive, got {logits_chunk_bytes}")
     frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
     learns = torch.is_grad_enabled() and hidden.requires_grad
     function: Any = _FrozenHeadLogProbs if frozen and learns else _LinearLogProbs
     return function.apply(  # type: ignore[no-any-return]
-        hidden, weight, bias, labels, logit_scale, softcap, tile_bytes
+        hidden, weight, bias, labels, logit_scale, softcap, logits_chunk_bytes
     )
 
 
@@ -109,11 +109,11 @@ class _LinearLogProbs(torch.autograd.Function):
         labels: Tensor,
         logit_scale: float,
         softcap: float | None,
-        tile_bytes: int,
+        logits_chunk_bytes: int,
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         n, v = hidden.shape[0], weight.shape[0]
-        cells = max(1, tile_bytes // dtype.itemsize)
+        cells = max(1, logits_chunk_bytes // dtype.itemsize)
         block, width = _tiles(n, v, hidden.shape[1], cells)
         normaliser = torch.full((n,), float("-inf"), dtype=dtype, device=hidden.device)
         target = torch.zeros_like(normaliser)
@@ -205,11 +205,11 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         labels: Tensor,
         logit_scale: float,
         softcap: float | None,
-        tile_bytes: int,
+        logits_chunk_bytes: int,
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         n, v = hidden.shape[0], weight.shape[0]
-        cells = max(1, tile_bytes // dtype.itemsize)
+        cells = max(1, logits_chunk_bytes // dtype.itemsize)
         # All logits of a token are needed at once; only a weight that has to be copied is cut. Beside the
         # logits lie the pieces they are joined from, then what their normaliser is summed over.
         copied = weight.dtype != _factor_dtype(hidden)

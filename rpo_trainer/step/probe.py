@@ -56,7 +56,7 @@ def probe(
     model: nn.Module,
     *,
     layout: Layout | None = None,
-    tile_bytes: int | None = None,
+    logits_chunk_bytes: int | None = None,
     longest: int | None = None,
     autocast: torch.dtype | None = None,
     whose: str = "the model",
@@ -68,7 +68,7 @@ def probe(
     Args:
         model: a causal language model or a sequence classifier, wrapped or not.
         layout: the only one to try; None: shared, then packed, padded and single.
-        tile_bytes: size of the head's tiles; None: the default.
+        logits_chunk_bytes: size of the head's tiles; None: the default.
         longest: tokens of the longest text; None: not known. Some rotary embeddings change with it.
         autocast: dtype of the autocast that the model is to run under; None: none.
         whose: what the model is called in messages.
@@ -84,8 +84,8 @@ def probe(
         recorded = install(model)
         head: Head = transformers_model(model)._rpo_head
         uninstall(model)
-        if tile_bytes is not None:
-            head.tile_bytes = tile_bytes
+        if logits_chunk_bytes is not None:
+            head.logits_chunk_bytes = logits_chunk_bytes
         with _exact_products():
             proofs = [_Proof(model, shared)]
             if autocast is not None and not shared and _has_own_kernels(device_of(model)):

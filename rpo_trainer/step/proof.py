@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpo_trainer.models.sharding import device_of, has_shards, rows_of
+from rpo_trainer.models.sharding import device_of, has_shards, num_rows
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.step.batch import Layout, pack, to_device
 from rpo_trainer.step.forward import response_scores, token_logprobs
@@ -56,7 +56,7 @@ class Answers:
 def random_examples(model: nn.Module, seed: int = 0) -> list[Example]:
     """Two prompts with two responses each, without tokens that the model's config gives a meaning."""
     inner = transformers_model(model)
-    rows = rows_of(inner.get_input_embeddings().weight)
+    rows = num_rows(inner.get_input_embeddings().weight)
     known = getattr(inner.config.get_text_config(), "vocab_size", None) or rows
     special = set(_special_tokens(inner.config.to_dict()))
     tokens_of = range(min(rows, known))

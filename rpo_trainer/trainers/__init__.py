@@ -10,9 +10,10 @@ from rpo_trainer.trainers.config import (
 from rpo_trainer.trainers.preference import DPOTrainer, PreferenceTrainer, RPOTrainer
 from rpo_trainer.trainers.reward import RewardTrainer
 from rpo_trainer.trainers.sft import SFTTrainer
-from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_config import BaseConfig
 
 __all__ = [
+    "BaseConfig",
     "DPOConfig",
     "DPOTrainer",
     "PreferenceConfig",
@@ -23,5 +24,4 @@ __all__ = [
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
-    "StepConfig",
 ]

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from rpo_trainer.errors import DataError
-from rpo_trainer.models.adapters import awake
+from rpo_trainer.models.adapters import randomized_zero_init
 from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.sharding import whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model
@@ -51,11 +51,11 @@ from rpo_trainer.trainers.setup import (
     set_checkpointing,
     tokenizer_in,
     tokenizer_of,
-    unprepared,
+    unwrap_prepared_model,
     with_adapter,
 )
-from rpo_trainer.trainers.step_config import StepConfig
-from rpo_trainer.trainers.trackers import harmless_trackers
+from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -89,11 +89,11 @@ class StepResult:
 class PackedTrainer(SavingTrainer):
     """Base of the trainers; a subclass says what the losses are and what its rows look like."""
 
-    config_class: type[StepConfig] = StepConfig
+    config_class: type[BaseConfig] = BaseConfig
     row_kind: Literal["sft", "pair", "rating"] = "sft"
     needs_rewards = False
     no_noise = ""  # with `disable_dropout`: why there can be none
-    args: StepConfig
+    args: BaseConfig
     # transformers types these as unions with None and with data sets we never hold.
     model: Any
     train_dataset: Any
@@ -108,7 +108,7 @@ class PackedTrainer(SavingTrainer):
     def __init__(
         self,
         model: str | nn.Module,
-        args: StepConfig | None = None,
+        args: BaseConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -124,7 +124,7 @@ class PackedTrainer(SavingTrainer):
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer_named(model)
             model = load_model_named(model)
-        model = with_adapter(unprepared(model), peft_config, args.seed)
+        model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
         processing_class = tokenizer_in(processing_class) or tokenizer_of(model)
         set_checkpointing(model, args)
         self.audits: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class PackedTrainer(SavingTrainer):
                 asked=bool(asked_by_config(transformers_model(model).config)),
             )
         use_cache = getattr(transformers_model(model).config, "use_cache", None)
-        with harmless_trackers(args) as trackers:
+        with fault_tolerant_callbacks(args) as trackers:
             super().__init__(
                 model=model,
                 args=args,
@@ -162,7 +162,7 @@ class PackedTrainer(SavingTrainer):
         # Our loss is already divided by the counts of the whole accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.settle_engine()
+        self.apply_engine_overrides()
         self.prepare_output(use_cache)
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
         self._probed = False
@@ -178,9 +178,10 @@ class PackedTrainer(SavingTrainer):
 
     def _probe(self) -> None:
         wanted: Any = None if self.args.layout == "auto" else self.args.layout
-        with awake(self.model):
+        with randomized_zero_init(self.model):
             self.layout, _ = probe_on_all_ranks(
-                self.model, layout=wanted, tile_bytes=self.args.tile_bytes, longest=self._longest,
+                self.model, layout=wanted, logits_chunk_bytes=self.args.logits_chunk_bytes,
+                longest=self._longest,
                 autocast=self.args.mixed_precision_dtype(),
             )  # fmt: skip
         self.router = router_term(self.model, self.args, self._reduce)
@@ -213,7 +214,7 @@ class PackedTrainer(SavingTrainer):
     def before_forward(self, inputs: dict[str, Any]) -> None:
         """Runs before the forward of a micro-batch, in training and evaluation."""
 
-    def data_options(self, args: StepConfig) -> dict[str, Any]:
+    def data_options(self, args: BaseConfig) -> dict[str, Any]:
         """Further arguments of `prepare_dataset`."""
         return {}
 
@@ -250,7 +251,7 @@ class PackedTrainer(SavingTrainer):
     # --- data ---
 
     def _examples(
-        self, dataset: Any, tokenizer: Any, args: StepConfig, name: str
+        self, dataset: Any, tokenizer: Any, args: BaseConfig, name: str
     ) -> Examples | None:
         if dataset is None or isinstance(dataset, Examples):
             return dataset

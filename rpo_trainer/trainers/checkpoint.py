@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from rpo_trainer.errors import RunError
-from rpo_trainer.runtime.files import file_digest, write_whole
+from rpo_trainer.runtime.files import atomic_write, file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,10 @@ def write_manifest(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_whole(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
+    atomic_write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
 
 
-def damage(folder: Path) -> str | None:
+def verify_manifest(folder: Path) -> str | None:
     """What is wrong with a folder that has to agree with its manifest; None: nothing."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -78,7 +78,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def last_complete(output_dir: Path) -> Path | None:
     """The newest checkpoint that agrees with its manifest; damaged ones are skipped with a WARNING."""
     for path in checkpoints(output_dir):
-        fault = damage(path)
+        fault = verify_manifest(path)
         if fault is None:
             return path
         logger.warning("checkpoint %s is damaged (%s): the previous one is used", path, fault)
@@ -94,7 +94,7 @@ def require_complete(folder: Path) -> None:
             why="the run was to resume from it",
             fix="name the directory of a checkpoint, or write True for the newest one in output_dir",
         )
-    if (folder / MANIFEST).is_file() and (fault := damage(folder)) is not None:
+    if (folder / MANIFEST).is_file() and (fault := verify_manifest(folder)) is not None:
         raise RunError(
             f"the checkpoint is damaged: {fault}",
             where=str(folder),

@@ -1,4 +1,4 @@
-"""The configs of the trainers: what each takes beside the fields of `StepConfig` and of transformers."""
+"""The configs of the trainers: what each takes beside the fields of `BaseConfig` and of transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
-from rpo_trainer.trainers.step_config import StepConfig, TrlDefault, config, described
+from rpo_trainer.trainers.step_config import BaseConfig, TrlDefault, config, described
 
 
 def _described_losses(kind: str) -> str:
@@ -17,7 +17,7 @@ def _described_losses(kind: str) -> str:
 
 @config
 @dataclass
-class SFTConfig(StepConfig):
+class SFTConfig(BaseConfig):
     """Supervised fine-tuning: the mean over trained tokens of the global batch of −log π."""
 
     unlike_trl: ClassVar[tuple[str, ...]] = (
@@ -29,7 +29,7 @@ class SFTConfig(StepConfig):
 
 @config
 @dataclass
-class PreferenceConfig(StepConfig):
+class PreferenceConfig(BaseConfig):
     """Fields that DPO and RPO share."""
 
     _kind: ClassVar[str] = ""  # of the losses
@@ -144,10 +144,10 @@ class RPOConfig(PreferenceConfig):
 
 @config
 @dataclass
-class RewardConfig(StepConfig):
+class RewardConfig(BaseConfig):
     """Reward models: regression on attributes (arXiv 2406.08673), or Bradley-Terry on pairs."""
 
-    _VALID_DICT_FIELDS = [*StepConfig._VALID_DICT_FIELDS, "reward_weights"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "reward_weights"]  # noqa: RUF012
 
     learning_rate: float = described("Peak learning rate.", 1e-4)
     disable_dropout: bool = described(

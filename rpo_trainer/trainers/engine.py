@@ -182,7 +182,7 @@ def wrap_present_layers(model: nn.Module, accelerator: Accelerator) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(there & set(names)) or None
 
 
-def settle_unused(model: nn.Module, args: Any, accelerator: Accelerator) -> None:
+def set_find_unused_parameters(model: nn.Module, args: Any, accelerator: Accelerator) -> None:
     """Has DDP look for weights without a gradient only where there may be some: each time ranks must meet."""
     if accelerator.ddp_handler is not None and args.ddp_find_unused_parameters is None:
         accelerator.ddp_handler.find_unused_parameters = may_be_unused(model)

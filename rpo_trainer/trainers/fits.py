@@ -13,7 +13,7 @@ from torch import nn
 from rpo_trainer.data import end_token_ids
 from rpo_trainer.errors import DataError, ModelError
 from rpo_trainer.models.checks import positions_of
-from rpo_trainer.models.sharding import rows_of
+from rpo_trainer.models.sharding import num_rows
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import Layout
@@ -41,7 +41,7 @@ def check_fit(
         return
     inner = transformers_model(model)
     largest, smallest, longest = _extremes(examples)
-    rows = rows_of(inner.get_input_embeddings().weight)
+    rows = num_rows(inner.get_input_embeddings().weight)
     if largest >= rows or smallest < 0:
         raise ModelError(
             f"the {name} data has token {largest if largest >= rows else smallest}, {whose} has {rows} "

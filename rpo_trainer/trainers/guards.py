@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rpo_trainer.errors import NonFiniteError
-from rpo_trainer.runtime.distributed import merge, rank
+from rpo_trainer.runtime.distributed import all_gather_dict, rank
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class StepGuard:
             if not wrong_losses or not ok
             for row in ids
         ]
-        rows = [row for _, part in sorted(merge({rank(): own}).items()) for row in part]
+        rows = [row for _, part in sorted(all_gather_dict({rank(): own}).items()) for row in part]
         self._leave_out(step, "loss" if wrong_losses else "gradient", rows)
         return False
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from rpo_trainer.step.order import GlobalBatches, StepBatchSampler, TokenBudgetSampler
 from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
-from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_config import BaseConfig
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class EpochLoader(DataLoader[Any]):
 
 
 def train_loader(
-    examples: Examples, args: StepConfig, collate: PackingCollator, micro_batch_size: int
+    examples: Examples, args: BaseConfig, collate: PackingCollator, micro_batch_size: int
 ) -> DataLoader[Any]:
     """Micro-batches of this rank; with a token budget whole optimizer steps (`StepCollator`)."""
     settings: dict[str, Any] = {
@@ -59,7 +59,7 @@ def train_loader(
     return _loader(examples, args, steps, StepCollator(collate))
 
 
-def eval_loader(examples: Examples, args: StepConfig, collate: PackingCollator) -> DataLoader[Any]:
+def eval_loader(examples: Examples, args: BaseConfig, collate: PackingCollator) -> DataLoader[Any]:
     """Micro-batches of this rank, longest first."""
     sampler = StepBatchSampler(
         examples.costs(collate.layout),
@@ -74,7 +74,7 @@ def eval_loader(examples: Examples, args: StepConfig, collate: PackingCollator) 
 
 def _loader(
     examples: Examples,
-    args: StepConfig,
+    args: BaseConfig,
     sampler: GlobalBatches,
     collate: PackingCollator | StepCollator,
 ) -> DataLoader[Any]:

@@ -16,9 +16,9 @@ from rpo_trainer.models.adapter_parts import warn_of_random
 from rpo_trainer.models.adapters import starts_as
 from rpo_trainer.models.checks import check_same_vocabulary
 from rpo_trainer.models.loading import load_model_named
-from rpo_trainer.models.sharding import has_shards, rows_of, whole_on_every_rank
+from rpo_trainer.models.sharding import has_shards, num_rows, whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model
-from rpo_trainer.runtime.distributed import broadcast, is_main, merge, on_main
+from rpo_trainer.runtime.distributed import all_gather_dict, broadcast, is_main, on_main
 from rpo_trainer.step import reference
 from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
@@ -26,7 +26,7 @@ from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
-from rpo_trainer.trainers.setup import unprepared
+from rpo_trainer.trainers.setup import unwrap_prepared_model
 from rpo_trainer.trainers.step_zero import StepZero
 from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
 
@@ -75,7 +75,7 @@ class PreferenceTrainer(PackedTrainer):
         if isinstance(ref_model, str):
             ref_model = load_model_named(ref_model)
         elif ref_model is not None and ref_model is not model:
-            ref_model = unprepared(ref_model)
+            ref_model = unwrap_prepared_model(ref_model)
         if ref_model is not model and any(ref_model is part for part in self.model.modules()):
             raise RecipeError(
                 "ref_model is the model inside the policy's adapter",
@@ -162,7 +162,7 @@ class PreferenceTrainer(PackedTrainer):
             model = shard_reference(self.ref_model, self.accelerator)
             alike = type(transformers_model(model)) is type(transformers_model(self.model))
             layout, _ = probe_on_all_ranks(
-                model, layout=self.layout if alike else None, tile_bytes=self.args.tile_bytes,
+                model, layout=self.layout if alike else None, logits_chunk_bytes=self.args.logits_chunk_bytes,
                 longest=self._longest, autocast=self.args.mixed_precision_dtype(),
                 whose="the reference",
             )  # fmt: skip
@@ -201,14 +201,14 @@ class PreferenceTrainer(PackedTrainer):
                 batch_tokens=args.reference_batch_tokens,
                 pad_token_id=self.pad_token_id,
                 shard=(args.process_index, args.world_size),
-                gather=merge,
+                gather=all_gather_dict,
                 progress=not args.disable_tqdm and args.process_index == 0,
                 tolerance=0.1 if dtype in (torch.bfloat16, torch.float16) else 1e-3,
             )
 
     def _check_vocabulary(self, model: nn.Module) -> None:
-        policy = rows_of(self.model.get_input_embeddings().weight)
-        other = rows_of(model.get_input_embeddings().weight)  # type: ignore[operator]
+        policy = num_rows(self.model.get_input_embeddings().weight)
+        other = num_rows(model.get_input_embeddings().weight)  # type: ignore[operator]
         check_same_vocabulary(policy, other)
 
     def _check_same_reference(self, folder: Path) -> None:

@@ -26,7 +26,7 @@ from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_p
 from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
-from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_config import BaseConfig
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class RewardTrainer(PackedTrainer):
 
     # --- data ---
 
-    def data_options(self, args: StepConfig) -> dict[str, Any]:
+    def data_options(self, args: BaseConfig) -> dict[str, Any]:
         """What the ratings are of; every response has its end token, as when it is scored."""
         assert isinstance(args, RewardConfig)
         if args.objective != "regression":
@@ -119,7 +119,7 @@ class RewardTrainer(PackedTrainer):
         return {"attributes": args.attributes, "rating_range": args.rating_range}
 
     def _examples(
-        self, dataset: Any, tokenizer: Any, args: StepConfig, name: str
+        self, dataset: Any, tokenizer: Any, args: BaseConfig, name: str
     ) -> Examples | None:
         examples = super()._examples(dataset, tokenizer, args, name)
         if examples is None or examples is dataset:

@@ -23,7 +23,7 @@ from rpo_trainer.step.router_loss import (
     request,
     router_loss_of,
 )
-from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_config import BaseConfig
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _same_noise_again() -> Any:
 
 
 def router_term(
-    model: nn.Module, args: StepConfig, reduce: Callable[[Tensor], Tensor]
+    model: nn.Module, args: BaseConfig, reduce: Callable[[Tensor], Tensor]
 ) -> RouterTerm | None:
     """The term that the config, or else the model's own config, asks for; a log line says which.
 

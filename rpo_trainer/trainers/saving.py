@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def own_settings(optimizer: Any, scheduler: Any) -> Iterator[None]:
+def keep_hyperparameters_on_load(optimizer: Any, scheduler: Any) -> Iterator[None]:
     """A checkpoint that is loaded within brings its state, not its learning rate, betas or weight decay.
 
     They are in the file, and would silently take the place of those that a run is started with. Of an
@@ -200,11 +200,11 @@ class SavingTrainer(WrappingTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with own_settings(self.optimizer, self.lr_scheduler):
+        with keep_hyperparameters_on_load(self.optimizer, self.lr_scheduler):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_wrapped(self, folder: str) -> None:
-        with own_settings(self.optimizer, self.lr_scheduler):
+        with keep_hyperparameters_on_load(self.optimizer, self.lr_scheduler):
             super()._load_wrapped(folder)
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:

@@ -23,7 +23,7 @@ from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.trainers.padding_row import require_kept_padding
 from rpo_trainer.trainers.settings import defaults_of
-from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_config import BaseConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -57,7 +57,7 @@ def _full_name(kind: type) -> str:
     return public if kind.__module__ != "builtins" else kind.__name__
 
 
-def set_checkpointing(model: nn.Module, args: StepConfig) -> None:
+def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
     """Turns gradient checkpointing off where it is only the default and the model cannot.
 
     A model that has it on from an earlier training loses it where the config says no: transformers does not
@@ -98,7 +98,7 @@ def stop_input_gradients(model: nn.Module, args: Any) -> None:
         transformers_model(model).disable_input_require_grads()
 
 
-def note_defaults(args: StepConfig) -> None:
+def note_defaults(args: BaseConfig) -> None:
     """A WARNING, once in a process, on settings that have a default which differs from TRL's."""
     if not args.compared_with_trl or not is_main():
         return
@@ -127,7 +127,7 @@ def require_one_gpu(args: TrainingArguments) -> None:
         )
 
 
-def unprepared(model: Any) -> Any:
+def unwrap_prepared_model(model: Any) -> Any:
     """The model as it was before `accelerator.prepare`; the trainer prepares it by its own arguments.
 
     Raises:
@@ -156,7 +156,7 @@ def unprepared(model: Any) -> Any:
 
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
-    four_bits.steady(model)
+    four_bits.disable_bnb_cpu_bf16(model)
     require_kept_padding(transformers_model(model))
     _freeze_towers(
         transformers_model(model), adapted=peft_config is not None or adapters.is_adapted(model)

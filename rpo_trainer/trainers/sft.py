@@ -11,7 +11,7 @@ from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import SFTConfig
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.neftune import Noise, example_lengths
-from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_config import BaseConfig
 
 
 class SFTTrainer(PackedTrainer):
@@ -36,7 +36,7 @@ class SFTTrainer(PackedTrainer):
     _noise: Noise | None = None
 
     def _examples(
-        self, dataset: Any, tokenizer: Any, args: StepConfig, name: str
+        self, dataset: Any, tokenizer: Any, args: BaseConfig, name: str
     ) -> Examples | None:
         examples = super()._examples(dataset, tokenizer, args, name)
         if examples is not None and (wrong := int((examples.response_counts() != 1).sum())):

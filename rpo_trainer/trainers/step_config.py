@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.template_kwargs import faults
 from rpo_trainer.step.batch import Layout
-from rpo_trainer.step.logprobs import DEFAULT_TILE_BYTES
+from rpo_trainer.step.logprobs import DEFAULT_LOGITS_CHUNK_BYTES
 from rpo_trainer.trainers.arguments import (
     bfloat16_by_default,
     checkpointing_by_default,
@@ -106,7 +106,7 @@ def _with_fields(config: type[C]) -> str:
 
 @config
 @dataclass
-class StepConfig(TrainingArguments):
+class BaseConfig(TrainingArguments):
     """Fields that all our trainers share."""
 
     # Fields whose default differs from TRL's, other differences, and whether the log says so.
@@ -162,7 +162,9 @@ class StepConfig(TrainingArguments):
         "model's plain forward gives.",
         "auto",
     )
-    tile_bytes: int = described("Most memory for one tile of logits, in bytes.", DEFAULT_TILE_BYTES)
+    logits_chunk_bytes: int = described(
+        "Most memory for one tile of logits, in bytes.", DEFAULT_LOGITS_CHUNK_BYTES
+    )
     router_aux_loss_coef: float | None = described(
         "Weight of the load-balancing loss of a mixture of experts' routers; 0: none. None: the weight in "
         "the model's config, where that asks for the loss (output_router_logits true).",
@@ -355,8 +357,8 @@ class StepConfig(TrainingArguments):
             math.isfinite(coefficient) and coefficient >= 0
         ):
             problems.append(f"router_aux_loss_coef must be 0 or more, got {coefficient}")
-        if self.tile_bytes < 1:
-            problems.append(f"tile_bytes must be positive, got {self.tile_bytes}")
+        if self.logits_chunk_bytes < 1:
+            problems.append(f"logits_chunk_bytes must be positive, got {self.logits_chunk_bytes}")
         if self.torch_compile_mode in _CUDA_GRAPHS:
             problems.append(
                 f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of a "

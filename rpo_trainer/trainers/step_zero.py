@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rpo_trainer.errors import StepZeroError
 from rpo_trainer.losses import step_zero_losses
 from rpo_trainer.models.sharding import whole_on_every_rank
-from rpo_trainer.runtime.distributed import merge, rank
+from rpo_trainer.runtime.distributed import all_gather_dict, rank
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import logprobs_from_logits, response_sums
 from rpo_trainer.trainers.noise import is_deterministic, is_noisy, noise_in, text_of
@@ -120,7 +120,7 @@ class StepZero:
                 off = (sums - batch["reference_logps"]).abs() / tokens
                 worst[number] = max(worst[number], off.max().item() * real)
         model.train()
-        of_ranks = merge({rank(): worst}).values()
+        of_ranks = all_gather_dict({rank(): worst}).values()
         return max(off[0] for off in of_ranks), max(off[1] for off in of_ranks)
 
     def _diagnose(self) -> tuple[str, str]:

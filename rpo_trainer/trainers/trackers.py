@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def harmless_trackers(args: TrainingArguments) -> Iterator[list[TrainerCallback]]:
+def fault_tolerant_callbacks(args: TrainingArguments) -> Iterator[list[TrainerCallback]]:
     """The trackers that `report_to` names; one that raises is told nothing more, and training goes on.
 
     Inside, `report_to` is empty, so that the Trainer made there adds none of its own: it tells of its

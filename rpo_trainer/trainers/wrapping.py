@@ -19,30 +19,30 @@ from rpo_trainer.models.sharding import full_state_dict, has_shards, reshard
 from rpo_trainer.trainers.engine import (
     DeepSpeedGuard,
     check_engine,
+    set_find_unused_parameters,
     settle,
-    settle_unused,
     wrap_present_layers,
     wraps_late,
     write_engine,
 )
 from rpo_trainer.trainers.guards import BeforeUpdate
 from rpo_trainer.trainers.setup import stop_input_gradients
-from rpo_trainer.trainers.step_config import StepConfig
+from rpo_trainer.trainers.step_config import BaseConfig
 
 
 class WrappingTrainer(Trainer):
     """Between `transformers.Trainer` and ours; without such an engine it changes nothing."""
 
-    args: StepConfig
+    args: BaseConfig
     model: Any
     _grad_norm: Tensor | float = 0.0
 
-    def settle_engine(self) -> None:
+    def apply_engine_overrides(self) -> None:
         """Checks and settles the engine; once, when the trainer is made."""
         check_engine(self.args, self.accelerator)
         settle(self.args, self.accelerator)
         wrap_present_layers(self.model, self.accelerator)
-        settle_unused(self.model, self.args, self.accelerator)
+        set_find_unused_parameters(self.model, self.args, self.accelerator)
         self.wraps_late = wraps_late(self.accelerator)
         self._deepspeed_guard: DeepSpeedGuard | None = None
         self.add_callback(BeforeUpdate(self._before_optimizer_step))

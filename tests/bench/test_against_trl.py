@@ -18,7 +18,7 @@ import torch
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from tests.bench.settings import SETTINGS
-from tests.models import make_model
+from tests.small_models import make_model
 
 trl = pytest.importorskip("trl")
 

@@ -219,7 +219,7 @@ def _started(folder: Path, point: str | None, number: int, command: Sequence[str
 def _main(folder: str, point: str | None, number: int, command: Sequence[str]) -> None:
     import torch
 
-    from rpo_trainer.cli.main import main
+    from rpo_trainer.cli.commands import main
 
     output = os.open(Path(folder) / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

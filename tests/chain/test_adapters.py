@@ -20,7 +20,7 @@ from rpo_trainer.errors import Problems, RecipeError, RunError
 from rpo_trainer.models import adapter_files
 from rpo_trainer.recipe import expand_stages, load_recipe
 from rpo_trainer.stages.settings import lora_config
-from rpo_trainer.trainers.checkpoint import damage
+from rpo_trainer.trainers.checkpoint import verify_manifest
 from tests.chain import tiny
 from tests.chain.killer import run_until
 
@@ -265,7 +265,7 @@ def test_a_start_that_changes_the_base(
     assert_step_zero(run_dir)
     bases = sorted(p.parent.name for p in run_dir.glob("*/base"))
     assert bases == (["general"] if between == "keep" else ["dpo", "general", "rpo-1", "rpo-2"])
-    assert all(damage(run_dir / name / "base") is None for name in bases)
+    assert all(verify_manifest(run_dir / name / "base") is None for name in bases)
     # What the readers of the adapter get is what the stage has left.
     folder = run_dir / "dpo" / ("final" if between == "keep" else "adapter")
     base = AutoModelForCausalLM.from_pretrained(adapter_files.base_of(folder))

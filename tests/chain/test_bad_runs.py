@@ -19,7 +19,7 @@ import xxhash
 from rpo_trainer.chain import models as chain_models
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.state import CHAIN_FILE, locked
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.errors import NonFiniteError, RunError
 from rpo_trainer.plan import disk
 from rpo_trainer.trainers import checkpoint

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rpo_trainer.chain.check import check_recipe
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import Problems
 from rpo_trainer.models import adapter_files
@@ -357,13 +357,13 @@ def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
     ) in str(problems(tmp_path, recipe))
 
 
-@pytest.mark.parametrize("rows_of", [None, "dpo"])
-def test_held_out_rows_of_a_stage_that_samples(rows_of: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("responses_from", [None, "dpo"])
+def test_held_out_rows_of_a_stage_that_samples(responses_from: str | None, tmp_path: Path) -> None:
     """They come with their responses, whatever the rows to train on come from."""
     recipe = tiny.tiny_recipe()
     stage = tiny.stage_of(recipe, "rpo")
-    if rows_of is not None:
-        stage["data"] = {"rows_of": rows_of, "pairs": {"select": "all_responses"}}
+    if responses_from is not None:
+        stage["data"] = {"responses_from": responses_from, "pairs": {"select": "all_responses"}}
     stage["data"]["eval"] = [{"path": "held.jsonl"}]
     row = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
@@ -380,7 +380,7 @@ def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> 
     prompts = [{"prompt": f"{n} + 1 = ", "ground_truth": str(n + 1)} for n in range(4)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "p.jsonl"}]
-    stage["data"] = {"rows_of": "dpo", "eval": [{"path": "held.jsonl"}], "held_out": True}
+    stage["data"] = {"responses_from": "dpo", "eval": [{"path": "held.jsonl"}], "held_out": True}
     row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")

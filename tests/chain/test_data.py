@@ -193,7 +193,7 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
 def test_rows_of_takes_the_scored_responses_of_another_stage(sampled: Path) -> None:
     recipe = tiny.tiny_recipe()
     stage = tiny.stage_of(recipe, "rpo")
-    stage["data"] = {"rows_of": "dpo", "pairs": {"select": "all_responses"}}
+    stage["data"] = {"responses_from": "dpo", "pairs": {"select": "all_responses"}}
     found = stages(sampled, recipe)
     taken = made(found, "rpo-2", sampled, policy=no_policy)
     (file,) = (sampled / "dpo").glob("generated-*.jsonl")
@@ -217,18 +217,18 @@ def test_rounds_sample_again_or_never(
         asked.append(stage.name)
         return load_weights(finished / "general" / "final"), character_tokenizer()
 
-    for refresh, sampling in (("never", ["rpo-1"]), ("each", ["rpo-1", "rpo-2"])):
+    for resample, sampling in (("once", ["rpo-1"]), ("every_round", ["rpo-1", "rpo-2"])):
         asked: list[str] = []
         recipe = tiny.tiny_recipe()
-        tiny.stage_of(recipe, "rpo")["data"]["refresh"] = refresh
+        tiny.stage_of(recipe, "rpo")["data"]["resample"] = resample
         found = stages(tmp_path, recipe)
         rounds = [
-            made(found, name, tmp_path, policy=policy, run=tmp_path / refresh)
+            made(found, name, tmp_path, policy=policy, run=tmp_path / resample)
             for name in ("rpo-1", "rpo-2")
         ]
         assert asked == sampling
         # The second round of `each` draws other numbers, from what is the same policy here.
-        assert (rounds[0] == rounds[1]) == (refresh == "never")
+        assert (rounds[0] == rounds[1]) == (resample == "once")
     for work in ("[rpo-1] 48 of 48 rows sampled", "[rpo-2] 48 of 48 rows scored"):
         assert work in caplog.messages
 
@@ -430,7 +430,7 @@ def test_a_limited_evaluation_has_its_share_of_each_source(limit: int | None, ke
 
 def test_rows_that_are_held_out_are_not_of_the_training_rows() -> None:
     rows = [{"id": str(i), "source": "a", "prompt": str(i)} for i in range(10)]
-    stage: Any = SimpleNamespace(data=SimpleNamespace(eval_share=0.3))
+    stage: Any = SimpleNamespace(data=SimpleNamespace(eval_fraction=0.3))
     audit = Audit()
     audit.add_read("a", 10)
     train, held = set_aside(stage, rows, seed=0, audit=audit)

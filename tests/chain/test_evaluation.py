@@ -333,7 +333,7 @@ def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from rpo_trainer.recipe.data_schema import LmEvalSpec
     from rpo_trainer.stages.harness import run_tasks
-    from tests.models import make_model
+    from tests.small_models import make_model
 
     spec = LmEvalSpec.model_validate(tasks_of(tmp_path))
     (tmp_path / "tasks" / "questions.jsonl").unlink()

@@ -98,7 +98,7 @@ _IN_PROCESS = [
 
 def assert_stopped_there(run_dir: Path, stage: str, step: int, output: bool) -> None:
     assert last_step(run_dir, stage) == step
-    assert (checkpoint.damage(run_dir / stage / "final") is None) == output
+    assert (checkpoint.verify_manifest(run_dir / stage / "final") is None) == output
     later = tiny.STAGES[tiny.STAGES.index(stage) + 1 :]
     assert not any((run_dir / name).exists() for name in later)
 

@@ -113,7 +113,7 @@ def test_several_policies_and_endpoints_with_a_judge(
         at = {"url": server.url, "model": "m"}
         recipe = recipe_with({"judge": at}, responses=1, policies=["init", "model"], endpoints=[at])
         data = tiny.stage_of(recipe, "rpo")["data"]
-        data |= {"refresh": "never", "train": [tiny.task("general", "preference", 12, seed=2)]}
+        data |= {"resample": "once", "train": [tiny.task("general", "preference", 12, seed=2)]}
         run_dir = tiny.run(tmp_path, recipe)
     rows = rows_of(run_dir, "rpo-1")
     assert rows[0]["policies"] == ["code", "model", "m"]

@@ -15,7 +15,7 @@ from rpo_trainer.chain.card import write_card
 from rpo_trainer.errors import RecipeError, StoppedBySignal
 from rpo_trainer.recipe import expand_stages
 from rpo_trainer.stages.hub import push_output
-from rpo_trainer.trainers.checkpoint import damage
+from rpo_trainer.trainers.checkpoint import verify_manifest
 from tests.chain import tiny
 from tests.chain.test_stage import config
 
@@ -31,7 +31,7 @@ def parts(final: Path) -> tuple[dict[str, Any], str]:
 def test_every_output_has_a_card_that_its_manifest_covers(finished: Path) -> None:
     for stage in tiny.STAGES:
         final = finished / stage / "final"
-        assert damage(final) is None
+        assert verify_manifest(final) is None
         assert "README.md" in json.loads((final / "manifest.json").read_text())["files"]
         metadata, text = parts(final)
         kind = tiny.records(finished)[stage]["kind"]
@@ -76,7 +76,7 @@ def test_figures_files_and_the_base_model_are_in_the_card(finished_copy: Path, t
     final = finished_copy / "code" / "final"
     for _ in range(2):
         write_card(final, stage, [stage], {"code": record}, loaded.recipe, loaded.base_dir)
-        assert damage(final) is None
+        assert verify_manifest(final) is None
     metadata, text = parts(final)
     assert metadata["base_model"] == "someone/some-model"
     assert "rows.jsonl `0123456789ab`" in text and "/somewhere" not in text

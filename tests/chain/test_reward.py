@@ -41,13 +41,13 @@ def recipe_with_rewards() -> dict[str, Any]:
             "train": [task("general", "preference", 48, seed=1)],
             "generate": {"responses": 3, "max_new_tokens": 5, "batch_size": 48},
             "score": {"verifier": "partial_match"}, "pairs": {"select": "best_worst"},
-            "eval_share": 0.25,
+            "eval_fraction": 0.25,
         },
     }  # fmt: skip
     ratings = {
         "name": "rated", "kind": "reward", "objective": "regression", "attributes": ATTRIBUTES,
         "reward_weights": {"right": 1.0, "long": -0.25}, "rating_range": [0, 4], "max_steps": 3,
-        "data": {"train": [{"path": "rated.jsonl"}], "eval_share": 0.25},
+        "data": {"train": [{"path": "rated.jsonl"}], "eval_fraction": 0.25},
     }  # fmt: skip
     recipe["stages"] = [code, pairs, ratings, dpo]
     dpo["eval"] = {

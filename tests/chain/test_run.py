@@ -19,7 +19,7 @@ from rpo_trainer.chain import default_run_dir, run_chain, select_stage
 from rpo_trainer.chain import run as chain_run
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import expand_stages, load_recipe
-from rpo_trainer.trainers.checkpoint import damage
+from rpo_trainer.trainers.checkpoint import verify_manifest
 from tests.chain import tiny
 from tests.chain.killer import run_until
 
@@ -186,7 +186,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
     assert names == {"recipe.yaml", "chain.json", "metrics.jsonl", "reference-cache", *tiny.STAGES}
     for stage in tiny.STAGES:
         final = finished / stage / "final"
-        assert damage(final) is None
+        assert verify_manifest(final) is None
         listed = set(json.loads((final / "manifest.json").read_text())["files"])
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= listed
         assert listed == {p.name for p in final.iterdir()} - {"manifest.json"}

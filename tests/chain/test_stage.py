@@ -78,7 +78,11 @@ REWARD: dict[str, Any] = {
 
 def test_every_field_of_a_reward_stage_reaches_the_config(tmp_path: Path) -> None:
     rated = {name: value for name, value in REWARD.items() if name != "margin_scale"}
-    base = {"kind": "reward", "max_steps": 1, "data": {"train": [{"path": "r"}], "eval_share": 0.5}}
+    base = {
+        "kind": "reward",
+        "max_steps": 1,
+        "data": {"train": [{"path": "r"}], "eval_fraction": 0.5},
+    }
     recipe = tiny.tiny_recipe()
     recipe["stages"] = [
         {**base, "name": "rated", **rated, "eval_steps": 2},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer import errors
-from rpo_trainer.cli.main import main as cli
+from rpo_trainer.cli.commands import main as cli
 from tests.chain import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

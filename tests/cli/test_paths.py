@@ -9,7 +9,7 @@ import torch
 
 from rpo_trainer.step import batch
 from rpo_trainer.step.batch import pack
-from tests.models import VOCABULARY, make_model
+from tests.small_models import VOCABULARY, make_model
 from tests.step.test_forward import compare
 from tests.varlen_kernel import emulate
 

@@ -80,10 +80,10 @@ def chosen_rows(*rewards: float, truth: int | None = None) -> list[dict[str, Any
         ({"min_chosen_reward": 3.0}, "r0 r2 r3", 3.0),
         ({"min_chosen_quantile": 0.75}, "r2 r3", 4.0),  # what equals the last of the best quarter
         ({"min_chosen_quantile": 0.0}, "r0 r1 r2 r3", 1.0),
-        ({"top_chosen_share": 0.25}, "r2", 4.0),  # of equal ones the earlier
-        ({"top_chosen_share": 0.5}, "r2 r3", 4.0),
-        ({"top_chosen_share": 0.01}, "r2", 4.0),  # never none
-        ({"top_chosen_share": 1.0}, "r0 r1 r2 r3", 1.0),
+        ({"keep_top_fraction": 0.25}, "r2", 4.0),  # of equal ones the earlier
+        ({"keep_top_fraction": 0.5}, "r2 r3", 4.0),
+        ({"keep_top_fraction": 0.01}, "r2", 4.0),  # never none
+        ({"keep_top_fraction": 1.0}, "r0 r1 r2 r3", 1.0),
     ],
 )
 def test_the_chosens_quality(fields: Any, kept: str, threshold: float) -> None:
@@ -98,7 +98,8 @@ def test_the_chosens_quality(fields: Any, kept: str, threshold: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"min_chosen_reward": 4.0}, {"min_chosen_quantile": 0.9}, {"top_chosen_share": 0.25}]
+    "fields",
+    [{"min_chosen_reward": 4.0}, {"min_chosen_quantile": 0.9}, {"keep_top_fraction": 0.25}],
 )
 def test_a_chosen_that_is_ground_truth_always_passes(fields: Any) -> None:
     passed = filter_rows(chosen_rows(3.0, 1.0, 5.0, truth=1), spec(**fields), Audit())
@@ -108,7 +109,7 @@ def test_a_chosen_that_is_ground_truth_always_passes(fields: Any) -> None:
 def test_the_threshold_is_taken_among_rows_that_pass_all_else() -> None:
     rows = [row(0, 9.0, 9.0), row(1, 5.0, 1.0), row(2, 3.0, 1.0)]
     audit = Audit()
-    passed = filter_rows(rows, spec(ties="drop", top_chosen_share=0.5), audit)
+    passed = filter_rows(rows, spec(ties="drop", keep_top_fraction=0.5), audit)
     assert [each["id"] for each in passed] == ["r1"]
     assert {reason: count.count for reason, count in audit.dropped.items()} == {
         "tie": 1,

@@ -81,7 +81,7 @@ def test_shares_are_of_the_rows_that_are_used(
         rows = add_replay(rows, rows, spec, seed=0, audit=audit)
     if way in ("held out", "max_rows of eval"):
         kept = rows[:40]
-        audit.leave_out_all("eval_share" if way == "held out" else "eval_max_rows", rows, kept)
+        audit.leave_out_all("eval_fraction" if way == "held out" else "eval_max_rows", rows, kept)
         rows = kept
     assert audit.rows() == len(rows)
     limit = {"max_length": 100, "truncation": "drop"}
@@ -95,7 +95,7 @@ def test_shares_are_of_the_rows_that_are_used(
     assert any(not concern.minor for concern in record.concerns("the rows"))
 
 
-@pytest.mark.parametrize("reason", ["weight", "eval_share", "eval_max_rows"])
+@pytest.mark.parametrize("reason", ["weight", "eval_fraction", "eval_max_rows"])
 def test_warnings_are_shares_of_the_rows_that_they_count(
     tmp_path: Path, source: Any, jsonl: Callable[..., str], reason: str
 ) -> None:

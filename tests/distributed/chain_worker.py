@@ -62,7 +62,7 @@ def signal_once(folder: Path, number: str, point: str) -> Any:
 def main(folder: Path, rank: str = "", *happens: str) -> None:
     if "WORLD_SIZE" in os.environ:
         gloo.allow()
-    from rpo_trainer.cli.main import main as command
+    from rpo_trainer.cli.commands import main as command
     from rpo_trainer.runtime import distributed
 
     mine = os.environ.get("RANK", "0")

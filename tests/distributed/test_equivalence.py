@@ -14,7 +14,7 @@ import torch
 from tests.conftest import Injected
 from tests.distributed.launch import require, run, torchrun
 from tests.distributed.worker import ENGINES, STEPS
-from tests.models import make_model
+from tests.small_models import make_model
 
 pytestmark = pytest.mark.slow
 

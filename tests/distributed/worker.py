@@ -83,7 +83,7 @@ def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
             **case.get("settings", {}),
         }
     )  # fmt: skip
-    rows = rows_of(kind, batch)
+    rows = num_rows(kind, batch)
     return trainer(
         model=str(
             models / ("moe" if case.get("moe") else "tied" if case.get("tied") else "untied")
@@ -96,7 +96,7 @@ def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
     )
 
 
-def rows_of(kind: str, batch: int) -> list[dict[str, Any]]:
+def num_rows(kind: str, batch: int) -> list[dict[str, Any]]:
     """Two global batches and two rows more: with accumulation, some of the last forwards are fillers."""
     from tests.trainers.plain import make_rows
 
@@ -136,7 +136,7 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     import torch
 
     from rpo_trainer.models.sharding import full_state_dict
-    from rpo_trainer.runtime.distributed import merge, rank, world_size
+    from rpo_trainer.runtime.distributed import all_gather_dict, rank, world_size
     from rpo_trainer.trainers.engine import engine_name
 
     trainer = trainer_of(engine, case, out)
@@ -159,7 +159,7 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
         "world_size": world_size(),
         "losses": [line for line in history if "loss" in line],
         "evaluations": [line for line in history if "eval_loss" in line],
-        "seen": merge(seen),
+        "seen": all_gather_dict(seen),
         "weights": full_state_dict(trainer.model, keep=rank() == 0, trained_only="lora" in case),
         "start": start,
         "offloads": len(offloads),
@@ -186,7 +186,7 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
     from rpo_trainer.errors import NonFiniteError
     from rpo_trainer.models.sharding import full_state_dict
-    from rpo_trainer.runtime.distributed import merge, rank
+    from rpo_trainer.runtime.distributed import all_gather_dict, rank
 
     trainer = trainer_of(engine, case, out)
     own = trainer.losses
@@ -217,8 +217,8 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     except NonFiniteError as raised:
         error = str(raised)
     return {
-        "errors": merge({rank(): error}),
-        "skipped": merge({rank(): trainer.step_guard.skipped}),
+        "errors": all_gather_dict({rank(): error}),
+        "skipped": all_gather_dict({rank(): trainer.step_guard.skipped}),
         "weights": weights,
         "after": full_state_dict(trainer.model, keep=rank() == 0),
     }
@@ -240,7 +240,7 @@ def save_late(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     trainer.train()
     folder = out / "run" / f"checkpoint-{STEPS}"
     files = json.loads((folder / checkpoint.MANIFEST).read_text())["files"]
-    return {"damage": checkpoint.damage(folder), "files": sorted(files)}
+    return {"damage": checkpoint.verify_manifest(folder), "files": sorted(files)}
 
 
 def load_best(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:

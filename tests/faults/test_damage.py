@@ -74,7 +74,7 @@ def test_every_file_of_a_checkpoint(harm: Harm, again: Path, injected: Injected)
         before = next(back)
         harm(path, drawn(harm, path.name))
         changed = not path.is_file() or path.read_bytes() != before
-        fault = checkpoint.damage(folder / "checkpoint-2")
+        fault = checkpoint.verify_manifest(folder / "checkpoint-2")
         # A bit of the manifest's own white space or version says nothing of the checkpoint.
         harmless = path.name == checkpoint.MANIFEST and harm is flipped_bit
         assert fault is not None or harmless or not changed, path
@@ -126,7 +126,7 @@ def test_every_file_of_an_output(
         back = kept(path)
         next(back)
         harm(path, drawn(harm, path.name))
-        if checkpoint.damage(final) is not None:
+        if checkpoint.verify_manifest(final) is not None:
             with pytest.raises(
                 RunError, match="the output of the finished stage rpo is damaged"
             ) as error:

@@ -76,7 +76,7 @@ def stops_and_goes_on(
     assert raised.value.where and raised.value.why
     assert raised.value.fix and "run the same command again" in raised.value.fix
     for path in checkpoint.checkpoints(folder / "run" / "rpo"):
-        assert checkpoint.damage(path) is None  # complete or absent
+        assert checkpoint.verify_manifest(path) is None  # complete or absent
     assert tiny.weights(tiny.run(folder, sampled_rpo())) == expected
     assert tiny.metric_steps(folder / "run", "rpo") == [(step, False) for step in (1, 2, 3)]
 

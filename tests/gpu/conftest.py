@@ -12,7 +12,7 @@ import torch
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.trainers import DPOTrainer, RPOTrainer, SFTTrainer
-from tests.models import make_model
+from tests.small_models import make_model
 
 TRAINERS = {"sft": SFTTrainer, "dpo": DPOTrainer, "rpo": RPOTrainer}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rpo_trainer.rewards.generate import greedy_responses, sample_responses
-from tests.models import make_model
+from tests.small_models import make_model
 
 PROMPTS = ["1+1=", "what is twelve", "a", "the sum of 3 and 4 is", "b c d e", "zz"]
 NEW = 24

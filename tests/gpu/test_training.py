@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from rpo_trainer.models.adapters import with_adapter
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import make_rows
 
 KS = {"sft": (1,) * 24, "dpo": (2,) * 24, "rpo": (2, 3, 4, 2) * 6}

@@ -19,7 +19,7 @@ from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.loading import load_weights
 from rpo_trainer.step.probe import probe
 from tests.families import tiny_model
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.step.test_forward import compare, plain_logprobs, random_examples
 
 peft = pytest.importorskip("peft")
@@ -95,7 +95,7 @@ def test_the_probe_passes_and_leaves_the_adapter_as_it_was(kind: str) -> None:
     config, settings = KINDS[kind]
     model = adapters.with_adapter(make_model(**settings), config())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with adapters.awake(model):
+    with adapters.randomized_zero_init(model):
         changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
         layout, head = probe(model)
     assert bool(changed) == (kind not in ("IA3",))
@@ -109,7 +109,7 @@ def test_a_path_through_a_fresh_adapter_is_seen_awake_alone() -> None:
         if name.endswith("lora_A.default"):  # each position gets its neighbour's
             module.register_forward_hook(lambda m, i, o: o.roll(1, -2))
     assert probe(model)[0] == "shared"
-    with adapters.awake(model):
+    with adapters.randomized_zero_init(model):
         try:
             layout = probe(model)[0]
         except ModelError:

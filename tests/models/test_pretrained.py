@@ -25,7 +25,7 @@ from rpo_trainer.models.loading import load_model, load_model_named, load_weight
 from rpo_trainer.models.pretrained import check_stored, weight_files
 from rpo_trainer.recipe import ModelSpec
 from rpo_trainer.rewards.model import RewardModel
-from tests.models import make_model
+from tests.small_models import make_model
 
 Tensors = dict[str, torch.Tensor]
 

@@ -21,7 +21,7 @@ from rpo_trainer.step import attention
 from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import install, response_scores, uninstall
 from rpo_trainer.step.probe import probe
-from tests.models import FAMILIES, make_model
+from tests.small_models import FAMILIES, make_model
 from tests.step.test_forward import Float64Inside, random_examples
 from tests.step.test_probe import Blind
 

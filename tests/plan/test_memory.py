@@ -146,7 +146,7 @@ def test_the_logit_tile_is_bounded() -> None:
         return memory(count=60, **settings).activations - memory(count=30, **settings).activations
 
     logits = 30 * 2 * 30 * V * 4
-    assert growth() - growth(tile_bytes=65536) > 0.5 * logits
+    assert growth() - growth(logits_chunk_bytes=65536) > 0.5 * logits
 
 
 def test_half_precision_weights_are_still_reported_as_float32() -> None:

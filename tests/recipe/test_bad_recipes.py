@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.recipe import DPOStage, load_recipe
 
 Capture = pytest.CaptureFixture[str]
@@ -383,10 +383,10 @@ def test_rpo_on_data_without_rewards(command: str, tried: Tried) -> None:
 def test_global_batch_size_that_does_not_divide_by_the_processes(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rpo_trainer.trainers.step_config import StepConfig
+    from rpo_trainer.trainers.step_config import BaseConfig
 
     pairs(tried.folder)
-    monkeypatch.setattr(StepConfig, "world_size", property(lambda self: 4))
+    monkeypatch.setattr(BaseConfig, "world_size", property(lambda self: 4))
     text = ON_DATA.replace("global_batch_size: 2", "global_batch_size: 18\n    micro_batch_size: 2")
     assert tried.refused(text, command="check").startswith(
         "chain.yaml:12 (stages.rpo.global_batch_size): global_batch_size 18 does not divide by 4 "

@@ -1,4 +1,4 @@
-"""generate, score, pairs, refresh and rows_of in a recipe: what is refused, and what rounds become."""
+"""generate, score, pairs, refresh and responses_from in a recipe: what is refused, and what rounds become."""
 
 from __future__ import annotations
 
@@ -58,14 +58,17 @@ def chain(dpo: str = MADE, rpo: str = MADE) -> str:
         ("score: {model: rpo}", "not earlier in the chain"),
         ("score: {model: sft}", "cannot be `sft`, a stage of kind sft"),
         ("score: {endpoint: {url: 'http://x'}}", "model"),
-        ("filter: {min_chosen_reward: 1, top_chosen_share: 0.5}", "`filter` has both"),
-        ("filter: {min_chosen_quantile: 0.5, top_chosen_share: 0.5}", "`filter` has both"),
-        ("filter: {top_chosen_share: 0.0}", "top_chosen_share"),
+        ("filter: {min_chosen_reward: 1, keep_top_fraction: 0.5}", "`filter` has both"),
+        ("filter: {min_chosen_quantile: 0.5, keep_top_fraction: 0.5}", "`filter` has both"),
+        ("filter: {keep_top_fraction: 0.0}", "keep_top_fraction"),
         ("filter: {min_chosen_quantile: 1.0}", "min_chosen_quantile"),
-        ("refresh: never", "`refresh` without `generate`"),
-        ("rows_of: sft", "cannot be `sft`, a stage of kind sft"),
-        (f"rows_of: sft, {GENERATE}, score: {{model: rm}}", "`generate` beside `rows_of`"),
-        ("rows_of: rpo", "`train` beside `rows_of`"),
+        ("resample: once", "`resample` without `generate`"),
+        ("responses_from: sft", "cannot be `sft`, a stage of kind sft"),
+        (
+            f"responses_from: sft, {GENERATE}, score: {{model: rm}}",
+            "`generate` beside `responses_from`",
+        ),
+        ("responses_from: rpo", "`train` beside `responses_from`"),
         (
             "generate: {max_new_tokens: 5, policies: []}, score: {model: rm}",
             "there is nobody to sample from",
@@ -86,7 +89,7 @@ def test_what_is_refused(problems: Show, dpo: str, message: str) -> None:
 
 
 def test_rows_of_a_stage_that_samples_none(problems: Show) -> None:
-    shown = problems(chain("filter: {min_gap: 1}", "rows_of: dpo"))
+    shown = problems(chain("filter: {min_gap: 1}", "responses_from: dpo"))
     assert any("refers to `dpo`, which samples no responses" in line for line in shown)
 
 
@@ -99,7 +102,7 @@ def test_reward_scale_is_a_number_or_auto(problems: Show, value: str) -> None:
 
 def rounds(load: Load, text: str, words: Sequence[str] = ()) -> list[tuple[object, ...]]:
     return [
-        (s.name, s.data.generate is not None, s.data.score is not None, s.data.rows_of)
+        (s.name, s.data.generate is not None, s.data.score is not None, s.data.responses_from)
         for s in expand_stages(load(text, words).recipe)[3:]
     ]
 
@@ -107,8 +110,8 @@ def rounds(load: Load, text: str, words: Sequence[str] = ()) -> list[tuple[objec
 def test_each_round_samples_again_or_takes_the_rows_of_the_first(load: Load) -> None:
     again = [(f"rpo-{n}", True, True, None) for n in (1, 2, 3)]
     assert rounds(load, chain()) == again
-    assert rounds(load, chain(), ["stages.rpo.data.refresh=each"]) == again
-    assert rounds(load, chain(), ["stages.rpo.data.refresh=never"]) == [
+    assert rounds(load, chain(), ["stages.rpo.data.resample=each"]) == again
+    assert rounds(load, chain(), ["stages.rpo.data.resample=never"]) == [
         ("rpo-1", True, True, None),
         ("rpo-2", False, False, "rpo-1"),
         ("rpo-3", False, False, "rpo-1"),
@@ -117,13 +120,13 @@ def test_each_round_samples_again_or_takes_the_rows_of_the_first(load: Load) -> 
 
 def test_names_of_repeated_stages_are_those_that_run(load: Load) -> None:
     text = chain().replace("  - name: sft\n", "  - name: sft\n    repeat: 2\n")
-    text += "  - {name: last, kind: dpo, beta: 0.1, data: {rows_of: rpo}}\n"
+    text += "  - {name: last, kind: dpo, beta: 0.1, data: {responses_from: rpo}}\n"
     words = ["stages.dpo.data.generate.policies=[init, sft, model, ./other]"]
     stages = {s.name: s for s in expand_stages(load(text, words).recipe)}
     generate = stages["dpo"].data.generate
     assert generate is not None
     assert generate.policies == ["init", "sft-2", "model", "./other"]
-    assert stages["last"].data.rows_of == "rpo-3"
+    assert stages["last"].data.responses_from == "rpo-3"
 
 
 SCORES = [
@@ -136,7 +139,7 @@ SCORES = [
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("refresh", ["", "refresh: never, ", "refresh: each, "])
+@pytest.mark.parametrize("resample", ["", "resample: once, ", "resample: every_round, "])
 def test_the_resolved_recipe_is_a_recipe_with_the_same_stages(
     load: Load, tmp_path: Path, score: str, refresh: str
 ) -> None:

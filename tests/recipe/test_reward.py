@@ -21,7 +21,7 @@ stages:
   - name: rm
     kind: reward
     objective: bradley_terry
-    data: {train: [{path: pairs.jsonl}], eval_share: 0.1}
+    data: {train: [{path: pairs.jsonl}], eval_fraction: 0.1}
   - name: rm-more
     kind: reward
     objective: regression
@@ -62,7 +62,7 @@ def test_defaults_of_a_reward_stage(load: Load) -> None:
 
 
 # the line replaced, by, where, words of the message
-PAIRS = "    data: {train: [{path: pairs.jsonl}], eval_share: 0.1}\n"
+PAIRS = "    data: {train: [{path: pairs.jsonl}], eval_fraction: 0.1}\n"
 RATED = "    attributes: [helpfulness]\n"
 BAD: dict[str, tuple[str, str, str, str]] = {
     "a policy from a reward model": (
@@ -133,12 +133,12 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "an adapter": (PAIRS, PAIRS + "    peft: {r: 4}\n", ":11", "a reward stage trains all weights"),
     "rounds": (PAIRS, PAIRS + "    repeat: 2\n", ":11", "`repeat` of a reward stage"),
     "two kinds of held-out rows": (
-        "eval_share: 0.1}",
-        "eval: [{path: p}], eval_share: 0.1}",
+        "eval_fraction: 0.1}",
+        "eval: [{path: p}], eval_fraction: 0.1}",
         ":10",
-        "`data` has both `eval` and `eval_share`",
+        "`data` has both `eval` and `eval_fraction`",
     ),
-    "a share of 1": ("eval_share: 0.1}", "eval_share: 1.0}", ":10", "less than 1"),
+    "a share of 1": ("eval_fraction: 0.1}", "eval_fraction: 1.0}", ":10", "less than 1"),
     "filter of ratings": (
         "ratings.jsonl}]}",
         "ratings.jsonl}], filter: {min_gap: 1}}",
@@ -147,9 +147,9 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     ),
     "held-out share of sft": (
         "sft.jsonl}]}",
-        "sft.jsonl}], eval_share: 0.1}",
+        "sft.jsonl}], eval_fraction: 0.1}",
         ":6",
-        "`data.eval_share` is for stages of kind reward",
+        "`data.eval_fraction` is for stages of kind reward",
     ),
     "replay": (
         "ratings.jsonl}]}",
@@ -158,7 +158,7 @@ BAD: dict[str, tuple[str, str, str, str]] = {
         "`data.replay` is for stages of kind sft",
     ),
     "more than two responses": (
-        "eval_share: 0.1}",
+        "eval_fraction: 0.1}",
         "generate: {max_new_tokens: 9}, score: {verifier: exact}, pairs: {select: all_responses}}",
         ":10",
         "`select: all_responses` with the loss `bradley_terry`",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import load_recipe, shipped
 

@@ -101,7 +101,7 @@ def test_without_held_out_rows_it_says_so(make_reward_run: Callable[[Stage], Pat
     (finding, *_) = [
         f for f in judge(collect_run(make_reward_run({}))).of_stage("rm") if "held out" in f.text
     ]
-    assert finding.level == "info" and "eval_share" in str(finding.advice)
+    assert finding.level == "info" and "eval_fraction" in str(finding.advice)
 
 
 def test_the_kind_is_known_from_metrics_alone(make_reward_run: Callable[[Stage], Path]) -> None:

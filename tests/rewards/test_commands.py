@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.rewards import partial
 from tests.conftest import Injected
@@ -517,7 +517,7 @@ def test_pairs_of_scored_responses_with_a_filter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "o.jsonl"
-    assert run("pairs", scored(tmp_path), "-o", out, "--top-chosen-share", 0.25) == 0
+    assert run("pairs", scored(tmp_path), "-o", out, "--keep-top-fraction", 0.25) == 0
     shown = capsys.readouterr().out
     assert "filter: 2 of 8 rows pass (chosen reward at least 9)" in shown
     assert "reward gaps: 2 rows, mean 3, from 3 to 3\n" in shown
@@ -557,7 +557,7 @@ def test_sampled_responses_are_not_taken_for_ranked_ones(
     [
         (("--select", "best"), 2, "--select"),
         (("--select", "bestworst"), 2, "did you mean `best_worst`?"),
-        (("--min-chosen-reward", "1", "--top-chosen-share", "0.5"), 2, "`filter` has both"),
+        (("--min-chosen-reward", "1", "--keep-top-fraction", "0.5"), 2, "`filter` has both"),
         (("--min-gap", "50"), 3, "no row is left"),
         (("--min-chosen-reward", "50"), 3, "the filter leaves none"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.data import Audit, prepare_dataset
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.recipe import expand_stages
@@ -86,7 +86,7 @@ def test_stages_keep_it(generated: Path, tmp_path: Path, kind: str) -> None:
     """Rows that a run has made; a reward model is trained on what it scores, texts with their end."""
     recipe = tiny.tiny_recipe()
     reward = {"name": "judge", "kind": "reward", "objective": "bradley_terry"}
-    recipe["stages"].append({**reward, "data": {"rows_of": "dpo", "pairs": {}}})
+    recipe["stages"].append({**reward, "data": {"responses_from": "dpo", "pairs": {}}})
     stages = expand_stages(tiny.load(tmp_path, recipe).recipe)
     stage = next(stage for stage in stages if stage.kind == kind)
     rows = [{**row, "source": "s"} for row in read(generated)]

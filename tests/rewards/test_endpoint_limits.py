@@ -335,7 +335,7 @@ def test_no_file_and_no_output_of_a_command_holds_the_key(tmp_path: Path) -> Non
         ]  # fmt: skip
         code = (
             "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"
-            "from rpo_trainer.cli.main import main; main(sys.argv[1:])"
+            "from rpo_trainer.cli.commands import main; main(sys.argv[1:])"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, *command[3:]], cwd=tmp_path, text=True,

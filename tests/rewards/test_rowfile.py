@@ -21,9 +21,9 @@ from rpo_trainer.rewards.rowfile import (
     Done,
     RowFailed,
     Shard,
-    complete_rows,
     content_key,
     is_intact,
+    map_rows_resumable,
     one_by_one,
     read_rows,
     write_rows,
@@ -42,7 +42,7 @@ EXPECTED = [{**row, "n": i} for i, row in enumerate(ROWS)]
 
 def run(path: Path, make: Any = lambda i: {"n": i}, workers: int = 1, **more: Any) -> Any:
     settings = {"key": "k", "what": "made", **more}
-    return complete_rows(path, ROWS, one_by_one(make, workers), **settings)
+    return map_rows_resumable(path, ROWS, one_by_one(make, workers), **settings)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -129,7 +129,7 @@ def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) 
         yield
 
     with pytest.raises(RunError):
-        complete_rows(tmp_path / "new" / "o.jsonl", ROWS, work, key="k", what="made")
+        map_rows_resumable(tmp_path / "new" / "o.jsonl", ROWS, work, key="k", what="made")
     assert not list(tmp_path.rglob("*.jsonl*"))
 
 
@@ -249,7 +249,7 @@ class Group:
         self.wall.wait()
         return found
 
-    def together(self) -> Any:
+    def raise_on_all_ranks(self) -> Any:
         group = self
 
         class Together:
@@ -264,7 +264,7 @@ class Group:
 
         return Together()
 
-    def merge(self, values: dict[Any, Any]) -> dict[Any, Any]:
+    def all_gather_dict(self, values: dict[Any, Any]) -> dict[Any, Any]:
         return {k: v for part in self._share(values) for k, v in part.items()}
 
     def on_main(self, do: Any) -> Any:
@@ -315,7 +315,7 @@ def test_work_may_come_in_any_order(tmp_path: Path) -> None:
         for index in reversed(pending):
             yield Done(index, {"n": index})
 
-    rows = complete_rows(tmp_path / "o.jsonl", ROWS, work, key="k", what="made")
+    rows = map_rows_resumable(tmp_path / "o.jsonl", ROWS, work, key="k", what="made")
     assert rows == EXPECTED
 
 
@@ -327,12 +327,12 @@ def test_keys_follow_content() -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from rpo_trainer.rewards.rowfile import complete_rows, one_by_one
+from rpo_trainer.rewards.rowfile import map_rows_resumable, one_by_one
 def make(i):
     time.sleep(0.01)
     return {"n": i * i}
 rows = [{"id": str(i)} for i in range(60)]
-complete_rows(Path(sys.argv[1]), rows, one_by_one(make, 4), key="k", what="made")
+map_rows_resumable(Path(sys.argv[1]), rows, one_by_one(make, 4), key="k", what="made")
 """
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.runtime.allocator import _glibc
-from tests.models import make_model
+from tests.small_models import make_model
 
 pytestmark = pytest.mark.skipif(_glibc() is None, reason="needs glibc")
 

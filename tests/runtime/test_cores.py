@@ -42,7 +42,7 @@ def spins(program: str, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_threads_spin_briefly_unless_the_user_says_how_they_wait() -> None:
-    first = "import rpo_trainer.cli.main, torch"
+    first = "import rpo_trainer.cli.commands, torch"
     assert spins(first) == cores._SPINS
     assert spins(first, GOMP_SPINCOUNT="5") == "5"
     for policy in ("ACTIVE", "PASSIVE"):
@@ -156,7 +156,7 @@ def test_a_trainer_on_a_cpu_says_its_threads(
     from rpo_trainer import SFTConfig, SFTTrainer
     from rpo_trainer.data.quickstart import character_tokenizer
     from rpo_trainer.trainers import base
-    from tests.models import make_model
+    from tests.small_models import make_model
 
     said: list[str] = []
     fake = SimpleNamespace(report=lambda: said.append("threads"))

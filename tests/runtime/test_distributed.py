@@ -19,9 +19,9 @@ def test_a_single_process_is_the_main_one():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.is_main()
     assert distributed.on_main(lambda: 7) == 7
-    assert distributed.merge({1: "a"}) == {1: "a"}
-    assert distributed.greatest(3) == 3
-    with pytest.raises(RunError, match="mine"), distributed.together():
+    assert distributed.all_gather_dict({1: "a"}) == {1: "a"}
+    assert distributed.all_reduce_max(3) == 3
+    with pytest.raises(RunError, match="mine"), distributed.raise_on_all_ranks():
         raise RunError("mine")
 
 
@@ -37,26 +37,29 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_an_error_of_the_other_process_is_raised_here(two: list[Any]):
     two[:] = [DataError("row 7 is empty")]
-    with pytest.raises(DataError, match="row 7 is empty") as raised, distributed.together():
+    with (
+        pytest.raises(DataError, match="row 7 is empty") as raised,
+        distributed.raise_on_all_ranks(),
+    ):
         pass
     assert raised.value.everywhere
 
 
 def test_the_first_of_two_errors_is_everybodys(two: list[Any]):
     two[:] = [DataError("theirs")]
-    with pytest.raises(RunError, match="mine"), distributed.together():
+    with pytest.raises(RunError, match="mine"), distributed.raise_on_all_ranks():
         raise RunError("mine")
 
 
 def test_without_an_error_nothing_happens(two: list[Any]):
     two[:] = [None]
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         pass
 
 
 def test_merge_joins(two: list[Any]):
     two[:] = [{2: "b"}]
-    assert distributed.merge({1: "a"}) == {1: "a", 2: "b"}
+    assert distributed.all_gather_dict({1: "a"}) == {1: "a", 2: "b"}
 
 
 @pytest.mark.parametrize(
@@ -86,13 +89,13 @@ def slow():
     time.sleep(6)
     return "late"
 
-assert distributed.patiently_on_main(slow) == "late"
+assert distributed.on_main_with_timeout(slow) == "late"
 
 def refuse():
     raise RunError("it cannot be done")
 
 try:
-    distributed.patiently_on_main(refuse)
+    distributed.on_main_with_timeout(refuse)
 except RunError as error:
     assert str(error) == "it cannot be done"
 else:
@@ -145,4 +148,4 @@ def test_a_signal_while_the_group_is_left_does_not_change_the_exit_code():
 
 
 def test_alone_patience_is_nothing_special():
-    assert distributed.patiently_on_main(lambda: 7) == 7
+    assert distributed.on_main_with_timeout(lambda: 7) == 7

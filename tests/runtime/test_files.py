@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from rpo_trainer.runtime.files import file_digest, tree_digest, write_whole
+from rpo_trainer.runtime.files import atomic_write, file_digest, tree_digest
 
 
 def test_a_text_and_its_pieces_make_the_same_file(tmp_path: Path) -> None:
-    write_whole(tmp_path / "new" / "a", "β\nη\n")
-    write_whole(tmp_path / "b", (line for line in ("β\n", "η\n")))
+    atomic_write(tmp_path / "new" / "a", "β\nη\n")
+    atomic_write(tmp_path / "b", (line for line in ("β\n", "η\n")))
     assert (tmp_path / "new" / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (tmp_path / "b").read_text(encoding="utf-8") == "β\nη\n"
 
@@ -28,7 +28,7 @@ def test_what_breaks_on_the_way_leaves_the_file_as_it_was(tmp_path: Path) -> Non
     path = tmp_path / "a"
     path.write_text("old")
     with pytest.raises(ValueError, match="no more"):
-        write_whole(path, pieces())
+        atomic_write(path, pieces())
     assert path.read_text() == "old"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.data.token_view import LOST, PROMPT, TRAINED, pieces_of, visible
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import load_recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.cli.main import main
+from rpo_trainer.cli.commands import main
 from rpo_trainer.data import Audit
 from rpo_trainer.data.sample_conversations import SAMPLES
 from rpo_trainer.data.tokenize import tokenize_rows

@@ -23,7 +23,7 @@ from rpo_trainer.trainers.examples import PackingCollator
 from rpo_trainer.trainers.guards import StepGuard
 from rpo_trainer.trainers.metrics import MetricSums
 from rpo_trainer.trainers.step_zero import StepZero
-from tests.models import make_model
+from tests.small_models import make_model
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is None, reason="needs a build of torch for CUDA, but no GPU"

@@ -24,7 +24,7 @@ from rpo_trainer.step.attention import packed_attention
 from rpo_trainer.step.batch import AttentionPlan, Segment, pack, to_device
 from rpo_trainer.step.flex import FlexIndex
 from rpo_trainer.step.forward import install, token_logprobs
-from tests.models import VOCABULARY, make_model
+from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, POSITIONS, SINKS, T, sees
 from tests.step.test_forward import compare, random_examples
 

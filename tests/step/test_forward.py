@@ -14,7 +14,7 @@ from rpo_trainer.errors import ModelError
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import Head, install, token_logprobs, uninstall
-from tests.models import FAMILIES, VOCABULARY, make_model
+from tests.small_models import FAMILIES, VOCABULARY, make_model
 
 
 def random_examples(seed: int, ks=(2, 1, 4), *, spans: bool = False, vocabulary=VOCABULARY):
@@ -112,7 +112,14 @@ def test_many_responses_and_spans_with_holes(seed):
 def test_tied_embeddings_and_small_tiles():
     model = make_model("llama", dtype=torch.float64, tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    compare(model, random_examples(3), "shared", rtol=1e-7, atol=1e-7, head=Head(tile_bytes=8 * 50))
+    compare(
+        model,
+        random_examples(3),
+        "shared",
+        rtol=1e-7,
+        atol=1e-7,
+        head=Head(logits_chunk_bytes=8 * 50),
+    )
 
 
 def test_attention_sinks_equal_plain_forwards():

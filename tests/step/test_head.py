@@ -7,7 +7,7 @@ import torch
 
 from rpo_trainer.models.multimodal import text_decoder
 from rpo_trainer.step.head import Head, head_of
-from tests.models import make_model
+from tests.small_models import make_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

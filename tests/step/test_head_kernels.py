@@ -111,13 +111,19 @@ def test_slope(rows, width, v0, scale, softcap, grad, dtype):
 
 @interpreted
 @pytest.mark.parametrize("kind", ["trained", "bias", "frozen"])
-@pytest.mark.parametrize("tile_bytes", [4 * 40, 4 * 29 * 4, 2**29])
-def test_the_head_takes_them(kind, tile_bytes, monkeypatch):
+@pytest.mark.parametrize("logits_chunk_bytes", [4 * 40, 4 * 29 * 4, 2**29])
+def test_the_head_takes_them(kind, logits_chunk_bytes, monkeypatch):
     from rpo_trainer.step import head_kernels
 
     def run(hidden, weight, bias):
         logps = linear_logprobs(
-            hidden, weight, labels, bias, logit_scale=0.5, softcap=9.0, tile_bytes=tile_bytes
+            hidden,
+            weight,
+            labels,
+            bias,
+            logit_scale=0.5,
+            softcap=9.0,
+            logits_chunk_bytes=logits_chunk_bytes,
         )
         leaves = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
         once, again = (
@@ -199,10 +205,10 @@ def test_they_compile_for_a_gpu(arch, half, full, monkeypatch, tmp_path):
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "frozen", "autocast", "capped", "bias"])
 @pytest.mark.parametrize(
-    ("rows", "vocabulary", "tile_bytes"),
+    ("rows", "vocabulary", "logits_chunk_bytes"),
     [(300, 1000, 2**16), (301, 1001, 2**29), (3000, 128256, 2**29), (40, 128256, 2**29)],
 )
-def test_on_a_gpu_as_torch_operations(kind, rows, vocabulary, tile_bytes, monkeypatch):
+def test_on_a_gpu_as_torch_operations(kind, rows, vocabulary, logits_chunk_bytes, monkeypatch):
     torch.manual_seed(0)
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     hidden = (0.25 * torch.randn(rows, 64, device="cuda")).to(dtype).requires_grad_()
@@ -216,7 +222,9 @@ def test_on_a_gpu_as_torch_operations(kind, rows, vocabulary, tile_bytes, monkey
 
     def run():
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=kind == "autocast"):
-            logps = linear_logprobs(hidden, weight, labels, bias, tile_bytes=tile_bytes, **settings)
+            logps = linear_logprobs(
+                hidden, weight, labels, bias, logits_chunk_bytes=logits_chunk_bytes, **settings
+            )
         return logps.detach(), torch.autograd.grad(logps, leaves, upstream)
 
     assert logprobs._kernels(torch.zeros(1, 1, device="cuda")) is not None

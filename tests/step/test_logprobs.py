@@ -34,16 +34,22 @@ def tensors(dtype, *, bias=False, seed=0):
     return hidden, weight, labels, b, upstream, leaves
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 8 * 5, 8 * V * 2, 8 * V * N, 2**29])
+@pytest.mark.parametrize("logits_chunk_bytes", [1, 8 * 5, 8 * V * 2, 8 * V * N, 2**29])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_dense_float64(tile_bytes, scale, softcap, bias):
+def test_equals_dense_float64(logits_chunk_bytes, scale, softcap, bias):
     hidden, weight, labels, b, upstream, leaves = tensors(torch.float64, bias=bias)
     expected = dense(hidden, weight, labels, b, scale, softcap)
     expected_grads = torch.autograd.grad(expected, leaves, upstream)
     actual = linear_logprobs(
-        hidden, weight, labels, b, logit_scale=scale, softcap=softcap, tile_bytes=tile_bytes
+        hidden,
+        weight,
+        labels,
+        b,
+        logit_scale=scale,
+        softcap=softcap,
+        logits_chunk_bytes=logits_chunk_bytes,
     )
     grads = torch.autograd.grad(actual, leaves, upstream)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -58,7 +64,7 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = dense(exact[0], exact[1], labels, None, 1.0, None)
     wanted = torch.autograd.grad(expected, exact, upstream)
-    actual = linear_logprobs(hidden, weight, labels, tile_bytes=100)
+    actual = linear_logprobs(hidden, weight, labels, logits_chunk_bytes=100)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(actual, leaves, upstream.float())
@@ -68,16 +74,24 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
         torch.testing.assert_close(grad.double(), want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 8 * V * 2, 2**29])
+@pytest.mark.parametrize("logits_chunk_bytes", [1, 8 * V * 2, 2**29])
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.25, 3.0, True)])
-def test_frozen_head_gets_no_gradient_and_hidden_the_same_one(tile_bytes, scale, softcap, bias):
+def test_frozen_head_gets_no_gradient_and_hidden_the_same_one(
+    logits_chunk_bytes, scale, softcap, bias
+):
     hidden, weight, labels, b, upstream, _ = tensors(torch.float64, bias=bias)
     expected = dense(hidden, weight, labels, b, scale, softcap)
     (wanted,) = torch.autograd.grad(expected, [hidden], upstream)
     frozen = weight.detach()
     b = None if b is None else b.detach()
     actual = linear_logprobs(
-        hidden, frozen, labels, b, logit_scale=scale, softcap=softcap, tile_bytes=tile_bytes
+        hidden,
+        frozen,
+        labels,
+        b,
+        logit_scale=scale,
+        softcap=softcap,
+        logits_chunk_bytes=logits_chunk_bytes,
     )
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     (grad,) = torch.autograd.grad(actual, [hidden], upstream)
@@ -96,7 +110,7 @@ def test_frozen_head_costs_two_products_in_all():
             return func(*args, **(kwargs or {}))
 
     with Count():
-        logps = linear_logprobs(hidden, weight.detach(), labels, tile_bytes=2 * 8 * V * N)
+        logps = linear_logprobs(hidden, weight.detach(), labels, logits_chunk_bytes=2 * 8 * V * N)
         assert len(products) == 2
         logps.sum().backward()
     assert len(products) == 2
@@ -105,7 +119,7 @@ def test_frozen_head_costs_two_products_in_all():
 def test_extreme_logits_stay_finite():
     hidden = torch.full((2, 1), 1e4, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
-    logps = linear_logprobs(hidden, weight, torch.tensor([0, 1]), tile_bytes=8)
+    logps = linear_logprobs(hidden, weight, torch.tensor([0, 1]), logits_chunk_bytes=8)
     logps.sum().backward()
     assert logps[0] == 0.0 and logps[1] == -2e4
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
@@ -138,7 +152,9 @@ def test_memory_grows_with_neither_tokens_times_vocabulary(dtype, softcap, froze
         leaves = [hidden] if frozen else [hidden, weight]
 
         def run():
-            logps = linear_logprobs(hidden, weight, labels, softcap=softcap, tile_bytes=tile)
+            logps = linear_logprobs(
+                hidden, weight, labels, softcap=softcap, logits_chunk_bytes=tile
+            )
             return logps, torch.autograd.grad(logps, leaves, upstream)
 
         # d_hidden is summed in float32, d_weight in its own dtype.
@@ -162,7 +178,7 @@ def test_the_forward_holds_one_tile():
     labels = torch.randint(v, (n,))
 
     def run():
-        return linear_logprobs(hidden, weight, labels, tile_bytes=tile)
+        return linear_logprobs(hidden, weight, labels, logits_chunk_bytes=tile)
 
     run()
     assert tile <= peak_bytes(run) <= tile + n * 64
@@ -173,10 +189,10 @@ def test_autocast_does_not_round_the_tiles():
     half = hidden.detach().bfloat16().requires_grad_()
     for head in (weight, weight.detach()):
         leaves = [x for x in (half, head) if x.requires_grad]
-        expected = linear_logprobs(half, head, labels, tile_bytes=100)
+        expected = linear_logprobs(half, head, labels, logits_chunk_bytes=100)
         wanted = torch.autograd.grad(expected, leaves, upstream.float())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            actual = linear_logprobs(half, head, labels, tile_bytes=100)
+            actual = linear_logprobs(half, head, labels, logits_chunk_bytes=100)
             grads = torch.autograd.grad(actual, leaves, upstream.float())
         assert torch.equal(actual, expected)
         assert all(map(torch.equal, grads, wanted))
@@ -201,11 +217,11 @@ def halves_as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tile_bytes", [1, 4 * 40, 4 * V * 4, 2**29])
+@pytest.mark.parametrize("logits_chunk_bytes", [1, 4 * 40, 4 * V * 4, 2**29])
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.25, 3.0, True)])
 @pytest.mark.parametrize("kind", ["trained", "frozen", "master"])
 def test_halves_multiplied_into_float32(
-    halves_as_on_a_gpu, dtype, tile_bytes, scale, softcap, bias, kind
+    halves_as_on_a_gpu, dtype, logits_chunk_bytes, scale, softcap, bias, kind
 ):
     hidden, weight, labels, b, upstream, _ = tensors(dtype, bias=bias)
     inputs = [hidden, weight, *([] if b is None else [b])]
@@ -218,7 +234,13 @@ def test_halves_multiplied_into_float32(
         weight = weight.detach().float().requires_grad_()
     leaves = [x for x in (hidden, weight, b) if x is not None and x.requires_grad]
     actual = linear_logprobs(
-        hidden, weight, labels, b, logit_scale=scale, softcap=softcap, tile_bytes=tile_bytes
+        hidden,
+        weight,
+        labels,
+        b,
+        logit_scale=scale,
+        softcap=softcap,
+        logits_chunk_bytes=logits_chunk_bytes,
     )
     # No rounding but the inputs' own on the way forward ...
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
@@ -240,7 +262,7 @@ def test_torch_has_the_product_of_halves(frozen, monkeypatch):
     )
     weight.requires_grad_(not frozen)
     labels = torch.empty(N, device="meta", dtype=torch.long)
-    out = linear_logprobs(hidden, weight, labels, tile_bytes=4 * 40)
+    out = linear_logprobs(hidden, weight, labels, logits_chunk_bytes=4 * 40)
     assert out.shape == (N,) and out.dtype == torch.float32
     out.sum().backward()
     assert hidden.grad.dtype == torch.bfloat16
@@ -261,8 +283,8 @@ def test_halves_stay_as_they_are_on_a_gpu_only():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["trained", "frozen", "autocast"])
-@pytest.mark.parametrize("tile_bytes", [2**16, 2**29])
-def test_halves_on_a_gpu(kind, tile_bytes):
+@pytest.mark.parametrize("logits_chunk_bytes", [2**16, 2**29])
+def test_halves_on_a_gpu(kind, logits_chunk_bytes):
     torch.manual_seed(0)
     hidden = torch.randn(300, 64, device="cuda").bfloat16().requires_grad_()
     weight = torch.randn(1000, 64, device="cuda").bfloat16()
@@ -275,7 +297,7 @@ def test_halves_on_a_gpu(kind, tile_bytes):
     weight.requires_grad_(kind != "frozen")
     leaves = [hidden] if kind == "frozen" else [hidden, weight]
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=kind == "autocast"):
-        actual = linear_logprobs(hidden, weight, labels, tile_bytes=tile_bytes)
+        actual = linear_logprobs(hidden, weight, labels, logits_chunk_bytes=logits_chunk_bytes)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
     for grad, want in zip(torch.autograd.grad(actual, leaves, upstream), wanted, strict=False):
         assert (grad.double() - want).norm() / want.norm() < 2 * torch.finfo(torch.bfloat16).eps
@@ -298,7 +320,7 @@ def test_a_vocabulary_padded_by_its_bias():
     expected = dense(hidden, weight[:20], labels, None, 1.0, None)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     for head in (weight, weight.detach()):
-        actual = linear_logprobs(hidden, head, labels, bias, tile_bytes=8 * 5)
+        actual = linear_logprobs(hidden, head, labels, bias, logits_chunk_bytes=8 * 5)
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(
             torch.autograd.grad(actual, [hidden], upstream, retain_graph=True)[0], wanted[0]
@@ -321,12 +343,14 @@ def test_response_sums():
 def test_slices_are_aligned_for_the_fast_kernels(tokens):
     """A row of halves that starts off a multiple of 16 bytes costs a GPU the product's speed."""
     for vocabulary, hidden in ((128256, 2048), (49152, 576), (1000, 64)):
-        _, width = logprobs._tiles(tokens, vocabulary, hidden, logprobs.DEFAULT_TILE_BYTES // 4)
+        _, width = logprobs._tiles(
+            tokens, vocabulary, hidden, logprobs.DEFAULT_LOGITS_CHUNK_BYTES // 4
+        )
         assert width == vocabulary or width % 64 == 0
     assert [logprobs._aligned(n) for n in (1, 40, 64, 100, 53687)] == [1, 40, 64, 64, 53632]
 
 
 def test_tile_must_be_positive():
     hidden, weight, labels, *_ = tensors(torch.float64)
-    with pytest.raises(ValueError, match="tile_bytes must be positive, got 0"):
-        linear_logprobs(hidden, weight, labels, tile_bytes=0)
+    with pytest.raises(ValueError, match="logits_chunk_bytes must be positive, got 0"):
+        linear_logprobs(hidden, weight, labels, logits_chunk_bytes=0)

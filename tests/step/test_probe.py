@@ -25,7 +25,7 @@ from rpo_trainer.step.head import Head
 from rpo_trainer.step.probe import probe
 from rpo_trainer.step.reach import rotary_limit
 from tests.families import tiny_model
-from tests.models import FAMILIES, VOCABULARY, make_model
+from tests.small_models import FAMILIES, VOCABULARY, make_model
 from tests.varlen_kernel import emulate, reference
 
 # State-space layers, linear attention, convolutions, ALiBi: what goes from one text of a row into the next.
@@ -235,8 +235,8 @@ def test_nothing_agrees(monkeypatch):
 
 def test_mode_and_settings_are_kept():
     model = make_model("llama").train()
-    layout, head = probe(model, layout="packed", tile_bytes=4096)
-    assert (layout, head.tile_bytes, model.training) == ("packed", 4096, True)
+    layout, head = probe(model, layout="packed", logits_chunk_bytes=4096)
+    assert (layout, head.logits_chunk_bytes, model.training) == ("packed", 4096, True)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in transformers_model(model).modules())
 

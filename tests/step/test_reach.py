@@ -18,7 +18,7 @@ from rpo_trainer.step.attention import REACH_ATTRIBUTE
 from rpo_trainer.step.batch import Reach
 from rpo_trainer.step.forward import install, uninstall
 from rpo_trainer.step.reach import reach_of
-from tests.models import make_model
+from tests.small_models import make_model
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

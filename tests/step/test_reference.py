@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from rpo_trainer.step import reference
 from rpo_trainer.step.forward import install
 from rpo_trainer.step.reference import ReferenceCache, model_key, reference_logps, response_key
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import make_rows, plain_sums
 
 ROWS = make_rows(0, (2, 3, 2, 5, 2, 2, 4, 2, 3, 2))

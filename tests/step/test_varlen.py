@@ -15,7 +15,7 @@ from rpo_trainer.step.attention import packed_attention
 from rpo_trainer.step.batch import AttentionPlan, Segment, pack, to_device
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.varlen import VarlenIndex
-from tests.models import VOCABULARY, make_model
+from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, SINKS, D, T, by_hand
 from tests.varlen_kernel import emulate, reference
 

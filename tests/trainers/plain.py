@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rpo_trainer.step.order import StepBatchSampler
-from tests.models import VOCABULARY
+from tests.small_models import VOCABULARY
 
 
 def make_rows(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rpo_trainer.errors import ModelError, RecipeError, StepZeroError
-from rpo_trainer.trainers.setup import unprepared
-from tests.models import make_model
+from rpo_trainer.trainers.setup import unwrap_prepared_model
+from tests.small_models import make_model
 from tests.trainers.plain import (
     PAIRS,
     Objective,
@@ -147,13 +147,13 @@ def test_a_prepared_model_is_taken_out_of_it() -> None:
         own = type(model).forward
         prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
         assert prepared.forward.__func__ is not own
-        out = unprepared(prepared)
+        out = unwrap_prepared_model(prepared)
         assert out is model and "_original_forward" not in vars(out)
         ids = torch.arange(4, 20)[None]
         torch.testing.assert_close(out(ids).logits, make_model()(ids).logits, rtol=0, atol=0)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert unprepared(model) is model
+    assert unwrap_prepared_model(model) is model
 
 
 def test_an_engine_is_refused(make_trainer: Any) -> None:

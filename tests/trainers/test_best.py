@@ -9,7 +9,7 @@ import pytest
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import PAIRS, make_rows, rows_of
 from tests.trainers.test_reward import REGRESSION, rated_rows
 from tests.trainers.test_reward import start as reward_model

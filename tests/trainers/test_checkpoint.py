@@ -30,7 +30,7 @@ def test_committed_folders_are_complete(output):
         "checkpoint-100", "checkpoint-20", "checkpoint-9",
     ]  # fmt: skip
     for path in checkpoint.checkpoints(output):
-        assert checkpoint.damage(path) is None
+        assert checkpoint.verify_manifest(path) is None
         files = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
         assert set(files) == {"model.safetensors", "adapter/config.json"}
     assert checkpoint.last_complete(output) == output / "checkpoint-100"
@@ -41,7 +41,7 @@ def test_commit_replaces_what_lies_there(output, tmp_path):
     staged.mkdir()
     (staged / "only.txt").write_text("new")
     checkpoint.commit(staged, output / "checkpoint-9")
-    assert checkpoint.damage(output / "checkpoint-9") is None
+    assert checkpoint.verify_manifest(output / "checkpoint-9") is None
     assert not (output / "checkpoint-9" / "model.safetensors").exists()
 
 
@@ -84,7 +84,7 @@ GARBAGE = [b"\xff\xfe\x00", "", "{", "[]", "null", "{}", '{"files": 3}',
 @pytest.mark.parametrize("harm", [cut, flip, remove, no_manifest, *map(manifest_of, GARBAGE)])
 def test_a_damaged_one_is_passed_over_loudly(harm, output, caplog):
     message = harm(output / "checkpoint-100")
-    assert checkpoint.damage(output / "checkpoint-100").startswith(message)
+    assert checkpoint.verify_manifest(output / "checkpoint-100").startswith(message)
     assert checkpoint.last_complete(output) == output / "checkpoint-20"
     assert "checkpoint-100 is damaged" in caplog.text
 
@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_read_is_damage(output, monkeypatch):
 
 def test_files_added_later_do_no_harm(output):
     (output / "checkpoint-100" / "notes.txt").write_text("mine")
-    assert checkpoint.damage(output / "checkpoint-100") is None
+    assert checkpoint.verify_manifest(output / "checkpoint-100") is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, TrainerCallback
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.step.attention import ATTENTION_NAME, packed_attention
 from rpo_trainer.trainers import compiled
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import make_rows
 
 STEPS = 12

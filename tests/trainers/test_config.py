@@ -27,7 +27,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "layout must be auto or one of shared, packed, padded, single, got 'dense'",
     ),
     (SFTConfig, {"max_length": 1}, "max_length must be 2 or more, got 1"),
-    (SFTConfig, {"tile_bytes": 0}, "tile_bytes must be positive, got 0"),
+    (SFTConfig, {"logits_chunk_bytes": 0}, "logits_chunk_bytes must be positive, got 0"),
     (SFTConfig, {"micro_batch_tokens": 0}, "micro_batch_tokens must be positive, got 0"),
     (
         SFTConfig,
@@ -88,7 +88,10 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("config", "shown"),
     [
-        (SFTConfig, "tile_bytes (int, 536870912): Most memory for one tile of logits, in bytes."),
+        (
+            SFTConfig,
+            "logits_chunk_bytes (int, 536870912): Most memory for one tile of logits, in bytes.",
+        ),
         (DPOConfig, "label_smoothing (float, 0.0): Share of labels taken to be wrong: cDPO"),
         (DPOConfig, "loss_type (str, 'dpo'): `dpo`: −log σ of the implicit gap"),
         (RPOConfig, "reward_scale (float, 1.0): η: scale of the given rewards."),

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig, SFTTrainer
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import make_rows
 
 CONFIGS = [SFTConfig, DPOConfig, RPOConfig, RewardConfig]

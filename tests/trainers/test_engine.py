@@ -17,7 +17,7 @@ from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.models.adapters import with_adapter
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.trainers import SFTTrainer, engine
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import make_rows
 
 
@@ -205,9 +205,9 @@ def test_ddp_looks_for_unused_weights_where_there_may_be_some(make: Any, expecte
     for told, found in ((None, expected), (True, None)):
         handler.find_unused_parameters = None
         args = arguments(ddp_find_unused_parameters=told)
-        engine.settle_unused(model, args, SimpleNamespace(ddp_handler=handler))
+        engine.set_find_unused_parameters(model, args, SimpleNamespace(ddp_handler=handler))
         assert handler.find_unused_parameters is found
-    engine.settle_unused(model, arguments(), SimpleNamespace(ddp_handler=None))
+    engine.set_find_unused_parameters(model, arguments(), SimpleNamespace(ddp_handler=None))
 
 
 def deepspeed(stage: int, ranks: int) -> Any:

@@ -22,7 +22,7 @@ from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
-from tests.models import VOCABULARY, make_model
+from tests.small_models import VOCABULARY, make_model
 
 
 def row(prompt: int = 4, responses: tuple[int, ...] = (4,), token: int = 5) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from rpo_trainer.errors import DataError, ModelError, RecipeError, StepZeroError
 from rpo_trainer.trainers import DPOTrainer, RPOTrainer
 from rpo_trainer.trainers.examples import Examples
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import PAIRS, assert_bitwise_equal, plain_reference, plain_sums, rows_of
 
 # --- adapters ---

@@ -17,7 +17,7 @@ from rpo_trainer import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.reward_model import as_reward_model
-from tests.models import make_model
+from tests.small_models import make_model
 
 PAIRS = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "no"} for n in range(8)]
 ROWS = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)]

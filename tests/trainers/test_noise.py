@@ -17,7 +17,7 @@ from rpo_trainer.trainers import noise as module
 from rpo_trainer.trainers.noise import disable_noise, is_noisy, noise_in
 from rpo_trainer.trainers.step_zero import plain_sums
 from tests.families import tiny_model
-from tests.models import VOCABULARY, make_model
+from tests.small_models import VOCABULARY, make_model
 from tests.trainers.plain import make_rows
 
 WIDTH = {

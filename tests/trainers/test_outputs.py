@@ -36,7 +36,7 @@ from rpo_trainer.models.adapters import load_adapter
 from rpo_trainer.models.loading import load_weights
 from rpo_trainer.rewards.generate import _end_tokens
 from tests.chain import tiny
-from tests.models import make_model
+from tests.small_models import make_model
 
 WORDS = [
     "user",

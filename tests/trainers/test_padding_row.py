@@ -10,7 +10,7 @@ import torch
 from rpo_trainer.errors import ModelError
 from rpo_trainer.trainers.padding_row import require_kept_padding
 from tests.families import tiny_model
-from tests.models import make_model
+from tests.small_models import make_model
 
 
 def test_a_row_that_is_lost_when_loaded_is_refused(tmp_path):

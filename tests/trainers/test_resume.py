@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from rpo_trainer.errors import RunError
 from rpo_trainer.trainers import checkpoint
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
 STEPS = 8  # ten rows in batches of four: epochs of three steps, the last of each half full
@@ -259,7 +259,7 @@ def test_a_crash_while_saving_leaves_no_checkpoint(method, trainer_of, tmp_path,
     with pytest.raises(OSError, match="disk full"):
         trainer.train()
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-1"]
-    assert checkpoint.damage(tmp_path / "out" / "checkpoint-1") is None
+    assert checkpoint.verify_manifest(tmp_path / "out" / "checkpoint-1") is None
 
 
 def test_checkpoints_are_limited_and_whole(trainer_of, tmp_path):
@@ -267,7 +267,7 @@ def test_checkpoints_are_limited_and_whole(trainer_of, tmp_path):
     found = checkpoint.checkpoints(tmp_path / "out")
     assert [p.name for p in found] == ["checkpoint-8", "checkpoint-7", "checkpoint-6"]
     for folder in found:
-        assert checkpoint.damage(folder) is None
+        assert checkpoint.verify_manifest(folder) is None
         files = set(json.loads((folder / checkpoint.MANIFEST).read_text())["files"])
         assert {
             "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
@@ -308,7 +308,7 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(limit, make_trainer, start
     left = {None: {1, 2, 3, 4}, 3: {1, 3, 4}, 2: {1, 4}, 1: {1}}[limit]
     assert {int(p.name[11:]) for p in checkpoint.checkpoints(tmp_path / "out")} == left
     for folder in checkpoint.checkpoints(tmp_path / "out"):
-        assert checkpoint.damage(folder) is None
+        assert checkpoint.verify_manifest(folder) is None
         state = json.loads((folder / "trainer_state.json").read_text())
         assert Path(state["best_model_checkpoint"]) == best
     stored = load_file(best / "model.safetensors")

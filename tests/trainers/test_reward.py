@@ -17,7 +17,7 @@ from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.reward_data import RatingCollator
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, assert_same_update, global_batches, make_rows
 
 NAMES = ("helpfulness", "depth")

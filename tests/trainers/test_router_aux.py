@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.step.router_loss import router_loss_of
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
-from tests.models import MIXTURES, make_model
+from tests.small_models import MIXTURES, make_model
 from tests.trainers.plain import make_rows
 
 COEFFICIENT, RATE, ROWS = 3.0, 0.1, 4

@@ -20,7 +20,7 @@ from rpo_trainer.trainers.settings import by_name, defaults_of
 from rpo_trainer.trainers.settings_page import page
 from rpo_trainer.trainers.settings_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 from tests.documents import ROOT
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import PAIRS, assert_bitwise_equal, make_rows, rows_of
 
 TABLES = {

@@ -11,7 +11,7 @@ import torch
 
 from rpo_trainer.errors import DataError, NonFiniteError, RecipeError
 from rpo_trainer.trainers import SFTTrainer
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import (
     Objective,
     assert_bitwise_equal,

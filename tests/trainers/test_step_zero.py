@@ -12,7 +12,7 @@ import torch
 from rpo_trainer.errors import StepZeroError
 from rpo_trainer.step import reference
 from rpo_trainer.trainers.noise import disable_noise, is_noisy, noise_in
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rpo_trainer.trainers.examples import Examples
-from tests.models import make_model
+from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, assert_same_update, make_rows
 from tests.trainers.test_resume import kill
 

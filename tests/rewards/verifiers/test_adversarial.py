@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RunError, StoppedBySignal
 from rpo_trainer.recipe import ScoreSpec
-from rpo_trainer.rewards.rowfile import complete_rows
+from rpo_trainer.rewards.rowfile import map_rows_resumable
 from rpo_trainer.rewards.scorers import make_scorer
 from rpo_trainer.rewards.verifiers import VERIFIERS, Verifier, get_verifier, score_rows
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTIONS
@@ -194,7 +194,7 @@ def test_a_recipe_scores_by_the_same_rule(tmp_path: Any, caplog: pytest.LogCaptu
     caplog.set_level(logging.WARNING)
     rows = [{"id": "a", "responses": ["a" * 40 + "!", "aaa"], "pattern": "^(a|aa)+$"}]
     scorer = make_scorer(ScoreSpec(verifier="regex"))
-    (row,) = complete_rows(tmp_path / "x", rows, scorer.work(rows), key="k", what="scored")
+    (row,) = map_rows_resumable(tmp_path / "x", rows, scorer.work(rows), key="k", what="scored")
     assert row["rewards"] == [0.0, 1.0]
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "'regex'" in warning and "1 of 2" in warning and "TimeoutError" in warning
