@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rpo_trainer.redact import redact
 
@@ -45,9 +46,12 @@ class RPOTrainerError(Exception):
 
     Args:
         what: one sentence, what is wrong.
+        code: stable name of the mistake, `part.kebab-case`, such as `recipe.unknown-key`. The wording may
+            change, the code does not: programs and tests go by it.
         where: file:line, recipe key or stage, so that the reader can go there.
         why: why it matters, or why it cannot be guessed.
         fix: what to do about it.
+        details: values that programs may want, such as the names of missing tensors.
     """
 
     exit_code = 1
@@ -57,11 +61,15 @@ class RPOTrainerError(Exception):
         self,
         what: str,
         *,
+        code: str = "unset",
         where: str | None = None,
         why: str | None = None,
         fix: str | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         self.what = redact(what)
+        self.code = code
+        self.details = dict(details or {})
         self.where = where and redact(where)
         self.why = why and redact(why)
         self.fix = fix and redact(fix)
@@ -74,7 +82,8 @@ class RPOTrainerError(Exception):
         return self
 
     def _text(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        first = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [first if self.code == "unset" else f"{first} [{self.code}]"]
         if self.why:
             lines.append(f"  why: {self.why}")
         if self.fix:
@@ -145,7 +154,7 @@ class Problems(RPOTrainerError):
         self.exit_code = max(problem.exit_code for problem in problems)
         self.everywhere = all(problem.everywhere for problem in problems)
         n = len(self.problems)
-        super().__init__(f"{n} problem{'s' if n > 1 else ''} found")
+        super().__init__(f"{n} problem{'s' if n > 1 else ''} found", code=self.problems[0].code)
 
     def __reduce__(self) -> tuple[type[Problems], tuple[list[RPOTrainerError]]]:
         return Problems, (self.problems,)
