@@ -118,6 +118,7 @@ def score(
     if len(given) != 1:
         raise RecipeError(
             f"{' and '.join(given)} are given" if given else "no scorer is given",
+            code="option.one-scorer",
             why="one scorer gives the rewards: those of two have no common unit",
             fix=f"give one of {', '.join(given or scorers)}",
         )
@@ -132,18 +133,21 @@ def score(
     if judge is None and any(value is not None for value in judged.values()):
         raise RecipeError(
             "--template and --max-tokens belong to --judge",
+            code="option.not-read",
             why="nothing else is asked in words, so nothing would read them",
             fix="add --judge URL --name MODEL, or leave them out",
         )
     if name is not None and endpoint is None and judge is None:
         raise RecipeError(
             "--name belongs to --endpoint or --judge",
+            code="option.not-read",
             why="it is what a server calls its model; a verifier or --model has no server",
             fix="add --endpoint URL or --judge URL, or leave it out",
         )
     if kwargs and verifier is not None:
         raise RecipeError(
             "--kwargs belongs to --model, --endpoint or --judge",
+            code="option.not-read",
             why="a verifier reads the responses alone: no chat template is rendered",
             fix="leave it out",
         )
@@ -217,6 +221,7 @@ def generate(
     if len(endpoints) != len(names):
         raise RecipeError(
             f"{len(endpoints)} endpoints and {len(names)} names",
+            code="option.endpoint-without-name",
             where="--endpoint, --name",
             why="they belong together in their order, so none may be missing",
             fix="one --name an --endpoint",
@@ -224,6 +229,7 @@ def generate(
     if not policies and not endpoints:
         raise RecipeError(
             "there is no policy to sample from",
+            code="option.no-policy",
             where="--policy",
             why="the responses are a model's, and none is taken unasked",
             fix="add --policy MODEL, or --endpoint URL --name MODEL",
@@ -306,6 +312,7 @@ def calibrate(
     if reward_scale is not None and not 0 < reward_scale < math.inf:
         raise RecipeError(
             f"--reward-scale must be above 0, and finite, got {reward_scale:g}",
+            code="option.out-of-range",
             why="η multiplies the gaps: 0 takes them away, and below 0 worse responses would be learnt",
             fix="give another, or leave it out: one is fitted",
         )
@@ -371,6 +378,7 @@ def audit(
     if tokenizer is None and (max_length is not None or chat_template is not None or kwargs):
         raise RecipeError(
             "--max-length, --chat-template and --kwargs need --tokenizer",
+            code="option.not-read",
             why="a row's length is counted in tokens, after the template is applied",
             fix="add --tokenizer MODEL, or leave them out",
         )

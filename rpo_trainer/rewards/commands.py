@@ -84,6 +84,7 @@ def _locked(out: Path) -> Iterator[None]:
     except Timeout:
         raise RunError(
             "another process is writing this file",
+            code="output.locked",
             where=str(out),
             why="the rows of two processes would be mixed in it",
             fix="wait for it, or stop it",
@@ -92,6 +93,7 @@ def _locked(out: Path) -> Iterator[None]:
         remove_empty(made)
         raise RunError(
             f"the output cannot be written: {error.strerror or error}",
+            code="output.not-writable",
             where=str(out),
             why="the rows could not be kept",
             fix="name another output with -o, or check the path and its permissions",
@@ -125,6 +127,7 @@ def _finished(out: Path, key: str) -> bool:
         return True
     raise RunError(
         "the output exists, and was not made by this command",
+        code="output.exists",
         where=str(out),
         why="other rows or settings have made it, and nothing of yours is written over",
         fix="name another output with -o, or remove it",
@@ -323,6 +326,7 @@ def pairs_file(
     if out.exists():
         raise RunError(
             "the output exists",
+            code="output.exists",
             where=str(out),
             why="nothing of yours is written over",
             fix="name another, or remove it",
@@ -334,6 +338,7 @@ def pairs_file(
     if not made:
         raise DataError(
             "no row is left",
+            code="data.no-rows-left",
             where=str(source.path),
             why="; ".join(audit.summary_lines()),
             fix="lower --min-gap and the thresholds, or take other rows",

@@ -123,6 +123,7 @@ def respond(
     if not rows:
         raise DataError(
             "there are no rows to evaluate on",
+            code="data.no-rows",
             where="eval.data",
             why="an evaluation is a mean over responses, and over none there is no mean",
             fix="give sources with rows",

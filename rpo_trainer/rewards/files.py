@@ -216,6 +216,7 @@ def read_prompts(source: SourceSpec) -> tuple[list[Row], Audit]:
     if found:
         raise DataError(
             f"the rows have {', '.join(found)} already",
+            code="data.has-responses",
             where=raw.where,
             why="the sampled ones are written under these names, and would take their place",
             fix="take the file of prompts, or remove these columns",

@@ -90,7 +90,7 @@ class RewardModel:
                 examples[index] = _examples(self.encode(row))
             except RowError as error:
                 if index in wanted and rank == 0:
-                    yield Done(index, None, RowFailed(str(error)))
+                    yield Done(index, None, RowFailed(str(error), code=error.code))
         for batch in list(_batches(examples, self.layout, batch_tokens))[rank::world]:
             if wanted.isdisjoint(batch):
                 continue
@@ -156,6 +156,7 @@ class RewardModel:
         if not all(reward == reward and abs(reward) != float("inf") for reward in rewards):
             raise ModelError(
                 "the reward model gives a score that is not finite",
+                code="model.non-finite-scores",
                 where=self.path,
                 why="its weights are damaged, or overflow in their dtype; other scores may be as wrong",
                 fix="load it elsewhere and look at its weights, or save it in bfloat16 or float32",
@@ -223,6 +224,7 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     except LOADING_ERRORS as error:
         raise ModelError(
             "the reward model cannot be loaded",
+            code="model.load-failed",
             where=path,
             why=first_line(error),
             fix="give a directory with a sequence classifier and its tokenizer, or a hub name",
@@ -230,6 +232,7 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     if not hasattr(model, "score"):
         raise ModelError(
             f"a {type(model).__name__} has no score head on a decoder",
+            code="model.no-score-head",
             where=path,
             why="rewards are read by a head named `score`, at the last token of a response",
             fix="give a decoder saved as AutoModelForSequenceClassification",
@@ -245,6 +248,7 @@ def check_template(model: RewardModel, rows: Sequence[Row]) -> None:
     ):
         raise DataError(
             "the rows are messages, and the reward model's tokenizer has no chat template",
+            code="template.missing",
             where=model.path,
             why="a reward model means little on text in another form than it was trained on",
             fix="give it the template it was trained with (chat_template.jinja beside its files)",

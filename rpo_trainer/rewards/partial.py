@@ -49,6 +49,7 @@ def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
         if not partial.is_file():
             raise RunError(
                 "this is not a file of unfinished work",
+                code="output.partial-not-a-file",
                 where=str(partial),
                 why="the results are kept under this name until all are there",
                 fix="remove it, or name another output",
@@ -57,6 +58,7 @@ def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
         if any(own != key for own, _, _ in results):
             raise RunError(
                 "there is unfinished work of other rows or settings",
+                code="output.partial-mismatch",
                 where=str(partial),
                 why="continuing would mix the two in one file",
                 fix="give the rows and settings that it began with, remove it, or name another output",

@@ -33,10 +33,16 @@ _GIVE_UP = 20  # failures in a row, without one success, that speak of the servi
 
 
 class RowFailed(Exception):
-    """A row has no result; `service` says that the reason lies with the service asked, not the row."""
+    """A row has no result, and why.
 
-    def __init__(self, reason: str, *, service: bool = False) -> None:
+    Args:
+        code: stable name of the reason, as of an `RPOTrainerError`.
+        service: the reason lies with the service asked, not with the row.
+    """
+
+    def __init__(self, reason: str, *, code: str, service: bool = False) -> None:
         super().__init__(reason)
+        self.code = code
         self.service = service
 
 
@@ -279,6 +285,7 @@ class _Failures:
         if self.in_a_row >= _GIVE_UP:
             raise RunError(
                 f"{self.in_a_row} rows in a row have failed: {failed}",
+                code="endpoint.failing",
                 why="the service does not answer as it should; what is done is kept",
                 fix="fix it, and run the same command again",
             )
@@ -301,6 +308,7 @@ class _Failures:
             f"{len(self.reasons)} of {len(self.ids)} rows could not be {self.what}\n    "
             + "\n    ".join(lines[:10])
             + (f"\n    and {len(lines) - 10} reasons more" if len(lines) > 10 else ""),
+            code="rewards.rows-failed",
             where=str(path),
             why="rows are not skipped; the results of the others are kept",
             fix="run the same command again for these rows only, or fix or remove them",

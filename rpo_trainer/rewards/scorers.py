@@ -92,7 +92,7 @@ class _ByVerifier:
                 check = self.verifier.prepare(rows[index], failed)
                 return {"rewards": [check(response) for response in rows[index]["responses"]]}
             except RowError as error:
-                raise RowFailed(str(error)) from None
+                raise RowFailed(str(error), code=error.code) from None
 
         # Tests of code wait for another process; the rest is faster without threads.
         outside = self.verifier.name == "asserts"
@@ -166,7 +166,8 @@ class _ByEndpoint:
         if missing := [name for name in self.weights if name not in scores]:
             raise Unreadable(
                 f"no score for {', '.join(missing)}, but for {', '.join(scores)}; "
-                "`weights` says which attributes make the reward"
+                "`weights` says which attributes make the reward",
+                code="endpoint.missing-scores",
             )
         return scores, text
 
@@ -193,6 +194,7 @@ class _ByJudge:
         if single:
             raise DataError(
                 f"{len(single)} of {len(rows)} rows have one response",
+                code="judge.single-response",
                 where=f"rows {', '.join(single[:3])}",
                 why="the judge compares responses in pairs",
                 fix="score single responses with a verifier, a reward model or a reward endpoint",
@@ -215,6 +217,7 @@ def weights_key(path: Path) -> str:
     if not files:
         raise RecipeError(
             "there are no weights (safetensors) here",
+            code="model.no-weights",
             where=str(path),
             why="what a model has made is kept under a hash of its weights, to be found again",
             fix="name the directory of a model; of a run that is RUN/STAGE/final",

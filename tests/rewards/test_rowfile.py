@@ -30,6 +30,7 @@ from rpo_trainer.rewards.rowfile import (
 )
 from rpo_trainer.runtime.files import digest_path
 from tests.conftest import Injected
+from tests.raising import raises, with_code
 
 
 def line(index: int, key: str = "k", n: int | None = None) -> bytes:
@@ -101,7 +102,7 @@ def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -
     path = tmp_path / "out.jsonl"
     unfinished(path).write_bytes(line(0, "other", 5))
     before = unfinished(path).read_bytes()
-    with pytest.raises(RunError, match="unfinished work of other rows or settings"):
+    with raises("output.partial-mismatch", RunError, where=str(unfinished(path))):
         run(path)
     assert unfinished(path).read_bytes() == before
     assert not path.exists()
@@ -118,17 +119,16 @@ def test_unfinished_work_without_a_whole_result_does_not_block(tmp_path: Path) -
 def test_something_else_under_the_name_of_unfinished_work(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     make(unfinished(path))
-    with pytest.raises(RunError) as error:
+    with raises("output.partial-not-a-file", RunError, where=str(unfinished(path))):
         run(path)
-    assert error.value.where == str(unfinished(path))
 
 
 def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) -> None:
     def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
-        raise RunError("the model cannot be loaded")
+        raise RunError("no model", code="model.missing")
         yield
 
-    with pytest.raises(RunError):
+    with raises("model.missing", RunError):
         map_rows_resumable(tmp_path / "new" / "o.jsonl", ROWS, work, key="k", what="made")
     assert not list(tmp_path.rglob("*.jsonl*"))
 
@@ -180,13 +180,13 @@ def test_failed_rows_are_reported_and_the_others_kept(tmp_path: Path) -> None:
 
     def make(index: int) -> dict[str, Any]:
         if index in (2, 5, 6, 7, 8):
-            raise RowFailed("too long" if index == 2 else "bad")
+            raise RowFailed("too long" if index == 2 else "bad", code="row.bad")
         return {"n": index}
 
-    with pytest.raises(DataError) as error:
+    with raises("rewards.rows-failed", DataError, where=str(path)) as error:
         run(path, make, workers=2)
     shown = str(error.value)
-    assert "5 of 12 rows could not be made" in shown
+    assert "5 of 12 rows" in shown and "made" in shown
     assert "1 rows (r2): too long" in shown and "4 rows (r5, r6, r7): bad" in shown
     assert not path.exists()
     made: list[int] = []
@@ -203,11 +203,12 @@ def test_a_service_that_is_down_is_not_asked_for_every_row(
     def make(index: int) -> dict[str, Any]:
         asked.append(index)
         if index > 2:
-            raise RowFailed("no answer", service=True)
+            raise RowFailed("no answer", code="endpoint.timeout", service=True)
         return {"n": index}
 
-    with pytest.raises(RunError, match="4 rows in a row have failed: no answer"):
+    with raises("endpoint.failing", RunError) as error:
         run(tmp_path / "out.jsonl", make)
+    assert error.value.what.startswith("4 ") and "no answer" in error.value.what
     assert asked == list(range(7))
     assert run(tmp_path / "out.jsonl") == EXPECTED
 
@@ -218,10 +219,11 @@ def test_rows_that_fail_by_themselves_are_no_sign_of_that(
     monkeypatch.setattr(rowfile, "_GIVE_UP", 4)
 
     def make(index: int) -> dict[str, Any]:
-        raise RowFailed("no", service=index % 3 > 0)
+        raise RowFailed("no", code="endpoint.timeout", service=index % 3 > 0)
 
-    with pytest.raises(DataError, match="12 of 12"):
+    with raises("rewards.rows-failed", DataError) as error:
         run(tmp_path / "out.jsonl", make)
+    assert "12 of 12" in error.value.what
 
 
 class Group:
@@ -294,13 +296,13 @@ def test_several_processes_share_the_rows_and_go_on_in_another_number(tmp_path: 
 
     def make(index: int) -> dict[str, Any]:
         if index in broken:
-            raise RowFailed("bad")
+            raise RowFailed("bad", code="row.bad")
         made.append(index)
         return {"n": index}
 
     broken = {4, 9}
     errors = Group(3).run(lambda ranks: run(path, make, ranks=ranks))
-    assert all(isinstance(error, DataError) and "2 of 12" in str(error) for error in errors)
+    assert all("2 of 12" in with_code(error, "rewards.rows-failed").what for error in errors)
     assert sorted(made) == [i for i in range(12) if i not in broken]
     assert len(list(tmp_path.glob("out.jsonl.partial*"))) == 3
     broken = set()

@@ -35,6 +35,7 @@ def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
     if name not in VERIFIERS:
         raise RecipeError(
             f"unknown verifier '{name}'{nearest(name, VERIFIERS)}",
+            code="verifier.unknown",
             why="each decides by another rule what is right, and none is taken in place of another",
             fix=f"use one of: {', '.join(VERIFIERS)}",
         )

@@ -99,6 +99,7 @@ def _run(code: str, tests: list[str], seconds: int, setup: Setup) -> float:
     if kind == b"e":
         raise DataError(
             verdicts.decode(errors="replace"),
+            code="verifier.setup-failed",
             where="the verifier 'asserts'",
             why="it fails for every response, whatever that says",
             fix="install what is missing, or correct the rows or leave them out",
@@ -113,6 +114,7 @@ def _run(code: str, tests: list[str], seconds: int, setup: Setup) -> float:
 def _not_started(reason: str) -> RunError:
     return RunError(
         f"the sandbox does not start ({reason})",
+        code="verifier.sandbox-failed",
         where="the verifier 'asserts'",
         why="without it every response would get the reward 0",
         fix=f"check that {sys.executable} starts, and that {tempfile.gettempdir()} can be written"
@@ -221,6 +223,7 @@ def require_permission(allowed: bool) -> None:
     if not allowed:
         raise RecipeError(
             "the verifier 'asserts' runs code that a model has written",
+            code="verifier.code-not-allowed",
             why="that code can do harm; it runs with limits, which are no wall",
             fix="allow_code_execution: true (--allow-code-execution), best inside a container",
         )
