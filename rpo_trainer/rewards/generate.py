@@ -312,6 +312,7 @@ def _asked(
     except RowError as error:
         raise DataError(
             str(error),
+            code=error.code,
             where=f"prompt {index}",
             why="no response can be sampled to it",
             fix="fix the row, or give the tokenizer another chat template",
