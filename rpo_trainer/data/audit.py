@@ -271,6 +271,7 @@ class Audit:
         if held_out:
             raise DataError(
                 what,
+                code="data.held-out-overlap",
                 where=where or "data.eval",
                 why="`held_out` says that they are not, and what is measured would look too good",
                 fix="remove these rows from train or eval, or remove `held_out`",

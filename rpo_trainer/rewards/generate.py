@@ -128,7 +128,7 @@ def iter_responses(
         raise RecipeError(
             f"cannot sample {responses} responses with temperature {temperature}, "
             f"top_p {top_p} and top_k {top_k}",
-            code="generate.out-of-range",
+            code="recipe.out-of-range",
             where="generate",
             why="logits are divided by the temperature, and at least one token must be left to draw",
             fix="responses >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0",
@@ -231,7 +231,7 @@ def _generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise RecipeError(
             f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}",
-            code="generate.out-of-range",
+            code="recipe.out-of-range",
             where="generate",
             why="a response has at least its end token, and a batch at least one prompt",
             fix="give at least 1 for both",
@@ -314,7 +314,7 @@ def _asked(
     except RowError as error:
         raise DataError(
             str(error),
-            code="template.refuses-prompt",
+            code=error.code,
             where=f"prompt {index}",
             why="no response can be sampled to it",
             fix="fix the row, or give the tokenizer another chat template",
@@ -380,7 +380,7 @@ def check_room(
         raise RecipeError(
             f"the longest prompt has {longest} tokens, and with max_new_tokens {max_new_tokens} "
             f"goes beyond the model's context of {limit}",
-            code="generate.beyond-context",
+            code="model.context-exceeded",
             where=where,
             why="the model was not trained on positions beyond it, and its output there is noise",
             fix="lower max_new_tokens, or leave the longest prompts out",

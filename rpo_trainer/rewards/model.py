@@ -133,7 +133,10 @@ class RewardModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, found), default=0)
         if limit is not None and longest > limit:
-            raise RowError(f"longer than the reward model's context of {limit} tokens")
+            raise RowError(
+                f"longer than the reward model's context of {limit} tokens",
+                code="rewards.context-exceeded",
+            )
         return found
 
     def _forward(self, examples: list[_Example]) -> list[list[float]]:
@@ -210,7 +213,7 @@ def _batches(
 def _until_end(ids: list[int], mask: list[int]) -> list[int]:
     """Up to the response's last token: what a template writes after it is not part of it."""
     if 1 not in mask:
-        raise RowError("a response without a token")
+        raise RowError("a response without a token", code="rewards.empty-response")
     return ids[: len(mask) - mask[::-1].index(1)]
 
 

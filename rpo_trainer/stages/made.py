@@ -98,6 +98,7 @@ def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[
         except RowError as error:
             raise DataError(
                 str(error),
+                code=error.code,
                 where=f"row {row['id']}",
                 why="no response can be sampled to it",
                 fix="correct the rows, or choose another chat_template: chatml | plain | a path",

@@ -10,7 +10,8 @@ import pytest
 
 from rpo_trainer.data import load_rows
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.duplicates import drop_duplicates, loose_prompt_key, prompt_key
+from rpo_trainer.data.duplicates import loose_prompt_key, prompt_key
+from rpo_trainer.data.filters import drop_duplicates
 from rpo_trainer.errors import DataError
 
 

@@ -288,14 +288,14 @@ def test_no_prompts_give_no_responses() -> None:
 def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     arguments = {"responses": 2, "max_new_tokens": 4, **wrong}
     beyond = wrong.get("max_new_tokens") == 64
-    code = "generate.beyond-context" if beyond else "generate.out-of-range"
+    code = "model.context-exceeded" if beyond else "recipe.out-of-range"
     with raises(code, RecipeError, where="generate"):
         sample_responses(llama(), character_tokenizer(), ["abc"], **arguments)
 
 
 def test_unusable_tokenizers_and_prompts_are_refused() -> None:
     model, tokenizer = llama(), character_tokenizer()
-    with raises("template.refuses-prompt", DataError, where="prompt 0"):
+    with raises("template.missing", DataError, where="model.chat_template"):
         greedy_responses(model, tokenizer, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
     tokenizer.eos_token = None
     kept = model.generation_config.eos_token_id
@@ -305,7 +305,7 @@ def test_unusable_tokenizers_and_prompts_are_refused() -> None:
     model.generation_config.eos_token_id = kept
     refusing = character_tokenizer()
     refusing.chat_template = "{{ raise_exception('no systems') }}"
-    with raises("template.refuses-prompt", DataError, where="prompt 0") as error:
+    with raises("template.refuses-row", DataError, where="prompt 0") as error:
         greedy_responses(model, refusing, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
     assert "no systems" in error.value.what
     # To texts the template is nothing.

@@ -61,7 +61,7 @@ def score_rows(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
             check = verifier.prepare(row, failed)
             scored.append({**row, "rewards": [check(response) for response in row["responses"]]})
         except RowError as error:
-            problems.add(str(error), str(row["id"]))
+            problems.add(error, str(row["id"]))
     failed.warn(verifier.name)
     _raise(problems, len(rows), verifier)
     return scored
@@ -74,7 +74,7 @@ def check_rows(rows: Sequence[Row], verifier: Verifier) -> None:
         try:
             verifier.prepare(row)
         except RowError as error:
-            problems.add(str(error), str(row["id"]))
+            problems.add(error, str(row["id"]))
     _raise(problems, len(rows), verifier)
 
 

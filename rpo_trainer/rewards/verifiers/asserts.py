@@ -46,10 +46,10 @@ def _asserts(row: Row) -> Check:
     """
     tests = required(row, "tests")
     if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
-        raise RowError("`tests` is not a list of statements")
+        raise RowError("`tests` is not a list of statements", code="verifier.bad-column")
     source = row.get("setup") or ""
     if not isinstance(source, str):
-        raise RowError("`setup` is not text")
+        raise RowError("`setup` is not text", code="verifier.bad-column")
     for what, code in (("setup", source), *(("tests", test) for test in tests)):
         _compile(what, code)
     setup = Setup(source, tests)
@@ -63,7 +63,10 @@ def _compile(what: str, code: str) -> None:
             compile(code, what, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", None) or str(error) or "nested too deeply"
-        raise RowError(f"`{what}` is not Python ({type(error).__name__}: {reason})") from None
+        raise RowError(
+            f"`{what}` is not Python ({type(error).__name__}: {reason})",
+            code="verifier.invalid-python",
+        ) from None
 
 
 def extract_code(response: str) -> str:
@@ -223,7 +226,7 @@ def require_permission(allowed: bool) -> None:
     if not allowed:
         raise RecipeError(
             "the verifier 'asserts' runs code that a model has written",
-            code="verifier.code-not-allowed",
+            code="recipe.code-execution-not-allowed",
             why="that code can do harm; it runs with limits, which are no wall",
             fix="allow_code_execution: true (--allow-code-execution), best inside a container",
         )

@@ -87,7 +87,9 @@ class Verifier:
         except (RowError, RPOTrainerError, ImportError):
             raise
         except Exception as error:
-            raise RowError(f"the row cannot be read ({_reason(error)})") from error
+            raise RowError(
+                f"the row cannot be read ({_reason(error)})", code="verifier.unreadable-row"
+            ) from error
 
         def guarded(response: str) -> float:
             try:
@@ -126,12 +128,14 @@ def ground_truth(row: Row) -> str:
     """The row's right answer, without white space at its ends. Raises RowError without one."""
     value = row.get("ground_truth")
     if not isinstance(value, str) or not value.strip():
-        raise RowError("no ground_truth to compare the responses with")
+        raise RowError(
+            "no ground_truth to compare the responses with", code="verifier.missing-ground-truth"
+        )
     return value.strip()
 
 
 def required(row: Row, column: str) -> Any:
     """A column that must be there. Raises RowError."""
     if row.get(column) is None:
-        raise RowError(f"`{column}` is absent or null")
+        raise RowError(f"`{column}` is absent or null", code="verifier.missing-column")
     return row[column]

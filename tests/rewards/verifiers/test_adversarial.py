@@ -156,7 +156,8 @@ def _raising(error: BaseException) -> Verifier:
 
 FAULTS = [
     RecursionError("deep"), MemoryError(), OverflowError("large"), TimeoutError(), ValueError("bad"),
-    RowError("row"), ZeroDivisionError(), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogate"),
+    RowError("row", "verifier.row"), ZeroDivisionError(),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogate"),
     OSError("fork"), AssertionError(), jsonschema.exceptions.UnknownType("x", 1, {}),
 ]  # fmt: skip
 
