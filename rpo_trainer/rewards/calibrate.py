@@ -181,7 +181,7 @@ def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibra
     if not gaps:
         raise DataError(
             "no row has rewards",
-            code="rewards.missing",
+            code="data.missing-rewards",
             why="η is judged by what it makes of the gaps between rewards",
             fix="score the rows first (rpo-trainer score)",
         )

@@ -135,7 +135,7 @@ class RewardModel:
         if limit is not None and longest > limit:
             raise RowError(
                 f"longer than the reward model's context of {limit} tokens",
-                code="rewards.context-exceeded",
+                code="model.context-exceeded",
             )
         return found
 

@@ -1,4 +1,4 @@
-"""`failing`: a row that finally has no result, by the code of the reason."""
+"""Rows that fail, by the code of the reason: `failing` has no result, `unverifiable` gives no check."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from rpo_trainer.data.rows import RowError
 from rpo_trainer.rewards.rowfile import RowFailed
 
 
@@ -17,3 +18,13 @@ def failing(code: str, named: str = "") -> Iterator[pytest.ExceptionInfo[RowFail
         yield raised
     assert raised.value.code == code, raised.value
     assert named in str(raised.value)
+
+
+@contextmanager
+def unverifiable(code: str, *named: str) -> Iterator[pytest.ExceptionInfo[RowError]]:
+    """Within it a row cannot be verified, with this code, and a text with all of `named` in it."""
+    with pytest.raises(RowError) as raised:
+        yield raised
+    assert raised.value.code == code, raised.value
+    for each in named:
+        assert each in str(raised.value)

@@ -109,5 +109,5 @@ def test_no_fit_is_said_and_no_rewards_are_an_error() -> None:
     found = calibrate([row(1.0, 1.0)])
     assert found.fit is None and found.unfit is not None and " 0: η" in found.unfit
     assert found.reward_scale == 1.0
-    with raises("rewards.missing", DataError):
+    with raises("data.missing-rewards", DataError):
         calibrate([{"id": "x", "source": "s", "rewards": None}])

@@ -174,6 +174,7 @@ def test_what_cannot_be_scored(tmp_path: Path) -> None:
     model = RewardModel(save_model(tmp_path))
     long = {"id": "l", "prompt": "p", "responses": ["x" * 100]}
     done = {d.index: d for d in model.score([*ROWS, long], range(5), 100)}
+    assert done[4].failed is not None and done[4].failed.code == "model.context-exceeded"
     assert "64" in str(done[4].failed)
     assert all(done[i].failed is None for i in range(4))
     messages = {"id": "m", "prompt": [{"role": "user", "content": "hi"}], "responses": ["yo"]}
