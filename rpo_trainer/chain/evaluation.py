@@ -200,8 +200,7 @@ class Evaluation:
             return read_rows(path)
         answers = evaluate.respond(
             self._policy(source), self.tokenizer, rows, generate=spec.generate, greedy=spec.greedy,
-            seed=seed, shard=(distributed.rank(), distributed.world_size()),
-            gather=distributed.all_gather_dict,
+            seed=seed, ranks=distributed.ALL_RANKS,
         )  # fmt: skip
         text = "".join(json.dumps(answer) + "\n" for answer in answers)
         distributed.on_main(lambda: write_with_digest(path, text))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,11 @@ _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=T
 
 _source = options(_input, _format, _columns)
 _service = spec_options(EndpointSpec, SERVICE)
+
+
+def _show(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
 
 
 @click.command()
@@ -137,7 +142,7 @@ def score(
         rendered = ()
     spec = valid(ScoreSpec, fields)
     source = source_spec(data, format_, columns, special_tokens, rendered)
-    score_file(source, output, spec, click.echo)
+    _show(score_file(source, output, spec))
 
 
 @click.command()
@@ -199,10 +204,8 @@ def generate(
     service = split_off(fields, SERVICE)
     at = [service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
     spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **fields})
-    generate_file(
-        source_spec(data, format_, columns, special_tokens, kwargs), output, spec,
-        seed=seed, chat_template=chat_template, say=click.echo,
-    )  # fmt: skip
+    source = source_spec(data, format_, columns, special_tokens, kwargs)
+    _show(generate_file(source, output, spec, seed=seed, chat_template=chat_template))
 
 
 @click.command()
@@ -227,7 +230,7 @@ def pairs(
     filter = valid(FilterSpec, {**passing, "reversed": "keep"}) if passing else None
     spec = valid(PairsSpec, fields)
     source = source_spec(data, format_, columns)
-    pairs_file(source, output, spec, filter, seed=seed, say=click.echo)
+    _show(pairs_file(source, output, spec, filter, seed=seed))
 
 
 @click.command()
@@ -259,10 +262,10 @@ def calibrate(
         click.echo(json.dumps({name: c.as_dict() for name, c in found.items()}, indent=1))
         return
     for name, calibration in found.items():
-        _show(name, calibration)
+        _show_calibration(name, calibration)
 
 
-def _show(name: str, found: Calibration) -> None:
+def _show_calibration(name: str, found: Calibration) -> None:
     click.echo(f"{name}: {found.rows} pairs, {found.ties} ties, {found.against} reversed")
     if found.without:
         click.echo(f"  warning: {found.without} without rewards, left out")
@@ -330,8 +333,7 @@ def audit(
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:
-        for line in found.lines():
-            click.echo(line)
+        _show(found.lines())
 
 
 COMMANDS = (score, generate, pairs, calibrate, audit)

@@ -94,9 +94,8 @@ class _ByVerifier:
             except RowError as error:
                 raise RowFailed(str(error), code=error.code) from None
 
-        # Tests of code wait for another process; the rest is faster without threads.
-        outside = self.verifier.name == "asserts"
-        each = one_by_one(make, workers=usable_cores() if outside else 1)
+        # Code waits for another process; the rest is faster without threads.
+        each = one_by_one(make, workers=usable_cores() if self.verifier.runs_code else 1)
 
         def run(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
             try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rpo_trainer.data.rows import Row, RowError, RowProblems
 from rpo_trainer.errors import RecipeError, nearest
-from rpo_trainer.rewards.verifiers.asserts import ASSERTS, require_permission
+from rpo_trainer.rewards.verifiers.asserts import ASSERTS
 from rpo_trainer.rewards.verifiers.base import FailedChecks, Verifier
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTION_CHECKS
 from rpo_trainer.rewards.verifiers.json_schema import JSON_SCHEMA
@@ -17,6 +17,7 @@ __all__ = [
     "VERIFIERS", "FailedChecks", "Verifier", "check_rows", "get_verifier", "score_rows",
 ]  # fmt: skip
 
+# All verifiers, by name. The recipe's schema has the names once more, since it imports nothing of rewards.
 VERIFIERS = {
     verifier.name: verifier
     for verifier in (
@@ -39,8 +40,13 @@ def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
             why="each decides by another rule what is right, and none is taken in place of another",
             fix=f"use one of: {', '.join(VERIFIERS)}",
         )
-    if name == ASSERTS.name:
-        require_permission(allow_code_execution)
+    if VERIFIERS[name].runs_code and not allow_code_execution:
+        raise RecipeError(
+            f"the verifier '{name}' runs code that a model has written",
+            code="recipe.code-execution-not-allowed",
+            why="that code can do harm; it runs with limits, which are no wall",
+            fix="allow_code_execution: true (--allow-code-execution), best inside a container",
+        )
     return VERIFIERS[name]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_trainer.data.rows import Row, RowError
-from rpo_trainer.errors import DataError, RecipeError, RunError
+from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards.verifiers.base import Check, Verifier, required
 from rpo_trainer.rewards.verifiers.setup_code import Setup
 
@@ -221,15 +221,4 @@ def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) ->
     return bytes(results), False
 
 
-def require_permission(allowed: bool) -> None:
-    """Raises RecipeError unless the user has asked for code to be run."""
-    if not allowed:
-        raise RecipeError(
-            "the verifier 'asserts' runs code that a model has written",
-            code="recipe.code-execution-not-allowed",
-            why="that code can do harm; it runs with limits, which are no wall",
-            fix="allow_code_execution: true (--allow-code-execution), best inside a container",
-        )
-
-
-ASSERTS = Verifier("asserts", 1.0, ("tests", "setup"), _asserts)
+ASSERTS = Verifier("asserts", 1.0, ("tests", "setup"), _asserts, runs_code=True)

@@ -60,6 +60,7 @@ class Verifier:
         name: its name in recipes and on the command line.
         maximum: the reward of a right answer, and of nothing else.
         columns: what it reads of a row, the first of them required.
+        runs_code: it runs what a response says, in another process: users must allow it.
         make_check: row → reward of a response; raises RowError where the row cannot be verified.
             Call `prepare` instead, whose check does not raise.
     """
@@ -68,6 +69,7 @@ class Verifier:
     maximum: float
     columns: tuple[str, ...]
     make_check: Callable[[Row], Check]
+    runs_code: bool = False
 
     def prepare(self, row: Row, failed: FailedChecks | None = None) -> Check:
         """The check of one row's responses.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, Problems, RecipeError
+from rpo_trainer.recipe import ScoreSpec
 from rpo_trainer.rewards.verifiers import VERIFIERS, check_rows, get_verifier, score_rows
 from tests.raising import codes_of, raises, with_code
 
@@ -42,6 +45,15 @@ def test_partial_match_of_a_wrong_answer_stays_below_a_right_one() -> None:
     truth = "x" * 1000
     assert get_verifier("partial_match")(truth + "y", {"ground_truth": truth}) < 4.0
     assert get_verifier("partial_match").maximum == 5.0
+
+
+def test_a_recipe_knows_the_verifiers_of_the_table() -> None:
+    (names, _) = get_args(ScoreSpec.model_fields["verifier"].annotation)
+    assert get_args(names) == (*VERIFIERS,)
+
+
+def test_what_runs_code_is_marked() -> None:
+    assert [name for name, verifier in VERIFIERS.items() if verifier.runs_code] == ["asserts"]
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
