@@ -160,7 +160,7 @@ def source_spec(
     kwargs: Sequence[str] = (),
 ) -> SourceSpec:
     """A file as a source, with `--column` as `columns` and `--kwargs` as `chat_template_kwargs`."""
-    from rpo_trainer.rewards.files import source_of
+    from rpo_trainer.rewards.row_files import source_of
 
     named = dict(_assignment(text, "--column") for text in columns)
     return source_of(data, format_, named, special_tokens, parse_kwargs(kwargs))

@@ -22,10 +22,10 @@ from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.redact import redact_values
-from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses, written_pairs
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
-from rpo_trainer.rewards.partial import partials
-from rpo_trainer.rewards.rowfile import complete, content_key, write_rows
+from rpo_trainer.rewards.partial_file import partials
+from rpo_trainer.rewards.resumable_rows import complete, content_key, write_rows
+from rpo_trainer.rewards.row_files import read_pairs, read_prompts, read_responses, written_pairs
 from rpo_trainer.runtime.files import atomic_write, file_digest, make_folder, remove_empty
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
@@ -221,7 +221,7 @@ def generate_file(
         ModelError: a policy that cannot be loaded.
         RunError: as `score_file`.
     """
-    from rpo_trainer.rewards.sampling import (
+    from rpo_trainer.rewards.policies import (
         EndpointPolicy,
         LocalPolicy,
         Policy,

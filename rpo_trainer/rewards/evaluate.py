@@ -14,8 +14,8 @@ import numpy as np
 
 from rpo_trainer.data.rows import kwargs_of
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.generate import greedy_responses, sample_responses
-from rpo_trainer.rewards.responses import Sample
+from rpo_trainer.rewards.sample import greedy_responses, sample_responses
+from rpo_trainer.rewards.sampled_text import Sample
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.redact import redact
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
-from rpo_trainer.rewards.messages import prompt_text, response_text
+from rpo_trainer.rewards.endpoint_messages import prompt_text, response_text
 from rpo_trainer.runtime.files import read_text
 
 # {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].

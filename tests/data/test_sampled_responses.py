@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import encode_prompt, end_token_ids
-from rpo_trainer.rewards.responses import Asked, ResponseReader
+from rpo_trainer.rewards.sampled_text import Asked, ResponseReader
 
 from .chat_shapes import CASES, SHAPES, USER, said
 from .test_chat_shapes import last_start, prepared, whole

@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards import rowfile
-from rpo_trainer.rewards.partial import unfinished
+from rpo_trainer.rewards import resumable_rows
+from rpo_trainer.rewards.partial_file import unfinished
 from tests.distributed.launch import run, torchrun
 from tests.rewards.policies import llama
 from tests.rewards.test_commands import read, write
 from tests.rewards.test_commands import run as alone
-from tests.rewards.test_model import save_model
+from tests.rewards.test_reward_model import save_model
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def interrupted(out: Path, command: list[object], keep: slice) -> None:
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with mock.patch.object(rowfile, "write_rows", killed):
+    with mock.patch.object(resumable_rows, "write_rows", killed):
         assert alone(*command, out) == 130
     lines = unfinished(out).read_text().splitlines(keepends=True)
     unfinished(out).write_text("".join(lines[keep]))

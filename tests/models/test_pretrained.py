@@ -24,7 +24,7 @@ from rpo_trainer.models.checks import check_safetensors
 from rpo_trainer.models.loading import load_model, load_model_named, load_weights
 from rpo_trainer.models.pretrained import check_stored, weight_files
 from rpo_trainer.recipe import ModelSpec
-from rpo_trainer.rewards.model import RewardModel
+from rpo_trainer.rewards.reward_model import RewardModel
 from tests.small_models import make_model
 
 Tensors = dict[str, torch.Tensor]

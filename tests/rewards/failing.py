@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from rpo_trainer.data.rows import RowError
-from rpo_trainer.rewards.rowfile import RowFailed
+from rpo_trainer.rewards.resumable_rows import RowFailed
 
 
 @contextmanager

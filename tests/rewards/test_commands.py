@@ -16,12 +16,12 @@ import pytest
 
 from rpo_trainer.cli.commands import main
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards import partial
+from rpo_trainer.rewards import partial_file
 from tests.conftest import Injected
 from tests.rewards.policies import llama
 from tests.rewards.server import Answer, refused, serving
 from tests.rewards.test_judge import by_length
-from tests.rewards.test_model import save_model
+from tests.rewards.test_reward_model import save_model
 
 PAIRS = [
     {"id": f"p{i}", "source": "mine" if i % 2 else "theirs", "prompt": f"{i} + 1 = ",
@@ -141,7 +141,7 @@ def test_killed_between_the_file_and_its_report(tmp_path: Path) -> None:
     report = tmp_path / "k.jsonl.report.json"
     key, whole = json.loads(report.read_text())["key"], out.read_bytes()
     report.unlink()
-    done = partial.line(key, 0, {"rewards": [0.0, 1.0, 0.0]})
+    done = partial_file.line(key, 0, {"rewards": [0.0, 1.0, 0.0]})
     (tmp_path / "k.jsonl.partial").write_bytes(done)
     assert run("score", data, "-o", out, "--verifier", "numeric") == 0
     assert out.read_bytes() == whole and report.exists()

@@ -12,7 +12,7 @@ import pytest
 
 from rpo_trainer.recipe import EndpointSpec
 from rpo_trainer.rewards.endpoint import Endpoint, message_of
-from rpo_trainer.rewards.rowfile import RowFailed
+from rpo_trainer.rewards.resumable_rows import RowFailed
 from tests.rewards.failing import failing
 from tests.rewards.server import Answer, serving
 

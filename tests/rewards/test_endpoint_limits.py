@@ -25,8 +25,8 @@ from rpo_trainer.redact import REDACTED
 from rpo_trainer.rewards import http_client
 from rpo_trainer.rewards.endpoint import Endpoint, attribute_scores, message_of
 from rpo_trainer.rewards.judge import judge_row, read_verdict
-from rpo_trainer.rewards.rowfile import RowFailed
-from rpo_trainer.rewards.sampling import EndpointPolicy
+from rpo_trainer.rewards.policies import EndpointPolicy
+from rpo_trainer.rewards.resumable_rows import RowFailed
 from tests.raising import raises
 from tests.rewards.failing import failing
 from tests.rewards.server import SOON, Answer, Server, refused, serving

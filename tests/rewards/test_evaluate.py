@@ -24,7 +24,7 @@ from rpo_trainer.rewards.evaluate import (
     to_score,
     win_rate,
 )
-from rpo_trainer.rewards.generate import Sample
+from rpo_trainer.rewards.sample import Sample
 from rpo_trainer.rewards.verifiers import get_verifier, score_rows
 from tests.raising import raises
 

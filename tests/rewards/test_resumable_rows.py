@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.rewards import partial, rowfile
-from rpo_trainer.rewards.partial import unfinished
-from rpo_trainer.rewards.rowfile import (
+from rpo_trainer.rewards import partial_file, resumable_rows
+from rpo_trainer.rewards.partial_file import unfinished
+from rpo_trainer.rewards.resumable_rows import (
     Done,
     RowFailed,
     Shard,
@@ -34,7 +34,7 @@ from tests.raising import raises, with_code
 
 
 def line(index: int, key: str = "k", n: int | None = None) -> bytes:
-    return partial.line(key, index, {"n": index if n is None else n})
+    return partial_file.line(key, index, {"n": index if n is None else n})
 
 
 ROWS = [{"id": f"r{i}", "text": "x\u2028" * i} for i in range(12)]
@@ -197,7 +197,7 @@ def test_failed_rows_are_reported_and_the_others_kept(tmp_path: Path) -> None:
 def test_a_service_that_is_down_is_not_asked_for_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rowfile, "_GIVE_UP", 4)
+    monkeypatch.setattr(resumable_rows, "_GIVE_UP", 4)
     asked: list[int] = []
 
     def make(index: int) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def test_a_service_that_is_down_is_not_asked_for_every_row(
 def test_rows_that_fail_by_themselves_are_no_sign_of_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rowfile, "_GIVE_UP", 4)
+    monkeypatch.setattr(resumable_rows, "_GIVE_UP", 4)
 
     def make(index: int) -> dict[str, Any]:
         raise RowFailed("no", code="endpoint.timeout", service=index % 3 > 0)
@@ -329,7 +329,7 @@ def test_keys_follow_content() -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from rpo_trainer.rewards.rowfile import map_rows_resumable, one_by_one
+from rpo_trainer.rewards.resumable_rows import map_rows_resumable, one_by_one
 def make(i):
     time.sleep(0.01)
     return {"n": i * i}

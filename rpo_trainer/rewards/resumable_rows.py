@@ -1,6 +1,6 @@
 """A file of rows that are made one by one: what is done survives a kill; the file is whole or absent.
 
-Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order (see `partial`).
+Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order (see `partial_file`).
 Started again with the same rows and settings, only what is missing or damaged is made, and the file is byte
 for byte that of a run that was never stopped.
 """
@@ -20,7 +20,7 @@ import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.rewards.partial import Partial, partials, read_partials, unfinished
+from rpo_trainer.rewards.partial_file import Partial, partials, read_partials, unfinished
 from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 

@@ -11,11 +11,11 @@ import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.files import read_prompts, read_responses, source_of
+from rpo_trainer.rewards.row_files import read_prompts, read_responses, source_of
 from tests.raising import raises
 from tests.rewards.policies import TEMPLATE, llama
 from tests.rewards.test_commands import read, run, write
-from tests.rewards.test_model import save_model
+from tests.rewards.test_reward_model import save_model
 
 ASKED = [{"role": "user", "content": "q"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -23,7 +23,7 @@ from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, RecipeError
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.rewards.drawing import Drawing
-from rpo_trainer.rewards.responses import Asked, ResponseReader, Sample
+from rpo_trainer.rewards.sampled_text import Asked, ResponseReader, Sample
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:

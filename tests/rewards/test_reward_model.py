@@ -18,7 +18,7 @@ from transformers import (
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, ModelError, RecipeError
-from rpo_trainer.rewards.model import RewardModel, check_template
+from rpo_trainer.rewards.reward_model import RewardModel, check_template
 from tests.raising import raises
 from tests.rewards.policies import TEMPLATE
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, ModelError, RecipeError
-from rpo_trainer.rewards.generate import (
+from rpo_trainer.rewards.sample import (
     Sample,
     greedy_responses,
     iter_responses,

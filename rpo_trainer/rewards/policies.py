@@ -14,8 +14,8 @@ import xxhash
 from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
-from rpo_trainer.rewards.messages import chat_messages, template_options, warn_unsent
-from rpo_trainer.rewards.rowfile import Done, Shard, complete, content_key, one_by_one
+from rpo_trainer.rewards.endpoint_messages import chat_messages, template_options, warn_unsent
+from rpo_trainer.rewards.resumable_rows import Done, Shard, complete, content_key, one_by_one
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class LocalPolicy:
     ) -> Iterator[Done]:
         import torch
 
-        from rpo_trainer.rewards.generate import iter_responses
+        from rpo_trainer.rewards.sample import iter_responses
 
         model, tokenizer = self._load()
         spec = self.spec
@@ -215,7 +215,7 @@ def sample_rows(
     Responses depend on the seed, the policy's place, `prefix` and the row's id alone.
 
     Args:
-        path: resumed where it was interrupted, see `rowfile`.
+        path: resumed where it was interrupted, see `resumable_rows`.
         prefix: of the keys; two rounds with different ones sample different numbers.
         label, then, with_digest, ranks: as `complete`.
 

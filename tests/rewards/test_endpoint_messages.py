@@ -13,8 +13,8 @@ from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.rows import THINKING
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.recipe import EndpointSpec, GenerateSpec, ScoreSpec
-from rpo_trainer.rewards.messages import chat_messages, prompt_text, response_text
-from rpo_trainer.rewards.sampling import EndpointPolicy
+from rpo_trainer.rewards.endpoint_messages import chat_messages, prompt_text, response_text
+from rpo_trainer.rewards.policies import EndpointPolicy
 from rpo_trainer.rewards.scorers import make_scorer
 from tests.rewards.server import Answer, serving
 
