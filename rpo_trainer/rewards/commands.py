@@ -23,8 +23,8 @@ from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.redact import redact_values
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
-from rpo_trainer.rewards.partial_file import partials
-from rpo_trainer.rewards.resumable_rows import complete, content_key, write_rows
+from rpo_trainer.rewards.partial_file import partial_paths
+from rpo_trainer.rewards.resumable_rows import content_key, write_rows, write_rows_resumable
 from rpo_trainer.rewards.row_files import read_pairs, read_prompts, read_responses, written_pairs
 from rpo_trainer.runtime.files import atomic_write, file_digest, make_folder, remove_empty
 from rpo_trainer.runtime.ranks import ALONE, Ranks
@@ -58,7 +58,7 @@ def _processes() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _held(out: Path, ranks: Ranks) -> Iterator[None]:
+def _locked_by_ranks(out: Path, ranks: Ranks) -> Iterator[None]:
     """The output belongs to these processes until the end."""
     with ExitStack() as held:
         with ranks.raise_on_all_ranks():
@@ -105,7 +105,7 @@ def _finished(out: Path, key: str) -> bool:
     Raises:
         RunError: another file is there.
     """
-    if not out.exists() or partials(out):  # the latter are removed last of all
+    if not out.exists() or partial_paths(out):  # the latter are removed last of all
         return False
     report = out.with_name(out.name + REPORT)
     try:
@@ -159,9 +159,9 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec) -> list[str]:
             found.audit.log(logger, "the rows")
             scorer = make_scorer(spec, model=model)
             key = content_key(scorer.key, found.rows)
-        with _held(out, ranks):
+        with _locked_by_ranks(out, ranks):
             if ranks.on_main(lambda: _finished(out, key)):
-                return _of_first(ranks, [_nothing_to_do(out)])
+                return _on_first_rank(ranks, [_nothing_to_do(out)])
             with ranks.raise_on_all_ranks():
                 scorer.check(found.rows)
 
@@ -172,13 +172,13 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec) -> list[str]:
                     settings["judge"] = biases(rows)
                 return found.written(rows)
 
-            written = complete(
+            written = write_rows_resumable(
                 out, [row["id"] for row in found.rows], scorer.work(found.rows), assemble, key=key,
                 what="scored", then=lambda rows: _report(out, key, len(rows), settings), ranks=ranks,
             )  # fmt: skip
     lines = bias_lines(settings["judge"]) if spec.judge is not None else []
     lines = [*lines, _rewards_line(rewards), f"{len(written)} rows scored: {out}"]
-    return _of_first(ranks, lines)
+    return _on_first_rank(ranks, lines)
 
 
 def _rewards_line(rewards: Sequence[float | None]) -> str:
@@ -198,7 +198,7 @@ def _nothing_to_do(out: Path) -> str:
     return f"{out} is finished already: nothing to do"
 
 
-def _of_first(ranks: Ranks, lines: list[str]) -> list[str]:
+def _on_first_rank(ranks: Ranks, lines: list[str]) -> list[str]:
     """The lines on the first process, none on the others, which would only repeat them."""
     return [] if ranks.rank() else lines
 
@@ -245,9 +245,9 @@ def generate_file(
                 )
             policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
             key = content_key([policy.key for policy in policies], rows, seed)
-        with _held(out, ranks):
+        with _locked_by_ranks(out, ranks):
             if ranks.on_main(lambda: _finished(out, key)):
-                return _of_first(ranks, [_nothing_to_do(out)])
+                return _on_first_rank(ranks, [_nothing_to_do(out)])
             with ranks.raise_on_all_ranks():
                 if ranks.rank() == 0:
                     for name in spec.policies:
@@ -259,7 +259,7 @@ def generate_file(
     count = sum(len(row["responses"]) for row in made)
     cut = sum(not flag for row in made for flag in row["finished"])
     line = f"{count} responses to {len(made)} prompts, {cut} cut by max_new_tokens: {out}"
-    return _of_first(ranks, [line])
+    return _on_first_rank(ranks, [line])
 
 
 def _model_spec(name: str, chat_template: str | None) -> ModelSpec:

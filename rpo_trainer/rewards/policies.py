@@ -15,7 +15,13 @@ from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
 from rpo_trainer.rewards.endpoint_messages import chat_messages, template_options, warn_unsent
-from rpo_trainer.rewards.resumable_rows import Done, Shard, complete, content_key, one_by_one
+from rpo_trainer.rewards.resumable_rows import (
+    Done,
+    Shard,
+    content_key,
+    one_by_one,
+    write_rows_resumable,
+)
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -217,10 +223,10 @@ def sample_rows(
     Args:
         path: resumed where it was interrupted, see `resumable_rows`.
         prefix: of the keys; two rounds with different ones sample different numbers.
-        label, then, with_digest, ranks: as `complete`.
+        label, then, with_digest, ranks: as `write_rows_resumable`.
 
     Raises:
-        DataError, RunError: as `complete` and `iter_responses`.
+        DataError, RunError: as `write_rows_resumable` and `iter_responses`.
     """
     count = len(rows)
     keys = row_keys(rows, prefix)
@@ -254,7 +260,7 @@ def sample_rows(
 
     ids = [str(row["id"]) for _ in policies for row in rows]
     key = content_key([policy.key for policy in policies], list(rows), seed, prefix)
-    return complete(
+    return write_rows_resumable(
         path, ids, work, assemble, key=key, what="sampled", label=label, then=then,
         with_digest=with_digest, ranks=ranks,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.rewards.partial_file import Partial, partials, read_partials, unfinished
+from rpo_trainer.rewards.partial_file import PartialFile, partial_path, partial_paths, read_partials
 from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
@@ -80,14 +80,14 @@ def map_rows_resumable(
 
     Args:
         rows: plain rows; a result is merged into its row.
-        work, key, what, label, with_digest, ranks: as `complete`.
+        work, key, what, label, with_digest, ranks: as `write_rows_resumable`.
     """
     ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
 
     def merge(found: Sequence[dict[str, Any]]) -> list[Row]:
         return [{**row, **fields} for row, fields in zip(rows, found, strict=True)]
 
-    return complete(
+    return write_rows_resumable(
         path,
         ids,
         work,
@@ -100,7 +100,7 @@ def map_rows_resumable(
     )
 
 
-def complete(
+def write_rows_resumable(
     path: Path,
     ids: Sequence[str],
     work: Work,
@@ -141,8 +141,8 @@ def complete(
     ranks.barrier()
     with ranks.raise_on_all_ranks():
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = unfinished(path, ranks.rank())
-        found |= _work_off(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
+        own = partial_path(path, ranks.rank())
+        found |= _run_pending(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
     failures.reasons = ranks.all_gather_dict(failures.reasons)
     found = ranks.all_gather_dict(found)
     with ranks.raise_on_all_ranks():  # all know the same: one of them says it
@@ -153,14 +153,14 @@ def complete(
         write_rows(path, rows, with_digest=with_digest)
         if then is not None:
             then(rows)
-        for partial in partials(path):
+        for partial in partial_paths(path):
             partial.unlink()
 
     ranks.on_main(finish)
     return rows
 
 
-def _work_off(
+def _run_pending(
     path: Path,
     key: str,
     work: Work,
@@ -172,7 +172,7 @@ def _work_off(
     found: dict[int, dict[str, Any]] = {}
     if not pending:
         return found
-    partial = Partial(path, key)
+    partial = PartialFile(path, key)
     try:
         for done in work(pending, shard):
             if done.failed is not None:

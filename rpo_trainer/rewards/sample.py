@@ -23,7 +23,7 @@ from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, RecipeError
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.rewards.drawing import Drawing
-from rpo_trainer.rewards.sampled_text import Asked, ResponseReader, Sample
+from rpo_trainer.rewards.sampled_text import PromptTokens, ResponseReader, Sample
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _generate(
             fix="give at least 1 for both",
         )
     asked = [
-        _asked(
+        _prompt_tokens(
             tokenizer,
             prompt,
             tools[index] if tools is not None else None,
@@ -210,7 +210,7 @@ def _generate(
             continue
         width = len(encoded[batch[0]])
         repeated = [encoded[index] for index in batch for _ in range(copies)]
-        with _set_aside(model):
+        with _generation_mode(model):
             choice = [] if drawing is None else drawing.processors(batch, copies, width)
             rows = _generate_batch(model, repeated, config, choice, device)
         for place, index in enumerate(batch):
@@ -245,7 +245,7 @@ def _generate_batch(
     return rows
 
 
-def _asked(
+def _prompt_tokens(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     tools: list[dict[str, Any]] | None,
@@ -253,7 +253,7 @@ def _asked(
     *,
     parsed: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> Asked:
+) -> PromptTokens:
     try:
         ids = encode_prompt(
             tokenizer, prompt, tools, parsed=parsed, template_kwargs=template_kwargs
@@ -275,7 +275,7 @@ def _asked(
             fix="leave the row out, or give its prompt some text",
         )
     given = prompt if isinstance(prompt, str) else list(prompt)
-    return Asked(given, ids, tools, parsed, template_kwargs)
+    return PromptTokens(given, ids, tools, parsed, template_kwargs)
 
 
 def _end_tokens(
@@ -335,7 +335,7 @@ def check_room(
 
 
 @contextmanager
-def _set_aside(model: PreTrainedModel) -> Iterator[None]:
+def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and an empty generation config; each module's mode is put back after."""
     from transformers import GenerationConfig
 

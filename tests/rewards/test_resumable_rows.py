@@ -16,7 +16,7 @@ import pytest
 
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards import partial_file, resumable_rows
-from rpo_trainer.rewards.partial_file import unfinished
+from rpo_trainer.rewards.partial_file import partial_path
 from rpo_trainer.rewards.resumable_rows import (
     Done,
     RowFailed,
@@ -82,7 +82,7 @@ def test_stopped_anywhere_it_resumes_and_makes_only_what_is_missing(
     run(whole)
     path = tmp_path / "out.jsonl"
     order = (3, 1, 0, *range(4, 12), 2)[:kept]
-    unfinished(path).write_bytes(b"".join(map(line, order)))
+    partial_path(path).write_bytes(b"".join(map(line, order)))
     made: list[int] = []
     run(path, lambda i: made.append(i) or {"n": i})
     assert made == [i for i in range(12) if i not in order]
@@ -92,7 +92,7 @@ def test_stopped_anywhere_it_resumes_and_makes_only_what_is_missing(
 def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     for cut in (b'[1, {"n"', line(1)[:-1], b"\x00\x00\x00\n", b"\n"):
-        unfinished(path).write_bytes(line(0) + cut)
+        partial_path(path).write_bytes(line(0) + cut)
         made: list[int] = []
         assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED  # noqa: B023
         assert made == list(range(1, 12))
@@ -100,17 +100,17 @@ def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
 
 def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    unfinished(path).write_bytes(line(0, "other", 5))
-    before = unfinished(path).read_bytes()
-    with raises("output.partial-mismatch", RunError, where=str(unfinished(path))):
+    partial_path(path).write_bytes(line(0, "other", 5))
+    before = partial_path(path).read_bytes()
+    with raises("output.partial-mismatch", RunError, where=str(partial_path(path))):
         run(path)
-    assert unfinished(path).read_bytes() == before
+    assert partial_path(path).read_bytes() == before
     assert not path.exists()
 
 
 def test_unfinished_work_without_a_whole_result_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    unfinished(path).write_bytes(line(0, "other")[:-9])
+    partial_path(path).write_bytes(line(0, "other")[:-9])
     assert run(path) == EXPECTED
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
@@ -118,8 +118,8 @@ def test_unfinished_work_without_a_whole_result_does_not_block(tmp_path: Path) -
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_something_else_under_the_name_of_unfinished_work(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    make(unfinished(path))
-    with raises("output.partial-not-a-file", RunError, where=str(unfinished(path))):
+    make(partial_path(path))
+    with raises("output.partial-not-a-file", RunError, where=str(partial_path(path))):
         run(path)
 
 
@@ -142,11 +142,11 @@ def test_a_byte_changed_anywhere_costs_its_row_only(
     path = tmp_path / "out.jsonl"
     lines = [bytearray(line(i, n=7)) for i in range(11)]
     lines[place][at] ^= 1
-    unfinished(path).write_bytes(b"".join(lines))
+    partial_path(path).write_bytes(b"".join(lines))
     made: list[int] = []
     assert run(path, lambda i: made.append(i) or {"n": 7}) == [{**row, "n": 7} for row in ROWS]
     assert made == [place, 11]
-    assert "1 of its lines" in caplog.text and unfinished(path).name in caplog.text
+    assert "1 of its lines" in caplog.text and partial_path(path).name in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -363,5 +363,5 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path, injected: Inject
 
 
 def _size(path: Path) -> int:
-    found = unfinished(path)
+    found = partial_path(path)
     return found.stat().st_size if found.exists() else 0
