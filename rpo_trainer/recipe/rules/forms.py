@@ -82,11 +82,17 @@ def at_most_one(*fields: str, both: str, why: str, within: str | None = None) ->
     return rule
 
 
-def at_least_one(*fields: str, at: At, none: str, why: str, fix: str) -> Rule:
-    """Fields of which one must be given, else the error `none`."""
+def at_least_one(
+    *fields: str, at: At, none: str, why: str, fix: str, of_lists: bool = False
+) -> Rule:
+    """Fields of which one must be given, else the error `none`.
+
+    Args:
+        of_lists: an empty list counts as absent.
+    """
 
     def rule(raw: Raw) -> Errors:
-        if not given(raw, fields):
+        if all(raw.get(field) is None or (of_lists and not raw[field]) for field in fields):
             yield wrong(at, none, code="recipe.missing-field", why=why, fix=fix)
 
     return rule

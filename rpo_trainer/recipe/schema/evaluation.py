@@ -42,6 +42,7 @@ class EvalSpec(Spec):
             "data", "preferences", "nll", "lm_eval",
             at=(),
             none="`eval` measures nothing",
+            of_lists=True,
             why="a stage would be evaluated by nothing, and nobody would notice",
             fix="give at least one of `data`, `preferences`, `nll`, `lm_eval`",
         ),
