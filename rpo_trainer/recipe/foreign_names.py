@@ -10,12 +10,14 @@ class ForeignName(NamedTuple):
 
     Attributes:
         field: the field of a recipe that is meant.
+        recipe: as a key of a recipe, where no field has this meaning.
         training_args: under `training_args` of a recipe, where the recipe has a field of its own.
         config: as an argument of a trainer's config.
         trainer: as an argument of a trainer.
     """
 
     field: str = ""
+    recipe: str = ""
     training_args: str = ""
     config: str = ""
     trainer: str = ""
@@ -81,6 +83,9 @@ FOREIGN_NAMES = {
     "compute_loss_func": ForeignName(
         trainer="subclass the trainer and give its losses in `losses`"
     ),
+    "rpo_alpha": ForeignName(
+        recipe="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation"
+    ),
     "ld_alpha": ForeignName(config=_NOT_OFFERED),
     "f_divergence_type": ForeignName(config=_NOT_OFFERED),
     "f_alpha_divergence_coef": ForeignName(config=_NOT_OFFERED),
@@ -127,6 +132,9 @@ FOREIGN_NAMES = {
     # --- the data ---
     "assistant_only_loss": ForeignName(config=_ASSISTANT),
     "completion_only_loss": ForeignName(config=_ASSISTANT),
+    "shuffle": ForeignName(
+        recipe="write it under `training_args`; without it each epoch is a new permutation"
+    ),
     "shuffle_dataset": ForeignName(
         config="remove it, or write shuffle: each epoch is a new permutation unless shuffle=False"
     ),

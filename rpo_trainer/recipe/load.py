@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.recipe.environment import is_secret
+from rpo_trainer.recipe.foreign_names import FOREIGN_NAMES
 from rpo_trainer.recipe.messages import Located, recipe_errors
 from rpo_trainer.recipe.overrides import (
     Override,
@@ -242,7 +243,7 @@ def _forbidden(name: str, value: Any, where: str) -> RecipeError | None:
             where=where,
             why="elsewhere it means DPO plus the NLL of the chosen, which has no reward gap and is "
             "not RPO",
-            fix="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation",
+            fix=FOREIGN_NAMES[name].recipe,
         )
     if is_secret(name, value):
         return RecipeError(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rpo_trainer.errors import RecipeError, did_you_mean
 from rpo_trainer.losses import find_loss
-from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, field_of
+from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, FOREIGN_NAMES, field_of
 from rpo_trainer.recipe.rules.forms import CUSTOM, NOT_CONVERTED, short
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS
 from rpo_trainer.recipe.where import Origins, fields_at, places
@@ -225,7 +225,8 @@ def _unknown_key(key: Key, origins: Origins) -> Words:
     name, level = str(key[-1]), origins.level(key[:-1])
     known, ours = fields_at(key[:-1], origins.data), field_of(name)
     elsewhere = places().get(ours, [])
-    if ours not in known and name != "shuffle":
+    instead = FOREIGN_NAMES[name].recipe if name in FOREIGN_NAMES else ""
+    if ours not in known and not instead:
         if key[0] == "defaults" and ours in NOT_DEFAULTS:
             what, fix = f"`{name}` cannot be a default", "give it in each stage"
             return Words(what, fix, code="recipe.misplaced-key")
@@ -234,17 +235,14 @@ def _unknown_key(key: Key, origins: Origins) -> Words:
             what = f"`{name}` does not belong in {level}"
             fix = f"it belongs in {_listed(elsewhere[:3])}{renamed}"
             return Words(what, fix, code="recipe.misplaced-key")
-    near, fix = _instead(name, ours, known, key)
+    near, fix = (None, instead) if instead else _instead(name, ours, known, key)
     hint = f"; did you mean `{near}`?" if near else ""
     return Words(f"unknown key `{name}` in {level}{hint}", fix, code="recipe.unknown-key")
 
 
 def _instead(name: str, ours: str, known: Mapping[str, str], key: Key) -> tuple[str | None, str]:
     """The key that an unknown one is taken for, and what to do."""
-    near = ours if ours in known else None
-    if near is None and name == "shuffle":
-        return None, "write it under `training_args`; without it each epoch is a new permutation"
-    near = near or did_you_mean(name, list(known))
+    near = ours if ours in known else did_you_mean(name, list(known))
     if near:
         return near, f"write `{near}`: {known[near]}"
     if (key[0], len(key)) in (("stages", 3), ("defaults", 2)):

@@ -49,7 +49,7 @@ BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
         "beta: 1\ndefaults:",
         "recipe.misplaced-key",
         "chain.yaml:3 (beta)",
-        ["dpo or rpo"],
+        ["kind dpo"],
     ),
     "typo and wrong level": (
         "defaults:",
@@ -63,7 +63,7 @@ BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
         "  - name: sft\n    beta: 1\n",
         "recipe.misplaced-key",
         "(stages.sft.beta)",
-        ["`sft`", "dpo or rpo"],
+        ["`sft`", "kind dpo"],
     ),
     "source field in data": (
         "{train: [{path: pairs.jsonl}]}",

@@ -94,7 +94,7 @@ def test_max_steps_takes_the_place_of_epochs(load: Load, problems: Show, valid: 
     [
         (["stages.dpo.bta=1"], "recipe.unknown-key", "`beta`?"),
         (["sede=1"], "recipe.unknown-key", "`seed`?"),
-        (["beta=1"], "recipe.misplaced-key", "dpo or rpo"),
+        (["beta=1"], "recipe.misplaced-key", "kind dpo"),
         (["stages.dop.beta=1"], "option.unknown-stage", "`dpo`?"),
         (["stages.9.beta=1"], "option.unknown-stage", "`9`"),
         (["stages.dpo.dta.filter.x=1"], "recipe.unknown-key", "`data`?"),

@@ -192,7 +192,7 @@ BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
         "ratings.jsonl}], filter: {min_gap: 1}}",
         "recipe.unused-field",
         ":16 (stages.rm-more.data.filter)",
-        ["rpo or reward"],
+        ["bradley_terry"],
     ),
     "held-out share of sft": (
         "sft.jsonl}]}",
@@ -208,7 +208,7 @@ BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
         ":16 (stages.rm-more.data.replay)",
         [],
     ),
-    "more than two responses": (
+    "three responses": (
         "eval_fraction: 0.1}",
         "generate: {max_new_tokens: 9}, score: {verifier: exact}, pairs: {select: all_responses}}",
         "recipe.too-many-responses",
