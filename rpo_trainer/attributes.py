@@ -54,7 +54,7 @@ def resolve_weights(
         ]
         raise RecipeError(
             "; ".join(faults),
-            code="rewards.weights-mismatch",
+            code="rewards.wrong-attributes",
             where="reward_weights",
             why=f"the attributes are {', '.join(attributes)}",
             fix="give each attribute its weight; 0 leaves it out of the reward",

@@ -120,7 +120,7 @@ def service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[
     if name is None:
         raise RecipeError(
             "an endpoint needs the name of its model",
-            code="option.endpoint-without-name",
+            code="option.missing-companion",
             where=url,
             why="a server may have several, and every request says which one it is for",
             fix="add --name",
@@ -139,13 +139,13 @@ def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
         context = first.get("ctx", {})
         option = "--" + "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
         if first["type"] == "literal_error":
-            what, fix = not_a_choice(option, first["input"], context["expected"])
+            words = not_a_choice(option, first["input"], context["expected"])
             raise RecipeError(
-                what, code="option.unknown-choice", why=why_of(first["type"]), fix=fix
+                words.what, code="option.invalid-choice", why=why_of(first["type"]), fix=words.fix
             ) from None
         raise RecipeError(
             context.get("what") or f"{first['msg']} ({first['input']!r})",
-            code=context.get("code") or "option.invalid",
+            code="option.invalid-value",
             where=option,
             why=context.get("why") or why_of(first["type"]),
             fix=context.get("fix") or "see --help for what it takes",
@@ -176,7 +176,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
         if name in found:
             raise RecipeError(
                 f"{name!r} is given two weights",
-                code="option.duplicate",
+                code="option.repeated-name",
                 where="--weights",
                 why="a reward is one sum, and which of the two belongs in it cannot be guessed",
                 fix="give each attribute once",
@@ -199,7 +199,7 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
     if not (sign and name.strip() and value.strip()):
         raise RecipeError(
             f"{text!r} is not name=value",
-            code="option.not-key-value",
+            code="option.not-an-assignment",
             where=option,
             why="one half alone does not say what it belongs to",
             fix="write both, as in --column prompt=question or --weights helpfulness=0.5,coherence=0.5",
@@ -223,7 +223,7 @@ def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, An
     problems: list[RPOTrainerError] = [
         RecipeError(
             error.what,
-            code="option.invalid-variable",
+            code=error.code,
             where=f"{option} {(error.where or '').removeprefix('override ')}",
             why="each word sets one variable of the chat template",
             fix="write name=value, for example enable_thinking=false; the value is YAML, so a text with "

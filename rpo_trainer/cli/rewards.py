@@ -105,28 +105,28 @@ def score(
     if len(given) != 1:
         raise RecipeError(
             f"{' and '.join(given)} are given" if given else "no scorer is given",
-            code="option.one-scorer",
+            code="option.not-one-scorer",
             why="one scorer gives the rewards: those of two have no common unit",
             fix=f"give one of {', '.join(given or (f'--{name}' for name in SCORERS))}",
         )
     if judged and "judge" not in fields:
         raise RecipeError(
             "--template and --max-tokens belong to --judge",
-            code="option.not-read",
+            code="option.missing-companion",
             why="nothing else is asked in words, so nothing would read them",
             fix="add --judge URL --name MODEL, or leave them out",
         )
     if name is not None and "endpoint" not in fields and "judge" not in fields:
         raise RecipeError(
             "--name belongs to --endpoint or --judge",
-            code="option.not-read",
+            code="option.missing-companion",
             why="it is what a server calls its model; a verifier or --model has no server",
             fix="add --endpoint URL or --judge URL, or leave it out",
         )
     if kwargs and "verifier" in fields:
         raise RecipeError(
             "--kwargs belongs to --model, --endpoint or --judge",
-            code="option.not-read",
+            code="option.missing-companion",
             why="a verifier reads the responses alone: no chat template is rendered",
             fix="leave it out",
         )
@@ -187,7 +187,7 @@ def generate(
     if len(endpoints) != len(names):
         raise RecipeError(
             f"{len(endpoints)} endpoints and {len(names)} names",
-            code="option.endpoint-without-name",
+            code="option.missing-companion",
             where="--endpoint, --name",
             why="they belong together in their order, so none may be missing",
             fix="one --name an --endpoint",
@@ -195,7 +195,7 @@ def generate(
     if not policies and not endpoints:
         raise RecipeError(
             "there is no policy to sample from",
-            code="option.no-policy",
+            code="option.missing-policy",
             where="--policy",
             why="the responses are a model's, and none is taken unasked",
             fix="add --policy MODEL, or --endpoint URL --name MODEL",
@@ -318,7 +318,7 @@ def audit(
     if tokenizer is None and (max_length is not None or chat_template is not None or kwargs):
         raise RecipeError(
             "--max-length, --chat-template and --kwargs need --tokenizer",
-            code="option.not-read",
+            code="option.missing-companion",
             why="a row's length is counted in tokens, after the template is applied",
             fix="add --tokenizer MODEL, or leave them out",
         )

@@ -12,7 +12,7 @@ from pydantic import Field
 from rpo_trainer.cli.options import given_values, spec_options, split_off
 from rpo_trainer.cli.rewards import JUDGED, SERVICE, THRESHOLDS, generate, pairs, score
 from rpo_trainer.recipe import EndpointSpec, GenerateSpec, PairsSpec, ScoreSpec
-from rpo_trainer.recipe.spec import Spec, Text
+from rpo_trainer.recipe.schema.spec import Spec, Text
 
 
 class Part(Spec):

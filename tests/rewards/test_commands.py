@@ -266,21 +266,21 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        (("--verifier", "exact_match"), "option.unknown-choice", "`exact`"),
-        ((), "option.one-scorer", "--judge"),
-        (("--verifier", "exact", "--model", "m"), "option.one-scorer", "--verifier and --model"),
-        (("--verifier", "exactly"), "option.unknown-choice", "--verifier"),
-        (("--verifier", "asserts"), "option.invalid", "allow_code_execution"),
-        (("--endpoint", "http://x"), "option.endpoint-without-name", "http://x"),
-        (("--verifier", "exact", "--name", "m"), "option.not-read", "--name"),
-        (("--verifier", "exact", "--max-tokens", "5"), "option.not-read", "--max-tokens"),
-        (("--verifier", "exact", "--weights", "a=1"), "option.invalid", "--weights"),
+        (("--verifier", "exact_match"), "option.invalid-choice", "`exact`"),
+        ((), "option.not-one-scorer", "--judge"),
+        (("--verifier", "exact", "--model", "m"), "option.not-one-scorer", "--verifier and --model"),
+        (("--verifier", "exactly"), "option.invalid-choice", "--verifier"),
+        (("--verifier", "asserts"), "option.invalid-value", "allow_code_execution"),
+        (("--endpoint", "http://x"), "option.missing-companion", "http://x"),
+        (("--verifier", "exact", "--name", "m"), "option.missing-companion", "--name"),
+        (("--verifier", "exact", "--max-tokens", "5"), "option.missing-companion", "--max-tokens"),
+        (("--verifier", "exact", "--weights", "a=1"), "option.invalid-value", "--weights"),
         (("--model", "m", "--weights", "a=x"), "option.not-a-number", "'x'"),
-        (("--model", "m", "--weights", "a=1,b"), "option.not-key-value", "--weights: 'b'"),
-        (("--model", "m", "--weights", "a=1,a=2"), "option.duplicate", "--weights: 'a'"),
+        (("--model", "m", "--weights", "a=1,b"), "option.not-an-assignment", "--weights: 'b'"),
+        (("--model", "m", "--weights", "a=1,a=2"), "option.repeated-name", "--weights: 'a'"),
         (("--model", "m", "--weights", "nobodys"), "rewards.unknown-weights", "'nobodys'"),
-        (("--verifier", "exact", "--column", "x"), "option.not-key-value", "--column: 'x'"),
-        (("--judge", "http://x", "--name", "m", "--retries", "-1"), "option.invalid", "--judge"),
+        (("--verifier", "exact", "--column", "x"), "option.not-an-assignment", "--column: 'x'"),
+        (("--judge", "http://x", "--name", "m", "--retries", "-1"), "option.invalid-value", "--judge"),
     ],
 )
 def test_arguments_that_make_no_sense(
@@ -425,10 +425,10 @@ def test_chat_prompts_go_to_the_chat_endpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        ((), "[option.no-policy]", "--policy"),
-        (("--endpoint", "http://x"), "[option.endpoint-without-name]", "--name"),
+        ((), "[option.missing-policy]", "--policy"),
+        (("--endpoint", "http://x"), "[option.missing-companion]", "--name"),
         (("--policy", "/nowhere/at/all"), "", "/nowhere/at/all"),
-        (("--policy", "POLICY", "--temperature", "0"), "[option.invalid]", "--temperature"),
+        (("--policy", "POLICY", "--temperature", "0"), "[option.invalid-value]", "--temperature"),
     ],
 )
 def test_generate_refusals(
@@ -565,9 +565,9 @@ def test_sampled_responses_are_not_taken_for_ranked_ones(
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "code", "named"),
     [
-        (("--select", "best"), 2, "[option.unknown-choice]", "--select"),
-        (("--select", "bestworst"), 2, "[option.unknown-choice]", "`best_worst`"),
-        (("--min-chosen-reward", "1", "--keep-top-fraction", "0.5"), 2, "[option.invalid]",
+        (("--select", "best"), 2, "[option.invalid-choice]", "--select"),
+        (("--select", "bestworst"), 2, "[option.invalid-choice]", "`best_worst`"),
+        (("--min-chosen-reward", "1", "--keep-top-fraction", "0.5"), 2, "[option.invalid-value]",
          "--keep-top-fraction"),
         (("--min-gap", "50"), 3, "[data.no-rows-left]", "8 rows"),
         (("--min-chosen-reward", "50"), 3, "[data.no-rows-left]", "filter"),
@@ -618,7 +618,7 @@ def test_audit_shows_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["kind"] == "pair"
     assert run("audit", data, "--max-length", "10") == 2
     shown = capsys.readouterr().err
-    assert "[option.not-read]" in shown and "--tokenizer" in shown
+    assert "[option.missing-companion]" in shown and "--tokenizer" in shown
 
 
 TALKS = [{"prompt": [{"role": "user", "content": c}], "ground_truth": c} for c in "ab"]

@@ -141,7 +141,7 @@ def test_several_heads_and_their_weights(tmp_path: Path) -> None:
     given = scores(RewardModel(folder, {"helpfulness": 2.0, "verbosity": -0.5}))[0]
     one = given["scores"][0]
     assert given["rewards"][0] == pytest.approx(2 * one["helpfulness"] - 0.5 * one["verbosity"])
-    with raises("rewards.weights-mismatch", RecipeError) as error:
+    with raises("rewards.wrong-attributes", RecipeError) as error:
         RewardModel(folder, {"helpfulness": 1.0})
     assert "verbosity" in error.value.what and "helpfulness" not in error.value.what
     own = save_model(

@@ -32,10 +32,10 @@ def test_without_weights_the_mean():
     ("weights", "code", "named"),
     [
         ("nemotron", "rewards.unknown-weights", r"'nemotron'"),
-        ({"a": 1.0}, "rewards.weights-mismatch", " b$"),
-        ({"a": 1.0, "b": 1.0, "c": 1.0}, "rewards.weights-mismatch", "^a weight for c,[^;]*$"),
+        ({"a": 1.0}, "rewards.wrong-attributes", " b$"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, "rewards.wrong-attributes", "^a weight for c,[^;]*$"),
         ({"a": 0.0, "b": 0.0}, "rewards.zero-weights", "0"),
-        ("nemotron-4-340b-reward", "rewards.weights-mismatch", " a; .* b; .* helpfulness"),
+        ("nemotron-4-340b-reward", "rewards.wrong-attributes", " a; .* b; .* helpfulness"),
     ],
 )
 def test_weights_that_do_not_fit(weights, code, named):
