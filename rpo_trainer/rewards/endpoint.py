@@ -185,7 +185,7 @@ def _client(spec: EndpointSpec, key: str | None, clean: Callable[[bytes], bytes]
     except ImportError:
         raise RecipeError(
             "endpoints need the library openai",
-            code="endpoint.missing-library",
+            code="recipe.missing-library",
             where=spec.url,
             why="it is needed for remote endpoints only",
             fix="pip install 'rpo-trainer[endpoint]'",

@@ -227,7 +227,7 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     except LOADING_ERRORS as error:
         raise ModelError(
             "the reward model cannot be loaded",
-            code="model.load-failed",
+            code="model.cannot-load",
             where=path,
             why=first_line(error),
             fix="give a directory with a sequence classifier and its tokenizer, or a hub name",

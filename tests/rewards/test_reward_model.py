@@ -187,7 +187,7 @@ def test_what_cannot_be_scored(tmp_path: Path) -> None:
 
 
 def test_what_is_no_reward_model(tmp_path: Path) -> None:
-    with raises("model.load-failed", ModelError, where=str(tmp_path / "none")):
+    with raises("model.cannot-load", ModelError, where=str(tmp_path / "none")):
         RewardModel(tmp_path / "none")
     config = BertConfig(
         vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1,

@@ -132,7 +132,7 @@ def missing_library(verifier: str, library: str) -> RecipeError:
     """The error of a verifier whose library is not installed."""
     return RecipeError(
         f"the verifier '{verifier}' needs the library {library}",
-        code="verifier.missing-library",
+        code="recipe.missing-library",
         why="it is not installed: only some verifiers need more than the package itself",
         fix="pip install 'rpo-trainer[verifiers]'",
     )
