@@ -215,7 +215,7 @@ class Evaluation:
             return read_rows(path)
         return map_rows_resumable(
             path, rows, scorer.work(rows), key=key, what="scored", label=label, with_digest=True,
-            ranks=distributed,
+            ranks=distributed.ALL_RANKS,
         )  # fmt: skip
 
     def _rewards(self, rows: list[Row], scorer: Scorer, label: str) -> list[Any]:

@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from rpo_trainer.errors import RPOTrainerError
+from rpo_trainer.runtime.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -171,6 +172,20 @@ def all_gather_dict(values: dict[Any, T]) -> dict[Any, T]:
     if world_size() == 1:
         return values
     return {key: value for part in gather_object([values]) for key, value in part.items()}
+
+
+class _AllRanks(Ranks):
+    """The functions of this module, for work that takes either all ranks or one process."""
+
+    rank = staticmethod(rank)
+    world_size = staticmethod(world_size)
+    barrier = staticmethod(barrier)
+    raise_on_all_ranks = staticmethod(raise_on_all_ranks)
+    on_main = staticmethod(on_main)
+    all_gather_dict = staticmethod(all_gather_dict)
+
+
+ALL_RANKS = _AllRanks()
 
 
 def all_reduce_max(value: int) -> int:
