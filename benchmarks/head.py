@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from common import DEVICE, wait
 from torch import Tensor
 
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.step.logprobs import linear_logprobs
 
 

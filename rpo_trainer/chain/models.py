@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from rpo_trainer.models import adapter_files, adapters, four_bits
+from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
-from rpo_trainer.models.outputs import set_ends, write_beside
+from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
+from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
 from rpo_trainer.runtime import distributed
@@ -172,7 +173,7 @@ class Models:
     def _load(
         self, place: Path | str | None, quantization: str | None = None, *, reward: bool = False
     ) -> PreTrainedModel:
-        held = None if quantization is None else four_bits.nf4(self.compute)
+        held = None if quantization is None else nf4(self.compute)
         if isinstance(place, Path):
             model = load_weights(
                 place, quantization=held, reward=reward, trust_remote_code=self.trusted
@@ -180,7 +181,7 @@ class Models:
             check_vocabulary(model, self.vocabulary)
         else:
             model = self._load_named(place, held, reward)
-        four_bits.disable_bnb_cpu_bf16(model)
+        disable_bnb_cpu_bf16(model)
         return model
 
     def _load_named(
@@ -236,7 +237,7 @@ class Models:
     def _merged(self, left: _Adapter) -> PreTrainedModel:
         """Base and adapter in one."""
         with loading_whole():
-            base = four_bits.dequantized(self._load(left.base.place, left.quantization))
+            base = dequantized(self._load(left.base.place, left.quantization))
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: PackedTrainer, stage: Stage) -> None:

@@ -20,7 +20,7 @@ from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.models.adapter_files import WEIGHTS, require_complete, require_weights
 from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_parts
 from rpo_trainer.models.multimodal import without_towers
-from rpo_trainer.models.outputs import read_generation
+from rpo_trainer.models.saved_files import read_generation
 from rpo_trainer.models.sharding import whole_on_every_rank
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.file_errors import device_failed, reads

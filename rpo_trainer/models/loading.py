@@ -23,18 +23,18 @@ from transformers import (
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.data.template_variables import check_kwargs
 from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.models.from_pretrained import (
+    LOADING_ERRORS,
+    load_complete,
+    load_pretrained,
+    refuse_adapter,
+)
 from rpo_trainer.models.multimodal import (
     CLASSIFIER,
     language_model_class,
     random_model,
     require_text_forward,
     with_vocabulary,
-)
-from rpo_trainer.models.pretrained import (
-    LOADING_ERRORS,
-    load_complete,
-    load_pretrained,
-    refuse_adapter,
 )
 from rpo_trainer.models.sharding import loading_whole, num_rows
 from rpo_trainer.recipe.template_kwargs import COLUMN

@@ -15,7 +15,8 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from rpo_trainer.errors import ModelError, Problems, RecipeError, did_you_mean
-from rpo_trainer.models import adapters, four_bits
+from rpo_trainer.models import adapters
+from rpo_trainer.models.quantization import nf4
 from rpo_trainer.recipe import (
     DPOStage,
     ModelSpec,
@@ -277,7 +278,7 @@ def lora_config(stage: Stage) -> LoraConfig | None:
         adapters.require_fit(config)
         adapters.require_plain_start(config)
         if stage.peft.quantization is not None:
-            four_bits.nf4(torch.float32)
+            nf4(torch.float32)
     except ModelError as error:
         raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
     except RecipeError as error:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.loading import load_weights
-from rpo_trainer.step.probe import probe
+from rpo_trainer.step.layout_probe import probe
 from tests.families import tiny_model
 from tests.small_models import make_model
 from tests.step.test_forward import compare, plain_logprobs, random_examples

@@ -25,7 +25,6 @@ from transformers import (
 from rpo_trainer import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.checks import check_towers, check_unread
 from rpo_trainer.models.loading import (
     auto_class,
     load_model_named,
@@ -33,7 +32,8 @@ from rpo_trainer.models.loading import (
     load_weights,
 )
 from rpo_trainer.models.multimodal import random_model, text_decoder, tower_parameters
-from rpo_trainer.models.outputs import write_beside
+from rpo_trainer.models.preload_checks import check_towers, check_unread
+from rpo_trainer.models.saved_files import write_beside
 from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.trainers.engine import may_be_unused

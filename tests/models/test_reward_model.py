@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from tests.step.test_probe import Blind
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rpo_trainer.data.quickstart import character_tokenizer
@@ -20,10 +21,9 @@ from rpo_trainer.models.unwrap import is_classifier
 from rpo_trainer.step import attention
 from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import install, response_scores, uninstall
-from rpo_trainer.step.probe import probe
+from rpo_trainer.step.layout_probe import probe
 from tests.small_models import FAMILIES, make_model
 from tests.step.test_forward import Float64Inside, random_examples
-from tests.step.test_probe import Blind
 
 CLASSIFIED = [family for family in FAMILIES if family not in ("cohere", "granite")]
 NAMES = ("helpfulness", "verbosity", "depth")

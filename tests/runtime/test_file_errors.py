@@ -22,7 +22,7 @@ from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.rows import RowError, reward_fault
 from rpo_trainer.errors import DataError, ModelError, RecipeError, RPOTrainerError
 from rpo_trainer.models import adapter_files, loading
-from rpo_trainer.models import checks as model_checks
+from rpo_trainer.models import preload_checks as model_checks
 from rpo_trainer.models.adapters import load_adapter
 from rpo_trainer.models.loading import load_config, load_tokenizer, saved_config
 from rpo_trainer.recipe import ModelSpec, SourceSpec, load_recipe

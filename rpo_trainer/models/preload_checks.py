@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.errors import ModelError, RecipeError, first_line
+from rpo_trainer.models.from_pretrained import check_stored, weight_files
 from rpo_trainer.models.loading import auto_class, check_tokens, saved_config
 from rpo_trainer.models.multimodal import (
     is_multimodal,
@@ -18,13 +19,12 @@ from rpo_trainer.models.multimodal import (
     require_text_forward,
     towers_line,
 )
-from rpo_trainer.models.outputs import (
+from rpo_trainer.models.saved_files import (
     check_savable,
     read_generation,
     repair_generation,
     warn_repaired,
 )
-from rpo_trainer.models.pretrained import check_stored, weight_files
 from rpo_trainer.runtime.file_errors import reads
 
 if TYPE_CHECKING:

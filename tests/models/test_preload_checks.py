@@ -10,7 +10,7 @@ import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.checks import check_context, check_same_tokenizer
+from rpo_trainer.models.preload_checks import check_context, check_same_tokenizer
 
 
 @pytest.mark.parametrize(

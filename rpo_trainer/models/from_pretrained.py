@@ -26,7 +26,7 @@ from transformers.utils import (
 
 from rpo_trainer.errors import ModelError, first_line, last_line
 from rpo_trainer.models.multimodal import CLASSIFIER, is_multimodal, require_text_forward
-from rpo_trainer.models.outputs import (
+from rpo_trainer.models.saved_files import (
     PROCESSOR_FILES,
     processor_files,
     processor_template,

@@ -2,7 +2,8 @@
 
 Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and wrong
 for others: state-space layers that carry one text into the next, attention of another kind, a head that does
-more. So each trainer asks the model at hand, once, and takes the first layout that `proof.py` cannot refute.
+more. So each trainer asks the model at hand, once, and takes the first layout that `layout_proof.py` cannot
+refute.
 
 It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast
 picks other kernels, so there the layout has to hold under the autocast of the training too.
@@ -23,12 +24,13 @@ from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.models.adapters import lowest_precision
 from rpo_trainer.models.sharding import device_of, has_shards
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
-from rpo_trainer.runtime.distributed import broadcast, greatest_float, is_main
+from rpo_trainer.runtime.distributed import all_reduce_max_float, broadcast, is_main
 from rpo_trainer.runtime.file_errors import device_failed
+from rpo_trainer.step.attention_reach import Recording, rotary_limit
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import install, uninstall
 from rpo_trainer.step.head import FORWARD_ERRORS, Head
-from rpo_trainer.step.proof import (
+from rpo_trainer.step.layout_proof import (
     Answers,
     exchanges,
     last_bits_disturbed,
@@ -38,7 +40,6 @@ from rpo_trainer.step.proof import (
     sees_order,
     sees_others,
 )
-from rpo_trainer.step.reach import Recording, rotary_limit
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ class _Proof:
 
     def _agreed(self, value: float) -> float:
         """The greatest value of the ranks that share the weights: they must take the same way from here."""
-        return greatest_float(float(value)) if self.ranks_share_weights else float(value)
+        return all_reduce_max_float(float(value)) if self.ranks_share_weights else float(value)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
