@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from rpo_trainer.models import adapter_files, adapters
+from rpo_trainer.models.adapter_methods import changes_base
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
 from rpo_trainer.models.saved_files import set_ends, write_beside
@@ -142,7 +143,7 @@ class Models:
         config = lora_config(stage)
         random = stage.init == "model" and self.recipe.model.from_config is not None
         kept = stage.peft.between_stages == "keep"
-        return (random and kept) or (config is not None and adapters.changes_base(config))
+        return (random and kept) or (config is not None and changes_base(config))
 
     def _place(self, source: str) -> _Base:
         if source == "model":

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from rpo_trainer.errors import ModelError, RecipeError, first_line
-from rpo_trainer.models.from_pretrained import ADAPTER_CONFIG, has_weights, tensors_in
+from rpo_trainer.models.from_pretrained import ADAPTER_CONFIG
 from rpo_trainer.models.sharding import has_shards
+from rpo_trainer.models.weight_files import has_weights, tensors_in
 from rpo_trainer.runtime.file_errors import reads
 
 CONFIG = ADAPTER_CONFIG

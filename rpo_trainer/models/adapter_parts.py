@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.from_pretrained import loading_report, local_folder, stored_tensors
+from rpo_trainer.models.from_pretrained import loading_report
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
+from rpo_trainer.models.weight_files import local_folder, stored_tensors
 from rpo_trainer.runtime.distributed import is_main
 
 if TYPE_CHECKING:

@@ -18,6 +18,11 @@ from transformers import PreTrainedModel
 
 from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.models.adapter_files import WEIGHTS, require_complete, require_weights
+from rpo_trainer.models.adapter_methods import (
+    is_adapted,
+    require_plain_start,
+    require_supported_method,
+)
 from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_parts
 from rpo_trainer.models.multimodal import without_towers
 from rpo_trainer.models.saved_files import read_generation
@@ -29,90 +34,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _LOW = (torch.bfloat16, torch.float16)
-
-# Methods that are no change of weights, by `peft_type`.
-_NOT_WEIGHTS = {
-    "ADAPTION_PROMPT": "it puts a prompt of its own into the attention of every row",
-    "ADALORA": "its rank schedule and its regulariser need calls from a training loop made for it",
-    "XLORA": "it runs the model twice to mix adapters row by row",
-    "POLY": "it needs a task id with every row",
-}
-# Starts of LoRA that PEFT makes from data, in a step of its own before or after the adapter is added.
-_FROM_DATA = ("eva", "corda", "lora_ga")
-# Starts that take from the base what they put into the adapter.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-# --- which are taken ---
-
-
-def require_fit(config: PeftConfig) -> None:
-    """Raises ModelError for methods that the packed step cannot be right for."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if config.is_prompt_learning:
-        why = (
-            "its virtual tokens stand before a row, and a row here holds many examples, "
-            "of which only the first would see them"
-        )
-    elif kind in _NOT_WEIGHTS:
-        why = _NOT_WEIGHTS[kind]
-    elif getattr(config, "alora_invocation_tokens", None) is not None:
-        kind, why = "activated LoRA", "it is switched on by tokens of a row, which here is packed"
-    elif getattr(config, "monteclora_config", None) is not None:
-        kind, why = "MonteCLoRA", "it adds a term of its own to the loss, which nobody would add"
-    else:
-        return
-    raise ModelError(
-        f"the adapter method {kind} cannot be trained here",
-        why=why,
-        fix="use LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
-    )
-
-
-def require_plain_start(config: PeftConfig) -> None:
-    """Raises ModelError where a fresh adapter would need data that a config does not bring."""
-    start = getattr(config, "init_lora_weights", True)
-    if start is False:
-        raise ModelError(
-            "init_lora_weights=False starts the adapter at random",
-            why="the policy would not start as the model it is made from",
-            fix="leave init_lora_weights out",
-        )
-    if isinstance(start, str) and start in _FROM_DATA:
-        raise ModelError(
-            f"init_lora_weights={start!r} is made from data, in a step that is not part of a trainer",
-            why="without that step PEFT starts with other weights, or not at all",
-            fix="wrap the model yourself as PEFT's documentation says and pass the wrapped model, "
-            "or take another start (pissa, olora, orthogonal)",
-        )
-
-
-def changes_base(config: PeftConfig) -> bool:
-    """Whether the start of the adapter changes the weights below it."""
-    start = getattr(config, "init_lora_weights", True)
-    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether PEFT has wrapped the model."""
-    from peft import PeftMixedModel, PeftModel
-
-    return isinstance(model, (PeftModel, PeftMixedModel))
-
-
-def require_fit_model(model: nn.Module) -> None:
-    """The same as `require_fit` for a model that somebody else has wrapped."""
-    from peft import PeftMixedModel
-
-    if isinstance(model, PeftMixedModel):
-        raise ModelError(
-            "a PeftMixedModel cannot be trained here",
-            why="PEFT cannot save one",
-            fix="take a PeftModel with one adapter",
-        )
-    if is_adapted(model):
-        for config in model.peft_config.values():  # type: ignore[operator]
-            require_fit(config)
 
 
 # --- beginning ---
@@ -139,7 +60,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
             fix="train it whole: leave peft_config (`peft` in a recipe) out",
         )
-    require_fit(config)
+    require_supported_method(config)
     require_plain_start(config)
     config = without_towers(transformers_model(model), with_new_parts(model, config))
     before = _answers(model)
@@ -290,7 +211,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
     require_weights(folder, str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        require_fit(config)
+        require_supported_method(config)
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
         require_complete(model, folder)
     except KeyError as error:  # of a module that is saved whole, PEFT looks its tensors up
@@ -325,7 +246,7 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        require_fit(config)
+        require_supported_method(config)
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # the start is in the file
         with torch.device("meta"):

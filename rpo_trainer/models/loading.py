@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from pathlib import Path
@@ -10,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.data.template_variables import check_kwargs
-from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.models.from_config import NEEDED, auto_class, make_config, make_random_model
 from rpo_trainer.models.from_pretrained import (
     LOADING_ERRORS,
     load_complete,
@@ -30,15 +28,11 @@ from rpo_trainer.models.from_pretrained import (
     refuse_adapter,
 )
 from rpo_trainer.models.multimodal import (
-    CLASSIFIER,
-    language_model_class,
-    random_model,
-    require_text_forward,
     with_vocabulary,
 )
-from rpo_trainer.models.sharding import loading_whole, num_rows
+from rpo_trainer.models.sharding import num_rows
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.runtime.file_errors import device_failed, reads, require_files, require_sizes
+from rpo_trainer.runtime.file_errors import reads, require_files, require_sizes
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -46,11 +40,6 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe import ModelSpec
 
 logger = logging.getLogger(__name__)
-
-NEEDED = "nothing can be trained or measured without it"
-_CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
-# Fields that configurations take beside those they write.
-_ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
 
 
 @reads("the tokenizer", lambda spec, base_dir: f"model: {spec.tokenizer or spec.name_or_path}")
@@ -106,7 +95,7 @@ def load_model(
         reward: a reward model will do too (see `auto_class`).
     """
     if spec.from_config is not None:
-        model: Any = _random_model(with_vocabulary(spec.from_config, vocabulary), seed)
+        model: Any = make_random_model(with_vocabulary(spec.from_config, vocabulary), seed)
     else:
         assert spec.name_or_path is not None  # the schema
         config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
@@ -125,89 +114,17 @@ def load_model(
     return _named(model, os.path.abspath(local) if name and local.exists() else name)
 
 
-def auto_class(config: Any, *, reward: bool, where: str) -> Any:
-    """The class to load a checkpoint with: sequence classifiers are reward models, all others policies.
-
-    Args:
-        config: the checkpoint's.
-        reward: whether a reward model is wanted, or a policy to make one of.
-
-    Raises:
-        ModelError: a reward model where a policy is wanted; its language head would be random. A model
-            that text alone does not suffice for (see `language_model_class`).
-    """
-    names = map(str, getattr(config, "architectures", None) or ())
-    if not any(name.endswith(CLASSIFIER) for name in names):
-        return language_model_class(config, where)
-    if not reward:
-        raise ModelError(
-            "this is a reward model (a sequence classifier), and no policy",
-            where=where,
-            why="it cannot say how likely a token is",
-            fix="start from a causal language model",
-        )
-    return AutoModelForSequenceClassification
-
-
 @reads("the model's configuration", lambda spec, *_, **__: f"model: {spec.name_or_path}")
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
     """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
-        return _configuration(with_vocabulary(spec.from_config, vocabulary))
+        return make_config(with_vocabulary(spec.from_config, vocabulary))
     name = spec.name_or_path
     if source is not None:
         name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
     assert name is not None  # the schema
     config = _load(AutoConfig, name, base_dir, spec, what="model's configuration")
     return require_sizes(config, f"model: {name}")
-
-
-def _configuration(settings: dict[str, Any]) -> Any:
-    where = "model.from_config"
-    try:
-        known = AutoConfig.for_model(settings["model_type"])
-        config = AutoConfig.for_model(**settings)
-    except (*_CONFIGURATION_ERRORS, StrictDataclassError) as error:
-        # Of an unknown model_type, what follows is the list of all known ones.
-        what = last_line(error).split(" Should contain one of")[0]
-        raise ModelError(
-            f"this is no configuration of a model: {type(error).__name__}: {what}",
-            where=where,
-            why=NEEDED,
-            fix="write its fields as transformers has them, `model_type` among them",
-        ) from error
-    for name in settings:
-        if name in _ALSO_TAKEN or name in known.to_dict() or hasattr(known, name):
-            continue
-        near = difflib.get_close_matches(name, known.to_dict(), n=1)
-        raise ModelError(
-            f"a {settings['model_type']} has no field `{name}`",
-            where=where,
-            why="it would be ignored",
-            fix=f"did you mean `{near[0]}`?" if near else "remove it",
-        )
-    return require_sizes(config, where)
-
-
-def _random_model(settings: dict[str, Any], seed: int) -> Any:
-    config = _configuration(settings)
-    set_seed(seed)
-    factory = auto_class(config, reward=False, where="model.from_config")
-    try:
-        with loading_whole():  # in parts, each rank would draw other numbers
-            model = random_model(factory, config, dtype=torch.float32)
-    except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
-        if device_failed(error):
-            raise
-        raise ModelError(
-            f"no model can be made of this configuration: {type(error).__name__}: "
-            f"{last_line(error).split(' Model type should be one of')[0]}",
-            where="model.from_config",
-            why=NEEDED,
-            fix="fix the field named above, or take the configuration of a model that exists",
-        ) from error
-    require_text_forward(model, "model.from_config")
-    return model
 
 
 def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.errors import ModelError, RecipeError, first_line
-from rpo_trainer.models.from_pretrained import check_stored, weight_files
-from rpo_trainer.models.loading import auto_class, check_tokens, saved_config
+from rpo_trainer.models.from_config import auto_class
+from rpo_trainer.models.from_pretrained import check_stored
+from rpo_trainer.models.loading import check_tokens, saved_config
 from rpo_trainer.models.multimodal import (
     is_multimodal,
     random_model,
@@ -25,6 +26,7 @@ from rpo_trainer.models.saved_files import (
     repair_generation,
     warn_repaired,
 )
+from rpo_trainer.models.weight_files import weight_files
 from rpo_trainer.runtime.file_errors import reads
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin, TrainingArguments, set_seed
 
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapters
+from rpo_trainer.models.adapter_methods import is_adapted, require_supported_adapter
 from rpo_trainer.models.adapter_parts import require_trained_parts, warn_of_random
 from rpo_trainer.models.loading import load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
@@ -129,12 +130,10 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
     disable_bnb_cpu_bf16(model)
     require_kept_padding(transformers_model(model))
-    _freeze_towers(
-        transformers_model(model), adapted=peft_config is not None or adapters.is_adapted(model)
-    )
+    _freeze_towers(transformers_model(model), adapted=peft_config is not None or is_adapted(model))
     if peft_config is None:
-        adapters.require_fit_model(model)
-        if adapters.is_adapted(model):
+        require_supported_adapter(model)
+        if is_adapted(model):
             require_trained_parts(model)
         else:
             warn_of_random(model)

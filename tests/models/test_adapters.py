@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapter_files, adapters
+from rpo_trainer.models.adapter_methods import changes_base, is_adapted, require_supported_adapter
 from rpo_trainer.models.loading import load_weights
 from rpo_trainer.step.layout_probe import probe
 from tests.families import tiny_model
@@ -135,7 +136,7 @@ def test_prompt_learning_is_refused_with_the_reason(number: int, wrapped: bool) 
     config, model = prompt_learning()[number], make_model()
     model = peft.get_peft_model(model, config) if wrapped else model
     with pytest.raises(ModelError, match="virtual tokens stand before a row") as error:
-        adapters.require_fit_model(model) if wrapped else adapters.with_adapter(model, config)
+        require_supported_adapter(model) if wrapped else adapters.with_adapter(model, config)
     assert str(config.peft_type.value) in error.value.what and "use LoRA" in str(error.value.fix)
 
 
@@ -176,7 +177,7 @@ def test_routers_among_the_targets_are_named(family: str) -> None:
     with pytest.raises(ModelError, match="router"):
         adapters.with_adapter(routed(family), lora(target_modules="all-linear"))
     excluded = lora(target_modules="all-linear", exclude_modules=["router"])
-    assert adapters.is_adapted(adapters.with_adapter(routed(family), excluded))
+    assert is_adapted(adapters.with_adapter(routed(family), excluded))
 
 
 FUSED = {
@@ -233,7 +234,7 @@ def test_grouped_layers_among_the_targets_are_named() -> None:
         adapters.with_adapter(tiny_model("deepseek_v4"), lora(target_modules="all-linear"))
     assert "o_a_proj" in error.value.what
     excluded = lora(target_modules="all-linear", exclude_modules=["o_a_proj"])
-    assert adapters.is_adapted(adapters.with_adapter(tiny_model("deepseek_v4"), excluded))
+    assert is_adapted(adapters.with_adapter(tiny_model("deepseek_v4"), excluded))
 
 
 def old_experts(folder: Path, *, without: str = "nothing") -> None:
@@ -300,7 +301,7 @@ def test_starts_that_leave_the_model_as_it_is(start: Any) -> None:
     below = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
     changed = str(start).startswith(("pissa", "olora"))
     assert torch.equal(base, below) != changed
-    assert adapters.changes_base(config) == changed
+    assert changes_base(config) == changed
 
 
 def test_adapters_of_a_bfloat16_model_are_float32() -> None:
@@ -312,7 +313,7 @@ def test_adapters_of_a_bfloat16_model_are_float32() -> None:
 def test_a_mixed_model_is_refused() -> None:
     model = peft.get_peft_model(make_model(), lora(), mixed=True)
     with pytest.raises(ModelError, match="PeftMixedModel"):
-        adapters.require_fit_model(model)
+        require_supported_adapter(model)
 
 
 # --- a policy that is its base still ---

@@ -20,9 +20,10 @@ import rpo_trainer
 from rpo_trainer import DPOTrainer, RewardTrainer, SFTTrainer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.from_pretrained import check_stored, weight_files
+from rpo_trainer.models.from_pretrained import check_stored
 from rpo_trainer.models.loading import load_model, load_model_named, load_weights
 from rpo_trainer.models.preload_checks import check_safetensors
+from rpo_trainer.models.weight_files import weight_files
 from rpo_trainer.recipe import ModelSpec
 from rpo_trainer.rewards.model import RewardModel
 from tests.small_models import make_model

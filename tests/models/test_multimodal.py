@@ -25,8 +25,8 @@ from transformers import (
 from rpo_trainer import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
+from rpo_trainer.models.from_config import auto_class
 from rpo_trainer.models.loading import (
-    auto_class,
     load_model_named,
     load_tokenizer_named,
     load_weights,
