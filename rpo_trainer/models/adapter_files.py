@@ -61,6 +61,7 @@ def base_of(folder: Path) -> str:
     if not name:
         raise ModelError(
             "the adapter does not name its base model",
+            code="adapter.no-base",
             where=str(folder / CONFIG),
             why="it is only valid for that base",
             fix="write the model's directory or hub name there as base_model_name_or_path",
@@ -96,6 +97,7 @@ def require_weights(folder: Path, where: str) -> None:
         what = "its weights are pickled (adapter_model.bin)" if pickled else f"{WEIGHTS} is missing"
     raise ModelError(
         f"the adapter cannot be loaded: {what}",
+        code="adapter.unusable-weights",
         where=where,
         why="weights are read from safetensors alone: a pickle can hold code",
         fix="copy the adapter again, or load it with PEFT where you trust its origin, and `save_pretrained`",
@@ -125,6 +127,8 @@ def require_complete(model: Any, folder: Path) -> None:
     ]
     raise ModelError(
         f"the adapter's file does not fit its configuration and base; {'; '.join(parts)}",
+        code="adapter.tensor-mismatch",
+        details={"missing": missing, "other_shape": other, "unknown": unknown},
         where=str(folder / WEIGHTS),
         why="PEFT would initialize missing tensors and ignore the others",
         fix="copy the adapter again, or name the base that it was trained on",
@@ -161,6 +165,7 @@ def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
         if old != new:
             raise RecipeError(
                 f"the recipe continues this adapter, whose {name} is {saved[name]}, not {value}",
+                code="adapter.config-mismatch",
                 where=str(folder),
                 why="its weights were trained with its own settings",
                 fix=f"write {name}: {saved[name]}, or merge the adapter first",

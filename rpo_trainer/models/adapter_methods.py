@@ -42,6 +42,7 @@ def require_supported_method(config: PeftConfig) -> None:
         return
     raise ModelError(
         f"the adapter method {kind} cannot be trained here",
+        code="adapter.unsupported-method",
         why=why,
         fix="use LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
     )
@@ -53,12 +54,14 @@ def require_plain_start(config: PeftConfig) -> None:
     if start is False:
         raise ModelError(
             "init_lora_weights=False starts the adapter at random",
+            code="adapter.random-start",
             why="the policy would not start as the model it is made from",
             fix="leave init_lora_weights out",
         )
     if isinstance(start, str) and start in _FROM_DATA:
         raise ModelError(
             f"init_lora_weights={start!r} is made from data, in a step that is not part of a trainer",
+            code="adapter.data-start",
             why="without that step PEFT starts with other weights, or not at all",
             fix="wrap the model yourself as PEFT's documentation says and pass the wrapped model, "
             "or take another start (pissa, olora, orthogonal)",
@@ -85,6 +88,7 @@ def require_supported_adapter(model: nn.Module) -> None:
     if isinstance(model, PeftMixedModel):
         raise ModelError(
             "a PeftMixedModel cannot be trained here",
+            code="adapter.unsupported-method",
             why="PEFT cannot save one",
             fix="take a PeftModel with one adapter",
         )

@@ -51,12 +51,14 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     if is_adapted(model):
         raise ModelError(
             "peft_config was given for a model that has an adapter already",
+            code="adapter.already-adapted",
             why="which of the two is to be trained cannot be guessed",
             fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
         )
     if getattr(transformers_model(model), "_rpo_text_part", False):
         raise ModelError(
             "a reward model of the text part of a multimodal checkpoint cannot be trained by an adapter",
+            code="adapter.text-part",
             why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
             fix="train it whole: leave peft_config (`peft` in a recipe) out",
         )
@@ -69,6 +71,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     except (ValueError, TypeError, ImportError) as error:
         raise ModelError(
             f"PEFT makes no adapter of this: {error}",
+            code="adapter.bad-config",
             where="peft",
             why="the settings do not fit together, or not this model",
             fix="fix them: target_modules name layers of the model, r and lora_alpha are numbers",
@@ -77,6 +80,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         _require_same(
             wrapped, before,
             what="the adapter changes the model before anything is learnt",
+            code="adapter.changes-model",
             fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -86,6 +90,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         raise ModelError(
             "the model cannot run with this adapter"
             + (f": the targets {odd} do not compute what a linear layer does" if odd else ""),
+            code="adapter.forward-fails",
             where="peft",
             why=first_line(error),
             fix="leave these modules out: list them in exclude_modules, or the others in target_modules",
@@ -190,10 +195,12 @@ def _off(model: nn.Module, expected: Tensor | None) -> float:
     return (actual - expected.to(actual.device)).abs().max().item()
 
 
-def _require_same(model: nn.Module, expected: Tensor | None, *, what: str, fix: str) -> None:
+def _require_same(
+    model: nn.Module, expected: Tensor | None, *, what: str, code: str, fix: str
+) -> None:
     off = _off(model, expected)
     if not off <= (0.25 if lowest_precision(model) in _LOW else 1e-3):
-        raise ModelError(what, why=f"its log-probs change by {off:.2g} nats", fix=fix)
+        raise ModelError(what, code=code, why=f"its log-probs change by {off:.2g} nats", fix=fix)
 
 
 # --- on disk ---
@@ -217,6 +224,8 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
     except KeyError as error:  # of a module that is saved whole, PEFT looks its tensors up
         raise ModelError(
             f"the adapter's file does not fit its configuration; missing: {error.args[0]}",
+            code="adapter.tensor-mismatch",
+            details={"missing": [str(error.args[0])]},
             where=str(folder / WEIGHTS),
             why="the adapter would not be the one that was saved",
             fix="copy the adapter again",
@@ -226,6 +235,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
             raise
         raise ModelError(
             "the adapter cannot be loaded",
+            code="adapter.cannot-load",
             where=str(folder),
             why=first_line(error),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
@@ -254,6 +264,7 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             "the adapter cannot be loaded",
+            code="adapter.cannot-load",
             where=where,
             why=first_line(error),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
@@ -279,6 +290,7 @@ def merged(model: Any) -> PreTrainedModel:
     except (AttributeError, ValueError, NotImplementedError, TypeError) as error:
         raise ModelError(
             "the adapter cannot be merged",
+            code="adapter.cannot-merge",
             why=str(error),
             fix="write `between_stages: keep` without `merge`, or take a method that can be merged",
         ) from error
@@ -287,6 +299,7 @@ def merged(model: Any) -> PreTrainedModel:
     _require_same(
         plain, before,
         what="the merged model is not the adapted one",
+        code="adapter.merge-changes-model",
         fix="write `between_stages: keep` without `merge`, or report the method",
     )  # fmt: skip
     return plain.requires_grad_()  # type: ignore[no-any-return]

@@ -42,6 +42,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
     if not reward:
         raise ModelError(
             "this is a reward model (a sequence classifier), and no policy",
+            code="model.not-a-policy",
             where=where,
             why="it cannot say how likely a token is",
             fix="start from a causal language model",
@@ -60,6 +61,7 @@ def make_config(settings: dict[str, Any]) -> Any:
         what = last_line(error).split(" Should contain one of")[0]
         raise ModelError(
             f"this is no configuration of a model: {type(error).__name__}: {what}",
+            code="model.bad-config",
             where=where,
             why=NEEDED,
             fix="write its fields as transformers has them, `model_type` among them",
@@ -70,6 +72,7 @@ def make_config(settings: dict[str, Any]) -> Any:
         near = difflib.get_close_matches(name, known.to_dict(), n=1)
         raise ModelError(
             f"a {settings['model_type']} has no field `{name}`",
+            code="model.unknown-config-field",
             where=where,
             why="it would be ignored",
             fix=f"did you mean `{near[0]}`?" if near else "remove it",
@@ -91,6 +94,7 @@ def make_random_model(settings: dict[str, Any], seed: int) -> Any:
         raise ModelError(
             f"no model can be made of this configuration: {type(error).__name__}: "
             f"{last_line(error).split(' Model type should be one of')[0]}",
+            code="model.bad-config",
             where="model.from_config",
             why=NEEDED,
             fix="fix the field named above, or take the configuration of a model that exists",

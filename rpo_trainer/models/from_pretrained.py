@@ -149,6 +149,7 @@ def refuse_adapter(where: str) -> None:
 def _adapter_there(where: str, *, beside: bool) -> ModelError:
     return ModelError(
         f"this directory holds a PEFT adapter{' beside a model' if beside else ', not a whole model'}",
+        code="model.adapter-in-directory",
         where=where,
         why="whether it is to be merged, trained further or left out cannot be guessed",
         fix="move the adapter to a directory of its own"
@@ -176,6 +177,12 @@ def _require_complete(
     parts = [f"{what}: {_named(names)}" for what, names in found.items() if names]
     raise ModelError(
         f"the files of the model do not fit a {type(model).__name__}: {'; '.join(parts)}",
+        code="model.tensor-mismatch",
+        details={
+            "missing": lacking["missing"],
+            "other_shape": lacking["of another shape"],
+            "unknown": more,
+        },
         where=where,
         why="transformers would fill what is missing with random numbers and ignore the others"
         if any(lacking.values())
@@ -292,6 +299,7 @@ def quiet_loading() -> Iterator[None]:
 def _other_tensors(error: RuntimeError, where: str) -> ModelError:
     return ModelError(
         "the model cannot be loaded: its files do not hold the tensors of its class",
+        code="model.tensor-mismatch",
         where=where,
         why=last_line(error),
         fix=_FIX,

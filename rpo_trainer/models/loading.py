@@ -54,6 +54,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
         if name is None:
             raise ModelError(
                 "a model made by from_config brings no tokenizer",
+                code="tokenizer.missing",
                 where="model.tokenizer",
                 why="without one no text becomes tokens",
                 fix="name one: a directory, a hub name, or `characters`",
@@ -68,6 +69,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     if made.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end token",
+            code="tokenizer.no-end-token",
             where=f"model: {spec.tokenizer or spec.name_or_path}",
             why="a response without one never ends, neither in the data nor when it is sampled",
             fix="set eos_token in tokenizer_config.json",
@@ -197,6 +199,7 @@ def _refuse_kernel(config: Any, where: str) -> None:
     if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
         raise ModelError(
             f"the model's configuration asks for attention code from the hub ({name})",
+            code="model.hub-kernel",
             where=where,
             why="that code would run here with your permissions",
             fix="remove attn_implementation from config.json",
@@ -209,6 +212,7 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
     if not (folder / "config.json").is_file():
         raise ModelError(
             "there is no model here",
+            code="model.not-found",
             where=where,
             why=NEEDED,
             fix="give a directory with config.json and weights in safetensors",
@@ -225,20 +229,23 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
     return require_sizes(config, where)
 
 
-def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
+def _not_loaded(what: str, error: Exception, where: str, *, fix: str | None = None) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(
             f"the {what} cannot be loaded: it needs code from its repository",
+            code="model.needs-remote-code",
             where=where,
             why="that code would run here with your permissions",
-            fix="take a model that transformers knows by itself; or read the code, and set "
+            fix=fix
+            or "take a model that transformers knows by itself; or read the code, and set "
             "`trust_remote_code: true` under `model`",
         )
     return ModelError(
         f"the {what} cannot be loaded: {first_line(error)}",
+        code="model.cannot-load",
         where=where,
         why=NEEDED,
-        fix="give a directory with the model's files (safetensors), or a hub name",
+        fix=fix or "give a directory with the model's files (safetensors), or a hub name",
     )
 
 
@@ -259,6 +266,7 @@ def check_tokens(rows: int, tokens: int, where: str) -> None:
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens, the model {rows} embeddings",
+            code="tokenizer.too-many-tokens",
             where=where,
             why="a token beyond the table cannot be embedded",
             fix="take the model's own tokenizer, or resize the model's embeddings first",
@@ -273,6 +281,7 @@ def _load(
     if not local.exists() and name.startswith((".", "/", "~")):  # no hub name begins so
         raise ModelError(
             f"the {what} cannot be loaded: there is no such directory",
+            code="model.not-found",
             where=f"model: {name}",
             why=NEEDED,
             fix="give a directory with the model's files (safetensors), or a hub name",
@@ -297,14 +306,12 @@ def _load(
     except ModelError as error:
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:
-        failed = _not_loaded(what, error, f"model: {name}")
-        if known:
-            raise failed from error
-        fix = (
+        offline = (
             f"give a directory with the model's files (safetensors); or try again with a network, or run "
             f"`hf download {name}` where there is one: its cache is read without"
         )
-        raise ModelError(failed.what, where=failed.where, why=failed.why, fix=fix) from error
+        fix = None if known else offline
+        raise _not_loaded(what, error, f"model: {name}", fix=fix) from error
 
 
 def _hub_answers(name: str, revision: str) -> bool:

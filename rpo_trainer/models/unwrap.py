@@ -24,6 +24,7 @@ def transformers_model(model: nn.Module) -> Any:
         if not isinstance(inner, nn.Module):
             raise ModelError(
                 f"{type(model).__name__} holds no transformers model",
+                code="model.not-transformers",
                 why="the step runs inside a PreTrainedModel's forward",
                 fix="pass a transformers causal language model, wrapped by PEFT or not",
             )
@@ -47,6 +48,7 @@ def unwrap_prepared_model(model: Any) -> Any:
     ):
         raise ModelError(
             "the model was loaded in parts (tp_plan or distributed_config)",
+            code="model.sharded",
             why="each process computes examples of its own, which takes the whole model",
             fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO shard it",
         )
@@ -55,6 +57,7 @@ def unwrap_prepared_model(model: Any) -> Any:
     ):
         raise ModelError(
             f"the model is prepared for an engine already (a {type(model).__name__})",
+            code="model.already-prepared",
             why="the trainer prepares it by its own arguments, reference and checkpoints included",
             fix="pass the model as it is before accelerator.prepare",
         )

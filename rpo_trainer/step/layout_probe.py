@@ -114,11 +114,13 @@ def probe(
     if layout:
         raise ModelError(
             f"layout={layout!r} does not give what plain forwards of {whose} ({name}) give",
+            code="training.inexact-layout",
             why="; ".join(refused),
             fix="layout='auto' finds one that does",
         )
     raise ModelError(
         f"no layout of the step gives what plain forwards of {whose} ({name}) give",
+        code="model.no-exact-layout",
         why="; ".join(refused),
         fix="report the model's type, or set attn_implementation='sdpa' when loading it",
     )
@@ -215,6 +217,7 @@ class _Proof:
                 raise
             raise ModelError(
                 f"a forward of {type(transformers_model(model)).__name__} fails",
+                code="model.forward-fails",
                 why=f"{type(error).__name__}: {first_line(error)}",
                 fix="see whether it runs in another dtype (dtype=torch.float32) or with another "
                 "attn_implementation",
