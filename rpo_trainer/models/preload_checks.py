@@ -44,6 +44,7 @@ def check_context(config: Any, max_length: int, where: str, *, whose: str = "the
         raise ModelError(
             f"max_length {max_length} is beyond {whose} context of {limit} tokens",
             code="model.context-exceeded",
+            details={"limit": limit},
             where=where,
             why="the model was not trained on positions beyond this, and may not have them",
             fix=f"max_length: {limit}, or less",
@@ -179,6 +180,7 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where
             f"the model's tokenizer is another one: {other!r} is token {own[other]} there, and "
             f"{known[other]} of the recipe's",
             code="tokenizer.mismatch",
+            details={"token": other, "ids": (own[other], known[other])},
             where=where,
             why="the tokens of the recipe's tokenizer would mean other words to it",
             fix="take a model with the tokenizer of `model`, or set `model.tokenizer`",

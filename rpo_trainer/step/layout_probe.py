@@ -50,6 +50,7 @@ _NAMES = {
     "padded": "one response a row",
     "single": "one response a forward",
 }
+_OWN_LOGITS = "the model's own logits"
 _DEPENDS = "a response depends on the other texts of its batch"
 
 
@@ -104,7 +105,7 @@ def probe(
                 if why is None:
                     _report(refused, candidate, tried, whose)
                     return candidate, tried
-                own = "" if tried.fused else " with the model's own logits"
+                own = "" if tried.fused else f" with {_OWN_LOGITS}"
                 refused.append(f"{_NAMES[candidate]}{own}: {why}")
                 if why.startswith(_DEPENDS):  # whatever the head is
                     break
@@ -167,7 +168,7 @@ def _heads(head: Head) -> list[Head]:
 def _report(refused: list[str], layout: Layout, head: Head, whose: str) -> None:
     if not is_main():
         return
-    how = "fused head" if head.fused else "the model's own logits"
+    how = "fused head" if head.fused else _OWN_LOGITS
     of = "" if whose == "the model" else f" of {whose}"
     line = f"step layout{of}: {_NAMES[layout]}, {how}"
     if refused:

@@ -15,6 +15,7 @@ from rpo_trainer.models import adapters
 from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
 from rpo_trainer.step.layout_probe import probe
 from tests.models.test_adapters import IDS, logps, lora, stirred
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.step.test_forward import compare, random_examples
 
@@ -23,8 +24,9 @@ peft = pytest.importorskip("peft")
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"pip install 'rpo-trainer\[qlora\]'"):
+    with raises("recipe.missing-package", RecipeError, where="quantization") as error:
         nf4(torch.float32)
+    assert "rpo-trainer[qlora]" in str(error.value.fix)
 
 
 @pytest.fixture

@@ -25,10 +25,12 @@ from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.head import Head
 from rpo_trainer.step.layout_probe import probe
 from tests.families import tiny_model
+from tests.raising import raises
 from tests.small_models import FAMILIES, VOCABULARY, make_model
 from tests.varlen_kernel import emulate, reference
 
 # State-space layers, linear attention, convolutions, ALiBi: what goes from one text of a row into the next.
+PADDED = probe_module._NAMES["padded"]
 LEAKING = (
     "bamba", "bloom", "falcon", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear",
     "lfm2", "lfm2_moe", "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5_text",
@@ -57,7 +59,7 @@ def test_kernels_that_only_autocast_takes_are_proved_too(leaks, monkeypatch, cap
     assert probe(make_model("llama"))[0] == "shared" and not calls
     layout, head = probe(make_model("llama"), autocast=torch.bfloat16)
     assert layout == ("padded" if leaks else "shared") and head.fused and calls
-    assert ("under autocast to bfloat16" in caplog.text) == leaks
+    assert ("bfloat16" in caplog.text) == leaks
 
 
 @pytest.mark.parametrize("set_for", ["all", "products", "nothing"])
@@ -96,8 +98,9 @@ def test_no_layout_that_leaks_is_taken(family, dtype, weights):
         torch.manual_seed(0)
         model = type(model)(model.config).eval()
     if (family, dtype) == ("xlstm", torch.bfloat16):  # nor does it run in a stock forward
-        with pytest.raises(ModelError, match="a forward of xLSTMForCausalLM fails"):
+        with raises("model.forward-fails", ModelError) as error:
             probe(model.to(dtype))
+        assert "xLSTMForCausalLM" in error.value.what
     else:
         assert probe(model.to(dtype))[0] in ("padded", "single")
 
@@ -158,7 +161,7 @@ def test_attention_that_selects_tokens_gets_one_response_a_forward(family, caplo
     with caplog.at_level(logging.WARNING):
         layout, _ = probe(tiny_model(family))
     assert layout == "single"
-    assert caplog.text.count("one response a row: ") == 1
+    assert caplog.text.count(f"{PADDED}: ") == 1
 
 
 def test_one_response_a_forward_is_what_plain_forwards_give():
@@ -190,7 +193,10 @@ def test_state_space_model_is_padded_with_a_log_line(caplog):
     with caplog.at_level(logging.WARNING):
         layout, _ = probe(MambaForCausalLM(config))
     assert layout == "padded"
-    assert "step layout: one response a row, fused head (shared prompts: " in caplog.text
+    (record,) = [r for r in caplog.records if r.name == probe_module.__name__]
+    said, _, refused = record.getMessage().partition("(")
+    assert record.levelname == "WARNING" and PADDED in said
+    assert refused.startswith(f"{probe_module._NAMES['shared']}: ")
 
 
 class Blind(nn.Module):
@@ -207,7 +213,7 @@ def test_attention_that_ignores_the_plan_is_padded(monkeypatch, caplog):
     functions = attention.AttentionInterface._global_mapping
     monkeypatch.setitem(functions, attention.ATTENTION_NAME, Blind())
     layout, _ = probe(make_model("llama"))
-    assert layout == "padded" and "depends on the other texts of its batch" in caplog.text
+    assert layout == "padded" and probe_module._DEPENDS in caplog.text
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-3])
@@ -227,13 +233,14 @@ def test_a_head_that_is_learned_wrongly_is_refuted(monkeypatch, caplog):
     monkeypatch.setattr("rpo_trainer.step.forward.head_of", lambda *_: heads.Head(logit_scale=1.01))
     layout, head = probe(make_model("granite"))
     assert layout == "shared" and not head.fused
-    assert "the model's own logits" in caplog.text
+    assert probe_module._OWN_LOGITS in caplog.text
 
 
 def test_nothing_agrees(monkeypatch):
     monkeypatch.setattr("rpo_trainer.step.layout_proof.token_logprobs", lambda *a: torch.zeros(12))
-    with pytest.raises(ModelError, match="LlamaForCausalLM"):
+    with raises("model.no-exact-layout", ModelError) as error:
         probe(make_model("llama"))
+    assert "LlamaForCausalLM" in error.value.what
 
 
 def test_mode_and_settings_are_kept():
@@ -283,7 +290,7 @@ def test_a_rotary_embedding_that_changes_with_the_longest_text(kind):
     if kind == "longrope":
         assert probe(model, longest=17)[0] == probe(model)[0] == "single"
     else:  # and later texts too
-        with pytest.raises(ModelError, match="no layout"):
+        with raises("model.no-exact-layout", ModelError):
             probe(model, longest=17)
     assert rotary_limit(make_model("llama")) is None
 
@@ -307,8 +314,9 @@ def test_single_rows_of_longrope_are_right_at_any_length():
 
 
 def test_a_layout_that_is_asked_for_and_wrong_says_so():
-    with pytest.raises(ModelError, match="layout='shared'"):
+    with raises("training.inexact-layout", ModelError) as error:
         probe(tiny_model("mamba"), layout="shared")
+    assert "layout='shared'" in error.value.what
 
 
 @pytest.mark.parametrize("vocabulary", [3, 4, 5, 7, 12])
