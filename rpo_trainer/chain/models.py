@@ -226,7 +226,9 @@ class Models:
         with loading_whole():
             model = self._fresh(stage, seed)
         model.save_pretrained(staged / _START)
-        adapter_files.describe(staged / _START, os.path.abspath(own), way="..", plain_start=True)
+        adapter_files.write_base(
+            staged / _START, os.path.abspath(own), relative="..", plain_start=True
+        )
         plain = model.unload()
         set_ends(plain)
         plain.save_pretrained(staged)
@@ -255,7 +257,7 @@ class Models:
         assert spec is not None
         base = self._base(stage)
         changed = isinstance(base.place, Path) and base.place.name == _BASE
-        adapter_files.describe(staged, base.name, way=base.way, plain_start=changed)
+        adapter_files.write_base(staged, base.name, relative=base.way, plain_start=changed)
         left = _Adapter(staged, base, spec.quantization)
         if spec.between_stages == "keep":
             if spec.merge:
@@ -265,7 +267,7 @@ class Models:
             alone = folder / "adapter"
             shutil.rmtree(alone, ignore_errors=True)
             alone.mkdir()
-            for name in (adapter_files.CONFIG, adapter_files.WEIGHTS, adapter_files.WAY):
+            for name in (adapter_files.CONFIG, adapter_files.WEIGHTS, adapter_files.BASE):
                 if (staged / name).is_file():
                     os.replace(staged / name, alone / name)
             shutil.rmtree(staged)

@@ -19,7 +19,7 @@ from rpo_trainer.runtime.file_errors import reads
 
 CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
-WAY = "adapter_base.json"  # path of the base relative to the adapter, so that a run can be moved
+BASE = "adapter_base.json"  # path of the base relative to the adapter, so that a run can be moved
 
 
 def is_adapter(folder: Path) -> bool:
@@ -27,19 +27,21 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not has_weights(folder)
 
 
-def describe(folder: Path, base: str, *, way: str | None = None, plain_start: bool = False) -> None:
+def write_base(
+    folder: Path, base: str, *, relative: str | None = None, plain_start: bool = False
+) -> None:
     """Writes into a saved adapter what it is an adapter of.
 
     Args:
         base: absolute directory or hub name, which PEFT and others find from wherever they run.
-        way: the directory relative to the adapter's, which counts first here: both may have been moved.
+        relative: the directory relative to the adapter's, which counts first here: both may have been moved.
         plain_start: the base is what the adapter's start made of it, so loading must not do so again.
     """
     path = folder / CONFIG
     settings = json.loads(path.read_text())
     settings["base_model_name_or_path"] = base
-    if way is not None:
-        (folder / WAY).write_text(json.dumps({"base": way}))
+    if relative is not None:
+        (folder / BASE).write_text(json.dumps({"base": relative}))
     if plain_start:
         settings["init_lora_weights"] = True
     path.write_text(json.dumps(settings, indent=2, sort_keys=True))
@@ -53,8 +55,8 @@ def base_of(folder: Path) -> str:
     Raises:
         ModelError: it does not say.
     """
-    if (folder / WAY).is_file():
-        near = folder / str(json.loads((folder / WAY).read_text())["base"])
+    if (folder / BASE).is_file():
+        near = folder / str(json.loads((folder / BASE).read_text())["base"])
         if near.is_dir():
             return str(near.resolve())
     name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")

@@ -1,7 +1,7 @@
-"""PEFT adapters: which are taken, how one is begun, loaded and merged.
+"""PEFT adapters: begun, loaded and merged, each time with the answers that the model had before.
 
-Nothing is believed that can be asked: a fresh adapter must leave the model's answers as they are, and a
-merged model must answer as the adapted one does. Both are compared on a few random tokens.
+Both are tested on the model itself: a fresh adapter must leave the model's answers as they are, and a
+merged model must answer as the adapted one does, on a few random tokens.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _odd_targets(wrapped: nn.Module) -> list[str]:
 @contextmanager
 def randomized_zero_init(model: nn.Module) -> Iterator[None]:
     """Within it an adapter's parameters that start at zero do not, so that a test of paths can see them."""
-    asleep = [
+    zeros = [
         p
         for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())
         if p.requires_grad and p.is_floating_point() and not p.any()
@@ -124,12 +124,12 @@ def randomized_zero_init(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for p in asleep:
+            for p in zeros:
                 p.copy_(torch.randn(p.shape, generator=generator, device="cpu") * 0.02)
         yield
     finally:
         with torch.no_grad():
-            for p in asleep:
+            for p in zeros:
                 p.zero_()
 
 
@@ -144,7 +144,7 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
         return False
     with model.disable_adapter():  # type: ignore[operator]
         before = _answers(model)
-    return _off(model, before) < 1e-4
+    return _largest_difference(model, before) < 1e-4
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def _answers(model: nn.Module) -> Tensor | None:
     return logits if is_classifier(inner) else logits.log_softmax(-1)
 
 
-def _off(model: nn.Module, expected: Tensor | None) -> float:
+def _largest_difference(model: nn.Module, expected: Tensor | None) -> float:
     actual = _answers(model)
     if actual is None or expected is None:
         return 0.0
@@ -198,7 +198,7 @@ def _off(model: nn.Module, expected: Tensor | None) -> float:
 def _require_same(
     model: nn.Module, expected: Tensor | None, *, what: str, code: str, fix: str
 ) -> None:
-    off = _off(model, expected)
+    off = _largest_difference(model, expected)
     if not off <= (0.25 if lowest_precision(model) in _LOW else 1e-3):
         raise ModelError(what, code=code, why=f"its log-probs change by {off:.2g} nats", fix=fix)
 

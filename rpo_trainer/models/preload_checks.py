@@ -1,4 +1,4 @@
-"""What can be known of a model before its weights are loaded: whether it fits, and can be read."""
+"""Checks of a model before its weights are loaded: whether it fits, and can be read."""
 
 from __future__ import annotations
 

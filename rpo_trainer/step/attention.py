@@ -1,4 +1,4 @@
-"""One attention function for packed rows, registered with transformers as `rpo_packed`.
+"""Attention of packed rows: one function, registered with transformers as `rpo_packed`.
 
 A model set to it stays a whole model: with a packing plan among the keyword arguments the plan is followed,
 without one (generation, evaluation by other code) attention is what transformers does by `sdpa`.

@@ -1,5 +1,7 @@
-"""One forward of a packed micro-batch: a causal language model gives the log-probability of each trained
-token, a sequence classifier the scores of each response.
+"""One forward of a packed micro-batch: log-probs of trained tokens, or scores of responses.
+
+A causal language model gives the log-probability of each trained token, a sequence classifier the scores of
+each response.
 
 `install(model)` teaches a transformers model to answer `model(packed=inputs)`. The work happens
 inside the model's own `forward`, so whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT) sees a normal call

@@ -1,9 +1,8 @@
-"""The start-up probe: which layout and which head give what the model itself gives, proved on this model.
+"""Finds the layout and the head for a model at the start: the fastest that `layout_proof` does not refute.
 
 Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and wrong
 for others: state-space layers that carry one text into the next, attention of another kind, a head that does
-more. So each trainer asks the model at hand, once, and takes the first layout that `layout_proof.py` cannot
-refute.
+more. So each trainer asks the model at hand, once, and takes the first layout that is not refuted.
 
 It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast
 picks other kernels, so there the layout has to hold under the autocast of the training too.

@@ -105,7 +105,7 @@ def test_the_probe_passes_and_leaves_the_adapter_as_it_was(kind: str) -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_a_path_through_a_fresh_adapter_is_seen_awake_alone() -> None:
+def test_a_path_through_a_fresh_adapter_is_seen_only_with_randomized_zeros() -> None:
     model = adapters.with_adapter(make_model(), lora())
     for name, module in model.named_modules():
         if name.endswith("lora_A.default"):  # each position gets its neighbour's
@@ -372,7 +372,7 @@ def saved(tmp_path: Path) -> Path:
     model.get_base_model().save_pretrained(tmp_path / "unused")
     model.save_pretrained(tmp_path / "run" / "adapter")
     make_model().save_pretrained(tmp_path / "run" / "base")
-    adapter_files.describe(tmp_path / "run" / "adapter", "../base")
+    adapter_files.write_base(tmp_path / "run" / "adapter", "../base")
     return tmp_path / "run" / "adapter"
 
 
@@ -399,9 +399,9 @@ def test_what_cannot_be_read_is_said(saved: Path) -> None:
     with raises("adapter.config-mismatch", RecipeError, where=str(saved)) as error:
         adapter_files.require_same_config(saved, {"r": 8})
     assert re.findall(r"\br\b|\d+", error.value.what) == ["r", "4", "8"]
-    adapter_files.describe(saved, "some/hub-name")
+    adapter_files.write_base(saved, "some/hub-name")
     assert adapter_files.base_of(saved) == "some/hub-name"
-    adapter_files.describe(saved, "")
+    adapter_files.write_base(saved, "")
     with raises("adapter.no-base", ModelError):
         adapter_files.base_of(saved)
 
@@ -486,7 +486,7 @@ def test_a_changed_base_is_not_changed_again_when_it_is_read(tmp_path: Path) -> 
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     wrong = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
     assert (wrong - expected).abs().max() > 0.01  # PEFT takes from the base once more
-    adapter_files.describe(tmp_path / "adapter", "../base", plain_start=True)
+    adapter_files.write_base(tmp_path / "adapter", "../base", plain_start=True)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     right = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
     torch.testing.assert_close(right, expected, rtol=0, atol=1e-5)
