@@ -268,7 +268,11 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
     [
         (("--verifier", "exact_match"), "option.invalid-choice", "`exact`"),
         ((), "option.not-one-scorer", "--judge"),
-        (("--verifier", "exact", "--model", "m"), "option.not-one-scorer", "--verifier and --model"),
+        (
+            ("--verifier", "exact", "--model", "m"),
+            "option.not-one-scorer",
+            "--verifier and --model",
+        ),
         (("--verifier", "exactly"), "option.invalid-choice", "--verifier"),
         (("--verifier", "asserts"), "option.invalid-value", "allow_code_execution"),
         (("--endpoint", "http://x"), "option.missing-companion", "http://x"),
@@ -280,7 +284,11 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
         (("--model", "m", "--weights", "a=1,a=2"), "option.repeated-name", "--weights: 'a'"),
         (("--model", "m", "--weights", "nobodys"), "rewards.unknown-weights", "'nobodys'"),
         (("--verifier", "exact", "--column", "x"), "option.not-an-assignment", "--column: 'x'"),
-        (("--judge", "http://x", "--name", "m", "--retries", "-1"), "option.invalid-value", "--judge"),
+        (
+            ("--judge", "http://x", "--name", "m", "--retries", "-1"),
+            "option.invalid-value",
+            "--judge",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(
@@ -427,7 +435,7 @@ def test_chat_prompts_go_to_the_chat_endpoint(tmp_path: Path) -> None:
     [
         ((), "[option.missing-policy]", "--policy"),
         (("--endpoint", "http://x"), "[option.missing-companion]", "--name"),
-        (("--policy", "/nowhere/at/all"), "", "/nowhere/at/all"),
+        (("--policy", "/nowhere/at/all"), "[model.not-found]", "/nowhere/at/all"),
         (("--policy", "POLICY", "--temperature", "0"), "[option.invalid-value]", "--temperature"),
     ],
 )
