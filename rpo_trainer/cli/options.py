@@ -24,6 +24,7 @@ def service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[
     if name is None:
         raise RecipeError(
             "an endpoint needs the name of its model",
+            code="option.missing-companion",
             where=url,
             why="a server may have several, and every request says which one it is for",
             fix="add --name",
@@ -42,10 +43,16 @@ def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
         context = first.get("ctx", {})
         option = "--" + "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
         if first["type"] == "literal_error":
-            what, fix = not_a_choice(option, first["input"], context["expected"])
-            raise RecipeError(what, why=why_of(first["type"]), fix=fix) from None
+            words = not_a_choice(option, first["input"], context["expected"])
+            raise RecipeError(
+                words.what,
+                code="option.invalid-choice",
+                why=why_of(first["type"]),
+                fix=words.fix,
+            ) from None
         raise RecipeError(
             context.get("what") or f"{first['msg']} ({first['input']!r})",
+            code="option.invalid-value",
             where=option,
             why=context.get("why") or why_of(first["type"]),
             fix=context.get("fix") or "see --help for what it takes",
@@ -76,6 +83,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
         if name in found:
             raise RecipeError(
                 f"{name!r} is given two weights",
+                code="option.repeated-name",
                 where="--weights",
                 why="a reward is one sum, and which of the two belongs in it cannot be guessed",
                 fix="give each attribute once",
@@ -85,6 +93,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
         except ValueError:
             raise RecipeError(
                 f"{value!r} is not a number",
+                code="option.not-a-number",
                 where="--weights",
                 why="the score of an attribute is multiplied by its weight",
                 fix=f"write it as in {name}=0.5",
@@ -97,6 +106,7 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
     if not (sign and name.strip() and value.strip()):
         raise RecipeError(
             f"{text!r} is not name=value",
+            code="option.not-an-assignment",
             where=option,
             why="one half alone does not say what it belongs to",
             fix="write both, as in --column prompt=question or --weights helpfulness=0.5,coherence=0.5",
@@ -120,6 +130,7 @@ def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, An
     problems: list[RPOTrainerError] = [
         RecipeError(
             error.what,
+            code=error.code,
             where=f"{option} {(error.where or '').removeprefix('override ')}",
             why="each word sets one variable of the chat template",
             fix="write name=value, for example enable_thinking=false; the value is YAML, so a text with "

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import click
 
@@ -19,6 +19,8 @@ from rpo_trainer.cli.options import (
     weights_of,
 )
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe import EndpointSpec, FilterSpec, GenerateSpec, PairsSpec, ScoreSpec
+from rpo_trainer.recipe.schema import Spec
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens
@@ -57,17 +59,27 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def _field(spec: type[Spec], name: str, help: str | None = None) -> Callable[[F], F]:
+    """The option of a field of a recipe: its type and its default."""
+    field = spec.model_fields[name]
+    known = [
+        kind for kind in (int, float) if kind in (field.annotation, *get_args(field.annotation))
+    ]
+    more: dict[str, Any] = {"required": True} if field.is_required() else {}
+    if not field.is_required() and field.default is not None:
+        more = {"default": field.default, "show_default": True}
+    return click.option(
+        f"--{name.replace('_', '-')}", type=known[0] if known else str, help=help, **more
+    )
+
+
 _source = _options(_input, _format, _columns)
 _service = _options(
-    click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True,
-                 help="Environment variable with the key."),
-    click.option("--concurrency", type=int, default=8, show_default=True,
-                 help="Requests at a time."),
-    click.option("--timeout", type=float, default=60.0, show_default=True,
-                 help="Seconds without an answer before the next try."),
-    click.option("--retries", type=int, default=6, show_default=True,
-                 help="Further tries of a request."),
-)  # fmt: skip
+    _field(EndpointSpec, "api_key_env", "Environment variable with the key."),
+    _field(EndpointSpec, "concurrency", "Requests at a time."),
+    _field(EndpointSpec, "timeout", "Seconds without an answer before the next try."),
+    _field(EndpointSpec, "retries", "Further tries of a request."),
+)
 
 
 @click.command()
@@ -84,7 +96,7 @@ _service = _options(
 @click.option("--weights", help="attribute=weight,... or published weights by name.")
 @click.option("--template", help="File with the judge's prompt: {prompt}, {first}, {second}.")
 @click.option("--max-tokens", type=int, help="Longest answer of the judge.")
-@click.option("--batch-tokens", type=int, help="Tokens in a forward pass of --model.")
+@_field(ScoreSpec, "batch_tokens", "Tokens in a forward pass of --model.")
 @_service
 def score(
     data: Path,
@@ -110,7 +122,6 @@ def score(
     They come from --verifier, --model, --endpoint or --judge. Run again, it resumes where it
     stopped; a row that finally fails is reported, and nothing is written until all have succeeded.
     """
-    from rpo_trainer.recipe import ScoreSpec
     from rpo_trainer.rewards.commands import score_file
 
     scorers = {"--verifier": verifier, "--model": model, "--endpoint": endpoint, "--judge": judge}
@@ -118,6 +129,7 @@ def score(
     if len(given) != 1:
         raise RecipeError(
             f"{' and '.join(given)} are given" if given else "no scorer is given",
+            code="option.not-one-scorer",
             why="one scorer gives the rewards: those of two have no common unit",
             fix=f"give one of {', '.join(given or scorers)}",
         )
@@ -132,18 +144,21 @@ def score(
     if judge is None and any(value is not None for value in judged.values()):
         raise RecipeError(
             "--template and --max-tokens belong to --judge",
+            code="option.missing-companion",
             why="nothing else is asked in words, so nothing would read them",
             fix="add --judge URL --name MODEL, or leave them out",
         )
     if name is not None and endpoint is None and judge is None:
         raise RecipeError(
             "--name belongs to --endpoint or --judge",
+            code="option.missing-companion",
             why="it is what a server calls its model; a verifier or --model has no server",
             fix="add --endpoint URL or --judge URL, or leave it out",
         )
     if kwargs and verifier is not None:
         raise RecipeError(
             "--kwargs belongs to --model, --endpoint or --judge",
+            code="option.missing-companion",
             why="a verifier reads the responses alone: no chat template is rendered",
             fix="leave it out",
         )
@@ -174,20 +189,12 @@ def score(
     help="A model behind an OpenAI-compatible endpoint (vLLM, say); needs --name.",
 )
 @click.option("--name", "names", multiple=True, help="The model's name there, one an --endpoint.")
-@click.option(
-    "--responses",
-    type=int,
-    default=4,
-    show_default=True,
-    help="Responses for each prompt, from each policy.",
-)
-@click.option("--max-new-tokens", type=int, required=True, help="Longest response.")
-@click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0: every token.")
-@click.option(
-    "--batch-size", type=int, default=64, show_default=True, help="Responses decoded at once."
-)
+@_field(GenerateSpec, "responses", "Responses for each prompt, from each policy.")
+@_field(GenerateSpec, "max_new_tokens", "Longest response.")
+@_field(GenerateSpec, "temperature")
+@_field(GenerateSpec, "top_p")
+@_field(GenerateSpec, "top_k", "0: every token.")
+@_field(GenerateSpec, "batch_size", "Responses decoded at once.")
 @click.option("--with-ground-truth", is_flag=True, help="Add each row's `ground_truth` to them.")
 @click.option("--chat-template", help="chatml, plain, or a Jinja file; else each policy's own.")
 @_seed
@@ -211,12 +218,12 @@ def generate(
     Run again, it resumes where it stopped. What a row gets depends on its id and the seed, not
     on the rows beside it.
     """
-    from rpo_trainer.recipe import GenerateSpec
     from rpo_trainer.rewards.commands import generate_file
 
     if len(endpoints) != len(names):
         raise RecipeError(
             f"{len(endpoints)} endpoints and {len(names)} names",
+            code="option.missing-companion",
             where="--endpoint, --name",
             why="they belong together in their order, so none may be missing",
             fix="one --name an --endpoint",
@@ -224,6 +231,7 @@ def generate(
     if not policies and not endpoints:
         raise RecipeError(
             "there is no policy to sample from",
+            code="option.missing-policy",
             where="--policy",
             why="the responses are a model's, and none is taken unasked",
             fix="add --policy MODEL, or --endpoint URL --name MODEL",
@@ -240,25 +248,13 @@ def generate(
 @click.command()
 @_source
 @_output
-@click.option(
-    "--select",
-    default="best_worst",
-    show_default=True,
-    help="best_worst, best_random, all_pairs or all_responses.",
-)
-@click.option(
-    "--chosen",
-    default="best",
-    show_default=True,
-    help="best, or ground_truth: the row's, where it is among the responses.",
-)
-@click.option("--ties", default="drop", show_default=True, help="drop or keep equal rewards.")
-@click.option(
-    "--min-gap", type=float, default=0.0, show_default=True, help="Drop what has no larger gap."
-)
-@click.option("--min-chosen-reward", type=float, help="Drop rows with a lower chosen reward.")
-@click.option("--min-chosen-quantile", type=float, help="The same, as a quantile.")
-@click.option("--keep-top-fraction", type=float, help="Keep this share, the best chosen.")
+@_field(PairsSpec, "select", "best_worst, best_random, all_pairs or all_responses.")
+@_field(PairsSpec, "chosen", "best, or ground_truth: the row's, where it is among the responses.")
+@_field(PairsSpec, "ties", "drop or keep equal rewards.")
+@_field(PairsSpec, "min_gap", "Drop what has no larger gap.")
+@_field(FilterSpec, "min_chosen_reward", "Drop rows with a lower chosen reward.")
+@_field(FilterSpec, "min_chosen_quantile", "The same, as a quantile.")
+@_field(FilterSpec, "keep_top_fraction", "Keep this share, the best chosen.")
 @_seed
 def pairs(
     data: Path,
@@ -272,7 +268,6 @@ def pairs(
     **settings: Any,
 ) -> None:  # fmt: skip
     """Make pairs, or rows of K responses, of the scored or ranked responses of INPUT."""
-    from rpo_trainer.recipe import FilterSpec, PairsSpec
     from rpo_trainer.rewards.commands import pairs_file
 
     thresholds = {
@@ -306,6 +301,7 @@ def calibrate(
     if reward_scale is not None and not 0 < reward_scale < math.inf:
         raise RecipeError(
             f"--reward-scale must be above 0, and finite, got {reward_scale:g}",
+            code="option.out-of-range",
             why="η multiplies the gaps: 0 takes them away, and below 0 worse responses would be learnt",
             fix="give another, or leave it out: one is fitted",
         )
@@ -371,6 +367,7 @@ def audit(
     if tokenizer is None and (max_length is not None or chat_template is not None or kwargs):
         raise RecipeError(
             "--max-length, --chat-template and --kwargs need --tokenizer",
+            code="option.missing-companion",
             why="a row's length is counted in tokens, after the template is applied",
             fix="add --tokenizer MODEL, or leave them out",
         )

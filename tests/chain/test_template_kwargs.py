@@ -139,7 +139,7 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from lm_eval.models import huggingface
 
-    from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from rpo_trainer.recipe.schema import LmEvalSpec
     from rpo_trainer.stages import harness
 
     class Stopped(Exception):
