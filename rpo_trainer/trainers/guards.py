@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rpo_trainer.errors import NonFiniteError
-from rpo_trainer.recipe.rules.parts import skips_allowed
 from rpo_trainer.runtime.distributed import all_gather_dict, rank
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,16 @@ class BeforeUpdate(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.guards()
+
+
+def skips_allowed(nonfinite: str) -> int:
+    """How many steps of a run may be left out: 0 for `stop`, n for `skip(n)`; else ValueError."""
+    if nonfinite == "stop":
+        return 0
+    match = re.fullmatch(r"skip\(([1-9]\d*)\)", nonfinite)
+    if match is None:
+        raise ValueError(f"nonfinite must be stop or skip(n), got {nonfinite!r}")
+    return int(match[1])
 
 
 class StepGuard:

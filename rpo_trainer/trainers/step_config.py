@@ -15,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.rules.parts import skips_allowed
 from rpo_trainer.recipe.template_kwargs import faults
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.logprobs import DEFAULT_LOGITS_CHUNK_BYTES
@@ -28,6 +27,7 @@ from rpo_trainer.trainers.arguments import (
     setting_problems,
 )
 from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
+from rpo_trainer.trainers.guards import skips_allowed
 from rpo_trainer.trainers.names import instead_of
 
 C = TypeVar("C", bound=TrainingArguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -219,16 +218,6 @@ def data_of_the_kind(raw: Raw) -> Errors:
         if not read and data.get(field) is not None:
             what = f"`data.{field}` is for stages of kind {kinds}; this one is {kind}"
             yield unread(("data", field), what)
-
-
-def skips_allowed(nonfinite: str) -> int:
-    """How many steps of a run may be left out: 0 for `stop`, n for `skip(n)`; else ValueError."""
-    if nonfinite == "stop":
-        return 0
-    match = re.fullmatch(r"skip\(([1-9][0-9]{0,8})\)", nonfinite)
-    if match is None:
-        raise ValueError(f"nonfinite must be stop or skip(n), got {nonfinite!r}")
-    return int(match[1])
 
 
 # --- losses ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -16,13 +17,6 @@ from rpo_trainer.recipe.schema.model import PeftSpec
 from rpo_trainer.recipe.schema.spec import LossOf, Spec, Text, one_message
 
 LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
-
-
-def _is_stop_or_skip(value: object) -> bool:
-    try:
-        return isinstance(value, str) and parts.skips_allowed(value) >= 0
-    except ValueError:
-        return False
 
 
 Names: TypeAlias = Annotated[
@@ -53,7 +47,10 @@ ScaleOrAuto: TypeAlias = Annotated[
 StopOrSkip: TypeAlias = Annotated[
     str,
     one_message(
-        _is_stop_or_skip,
+        lambda value: (
+            isinstance(value, str)
+            and re.fullmatch(r"stop|skip\([1-9][0-9]{0,8}\)", value) is not None
+        ),
         wrong_value(
             "must be `stop`, or `skip(n)` with a whole number from 1",
             "write for example `skip(3)`",
