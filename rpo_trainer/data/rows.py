@@ -103,6 +103,7 @@ class RowProblems:
         return bool(self._rows)
 
     def errors(self, total: int, *, fix: str, why: str = NOT_MISSED) -> list[DataError]:
+        """One error for each fault; its details have the ids of `rows`, and `of` how many they are."""
         return [
             DataError(
                 f"{reason}: {len(ids)} of {total} rows, first {', '.join(ids[:3])}",
@@ -110,6 +111,7 @@ class RowProblems:
                 where=self.where,
                 why=why,
                 fix=fix,
+                details={"rows": ids, "of": total},
             )
             for (reason, code), ids in self._rows.items()
         ]
