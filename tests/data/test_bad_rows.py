@@ -285,7 +285,7 @@ def test_reversed_pairs_above_half_a_percent(run: Run) -> None:
     assert error.value.what.endswith("1 of 199 rows, first r198")
     assert "0.5%" in str(error.value.why)
     assert "`columns:`" in str(error.value.fix)
-    assert "`filter: {reversed: drop}`" in str(error.value.fix)
+    assert "{reversed: drop}" in str(error.value.fix)
 
 
 def policy(**fields: Any) -> Any:

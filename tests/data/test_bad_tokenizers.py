@@ -64,13 +64,13 @@ def test_a_chat_template_that_is_not_there(plain_text: Any) -> None:
 
 TEMPLATES = {
     "is no Jinja": ("{% for m in %}", "template.refuses-row", "(Expected an expression"),
-    "refuses the row": ("{{ raise_exception('no!') }}", "template.refuses-row", "(no!)"),
+    "refuses rows": ("{{ raise_exception('no!') }}", "template.refuses-row", "(no!)"),
     "asks for what is not there": (
         "{{ messages[5].content }}</s>",
         "template.refuses-row",
         "no element 5)",
     ),
-    "writes no end marker": (
+    "has no end marker": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         "template.no-end-marker",
         "",

@@ -191,7 +191,7 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
     if not isinstance(schema, dict) or seen.get(id(schema)) == _DONE:
         return
     if seen.get(id(schema)) == _OPEN:
-        raise RowError("`schema` refers to itself without an end", code="verifier.bad-schema")
+        raise RowError("`schema` refers to itself without an end", code="verifier.circular-schema")
     seen[id(schema)] = _OPEN
     for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
         reference = schema.get(keyword)
@@ -200,7 +200,8 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
                 found = resolver.lookup(reference)
             except referencing.exceptions.Unresolvable as error:
                 raise RowError(
-                    f"`schema` refers to what is not in it ({error})", code="verifier.bad-schema"
+                    f"`schema` refers to what is not in it ({error})",
+                    code="verifier.unresolved-schema",
                 ) from None
             _follow(found.contents, found.resolver, specification, seen)
     for below in _applied_in_place(schema):
