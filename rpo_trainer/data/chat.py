@@ -16,10 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
-from rpo_trainer.data.endings import SENTINEL, USER, Controls, Ending, learn_ending
-from rpo_trainer.data.rows import Message, RowError
-from rpo_trainer.data.spellings import (
+from rpo_trainer.data.message_forms import (
     ThinkingForms,
     call_forms,
     in_parts,
@@ -27,8 +24,11 @@ from rpo_trainer.data.spellings import (
     with_thinking,
     writes_python,
 )
+from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.template_limits import CHARACTERS, TemplateLimit, limited
 from rpo_trainer.data.templates import set_chat_template, stop_clock
-from rpo_trainer.data.thinking import THOUGHT, Thoughts
+from rpo_trainer.data.thinking_marks import THOUGHT, Thoughts
+from rpo_trainer.data.turn_endings import SENTINEL, USER, Controls, Ending, learn_ending
 from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe.template_kwargs import kwargs_key

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
-from rpo_trainer.data.strict_json import NOT_WHOLE, decode
+from rpo_trainer.data.json_file import NOT_WHOLE, decode
 from rpo_trainer.errors import DataError
 
 INDEX = "Unnamed: 0"  # pandas' name of the column without a name that its `to_csv` writes

@@ -18,7 +18,6 @@ from rpo_trainer.data.conversation import (
     sft_completion,
     sharegpt_messages,
 )
-from rpo_trainer.data.row_parts import tools
 from rpo_trainer.data.rows import (
     Kind,
     Message,
@@ -32,6 +31,7 @@ from rpo_trainer.data.rows import (
     to_messages,
     with_responses,
 )
+from rpo_trainer.data.shared_columns import tools
 
 Raw = Mapping[str, Any]
 

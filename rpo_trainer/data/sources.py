@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from rpo_trainer.data import quickstart
 from rpo_trainer.data.csv_file import read_csv
-from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
+from rpo_trainer.data.json_file import AGAIN, NOT_WHOLE, decode, parse
 from rpo_trainer.errors import DataError, first_line
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file

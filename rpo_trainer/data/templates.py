@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rpo_trainer.data.bounds import check_ends
+from rpo_trainer.data.template_limits import check_ends
 from rpo_trainer.errors import ModelError
 from rpo_trainer.runtime.files import read_text
 

@@ -14,7 +14,7 @@ from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain, trained_turns
 from rpo_trainer.data.counts import ALIKE, unread_key, unread_variable
 from rpo_trainer.data.encode import Encoded, Encoder
-from rpo_trainer.data.processes import map_batches, processes_for
+from rpo_trainer.data.parallel_map import map_batches, processes_for
 from rpo_trainer.data.rows import (
     Message,
     Row,
@@ -27,8 +27,8 @@ from rpo_trainer.data.rows import (
     row_texts,
     with_responses,
 )
+from rpo_trainer.data.template_coverage import left_out
 from rpo_trainer.data.template_variables import variables
-from rpo_trainer.data.written import left_out
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe.template_kwargs import COLUMN
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rpo_trainer.data.endings import SENTINEL, UNCLEAR, USER, Controls, Ending, Render
 from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.turn_endings import SENTINEL, UNCLEAR, USER, Controls, Ending, Render
 
 Span = tuple[int, int]
 NO_END = "the chat template writes no end marker after the assistant's turn"

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken
 
 from rpo_trainer.data import encode_prompt
-from rpo_trainer.data.endings import Controls
+from rpo_trainer.data.turn_endings import Controls
 from rpo_trainer.errors import DataError
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.trainers.examples import Examples

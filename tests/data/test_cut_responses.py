@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import Audit, end_token_ids, set_chat_template, tokenize_rows
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError

@@ -12,14 +12,14 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
 from rpo_trainer.data import Audit, encode_prompt, prepare_dataset
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.conversation import PROMPT_COLUMNS
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS
 from rpo_trainer.data.rows import ROLE_NAMES
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.data.tokenize import audit_prompts, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
-from tests.data.test_adapters import PAIRS, SFT
+from tests.data.test_adapt_rows import PAIRS, SFT
 from tests.data.test_any_row import OTHERS
 from tests.raising import raises
 

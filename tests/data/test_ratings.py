@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import hold_out, load_rows, prepare_dataset, rating_targets
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.sources import RawSource

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from rpo_trainer.data import load_rows, set_chat_template
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.bounds import TemplateLimit, limited
 from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.rows import RowError, reward_fault
+from rpo_trainer.data.template_limits import TemplateLimit, limited
 from rpo_trainer.errors import DataError, ModelError, RecipeError, RPOTrainerError
 from rpo_trainer.models import adapter_files, loading
 from rpo_trainer.models import checks as model_checks
@@ -244,7 +244,7 @@ def test_templates_that_fail_refuse_the_row(template: str) -> None:
 def test_a_template_that_takes_all_time_or_memory(
     template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpo_trainer.data.bounds._PROBE_SECONDS", 1.0)
+    monkeypatch.setattr("rpo_trainer.data.template_limits._PROBE_SECONDS", 1.0)
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(ModelError) as error:
         set_chat_template(character_tokenizer(), tmp_path / "t.jinja")

@@ -18,14 +18,7 @@ from rpo_trainer.data.conversation import PROMPT_COLUMNS, holds
 from rpo_trainer.data.csv_file import numbers
 from rpo_trainer.data.detect import find_format
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
-from rpo_trainer.data.json_text import with_messages
-from rpo_trainer.data.row_parts import (
-    refuse_media,
-    template_kwargs,
-    tools,
-    unread_system,
-    without_nulls,
-)
+from rpo_trainer.data.json_columns import with_messages
 from rpo_trainer.data.rows import (
     Kind,
     Row,
@@ -34,6 +27,13 @@ from rpo_trainer.data.rows import (
     SpecialTokens,
     reward_fault,
     with_responses,
+)
+from rpo_trainer.data.shared_columns import (
+    refuse_media,
+    template_kwargs,
+    tools,
+    unread_system,
+    without_nulls,
 )
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import Audit, tokenize, tokenize_rows
-from rpo_trainer.data import processes as module
-from rpo_trainer.data.processes import map_batches, processes_for
+from rpo_trainer.data import parallel_map as module
+from rpo_trainer.data.parallel_map import map_batches, processes_for
 from rpo_trainer.errors import DataError, Problems
 from tests.conftest import Injected
 from tests.raising import raises, with_code
@@ -112,7 +112,7 @@ def test_a_killed_process_loses_no_batch(
 
     assert list(map_batches(work, range(12), 2)) == [10 * n for n in range(12)]
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and record.name == "rpo_trainer.data.processes"
+    assert record.levelname == "WARNING" and record.name == "rpo_trainer.data.parallel_map"
     injected("SIGKILL of a process that tokenizes", "survived")
 
 
