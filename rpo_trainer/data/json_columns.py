@@ -11,7 +11,8 @@ from typing import Any
 
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.formats.spec import ColumnType
-from rpo_trainer.data.rows import ROLE_NAMES, Row, RowError, RowProblems, is_messages
+from rpo_trainer.data.messages import ROLE_NAMES, is_messages
+from rpo_trainer.data.rows import Row, RowError, RowProblems
 
 _PYTHON = re.compile(r"\s*\[?\s*\{\s*'")  # as pandas writes lists to CSV
 _SAID = {"content", "value", "tool_calls", "function_call"}

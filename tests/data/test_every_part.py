@@ -15,7 +15,7 @@ from rpo_trainer.data import Audit, encode_prompt, prepare_dataset
 from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.conversation import PROMPT_COLUMNS
 from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS
-from rpo_trainer.data.rows import ROLE_NAMES
+from rpo_trainer.data.messages import ROLE_NAMES
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.data.tokenize import audit_prompts, tokenize_rows
 from rpo_trainer.errors import DataError, Problems

@@ -13,15 +13,8 @@ from rpo_trainer.data.conversation import (
     preference,
 )
 from rpo_trainer.data.formats.spec import Format, Raw
-from rpo_trainer.data.rows import (
-    Row,
-    RowError,
-    check_text,
-    is_messages,
-    reward_fault,
-    to_messages,
-    with_responses,
-)
+from rpo_trainer.data.messages import is_messages, to_messages
+from rpo_trainer.data.rows import Row, RowError, check_text, reward_fault, with_responses
 from rpo_trainer.data.shared_columns import tools
 
 

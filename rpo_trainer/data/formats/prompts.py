@@ -12,15 +12,8 @@ from rpo_trainer.data.conversation import (
     sharegpt_messages,
 )
 from rpo_trainer.data.formats.spec import Format, Raw
-from rpo_trainer.data.rows import (
-    Message,
-    Row,
-    RowError,
-    check_conversation,
-    check_prompt_end,
-    check_text,
-    to_messages,
-)
+from rpo_trainer.data.messages import check_conversation, check_prompt_end, to_messages
+from rpo_trainer.data.rows import Message, Row, RowError, check_text
 
 
 def _prompt(raw: Raw) -> Row:

@@ -11,14 +11,8 @@ from rpo_trainer.data.conversation import (
     sharegpt_messages,
 )
 from rpo_trainer.data.formats.spec import Format, Raw
-from rpo_trainer.data.rows import (
-    Message,
-    Row,
-    RowError,
-    check_conversation,
-    check_text,
-    to_messages,
-)
+from rpo_trainer.data.messages import check_conversation, to_messages
+from rpo_trainer.data.rows import Message, Row, RowError, check_text
 
 
 def _whole(messages: list[Message], what: str) -> Row:
