@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data import Audit, load_rows, sources
+from rpo_trainer.data import Audit, json_file, load_rows
 from rpo_trainer.errors import DataError
 from tests.raising import raises
 
@@ -207,7 +207,7 @@ def test_a_shard_that_is_cut_or_missing(refused: Refused, tmp_path: Path) -> Non
 
 
 def test_a_line_over_the_limit(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(json_file, "MAX_LINE_BYTES", 40)
     content = ROW + ROW.replace(b"b", b"b" * 50)
     assert "40" in refused("data.line-too-long", "rows.jsonl", content, "rows.jsonl:2").what
 

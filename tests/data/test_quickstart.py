@@ -14,12 +14,11 @@ from rpo_trainer.data.quickstart import (
     CODE,
     GENERAL,
     SPLITS,
-    TASKS,
     TEACHER_ACCURACY,
     character_tokenizer,
-    load_task,
     split_of,
 )
+from rpo_trainer.data.tasks import TASKS, load_task
 from rpo_trainer.errors import RecipeError
 from tests.raising import raises
 
@@ -95,7 +94,7 @@ def test_rows_depend_on_the_seed_and_on_nothing_else() -> None:
 
 def test_rows_are_the_same_in_another_process() -> None:
     code = (
-        "import json; from rpo_trainer.data.quickstart import load_task;"
+        "import json; from rpo_trainer.data.tasks import load_task;"
         "print(json.dumps(load_task('quickstart/general', 'train', 5, 7)))"
     )
     runs = {
@@ -109,7 +108,7 @@ def test_rows_are_the_same_in_another_process() -> None:
 
 def test_data_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from rpo_trainer.data.quickstart import load_task;"
+        "import sys; from rpo_trainer.data.tasks import load_task;"
         "load_task('quickstart/code', 'train', 5, 0);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
