@@ -14,10 +14,10 @@ from rpo_trainer.data.duplicates import Dedup
 from rpo_trainer.data.filters import drop_duplicates, filter_rows
 from rpo_trainer.data.mix import mix_sources
 from rpo_trainer.data.ratings import rating_targets
-from rpo_trainer.data.rows import Kind, Row, SpecialTokens, raise_all
+from rpo_trainer.data.rows import Kind, Row, SpecialTokens, Truncation, raise_all
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.data.template_variables import check_kwargs
-from rpo_trainer.data.tokenize import TOKENISED, Truncation, tokenize_rows
+from rpo_trainer.data.tokenize import TOKENISED, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
 from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs
 

@@ -33,6 +33,7 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 Kind = Literal["sft", "pair", "rating", "prompt"]
 SpecialTokens = Literal["text", "parse"]
+Truncation = Literal["drop", "cut"]  # a row longer than max_length, or its end
 
 NOT_MISSED = "rows are never dropped or guessed silently"
 

@@ -20,7 +20,7 @@ from rpo_trainer.errors import DataError, Problems, RPOTrainerError
 from rpo_trainer.recipe import SourceSpec
 
 if TYPE_CHECKING:
-    from rpo_trainer.data.tokenize import Truncation
+    from rpo_trainer.data.rows import Truncation
 
 BINS = 10
 UNLIMITED = 2**30
