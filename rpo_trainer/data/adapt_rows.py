@@ -15,10 +15,10 @@ from typing import Any
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.columns import MEANT, mapping_for, unread
 from rpo_trainer.data.conversation import PROMPT_COLUMNS, holds
-from rpo_trainer.data.csv_file import numbers
+from rpo_trainer.data.csv_file import parse_numbers
 from rpo_trainer.data.detect import find_format
 from rpo_trainer.data.formats import COMMON, FORMATS, NUMBERS, PROMPT_FORMATS, Format, Raw
-from rpo_trainer.data.json_columns import with_messages
+from rpo_trainer.data.json_columns import decode_json_columns
 from rpo_trainer.data.rows import (
     Kind,
     Row,
@@ -86,7 +86,7 @@ def adapt(
     """
     rows = _renamed(raw, columns or {})
     if raw.untyped:
-        rows = numbers(rows, NUMBERS)
+        rows = parse_numbers(rows, NUMBERS)
     if raw.arrow:
         rows = [without_nulls(row) for row in rows]
     present = {column for row in rows for column in row}
@@ -105,7 +105,7 @@ def adapt(
     filled = {column for row in rows for column, value in row.items() if value is not None}
     own = chosen.read(filled)
     ids = [_row_id(row, raw.name, place) for row, place in zip(rows, raw.places, strict=True)]
-    rows = with_messages(rows, chosen.column_types(filled), ids, raw.where, audit)
+    rows = decode_json_columns(rows, chosen.column_types(filled), ids, raw.where, audit)
     kept = present - own if keep is None else set(keep) - own
     missed, others = unread(
         rows,

@@ -200,11 +200,11 @@ class Audit(AuditCounts):
             text = f"{found}, {WARNINGS.get(reason, reason)}{examples_of(count)}"
             told.append((info if reason in HARMLESS else warn, text))
         for source, differences in self.generation.items():
-            if (difference := differences.told()) is not None:
+            if (difference := differences.text()) is not None:
                 told.append((warn, f"{source}: {difference}"))
         for source, cut in self.cut.items():
             if cut.count:
-                told.append((warn if cut.many else info, f"{source}: {cut.told()}"))
+                told.append((warn if cut.many else info, f"{source}: {cut.text()}"))
         told += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
             told.append((warn, f"{source}: columns that are not read: {', '.join(columns)}"))

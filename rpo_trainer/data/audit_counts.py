@@ -120,7 +120,7 @@ class AuditCounts:
         """Length of the longest text of a row that max_length drops."""
         self._lengths.setdefault(TOO_LONG, []).append(tokens)
 
-    def add_tokenised(self, other: AuditCounts) -> None:
+    def add_tokenized(self, other: AuditCounts) -> None:
         """Counts what another audit took of further rows: kept, dropped, warned of, lengths."""
         for source, rows in other.kept.items():
             self.kept[source] = self.kept.get(source, 0) + rows

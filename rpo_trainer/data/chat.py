@@ -31,7 +31,7 @@ from rpo_trainer.data.rendered import (
     special_texts,
 )
 from rpo_trainer.data.rows import Message, RowError
-from rpo_trainer.data.template_limits import CHARACTERS, TemplateLimit, limited
+from rpo_trainer.data.template_limits import CHARACTERS, TemplateLimit, time_limit
 from rpo_trainer.data.templates import stop_clock
 from rpo_trainer.data.thinking_marks import THOUGHT, Thoughts
 from rpo_trainer.data.turn_endings import SENTINEL, USER, Controls, Ending, learn_ending
@@ -303,7 +303,7 @@ class ChatRenderer:
                 fix="chat_template: chatml | plain | the path of a Jinja template",
             )
         try:
-            with limited():
+            with time_limit():
                 text = self.tokenizer.apply_chat_template(
                     [self._shaped(message) for message in messages],
                     tools=tools,

@@ -44,7 +44,7 @@ def read_csv(path: Path) -> list[dict[str, str | None]]:
     return [dict(zip(names, fields, strict=True)) for fields in rows]
 
 
-def numbers(rows: list[dict[str, Any]], columns: Collection[str]) -> list[dict[str, Any]]:
+def parse_numbers(rows: list[dict[str, Any]], columns: Collection[str]) -> list[dict[str, Any]]:
     """The rows with numbers in place of the digits in these columns; what is not a number stays text."""
     return [
         {name: _number(value) if name in columns else value for name, value in row.items()}

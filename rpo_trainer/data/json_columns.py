@@ -18,7 +18,7 @@ _PYTHON = re.compile(r"\s*\[?\s*\{\s*'")  # as pandas writes lists to CSV
 _SAID = {"content", "value", "tool_calls", "function_call"}
 
 
-def with_messages(
+def decode_json_columns(
     rows: Sequence[Row],
     types: Mapping[str, ColumnType],
     ids: Sequence[str],

@@ -19,7 +19,7 @@ PRIVATE = 0xF0000  # a plane of characters that no text uses
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text to tokenise.
+    """A text to tokenize.
 
     Attributes:
         spans: trained character ranges of `text`, ascending.

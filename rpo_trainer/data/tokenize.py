@@ -1,7 +1,7 @@
-"""Internal rows → tokenised examples, in memory as Arrow.
+"""Internal rows → tokenized examples, in memory as Arrow.
 
 One example: prompt ids once, and behind them K responses with their masks (SFT: K = 1). The prompt
-is the longest common token prefix of the K tokenised texts, up to the first trained token.
+is the longest common token prefix of the K tokenized texts, up to the first trained token.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-TOKENISED = ("prompt_ids", "response_ids", "response_mask")
-BATCH = 500  # rows tokenised at once: the ids of one batch are all that lives as Python integers
+TOKENIZED = ("prompt_ids", "response_ids", "response_mask")
+BATCH = 500  # rows tokenized at once: the ids of one batch are all that lives as Python integers
 
 
 def tokenize_rows(
@@ -41,7 +41,7 @@ def tokenize_rows(
     refuse_special_text: bool = False,
     all_end: bool = False,
 ) -> datasets.Dataset:
-    """Tokenised examples of the rows that can be trained on; the others are counted in `audit`.
+    """Tokenized examples of the rows that can be trained on; the others are counted in `audit`.
 
     Columns: `id`, `source`, `prompt_ids` [p] (p ≥ 1), `response_ids` [K][r], `response_mask` [K][r]
     (1 = trained; at least one in each response), all int32, and `rewards` [K] float64 or null. Rows
@@ -76,7 +76,7 @@ def tokenize_rows(
     tables, problems = [schema(kind).empty_table()], RowProblems()
     for done in map_batches(work, batches, count):
         tables.append(done.table)
-        audit.add_tokenised(done.audit)
+        audit.add_tokenized(done.audit)
         problems.add_all(done.problems)
     problems.raise_if_any(
         sum(map(len, batches)),

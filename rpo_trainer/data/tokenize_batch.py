@@ -1,4 +1,4 @@
-"""One batch of rows → tokenised examples, and the counts of what is not trained."""
+"""One batch of rows → tokenized examples, and the counts of what is not trained."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def schema(kind: str) -> Any:
 
 
 @dataclass
-class TokenisedBatch:
+class TokenizedBatch:
     """What became of one batch: examples (an Arrow table), and the counts of the others."""
 
     table: Any
@@ -82,12 +82,12 @@ class BatchTokenizer:
         self.all_end = all_end
         self.audit, self.problems = Audit(), RowProblems()
 
-    def __call__(self, batch: Sequence[Row]) -> TokenisedBatch:
+    def __call__(self, batch: Sequence[Row]) -> TokenizedBatch:
         import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
         self.audit, self.problems = Audit(), RowProblems()
         table = pa.Table.from_pylist(self._examples(batch), schema=schema(self.kind))
-        return TokenisedBatch(table, self.audit, self.problems)
+        return TokenizedBatch(table, self.audit, self.problems)
 
     def _examples(self, batch: Sequence[Row]) -> list[Row]:
         rendered: list[tuple[Row, list[Rendered]]] = []
@@ -103,7 +103,7 @@ class BatchTokenizer:
                 self.problems.add(error, row["id"])
         if self.problems:
             return []  # the end is an error: only more of its kind are of interest
-        # The responses to one prompt are tokenised in one way, so that they share its tokens.
+        # The responses to one prompt are tokenized in one way, so that they share its tokens.
         apart = [any(text.literal for text in texts) for _, texts in rendered for _ in texts]
         encoded = iter(self.encoder.encode([t for _, texts in rendered for t in texts], apart))
         examples = []
@@ -246,7 +246,7 @@ class BatchTokenizer:
         return _trimmed(ids[: self.max_length], mask[: self.max_length])
 
     def _distinct(self, row: Row, texts: list[Encoded]) -> tuple[Row, list[Encoded]]:
-        """What became equal by tokenising or cutting is kept once."""
+        """What became equal by tokenizing or cutting is kept once."""
         first: dict[tuple[int, ...], int] = {}
         for i, (ids, _) in enumerate(texts):
             first.setdefault(tuple(ids), i)

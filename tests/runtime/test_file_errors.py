@@ -19,7 +19,7 @@ from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.rows import RowError, reward_fault
-from rpo_trainer.data.template_limits import TemplateLimit, limited
+from rpo_trainer.data.template_limits import TemplateLimit, time_limit
 from rpo_trainer.errors import DataError, ModelError, RecipeError, RPOTrainerError
 from rpo_trainer.models import adapter_files, loading
 from rpo_trainer.models import checks as model_checks
@@ -61,7 +61,7 @@ def _load(place: Path) -> None:
 
 
 def _forever() -> None:
-    with limited(0.05):
+    with time_limit(0.05):
         while True:
             pass
 
@@ -257,7 +257,7 @@ def test_a_template_that_does_not_end_on_a_row() -> None:
     tokenizer.chat_template = "{% if messages[0].content == 'slow' %}" + ENDLESS + "{% endif %}x"
     renderer = ChatRenderer(tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rpo_trainer.data.chat.limited", lambda: limited(0.3))
+        patch.setattr("rpo_trainer.data.chat.time_limit", lambda: time_limit(0.3))
         with pytest.raises(RowError, match="does not end"):
             renderer.prompt([{"role": "user", "content": "slow"}])
         assert renderer.prompt([{"role": "user", "content": "quick"}]).text == "x"
@@ -267,7 +267,7 @@ def test_the_time_limit_interrupts_and_leaves_nothing_behind() -> None:
     for _ in range(3):
         with pytest.raises(TemplateLimit):
             _forever()
-    with limited(10.0):
+    with time_limit(10.0):
         assert sum(range(1000)) == 499500
 
 

@@ -191,7 +191,7 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
     if not isinstance(schema, dict) or seen.get(id(schema)) == _DONE:
         return
     if seen.get(id(schema)) == _OPEN:
-        raise RowError("`schema` refers to itself without an end", code="verifier.circular-schema")
+        raise RowError("`schema` refers to itself without an end", code="verifier.recursive-schema")
     seen[id(schema)] = _OPEN
     for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
         reference = schema.get(keyword)
@@ -201,7 +201,7 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
             except referencing.exceptions.Unresolvable as error:
                 raise RowError(
                     f"`schema` refers to what is not in it ({error})",
-                    code="verifier.unresolved-schema",
+                    code="verifier.unknown-reference",
                 ) from None
             _follow(found.contents, found.resolver, specification, seen)
     for below in _applied_in_place(schema):
