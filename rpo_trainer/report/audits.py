@@ -202,7 +202,7 @@ def _cut(record: Any) -> Iterator[str]:
         entry = mapping(value)
         found = CutResponses(count(entry.get("count")) or 0, count(entry.get("of")) or 0)
         if found.many:
-            yield f"{source}: {found.told()}"
+            yield f"{source}: {found.text()}"
 
 
 def _total(by_source: Any) -> int | None:
