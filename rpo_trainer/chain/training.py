@@ -17,7 +17,7 @@ from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.runtime.usage import peak_memory
-from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 from rpo_trainer.trainers.warnings import EarlyWarnings
 
@@ -28,7 +28,7 @@ _AGREEMENT = ("accuracy", "pearson/", "spearman/", "rmse/", "bias/", "calibratio
 
 
 def train_stage(
-    trainer: PackedTrainer,
+    trainer: BaseTrainer,
     folder: Path,
     *,
     begin: Callable[[int, bool], None],
@@ -109,7 +109,7 @@ def _finite(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def write_output(trainer: PackedTrainer, folder: Path) -> None:
+def write_output(trainer: BaseTrainer, folder: Path) -> None:
     """`final/` of a stage that trains all weights: model and tokenizer, complete or absent."""
     final, staged = folder / "final", folder / ".final"
     distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
@@ -130,7 +130,7 @@ def output_fingerprint(final: Path) -> str:
     return "+".join(digest[:16] for digest in weights)
 
 
-def write_gaps(trainer: PackedTrainer, path: Path) -> None:
+def write_gaps(trainer: BaseTrainer, path: Path) -> None:
     """Implicit and target gap of some training examples after the stage, one JSON line each."""
     examples = trainer.train_dataset
     rows = [examples[i] for i in range(min(len(examples), _GAPS_SHOWN))]

@@ -40,10 +40,10 @@ from rpo_trainer.stages.places import errors_located_in
 from rpo_trainer.stages.settings import arithmetic, training_config
 from rpo_trainer.step.batch import forward_tokens, pack, to_device
 from rpo_trainer.step.forward import install, token_logprobs
+from rpo_trainer.trainers.base_config import BaseConfig, accumulation_of
 from rpo_trainer.trainers.config import PreferenceConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader
-from rpo_trainer.trainers.step_config import BaseConfig, accumulation_of
 
 
 @dataclass

@@ -41,7 +41,7 @@ from rpo_trainer.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.engine import asks_for_shards
 from rpo_trainer.trainers.settings import by_name
@@ -219,7 +219,7 @@ def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | Rewa
     return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
 
 
-def trainer_class(stage: Stage) -> type[PackedTrainer]:
+def trainer_class(stage: Stage) -> type[BaseTrainer]:
     """The trainer of a kind of stage."""
     if isinstance(stage, DPOStage):
         return DPOTrainer
@@ -322,7 +322,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: StageData,
     callbacks: list[TrainerCallback],
-) -> PackedTrainer:
+) -> BaseTrainer:
     """The trainer of a stage, told nothing that the stage does not say."""
     common: dict[str, Any] = {
         "model": model,

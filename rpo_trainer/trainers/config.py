@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
-from rpo_trainer.trainers.step_config import BaseConfig, TrlDefault, config, described
+from rpo_trainer.trainers.base_config import BaseConfig, TrlDefault, config, described
 
 
 def _described_losses(kind: str) -> str:

@@ -135,7 +135,7 @@ class StepGuard:
         if self.note is not None:
             self.note(self.skipped)
 
-    def mend(self, logs: dict[str, float]) -> None:
+    def correct_log(self, logs: dict[str, float]) -> None:
         """Corrects a log line of transformers, whose means count the steps that were left out."""
         taken, all_steps = self._steps - self._left_out, self._steps
         if self._left_out:

@@ -21,13 +21,14 @@ from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import all_gather_dict, broadcast, is_main, on_main
 from rpo_trainer.step import reference
 from rpo_trainer.step.probe import probe_on_all_ranks
-from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.setup import unwrap_prepared_model
 from rpo_trainer.trainers.step_zero import StepZero
+from rpo_trainer.trainers.terms import StepResult, Term
 from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 _REFERENCE_FILE = "reference.json"
 
 
-class PreferenceTrainer(PackedTrainer):
+class PreferenceTrainer(BaseTrainer):
     """What DPO and RPO share: reference log-probs, the step-0 check, loss and metrics.
 
     Args:
@@ -248,7 +249,7 @@ class PreferenceTrainer(PackedTrainer):
                     fix="give eval_dataset to the constructor, or pass ref_model",
                 )
             examples.extra["reference_logps"] = self._reference_of(
-                model if self.wraps_late else model.to(self.args.device),
+                model if self.engine.wraps_late else model.to(self.args.device),
                 examples,
                 reference.ReferenceCache(None),
             )

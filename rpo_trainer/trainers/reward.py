@@ -19,19 +19,20 @@ from rpo_trainer.models.reward_model import (
 )
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.forward import response_scores
-from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.trainers.base import BaseTrainer
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import RewardConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_pairs, check_rated
 from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.terms import StepResult, Term
 
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(PackedTrainer):
+class RewardTrainer(BaseTrainer):
     """Trains a sequence classifier whose score at a response's last token is its reward.
 
     `regression`: the squared error of each rated attribute, mean over all ratings of the global

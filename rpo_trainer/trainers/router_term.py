@@ -23,7 +23,7 @@ from rpo_trainer.step.router_loss import (
     request,
     router_loss_of,
 )
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.base_config import BaseConfig
 
 logger = logging.getLogger(__name__)
 

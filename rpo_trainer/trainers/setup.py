@@ -16,14 +16,14 @@ from transformers import ProcessorMixin, TrainingArguments, set_seed
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapters, four_bits
 from rpo_trainer.models.adapter_parts import require_trained_parts, warn_of_random
-from rpo_trainer.models.loading import load_tokenizer_named
+from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
 from rpo_trainer.models.sharding import whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.padding_row import require_kept_padding
 from rpo_trainer.trainers.settings import defaults_of
-from rpo_trainer.trainers.step_config import BaseConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -55,6 +55,24 @@ def require_config(trainer: Any, args: Any) -> None:
 def _full_name(kind: type) -> str:
     public = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     return public if kind.__module__ != "builtins" else kind.__name__
+
+
+def prepare_model(
+    model: str | nn.Module, tokenizer: Any, peft_config: PeftConfig | None, args: BaseConfig
+) -> tuple[nn.Module, Any]:
+    """The model as it is trained, its adapter included, and its tokenizer.
+
+    Args:
+        model: the model, or the name or path of one.
+        tokenizer: the trainer's `processing_class`; None: the one that the model was loaded with.
+    """
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer_named(model)
+        model = load_model_named(model)
+    model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
+    tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model)
+    set_checkpointing(model, args)
+    return model, tokenizer
 
 
 def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
@@ -226,3 +244,9 @@ def pad_token_id_of(tokenizer: Any) -> int:
         if value is not None:
             return int(value)
     return 0
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """6 operations a weight for forward and backward, without the embeddings, as transformers estimates."""
+    count: Any = getattr(model, "num_parameters", None)
+    return 0 if count is None else 6 * int(count(exclude_embeddings=True))

@@ -7,14 +7,15 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rpo_trainer.errors import DataError
-from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.trainers.base import BaseTrainer
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import SFTConfig
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.neftune import Noise, example_lengths
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.terms import StepResult, Term
 
 
-class SFTTrainer(PackedTrainer):
+class SFTTrainer(BaseTrainer):
     """−log π of the trained tokens, averaged over all of them in the global batch.
 
     Rows: `messages`, or `prompt` and `response` (or `completion`), or tokenised already. Every assistant
@@ -58,7 +59,7 @@ class SFTTrainer(PackedTrainer):
             self._noise.lengths = example_lengths(inputs["model_inputs"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`PackedTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
+        """`BaseTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
         alpha = self.args.neftune_noise_alpha
         if alpha is None:
             return super().train(*args, **kwargs)

@@ -383,7 +383,7 @@ def test_rpo_on_data_without_rewards(command: str, tried: Tried) -> None:
 def test_global_batch_size_that_does_not_divide_by_the_processes(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rpo_trainer.trainers.step_config import BaseConfig
+    from rpo_trainer.trainers.base_config import BaseConfig
 
     pairs(tried.folder)
     monkeypatch.setattr(BaseConfig, "world_size", property(lambda self: 4))

@@ -21,8 +21,8 @@ from rpo_trainer.step.forward import install, response_scores
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, RPOConfig, RPOTrainer
 from rpo_trainer.trainers.examples import PackingCollator
 from rpo_trainer.trainers.guards import StepGuard
-from rpo_trainer.trainers.metrics import MetricSums
 from rpo_trainer.trainers.step_zero import StepZero
+from rpo_trainer.trainers.terms import MetricSums
 from tests.small_models import make_model
 
 pytestmark = pytest.mark.skipif(

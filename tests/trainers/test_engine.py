@@ -114,7 +114,9 @@ def test_fsdp_does_not_round_log_probs():
             param_dtype=low, reduce_dtype=low, output_dtype=low
         )
     )
-    engine.settle(arguments(), accelerator(DistributedType.FSDP, fsdp_plugin=plugin))
+    engine.apply_engine_overrides(
+        arguments(), accelerator(DistributedType.FSDP, fsdp_plugin=plugin)
+    )
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype) == (low, torch.float32)
     assert policy.output_dtype is None
@@ -124,7 +126,9 @@ def test_fsdp_does_not_round_log_probs():
 def test_deepspeed_clips_as_the_recipe_says(clipping: Any):
     config = dict(clipping)
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
-    engine.settle(arguments(), accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin))
+    engine.apply_engine_overrides(
+        arguments(), accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
+    )
     assert config["gradient_clipping"] == 1.0
 
 
@@ -141,7 +145,7 @@ def test_bfloat16_under_deepspeed_is_autocast(stage: int, given: Any, expected: 
     }  # fmt: skip
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
     wrapped = accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
-    engine.settle(arguments(bf16=True), wrapped)
+    engine.apply_engine_overrides(arguments(bf16=True), wrapped)
     assert config["bf16"] == {"enabled": False} and wrapped.native_amp
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", **expected}
 
@@ -171,7 +175,7 @@ def test_deepspeed_that_would_clip_otherwise_is_refused():
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config={"gradient_clipping": 0.5}))
     wrapped = accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
     with pytest.raises(RecipeError, match=r"gradient_clipping is 0.5 .* max_grad_norm 1.0"):
-        engine.settle(arguments(), wrapped)
+        engine.apply_engine_overrides(arguments(), wrapped)
 
 
 def experts() -> Any:
