@@ -129,7 +129,8 @@ def jinja() -> None:
 
 def deepspeed_config() -> None:
     module = found("transformers.integrations.deepspeed")
-    assert module._hf_deepspeed_config_weak_ref is None  # there is no engine here
+    reference = module._hf_deepspeed_config_weak_ref
+    assert reference is None or reference() is None  # there is no engine here
     for name in ("unset_hf_deepspeed_config", "is_deepspeed_zero3_enabled"):
         assert "_hf_deepspeed_config_weak_ref" in inspect.getsource(getattr(module, name))
 
@@ -321,39 +322,39 @@ USES = [
     Use(_TRAINER, "_tr_loss", "trainers/base.py", running_loss),
     Use(_TRAINER, "_track_num_input_tokens", "trainers/base.py", overridden("_track_num_input_tokens")),
     Use(_TRAINER, "_train_batch_size", "trainers/base.py", batch_size),
-    Use("transformers.AttentionMaskInterface", "_global_mapping", "attention.py reach.py", mask_mapping),
-    Use("transformers.PreTrainedConfig", "_attn_implementation", "loading.py step.py", attention_of_config),
-    Use("transformers.PreTrainedConfig", "_name_or_path", "reference.py", saved_name),
-    Use("transformers.PreTrainedModel", "_hf_peft_config_loaded", "pretrained.py", peft_loaded),
+    Use("transformers.AttentionMaskInterface", "_global_mapping", "step/attention.py step/reach.py", mask_mapping),
+    Use("transformers.PreTrainedConfig", "_attn_implementation", "models/loading.py step/forward.py", attention_of_config),
+    Use("transformers.PreTrainedConfig", "_name_or_path", "step/reference.py", saved_name),
+    Use("transformers.PreTrainedModel", "_hf_peft_config_loaded", "models/pretrained.py", peft_loaded),
     Use("transformers.PreTrainedModel", "_init_weights", "trainers/padding_row.py", initialized),
     Use("transformers.PreTrainedModel", "_is_hf_initialized", "trainers/padding_row.py", initialized),
     Use("transformers.PreTrainedModel", "_no_split_modules", "trainers/engine.py",
         layers),
-    Use("transformers.PreTrainedModel", "_weight_conversions", "pretrained.py", conversions),
-    Use("transformers.integrations.deepspeed", "_hf_deepspeed_config_weak_ref", "sharding.py",
+    Use("transformers.PreTrainedModel", "_weight_conversions", "models/pretrained.py", conversions),
+    Use("transformers.integrations.deepspeed", "_hf_deepspeed_config_weak_ref", "models/sharding.py",
         deepspeed_config),
-    Use("transformers.utils.chat_template_utils", "_compile_jinja_template", "template_kwargs.py", jinja),
+    Use("transformers.utils.chat_template_utils", "_compile_jinja_template", "data/template_variables.py", jinja),
     Use("accelerate.Accelerator", "_models", "trainers/base.py", prepared_model),
     Use("accelerate.Accelerator", "_original_forward", "trainers/setup.py", prepared_model),
-    Use("accelerate.PartialState", "_shared_state", "distributed.py", shared_state),
+    Use("accelerate.PartialState", "_shared_state", "runtime/distributed.py", shared_state),
     Use("torch.UntypedStorage", "_cdata", "plan/memory.py", storage_keys),
-    Use("torch", "_dynamo", "flex.py", exists("torch._dynamo.config.recompile_limit", int)),
+    Use("torch", "_dynamo", "step/flex.py", exists("torch._dynamo.config.recompile_limit", int)),
     Use("torch", "_subclasses", "plan/memory.py", fake_tensors),
-    Use("torch.distributed.distributed_c10d", "_get_default_store", "distributed.py", process_groups),
-    Use("torch.distributed.distributed_c10d", "_world", "distributed.py", process_groups),
+    Use("torch.distributed.distributed_c10d", "_get_default_store", "runtime/distributed.py", process_groups),
+    Use("torch.distributed.distributed_c10d", "_world", "runtime/distributed.py", process_groups),
     Use("torch.optim.lr_scheduler.LambdaLR", "_last_lr", "trainers/checkpoint.py", learning_rates),
     Use("torch.utils", "_python_dispatch", "plan/memory.py", dispatch_mode),
-    Use("torch.utils", "_pytree", "plan/memory.py reach.py", tree),
-    Use("torch.utils", "_triton", "flex.py logprobs.py",
+    Use("torch.utils", "_pytree", "plan/memory.py step/reach.py", tree),
+    Use("torch.utils", "_triton", "step/flex.py step/logprobs.py",
         has_triton),
     Use("datasets.Dataset", "_data_files", "data/sources.py", data_files),
     Use("deepspeed", "_global_grad_norm", "trainers/engine.py", zero_norms),
-    Use("deepspeed", "_hp_mapping", "sharding.py", zero_weights),
+    Use("deepspeed", "_hp_mapping", "models/sharding.py", zero_weights),
     *(Use("httpx", name, "rewards/http_client.py", http_client)
       for name in ("_mounts", "_network_backend", "_pool", "_transport")),
     *(Use("jsonschema", name, "rewards/verifiers/schemas.py", schema_parts)
       for name in ("_registry", "_resolver")),
-    Use("atexit", "_run_exitfuncs", "distributed.py", exists("atexit._run_exitfuncs")),
+    Use("atexit", "_run_exitfuncs", "runtime/distributed.py", exists("atexit._run_exitfuncs")),
     Use("subprocess", "_posixsubprocess", "rewards/verifiers/sandbox/limits.py",
         exists("_posixsubprocess.fork_exec")),
 ]  # fmt: skip

@@ -141,9 +141,9 @@ def write_gaps(trainer: BaseTrainer, path: Path) -> None:
         batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
         with torch.no_grad(), trainer.accelerator.autocast():
             _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-        for number, i in enumerate(batch["example_order"]):
-            gaps = {name: float(values[number]) for name, values in outputs["gaps"].items()}
-            lines.append(json.dumps({"id": batch["ids"][i], **gaps}) + "\n")
+        for number, i in enumerate(batch.example_order):
+            gaps = {name: float(values[number]) for name, values in outputs.gaps.items()}
+            lines.append(json.dumps({"id": batch.ids[i], **gaps}) + "\n")
     trainer._eval_metrics.drain()
     if distributed.is_main():  # all have computed them: sharded weights need every process
         write_with_digest(path, "".join(lines))

@@ -55,7 +55,7 @@ from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.allocator import keeping_freed_memory
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.runtime.distributed import is_main
-from rpo_trainer.step.batch import Layout, to_device
+from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.probe import probe_on_all_ranks
@@ -65,7 +65,7 @@ from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.checkpoint import Checkpoints, keep_hyperparameters_on_load
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.engine import Engine
-from rpo_trainer.trainers.examples import Examples, PackingCollator, forward_tokens_of, tokenized
+from rpo_trainer.trainers.examples import Examples, PackingCollator, tokenized
 from rpo_trainer.trainers.fits import check_all_fit, check_fit, check_layout, longest_text
 from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
@@ -83,7 +83,7 @@ from rpo_trainer.trainers.setup import (
     require_one_gpu,
     stop_input_gradients,
 )
-from rpo_trainer.trainers.terms import MetricSums, StepResult
+from rpo_trainer.trainers.terms import MetricSums, StepOutputs, StepResult
 from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class BaseTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     processing_class: Any
+    data_collator: Any
     _grad_norm: Tensor | float = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -150,7 +151,7 @@ class BaseTrainer(Trainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=PackingCollator("padded", 0),  # replaced below, as the probe says
+                data_collator=PackingCollator("padded", 0),  # type: ignore[arg-type]  # replaced below
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=tokenizer,
@@ -197,13 +198,13 @@ class BaseTrainer(Trainer):
     # --- hooks: what a subclass says ---
 
     @abstractmethod
-    def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
+    def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
         """Terms and metrics from `outputs` and a batch of `PackingCollator`."""
 
-    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def outputs(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
         """What the losses are made of, for each response: `[R]` summed log-probs."""
-        logps = token_logprobs(model, inputs["model_inputs"])
-        return response_sums(logps, inputs["response_index"], len(inputs["response_tokens"]))
+        logps = token_logprobs(model, inputs.model_inputs)
+        return response_sums(logps, inputs.response_index, len(inputs.response_tokens))
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
@@ -229,10 +230,10 @@ class BaseTrainer(Trainer):
         Its weights still are those it was given with; a checkpoint is loaded afterwards.
         """
 
-    def before_forward(self, inputs: dict[str, Any]) -> None:
+    def before_forward(self, inputs: PackedBatch) -> None:
         """Runs before the forward of a micro-batch, in training and evaluation."""
 
-    def evaluated(self, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
+    def evaluated(self, batch: PackedBatch, outputs: StepOutputs) -> None:
         """Called with each evaluation micro-batch and what `compute_loss` has found for it."""
 
     def before_update(self) -> bool:
@@ -362,7 +363,7 @@ class BaseTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
+    ) -> tuple[list[PackedBatch | StepBatch], Tensor | None]:
         """The micro-batches of one optimizer step, and the counts of the whole global batch `[2]`."""
         if self.state.global_step >= self.state.max_steps:
             # Resumed from the last step of all: transformers would notice one step too late.
@@ -370,34 +371,36 @@ class BaseTrainer(Trainer):
             return [], None
         if self.step_guard.limit:
             self._before_step = self._train_metrics.copy(), self._tr_loss.clone()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches: list[Any] = [
+            batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
+        ]
         if not batches:
             return batches, None
         if self.router is not None:
             self.router.begin_step(batches)
-        counts = torch.stack([batch["counts"] for batch in batches]).sum(0)
+        counts = torch.stack([batch.counts for batch in batches]).sum(0)
         counts = counts.to(device, non_blocking=True)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: PackedBatch | StepBatch, num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward of a micro-batch; with a token budget of all those of the step."""
         if self.router is not None:
             model.train()
             self.router.prepare(lambda batch: self._router_sums(model, batch))
-        if "micro_batches" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        batches = inputs["micro_batches"]
+        if not isinstance(inputs, StepBatch):
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+        batches = inputs.micro_batches
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
             with self.engine.accumulating(model, last=number == len(batches)):
-                total += super().training_step(model, batch, num_items_in_batch)
+                total += super().training_step(model, batch, num_items_in_batch)  # type: ignore[arg-type]
         return total
 
-    def _router_sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _router_sums(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         """Sums of the routers' loss of a micro-batch, from a forward of nothing else."""
         assert self.router is not None
         inputs = self._prepare_inputs(batch)
@@ -405,14 +408,14 @@ class BaseTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self.router.sums_only(model, inputs)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:  # type: ignore[override]
         """Moves tensors, and leaves their dtype: rewards and log-probs stay float32 under DeepSpeed."""
-        return to_device(inputs, self.args.device)  # type: ignore[no-any-return]
+        return inputs.to(self.args.device)
 
     def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: PackedBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
@@ -423,7 +426,7 @@ class BaseTrainer(Trainer):
         sums = self.outputs(model, inputs)
         result = self.losses(sums, inputs)
         training = num_items_in_batch is not None
-        counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
+        counts = inputs.counts if num_items_in_batch is None else num_items_in_batch
         metrics = self._train_metrics if training else self._eval_metrics
         loss = result.total(inputs, counts, metrics, sums.dtype)
         self._coefficients = result.coefficients
@@ -434,19 +437,9 @@ class BaseTrainer(Trainer):
             loss = loss + self.router.coefficient * balance.to(loss.dtype)
             self._coefficients[ROUTER_AUX] = self.router.coefficient
         if training:
-            self.step_guard.add(loss.detach(), inputs["ids"])
+            self.step_guard.add(loss.detach(), inputs.ids)
             loss = loss * self.args.world_size  # the engines average gradients over ranks
-        if not return_outputs:
-            return loss
-        gaps = {
-            short: result.metrics[name]
-            for name, short in (
-                ("rewards/margins", "implicit_gap"),
-                ("rewards/target_gap", "target_gap"),
-            )
-            if name in result.metrics
-        }
-        return loss, {"logps": sums.detach(), "gaps": gaps}
+        return (loss, StepOutputs(sums.detach(), result.gaps)) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
@@ -471,17 +464,17 @@ class BaseTrainer(Trainer):
             return sums
         return self.accelerator.reduce(sums, reduction="sum")  # type: ignore[no-any-return]
 
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+    def _track_num_input_tokens(self, inputs: PackedBatch | StepBatch) -> None:
         """Adds the tokens of a training forward, or of all those of a step, of all ranks."""
         wanted = self.args.include_num_input_tokens_seen
         if wanted != "no":
-            tokens = forward_tokens_of(inputs, padding=wanted == "all")
+            tokens = inputs.num_tokens(padding=wanted == "all")
             seen = self._reduce(torch.tensor(float(tokens), device=self.args.device).double())
             self.state.num_input_tokens_seen += int(seen)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: PackedBatch | StepBatch) -> int:  # type: ignore[override]
         """An estimate of the operations of a training forward and backward on this rank."""
-        return self._flops_per_token * forward_tokens_of(inputs, padding=True)
+        return self._flops_per_token * inputs.num_tokens(padding=True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`transformers.Trainer.evaluate`; FSDP and DeepSpeed can only evaluate what they train."""
@@ -493,10 +486,10 @@ class BaseTrainer(Trainer):
             )
         return super().evaluate(*args, **kwargs)
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: PackedBatch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rpo_trainer.errors import DataError
-from rpo_trainer.step.batch import Layout, forward_tokens, pack
+from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch, forward_tokens, pack
 from rpo_trainer.trainers.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -152,31 +152,21 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class PackingCollator:
-    """A list of examples → one packed micro-batch, with the weights and counts of its examples.
-
-    Adds to `batch.pack`:
-        weights: `[B]` in the order of the groups; 0 for the filler of a rank that has no example left.
-        counts: `[2]` float64: examples, and trained tokens of their first (chosen) responses.
-    """
+    """A list of examples → one packed micro-batch; an empty list → a filler of weight 0."""
 
     def __init__(self, layout: Layout, pad_token_id: int, examples: Examples | None = None) -> None:
         self.layout = layout
         self.pad_token_id = pad_token_id
         self.examples = examples
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        real = bool(examples)
-        if not real:
-            if self.examples is None:
-                raise ValueError("an empty micro-batch needs a data set to take its filler from")
-            examples = [self.examples[0]]
-        batch = pack(examples, self.layout, pad_token_id=self.pad_token_id)
-        tokens = sum(sum(example["response_mask"][0]) for example in examples)
-        batch["weights"] = torch.full((len(examples),), float(real))
-        batch["counts"] = torch.tensor(
-            [len(examples), tokens] if real else [0, 0], dtype=torch.float64
-        )
-        return batch
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> PackedBatch:
+        rows = examples or self._filler()
+        return pack(rows, self.layout, pad_token_id=self.pad_token_id, filler=not examples)
+
+    def _filler(self) -> Sequence[Mapping[str, Any]]:
+        if self.examples is None:
+            raise ValueError("an empty micro-batch needs a data set to take its filler from")
+        return [self.examples[0]]
 
 
 class StepCollator:
@@ -185,26 +175,6 @@ class StepCollator:
     def __init__(self, collate: PackingCollator) -> None:
         self.collate = collate
 
-    def __call__(self, step: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-        batches = [self.collate(examples) for examples in step]
-        return {
-            "micro_batches": batches,
-            "counts": torch.stack([batch["counts"] for batch in batches]).sum(0),
-        }
-
-
-def forward_tokens_of(inputs: dict[str, Any], *, padding: bool) -> int:
-    """Tokens of a collated micro-batch, or of all those of a step; on the host, nothing waits for a device.
-
-    Args:
-        padding: whether padding counts, and the filler of a process that has no example left.
-    """
-    if "micro_batches" in inputs:
-        return sum(forward_tokens_of(batch, padding=padding) for batch in inputs["micro_batches"])
-    model_inputs = inputs["model_inputs"]
-    if padding:
-        return int(model_inputs["input_ids"].numel())
-    if not bool(inputs["weights"].any()):
-        return 0
-    mask = model_inputs["attention_mask"]
-    return int(model_inputs["input_ids"].numel() if mask is None else mask.sum())
+    def __call__(self, step: Sequence[Sequence[Mapping[str, Any]]]) -> StepBatch:
+        batches = tuple(self.collate(examples) for examples in step)
+        return StepBatch(batches, counts=torch.stack([batch.counts for batch in batches]).sum(0))

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpo_trainer.step.batch import ModelInputs
 
-def example_lengths(model_inputs: dict[str, Any]) -> Tensor:
+
+def example_lengths(inputs: ModelInputs) -> Tensor:
     """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response."""
-    ids = model_inputs["input_ids"]
-    if model_inputs["plan"] is None:
-        lengths: Tensor = model_inputs["attention_mask"].sum(-1, keepdim=True).expand(ids.shape)
-        return lengths
-    counts = torch.tensor([s.stop - s.start for s in model_inputs["plan"].segments])
+    ids = inputs.input_ids
+    if inputs.plan is None:
+        assert inputs.attention_mask is not None
+        return inputs.attention_mask.sum(-1, keepdim=True).expand(ids.shape)
+    counts = torch.tensor([s.stop - s.start for s in inputs.plan.segments])
     counts = counts.to(ids.device, non_blocking=True)
     # With the size given, the host does not wait for the device.
     return counts.repeat_interleave(counts, output_size=ids.shape[1])[None]

@@ -118,7 +118,7 @@ class OutputWriter:
 
     @contextmanager
     def pickle_not_uploaded(self) -> Iterator[None]:
-        """Hides transformers' pickle of the arguments from its pushes, which leave `_*` out; then removes it."""
+        """Hides transformers' pickle of the arguments from its pushes, and removes it."""
         hidden = f"_{TRAINING_ARGS_NAME}"
         of_transformers.TRAINING_ARGS_NAME = hidden
         try:

@@ -20,6 +20,7 @@ from rpo_trainer.models.sharding import has_shards, num_rows, whole_on_every_ran
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import all_gather_dict, broadcast, is_main, on_main
 from rpo_trainer.step import reference
+from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
@@ -147,7 +148,7 @@ class PreferenceTrainer(BaseTrainer):
             self._prepare_reference()
         at_start = resume_from_checkpoint is None and self.state.global_step == 0
         if at_start and self._reference_is_policy and self.args.step0_check:
-            self._step_zero = StepZero(self)
+            self._step_zero = self._watch_step_zero()
         if resume_from_checkpoint is not None:
             self._check_same_reference(Path(resume_from_checkpoint))
 
@@ -194,7 +195,7 @@ class PreferenceTrainer(BaseTrainer):
         args = self.args
         dtype = args.mixed_precision_dtype() or next(model.parameters()).dtype
         with self.accelerator.autocast():
-            return reference.reference_logps(
+            return reference.dataset_logprobs(
                 model,
                 examples,  # type: ignore[arg-type]
                 layout=self.layout if model is self.model else self._reference_layout,
@@ -263,6 +264,17 @@ class PreferenceTrainer(BaseTrainer):
 
     # --- the step ---
 
+    def _watch_step_zero(self) -> StepZero:
+        return StepZero(
+            self.model,
+            self.args,
+            layout=self.layout,
+            has_ref_model=self.ref_model is not None,
+            use_rewards=self.needs_rewards,
+            reduce=self._reduce,
+            autocast=self.accelerator.autocast,
+        )
+
     def before_update(self) -> bool:
         """Guards of the base, then the step-0 check before the very first update."""
         taken = super().before_update()
@@ -271,18 +283,19 @@ class PreferenceTrainer(BaseTrainer):
             if taken:
                 self.step_zero = check.finish()
             else:
-                self._step_zero = StepZero(self)  # nothing has moved: the next batch tells
+                self._step_zero = self._watch_step_zero()  # nothing has moved: the next batch tells
         return taken
 
-    def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
+    def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
         """Preference loss and SFT term of each example, in the order of the groups."""
         args = self.args
-        policy, ref = sums, batch["reference_logps"].to(sums.dtype)
-        tokens = batch["response_tokens"]
+        assert batch.reference_logps is not None  # computed before training
+        policy, ref = sums, batch.reference_logps.to(sums.dtype)
+        tokens = batch.response_tokens
         if args.average_logps:
             policy, ref = policy / tokens, ref / tokens
-        results = [self._preference(policy, ref, batch["rewards"], g) for g in batch["groups"]]
-        chosen = torch.cat([group[:, 0] for group in batch["groups"]])
+        results = [self._preference(policy, ref, batch.rewards, g) for g in batch.groups]
+        chosen = torch.cat([group[:, 0] for group in batch.groups])
         nll, _ = sft_loss(-sums[chosen], tokens[chosen], args.sft_reduction)  # type: ignore[arg-type]
         preference = torch.cat([result.losses for result in results])
         if self._step_zero is not None and self.model.training:
@@ -321,12 +334,11 @@ _METRICS = (
 _TARGET_METRICS = ("rewards/target_gap", "rewards/gap_error", "rewards/target_saturated")
 
 
-def _metrics(
-    results: list[PreferenceLoss], sums: Tensor, batch: dict[str, Any]
-) -> dict[str, Tensor]:
+def _metrics(results: list[PreferenceLoss], sums: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
     """TRL's names, and ours beside them; for K > 2 "rejected" is the mean of the others."""
-    groups = batch["groups"]
-    deltas = sums - batch["reference_logps"]
+    groups = batch.groups
+    assert batch.reference_logps is not None
+    deltas = sums - batch.reference_logps
 
     def others(values: list[Tensor]) -> Tensor:
         return torch.cat([v[:, 1:].mean(-1) for v in values])

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
 from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 
 
-class RatingCollator(PackingCollator):
-    """Packs rated responses; adds their ratings, and counts them in place of tokens.
+@dataclass
+class RatingBatch(PackedBatch):
+    """A micro-batch of rated responses; `counts` are examples and ratings.
 
-    Adds to `PackingCollator`:
+    Attributes:
         attributes: `[R, A]` float32, NaN where there is no rating.
-        prompt_keys: a hash of each prompt, a list of R.
-        counts: `[2]` float64: examples, and ratings.
+        prompt_keys: a hash of each prompt, R of them.
     """
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    attributes: Tensor
+    prompt_keys: list[int]
+
+
+class RatingCollator(PackingCollator):
+    """Packs rated responses with their ratings, which it counts in place of tokens."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> RatingBatch:
         batch = super().__call__(examples)
-        real = bool(examples)
-        if not real:
-            assert self.examples is not None  # the base has taken its filler there
-            examples = [self.examples[0]]
+        rows = examples or self._filler()
         ratings = torch.tensor(
             [
-                [float("nan") if value is None else value for value in example["attributes"]]
-                for example in examples
+                [float("nan") if value is None else value for value in row["attributes"]]
+                for row in rows
             ]
         )
-        batch["attributes"] = ratings
-        batch["prompt_keys"] = [
-            xxhash.xxh3_64_intdigest(np.asarray(example["prompt_ids"], dtype=np.int64).tobytes())
-            for example in examples
+        batch.counts[1] = (~ratings.isnan()).sum() if examples else 0
+        keys = [
+            xxhash.xxh3_64_intdigest(np.asarray(row["prompt_ids"], dtype=np.int64).tobytes())
+            for row in rows
         ]
-        batch["counts"][1] = (~ratings.isnan()).sum() if real else 0
-        return batch
+        return RatingBatch(**vars(batch), attributes=ratings, prompt_keys=keys)
 
 
 def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> None:

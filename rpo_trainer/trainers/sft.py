@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rpo_trainer.errors import DataError
+from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import SFTConfig
@@ -53,10 +54,10 @@ class SFTTrainer(BaseTrainer):
         """The metrics of an evaluation."""
         return {"loss", "loss/sft"}
 
-    def before_forward(self, inputs: dict[str, Any]) -> None:
+    def before_forward(self, inputs: PackedBatch) -> None:
         """Noise on the embeddings is scaled by the examples of this forward."""
         if self._noise is not None:
-            self._noise.lengths = example_lengths(inputs["model_inputs"])
+            self._noise.lengths = example_lengths(inputs.model_inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`BaseTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
@@ -67,6 +68,6 @@ class SFTTrainer(BaseTrainer):
         with self._noise.on(self.model.get_input_embeddings()):
             return super().train(*args, **kwargs)
 
-    def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
+    def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
         """The negative log-likelihood of each example, per trained token of the global batch."""
         return StepResult(terms={"sft": Term(-sums, per="tokens")}, metrics={})

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from rpo_trainer.step.batch import PackedBatch
 
 
 @dataclass
@@ -36,12 +37,18 @@ class StepResult:
     metrics: dict[str, Tensor]
 
     @property
+    def gaps(self) -> dict[str, Tensor]:
+        """`implicit_gap` and `target_gap` of preferences, `[B]` each, where the metrics have them."""
+        names = {"implicit_gap": "rewards/margins", "target_gap": "rewards/target_gap"}
+        return {gap: self.metrics[name] for gap, name in names.items() if name in self.metrics}
+
+    @property
     def coefficients(self) -> dict[str, float]:
         """Of the terms, by the names of their metrics."""
         return {f"loss/{name}": term.coefficient for name, term in self.terms.items()}
 
     def total(
-        self, batch: dict[str, Any], counts: Tensor, metrics: MetricSums, dtype: torch.dtype
+        self, batch: PackedBatch, counts: Tensor, metrics: MetricSums, dtype: torch.dtype
     ) -> Tensor:
         """The loss of a micro-batch, a scalar; terms and metrics are added to `metrics`.
 
@@ -49,17 +56,31 @@ class StepResult:
             counts: `[2]`, of the global batch: what terms are divided by.
             dtype: of the loss.
         """
-        counts, weights = counts.clamp_min(1), batch["weights"]
+        counts, weights = counts.clamp_min(1), batch.weights
         loss = torch.zeros((), dtype=dtype, device=weights.device)
         for name, term in self.terms.items():
             numerator = (term.numerators * weights).sum()
             position = 0 if term.per == "examples" else 1
-            metrics.add_ratio(f"loss/{name}", numerator, batch["counts"][position])
+            metrics.add_ratio(f"loss/{name}", numerator, batch.counts[position])
             if term.coefficient:
                 loss = loss + term.coefficient * numerator / counts[position].to(numerator.dtype)
         for name, values in self.metrics.items():
             metrics.add(name, values, weights)
         return loss
+
+
+@dataclass
+class StepOutputs:
+    """What `compute_loss` gives beside the loss of a micro-batch.
+
+    Attributes:
+        per_response: what `outputs` has given, without gradient: `[R]` summed log-probs, or `[R, A]` scores
+            of a reward model.
+        gaps: `implicit_gap` and `target_gap` of each example, `[B]`, of preferences.
+    """
+
+    per_response: Tensor
+    gaps: dict[str, Tensor]
 
 
 class MetricSums:

@@ -101,7 +101,7 @@ def test_the_data_goes_on_and_so_does_the_schedule(trainer_of):
         seen: list[str] = []
         loss = trainer.losses
         trainer.losses = lambda sums, batch, loss=loss, seen=seen: (
-            seen.extend(batch["ids"]), loss(sums, batch),
+            seen.extend(batch.ids), loss(sums, batch),
         )[1]  # fmt: skip
         trainer.train()
         rates = [x["learning_rate"] for x in trainer.state.log_history if "learning_rate" in x]

@@ -248,7 +248,7 @@ def test_plain_sums_are_those_of_the_step(layout: str, make_trainer: Any) -> Non
     batch = pack(rows, layout)
     with torch.no_grad():
         sums = response_sums(
-            token_logprobs(trainer.model, batch["model_inputs"]), batch["response_index"], 7
+            token_logprobs(trainer.model, batch.model_inputs), batch.response_index, 7
         )
         torch.testing.assert_close(plain_sums(trainer.model, batch), sums, atol=1e-4, rtol=1e-4)
 

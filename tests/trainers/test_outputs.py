@@ -277,7 +277,9 @@ def test_preferences_end_so_too_and_a_reward_model_as_it_was(tmp_path: Path) -> 
         model(), args=args(RewardConfig, tmp_path / "b"), train_dataset=pairs(),
         processing_class=tokenizer(END + PROMPT),
     )  # fmt: skip
-    assert trainer.output.written.ends == () and trainer.written.tokenizer.eos_token == "<eos>"
+    assert (
+        trainer.output.written.ends == () and trainer.output.written.tokenizer.eos_token == "<eos>"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -205,10 +205,10 @@ def test_accuracy_of_ratings_compares_responses_to_one_prompt(tmp_path):
 def test_the_filler_of_a_rank_without_rows_counts_nothing():
     rows = rated_rows(0, n=2)
     batch = RatingCollator("shared", 0, Examples(rows))([])
-    assert batch["counts"].tolist() == [0, 0] and batch["weights"].tolist() == [0]
+    assert batch.counts.tolist() == [0, 0] and batch.weights.tolist() == [0]
     batch = RatingCollator("shared", 0)(rows)
-    assert batch["counts"].tolist() == [2, 3]
-    assert batch["attributes"][0].isnan().tolist() == [False, True]
+    assert batch.counts.tolist() == [2, 3]
+    assert batch.attributes[0].isnan().tolist() == [False, True]
 
 
 # ---------------------------------------------------------------- rows and files

@@ -193,7 +193,7 @@ def steps_of(trainer: Any) -> list[set[str]]:
     def get_batch_samples(*args: Any) -> Any:
         batches, counts = own(*args)
         flat = [part for b in batches for part in b.get("micro_batches", [b])]
-        seen.append({row for batch in flat for row in batch["ids"]})
+        seen.append({row for batch in flat for row in batch.ids})
         return batches, counts
 
     trainer.get_batch_samples = get_batch_samples
@@ -276,7 +276,7 @@ def test_noise_on_embeddings_is_scaled_by_the_example(start, make_trainer):
     for layout in ("packed", "padded"):
         trainer = make_trainer("sft", copy.deepcopy(start), rows, layout=layout)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-        found = example_lengths(batch["model_inputs"])
+        found = example_lengths(batch.model_inputs)
         wanted = [n for n in lengths for _ in range(n)]
         if layout == "padded":
             wanted = [n for n in lengths for _ in range(max(lengths))]
