@@ -206,6 +206,13 @@ def stage_checks(raw: Mapping[str, Any], own: frozenset[str]) -> Iterator[InitEr
             why="each of them says how long the stage is",
             fix="keep one of the two",
         )
+    if raw.get("max_skipped_steps") is not None and raw.get("on_nonfinite", "stop") == "stop":
+        yield wrong(
+            ("max_skipped_steps",),
+            "`max_skipped_steps` with `on_nonfinite: stop`",
+            why="the stage stops at the first such step, so none is left out",
+            fix="write `on_nonfinite: skip`, or remove it",
+        )
     yield from _warmup_checks(raw)
     yield from _batch_checks(raw)
     yield from _training_args_checks(raw, own)

@@ -8,7 +8,6 @@ its mistakes at once. Paths are kept as written; they are relative to the recipe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -75,15 +74,6 @@ def _scale_or_auto(value: object) -> object:
     if value == "auto" or (number and value > 0):  # type: ignore[operator]
         return value
     raise checks.wrong_value("must be a number above 0, or `auto`", "write for example `1.0`")
-
-
-def _stop_or_skip(value: object) -> object:
-    """`stop`, or `skip(n)` with a whole number from 1."""
-    if isinstance(value, str) and re.fullmatch(r"stop|skip\([1-9][0-9]{0,8}\)", value):
-        return value
-    raise checks.wrong_value(
-        "must be `stop`, or `skip(n)` with a whole number from 1", "write for example `skip(3)`"
-    )
 
 
 class StageBase(Spec):
@@ -161,10 +151,17 @@ class StageBase(Spec):
         description="weight of the load-balancing loss of a mixture of experts' routers; 0: none; by "
         "default what the model's config asks for (`output_router_logits`)",
     )
-    nonfinite: Annotated[str, BeforeValidator(_stop_or_skip)] = Field(
+    on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="a loss or gradient that is NaN or infinite: `stop` before the weights move, or "
-        "`skip(n)`: leave out such steps, up to n in the stage",
+        "`skip`: leave such steps out, up to `max_skipped_steps` in the stage",
+    )
+    max_skipped_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="with `on_nonfinite: skip`, how many steps may be left out before the stage "
+        "stops; by default 3",
     )
     peft: PeftSpec | None = Field(
         None,

@@ -60,7 +60,7 @@ _SAME = (
     "max_length", "truncation", "global_batch_size", "micro_batch_tokens", "learning_rate",
     "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
-    "logging_steps", "save_total_limit", "report_to", "nonfinite",
+    "logging_steps", "save_total_limit", "report_to", "on_nonfinite", "max_skipped_steps",
     "router_aux_loss_coef",
     "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
     "disable_dropout", "label_smoothing", "reward_scale",

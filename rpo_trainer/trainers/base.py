@@ -176,7 +176,7 @@ class BaseTrainer(Trainer):
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self._train_metrics = MetricSums()
         self._eval_metrics = MetricSums()
-        self.step_guard = StepGuard(args.nonfinite)
+        self.step_guard = StepGuard(args.allowed_skips)
 
     def _prove_layout(self) -> None:
         """Which layout gives what plain forwards give; weights that are not whole are asked once wrapped."""

@@ -27,11 +27,11 @@ from rpo_trainer.trainers.arguments import (
     setting_problems,
 )
 from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
-from rpo_trainer.trainers.guards import skips_allowed
 from rpo_trainer.trainers.names import instead_of
 
 C = TypeVar("C", bound=TrainingArguments)
 
+DEFAULT_SKIPPED_STEPS = 3
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
@@ -170,10 +170,15 @@ class BaseConfig(TrainingArguments):
         "the model's config, where that asks for the loss (output_router_logits true).",
         None,
     )
-    nonfinite: str = described(
-        "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip(n)`: leave "
-        "out such steps, up to n of them.",
+    on_nonfinite: str = described(
+        "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip`: leave such "
+        "steps out, up to `max_skipped_steps`.",
         "stop",
+    )
+    max_skipped_steps: int | None = described(
+        "With on_nonfinite=skip: how many steps of a run may be left out before it stops. None: "
+        f"{DEFAULT_SKIPPED_STEPS}.",
+        None,
     )
     shuffle: bool | None = switch(
         "Whether each epoch is a new permutation of the examples; False: the order of the data. None: as "
@@ -371,19 +376,34 @@ class BaseConfig(TrainingArguments):
             return []
         return [f"neftune_noise_alpha is for SFT: {why}; remove it"]
 
+    @property
+    def allowed_skips(self) -> int:
+        """How many steps that are not finite may be left out; 0: the first one stops the run."""
+        if self.on_nonfinite != "skip":
+            return 0
+        given = self.max_skipped_steps
+        return DEFAULT_SKIPPED_STEPS if given is None else given
+
     def _nonfinite_problems(self) -> list[str]:
-        try:
-            skips = skips_allowed(self.nonfinite)
-        except ValueError as error:
-            return [str(error)]
-        if skips and asks_for_deepspeed({"deepspeed": self.deepspeed}):
+        if self.on_nonfinite not in ("stop", "skip"):
+            return [f"on_nonfinite must be stop or skip, got {self.on_nonfinite!r}"]
+        if self.on_nonfinite == "stop":
+            if self.max_skipped_steps is None:
+                return []
             return [
-                "nonfinite: skip(n) does not work under DeepSpeed, which moves the weights within the "
+                f"max_skipped_steps={self.max_skipped_steps} has no effect with on_nonfinite stop, which "
+                "ends the run at the first such step: write on_nonfinite skip, or remove it"
+            ]
+        if self.allowed_skips < 1:
+            return [f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps}"]
+        if asks_for_deepspeed({"deepspeed": self.deepspeed}):
+            return [
+                "on_nonfinite: skip does not work under DeepSpeed, which moves the weights within the "
                 "backward pass: write stop, or take DDP or FSDP2"
             ]
-        if skips and self.fp16 and not self.max_grad_norm:
+        if self.fp16 and not self.max_grad_norm:
             return [
-                "nonfinite: skip(n) with float16 needs max_grad_norm above 0: the loss scaler looks at "
+                "on_nonfinite: skip with float16 needs max_grad_norm above 0: the loss scaler looks at "
                 "the gradient when it is clipped"
             ]
         return []

@@ -117,7 +117,7 @@ TRAINING: tuple[Setting, ...] = (
     refused(
         "logging_nan_inf_filter",
         "it would hide losses that are not finite",
-        "remove it: `nonfinite` says whether such a step stops the run or is left out",
+        "remove it: `on_nonfinite` says whether such a step stops the run or is left out",
         False,
     ),
     read(

@@ -177,10 +177,16 @@ CASES: dict[str, tuple[str, str, str, str, str, str]] = {
         "`warmup_steps` is 6, longer than the stage, whose `max_steps` is 5",
         "the learning rate would never reach its peak", "write at most 5, or raise `max_steps`",
     ),
-    "nonfinite that is neither": (
-        DPO, f"{DPO}    nonfinite: skip\n", "18 (stages.dpo.nonfinite)",
-        "`nonfinite` must be `stop`, or `skip(n)` with a whole number from 1", CONVERTED,
-        "write for example `skip(3)`",
+    "on_nonfinite that is neither": (
+        DPO, f"{DPO}    on_nonfinite: skip(3)\n", "18 (stages.dpo.on_nonfinite)",
+        "`on_nonfinite` must be one of `stop`, `skip`, got the text 'skip(3)'; did you mean `skip`?",
+        "each choice is another computation, and none is guessed", "write `skip`",
+    ),
+    "skipped steps of a stage that stops": (
+        DPO, f"{DPO}    max_skipped_steps: 3\n", "18 (stages.dpo.max_skipped_steps)",
+        "`max_skipped_steps` with `on_nonfinite: stop`",
+        "the stage stops at the first such step, so none is left out",
+        "write `on_nonfinite: skip`, or remove it",
     ),
 }  # fmt: skip
 

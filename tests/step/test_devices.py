@@ -88,7 +88,7 @@ def test_a_step_of_preferences(trainer, config, settings, layout, half, tmp_path
     batch = PackingCollator(layout, 0)(EXAMPLES)
     self = object.__new__(trainer)
     self.args = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-    self.router, self.step_guard = None, StepGuard("stop")
+    self.router, self.step_guard = None, StepGuard(0)
     self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
     with on_gpu() as move:
         self.model, batch = move(model).train(), move(batch)
