@@ -60,13 +60,13 @@ from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.step.router_loss import asked_by_config
+from rpo_trainer.trainers import fits, setup
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.checkpoint import Checkpoints, keep_hyperparameters_on_load
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.engine import Engine
 from rpo_trainer.trainers.examples import Examples, PackingCollator, tokenized
-from rpo_trainer.trainers.fits import check_all_fit, check_fit, check_layout, longest_text
 from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.names import answering_unknown_arguments
@@ -74,15 +74,6 @@ from rpo_trainer.trainers.noise import disable_noise, say_noise
 from rpo_trainer.trainers.outputs import OutputWriter
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
-from rpo_trainer.trainers.setup import (
-    flops_per_token,
-    note_defaults,
-    pad_token_id_of,
-    prepare_model,
-    require_config,
-    require_one_gpu,
-    stop_input_gradients,
-)
 from rpo_trainer.trainers.terms import MetricSums, StepOutputs, StepResult
 from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
 
@@ -124,26 +115,21 @@ class BaseTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="trainer_output")
-        require_config(self, args)
-        require_one_gpu(args)
+        setup.require_config(self, args)
+        setup.require_one_gpu(args)
         limit_threads()
         self._other_processes = OtherProcesses()
-        model, tokenizer = prepare_model(model, processing_class, peft_config, args)
+        model, tokenizer = setup.prepare_model(model, processing_class, peft_config, args)
         self.audits: dict[str, Any] = {}
         train = self._examples(train_dataset, tokenizer, args, "train")
-        evaluation = (
-            {
-                name: self._examples(d, tokenizer, args, f"eval_{name}")
-                for name, d in eval_dataset.items()
-            }
-            if isinstance(eval_dataset, dict)
-            else self._examples(eval_dataset, tokenizer, args, "eval")
-        )
-        check_all_fit(model, train, evaluation)
-        self._longest = longest_text(model, train, evaluation)
+        several = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+        names = {name: f"eval_{name}" if name is not None else "eval" for name in several}
+        sets = {n: self._examples(several[n], tokenizer, args, name) for n, name in names.items()}
+        evaluation = sets if isinstance(eval_dataset, dict) else sets[None]
+        fits.check_all_fit(model, train, evaluation)
+        self._longest = fits.longest_text(model, train, evaluation)
         config = transformers_model(model).config
         if evaluation is not None:
-            sets = evaluation if isinstance(evaluation, dict) else {None: evaluation}
             metrics = {name: self.metric_names(args, examples) for name, examples in sets.items()}
             require_best_metric(args, metrics, asked=bool(asked_by_config(config)))
         use_cache = getattr(config, "use_cache", None)
@@ -168,11 +154,11 @@ class BaseTrainer(Trainer):
         self.output = OutputWriter(self.model, tokenizer, train, output_dir, use_cache)
         self.checkpoints = Checkpoints(args, self.accelerator)
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
-        self._proved = False
         self.router: RouterTerm | None = None
+        self._proved = False
         if whole_on_every_rank(self.model):
             self._prove_layout()
-        self.pad_token_id = pad_token_id_of(tokenizer)
+        self.pad_token_id = setup.pad_token_id_of(tokenizer)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self._train_metrics = MetricSums()
         self._eval_metrics = MetricSums()
@@ -298,8 +284,8 @@ class BaseTrainer(Trainer):
         if examples is None:
             raise ValueError("evaluation needs an eval_dataset")
         if eval_dataset is not examples:
-            check_fit(self.model, examples, "eval")
-        check_layout(self.model, examples, self.layout, self._longest)
+            fits.check_fit(self.model, examples, "eval")
+        fits.check_layout(self.model, examples, self.layout, self._longest)
         return examples
 
     # --- training ---
@@ -315,8 +301,8 @@ class BaseTrainer(Trainer):
         resume = self.checkpoints.to_resume(
             self.args.resume_from_checkpoint if wanted is None else wanted
         )
-        self._flops_per_token = flops_per_token(self.model)
-        note_defaults(self.args)
+        self._flops_per_token = setup.flops_per_token(self.model)
+        setup.note_defaults(self.args)
         self.output.written.remember()
         self._train_metrics = MetricSums()
         self.step_guard.begin(resume)
@@ -335,7 +321,7 @@ class BaseTrainer(Trainer):
         """transformers', with a pause between wrapping a model and loading its checkpoint."""
         # A checkpoint brings the intervals it was made with; those that are asked for now count.
         self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
-        stop_input_gradients(self.model, self.args)
+        setup.stop_input_gradients(self.model, self.args)
         if not self.engine.wraps_late:
             return super()._prepare_for_training(  # type: ignore[no-untyped-call]
                 max_steps, train_dataloader, resume_from_checkpoint
@@ -431,10 +417,7 @@ class BaseTrainer(Trainer):
         loss = result.total(inputs, counts, metrics, sums.dtype)
         self._coefficients = result.coefficients
         if self.router is not None:
-            balance, share = self.router.share(inputs, training)
-            if training:
-                metrics.add_ratio(ROUTER_AUX, balance, share)
-            loss = loss + self.router.coefficient * balance.to(loss.dtype)
+            loss = self.router.add_to(loss, inputs, metrics if training else None)
             self._coefficients[ROUTER_AUX] = self.router.coefficient
         if training:
             self.step_guard.add(loss.detach(), inputs.ids)

@@ -26,6 +26,7 @@ from rpo_trainer.step.router_loss import (
     router_loss_of,
 )
 from rpo_trainer.trainers.base_config import BaseConfig
+from rpo_trainer.trainers.terms import MetricSums
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,19 @@ class RouterTerm:
         """Has the forward of a micro-batch give the sums too."""
         request(batch.model_inputs, self.loss)
 
-    def share(self, batch: PackedBatch, training: bool) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch whose forward is done, and its share of the global batch's tokens.
+    def add_to(self, loss: Tensor, batch: PackedBatch, metrics: MetricSums | None) -> Tensor:
+        """The loss of a micro-batch whose forward is done, with this term.
+
+        Args:
+            metrics: of training, to which the term is added; None: an evaluation, see `evaluated`.
+        """
+        term, share = self._share(batch, training=metrics is not None)
+        if metrics is not None:
+            metrics.add_ratio(NAME, term, share)
+        return loss + self.coefficient * term.to(loss.dtype)
+
+    def _share(self, batch: PackedBatch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and its share of the global batch's tokens.
 
         Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In an
         evaluation the loss is the micro-batch's own; that of the whole data is `evaluated`.

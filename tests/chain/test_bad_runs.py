@@ -481,6 +481,7 @@ def test_a_stage_that_skips_says_so_in_its_records(
     (tmp_path / "stop").mkdir()
     shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "stop")
     stop = tiny.changed(recipe, "rpo.on_nonfinite", "stop")
+    stop = tiny.changed(stop, "rpo.max_skipped_steps", None)
     with pytest.raises(NonFiniteError, match="the loss is not finite at step 2"):
         tiny.run(tmp_path / "stop", stop)
     # What stopped may go on with `skip`: nothing was computed otherwise.
