@@ -297,7 +297,7 @@ class Use(NamedTuple):
 _TRAINER = "transformers.Trainer"
 USES = [
     Use("transformers.TrainingArguments", "_VALID_DICT_FIELDS",
-        "trainers/arguments.py trainers/config.py trainers/base_config.py",
+        "trainers/argument_checks.py trainers/config.py trainers/base_config.py",
         exists("transformers.TrainingArguments._VALID_DICT_FIELDS", list)),
     Use(_TRAINER, "_determine_best_metric", "trainers/reward.py",
         overridden("_determine_best_metric", lambda result: isinstance(result, bool))),
@@ -328,8 +328,8 @@ USES = [
         attention_of_config),
     Use("transformers.PreTrainedConfig", "_name_or_path", "step/reference.py", saved_name),
     Use("transformers.PreTrainedModel", "_hf_peft_config_loaded", "models/pretrained.py", peft_loaded),
-    Use("transformers.PreTrainedModel", "_init_weights", "trainers/padding_row.py", initialized),
-    Use("transformers.PreTrainedModel", "_is_hf_initialized", "trainers/padding_row.py", initialized),
+    Use("transformers.PreTrainedModel", "_init_weights", "trainers/setup.py", initialized),
+    Use("transformers.PreTrainedModel", "_is_hf_initialized", "trainers/setup.py", initialized),
     Use("transformers.PreTrainedModel", "_no_split_modules", "trainers/engine.py",
         layers),
     Use("transformers.PreTrainedModel", "_weight_conversions", "models/pretrained.py", conversions),

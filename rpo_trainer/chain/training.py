@@ -19,7 +19,7 @@ from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.runtime.usage import peak_memory
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
-from rpo_trainer.trainers.warnings import EarlyWarnings
+from rpo_trainer.trainers.early_warnings import EarlyWarnings
 
 logger = logging.getLogger(__name__)
 

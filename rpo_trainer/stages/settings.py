@@ -41,11 +41,11 @@ from rpo_trainer.trainers import (
     SFTConfig,
     SFTTrainer,
 )
+from rpo_trainer.trainers.argument_checks import require_best_metric
+from rpo_trainer.trainers.argument_status import by_name
+from rpo_trainer.trainers.argument_table import TRAINING
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.engine import asks_for_shards
-from rpo_trainer.trainers.settings import by_name
-from rpo_trainer.trainers.settings_table import TRAINING
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -61,21 +61,21 @@ from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.step.router_loss import asked_by_config
 from rpo_trainer.trainers import fits, setup
+from rpo_trainer.trainers.argument_checks import require_best_metric
 from rpo_trainer.trainers.base_config import BaseConfig
-from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.checkpoint import Checkpoints, keep_hyperparameters_on_load
 from rpo_trainer.trainers.compiled import compile_if_asked
 from rpo_trainer.trainers.engine import Engine
 from rpo_trainer.trainers.examples import Examples, PackingCollator, tokenized
 from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
-from rpo_trainer.trainers.names import answering_unknown_arguments
 from rpo_trainer.trainers.noise import disable_noise, say_noise
 from rpo_trainer.trainers.outputs import OutputWriter
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
 from rpo_trainer.trainers.terms import MetricSums, StepOutputs, StepResult
 from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
+from rpo_trainer.trainers.unknown_arguments import answering_unknown_arguments
 
 if TYPE_CHECKING:
     from peft import PeftConfig

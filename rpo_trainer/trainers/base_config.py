@@ -18,7 +18,7 @@ from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.template_kwargs import faults
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.logprobs import DEFAULT_LOGITS_CHUNK_BYTES
-from rpo_trainer.trainers.arguments import (
+from rpo_trainer.trainers.argument_checks import (
     bfloat16_by_default,
     checkpointing_by_default,
     lowest_is_best,
@@ -27,7 +27,7 @@ from rpo_trainer.trainers.arguments import (
     setting_problems,
 )
 from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
-from rpo_trainer.trainers.names import instead_of
+from rpo_trainer.trainers.unknown_arguments import instead_of
 
 C = TypeVar("C", bound=TrainingArguments)
 

@@ -24,13 +24,13 @@ from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
+from rpo_trainer.trainers.early_warnings import SATURATED_GAP, EarlyWarnings
 from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.setup import unwrap_prepared_model
 from rpo_trainer.trainers.step_zero import StepZero
 from rpo_trainer.trainers.terms import StepResult, Term
-from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
 
 logger = logging.getLogger(__name__)
 

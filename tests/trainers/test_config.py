@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig
-from rpo_trainer.trainers.names import ELSEWHERE
+from rpo_trainer.trainers.unknown_arguments import ELSEWHERE
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SFTConfig, {"truncation": "keep_end"}, "truncation must be drop or cut, got 'keep_end'"),

@@ -15,10 +15,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from rpo_trainer.trainers.neftune import example_lengths
-from rpo_trainer.trainers.settings import by_name, defaults_of
-from rpo_trainer.trainers.settings_page import page
-from rpo_trainer.trainers.settings_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
+from rpo_trainer.trainers.argument_page import page
+from rpo_trainer.trainers.argument_status import by_name, defaults_of
+from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
+from rpo_trainer.trainers.sft import example_lengths
 from tests.documents import ROOT
 from tests.small_models import make_model
 from tests.trainers.plain import PAIRS, assert_bitwise_equal, make_rows, rows_of
@@ -49,7 +49,7 @@ def values_to_refuse() -> dict[str, Any]:
 def test_the_table_has_every_field_of_the_installed_version(settings):
     installed = {field.name for field in dataclasses.fields(settings)}
     table = by_name(TABLES[settings])
-    assert installed - set(table) == set(), "say in settings_table.py what becomes of these"
+    assert installed - set(table) == set(), "say in argument_table.py what becomes of these"
     old = {name for name, row in table.items() if row.some_versions}
     assert set(table) - installed <= old
     assert len(table) == sum(len(row.names) for row in TABLES[settings])  # none twice
@@ -58,7 +58,7 @@ def test_the_table_has_every_field_of_the_installed_version(settings):
 def test_the_page_is_what_the_table_says():
     written = (ROOT / "docs" / "training-arguments.md").read_text(encoding="utf-8")
     assert written == page(), (
-        "python -m rpo_trainer.trainers.settings_page > docs/training-arguments.md"
+        "python -m rpo_trainer.trainers.argument_page > docs/training-arguments.md"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.trainers import DPOConfig, RPOConfig
-from rpo_trainer.trainers.warnings import EXAMPLES, EarlyWarnings, find_warnings
+from rpo_trainer.trainers.early_warnings import EXAMPLES, EarlyWarnings, find_warnings
 from tests.trainers.plain import PAIRS, rows_of
 
 HEALTHY = {

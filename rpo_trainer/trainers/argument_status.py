@@ -1,6 +1,6 @@
 """What becomes of every setting of `transformers.TrainingArguments`: read, refused, or without effect.
 
-`settings_table.py` has the rows. A refused setting may only have the values that change nothing; a config
+`argument_table.py` has the rows. A refused setting may only have the values that change nothing; a config
 raises on any other. `docs/training-arguments.md` is generated from the same rows.
 """
 

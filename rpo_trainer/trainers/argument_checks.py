@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from rpo_trainer.errors import RecipeError, did_you_mean
-from rpo_trainer.trainers.settings import Setting, by_name, defaults_of, refusals
-from rpo_trainer.trainers.settings_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
+from rpo_trainer.trainers.argument_status import Setting, by_name, defaults_of, refusals
+from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 
 _FILES = ("accelerator_config", "fsdp_config")  # which may name a JSON file
 # Which cannot name a file
@@ -24,6 +25,9 @@ _DICTS = (
     "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs", "derived",
 )  # fmt: skip
 _SHOWN = 100  # characters of a value in a message
+# What transformers adds to the metrics of an evaluation
+_SPEED = ("runtime", "samples_per_second", "steps_per_second")
+_MEMORY = "mem_"  # of its memory figures, with `skip_memory_metrics=False`
 # Parts of metric names of which the lowest value is the best, beside those that end with "loss".
 _LOWEST_IS_BEST = ("loss/", "rmse/", "calibration/", "gap_error", "saturated", "chosen_falling")
 
@@ -158,6 +162,39 @@ def _companion_problems(args: TrainingArguments) -> Iterator[str]:
 def lowest_is_best(metric: str) -> bool:
     """Whether of two values of an evaluation's metric the lower one is the better."""
     return metric.endswith("loss") or any(part in metric for part in _LOWEST_IS_BEST)
+
+
+def require_best_metric(
+    args: Any, metrics: Mapping[str | None, Collection[str]], *, asked: bool = False
+) -> None:
+    """Raises RecipeError where `metric_for_best_model` names no metric of the evaluation.
+
+    Args:
+        args: a config.
+        metrics: names that an evaluation has, without the prefix, by eval set; None: one without a name.
+        asked: whether the model's config asks for the loss of its routers, which is then a metric too.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    named = None not in metrics
+    routers = {"loss/router_aux"} if args.router_aux_loss_coef or asked else set()
+    known = []
+    for one, own in metrics.items():
+        prefix = "eval_" if one is None else f"eval_{one}_"
+        rest = name.removeprefix(prefix)
+        memory = rest.startswith(_MEMORY) and not args.skip_memory_metrics
+        if rest != name and (rest in own or rest in routers or rest in _SPEED or memory):
+            return
+        known += [prefix + metric for metric in sorted(own)]
+    near = get_close_matches(name, known, n=3, cutoff=0.5) or known[:6]
+    raise RecipeError(
+        f"metric_for_best_model: the evaluation has no metric {name}",
+        where="metric_for_best_model",
+        why="with several eval sets, metric names include the set's name" if named else None,
+        fix=f"write one of its metrics, such as {', '.join(near)}",
+    )
 
 
 def bfloat16_by_default(args: TrainingArguments) -> bool:
