@@ -61,6 +61,7 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
         if weight.numel() and weight.is_meta:
             raise ModelError(
                 "a weight is on the meta device, without values",
+                code="model.no-values",
                 where=name,
                 why="reference log-probs are kept under a hash of all weights, to be found again",
                 fix="load the model whole, without offloading (device_map) or init_empty_weights",

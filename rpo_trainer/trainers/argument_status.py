@@ -14,6 +14,21 @@ Status = Literal["read", "refused", "harmless"]
 
 
 @dataclass(frozen=True)
+class Problem:
+    """A setting of a config that cannot be taken; all of a config are reported by one error.
+
+    Attributes:
+        text: a sentence.
+        code: of the kind of mistake.
+        setting: its name, dotted within another one.
+    """
+
+    text: str
+    code: str
+    setting: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One row of a table of settings.
 
@@ -82,8 +97,8 @@ def refusals(
     values: Mapping[str, Any],
     defaults: Mapping[str, Any],
     prefix: str = "",
-) -> Iterator[str]:
-    """A sentence for each value that a table refuses.
+) -> Iterator[Problem]:
+    """A problem for each value that a table refuses.
 
     Args:
         values: the settings by name.
@@ -102,7 +117,11 @@ def refusals(
             wrong = any(_same(part, other) for part in parts for other in row.not_taken)
             why = row.instead
         if wrong:
-            yield f"{prefix}{name}={_shown(value)} is not supported: {why}"
+            yield Problem(
+                f"{prefix}{name}={_shown(value)} is not supported: {why}",
+                code="training.unsupported-setting",
+                setting=prefix + name,
+            )
 
 
 def _same(value: Any, other: Any) -> bool:

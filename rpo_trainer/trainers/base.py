@@ -464,6 +464,7 @@ class BaseTrainer(Trainer):
         if self.engine.wraps_late and not self.accelerator._models:
             raise RecipeError(
                 "evaluate() came before train()",
+                code="training.evaluate-before-train",
                 why="FSDP and DeepSpeed wrap the model together with its optimizer",
                 fix="set eval_on_start=True, or evaluate after training",
             )

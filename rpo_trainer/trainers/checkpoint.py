@@ -93,6 +93,7 @@ class Checkpoints:
             if found is None:
                 raise RunError(
                     "there is no complete checkpoint to resume from",
+                    code="run.no-complete-checkpoint",
                     where=self.args.output_dir,
                     why="checkpoints that lack files or have changed ones are not used",
                     fix="leave resume_from_checkpoint out to begin, or name another output_dir",
@@ -207,6 +208,7 @@ def require_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise RunError(
             "there is no such checkpoint directory",
+            code="run.no-such-checkpoint",
             where=str(folder),
             why="the run was to resume from it",
             fix="name the directory of a checkpoint, or write True for the newest one in output_dir",
@@ -214,6 +216,7 @@ def require_complete(folder: Path) -> None:
     if (folder / MANIFEST).is_file() and (fault := verify_manifest(folder)) is not None:
         raise RunError(
             f"the checkpoint is damaged: {fault}",
+            code="run.damaged-checkpoint",
             where=str(folder),
             why="a run that resumes from it would differ from the run that was stopped",
             fix="resume from an earlier checkpoint (resume_from_checkpoint=True finds one)",
@@ -230,6 +233,7 @@ def refuse_pickles(folder: Path) -> None:
     if pickled and not any(folder.glob("*.safetensors")):
         raise RunError(
             f"the weights of the checkpoint are pickled ({pickled[0].name})",
+            code="run.pickled-weights",
             where=str(folder),
             why="a pickle can hold code, which runs when it is read",
             fix="convert it where you trust its origin: load it with transformers, then save_pretrained",
@@ -247,21 +251,22 @@ def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int
         ranks: processes of the run.
     """
     present = {path.name for path in folder.iterdir()}
-    missing = []
+    missing: dict[str, str] = {}
     if "trainer_state.json" not in present:
-        missing.append("the state of the trainer")
+        missing["trainer"] = "the state of the trainer"
     if not any(_OPTIMIZER.match(name) for name in present):
-        missing.append("the state of the optimizer")
+        missing["optimizer"] = "the state of the optimizer"
     if own_scheduler and "scheduler.pt" not in present:
-        missing.append("the state of the learning rate's schedule")
+        missing["scheduler"] = "the state of the learning rate's schedule"
     if scaler and "scaler.pt" not in present:
-        missing.append("the scale of the float16 losses")
-    states = [name for name in present if _RNG.match(name)]
-    if not states:
-        missing.append("the random state")
+        missing["scaler"] = "the scale of the float16 losses"
+    if not any(_RNG.match(name) for name in present):
+        missing["rng"] = "the random state"
     if missing:
         raise RunError(
-            f"the checkpoint lacks {', '.join(missing)}",
+            f"the checkpoint lacks {', '.join(missing.values())}",
+            code="run.incomplete-checkpoint",
+            details={"missing": list(missing)},
             where=str(folder),
             why="training would resume with a new one (save_only_model writes such checkpoints)",
             fix="start a new run from its weights (from_pretrained), or resume from a full checkpoint",

@@ -127,6 +127,7 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
     if started != wanted:
         raise RecipeError(
             f"{wanted} processes were launched, and accelerate has joined {started}",
+            code="training.processes-not-joined",
             why="each would train alone, on the same data",
             fix="FSDP and DeepSpeed need a GPU for each process; without GPUs leave them out (DDP)",
         )
@@ -138,24 +139,29 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
         if asked[engine] and kind != engine:
             raise RecipeError(
                 f"{name} was asked for and has not started",
+                code="training.engine-not-started",
+                details={"engine": name},
                 why="accelerate takes it only where each process has a GPU, under a launcher",
                 fix="start with `accelerate launch`, `torchrun` or `deepspeed` on GPUs, or leave it out",
             )
     if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise RecipeError(
             "FSDP 1 is not taken",
+            code="training.unsupported-engine",
             why="it flattens weights that the head needs whole",
             fix="set fsdp_version: 2",
         )
     if kind == DistributedType.DEEPSPEED and args.fp16:
         raise RecipeError(
             "float16 under DeepSpeed is not taken",
+            code="training.unsupported-engine",
             why="DeepSpeed rounds the weights to it before it copies them to float32",
             fix="take bfloat16, or DDP or FSDP2",
         )
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise RecipeError(
             "the launcher asks for a parallelism_config",
+            code="training.unsupported-engine",
             why="each process trains on examples of its own; tensor, context and sequence parallelism would "
             "give parts of one example to several",
             fix="use DDP, FSDP2 or DeepSpeed ZeRO, and remove parallelism_config from the launcher's file",
@@ -165,6 +171,7 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
         raise RecipeError(
             f"the launcher asks for {launched} gradient accumulation steps, the run for "
             f"{args.gradient_accumulation_steps}",
+            code="training.launcher-conflict",
             where="gradient_accumulation_steps",
             why="the launcher's figure would have no effect",
             fix="set global_batch_size or gradient_accumulation_steps in the config, and 1 or none in the "
@@ -174,6 +181,7 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
     if args.mixed_precision != arithmetic:
         raise RecipeError(
             f"the launcher asks for mixed precision {args.mixed_precision}, the run for {arithmetic}",
+            code="training.launcher-conflict",
             where="mixed_precision",
             why="the launcher's would win, and the losses be rounded otherwise than the run says",
             fix="set the dtype of the model in the recipe (bf16 or fp16 of the config), and "
@@ -240,6 +248,7 @@ def apply_engine_overrides(args: Any, accelerator: Accelerator) -> None:
             raise RecipeError(
                 f"gradient_clipping is {clipping} in the DeepSpeed config, and max_grad_norm "
                 f"{args.max_grad_norm}",
+                code="training.conflicting-settings",
                 where="gradient_clipping",
                 why="DeepSpeed clips by its own figure, and nothing would read the other",
                 fix='set gradient_clipping to "auto"',
@@ -341,6 +350,8 @@ def check_same_engine(folder: Path, accelerator: Accelerator) -> None:
     raise RunError(
         f"the checkpoint was written by {before['engine']} on {before['world_size']} ranks, "
         f"and this is {engine} on {ranks}",
+        code="run.other-engine",
+        details={"before": before, "now": {"engine": engine, "world_size": ranks}},
         where=str(folder),
         why="DeepSpeed resumes with as many ranks as it had"
         if same

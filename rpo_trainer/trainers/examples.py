@@ -59,6 +59,7 @@ def tokenized(
     if not len(rows):
         raise DataError(
             f"no example of the {name} data is left",
+            code="data.empty",
             why="; ".join(audit.summary_lines()) or "the data set is empty",
             fix="correct the rows that were dropped, or change what drops them (max_length, truncation)",
         )

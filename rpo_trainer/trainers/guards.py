@@ -112,6 +112,13 @@ class StepGuard:
             )
             raise NonFiniteError(
                 f"the {what} is not finite at step {step}",
+                code="training.not-finite",
+                details={
+                    "what": what,
+                    "step": step,
+                    "rows": rows,
+                    "skipped": [one["step"] for one in self.skipped],
+                },
                 where=f"rows {shown}",
                 why=(allowed if self.skipped else "")
                 + "the optimizer has not moved; the last checkpoint is good",

@@ -81,6 +81,7 @@ class PreferenceTrainer(BaseTrainer):
         if ref_model is not model and any(ref_model is part for part in self.model.modules()):
             raise RecipeError(
                 "ref_model is the model inside the policy's adapter",
+                code="model.reference-in-policy",
                 why="it answers with the adapter, and would be trained",
                 fix="leave ref_model out (the policy as it starts), or load the reference anew",
             )
@@ -116,12 +117,16 @@ class PreferenceTrainer(BaseTrainer):
         if (counts < 2).any():
             raise DataError(
                 f"{int((counts < 2).sum())} rows of the {name} data have one response",
+                code="data.response-count",
+                details={"data": name, "rows": int((counts < 2).sum())},
                 why="a preference lies between two responses to the same prompt",
                 fix="give these rows a second response, or leave them out",
             )
         if LOSSES[self.args.loss_type].pairs_only and (counts != 2).any():
             raise DataError(
                 f"{int((counts != 2).sum())} rows of the {name} data have more than two responses",
+                code="data.response-count",
+                details={"data": name, "rows": int((counts != 2).sum())},
                 why=f"{self.args.loss_type} is a loss of pairs",
                 fix="make pairs of them (best against worst), or use a loss of more responses: "
                 + ", ".join(more_than_pairs()),
@@ -131,6 +136,8 @@ class PreferenceTrainer(BaseTrainer):
             if missing:
                 raise DataError(
                     f"{len(missing)} rows of the {name} data have no rewards, the first at {missing[:3]}",
+                    code="data.missing-rewards",
+                    details={"data": name, "rows": missing},
                     why="RPO matches the gap of the rewards",
                     fix="give chosen_reward and rejected_reward (or rewards), or use DPO",
                 )
@@ -218,6 +225,7 @@ class PreferenceTrainer(BaseTrainer):
         if path.is_file() and json.loads(path.read_text())["key"] != self._reference_key:
             raise RunError(
                 "the reference is not the one this checkpoint was trained with",
+                code="run.other-reference",
                 where=str(folder),
                 why="with ref_model=None the reference is the model as it is given, which has changed",
                 fix="start again from the model that the run started from, or pass it as ref_model",
@@ -245,6 +253,7 @@ class PreferenceTrainer(BaseTrainer):
             if model is None:
                 raise RecipeError(
                     "this eval data came after training",
+                    code="training.reference-gone",
                     where="eval_dataset",
                     why="its reference is the policy as it started, whose weights have moved since",
                     fix="give eval_dataset to the constructor, or pass ref_model",

@@ -62,6 +62,7 @@ def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> Non
         examples,
         "attributes",
         name,
+        code="data.missing-ratings",
         why="regression learns the ratings themselves",
         fix="give ratings, or train on pairs",
     )
@@ -71,6 +72,8 @@ def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> Non
         raise DataError(
             f"{len(wrong)} rows of the {name} data are not rated by numbers or null, one for each of "
             f"{', '.join(attributes)}, the first at {wrong[:3]}",
+            code="data.invalid-ratings",
+            details={"data": name, "rows": wrong},
             why="a head learns the number at its place, and learns nothing from a null",
             fix="give `attributes` as a list of that many numbers or nulls",
         )
@@ -90,6 +93,7 @@ def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
             examples,
             "rewards",
             name,
+            code="data.missing-rewards",
             why="the margin is margin_scale times the gap of the rewards",
             fix="give chosen_reward and rejected_reward, or set margin_scale to 0",
         )
@@ -100,6 +104,7 @@ def check_ends(examples: Examples, tokenizer: Any, name: str) -> None:
     if tokenizer.pad_token_id in _last_tokens(examples):
         raise ModelError(
             f"responses of the {name} data end with the pad token {tokenizer.pad_token!r}",
+            code="tokenizer.pad-ends-response",
             why="a classifier reads its scores at the last token that is not padding",
             fix="give the tokenizer another pad token",
         )
@@ -109,16 +114,24 @@ def _check_counts(examples: Examples, wanted: int, name: str, *, why: str, fix: 
     if wrong := int((examples.response_counts() != wanted).sum()):
         responses = "one response" if wanted == 1 else "two responses"
         raise DataError(
-            f"{wrong} rows of the {name} data do not have {responses}", why=why, fix=fix
+            f"{wrong} rows of the {name} data do not have {responses}",
+            code="data.response-count",
+            details={"data": name, "rows": wrong},
+            why=why,
+            fix=fix,
         )
 
 
-def _check_column(examples: Examples, column: str, name: str, *, why: str, fix: str) -> None:
+def _check_column(
+    examples: Examples, column: str, name: str, *, code: str, why: str, fix: str
+) -> None:
     missing = examples.without(column)
     if len(missing):
         raise DataError(
             f"{len(missing)} rows of the {name} data have no {column}, "
             f"the first at {missing[:3].tolist()}",
+            code=code,
+            details={"data": name, "rows": missing.tolist()},
             why=why,
             fix=fix,
         )

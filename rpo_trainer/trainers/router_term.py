@@ -160,6 +160,7 @@ def router_term(
             raise RecipeError(
                 f"router_aux_loss_coef is {given:g}, but {type(inner).__name__} has no load-balancing loss "
                 "that can be computed",
+                code="model.no-router-loss",
                 where=type(args).__name__,
                 why=str(error),
                 fix="set it to 0, or leave it out",

@@ -41,6 +41,8 @@ def require_config(trainer: Any, args: Any) -> None:
         kind = type(args)
         raise RecipeError(
             f"{type(trainer).__name__} takes a {_full_name(wanted)}, got a {_full_name(kind)}",
+            code="training.wrong-config",
+            details={"wanted": _full_name(wanted), "given": _full_name(kind)},
             where="args",
             why="settings that this config does not have (the loss, the layout) would have no value",
             fix=f"from rpo_trainer import {wanted.__name__}; it has all fields of TrainingArguments",
@@ -99,6 +101,7 @@ def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
     elif not able:
         raise RecipeError(
             f"{type(transformers_model(model)).__name__} does not support gradient checkpointing",
+            code="model.no-gradient-checkpointing",
             where="gradient_checkpointing",
             why="transformers marks the classes that can recompute their activations",
             fix="set gradient_checkpointing=False",
@@ -139,6 +142,7 @@ def require_one_gpu(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise RecipeError(
             f"{args.n_gpu} GPUs are visible to one process",
+            code="training.several-gpus",
             why="each process uses one GPU",
             fix="start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0",
         )
@@ -155,6 +159,7 @@ def unwrap_prepared_model(model: Any) -> Any:
     ):
         raise ModelError(
             "the model was loaded in parts (tp_plan or distributed_config)",
+            code="model.loaded-in-parts",
             why="each process computes examples of its own, which takes the whole model",
             fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO shard it",
         )
@@ -163,6 +168,7 @@ def unwrap_prepared_model(model: Any) -> Any:
     ):
         raise ModelError(
             f"the model is prepared for an engine already (a {type(model).__name__})",
+            code="model.already-prepared",
             why="the trainer prepares it by its own arguments, reference and checkpoints included",
             fix="pass the model as it is before accelerator.prepare",
         )
@@ -219,6 +225,7 @@ def require_kept_padding(model: Any) -> None:
         raise ModelError(
             f"transformers sets the embedding of token {place} to zero whenever it loads a {name}, and this "
             "model's is not zero",
+            code="model.padding-row",
             why="the saved model would be read as another one",
             fix=f"zero that row of the embeddings, or set padding_idx of the {type(embedding).__name__} "
             "and pad_token_id of the config to None",
@@ -273,6 +280,7 @@ def tokenizer_of(model: nn.Module) -> Any:
     if not name:
         raise ModelError(
             "there is no tokenizer",
+            code="tokenizer.missing",
             why="the model does not know from where it was loaded, so its own cannot be found",
             fix="pass processing_class=tokenizer",
         )

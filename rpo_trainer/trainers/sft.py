@@ -53,6 +53,8 @@ class SFTTrainer(BaseTrainer):
         if examples is not None and (wrong := int((examples.response_counts() != 1).sum())):
             raise DataError(
                 f"{wrong} rows of the {name} data have more or less than one response",
+                code="data.response-count",
+                details={"data": name, "rows": wrong},
                 why="supervised fine-tuning takes one response a row",
                 fix="give rows with messages, or with prompt and response",
             )

@@ -113,10 +113,12 @@ class StepZero:
                 "step-0 check: loss %.6f, expected %.6f", values["loss"], values["expected"]
             )
             return values
-        what, fix = self._diagnose()
+        cause, what, fix = self._diagnose()
         error = StepZeroError(
             f"before the first update the loss is {values['loss']:.6g}, where policy = reference gives "
             f"{values['expected']:.6g}",
+            code="training.step-zero",
+            details={"cause": cause, **values},
             where="step-0 check",
             why=f"{what}; log-probs differ by {values['nats_per_token']:.2g} nats per token on average, "
             f"{wrong:.0f} responses by more than {self.tolerance_each:g}",
@@ -150,22 +152,29 @@ class StepZero:
         of_ranks = all_gather_dict({rank(): worst}).values()
         return max(off[0] for off in of_ranks), max(off[1] for off in of_ranks)
 
-    def _diagnose(self) -> tuple[str, str]:
+    def _diagnose(self) -> tuple[str, str, str]:
+        """A name for the cause, what it is, and what to do."""
         model, each = self.model, self.tolerance_each
         whole = whole_on_every_rank(model)
         if self._worst()[0] <= each:
             if whole and is_noisy(model):
                 names = text_of(noise_in(model))
                 return (
+                    "noise",
                     f"noise is on in the policy{names and f' ({names})'}",
                     "report the model's type" if self.args.disable_dropout
                     else "set disable_dropout=True (the default)",
                 )  # fmt: skip
-            return "the policy in train mode is not the policy in eval mode", "look for noise in it"
+            return (
+                "train-mode",
+                "the policy in train mode is not the policy in eval mode",
+                "look for noise in it",
+            )
         if self.has_ref_model:
-            return "ref_model does not give what the policy gives", "check ref_model"
+            return "ref-model", "ref_model does not give what the policy gives", "check ref_model"
         if not whole:
             return (
+                "reference",
                 "the reference log-probs are not the policy's: the cache is stale, the tokens have changed, "
                 "or the model's log-probs depend on the other examples of a forward",
                 "remove the folder reference-cache and start again; if that changes nothing, report the "
@@ -173,17 +182,20 @@ class StepZero:
             )
         if not is_deterministic(model):
             return (
+                "not-deterministic",
                 "two forwards of the model in eval mode give different log-probs",
                 "train a model whose forward is deterministic, or set step0_check=False",
             )
         step, plain = self._worst(plain=True)
         if plain <= each < step:
             return (
+                "layout",
                 f"in a batch of layout {self.layout} the policy's log-probs are not those of one response "
                 "at a time, which the reference log-probs agree with",
                 "set per_device_train_batch_size=1 or another layout, and report the model's type",
             )
         return (
+            "reference",
             "the reference log-probs are not the policy's: the cache is stale, or the tokens have changed",
             "remove the folder reference-cache and start again",
         )

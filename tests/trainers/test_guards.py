@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from rpo_trainer.errors import NonFiniteError, RecipeError
+from tests.raising import raises
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
 STEPS = 6  # twelve rows in batches of four: two epochs of three steps
@@ -89,8 +90,9 @@ def test_a_step_left_out_moves_nothing_and_the_next_ones_go_on(
     assert moved == [True, True, False, True, True, True]
     (skipped,) = trainer.step_guard.skipped
     assert (skipped["step"], skipped["what"], len(skipped["rows"])) == (3, how, 4)
-    assert f"the {how} is not finite at step 3: the step is left out, 1 of 3 (rows" in caplog.text
-    assert skipped["rows"][0] in caplog.text
+    (said,) = [r for r in caplog.records if r.name == "rpo_trainer.trainers.guards"]
+    assert said.levelname == "WARNING" and said.args[:4] == (how, 3, 1, 3)
+    assert skipped["rows"][0] in said.getMessage()
     injected(f"{kind}, a {how} is not finite under skip", "survived")
 
 
@@ -145,12 +147,11 @@ def test_log_lines_are_means_of_the_steps_that_were_taken(trainer_of):
 
 def test_more_than_allowed_stops_and_names_them_all(trainer_of, tmp_path):
     trainer = trainer_of("sft", {0: "loss", 2: "loss", 3: "loss"}, max_skipped_steps=2)
-    with pytest.raises(NonFiniteError, match="the loss is not finite at step 4") as error:
+    found = {"what": "loss", "step": 4, "skipped": [1, 3]}
+    with raises("training.not-finite", NonFiniteError) as error:
         trainer.train()
-    assert error.value.why is not None and "steps 1, 3 were left out already" in error.value.why
-    assert "the optimizer has not moved" in error.value.why and "rows row-" in str(
-        error.value.where
-    )
+    assert {name: error.value.details[name] for name in found} == found
+    assert "1, 3" in str(error.value.why) and "row-" in str(error.value.where)
     assert trainer.state.global_step == 3
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
 
@@ -186,7 +187,7 @@ def test_resumed_is_bitwise_straight_and_counts_what_was_skipped_before(at, trai
     assert noted == ([2] if at == 5 else [1, 2])  # what a checkpoint holds is told again
     stingy = trainer_of("rpo", bad, max_skipped_steps=1)
     if at < 5:
-        with pytest.raises(NonFiniteError, match="not finite at step 5"):
+        with raises("training.not-finite", NonFiniteError, step=5):
             stingy.train(
                 resume_from_checkpoint=str(Path(stingy.args.output_dir) / f"checkpoint-{at}")
             )
@@ -239,14 +240,17 @@ def test_stop_and_skip_are_read(make_config) -> None:
     ],
 )
 def test_what_is_neither_or_would_not_act_is_refused(settings, make_config) -> None:
-    with pytest.raises(RecipeError, match=min(settings)):
+    with pytest.raises(RecipeError) as error:
         make_config("sft", **settings)
+    assert error.value.details["settings"] == [min(settings)]
+    unread = settings.get("on_nonfinite", "stop") == "stop"
+    assert error.value.code == f"training.{'no-effect' if unread else 'invalid-value'}"
 
 
 def test_what_cannot_be_skipped_is_refused(make_config, monkeypatch) -> None:
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RecipeError, match="DeepSpeed"):
+    with raises("training.unsupported-setting", RecipeError, settings=["on_nonfinite"]):
         make_config("sft", on_nonfinite="skip")
 
 
@@ -254,6 +258,6 @@ def test_a_loss_scaler_needs_the_clipping(make_config) -> None:
     config = make_config("sft", on_nonfinite="skip")
     config.fp16 = True
     (problem,) = config._problems()
-    assert "max_grad_norm" in problem
+    assert problem.setting == "max_grad_norm"
     config.max_grad_norm = 1.0
     assert config._problems() == []

@@ -192,7 +192,7 @@ def steps_of(trainer: Any) -> list[set[str]]:
 
     def get_batch_samples(*args: Any) -> Any:
         batches, counts = own(*args)
-        flat = [part for b in batches for part in b.get("micro_batches", [b])]
+        flat = [part for b in batches for part in b.micro_batches]
         seen.append({row for batch in flat for row in batch.ids})
         return batches, counts
 
