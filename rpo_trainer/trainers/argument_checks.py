@@ -172,8 +172,8 @@ def _companion_problems(args: TrainingArguments) -> Iterator[Problem]:
     if args.fsdp and args.gradient_checkpointing and _fsdp_checkpointing(args):
         yield (
             Problem(
-                "gradient_checkpointing and fsdp_config.activation_checkpointing are both on: remove one (FSDP's "
-                "own communicates less)",
+                "gradient_checkpointing and fsdp_config.activation_checkpointing are both on: remove one "
+                "(FSDP's own communicates less)",
                 code="training.conflicting-settings",
                 setting="gradient_checkpointing",
             )

@@ -425,8 +425,8 @@ class BaseConfig(TrainingArguments):
         if self.torch_compile_mode in _CUDA_GRAPHS:
             problems.append(
                 Problem(
-                    f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of a "
-                    "row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs",
+                    f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of "
+                    "a row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs",
                     code="training.unsupported-setting",
                     setting="torch_compile_mode",
                 )

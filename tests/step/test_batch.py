@@ -195,11 +195,11 @@ def test_masks_are_made_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_ids": []}, "row first has an empty prompt"),
-        ({"response_mask": [[1, 1], [1, 1]]}, "response_ids and response_mask of different"),
-        ({"response_mask": [[1, 1]]}, "response_ids and response_mask of different"),
-        ({"rewards": [1.0]}, "row first has 1 rewards for 2 responses"),
-        ({"reference_logps": [1.0] * 3}, "row first has 3 reference_logps for 2 responses"),
+        ({"prompt_ids": []}, "row first .*empty"),
+        ({"response_mask": [[1, 1], [1, 1]]}, "row first .*response_mask"),
+        ({"response_mask": [[1, 1]]}, "row first .*response_mask"),
+        ({"rewards": [1.0]}, "row first .*1 rewards .*2"),
+        ({"reference_logps": [1.0] * 3}, "row first .*3 reference_logps .*2"),
     ],
 )
 def test_an_example_that_does_not_fit_itself_is_refused(change, message):
@@ -208,7 +208,7 @@ def test_an_example_that_does_not_fit_itself_is_refused(change, message):
 
 
 def test_an_empty_micro_batch_is_refused():
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="example"):
         pack([], "shared")
 
 

@@ -254,7 +254,8 @@ def test_tokens_that_training_continues_after_end_nothing(
             processing_class=tokenizer(END + PROMPT),
         )  # fmt: skip
     assert trainer.output.written.ends == ends
-    assert ("not added to the saved eos_token_id" in caplog.text) == (ends == ())
+    left_out = [r for r in caplog.records if r.name == "rpo_trainer.trainers.fits"]
+    assert bool(left_out) == (ends == ())
 
 
 def test_a_template_that_writes_the_end_token_elsewhere_keeps_it(tmp_path: Path) -> None:
@@ -408,7 +409,7 @@ def test_a_config_that_cannot_be_saved(tmp_path: Path) -> None:
 def test_parameters_that_share_memory_unsaid(tmp_path: Path) -> None:
     net = model()
     net.model.layers[0].mlp.up_proj.weight = net.model.layers[1].mlp.up_proj.weight
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight, .*are one tensor"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight, .*layers\.1"):
         SFTTrainer(
             net, args=args(SFTConfig, tmp_path), train_dataset=completions(),
             processing_class=tokenizer(),
