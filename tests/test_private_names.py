@@ -338,7 +338,7 @@ USES = [
     Use("transformers.utils.chat_template_utils", "_compile_jinja_template", "data/template_variables.py",
         jinja),
     Use("accelerate.Accelerator", "_models", "trainers/base.py", prepared_model),
-    Use("accelerate.Accelerator", "_original_forward", "trainers/setup.py", prepared_model),
+    Use("accelerate.Accelerator", "_original_forward", "models/unwrap.py", prepared_model),
     Use("accelerate.PartialState", "_shared_state", "runtime/distributed.py", shared_state),
     Use("torch.UntypedStorage", "_cdata", "plan/memory.py", storage_keys),
     Use("torch", "_dynamo", "step/attention_flex.py", exists("torch._dynamo.config.recompile_limit", int)),
