@@ -384,6 +384,7 @@ class _Check:
             if looks_like_path(name) and not there:
                 raise ModelError(
                     "there is no reward model here",
+                    code="model.no-reward-model",
                     where=f"{where}.model: {folder}",
                     why="the responses could not be scored",
                     fix="give a directory with config.json and weights in safetensors, or a stage",

@@ -41,6 +41,7 @@ def _check_output(final: Path, name: str, record: StageRecord) -> None:
     if fault is not None:
         raise RunError(
             f"the output of the finished stage {name} is damaged: {fault}",
+            code="run.damaged-output",
             where=str(final),
             why="later stages start from it",
             fix="restore it from a copy, or start in a new directory (--run-dir)",
@@ -69,6 +70,7 @@ def check_starts(
                 short = field.removeprefix(f"stages.{stage.name}.")
                 raise RunError(
                     f"the {short} of stage {stage.name} is stage {source}, which is not finished",
+                    code="run.stage-not-finished",
                     where=str(run_dir),
                     why="a stage starts from what is there, and is measured with it",
                     fix=f"run the whole chain first (rpo-trainer run), or set {field} to model or a path",

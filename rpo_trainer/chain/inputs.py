@@ -228,6 +228,7 @@ class Digests:
         except OSError as error:
             raise RunError(
                 f"an input cannot be read: {error.strerror or error}",
+                code="run.unreadable-input",
                 where=f"{one.key}: {error.filename or path}",
                 why="a change could not be detected on resume",
                 fix="check the file and its permissions",
@@ -305,6 +306,7 @@ def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run
         lines = [f"{key}: {_listed(list(names))}" for key, names in refused.items()]
         raise RunError(
             "inputs have changed since this run read them:\n    " + "\n    ".join(lines),
+            code="run.input-changed",
             where=str(run_dir),
             why="new results would not match the existing ones",
             fix=ways_out("restore them", list(dict.fromkeys(map(_short, refused)))),

@@ -346,6 +346,7 @@ class _Chain:
             self.stop.raise_if_stopped()
             raise RunError(
                 f"the training of stage {stage.name} ended before its last step",
+                code="training.ended-early",
                 where=str(folder),
                 why="something stopped it, and later stages need a complete one",
                 fix="look for a callback that sets `should_training_stop`, and run the same command again: "
@@ -392,6 +393,7 @@ class _Chain:
             if len(set(made_here.values())) > 1:
                 raise RunError(
                     f"the processes have made different examples of stage {stage.name}",
+                    code="run.different-examples",
                     why="each reads the data for itself, and the hosts do not have the same files",
                     fix="give every host the same data, tokenizer and library versions",
                 )

@@ -90,6 +90,7 @@ class ChainState:
         ) as error:  # fmt: skip
             raise RunError(
                 f"the state of the run cannot be read: {error!r}",
+                code="run.unreadable-state",
                 where=str(self.path),
                 why="it records what has been computed, and from what",
                 fix="restore the file, or start in another directory (--run-dir)",
@@ -177,6 +178,7 @@ class ChainState:
             raise RunError(
                 "the recipe has changed where this run has already computed:\n    "
                 + "\n    ".join(lines),
+                code="run.recipe-changed",
                 where=str(self.path.parent),
                 why="resuming would mix two recipes in one run",
                 fix=ways_out("undo the change", keys),
@@ -233,6 +235,7 @@ def check_run_dir(run_dir: Path) -> None:
         if run_dir.exists() and not run_dir.is_dir():
             raise RunError(
                 "this is a file, not a directory",
+                code="run.not-a-directory",
                 where=str(run_dir),
                 why="a run is a directory of its own",
                 fix="name another --run-dir",
@@ -246,6 +249,7 @@ def check_run_dir(run_dir: Path) -> None:
     if others and not ours:
         raise RunError(
             f"this is not an rpo-trainer run directory: it contains {others[0].name}",
+            code="run.not-a-run-directory",
             where=str(run_dir),
             why="a run does not share its directory with other files",
             fix="name an empty or new directory with --run-dir",
@@ -255,6 +259,7 @@ def check_run_dir(run_dir: Path) -> None:
 def _unusable(how: str, error: Exception, run_dir: Path) -> RunError:
     return RunError(
         f"the directory cannot be {how}: {getattr(error, 'strerror', None) or error}",
+        code="run.unusable-directory",
         where=str(run_dir),
         why="checkpoints and outputs could not be written either",
         fix="name another --run-dir, or change its permissions",
@@ -298,6 +303,7 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
         who = _holder(holder) or "another process"
         raise RunError(
             f"the run directory is in use by {who}",
+            code="run.locked",
             where=str(run_dir),
             why="two runs in one directory would mix their checkpoints",
             fix="wait for it, stop it, or name another --run-dir",
@@ -305,6 +311,7 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"the lock of the run directory cannot be taken: {error.strerror or error}",
+            code="run.unusable-lock",
             where=str(run_dir / _LOCK),
             why="two runs in one directory would mix their checkpoints",
             fix="remove what is there under this name, or name another --run-dir",

@@ -188,7 +188,7 @@ def collect_run(run_dir: Path) -> RunResults:
     if not (run_dir / CHAIN_FILE).is_file() and not (run_dir / METRICS_FILE).is_file():
         raise RunError(
             "not a run directory: it has no chain.json and no metrics.jsonl",
-            code="run.not-a-run",
+            code="run.not-a-run-directory",
             where=str(run_dir),
             why="what is shown is read from them",
             fix="name the directory that `rpo-trainer run` wrote (its --run-dir)",

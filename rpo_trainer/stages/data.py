@@ -167,6 +167,7 @@ def build_rows(
     if isinstance(stage, RewardStage) and (wide := [r for r in rows if len(r["responses"]) > 2]):
         raise DataError(
             f"{len(wide)} of {len(rows)} rows have more than two responses, first {wide[0]['id']}",
+            code="data.more-than-two-responses",
             where=f"stages.{stage.name}",
             why="Bradley-Terry is a loss of pairs",
             fix="add `pairs: {select: best_worst}` to `data`",

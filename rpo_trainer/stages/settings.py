@@ -168,6 +168,7 @@ def training_config(
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(
             f"a tracker cannot start: {error}",
+            code="recipe.tracker-cannot-start",
             where=f"stages.{stage.name}.report_to",
             why="nothing would be sent to it, and nobody would know before the end",
             fix="install its package, or take it out; metrics.jsonl has everything all the same",

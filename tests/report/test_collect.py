@@ -120,5 +120,5 @@ def test_any_chain_json_can_be_read(make_run: Make, content: str) -> None:
 
 def test_another_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps({}), encoding="utf-8")
-    with raises("run.not-a-run", RunError, where=str(tmp_path)):
+    with raises("run.not-a-run-directory", RunError, where=str(tmp_path)):
         collect_run(tmp_path)
