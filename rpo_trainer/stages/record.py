@@ -22,14 +22,15 @@ METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 State = Literal["pending", "running", "done"]
 Reach = Literal["model", "tokenizer", "all"]  # which files of a directory are read
-_NULL = {"null": True}  # of a field that is written as null where it is None
+_NULL: dict[str, Any] = {"absent": None}
+_EMPTY: dict[str, Any] = {"absent": {}}
 
 
 class JsonRecord:
     """Base of dataclasses that stand in a JSON file.
 
-    Metadata of fields: `key`, its name in the file; `null`, written where it is None; `rest`, it holds the
-    entries that no other field names.
+    Metadata of fields: `key`, its name in the file; `absent`, what stands there where it is None (without
+    it the key is left out); `rest`, it holds the entries that no other field names.
     """
 
     @classmethod
@@ -135,10 +136,10 @@ class AuditRecord(JsonRecord):
     cut: dict[str, CutResponses] = field(default_factory=dict)
     extra_columns: dict[str, list[str]] = field(default_factory=dict)
     unread_columns: dict[str, list[str]] = field(default_factory=dict)
-    pairs: PairsRecord | None = None
+    pairs: PairsRecord | None = field(default=None, metadata=_EMPTY)
     filter: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
-    judge: JudgeRecord | None = None
+    judge: JudgeRecord | None = field(default=None, metadata=_EMPTY)
     replay: dict[str, Any] = field(default_factory=dict)
     ratings: dict[str, dict[str, float]] = field(default_factory=dict)
     overlap: dict[str, int] = field(default_factory=dict)
@@ -415,7 +416,7 @@ def _read(hint: Any, value: Any, place: str, lenient: bool) -> Any:
 
 def _read_union(args: tuple[Any, ...], value: Any, place: str, lenient: bool) -> Any:
     others = [one for one in args if one is not types.NoneType]
-    if types.NoneType in args and (value is None or (value == {} and is_dataclass(others[0]))):
+    if types.NoneType in args and value is None:
         return None
     for one in others[:-1]:
         fits, found = _try(one, value, place, True)
@@ -437,7 +438,7 @@ def _try(hint: Any, value: Any, place: str, lenient: bool) -> tuple[bool, Any]:
 def _read_fields(kind: Any, value: Mapping[str, Any], place: str, lenient: bool) -> Any:
     hints, found, keys = _hints(kind), {}, dict(_keys(kind))
     for key, one in keys.items():
-        if key in value:
+        if key in value and not (value[key] == {} == one.metadata.get("absent")):
             fits, item = _try(hints[one.name], value[key], f"{place}.{key}", lenient)
             if fits:
                 found[one.name] = item
@@ -458,8 +459,10 @@ def _plain(value: Any) -> Any:
             item = getattr(value, one.name)
             if one.metadata.get("rest"):
                 found |= _plain(item)
-            elif item is not None or one.metadata.get("null"):
-                found[one.metadata.get("key", one.name)] = _plain(item)
+            elif item is not None or "absent" in one.metadata:
+                found[one.metadata.get("key", one.name)] = (
+                    _plain(item) if item is not None else one.metadata["absent"]
+                )
         return found
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

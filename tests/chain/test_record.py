@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.data import Audit
 from rpo_trainer.stages.record import (
+    AuditRecord,
     ChangeRecord,
     EstimateRecord,
     EvaluationRecord,
@@ -78,6 +80,12 @@ def test_what_was_read_is_written_with_the_same_keys() -> None:
     assert record.eval is not None
     assert record.eval.win_rate == EstimateRecord(0.5, 0.4, 0.6)
     assert record.eval.agreement == {"pearson/gap": 0.5, "rmse/gap": 0.25}
+
+
+def test_counts_that_were_not_made_stay_empty() -> None:
+    audit = Audit().as_dict()
+    record = AuditRecord.from_json(audit)
+    assert record.pairs is None and record.judge is None and record.to_json() == audit
 
 
 def test_a_stage_that_has_not_begun_has_little_to_say() -> None:
