@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.cli.commands import main
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.errors import Problems
+from rpo_trainer.errors import ModelError, Problems
 from rpo_trainer.models import adapter_files
 from rpo_trainer.models.loading import load_model, load_weights
 from rpo_trainer.recipe import ModelSpec
 from tests.chain import tiny
+from tests.raising import codes_of, with_code
 
 
 def check(folder: Path, recipe: tiny.Recipe | None = None, **settings: Any) -> list[str]:
@@ -139,7 +141,7 @@ def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "rpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
-    assert "no chat template" in str(problems(tmp_path, recipe))
+    assert "chat template" in str(problems(tmp_path, recipe))
     recipe["model"]["chat_template"] = "plain"
     assert check(tmp_path, recipe)
     del rows[0]["ground_truth"]
@@ -188,7 +190,7 @@ def without_a_part(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(parts))
 
 
-def with_code(folder: Path) -> None:
+def with_own_code(folder: Path) -> None:
     path = saved_model(folder) / "config.json"
     own = {"model_type": "strange", "auto_map": {"AutoConfig": "own.Config"}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
@@ -215,55 +217,25 @@ def a_reward_model(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **kind}))
 
 
-MODELS = {
-    "pickled weights only": (
-        pickled, "the model cannot be loaded: its weights are pickled (pytorch_model.bin)",
-        "a pickle can hold code, which runs when it is read", "take the model's safetensors, or",
-    ),
-    "no weights": (
-        without_weights,
-        "the model cannot be loaded: there are no weights beside its configuration",
-        "the stage could not begin", "give a directory with the model's files",
-    ),
-    "weights that are cut": (
-        cut, "the model cannot be loaded: model.safetensors is damaged or is not a safetensors file",
-        "a part of its weights would be missing", "copy or download the model's files again",
-    ),
-    "a part missing": (
-        without_a_part,
-        "model-00002-of-00002.safetensors is damaged or is not a safetensors file (it is missing",
-        "a part of its weights would be missing", "copy or download the model's files again",
-    ),
-    "code from a repository": (
-        with_code, "cannot be loaded: it needs code from its repository",
-        "that code would run here with your permissions",
-        "take a model that transformers knows by itself; or read the code",
-    ),
-    "more tokens than embeddings": (
-        with_few_embeddings, "the tokenizer has 100 tokens, the model 90 embeddings",
-        "a token beyond the table cannot be embedded", "take the model's own tokenizer",
-    ),
-    "a tensor missing": (
-        without_a_tensor, "missing: model.layers.1.mlp.down_proj.weight",
-        "transformers would fill what is missing with random numbers and ignore the others",
-        "copy or download the model's files again",
-    ),
-    "a generation config that is none": (
-        with_a_cut_generation_config, "generation_config.json cannot be read",
-        "the model would generate, and be written, with other settings", "repair the file",
-    ),
-    "a reward model": (
-        a_reward_model, "this is a reward model (a sequence classifier), and no policy",
-        "it cannot say how likely a token is", "start from a causal language model",
-    ),
-}  # fmt: skip
+# What is made, and what the error names.
+MODELS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "pickled weights only": (pickled, ("pickled", "(pytorch_model.bin)")),
+    "no weights": (without_weights, ("no weights",)),
+    "weights that are cut": (cut, (" model.safetensors is", "damaged")),
+    "a part missing": (without_a_part, ("model-00002-of-00002.safetensors", "missing")),
+    "code from a repository": (with_own_code, ("repository",)),
+    "more tokens than embeddings": (with_few_embeddings, ("100 tokens", "90 embeddings")),
+    "a tensor missing": (without_a_tensor, ("missing: model.layers.1.mlp.down_proj.weight",)),
+    "no generation config": (with_a_cut_generation_config, ("generation_config.json",)),
+    "head of rewards": (a_reward_model, ("sequence classifier",)),
+}
 
 
 @pytest.mark.parametrize("place_of", ["model", "init"])
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
     """Before any weight is read; also that of a later stage, which would fail hours later."""
-    make, what, why, fix = MODELS[case]
+    make, named = MODELS[case]
     make(tmp_path / "mine")
     recipe = tiny.tiny_recipe()
     if place_of == "model":
@@ -272,11 +244,10 @@ def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
     else:
         tiny.stage_of(recipe, "dpo")["init"] = "./mine"
         line, where = "init:", f"(stages.dpo.init): {tmp_path / 'mine'}: "
-    shown = str(problems(tmp_path, recipe))
-    where = f"{place(tmp_path, line)} {where}"
-    assert shown.startswith(where) and shown.endswith("\n1 problem found")
-    first, *more, _ = shown.splitlines()
-    assert what in first and more[0] == f"  why: {why}" and more[1].startswith(f"  fix: {fix}")
+    (problem,) = problems(tmp_path, recipe).problems
+    assert type(problem) is ModelError and problem.why and problem.fix
+    assert str(problem).startswith(f"{place(tmp_path, line)} {where}")
+    assert all(one in str(problem).splitlines()[0] for one in named)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "recipe.yaml"}
     assert not (tmp_path / "mine" / "ran").exists()
 
@@ -292,18 +263,22 @@ def test_an_adapter_without_one_of_its_tensors(tmp_path: Path) -> None:
     save_file({n: t for n, t in load_file(path).items() if "layers.1" not in n}, path)
     assert "missing: base_model.model.model.layers.1" in str(problems(tmp_path, recipe))
     path.rename(theirs / "adapter_model.bin")
-    assert "its weights are pickled (adapter_model.bin)" in str(problems(tmp_path, recipe))
+    assert "adapter_model.bin" in str(problems(tmp_path, recipe))
 
 
-@pytest.mark.parametrize("case", ["a language model", "pickled", "code from a repository"])
+@pytest.mark.parametrize("case", ["policy", "pickled", "with code"])
 def test_a_scorer_that_cannot_be_loaded(case: str, tmp_path: Path) -> None:
-    makers = {"pickled": pickled, "code from a repository": with_code}
+    makers = {"pickled": pickled, "with code": with_own_code}
     makers.get(case, saved_model)(tmp_path / "mine")
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["score"] = {"model": "./mine"}
     shown = str(problems(tmp_path, recipe))
-    named = {"pickled": "pytorch_model.bin", "a language model": "missing: score.weight"}
-    assert named.get(case, "needs code from its repository") in shown
+    named = {
+        "pickled": "pytorch_model.bin",
+        "policy": "missing: score.weight",
+        "with code": "trust_remote_code",
+    }
+    assert named[case] in shown
     assert not (tmp_path / "mine" / "ran").exists()
 
 
@@ -371,7 +346,7 @@ def test_held_out_rows_of_a_stage_that_samples(responses_from: str | None, tmp_p
     assert check(tmp_path, recipe).count("  1 held-out examples") == 2  # of both rounds
     (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
     found = problems(tmp_path, recipe)
-    assert "no row has rewards, and RPO needs one for every response" in str(found)
+    assert "RPO" in str(found) and "rewards" in str(found)
 
 
 def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> None:
@@ -423,10 +398,11 @@ def test_each_fault_of_an_evaluation_has_its_place(tmp_path: Path) -> None:
 def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     check(tmp_path, recipe)  # a finished run of this recipe
-    found = str(problems(tmp_path, tiny.changed(recipe, "dpo.beta", 0.25)))
+    changed = problems(tmp_path, tiny.changed(recipe, "dpo.beta", 0.25))
+    found = str(with_code(changed, "run.recipe-changed"))
     assert "beta" in found and "0.25" in found and "--allow-changed" in found
     (finished_copy / "chain.json").unlink()
-    assert "not an rpo-trainer run directory" in str(problems(tmp_path, recipe))
+    assert "run.not-a-run-directory" in codes_of(problems(tmp_path, recipe))
 
 
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
