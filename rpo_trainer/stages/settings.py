@@ -124,6 +124,7 @@ def training_config(
     problems = [
         RecipeError(
             f"transformers has no training argument {name}",
+            code="recipe.unknown-training-argument",
             where=f"{where}.{name}",
             why=NOT_READ,
             fix=_or_see(did_you_mean(name, sorted(known)), "transformers.TrainingArguments"),

@@ -169,7 +169,7 @@ def test_the_base_of_an_adapter_is_watched(kept: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "run")
     path = tmp_path / "run" / "code" / "base" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\1\2\3")
-    with pytest.raises(RunError, match=r"stage code is damaged: base: the content of model"):
+    with raises("run.damaged-output", RunError, where=str(tmp_path / "run" / "code" / "final")):
         tiny.run(tmp_path, adapted("code", KEEP))
 
 
@@ -344,8 +344,9 @@ def test_somebody_elses_adapter(kind: str, kept: Path, finished: Path, tmp_path:
         settings = json.loads((run_dir / "dpo" / "final" / adapter_files.CONFIG).read_text())
         assert settings["base_model_name_or_path"] == str(theirs / "base")
         stage.update(init=str(theirs), peft={**KEEP, "r": 2})
-        with pytest.raises(RecipeError, match="whose r is 4, not 2"):
+        with pytest.raises(RecipeError) as error:
             tiny.run(tmp_path / "other", recipe)
+        assert "r is 4, not 2" in str(error.value)
 
 
 # --- refusals ---
@@ -408,7 +409,7 @@ def test_4_bits_need_bitsandbytes_and_whole_bases(
     recipe = adapted("dpo", {**KEEP, "quantization": "nf4"})
     stage = expand_stages(tiny.load(tmp_path, recipe).recipe)[2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="needs bitsandbytes") as error:
+    with pytest.raises(RecipeError, match="bitsandbytes") as error:
         lora_config(stage)
     assert error.value.where == "stages.dpo.peft.quantization"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())

@@ -16,6 +16,7 @@ from transformers import TrainerControl
 
 from rpo_trainer.chain.callbacks import MetricsLog, StepZeroLog, StopOnSignal
 from rpo_trainer.errors import StoppedBySignal
+from rpo_trainer.stages.record import StepZeroRecord
 from tests.raising import raises
 
 
@@ -138,7 +139,7 @@ def test_every_log_line_is_a_json_line(tmp_path: Path) -> None:
 
 
 def test_the_step_zero_check_is_handed_on_once() -> None:
-    noted: list[dict[str, Any]] = []
+    noted: list[StepZeroRecord] = []
     trainer = SimpleNamespace()
     callback = StepZeroLog(trainer, noted.append)
     callback.on_step_end(None, state(1), None)
@@ -146,4 +147,4 @@ def test_the_step_zero_check_is_handed_on_once() -> None:
     trainer.step_zero = {"loss": 0.5, "expected": 0.5, "nats_per_token": 0.0}
     callback.on_step_end(None, state(1), None)
     callback.on_step_end(None, state(2), None)
-    assert noted == [{"step0": {**trainer.step_zero, "ok": True}}]
+    assert noted == [StepZeroRecord(**trainer.step_zero, ok=True)]

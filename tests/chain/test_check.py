@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.cli.commands import main
+from rpo_trainer.data.counts import DROPS, WARNINGS
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError, Problems
 from rpo_trainer.models import adapter_files
@@ -65,8 +66,8 @@ def test_a_good_recipe_shows_examples_and_steps(
     lines = check(tmp_path, recipe)
     assert lines[:3] == ["code (sft)", "  40 examples, 8 steps", "  8 held-out examples"]
     assert "  44 examples, 6 steps" in lines
-    assert "  48 prompts; the responses come from general" in lines
-    assert "  48 prompts; the responses come from rpo-1" in lines
+    sampled = [line.split() for line in lines if line.startswith("  48 prompts; ")]
+    assert {words[-1] for words in sampled} == {"general", "dpo", "rpo-1"}
     assert [line for line in lines if not line.startswith(" ")] == [
         "code (sft)", "general (sft)", "dpo (dpo)", "rpo-1 (rpo)", "rpo-2 (rpo)",
     ]  # fmt: skip
@@ -106,15 +107,15 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     found = problems(tmp_path, broken(tmp_path))
     text = str(found)
     for part in (
-        "no training argument adam_eps", "absent.jsonl: no such file", "rang", "nowhere",
-        "adam_typo", "held-out.jsonl: no such file", "rejected",
+        "adam_eps", "absent.jsonl: ", "rang", "nowhere",
+        "adam_typo", "held-out.jsonl: ", "rejected",
     ):  # fmt: skip
         assert part in text, part
     assert found.exit_code == 3
     # Replay makes stage 2 read stage 1's file, every stage has the evaluation, `rpo` two rounds.
-    assert text.count("absent.jsonl: no such file") == 1
+    assert text.count("absent.jsonl: ") == 1
     assert text.count("held-out.jsonl") == 1
-    (line,) = re.findall(r"yaml:(\d+) \(stages\.code\.data\): \S+/absent\.jsonl: no such", text)
+    (line,) = re.findall(r"yaml:(\d+) \(stages\.code\.data\): \S+/absent\.jsonl: ", text)
     above = (tmp_path / "recipe.yaml").read_text().splitlines()[: int(line)]
     assert above[-1].endswith("data:") and "absent" not in "".join(above)
     assert not (tmp_path / "run").exists()
@@ -132,8 +133,8 @@ def test_a_missing_tokenizer_does_not_hide_faults_of_the_data(tmp_path: Path) ->
     recipe = broken(tmp_path)
     recipe["model"]["tokenizer"] = "./no-tokenizer"
     text = str(problems(tmp_path, recipe))
-    assert "the tokenizer cannot be loaded" in text
-    assert "absent.jsonl: no such file" in text
+    assert "no-tokenizer" in text
+    assert "absent.jsonl: " in text
 
 
 def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
@@ -146,21 +147,16 @@ def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
     assert check(tmp_path, recipe)
     del rows[0]["ground_truth"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert "no ground_truth to compare the responses with: 1 of 1 rows" in str(
-        problems(tmp_path, recipe)
-    )
+    (problem, *_) = problems(tmp_path, recipe).problems
+    assert "ground_truth" in problem.what and "1 of 1 rows" in problem.what
 
 
 def test_max_length_beyond_the_context(tmp_path: Path) -> None:
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.max_length", 65)
-    found = str(problems(tmp_path, recipe))
-    assert found == (
-        f"{place(tmp_path, 'max_length: 65')} (stages.dpo.max_length): "
-        "max_length 65 is beyond the model's context of 64 tokens\n"
-        "  why: the model was not trained on positions beyond this, and may not have them\n"
-        "  fix: max_length: 64, or less\n"
-        "1 problem found"
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert problem.where == f"{place(tmp_path, 'max_length: 65')} (stages.dpo.max_length)"
+    assert "max_length 65" in problem.what and "64 tokens" in problem.what
+    assert problem.why and "max_length: 64" in str(problem.fix)
 
 
 def saved_model(folder: Path, tokens: int = 100) -> Path:
@@ -285,21 +281,18 @@ def test_a_scorer_that_cannot_be_loaded(case: str, tmp_path: Path) -> None:
 def test_random_weights_with_fewer_embeddings_than_tokens(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     recipe["model"]["from_config"]["vocab_size"] = 64
-    assert str(problems(tmp_path, recipe)).startswith(
-        f"{place(tmp_path, 'model:')} (model): the tokenizer has 100 tokens, the model 64 embeddings"
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert problem.where == f"{place(tmp_path, 'model:')} (model)"
+    assert "100 tokens" in problem.what and "64 embeddings" in problem.what
 
 
 def test_another_vocabulary_in_the_reference(tmp_path: Path) -> None:
     saved_model(tmp_path / "mine", tokens=120)
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
-    assert str(problems(tmp_path, recipe)) == (
-        f"{place(tmp_path, 'reference: ')} (stages.dpo.reference): "
-        "the reference has 120 tokens, the policy 100\n"
-        "  why: their log-probs would be of different tokens\n"
-        "  fix: take a reference with the policy's tokenizer\n"
-        "1 problem found"
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert problem.where == f"{place(tmp_path, 'reference: ')} (stages.dpo.reference)"
+    assert "120 tokens" in problem.what and "policy 100" in problem.what
+    assert problem.why and problem.fix
     assert check(tmp_path, tiny.changed(recipe, "dpo.init", "./mine"))
 
 
@@ -318,18 +311,17 @@ def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
     saved_model(theirs / "base", tokens=120)
     saved_adapter(theirs, "base")
     shown = str(problems(tmp_path, recipe))
-    assert "(stages.dpo.reference): the reference has 100 tokens, the policy 120\n" in shown
+    assert re.search(r"\(stages\.dpo\.reference\): .* 100 tokens, .* 120\b", shown)
     saved_model(theirs / "base", tokens=90)
-    assert (
-        f"(stages.dpo.init): {theirs}, an adapter of {theirs / 'base'}: "
-        "the tokenizer has 100 tokens, the model 90 embeddings\n"
-    ) in str(problems(tmp_path, recipe))
+    (problem,) = problems(tmp_path, recipe).problems
+    assert "(stages.dpo.init): " in str(problem.where) and "90 embeddings" in problem.what
+    assert str(theirs) in str(problem.where) and str(theirs / "base") in str(problem.where)
     settings = json.loads((theirs / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "some/hub-name"
     (theirs / "adapter_config.json").write_text(json.dumps(settings))
-    assert (
-        f"(stages.dpo.init): {theirs}, an adapter of some/hub-name: the model's configuration cannot be"
-    ) in str(problems(tmp_path, recipe))
+    (problem,) = problems(tmp_path, recipe).problems
+    assert "(stages.dpo.init): " in str(problem.where) and "configuration" in problem.what
+    assert str(theirs) in str(problem.where) and "some/hub-name" in str(problem.where)
 
 
 @pytest.mark.parametrize("responses_from", [None, "dpo"])
@@ -359,7 +351,7 @@ def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> 
     row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
-    assert "1 of 1 eval rows have a prompt that is trained on" in str(problems(tmp_path, recipe))
+    assert re.search(r"\b1 of 1 eval rows", str(problems(tmp_path, recipe)))
 
 
 def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) -> None:
@@ -373,9 +365,9 @@ def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) ->
     }  # fmt: skip
     found = str(problems(tmp_path, recipe))
     assert "(stages.dpo.data.generate.policies" in found and "other" in found
-    assert "(stages.dpo.data.generate.max_new_tokens): the longest prompt has" in found
-    assert "(eval.generate.max_new_tokens): the longest prompt has" in found
-    assert "goes beyond the model's context of 64" in found
+    assert "(stages.dpo.data.generate.max_new_tokens): " in found
+    assert "(eval.generate.max_new_tokens): " in found
+    assert "context of 64" in found
     assert "3 problems found" in found
     generate.update(max_new_tokens=5, policies=["init", "code"])
     recipe["eval"]["generate"]["max_new_tokens"] = 5
@@ -410,7 +402,7 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     data = tiny.stage_of(recipe, "code")["data"]
     data["eval"] = [tiny.task("code", "train", 8)]
-    shown = "8 of 8 eval rows have a prompt that is trained on"
+    shown = "8 of 8 eval rows"
     assert any(line.startswith(f"  WARNING: {shown}") for line in check(tmp_path, recipe))
     data["held_out"] = True
     assert f" (stages.code.data.eval): {shown}" in str(problems(tmp_path, recipe))
@@ -430,12 +422,12 @@ def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -
             found[stage := line.split()[0]] = []
         elif "WARNING: eval" in line:
             found[stage].append(line.strip().removeprefix("WARNING: ").partition(" (")[0])
-    shown = "{} eval rows have a prompt that is trained on"
-    assert found["code"] == [shown.format("eval.nll: 8 of 10")]
-    assert found["dpo"] == [shown.format("eval.data: 2 of 7")]
+    ((nll,), (data,)) = found["code"], found["dpo"]
+    assert nll.startswith("eval.nll: 8 of 10 eval rows")
+    assert data.startswith("eval.data: 2 of 7 eval rows")
     assert not found["rpo-1"] and not found["rpo-2"]
     tiny.stage_of(recipe, "code")["data"]["held_out"] = True
-    assert shown.format("8 of 10") in str(problems(tmp_path, recipe))
+    assert "8 of 10 eval rows" in str(problems(tmp_path, recipe))
 
 
 def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
@@ -446,8 +438,8 @@ def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
     data |= {"train": [{"path": "rows.jsonl"}], "dedup": "normalised"}
     del data["eval"]
     lines = check(tmp_path, recipe, only={"code"})
-    dropped = "dropped: 2 rows, prompt used before (dedup) (rows.jsonl:2, rows.jsonl:3)"
-    assert any(line.startswith("  50 % of the rows") and line.endswith(dropped) for line in lines)
+    dropped = f"2 rows, {DROPS['repeated_prompt']} (rows.jsonl:2, rows.jsonl:3)"
+    assert any(line.startswith("  50 % of") and line.endswith(dropped) for line in lines)
 
 
 def test_what_deserves_attention_is_a_warning_and_is_counted(
@@ -473,8 +465,8 @@ def test_what_deserves_attention_is_a_warning_and_is_counted(
     assert not ended.value.code
     shown = capsys.readouterr().out
     warnings = [line.strip() for line in shown.splitlines() if line.startswith("  WARNING: ")]
-    assert any("80 % of the rows of one" in w and "max_length 40 (8)" in w for w in warnings)
-    assert any("50 % of the rows of one" in w and "tied" in w for w in warnings)
+    assert any("80 % of " in w and "max_length 40 (8)" in w for w in warnings)
+    assert any("50 % of " in w and "tied" in w for w in warnings)
     assert any("notes" in w and "columns" in w for w in warnings)
     assert any("temperature=0.5" in w for w in warnings)  # which transformers would not write
     assert sum("warning" in line.lower() for line in shown.splitlines()[:-1]) == len(warnings)
@@ -488,7 +480,7 @@ def test_what_is_dropped_of_held_out_rows_is_shown(tmp_path: Path) -> None:
     tiny.stage_of(recipe, "code")["data"]["eval"] = [{"path": "held.jsonl"}]
     lines = check(tmp_path, recipe, only={"code"})
     assert "  1 held-out examples" in lines
-    dropped = "dropped: 1 row, a response is empty or blank (held.jsonl:2)"
+    dropped = f"1 row, {DROPS['empty_response']} (held.jsonl:2)"
     assert any(line.startswith("  held out: 50 %") and line.endswith(dropped) for line in lines)
     assert any(line.startswith("  WARNING: held out: 50 %") for line in lines)
 
@@ -499,7 +491,7 @@ def test_a_repeated_prompt_of_a_sampling_stage_is_shown(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
     lines = check(tmp_path, recipe, only={"dpo"})
-    assert "  1 row (50 %), prompt seen before (prompts.jsonl:2)" in lines
+    assert f"  1 row (50 %), {WARNINGS['duplicate_prompt']} (prompts.jsonl:2)" in lines
 
 
 @pytest.mark.parametrize("field", ["init", "reference"])
@@ -508,7 +500,7 @@ def test_max_length_beyond_the_context_of_another_model(field: str, tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 32}))
     recipe = tiny.changed(tiny.tiny_recipe(), f"dpo.{field}", "./mine")
     shown = str(problems(tmp_path, recipe))
-    assert "max_length 64 is beyond ./mine's context of 32 tokens" in shown
+    assert "max_length 64" in shown and "./mine's" in shown and "32 tokens" in shown
     # The rounds that start from it have its context too; one line of the recipe is at fault.
     assert shown.endswith("1 problem found")
 
@@ -520,6 +512,5 @@ def test_another_tokenizer_of_the_same_size_in_a_reference(tmp_path: Path) -> No
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
-    assert f"{tmp_path / 'mine'}: the model's tokenizer is another one: " in str(
-        problems(tmp_path, recipe)
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert str(tmp_path / "mine") in str(problem.where) and "tokenizer" in problem.what

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo_trainer.data.judge_bias import biases
+from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.errors import DataError, ModelError, Problems
 from tests.chain import tiny
 from tests.raising import codes_of
@@ -127,7 +127,7 @@ def test_several_policies_and_endpoints_with_a_judge(
     said = found["rpo-1"]["data"]["audit"]["judge"]
     assert said == found["rpo-2"]["data"]["audit"]["judge"] == biases(rows)
     assert said["comparisons"] == 3 * len(rows) and said["longer_wins"] == 1.0
-    assert "judge: the longer answer wins 100% of the time" in caplog.text
+    assert all(line in caplog.text for line in bias_lines(said))
 
 
 def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -181,7 +181,8 @@ def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], injected:
     path = again / "run" / "chain.json"
     content = path.read_bytes()
     harm(path, drawn(harm, "chain.json"))
-    with raises("run.unreadable-state", RunError) as error:
+    code = "run.unreadable-state" if path.is_file() else "run.not-a-run-directory"
+    with raises(code, RunError) as error:
         tiny.run(again, sampled_rpo())
     assert error.value.where and error.value.why and error.value.fix
     assert checkpoint.last_complete(again / "run" / "rpo") is not None
