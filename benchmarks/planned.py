@@ -36,7 +36,7 @@ from rpo_trainer.models.loading import load_config, load_model, load_tokenizer
 from rpo_trainer.models.multimodal import random_model
 from rpo_trainer.plan import DeviceMemory, estimate, plan_recipe
 from rpo_trainer.recipe import LoadedRecipe, expand_stages, load_recipe
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.stages.data import StageData, build_rows, stage_seed, tokenize_stage
 from rpo_trainer.stages.settings import lora_config, make_trainer, training_config
 

@@ -29,7 +29,7 @@ from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.data import at_most, evaluation_prompts
 from rpo_trainer.stages.harness import run_tasks
 from rpo_trainer.step.forward import uninstall
-from rpo_trainer.step.probe import probe_on_all_ranks
+from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.step.reference import ReferenceCache, reference_logps, response_key
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Evaluation:
                 tasks = spec.lm_eval
                 logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
                 policy = self._policy(stage.name)
-                found["lm_eval"] = distributed.on_main_with_timeout(
+                found["lm_eval"] = distributed.on_main(
                     lambda: run_tasks(
                         policy,
                         self.tokenizer,
@@ -139,7 +139,8 @@ class Evaluation:
                         self.base_dir,
                         seed=self.recipe.seed,
                         template_kwargs=self.recipe.model.chat_template_kwargs,
-                    )
+                    ),
+                    timeout=distributed.LONG_TIMEOUT,
                 )
         finally:
             self._policies.clear()
@@ -215,7 +216,7 @@ class Evaluation:
             return read_rows(path)
         return map_rows_resumable(
             path, rows, scorer.work(rows), key=key, what="scored", label=label, with_digest=True,
-            ranks=distributed,
+            ranks=distributed.ALL_RANKS,
         )  # fmt: skip
 
     def _rewards(self, rows: list[Row], scorer: Scorer, label: str) -> list[Any]:

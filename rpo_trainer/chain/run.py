@@ -157,7 +157,7 @@ class _Chain:
         self.maker = RowMaker(
             self.base_dir, run_dir, {stage.name: stage for stage in self.stages},
             seed=lambda stage: stage_seed(stage, self.recipe), policy=self._policy,
-            weights=self._weights, label=self._label, ranks=distributed,
+            weights=self._weights, label=self._label, ranks=distributed.ALL_RANKS,
         )  # fmt: skip
         self.inputs = Inputs(self.recipe, self.stages, self.base_dir)
         self.digests = Digests()

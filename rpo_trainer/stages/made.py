@@ -20,14 +20,7 @@ from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import DataSpec, ScoreSpec, Stage, resolve_path
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.rewards.rowfile import (
-    ALONE,
-    Ranks,
-    content_key,
-    is_intact,
-    map_rows_resumable,
-    read_rows,
-)
+from rpo_trainer.rewards.rowfile import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.rewards.sampling import (
     EndpointPolicy,
     LocalPolicy,
@@ -37,6 +30,7 @@ from rpo_trainer.rewards.sampling import (
 )
 from rpo_trainer.rewards.scorers import Scorer, make_scorer, weights_key
 from rpo_trainer.rewards.verifiers import VERIFIERS
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
