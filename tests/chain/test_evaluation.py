@@ -384,7 +384,8 @@ def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
     with pytest.raises(Problems) as caught:
         check_recipe(tiny.load(tmp_path, recipe_with(tmp_path, baseline="./no")), tmp_path / "run")
     (problem,) = caught.value.problems
-    assert type(problem) is ModelError and "eval.baseline" in str(problem.where)
+    assert type(problem) is ModelError and problem.code == "model.not-found"
+    assert "eval.baseline" in str(problem.where)
     assert str(tmp_path / "no") in str(problem.where)
 
 

@@ -266,11 +266,12 @@ def test_an_init_path_without_a_model_or_with_another_vocabulary_is_refused(
     with pytest.raises(Problems) as error:
         tiny.run(tmp_path, tiny.changed(recipe, "rpo.init", "./nowhere"))
     (problem,) = error.value.problems
-    assert type(problem) is ModelError and str(tmp_path / "nowhere") in str(problem.where)
+    assert type(problem) is ModelError and problem.code == "model.not-found"
+    assert str(tmp_path / "nowhere") in str(problem.where)
     small = AutoModelForCausalLM.from_pretrained(finished / "code" / "final")
     small.resize_token_embeddings(50)
     small.save_pretrained(tmp_path / "small")
-    with pytest.raises(Problems) as error:
+    with raises("tokenizer.too-many-tokens", Problems) as error:
         tiny.run(tmp_path, tiny.changed(recipe, "rpo.init", "./small"))
     assert "100 tokens" in str(error.value) and "50 embeddings" in str(error.value)
 
