@@ -17,7 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 from rpo_trainer.cli.commands import cli
-from rpo_trainer.recipe import data_schema, load_recipe, peft_schema, schema
+from rpo_trainer.recipe import load_recipe, schema
 from tests.documents import ROOT, SHIPPED, TOLD, blocks, code, commands, name_of, page
 
 
@@ -60,10 +60,9 @@ def test_there_are_commands_to_test() -> None:
 def fields() -> set[str]:
     """Every name that a recipe knows."""
     found = {"kind", "peft"}
-    for module in (schema, data_schema, peft_schema):
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, BaseModel):
-                found |= set(value.model_fields)
+    for value in vars(schema).values():
+        if isinstance(value, type) and issubclass(value, BaseModel):
+            found |= set(value.model_fields)
     return found
 
 

@@ -43,10 +43,10 @@ from rpo_trainer.recipe import (
     expand_stages,
     resolve_path,
 )
-from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.recipe.rules.chain import looks_like_path
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.report.audits import read_audit
-from rpo_trainer.rewards.generate import check_room
+from rpo_trainer.rewards.sample import check_room
 from rpo_trainer.rewards.scorers import make_scorer
 from rpo_trainer.stages.data import (
     at_most,

@@ -22,8 +22,8 @@ from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
 from rpo_trainer.rewards import evaluate
-from rpo_trainer.rewards.rowfile import content_key, is_intact, map_rows_resumable, read_rows
-from rpo_trainer.rewards.sampling import sampling_settings
+from rpo_trainer.rewards.policies import sampling_settings
+from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.data import at_most, evaluation_prompts
@@ -201,8 +201,7 @@ class Evaluation:
             return read_rows(path)
         answers = evaluate.respond(
             self._policy(source), self.tokenizer, rows, generate=spec.generate, greedy=spec.greedy,
-            seed=seed, shard=(distributed.rank(), distributed.world_size()),
-            gather=distributed.all_gather_dict,
+            seed=seed, ranks=distributed.ALL_RANKS,
         )  # fmt: skip
         text = "".join(json.dumps(answer) + "\n" for answer in answers)
         distributed.on_main(lambda: write_with_digest(path, text))

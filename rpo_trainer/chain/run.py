@@ -56,7 +56,7 @@ from rpo_trainer.recipe import (
     fill_from_environment,
     resolve_path,
 )
-from rpo_trainer.rewards.rowfile import content_key
+from rpo_trainer.rewards.resumable_rows import content_key
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.cores import limit_threads
 from rpo_trainer.stages.data import (

@@ -97,6 +97,7 @@ def adapt(
     if require_rewards and not present & _REWARDS and any(chosen is FORMATS[n] for n in _BARE):
         raise DataError(
             "no row has rewards, and RPO needs one for every response",
+            code="data.missing-rewards",
             where=raw.where,
             why="the gap between the rewards is what RPO learns, and no reward is made up",
             fix="score the responses (`score:` in the recipe, or rpo-trainer score), name their columns "
@@ -135,7 +136,7 @@ def adapt(
         try:
             for column in needed:
                 if row.get(column) is None:
-                    raise RowError(f"`{column}` is absent or null")
+                    raise RowError(f"`{column}` is absent or null", code="data.missing-value")
             refuse_media(row)
             new = {"id": row_id, "source": raw.name, **chosen.convert(row), **tools(row)}
             for column in [*new.pop("unread", ()), *unread_system(new, row)]:
@@ -152,7 +153,7 @@ def adapt(
             if keep is None and isinstance(row.get("source"), str):
                 new["source"] = row["source"]
         except RowError as error:
-            problems.add(str(error), row_id)
+            problems.add(error, row_id)
             continue
         if kind == "pair" and len(new["responses"]) < 2 and not as_given:
             audit.drop("fewer_than_two_responses", row_id)
@@ -216,6 +217,7 @@ def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: s
     if likely:
         raise DataError(
             f"there is no `prompt`, and the columns {', '.join(missed)} are not read",
+            code="data.missing-prompt",
             where=where,
             why="one of them may hold the prompt; words that both responses begin with are not taken for it",
             fix=f"name its column: {mapping_for(['prompt'], likely)}"
@@ -245,6 +247,7 @@ def _require_scores(rows: Sequence[Row], where: str) -> None:
     if rows and all(row["rewards"] is None for row in rows):
         raise DataError(
             "the responses are sampled, and have no rewards",
+            code="data.unscored-responses",
             where=where,
             why="the order in which they were sampled says nothing of which is better",
             fix="score them (`score:` in the recipe, or rpo-trainer score); where they stand best first, "
@@ -281,6 +284,7 @@ def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]
         turned = ", ".join(f"{ours}: {theirs}" for theirs, ours in columns.items())
         raise DataError(
             "`columns` is the wrong way round",
+            code="data.reversed-columns",
             where=raw.where,
             why="it is {our name: name in the file}",
             fix=f"write `{{{turned}}}`",
@@ -295,6 +299,7 @@ def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise DataError(
                     f"`columns` names {name!r}, and {what} no such column{hint}",
+                    code="data.unknown-column",
                     where=raw.where,
                     why="it would rename nothing",
                     fix="`columns` is {our name: name in the file}",
@@ -327,7 +332,7 @@ def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Au
         new |= with_responses(new, order)
     flag = raw.get("truth_chosen")
     if flag is not None and not isinstance(flag, bool):
-        raise RowError("`truth_chosen` is neither true nor false")
+        raise RowError("`truth_chosen` is neither true nor false", code="data.wrong-type")
     is_truth = truth is not None and new["responses"][:1] == [str(truth)]
     new["truth_chosen"] = bool(flag) or is_truth
 
@@ -344,7 +349,9 @@ def _rewards(new: Row, required: bool, audit: Audit) -> list[float] | None:
     if not faults:
         return [float(reward) for reward in rewards]
     if required:
-        raise RowError(f"a reward is {faults[0]}, and RPO needs one for every response")
+        raise RowError(
+            f"a reward is {faults[0]}, and RPO needs one for every response", code="data.bad-reward"
+        )
     if any(reward is not None for reward in rewards):
         audit.warn("unusable_rewards", new["id"])
     return None

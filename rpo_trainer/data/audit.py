@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rpo_trainer.data.counts import (
     DROPS,
@@ -245,17 +245,17 @@ class Audit:
         train: Sequence[Row],
         evaluation: Sequence[Row],
         *,
-        held_out: bool = False,
+        on_overlap: Literal["warn", "error"] = "warn",
         where: str | None = None,
     ) -> int:
         """Remarks on prompts that are in both; returns how many rows of `evaluation` that is.
 
         Args:
-            held_out: the evaluation is named as held out, so no prompt of it may be trained on.
+            on_overlap: what such prompts are.
             where: the field that names the evaluation, if not `data.eval`; several add up in `overlap`.
 
         Raises:
-            DataError: it is, and some are.
+            DataError: there are some, and `on_overlap` is `error`.
         """
         same, alike = shared(train, evaluation)
         found = [*same, *alike]
@@ -268,12 +268,13 @@ class Audit:
             f"{len(found)} of {len(evaluation)} eval rows have a prompt that is trained on"
             f"{nearly if alike else ''} ({', '.join(str(row['id']) for row in found[:EXAMPLES])})"
         )
-        if held_out:
+        if on_overlap == "error":
             raise DataError(
                 what,
+                code="data.held-out-overlap",
                 where=where or "data.eval",
-                why="`held_out` says that they are not, and what is measured would look too good",
-                fix="remove these rows from train or eval, or remove `held_out`",
+                why="`eval_overlap: error` allows none, and what is measured would look too good",
+                fix="remove these rows from train or eval, or remove `eval_overlap`",
             )
         self.remark(what if where is None else f"{where}: {what}")
         return len(found)

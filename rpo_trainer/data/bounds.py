@@ -99,6 +99,7 @@ def check_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     if fault is not None:
         raise ModelError(
             f"the chat template {fault}",
+            code="template.exceeds-limits",
             where=where,
             why="rendering a short conversation should take less than a millisecond and a kilobyte",
             fix="correct the template, or choose another: chat_template: chatml | plain | a path",

@@ -349,6 +349,7 @@ class ChatRenderer:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "the rows are messages, and the tokenizer has no chat template",
+                code="template.missing",
                 where="model.chat_template",
                 why="how a model is shown its turns is its own, and cannot be guessed",
                 fix="chat_template: chatml | plain | the path of a Jinja template",
@@ -367,7 +368,9 @@ class ChatRenderer:
                 raise TemplateLimit(f"it writes {len(text)} characters")
         except (jinja2.TemplateError, TemplateLimit, MemoryError, *UNREADABLE) as error:
             said = str(error) or type(error).__name__
-            raise RowError(f"the chat template refuses the row ({said})") from None
+            raise RowError(
+                f"the chat template refuses the row ({said})", code="template.refuses-row"
+            ) from None
         return str(text)
 
     def _shaped(self, message: Message) -> Message:
@@ -420,7 +423,10 @@ class ChatRenderer:
         """`value` with the text of special tokens replaced by private-use characters."""
         if isinstance(value, str):
             if not value.isascii() and self._reserved.search(value):
-                raise RowError("the text holds private-use characters that are needed here")
+                raise RowError(
+                    "the text holds private-use characters that are needed here",
+                    code="data.private-use-characters",
+                )
             if self._special is None:
                 return value
             return self._special.sub(lambda m: chr(PRIVATE + self._names.index(m[0])), value)

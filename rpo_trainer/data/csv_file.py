@@ -18,6 +18,8 @@ _NUMBERS = frozenset(
         "overall_preference", "preference_strength", *HELPSTEER_ATTRIBUTES,
     }
 )  # fmt: skip
+_NAMES = "the first line names the columns"
+_OWN_NAMES = "give each column a name of its own in the first line"
 _PLAIN = re.compile(r"[^,\r\n]*")
 _END = re.compile(r",|\r\n|\n|\r|\Z")
 
@@ -111,6 +113,7 @@ def _quoted(text: str, place: int, where: str, number: int) -> tuple[str, int]:
 def _invalid(what: str, where: str) -> DataError:
     return DataError(
         f"not valid CSV ({what})",
+        code="data.invalid-csv",
         where=where,
         why=NOT_WHOLE,
         fix="every row needs as many fields as the first line has names; put fields with commas, line "
@@ -120,11 +123,19 @@ def _invalid(what: str, where: str) -> DataError:
 
 def _check_names(names: list[str], where: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
-    blank = any(not name.strip() for name in names)
-    if twice is not None or blank:
+    if twice is not None:
         raise DataError(
-            f"the column {twice!r} is there twice" if twice is not None else "a column has no name",
+            f"the column {twice!r} is there twice",
+            code="data.duplicate-column",
             where=where,
-            why="the first line names the columns",
-            fix="give each column a name of its own in the first line",
+            why=_NAMES,
+            fix=_OWN_NAMES,
+        )
+    if any(not name.strip() for name in names):
+        raise DataError(
+            "a column has no name",
+            code="data.unnamed-column",
+            where=where,
+            why=_NAMES,
+            fix=_OWN_NAMES,
         )

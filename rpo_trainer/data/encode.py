@@ -38,6 +38,7 @@ class Encoder:
         if not self.tokenizer.is_fast:
             raise ModelError(
                 "the tokenizer is a slow one, without character offsets",
+                code="tokenizer.no-offsets",
                 why="response masks are made from the offsets",
                 fix="use the fast tokenizer of the model (tokenizer.json)",
             )
@@ -55,6 +56,7 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no end token",
+                code="tokenizer.no-end-token",
                 why="a response that does not end is never a whole one",
                 fix="set eos_token in tokenizer_config.json",
             )

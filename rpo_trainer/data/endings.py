@@ -105,7 +105,7 @@ def learn_ending(render: Render, controls: Controls) -> Ending:
     asked = {"role": "user", "content": SENTINEL}
     alone = render([USER, said], False)
     if SENTINEL not in alone:
-        raise RowError(UNCLEAR)
+        raise RowError(UNCLEAR, code="template.turn-not-found")
     last = alone.rpartition(SENTINEL)[2].rstrip()
     prompt = render([asked], True).rpartition(SENTINEL)[2]
     try:

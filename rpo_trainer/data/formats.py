@@ -89,7 +89,9 @@ COMMON = (
 def _whole(messages: list[Message], what: str) -> Row:
     check_conversation(messages, what)
     if all(message["role"] != "assistant" for message in messages):
-        raise RowError(f"{what} has no turn of the assistant to train on")
+        raise RowError(
+            f"{what} has no turn of the assistant to train on", code="data.no-assistant-turn"
+        )
     return {"messages": messages}
 
 
@@ -133,7 +135,9 @@ def _finished(raw: Raw, count: int) -> Row:
     if not isinstance(flags, list):  # it says another thing of the row
         return {"unread": ["finished"]}
     if len(flags) != count or not all(isinstance(flag, bool) for flag in flags):
-        raise RowError("`finished` is not a list with one true or false a response")
+        raise RowError(
+            "`finished` is not a list with one true or false a response", code="data.wrong-type"
+        )
     return {"finished": flags}
 
 
@@ -180,9 +184,9 @@ def _nemo(raw: Raw) -> Row:
 def _nemo_rl(raw: Raw) -> Row:
     given = raw["completions"]
     if not is_messages(given):
-        raise RowError("`completions` is not a list of objects")
+        raise RowError("`completions` is not a list of objects", code="data.wrong-type")
     if any(reward_fault(one.get("rank")) for one in given):
-        raise RowError("the `rank` of `completions` are not all numbers")
+        raise RowError("the `rank` of `completions` are not all numbers", code="data.bad-rank")
     best_first = sorted(given, key=lambda one: one["rank"])
     names = [f"`completions` of rank {one['rank']}" for one in best_first]
     row = preference(raw["context"], [one.get("completion") for one in best_first], names)
@@ -195,7 +199,7 @@ def _nemo_rl(raw: Raw) -> Row:
 def _openai_preference(raw: Raw) -> Row:
     given = raw["input"]
     if not isinstance(given, Mapping):
-        raise RowError("`input` is not an object with `messages`")
+        raise RowError("`input` is not an object with `messages`", code="data.wrong-type")
     names = ["preferred_output", "non_preferred_output"]
     prompt = to_messages(given.get("messages"), "`input.messages`")
     row = preference(prompt, [raw[name] for name in names], [f"`{name}`" for name in names])
@@ -210,7 +214,7 @@ def _strength(prompt: object, raw: Raw, first: str, second: str, column: str) ->
     """Two responses and a preference from -3 (the first) to 3; the gap is its strength."""
     value = raw[column]
     if reward_fault(value) or not -3 <= value <= 3:
-        raise RowError(f"`{column}` is not a number from -3 to 3")
+        raise RowError(f"`{column}` is not a number from -3 to 3", code="data.rating-out-of-range")
     names = [second, first] if value > 0 else [first, second]
     row = preference(prompt, [raw[name] for name in names], [f"`{name}`" for name in names])
     return {**row, "rewards": [abs(value) / 2, -abs(value) / 2]}
@@ -229,7 +233,7 @@ def _helpsteer2_pairs(raw: Raw) -> Row:
     answers = raw["response"]
     for value in raw["helpfulness"]:
         if not reward_fault(value) and not 0 <= value <= 4:
-            raise RowError("`helpfulness` is not from 0 to 4")
+            raise RowError("`helpfulness` is not from 0 to 4", code="data.rating-out-of-range")
     prompt = marked_messages(raw["prompt"])
     row = preference(prompt, answers, ["`response`"] * len(answers))
     return {**row, "rewards": list(raw["helpfulness"])}
@@ -238,7 +242,7 @@ def _helpsteer2_pairs(raw: Raw) -> Row:
 def _responses(raw: Raw) -> Row:
     answers = raw["responses"]
     if not isinstance(answers, list):
-        raise RowError("`responses` is not a list")
+        raise RowError("`responses` is not a list", code="data.wrong-type")
     row = preference(raw["prompt"], answers, [f"`responses`[{i}]" for i in range(len(answers))])
     ended = _finished(raw, len(answers))
     return {**row, **ended, "unread": [*row.get("unread", ()), *ended.get("unread", ())]}
@@ -247,7 +251,7 @@ def _responses(raw: Raw) -> Row:
 def _scored_responses(raw: Raw) -> Row:
     row, rewards = _responses(raw), raw["rewards"]
     if not isinstance(rewards, list) or len(rewards) != len(row["responses"]):
-        raise RowError("`rewards` is not a list with one reward a response")
+        raise RowError("`rewards` is not a list with one reward a response", code="data.wrong-type")
     return {**row, "rewards": list(rewards)}
 
 
@@ -256,9 +260,9 @@ def _ranked(raw: Raw) -> Row:
     ranks = raw.get("ranks")
     if ranks is not None:
         if not isinstance(ranks, list) or len(ranks) != len(row["responses"]):
-            raise RowError("`ranks` is not a list with one rank a response")
+            raise RowError("`ranks` is not a list with one rank a response", code="data.wrong-type")
         if any(reward_fault(rank) for rank in ranks):
-            raise RowError("`ranks` are not all numbers")
+            raise RowError("`ranks` are not all numbers", code="data.bad-rank")
         row = with_responses(row, sorted(range(len(ranks)), key=lambda i: ranks[i]))
     return {**row, "rewards": [None] * len(row["responses"])}
 
@@ -269,7 +273,7 @@ def _ranked(raw: Raw) -> Row:
 def _rated(raw: Raw, prompt: object, ratings: Mapping[str, Any]) -> Row:
     for name, value in ratings.items():
         if value is not None and (fault := reward_fault(value)):
-            raise RowError(f"the rating `{name}` is {fault}")
+            raise RowError(f"the rating `{name}` is {fault}", code="data.bad-rating")
     return {
         **preference(prompt, [raw["response"]], ["`response`"]),
         "attributes": {str(n): None if v is None else float(v) for n, v in ratings.items()},
@@ -279,7 +283,7 @@ def _rated(raw: Raw, prompt: object, ratings: Mapping[str, Any]) -> Row:
 def _attributes(raw: Raw) -> Row:
     ratings = raw["attributes"]
     if not isinstance(ratings, Mapping) or not ratings:
-        raise RowError("`attributes` is not an object of ratings by name")
+        raise RowError("`attributes` is not an object of ratings by name", code="data.wrong-type")
     return _rated(raw, raw["prompt"], ratings)
 
 
@@ -291,7 +295,7 @@ def _helpsteer2(raw: Raw) -> Row:
     row = _rated(raw, marked_messages(raw["prompt"]), {n: raw.get(n) for n in HELPSTEER_ATTRIBUTES})
     for name, value in row["attributes"].items():
         if value is not None and not 0 <= value <= 4:
-            raise RowError(f"`{name}` is not a number from 0 to 4")
+            raise RowError(f"`{name}` is not a number from 0 to 4", code="data.rating-out-of-range")
     return row
 
 
@@ -323,7 +327,7 @@ def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]
 
 def _open_conversation(messages: list[Message]) -> list[Message]:
     if not messages:
-        raise RowError("there is no turn in front of the response")
+        raise RowError("there is no turn in front of the response", code="data.missing-prompt")
     check_conversation(messages, "the prompt")
     check_prompt_end(messages, "the prompt")
     return messages

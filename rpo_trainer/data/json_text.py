@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.rows import ROLE_NAMES, Row, RowProblems, is_messages
+from rpo_trainer.data.rows import ROLE_NAMES, Row, RowError, RowProblems, is_messages
 
 # Columns that are never text, and those that are text or messages.
 _LISTS = (
@@ -64,12 +64,19 @@ def with_messages(
             continue
         for i in those:
             if column in _ONLY_TEXT:
-                problems.add(f"`{column}` is a list of messages, and its format reads text", ids[i])
+                fault = RowError(
+                    f"`{column}` is a list of messages, and its format reads text",
+                    code="data.messages-for-text",
+                )
+                problems.add(fault, ids[i])
             found[i][column] = decoded[i]
         for i in set(range(len(found))) - set(those) if those else ():
             if isinstance(found[i].get(column), str):
-                what = f"`{column}` is text that is not JSON, and a list of messages in other rows"
-                problems.add(what, ids[i])
+                fault = RowError(
+                    f"`{column}` is text that is not JSON, and a list of messages in other rows",
+                    code="data.mixed-column",
+                )
+                problems.add(fault, ids[i])
     fix = (
         "write the lists themselves in place of their text, or name the column of messages: "
         "`columns: {messages: theirs}`"

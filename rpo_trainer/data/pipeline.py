@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import MAX_ROWS
-from rpo_trainer.data.duplicates import Dedup, drop_duplicates
-from rpo_trainer.data.filters import filter_rows
+from rpo_trainer.data.duplicates import Dedup
+from rpo_trainer.data.filters import drop_duplicates, filter_rows
 from rpo_trainer.data.mix import mix_sources
 from rpo_trainer.data.ratings import rating_targets
 from rpo_trainer.data.rows import Kind, Row, SpecialTokens, raise_all
@@ -134,6 +134,7 @@ def prepare_dataset(
     if not raw_rows:
         raise DataError(
             "the data set has no rows",
+            code="data.no-rows",
             why="there would be no step to train, and nothing to evaluate",
             fix="look at the split or the filter that it was made with",
         )
@@ -191,6 +192,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
     ):
         raise DataError(
             what,
+            code="data.unsupported-dataset",
             why="an epoch is a permutation of the rows, and a resumed run finds its place in it: both "
             "need rows by number, which a stream does not have",
             fix="make it a list, or datasets.Dataset.from_generator(...), which keeps the rows on disk",
@@ -198,6 +200,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
     if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
         raise DataError(
             what,
+            code="data.unsupported-dataset",
             why="rows are taken by their number, from 0 to `len()` - 1, in an order drawn by the seed",
             fix="give a datasets.Dataset (one split, not streamed), a list of rows, or a data set with "
             "`len()` and rows by number",
@@ -207,6 +210,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(
                 f"row {number} of the {type(dataset).__name__} is a {type(row).__name__}",
+                code="data.row-not-object",
                 why="prompt and response are told apart by the names of a row's columns",
                 fix="give rows as dicts in one of the formats, for example "
                 '{"prompt": ..., "chosen": ..., "rejected": ...}',

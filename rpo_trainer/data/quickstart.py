@@ -98,11 +98,12 @@ def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any
     Raises:
         RecipeError: unknown task or split, a size below 1 or beyond what there is.
     """
-    _require_known("task", name, TASKS)
-    _require_known("split", split, SPLITS)
+    _require_known("task", name, TASKS, code="data.unknown-task")
+    _require_known("split", split, SPLITS, code="data.unknown-split")
     if size < 1:
         raise RecipeError(
             f"size is {size}",
+            code="data.bad-size",
             where=f"task {name}",
             why="there would be no step to train, and nothing to evaluate",
             fix="give at least 1 row",
@@ -115,6 +116,7 @@ def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any
         if misses == _MISSES:
             raise RecipeError(
                 f"no more than about {len(rows)} different prompts, asked for {size}",
+                code="data.bad-size",
                 where=f"task {name}, split {split}",
                 why="no prompt comes twice, and those of one split never come in another",
                 fix="lower size, and raise num_train_epochs instead",
@@ -168,10 +170,11 @@ def _slips(truth: str, given: str) -> list[str]:
     return [slip for slip in found if slip not in ("", truth)]
 
 
-def _require_known(what: str, name: str, known: tuple[str, ...]) -> None:
+def _require_known(what: str, name: str, known: tuple[str, ...], *, code: str) -> None:
     if name not in known:
         raise RecipeError(
             f"unknown {what} '{name}' of the built-in data{nearest(name, known)}",
+            code=code,
             where=what,
             why="its rows are made when they are asked for, and none are made in place of others",
             fix=f"use one of: {', '.join(known)}",

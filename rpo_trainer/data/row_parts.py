@@ -27,7 +27,7 @@ def tools(row: Raw) -> Row:
     if isinstance(tools, list):
         tools = [_from_json(tool, "tools") for tool in tools]
     if not is_messages(tools):
-        raise RowError("`tools` is not a list of objects")
+        raise RowError("`tools` is not a list of objects", code="data.wrong-type")
     wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
     return {"tools": wrapped}
 
@@ -43,10 +43,10 @@ def template_kwargs(row: Raw, new: Row, of_source: Kwargs | None, of_model: Kwar
     if is_empty(given) and not isinstance(given, Mapping):
         given = {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise RowError(f"`{COLUMN}` is not an object")
+        raise RowError(f"`{COLUMN}` is not an object", code="data.wrong-type")
     for name, value in given.items():
         if (fault := fault_of(name, value)) is not None:
-            raise RowError(f"in `{COLUMN}`: {fault.what}")
+            raise RowError(f"in `{COLUMN}`: {fault.what}", code="data.bad-template-kwargs")
     text = "messages" not in new and isinstance(new["prompt"], str)
     found = merged(None if text else of_model, of_source, given)
     return {COLUMN: found} if found else {}
@@ -58,7 +58,7 @@ def _from_json(value: Any, column: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise RowError(f"`{column}` is text that is not JSON") from None
+        raise RowError(f"`{column}` is text that is not JSON", code="data.invalid-json") from None
 
 
 def unread_system(new: Row, raw: Raw) -> list[str]:
@@ -75,7 +75,9 @@ def refuse_media(row: Raw) -> None:
     """Raises RowError where a column of images, audio or video is not empty."""
     for column in MEDIA:
         if not is_empty(row.get(column)):
-            raise RowError(f"`{column}` is not empty, and only text can be trained on")
+            raise RowError(
+                f"`{column}` is not empty, and only text can be trained on", code="data.not-text"
+            )
 
 
 def without_nulls(row: Raw) -> Row:

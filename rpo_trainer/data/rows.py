@@ -68,7 +68,20 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class RowError(Exception):
-    """One row cannot be used; the text is the reason, alike for all rows with the same fault."""
+    """One row cannot be used.
+
+    Args:
+        reason: alike for all rows with the same fault.
+        code: of the fault, as of an RPOTrainerError.
+    """
+
+    def __init__(self, reason: str, code: str) -> None:
+        super().__init__(reason, code)
+        self.reason = reason
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class RowProblems:
@@ -76,15 +89,15 @@ class RowProblems:
 
     def __init__(self, where: str | None = None) -> None:
         self.where = where
-        self._rows: dict[str, list[str]] = {}
+        self._rows: dict[tuple[str, str], list[str]] = {}  # ids by reason and code
 
-    def add(self, reason: str, row_id: str) -> None:
-        self._rows.setdefault(reason, []).append(row_id)
+    def add(self, fault: RowError, row_id: str) -> None:
+        self._rows.setdefault((fault.reason, fault.code), []).append(row_id)
 
     def add_all(self, others: RowProblems) -> None:
         """The faults of further rows."""
-        for reason, ids in others._rows.items():
-            self._rows.setdefault(reason, []).extend(ids)
+        for fault, ids in others._rows.items():
+            self._rows.setdefault(fault, []).extend(ids)
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -93,11 +106,12 @@ class RowProblems:
         return [
             DataError(
                 f"{reason}: {len(ids)} of {total} rows, first {', '.join(ids[:3])}",
+                code=code,
                 where=self.where,
                 why=why,
                 fix=fix,
             )
-            for reason, ids in self._rows.items()
+            for (reason, code), ids in self._rows.items()
         ]
 
     def raise_if_any(self, total: int, *, fix: str, why: str = NOT_MISSED) -> None:
@@ -121,12 +135,15 @@ def is_blank(text: str) -> bool:
 def check_text(value: object, what: str) -> str:
     """`value` when it is text that a tokenizer can take, else RowError."""
     if not isinstance(value, str):
-        raise RowError(f"{what} is not text but {type(value).__name__}")
+        raise RowError(f"{what} is not text but {type(value).__name__}", code="data.wrong-type")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise RowError(f"{what} holds a lone surrogate, which is not valid text") from None
+            raise RowError(
+                f"{what} holds a lone surrogate, which is not valid text",
+                code="data.lone-surrogate",
+            ) from None
     return value
 
 
@@ -141,14 +158,14 @@ def to_messages(value: object, what: str) -> list[Message]:
     Raises RowError: not a list of messages, unknown role, content that is not text, roles out of order.
     """
     if not is_messages(value):
-        raise RowError(f"{what} is not a list of messages")
+        raise RowError(f"{what} is not a list of messages", code="data.not-messages")
     assert isinstance(value, list)
     # Arrow gives every message every key of its column; a null key is an absent key.
     given = [{key: item for key, item in m.items() if item is not None} for m in value]
     raw_roles = [str(_either(m, "role", "from", what)).lower() for m in given]
     for role in raw_roles:
         if role not in ROLE_NAMES:
-            raise RowError(f"{what} has the unknown role {role!r}")
+            raise RowError(f"{what} has the unknown role {role!r}", code="data.unknown-role")
     _check_order([_order_role(m, r) for m, r in zip(given, raw_roles, strict=True)], what)
     return [
         _to_message(m, ROLE_NAMES[role], what) for m, role in zip(given, raw_roles, strict=True)
@@ -164,7 +181,10 @@ def _order_role(message: Mapping[str, Any], role: str) -> str:
 def _either(message: Mapping[str, Any], ours: str, theirs: str, what: str) -> Any:
     """The value of a key with two spellings, of which a message has one."""
     if ours in message and theirs in message and message[ours] != message[theirs]:
-        raise RowError(f"a message of {what} has both `{ours}` and `{theirs}`, and they differ")
+        raise RowError(
+            f"a message of {what} has both `{ours}` and `{theirs}`, and they differ",
+            code="data.conflicting-keys",
+        )
     return message.get(ours, message.get(theirs))
 
 
@@ -177,7 +197,7 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
         content = ""
     if content is None:
         said = "`refusal` and no" if raw.get("refusal") else "no"
-        raise RowError(f"a message of {what} has {said} `content`")
+        raise RowError(f"a message of {what} has {said} `content`", code="data.missing-content")
     if isinstance(content, list):
         content, thought = _joined_parts(content, what)
         if thought:
@@ -185,15 +205,21 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     message["content"] = check_text(content, f"the content of {what}")
     for key, value in raw.items():
         if key in MEDIA and not is_empty(value):
-            raise RowError(f"a message of {what} has `{key}`, and only text can be trained on")
+            raise RowError(
+                f"a message of {what} has `{key}`, and only text can be trained on",
+                code="data.not-text",
+            )
         if key == "reasoning_content" and message.get(key, value) != value:
-            raise RowError(f"a message of {what} has thinking both in its content and in `{key}`")
+            raise RowError(
+                f"a message of {what} has thinking both in its content and in `{key}`",
+                code="data.conflicting-thinking",
+            )
         if key not in ("role", "from", "content", "value", *TRAIN_FLAGS):
             message[key] = value
     thoughts = {str(message[key]): key for key in THINKING if not is_empty(message.get(key))}
     if len(thoughts) > 1:
         names = " and ".join(f"`{key}`" for key in thoughts.values())
-        raise RowError(f"{names} of a message of {what} differ")
+        raise RowError(f"{names} of a message of {what} differ", code="data.conflicting-thinking")
     if message.get("tool_calls"):
         message["tool_calls"] = _to_calls(message["tool_calls"], what)
     weight = _weight(raw, what)
@@ -209,10 +235,16 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
 def _with_call(raw: Mapping[str, Any], what: str) -> Row:
     """The turn with OpenAI's former `function_call` as the one call of `tool_calls`."""
     if raw.get("tool_calls"):
-        raise RowError(f"a message of {what} has both `function_call` and `tool_calls`")
+        raise RowError(
+            f"a message of {what} has both `function_call` and `tool_calls`",
+            code="data.conflicting-calls",
+        )
     call = raw["function_call"]
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise RowError(f"a `function_call` in {what} is not an object with a `name`")
+        raise RowError(
+            f"a `function_call` in {what} is not an object with a `name`",
+            code="data.bad-tool-calls",
+        )
     rest = {key: value for key, value in raw.items() if key != "function_call"}
     return {**rest, "tool_calls": [{"type": "function", "function": call}]}
 
@@ -222,9 +254,12 @@ def _weight(raw: Mapping[str, Any], what: str) -> Any:
     flags = {key: raw[key] for key in TRAIN_FLAGS if key in raw}
     for key, value in flags.items():
         if isinstance(value, str) or value not in (0, 1):
-            raise RowError(f"a `{key}` in {what} is neither 0 nor 1")
+            raise RowError(f"a `{key}` in {what} is neither 0 nor 1", code="data.bad-train-flag")
     if len({bool(value) for value in flags.values()}) > 1:
-        raise RowError(f"{' and '.join(f'`{key}`' for key in flags)} of a message of {what} differ")
+        raise RowError(
+            f"{' and '.join(f'`{key}`' for key in flags)} of a message of {what} differ",
+            code="data.conflicting-train-flags",
+        )
     return next((int(value) for value in flags.values()), None)
 
 
@@ -235,7 +270,7 @@ def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
     """
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     if not is_messages(parts):
-        raise RowError(f"the content of {what} is not text but list")
+        raise RowError(f"the content of {what} is not text but list", code="data.not-text")
     for part in parts:
         given = {key: value for key, value in part.items() if value is not None}
         kind = given.pop("type", None)
@@ -244,13 +279,17 @@ def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
         if kind not in texts:
             raise RowError(
                 f"the content of {what} is not text but list, with a part of the type {kind!r}: only "
-                "text can be trained on"
+                "text can be trained on",
+                code="data.not-text",
             )
         if kind == "thinking":
             given.setdefault("thinking", given.pop("text", None))
         text = check_text(given.pop(kind, None), f"a part of the content of {what}")
         if left := [key for key, value in given.items() if not is_empty(value)]:
-            raise RowError(f"a part of the content of {what} has `{left[0]}`, which is not read")
+            raise RowError(
+                f"a part of the content of {what} has `{left[0]}`, which is not read",
+                code="data.unread-part",
+            )
         texts[kind].append(text)
     return "".join(texts["text"]), "".join(texts["thinking"])
 
@@ -315,9 +354,13 @@ def _to_calls(calls: object, what: str) -> list[Row]:
         try:
             calls = json.loads(calls)
         except (ValueError, RecursionError):
-            raise RowError(f"`tool_calls` in {what} is text that is not JSON") from None
+            raise RowError(
+                f"`tool_calls` in {what} is text that is not JSON", code="data.bad-tool-calls"
+            ) from None
     if not is_messages(calls):
-        raise RowError(f"`tool_calls` in {what} is not a list of objects")
+        raise RowError(
+            f"`tool_calls` in {what} is not a list of objects", code="data.bad-tool-calls"
+        )
     assert isinstance(calls, list)
     return [
         {**call, "function": _to_function(call["function"])}
@@ -348,7 +391,9 @@ def check_conversation(messages: Sequence[Message], what: str) -> None:
     _check_order(roles, what)
     first = next((m["role"] for m in messages if m["role"] != "system"), "nobody")
     if first != "user":
-        raise RowError(f"{what} starts with a turn of {first}, not of the user")
+        raise RowError(
+            f"{what} starts with a turn of {first}, not of the user", code="data.role-order"
+        )
 
 
 def _check_order(raw_roles: Sequence[str], what: str) -> None:
@@ -364,14 +409,20 @@ def _check_order(raw_roles: Sequence[str], what: str) -> None:
         else:  # a call may follow the sentence that announces it; else assistant turns alternate
             wrong = previous == role and "function_call" not in (raw, previous_raw)
         if wrong:
-            raise RowError(f"the roles of {what} are out of order ({raw!r} as message {index + 1})")
+            raise RowError(
+                f"the roles of {what} are out of order ({raw!r} as message {index + 1})",
+                code="data.role-order",
+            )
         previous, previous_raw = role, raw
 
 
 def check_prompt_end(messages: Sequence[Message], what: str) -> None:
     """The turn before a response must be one that a response can follow."""
     if messages[-1]["role"] not in ("user", "tool"):
-        raise RowError(f"{what} ends with a turn of the {messages[-1]['role']}, not of the user")
+        raise RowError(
+            f"{what} ends with a turn of the {messages[-1]['role']}, not of the user",
+            code="data.role-order",
+        )
 
 
 def reward_fault(value: object) -> str | None:

@@ -24,6 +24,7 @@ def decode(raw: bytes, offset: int, where: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}",
+            code="data.not-utf8",
             where=where,
             why="in another encoding the texts would differ",
             fix="convert the file to UTF-8",
@@ -44,31 +45,43 @@ def parse(text: str, where: str, *, last: bool) -> Any:
     except json.JSONDecodeError as error:
         cut = last and not text.rstrip().endswith(("}", "]"))
         line = f"{where}:{error.lineno}" if error.lineno > 1 else where
+        found = f"({error.msg}, column {error.colno})"
+        if cut:
+            raise DataError(
+                f"the last line is cut {found}",
+                code="data.damaged-file",
+                where=line,
+                why=NOT_WHOLE,
+                fix=AGAIN,
+            ) from None
         raise DataError(
-            f"{'the last line is cut' if cut else 'not valid JSON'} "
-            f"({error.msg}, column {error.colno})",
+            f"not valid JSON {found}",
+            code="data.invalid-json",
             where=line,
-            why=NOT_WHOLE if cut else "rows are never dropped silently",
-            fix=AGAIN if cut else "fix the line; each is one JSON object",
+            why="rows are never dropped silently",
+            fix="fix the line; each is one JSON object",
         ) from None
-    except _StrictError as error:
-        what, why, fix = error.args
-        raise DataError(what, where=where, why=why, fix=fix) from None
+    except DataError as error:  # by the hooks, which do not know the place
+        raise error.at(where) from None
     except ValueError:  # what Python refuses although it is JSON
         what = "a whole number of thousands of digits"
         why = "no reward or rating needs so many"
-        raise DataError(what, where=where, why=why, fix="write it as text") from None
+        raise DataError(
+            what, code="data.huge-number", where=where, why=why, fix="write it as text"
+        ) from None
     except RecursionError:
         why = "JSON readers limit the depth, and rows do not need it"
-        raise DataError("nested too deeply", where=where, why=why, fix="fix the line") from None
+        raise DataError(
+            "nested too deeply",
+            code="data.nested-too-deeply",
+            where=where,
+            why=why,
+            fix="fix the line",
+        ) from None
     # Only an escape can bring a lone surrogate through the UTF-8 decoder.
     if "\\ud" in text or "\\uD" in text:
         _no_lone_surrogates(value, where)
     return value
-
-
-class _StrictError(ValueError):
-    """Valid for Python's JSON reader, not for us: what, why, fix."""
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -76,14 +89,22 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        what = f"the key {twice!r} is given twice in one object"
-        raise _StrictError(what, "only the last would be read", "keep one of them")
+        raise DataError(
+            f"the key {twice!r} is given twice in one object",
+            code="data.duplicate-key",
+            why="only the last would be read",
+            fix="keep one of them",
+        )
     return found
 
 
 def _no_constant(name: str) -> NoReturn:
-    why = "rewards and losses must be finite"
-    raise _StrictError(f"{name} is not a JSON number", why, "write null where there is no number")
+    raise DataError(
+        f"{name} is not a JSON number",
+        code="data.not-finite",
+        why="rewards and losses must be finite",
+        fix="write null where there is no number",
+    )
 
 
 def _no_lone_surrogates(value: Any, where: str) -> None:
@@ -91,6 +112,7 @@ def _no_lone_surrogates(value: Any, where: str) -> None:
         if re.search("[\ud800-\udfff]", value):
             raise DataError(
                 "a text holds a lone surrogate (\\ud800 to \\udfff)",
+                code="data.lone-surrogate",
                 where=where,
                 why="it is not a valid character, and tokenizers refuse it",
                 fix="write the pair whole, or the character itself",

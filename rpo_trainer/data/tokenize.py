@@ -111,6 +111,7 @@ def tokenize_rows(
             fix += "; of sampled responses take more a prompt, or a higher temperature"
         raise DataError(
             "no row is left to train on",
+            code="data.no-rows-left",
             why="; ".join(audit.summary_lines()) or "there were no rows",
             fix=fix,
         )
@@ -136,7 +137,7 @@ def audit_prompts(
         try:
             work.look_at_prompt(row)
         except RowError as error:
-            work.problems.add(str(error), row["id"])
+            work.problems.add(error, row["id"])
     work.problems.raise_if_any(
         len(rows),
         why="no response can be sampled to them",
@@ -162,6 +163,7 @@ def check_special_text(audit: Audit, *, refuse: bool) -> None:
         if refuse:
             raise DataError(
                 what,
+                code="data.special-token-text",
                 where=source,
                 why=why,
                 fix="`special_tokens: parse` of the source makes tokens of them, `special_tokens: text` "
@@ -235,7 +237,7 @@ class _Tokenizer:
             except _Dropped as reason:
                 self.audit.drop(str(reason), row["id"])
             except RowError as error:
-                self.problems.add(str(error), row["id"])
+                self.problems.add(error, row["id"])
         if self.problems:
             return []  # the end is an error: only more of its kind are of interest
         # The responses to one prompt are tokenised in one way, so that they share its tokens.

@@ -87,12 +87,12 @@ class TurnFinder:
     def span(self, turn: int) -> Span:
         """Where a turn begins and ends in `text`."""
         if self._parted(turn):
-            raise RowError(PARTED)
+            raise RowError(PARTED, code="template.text-after-tool-results")
         start = self._start(turn)
         last = turn == len(self.messages) - 1 and not self.prompt
         end = self._last_end() if last else self._inner_end(turn, start)
         if start >= end:
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         return start, end
 
     def _parted(self, turn: int) -> bool:
@@ -219,7 +219,7 @@ class TurnFinder:
             if len(before) == 2 and self.text.startswith(before[0]):
                 found.append(before[0])
         if not found:
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         return min(found, key=len)
 
     def _lead(self, turn: int, prompt: str, before: str) -> str:
@@ -253,7 +253,7 @@ class TurnFinder:
             following, place = self.ending.between or "", 0
         end = self.controls.starts(following[place:])
         if not end:
-            raise RowError(NO_END)
+            raise RowError(NO_END, code="template.no-end-marker")
         return following[place : place + end]
 
     def _following(self) -> str | None:
@@ -299,7 +299,7 @@ class TurnFinder:
         marked = {**message, "content": message["content"] + SENTINEL}
         _, found, after = self.render([*self.messages[:-1], marked], False).rpartition(SENTINEL)
         if not found or not self.text.endswith(after):
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         return len(self.text) - len(after)
 
     def _inner_end(self, turn: int, start: int) -> int:
@@ -329,7 +329,7 @@ class TurnFinder:
                 return len(shared)
         end = self.controls.starts(text[place:])
         if not end:
-            raise RowError(NO_END)
+            raise RowError(NO_END, code="template.no-end-marker")
         return place + end
 
     def _end_before_next(self, turn: int) -> int | None:
@@ -373,17 +373,17 @@ class TurnFinder:
     def _end_after_words(self, turn: int) -> int:
         marked = [*self.messages]
         if marked[turn].get("tool_calls"):
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         marked[turn] = _marked(marked[turn])
         parts = self.render(marked, self.prompt).split(SENTINEL)
         if len(parts) != 2 or not self.text.endswith(parts[1]):
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         behind, marker = parts[1], self.ending.marker
         place = len(self.text) - len(behind)
         if self.ending.open or not behind.startswith(marker):
             end = self.controls.starts(behind)
             if not end:
-                raise RowError(NO_END)
+                raise RowError(NO_END, code="template.no-end-marker")
             return place + end
         return place + len(marker)
 

@@ -50,11 +50,16 @@ def left_out(
         calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
         names = Counter(str(called.get("name") or "") for called in calls)
         if not all(map(own.has, names)):
-            raise RowError(f"the chat template does not write {CALLS}")
+            raise RowError(
+                f"the chat template does not write {CALLS}", code="template.unwritten-tool-calls"
+            )
         texts = [list(leaf_texts(called.get("arguments"))) for called in calls]
         alone = any(own.count(name) < count for name, count in names.items())
         if alone or any(part and not any(map(own.has, part)) for part in texts):
-            raise RowError(f"the chat template does not write all of {CALLS}")
+            raise RowError(
+                f"the chat template does not write all of {CALLS}",
+                code="template.unwritten-tool-calls",
+            )
         if not all(map(own.has_all, texts)):
             found.keys.add("tool_calls")
         thoughts = [message[key] for key in THINKING if message.get(key)]

@@ -296,11 +296,11 @@ def check_overlap(
     """Remarks on prompts of `rows` that the stage is also measured with, by `data.eval` or by `eval`.
 
     Raises:
-        DataError: there are some, and `data.held_out` says that there are none.
+        DataError: there are some, and `data.eval_overlap` is `error`.
     """
-    named = stage.data.held_out
+    on_overlap = stage.data.eval_overlap
     if held_out is not None:
-        audit.check_overlap(rows, held_out, held_out=named)
+        audit.check_overlap(rows, held_out, on_overlap=on_overlap)
     spec = stage.eval or recipe.eval
     if spec is None:
         return
@@ -310,7 +310,7 @@ def check_overlap(
             options: dict[str, Any] = {"base_dir": base_dir, "seed": recipe.seed}
             found = load_rows(sources, kind=kind, audit=Audit(), **options)
             found = at_most(found, spec.max_rows)
-            audit.check_overlap(rows, found, held_out=named, where=f"eval.{name}")
+            audit.check_overlap(rows, found, on_overlap=on_overlap, where=f"eval.{name}")
 
 
 def _scored_here(score: ScoreSpec | None) -> bool:

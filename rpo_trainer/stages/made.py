@@ -20,14 +20,14 @@ from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import DataSpec, ScoreSpec, Stage, resolve_path
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.rewards.rowfile import content_key, is_intact, map_rows_resumable, read_rows
-from rpo_trainer.rewards.sampling import (
+from rpo_trainer.rewards.policies import (
     EndpointPolicy,
     LocalPolicy,
     Policy,
     check_truths,
     sample_rows,
 )
+from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.rewards.scorers import Scorer, make_scorer, weights_key
 from rpo_trainer.rewards.verifiers import VERIFIERS
 from rpo_trainer.runtime.ranks import ALONE, Ranks
@@ -92,6 +92,7 @@ def prompt_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[
         except RowError as error:
             raise DataError(
                 str(error),
+                code=error.code,
                 where=f"row {row['id']}",
                 why="no response can be sampled to it",
                 fix="correct the rows, or choose another chat_template: chatml | plain | a path",

@@ -31,7 +31,7 @@ from rpo_trainer.recipe import (
     Stage,
     fill_from_environment,
 )
-from rpo_trainer.recipe.checks import NOT_READ
+from rpo_trainer.recipe.rules.forms import NOT_READ
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
 from rpo_trainer.stages.data import StageData

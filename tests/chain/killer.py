@@ -78,7 +78,7 @@ def _step(where: str, action: Callable[[], None]) -> list[Any]:
 
 
 def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
-    from rpo_trainer.rewards import generate
+    from rpo_trainer.rewards import sample
 
     done: list[None] = []
 
@@ -87,7 +87,7 @@ def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
         if len(done) == int(batches):
             action()
 
-    return [_around(generate, "_generate_batch", after=count)]
+    return [_around(sample, "_generate_batch", after=count)]
 
 
 def _file(path: str, action: Callable[[], None]) -> list[Any]:

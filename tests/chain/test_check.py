@@ -361,7 +361,11 @@ def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> 
     prompts = [{"prompt": f"{n} + 1 = ", "ground_truth": str(n + 1)} for n in range(4)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "p.jsonl"}]
-    stage["data"] = {"responses_from": "dpo", "eval": [{"path": "held.jsonl"}], "held_out": True}
+    stage["data"] = {
+        "responses_from": "dpo",
+        "eval": [{"path": "held.jsonl"}],
+        "eval_overlap": "error",
+    }
     row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
@@ -412,13 +416,13 @@ def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: 
 
 
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
-    """A warning, or an error where the recipe says that they are held out."""
+    """A warning, or an error where the recipe says so."""
     recipe = tiny.tiny_recipe()
     data = tiny.stage_of(recipe, "code")["data"]
     data["eval"] = [tiny.task("code", "train", 8)]
     shown = "8 of 8 eval rows"
     assert any(line.startswith(f"  WARNING: {shown}") for line in check(tmp_path, recipe))
-    data["held_out"] = True
+    data["eval_overlap"] = "error"
     assert f" (stages.code.data.eval): {shown}" in str(problems(tmp_path, recipe))
 
 
@@ -440,7 +444,7 @@ def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -
     assert nll.startswith("eval.nll: 8 of 10 eval rows")
     assert data.startswith("eval.data: 2 of 7 eval rows")
     assert not found["rpo-1"] and not found["rpo-2"]
-    tiny.stage_of(recipe, "code")["data"]["held_out"] = True
+    tiny.stage_of(recipe, "code")["data"]["eval_overlap"] = "error"
     assert "8 of 10 eval rows" in str(problems(tmp_path, recipe))
 
 

@@ -17,7 +17,7 @@ from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_tokenizer, load_weights
 from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
-from rpo_trainer.rewards import rowfile
+from rpo_trainer.rewards import resumable_rows
 from rpo_trainer.stages.data import (
     StageData,
     at_most,
@@ -211,7 +211,7 @@ def test_rounds_sample_again_or_never(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(rowfile, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(resumable_rows, "_REPORT_SECONDS", 0.0)
     caplog.set_level("INFO", "rpo_trainer")
 
     def policy(stage: Stage, source: str) -> Any:

@@ -314,7 +314,7 @@ def test_tasks_that_cannot_be_run_are_found_by_check(tmp_path: Path) -> None:
     code = found(tasks=["humaneval"])
     assert code.code == "recipe.code-execution-not-allowed" and "humaneval" in code.what
     absent = found(include_path="./nowhere")
-    assert absent.code == "recipe.no-such-directory" and "include_path: " in str(absent.where)
+    assert absent.code == "recipe.no-such-directory" and "include_path)" in str(absent.where)
 
 
 def test_without_the_extra_check_says_what_to_install(
@@ -335,7 +335,7 @@ def test_without_the_extra_check_says_what_to_install(
 
 def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from rpo_trainer.recipe.schema import LmEvalSpec
     from rpo_trainer.stages.harness import run_tasks
     from tests.small_models import make_model
 

@@ -295,7 +295,7 @@ def test_reversed_pairs_above_half_a_percent(run: Run) -> None:
 
 
 def policy(**fields: Any) -> Any:
-    from rpo_trainer.recipe.data_schema import FilterSpec
+    from rpo_trainer.recipe.schema import FilterSpec
 
     return FilterSpec(**fields)
 

@@ -11,7 +11,7 @@ import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, RecipeError
-from rpo_trainer.rewards.files import source_of
+from rpo_trainer.rewards.row_files import source_of
 from rpo_trainer.stages.inspect_data import Findings, audit_file
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from rpo_trainer.data import load_rows
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.duplicates import drop_duplicates, loose_prompt_key, prompt_key
+from rpo_trainer.data.duplicates import loose_prompt_key, prompt_key
+from rpo_trainer.data.filters import drop_duplicates
 from rpo_trainer.errors import DataError
 
 
@@ -97,17 +98,17 @@ def test_overlap_is_a_remark(audit: Audit) -> None:
     assert audit.overlap == {"rows": 4, "exact": 2, "normalised": 1}
     assert audit.remarks[1] == "eval: 1 of 1 eval rows have a prompt that is trained on (r20)"
     clean = Audit()
-    assert clean.check_overlap(train, held_out[2:], held_out=True) == 0
+    assert clean.check_overlap(train, held_out[2:], on_overlap="error") == 0
     assert clean.remarks == []
 
 
 def test_overlap_of_what_is_held_out_is_an_error(audit: Audit) -> None:
     train = [text_row(i, text) for i, text in enumerate(["a", "b", "c"])]
     with pytest.raises(DataError) as error:
-        audit.check_overlap(train, [text_row(9, "a"), text_row(10, "x")], held_out=True)
+        audit.check_overlap(train, [text_row(9, "a"), text_row(10, "x")], on_overlap="error")
     assert error.value.exit_code == 3
     assert str(error.value) == (
         "data.eval: 1 of 2 eval rows have a prompt that is trained on (r9)\n"
-        "  why: `held_out` says that they are not, and what is measured would look too good\n"
-        "  fix: remove these rows from train or eval, or remove `held_out`"
+        "  why: `eval_overlap: error` allows none, and what is measured would look too good\n"
+        "  fix: remove these rows from train or eval, or remove `eval_overlap`"
     )

@@ -160,7 +160,7 @@ def test_faults_of_all_sources_come_at_once(
 
 def test_the_recipes_own_spec(tmp_path: Path, jsonl: Callable[..., str], audit: Audit) -> None:
     """The stand-in that the other tests use has the fields of the real one."""
-    schema = pytest.importorskip("rpo_trainer.recipe.data_schema")
+    schema = pytest.importorskip("rpo_trainer.recipe.schema")
     specs = [schema.SourceSpec(path=jsonl([PAIR, PAIR]), max_rows=1)]
     rows = load_rows(specs, kind="pair", base_dir=tmp_path, audit=audit, seed=0)
     assert filter_rows(rows, schema.FilterSpec(min_gap=1.0), audit) == rows

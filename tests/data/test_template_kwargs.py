@@ -14,7 +14,7 @@ import pytest
 from rpo_trainer.cli.options import parse_kwargs
 from rpo_trainer.data import Audit, encode_prompt, end_token_ids, load_rows, prepare_dataset
 from rpo_trainer.data.adapters import adapt
-from rpo_trainer.data.duplicates import drop_duplicates
+from rpo_trainer.data.filters import drop_duplicates
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.data.template_variables import variables
 from rpo_trainer.data.tokenize import audit_prompts

@@ -24,8 +24,9 @@ from rpo_trainer.rewards.evaluate import (
     to_score,
     win_rate,
 )
-from rpo_trainer.rewards.generate import Sample
+from rpo_trainer.rewards.sample import Sample
 from rpo_trainer.rewards.verifiers import get_verifier, score_rows
+from tests.raising import raises
 
 
 def spec(**changes: Any) -> Any:
@@ -138,7 +139,7 @@ def test_a_real_policy_end_to_end() -> None:
 
 
 def test_unusable_input_is_refused() -> None:
-    with pytest.raises(DataError, match="no rows"):
+    with raises("data.no-rows", DataError, where="eval.data"):
         run([])
 
 

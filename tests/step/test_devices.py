@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSequenceClassification
 
-from rpo_trainer.rewards.generate import _Draw
+from rpo_trainer.rewards.drawing import Draw
 from rpo_trainer.step import attention_varlen
 from rpo_trainer.step.batch import AttentionPlan
 from rpo_trainer.step.forward import install, response_scores
@@ -113,7 +113,7 @@ def test_scores_of_a_classifier(layout, on_gpu):
 
 
 def test_a_token_is_drawn(on_gpu):
-    draw = _Draw(np.zeros((4, 5)), width=3)
+    draw = Draw(np.zeros((4, 5)), width=3)
     with on_gpu() as move:
         draw.numbers = move(draw.numbers)
         ids, scores = torch.zeros(4, 3, device=GPU), torch.zeros(4, 50, device=GPU)

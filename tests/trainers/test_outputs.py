@@ -34,7 +34,7 @@ from rpo_trainer.chain import run_chain
 from rpo_trainer.errors import ModelError, Problems, RunError
 from rpo_trainer.models.adapters import load_adapter
 from rpo_trainer.models.loading import load_weights
-from rpo_trainer.rewards.generate import _end_tokens
+from rpo_trainer.rewards.sample import _end_tokens
 from tests.chain import tiny
 from tests.small_models import make_model
 

@@ -115,7 +115,7 @@ def _singles(rows: Sequence[Row], where: str) -> list[Row]:
         try:
             found.append(_single(row))
         except RowError as error:
-            problems.add(str(error), row["id"])
+            problems.add(error, row["id"])
     problems.raise_if_any(
         len(rows),
         why="a reward is for an answer in text",
@@ -133,7 +133,8 @@ def _single(row: Row) -> Row:
     turn = messages[last]
     if turn.get("tool_calls"):
         raise RowError(
-            "the last turn of the assistant has `tool_calls`; what is scored must be text"
+            "the last turn of the assistant has `tool_calls`; what is scored must be text",
+            code="data.tool-call-response",
         )
     found = {**row, "prompt": messages[:last], "responses": [turn["content"]]}
     if fields := fields_beside(turn):
@@ -216,6 +217,7 @@ def read_prompts(source: SourceSpec) -> tuple[list[Row], Audit]:
     if found:
         raise DataError(
             f"the rows have {', '.join(found)} already",
+            code="data.has-responses",
             where=raw.where,
             why="the sampled ones are written under these names, and would take their place",
             fix="take the file of prompts, or remove these columns",

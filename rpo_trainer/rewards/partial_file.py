@@ -24,12 +24,12 @@ Fields = dict[str, Any]
 _SYNC_SECONDS = 1.0  # a kill loses nothing that was written; a power cut at most so much
 
 
-def unfinished(path: Path, rank: int = 0) -> Path:
+def partial_path(path: Path, rank: int = 0) -> Path:
     """Where a process's results for `path` are until it is whole."""
     return path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
 
 
-def partials(path: Path) -> list[Path]:
+def partial_paths(path: Path) -> list[Path]:
     """The partial files of all processes: while there is one, the work is not finished."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.partial*"), reverse=True)
 
@@ -45,10 +45,11 @@ def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
         RunError: a result of other rows or settings, or something that is not a file.
     """
     found: dict[int, Fields] = {}
-    for partial in partials(path):
+    for partial in partial_paths(path):
         if not partial.is_file():
             raise RunError(
                 "this is not a file of unfinished work",
+                code="output.partial-not-a-file",
                 where=str(partial),
                 why="the results are kept under this name until all are there",
                 fix="remove it, or name another output",
@@ -57,6 +58,7 @@ def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
         if any(own != key for own, _, _ in results):
             raise RunError(
                 "there is unfinished work of other rows or settings",
+                code="output.partial-mismatch",
                 where=str(partial),
                 why="continuing would mix the two in one file",
                 fix="give the rows and settings that it began with, remove it, or name another output",
@@ -65,7 +67,7 @@ def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
     return found
 
 
-class Partial:
+class PartialFile:
     """The append-only file of one process's results; there is none before the first."""
 
     def __init__(self, path: Path, key: str) -> None:

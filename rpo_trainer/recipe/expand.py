@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpo_trainer.recipe.chain_checks import expanded_names
-from rpo_trainer.recipe.data_schema import DataSpec
+from rpo_trainer.recipe.rules.chain import expanded_names
 from rpo_trainer.recipe.schema import (
+    DataSpec,
     PreferenceStage,
     Recipe,
     RewardStage,

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.rewards import partial, rowfile
-from rpo_trainer.rewards.partial import unfinished
-from rpo_trainer.rewards.rowfile import (
+from rpo_trainer.rewards import partial_file, resumable_rows
+from rpo_trainer.rewards.partial_file import partial_path
+from rpo_trainer.rewards.resumable_rows import (
     Done,
     RowFailed,
     Shard,
@@ -30,10 +30,11 @@ from rpo_trainer.rewards.rowfile import (
 )
 from rpo_trainer.runtime.files import digest_path
 from tests.conftest import Injected
+from tests.raising import raises, with_code
 
 
 def line(index: int, key: str = "k", n: int | None = None) -> bytes:
-    return partial.line(key, index, {"n": index if n is None else n})
+    return partial_file.line(key, index, {"n": index if n is None else n})
 
 
 ROWS = [{"id": f"r{i}", "text": "x\u2028" * i} for i in range(12)]
@@ -81,7 +82,7 @@ def test_stopped_anywhere_it_resumes_and_makes_only_what_is_missing(
     run(whole)
     path = tmp_path / "out.jsonl"
     order = (3, 1, 0, *range(4, 12), 2)[:kept]
-    unfinished(path).write_bytes(b"".join(map(line, order)))
+    partial_path(path).write_bytes(b"".join(map(line, order)))
     made: list[int] = []
     run(path, lambda i: made.append(i) or {"n": i})
     assert made == [i for i in range(12) if i not in order]
@@ -91,7 +92,7 @@ def test_stopped_anywhere_it_resumes_and_makes_only_what_is_missing(
 def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     for cut in (b'[1, {"n"', line(1)[:-1], b"\x00\x00\x00\n", b"\n"):
-        unfinished(path).write_bytes(line(0) + cut)
+        partial_path(path).write_bytes(line(0) + cut)
         made: list[int] = []
         assert run(path, lambda i: made.append(i) or {"n": i}) == EXPECTED  # noqa: B023
         assert made == list(range(1, 12))
@@ -99,17 +100,17 @@ def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
 
 def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    unfinished(path).write_bytes(line(0, "other", 5))
-    before = unfinished(path).read_bytes()
-    with pytest.raises(RunError, match="unfinished work of other rows or settings"):
+    partial_path(path).write_bytes(line(0, "other", 5))
+    before = partial_path(path).read_bytes()
+    with raises("output.partial-mismatch", RunError, where=str(partial_path(path))):
         run(path)
-    assert unfinished(path).read_bytes() == before
+    assert partial_path(path).read_bytes() == before
     assert not path.exists()
 
 
 def test_unfinished_work_without_a_whole_result_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    unfinished(path).write_bytes(line(0, "other")[:-9])
+    partial_path(path).write_bytes(line(0, "other")[:-9])
     assert run(path) == EXPECTED
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
@@ -117,18 +118,17 @@ def test_unfinished_work_without_a_whole_result_does_not_block(tmp_path: Path) -
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_something_else_under_the_name_of_unfinished_work(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    make(unfinished(path))
-    with pytest.raises(RunError) as error:
+    make(partial_path(path))
+    with raises("output.partial-not-a-file", RunError, where=str(partial_path(path))):
         run(path)
-    assert error.value.where == str(unfinished(path))
 
 
 def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) -> None:
     def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
-        raise RunError("the model cannot be loaded")
+        raise RunError("no model", code="model.missing")
         yield
 
-    with pytest.raises(RunError):
+    with raises("model.missing", RunError):
         map_rows_resumable(tmp_path / "new" / "o.jsonl", ROWS, work, key="k", what="made")
     assert not list(tmp_path.rglob("*.jsonl*"))
 
@@ -142,11 +142,11 @@ def test_a_byte_changed_anywhere_costs_its_row_only(
     path = tmp_path / "out.jsonl"
     lines = [bytearray(line(i, n=7)) for i in range(11)]
     lines[place][at] ^= 1
-    unfinished(path).write_bytes(b"".join(lines))
+    partial_path(path).write_bytes(b"".join(lines))
     made: list[int] = []
     assert run(path, lambda i: made.append(i) or {"n": 7}) == [{**row, "n": 7} for row in ROWS]
     assert made == [place, 11]
-    assert "1 of its lines" in caplog.text and unfinished(path).name in caplog.text
+    assert "1 of its lines" in caplog.text and partial_path(path).name in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_failed_rows_are_reported_and_the_others_kept(tmp_path: Path) -> None:
 
     def make(index: int) -> dict[str, Any]:
         if index in (2, 5, 6, 7, 8):
-            raise RowFailed("too long" if index == 2 else "bad")
+            raise RowFailed("too long" if index == 2 else "bad", code="row.bad")
         return {"n": index}
 
-    with pytest.raises(DataError) as error:
+    with raises("rewards.rows-failed", DataError, where=str(path)) as error:
         run(path, make, workers=2)
     shown = str(error.value)
-    assert "5 of 12 rows could not be made" in shown
+    assert "5 of 12 rows" in shown and "made" in shown
     assert "1 rows (r2): too long" in shown and "4 rows (r5, r6, r7): bad" in shown
     assert not path.exists()
     made: list[int] = []
@@ -197,17 +197,18 @@ def test_failed_rows_are_reported_and_the_others_kept(tmp_path: Path) -> None:
 def test_a_service_that_is_down_is_not_asked_for_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rowfile, "_GIVE_UP", 4)
+    monkeypatch.setattr(resumable_rows, "_GIVE_UP", 4)
     asked: list[int] = []
 
     def make(index: int) -> dict[str, Any]:
         asked.append(index)
         if index > 2:
-            raise RowFailed("no answer", service=True)
+            raise RowFailed("no answer", code="endpoint.timeout", service=True)
         return {"n": index}
 
-    with pytest.raises(RunError, match="4 rows in a row have failed: no answer"):
+    with raises("endpoint.failing", RunError) as error:
         run(tmp_path / "out.jsonl", make)
+    assert error.value.what.startswith("4 ") and "no answer" in error.value.what
     assert asked == list(range(7))
     assert run(tmp_path / "out.jsonl") == EXPECTED
 
@@ -215,13 +216,14 @@ def test_a_service_that_is_down_is_not_asked_for_every_row(
 def test_rows_that_fail_by_themselves_are_no_sign_of_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rowfile, "_GIVE_UP", 4)
+    monkeypatch.setattr(resumable_rows, "_GIVE_UP", 4)
 
     def make(index: int) -> dict[str, Any]:
-        raise RowFailed("no", service=index % 3 > 0)
+        raise RowFailed("no", code="endpoint.timeout", service=index % 3 > 0)
 
-    with pytest.raises(DataError, match="12 of 12"):
+    with raises("rewards.rows-failed", DataError) as error:
         run(tmp_path / "out.jsonl", make)
+    assert "12 of 12" in error.value.what
 
 
 class Group:
@@ -294,13 +296,13 @@ def test_several_processes_share_the_rows_and_go_on_in_another_number(tmp_path: 
 
     def make(index: int) -> dict[str, Any]:
         if index in broken:
-            raise RowFailed("bad")
+            raise RowFailed("bad", code="row.bad")
         made.append(index)
         return {"n": index}
 
     broken = {4, 9}
     errors = Group(3).run(lambda ranks: run(path, make, ranks=ranks))
-    assert all(isinstance(error, DataError) and "2 of 12" in str(error) for error in errors)
+    assert all("2 of 12" in with_code(error, "rewards.rows-failed").what for error in errors)
     assert sorted(made) == [i for i in range(12) if i not in broken]
     assert len(list(tmp_path.glob("out.jsonl.partial*"))) == 3
     broken = set()
@@ -327,7 +329,7 @@ def test_keys_follow_content() -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from rpo_trainer.rewards.rowfile import map_rows_resumable, one_by_one
+from rpo_trainer.rewards.resumable_rows import map_rows_resumable, one_by_one
 def make(i):
     time.sleep(0.01)
     return {"n": i * i}
@@ -361,5 +363,5 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path, injected: Inject
 
 
 def _size(path: Path) -> int:
-    found = unfinished(path)
+    found = partial_path(path)
     return found.stat().st_size if found.exists() else 0

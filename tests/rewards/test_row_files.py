@@ -11,10 +11,11 @@ import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.files import read_prompts, read_responses, source_of
+from rpo_trainer.rewards.row_files import read_prompts, read_responses, source_of
+from tests.raising import raises
 from tests.rewards.policies import TEMPLATE, llama
 from tests.rewards.test_commands import read, run, write
-from tests.rewards.test_model import save_model
+from tests.rewards.test_reward_model import save_model
 
 ASKED = [{"role": "user", "content": "q"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -61,7 +62,7 @@ def test_a_call_at_the_end_of_sft_rows_is_refused(tmp_path: Path) -> None:
             "messages": [*ASKED, turn("b", tool_calls=[CALL]), {**ASKED[0], "role": "tool"}],
         },
     ]
-    with pytest.raises(DataError) as error:
+    with raises("data.tool-call-response", DataError) as error:
         read_responses(source_of(write(tmp_path / "s.jsonl", rows)))
     assert "2 of 3 rows, first call, said" in error.value.what
 
@@ -109,7 +110,7 @@ def test_what_is_read_or_written_here_is_not_warned_of(
 
 def test_a_prompt_is_not_guessed_beside_a_column_that_may_hold_it(tmp_path: Path) -> None:
     row = {"question": "q", "chosen": "x\n\nAssistant: a", "rejected": "x\n\nAssistant: b"}
-    with pytest.raises(DataError) as error:
+    with raises("data.missing-prompt", DataError) as error:
         read_responses(source_of(write(tmp_path / "p.jsonl", [row])))
     assert "question" in error.value.what
 

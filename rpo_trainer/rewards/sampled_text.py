@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Asked:
+class PromptTokens:
     """A prompt that responses were sampled to.
 
     Args:
@@ -81,7 +81,7 @@ class ResponseReader:
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(number for number, token in added if token.special)
 
-    def read(self, asked: Asked, row: list[int]) -> Sample:
+    def read(self, asked: PromptTokens, row: list[int]) -> Sample:
         """The response in `row`, the tokens sampled behind a prompt up to the end token or a limit.
 
         Where no form gives back the tokens, it is the text without control tokens; of a response that was
@@ -127,7 +127,9 @@ class ResponseReader:
                 self.changed, self.checked, sampled[:SHOWN], trained[:SHOWN],
             )  # fmt: skip
 
-    def _forms(self, asked: Asked, ids: list[int], plain: str, *, special: bool) -> Iterator[str]:
+    def _forms(
+        self, asked: PromptTokens, ids: list[int], plain: str, *, special: bool
+    ) -> Iterator[str]:
         raw = self._text(asked, ids, skip=False)
         if not special:
             yield plain
@@ -139,7 +141,7 @@ class ResponseReader:
             yield raw
             yield plain
 
-    def _inside(self, asked: Asked, raw: str) -> Iterator[str]:
+    def _inside(self, asked: PromptTokens, raw: str) -> Iterator[str]:
         """Thinking and words, or the words, inside what the template writes around them. `<think>` is read
         with every template that reads thinking, that of a reward model too."""
         if asked.frames is None:
@@ -155,7 +157,7 @@ class ResponseReader:
             if found:
                 yield f"<think>\n{thought}\n</think>\n\n{words}"
 
-    def _frames(self, asked: Asked) -> Iterator[tuple[str, ...]]:
+    def _frames(self, asked: PromptTokens) -> Iterator[tuple[str, ...]]:
         ends = [str(self.tokenizer.convert_ids_to_tokens(end)) for end in self.ends]
         for content in (f"<think>\n{THOUGHT}\n</think>\n\n{WORDS}", WORDS):
             try:
@@ -172,7 +174,7 @@ class ResponseReader:
             if found and thought and between:
                 yield before, between, tail
 
-    def _rendered(self, asked: Asked, text: str, *, cut: bool = False) -> Rendered:
+    def _rendered(self, asked: PromptTokens, text: str, *, cut: bool = False) -> Rendered:
         if isinstance(asked.prompt, str):
             return render_plain(asked.prompt, text, parsed=asked.parsed, cut=cut)
         renderer = self._renderer.using(asked.template_kwargs, parsed=asked.parsed)
@@ -181,7 +183,7 @@ class ResponseReader:
             talk, asked.tools, last_only=True, parsed=asked.parsed, cut=cut
         )
 
-    def _trained(self, asked: Asked, text: str, *, cut: bool) -> tuple[bool, list[int]]:
+    def _trained(self, asked: PromptTokens, text: str, *, cut: bool) -> tuple[bool, list[int]]:
         """Whether a response is trained behind the tokens of the prompt, and its tokens; none where the
         template refuses it."""
         try:
@@ -211,7 +213,7 @@ class ResponseReader:
             self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         )
 
-    def _text(self, asked: Asked, ids: list[int], *, skip: bool) -> str:
+    def _text(self, asked: PromptTokens, ids: list[int], *, skip: bool) -> str:
         """The text of a response. To a text it is what it adds to that text: decoded alone, a
         SentencePiece tokenizer would lose the space it begins with."""
         if not isinstance(asked.prompt, str):

@@ -1,93 +1,79 @@
-"""What a recipe may hold: one typed model for each level of the YAML file.
-
-Values are strict (a number in quotes is text), unknown keys are errors, and every model reports its
-cross-field errors (`checks.py`) together with the errors of its fields, so that a recipe shows all
-its mistakes at once. Paths are kept as written; they are relative to the recipe file
-(`resolve_path`).
-"""
+"""The stages of a recipe: what every kind has, and what each kind adds."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
 from pydantic_core import InitErrorDetails
 
-from rpo_trainer.recipe import chain_checks, checks, eval_checks, reward_checks
-from rpo_trainer.recipe.data_schema import (
-    DataSpec,
-    EndpointSpec,
-    EvalSpec,
-    FilterSpec,
-    GenerateSpec,
-    JudgeSpec,
-    PairsSpec,
-    ReplaySpec,
-    ScoreSpec,
-    SourceSpec,
-)
-from rpo_trainer.recipe.loss_field import LossOf
-from rpo_trainer.recipe.model_schema import ModelSpec
-from rpo_trainer.recipe.peft_schema import PeftSpec, peft_chain_checks
-from rpo_trainer.recipe.spec import Spec, Text
+from rpo_trainer.recipe.rules import parts
+from rpo_trainer.recipe.rules.forms import Rule, at_most_one, is_number, short, wrong_value
+from rpo_trainer.recipe.schema.data import DataSpec
+from rpo_trainer.recipe.schema.evaluation import EvalSpec
+from rpo_trainer.recipe.schema.model import PeftSpec
+from rpo_trainer.recipe.schema.spec import LossOf, Spec, Text, one_message
 
-__all__ = [
-    "STAGE_KINDS",
-    "DPOStage",
-    "DataSpec",
-    "EndpointSpec",
-    "EvalSpec",
-    "FilterSpec",
-    "GenerateSpec",
-    "JudgeSpec",
-    "ModelSpec",
-    "PairsSpec",
-    "PeftSpec",
-    "PreferenceStage",
-    "RPOStage",
-    "Recipe",
-    "ReplaySpec",
-    "RewardStage",
-    "SFTStage",
-    "ScoreSpec",
-    "SourceSpec",
-    "Stage",
-    "StageBase",
+LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
+
+
+Names: TypeAlias = Annotated[
+    str | list[str],
+    one_message(
+        lambda value: (
+            isinstance(value, str)
+            or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+        ),
+        wrong_value(
+            "must be a name or a list of names",
+            "write for example `tensorboard`",
+            code="recipe.wrong-type",
+        ),
+    ),
 ]
-
-NOT_DEFAULTS = ("name", "kind")  # what makes a stage that stage cannot come from `defaults`
-
-
-def _text_or_list(value: object) -> object:
-    """One message for a union; pydantic alone gives one for each member."""
-    if isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(item, str) for item in value)
-    ):
-        return value
-    raise checks.wrong_value("must be a name or a list of names", "write for example `tensorboard`")
-
-
-def _scale_or_auto(value: object) -> object:
-    """One message for a union; pydantic alone gives one for each member."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value == "auto" or (number and value > 0):  # type: ignore[operator]
-        return value
-    raise checks.wrong_value("must be a number above 0, or `auto`", "write for example `1.0`")
-
-
-def _stop_or_skip(value: object) -> object:
-    """`stop`, or `skip(n)` with a whole number from 1."""
-    if isinstance(value, str) and re.fullmatch(r"stop|skip\([1-9][0-9]{0,8}\)", value):
-        return value
-    raise checks.wrong_value(
-        "must be `stop`, or `skip(n)` with a whole number from 1", "write for example `skip(3)`"
-    )
+ScaleOrAuto: TypeAlias = Annotated[
+    float | Literal["auto"],
+    one_message(
+        lambda value: value == "auto" or (is_number(value) and value > 0),
+        wrong_value(
+            "must be a number above 0, or `auto`",
+            "write for example `1.0`",
+            code="recipe.invalid-value",
+        ),
+    ),
+]
+StopOrSkip: TypeAlias = Annotated[
+    str,
+    one_message(
+        lambda value: (
+            isinstance(value, str)
+            and re.fullmatch(r"stop|skip\([1-9][0-9]{0,8}\)", value) is not None
+        ),
+        wrong_value(
+            "must be `stop`, or `skip(n)` with a whole number from 1",
+            "write for example `skip(3)`",
+            code="recipe.invalid-value",
+        ),
+    ),
+]
 
 
 class StageBase(Spec):
     """What stages of every kind have."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one(
+            *LENGTH_FIELDS,
+            both="`{first}` and `{other}` are both given",
+            why="each of them says how long the stage is",
+        ),
+        parts.warmup_fits,
+        parts.batches_divide,
+        parts.data_of_the_kind,
+        parts.responses_of_the_loss,
+    )
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -152,7 +138,7 @@ class StageBase(Spec):
     seed: int | None = Field(
         None, ge=0, lt=2**32, description="seed of the stage; by default the recipe's"
     )
-    report_to: Annotated[str | list[str], BeforeValidator(_text_or_list)] = Field(
+    report_to: Names = Field(
         "none", description="trackers, as in `transformers`: `none`, `tensorboard`, `wandb`, ..."
     )
     router_aux_loss_coef: float | None = Field(
@@ -161,7 +147,7 @@ class StageBase(Spec):
         description="weight of the load-balancing loss of a mixture of experts' routers; 0: none; by "
         "default what the model's config asks for (`output_router_logits`)",
     )
-    nonfinite: Annotated[str, BeforeValidator(_stop_or_skip)] = Field(
+    nonfinite: StopOrSkip = Field(
         "stop",
         description="a loss or gradient that is NaN or infinite: `stop` before the weights move, or "
         "`skip(n)`: leave out such steps, up to n in the stage",
@@ -188,13 +174,14 @@ class StageBase(Spec):
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        if all(raw.get(field) is None for field in checks.LENGTH_FIELDS):
+        if all(raw.get(field) is None for field in LENGTH_FIELDS):
             return {**raw, "num_train_epochs": 1.0}
         return raw
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        return checks.stage_checks(raw, frozenset(cls.model_fields))
+        yield from super().cross_checks(raw)
+        yield from parts.training_args_are_others(raw, cls.model_fields.keys())
 
 
 class SFTStage(StageBase):
@@ -237,6 +224,8 @@ class PreferenceStage(StageBase):
 class DPOStage(PreferenceStage):
     """Direct preference optimisation, with an optional SFT term."""
 
+    rules = (*PreferenceStage.rules, parts.smoothing_of_the_loss)
+
     kind: Literal["dpo"] = Field("dpo", description="`dpo`: direct preference optimisation")
     loss_type: Annotated[str, LossOf("dpo")] = Field("dpo", description="the preference loss")
     label_smoothing: float = Field(
@@ -251,11 +240,33 @@ class RPOStage(PreferenceStage):
     loss_type: Annotated[str, LossOf("rpo")] = Field(
         "rpo_bwd_kl", description="the preference loss; `rpo_bwd_kl` is the paper's"
     )
-    reward_scale: Annotated[float | Literal["auto"], BeforeValidator(_scale_or_auto)] = Field(
+    reward_scale: ScaleOrAuto = Field(
         1.0,
         description="η, the scale of the given rewards; `auto` fits it to the training rows: to "
         "their preference labels where these do not follow the rewards, else to the median gap",
     )
+
+
+def _unique(names: list[str] | None) -> list[str] | None:
+    if names is not None and len(set(names)) < len(names):
+        raise wrong_value(
+            "an attribute is named twice",
+            "name each once",
+            "each is one head of the model",
+            code="recipe.repeated-attribute",
+        )
+    return names
+
+
+def _ascending(bounds: list[float] | None) -> list[float] | None:
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise wrong_value(
+            f"`rating_range` goes from {short(bounds[0])} to {short(bounds[1])}",
+            "write the lowest rating first",
+            "no rating can be between them",
+            code="recipe.empty-range",
+        )
+    return bounds
 
 
 class RewardStage(StageBase):
@@ -264,14 +275,25 @@ class RewardStage(StageBase):
     It is no policy: `previous` in a later stage is the policy before it.
     """
 
+    rules = (
+        *StageBase.rules,
+        parts.fields_of_the_objective,
+        parts.weights_of_the_attributes,
+        parts.no_fields_of_a_policy,
+        at_most_one(
+            "eval", "eval_fraction", within="data",
+            both="`data` has both `{first}` and `{other}`",
+            why="each of them says which rows are held out",
+        ),
+    )  # fmt: skip
+
     kind: Literal["reward"] = Field("reward", description="`reward`: a reward model")
     objective: Literal["bradley_terry", "regression"] = Field(
         description="`bradley_terry`: pairs, −log σ(r_c − r_r − margin); `regression`: rated "
         "responses, the mean squared error over all ratings"
     )
-    attributes: list[Text] | None = Field(
+    attributes: Annotated[list[Text] | None, Field(min_length=1), AfterValidator(_unique)] = Field(
         None,
-        min_length=1,
         description="what is rated, a head of the model for each (regression); a missing rating is "
         "masked",
     )
@@ -281,10 +303,10 @@ class RewardStage(StageBase):
         "(`nemotron-4-340b-reward`, `llama3-70b-steerlm-rm`); by default those of the model it "
         "starts from, else the mean",
     )
-    rating_range: list[float] | None = Field(
+    rating_range: Annotated[
+        list[float] | None, Field(min_length=2, max_length=2), AfterValidator(_ascending)
+    ] = Field(
         None,
-        min_length=2,
-        max_length=2,
         description="lowest and highest rating that can be right (regression); others are errors",
     )
     margin_scale: float = Field(
@@ -298,11 +320,6 @@ class RewardStage(StageBase):
         description="turn the model's noise in training off: dropout, layer drop, router jitter",
     )
 
-    @classmethod
-    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        yield from super().cross_checks(raw)
-        yield from reward_checks.reward_stage_checks(raw)
-
 
 Stage: TypeAlias = SFTStage | DPOStage | RPOStage | RewardStage
 STAGE_KINDS: dict[str, type[Stage]] = {
@@ -311,100 +328,3 @@ STAGE_KINDS: dict[str, type[Stage]] = {
     "rpo": RPOStage,
     "reward": RewardStage,
 }
-
-
-class Recipe(Spec):
-    """A chain of training stages, each seeded by the one before it."""
-
-    model: ModelSpec = Field(description="the model that the first stage starts from")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of all that is random")
-    run_dir: Text | None = Field(
-        None, description="where the run is written; the command line's `--run-dir` comes first"
-    )
-    defaults: dict[str, Any] = Field(
-        {},
-        description="stage fields that hold for every stage that has them and does not give its "
-        "own; a field is taken whole, never merged",
-    )
-    eval: EvalSpec | None = Field(None, description="what is measured after every stage")
-    stages: list[Annotated[Stage, Field(discriminator="kind")]] = Field(
-        min_length=1, description="the stages, in order"
-    )
-
-    def model_post_init(self, _: Any) -> None:
-        """The sources get the model's `chat_template_kwargs`."""
-        for _, source in self.sources():
-            source.inherit(self.model.chat_template_kwargs)
-
-    def sources(self) -> Iterator[tuple[str, SourceSpec]]:
-        """All sources of data, each with its key in the recipe."""
-        parts: list[tuple[str, EvalSpec | None]] = [("eval", self.eval)]
-        for stage in self.stages:
-            own = f"stages.{stage.name}"
-            for field in ("train", "eval"):
-                yield from _numbered(f"{own}.data.{field}", getattr(stage.data, field))
-            parts.append((f"{own}.eval", stage.eval))
-        for key, spec in parts:
-            for field in ("data", "preferences", "nll") if spec is not None else ():
-                yield from _numbered(f"{key}.{field}", getattr(spec, field))
-
-    @classmethod
-    def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """Stages as mappings, each with the defaults that belong to its kind."""
-        stages, defaults = raw.get("stages"), raw.get("defaults")
-        if not isinstance(stages, list):
-            return raw
-        plain = [s.model_dump() if isinstance(s, StageBase) else s for s in stages]
-        if isinstance(defaults, dict):
-            plain = [with_defaults(s, defaults) if isinstance(s, dict) else s for s in plain]
-        return {**raw, "stages": plain}
-
-    @classmethod
-    def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        yield from _default_checks(raw.get("defaults"))
-        yield from chain_checks.recipe_checks(raw)
-        yield from reward_checks.reference_checks(raw)
-        yield from eval_checks.eval_reference_checks(raw)
-        yield from peft_chain_checks(raw)
-
-
-def _numbered(key: str, sources: list[SourceSpec]) -> Iterator[tuple[str, SourceSpec]]:
-    yield from ((f"{key}.{number}", source) for number, source in enumerate(sources))
-
-
-def with_defaults(stage: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw stage with the defaults of its kind; its own fields, null too, come first."""
-    kind = STAGE_KINDS.get(str(stage.get("kind")))
-    if kind is None:
-        return stage
-    skipped = set(NOT_DEFAULTS)
-    if any(stage.get(field) is not None for field in checks.LENGTH_FIELDS):
-        skipped |= set(checks.LENGTH_FIELDS)
-    taken = {k: v for k, v in defaults.items() if k in kind.model_fields and k not in skipped}
-    return {**taken, **stage}
-
-
-def _default_checks(defaults: object) -> Iterator[InitErrorDetails]:
-    """Each default must be a field of some kind of stage, with a value that one of them takes."""
-    if not isinstance(defaults, dict):
-        return
-    for key, value in defaults.items():
-        kinds = [kind for kind in STAGE_KINDS.values() if key in kind.model_fields]
-        if key in NOT_DEFAULTS or not kinds:
-            yield InitErrorDetails(type="extra_forbidden", loc=("defaults", key), input=value)
-            continue
-        per_kind = [list(_default_errors(kind, key, defaults)) for kind in kinds]
-        if all(per_kind):
-            yield from per_kind[0]
-
-
-def _default_errors(
-    kind: type[Stage], key: str, defaults: Mapping[str, Any]
-) -> Iterator[InitErrorDetails]:
-    """What is wrong with one default, beside the others that stages of this kind get."""
-    try:
-        kind.model_validate({k: v for k, v in defaults.items() if k in kind.model_fields})
-    except ValidationError as error:
-        for detail in checks.details_of(error):
-            if detail["loc"][:1] == (key,):
-                yield {**detail, "loc": ("defaults", *detail["loc"])}

@@ -11,26 +11,20 @@ the responses come from the policy itself, as the caller's arguments shape it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import xxhash
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from rpo_trainer.data import encode_prompt, end_token_ids
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError, RecipeError
 from rpo_trainer.recipe.template_kwargs import kwargs_key
-from rpo_trainer.rewards.responses import Asked, ResponseReader, Sample
+from rpo_trainer.rewards.drawing import Drawing
+from rpo_trainer.rewards.sampled_text import PromptTokens, ResponseReader, Sample
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +32,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[dict[str, Any]]
 Tools = Sequence[list[dict[str, Any]] | None]  # of each prompt
 TemplateKwargs = Sequence[Mapping[str, Any]]  # of each prompt
-Gather = Callable[[dict[int, list[Sample]]], dict[int, list[Sample]]]
 
 
 def sample_responses(
@@ -57,21 +50,20 @@ def sample_responses(
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
     template_kwargs: TemplateKwargs | None = None,
-    shard: tuple[int, int] = (0, 1),
-    gather: Gather = lambda found: found,
+    ranks: Ranks = ALONE,
 ) -> list[list[Sample]]:
     """K sampled responses for each prompt, in the prompts' order; arguments as `iter_responses`.
 
     Args:
-        gather: joins what the processes of a `shard` have found.
+        ranks: the processes that share the work; all of them call this, and get all responses.
     """
-    found = gather(
+    found = ranks.all_gather_dict(
         dict(
             iter_responses(
                 model, tokenizer, prompts, range(len(prompts)), responses=responses,
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                 batch_size=batch_size, seed=seed, keys=keys, tools=tools, parsed=parsed,
-                template_kwargs=template_kwargs, shard=shard,
+                template_kwargs=template_kwargs, shard=(ranks.rank(), ranks.world_size()),
             )
         )
     )  # fmt: skip
@@ -128,61 +120,17 @@ def iter_responses(
         raise RecipeError(
             f"cannot sample {responses} responses with temperature {temperature}, "
             f"top_p {top_p} and top_k {top_k}",
+            code="recipe.out-of-range",
             where="generate",
             why="logits are divided by the temperature, and at least one token must be left to draw",
             fix="responses >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0",
         )
-    warpers: list[Any] = []
-    if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-
-    def choose(batch: Sequence[int], width: int) -> list[LogitsProcessor]:
-        names = [keys[i] if keys is not None else str(i) for i in batch]
-        numbers = [
-            _numbers(f"{seed}:{name}:{copy}", max_new_tokens)
-            for name in names
-            for copy in range(responses)
-        ]
-        return [*warpers, _Draw(np.stack(numbers), width)]
-
+    names = keys if keys is not None else [str(index) for index in range(len(prompts))]
+    drawing = Drawing(names, seed, max_new_tokens, temperature, top_p, top_k)
     yield from _generate(
-        model, tokenizer, prompts, wanted, choose, responses, max_new_tokens, batch_size, tools,
+        model, tokenizer, prompts, wanted, drawing, responses, max_new_tokens, batch_size, tools,
         parsed, template_kwargs, shard,
     )  # fmt: skip
-
-
-def _numbers(key: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Uniform numbers in [0, 1), a pure function of the key."""
-    return np.random.default_rng(xxhash.xxh3_128_intdigest(key.encode())).random(count)
-
-
-class _Draw(LogitsProcessor):
-    """Leaves one token of each row possible: the one at which its number falls.
-
-    The likeliest token of what is left is then a sample of the distribution that came in.
-
-    Args:
-        numbers: [rows, steps] in [0, 1).
-        width: tokens of the prompts, with their padding.
-    """
-
-    def __init__(self, numbers: np.ndarray[Any, np.dtype[np.float64]], width: int) -> None:
-        self.numbers = torch.from_numpy(numbers)
-        self.width = width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.numbers = self.numbers.to(scores.device)  # once: the host would wait for each copy
-        step = input_ids.shape[1] - self.width
-        filled = scores.float().softmax(-1).double().cumsum(-1)  # [rows, V]
-        total = filled[:, -1:]
-        level = self.numbers[:, step : step + 1] * total
-        level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
-        token = torch.searchsorted(filled, level, right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 def greedy_responses(
@@ -195,15 +143,14 @@ def greedy_responses(
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
     template_kwargs: TemplateKwargs | None = None,
-    shard: tuple[int, int] = (0, 1),
-    gather: Gather = lambda found: found,
+    ranks: Ranks = ALONE,
 ) -> list[Sample]:
     """The likeliest next token at every step: one response a prompt; else as `sample_responses`."""
     own = _generate(
-        model, tokenizer, prompts, range(len(prompts)), lambda *_: [], 1, max_new_tokens, batch_size,
-        tools, parsed, template_kwargs, shard,
+        model, tokenizer, prompts, range(len(prompts)), None, 1, max_new_tokens, batch_size,
+        tools, parsed, template_kwargs, (ranks.rank(), ranks.world_size()),
     )  # fmt: skip
-    found = gather(dict(own))
+    found = ranks.all_gather_dict(dict(own))
     return [found[index][0] for index in range(len(prompts))]
 
 
@@ -212,7 +159,7 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     wanted: Collection[int],
-    choose: Callable[[Sequence[int], int], list[LogitsProcessor]],
+    drawing: Drawing | None,
     copies: int,
     max_new_tokens: int,
     batch_size: int,
@@ -224,18 +171,19 @@ def _generate(
     """Batches of prompts of like length, longest first: memory runs out at once or never.
 
     Args:
-        choose: from a batch's prompts and their width to what shapes the choice of its tokens.
+        drawing: None: the likeliest token each time.
         copies: responses for each prompt.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise RecipeError(
             f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}",
+            code="recipe.out-of-range",
             where="generate",
             why="a response has at least its end token, and a batch at least one prompt",
             fix="give at least 1 for both",
         )
     asked = [
-        _asked(
+        _prompt_tokens(
             tokenizer,
             prompt,
             tools[index] if tools is not None else None,
@@ -262,8 +210,9 @@ def _generate(
             continue
         width = len(encoded[batch[0]])
         repeated = [encoded[index] for index in batch for _ in range(copies)]
-        with _set_aside(model):
-            rows = _generate_batch(model, repeated, config, choose(batch, width), device)
+        with _generation_mode(model):
+            choice = [] if drawing is None else drawing.processors(batch, copies, width)
+            rows = _generate_batch(model, repeated, config, choice, device)
         for place, index in enumerate(batch):
             if index in left:
                 own = rows[place * copies : (place + 1) * copies]
@@ -296,7 +245,7 @@ def _generate_batch(
     return rows
 
 
-def _asked(
+def _prompt_tokens(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     tools: list[dict[str, Any]] | None,
@@ -304,7 +253,7 @@ def _asked(
     *,
     parsed: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> Asked:
+) -> PromptTokens:
     try:
         ids = encode_prompt(
             tokenizer, prompt, tools, parsed=parsed, template_kwargs=template_kwargs
@@ -312,6 +261,7 @@ def _asked(
     except RowError as error:
         raise DataError(
             str(error),
+            code=error.code,
             where=f"prompt {index}",
             why="no response can be sampled to it",
             fix="fix the row, or give the tokenizer another chat template",
@@ -319,12 +269,13 @@ def _asked(
     if not ids:
         raise DataError(
             "the prompt has no token",
+            code="data.empty-prompt",
             where=f"prompt {index}",
             why="the first token of a response is drawn from what the model predicts after the prompt",
             fix="leave the row out, or give its prompt some text",
         )
     given = prompt if isinstance(prompt, str) else list(prompt)
-    return Asked(given, ids, tools, parsed, template_kwargs)
+    return PromptTokens(given, ids, tools, parsed, template_kwargs)
 
 
 def _end_tokens(
@@ -342,6 +293,7 @@ def _end_tokens(
     if not ends:
         raise ModelError(
             "the tokenizer has no end token",
+            code="tokenizer.no-end-token",
             why="a response would never end",
             fix="set eos_token in the tokenizer's files",
         )
@@ -361,7 +313,7 @@ def _generation_config(
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
         use_cache=True,
-        do_sample=False,  # the draw is in the logits processors, see `_Draw`
+        do_sample=False,  # the draw is in the logits processors, see `drawing`
     )
 
 
@@ -375,6 +327,7 @@ def check_room(
         raise RecipeError(
             f"the longest prompt has {longest} tokens, and with max_new_tokens {max_new_tokens} "
             f"goes beyond the model's context of {limit}",
+            code="model.context-exceeded",
             where=where,
             why="the model was not trained on positions beyond it, and its output there is noise",
             fix="lower max_new_tokens, or leave the longest prompts out",
@@ -382,7 +335,7 @@ def check_room(
 
 
 @contextmanager
-def _set_aside(model: PreTrainedModel) -> Iterator[None]:
+def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and an empty generation config; each module's mode is put back after."""
     from transformers import GenerationConfig
 

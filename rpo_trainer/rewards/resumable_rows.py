@@ -1,6 +1,6 @@
 """A file of rows that are made one by one: what is done survives a kill; the file is whole or absent.
 
-Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order (see `partial`).
+Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order (see `partial_file`).
 Started again with the same rows and settings, only what is missing or damaged is made, and the file is byte
 for byte that of a run that was never stopped.
 """
@@ -20,7 +20,7 @@ import xxhash
 
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.rewards.partial import Partial, partials, read_partials, unfinished
+from rpo_trainer.rewards.partial_file import PartialFile, partial_path, partial_paths, read_partials
 from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
@@ -31,10 +31,16 @@ _GIVE_UP = 20  # failures in a row, without one success, that speak of the servi
 
 
 class RowFailed(Exception):
-    """A row has no result; `service` says that the reason lies with the service asked, not the row."""
+    """A row has no result, and why.
 
-    def __init__(self, reason: str, *, service: bool = False) -> None:
+    Args:
+        code: stable name of the reason, as of an `RPOTrainerError`.
+        service: the reason lies with the service asked, not with the row.
+    """
+
+    def __init__(self, reason: str, *, code: str, service: bool = False) -> None:
         super().__init__(reason)
+        self.code = code
         self.service = service
 
 
@@ -74,14 +80,14 @@ def map_rows_resumable(
 
     Args:
         rows: plain rows; a result is merged into its row.
-        work, key, what, label, with_digest, ranks: as `complete`.
+        work, key, what, label, with_digest, ranks: as `write_rows_resumable`.
     """
     ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
 
     def merge(found: Sequence[dict[str, Any]]) -> list[Row]:
         return [{**row, **fields} for row, fields in zip(rows, found, strict=True)]
 
-    return complete(
+    return write_rows_resumable(
         path,
         ids,
         work,
@@ -94,7 +100,7 @@ def map_rows_resumable(
     )
 
 
-def complete(
+def write_rows_resumable(
     path: Path,
     ids: Sequence[str],
     work: Work,
@@ -135,8 +141,8 @@ def complete(
     ranks.barrier()
     with ranks.raise_on_all_ranks():
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = unfinished(path, ranks.rank())
-        found |= _work_off(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
+        own = partial_path(path, ranks.rank())
+        found |= _run_pending(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
     failures.reasons = ranks.all_gather_dict(failures.reasons)
     found = ranks.all_gather_dict(found)
     with ranks.raise_on_all_ranks():  # all know the same: one of them says it
@@ -147,14 +153,14 @@ def complete(
         write_rows(path, rows, with_digest=with_digest)
         if then is not None:
             then(rows)
-        for partial in partials(path):
+        for partial in partial_paths(path):
             partial.unlink()
 
     ranks.on_main(finish)
     return rows
 
 
-def _work_off(
+def _run_pending(
     path: Path,
     key: str,
     work: Work,
@@ -166,7 +172,7 @@ def _work_off(
     found: dict[int, dict[str, Any]] = {}
     if not pending:
         return found
-    partial = Partial(path, key)
+    partial = PartialFile(path, key)
     try:
         for done in work(pending, shard):
             if done.failed is not None:
@@ -230,6 +236,7 @@ class _Failures:
         if self.in_a_row >= _GIVE_UP:
             raise RunError(
                 f"{self.in_a_row} rows in a row have failed: {failed}",
+                code="endpoint.failing",
                 why="the service does not answer as it should; what is done is kept",
                 fix="fix it, and run the same command again",
             )
@@ -252,6 +259,7 @@ class _Failures:
             f"{len(self.reasons)} of {len(self.ids)} rows could not be {self.what}\n    "
             + "\n    ".join(lines[:10])
             + (f"\n    and {len(lines) - 10} reasons more" if len(lines) > 10 else ""),
+            code="rewards.rows-failed",
             where=str(path),
             why="rows are not skipped; the results of the others are kept",
             fix="run the same command again for these rows only, or fix or remove them",

@@ -20,12 +20,13 @@ from transformers import (
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, ModelError, RecipeError
-from rpo_trainer.rewards.generate import (
+from rpo_trainer.rewards.sample import (
     Sample,
     greedy_responses,
     iter_responses,
     sample_responses,
 )
+from tests.raising import raises
 from tests.rewards.policies import PROMPTS, TEMPLATE, llama, next_token_model, plain_greedy
 
 
@@ -286,30 +287,33 @@ def test_no_prompts_give_no_responses() -> None:
 )
 def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     arguments = {"responses": 2, "max_new_tokens": 4, **wrong}
-    with pytest.raises(RecipeError):
+    beyond = wrong.get("max_new_tokens") == 64
+    code = "model.context-exceeded" if beyond else "recipe.out-of-range"
+    with raises(code, RecipeError, where="generate"):
         sample_responses(llama(), character_tokenizer(), ["abc"], **arguments)
 
 
 def test_unusable_tokenizers_and_prompts_are_refused() -> None:
     model, tokenizer = llama(), character_tokenizer()
-    with pytest.raises(DataError, match="no chat template"):
+    with raises("template.missing", DataError, where="model.chat_template"):
         greedy_responses(model, tokenizer, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
     tokenizer.eos_token = None
     kept = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None
-    with pytest.raises(ModelError, match="no end token"):
+    with raises("tokenizer.no-end-token", ModelError):
         greedy_responses(model, tokenizer, ["a"], max_new_tokens=2)
     model.generation_config.eos_token_id = kept
     refusing = character_tokenizer()
     refusing.chat_template = "{{ raise_exception('no systems') }}"
-    with pytest.raises(DataError, match=r"prompt 0: .*no systems"):
+    with raises("template.refuses-row", DataError, where="prompt 0") as error:
         greedy_responses(model, refusing, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
+    assert "no systems" in error.value.what
     # To texts the template is nothing.
     assert greedy_responses(model, refusing, ["ab"], max_new_tokens=2)
     beginless = character_tokenizer()
     beginless.bos_token = None
     beginless._tokenizer.post_processor = None
-    with pytest.raises(DataError, match="no token"):
+    with raises("data.empty-prompt", DataError, where="prompt 0"):
         greedy_responses(model, beginless, [""], max_new_tokens=2)
 
 

@@ -20,7 +20,7 @@ from rpo_trainer.errors import DataError, ModelError, first_line
 from rpo_trainer.models.from_pretrained import LOADING_ERRORS, load_complete, load_pretrained
 from rpo_trainer.models.reward_model import attributes_of
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard
+from rpo_trainer.rewards.resumable_rows import Done, RowFailed, Shard
 from rpo_trainer.runtime.file_errors import reads
 from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
 from rpo_trainer.step.forward import response_scores
@@ -90,7 +90,7 @@ class RewardModel:
                 examples[index] = _examples(self.encode(row))
             except RowError as error:
                 if index in wanted and rank == 0:
-                    yield Done(index, None, RowFailed(str(error)))
+                    yield Done(index, None, RowFailed(str(error), code=error.code))
         for batch in list(_batches(examples, self.layout, batch_tokens))[rank::world]:
             if wanted.isdisjoint(batch):
                 continue
@@ -133,7 +133,10 @@ class RewardModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, found), default=0)
         if limit is not None and longest > limit:
-            raise RowError(f"longer than the reward model's context of {limit} tokens")
+            raise RowError(
+                f"longer than the reward model's context of {limit} tokens",
+                code="model.context-exceeded",
+            )
         return found
 
     def _forward(self, examples: list[_Example]) -> list[list[float]]:
@@ -156,6 +159,7 @@ class RewardModel:
         if not all(reward == reward and abs(reward) != float("inf") for reward in rewards):
             raise ModelError(
                 "the reward model gives a score that is not finite",
+                code="model.non-finite-scores",
                 where=self.path,
                 why="its weights are damaged, or overflow in their dtype; other scores may be as wrong",
                 fix="load it elsewhere and look at its weights, or save it in bfloat16 or float32",
@@ -209,7 +213,7 @@ def _batches(
 def _until_end(ids: list[int], mask: list[int]) -> list[int]:
     """Up to the response's last token: what a template writes after it is not part of it."""
     if 1 not in mask:
-        raise RowError("a response without a token")
+        raise RowError("a response without a token", code="rewards.empty-response")
     return ids[: len(mask) - mask[::-1].index(1)]
 
 
@@ -223,6 +227,7 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     except LOADING_ERRORS as error:
         raise ModelError(
             "the reward model cannot be loaded",
+            code="model.cannot-load",
             where=path,
             why=first_line(error),
             fix="give a directory with a sequence classifier and its tokenizer, or a hub name",
@@ -230,6 +235,7 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     if not hasattr(model, "score"):
         raise ModelError(
             f"a {type(model).__name__} has no score head on a decoder",
+            code="model.no-score-head",
             where=path,
             why="rewards are read by a head named `score`, at the last token of a response",
             fix="give a decoder saved as AutoModelForSequenceClassification",
@@ -245,6 +251,7 @@ def check_template(model: RewardModel, rows: Sequence[Row]) -> None:
     ):
         raise DataError(
             "the rows are messages, and the reward model's tokenizer has no chat template",
+            code="template.missing",
             where=model.path,
             why="a reward model means little on text in another form than it was trained on",
             fix="give it the template it was trained with (chat_template.jinja beside its files)",

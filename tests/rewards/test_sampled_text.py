@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpo_trainer.data import Audit, end_token_ids, set_chat_template, tokenize_rows
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards.generate import Sample, greedy_responses, sample_responses
+from rpo_trainer.rewards.sample import Sample, greedy_responses, sample_responses
 from tests.rewards.policies import TEMPLATE, llama, next_token_model, plain_greedy
 
 
@@ -117,5 +117,5 @@ def test_responses_that_training_cannot_give_back_are_one_warning(
         model, tokenizer, messages, responses=2, max_new_tokens=5, batch_size=2
     )
     assert found == [[Sample("ab", True)] * 2] * 3
-    (record,) = [each for each in caplog.records if each.name.endswith("rewards.responses")]
+    (record,) = [each for each in caplog.records if each.name.endswith("rewards.sampled_text")]
     assert record.args is not None and record.args[:2] == (6, 6)

@@ -10,7 +10,7 @@ import pytest
 
 from rpo_trainer.rewards.endpoint import Unreadable, attribute_scores, message_of
 from rpo_trainer.rewards.judge import read_verdict
-from rpo_trainer.rewards.sampling import _response
+from rpo_trainer.rewards.policies import _response
 
 LONG = 60_000
 

@@ -14,8 +14,14 @@ import xxhash
 from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
-from rpo_trainer.rewards.messages import chat_messages, template_options, warn_unsent
-from rpo_trainer.rewards.rowfile import Done, Shard, complete, content_key, one_by_one
+from rpo_trainer.rewards.endpoint_messages import chat_messages, template_options, warn_unsent
+from rpo_trainer.rewards.resumable_rows import (
+    Done,
+    Shard,
+    content_key,
+    one_by_one,
+    write_rows_resumable,
+)
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -64,7 +70,7 @@ class LocalPolicy:
     ) -> Iterator[Done]:
         import torch
 
-        from rpo_trainer.rewards.generate import iter_responses
+        from rpo_trainer.rewards.sample import iter_responses
 
         model, tokenizer = self._load()
         spec = self.spec
@@ -156,7 +162,7 @@ def _response(answer: Any) -> tuple[str, bool, str]:
     message = getattr(choice, "message", None)
     text = choice.text if message is None else message.content
     if not isinstance(text, str):
-        raise Unreadable("a completion without text")
+        raise Unreadable("a completion without text", code="endpoint.no-text")
     found = [key for key in (*THINKING, "tool_calls") if not is_empty(getattr(message, key, None))]
     beside = " and ".join(f"`{key}`" for key in found)
     return encodable(text), choice.finish_reason != "length", beside
@@ -178,6 +184,7 @@ def check_truths(rows: Sequence[Row], spec: GenerateSpec) -> None:
     if spec.with_ground_truth and rows and not any(row.get("ground_truth") for row in rows):
         raise DataError(
             "no row has a `ground_truth`",
+            code="data.missing-ground-truth",
             why="`with_ground_truth` puts it among the responses of each row",
             fix="name its column with `columns: {ground_truth: theirs}`, or remove `with_ground_truth`",
         )
@@ -214,12 +221,12 @@ def sample_rows(
     Responses depend on the seed, the policy's place, `prefix` and the row's id alone.
 
     Args:
-        path: resumed where it was interrupted, see `rowfile`.
+        path: resumed where it was interrupted, see `resumable_rows`.
         prefix: of the keys; two rounds with different ones sample different numbers.
-        label, then, with_digest, ranks: as `complete`.
+        label, then, with_digest, ranks: as `write_rows_resumable`.
 
     Raises:
-        DataError, RunError: as `complete` and `iter_responses`.
+        DataError, RunError: as `write_rows_resumable` and `iter_responses`.
     """
     count = len(rows)
     keys = row_keys(rows, prefix)
@@ -253,7 +260,7 @@ def sample_rows(
 
     ids = [str(row["id"]) for _ in policies for row in rows]
     key = content_key([policy.key for policy in policies], list(rows), seed, prefix)
-    return complete(
+    return write_rows_resumable(
         path, ids, work, assemble, key=key, what="sampled", label=label, then=then,
         with_digest=with_digest, ranks=ranks,
     )  # fmt: skip

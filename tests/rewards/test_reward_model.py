@@ -18,7 +18,8 @@ from transformers import (
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, ModelError, RecipeError
-from rpo_trainer.rewards.model import RewardModel, check_template
+from rpo_trainer.rewards.reward_model import RewardModel, check_template
+from tests.raising import raises
 from tests.rewards.policies import TEMPLATE
 
 ROWS = [
@@ -140,8 +141,9 @@ def test_several_heads_and_their_weights(tmp_path: Path) -> None:
     given = scores(RewardModel(folder, {"helpfulness": 2.0, "verbosity": -0.5}))[0]
     one = given["scores"][0]
     assert given["rewards"][0] == pytest.approx(2 * one["helpfulness"] - 0.5 * one["verbosity"])
-    with pytest.raises(RecipeError, match="no weight for verbosity"):
+    with raises("rewards.wrong-attributes", RecipeError) as error:
         RewardModel(folder, {"helpfulness": 1.0})
+    assert "verbosity" in error.value.what and "helpfulness" not in error.value.what
     own = save_model(
         tmp_path / "own",
         num_labels=2,
@@ -172,19 +174,20 @@ def test_what_cannot_be_scored(tmp_path: Path) -> None:
     model = RewardModel(save_model(tmp_path))
     long = {"id": "l", "prompt": "p", "responses": ["x" * 100]}
     done = {d.index: d for d in model.score([*ROWS, long], range(5), 100)}
-    assert "context of 64 tokens" in str(done[4].failed)
+    assert done[4].failed is not None and done[4].failed.code == "model.context-exceeded"
+    assert "64" in str(done[4].failed)
     assert all(done[i].failed is None for i in range(4))
     messages = {"id": "m", "prompt": [{"role": "user", "content": "hi"}], "responses": ["yo"]}
-    with pytest.raises(DataError, match="no chat template"):
+    with raises("template.missing", DataError, where=model.path):
         check_template(model, [messages])
     with torch.no_grad():
         model.model.score.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="not finite"):
+    with raises("model.non-finite-scores", ModelError, where=model.path):
         scores(model)
 
 
 def test_what_is_no_reward_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with raises("model.cannot-load", ModelError, where=str(tmp_path / "none")):
         RewardModel(tmp_path / "none")
     config = BertConfig(
         vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
@@ -192,7 +195,7 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     character_tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match="no score head"):
+    with raises("model.no-score-head", ModelError, where=str(tmp_path / "bert")):
         RewardModel(tmp_path / "bert")
 
 

@@ -13,8 +13,8 @@ from rpo_trainer.data.adapters import adapt
 from rpo_trainer.data.rows import THINKING
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.recipe import EndpointSpec, GenerateSpec, ScoreSpec
-from rpo_trainer.rewards.messages import chat_messages, prompt_text, response_text
-from rpo_trainer.rewards.sampling import EndpointPolicy
+from rpo_trainer.rewards.endpoint_messages import chat_messages, prompt_text, response_text
+from rpo_trainer.rewards.policies import EndpointPolicy
 from rpo_trainer.rewards.scorers import make_scorer
 from tests.rewards.server import Answer, serving
 
@@ -135,7 +135,9 @@ def test_prompts_are_sampled_with_their_tools_and_calls(caplog: pytest.LogCaptur
     assert request["tools"] == TOOLS and request["messages"][2]["tool_calls"] == [CALL]
     assert request["messages"][2]["reasoning_content"] == "EARLIER" and not caplog.records
     sampled(adapted({"prompt": "p", "tools": TOOLS}, kind="prompt"), Answer("x"))
-    assert "`tools` of a prompt that is text (1)" in caplog.text
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "`tools`" in record.getMessage() and "(1)" in record.getMessage()
 
 
 @pytest.mark.parametrize("key", [*THINKING, "tool_calls"])
@@ -146,7 +148,9 @@ def test_what_answers_say_beside_their_text_is_counted(
     monkeypatch.setenv("OPENAI_API_KEY", secret)
     rows = adapted({"prompt": PROMPT}, {"prompt": "p"}, kind="prompt")
     sampled(rows, Answer("x", beside={key: [CALL] if key == "tool_calls" else "t"}))
-    assert f"2 responses came with `{key}`" in caplog.text
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "2 responses" in record.getMessage() and f"`{key}`" in record.getMessage()
 
 
 # ---------------------------------------------------------------- variables of the chat template
@@ -202,4 +206,5 @@ def test_a_prompt_of_text_has_no_template_to_send_them_for(
     rows = adapted({"prompt": "p", "chat_template_kwargs": {"a": 1}}, kind="prompt")
     (request, _) = sampled(rows, Answer("x"))
     assert "chat_template_kwargs" not in request
-    assert "`chat_template_kwargs` of a prompt that is text (1)" in caplog.text
+    (record,) = caplog.records
+    assert "`chat_template_kwargs`" in record.getMessage() and "(1)" in record.getMessage()
