@@ -126,15 +126,15 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert problems(tmp_path, recipe).exit_code == 2
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "code")["data"]["train"] = [{"path": "absent.jsonl"}]
-    assert problems(tmp_path, recipe).exit_code == 3
+    found = problems(tmp_path, recipe)
+    assert found.exit_code == 3 and set(codes_of(found)) == {"data.no-such-file"}
 
 
 def test_a_missing_tokenizer_does_not_hide_faults_of_the_data(tmp_path: Path) -> None:
     recipe = broken(tmp_path)
     recipe["model"]["tokenizer"] = "./no-tokenizer"
-    text = str(problems(tmp_path, recipe))
-    assert "no-tokenizer" in text
-    assert "absent.jsonl: " in text
+    found = problems(tmp_path, recipe)
+    assert {"model.not-found", "data.no-such-file"} <= set(codes_of(found))
 
 
 def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
@@ -142,13 +142,13 @@ def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "rpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
-    assert "chat template" in str(problems(tmp_path, recipe))
+    assert "template.missing" in codes_of(problems(tmp_path, recipe))
     recipe["model"]["chat_template"] = "plain"
     assert check(tmp_path, recipe)
     del rows[0]["ground_truth"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (problem, *_) = problems(tmp_path, recipe).problems
-    assert "ground_truth" in problem.what and "1 of 1 rows" in problem.what
+    assert problem.code == "verifier.missing-ground-truth" and "1 of 1 rows" in problem.what
 
 
 def test_max_length_beyond_the_context(tmp_path: Path) -> None:
@@ -351,8 +351,7 @@ def test_held_out_rows_of_a_stage_that_samples(responses_from: str | None, tmp_p
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
     assert check(tmp_path, recipe).count("  1 held-out examples") == 2  # of both rounds
     (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
-    found = problems(tmp_path, recipe)
-    assert "RPO" in str(found) and "rewards" in str(found)
+    assert "data.missing-rewards" in codes_of(problems(tmp_path, recipe))
 
 
 def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> None:
@@ -369,7 +368,8 @@ def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> 
     row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
-    assert re.search(r"\b1 of 1 eval rows", str(problems(tmp_path, recipe)))
+    found = with_code(problems(tmp_path, recipe), "data.held-out-overlap")
+    assert found.what.startswith("1 of 1 eval rows")
 
 
 def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) -> None:
@@ -381,7 +381,9 @@ def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) ->
         "data": [tiny.task("general", "heldout", 4)], "score": {"verifier": "partial_match"},
         "generate": {"responses": 2, "max_new_tokens": 500},
     }  # fmt: skip
-    found = str(problems(tmp_path, recipe))
+    several = problems(tmp_path, recipe)
+    assert codes_of(several).count("model.context-exceeded") == 2
+    found = str(several)
     assert "(stages.dpo.data.generate.policies" in found and "other" in found
     assert "(stages.dpo.data.generate.max_new_tokens): " in found
     assert "(eval.generate.max_new_tokens): " in found
