@@ -7,18 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpo_trainer.data.rows import (
-    Message,
-    Row,
-    RowError,
-    check_conversation,
-    check_prompt_end,
-    check_text,
-    fields_beside,
-    is_blank,
-    is_messages,
-    to_messages,
-)
+from rpo_trainer.data.messages import check_conversation, check_prompt_end, is_messages, to_messages
+from rpo_trainer.data.rows import Message, Row, RowError, check_text, fields_beside, is_blank
 
 # How texts of a whole conversation mark where the assistant's turn begins: by a name and a colon at
 # the beginning of a line, a heading, or the tokens of a chat template.

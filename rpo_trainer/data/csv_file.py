@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
-from rpo_trainer.data.strict_json import NOT_WHOLE, decode
+from rpo_trainer.data.json_file import NOT_WHOLE, decode
 from rpo_trainer.errors import DataError
 
 INDEX = "Unnamed: 0"  # pandas' name of the column without a name that its `to_csv` writes
-_NUMBERS = frozenset(
-    {
-        "chosen_reward", "rejected_reward", "score_chosen", "score_rejected", "margin", "score",
-        "overall_preference", "preference_strength", *HELPSTEER_ATTRIBUTES,
-    }
-)  # fmt: skip
 _NAMES = "the first line names the columns"
 _OWN_NAMES = "give each column a name of its own in the first line"
 _PLAIN = re.compile(r"[^,\r\n]*")
@@ -51,13 +44,10 @@ def read_csv(path: Path) -> list[dict[str, str | None]]:
     return [dict(zip(names, fields, strict=True)) for fields in rows]
 
 
-def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with numbers in place of the digits of rewards, ratings and preferences.
-
-    Their columns have the names that formats know; what is not a number stays text.
-    """
+def parse_numbers(rows: list[dict[str, Any]], columns: Collection[str]) -> list[dict[str, Any]]:
+    """The rows with numbers in place of the digits in these columns; what is not a number stays text."""
     return [
-        {name: _number(value) if name in _NUMBERS else value for name, value in row.items()}
+        {name: _number(value) if name in columns else value for name, value in row.items()}
         for row in rows
     ]
 

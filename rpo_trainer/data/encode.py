@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.chat import ChatRenderer, Rendered, special_pattern, special_texts
+from rpo_trainer.data.chat import ChatRenderer
+from rpo_trainer.data.rendered import Rendered, special_pattern, special_texts
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.turns import Span
 from rpo_trainer.errors import ModelError

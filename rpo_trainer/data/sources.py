@@ -12,14 +12,20 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from rpo_trainer.data import quickstart
 from rpo_trainer.data.csv_file import read_csv
-from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
+from rpo_trainer.data.json_file import (
+    AGAIN,
+    GIVE_ROWS,
+    NO_ROWS,
+    NOT_WHOLE,
+    read_json,
+    read_lines,
+)
+from rpo_trainer.data.tasks import load_task
 from rpo_trainer.errors import DataError, first_line
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
@@ -28,13 +34,9 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
-MAX_LINE_BYTES = 64 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
-GIVE_ROWS = "give a file with rows"
-NO_ROWS = "without its rows there is nothing to train or measure on"
 BY_NAME = "how a file is read follows from its name"
-LISTED = "a file of this name holds its rows as one list"
 
 
 @dataclass
@@ -126,7 +128,6 @@ def _indexed(
 
 
 def _load_task(spec: SourceSpec, seed: int) -> RawSource:
-
     assert spec.task is not None
     if spec.size is None:
         raise DataError(
@@ -137,7 +138,7 @@ def _load_task(spec: SourceSpec, seed: int) -> RawSource:
             fix="add for example `size: 1000`",
         )
     own_seed = seed if spec.seed is None else spec.seed
-    rows = quickstart.load_task(spec.task, spec.split or "train", spec.size, own_seed)
+    rows = load_task(spec.task, spec.split or "train", spec.size, own_seed)
     return _indexed(spec.task, list(rows), f"task {spec.task}")
 
 
@@ -171,9 +172,9 @@ def _load_file(path: Path, split: str | None) -> RawSource:
             if kind == ".csv":
                 return replace(_indexed(path.name, read_csv(path), where), untyped=True)
             if kind == ".json":
-                return _indexed(path.name, _read_json(file.read(), where), where)
+                return _indexed(path.name, read_json(file.read(), where), where)
             lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if kind == ".jsonl.gz" else file
-            rows, places = _read_lines(lines, where)
+            rows, places = read_lines(lines, where)
             return RawSource(path.name, rows, places, where)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         what = f"the gzip file is cut or damaged ({error})"
@@ -246,89 +247,6 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
                 fix="write the file again, with its texts in UTF-8",
             ) from None
     return list(table.to_pylist())
-
-
-def _read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[int]]:
-    rows: list[dict[str, Any]] = []
-    places: list[int] = []
-    offset = 0
-    lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
-    for number, raw, last in _with_last(lines):
-        here = f"{where}:{number}"
-        if len(raw) > MAX_LINE_BYTES:
-            raise DataError(
-                f"the line is longer than {MAX_LINE_BYTES} bytes",
-                code="data.line-too-long",
-                where=here,
-                why="so long a line is more likely a file without line breaks than a row",
-                fix="one row a line; a file that is one JSON list has the name .json",
-            )
-        text = decode(raw, offset, here)
-        offset += len(raw)
-        if text.strip():
-            rows.append(_row(parse(text.rstrip("\r\n"), here, last=last), here))
-            places.append(number)
-    if not rows:
-        what = "the file has only blank lines" if offset else "the file is empty"
-        raise DataError(what, code="data.no-rows", where=where, why=NO_ROWS, fix=GIVE_ROWS)
-    return rows, places
-
-
-def _with_last(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
-    """(line number, line, whether it is the last), one line read ahead."""
-    waiting: bytes | None = None
-    number = 0
-    for line in lines:
-        if waiting is not None:
-            yield number, waiting, False
-        waiting = line
-        number += 1
-    if waiting is not None:
-        yield number, waiting, True
-
-
-def _read_json(data: bytes, where: str) -> list[dict[str, Any]]:
-    text = decode(data, 0, where)
-    if not text.strip():
-        raise DataError(
-            "the file has only blank lines",
-            code="data.no-rows",
-            where=where,
-            why=NO_ROWS,
-            fix=GIVE_ROWS,
-        )
-    if text.lstrip().startswith("{"):
-        raise DataError(
-            "the file is an object, not a list of objects",
-            code="data.not-a-list",
-            where=where,
-            why=LISTED,
-            fix="rename it to .jsonl if every line is an object, else wrap the rows in [ ]",
-        )
-    value = parse(text, where, last=True)
-    if not isinstance(value, list):
-        what = f"the file holds {_json_type(value)}, not a list of objects"
-        raise DataError(
-            what, code="data.not-a-list", where=where, why=LISTED, fix="wrap the rows in [ ]"
-        )
-    return [_row(item, f"{where}, item {index}") for index, item in enumerate(value)]
-
-
-def _row(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"the row is {_json_type(value)}, not an object",
-            code="data.row-not-object",
-            where=where,
-            why="without names nothing says which value is the prompt",
-            fix='name the columns: {"prompt": ..., "response": ...}',
-        )
-    return value
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a bool", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 # ---------------------------------------------------------------- `datasets`

@@ -25,7 +25,7 @@ def _variables(template: str) -> frozenset[str]:
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    from rpo_trainer.data.template_reads import outer_reads
+    from rpo_trainer.data.jinja_variables import outer_reads
 
     try:
         environment = _compile_jinja_template(template).environment

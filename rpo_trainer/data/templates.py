@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rpo_trainer.data.bounds import check_ends
+from rpo_trainer.data.template_limits import check_template_limits
 from rpo_trainer.errors import ModelError
 from rpo_trainer.runtime.files import read_text
 
@@ -59,7 +59,7 @@ def set_chat_template(
             that does not end.
     """
     if name_or_path is None:
-        check_ends(tokenizer, "the tokenizer's own chat template")
+        check_template_limits(tokenizer, "the tokenizer's own chat template")
         return tokenizer
     name = str(name_or_path)
     if name in BUILT_IN:
@@ -76,7 +76,7 @@ def set_chat_template(
             why="without it the turns of a conversation become no text",
             fix=f"{' | '.join(BUILT_IN)} | the path of a Jinja template",
         ) from None
-    check_ends(tokenizer, "model.chat_template")
+    check_template_limits(tokenizer, "model.chat_template")
     return tokenizer
 
 

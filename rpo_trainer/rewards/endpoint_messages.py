@@ -8,14 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.rows import (
-    THINKING,
-    TRAIN_FLAGS,
-    Message,
-    Row,
-    is_empty,
-    response_message,
-)
+from rpo_trainer.data.messages import TRAIN_FLAGS
+from rpo_trainer.data.rows import THINKING, Message, Row, is_empty, response_message
 from rpo_trainer.recipe.template_kwargs import COLUMN
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain
+from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.encode import Encoder
+from rpo_trainer.data.rendered import Rendered, render_plain
 from rpo_trainer.data.rows import Message, RowError, is_blank
 
 if TYPE_CHECKING:

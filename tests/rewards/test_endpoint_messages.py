@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import Audit
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.rows import THINKING
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.recipe import EndpointSpec, GenerateSpec, ScoreSpec

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpo_trainer.data.quickstart import GENERAL, character_tokenizer, load_task
+from rpo_trainer.data.quickstart import GENERAL, character_tokenizer
+from rpo_trainer.data.tasks import load_task
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.evaluate import (

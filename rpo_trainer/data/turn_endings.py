@@ -130,3 +130,22 @@ def learn_ending(render: Render, controls: Controls) -> Ending:
     if last[len(shared) :].strip() and not controls.ends(shared):
         shared = ""
     return replace(ending, marker=shared or last)
+
+
+def with_sentinel(message: Message) -> Message:
+    """The message with SENTINEL as its content."""
+    return {**message, "content": SENTINEL}
+
+
+def with_last_sentinel(message: Message) -> Message:
+    """The message with SENTINEL as the last of its words: in its last call, where it has one."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return with_sentinel(message)
+    function = calls[-1].get("function", calls[-1])
+    arguments: object = {"a": SENTINEL}
+    if isinstance(function.get("arguments"), str):
+        arguments = f'{{"a": "{SENTINEL}"}}'
+    function = {**function, "arguments": arguments}
+    last = {**calls[-1], "function": function} if "function" in calls[-1] else function
+    return {**message, "tool_calls": [*calls[:-1], last]}

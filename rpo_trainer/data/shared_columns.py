@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpo_trainer.data.conversation import with_system
-from rpo_trainer.data.rows import MEDIA, Row, RowError, check_text, is_blank, is_empty, is_messages
+from rpo_trainer.data.messages import is_messages
+from rpo_trainer.data.rows import MEDIA, Row, RowError, check_text, is_blank, is_empty
 from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs, fault_of, merged
 
 Raw = Mapping[str, Any]

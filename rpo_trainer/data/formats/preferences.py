@@ -1,130 +1,21 @@
-"""The known formats: for each its columns, and a function from a raw row to internal fields."""
+"""Formats of preference rows: two or more responses to a prompt, best first or with rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
-from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
 from rpo_trainer.data.conversation import (
     PROMPT_COLUMNS,
     WITH_INSTRUCTION,
-    alpaca_messages,
     implicit_text_pair,
     marked_messages,
     pair_prompt,
     preference,
-    sft_completion,
-    sharegpt_messages,
 )
-from rpo_trainer.data.row_parts import tools
-from rpo_trainer.data.rows import (
-    Kind,
-    Message,
-    Row,
-    RowError,
-    check_conversation,
-    check_prompt_end,
-    check_text,
-    is_messages,
-    reward_fault,
-    to_messages,
-    with_responses,
-)
-
-Raw = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Format:
-    """One known format.
-
-    Attributes:
-        kind: rows it gives.
-        required: columns that every row must have, not null; those it is known by.
-        optional: columns it also reads.
-        convert: raw row → fields of an internal row (without id and source); raises RowError.
-        sort: put the responses in the order of their rewards (a pair's chosen stays first).
-        nullable: those of `required` that may be null in a row.
-        together: rows in a row with the same `prompt` are one, with lists in these columns.
-        prompts: those of `optional` of which one holds the prompt, the first that a source has; the
-            others are not read.
-        ignored: columns of the public data sets in this format that nobody misses.
-    """
-
-    kind: Kind
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    convert: Callable[[Raw], Row]
-    sort: bool = False
-    nullable: tuple[str, ...] = ()
-    together: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-
-    def read(self, present: Collection[str]) -> set[str]:
-        """Those of its columns that are read in a source with these columns."""
-        asked = self.prompt_column(present)
-        unread = {c for c in self.prompts if c != asked}
-        if self.prompts and asked != "instruction":
-            unread |= set(WITH_INSTRUCTION)
-        if self.prompts and asked != "conversations":
-            unread.add("mask")
-        return {*self.required, *self.optional} - unread
-
-    def prompt_column(self, present: Collection[str]) -> str | None:
-        """The column of `prompts` that holds the prompt; None: the responses bring it."""
-        return next((column for column in self.prompts if column in present), None)
-
-
-# Read for every format, beside its own columns.
-COMMON = (
-    "id", "source", "system", "tools", "ground_truth", "truth_chosen", "chat_template_kwargs",
-)  # fmt: skip
-
-# ---------------------------------------------------------------- SFT
-
-
-def _whole(messages: list[Message], what: str) -> Row:
-    check_conversation(messages, what)
-    if all(message["role"] != "assistant" for message in messages):
-        raise RowError(
-            f"{what} has no turn of the assistant to train on", code="data.no-assistant-turn"
-        )
-    return {"messages": messages}
-
-
-def _messages(raw: Raw) -> Row:
-    return _whole(to_messages(raw["messages"], "`messages`"), "`messages`")
-
-
-def _prompt_response(raw: Raw) -> Row:
-    return sft_completion(raw["prompt"], raw["response"], "`response`")
-
-
-def _prompt_completion(raw: Raw) -> Row:
-    return sft_completion(raw["prompt"], raw["completion"], "`completion`")
-
-
-def _helpsteer2_sft(raw: Raw) -> Row:
-    return sft_completion(marked_messages(raw["prompt"]), raw["response"], "`response`")
-
-
-def _text(raw: Raw) -> Row:
-    return {"prompt": "", "response": check_text(raw["text"], "`text`")}
-
-
-def _alpaca(raw: Raw) -> Row:
-    answer = {"role": "assistant", "content": check_text(raw["output"], "`output`")}
-    return {"messages": [*alpaca_messages(raw), answer]}
-
-
-def _sharegpt(raw: Raw) -> Row:
-    return _whole(sharegpt_messages(raw), "`conversations`")
-
-
-# ---------------------------------------------------------------- preferences
+from rpo_trainer.data.formats.spec import Format, Raw
+from rpo_trainer.data.messages import is_messages, to_messages
+from rpo_trainer.data.rows import Row, RowError, check_text, reward_fault, with_responses
+from rpo_trainer.data.shared_columns import tools
 
 
 def _finished(raw: Raw, count: int) -> Row:
@@ -267,88 +158,32 @@ def _ranked(raw: Raw) -> Row:
     return {**row, "rewards": [None] * len(row["responses"])}
 
 
-# ---------------------------------------------------------------- ratings
-
-
-def _rated(raw: Raw, prompt: object, ratings: Mapping[str, Any]) -> Row:
-    for name, value in ratings.items():
-        if value is not None and (fault := reward_fault(value)):
-            raise RowError(f"the rating `{name}` is {fault}", code="data.bad-rating")
-    return {
-        **preference(prompt, [raw["response"]], ["`response`"]),
-        "attributes": {str(n): None if v is None else float(v) for n, v in ratings.items()},
-    }
-
-
-def _attributes(raw: Raw) -> Row:
-    ratings = raw["attributes"]
-    if not isinstance(ratings, Mapping) or not ratings:
-        raise RowError("`attributes` is not an object of ratings by name", code="data.wrong-type")
-    return _rated(raw, raw["prompt"], ratings)
-
-
-def _score(raw: Raw) -> Row:
-    return _rated(raw, raw["prompt"], {"score": raw["score"]})
-
-
-def _helpsteer2(raw: Raw) -> Row:
-    row = _rated(raw, marked_messages(raw["prompt"]), {n: raw.get(n) for n in HELPSTEER_ATTRIBUTES})
-    for name, value in row["attributes"].items():
-        if value is not None and not 0 <= value <= 4:
-            raise RowError(f"`{name}` is not a number from 0 to 4", code="data.rating-out-of-range")
-    return row
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def _prompt(raw: Raw) -> Row:
-    prompt = raw["prompt"]
-    if isinstance(prompt, str):
-        return {"prompt": check_text(prompt, "`prompt`")}
-    return {"prompt": _open_conversation(to_messages(prompt, "`prompt`"))}
-
-
-def _helpsteer2_prompt(raw: Raw) -> Row:
-    return {"prompt": _open_conversation(marked_messages(raw["prompt"]))}
-
-
-def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]:
-    """The prompt of a conversation: all of it, without the assistant's turns that it ends with."""
-
-    def convert(raw: Raw) -> Row:
-        found = messages(raw)
-        while found and found[-1]["role"] == "assistant":
-            found.pop()
-        return {"prompt": _open_conversation(found)}
-
-    return convert
-
-
-def _open_conversation(messages: list[Message]) -> list[Message]:
-    if not messages:
-        raise RowError("there is no turn in front of the response", code="data.missing-prompt")
-    check_conversation(messages, "the prompt")
-    check_prompt_end(messages, "the prompt")
-    return messages
-
-
-_SHAREGPT = ("mask",)
 _REWARDS = ("chosen_reward", "rejected_reward")
 _ENDED = ("finished",)
-_PROMPTS = (*PROMPT_COLUMNS, *WITH_INSTRUCTION, *_SHAREGPT)
-_RATED = ("prompt", "response")
+_PROMPTS = (*PROMPT_COLUMNS, *WITH_INSTRUCTION, "mask")
 
 # In the order in which they are tried: the more telling columns first.
-FORMATS: dict[str, Format] = {
+PREFERENCE_FORMATS: dict[str, Format] = {
     "responses": Format(
         "pair", ("prompt", "responses", "rewards"), _ENDED, _scored_responses, sort=True
     ),
-    "ranked": Format("pair", ("prompt", "responses"), ("ranks", *_ENDED), _ranked),
-    "nemo": Format("pair", ("prompt", "chosen_response", "rejected_response"), _REWARDS, _nemo),
-    "nemo_rl": Format("pair", ("context", "completions"), (), _nemo_rl),
+    "ranked": Format(
+        "pair", ("prompt", "responses"), ("ranks", *_ENDED), _ranked, may_lack_rewards=True
+    ),
+    "nemo": Format(
+        "pair",
+        ("prompt", "chosen_response", "rejected_response"),
+        _REWARDS,
+        _nemo,
+        may_lack_rewards=True,
+    ),
+    "nemo_rl": Format("pair", ("context", "completions"), (), _nemo_rl, may_lack_rewards=True),
     "openai_preference": Format(
-        "pair", ("input", "preferred_output", "non_preferred_output"), (), _openai_preference
+        "pair",
+        ("input", "preferred_output", "non_preferred_output"),
+        (),
+        _openai_preference,
+        types={"input": "list"},
     ),
     "helpsteer2_pairs": Format(
         "pair",
@@ -391,6 +226,7 @@ FORMATS: dict[str, Format] = {
         (*_PROMPTS, *_REWARDS, *_ENDED),
         _pairs,
         prompts=PROMPT_COLUMNS,
+        may_lack_rewards=True,
     ),
     # Only by name: `pairs` has the same columns.
     "margin": Format(
@@ -402,44 +238,4 @@ FORMATS: dict[str, Format] = {
     ),
     # Only by name: a question may be asked with a template of its own.
     "orca": Format("pair", ("question", "chosen", "rejected"), (*_REWARDS, *_ENDED), _orca),
-    "attributes": Format("rating", (*_RATED, "attributes"), (), _attributes),
-    "helpsteer2": Format(
-        "rating",
-        (*_RATED, *HELPSTEER_ATTRIBUTES),
-        (),
-        _helpsteer2,
-        nullable=HELPSTEER_ATTRIBUTES,
-    ),
-    "score": Format("rating", (*_RATED, "score"), (), _score),
-    "messages": Format("sft", ("messages",), (), _messages),
-    "sharegpt": Format("sft", ("conversations",), _SHAREGPT, _sharegpt),
-    "helpsteer2_sft": Format(
-        "sft",
-        (*_RATED, *HELPSTEER_ATTRIBUTES),
-        (),
-        _helpsteer2_sft,
-        nullable=HELPSTEER_ATTRIBUTES,
-    ),
-    "prompt_response": Format("sft", ("prompt", "response"), (), _prompt_response),
-    "prompt_completion": Format("sft", ("prompt", "completion"), (), _prompt_completion),
-    "alpaca": Format("sft", ("instruction", "output"), WITH_INSTRUCTION, _alpaca),
-    "text": Format("sft", ("text",), (), _text),
-}
-PROMPT_FORMATS: dict[str, Format] = {
-    "helpsteer2": Format(
-        "prompt",
-        ("prompt", *HELPSTEER_ATTRIBUTES),
-        (),
-        _helpsteer2_prompt,
-        nullable=HELPSTEER_ATTRIBUTES,
-    ),
-    "prompt": Format("prompt", ("prompt",), (), _prompt),
-    "messages": Format(
-        "prompt",
-        ("messages",),
-        (),
-        _prompt_of(lambda raw: to_messages(raw["messages"], "`messages`")),
-    ),
-    "sharegpt": Format("prompt", ("conversations",), _SHAREGPT, _prompt_of(sharegpt_messages)),
-    "alpaca": Format("prompt", ("instruction",), WITH_INSTRUCTION, _prompt_of(alpaca_messages)),
 }

@@ -67,7 +67,7 @@ def _watching() -> _Watch:
 
 
 @contextmanager
-def limited(seconds: float = SECONDS) -> Iterator[None]:
+def time_limit(seconds: float = SECONDS) -> Iterator[None]:
     """Raises TemplateLimit inside where it takes longer; a single call into C is not interrupted."""
     watch, own = _watching(), threading.get_ident()
     with watch.lock:
@@ -83,7 +83,7 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(own), None)
 
 
-def check_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+def check_template_limits(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Renders a short conversation in a process with limits of its own.
 
     Raises:
@@ -131,7 +131,7 @@ def _render_with_limits(tokenizer: Any) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (held + _PROBE_BYTES, held + _PROBE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError):
-        pass  # not Linux: only the time is limited
+        pass  # not Linux: only the time is time_limit
     for prompt in (False, True):
         try:
             messages = _MESSAGES[:1] if prompt else _MESSAGES

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rpo_trainer.data.endings import SENTINEL
 from rpo_trainer.data.rows import THINKING, Message
+from rpo_trainer.data.turn_endings import SENTINEL
 
 _MARKED = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _UNOPENED = re.compile(r"(.*?)</think>(.*)", re.DOTALL)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import Audit, tokenize, tokenize_rows
-from rpo_trainer.data import processes as module
-from rpo_trainer.data.processes import map_batches, processes_for
+from rpo_trainer.data import parallel_map as module
+from rpo_trainer.data.parallel_map import map_batches, processes_for
 from rpo_trainer.errors import DataError, Problems
 from tests.conftest import Injected
+from tests.raising import raises, with_code
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux alone")
 
@@ -76,23 +77,20 @@ def test_the_same_errors(chatml: Any) -> None:
         with pytest.raises(Problems) as error:
             tokenized(given, chatml, processes)
         messages.append(str(error.value))
+        private = with_code(error.value, "data.private-use-characters")
+        assert private.details == {"rows": ["r3", "r60"], "of": 100}
+        assert with_code(error.value, "template.unwritten-tool-calls").details["rows"] == ["r61"]
     assert messages[0] == messages[1]
-    assert (
-        "private-use characters that are needed here: 2 of 100 rows, first r3, r60" in messages[0]
-    )
-    assert "does not write the assistant's `tool_calls`: 1 of 100 rows, first r61" in messages[0]
 
 
 def test_an_error_of_the_work_arrives_whole(plain_text: Any) -> None:
     """Where, why and fix too, though it was raised elsewhere."""
-    with pytest.raises(DataError) as error:
-        tokenized(rows(50), plain_text, 2)
-    assert error.value.where == "model.chat_template"
-    assert str(error.value) == (
-        "model.chat_template: the rows are messages, and the tokenizer has no chat template\n"
-        "  why: how a model is shown its turns is its own, and cannot be guessed\n"
-        "  fix: chat_template: chatml | plain | the path of a Jinja template"
-    )
+    found = []
+    for processes in (1, 2):
+        with raises("template.missing", DataError, where="model.chat_template") as error:
+            tokenized(rows(50), plain_text, processes)
+        found.append(vars(error.value))
+    assert found[0] == found[1]
 
 
 def test_order_and_where_the_work_is_done() -> None:
@@ -113,7 +111,8 @@ def test_a_killed_process_loses_no_batch(
         return number * 10
 
     assert list(map_batches(work, range(12), 2)) == [10 * n for n in range(12)]
-    assert "was killed; the rest is done in one process" in caplog.text
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.name == "rpo_trainer.data.parallel_map"
     injected("SIGKILL of a process that tokenizes", "survived")
 
 

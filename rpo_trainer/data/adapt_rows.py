@@ -15,17 +15,10 @@ from typing import Any
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.columns import MEANT, mapping_for, unread
 from rpo_trainer.data.conversation import PROMPT_COLUMNS, holds
-from rpo_trainer.data.csv_file import numbers
+from rpo_trainer.data.csv_file import parse_numbers
 from rpo_trainer.data.detect import find_format
-from rpo_trainer.data.formats import COMMON, FORMATS, PROMPT_FORMATS, Format, Raw
-from rpo_trainer.data.json_text import with_messages
-from rpo_trainer.data.row_parts import (
-    refuse_media,
-    template_kwargs,
-    tools,
-    unread_system,
-    without_nulls,
-)
+from rpo_trainer.data.formats import COMMON, FORMATS, NUMBERS, PROMPT_FORMATS, Format, Raw
+from rpo_trainer.data.json_columns import decode_json_columns
 from rpo_trainer.data.rows import (
     Kind,
     Row,
@@ -34,6 +27,13 @@ from rpo_trainer.data.rows import (
     SpecialTokens,
     reward_fault,
     with_responses,
+)
+from rpo_trainer.data.shared_columns import (
+    refuse_media,
+    template_kwargs,
+    tools,
+    unread_system,
+    without_nulls,
 )
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
@@ -46,7 +46,6 @@ _PROMPT_NAMES = {name.lower() for name in (*MEANT["prompt"], *PROMPT_COLUMNS)}
 # ---------------------------------------------------------------- whole sources
 
 _REWARDS = frozenset({"chosen_reward", "rejected_reward"})
-_BARE = ("pairs", "nemo", "ranked", "nemo_rl")  # formats without rewards, or with these
 
 
 def adapt(
@@ -87,14 +86,14 @@ def adapt(
     """
     rows = _renamed(raw, columns or {})
     if raw.untyped:
-        rows = numbers(rows)
+        rows = parse_numbers(rows, NUMBERS)
     if raw.arrow:
         rows = [without_nulls(row) for row in rows]
     present = {column for row in rows for column in row}
     chosen = find_format(present, kind, format, raw.where)
     if as_given:
         chosen = replace(chosen, sort=False)
-    if require_rewards and not present & _REWARDS and any(chosen is FORMATS[n] for n in _BARE):
+    if require_rewards and chosen.may_lack_rewards and not present & _REWARDS:
         raise DataError(
             "no row has rewards, and RPO needs one for every response",
             code="data.missing-rewards",
@@ -106,7 +105,7 @@ def adapt(
     filled = {column for row in rows for column, value in row.items() if value is not None}
     own = chosen.read(filled)
     ids = [_row_id(row, raw.name, place) for row, place in zip(rows, raw.places, strict=True)]
-    rows = with_messages(rows, own, ids, raw.where, audit)
+    rows = decode_json_columns(rows, chosen.column_types(filled), ids, raw.where, audit)
     kept = present - own if keep is None else set(keep) - own
     missed, others = unread(
         rows,

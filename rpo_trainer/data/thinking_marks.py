@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rpo_trainer.data.endings import Controls
+from rpo_trainer.data.turn_endings import Controls
 
 # The names of tokens around thinking: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
 THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)

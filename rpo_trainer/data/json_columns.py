@@ -6,29 +6,21 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.rows import ROLE_NAMES, Row, RowError, RowProblems, is_messages
+from rpo_trainer.data.formats.spec import ColumnType
+from rpo_trainer.data.messages import ROLE_NAMES, is_messages
+from rpo_trainer.data.rows import Row, RowError, RowProblems
 
-# Columns that are never text, and those that are text or messages.
-_LISTS = (
-    "conversations", "history", "responses", "rewards", "ranks", "completions", "attributes",
-)  # fmt: skip
-_EITHER = (
-    "messages", "trajectory", "prompt", "context", "response", "completion", "chosen", "rejected",
-    "chosen_response", "rejected_response", "response1", "response2", "response_1", "response_2",
-    "preferred_output", "non_preferred_output", "responses", "completions",
-)  # fmt: skip
 _PYTHON = re.compile(r"\s*\[?\s*\{\s*'")  # as pandas writes lists to CSV
 _SAID = {"content", "value", "tool_calls", "function_call"}
-_ONLY_TEXT = ("text", "output", "instruction", "question")
 
 
-def with_messages(
+def decode_json_columns(
     rows: Sequence[Row],
-    columns: Collection[str],
+    types: Mapping[str, ColumnType],
     ids: Sequence[str],
     where: str,
     audit: Audit,
@@ -39,7 +31,7 @@ def with_messages(
     that a model is to write or to read, and are counted as `messages_as_text`.
 
     Args:
-        columns: those that the format reads.
+        types: of the columns that the format reads.
         ids: of the rows.
 
     Raises:
@@ -47,13 +39,12 @@ def with_messages(
             format takes only text there.
     """
     found = [dict(row) for row in rows]
-    lists = [*_LISTS, *(["input"] if "preferred_output" in columns else [])]  # not alpaca's
-    for column in [c for c in lists if c in columns]:
+    for column in [c for c, kind in types.items() if kind in ("list", "answers")]:
         for row in found:
             if (value := _value(row.get(column), python=True)) is not None:
                 row[column] = value
     problems = RowProblems(where)
-    for column in [c for c in (*_EITHER, *_ONLY_TEXT) if c in columns]:
+    for column in [c for c, kind in types.items() if kind in ("messages", "answers", "text")]:
         turn = column.startswith(("chosen", "rejected"))  # may be one turn
         decoded = [_decoded(row.get(column), turn) for row in found]
         those = [i for i, value in enumerate(decoded) if value is not None]
@@ -63,7 +54,7 @@ def with_messages(
                 audit.warn("messages_as_text", ids[i])
             continue
         for i in those:
-            if column in _ONLY_TEXT:
+            if types[column] == "text":
                 fault = RowError(
                     f"`{column}` is a list of messages, and its format reads text",
                     code="data.messages-for-text",

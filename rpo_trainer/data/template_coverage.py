@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rpo_trainer.data.chat import ChatRenderer, Rendered, Tools, trained_turns
+from rpo_trainer.data.chat import ChatRenderer, Tools, trained_turns
+from rpo_trainer.data.rendered import Rendered
 from rpo_trainer.data.rows import THINKING, Message, RowError, leaf_texts
 
 CALLS = "the assistant's `tool_calls`"

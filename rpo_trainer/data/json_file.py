@@ -1,15 +1,111 @@
-"""JSON as a data file must hold it: what other readers repair silently is an error with its place."""
+"""Rows of JSON files: lines of objects, or one list of them.
+
+What other readers repair silently is an error with its place.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NoReturn
 
 from rpo_trainer.errors import DataError
 
+MAX_LINE_BYTES = 64 * 2**20
+GIVE_ROWS = "give a file with rows"
+NO_ROWS = "without its rows there is nothing to train or measure on"
+LISTED = "a file of this name holds its rows as one list"
 NOT_WHOLE = "a part of the rows would be trained on as if it were all"
 AGAIN = "write or copy the file again"
+
+
+def read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file with one object a line, and their line numbers.
+
+    Raises DataError.
+    """
+    rows: list[dict[str, Any]] = []
+    places: list[int] = []
+    offset = 0
+    lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+    for number, raw, last in _with_last(lines):
+        here = f"{where}:{number}"
+        if len(raw) > MAX_LINE_BYTES:
+            raise DataError(
+                f"the line is longer than {MAX_LINE_BYTES} bytes",
+                code="data.line-too-long",
+                where=here,
+                why="so long a line is more likely a file without line breaks than a row",
+                fix="one row a line; a file that is one JSON list has the name .json",
+            )
+        text = decode(raw, offset, here)
+        offset += len(raw)
+        if text.strip():
+            rows.append(_row(parse(text.rstrip("\r\n"), here, last=last), here))
+            places.append(number)
+    if not rows:
+        what = "the file has only blank lines" if offset else "the file is empty"
+        raise DataError(what, code="data.no-rows", where=where, why=NO_ROWS, fix=GIVE_ROWS)
+    return rows, places
+
+
+def _with_last(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+    """(line number, line, whether it is the last), one line read ahead."""
+    waiting: bytes | None = None
+    number = 0
+    for line in lines:
+        if waiting is not None:
+            yield number, waiting, False
+        waiting = line
+        number += 1
+    if waiting is not None:
+        yield number, waiting, True
+
+
+def read_json(data: bytes, where: str) -> list[dict[str, Any]]:
+    """The rows of a file that is a list of objects. Raises DataError."""
+    text = decode(data, 0, where)
+    if not text.strip():
+        raise DataError(
+            "the file has only blank lines",
+            code="data.no-rows",
+            where=where,
+            why=NO_ROWS,
+            fix=GIVE_ROWS,
+        )
+    if text.lstrip().startswith("{"):
+        raise DataError(
+            "the file is an object, not a list of objects",
+            code="data.not-a-list",
+            where=where,
+            why=LISTED,
+            fix="rename it to .jsonl if every line is an object, else wrap the rows in [ ]",
+        )
+    value = parse(text, where, last=True)
+    if not isinstance(value, list):
+        what = f"the file holds {_json_type(value)}, not a list of objects"
+        raise DataError(
+            what, code="data.not-a-list", where=where, why=LISTED, fix="wrap the rows in [ ]"
+        )
+    return [_row(item, f"{where}, item {index}") for index, item in enumerate(value)]
+
+
+def _row(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"the row is {_json_type(value)}, not an object",
+            code="data.row-not-object",
+            where=where,
+            why="without names nothing says which value is the prompt",
+            fix='name the columns: {"prompt": ..., "response": ...}',
+        )
+    return value
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a bool", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def decode(raw: bytes, offset: int, where: str) -> str:
