@@ -63,6 +63,7 @@ from rpo_trainer.stages.data import (
 from rpo_trainer.stages.harness import check_tasks
 from rpo_trainer.stages.made import load_given, load_prompts, prompt_ids, sampling
 from rpo_trainer.stages.places import each, locate, name_part
+from rpo_trainer.stages.record import AuditRecord
 from rpo_trainer.stages.settings import check_warmup, lora_config, steps_of, training_config
 from rpo_trainer.trainers.noise import noise_of
 
@@ -304,7 +305,8 @@ class _Check:
 
     def _told(self, audit: Audit, what: str, *, sampled: bool = False, label: str = "") -> None:
         """What an audit counts, and a warning about each thing that deserves attention."""
-        found = read_audit(audit.as_dict()).concerns(what, sampled=sampled)
+        record = AuditRecord.from_json(audit.as_dict())
+        found = read_audit(record).concerns(what, sampled=sampled)
         concerns = [concern for concern in found if not concern.minor]
         said = {concern.text for concern in concerns}
         texts = [text for _, text in audit.messages(what) if text not in said]
@@ -383,6 +385,7 @@ class _Check:
             if looks_like_path(name) and not there:
                 raise ModelError(
                     "there is no reward model here",
+                    code="model.no-reward-model",
                     where=f"{where}.model: {folder}",
                     why="the responses could not be scored",
                     fix="give a directory with config.json and weights in safetensors, or a stage",

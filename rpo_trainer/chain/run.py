@@ -26,7 +26,6 @@ from rpo_trainer.chain.inputs import Digests, Inputs
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.state import (
-    METRICS_FILE,
     ChainState,
     forget_metrics,
     locked,
@@ -75,6 +74,17 @@ from rpo_trainer.stages.data import (
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.made import RowMaker, source_key
 from rpo_trainer.stages.places import errors_located_in
+from rpo_trainer.stages.record import (
+    METRICS_FILE,
+    AuditRecord,
+    CalibrationBin,
+    DataRecord,
+    EvaluationRecord,
+    HubRecord,
+    OutputRecord,
+    StageRecord,
+    StepZeroRecord,
+)
 from rpo_trainer.stages.settings import arithmetic, check_warmup, make_trainer, training_config
 from rpo_trainer.trainers.checkpoint import verify_manifest
 from rpo_trainer.trainers.preference import PreferenceTrainer
@@ -163,7 +173,7 @@ class _Chain:
         wanted = [
             (stage, record)
             for stage in self.stages
-            if (record := self._record(stage.name))["state"] != "done"
+            if (record := self._record(stage.name)).state != "done"
             and (only is None or stage.name in only)
         ]
         if not wanted:
@@ -171,7 +181,7 @@ class _Chain:
                 self._save()  # what has changed on purpose
             logger.info("done: there is nothing left to run in %s", self.run_dir)
             return self.run_dir
-        pending = {stage.name for stage, record in wanted if record["state"] == "pending"}
+        pending = {stage.name for stage, record in wanted if record.state == "pending"}
         check_starts(
             [stage for stage, _ in wanted], self.stages, self.recipe, self.state, self.run_dir
         )
@@ -209,7 +219,7 @@ class _Chain:
                     folder=self.run_dir / stage.name, run_dir=self.run_dir,
                 )  # fmt: skip
 
-    def _record(self, name: str) -> dict[str, Any]:
+    def _record(self, name: str) -> StageRecord:
         record = self.state.stage(name)
         assert record is not None  # adopted
         return record
@@ -249,34 +259,34 @@ class _Chain:
 
     # --- one stage ---
 
-    def _run_stage(self, stage: Stage, record: dict[str, Any]) -> None:
-        began, before = time.monotonic(), record.get("seconds", 0.0)
+    def _run_stage(self, stage: Stage, record: StageRecord) -> None:
+        began, before = time.monotonic(), record.seconds or 0.0
         folder = self.run_dir / stage.name
         folder.mkdir(exist_ok=True)
-        if record["state"] == "pending":
+        if record.state == "pending":
             # Before anything of the stage is read, so that no change in between goes unnoticed.
-            record["inputs"] = distributed.on_main(lambda: self.digests.of(self.inputs.of(stage)))
+            record.inputs = distributed.on_main(lambda: self.digests.of(self.inputs.of(stage)))
         fault = distributed.on_main(lambda: verify_manifest(self._final(stage.name)))
         try:
-            if fault is not None or "steps" not in record:
+            if fault is not None or record.steps is None:
                 self._train(stage, record, folder, stage_seed(stage, self.recipe))
             self._evaluate(stage, record)
         except StoppedBySignal:
-            record["seconds"] = before + time.monotonic() - began
+            record.seconds = before + time.monotonic() - began
             self._save()
             raise
-        record["output"] = {"fingerprint": output_fingerprint(self._final(stage.name))}
+        record.output = OutputRecord(output_fingerprint(self._final(stage.name)))
         self._publish(stage, record)
-        record["state"] = "done"
-        record["finished"] = now()
-        record["seconds"] = before + time.monotonic() - began
+        record.state = "done"
+        record.finished = now()
+        record.seconds = before + time.monotonic() - began
         self._save()
         logger.info("%s finished", self._label(stage))
 
-    def _publish(self, stage: Stage, record: dict[str, Any]) -> None:
+    def _publish(self, stage: Stage, record: StageRecord) -> None:
         """The output's card, and the output on the hub where that is asked for."""
         final = self._final(stage.name)
-        records = {each["name"]: each for each in self.state.stages}
+        records = {each.name: each for each in self.state.stages}
         arguments = fill_from_environment(
             stage.training_args, where=f"stages.{stage.name}.training_args"
         )
@@ -286,12 +296,12 @@ class _Chain:
             return push_output(final, arguments, stage=stage.name, run=self.run_dir.resolve().name)
 
         if (pushed := distributed.on_main(publish)) is not None:
-            record["hub"] = pushed
+            record.hub = HubRecord.from_json(pushed)
 
     def _label(self, stage: Stage) -> str:
         return f"[{self.stages.index(stage) + 1}/{len(self.stages)} {stage.name}]"
 
-    def _train(self, stage: Stage, record: dict[str, Any], folder: Path, seed: int) -> None:
+    def _train(self, stage: Stage, record: StageRecord, folder: Path, seed: int) -> None:
         label, number = self._label(stage), self.stages.index(stage) + 1
         logger.info("%s preparing data", label)
         data = self._data(stage, record, seed)
@@ -322,23 +332,21 @@ class _Chain:
         logger.info("%s training on %d examples", label, len(data.train))
 
         def begin(step: int, evaluated: bool) -> None:
-            record.pop("skipped", None)  # the checkpoint knows what was skipped before it
+            record.skipped = None  # the checkpoint knows what was skipped before it
             if distributed.is_main():
                 forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
-        def note(values: dict[str, Any]) -> None:
-            record.update(values)
-            self._save()
-
         try:
-            results = train_stage(trainer, folder, begin=begin, note=note)
+            finished = train_stage(trainer, folder, begin=begin, record=record, save=self._save)
         except StepZeroError as error:
-            note({"step0": {**error.values, "ok": False, "why": error.why}})
+            record.step0 = StepZeroRecord(**error.values, ok=False, why=error.why)
+            self._save()
             raise
-        if results is None:
+        if not finished:
             self.stop.raise_if_stopped()
             raise RunError(
                 f"the training of stage {stage.name} ended before its last step",
+                code="training.ended-early",
                 where=str(folder),
                 why="something stopped it, and later stages need a complete one",
                 fix="look for a callback that sets `should_training_stop`, and run the same command again: "
@@ -351,15 +359,19 @@ class _Chain:
         else:
             self.models.write_output(trainer, stage)
         if isinstance(trainer, RewardTrainer):
-            results["calibration"] = trainer.calibration.get("eval", {})
-        note(results)
+            record.calibration = {
+                name: [CalibrationBin.from_json(row) for row in table]
+                for name, table in trainer.calibration.get("eval", {}).items()
+            }
+        record.steps = trainer.state.global_step
+        self._save()
         self.stop.output_written()
         del trainer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _data(self, stage: Stage, record: dict[str, Any], seed: int) -> StageData:
+    def _data(self, stage: Stage, record: StageRecord, seed: int) -> StageData:
         audit = Audit()
         made = self.maker.rows(stage, audit)
         with distributed.raise_on_all_ranks():
@@ -381,11 +393,12 @@ class _Chain:
             if len(set(made_here.values())) > 1:
                 raise RunError(
                     f"the processes have made different examples of stage {stage.name}",
+                    code="run.different-examples",
                     why="each reads the data for itself, and the hosts do not have the same files",
                     fix="give every host the same data, tokenizer and library versions",
                 )
-            known = record.get("data", {}).get("fingerprint", fingerprint)
-            if known != fingerprint:
+            known = record.data.fingerprint if record.data is not None else None
+            if known not in (None, fingerprint):
                 if not self.state.allows_other_data(stage.name):
                     raise data_changed(
                         f"the examples of stage {stage.name} are not those it began with",
@@ -396,21 +409,19 @@ class _Chain:
                     )
                 self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
         sources = distributed.on_main(
-            lambda: source_digests(stage.data.train, self.base_dir, record.get("inputs", ()))
+            lambda: source_digests(stage.data.train, self.base_dir, record.inputs or ())
         )
-        record.update(
-            state="running",
-            started=record.get("started") or now(),
-            examples=len(train),
-            sources=sources,
-            data={
-                "fingerprint": fingerprint,
-                "audit": audit.as_dict(),
-                **({"held_out": held_out[2].as_dict()} if held_out else {}),
-            },
+        record.state = "running"
+        record.started = record.started or now()
+        record.examples = len(train)
+        record.sources = sources
+        record.data = DataRecord(
+            fingerprint,
+            AuditRecord.from_json(audit.as_dict()),
+            AuditRecord.from_json(held_out[2].as_dict()) if held_out else None,
         )
         if audit.calibration:
-            record["reward_scale"] = audit.calibration["reward_scale"]
+            record.reward_scale = audit.calibration["reward_scale"]
         self._save()
         return data
 
@@ -421,14 +432,15 @@ class _Chain:
             scorer=self.maker.scorer, arithmetic=arithmetic(self.recipe.model),
         )  # fmt: skip
 
-    def _evaluate(self, stage: Stage, record: dict[str, Any]) -> None:
+    def _evaluate(self, stage: Stage, record: StageRecord) -> None:
         """Held-out rows of the stage itself, and what the recipe's `eval` asks for."""
         if isinstance(stage, RewardStage):
-            record["eval"] = agreement_of(record)
+            record.eval = agreement_of(record)
             return
-        scores: dict[str, Any] = {}
-        if "eval_after" in record:
-            scores["nll"] = record["eval_after"].get("eval_loss/sft")
-            scores["nll_before"] = record.get("eval_before", {}).get("eval_loss/sft")
-        scores |= self._evaluation(stage).measure(stage, self._label(stage))
-        record["eval"] = scores
+        scores = EvaluationRecord.from_json(
+            self._evaluation(stage).measure(stage, self._label(stage))
+        )
+        if record.eval_after is not None:
+            scores.nll = record.eval_after.get("eval_loss/sft")
+            scores.nll_before = (record.eval_before or {}).get("eval_loss/sft")
+        record.eval = scores

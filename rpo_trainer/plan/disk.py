@@ -18,7 +18,7 @@ from rpo_trainer.models.loading import load_config
 from rpo_trainer.models.multimodal import freeze_towers, random_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
-from rpo_trainer.report.values import size
+from rpo_trainer.report.formatting import size
 from rpo_trainer.runtime.file_errors import UNREADABLE, reading
 from rpo_trainer.runtime.files import refusal
 from rpo_trainer.stages.settings import lora_config
@@ -88,6 +88,7 @@ def unread_model(
     except (RuntimeError, *UNREADABLE) as error:  # on `meta`: not memory, and not a device
         raise ModelError(
             f"no model can be made of its configuration: {error}",
+            code="model.bad-config",
             where="model",
             why="its fields do not fit together",
             fix="correct them, or take a causal language model that transformers knows",
@@ -130,6 +131,7 @@ def check_disk(
     largest = sorted(needs, key=lambda name: -sum(needs[name].values()))[:3]
     raise RunError(
         f"the run needs about {size(needed)} of disk, {size(free)} are free",
+        code="run.disk-full",
         where=str(run_dir),
         why="it would stop in the middle of a save; most is written by "
         + ", ".join(f"{name} ({_parts(needs[name])})" for name in largest),
@@ -177,6 +179,7 @@ def raise_if_refused(error: Exception, run_dir: Path) -> None:
     if said is not None:
         raise RunError(
             f"the file system refuses: {said}",
+            code="run.file-system",
             where=str(getattr(error, "filename", None) or run_dir),
             why="what was written to its end is kept: finished stages, and complete checkpoints",
             fix="free disk space or fix the permissions, and run the same command again: it resumes",

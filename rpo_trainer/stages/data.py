@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rpo_trainer.data.rows import Kind
     from rpo_trainer.recipe import DataSpec, EvalSpec, Recipe, ScoreSpec
     from rpo_trainer.recipe.schema import FilterSpec
+    from rpo_trainer.stages.record import InputRecord
 
 
 @dataclass
@@ -75,14 +76,14 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
 
 
 def source_digests(
-    sources: Sequence[SourceSpec], base_dir: Path, inputs: Sequence[Mapping[str, Any]] = ()
+    sources: Sequence[SourceSpec], base_dir: Path, inputs: Sequence[InputRecord] = ()
 ) -> dict[str, str]:
     """xxh3-128 of each local file, or directory, that a stage reads, by its path as written.
 
     Args:
         inputs: of the stage's record; a file is not read again while nothing has been written to it.
     """
-    known = {entry["name"]: entry.get("files", {}) for entry in inputs}
+    known = {entry.name: entry.to_json().get("files", {}) for entry in inputs}
     found: dict[str, str] = {}
     for name in [source.path for source in sources if source.path]:
         path, files = resolve_path(base_dir, name), known.get(name, {})
@@ -166,6 +167,7 @@ def build_rows(
     if isinstance(stage, RewardStage) and (wide := [r for r in rows if len(r["responses"]) > 2]):
         raise DataError(
             f"{len(wide)} of {len(rows)} rows have more than two responses, first {wide[0]['id']}",
+            code="data.more-than-two-responses",
             where=f"stages.{stage.name}",
             why="Bradley-Terry is a loss of pairs",
             fix="add `pairs: {select: best_worst}` to `data`",

@@ -129,6 +129,7 @@ def training_config(
     problems = [
         RecipeError(
             f"transformers has no training argument {name}",
+            code="recipe.unknown-training-argument",
             where=f"{where}.{name}",
             why=NOT_READ,
             fix=_or_see(did_you_mean(name, sorted(known)), "transformers.TrainingArguments"),
@@ -173,6 +174,7 @@ def training_config(
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(
             f"a tracker cannot start: {error}",
+            code="recipe.tracker-cannot-start",
             where=f"stages.{stage.name}.report_to",
             why="nothing would be sent to it, and nobody would know before the end",
             fix="install its package, or take it out; metrics.jsonl has everything all the same",
@@ -273,6 +275,7 @@ def lora_config(stage: Stage) -> LoraConfig | None:
             near = did_you_mean(name, [*known, *PeftSpec.model_fields])
             raise RecipeError(
                 f"LoraConfig has no field {name}",
+                code="recipe.unknown-peft-field",
                 where=f"{where}.{name}",
                 why=NOT_READ,
                 fix=_or_see(near, "peft.LoraConfig"),
@@ -284,16 +287,21 @@ def lora_config(stage: Stage) -> LoraConfig | None:
         if stage.peft.quantization is not None:
             nf4(torch.float32)
     except ModelError as error:
-        raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
+        raise RecipeError(
+            error.what, code=error.code, where=where, why=error.why, fix=error.fix
+        ) from error
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     except (TypeError, ValueError, ImportError) as error:
         why = "PEFT makes no adapter of these settings"
-        raise RecipeError(str(error), where=where, why=why, fix="see peft.LoraConfig") from error
+        raise RecipeError(
+            str(error), code="recipe.bad-peft", where=where, why=why, fix="see peft.LoraConfig"
+        ) from error
     if stage.peft.quantization is not None and changes_base(config):
         raise RecipeError(
             f"init_lora_weights: {config.init_lora_weights} changes the weights below the adapter, "
             "which are in 4 bits",
+            code="recipe.quantized-base-changes",
             where=where,
             why="what it takes from them would be rounded away",
             fix="leave out init_lora_weights, or quantization",
@@ -312,6 +320,7 @@ def _require_lora(kind: str, where: str) -> None:
     prompt = issubclass(methods.get(kind, LoraConfig), PromptLearningConfig)
     raise RecipeError(
         f"peft_type {kind}: a recipe trains LoRA adapters",
+        code="recipe.unsupported-peft-type",
         where=where,
         why="the virtual tokens of a prompt-learning method stand before a row, and a row here holds many "
         "examples" if prompt else "the stages of a chain hand over LoRA adapters and no others",

@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM
 from rpo_trainer.chain.card import write_card
 from rpo_trainer.errors import RecipeError, StoppedBySignal
 from rpo_trainer.recipe import expand_stages
+from rpo_trainer.report.scores import read_scores
 from rpo_trainer.stages.hub import push_output
+from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 from tests.chain import tiny
 from tests.chain.test_stage import config
+from tests.raising import raises
 
 # --- the card ---
 
@@ -64,7 +67,7 @@ def test_figures_files_and_the_base_model_are_in_the_card(finished_copy: Path, t
     recipe["stages"] = recipe["stages"][:1]
     loaded = tiny.load(tmp_path, recipe)
     (stage,) = expand_stages(loaded.recipe)
-    record = tiny.records(finished_copy)["code"] | {
+    content = tiny.records(finished_copy)["code"] | {
         "sources": {"/somewhere/data/rows.jsonl": "0123456789abcdef" * 2},
         "eval": {
             "scorer": "verifier exact", "prompts": 40, "responses": 80, "reward_mean": 3.25,
@@ -73,17 +76,18 @@ def test_figures_files_and_the_base_model_are_in_the_card(finished_copy: Path, t
             "lm_eval": {"gsm8k": {"exact_match (strict-match)": {"value": 0.5}}},
         },
     }  # fmt: skip
-    final = finished_copy / "code" / "final"
+    final, record = finished_copy / "code" / "final", StageRecord.from_json(content)
     for _ in range(2):
         write_card(final, stage, [stage], {"code": record}, loaded.recipe, loaded.base_dir)
         assert verify_manifest(final) is None
     metadata, text = parts(final)
     assert metadata["base_model"] == "someone/some-model"
     assert "rows.jsonl `0123456789ab`" in text and "/somewhere" not in text
-    assert "| mean reward, sampled | 3.25 | 3.00 to 3.50 |" in text
-    assert "| win rate against general | 0.625 | 0.500 to 0.750 |" in text
+    figures = {figure.key: figure.name for figure in read_scores(record.eval).all()}
+    assert f"| {figures['reward_sampled']} | 3.25 | 3.00 to 3.50 |" in text
+    assert f"| {figures['win_rate']} | 0.625 | 0.500 to 0.750 |" in text
     assert "| gsm8k: exact_match (strict-match) | 0.500 |  |" in text
-    assert "Rewards and wins are by verifier exact." in text
+    assert "general" in figures["win_rate"] and "by verifier exact." in text
 
 
 # --- the hub ---
@@ -152,8 +156,9 @@ def test_a_push_that_fails_spoils_nothing(
     record = pushed(prefix, tmp_path, Hub(ConnectionError("no network\nat all")), monkeypatch)
     assert record["state"] == "done"
     assert record["hub"] == {"repo": "me/run-rpo-2", "error": "no network"}
-    assert "not on the hub (me/run-rpo-2): no network" in caplog.text
-    assert f"`hf upload me/run-rpo-2 {tmp_path}/run/rpo-2/final` pushes it by hand" in caplog.text
+    (warned,) = [r for r in caplog.records if r.name == "rpo_trainer.stages.hub"]
+    assert warned.levelname == "WARNING" and "(me/run-rpo-2): no network" in warned.getMessage()
+    assert f"`hf upload me/run-rpo-2 {tmp_path}/run/rpo-2/final`" in warned.getMessage()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "rpo-2" / "final")
 
 
@@ -167,7 +172,7 @@ def test_nothing_is_pushed_unasked_and_signals_go_through(monkeypatch: pytest.Mo
 
 def test_checkpoints_are_not_pushed(tmp_path: Path) -> None:
     arguments = {"push_to_hub": True, "hub_strategy": "all_checkpoints"}
-    with pytest.raises(RecipeError, match="hub_strategy all_checkpoints") as caught:
+    with raises("hub.strategy", RecipeError) as caught:
         config(tmp_path, "code", training_args=arguments)
     assert caught.value.where == "stages.code.training_args"
     assert config(tmp_path, "code", training_args={"push_to_hub": True}).push_to_hub is False

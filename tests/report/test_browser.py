@@ -40,7 +40,7 @@ def full_run(make_run: Callable[..., Path], make_stage: Any, make_evaluation: An
         "read": {"a": 500},
         "dropped": {"tie": {"count": 317, "examples": ["a-rather-long-file-name.jsonl:12"]}},
         "warnings": {"duplicate_prompt": {"count": 23, "examples": ["a.jsonl:7", "a.jsonl:8"]}},
-        "remarks": ["chosen is much longer than rejected on average"],
+        "remarks": ["a remark about the lengths of both responses"],
     }
     more: dict[str, Any] = {
         "baseline": "general-sft",
@@ -53,8 +53,8 @@ def full_run(make_run: Callable[..., Path], make_stage: Any, make_evaluation: An
     names = ["code-sft", "general-sft", "dpo", "rpo-1", "rpo-2", "rpo-3"]
     kinds = ["sft", "sft", "dpo", "rpo", "rpo", "rpo"]
     warning = {
-        "name": "margins_exploding", "step": 20, "text": "the implicit gap is 12.5",
-        "advice": "lower learning_rate, raise beta (it is 0.1), or train fewer steps",
+        "name": "margins_exploding", "step": 20, "text": "its implicit gap of 12.5 grows",
+        "advice": "a lower learning_rate, a larger beta (0.1 now), or fewer steps",
     }  # fmt: skip
     stages = [
         make_stage(
