@@ -128,6 +128,7 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             raise StoppedBySignal(
                 f"stopped by {self.received.name}",
+                code="run.stopped-by-signal",
                 why="what was finished before it is on disk: checkpoints, sampled rows, outputs of stages",
                 fix="run the same command again: it resumes where it stopped",
             )

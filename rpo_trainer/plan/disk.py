@@ -16,10 +16,12 @@ from rpo_trainer.models.adapters import with_adapter
 from rpo_trainer.models.loading import auto_class, load_config
 from rpo_trainer.models.multimodal import freeze_towers, random_model
 from rpo_trainer.models.reward_model import as_reward_model
-from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
+from rpo_trainer.plan.memory import optimizer_bytes
+from rpo_trainer.recipe import PreferenceStage, RewardStage, Stage
 from rpo_trainer.report.values import size
 from rpo_trainer.runtime.file_errors import UNREADABLE, reading
 from rpo_trainer.runtime.files import refusal
+from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import lora_config
 
 SAVING = "saving"  # the part that is there only while a checkpoint is written
@@ -54,14 +56,7 @@ def together(stages: Sequence[Mapping[str, int]]) -> int:
     return kept + max((parts.get(SAVING, 0) for parts in stages), default=0)
 
 
-def unread_model(
-    stage: Stage,
-    stages: Sequence[Stage],
-    recipe: Recipe,
-    base_dir: Path,
-    vocabulary: int,
-    dtype: torch.dtype,
-) -> nn.Module:
+def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> nn.Module:
     """The model that a stage trains, adapter included, of weights that nobody has read.
 
     To be called under `torch.device("meta")`.
@@ -69,14 +64,17 @@ def unread_model(
     Raises:
         ModelError: there is no configuration, or none that a causal language model can be made of.
     """
-    source = stage.init
-    by_name = {other.name: other for other in stages}
+    recipe, source = preparer.recipe, stage.init
+    by_name = {other.name: other for other in preparer.stages}
     while source in by_name:
         source = by_name[source].init
-    if source != "model" and is_adapter(folder := resolve_path(base_dir, source)):
+    if source != "model" and is_adapter(folder := preparer.path(source)):
         source = base_of(folder)
     where = f"stages.{stage.name}.init"
-    config = load_config(recipe.model, base_dir, None if source == "model" else source, vocabulary)
+    config = load_config(
+        recipe.model, preparer.loaded.base_dir, None if source == "model" else source,
+        len(preparer.tokenizer),
+    )  # fmt: skip
     reward = isinstance(stage, RewardStage)
     with reading("the model's configuration", where):
         factory: Any = auto_class(config, reward=reward, where=where)
@@ -87,6 +85,7 @@ def unread_model(
     except (RuntimeError, *UNREADABLE) as error:  # on `meta`: not memory, and not a device
         raise ModelError(
             f"no model can be made of its configuration: {error}",
+            code="model.bad-config",
             where="model",
             why="its fields do not fit together",
             fix="correct them, or take a causal language model that transformers knows",
@@ -103,24 +102,15 @@ def unread_model(
 
 
 def check_disk(
-    recipe: Recipe,
-    base_dir: Path,
-    run_dir: Path,
-    wanted: Sequence[Stage],
-    stages: Sequence[Stage],
-    vocabulary: int,
-    responses: Mapping[str, int],
+    preparer: StagePreparer, run_dir: Path, wanted: Sequence[Stage], responses: Mapping[str, int]
 ) -> None:
     """Raises RunError where stages that are still to run will write more than there is room for.
 
     Args:
-        wanted: the stages to run, of all `stages`; what lies there of them already is counted off.
+        wanted: the stages to run; what lies there of them already is counted off.
         responses: of each stage by name, where known.
     """
-    needs = {
-        stage.name: _of_stage(stage, stages, recipe, base_dir, vocabulary, responses)
-        for stage in wanted
-    }
+    needs = {stage.name: _of_stage(preparer, stage, responses) for stage in wanted}
     there = sum(_size(run_dir / name) for name in needs)
     needed = together(list(needs.values())) - there
     free = shutil.disk_usage(existing(run_dir)).free
@@ -129,6 +119,7 @@ def check_disk(
     largest = sorted(needs, key=lambda name: -sum(needs[name].values()))[:3]
     raise RunError(
         f"the run needs about {size(needed)} of disk, {size(free)} are free",
+        code="run.disk-full",
         where=str(run_dir),
         why="it would stop in the middle of a save; most is written by "
         + ", ".join(f"{name} ({_parts(needs[name])})" for name in largest),
@@ -137,15 +128,10 @@ def check_disk(
 
 
 def _of_stage(
-    stage: Stage,
-    stages: Sequence[Stage],
-    recipe: Recipe,
-    base_dir: Path,
-    vocabulary: int,
-    responses: Mapping[str, int],
+    preparer: StagePreparer, stage: Stage, responses: Mapping[str, int]
 ) -> dict[str, int]:
     with torch.device("meta"):
-        model = unread_model(stage, stages, recipe, base_dir, vocabulary, torch.float32)
+        model = unread_model(preparer, stage, torch.float32)
     return stage_disk(
         stage,
         parameters=_held(model.parameters()),
@@ -160,13 +146,9 @@ def _held(weights: Any) -> int:
 
 
 def _state(model: nn.Module, stage: Stage) -> int:
-    from rpo_trainer.plan.memory import optimizer_bytes  # which needs what needs this
-
     try:
         return optimizer_bytes(model, stage.optim)
-    except (
-        RecipeError
-    ):  # an optimizer of a library that is not here: at least nothing is refused for it
+    except RecipeError:  # of a library that is not here: at least nothing is refused for it
         return 0
 
 
@@ -176,6 +158,7 @@ def raise_if_refused(error: Exception, run_dir: Path) -> None:
     if said is not None:
         raise RunError(
             f"the file system refuses: {said}",
+            code="run.file-system",
             where=str(getattr(error, "filename", None) or run_dir),
             why="what was written to its end is kept: finished stages, and complete checkpoints",
             fix="free disk space or fix the permissions, and run the same command again: it resumes",

@@ -62,6 +62,7 @@ def check_devices(engine: Engine, devices: int, nodes: int) -> None:
     if engine == "single" and max(devices, nodes) > 1:
         raise RecipeError(
             f"one process is planned for {devices} devices",
+            code="plan.single-process",
             where="--engine single",
             why="a process trains on one device: the others would stay idle",
             fix=f"name what spreads it: --engine {' | '.join(ENGINES[1:])}",

@@ -276,6 +276,7 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(
             f"the memory of optimizer {optim!r} cannot be estimated here",
+            code="plan.unknown-optimizer",
             where="optim",
             why=f"it is measured on one that is made here, and making it fails: {error}",
             fix="install what it needs, or plan with another optimizer",

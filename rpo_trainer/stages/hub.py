@@ -53,6 +53,7 @@ def check_strategy(arguments: Mapping[str, Any], where: str) -> None:
     if arguments.get("push_to_hub") and strategy not in _STRATEGIES:
         raise RecipeError(
             f"hub_strategy {strategy}: a run pushes the finished output of a stage, not its checkpoints",
+            code="hub.strategy",
             where=where,
             why="the output is pushed with its model card and metrics, which checkpoints lack",
             fix="leave hub_strategy out",

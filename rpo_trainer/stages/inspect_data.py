@@ -118,6 +118,7 @@ def audit_file(
         if other.faults:
             raise DataError(
                 other.faults[0],
+                code="data.unreadable-held-out",
                 where=str(against),
                 why="prompts that are in both files are only found where all of both can be read",
                 fix=f"fix it first: rpo-trainer audit {against} shows all of its faults",

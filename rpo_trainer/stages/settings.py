@@ -29,7 +29,6 @@ from rpo_trainer.recipe import (
 from rpo_trainer.recipe.checks import NOT_READ
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
-from rpo_trainer.stages.data import StageData
 from rpo_trainer.stages.hub import check_strategy
 from rpo_trainer.trainers import (
     DPOConfig,
@@ -49,6 +48,8 @@ from rpo_trainer.trainers.settings_table import TRAINING
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+    from rpo_trainer.stages.inputs import StageInputs
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def training_config(
     problems = [
         RecipeError(
             f"transformers has no training argument {name}",
+            code="recipe.unknown-training-argument",
             where=f"{where}.{name}",
             why=NOT_READ,
             fix=_or_see(did_you_mean(name, sorted(known)), "transformers.TrainingArguments"),
@@ -134,6 +136,7 @@ def training_config(
     problems += [
         RecipeError(
             f"`{name}` cannot be set in a recipe",
+            code="recipe.reserved-training-argument",
             where=f"{where}.{name}",
             why=row.recipe.partition(": ")[0],
             fix=row.recipe.partition(": ")[2],
@@ -151,6 +154,7 @@ def training_config(
     except (RuntimeError, *UNREADABLE) as error:  # what a file of them holds, too
         raise RecipeError(
             str(error) or type(error).__name__,
+            code="recipe.bad-training-arguments",
             where=f"stages.{stage.name}",
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
@@ -168,6 +172,7 @@ def training_config(
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(
             f"a tracker cannot start: {error}",
+            code="recipe.tracker-cannot-start",
             where=f"stages.{stage.name}.report_to",
             why="nothing would be sent to it, and nobody would know before the end",
             fix="install its package, or take it out; metrics.jsonl has everything all the same",
@@ -189,6 +194,7 @@ def _check_files(arguments: Mapping[str, Any], where: str) -> None:
         if kind := kind_of_file(Path(file).expanduser()):
             raise RecipeError(
                 f"this is {kind}, not a file",
+                code="recipe.not-a-file",
                 where=f"{where}.{name}: {file}",
                 why="reading it could wait forever",
                 fix="give a JSON file, or write its content here",
@@ -201,6 +207,7 @@ def _unknown_names(stage: Stage) -> Iterator[RecipeError]:
         if (value := getattr(stage, field)) not in known:
             yield RecipeError(
                 f"transformers has no {field} {value}",
+                code="recipe.unknown-name",
                 where=f"stages.{stage.name}.{field}",
                 why="none is taken in place of another",
                 fix=_or_see(did_you_mean(value, known), "transformers.TrainingArguments"),
@@ -242,6 +249,7 @@ def check_warmup(stage: Stage, examples: int) -> None:
     if stage.warmup_steps > steps:
         raise RecipeError(
             f"`warmup_steps` is {stage.warmup_steps}, longer than the stage, which has {steps} steps",
+            code="recipe.warmup-too-long",
             where=f"stages.{stage.name}.warmup_steps",
             why="the learning rate would never reach its peak",
             fix=f"write at most {steps}, or raise `num_train_epochs`",
@@ -268,6 +276,7 @@ def lora_config(stage: Stage) -> LoraConfig | None:
             near = did_you_mean(name, [*known, *PeftSpec.model_fields])
             raise RecipeError(
                 f"LoraConfig has no field {name}",
+                code="recipe.unknown-peft-field",
                 where=f"{where}.{name}",
                 why=NOT_READ,
                 fix=_or_see(near, "peft.LoraConfig"),
@@ -279,16 +288,21 @@ def lora_config(stage: Stage) -> LoraConfig | None:
         if stage.peft.quantization is not None:
             four_bits.nf4(torch.float32)
     except ModelError as error:
-        raise RecipeError(error.what, where=where, why=error.why, fix=error.fix) from error
+        raise RecipeError(
+            error.what, code=error.code, where=where, why=error.why, fix=error.fix
+        ) from error
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     except (TypeError, ValueError, ImportError) as error:
         why = "PEFT makes no adapter of these settings"
-        raise RecipeError(str(error), where=where, why=why, fix="see peft.LoraConfig") from error
+        raise RecipeError(
+            str(error), code="recipe.bad-peft", where=where, why=why, fix="see peft.LoraConfig"
+        ) from error
     if stage.peft.quantization is not None and adapters.changes_base(config):
         raise RecipeError(
             f"init_lora_weights: {config.init_lora_weights} changes the weights below the adapter, "
             "which are in 4 bits",
+            code="recipe.quantized-base-changes",
             where=where,
             why="what it takes from them would be rounded away",
             fix="leave out init_lora_weights, or quantization",
@@ -307,6 +321,7 @@ def _require_lora(kind: str, where: str) -> None:
     prompt = issubclass(methods.get(kind, LoraConfig), PromptLearningConfig)
     raise RecipeError(
         f"peft_type {kind}: a recipe trains LoRA adapters",
+        code="recipe.unsupported-peft-type",
         where=where,
         why="the virtual tokens of a prompt-learning method stand before a row, and a row here holds many "
         "examples" if prompt else "the stages of a chain hand over LoRA adapters and no others",
@@ -320,15 +335,15 @@ def make_trainer(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
-    data: StageData,
+    inputs: StageInputs,
     callbacks: list[TrainerCallback],
 ) -> PackedTrainer:
     """The trainer of a stage, told nothing that the stage does not say."""
     common: dict[str, Any] = {
         "model": model,
         "args": config,
-        "train_dataset": data.train,
-        "eval_dataset": data.evaluation,
+        "train_dataset": inputs.train,
+        "eval_dataset": inputs.held_out and inputs.held_out.examples,
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }

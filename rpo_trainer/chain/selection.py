@@ -28,6 +28,7 @@ def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
         there = ", ".join(dict.fromkeys(stage.kind for stage in expand_stages(loaded.recipe)))
         raise RecipeError(
             f"the recipe has no {kind} stage",
+            code="option.no-stage-of-kind",
             where=str(loaded.path),
             why="there is nothing for this command to run",
             fix=f"it has stages of {there}; `rpo-trainer run` runs all of them",
@@ -35,6 +36,7 @@ def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
     if name is not None and name not in names:
         raise RecipeError(
             f"there is no {kind} stage {name!r}",
+            code="option.unknown-stage",
             where=str(loaded.path),
             why="which of them is meant cannot be guessed",
             fix=f"one of: {', '.join(names)}",
@@ -42,6 +44,7 @@ def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
     if name is None and len(names) > 1:
         raise RecipeError(
             f"the recipe has {len(names)} {kind} stages",
+            code="option.ambiguous-stage",
             where=str(loaded.path),
             why="which of them is meant cannot be guessed",
             fix=f"choose with --stage: {', '.join(names)}",

@@ -34,6 +34,7 @@ def check_tasks(spec: LmEvalSpec, base_dir: Path, *, where: str = "eval.lm_eval"
             near = did_you_mean(name, list(index))
             raise RecipeError(
                 f"lm-eval knows no task {name!r}",
+                code="recipe.unknown-task",
                 where=f"{where}.tasks",
                 why=f"there are {len(index):,} by other names",
                 fix=f"did you mean {near}?" if near else "`lm-eval ls tasks` lists them; files of your own "
@@ -43,6 +44,7 @@ def check_tasks(spec: LmEvalSpec, base_dir: Path, *, where: str = "eval.lm_eval"
         if runs_code and not spec.allow_code_execution:
             raise RecipeError(
                 f"the task {name} runs code that the model has written",
+                code="recipe.code-execution-not-allowed",
                 where=f"{where}.tasks",
                 why="that code can do harm, and lm-eval runs it without a sandbox",
                 fix="add `allow_code_execution: true`, and run it inside a container",
@@ -93,6 +95,7 @@ def run_tasks(
     except Exception as error:  # whatever a task, its data set or the network comes up with
         raise RunError(
             f"lm-eval failed: {type(error).__name__}: {first_line(error)}",
+            code="run.lm-eval-failed",
             where=f"eval.lm_eval.tasks: {', '.join(spec.tasks)}",
             why="the tasks fetch their data from the hub when they begin",
             fix="fetch it first where there is a network, or take the task out of `lm_eval`; the stage is "
@@ -107,6 +110,7 @@ def _manager(spec: LmEvalSpec, base_dir: Path, where: str) -> Any:
     except ImportError as error:
         raise RecipeError(
             f"lm_eval needs the library lm-eval ({error})",
+            code="recipe.missing-library",
             where=where,
             why="its tasks are run through its Python interface",
             fix="pip install 'rpo-trainer[eval]'",
@@ -115,6 +119,7 @@ def _manager(spec: LmEvalSpec, base_dir: Path, where: str) -> Any:
     if own is not None and not own.is_dir():
         raise RecipeError(
             "there is no such directory",
+            code="recipe.no-such-directory",
             where=f"{where}.include_path: {own}",
             why="its task files would be missing",
             fix="give the directory that holds the YAML files of your tasks",
