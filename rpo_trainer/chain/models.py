@@ -105,7 +105,7 @@ class Models:
         return content_key(self.recipe.model.model_dump(mode="json"), self.recipe.seed, own)
 
     def start(self, stage: Stage) -> Any:
-        """The model that a stage starts from, ready to be trained; of a reward stage a reward model, or its base."""
+        """The model that a stage starts from, ready to be trained: a policy, or a reward model."""
         left = self._adapter(stage.init)
         if stage.peft is None:
             return self._whole(stage) if left is None else self._merged(left)

@@ -35,6 +35,7 @@ from rpo_trainer.chain.state import (
 )
 from rpo_trainer.chain.training import (
     agreement_of,
+    light_collections,
     output_fingerprint,
     train_stage,
     write_gaps,
@@ -109,25 +110,6 @@ def run_chain(
         except (OSError, RuntimeError, SafetensorError) as error:
             raise_if_refused(error, run_dir)
             raise
-
-
-@contextmanager
-def light_collections() -> Iterator[None]:
-    """What is there already is left out of Python's garbage collections inside.
-
-    transformers, accelerate and the chain collect several times a stage, and each time a million objects
-    of the libraries would be looked through: a tenth of the time where stages are short. Nothing is
-    done where the process that calls has frozen its objects itself.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.collect()  # what is frozen is not freed before the end
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class _Chain:
@@ -219,8 +201,7 @@ class _Chain:
         with self._timed(record):
             self._keep_digests(stage, record)
             if not self._is_trained(stage, record):
-                inputs = self._prepare(stage, record)
-                self._train(stage, record, inputs)
+                self._train(stage, record, self._prepare(stage, record))
             self._evaluate(stage, record)
             self._publish(stage, record)
         self._finish(stage, record)
@@ -324,7 +305,6 @@ class _Chain:
         reference = None
         if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
             reference = self.models.output(stage.reference)
-        names = [other.name for other in self.stages]
         trainer = make_trainer(
             stage,
             config,
@@ -334,7 +314,7 @@ class _Chain:
             inputs,
             [
                 MetricsLog(self.run_dir / METRICS_FILE, stage.name),
-                self.progress.callback(label, names.index(stage.name) + 1),
+                self.progress.callback(label, self.preparer.number(stage)),
                 self.stop,
             ],
         )

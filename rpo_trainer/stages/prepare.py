@@ -104,10 +104,13 @@ class StagePreparer:
         """The stage's own seed, else the recipe's."""
         return stage_seed(stage, self.recipe)
 
+    def number(self, stage: Stage) -> int:
+        """Its place among the stages, from 1."""
+        return 1 + [other.name for other in self.stages].index(stage.name)
+
     def label(self, stage: Stage) -> str:
         """`[1/3 NAME]`, in front of what is logged of a stage."""
-        names = [other.name for other in self.stages]
-        return f"[{names.index(stage.name) + 1}/{len(names)} {stage.name}]"
+        return f"[{self.number(stage)}/{len(self.stages)} {stage.name}]"
 
     def settings(
         self, stage: Stage, run_dir: Path
