@@ -150,7 +150,7 @@ def test_the_output_of_the_command(bug: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MY_API_KEY", "sk-in-a-bug")
     code = (
         "import click, logging, os, sys, threading\n"
-        "from rpo_trainer import cli\n"
+        "from rpo_trainer.cli import commands as cli\n"
         "@cli.cli.command()\n"
         f"def bug():\n    {bug}\n"
         "cli.main(['bug'])\n"

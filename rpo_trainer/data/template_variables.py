@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from rpo_trainer.data.template_reads import outer_reads
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.template_kwargs import RESERVED, Kwargs, problems
 
@@ -25,6 +24,8 @@ def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 def _variables(template: str) -> frozenset[str]:
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from rpo_trainer.data.template_reads import outer_reads
 
     try:
         environment = _compile_jinja_template(template).environment

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer import errors
-from rpo_trainer.cli.commands import main as cli
+from rpo_trainer.cli import commands as cli
 from tests.chain import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_light_commands_do_not_import_torch(words: list[str]) -> None:
     code = (
         "import sys\n"
-        "from rpo_trainer import cli\n"
+        "from rpo_trainer.cli import commands as cli\n"
         f"try: cli.main({words!r})\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)\n"

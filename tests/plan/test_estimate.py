@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rpo_trainer.cli.commands import main as cli
+from rpo_trainer.cli import commands as cli
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.plan import Plan, plan_recipe
 from rpo_trainer.recipe import load_recipe

@@ -110,8 +110,8 @@ def rounds(load: Load, text: str, words: Sequence[str] = ()) -> list[tuple[objec
 def test_each_round_samples_again_or_takes_the_rows_of_the_first(load: Load) -> None:
     again = [(f"rpo-{n}", True, True, None) for n in (1, 2, 3)]
     assert rounds(load, chain()) == again
-    assert rounds(load, chain(), ["stages.rpo.data.resample=each"]) == again
-    assert rounds(load, chain(), ["stages.rpo.data.resample=never"]) == [
+    assert rounds(load, chain(), ["stages.rpo.data.resample=every_round"]) == again
+    assert rounds(load, chain(), ["stages.rpo.data.resample=once"]) == [
         ("rpo-1", True, True, None),
         ("rpo-2", False, False, "rpo-1"),
         ("rpo-3", False, False, "rpo-1"),
@@ -141,9 +141,9 @@ SCORES = [
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("resample", ["", "resample: once, ", "resample: every_round, "])
 def test_the_resolved_recipe_is_a_recipe_with_the_same_stages(
-    load: Load, tmp_path: Path, score: str, refresh: str
+    load: Load, tmp_path: Path, score: str, resample: str
 ) -> None:
-    made = f"{GENERATE}, {refresh}{score}, pairs: {{select: all_pairs, ties: keep}}"
+    made = f"{GENERATE}, {resample}{score}, pairs: {{select: all_pairs, ties: keep}}"
     text = chain(rpo=made).replace("repeat: 3", "repeat: 3\n    reward_scale: auto")
     text += (
         "eval: {data: [{path: e.jsonl}], generate: {max_new_tokens: 3}, score: {verifier: regex}}\n"

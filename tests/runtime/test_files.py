@@ -42,7 +42,7 @@ def test_scoring_by_a_text_verifier_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "ground_truth": "b"}\n')
     code = (
         "import sys\n"
-        "from rpo_trainer import cli\n"
+        "from rpo_trainer.cli import commands as cli\n"
         "try:\n"
         "    cli.main(['score', 'rows.jsonl', '-o', 'out.jsonl', '--verifier', 'exact'])\n"
         "except SystemExit as end:\n"

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from benchmarks.models import main
-from rpo_trainer.step.forward import forward as step
+from rpo_trainer.step import forward as step
 from tests.documents import ROOT
 from tests.families import FAMILIES, NOT_SWEPT, VARIANTS, VOCABULARY, tiny_config, tiny_model
 from tests.sweep import run, table
@@ -146,7 +146,7 @@ def test_a_step_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def off(model: Any, inputs: Any) -> torch.Tensor:
         return 1.01 * step.token_logprobs(model, inputs)
 
-    for user in ("reference", "trainers.base"):
+    for user in ("step.reference", "trainers.base"):
         monkeypatch.setattr(f"rpo_trainer.{user}.token_logprobs", off)
     found = measure("llama", False, beside=False)
     assert failures(found) == ["wrong: logps_off, gradient_off"]

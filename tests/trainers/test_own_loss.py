@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rpo_trainer.cli.commands import main as cli
+from rpo_trainer.cli import commands as cli
 from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.losses import LOSSES, Loss, preference_loss, step_zero_losses
 from rpo_trainer.recipe import json_schema, load_recipe
