@@ -13,7 +13,6 @@ from rpo_trainer.models.checks import check_scorer
 from rpo_trainer.recipe import EvalSpec, GenerateSpec, RewardStage, ScoreSpec, Stage
 from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.rewards.generate import check_room
-from rpo_trainer.rewards.scorers import make_scorer
 from rpo_trainer.stages.inputs import StageInputs, needs_policy, sampling_spec
 from rpo_trainer.stages.lm_eval_tasks import check_tasks
 from rpo_trainer.stages.prepare import StagePreparer
@@ -136,7 +135,7 @@ class DataChecks:
                 check_scorer(folder, f"{where}.model: {folder}")
             return name, name
 
-        make_scorer(score, base_dir=self.preparer.loaded.base_dir, model=model).check(rows)
+        self.preparer.scorer(score, model).check(rows)
 
     # --- evaluations ---
 

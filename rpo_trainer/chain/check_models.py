@@ -22,7 +22,7 @@ from rpo_trainer.models.checks import (
     check_unread,
     check_written,
 )
-from rpo_trainer.models.loading import auto_class, load_config, saved_config
+from rpo_trainer.models.loading import auto_class, saved_config
 from rpo_trainer.models.multimodal import random_model
 from rpo_trainer.models.pretrained import local_folder
 from rpo_trainer.recipe import PreferenceStage, RewardStage, Stage
@@ -48,9 +48,7 @@ class ModelChecks:
         self._configs: dict[str, Any] = {}  # by source
         with findings.collected():
             self.tokenizer = preparer.tokenizer
-            self.config = load_config(
-                self.recipe.model, preparer.loaded.base_dir, None, len(self.tokenizer)
-            )
+            self.config = preparer.model_config()
             self._configs["model"] = self.config
         for key, source in self.recipe.sources():
             with findings.collected():
@@ -112,7 +110,7 @@ class ModelChecks:
             base = base_of(local)
             where = f"{where}, an adapter of {base}"
             try:
-                config = load_config(self.recipe.model, self.preparer.loaded.base_dir, base, 0)
+                config = self.preparer.model_config(base, vocabulary=0)
             except ModelError as error:
                 raise error.at(where) from None
             local, cached = (Path(base) if Path(base).is_dir() else None), local_folder(base)

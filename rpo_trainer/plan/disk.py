@@ -13,7 +13,7 @@ from torch import nn
 from rpo_trainer.errors import ModelError, RecipeError, RunError
 from rpo_trainer.models.adapter_files import base_of, is_adapter
 from rpo_trainer.models.adapters import with_adapter
-from rpo_trainer.models.loading import auto_class, load_config
+from rpo_trainer.models.loading import auto_class
 from rpo_trainer.models.multimodal import freeze_towers, random_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.memory import optimizer_bytes
@@ -71,10 +71,7 @@ def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> n
     if source != "model" and is_adapter(folder := preparer.path(source)):
         source = base_of(folder)
     where = f"stages.{stage.name}.init"
-    config = load_config(
-        recipe.model, preparer.loaded.base_dir, None if source == "model" else source,
-        len(preparer.tokenizer),
-    )  # fmt: skip
+    config = preparer.model_config(None if source == "model" else source)
     reward = isinstance(stage, RewardStage)
     with reading("the model's configuration", where):
         factory: Any = auto_class(config, reward=reward, where=where)

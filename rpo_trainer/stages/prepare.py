@@ -6,11 +6,11 @@ on. It knows the recipe's directory: whoever has it needs no other place where r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,13 +24,14 @@ from rpo_trainer.data import (
 )
 from rpo_trainer.data.rows import Kind, Row, RowError
 from rpo_trainer.errors import DataError
-from rpo_trainer.models.loading import load_tokenizer
+from rpo_trainer.models.loading import load_config, load_tokenizer
 from rpo_trainer.recipe import (
     DataSpec,
     EvalSpec,
     LoadedRecipe,
     RewardStage,
     RPOStage,
+    ScoreSpec,
     SFTStage,
     SourceSpec,
     Stage,
@@ -41,6 +42,7 @@ from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.rewards.calibrate import fit_reward_scale, label_gaps
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
 from rpo_trainer.rewards.sampling import check_truths
+from rpo_trainer.rewards.scorers import Scorer, make_scorer
 from rpo_trainer.rewards.verifiers import get_verifier, score_rows
 from rpo_trainer.stages.inputs import (
     HeldOut,
@@ -60,10 +62,7 @@ from rpo_trainer.stages.inputs import (
     tokenize_stage,
     with_targets,
 )
-from rpo_trainer.stages.settings import training_config
-
-if TYPE_CHECKING:
-    from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig
+from rpo_trainer.stages.settings import StageConfig, training_config
 
 _EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": "sft"}
 
@@ -96,6 +95,19 @@ class StagePreparer:
         """A path of the recipe, ready to open."""
         return resolve_path(self.loaded.base_dir, name)
 
+    def model_config(self, source: str | None = None, *, vocabulary: int | None = None) -> Any:
+        """The configuration of the recipe's model, or of another source, see `load_config`.
+
+        Args:
+            vocabulary: tokens that it must have; None: those of the tokenizer.
+        """
+        tokens = len(self.tokenizer) if vocabulary is None else vocabulary
+        return load_config(self.recipe.model, self.loaded.base_dir, source, tokens)
+
+    def scorer(self, score: ScoreSpec, model: Callable[[str], tuple[str, str]]) -> Scorer:
+        """What gives the rewards, see `make_scorer`."""
+        return make_scorer(score, base_dir=self.loaded.base_dir, model=model)
+
     def stage(self, name: str) -> Stage:
         """The stage of a name."""
         return next(stage for stage in self.stages if stage.name == name)
@@ -112,9 +124,7 @@ class StagePreparer:
         """`[1/3 NAME]`, in front of what is logged of a stage."""
         return f"[{self.number(stage)}/{len(self.stages)} {stage.name}]"
 
-    def settings(
-        self, stage: Stage, run_dir: Path
-    ) -> SFTConfig | DPOConfig | RPOConfig | RewardConfig:
+    def settings(self, stage: Stage, run_dir: Path) -> StageConfig:
         """The config of the stage's trainer, see `training_config`."""
         return training_config(
             stage, self.recipe.model, seed=self.seed(stage), folder=run_dir / stage.name,

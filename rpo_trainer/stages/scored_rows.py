@@ -31,7 +31,7 @@ from rpo_trainer.rewards.sampling import (
     Policy,
     sample_rows,
 )
-from rpo_trainer.rewards.scorers import Scorer, make_scorer, weights_key
+from rpo_trainer.rewards.scorers import Scorer, weights_key
 from rpo_trainer.stages.prepare import StagePreparer
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -90,7 +90,7 @@ class ScoredRows:
 
     def scorer(self, score: ScoreSpec) -> Scorer:
         """The scorer of a stage, its reward model found in the run where it is a stage's."""
-        return make_scorer(score, base_dir=self.preparer.loaded.base_dir, model=self._reward_model)
+        return self.preparer.scorer(score, self._reward_model)
 
     def _reward_model(self, name: str) -> tuple[str, str]:
         if any(name == stage.name for stage in self.preparer.stages):

@@ -17,12 +17,9 @@ from transformers.training_args import OptimizerNames
 from rpo_trainer.errors import ModelError, Problems, RecipeError, did_you_mean
 from rpo_trainer.models import adapters, four_bits
 from rpo_trainer.recipe import (
-    DPOStage,
     ModelSpec,
     PeftSpec,
     PreferenceStage,
-    RewardStage,
-    RPOStage,
     Stage,
     fill_from_environment,
 )
@@ -53,6 +50,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+StageConfig = SFTConfig | DPOConfig | RPOConfig | RewardConfig
+
+# The config and the trainer of each kind of stage.
+_TRAINERS: dict[str, tuple[type[StageConfig], type[PackedTrainer]]] = {
+    "sft": (SFTConfig, SFTTrainer),
+    "dpo": (DPOConfig, DPOTrainer),
+    "rpo": (RPOConfig, RPOTrainer),
+    "reward": (RewardConfig, RewardTrainer),
+}
+
 _FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
 
 
@@ -79,7 +86,7 @@ def arithmetic(model: ModelSpec) -> str:
 
 def training_config(
     stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
-) -> SFTConfig | DPOConfig | RPOConfig | RewardConfig:
+) -> StageConfig:
     """The trainer's config of a stage.
 
     Raises:
@@ -119,7 +126,7 @@ def training_config(
     _check_files(given, where)
     # The chain pushes outputs itself, with their cards: see `push_output`.
     settings |= {**given, "push_to_hub": False}
-    config = _config_class(stage)
+    config, trainer_class = _TRAINERS[stage.kind]
     known = set(inspect.signature(config).parameters) - {"derived"}  # which a config writes itself
     settings["gradient_checkpointing"] = stage.gradient_checkpointing
     problems = [
@@ -162,7 +169,7 @@ def training_config(
     made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_fraction:
-            require_best_metric(made, {None: trainer_class(stage).metric_names(made)})
+            require_best_metric(made, {None: trainer_class.metric_names(made)})
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     try:
@@ -216,23 +223,6 @@ def _unknown_names(stage: Stage) -> Iterator[RecipeError]:
 
 def _or_see(near: str | None, place: str) -> str:
     return f"did you mean {near}?" if near else f"see {place} for the names"
-
-
-def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | RewardConfig]:
-    if isinstance(stage, DPOStage):
-        return DPOConfig
-    if isinstance(stage, RewardStage):
-        return RewardConfig
-    return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
-
-
-def trainer_class(stage: Stage) -> type[PackedTrainer]:
-    """The trainer of a kind of stage."""
-    if isinstance(stage, DPOStage):
-        return DPOTrainer
-    if isinstance(stage, RewardStage):
-        return RewardTrainer
-    return RPOTrainer if isinstance(stage, RPOStage) else SFTTrainer
 
 
 def steps_of(stage: Stage, examples: int) -> int:
@@ -331,7 +321,7 @@ def _require_lora(kind: str, where: str) -> None:
 
 def make_trainer(
     stage: Stage,
-    config: SFTConfig | DPOConfig | RPOConfig | RewardConfig,
+    config: StageConfig,
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -349,6 +339,7 @@ def make_trainer(
     }
     if isinstance(stage, PreferenceStage):
         common["ref_model"] = reference
-    trainer = trainer_class(stage)(**common)
+    _, trainer_class = _TRAINERS[stage.kind]
+    trainer = trainer_class(**common)
     trainer.remove_callback(PrinterCallback)
     return trainer
