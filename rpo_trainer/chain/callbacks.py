@@ -62,7 +62,7 @@ class StepZeroLog(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM or SIGINT: the step in hand is finished, a checkpoint written, the exit code is 75.
 
-    While a stage trains (`busy`), the first signal is only noted; behind the last step the output
+    While a stage trains (`busy`), the first signal is only noted; after the last step the output
     is still written. At any other time nothing would be lost, and the first signal ends the run at
     once, as the second always does.
 

@@ -87,7 +87,7 @@ class DataChecks:
         self.findings.add(f"{len(rows)} prompts; the responses come from {', '.join(policies)}")
 
     def _check_held_out(self, inputs: StageInputs) -> None:
-        """The rows the stage is measured with, and none of them among those it learns from."""
+        """The rows that the stage is evaluated on, and that none of them is trained on."""
         stage = inputs.stage
         self.preparer.prepare_held_out(inputs, tokenize=self.tokenize)
         if (held_out := inputs.held_out) is not None:

@@ -96,7 +96,7 @@ class ModelChecks:
             folder = self.preparer.path(name or "")
             where = f"model: {name}" if name else "model"
             config = self.config
-            if config is None:  # that has been said
+            if config is None:  # among the findings already
                 return 0
             local = folder if name and folder.is_dir() else None
         else:

@@ -1,7 +1,7 @@
 """What is measured with a stage's output: held-out responses, pairs and rows, and lm-eval tasks.
 
 What costs time is kept under `evaluation/` of the run by content: the baseline's responses and log-probs
-are made once for all stages, and an evaluation that was stopped resumes with what is there.
+are made once for all stages, and an evaluation that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Evaluation:
         self._policies: dict[str, Any] = {}
 
     def measure(self, stage: Stage, label: str) -> dict[str, Any]:
-        """All that the stage's `eval` asks for, as plain data.
+        """The figures that the stage's `eval` names, as plain data.
 
         `samples.jsonl` is written beside it, and `baseline-samples.jsonl` where the baseline is a policy
         from before the run.

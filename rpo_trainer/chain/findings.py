@@ -16,7 +16,7 @@ from rpo_trainer.stages.error_places import each, locate, name_part
 if TYPE_CHECKING:
     from rpo_trainer.recipe.where import Origins
 
-WARNING = "WARNING: "  # begins, behind its indentation, each line that deserves attention
+WARNING = "WARNING: "  # begins each line that deserves attention, after its indentation
 
 
 class Findings:

@@ -1,4 +1,4 @@
-"""The models of a chain: what a stage starts from, what it is compared with, and what it leaves behind.
+"""The models of a chain: what a stage starts from, what it is compared with, and its output.
 
 A stage without `peft` leaves a whole model in `final`. One with `between_stages: merge` leaves the merged
 model there, and the adapter by itself in `adapter`; one with `keep` leaves the adapter in `final`, and the
@@ -121,7 +121,7 @@ class Models:
         return adapters.load_adapter(self._load(own), own / _START, trainable=True)
 
     def _adapter(self, source: str) -> _Adapter | None:
-        """What lies at a source, where it is an adapter."""
+        """The adapter at a source, if there is one."""
         stage = self.stages.get(source)
         if stage is not None:
             if stage.peft is None or stage.peft.between_stages == "merge":
@@ -138,7 +138,7 @@ class Models:
         return _Adapter(folder, base, None)
 
     def _base(self, stage: Stage) -> _Base:
-        """What lies below the adapter of a stage."""
+        """The base of a stage's adapter."""
         left = self._adapter(stage.init)
         if left is not None:
             return left.base
@@ -214,7 +214,7 @@ class Models:
     # --- adapters ---
 
     def _whole(self, stage: Stage) -> PreTrainedModel:
-        """What a stage starts from, where that is no adapter."""
+        """What a stage starts from, where that is not an adapter."""
         quantization = None if stage.peft is None else stage.peft.quantization
         reward = isinstance(stage, RewardStage)
         return self._load(self._place(stage.init).place, quantization, reward=reward)

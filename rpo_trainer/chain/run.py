@@ -153,7 +153,10 @@ class _Chain:
         )
 
         def begin() -> None:
-            if pending:  # a fault of the last stage must not wait for those before it
+            # All stages are checked before the first one trains, so that an error in the last one shows
+            # at once, not after hours. So their data are prepared twice, to be checked and to be trained
+            # on; those of the first stage, which stay in memory, once.
+            if pending:
                 first, record = wanted[0]
                 if first.name in pending:
                     record["inputs"] = self.digests.of(self.inputs.of(first))
@@ -208,7 +211,7 @@ class _Chain:
 
     @contextmanager
     def _timed(self, record: dict[str, Any]) -> Iterator[None]:
-        """Adds the time inside to the record, whose total goes on over several starts."""
+        """Adds the time inside to the record, which counts all starts of the run."""
         began, before = time.monotonic(), record.get("seconds", 0.0)
         try:
             yield
@@ -299,7 +302,7 @@ class _Chain:
         stage, label = inputs.stage, self.preparer.label(inputs.stage)
         assert inputs.train is not None
         with distributed.raise_on_all_ranks():
-            # Of sampled examples nobody knew before how many there are.
+            # The number of sampled examples is not known before.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
         reference = None
@@ -374,7 +377,7 @@ class _Chain:
         return inputs
 
     def _evaluate(self, stage: Stage, record: dict[str, Any]) -> None:
-        """Held-out rows of the stage itself, and what the recipe's `eval` asks for."""
+        """Held-out rows of the stage itself, and what the recipe's `eval` names."""
         if isinstance(stage, RewardStage):
             record["eval"] = agreement_of(record)
             return

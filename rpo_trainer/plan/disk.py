@@ -1,4 +1,4 @@
-"""What a run writes, in bytes; whether there is room for it; and what the file system refuses after all."""
+"""Disk space: what a run writes, whether there is room for it, and errors of the file system."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def together(stages: Sequence[Mapping[str, int]]) -> int:
 
 
 def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> nn.Module:
-    """The model that a stage trains, adapter included, of weights that nobody has read.
+    """The model that a stage trains, adapter included, without content.
 
     To be called under `torch.device("meta")`.
 
@@ -104,7 +104,7 @@ def check_disk(
     """Raises RunError where stages that are still to run will write more than there is room for.
 
     Args:
-        wanted: the stages to run; what lies there of them already is counted off.
+        wanted: the stages to run; what they have written already is subtracted.
         responses: of each stage by name, where known.
     """
     needs = {stage.name: _of_stage(preparer, stage, responses) for stage in wanted}

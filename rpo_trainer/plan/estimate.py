@@ -231,7 +231,7 @@ class _Planner:
 
 
 def _timed(model: Any, batch: dict[str, Any], device: torch.device, dtype: Any) -> float:
-    """Seconds of one forward and backward, the better of two behind a warm-up."""
+    """Seconds of one forward and backward, the better of two after a warm-up."""
     seconds = []
     for _ in range(3):
         model.zero_grad()

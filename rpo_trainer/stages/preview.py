@@ -107,12 +107,12 @@ class _Preview:
         yield from (Text(f"warning: {text}", "yellow") for text in warnings)
         if kept is None:
             yield Text(f"dropped: {reason}", "bold red")
-        yield self.view.tokens(prompt, _lost_behind([PROMPT] * len(prompt), stage.max_length))
+        yield self.view.tokens(prompt, _lost_after([PROMPT] * len(prompt), stage.max_length))
         room = stage.max_length - len(prompt)
         for number, ids in enumerate(whole["response_ids"]):
             mask = whole["response_mask"][number]
             yield Text(_head(whole, number, ids, mask, room), "bold")
-            yield self.view.tokens(ids, _lost_behind(trained_styles(mask), room))
+            yield self.view.tokens(ids, _lost_after(trained_styles(mask), room))
 
     def _tokenized(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
         """The example, or why there is none, and what an audit says of it."""
@@ -154,6 +154,6 @@ def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], ro
     return said
 
 
-def _lost_behind(styles: list[str], room: int) -> list[str]:
+def _lost_after(styles: list[str], room: int) -> list[str]:
     room = max(room, 0)
     return [*styles[:room], *[LOST] * (len(styles) - room)]

@@ -328,7 +328,7 @@ def make_trainer(
     inputs: StageInputs,
     callbacks: list[TrainerCallback],
 ) -> PackedTrainer:
-    """The trainer of a stage, told nothing that the stage does not say."""
+    """The trainer of a stage, with the settings of the stage and no others."""
     common: dict[str, Any] = {
         "model": model,
         "args": config,
