@@ -25,7 +25,7 @@ class DataChecks:
     """Checks what the stages are trained on, and what their outputs are measured with.
 
     Attributes:
-        responses: how many tokenised responses a stage has, by its name; sampled ones are not known.
+        responses: how many tokenized responses a stage has, by its name; sampled ones are not known.
     """
 
     def __init__(self, preparer: StagePreparer, findings: Findings, models: ModelChecks) -> None:

@@ -77,7 +77,7 @@ def step_memory(
 
     Args:
         make_model: makes the model in a dtype, its adapter included; called under `torch.device("meta")`.
-        micro_batch: tokenised examples of the costliest forward.
+        micro_batch: tokenized examples of the costliest forward.
         autocast: the arithmetic; None: float32.
         half_weights: the weights themselves come in `autocast`, so that no copies in it are kept; what is
             reported of weights and gradients is float32 all the same.
