@@ -9,7 +9,7 @@ from rpo_trainer.chain.findings import Findings
 from rpo_trainer.data import Audit
 from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.checks import check_scorer
+from rpo_trainer.models.preload_checks import check_scorer
 from rpo_trainer.recipe import EvalSpec, GenerateSpec, RewardStage, ScoreSpec, Stage
 from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.rewards.generate import check_room

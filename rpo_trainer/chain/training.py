@@ -18,7 +18,7 @@ import torch
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 from rpo_trainer.trainers.warnings import EarlyWarnings

@@ -269,7 +269,7 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
     from transformers import Trainer, TrainingArguments
 
     try:
-        with distributed.kept():  # the rest of the process may compute on a GPU
+        with distributed.preserve_process_state():  # the rest of the process may compute on a GPU
             args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
         factory, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         return factory(weights, **settings)
