@@ -30,15 +30,14 @@ from common import DEVICE, SIZES, lengths_of, make_rows, make_tokenizer, quiet
 from torch import nn
 from transformers import TrainerCallback
 
-from rpo_trainer.data import Audit
 from rpo_trainer.models.adapters import with_adapter
-from rpo_trainer.models.loading import load_config, load_model, load_tokenizer
+from rpo_trainer.models.loading import load_config, load_model
 from rpo_trainer.models.multimodal import random_model
 from rpo_trainer.plan import DeviceMemory, estimate, plan_recipe
 from rpo_trainer.recipe import LoadedRecipe, expand_stages, load_recipe
 from rpo_trainer.runtime.memory import peak_memory
-from rpo_trainer.stages.data import StageData, build_rows, stage_seed, tokenize_stage
-from rpo_trainer.stages.settings import lora_config, make_trainer, training_config
+from rpo_trainer.stages.prepare import StagePreparer
+from rpo_trainer.stages.settings import lora_config, make_trainer
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "reference", "peak")
 
@@ -187,24 +186,19 @@ class Peaks(TrainerCallback):
 
 def measured(args: argparse.Namespace, loaded: LoadedRecipe) -> tuple[dict[str, int], list[float]]:
     """Bytes by part, and the losses of the steps."""
-    (stage,) = expand_stages(loaded.recipe)
-    tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
-    seed, audit, peaks = stage_seed(stage, loaded.recipe), Audit(), Peaks()
-    run_dir = loaded.base_dir / "run"
-    config = training_config(
-        stage, loaded.recipe.model, seed=seed, folder=run_dir / stage.name, run_dir=run_dir
-    )
+    preparer, peaks = StagePreparer(loaded), Peaks()
+    (stage,) = preparer.stages
+    config = preparer.settings(stage, loaded.base_dir / "run")
     config.logging_steps = 1
-    rows = build_rows(stage, loaded.base_dir, seed=seed, audit=audit, earlier=lambda _: [])
-    data = StageData(tokenize_stage(stage, rows, tokenizer, audit), None, audit, rows)
+    inputs = preparer.prepare(stage)
     for library in ("peft", "bitsandbytes", "torch._dynamo"):  # no part of what is planned
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     before = record.memory_now()
-    model = start(args, loaded, seed, len(tokenizer))
+    model = start(args, loaded, preparer.seed(stage), len(preparer.tokenizer))
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = make_trainer(stage, config, model, None, tokenizer, data, [peaks])
+    trainer = make_trainer(stage, config, model, None, preparer.tokenizer, inputs, [peaks])
     trainer.train()
     found = {name: value - before for name, value in peaks.found.items()}
     parts = {

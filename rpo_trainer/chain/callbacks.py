@@ -63,7 +63,7 @@ class StepZeroLog(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM or SIGINT: the step in hand is finished, a checkpoint written, the exit code is 75.
 
-    While a stage trains (`busy`), the first signal is only noted; behind the last step the output
+    While a stage trains (`busy`), the first signal is only noted; after the last step the output
     is still written. At any other time nothing would be lost, and the first signal ends the run at
     once, as the second always does.
 
@@ -101,7 +101,7 @@ class StopOnSignal(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # What a signal raised may have been swallowed (in a finaliser, by a library).
+        # What a signal raised may have been swallowed (in a finalizer, by a library).
         self.raise_if_stopped()
         self.busy = True
 

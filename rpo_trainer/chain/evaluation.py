@@ -1,7 +1,7 @@
 """What is measured with a stage's output: held-out responses, pairs and rows, and lm-eval tasks.
 
 What costs time is kept under `evaluation/` of the run by content: the baseline's responses and log-probs
-are made once for all stages, and an evaluation that was stopped resumes with what is there.
+are made once for all stages, and an evaluation that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,25 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rpo_trainer.data import Audit, load_rows, tokenize_rows
+from rpo_trainer.data import Audit
 from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.models.sharding import loading_whole
-from rpo_trainer.recipe import PreferenceStage, Recipe, Stage
+from rpo_trainer.recipe import PreferenceStage, Stage
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.policies import sampling_settings
 from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
-from rpo_trainer.stages.data import at_most, evaluation_prompts
-from rpo_trainer.stages.harness import run_tasks
+from rpo_trainer.stages.lm_eval_tasks import run_tasks
+from rpo_trainer.stages.settings import arithmetic
 from rpo_trainer.step.forward import uninstall
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.step.reference import ReferenceCache, dataset_logprobs, response_key
 
 if TYPE_CHECKING:
+    from rpo_trainer.chain.models import Models
     from rpo_trainer.data.rows import Row
-    from rpo_trainer.recipe import EvalSpec, ScoreSpec, SourceSpec
+    from rpo_trainer.recipe import EvalSpec, ScoreSpec
     from rpo_trainer.rewards.scorers import Scorer
+    from rpo_trainer.stages.prepare import StagePreparer
+    from rpo_trainer.stages.scored_rows import ScoredRows
 
 logger = logging.getLogger(__name__)
 
@@ -64,39 +67,26 @@ class Evaluation:
     """Measures the outputs of one run.
 
     Args:
-        stages: all stages, in their order.
-        load: from a source (a stage, `model`, a path) to its policy.
-        weights: from such a source to a key of its weights.
-        scorer: from a recipe's `score` to what gives the rewards.
-        arithmetic: the dtype of the log-probs, as in training.
+        models: load policies by their source (a stage, `model`, a path).
+        scored_rows: find the scorer of a recipe's `score`.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        base_dir: Path,
-        run_dir: Path,
-        stages: Sequence[Stage],
-        tokenizer: Any,
-        *,
-        load: Callable[[str], Any],
-        weights: Callable[[str], str],
-        scorer: Callable[[ScoreSpec], Scorer],
-        arithmetic: str,
+        self, preparer: StagePreparer, run_dir: Path, models: Models, scored_rows: ScoredRows
     ) -> None:
-        self.recipe = recipe
-        self.base_dir = base_dir
+        self.preparer = preparer
+        self.recipe = preparer.recipe
         self.run_dir = run_dir
-        self.stages = stages
-        self.tokenizer = tokenizer
-        self.load = load
-        self.weights = weights
-        self.scorer = scorer
-        self.dtype: torch.dtype = getattr(torch, arithmetic)
+        self.stages = preparer.stages
+        self.tokenizer: Any = preparer.tokenizer
+        self.models = models
+        self.scored_rows = scored_rows
+        # The log-probs are computed as in training.
+        self.dtype: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
         self._policies: dict[str, Any] = {}
 
     def measure(self, stage: Stage, label: str) -> dict[str, Any]:
-        """All that the stage's `eval` asks for, as plain data.
+        """The figures that the stage's `eval` names, as plain data.
 
         `samples.jsonl` is written beside it, and `baseline-samples.jsonl` where the baseline is a policy
         from before the run.
@@ -118,12 +108,12 @@ class Evaluation:
                     self._keep_samples(stage, "baseline-samples", theirs.pop("samples"))
                     of_before |= theirs
             if spec.preferences:
-                examples = self._examples(spec.preferences, "pair", spec, f"{label} held-out pairs")
+                examples = self._examples(spec, "preferences", f"{label} held-out pairs")
                 found["preferences"] = self._preferences(stage.name, examples, baseline)
                 if before is not None:
                     of_before["preferences"] = self._preferences(before, examples, None)
             if spec.nll:
-                examples = self._examples(spec.nll, "sft", spec, f"{label} held-out rows")
+                examples = self._examples(spec, "nll", f"{label} held-out rows")
                 found["nll_by_source"] = self._nll(stage.name, examples)
                 if before is not None:
                     of_before["nll_by_source"] = self._nll(before, examples)
@@ -136,7 +126,7 @@ class Evaluation:
                         policy,
                         self.tokenizer,
                         tasks,
-                        self.base_dir,
+                        self.preparer.loaded.base_dir,
                         seed=self.recipe.seed,
                         template_kwargs=self.recipe.model.chat_template_kwargs,
                     ),
@@ -159,7 +149,7 @@ class Evaluation:
     def _policy(self, source: str) -> Any:
         if source not in self._policies:
             with loading_whole():
-                self._policies[source] = self.load(source).to(distributed.device())
+                self._policies[source] = self.models.output(source).to(distributed.device())
         return self._policies[source]
 
     # --- sampled responses ---
@@ -168,8 +158,8 @@ class Evaluation:
         self, stage: Stage, spec: EvalSpec, baseline: str | None, label: str
     ) -> dict[str, Any]:
         assert spec.score is not None  # the schema
-        rows = evaluation_prompts(spec, self.base_dir, seed=self.recipe.seed)
-        scorer = self.scorer(spec.score)
+        rows = self.preparer.evaluation_prompts(spec)
+        scorer = self.scored_rows.scorer(spec.score)
         mine = self._answers(stage.name, rows, spec)
         theirs = None if baseline is None else self._answers(baseline, rows, spec)
         if spec.score.judge is not None:
@@ -195,7 +185,7 @@ class Evaluation:
         assert spec.generate is not None
         seed = self.recipe.seed
         settings = [sampling_settings(spec.generate), spec.greedy, seed]
-        key = content_key("answers", self.weights(source), rows, settings)
+        key = content_key("answers", self.models.weights_key(source), rows, settings)
         path = self.run_dir / FOLDER / f"responses-{key}.jsonl"
         if distributed.on_main(lambda: is_intact(path)):
             return read_rows(path)
@@ -303,23 +293,16 @@ class Evaluation:
         sources = [example["source"] for example in examples]
         return evaluate.nll_figures(logps, tokens, sources, self.recipe.seed)
 
-    def _examples(
-        self, sources: list[SourceSpec], kind: Any, spec: EvalSpec, what: str
-    ) -> list[Mapping[str, Any]]:
-        audit, seed = Audit(), self.recipe.seed
+    def _examples(self, spec: EvalSpec, field: str, what: str) -> list[Mapping[str, Any]]:
+        audit = Audit()
         with distributed.raise_on_all_ranks():
-            rows = load_rows(sources, kind=kind, base_dir=self.base_dir, audit=audit, seed=seed)
-            examples = tokenize_rows(
-                at_most(rows, spec.max_rows, audit), self.tokenizer, kind=kind, truncation="drop",
-                max_length=max(stage.max_length for stage in self.stages), audit=audit,
-                refuse_special_text=True,
-            )  # fmt: skip
+            examples = self.preparer.evaluation_rows(spec, field, audit)
         audit.log(logger, f"the rows of {what}", f"{what}: ")
-        return list(examples)
+        return examples
 
     def _logps(self, source: str, examples: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Σ log π over the trained tokens of each response, computed as in training."""
-        key = content_key("logps", self.weights(source), str(self.dtype))
+        key = content_key("logps", self.models.weights_key(source), str(self.dtype))
         cache = distributed.on_main(lambda: ReferenceCache(self.run_dir / FOLDER / f"logps-{key}"))
         known = [
             [cache.values.get(response_key(e["prompt_ids"], ids, mask)) for ids, mask in

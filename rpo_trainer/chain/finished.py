@@ -11,7 +11,7 @@ from rpo_trainer.chain.state import ChainState
 from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage
-from rpo_trainer.stages.made import sources_of_rows
+from rpo_trainer.stages.inputs import sources_of_rows
 from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 

@@ -1,4 +1,4 @@
-"""The models of a chain: what a stage starts from, what it is compared with, and what it leaves behind.
+"""The models of a chain: what a stage starts from, what it is compared with, and its output.
 
 A stage without `peft` leaves a whole model in `final`. One with `between_stages: merge` leaves the merged
 model there, and the adapter by itself in `adapter`; one with `keep` leaves the adapter in `final`, and the
@@ -11,28 +11,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.adapter_methods import changes_base
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
 from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
-from rpo_trainer.recipe import Recipe, RewardStage, Stage, resolve_path
+from rpo_trainer.recipe import RewardStage, Stage
+from rpo_trainer.rewards.resumable_rows import content_key
 from rpo_trainer.runtime import distributed
-from rpo_trainer.stages.settings import lora_config
+from rpo_trainer.stages.scored_rows import source_key
+from rpo_trainer.stages.settings import arithmetic, lora_config
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import verify_manifest, write_manifest
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
+
+    from rpo_trainer.stages.prepare import StagePreparer
 
 _BASE, _START = "base", "start"
 
@@ -56,30 +60,17 @@ class _Adapter:
 
 
 class Models:
-    """Loads and writes the models of a chain.
+    """Loads and writes the models of a chain."""
 
-    Args:
-        vocabulary: tokens of the tokenizer.
-        arithmetic: the dtype of the stages' arithmetic, for products of 4-bit weights.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        base_dir: Path,
-        run_dir: Path,
-        stages: Sequence[Stage],
-        *,
-        vocabulary: int,
-        arithmetic: str,
-    ) -> None:
-        self.recipe = recipe
-        self.base_dir = base_dir
+    def __init__(self, preparer: StagePreparer, run_dir: Path) -> None:
+        self.preparer = preparer
+        self.recipe = preparer.recipe
         self.run_dir = run_dir
-        self.stages = {stage.name: stage for stage in stages}
-        self.vocabulary = vocabulary
-        self.compute: torch.dtype = getattr(torch, arithmetic)
-        self.trusted = recipe.model.trust_remote_code
+        self.stages = {stage.name: stage for stage in preparer.stages}
+        self.vocabulary = len(preparer.tokenizer)
+        # Of the products of 4-bit weights.
+        self.compute: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
+        self.trusted = self.recipe.model.trust_remote_code
 
     # --- what there is ---
 
@@ -91,12 +82,32 @@ class Models:
         base = self._load(left.base.place, left.quantization)
         return adapters.load_adapter(base, left.folder, trainable=False)
 
-    def start(self, stage: Stage, seed: int) -> Any:
-        """The policy that a stage starts from, ready to be trained; a reward stage's may be a reward model.
+    def sampling_policy(
+        self, stage: Stage, source: str
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """What a stage samples from: its start (`init`), or another source."""
+        with loading_whole():
+            if source != "init":
+                model = self.output(source)
+            # A reward stage trains something else: the pairs come from what it is made of.
+            elif isinstance(stage, RewardStage):
+                model = self.output(stage.init)
+            else:
+                model = self.start(stage)
+            return model.to(distributed.device()), self.preparer.tokenizer
 
-        Args:
-            seed: of a fresh adapter's random part.
-        """
+    def weights_key(self, source: str) -> str:
+        """A key of the weights behind a source."""
+        if source in self.stages:
+            return output_fingerprint(self._final(source))
+        if source != "model":
+            return source_key(self.preparer.path(source), source)
+        name = self.recipe.model.name_or_path
+        own = source_key(self.preparer.path(name), name) if name else ""
+        return content_key(self.recipe.model.model_dump(mode="json"), self.recipe.seed, own)
+
+    def start(self, stage: Stage) -> Any:
+        """The model that a stage starts from, ready to be trained: a policy, or a reward model."""
         left = self._adapter(stage.init)
         if stage.peft is None:
             return self._whole(stage) if left is None else self._merged(left)
@@ -106,13 +117,13 @@ class Models:
             base = self._load(left.base.place, stage.peft.quantization)
             return adapters.load_adapter(base, left.folder, trainable=True)
         if not self._brings_base(stage):
-            return self._fresh(stage, seed)
+            return self._fresh(stage)
         own = self.run_dir / stage.name / _BASE
-        distributed.on_main(lambda: self._write_base(stage, seed, own))
+        distributed.on_main(lambda: self._write_base(stage, own))
         return adapters.load_adapter(self._load(own), own / _START, trainable=True)
 
     def _adapter(self, source: str) -> _Adapter | None:
-        """What lies at a source, where it is an adapter."""
+        """The adapter at a source, if there is one."""
         stage = self.stages.get(source)
         if stage is not None:
             if stage.peft is None or stage.peft.between_stages == "merge":
@@ -120,7 +131,7 @@ class Models:
             return _Adapter(self._final(source), self._base(stage), stage.peft.quantization)
         if source == "model":
             return None
-        folder = resolve_path(self.base_dir, source)
+        folder = self.preparer.path(source)
         if not adapter_files.is_adapter(folder):
             return None
         name = adapter_files.base_of(folder)
@@ -129,7 +140,7 @@ class Models:
         return _Adapter(folder, base, None)
 
     def _base(self, stage: Stage) -> _Base:
-        """What lies below the adapter of a stage."""
+        """The base of a stage's adapter."""
         left = self._adapter(stage.init)
         if left is not None:
             return left.base
@@ -148,13 +159,13 @@ class Models:
     def _place(self, source: str) -> _Base:
         if source == "model":
             name = self.recipe.model.name_or_path or ""
-            here = resolve_path(self.base_dir, name)
+            here = self.preparer.path(name)
             if not (name and here.is_dir()):
                 return _Base(None, name)
             return dataclasses.replace(self._local(here, Path(name).is_absolute()), place=None)
         if source in self.stages:
             return self._in_run(source, "final")
-        here = resolve_path(self.base_dir, source)
+        here = self.preparer.path(source)
         return self._local(here, Path(source).is_absolute())
 
     def _in_run(self, stage: str, folder: str) -> _Base:
@@ -195,7 +206,7 @@ class Models:
             )
         return load_model(
             spec,
-            self.base_dir,
+            self.preparer.loaded.base_dir,
             seed=self.recipe.seed,
             vocabulary=self.vocabulary,
             quantization=quantization,
@@ -205,26 +216,26 @@ class Models:
     # --- adapters ---
 
     def _whole(self, stage: Stage) -> PreTrainedModel:
-        """What a stage starts from, where that is no adapter."""
+        """What a stage starts from, where that is not an adapter."""
         quantization = None if stage.peft is None else stage.peft.quantization
         reward = isinstance(stage, RewardStage)
         return self._load(self._place(stage.init).place, quantization, reward=reward)
 
-    def _fresh(self, stage: Stage, seed: int) -> Any:
+    def _fresh(self, stage: Stage) -> Any:
         base = self._whole(stage)
-        set_seed(seed)  # a resumed run needs the same random start
+        set_seed(self.preparer.seed(stage))  # a resumed run needs the same random start
         config = lora_config(stage)
         assert config is not None
         return adapters.with_adapter(base, config)
 
-    def _write_base(self, stage: Stage, seed: int, own: Path) -> None:
+    def _write_base(self, stage: Stage, own: Path) -> None:
         """`base`: the weights below a fresh adapter and its `start`; complete or absent."""
         if verify_manifest(own) is None:
             return
         staged = own.with_name(f".{own.name}")
         shutil.rmtree(staged, ignore_errors=True)
         with loading_whole():
-            model = self._fresh(stage, seed)
+            model = self._fresh(stage)
         model.save_pretrained(staged / _START)
         adapter_files.write_base(
             staged / _START, os.path.abspath(own), relative="..", plain_start=True

@@ -31,7 +31,7 @@ _STAGE = "{desc} {percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {remaining
 
 
 def _has_width(stream: TextIO) -> bool:
-    """False for a terminal that nobody looks at, as some job runners have: a bar would not be drawn."""
+    """False for a terminal without columns, as some job runners have: a bar would not be drawn."""
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):  # not a terminal of the system

@@ -5,26 +5,24 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rpo_trainer.chain.asked import default_run_dir
 from rpo_trainer.chain.callbacks import MetricsLog, StopOnSignal
 from rpo_trainer.chain.card import write_card
 from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
-from rpo_trainer.chain.garbage import light_collections
 from rpo_trainer.chain.inputs import Digests, Inputs
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress
+from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import (
     ChainState,
     forget_metrics,
@@ -36,6 +34,7 @@ from rpo_trainer.chain.state import (
 )
 from rpo_trainer.chain.training import (
     agreement_of,
+    light_collections,
     output_fingerprint,
     train_stage,
     write_gaps,
@@ -43,8 +42,6 @@ from rpo_trainer.chain.training import (
 )
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
-from rpo_trainer.models.loading import load_tokenizer
-from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.plan.disk import check_disk, raise_if_refused
 from rpo_trainer.recipe import (
     LoadedRecipe,
@@ -52,28 +49,14 @@ from rpo_trainer.recipe import (
     RewardStage,
     Stage,
     dump_resolved,
-    expand_stages,
     fill_from_environment,
-    resolve_path,
 )
-from rpo_trainer.rewards.resumable_rows import content_key
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.cores import limit_threads
-from rpo_trainer.stages.data import (
-    StageData,
-    build_evaluation,
-    build_rows,
-    check_overlap,
-    fitted_stage,
-    rows_by_stage,
-    set_aside,
-    source_digests,
-    stage_seed,
-    tokenize_stage,
-)
+from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
-from rpo_trainer.stages.made import RowMaker, source_key
-from rpo_trainer.stages.places import errors_located_in
+from rpo_trainer.stages.inputs import StageInputs
+from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import (
     METRICS_FILE,
     AuditRecord,
@@ -85,7 +68,9 @@ from rpo_trainer.stages.record import (
     StageRecord,
     StepZeroRecord,
 )
-from rpo_trainer.stages.settings import arithmetic, check_warmup, make_trainer, training_config
+from rpo_trainer.stages.scored_rows import ScoredRows
+from rpo_trainer.stages.settings import check_warmup, make_trainer
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import verify_manifest
 from rpo_trainer.trainers.preference import PreferenceTrainer
 from rpo_trainer.trainers.reward import RewardTrainer
@@ -142,26 +127,17 @@ class _Chain:
         self, loaded: LoadedRecipe, run_dir: Path, allow_changed: Collection[str] = ()
     ) -> None:
         self.loaded = loaded
-        self.recipe = loaded.recipe
-        self.base_dir = loaded.base_dir
         self.run_dir = run_dir
-        self.stages = expand_stages(loaded.recipe)
+        self.preparer = StagePreparer(loaded)
+        self.recipe, self.stages = self.preparer.recipe, self.preparer.stages
         self.state = ChainState(run_dir)
         self.state.adopt(*plain(loaded.recipe, self.stages, loaded.base_dir), allowed=allow_changed)
         with errors_located_in(loaded.origins):
-            self.tokenizer = load_tokenizer(loaded.recipe.model, loaded.base_dir)
-        self.models = Models(
-            self.recipe, self.base_dir, run_dir, self.stages,
-            vocabulary=len(self.tokenizer), arithmetic=arithmetic(self.recipe.model),
-        )  # fmt: skip
-        self.maker = RowMaker(
-            self.base_dir, run_dir, {stage.name: stage for stage in self.stages},
-            seed=lambda stage: stage_seed(stage, self.recipe), policy=self._policy,
-            weights=self._weights, label=self._label, ranks=distributed.ALL_RANKS,
-        )  # fmt: skip
-        self.inputs = Inputs(self.recipe, self.stages, self.base_dir)
+            self.models = Models(self.preparer, run_dir)
+        self.scored_rows = ScoredRows(self.preparer, run_dir, self.models, distributed.ALL_RANKS)
+        self.evaluation = Evaluation(self.preparer, run_dir, self.models, self.scored_rows)
+        self.inputs = Inputs(self.recipe, self.stages, loaded.base_dir)
         self.digests = Digests()
-        self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
         self.stop = StopOnSignal()
         self.progress = ChainProgress(len(self.stages))
 
@@ -187,13 +163,17 @@ class _Chain:
         )
 
         def begin() -> None:
-            if pending:  # a fault of the last stage must not wait for those before it
-                check_recipe(self.loaded, self.run_dir, only=pending)
+            # All stages are checked before the first one trains, so that an error in the last one shows
+            # at once, not after hours. So their data are prepared twice, to be checked and to be trained
+            # on; those of the first stage, which stay in memory, once.
+            if pending:
+                first, record = wanted[0]
+                if first.name in pending:
+                    record.inputs = self.digests.of(self.inputs.of(first))
+                    self.preparer.keep(first)
+                check_recipe(self.loaded, self.run_dir, only=pending, preparer=self.preparer)
             if len(pending) < len(wanted):
-                check_disk(
-                    self.recipe, self.base_dir, self.run_dir, [stage for stage, _ in wanted],
-                    self.stages, len(self.tokenizer), {},
-                )  # fmt: skip
+                check_disk(self.preparer, self.run_dir, [stage for stage, _ in wanted], {})
             self.state.save()
             write_recipe(self.run_dir, dump_resolved(self.recipe))
 
@@ -214,10 +194,7 @@ class _Chain:
             return
         with distributed.raise_on_all_ranks():
             for stage in stages:
-                training_config(
-                    stage, self.recipe.model, seed=stage_seed(stage, self.recipe),
-                    folder=self.run_dir / stage.name, run_dir=self.run_dir,
-                )  # fmt: skip
+                self.preparer.settings(stage, self.run_dir)
 
     def _record(self, name: str) -> StageRecord:
         record = self.state.stage(name)
@@ -227,32 +204,6 @@ class _Chain:
     def _final(self, name: str) -> Path:
         return self.run_dir / name / "final"
 
-    # --- models ---
-
-    def _policy(self, stage: Stage, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """What a stage samples from: its start (`init`), or another source."""
-        with loading_whole():
-            if source != "init":
-                return self.models.output(source).to(distributed.device()), self.tokenizer
-            # A reward stage trains something else: the pairs come from what it is made of.
-            model = (
-                self.models.output(stage.init)
-                if isinstance(stage, RewardStage)
-                else self.models.start(stage, stage_seed(stage, self.recipe))
-            )
-        return model.to(distributed.device()), self.tokenizer
-
-    def _weights(self, stage: Stage, source: str) -> str:
-        """A key of the weights behind such a source."""
-        source = stage.init if source == "init" else source
-        if source == "model":
-            name = self.recipe.model.name_or_path
-            own = source_key(resolve_path(self.base_dir, name), name) if name else ""
-            return content_key(self.recipe.model.model_dump(mode="json"), self.recipe.seed, own)
-        if self.state.stage(source) is not None:
-            return output_fingerprint(self._final(source))
-        return source_key(resolve_path(self.base_dir, source), source)
-
     def _save(self) -> None:
         if distributed.is_main():
             self.state.save()
@@ -260,76 +211,63 @@ class _Chain:
     # --- one stage ---
 
     def _run_stage(self, stage: Stage, record: StageRecord) -> None:
-        began, before = time.monotonic(), record.seconds or 0.0
-        folder = self.run_dir / stage.name
-        folder.mkdir(exist_ok=True)
-        if record.state == "pending":
-            # Before anything of the stage is read, so that no change in between goes unnoticed.
-            record.inputs = distributed.on_main(lambda: self.digests.of(self.inputs.of(stage)))
-        fault = distributed.on_main(lambda: verify_manifest(self._final(stage.name)))
-        try:
-            if fault is not None or record.steps is None:
-                self._train(stage, record, folder, stage_seed(stage, self.recipe))
+        with self._timed(record):
+            self._keep_digests(stage, record)
+            if not self._is_trained(stage, record):
+                self._train(stage, record, self._prepare(stage, record))
             self._evaluate(stage, record)
+            self._publish(stage, record)
+        self._finish(stage, record)
+
+    @contextmanager
+    def _timed(self, record: StageRecord) -> Iterator[None]:
+        """Adds the time inside to the record, which counts all starts of the run."""
+        began, before = time.monotonic(), record.seconds or 0.0
+        try:
+            yield
         except StoppedBySignal:
             record.seconds = before + time.monotonic() - began
             self._save()
             raise
-        record.output = OutputRecord(output_fingerprint(self._final(stage.name)))
-        self._publish(stage, record)
+        record.seconds = before + time.monotonic() - began
+
+    def _keep_digests(self, stage: Stage, record: StageRecord) -> None:
+        """Before anything of the stage is read, so that no change in between goes unnoticed."""
+        (self.run_dir / stage.name).mkdir(exist_ok=True)
+        if record.state == "pending":
+            record.inputs = distributed.on_main(
+                lambda: record.inputs or self.digests.of(self.inputs.of(stage))
+            )
+
+    def _is_trained(self, stage: Stage, record: StageRecord) -> bool:
+        fault = distributed.on_main(lambda: verify_manifest(self._final(stage.name)))
+        return fault is None and record.steps is not None
+
+    def _finish(self, stage: Stage, record: StageRecord) -> None:
         record.state = "done"
         record.finished = now()
-        record.seconds = before + time.monotonic() - began
         self._save()
-        logger.info("%s finished", self._label(stage))
+        logger.info("%s finished", self.preparer.label(stage))
 
     def _publish(self, stage: Stage, record: StageRecord) -> None:
         """The output's card, and the output on the hub where that is asked for."""
         final = self._final(stage.name)
+        record.output = OutputRecord(output_fingerprint(final))
         records = {each.name: each for each in self.state.stages}
         arguments = fill_from_environment(
             stage.training_args, where=f"stages.{stage.name}.training_args"
         )
 
         def publish() -> dict[str, Any] | None:
-            write_card(final, stage, self.stages, records, self.recipe, self.base_dir)
+            write_card(final, stage, self.stages, records, self.recipe, self.loaded.base_dir)
             return push_output(final, arguments, stage=stage.name, run=self.run_dir.resolve().name)
 
         if (pushed := distributed.on_main(publish)) is not None:
             record.hub = HubRecord.from_json(pushed)
 
-    def _label(self, stage: Stage) -> str:
-        return f"[{self.stages.index(stage) + 1}/{len(self.stages)} {stage.name}]"
-
-    def _train(self, stage: Stage, record: StageRecord, folder: Path, seed: int) -> None:
-        label, number = self._label(stage), self.stages.index(stage) + 1
-        logger.info("%s preparing data", label)
-        data = self._data(stage, record, seed)
-        stage = fitted_stage(stage, data.audit)
-        with distributed.raise_on_all_ranks():
-            check_warmup(
-                stage, len(data.train)
-            )  # of sampled examples nobody knew how many there are
-            config = training_config(
-                stage, self.recipe.model, seed=seed, folder=folder, run_dir=self.run_dir
-            )
-        reference = None
-        if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
-            reference = self.models.output(stage.reference)
-        trainer = make_trainer(
-            stage,
-            config,
-            self.models.start(stage, seed),
-            reference,
-            self.tokenizer,
-            data,
-            [
-                MetricsLog(self.run_dir / METRICS_FILE, stage.name),
-                self.progress.callback(label, number),
-                self.stop,
-            ],
-        )
-        logger.info("%s training on %d examples", label, len(data.train))
+    def _train(self, stage: Stage, record: StageRecord, inputs: StageInputs) -> None:
+        folder = self.run_dir / stage.name
+        trainer = self._trainer(inputs)
 
         def begin(step: int, evaluated: bool) -> None:
             record.skipped = None  # the checkpoint knows what was skipped before it
@@ -371,23 +309,45 @@ class _Chain:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _data(self, stage: Stage, record: StageRecord, seed: int) -> StageData:
-        audit = Audit()
-        made = self.maker.rows(stage, audit)
+    def _trainer(self, inputs: StageInputs) -> BaseTrainer:
+        stage, label = inputs.stage, self.preparer.label(inputs.stage)
+        assert inputs.train is not None
         with distributed.raise_on_all_ranks():
-            rows = build_rows(
-                stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows, made=made
-            )
-            rows, held = set_aside(stage, rows, seed=seed, audit=audit)
-            train = tokenize_stage(stage, rows, self.tokenizer, audit)
-            held_out = build_evaluation(stage, self.base_dir, self.tokenizer, seed=seed, rows=held)
-            check_overlap(stage, self.recipe, self.base_dir, rows, held_out and held_out[1], audit)
-        label = self._label(stage)
+            # The number of sampled examples is not known before.
+            check_warmup(stage, len(inputs.train))
+            config = self.preparer.settings(stage, self.run_dir)
+        reference = None
+        if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
+            reference = self.models.output(stage.reference)
+        trainer = make_trainer(
+            stage,
+            config,
+            self.models.start(stage),
+            reference,
+            self.preparer.tokenizer,
+            inputs,
+            [
+                MetricsLog(self.run_dir / METRICS_FILE, stage.name),
+                self.progress.callback(label, self.preparer.number(stage)),
+                self.stop,
+            ],
+        )
+        logger.info("%s training on %d examples", label, len(inputs.train))
+        return trainer
+
+    def _prepare(self, stage: Stage, record: StageRecord) -> StageInputs:
+        label, audit = self.preparer.label(stage), Audit()
+        logger.info("%s preparing data", label)
+        made = self.scored_rows.rows(stage, audit)
+        with distributed.raise_on_all_ranks():
+            inputs = self.preparer.prepare(stage, made=made, audit=audit)
+            self.preparer.prepare_held_out(inputs)
+        audit, held_out, train = inputs.audit, inputs.held_out, inputs.train
+        assert train is not None
         audit.log(logger, f"the rows of stage {stage.name}", f"{label} data: ")
         if held_out is not None:
-            held_out[2].log(logger, "the held-out rows", f"{label} held-out data: ")
-        data = StageData(train, held_out[0] if held_out else None, audit, rows)
-        fingerprint = data.fingerprint()
+            held_out.audit.log(logger, "the held-out rows", f"{label} held-out data: ")
+        fingerprint = inputs.fingerprint()
         made_here = distributed.all_gather_dict({distributed.rank(): fingerprint})
         with distributed.raise_on_all_ranks():
             if len(set(made_here.values())) > 1:
@@ -409,7 +369,7 @@ class _Chain:
                     )
                 self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
         sources = distributed.on_main(
-            lambda: source_digests(stage.data.train, self.base_dir, record.inputs or ())
+            lambda: self.preparer.source_digests(stage, record.inputs or ())
         )
         record.state = "running"
         record.started = record.started or now()
@@ -418,27 +378,20 @@ class _Chain:
         record.data = DataRecord(
             fingerprint,
             AuditRecord.from_json(audit.as_dict()),
-            AuditRecord.from_json(held_out[2].as_dict()) if held_out else None,
+            AuditRecord.from_json(held_out.audit.as_dict()) if held_out else None,
         )
         if audit.calibration:
             record.reward_scale = audit.calibration["reward_scale"]
         self._save()
-        return data
-
-    def _evaluation(self, stage: Stage) -> Evaluation:
-        return Evaluation(
-            self.recipe, self.base_dir, self.run_dir, self.stages, self.tokenizer,
-            load=self.models.output, weights=lambda source: self._weights(stage, source),
-            scorer=self.maker.scorer, arithmetic=arithmetic(self.recipe.model),
-        )  # fmt: skip
+        return inputs
 
     def _evaluate(self, stage: Stage, record: StageRecord) -> None:
-        """Held-out rows of the stage itself, and what the recipe's `eval` asks for."""
+        """Held-out rows of the stage itself, and what the recipe's `eval` names."""
         if isinstance(stage, RewardStage):
             record.eval = agreement_of(record)
             return
         scores = EvaluationRecord.from_json(
-            self._evaluation(stage).measure(stage, self._label(stage))
+            self.evaluation.measure(stage, self.preparer.label(stage))
         )
         if record.eval_after is not None:
             scores.nll = record.eval_after.get("eval_loss/sft")

@@ -1,4 +1,4 @@
-"""What a run writes, in bytes; whether there is room for it; and what the file system refuses after all."""
+"""Disk space: what a run writes, whether there is room for it, and errors of the file system."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from rpo_trainer.errors import ModelError, RecipeError, RunError
 from rpo_trainer.models.adapter_files import base_of, is_adapter
 from rpo_trainer.models.adapters import with_adapter
 from rpo_trainer.models.from_config import auto_class
-from rpo_trainer.models.loading import load_config
 from rpo_trainer.models.multimodal import freeze_towers, random_model
 from rpo_trainer.models.reward_model import as_reward_model
-from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage, resolve_path
+from rpo_trainer.plan.memory import optimizer_bytes
+from rpo_trainer.recipe import PreferenceStage, RewardStage, Stage
 from rpo_trainer.report.formatting import size
 from rpo_trainer.runtime.file_errors import UNREADABLE, reading
 from rpo_trainer.runtime.files import refusal
+from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import lora_config
 
 SAVING = "saving"  # the part that is there only while a checkpoint is written
@@ -55,29 +56,22 @@ def together(stages: Sequence[Mapping[str, int]]) -> int:
     return kept + max((parts.get(SAVING, 0) for parts in stages), default=0)
 
 
-def unread_model(
-    stage: Stage,
-    stages: Sequence[Stage],
-    recipe: Recipe,
-    base_dir: Path,
-    vocabulary: int,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """The model that a stage trains, adapter included, of weights that nobody has read.
+def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> nn.Module:
+    """The model that a stage trains, adapter included, without content.
 
     To be called under `torch.device("meta")`.
 
     Raises:
         ModelError: there is no configuration, or none that a causal language model can be made of.
     """
-    source = stage.init
-    by_name = {other.name: other for other in stages}
+    recipe, source = preparer.recipe, stage.init
+    by_name = {other.name: other for other in preparer.stages}
     while source in by_name:
         source = by_name[source].init
-    if source != "model" and is_adapter(folder := resolve_path(base_dir, source)):
+    if source != "model" and is_adapter(folder := preparer.path(source)):
         source = base_of(folder)
     where = f"stages.{stage.name}.init"
-    config = load_config(recipe.model, base_dir, None if source == "model" else source, vocabulary)
+    config = preparer.model_config(None if source == "model" else source)
     reward = isinstance(stage, RewardStage)
     with reading("the model's configuration", where):
         factory: Any = auto_class(config, reward=reward, where=where)
@@ -105,24 +99,15 @@ def unread_model(
 
 
 def check_disk(
-    recipe: Recipe,
-    base_dir: Path,
-    run_dir: Path,
-    wanted: Sequence[Stage],
-    stages: Sequence[Stage],
-    vocabulary: int,
-    responses: Mapping[str, int],
+    preparer: StagePreparer, run_dir: Path, wanted: Sequence[Stage], responses: Mapping[str, int]
 ) -> None:
     """Raises RunError where stages that are still to run will write more than there is room for.
 
     Args:
-        wanted: the stages to run, of all `stages`; what lies there of them already is counted off.
+        wanted: the stages to run; what they have written already is subtracted.
         responses: of each stage by name, where known.
     """
-    needs = {
-        stage.name: _of_stage(stage, stages, recipe, base_dir, vocabulary, responses)
-        for stage in wanted
-    }
+    needs = {stage.name: _of_stage(preparer, stage, responses) for stage in wanted}
     there = sum(_size(run_dir / name) for name in needs)
     needed = together(list(needs.values())) - there
     free = shutil.disk_usage(existing(run_dir)).free
@@ -140,15 +125,10 @@ def check_disk(
 
 
 def _of_stage(
-    stage: Stage,
-    stages: Sequence[Stage],
-    recipe: Recipe,
-    base_dir: Path,
-    vocabulary: int,
-    responses: Mapping[str, int],
+    preparer: StagePreparer, stage: Stage, responses: Mapping[str, int]
 ) -> dict[str, int]:
     with torch.device("meta"):
-        model = unread_model(stage, stages, recipe, base_dir, vocabulary, torch.float32)
+        model = unread_model(preparer, stage, torch.float32)
     return stage_disk(
         stage,
         parameters=_held(model.parameters()),
@@ -163,13 +143,9 @@ def _held(weights: Any) -> int:
 
 
 def _state(model: nn.Module, stage: Stage) -> int:
-    from rpo_trainer.plan.memory import optimizer_bytes  # which needs what needs this
-
     try:
         return optimizer_bytes(model, stage.optim)
-    except (
-        RecipeError
-    ):  # an optimizer of a library that is not here: at least nothing is refused for it
+    except RecipeError:  # of a library that is not here: at least nothing is refused for it
         return 0
 
 

@@ -24,7 +24,7 @@ from rpo_trainer.plan.memory import StepMemory
 Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 
-# DeepSpeed's stage3_max_live_parameters and reduce_bucket_size, as they are where nobody sets them.
+# DeepSpeed's stage3_max_live_parameters and reduce_bucket_size, by default.
 _LIVE, _BUCKET = 10**9, 5 * 10**8
 
 
@@ -62,6 +62,7 @@ def check_devices(engine: Engine, devices: int, nodes: int) -> None:
     if engine == "single" and max(devices, nodes) > 1:
         raise RecipeError(
             f"one process is planned for {devices} devices",
+            code="plan.single-process",
             where="--engine single",
             why="a process trains on one device: the others would stay idle",
             fix=f"name what spreads it: --engine {' | '.join(ENGINES[1:])}",

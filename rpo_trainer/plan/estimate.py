@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.data import Audit
-from rpo_trainer.models.loading import load_model, load_tokenizer
+from rpo_trainer.models.loading import load_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.disk import stage_disk, together, unread_model
 from rpo_trainer.plan.engines import DeviceMemory, Engine, check_devices, launch_line, per_device
@@ -26,18 +24,11 @@ from rpo_trainer.recipe import (
     PreferenceStage,
     RewardStage,
     Stage,
-    expand_stages,
 )
-from rpo_trainer.stages.data import (
-    build_rows,
-    needs_policy,
-    rows_by_stage,
-    stage_seed,
-    tokenize_stage,
-)
-from rpo_trainer.stages.made import load_prompts, prompt_ids, sampling
-from rpo_trainer.stages.places import errors_located_in
-from rpo_trainer.stages.settings import arithmetic, training_config
+from rpo_trainer.stages.error_places import errors_located_in
+from rpo_trainer.stages.inputs import sampling_spec
+from rpo_trainer.stages.prepare import StagePreparer
+from rpo_trainer.stages.settings import arithmetic
 from rpo_trainer.step.batch import PackedBatch, forward_tokens, pack
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.trainers.base_config import BaseConfig, accumulation_of
@@ -101,7 +92,7 @@ def plan_recipe(
     measure: bool = False,
     arguments: Sequence[str] = (),
 ) -> Plan:
-    """Plans every stage of a recipe. Reads and tokenises the data; loads weights only to measure.
+    """Plans every stage of a recipe. Reads and tokenizes the data; loads weights only to measure.
 
     Args:
         devices: of all nodes together.
@@ -115,7 +106,7 @@ def plan_recipe(
     with errors_located_in(loaded.origins):
         planner = _Planner(loaded, run_dir, engine, devices)
     planned = []
-    for stage in planner.stages:
+    for stage in planner.preparer.stages:
         with errors_located_in(loaded.origins, f"stages.{stage.name}"):
             planned.append(planner.stage(stage))
     plan = Plan(
@@ -132,15 +123,12 @@ def plan_recipe(
 
 class _Planner:
     def __init__(self, loaded: LoadedRecipe, run_dir: Path, engine: Engine, devices: int) -> None:
-        self.loaded = loaded
+        self.preparer = StagePreparer(loaded)
+        self.vocabulary = len(self.preparer.tokenizer)
         self.recipe = loaded.recipe
-        self.base_dir = loaded.base_dir
         self.run_dir = run_dir
         self.engine = engine
         self.devices = devices
-        self.stages = expand_stages(loaded.recipe)
-        self.earlier_rows = rows_by_stage(self.stages, self.recipe, self.base_dir)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(loaded.recipe.model, self.base_dir)
         self.parameters = 0
         self.half = arithmetic(loaded.recipe.model) != "float32"
         self.typical: dict[str, tuple[Stage, list[dict[str, Any]]]] = {}
@@ -150,9 +138,7 @@ class _Planner:
         if stage.micro_batch_tokens is None:
             where = f"stages.{stage.name}.global_batch_size"
             accumulation_of(stage.global_batch_size, stage.micro_batch_size, self.devices, where)
-        config = training_config(
-            stage, self.recipe.model, seed=0, folder=self.run_dir / stage.name, run_dir=self.run_dir
-        )
+        config = self.preparer.settings(stage, self.run_dir)
         examples, assumed = self._examples(stage)
         costs = examples.costs("shared")
         batches = _micro_batches(examples, config)
@@ -192,9 +178,7 @@ class _Planner:
 
     def _model(self, stage: Stage, dtype: torch.dtype) -> nn.Module:
         """The stage's model, a frozen base held as in training."""
-        model = unread_model(
-            stage, self.stages, self.recipe, self.base_dir, len(self.tokenizer), dtype
-        )
+        model = unread_model(self.preparer, stage, dtype)
         self.parameters = max(self.parameters, sum(p.numel() for p in model.parameters()))
         if stage.peft is not None and stage.peft.quantization is not None:
             hold_in_nf4(model, getattr(torch, arithmetic(self.recipe.model)))
@@ -202,17 +186,11 @@ class _Planner:
 
     def _examples(self, stage: Stage) -> tuple[Examples, bool]:
         """Training examples, and whether their responses are only assumed: none has been sampled yet."""
-        seed = stage_seed(stage, self.recipe)
-        if not needs_policy(stage.data):
-            audit = Audit()
-            rows = build_rows(
-                stage, self.base_dir, seed=seed, audit=audit, earlier=self.earlier_rows
-            )
-            return Examples(tokenize_stage(stage, rows, self.tokenizer, audit)), False
-        sampled = sampling(stage.data, self.stages)
-        spec = sampled.generate
+        inputs = self.preparer.prepare(stage)
+        if inputs.train is not None:
+            return Examples(inputs.train), False
+        spec = sampling_spec(stage.data, self.preparer.stages).generate
         assert spec is not None
-        rows = load_prompts(sampled, self.base_dir, seed=seed, audit=Audit())
         pairs = stage.data.pairs is None or stage.data.pairs.select != "all_responses"
         whole = spec.responses * (len(spec.policies) + len(spec.endpoints))
         count = 2 if pairs else whole + spec.with_ground_truth
@@ -225,14 +203,14 @@ class _Planner:
                     "response_ids": [response] * count,
                     "response_mask": [mask] * count,
                 }
-                for ids in prompt_ids(rows, self.tokenizer)
+                for ids in self.preparer.prompt_ids(inputs.rows)
             ]
         ), True
 
     def measure(self, plan: Plan) -> None:
         """Fills in `seconds`: one forward and backward of a middling micro-batch, on this device."""
-        vocabulary = len(self.tokenizer)
-        start: Any = load_model(self.recipe.model, self.base_dir, seed=0, vocabulary=vocabulary)
+        base_dir = self.preparer.loaded.base_dir
+        start: Any = load_model(self.recipe.model, base_dir, seed=0, vocabulary=self.vocabulary)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         start.to(device).train()
         for stage in plan.stages:
@@ -253,7 +231,7 @@ class _Planner:
 
 
 def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> float:
-    """Seconds of one forward and backward, the better of two behind a warm-up."""
+    """Seconds of one forward and backward, the better of two after a warm-up."""
     seconds = []
     for _ in range(3):
         model.zero_grad()

@@ -77,7 +77,7 @@ def step_memory(
 
     Args:
         make_model: makes the model in a dtype, its adapter included; called under `torch.device("meta")`.
-        micro_batch: tokenised examples of the costliest forward.
+        micro_batch: tokenized examples of the costliest forward.
         autocast: the arithmetic; None: float32.
         half_weights: the weights themselves come in `autocast`, so that no copies in it are kept; what is
             reported of weights and gradients is float32 all the same.
@@ -279,6 +279,7 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(
             f"the memory of optimizer {optim!r} cannot be estimated here",
+            code="plan.unknown-optimizer",
             where="optim",
             why=f"it is measured on one that is made here, and making it fails: {error}",
             fix="install what it needs, or plan with another optimizer",

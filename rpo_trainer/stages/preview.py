@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from rpo_trainer.data import Audit
 from rpo_trainer.data.counts import DROPS
@@ -20,12 +19,11 @@ from rpo_trainer.data.token_view import (
     warnings_of,
 )
 from rpo_trainer.errors import DataError, RecipeError
-from rpo_trainer.models.loading import load_tokenizer
-from rpo_trainer.recipe import LoadedRecipe, Stage, expand_stages
+from rpo_trainer.recipe import LoadedRecipe, Stage
 from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
-from rpo_trainer.stages.data import needs_policy, rows_by_stage, stage_seed, tokenize_stage
-from rpo_trainer.stages.made import load_prompts, prompt_ids
-from rpo_trainer.stages.places import errors_located_in
+from rpo_trainer.stages.error_places import errors_located_in
+from rpo_trainer.stages.inputs import needs_policy, tokenize_stage
+from rpo_trainer.stages.prepare import StagePreparer
 
 Row = dict[str, Any]
 
@@ -48,16 +46,17 @@ def preview(
     """
     with errors_located_in(loaded.origins):
         shown = _Preview(loaded, colors)
-    names = [each.name for each in shown.stages]
+    names = [each.name for each in shown.preparer.stages]
     if stage is not None and stage not in names:
         raise RecipeError(
             f"there is no stage {stage!r}",
+            code="option.unknown-stage",
             where=str(loaded.path),
             why="it is not taken for another; the rounds of a repeated stage have numbers (rpo-1, rpo-2)",
             fix=f"one of: {', '.join(names)}",
         )
     yield shown.view.legend()
-    for each in shown.stages:
+    for each in shown.preparer.stages:
         if stage in (None, each.name):
             with errors_located_in(loaded.origins, f"stages.{each.name}"):
                 yield from shown.stage(each, count)
@@ -65,13 +64,8 @@ def preview(
 
 class _Preview:
     def __init__(self, loaded: LoadedRecipe, colors: bool) -> None:
-        self.loaded = loaded
-        self.stages = expand_stages(loaded.recipe)
-        self.rows = rows_by_stage(self.stages, loaded.recipe, loaded.base_dir)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
-            loaded.recipe.model, loaded.base_dir
-        )
-        self.view = TokenView(self.tokenizer, colors)
+        self.preparer = StagePreparer(loaded)
+        self.view = TokenView(self.preparer.tokenizer, colors)
         self._seen: dict[str, str] = {}
 
     def stage(self, stage: Stage, count: int) -> Iterator[Text]:
@@ -81,22 +75,21 @@ class _Preview:
         if (before := self._seen.setdefault(data, stage.name)) != stage.name:
             yield Text(f"the same data as {before}")
             return
-        seed = stage_seed(stage, self.loaded.recipe)
         if stage.data.responses_from is not None:
             yield Text(f"the responses of stage {stage.data.responses_from}")
-        elif needs_policy(stage.data):
-            rows = load_prompts(stage.data, self.loaded.base_dir, seed=seed, audit=Audit())
+            return
+        rows = self.preparer.prepare(stage, tokenize=False).rows
+        if needs_policy(stage.data):
             yield Text(f"{len(rows):,} prompts; their responses are sampled when the stage runs")
             for row, note in _spread(rows, count):
                 yield from self._prompt(row, note)
         else:
-            rows = self.rows(stage.name)
             yield Text(f"{len(rows):,} rows, max_length {stage.max_length:,} ({stage.truncation})")
             for row, note in _spread(rows, count):
                 yield from self._example(stage, row, note)
 
     def _prompt(self, row: Row, note: str) -> Iterator[Text]:
-        (ids,) = prompt_ids([row], self.tokenizer)
+        (ids,) = self.preparer.prompt_ids([row])
         yield Text(_title(row, note, len(ids)), "bold")
         yield self.view.tokens(ids, [PROMPT] * len(ids))
 
@@ -114,18 +107,18 @@ class _Preview:
         yield from (Text(f"warning: {text}", "yellow") for text in warnings)
         if kept is None:
             yield Text(f"dropped: {reason}", "bold red")
-        yield self.view.tokens(prompt, _lost_behind([PROMPT] * len(prompt), stage.max_length))
+        yield self.view.tokens(prompt, _lost_after([PROMPT] * len(prompt), stage.max_length))
         room = stage.max_length - len(prompt)
         for number, ids in enumerate(whole["response_ids"]):
             mask = whole["response_mask"][number]
             yield Text(_head(whole, number, ids, mask, room), "bold")
-            yield self.view.tokens(ids, _lost_behind(trained_styles(mask), room))
+            yield self.view.tokens(ids, _lost_after(trained_styles(mask), room))
 
     def _tokenized(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
         """The example, or why there is none, and what an audit says of it."""
         audit = Audit()
         try:
-            (example,) = tokenize_stage(stage, [row], self.tokenizer, audit)
+            (example,) = tokenize_stage(stage, [row], self.preparer.tokenizer, audit)
             return example, "", warnings_of(audit)
         except DataError:
             if not audit.dropped:  # a fault, not a row to leave out
@@ -161,6 +154,6 @@ def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], ro
     return said
 
 
-def _lost_behind(styles: list[str], room: int) -> list[str]:
+def _lost_after(styles: list[str], room: int) -> list[str]:
     room = max(room, 0)
     return [*styles[:room], *[LOST] * (len(styles) - room)]

@@ -22,19 +22,15 @@ from rpo_trainer.models.adapter_methods import (
 )
 from rpo_trainer.models.quantization import nf4
 from rpo_trainer.recipe import (
-    DPOStage,
     ModelSpec,
     PeftSpec,
     PreferenceStage,
-    RewardStage,
-    RPOStage,
     Stage,
     fill_from_environment,
 )
 from rpo_trainer.recipe.rules.forms import NOT_READ
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
-from rpo_trainer.stages.data import StageData
 from rpo_trainer.stages.hub import check_strategy
 from rpo_trainer.trainers import (
     DPOConfig,
@@ -55,7 +51,19 @@ from rpo_trainer.trainers.engine import asks_for_shards
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from rpo_trainer.stages.inputs import StageInputs
+
 logger = logging.getLogger(__name__)
+
+StageConfig = SFTConfig | DPOConfig | RPOConfig | RewardConfig
+
+# The config and the trainer of each kind of stage.
+_TRAINERS: dict[str, tuple[type[StageConfig], type[BaseTrainer]]] = {
+    "sft": (SFTConfig, SFTTrainer),
+    "dpo": (DPOConfig, DPOTrainer),
+    "rpo": (RPOConfig, RPOTrainer),
+    "reward": (RewardConfig, RewardTrainer),
+}
 
 _FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
 
@@ -83,7 +91,7 @@ def arithmetic(model: ModelSpec) -> str:
 
 def training_config(
     stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
-) -> SFTConfig | DPOConfig | RPOConfig | RewardConfig:
+) -> StageConfig:
     """The trainer's config of a stage.
 
     Raises:
@@ -123,7 +131,7 @@ def training_config(
     _check_files(given, where)
     # The chain pushes outputs itself, with their cards: see `push_output`.
     settings |= {**given, "push_to_hub": False}
-    config = _config_class(stage)
+    config, trainer_class = _TRAINERS[stage.kind]
     known = set(inspect.signature(config).parameters) - {"derived"}  # which a config writes itself
     settings["gradient_checkpointing"] = stage.gradient_checkpointing
     problems = [
@@ -140,6 +148,7 @@ def training_config(
     problems += [
         RecipeError(
             f"`{name}` cannot be set in a recipe",
+            code="recipe.reserved-training-argument",
             where=f"{where}.{name}",
             why=row.recipe.partition(": ")[0],
             fix=row.recipe.partition(": ")[2],
@@ -157,6 +166,7 @@ def training_config(
     except (RuntimeError, *UNREADABLE) as error:  # what a file of them holds, too
         raise RecipeError(
             str(error) or type(error).__name__,
+            code="recipe.bad-training-arguments",
             where=f"stages.{stage.name}",
             why="transformers does not take these arguments together, or not on this machine",
             fix="see transformers.TrainingArguments for what it takes",
@@ -164,7 +174,7 @@ def training_config(
     made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_fraction:
-            require_best_metric(made, {None: trainer_class(stage).metric_names(made)})
+            require_best_metric(made, {None: trainer_class.metric_names(made)})
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     try:
@@ -196,6 +206,7 @@ def _check_files(arguments: Mapping[str, Any], where: str) -> None:
         if kind := kind_of_file(Path(file).expanduser()):
             raise RecipeError(
                 f"this is {kind}, not a file",
+                code="recipe.not-a-file",
                 where=f"{where}.{name}: {file}",
                 why="reading it could wait forever",
                 fix="give a JSON file, or write its content here",
@@ -208,6 +219,7 @@ def _unknown_names(stage: Stage) -> Iterator[RecipeError]:
         if (value := getattr(stage, field)) not in known:
             yield RecipeError(
                 f"transformers has no {field} {value}",
+                code="recipe.unknown-name",
                 where=f"stages.{stage.name}.{field}",
                 why="none is taken in place of another",
                 fix=_or_see(did_you_mean(value, known), "transformers.TrainingArguments"),
@@ -216,23 +228,6 @@ def _unknown_names(stage: Stage) -> Iterator[RecipeError]:
 
 def _or_see(near: str | None, place: str) -> str:
     return f"did you mean {near}?" if near else f"see {place} for the names"
-
-
-def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | RewardConfig]:
-    if isinstance(stage, DPOStage):
-        return DPOConfig
-    if isinstance(stage, RewardStage):
-        return RewardConfig
-    return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
-
-
-def trainer_class(stage: Stage) -> type[BaseTrainer]:
-    """The trainer of a kind of stage."""
-    if isinstance(stage, DPOStage):
-        return DPOTrainer
-    if isinstance(stage, RewardStage):
-        return RewardTrainer
-    return RPOTrainer if isinstance(stage, RPOStage) else SFTTrainer
 
 
 def steps_of(stage: Stage, examples: int) -> int:
@@ -249,6 +244,7 @@ def check_warmup(stage: Stage, examples: int) -> None:
     if stage.warmup_steps > steps:
         raise RecipeError(
             f"`warmup_steps` is {stage.warmup_steps}, longer than the stage, which has {steps} steps",
+            code="recipe.warmup-too-long",
             where=f"stages.{stage.name}.warmup_steps",
             why="the learning rate would never reach its peak",
             fix=f"write at most {steps}, or raise `num_train_epochs`",
@@ -330,24 +326,25 @@ def _require_lora(kind: str, where: str) -> None:
 
 def make_trainer(
     stage: Stage,
-    config: SFTConfig | DPOConfig | RPOConfig | RewardConfig,
+    config: StageConfig,
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
-    data: StageData,
+    inputs: StageInputs,
     callbacks: list[TrainerCallback],
 ) -> BaseTrainer:
-    """The trainer of a stage, told nothing that the stage does not say."""
+    """The trainer of a stage, with the settings of the stage and no others."""
     common: dict[str, Any] = {
         "model": model,
         "args": config,
-        "train_dataset": data.train,
-        "eval_dataset": data.evaluation,
+        "train_dataset": inputs.train,
+        "eval_dataset": inputs.held_out and inputs.held_out.examples,
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
     if isinstance(stage, PreferenceStage):
         common["ref_model"] = reference
-    trainer = trainer_class(stage)(**common)
+    _, trainer_class = _TRAINERS[stage.kind]
+    trainer = trainer_class(**common)
     trainer.remove_callback(PrinterCallback)
     return trainer

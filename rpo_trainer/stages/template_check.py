@@ -79,6 +79,7 @@ def load_checked(
     if not loaded.chat_template:
         raise ModelError(
             "the tokenizer has no chat template",
+            code="template.missing",
             where=tokenizer,
             why="there is none to check",
             fix="--chat-template chatml | plain | the path of a Jinja template",
@@ -190,6 +191,7 @@ def raise_if_wrong(found: list[Checked]) -> None:
         return
     raise TemplateError(
         f"{len(wrong)} of {len(found)} conversations are not right: {', '.join(wrong)}",
+        code="template.wrong-conversations",
         why="what is trained would not be what the model writes when it is sampled",
         fix="choose another template (--chat-template) or other variables (--kwargs), or leave rows of "
         "this kind out",

@@ -14,16 +14,14 @@ from rpo_trainer.chain.inputs import Digests, Input
 from rpo_trainer.data import Audit
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
-from rpo_trainer.models.loading import load_tokenizer, load_weights
+from rpo_trainer.models.loading import load_weights
 from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
 from rpo_trainer.rewards import resumable_rows
-from rpo_trainer.stages.data import (
-    StageData,
+from rpo_trainer.stages.inputs import (
+    HeldOut,
+    StageInputs,
     at_most,
-    build_evaluation,
-    build_rows,
     dataset_fingerprint,
-    evaluation_prompts,
     fitted_stage,
     needs_policy,
     set_aside,
@@ -31,7 +29,8 @@ from rpo_trainer.stages.data import (
     stage_seed,
     tokenize_stage,
 )
-from rpo_trainer.stages.made import RowMaker
+from rpo_trainer.stages.prepare import StagePreparer
+from rpo_trainer.stages.scored_rows import ScoredRows
 from tests.chain import tiny
 from tests.raising import raises
 
@@ -40,9 +39,15 @@ def stages(folder: Path, recipe: tiny.Recipe | None = None) -> dict[str, Stage]:
     return {s.name: s for s in expand_stages(tiny.load(folder, recipe).recipe)}
 
 
+def preparer(folder: Path, found: dict[str, Stage] | None = None) -> StagePreparer:
+    """Of the recipe in the folder, or of other stages with its model."""
+    made = StagePreparer(tiny.load(folder))
+    made.stages = made.stages if found is None else list(found.values())
+    return made
+
+
 def rows(stage: Stage, folder: Path, audit: Audit | None = None, **more: Any) -> list[Any]:
-    settings = {"seed": 3, "audit": audit or Audit(), "earlier": None, **more}
-    return build_rows(stage, folder, **settings)
+    return preparer(folder).rows(stage, audit or Audit(), **more)
 
 
 def made(
@@ -52,16 +57,16 @@ def made(
     *,
     policy: Any,
     run: Path | None = None,
-    weights: Any = lambda stage, source: "weights",
+    weights: Any = lambda source: "weights",
     seed: int = 3,
 ) -> list[Any]:
     """The rows of a stage whose responses a run makes."""
-    maker = RowMaker(
-        folder, run or folder, found, seed=lambda stage: seed, policy=policy, weights=weights,
-        label=lambda stage: f"[{stage.name}]",
-    )  # fmt: skip
+    of_run = preparer(folder, found)
+    of_run.recipe = of_run.recipe.model_copy(update={"seed": seed})
+    policies: Any = SimpleNamespace(sampling_policy=policy, weights_key=weights)
+    scored = ScoredRows(of_run, run or folder, policies)
     stage = found[name]
-    return rows(stage, folder, seed=seed, made=maker.rows(stage, Audit()))
+    return of_run.rows(stage, Audit(), made=scored.rows(stage, Audit()))
 
 
 def no_policy(*_: Any) -> Any:
@@ -76,14 +81,7 @@ def test_the_stages_own_seed_comes_first(tmp_path: Path) -> None:
 
 def test_replay_takes_rows_of_the_earlier_stage(tmp_path: Path) -> None:
     found = stages(tmp_path)
-    asked: list[str] = []
-
-    def earlier(name: str) -> list[Any]:
-        asked.append(name)
-        return rows(found[name], tmp_path)
-
-    mixed = rows(found["general"], tmp_path, earlier=earlier)
-    assert asked == ["code"]
+    mixed = rows(found["general"], tmp_path)
     code = {row["id"] for row in rows(found["code"], tmp_path)}
     assert len(mixed) == 44 and sum(row["id"] in code for row in mixed) == 4
 
@@ -177,11 +175,8 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
                 del data["generate"]
             found = stages(tmp_path, recipe)
             stage = found["dpo" if sampled_file else "rpo-1"]
-            maker = RowMaker(
-                tmp_path, tmp_path, found, seed=lambda _: 3, policy=policy,
-                weights=lambda *_: "weights", label=lambda stage: stage.name,
-            )  # fmt: skip
-            own = maker.rows(stage, Audit())
+            policies: Any = SimpleNamespace(sampling_policy=policy, weights_key=lambda _: "weights")
+            own = ScoredRows(preparer(tmp_path, found), tmp_path, policies).rows(stage, Audit())
             assert own is not None
             counts.setdefault(dedup, []).append([row["id"] for row in own])
         assert counts == {
@@ -230,7 +225,7 @@ def test_rounds_sample_again_or_never(
         assert asked == sampling
         # The second round of `each` draws other numbers, from what is the same policy here.
         assert (rounds[0] == rounds[1]) == (resample == "once")
-    for work in ("[rpo-1] 48 of 48 rows sampled", "[rpo-2] 48 of 48 rows scored"):
+    for work in ("[4/5 rpo-1] 48 of 48 rows sampled", "[5/5 rpo-2] 48 of 48 rows scored"):
         assert work in caplog.messages
 
 
@@ -317,28 +312,31 @@ def test_filters_pairs_and_rewards(tmp_path: Path) -> None:
         rows(found["rpo-1"], tmp_path)
 
 
+def held_out_of(stage: Stage, folder: Path) -> HeldOut | None:
+    inputs = StageInputs(stage, [], Audit())
+    preparer(folder).prepare_held_out(inputs)
+    return inputs.held_out
+
+
 def test_held_out_examples(tmp_path: Path) -> None:
-    found, tokenizer = stages(tmp_path), character_tokenizer()
-    assert build_evaluation(found["general"], tmp_path, tokenizer, seed=3) is None
-    held_out = build_evaluation(found["code"], tmp_path, tokenizer, seed=3)
+    found = stages(tmp_path)
+    assert held_out_of(found["general"], tmp_path) is None
+    held_out = held_out_of(found["code"], tmp_path)
     assert held_out is not None
-    examples, held_rows, audit = held_out
-    assert len(examples) == len(held_rows) == 8
-    assert audit.as_dict()["kept"] == {"quickstart/code": 8}
+    assert len(held_out.examples) == len(held_out.rows) == 8
+    assert held_out.audit.as_dict()["kept"] == {"quickstart/code": 8}
     spec = tiny.load(
         tmp_path,
         {**tiny.tiny_recipe(), "eval": {"data": [tiny.task("code", "heldout", 9)], "max_rows": 4}},
     ).recipe.eval
     assert spec is not None
-    assert len(evaluation_prompts(spec, tmp_path, seed=0)) == 4
+    assert len(preparer(tmp_path).evaluation_prompts(spec)) == 4
 
 
 def test_fingerprints_follow_tokens_masks_rewards_and_order(tmp_path: Path) -> None:
-    loaded = tiny.load(tmp_path)
     stage = stages(tmp_path)["code"]
-    tokenizer = load_tokenizer(loaded.recipe.model, tmp_path)
-    train = tokenize_stage(stage, rows(stage, tmp_path), tokenizer, Audit())
-    key = StageData(train, None, Audit(), []).fingerprint()
+    train = tokenize_stage(stage, rows(stage, tmp_path), preparer(tmp_path).tokenizer, Audit())
+    key = StageInputs(stage, [], Audit(), train=train).fingerprint()
     assert key == dataset_fingerprint(train)
     assert key == dataset_fingerprint(train.map(lambda row: {"id": "other"}))
     assert key != dataset_fingerprint(train.select([1, 0, *range(2, len(train))]))
@@ -403,9 +401,9 @@ def test_reversed_pairs_get_in_held_out_rows_what_the_filter_says(
     stage = stages(tmp_path, recipe)["dpo"]
 
     def held_out() -> tuple[int, Audit]:
-        found = build_evaluation(stage, tmp_path, character_tokenizer(), seed=3)
+        found = held_out_of(stage, tmp_path)
         assert found is not None
-        return len(found[0]), found[2]
+        return len(found.examples), found.audit
 
     if policy is None:
         with raises("data.reversed-pairs", DataError) as error:

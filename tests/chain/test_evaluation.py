@@ -336,7 +336,7 @@ def test_without_the_extra_check_says_what_to_install(
 def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from rpo_trainer.recipe.schema import LmEvalSpec
-    from rpo_trainer.stages.harness import run_tasks
+    from rpo_trainer.stages.lm_eval_tasks import run_tasks
     from tests.small_models import make_model
 
     spec = LmEvalSpec.model_validate(tasks_of(tmp_path))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rpo_trainer.chain.garbage import light_collections
+from rpo_trainer.chain.training import light_collections
 
 
 class Ring:

@@ -8,8 +8,8 @@ from typing import Any
 
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import DataError
-from rpo_trainer.recipe import expand_stages, load_recipe
-from rpo_trainer.stages.data import build_rows
+from rpo_trainer.recipe import load_recipe
+from rpo_trainer.stages.prepare import StagePreparer
 from tests.raising import raises
 
 ROWS = [
@@ -46,8 +46,8 @@ def rows_of(tmp_path: Path, kind: str, *extra: str, rows: list[dict[str, Any]] |
     (tmp_path / "r.yaml").write_text(
         RECIPE.format(kind=kind, extra="".join(f"      {line}\n" for line in extra))
     )
-    (stage,) = expand_stages(load_recipe(tmp_path / "r.yaml").recipe)
-    made = build_rows(stage, tmp_path, seed=0, audit=Audit(), earlier=lambda name: [])
+    preparer = StagePreparer(load_recipe(tmp_path / "r.yaml"))
+    made = preparer.rows(preparer.stages[0], Audit())
     return [(row["responses"], row["rewards"]) for row in made]
 
 

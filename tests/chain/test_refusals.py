@@ -19,6 +19,7 @@ from rpo_trainer.chain import run as chain_run
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.state import locked
 from rpo_trainer.errors import DataError, ModelError, Problems, RunError
+from rpo_trainer.stages.prepare import StagePreparer
 from tests.chain import tiny
 from tests.chain.killer import run_until
 from tests.raising import raises
@@ -114,8 +115,8 @@ def test_examples_that_became_others_are_refused(
 ) -> None:
     recipe = rpo_from_file(tmp_path)
     run_until("step:rpo:1", lambda: tiny.run(tmp_path, recipe))
-    build = chain_run.build_rows
-    monkeypatch.setattr(chain_run, "build_rows", lambda *a, **k: build(*a, **k)[1:])
+    read = StagePreparer.rows
+    monkeypatch.setattr(StagePreparer, "rows", lambda *a, **k: read(*a, **k)[1:])
     with raises("run.data-changed", RunError) as error:
         tiny.run(tmp_path, recipe)
     assert "--allow-changed stages.rpo.data" in str(error.value.fix)

@@ -140,7 +140,7 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     from lm_eval.models import huggingface
 
     from rpo_trainer.recipe.schema import LmEvalSpec
-    from rpo_trainer.stages import harness
+    from rpo_trainer.stages.lm_eval_tasks import run_tasks
 
     class Stopped(Exception):
         pass
@@ -154,7 +154,7 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     monkeypatch.setattr(huggingface, "HFLM", model)
     spec = LmEvalSpec.model_validate({"tasks": ["ifeval"], "chat_template": True})
     with pytest.raises(Stopped):
-        harness.run_tasks(None, None, spec, tmp_path, seed=0, template_kwargs={"mode": "a"})
+        run_tasks(None, None, spec, tmp_path, seed=0, template_kwargs={"mode": "a"})
     assert given["chat_template_args"] == {"mode": "a"}
 
 

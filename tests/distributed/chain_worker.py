@@ -21,10 +21,10 @@ from tests.distributed import gloo
 def fault(name: str) -> Any:
     """What one rank reads is `missing` (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
     from rpo_trainer.errors import DataError
-    from rpo_trainer.stages import data
-    from rpo_trainer.trainers.base import BaseTrainer
+    from rpo_trainer.stages import prepare
+    from rpo_trainer.trainers.base import PackedTrainer
 
-    load_rows, outputs = data.load_rows, BaseTrainer.outputs
+    load_rows, outputs = prepare.load_rows, PackedTrainer.outputs
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise DataError("there is no such file on this host")
@@ -42,8 +42,8 @@ def fault(name: str) -> Any:
         return outputs(self, *args)
 
     if name in ("missing", "fewer"):
-        return mock.patch.object(data, "load_rows", missing if name == "missing" else fewer)
-    return mock.patch.object(BaseTrainer, "outputs", nan if name == "nan" else breaks)
+        return mock.patch.object(prepare, "load_rows", missing if name == "missing" else fewer)
+    return mock.patch.object(PackedTrainer, "outputs", nan if name == "nan" else breaks)
 
 
 def signal_once(folder: Path, number: str, point: str) -> Any:

@@ -11,8 +11,7 @@ import pytest
 from rpo_trainer.cli.commands import main
 from rpo_trainer.data import Audit, prepare_dataset
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.recipe import expand_stages
-from rpo_trainer.stages.data import build_rows, tokenize_stage
+from rpo_trainer.stages.prepare import StagePreparer
 from tests.chain import tiny
 from tests.rewards.policies import llama
 from tests.rewards.server import Answer, serving
@@ -87,11 +86,10 @@ def test_stages_keep_it(generated: Path, tmp_path: Path, kind: str) -> None:
     recipe = tiny.tiny_recipe()
     reward = {"name": "judge", "kind": "reward", "objective": "bradley_terry"}
     recipe["stages"].append({**reward, "data": {"responses_from": "dpo", "pairs": {}}})
-    stages = expand_stages(tiny.load(tmp_path, recipe).recipe)
-    stage = next(stage for stage in stages if stage.kind == kind)
+    preparer = StagePreparer(tiny.load(tmp_path, recipe))
+    stage = next(stage for stage in preparer.stages if stage.kind == kind)
     rows = [{**row, "source": "s"} for row in read(generated)]
-    made = build_rows(stage, tmp_path, seed=0, audit=Audit(), earlier=lambda name: [], made=rows)
-    found = trained(tokenize_stage(stage, made, character_tokenizer(), Audit()))
+    found = trained(preparer.prepare(stage, made=rows).train)
     known = ended(generated)
     assert found and found == {key: known[key] or kind == "reward" for key in found}
 

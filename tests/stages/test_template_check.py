@@ -60,11 +60,12 @@ def test_what_is_trained_is_what_the_trainer_trains(save: Any, capsys: Any) -> N
         "<think></think>You are welcome.<|im_end|>",
     ]  # fmt: skip
     assert by["thinking"] == ["<think>17 times 3 is 30 plus 21.</think>51<|im_end|>"]
-    (call,) = by["tool call without text"]
+    called, answered, between = [sample.name for sample in SAMPLES if "tool" in sample.name]
+    (call,) = by[called]
     assert '"city": "Oslo"' in call and call.endswith("</call><|im_end|>")
-    assert len(by["tool call with text, result and answer"]) == 2
-    assert len(by["thinking before and between tool calls"]) == 3
-    assert not any("degrees" in text for text in by["thinking before and between tool calls"][:2])
+    assert len(by[answered]) == 2
+    assert len(by[between]) == 3
+    assert not any("degrees" in text for text in by[between][:2])
     tokenizer = load_checked(folder, None, None)
     for sample, one in zip(SAMPLES, check_samples(tokenizer), strict=True):
         (example,) = tokenize_rows(
@@ -83,7 +84,8 @@ def test_the_page_marks_what_is_trained(save: Any, capsys: Any) -> None:
     code, out, _ = run(capsys, save(TEMPLATE))
     assert code == 0
     assert "[<think></think>Five.⟦<|im_end|>⟧]" in out
-    assert out.count(": right, ") == 7 and "every trained turn follows" in out
+    heads = [line for line in out.splitlines() if ": right, " in line]
+    assert len(heads) == 7 == out.count(" follows ")
     legend = out.splitlines()[0]
     assert "[trained]" in legend and "max_length" not in legend and "response" not in legend
 
@@ -127,7 +129,7 @@ def test_variables_change_what_is_shown(save: Any, capsys: Any) -> None:
     found: Json = json.loads(out)
     assert code == 0 and "<think>" not in out
     left_out = [one["name"] for one in found if any("leaves out" in w for w in one["warnings"])]
-    assert left_out == ["thinking", "thinking before and between tool calls"]
+    assert left_out == [sample.name for sample in SAMPLES if "thinking" in sample.name]
     code, _, err = run(capsys, folder, "--kwargs", "enable_thinking=true")
     assert code == 2 and "`quiet`" in err and "--kwargs.enable_thinking: " in err
     code, _, err = run(capsys, folder, "--kwargs", "tools=1")
@@ -138,7 +140,7 @@ def test_a_generation_prompt_that_training_does_not_have(save: Any, capsys: Any)
     words = (save(TEMPLATE), "--kwargs", "open=true", "--kwargs", "quiet=true")
     code, out, err = run(capsys, *words, "--json")
     found: Json = json.loads(out)
-    assert code == 5 and "7 of 7" in err
+    assert code == 5 and "[template.wrong-conversations]" in err and "7 of 7" in err
     assert all(one["status"] == "wrong" and not one["follows_generation_prompt"] for one in found)
     assert "<think>" in found[0]["reasons"][0]
     assert run(capsys, *words)[0] == 5
@@ -182,4 +184,4 @@ def test_options_that_do_not_go_together(words: list[str], capsys: Any) -> None:
 
 def test_a_tokenizer_without_a_template(save: Any, capsys: Any) -> None:
     code, _, err = run(capsys, save(None))
-    assert code == 2 and "no chat template" in err
+    assert code == 2 and "[template.missing]" in err

@@ -1,4 +1,4 @@
-"""What a command asks for: where a recipe runs, and which of its stages."""
+"""What a command selects: where a recipe runs, and which of its stages."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def errors_located_in(origins: Origins, part: str | None = None) -> Iterator[None]:
-    """Errors raised inside get file and line, and those of data the part of the recipe that asks for it.
+    """Errors raised inside get file and line, and errors of data the part of the recipe that names the data.
 
     Args:
         part: `stages.NAME`, or its `eval`; None: no data is read inside.
@@ -35,7 +35,7 @@ def each(error: RPOTrainerError) -> list[RPOTrainerError]:
 
 
 def name_part(error: RPOTrainerError, part: str) -> None:
-    """Puts the part of the recipe that asks for data before what an error of data says of the place."""
+    """Puts the part of the recipe that names the data before the place that an error of data has."""
     if not isinstance(error, DataError):
         return
     where = error.where or ""

@@ -1,0 +1,167 @@
+"""The data of a recipe, prepared as for training and counted: rows, prompts, scorers, evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rpo_trainer.chain.check_models import ModelChecks
+from rpo_trainer.chain.findings import Findings
+from rpo_trainer.data import Audit
+from rpo_trainer.data.tokenize import audit_prompts
+from rpo_trainer.errors import ModelError
+from rpo_trainer.models.preload_checks import check_scorer
+from rpo_trainer.recipe import EvalSpec, GenerateSpec, RewardStage, ScoreSpec, Stage
+from rpo_trainer.recipe.rules.chain import looks_like_path
+from rpo_trainer.rewards.sample import check_room
+from rpo_trainer.stages.inputs import StageInputs, needs_policy, sampling_spec
+from rpo_trainer.stages.lm_eval_tasks import check_tasks
+from rpo_trainer.stages.prepare import StagePreparer
+from rpo_trainer.stages.settings import check_warmup, steps_of
+
+Row = dict[str, Any]
+
+
+class DataChecks:
+    """Checks what the stages are trained on, and what their outputs are measured with.
+
+    Attributes:
+        responses: how many tokenized responses a stage has, by its name; sampled ones are not known.
+    """
+
+    def __init__(self, preparer: StagePreparer, findings: Findings, models: ModelChecks) -> None:
+        self.preparer = preparer
+        self.findings = findings
+        self.models = models
+        self.tokenize = models.tokenizer is not None
+        self.responses: dict[str, int] = {}
+        self._evaluated: set[str] = set()  # parts of the recipe whose rows have been looked at
+
+    def check_stage(self, stage: Stage) -> None:
+        """The evaluation of a stage, then its data, which are compared with it."""
+        spec = stage.eval or self.preparer.recipe.eval
+        if spec is not None and not isinstance(stage, RewardStage):
+            part = "eval" if stage.eval is None else f"stages.{stage.name}.eval"
+            self._check_evaluation(spec, part)
+        with self.findings.collected(f"stages.{stage.name}"):
+            if needs_policy(stage.data):
+                self._check_prompts(stage)
+            else:
+                self._check_rows(stage)
+
+    # --- what a stage trains on ---
+
+    def _check_rows(self, stage: Stage) -> None:
+        audit, given = Audit(), None
+        if stage.data.score is not None:
+            given = self.preparer.given_rows(stage, audit)
+            self._check_stage_scorer(stage, given)
+        inputs = self.preparer.prepare(stage, given=given, audit=audit, tokenize=self.tokenize)
+        if inputs.train is not None:
+            examples = len(inputs.train)
+            self.findings.add(f"{examples} examples, {steps_of(stage, examples)} steps")
+            with self.findings.collected():
+                check_warmup(stage, examples)
+            self.responses[stage.name] = sum(map(len, inputs.train["response_ids"]))
+        self._check_held_out(inputs)
+
+    def _check_prompts(self, stage: Stage) -> None:
+        inputs = self.preparer.prepare(stage)
+        if stage.data.responses_from is not None:
+            self.findings.add(f"the responses of stage {stage.data.responses_from}")
+        else:
+            self._check_sampling(stage, inputs)
+        self._check_held_out(inputs)
+
+    def _check_sampling(self, stage: Stage, inputs: StageInputs) -> None:
+        """The scorer, the policies, and room for the responses."""
+        rows, spec = inputs.rows, sampling_spec(stage.data, self.preparer.stages).generate
+        self._check_stage_scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
+        assert spec is not None  # the schema
+        where = f"stages.{stage.name}.data.generate"
+        for policy in sorted({*spec.policies} - {"init"}):  # which has been looked at
+            with self.findings.collected():
+                self.models.check_source(f"{where}.policies", policy)
+        self._check_room(rows, spec, where, inputs.audit)
+        policies = [stage.init if p == "init" else p for p in spec.policies]
+        policies += [endpoint.model for endpoint in spec.endpoints]
+        self.findings.add(f"{len(rows)} prompts; the responses come from {', '.join(policies)}")
+
+    def _check_held_out(self, inputs: StageInputs) -> None:
+        """The rows that the stage is evaluated on, and that none of them is trained on."""
+        stage = inputs.stage
+        self.preparer.prepare_held_out(inputs, tokenize=self.tokenize)
+        if (held_out := inputs.held_out) is not None:
+            self.findings.add(f"{len(held_out.examples)} held-out examples")
+            what = f"the held-out rows of {stage.name}"
+            self.findings.add_audit(held_out.audit, what, label="held out: ")
+        sampled = needs_policy(stage.data)
+        what = f"the {'prompts' if sampled else 'rows'} of {stage.name}"
+        self.findings.add_audit(inputs.audit, what, sampled=sampled)
+
+    def _check_room(self, rows: list[Row], spec: GenerateSpec, where: str, audit: Audit) -> None:
+        """The prompts as tokens, with room for a response in the context of the recipe's model."""
+        if self.models.tokenizer is None:
+            return
+        encoded = self.preparer.prompt_ids(rows)
+        audit_prompts(rows, self.models.tokenizer, audit, refuse_special_text=True)
+        if self.models.config is not None and spec.policies:
+            with self.findings.collected():
+                where = f"{where}.max_new_tokens"
+                check_room(self.models.config, encoded, spec.max_new_tokens, where=where)
+
+    # --- scorers ---
+
+    def _check_stage_scorer(self, stage: Stage, rows: list[Row]) -> None:
+        if stage.data.score is not None:
+            self._check_scorer(stage.data.score, rows, f"stages.{stage.name}.data.score")
+
+    def _check_scorer(self, score: ScoreSpec, rows: list[Row], where: str) -> None:
+        """What can be known of a scorer; a reward model of the run is not there yet."""
+        if any(score.model == stage.name for stage in self.preparer.stages):
+            return
+
+        def model(name: str) -> tuple[str, str]:
+            folder = self.preparer.path(name)
+            there = (folder / "config.json").is_file()
+            if looks_like_path(name) and not there:
+                raise ModelError(
+                    "there is no reward model here",
+                    code="model.no-reward-model",
+                    where=f"{where}.model: {folder}",
+                    why="the responses could not be scored",
+                    fix="give a directory with config.json and weights in safetensors, or a stage",
+                )
+            if there:
+                check_scorer(folder, f"{where}.model: {folder}")
+            return name, name
+
+        self.preparer.scorer(score, model).check(rows)
+
+    # --- evaluations ---
+
+    def _check_evaluation(self, spec: EvalSpec, part: str) -> None:
+        new = part not in self._evaluated
+        with self.findings.collected(part):
+            audit = Audit()
+            rows = self.preparer.evaluation_prompts(spec, audit) if spec.data else []
+            if spec.generate is not None:
+                self._check_room(rows, spec.generate, f"{part}.generate", audit)
+            if rows and new:
+                what = f"the prompts of {part}"
+                self.findings.add_audit(audit, what, sampled=True, label=f"{part}.data: ")
+            if spec.score is not None and rows:
+                scored = [{**row, "responses": ["", ""]} for row in rows]
+                self._check_scorer(spec.score, scored, f"{part}.score")
+        for field in ("preferences", "nll"):
+            with self.findings.collected(part):
+                if getattr(spec, field) and new:
+                    audit, what = Audit(), f"{part}.{field}"
+                    self.preparer.evaluation_rows(spec, field, audit, tokenize=self.tokenize)
+                    self.findings.add_audit(audit, f"the rows of {what}", label=f"{what}: ")
+        self._evaluated.add(part)
+        with self.findings.collected(part):
+            if spec.baseline is not None:
+                self.models.check_source(f"{part}.baseline", spec.baseline)
+        with self.findings.collected(part):
+            if spec.lm_eval is not None:
+                check_tasks(spec.lm_eval, self.preparer.loaded.base_dir)

@@ -1,0 +1,382 @@
+"""`StagePreparer`: reads, mixes, filters and tokenizes what the stages of a recipe train on.
+
+`run`, `check`, `plan` and `preview` share it, so that what is checked, planned and shown is what is trained
+on. It knows the recipe's directory: whoever has it needs no other place where relative paths start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rpo_trainer.data import (
+    Audit,
+    add_replay,
+    encode_prompt,
+    filter_rows,
+    load_rows,
+    tokenize_rows,
+)
+from rpo_trainer.data.rows import Kind, Row, RowError
+from rpo_trainer.errors import DataError
+from rpo_trainer.models.loading import load_config, load_tokenizer
+from rpo_trainer.recipe import (
+    DataSpec,
+    EvalSpec,
+    LoadedRecipe,
+    RewardStage,
+    RPOStage,
+    ScoreSpec,
+    SFTStage,
+    SourceSpec,
+    Stage,
+    expand_stages,
+    resolve_path,
+)
+from rpo_trainer.recipe.template_kwargs import COLUMN
+from rpo_trainer.rewards.calibrate import fit_reward_scale, label_gaps
+from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
+from rpo_trainer.rewards.policies import check_truths
+from rpo_trainer.rewards.scorers import Scorer, make_scorer
+from rpo_trainer.rewards.verifiers import get_verifier, score_rows
+from rpo_trainer.stages.inputs import (
+    HeldOut,
+    StageInputs,
+    at_most,
+    fitted_stage,
+    held_out_filter,
+    needs_policy,
+    needs_rewards,
+    row_kind,
+    sampling_spec,
+    scored_before_run,
+    scorer_columns,
+    set_aside,
+    source_digests,
+    stage_seed,
+    tokenize_stage,
+    with_targets,
+)
+from rpo_trainer.stages.record import InputRecord
+from rpo_trainer.stages.settings import StageConfig, training_config
+
+_EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": "sft"}
+
+
+class StagePreparer:
+    """Prepares the inputs of a recipe's stages.
+
+    Each call reads the data again, except for the stage of `keep`. A store of prepared inputs, on disk and
+    for all ranks, belongs in `prepare`.
+
+    Attributes:
+        stages: all stages, in their order; repeated ones expanded.
+    """
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self.loaded = loaded
+        self.recipe = loaded.recipe
+        self.stages = expand_stages(loaded.recipe)
+        self._kept: dict[str, StageInputs | None] = {}  # by the stage's name
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The recipe's tokenizer, with its chat template.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        return load_tokenizer(self.recipe.model, self.loaded.base_dir)
+
+    def path(self, name: str) -> Path:
+        """A path of the recipe, ready to open."""
+        return resolve_path(self.loaded.base_dir, name)
+
+    def model_config(self, source: str | None = None, *, vocabulary: int | None = None) -> Any:
+        """The configuration of the recipe's model, or of another source, see `load_config`.
+
+        Args:
+            vocabulary: tokens that it must have; None: those of the tokenizer.
+        """
+        tokens = len(self.tokenizer) if vocabulary is None else vocabulary
+        return load_config(self.recipe.model, self.loaded.base_dir, source, tokens)
+
+    def scorer(self, score: ScoreSpec, model: Callable[[str], tuple[str, str]]) -> Scorer:
+        """What gives the rewards, see `make_scorer`."""
+        return make_scorer(score, base_dir=self.loaded.base_dir, model=model)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of a name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def seed(self, stage: Stage) -> int:
+        """The stage's own seed, else the recipe's."""
+        return stage_seed(stage, self.recipe)
+
+    def number(self, stage: Stage) -> int:
+        """Its place among the stages, from 1."""
+        return 1 + [other.name for other in self.stages].index(stage.name)
+
+    def label(self, stage: Stage) -> str:
+        """`[1/3 NAME]`, in front of what is logged of a stage."""
+        return f"[{self.number(stage)}/{len(self.stages)} {stage.name}]"
+
+    def settings(self, stage: Stage, run_dir: Path) -> StageConfig:
+        """The config of the stage's trainer, see `training_config`."""
+        return training_config(
+            stage, self.recipe.model, seed=self.seed(stage), folder=run_dir / stage.name,
+            run_dir=run_dir,
+        )  # fmt: skip
+
+    # --- what a stage trains on ---
+
+    def keep(self, stage: Stage) -> None:
+        """The inputs of this stage are prepared once and returned twice: to be checked, and to be trained on.
+
+        They stay in memory in between, so this is meant for the stage that trains first. Rows that are
+        sampled or scored by a run are not kept: a check cannot make them.
+        """
+        if stage.data.score is None and not needs_policy(stage.data):
+            self._kept[stage.name] = None
+
+    def prepare(
+        self,
+        stage: Stage,
+        *,
+        made: list[Row] | None = None,
+        given: list[Row] | None = None,
+        audit: Audit | None = None,
+        tokenize: bool = True,
+    ) -> StageInputs:
+        """Training rows of a stage, and their examples.
+
+        Args:
+            made: the rows that `ScoredRows` has sampled and scored; None: before a run. Then a verifier
+                scores here and now, other scorers leave the rows as they are, and of a stage whose
+                responses are still to be sampled the prompts are read.
+            given: rows of `given_rows`, where they have been read; None: they are read here.
+            audit: counts what is read and dropped.
+            tokenize: False: rows only.
+
+        Raises:
+            DataError, Problems: data that cannot be read or trained on.
+            ModelError: the tokenizer cannot be loaded.
+        """
+        audit = audit or Audit()
+        if made is None and needs_policy(stage.data):
+            return StageInputs(stage, self.prompts(stage, audit), audit)
+        if tokenize and (kept := self._kept.get(stage.name)) is not None:
+            del self._kept[stage.name]
+            return kept
+        rows = self.rows(stage, audit, made=made, given=given)
+        rows, held = set_aside(stage, rows, seed=self.seed(stage), audit=audit)
+        train = tokenize_stage(stage, rows, self.tokenizer, audit) if tokenize else None
+        inputs = StageInputs(fitted_stage(stage, audit), rows, audit, held, train)
+        if tokenize and stage.name in self._kept:
+            self._kept[stage.name] = inputs
+        return inputs
+
+    def prepare_held_out(self, inputs: StageInputs, *, tokenize: bool = True) -> None:
+        """Adds `held_out` to the inputs, and remarks on prompts that are both trained on and measured with.
+
+        Args:
+            tokenize: False: the held-out rows of `data` are not read.
+
+        Raises:
+            DataError: as `prepare`; or there are such prompts, and `data.eval_overlap` is `error`.
+        """
+        stage = inputs.stage
+        if inputs.complete:
+            return
+        inputs.complete = tokenize
+        if tokenize:
+            inputs.held_out = self._held_out(stage, inputs.set_aside)
+        on_overlap = stage.data.eval_overlap
+        if inputs.held_out is not None:
+            inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, on_overlap=on_overlap)
+        spec = stage.eval or self.recipe.eval
+        for name, kind in _EVAL_KINDS.items():
+            if spec is not None and (sources := getattr(spec, name)):
+                found = at_most(self._load(sources, kind, Audit()), spec.max_rows)
+                inputs.audit.check_overlap(
+                    inputs.rows, found, on_overlap=on_overlap, where=f"eval.{name}"
+                )
+
+    def rows(
+        self,
+        stage: Stage,
+        audit: Audit,
+        *,
+        made: list[Row] | None = None,
+        given: list[Row] | None = None,
+    ) -> list[Row]:
+        """Training rows of a stage, not tokenized and before any is set aside; arguments as of `prepare`."""
+        data, seed = stage.data, self.seed(stage)
+        if isinstance(stage, SFTStage):
+            rows = self._load(data.train, "sft", audit, seed=seed, dedup=data.dedup)
+            if data.replay is not None:
+                earlier = self.rows(self.stage(data.replay.stage), Audit())
+                rows = add_replay(rows, earlier, data.replay, seed=seed, audit=audit)
+            return rows
+        if isinstance(stage, RewardStage) and stage.objective == "regression":
+            rows = self._load(data.train, "rating", audit, seed=seed, dedup=data.dedup)
+            return with_targets(stage, rows, audit)
+        rows = self._pairs(stage, audit, given) if made is None else made
+        given_gaps = [] if needs_policy(data) else label_gaps(rows)
+        if made is not None or data.pairs is not None or scored_before_run(data.score):
+            rows = make_preference_rows(rows, **pairs_arguments(data.pairs), seed=seed, audit=audit)
+        rows = filter_rows(rows, data.filter, audit)
+        if isinstance(stage, RewardStage):
+            _require_two_responses(stage, rows)
+        if isinstance(stage, RPOStage) and (gaps := label_gaps(rows)):
+            scale = stage.reward_scale
+            if scale == "auto":
+                against = any(gap < 0 for gap in given_gaps)
+                fit = fit_reward_scale(given_gaps if against else gaps, labelled=against)
+                audit.calibration, scale = asdict(fit), fit.reward_scale
+            audit.check_target_gaps(rows, scale)
+        return rows
+
+    def source_digests(self, stage: Stage, inputs: Sequence[InputRecord] = ()) -> dict[str, str]:
+        """Digests of the files that the stage is trained on, see `source_digests`."""
+        return source_digests(stage.data.train, self.loaded.base_dir, inputs)
+
+    # --- rows whose responses or rewards are made by the run ---
+
+    def prompts(self, stage: Stage, audit: Audit) -> list[Row]:
+        """The prompts of a stage that samples, or of the stage whose responses it takes.
+
+        They hold what the scorer reads of them.
+        """
+        data = sampling_spec(stage.data, self.stages)
+        rows = self._load(
+            data.train, "prompt", audit, seed=self.seed(stage), dedup=data.dedup,
+            keep=scorer_columns(data.score),
+        )  # fmt: skip
+        if data.generate is not None:
+            check_truths(rows, data.generate)
+        return rows
+
+    def prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The tokens of each prompt, as a policy gets them.
+
+        Raises:
+            DataError: a prompt that the chat template refuses, or that it cannot be written with.
+        """
+        found = []
+        for row in rows:
+            try:
+                parsed = row.get("special_tokens") == "parse"
+                ids = encode_prompt(
+                    self.tokenizer, row["prompt"], row.get("tools"), parsed=parsed,
+                    template_kwargs=row.get(COLUMN),
+                )  # fmt: skip
+                found.append(ids)
+            except RowError as error:
+                raise DataError(
+                    str(error),
+                    code=error.code,
+                    where=f"row {row['id']}",
+                    why="no response can be sampled to it",
+                    fix="correct the rows, or choose another chat_template: chatml | plain | a path",
+                ) from error
+        return found
+
+    def given_rows(self, stage: Stage, audit: Audit) -> list[Row]:
+        """The rows of a stage that scores responses which are there; their own rewards do not count."""
+        data: DataSpec = stage.data
+        return self._load(
+            data.train, "pair", audit, seed=self.seed(stage), dedup=data.dedup,
+            keep=scorer_columns(data.score), unscored=True,
+        )  # fmt: skip
+
+    # --- what a policy is measured with after a stage ---
+
+    def evaluation_prompts(self, spec: EvalSpec, audit: Audit | None = None) -> list[Row]:
+        """Prompts to sample responses to, at most `max_rows` of them."""
+        audit = audit or Audit()
+        rows = self._load(spec.data, "prompt", audit, keep=scorer_columns(spec.score))
+        return at_most(rows, spec.max_rows, audit)
+
+    def evaluation_rows(
+        self, spec: EvalSpec, field: str, audit: Audit, *, tokenize: bool = True
+    ) -> list[Mapping[str, Any]]:
+        """Examples of `preferences` or `nll`, or their rows where they are not to be tokenized.
+
+        They are cut to no length but that of the longest stage, so that all stages are measured with the
+        same ones.
+        """
+        kind = _EVAL_KINDS[field]
+        rows = self._load(getattr(spec, field), kind, audit)
+        if not tokenize:
+            return list(rows)
+        examples = tokenize_rows(
+            at_most(rows, spec.max_rows, audit), self.tokenizer,
+            kind="pair" if kind == "pair" else "sft", truncation="drop", audit=audit,
+            refuse_special_text=True, max_length=max(stage.max_length for stage in self.stages),
+        )  # fmt: skip
+        return list(examples)
+
+    # --- reading ---
+
+    def _load(
+        self,
+        sources: Sequence[SourceSpec],
+        kind: Kind,
+        audit: Audit,
+        *,
+        seed: int | None = None,
+        **more: Any,
+    ) -> list[Row]:
+        """`load_rows`; without a stage's seed by the recipe's."""
+        return load_rows(
+            sources, kind=kind, base_dir=self.loaded.base_dir, audit=audit,
+            seed=self.recipe.seed if seed is None else seed, **more,
+        )  # fmt: skip
+
+    def _pairs(self, stage: Stage, audit: Audit, given: list[Row] | None) -> list[Row]:
+        """Rows that come with their responses; `score` gives these rewards, in place of any of their own."""
+        data = stage.data
+        if data.score is not None:
+            rows = self.given_rows(stage, audit) if given is None else given
+            if not scored_before_run(data.score) or data.score.verifier is None:
+                return [{**row, "rewards": None} for row in rows]
+            return score_rows(rows, get_verifier(data.score.verifier))
+        return self._load(
+            data.train, "pair", audit, seed=self.seed(stage), dedup=data.dedup,
+            require_rewards=needs_rewards(stage),
+        )  # fmt: skip
+
+    def _held_out(self, stage: Stage, rows: list[Row] | None) -> HeldOut | None:
+        """The rows that were set aside, else those of `data.eval`, as examples; None without any."""
+        audit = Audit()
+        if rows is None:
+            if not stage.data.eval:
+                return None
+            kind = row_kind(stage)
+            rows = self._load(
+                stage.data.eval, kind, audit, seed=self.seed(stage),
+                require_rewards=needs_rewards(stage),
+            )  # fmt: skip
+            if kind == "pair":
+                rows = held_out_filter(stage, rows, audit)
+            elif isinstance(stage, RewardStage):
+                rows = with_targets(stage, rows, audit)
+        return HeldOut(tokenize_stage(stage, rows, self.tokenizer, audit), rows, audit)
+
+
+def _require_two_responses(stage: RewardStage, rows: Sequence[Row]) -> None:
+    wide = [row for row in rows if len(row["responses"]) > 2]
+    if wide:
+        raise DataError(
+            f"{len(wide)} of {len(rows)} rows have more than two responses, first {wide[0]['id']}",
+            code="data.more-than-two-responses",
+            where=f"stages.{stage.name}",
+            why="Bradley-Terry is a loss of pairs",
+            fix="add `pairs: {select: best_worst}` to `data`",
+        )

@@ -1,0 +1,136 @@
+"""Rows that a run makes itself: responses sampled from policies, and rewards given to them.
+
+Both are written under the stage, and are there again when the run resumes: `responses-KEY.jsonl` and
+`generated-KEY.jsonl` (the same with rewards), or `scored-KEY.jsonl` where the responses were given.
+KEY stands for all that they depend on, the weights too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_trainer.data import Audit
+from rpo_trainer.data.judge_bias import biases
+from rpo_trainer.data.rows import Row
+from rpo_trainer.recipe import ScoreSpec, Stage
+from rpo_trainer.rewards.policies import (
+    EndpointPolicy,
+    LocalPolicy,
+    Policy,
+    sample_rows,
+)
+from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
+from rpo_trainer.rewards.scorers import Scorer, weights_key
+from rpo_trainer.runtime.ranks import ALONE, Ranks
+from rpo_trainer.stages.prepare import StagePreparer
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+class Policies(Protocol):
+    """The policies that responses are sampled from."""
+
+    def sampling_policy(self, stage: Stage, source: str) -> Loaded:
+        """What a stage samples from: its start (`init`), or another source."""
+
+    def weights_key(self, source: str) -> str:
+        """A key of the weights behind a source (a stage, `model`, a path)."""
+
+
+class ScoredRows:
+    """Makes the rows of the stages of one run whose rewards, or responses too, are not given.
+
+    Args:
+        ranks: the processes of the run; all of them call `rows`.
+    """
+
+    def __init__(
+        self, preparer: StagePreparer, run_dir: Path, policies: Policies, ranks: Ranks = ALONE
+    ) -> None:
+        self.preparer = preparer
+        self.run_dir = run_dir
+        self.policies = policies
+        self.ranks = ranks
+
+    def rows(self, stage: Stage, audit: Audit) -> list[Row] | None:
+        """Rows with responses and rewards; None for a stage whose rows are all given.
+
+        Raises:
+            DataError, Problems: rows that cannot be read, sampled for or scored.
+            ModelError: a policy or a reward model that cannot be loaded.
+            RunError: an endpoint that refuses, or does not answer.
+        """
+        data = stage.data
+        if data.responses_from is not None:
+            return self.rows(self.preparer.stage(data.responses_from), audit)
+        if data.score is None:
+            return None
+        sampled = data.generate is not None
+        read = self.preparer.prompts if sampled else self.preparer.given_rows
+        with self.ranks.raise_on_all_ranks():
+            rows = read(stage, audit)
+            scorer = self.scorer(data.score)
+            scorer.check([{**row, "responses": ["", ""]} for row in rows] if sampled else rows)
+        if sampled:
+            rows = self._sampled(stage, rows)
+        rows = self._scored(stage, "generated" if sampled else "scored", rows, scorer)
+        if data.score.judge is not None:
+            audit.judge = biases(rows)
+        return rows
+
+    def scorer(self, score: ScoreSpec) -> Scorer:
+        """The scorer of a stage, its reward model found in the run where it is a stage's."""
+        return self.preparer.scorer(score, self._reward_model)
+
+    def _reward_model(self, name: str) -> tuple[str, str]:
+        if any(name == stage.name for stage in self.preparer.stages):
+            path = self.run_dir / name / "final"
+        else:
+            path = self.preparer.path(name)
+            if not path.is_dir():
+                return name, name  # of the hub
+        return str(path), weights_key(path)
+
+    def _sampled(self, stage: Stage, rows: list[Row]) -> list[Row]:
+        spec, seed = stage.data.generate, self.preparer.seed(stage)
+        assert spec is not None
+
+        def load(source: str) -> Callable[[], Loaded]:
+            return lambda: self.policies.sampling_policy(stage, source)
+
+        policies: list[Policy] = [
+            LocalPolicy(
+                name := stage.init if source == "init" else source, load(source), spec,
+                weights=self.policies.weights_key(name), seed=seed,
+            )
+            for source in spec.policies
+        ]  # fmt: skip
+        policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
+        # The stage's name is in the numbers: each round samples others.
+        prefix = f"{stage.name}/"
+        key = content_key([policy.key for policy in policies], rows, seed, prefix)
+        path = self.run_dir / stage.name / f"responses-{key}.jsonl"
+        return self._read(path) or sample_rows(
+            path, rows, policies, spec, seed=seed, prefix=prefix, label=self.preparer.label(stage),
+            with_digest=True, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _scored(self, stage: Stage, name: str, rows: Sequence[Row], scorer: Scorer) -> list[Row]:
+        key = content_key(scorer.key, list(rows))
+        path = self.run_dir / stage.name / f"{name}-{key}.jsonl"
+        return self._read(path) or map_rows_resumable(
+            path, rows, scorer.work(rows), key=key, what="scored", label=self.preparer.label(stage),
+            with_digest=True, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _read(self, path: Path) -> list[Row] | None:
+        return read_rows(path) if self.ranks.on_main(lambda: is_intact(path)) else None
+
+
+def source_key(path: Path, name: str) -> str:
+    """A key of the weights at a path, or the name of a model of the hub."""
+    return weights_key(path) if path.is_dir() else name
