@@ -137,7 +137,7 @@ def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path, injected
     [
         ("missing", "3", "there is no such file on this host"),
         ("fewer", "2", "the processes have made different examples of stage code"),
-        ("nan", "4", "the loss is not finite at step 2"),
+        ("nan", "4", "[training.not-finite]"),
     ],
 )
 def test_an_error_of_one_rank_ends_both_and_is_shown_once(

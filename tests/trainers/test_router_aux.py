@@ -220,18 +220,22 @@ def test_the_start_says_which(
 
 
 @pytest.mark.parametrize(
-    ("family", "settings"),
+    ("family", "settings", "code"),
     [
-        ("llama", {}),
+        ("llama", {}, "model.no-router-loss"),
         (
             "mixtral",
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "model.no-router-loss",
         ),
-        ("mixtral", {"router_aux_loss_coef": -1.0}),
+        ("mixtral", {"router_aux_loss_coef": -1.0}, "training.invalid-value"),
     ],
 )  # fmt: skip
-def test_a_weight_that_cannot_act_is_refused(family: str, settings: Any, make_trainer: Any) -> None:
-    with raises("model.no-router-loss", RecipeError):
+def test_a_weight_that_cannot_act_is_refused(
+    family: str, settings: Any, code: str, make_trainer: Any
+) -> None:
+    with raises(code, RecipeError) as error:
         make_trainer(
             "sft", make_model(family), rows_for("sft"), **{"router_aux_loss_coef": 0.1, **settings}
         )
+    assert "router_aux_loss_coef" in error.value.what

@@ -367,13 +367,13 @@ def test_kwargs_of_checkpointing_that_is_off_are_named(start, make_trainer, capl
 
 
 def test_bfloat16_is_on_where_the_device_has_it(monkeypatch, tmp_path):
-    from rpo_trainer.trainers import arguments
+    from rpo_trainer.trainers import argument_checks
 
     def bf16(**settings: Any) -> Any:
         return SFTConfig(output_dir=str(tmp_path), **settings).bf16
 
     assert bf16(use_cpu=True) is False
-    for module in (arguments, __import__("transformers.training_args").training_args):
+    for module in (argument_checks, __import__("transformers.training_args").training_args):
         monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
     assert bf16() is True
     assert bf16(use_cpu=True) is False and bf16(fp16=True) is False and bf16(bf16=False) is False
