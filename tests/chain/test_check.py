@@ -368,7 +368,7 @@ def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> 
     row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
-    found = with_code(problems(tmp_path, recipe), "data.held-out-overlap")
+    found = with_code(problems(tmp_path, recipe), "data.eval-overlap")
     assert found.what.startswith("1 of 1 eval rows")
 
 
