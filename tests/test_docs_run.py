@@ -87,7 +87,7 @@ def test_names_given_for_those_of_other_tools_are_fields_here() -> None:
 
 
 def test_every_early_warning_is_explained() -> None:
-    from rpo_trainer.trainers import warnings
+    from rpo_trainer.trainers import early_warnings as warnings
 
     table = page("reports").split("| warning | means")[1]
     explained = set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE))

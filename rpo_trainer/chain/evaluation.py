@@ -30,7 +30,7 @@ from rpo_trainer.stages.data import at_most, evaluation_prompts
 from rpo_trainer.stages.harness import run_tasks
 from rpo_trainer.step.forward import uninstall
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
-from rpo_trainer.step.reference import ReferenceCache, reference_logps, response_key
+from rpo_trainer.step.reference import ReferenceCache, dataset_logprobs, response_key
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import Row
@@ -337,7 +337,7 @@ class Evaluation:
         precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
         try:
             with precision:
-                return reference_logps(
+                return dataset_logprobs(
                     policy, examples, layout=layout, cache=cache,
                     shard=(distributed.rank(), distributed.world_size()), gather=distributed.all_gather_dict,
                     pad_token_id=self.tokenizer.pad_token_id or 0, tolerance=0.1 if half else 1e-3,

@@ -23,7 +23,7 @@ from rpo_trainer.models.reward_model import attributes_of
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.rewards.resumable_rows import Done, RowFailed, Shard
 from rpo_trainer.runtime.file_errors import reads
-from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
+from rpo_trainer.step.batch import Layout, forward_tokens, pack
 from rpo_trainer.step.forward import response_scores
 from rpo_trainer.step.layout_probe import probe
 
@@ -148,7 +148,7 @@ class RewardModel:
         untrained = [
             {**e, "response_mask": [[0] * len(ids) for ids in e["response_ids"]]} for e in examples
         ]
-        inputs = to_device(pack(untrained, self.layout)["model_inputs"], device)
+        inputs = pack(untrained, self.layout).model_inputs.to(device)
         with torch.no_grad():
             # Not the classifier's own pooling, which looks for the last token that is not the pad
             # token: where that is the end token too, it finds the one before.

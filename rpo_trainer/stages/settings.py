@@ -46,11 +46,11 @@ from rpo_trainer.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from rpo_trainer.trainers.base import PackedTrainer
-from rpo_trainer.trainers.best import require_best_metric
+from rpo_trainer.trainers.argument_checks import require_best_metric
+from rpo_trainer.trainers.argument_status import by_name
+from rpo_trainer.trainers.argument_table import TRAINING
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.engine import asks_for_shards
-from rpo_trainer.trainers.settings import by_name
-from rpo_trainer.trainers.settings_table import TRAINING
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -65,7 +65,7 @@ _SAME = (
     "max_length", "truncation", "global_batch_size", "micro_batch_tokens", "learning_rate",
     "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
-    "logging_steps", "save_total_limit", "report_to", "nonfinite",
+    "logging_steps", "save_total_limit", "report_to", "on_nonfinite", "max_skipped_steps",
     "router_aux_loss_coef",
     "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
     "disable_dropout", "label_smoothing", "reward_scale",
@@ -226,7 +226,7 @@ def _config_class(stage: Stage) -> type[SFTConfig | DPOConfig | RPOConfig | Rewa
     return RPOConfig if isinstance(stage, RPOStage) else SFTConfig
 
 
-def trainer_class(stage: Stage) -> type[PackedTrainer]:
+def trainer_class(stage: Stage) -> type[BaseTrainer]:
     """The trainer of a kind of stage."""
     if isinstance(stage, DPOStage):
         return DPOTrainer
@@ -336,7 +336,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: StageData,
     callbacks: list[TrainerCallback],
-) -> PackedTrainer:
+) -> BaseTrainer:
     """The trainer of a stage, told nothing that the stage does not say."""
     common: dict[str, Any] = {
         "model": model,

@@ -148,14 +148,14 @@ def _saved(where: str, action: Callable[[], None]) -> list[Any]:
 
 
 def _evaluated(stage: str, action: Callable[[], None]) -> list[Any]:
-    from rpo_trainer.trainers.base import PackedTrainer
+    from rpo_trainer.trainers.base import BaseTrainer
 
     def check(self: Any, *args: Any, **kwargs: Any) -> None:
         at_end = self.state.global_step and self.state.global_step >= self.state.max_steps
         if at_end and Path(self.args.output_dir).name == stage:
             action()
 
-    return [_around(PackedTrainer, "evaluate", after=check)]
+    return [_around(BaseTrainer, "evaluate", after=check)]
 
 
 _PATCHES = {

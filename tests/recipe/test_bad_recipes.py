@@ -157,9 +157,13 @@ CASES: dict[str, tuple[str, str, str, str, list[str]]] = {
         DPO, f"{DPO}    max_steps: 5\n    warmup_steps: 6\n    lr_scheduler_type: linear\n",
         "recipe.warmup-too-long", "19 (stages.dpo.warmup_steps)", ["6", "5"],
     ),
-    "nonfinite that is neither": (
-        DPO, f"{DPO}    nonfinite: skip\n",
-        "recipe.invalid-value", "18 (stages.dpo.nonfinite)", ["`skip(n)`", "`skip(3)`"],
+    "on_nonfinite that is neither": (
+        DPO, f"{DPO}    on_nonfinite: skip(3)\n",
+        "recipe.invalid-choice", "18 (stages.dpo.on_nonfinite)", ["`stop`", "`skip`"],
+    ),
+    "skipped steps of a stage that stops": (
+        DPO, f"{DPO}    max_skipped_steps: 3\n",
+        "recipe.unused-field", "18 (stages.dpo.max_skipped_steps)", ["`on_nonfinite: stop`"],
     ),
 }  # fmt: skip
 
@@ -352,7 +356,7 @@ def test_rpo_on_data_without_rewards(command: str, tried: Tried) -> None:
 def test_global_batch_size_that_does_not_divide_by_the_processes(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rpo_trainer.trainers.step_config import BaseConfig
+    from rpo_trainer.trainers.base_config import BaseConfig
 
     pairs(tried.folder)
     monkeypatch.setattr(BaseConfig, "world_size", property(lambda self: 4))

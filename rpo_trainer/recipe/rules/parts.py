@@ -207,6 +207,17 @@ def training_args_are_others(raw: Raw, own: Collection[str]) -> Errors:
         )
 
 
+def skipped_steps(raw: Raw) -> Errors:
+    """`max_skipped_steps` goes with a stage that skips."""
+    if raw.get("max_skipped_steps") is not None and raw.get("on_nonfinite", "stop") == "stop":
+        yield unread(
+            ("max_skipped_steps",),
+            "`max_skipped_steps` with `on_nonfinite: stop`",
+            "write `on_nonfinite: skip`, or remove it",
+            why="the stage stops at the first such step, so none is left out",
+        )
+
+
 def data_of_the_kind(raw: Raw) -> Errors:
     """`data` has no part that stages of this kind do not read."""
     data, kind = raw.get("data"), raw.get("kind")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -44,20 +43,6 @@ ScaleOrAuto: TypeAlias = Annotated[
         ),
     ),
 ]
-StopOrSkip: TypeAlias = Annotated[
-    str,
-    one_message(
-        lambda value: (
-            isinstance(value, str)
-            and re.fullmatch(r"stop|skip\([1-9][0-9]{0,8}\)", value) is not None
-        ),
-        wrong_value(
-            "must be `stop`, or `skip(n)` with a whole number from 1",
-            "write for example `skip(3)`",
-            code="recipe.invalid-value",
-        ),
-    ),
-]
 
 
 class StageBase(Spec):
@@ -73,6 +58,7 @@ class StageBase(Spec):
         parts.batches_divide,
         parts.data_of_the_kind,
         parts.responses_of_the_loss,
+        parts.skipped_steps,
     )
 
     name: str = Field(
@@ -147,10 +133,17 @@ class StageBase(Spec):
         description="weight of the load-balancing loss of a mixture of experts' routers; 0: none; by "
         "default what the model's config asks for (`output_router_logits`)",
     )
-    nonfinite: StopOrSkip = Field(
+    on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="a loss or gradient that is NaN or infinite: `stop` before the weights move, or "
-        "`skip(n)`: leave out such steps, up to n in the stage",
+        "`skip`: leave such steps out, up to `max_skipped_steps` in the stage",
+    )
+    max_skipped_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="with `on_nonfinite: skip`, how many steps may be left out before the stage "
+        "stops; by default 3",
     )
     peft: PeftSpec | None = Field(
         None,

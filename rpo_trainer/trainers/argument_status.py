@@ -1,6 +1,6 @@
 """What becomes of every setting of `transformers.TrainingArguments`: read, refused, or without effect.
 
-`settings_table.py` has the rows. A refused setting may only have the values that change nothing; a config
+`argument_table.py` has the rows. A refused setting may only have the values that change nothing; a config
 raises on any other. `docs/training-arguments.md` is generated from the same rows.
 """
 
@@ -11,6 +11,21 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 Status = Literal["read", "refused", "harmless"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A setting of a config that cannot be taken; all of a config are reported by one error.
+
+    Attributes:
+        text: a sentence.
+        code: of the kind of mistake.
+        setting: its name, dotted within another one.
+    """
+
+    text: str
+    code: str
+    setting: str
 
 
 @dataclass(frozen=True)
@@ -82,8 +97,8 @@ def refusals(
     values: Mapping[str, Any],
     defaults: Mapping[str, Any],
     prefix: str = "",
-) -> Iterator[str]:
-    """A sentence for each value that a table refuses.
+) -> Iterator[Problem]:
+    """A problem for each value that a table refuses.
 
     Args:
         values: the settings by name.
@@ -102,7 +117,11 @@ def refusals(
             wrong = any(_same(part, other) for part in parts for other in row.not_taken)
             why = row.instead
         if wrong:
-            yield f"{prefix}{name}={_shown(value)} is not supported: {why}"
+            yield Problem(
+                f"{prefix}{name}={_shown(value)} is not supported: {why}",
+                code="training.unsupported-setting",
+                setting=prefix + name,
+            )
 
 
 def _same(value: Any, other: Any) -> bool:

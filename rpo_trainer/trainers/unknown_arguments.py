@@ -32,6 +32,7 @@ def answering_unknown_arguments(make: Callable[..., None]) -> Callable[..., None
         if unknown:
             raise RecipeError(
                 f"there is no argument {' or '.join(unknown)}",
+                code="training.unknown-argument",
                 where=type(self).__name__,
                 why="the trainer has no use for it",
                 fix="; ".join(

@@ -1,13 +1,13 @@
-"""Writes `docs/training-arguments.md`: `python -m rpo_trainer.trainers.settings_page`."""
+"""Writes `docs/training-arguments.md`: `python -m rpo_trainer.trainers.argument_page`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 
+from rpo_trainer.trainers.argument_status import Setting, defaults_of
+from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 from rpo_trainer.trainers.config import DPOConfig, RewardConfig, RPOConfig, SFTConfig
-from rpo_trainer.trainers.settings import Setting, defaults_of
-from rpo_trainer.trainers.settings_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 
 _HEAD = """# Training arguments
 
@@ -19,7 +19,7 @@ recipe's stage takes them too. A value that would have no effect is refused when
 - **refused**: only the value that changes nothing is accepted.
 - **harmless**: no result depends on it.
 
-This page is generated: `python -m rpo_trainer.trainers.settings_page > docs/training-arguments.md`.
+This page is generated: `python -m rpo_trainer.trainers.argument_page > docs/training-arguments.md`.
 """
 
 

@@ -6,7 +6,7 @@ override: the data loaders, the loss, evaluation, and the writing of checkpoints
 
 from __future__ import annotations
 
-from rpo_trainer.trainers.settings import Setting, harmless, read, refused
+from rpo_trainer.trainers.argument_status import Setting, harmless, read, refused
 
 _NO_PREDICTIONS = "metrics come from log-probabilities, without logits, labels or `compute_metrics`"
 _OWN_LOADER = "the trainer makes its own data loaders, which accelerate does not prepare"
@@ -117,7 +117,7 @@ TRAINING: tuple[Setting, ...] = (
     refused(
         "logging_nan_inf_filter",
         "it would hide losses that are not finite",
-        "remove it: `nonfinite` says whether such a step stops the run or is left out",
+        "remove it: `on_nonfinite` says whether such a step stops the run or is left out",
         False,
     ),
     read(

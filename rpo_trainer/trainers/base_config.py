@@ -18,7 +18,7 @@ from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.template_kwargs import faults
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.logprobs import DEFAULT_LOGITS_CHUNK_BYTES
-from rpo_trainer.trainers.arguments import (
+from rpo_trainer.trainers.argument_checks import (
     bfloat16_by_default,
     checkpointing_by_default,
     lowest_is_best,
@@ -26,12 +26,13 @@ from rpo_trainer.trainers.arguments import (
     require_readable_settings,
     setting_problems,
 )
+from rpo_trainer.trainers.argument_status import Problem
 from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
-from rpo_trainer.trainers.guards import skips_allowed
-from rpo_trainer.trainers.names import instead_of
+from rpo_trainer.trainers.unknown_arguments import instead_of
 
 C = TypeVar("C", bound=TrainingArguments)
 
+DEFAULT_SKIPPED_STEPS = 3
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
@@ -78,6 +79,7 @@ def config(made_of: type[C]) -> type[C]:
         if unknown:
             raise RecipeError(
                 f"there is no argument {' or '.join(unknown)}",
+                code="training.unknown-argument",
                 where=made_of.__name__,
                 why="it would have no effect",
                 fix="; ".join(instead_of(name, list(known)) for name in unknown),
@@ -170,10 +172,15 @@ class BaseConfig(TrainingArguments):
         "the model's config, where that asks for the loss (output_router_logits true).",
         None,
     )
-    nonfinite: str = described(
-        "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip(n)`: leave "
-        "out such steps, up to n of them.",
+    on_nonfinite: str = described(
+        "A loss or gradient that is NaN or infinite: `stop` before the weights move, or `skip`: leave such "
+        "steps out, up to `max_skipped_steps`.",
         "stop",
+    )
+    max_skipped_steps: int | None = described(
+        "With on_nonfinite=skip: how many steps of a run may be left out before it stops. None: "
+        f"{DEFAULT_SKIPPED_STEPS}.",
+        None,
     )
     shuffle: bool | None = switch(
         "Whether each epoch is a new permutation of the examples; False: the order of the data. None: as "
@@ -240,6 +247,7 @@ class BaseConfig(TrainingArguments):
                 raise RecipeError(
                     f"gradient_accumulation_steps={asked_accumulation} beside micro_batch_tokens and "
                     "global_batch_size",
+                    code="training.conflicting-settings",
                     where=type(self).__name__,
                     why="the number of forwards of a step follows from the lengths of its examples",
                     fix="remove gradient_accumulation_steps",
@@ -252,6 +260,7 @@ class BaseConfig(TrainingArguments):
                 raise RecipeError(
                     f"gradient_accumulation_steps={asked_accumulation}, and global_batch_size="
                     f"{self.global_batch_size} takes {self.gradient_accumulation_steps}",
+                    code="training.conflicting-settings",
                     where=type(self).__name__,
                     why="both say how many examples an optimizer step has",
                     fix="remove one of the two",
@@ -263,7 +272,12 @@ class BaseConfig(TrainingArguments):
         if problems:
             name = type(self).__name__
             raise RecipeError(
-                "; ".join(problems),
+                "; ".join(problem.text for problem in problems),
+                code=problems[0].code,
+                details={
+                    "codes": [problem.code for problem in problems],
+                    "settings": [problem.setting for problem in problems],
+                },
                 where=name,
                 why="every setting that a config accepts takes effect",
                 fix=f"change them; see help(rpo_trainer.{name}), and docs/training-arguments.md for the "
@@ -331,60 +345,158 @@ class BaseConfig(TrainingArguments):
         """The autocast dtype of bf16 / fp16 runs; None: the weights' own."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
-    def _problems(self) -> list[str]:
-        """Sentences on what does not fit."""
+    def _problems(self) -> list[Problem]:
+        """What does not fit."""
         problems = list(setting_problems(self))
         if self.shuffle and self.train_sampling_strategy == "sequential":
             problems.append(
-                "shuffle=True and train_sampling_strategy='sequential' contradict each other: remove one"
+                Problem(
+                    "shuffle=True and train_sampling_strategy='sequential' contradict each other: remove one",
+                    code="training.conflicting-settings",
+                    setting="train_sampling_strategy",
+                )
             )
         if self.truncation not in ("drop", "cut"):
-            problems.append(f"truncation must be drop or cut, got {self.truncation!r}")
+            problems.append(
+                Problem(
+                    f"truncation must be drop or cut, got {self.truncation!r}",
+                    code="training.invalid-value",
+                    setting="truncation",
+                )
+            )
         if self.special_tokens not in (None, "text", "parse"):
-            problems.append(f"special_tokens must be text or parse, got {self.special_tokens!r}")
-        problems += faults(self.chat_template_kwargs)
+            problems.append(
+                Problem(
+                    f"special_tokens must be text or parse, got {self.special_tokens!r}",
+                    code="training.invalid-value",
+                    setting="special_tokens",
+                )
+            )
+        problems += [
+            Problem(fault, code="training.invalid-value", setting="chat_template_kwargs")
+            for fault in faults(self.chat_template_kwargs)
+        ]
         if self.layout not in ("auto", *get_args(Layout)):
             names = ", ".join(get_args(Layout))
-            problems.append(f"layout must be auto or one of {names}, got {self.layout!r}")
+            problems.append(
+                Problem(
+                    f"layout must be auto or one of {names}, got {self.layout!r}",
+                    code="training.invalid-value",
+                    setting="layout",
+                )
+            )
         if self.max_length is not None and self.max_length < 2:
-            problems.append(f"max_length must be 2 or more, got {self.max_length}")
+            problems.append(
+                Problem(
+                    f"max_length must be 2 or more, got {self.max_length}",
+                    code="training.invalid-value",
+                    setting="max_length",
+                )
+            )
         if self.micro_batch_tokens is not None:
             for name in ("micro_batch_tokens", "global_batch_size"):
                 if (value := getattr(self, name)) is not None and value < 1:
-                    problems.append(f"{name} must be positive, got {value}")
+                    problems.append(
+                        Problem(
+                            f"{name} must be positive, got {value}",
+                            code="training.invalid-value",
+                            setting=name,
+                        )
+                    )
         problems += self._nonfinite_problems()
         if (coefficient := self.router_aux_loss_coef) is not None and not (
             math.isfinite(coefficient) and coefficient >= 0
         ):
-            problems.append(f"router_aux_loss_coef must be 0 or more, got {coefficient}")
+            problems.append(
+                Problem(
+                    f"router_aux_loss_coef must be 0 or more, got {coefficient}",
+                    code="training.invalid-value",
+                    setting="router_aux_loss_coef",
+                )
+            )
         if self.logits_chunk_bytes < 1:
-            problems.append(f"logits_chunk_bytes must be positive, got {self.logits_chunk_bytes}")
+            problems.append(
+                Problem(
+                    f"logits_chunk_bytes must be positive, got {self.logits_chunk_bytes}",
+                    code="training.invalid-value",
+                    setting="logits_chunk_bytes",
+                )
+            )
         if self.torch_compile_mode in _CUDA_GRAPHS:
             problems.append(
-                f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of a "
-                "row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs"
+                Problem(
+                    f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of "
+                    "a row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs",
+                    code="training.unsupported-setting",
+                    setting="torch_compile_mode",
+                )
             )
         return problems
 
-    def _refuse_noise(self, why: str) -> list[str]:
+    def _refuse_noise(self, why: str) -> list[Problem]:
         if self.neftune_noise_alpha is None:
             return []
-        return [f"neftune_noise_alpha is for SFT: {why}; remove it"]
+        return [
+            Problem(
+                f"neftune_noise_alpha is for SFT: {why}; remove it",
+                code="training.unsupported-setting",
+                setting="neftune_noise_alpha",
+            )
+        ]
 
-    def _nonfinite_problems(self) -> list[str]:
-        try:
-            skips = skips_allowed(self.nonfinite)
-        except ValueError as error:
-            return [str(error)]
-        if skips and asks_for_deepspeed({"deepspeed": self.deepspeed}):
+    @property
+    def allowed_skips(self) -> int:
+        """How many steps that are not finite may be left out; 0: the first one stops the run."""
+        if self.on_nonfinite != "skip":
+            return 0
+        given = self.max_skipped_steps
+        return DEFAULT_SKIPPED_STEPS if given is None else given
+
+    def _nonfinite_problems(self) -> list[Problem]:
+        if self.on_nonfinite not in ("stop", "skip"):
             return [
-                "nonfinite: skip(n) does not work under DeepSpeed, which moves the weights within the "
-                "backward pass: write stop, or take DDP or FSDP2"
+                Problem(
+                    f"on_nonfinite must be stop or skip, got {self.on_nonfinite!r}",
+                    code="training.invalid-value",
+                    setting="on_nonfinite",
+                )
             ]
-        if skips and self.fp16 and not self.max_grad_norm:
+        if self.on_nonfinite == "stop":
+            if self.max_skipped_steps is None:
+                return []
             return [
-                "nonfinite: skip(n) with float16 needs max_grad_norm above 0: the loss scaler looks at "
-                "the gradient when it is clipped"
+                Problem(
+                    f"max_skipped_steps={self.max_skipped_steps} has no effect with on_nonfinite stop, which "
+                    "ends the run at the first such step: write on_nonfinite skip, or remove it",
+                    code="training.no-effect",
+                    setting="max_skipped_steps",
+                )
+            ]
+        if self.allowed_skips < 1:
+            return [
+                Problem(
+                    f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps}",
+                    code="training.invalid-value",
+                    setting="max_skipped_steps",
+                )
+            ]
+        if asks_for_deepspeed({"deepspeed": self.deepspeed}):
+            return [
+                Problem(
+                    "on_nonfinite: skip does not work under DeepSpeed, which moves the weights within the "
+                    "backward pass: write stop, or take DDP or FSDP2",
+                    code="training.unsupported-setting",
+                    setting="on_nonfinite",
+                )
+            ]
+        if self.fp16 and not self.max_grad_norm:
+            return [
+                Problem(
+                    "on_nonfinite: skip with float16 needs max_grad_norm above 0: the loss scaler looks at "
+                    "the gradient when it is clipped",
+                    code="training.conflicting-settings",
+                    setting="max_grad_norm",
+                )
             ]
         return []
 
@@ -407,6 +519,7 @@ def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
         raise RecipeError(
             f"global_batch_size {batch} does not divide by {ranks} rank(s) × "
             f"per_device_train_batch_size {per_device}",
+            code="training.indivisible-batch",
             where=where,
             why="every micro-batch of every rank holds the same number of examples",
             fix=f"take {' or '.join(map(str, nearest))}, or {size}",
