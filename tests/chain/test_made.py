@@ -158,15 +158,19 @@ def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> N
     ("score", "code", "shown"),
     [
         ({"model": "./nowhere"}, "model.no-reward-model", "nowhere"),
-        ({"judge": {"url": "http://x", "model": "m", "template": "none.txt"}}, None, "none.txt"),
-        ({"verifier": "instructions"}, None, "`instruction_id_list`"),
+        (
+            {"judge": {"url": "http://x", "model": "m", "template": "none.txt"}},
+            "judge.template-not-readable",
+            "none.txt",
+        ),
+        ({"verifier": "instructions"}, "verifier.missing-column", "`instruction_id_list`"),
     ],
 )
 def test_what_can_be_known_is_said_before_the_run(
-    score: dict[str, Any], code: str | None, shown: str, tmp_path: Path
+    score: dict[str, Any], code: str, shown: str, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path)
     with pytest.raises((Problems, ModelError)) as error:
         tiny.run(tmp_path, recipe_with(score))
-    assert shown in str(error.value) and (code is None or code in codes_of(error.value))
+    assert shown in str(error.value) and code in codes_of(error.value)
     assert not (tmp_path / "run" / "code").exists()
