@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from rpo_trainer.errors import StoppedBySignal
 from rpo_trainer.runtime import distributed
+from rpo_trainer.stages.record import StepZeroRecord
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +50,14 @@ class EvaluateBefore(TrainerCallback):
 class StepZeroLog(TrainerCallback):
     """Hands on what the step-0 check measured, as soon as it is known: a resumed stage has none."""
 
-    def __init__(self, trainer: Any, note: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, trainer: Any, note: Callable[[StepZeroRecord], None]) -> None:
         self.trainer = trainer
         self.note = note
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         values = getattr(self.trainer, "step_zero", None)
         if values is not None and state.global_step == 1:
-            self.note({"step0": {**values, "ok": True}})
+            self.note(StepZeroRecord(**values, ok=True))
 
 
 class StopOnSignal(TrainerCallback):

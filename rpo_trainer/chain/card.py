@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -15,10 +14,10 @@ from rpo_trainer.recipe import Recipe, Stage, resolve_path
 from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.recipe.yaml_document import dump
-from rpo_trainer.report.agreement import read_agreement
-from rpo_trainer.report.scores import Figure, read_scores
-from rpo_trainer.report.values import short
+from rpo_trainer.report.formatting import short
+from rpo_trainer.report.scores import Figure, read_agreement, read_scores
 from rpo_trainer.runtime.files import atomic_write, file_digest
+from rpo_trainer.stages.record import EvaluationRecord, StageRecord
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
 CARD = "README.md"
@@ -40,7 +39,7 @@ def write_card(
     final: Path,
     stage: Stage,
     stages: Sequence[Stage],
-    records: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, StageRecord],
     recipe: Recipe,
     base_dir: Path,
 ) -> None:
@@ -49,7 +48,7 @@ def write_card(
     The same run gives the same card: a run that resumes here changes nothing.
 
     Args:
-        records: of all stages, as chain.json has them, by name.
+        records: of all stages, by name.
     """
     text = card(final, stage, stages, records, recipe, base_dir)
     path = final / CARD
@@ -66,11 +65,12 @@ def card(
     final: Path,
     stage: Stage,
     stages: Sequence[Stage],
-    records: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, StageRecord],
     recipe: Recipe,
     base_dir: Path,
 ) -> str:
     """The text of the card."""
+    record = records.get(stage.name, StageRecord())
     names = [other.name for other in stages]
     line = _lineage(stage, {other.name: other for other in stages})
     way = " → ".join([_start(recipe, line[0]), *(other.name for other in line[:-1])])
@@ -82,16 +82,16 @@ def card(
         "## Lineage\n",
         _table(
             ("stage", "kind", "starts from", "reference", "data", "examples", "weights"),
-            [_descent(other, records.get(other.name, {})) for other in line],
+            [_descent(other, records.get(other.name, StageRecord())) for other in line],
         ),
         "Data files by the start of their xxh3-128; `data` alone is that of the examples as they were "
         "trained on. Weights by the start of the hashes of their files.\n",
         "## Settings\n",
         _table(
             ("", ""),
-            [*_settings(stage, records.get(stage.name, {})), *_template(stage, recipe)],
+            [*_settings(stage, record), *_template(stage, recipe)],
         ),
-        *_measured(records.get(stage.name, {})),
+        *_measured(record.eval or EvaluationRecord()),
         "## Recipe of this stage\n",
         f"```yaml\n{_excerpt(stage)}```\n",
         "Built-in values are left out.\n",
@@ -137,32 +137,32 @@ def _lineage(stage: Stage, by_name: Mapping[str, Stage]) -> list[Stage]:
     return line
 
 
-def _descent(stage: Stage, record: Mapping[str, Any]) -> list[str]:
+def _descent(stage: Stage, record: StageRecord) -> list[str]:
     files = [
         f"{Path(name).name} `{digest[:12]}`"
-        for name, digest in sorted(record.get("sources", {}).items())
+        for name, digest in sorted((record.sources or {}).items())
     ]
     tasks = [str(source.task) for source in stage.data.train if source.task]
-    fingerprint = record.get("data", {}).get("fingerprint", "")
+    fingerprint = record.data.fingerprint if record.data is not None else None
     data = "<br>".join([*files, *tasks, f"data `{fingerprint[:12]}`" if fingerprint else ""])
-    weights = record.get("output", {}).get("fingerprint", "")
+    weights = record.output.fingerprint if record.output is not None else ""
     init, reference = (
         Path(source).name if looks_like_path(source) else source
         for source in (stage.init, str(getattr(stage, "reference", "") or ""))
     )
-    examples = record.get("examples")
+    examples = record.examples
     return [
         stage.name, stage.kind, init, reference, data,
         "" if examples is None else f"{examples:,}", f"`{weights[:12]}`" if weights else "",
     ]  # fmt: skip
 
 
-def _settings(stage: Stage, record: Mapping[str, Any]) -> list[list[str]]:
+def _settings(stage: Stage, record: StageRecord) -> list[list[str]]:
     found = []
     for field, label in _SETTINGS.items():
         value = getattr(stage, field, None)
-        if field == "reward_scale" and value == "auto" and "reward_scale" in record:
-            found.append([label, f"{record['reward_scale']:g} (fitted)"])
+        if field == "reward_scale" and value == "auto" and record.reward_scale is not None:
+            found.append([label, f"{record.reward_scale:g} (fitted)"])
         elif value is not None:
             found.append([label, f"{value:g}" if isinstance(value, float) else str(value)])
     return found
@@ -177,11 +177,13 @@ def _template(stage: Stage, recipe: Recipe) -> list[list[str]]:
     return [[label, f"`{kwargs_key(given)}`"] for label, given in levels if given]
 
 
-def _measured(record: Mapping[str, Any]) -> list[str]:
-    figures = read_scores(record.get("eval") or {}).all()
-    accuracy = read_agreement(record.get("eval") or {}).accuracy
+def _measured(record: EvaluationRecord) -> list[str]:
+    figures = read_scores(record).all()
+    accuracy = read_agreement(record).accuracy
     if accuracy is not None:
-        figures.insert(0, Figure("better response has the higher reward", accuracy))
+        figures.insert(
+            0, Figure("reward_accuracy", "better response has the higher reward", accuracy)
+        )
     if not figures:
         return []
     rows = []
@@ -194,8 +196,7 @@ def _measured(record: Mapping[str, Any]) -> list[str]:
                 f"{short(measure.low, figure.digits)} to {short(measure.high, figure.digits)}"
             )
         rows.append([figure.name, short(measure.value, figure.digits), interval])
-    scorer = (record.get("eval") or {}).get("scorer")
-    by = f" Rewards and wins are by {scorer}." if scorer else ""
+    by = f" Rewards and wins are by {record.scorer}." if record.scorer else ""
     return [
         "## Measured on held-out data\n",
         _table(("", "value", "95 % interval"), rows),

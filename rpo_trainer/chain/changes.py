@@ -68,7 +68,13 @@ def differences(key: str, old: Any, new: Any) -> list[Change]:
 
 def data_changed(what: str, stage: str, run_dir: Path, *, why: str, undo: str) -> RunError:
     """The refusal of data that is not what a stage began with."""
-    return RunError(what, where=str(run_dir), why=why, fix=ways_out(undo, [f"stages.{stage}.data"]))
+    return RunError(
+        what,
+        code="run.data-changed",
+        where=str(run_dir),
+        why=why,
+        fix=ways_out(undo, [f"stages.{stage}.data"]),
+    )
 
 
 def ways_out(undo: str, keys: Sequence[str]) -> str:
@@ -119,6 +125,7 @@ def require_key(
         return
     raise RecipeError(
         f"the recipe has no key `{key}`",
+        code="option.unknown-key",
         where=f"--allow-changed {key}",
         why="a key that is none would allow nothing",
         fix="write it as the refusal shows it, for example stages.dpo.beta",

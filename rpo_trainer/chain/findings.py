@@ -12,6 +12,7 @@ from rpo_trainer.data import Audit
 from rpo_trainer.errors import Problems, RPOTrainerError
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.stages.error_places import each, locate, name_part
+from rpo_trainer.stages.record import AuditRecord
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.where import Origins
@@ -57,7 +58,7 @@ class Findings:
 
     def add_audit(self, audit: Audit, what: str, *, sampled: bool = False, label: str = "") -> None:
         """What an audit counts, and a warning about each thing that deserves attention."""
-        found = read_audit(audit.as_dict()).concerns(what, sampled=sampled)
+        found = read_audit(AuditRecord.from_json(audit.as_dict())).concerns(what, sampled=sampled)
         concerns = [concern for concern in found if not concern.minor]
         warned = {concern.text for concern in concerns}
         for _, text in audit.messages(what):

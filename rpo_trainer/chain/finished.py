@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.chain.inputs import Inputs, check_inputs
@@ -13,6 +12,7 @@ from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage
 from rpo_trainer.stages.inputs import sources_of_rows
+from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 
 
@@ -26,20 +26,22 @@ def check_finished(
     check_inputs(stages, state, inputs, run_dir)
     for stage in stages:
         record = state.stage(stage.name)
-        if record is not None and record["state"] == "done":
+        if record is not None and record.state == "done":
             _check_output(run_dir / stage.name / "final", stage.name, record)
 
 
-def _check_output(final: Path, name: str, record: Mapping[str, Any]) -> None:
+def _check_output(final: Path, name: str, record: StageRecord) -> None:
     base = final.with_name("base")
     fault = verify_manifest(final)
     if fault is None and base.is_dir() and (fault := verify_manifest(base)) is not None:
         fault = f"base: {fault}"
-    if fault is None and output_fingerprint(final) != record["output"]["fingerprint"]:
+    kept = record.output.fingerprint if record.output is not None else None
+    if fault is None and output_fingerprint(final) != kept:
         fault = "these are other weights than the stage has written"
     if fault is not None:
         raise RunError(
             f"the output of the finished stage {name} is damaged: {fault}",
+            code="run.damaged-output",
             where=str(final),
             why="later stages start from it",
             fix="restore it from a copy, or start in a new directory (--run-dir)",
@@ -64,10 +66,11 @@ def check_starts(
         sources |= _measured_with(stage, stages, recipe)
         for field, source in sources.items():
             record = state.stage(source)
-            if record is not None and record["state"] != "done" and source not in there:
+            if record is not None and record.state != "done" and source not in there:
                 short = field.removeprefix(f"stages.{stage.name}.")
                 raise RunError(
                     f"the {short} of stage {stage.name} is stage {source}, which is not finished",
+                    code="run.stage-not-finished",
                     where=str(run_dir),
                     why="a stage starts from what is there, and is measured with it",
                     fix=f"run the whole chain first (rpo-trainer run), or set {field} to model or a path",

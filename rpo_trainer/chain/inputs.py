@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rpo_trainer.chain.changes import covers, ways_out
 from rpo_trainer.chain.state import ChainState
@@ -33,10 +33,10 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.runtime.files import known_digest
 from rpo_trainer.stages.hub import RepoKind, hub_commit
+from rpo_trainer.stages.record import FileRecord, InputRecord, Reach
 from rpo_trainer.stages.settings import named_files
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
-Reach = Literal["model", "tokenizer", "all"]  # which files of a directory are read
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _OF_MODELS = (".json", ".jinja", ".model", ".tiktoken", ".py", *_WEIGHTS)
 _TEXTS = ("merges.txt", "vocab.txt")
@@ -190,26 +190,22 @@ def _is_local(name: str, path: Path) -> bool:
     return path.exists() or name.startswith((".", "/", "~"))
 
 
-# An entry: `key`, `name`, `reach`, and `files` (by name: `digest`, `stat`) or the `commit` of the hub.
-Entry = dict[str, Any]
-
-
 class Digests:
     """Digests of inputs; a file is not read again while nothing has been written to it.
 
     Args:
-        known: entries of earlier starts.
+        known: inputs of earlier starts.
     """
 
-    def __init__(self, known: Iterable[Entry] = ()) -> None:
-        self._files: dict[tuple[str, str], dict[str, Any]] = {
-            (entry["name"], name): file
+    def __init__(self, known: Iterable[InputRecord] = ()) -> None:
+        self._files: dict[tuple[str, str], FileRecord] = {
+            (entry.name, name): file
             for entry in known
-            for name, file in entry.get("files", {}).items()
+            for name, file in (entry.files or {}).items()
         }
         self._commits: dict[tuple[str, str | None, RepoKind], str | None] = {}
 
-    def of(self, inputs: Sequence[Input]) -> list[Entry]:
+    def of(self, inputs: Sequence[Input]) -> list[InputRecord]:
         """What is kept of inputs; those that are not there are left out.
 
         Raises:
@@ -217,13 +213,13 @@ class Digests:
         """
         found = []
         for one in inputs:
-            content = self._hub(one) if one.repo is not None else self._local(one, one.path)
-            if content:
-                entry = {"key": one.key, "name": one.name, "reach": one.reach, **content}
-                found.append(entry)
+            commit = self._hub(one) if one.repo is not None else None
+            files = self._local(one, one.path) if one.repo is None else None
+            if commit or files:
+                found.append(InputRecord(one.key, one.name, one.reach, files or None, commit))
         return found
 
-    def _local(self, one: Input, path: Path | None) -> dict[str, Any]:
+    def _local(self, one: Input, path: Path | None) -> dict[str, FileRecord]:
         assert path is not None  # what is not on the hub
         try:
             names = sorted(_files(path, one.reach))
@@ -232,25 +228,28 @@ class Digests:
         except OSError as error:
             raise RunError(
                 f"an input cannot be read: {error.strerror or error}",
+                code="run.unreadable-input",
                 where=f"{one.key}: {error.filename or path}",
                 why="a change could not be detected on resume",
                 fix="check the file and its permissions",
             ) from error
-        return {"files": dict(zip(names, files, strict=True))} if names else {}
+        return dict(zip(names, files, strict=True))
 
-    def _file(self, one: Input, path: Path, name: str) -> dict[str, Any]:
+    def _file(self, one: Input, path: Path, name: str) -> FileRecord:
         place = (one.name, name)
-        self._files[place] = known_digest(
-            path if path.is_file() else path / name, self._files.get(place)
+        known = self._files.get(place)
+        found = known_digest(
+            path if path.is_file() else path / name, known.to_json() if known else None
         )
+        self._files[place] = FileRecord(**found)
         return self._files[place]
 
-    def _hub(self, one: Input) -> dict[str, Any]:
+    def _hub(self, one: Input) -> str | None:
         assert one.repo is not None
         place = (one.repo, one.revision, one.kind)
         if place not in self._commits:
             self._commits[place] = hub_commit(*place)
-        return {"commit": self._commits[place]} if self._commits[place] else {}
+        return self._commits[place] or None
 
 
 def _files(path: Path, reach: Reach) -> Iterator[str]:
@@ -285,28 +284,29 @@ def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run
     begun = [
         (stage, record)
         for stage in stages
-        if (record := state.stage(stage.name)) is not None and record["state"] != "pending"
+        if (record := state.stage(stage.name)) is not None and record.state != "pending"
     ]
-    digests = Digests(entry for _, record in begun for entry in record.get("inputs", ()))
+    digests = Digests(entry for _, record in begun for entry in record.inputs or ())
     refused: dict[str, dict[str, None]] = {}  # by key: what has changed
     allowed: dict[tuple[str, str], tuple[Any, Any]] = {}
     for stage, record in begun:
-        now = {(entry["key"], entry["name"]): entry for entry in digests.of(inputs.of(stage))}
+        now = {(entry.key, entry.name): entry for entry in digests.of(inputs.of(stage))}
         kept = []
-        for before in record.get("inputs", ()):
+        for before in record.inputs or ():
             # Where the recipe names another one by now, that is compared with the recipe.
-            entry = now.get((before["key"], before["name"]), before)
+            entry = now.get((before.key, before.name), before)
             changed = changed_parts(before, entry)
-            if changed and not _may_change(state, stage, entry["key"]):
-                refused.setdefault(entry["key"], {}).update(dict.fromkeys(changed))
-            allowed |= {(entry["key"], name): values for name, values in changed.items()}
+            if changed and not _may_change(state, stage, entry.key):
+                refused.setdefault(entry.key, {}).update(dict.fromkeys(changed))
+            allowed |= {(entry.key, name): values for name, values in changed.items()}
             kept.append(_joined(before, entry))
         if kept:
-            record["inputs"] = kept
+            record.inputs = kept
     if refused:
         lines = [f"{key}: {_listed(list(names))}" for key, names in refused.items()]
         raise RunError(
             "inputs have changed since this run read them:\n    " + "\n    ".join(lines),
+            code="run.input-changed",
             where=str(run_dir),
             why="new results would not match the existing ones",
             fix=ways_out("restore them", list(dict.fromkeys(map(_short, refused)))),
@@ -315,31 +315,31 @@ def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run
         state.note(f"{key}: {name}", old, new)
 
 
-def changed_parts(before: Entry, now: Entry) -> dict[str, tuple[Any, Any]]:
-    """What differs between two entries of one input: the old and the new digest by name."""
-    if "commit" in before or "commit" in now:
-        old, new = before.get("commit"), now.get("commit")
-        return {f"{now['name']} (commit)": (old, new)} if old != new else {}
-    files = [entry["files"] for entry in (before, now)]
-    if before["reach"] != now["reach"]:  # what only one of them has looked at
+def changed_parts(before: InputRecord, now: InputRecord) -> dict[str, tuple[Any, Any]]:
+    """What differs between two records of one input: the old and the new digest by name."""
+    if before.commit is not None or now.commit is not None:
+        old, new = before.commit, now.commit
+        return {f"{now.name} (commit)": (old, new)} if old != new else {}
+    files = [entry.files or {} for entry in (before, now)]
+    if before.reach != now.reach:  # what only one of them has looked at
         files = [{n: f for n, f in each.items() if not _is_weights(n)} for each in files]
     old_files, new_files = files
     found = {}
     for file in sorted({*old_files, *new_files}):
-        old, new = (each.get(file, {}).get("digest") for each in (old_files, new_files))
+        old, new = (each[file].digest if file in each else None for each in (old_files, new_files))
         if old != new:
-            single = now["name"].endswith(file)
-            place = now["name"] if single else f"{now['name']}/{file}"
+            single = now.name.endswith(file)
+            place = now.name if single else f"{now.name}/{file}"
             how = " (missing)" if new is None else " (new)" if old is None else ""
             found[place + how] = (old, new)
     return found
 
 
-def _joined(before: Entry, now: Entry) -> Entry:
+def _joined(before: InputRecord, now: InputRecord) -> InputRecord:
     """What is kept of both: weights that were looked at stay known."""
-    if before["reach"] == "model" and now["reach"] == "tokenizer" and "files" in before:
-        weights = {n: f for n, f in before["files"].items() if _is_weights(n)}
-        return {**before, "files": {**weights, **now["files"]}}
+    if before.reach == "model" and now.reach == "tokenizer" and before.files is not None:
+        weights = {n: f for n, f in before.files.items() if _is_weights(n)}
+        return replace(before, files={**weights, **(now.files or {})})
     return now
 
 

@@ -24,7 +24,6 @@ from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import (
-    METRICS_FILE,
     ChainState,
     forget_metrics,
     locked,
@@ -58,6 +57,17 @@ from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.inputs import StageInputs
 from rpo_trainer.stages.prepare import StagePreparer
+from rpo_trainer.stages.record import (
+    METRICS_FILE,
+    AuditRecord,
+    CalibrationBin,
+    DataRecord,
+    EvaluationRecord,
+    HubRecord,
+    OutputRecord,
+    StageRecord,
+    StepZeroRecord,
+)
 from rpo_trainer.stages.scored_rows import ScoredRows
 from rpo_trainer.stages.settings import check_warmup, make_trainer
 from rpo_trainer.trainers.base import PackedTrainer
@@ -139,7 +149,7 @@ class _Chain:
         wanted = [
             (stage, record)
             for stage in self.stages
-            if (record := self._record(stage.name))["state"] != "done"
+            if (record := self._record(stage.name)).state != "done"
             and (only is None or stage.name in only)
         ]
         if not wanted:
@@ -147,7 +157,7 @@ class _Chain:
                 self._save()  # what has changed on purpose
             logger.info("done: there is nothing left to run in %s", self.run_dir)
             return self.run_dir
-        pending = {stage.name for stage, record in wanted if record["state"] == "pending"}
+        pending = {stage.name for stage, record in wanted if record.state == "pending"}
         check_starts(
             [stage for stage, _ in wanted], self.stages, self.recipe, self.state, self.run_dir
         )
@@ -159,7 +169,7 @@ class _Chain:
             if pending:
                 first, record = wanted[0]
                 if first.name in pending:
-                    record["inputs"] = self.digests.of(self.inputs.of(first))
+                    record.inputs = self.digests.of(self.inputs.of(first))
                     self.preparer.keep(first)
                 check_recipe(self.loaded, self.run_dir, only=pending, preparer=self.preparer)
             if len(pending) < len(wanted):
@@ -186,7 +196,7 @@ class _Chain:
             for stage in stages:
                 self.preparer.settings(stage, self.run_dir)
 
-    def _record(self, name: str) -> dict[str, Any]:
+    def _record(self, name: str) -> StageRecord:
         record = self.state.stage(name)
         assert record is not None  # adopted
         return record
@@ -200,7 +210,7 @@ class _Chain:
 
     # --- one stage ---
 
-    def _run_stage(self, stage: Stage, record: dict[str, Any]) -> None:
+    def _run_stage(self, stage: Stage, record: StageRecord) -> None:
         with self._timed(record):
             self._keep_digests(stage, record)
             if not self._is_trained(stage, record):
@@ -210,40 +220,40 @@ class _Chain:
         self._finish(stage, record)
 
     @contextmanager
-    def _timed(self, record: dict[str, Any]) -> Iterator[None]:
+    def _timed(self, record: StageRecord) -> Iterator[None]:
         """Adds the time inside to the record, which counts all starts of the run."""
-        began, before = time.monotonic(), record.get("seconds", 0.0)
+        began, before = time.monotonic(), record.seconds or 0.0
         try:
             yield
         except StoppedBySignal:
-            record["seconds"] = before + time.monotonic() - began
+            record.seconds = before + time.monotonic() - began
             self._save()
             raise
-        record["seconds"] = before + time.monotonic() - began
+        record.seconds = before + time.monotonic() - began
 
-    def _keep_digests(self, stage: Stage, record: dict[str, Any]) -> None:
+    def _keep_digests(self, stage: Stage, record: StageRecord) -> None:
         """Before anything of the stage is read, so that no change in between goes unnoticed."""
         (self.run_dir / stage.name).mkdir(exist_ok=True)
-        if record["state"] == "pending":
-            record["inputs"] = distributed.on_main(
-                lambda: record.get("inputs") or self.digests.of(self.inputs.of(stage))
+        if record.state == "pending":
+            record.inputs = distributed.on_main(
+                lambda: record.inputs or self.digests.of(self.inputs.of(stage))
             )
 
-    def _is_trained(self, stage: Stage, record: dict[str, Any]) -> bool:
+    def _is_trained(self, stage: Stage, record: StageRecord) -> bool:
         fault = distributed.on_main(lambda: verify_manifest(self._final(stage.name)))
-        return fault is None and "steps" in record
+        return fault is None and record.steps is not None
 
-    def _finish(self, stage: Stage, record: dict[str, Any]) -> None:
-        record["state"] = "done"
-        record["finished"] = now()
+    def _finish(self, stage: Stage, record: StageRecord) -> None:
+        record.state = "done"
+        record.finished = now()
         self._save()
         logger.info("%s finished", self.preparer.label(stage))
 
-    def _publish(self, stage: Stage, record: dict[str, Any]) -> None:
+    def _publish(self, stage: Stage, record: StageRecord) -> None:
         """The output's card, and the output on the hub where that is asked for."""
         final = self._final(stage.name)
-        record["output"] = {"fingerprint": output_fingerprint(final)}
-        records = {each["name"]: each for each in self.state.stages}
+        record.output = OutputRecord(output_fingerprint(final))
+        records = {each.name: each for each in self.state.stages}
         arguments = fill_from_environment(
             stage.training_args, where=f"stages.{stage.name}.training_args"
         )
@@ -253,27 +263,24 @@ class _Chain:
             return push_output(final, arguments, stage=stage.name, run=self.run_dir.resolve().name)
 
         if (pushed := distributed.on_main(publish)) is not None:
-            record["hub"] = pushed
+            record.hub = HubRecord.from_json(pushed)
 
-    def _train(self, stage: Stage, record: dict[str, Any], inputs: StageInputs) -> None:
+    def _train(self, stage: Stage, record: StageRecord, inputs: StageInputs) -> None:
         folder = self.run_dir / stage.name
         trainer = self._trainer(inputs)
 
         def begin(step: int, evaluated: bool) -> None:
-            record.pop("skipped", None)  # the checkpoint knows what was skipped before it
+            record.skipped = None  # the checkpoint knows what was skipped before it
             if distributed.is_main():
                 forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
-        def note(values: dict[str, Any]) -> None:
-            record.update(values)
-            self._save()
-
         try:
-            results = train_stage(trainer, folder, begin=begin, note=note)
+            finished = train_stage(trainer, folder, begin=begin, record=record, save=self._save)
         except StepZeroError as error:
-            note({"step0": {**error.values, "ok": False, "why": error.why}})
+            record.step0 = StepZeroRecord(**error.values, ok=False, why=error.why)
+            self._save()
             raise
-        if results is None:
+        if not finished:
             self.stop.raise_if_stopped()
             raise RunError(
                 f"the training of stage {stage.name} ended before its last step",
@@ -290,8 +297,12 @@ class _Chain:
         else:
             self.models.write_output(trainer, stage)
         if isinstance(trainer, RewardTrainer):
-            results["calibration"] = trainer.calibration.get("eval", {})
-        note(results)
+            record.calibration = {
+                name: [CalibrationBin.from_json(row) for row in table]
+                for name, table in trainer.calibration.get("eval", {}).items()
+            }
+        record.steps = trainer.state.global_step
+        self._save()
         self.stop.output_written()
         del trainer
         gc.collect()
@@ -324,7 +335,7 @@ class _Chain:
         logger.info("%s training on %d examples", label, len(inputs.train))
         return trainer
 
-    def _prepare(self, stage: Stage, record: dict[str, Any]) -> StageInputs:
+    def _prepare(self, stage: Stage, record: StageRecord) -> StageInputs:
         label, audit = self.preparer.label(stage), Audit()
         logger.info("%s preparing data", label)
         made = self.scored_rows.rows(stage, audit)
@@ -346,8 +357,8 @@ class _Chain:
                     why="each reads the data for itself, and the hosts do not have the same files",
                     fix="give every host the same data, tokenizer and library versions",
                 )
-            known = record.get("data", {}).get("fingerprint", fingerprint)
-            if known != fingerprint:
+            known = record.data.fingerprint if record.data is not None else None
+            if known not in (None, fingerprint):
                 if not self.state.allows_other_data(stage.name):
                     raise data_changed(
                         f"the examples of stage {stage.name} are not those it began with",
@@ -358,32 +369,31 @@ class _Chain:
                     )
                 self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
         sources = distributed.on_main(
-            lambda: self.preparer.source_digests(stage, record.get("inputs", ()))
+            lambda: self.preparer.source_digests(stage, record.inputs or ())
         )
-        record.update(
-            state="running",
-            started=record.get("started") or now(),
-            examples=len(train),
-            sources=sources,
-            data={
-                "fingerprint": fingerprint,
-                "audit": audit.as_dict(),
-                **({"held_out": held_out.audit.as_dict()} if held_out else {}),
-            },
+        record.state = "running"
+        record.started = record.started or now()
+        record.examples = len(train)
+        record.sources = sources
+        record.data = DataRecord(
+            fingerprint,
+            AuditRecord.from_json(audit.as_dict()),
+            AuditRecord.from_json(held_out.audit.as_dict()) if held_out else None,
         )
         if audit.calibration:
-            record["reward_scale"] = audit.calibration["reward_scale"]
+            record.reward_scale = audit.calibration["reward_scale"]
         self._save()
         return inputs
 
-    def _evaluate(self, stage: Stage, record: dict[str, Any]) -> None:
+    def _evaluate(self, stage: Stage, record: StageRecord) -> None:
         """Held-out rows of the stage itself, and what the recipe's `eval` names."""
         if isinstance(stage, RewardStage):
-            record["eval"] = agreement_of(record)
+            record.eval = agreement_of(record)
             return
-        scores: dict[str, Any] = {}
-        if "eval_after" in record:
-            scores["nll"] = record["eval_after"].get("eval_loss/sft")
-            scores["nll_before"] = record.get("eval_before", {}).get("eval_loss/sft")
-        scores |= self.evaluation.measure(stage, self.preparer.label(stage))
-        record["eval"] = scores
+        scores = EvaluationRecord.from_json(
+            self.evaluation.measure(stage, self.preparer.label(stage))
+        )
+        if record.eval_after is not None:
+            scores.nll = record.eval_after.get("eval_loss/sft")
+            scores.nll_before = (record.eval_before or {}).get("eval_loss/sft")
+        record.eval = scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -33,15 +34,13 @@ from rpo_trainer.runtime.files import (
     make_folder,
     remove_empty,
 )
+from rpo_trainer.stages.record import CHAIN_FILE, RECIPE_FILE, ChangeRecord, StageRecord
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import Recipe, Stage
 
 logger = logging.getLogger(__name__)
 
-CHAIN_FILE = "chain.json"
-METRICS_FILE = "metrics.jsonl"
-RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"
 _VERSION = 1
@@ -65,10 +64,10 @@ class ChainState:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / CHAIN_FILE
-        self.stages: list[dict[str, Any]] = []
+        self.stages: list[StageRecord] = []
         self.model: dict[str, Any] = {}
         self.seed: int | None = None
-        self.changes: list[dict[str, Any]] = []
+        self.changes: list[ChangeRecord] = []
         self.allowed: tuple[str, ...] = ()
         if self.path.is_file():
             self._read()
@@ -80,17 +79,18 @@ class ChainState:
                 raise ValueError(f"its version is {content['version']}, not {_VERSION}")
             if content.pop("digest", None) not in (None, json_digest(content)):
                 raise ValueError("its checksum does not match its content")
-            self.stages, self.model = list(content["stages"]), dict(content["model"])
-            self.seed = int(content["seed"])
-            self.changes = list(content.get("changes", ()))
-            for record in self.stages:
-                if not {"name", "state", "spec"} <= record.keys():
+            for entry in content["stages"]:
+                if not {"name", "state", "spec"} <= entry.keys():
                     raise ValueError("a stage lacks its name, state or spec")
+                self.stages.append(StageRecord.from_json(entry))
+            self.model, self.seed = dict(content["model"]), int(content["seed"])
+            self.changes = [ChangeRecord.from_json(entry) for entry in content.get("changes", ())]
         except (
             OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
         ) as error:  # fmt: skip
             raise RunError(
                 f"the state of the run cannot be read: {error!r}",
+                code="run.unreadable-state",
                 where=str(self.path),
                 why="it records what has been computed, and from what",
                 fix="restore the file, or start in another directory (--run-dir)",
@@ -102,16 +102,16 @@ class ChainState:
             "version": _VERSION,
             "model": self.model,
             "seed": self.seed,
-            "stages": self.stages,
+            "stages": [record.to_json() for record in self.stages],
         }
         if self.changes:
-            content["changes"] = self.changes
+            content["changes"] = [change.to_json() for change in self.changes]
         content["digest"] = json_digest(content)
         atomic_write(self.path, json.dumps(content, indent=1))
 
-    def stage(self, name: str) -> dict[str, Any] | None:
+    def stage(self, name: str) -> StageRecord | None:
         """The record of a stage by name."""
-        return next((record for record in self.stages if record["name"] == name), None)
+        return next((record for record in self.stages if record.name == name), None)
 
     def adopt(
         self,
@@ -136,19 +136,22 @@ class ChainState:
         for key in allowed:
             require_key(key, stages, model, evaluation)
         self.allowed = tuple(allowed)
-        begun = [record for record in self.stages if record["state"] != "pending"]
+        begun = [record for record in self.stages if record.state != "pending"]
         if begun:
-            self._go_on(begun, stages, model, seed)
-        known = {record["name"]: record for record in begun}
+            self._note_changes(begun, stages, model, seed)
+        known = {record.name: record for record in begun}
         self.stages = [
-            {**known.get(spec["name"], {"state": "pending"}), **_head(spec), "spec": spec}
+            dataclasses.replace(
+                known.get(spec["name"], StageRecord()), name=spec["name"], kind=spec["kind"],
+                init=spec["init"], reference=spec.get("reference"), spec=spec,
+            )
             for spec in stages
-        ]
+        ]  # fmt: skip
         self.model, self.seed = model, seed
 
-    def _go_on(
+    def _note_changes(
         self,
-        begun: list[dict[str, Any]],
+        begun: list[StageRecord],
         stages: list[dict[str, Any]],
         model: dict[str, Any],
         seed: int,
@@ -160,11 +163,11 @@ class ChainState:
         lines = []
         specs = {spec["name"]: spec for spec in stages}
         for record in begun:
-            name = record["name"]
+            name = record.name
             if name not in specs:
                 lines.append(f"stages.{name}: has begun, and is no longer in the recipe")
                 continue
-            old, new = computed_with(record["spec"]), computed_with(specs[name])
+            old, new = computed_with(record.spec), computed_with(specs[name])
             found = differences(f"stages.{name}", old, new)
             fixed += [change for change in found if is_fixed(change.key, name)]
             changes += found
@@ -175,6 +178,7 @@ class ChainState:
             raise RunError(
                 "the recipe has changed where this run has already computed:\n    "
                 + "\n    ".join(lines),
+                code="run.recipe-changed",
                 where=str(self.path.parent),
                 why="resuming would mix two recipes in one run",
                 fix=ways_out("undo the change", keys),
@@ -185,7 +189,7 @@ class ChainState:
     def note(self, key: str, old: Any, new: Any) -> None:
         """Keeps a change that was allowed in the history of the run; it is saved with the next save."""
         logger.warning("allowed: %s. Existing results are kept", Change(key, old, new))
-        self.changes.append({"when": now(), "key": key, "from": old, "to": new})
+        self.changes.append(ChangeRecord(now(), key, old, new))
 
     def allows_other_data(self, stage: str) -> bool:
         """Whether the examples of a stage may be others: by its data, or anything they are made with."""
@@ -202,15 +206,6 @@ class ChainState:
 def now() -> str:
     """The time as the files of a run have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": spec["name"],
-        "kind": spec["kind"],
-        "init": spec["init"],
-        "reference": spec.get("reference"),
-    }
 
 
 def plain(
@@ -240,6 +235,7 @@ def check_run_dir(run_dir: Path) -> None:
         if run_dir.exists() and not run_dir.is_dir():
             raise RunError(
                 "this is a file, not a directory",
+                code="run.not-a-directory",
                 where=str(run_dir),
                 why="a run is a directory of its own",
                 fix="name another --run-dir",
@@ -253,6 +249,7 @@ def check_run_dir(run_dir: Path) -> None:
     if others and not ours:
         raise RunError(
             f"this is not an rpo-trainer run directory: it contains {others[0].name}",
+            code="run.not-a-run-directory",
             where=str(run_dir),
             why="a run does not share its directory with other files",
             fix="name an empty or new directory with --run-dir",
@@ -262,6 +259,7 @@ def check_run_dir(run_dir: Path) -> None:
 def _unusable(how: str, error: Exception, run_dir: Path) -> RunError:
     return RunError(
         f"the directory cannot be {how}: {getattr(error, 'strerror', None) or error}",
+        code="run.unusable-directory",
         where=str(run_dir),
         why="checkpoints and outputs could not be written either",
         fix="name another --run-dir, or change its permissions",
@@ -305,6 +303,7 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
         who = _holder(holder) or "another process"
         raise RunError(
             f"the run directory is in use by {who}",
+            code="run.locked",
             where=str(run_dir),
             why="two runs in one directory would mix their checkpoints",
             fix="wait for it, stop it, or name another --run-dir",
@@ -312,6 +311,7 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"the lock of the run directory cannot be taken: {error.strerror or error}",
+            code="run.unusable-lock",
             where=str(run_dir / _LOCK),
             why="two runs in one directory would mix their checkpoints",
             fix="remove what is there under this name, or name another --run-dir",

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.stages.record import (
+    EvaluationRecord,
+    SkippedStepRecord,
+    StageRecord,
+    WarningRecord,
+)
 from rpo_trainer.trainers.base import PackedTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 from rpo_trainer.trainers.warnings import EarlyWarnings
@@ -26,7 +32,7 @@ from rpo_trainer.trainers.warnings import EarlyWarnings
 logger = logging.getLogger(__name__)
 
 _GAPS_SHOWN = 512  # examples of the scatter in the report
-_AGREEMENT = ("accuracy", "pearson/", "spearman/", "rmse/", "bias/", "calibration/")
+_AGREEMENT = ("pearson/", "spearman/", "rmse/", "bias/", "calibration/")
 
 
 def train_stage(
@@ -34,18 +40,26 @@ def train_stage(
     folder: Path,
     *,
     begin: Callable[[int, bool], None],
-    note: Callable[[dict[str, Any]], None],
-) -> dict[str, Any] | None:
+    record: StageRecord,
+    save: Callable[[], None],
+) -> bool:
     """Trains, or resumes from the last complete checkpoint.
 
     Args:
         begin: called before training, with the step it starts from (-1: from nothing) and whether
             the held-out examples were already evaluated at that step.
-        note: called with what the record of the stage is to say before the stage is at its end.
+        record: of the stage; what training finds out is written into it.
+        save: writes the record to disk.
 
     Returns:
-        What the record is to say at the end; None: training was stopped before it.
+        Whether training has come to its end.
     """
+
+    def note(**values: Any) -> None:
+        for name, value in values.items():
+            setattr(record, name, value)
+        save()
+
     checkpoint = distributed.on_main(lambda: _resume_from(folder))
     if checkpoint is None:
         begin(-1, False)
@@ -55,25 +69,29 @@ def train_stage(
         begin(step, _evaluation_at(step, _history(checkpoint)) is not None)
     held_out = trainer.eval_dataset is not None
     if held_out and checkpoint is None:
-        evaluated = EvaluateBefore(trainer, lambda found: note({"eval_before": _finite(found)}))
+        evaluated = EvaluateBefore(trainer, lambda found: note(eval_before=_finite(found)))
         trainer.add_callback(evaluated)
-    trainer.add_callback(StepZeroLog(trainer, note))
+    trainer.add_callback(StepZeroLog(trainer, lambda step0: note(step0=step0)))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyWarnings):
-            callback.note = lambda found: note({"warnings": found})
-    trainer.step_guard.note = lambda skipped: note({"skipped": skipped})
+            callback.note = lambda found: note(
+                warnings=[WarningRecord.from_json(one) for one in found]
+            )
+    trainer.step_guard.note = lambda skipped: note(
+        skipped=[SkippedStepRecord.from_json(one) for one in skipped]
+    )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if state.global_step < state.max_steps:
-        return None
-    results: dict[str, Any] = {"steps": state.global_step}
+        return False
     if held_out:
         # With eval_steps, the last step may have been evaluated within training; but the weights may
         # be those of an earlier one by now.
         reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint
         known = None if reloaded else _evaluation_at(state.global_step, state.log_history)
-        results["eval_after"] = _finite(trainer.evaluate() if known is None else known)
-    return {**results, "peak_memory_bytes": distributed.all_reduce_max(peak_memory())}
+        record.eval_after = _finite(trainer.evaluate() if known is None else known)
+    record.peak_memory_bytes = distributed.all_reduce_max(peak_memory())
+    return True
 
 
 def _resume_from(folder: Path) -> Path | None:
@@ -96,11 +114,14 @@ def _evaluation_at(step: int, history: list[dict[str, Any]]) -> dict[str, Any] |
     return next((e for e in history if e.get("step") == step and "eval_loss" in e), None)
 
 
-def agreement_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reward stage's record says of held-out rows: the metrics, and the tables of calibration."""
-    after = {k.removeprefix("eval_"): v for k, v in record.get("eval_after", {}).items()}
-    found: dict[str, Any] = {k: v for k, v in after.items() if k.startswith(_AGREEMENT)}
-    return {**found, "calibration": record["calibration"]} if record.get("calibration") else found
+def agreement_of(record: StageRecord) -> EvaluationRecord:
+    """How a reward model agrees with its held-out rows: the metrics, and the tables of calibration."""
+    after = {k.removeprefix("eval_"): v for k, v in (record.eval_after or {}).items()}
+    return EvaluationRecord(
+        accuracy=after.get("accuracy"),
+        calibration=record.calibration or None,
+        agreement={name: value for name, value in after.items() if name.startswith(_AGREEMENT)},
+    )
 
 
 def _finite(metrics: dict[str, Any]) -> dict[str, float]:

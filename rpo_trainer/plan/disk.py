@@ -18,7 +18,7 @@ from rpo_trainer.models.multimodal import freeze_towers, random_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.memory import optimizer_bytes
 from rpo_trainer.recipe import PreferenceStage, RewardStage, Stage
-from rpo_trainer.report.values import size
+from rpo_trainer.report.formatting import size
 from rpo_trainer.runtime.file_errors import UNREADABLE, reading
 from rpo_trainer.runtime.files import refusal
 from rpo_trainer.stages.prepare import StagePreparer

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from rpo_trainer.plan.estimate import Plan
-from rpo_trainer.report.values import duration, size
+from rpo_trainer.report.formatting import duration, size
 
 # Parts of memory and their heads, for a terminal of 80 columns.
 _HEADS = {

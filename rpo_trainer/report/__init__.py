@@ -26,6 +26,7 @@ def build_report(run_dir: Path) -> Path:
             raise
         raise RunError(
             f"the report needs {error.name}, which is not installed",
+            code="report.missing-library",
             why="the page and its plots are drawn with it; training goes without",
             fix="pip install 'rpo-trainer[report]'",
         ) from error

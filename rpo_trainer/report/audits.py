@@ -1,13 +1,12 @@
-"""The data audit of a stage, read out of chain.json: what was read, dropped and noticed."""
+"""The data audit of a stage for people: what was read, dropped and noticed, and what deserves attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, CutResponses, percent
-from rpo_trainer.report.values import count, mapping
+from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, percent
+from rpo_trainer.stages.record import AuditRecord, PairsRecord, ReasonRecord
 
 # Shares of the rows above which something deserves attention.
 MANY_DROPPED = 0.25
@@ -19,8 +18,9 @@ MANY_UNREAD = 0.5  # of what a chat template leaves out of the rows
 
 @dataclass(frozen=True)
 class Concern:
-    """A finding about data, and what to change; `minor`: reported without a warning."""
+    """A finding about data, its key, and what to change; `minor`: reported without a warning."""
 
+    key: str
     text: str
     advice: str | None = None
     minor: bool = False
@@ -41,7 +41,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class AuditRecord:
+class AuditView:
     """Row counts of a data set; `rows` as in `Audit.rows`, the most frequent reasons come first."""
 
     rows: int | None = None
@@ -49,7 +49,7 @@ class AuditRecord:
     dropped: list[Reason] = field(default_factory=list)
     noticed: list[Reason] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    pairs: int | None = None
+    pairs: int = 0
     ties: int = 0
     reversed: int = 0
     unread: dict[str, list[str]] = field(default_factory=dict)
@@ -70,12 +70,14 @@ class AuditRecord:
         rows = {reason.key: reason.rows for reason in self.noticed}
         if self.pairs and self.ties > MANY_TIED * self.pairs and not self._drops("tie"):
             yield Concern(
+                "ties",
                 f"{percent(self.ties, self.pairs)} of {what} ({self.ties:,} of {self.pairs:,}) are tied: "
                 "chosen and rejected have the same reward",
                 "`filter: {ties: drop}` leaves them out; without it DPO learns an arbitrary order from them.",
             )
         if self.pairs and self.reversed > MANY_REVERSED * self.pairs:
             yield Concern(
+                "reversed",
                 f"{percent(self.reversed, self.pairs)} of {what} ({self.reversed:,} of {self.pairs:,}) "
                 "are reversed: chosen has the lower reward",
                 "Check whether chosen and rejected are swapped.",
@@ -83,12 +85,14 @@ class AuditRecord:
         repeated = rows.get("duplicate_prompt", 0) + rows.get("similar_prompt", 0)
         if self.rows and repeated > MANY_REPEATED * self.rows:
             yield Concern(
+                "repeated",
                 f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) have a prompt "
                 "that was seen before",
                 "`dedup: exact` or `normalised` keeps the first row of each prompt.",
             )
         if whole and (cut := rows.get("truncated", 0)) > MANY_CUT * whole:
             yield Concern(
+                "truncated",
                 f"{percent(cut, whole)} of {what} ({cut:,} of {whole:,}) are cut to max_length",
                 "Raise max_length: a cut response has no end.",
             )
@@ -97,23 +101,27 @@ class AuditRecord:
             among = reason.of or whole
             if among and left_out and reason.rows > MANY_UNREAD * among:
                 yield Concern(
-                    f"{percent(reason.rows, among)} of {what} ({reason.rows:,} rows): {reason.text}"
+                    "noticed",
+                    f"{percent(reason.rows, among)} of {what} ({reason.rows:,} rows): {reason.text}",
                 )
         for text in self.cut:
             yield Concern(
+                "cut",
                 text,
                 "Raise max_new_tokens: where few responses end, little is learned of where to end.",
             )
         for text in self.generation:
             yield Concern(
+                "generation",
                 text,
                 "A model should be sampled after the same text that it is trained after: choose another "
                 "chat_template, or use rows that this one renders so.",
             )
         for remark in self.remarks:
-            yield Concern(remark)
+            yield Concern("remark", remark)
         for source, columns in self.unread.items():
             yield Concern(
+                "unread-columns",
                 f"{source}: columns that are not read: {', '.join(columns)}",
                 "Name one that is meant with `columns: {ours: theirs}`.",
             )
@@ -127,6 +135,7 @@ class AuditRecord:
         many = share is not None and share > MANY_DROPPED and not alike
         part = f"{percent(self.dropped_rows, self.total)} of {what}" if self.total else what
         return Concern(
+            "dropped",
             f"{part} ({self.dropped_rows:,} rows) are dropped; most often: {main.text} ({main.rows:,})",
             "More responses a prompt, or a higher temperature, leave fewer such prompts."
             if alike
@@ -156,69 +165,47 @@ _COUNTED_ELSEWHERE = {
 }  # fmt: skip
 
 
-def read_audit(record: Mapping[str, Any]) -> AuditRecord:
-    """The counts of `Audit.as_dict()`; whatever is missing stays empty."""
-    remarks = record.get("remarks")
-    pairs = mapping(record.get("pairs"))
-    unread = {
-        str(source): [str(column) for column in columns]
-        for source, columns in mapping(record.get("unread_columns")).items()
-        if isinstance(columns, list)
-    }
-    dropped = _reasons(record.get("dropped"), DROPS)
-    rows, limit = count(record.get("rows")), count(record.get("max_length"))
-    if limit is not None:
+def read_audit(record: AuditRecord) -> AuditView:
+    """The counts of an audit, with the texts of their reasons."""
+    pairs, dropped = record.pairs or PairsRecord(), _reasons(record.dropped, DROPS)
+    if record.max_length is not None:
         dropped = [
-            replace(reason, text=f"{reason.text} {limit}") if reason.key == "too_long" else reason
+            replace(reason, text=f"{reason.text} {record.max_length}")
+            if reason.key == "too_long"
+            else reason
             for reason in dropped
         ]
-    return AuditRecord(
-        rows=_total(record.get("read")) if rows is None else rows,
-        kept=_total(record.get("kept")),
+    return AuditView(
+        rows=_total(record.read) if record.rows is None else record.rows,
+        kept=_total(record.kept),
         dropped=dropped,
-        noticed=_reasons(record.get("warnings"), WARNINGS),
-        remarks=[str(remark) for remark in remarks] if isinstance(remarks, list) else [],
-        pairs=count(pairs.get("with_rewards")),
-        ties=count(pairs.get("ties")) or 0,
-        reversed=count(pairs.get("reversed")) or 0,
-        unread=unread,
-        generation=list(_different(record.get("generation"))),
-        cut=list(_cut(record.get("cut"))),
+        noticed=_reasons(record.warnings, WARNINGS),
+        remarks=record.remarks,
+        pairs=pairs.with_rewards,
+        ties=pairs.ties,
+        reversed=pairs.reversed,
+        unread=record.unread_columns,
+        generation=[
+            f"{source}: {found.text}"
+            for source, found in record.generation.items()
+            if found.of and found.count > MANY_UNREAD * found.of and found.text
+        ],
+        cut=[f"{source}: {found.told()}" for source, found in record.cut.items() if found.many],
     )
 
 
-def _different(record: Any) -> Iterator[str]:
-    """The sources of which most rows are trained after another text than generation has."""
-    for source, value in mapping(record).items():
-        entry = mapping(value)
-        rows, whole = count(entry.get("count")), count(entry.get("of"))
-        if rows and whole and rows > MANY_UNREAD * whole and entry.get("text"):
-            yield f"{source}: {entry['text']}"
+def _total(by_source: Mapping[str, int]) -> int | None:
+    return sum(by_source.values()) if by_source else None
 
 
-def _cut(record: Any) -> Iterator[str]:
-    """The sources of which many responses were cut before they ended."""
-    for source, value in mapping(record).items():
-        entry = mapping(value)
-        found = CutResponses(count(entry.get("count")) or 0, count(entry.get("of")) or 0)
-        if found.many:
-            yield f"{source}: {found.told()}"
-
-
-def _total(by_source: Any) -> int | None:
-    found = [rows for rows in map(count, mapping(by_source).values()) if rows is not None]
-    return sum(found) if found else count(by_source)
-
-
-def _reasons(record: Any, words: Mapping[str, str]) -> list[Reason]:
-    """From `{reason: {count, examples}}` or `{reason: count}`; `words` has the texts by reason."""
-    found = []
-    for key, value in mapping(record).items():
-        entry = mapping(value)
-        rows = count(entry.get("count")) if entry else count(value)
-        examples = entry.get("examples")
-        if rows:
-            text = words.get(key, key if " " in key else key.replace("_", " "))
-            ids = [str(example) for example in examples] if isinstance(examples, list) else []
-            found.append(Reason(text, rows, ids, key, count(entry.get("of"))))
+def _reasons(records: Mapping[str, ReasonRecord], words: Mapping[str, str]) -> list[Reason]:
+    """`words` has the texts by reason; other reasons are words themselves."""
+    found = [
+        Reason(
+            words.get(key, key if " " in key else key.replace("_", " ")),
+            record.count, record.examples, key, record.of,
+        )
+        for key, record in records.items()
+        if record.count
+    ]  # fmt: skip
     return sorted(found, key=lambda reason: -reason.rows)

@@ -1,7 +1,7 @@
-"""Run directory → plain records that the tables, plots and verdicts are made from.
+"""Run directory → what the tables, plots and verdicts are made from.
 
-A run that is unfinished, was killed in the middle of a line or lacks a file still gives a
-`RunRecord`; what could not be read is named in its `notes`.
+A run that is unfinished, was killed in the middle of a line or lacks a file still gives `RunResults`; what
+could not be read is named in its `notes`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,27 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rpo_trainer.errors import RunError
-from rpo_trainer.report.agreement import Agreement, read_agreement
-from rpo_trainer.report.audits import AuditRecord, read_audit
-from rpo_trainer.report.scores import EvalScores, read_scores
-from rpo_trainer.report.values import count, mapping, number
+from rpo_trainer.report.scores import Agreement, EvalScores, read_agreement, read_scores
 from rpo_trainer.runtime.files import digest_path, json_digest, verify_digest
+from rpo_trainer.stages.record import (
+    CHAIN_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    EvaluationRecord,
+    GapRecord,
+    JsonRecord,
+    SampleRecord,
+    StageRecord,
+)
 
 PREFERENCE_KINDS = ("dpo", "rpo")
+_Line = TypeVar("_Line", bound=JsonRecord)
 
 
 @dataclass(frozen=True)
@@ -49,73 +57,40 @@ class Curve:
         return sum(tail) / len(tail)
 
 
-@dataclass(frozen=True)
-class StepZero:
-    """The loss before the first update, and the constant that policy = reference must give."""
-
-    loss: float | None
-    expected: float | None
-    ok: bool | None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A fixed prompt and a policy's answers to it; `reward` is that of the sampled one."""
-
-    prompt: str
-    ground_truth: str | None
-    greedy: str | None
-    greedy_reward: float | None
-    sampled: str | None
-    reward: float | None
-
-
-@dataclass(frozen=True)
-class Said:
-    """A warning given while the stage trained."""
-
-    step: int | None
-    text: str
-    advice: str | None
-
-
-@dataclass(frozen=True)
-class Gap:
-    """One example: β times the difference of log-ratios, and η times that of the given rewards."""
-
-    implicit: float
-    target: float | None
-
-
 @dataclass
-class StageRecord:
-    """All that a run directory tells about one stage."""
+class StageResults:
+    """All that a run directory tells about one stage.
 
-    name: str
-    kind: str
-    state: str = "pending"
-    init: str | None = None
-    reference: str | None = None
-    seconds: float | None = None
-    examples: int | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    peak_memory_bytes: int | None = None
-    data_fingerprint: str | None = None
-    sources: dict[str, str] = field(default_factory=dict)  # data files and their hashes
-    output_fingerprint: str | None = None
-    audit: AuditRecord = field(default_factory=AuditRecord)
-    held_out: AuditRecord = field(default_factory=AuditRecord)  # of the stage's own evaluation
-    step0: StepZero | None = None
-    scores: EvalScores = field(default_factory=EvalScores)
-    agreement: Agreement = field(default_factory=Agreement)
-    settings: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        record: what chain.json says of it.
+        settings: the recipe's fields for it.
+        metrics: its log lines.
+        samples: held-out prompts and its answers.
+        gaps: of some training examples, at its end.
+        before: the baseline, where no stage of the run made it.
+    """
+
+    record: StageRecord
+    settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    before: StageRecord | None = None  # the baseline, where no stage of the run made it
-    gaps: list[Gap] = field(default_factory=list)
-    said: list[Said] = field(default_factory=list)
-    hub: dict[str, str] = field(default_factory=dict)  # `repo`, and its `commit` or the `error`
+    samples: list[SampleRecord] = field(default_factory=list)
+    gaps: list[GapRecord] = field(default_factory=list)
+    before: StageResults | None = None
+
+    def __post_init__(self) -> None:
+        evaluation = self.record.eval or EvaluationRecord()
+        self.scores: EvalScores = read_scores(evaluation)
+        self.agreement: Agreement = read_agreement(evaluation)
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.record.name
+
+    @property
+    def kind(self) -> str:
+        """`sft`, `dpo`, `rpo` or `reward`; `before`: a baseline from before the run."""
+        return self.record.kind
 
     @property
     def is_preference(self) -> bool:
@@ -125,18 +100,31 @@ class StageRecord:
     @property
     def samples_data(self) -> bool:
         """Whether its responses were sampled in the run."""
-        data = mapping(self.settings.get("data"))
-        return any(data.get(field) is not None for field in ("generate", "responses_from"))
+        data = self.settings.get("data")
+        given = data if isinstance(data, Mapping) else {}
+        return any(given.get(field) is not None for field in ("generate", "responses_from"))
 
     def curve(self, name: str) -> Curve:
         """The finite values of the metric `name`, by step; empty where it was never logged."""
         points: dict[int, float] = {}
         for row in self.metrics:
-            value, step = number(row.get(name)), row.get("step")
+            value, step = _number(row.get(name)), row.get("step")
             if value is not None and isinstance(step, int):
                 points[step] = value
         steps = sorted(points)
         return Curve(steps, [points[step] for step in steps])
+
+    def delta(self, which: str) -> Curve:
+        """Log-prob of the `chosen` or `rejected` responses minus the reference's, nats per response.
+
+        Where it was not logged, from their implicit reward, which is β times it; may be empty.
+        """
+        if logged := self.curve(f"logps/{which}_delta"):
+            return logged
+        beta, rewards = self.setting("beta"), self.curve(f"rewards/{which}")
+        if not beta or not rewards:
+            return Curve([], [])
+        return Curve(rewards.steps, [value / beta for value in rewards.values])
 
     def non_finite_step(self) -> int | None:
         """The first logged step whose loss is NaN or infinite."""
@@ -148,38 +136,39 @@ class StageRecord:
 
     def setting(self, name: str) -> float | None:
         """A number that the recipe gives this stage, e.g. `beta`."""
-        return number(self.settings.get(name))
+        return _number(self.settings.get(name))
 
 
 @dataclass
-class RunRecord:
+class RunResults:
     """A whole run: its stages in order, the recipe's text, and what could not be read."""
 
     name: str
-    stages: list[StageRecord]
+    stages: list[StageResults]
     recipe_text: str
     notes: list[str]
 
-    def stage(self, name: str | None) -> StageRecord | None:
+    def stage(self, name: str | None) -> StageResults | None:
         """The stage of that name, or None."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
-    def parent(self, stage: StageRecord) -> StageRecord | None:
+    def parent(self, stage: StageResults) -> StageResults | None:
         """The stage whose output seeded `stage`; None where that was the model or a path."""
-        position = self.stages.index(stage)
-        if stage.init in (None, "previous"):
+        position, init = self.stages.index(stage), stage.record.init
+        if init in (None, "previous"):
             return self.stages[position - 1] if position else None
-        head = str(stage.init).removesuffix("/final")
+        head = str(init).removesuffix("/final")
         return next((other for other in self.stages[:position] if other.name == head), None)
 
-    def seed(self, stage: StageRecord) -> StageRecord | None:
+    def seed(self, stage: StageResults) -> StageResults | None:
         """What seeded `stage`, with its figures: another stage, or a baseline from before the run."""
-        init = "model" if stage.init in (None, "previous") else stage.init
+        init = stage.record.init
+        init = "model" if init in (None, "previous") else init
         own = stage.before if init == stage.scores.baseline else None
         return self.parent(stage) or own
 
     @property
-    def compared(self) -> list[StageRecord]:
+    def compared(self) -> list[StageResults]:
         """What the stages are compared with, where no stage made it, and all stages."""
         found = {s.before.name: s.before for s in reversed(self.stages) if s.before is not None}
         return [*found.values(), *self.stages]
@@ -187,45 +176,47 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether every stage is done."""
-        return bool(self.stages) and all(stage.state == "done" for stage in self.stages)
+        return bool(self.stages) and all(stage.record.state == "done" for stage in self.stages)
 
 
-def collect_run(run_dir: Path) -> RunRecord:
+def collect_run(run_dir: Path) -> RunResults:
     """Read a run directory.
 
     Raises:
         RunError: `run_dir` holds neither `chain.json` nor `metrics.jsonl`.
     """
-    if not (run_dir / "chain.json").is_file() and not (run_dir / "metrics.jsonl").is_file():
+    if not (run_dir / CHAIN_FILE).is_file() and not (run_dir / METRICS_FILE).is_file():
         raise RunError(
             "not a run directory: it has no chain.json and no metrics.jsonl",
+            code="run.not-a-run-directory",
             where=str(run_dir),
             why="what is shown is read from them",
             fix="name the directory that `rpo-trainer run` wrote (its --run-dir)",
         )
     notes: list[str] = []
-    recipe_text, recipe = _read_recipe(run_dir / "recipe.yaml", notes)
-    stages = [_stage_from_chain(entry) for entry in _read_chain(run_dir / "chain.json", notes)]
+    recipe_text, recipe = _read_recipe(run_dir / RECIPE_FILE, notes)
+    stages = [StageResults(record) for record in _read_chain(run_dir / CHAIN_FILE, notes)]
     by_name = {stage.name: stage for stage in stages}
-    for row in _read_lines(run_dir / "metrics.jsonl", notes):
+    for row in _read_lines(run_dir / METRICS_FILE, notes):
         name = str(row.get("stage", "run"))
         if name not in by_name:
-            by_name[name] = StageRecord(name=name, kind=_guess_kind(row), state="running")
+            record = StageRecord(name=name, kind=_kind_of_metrics(row), state="running")
+            by_name[name] = StageResults(record)
             stages.append(by_name[name])
         by_name[name].metrics.append(row)
     for stage in stages:
         stage.settings = _stage_settings(recipe, stage.name)
         folder = run_dir / stage.name
-        samples = _read_lines(folder / "samples.jsonl", notes, optional=True)
-        stage.samples = [_sample(row) for row in samples] or stage.samples
-        before = _read_lines(folder / "baseline-samples.jsonl", notes, optional=True)
+        stage.samples = _read_records(SampleRecord, folder / "samples.jsonl", notes)
+        stage.gaps = _read_records(GapRecord, folder / "gaps.jsonl", notes)
+        stage.before = _before(stage.record.eval)
+        samples = _read_records(SampleRecord, folder / "baseline-samples.jsonl", notes)
         if stage.before is not None:
-            stage.before.samples = [_sample(row) for row in before]
-        stage.gaps = list(_gaps(_read_lines(folder / "gaps.jsonl", notes, optional=True)))
-    return RunRecord(run_dir.resolve().name, stages, recipe_text, notes)
+            stage.before.samples = samples
+    return RunResults(run_dir.resolve().name, stages, recipe_text, notes)
 
 
-def _read_chain(path: Path, notes: list[str]) -> list[Mapping[str, Any]]:
+def _read_chain(path: Path, notes: list[str]) -> list[StageRecord]:
     if not path.is_file():
         notes.append("chain.json is absent: the stages are those found in metrics.jsonl")
         return []
@@ -236,69 +227,30 @@ def _read_chain(path: Path, notes: list[str]) -> list[Mapping[str, Any]]:
             f"chain.json cannot be read ({error}): the stages are those found in metrics.jsonl"
         )
         return []
-    content = dict(mapping(chain))
+    content = dict(chain) if isinstance(chain, dict) else {}
     if content.pop("digest", None) not in (None, json_digest(content)):
         notes.append("chain.json is damaged: its content does not match its digest")
-    stages = content.get("stages")
-    return [mapping(entry) for entry in stages] if isinstance(stages, list) else []
+    entries = content.get("stages")
+    return [
+        StageRecord.from_json(entry if isinstance(entry, dict) else {}, lenient=True)
+        for entry in (entries if isinstance(entries, list) else [])
+    ]
 
 
-def _stage_from_chain(entry: Mapping[str, Any]) -> StageRecord:
-    data, step0 = mapping(entry.get("data")), mapping(entry.get("step0"))
-    evaluation, ok = mapping(entry.get("eval")), step0.get("ok")
-    return StageRecord(
-        name=str(entry.get("name", "?")),
-        kind=str(entry.get("kind", "?")),
-        state=str(entry.get("state", "pending")),
-        init=_text(entry.get("init")),
-        reference=_text(entry.get("reference")),
-        seconds=number(entry.get("seconds")),
-        examples=count(entry.get("examples")),
-        steps=count(entry.get("steps")),
-        tokens=count(entry.get("tokens")),
-        peak_memory_bytes=count(entry.get("peak_memory_bytes")),
-        data_fingerprint=_text(data.get("fingerprint")),
-        sources={str(name): str(key) for name, key in mapping(entry.get("sources")).items()},
-        output_fingerprint=_text(mapping(entry.get("output")).get("fingerprint")),
-        audit=read_audit(mapping(data.get("audit"))),
-        held_out=read_audit(mapping(data.get("held_out"))),
-        step0=StepZero(
-            number(step0.get("loss")),
-            number(step0.get("expected")),
-            ok if isinstance(ok, bool) else None,
-        )
-        if step0
-        else None,
-        scores=read_scores(evaluation),
-        agreement=read_agreement(evaluation),
-        before=_before(evaluation),
-        samples=[_sample(mapping(row)) for row in evaluation.get("samples") or ()],
-        said=list(_said(entry.get("warnings"))),
-        hub={key: str(value) for key, value in mapping(entry.get("hub")).items()},
-    )
-
-
-def _before(evaluation: Mapping[str, Any]) -> StageRecord | None:
+def _before(evaluation: EvaluationRecord | None) -> StageResults | None:
     """The baseline as a stage that has nothing but its figures."""
-    figures, name = mapping(evaluation.get("of_baseline")), _text(evaluation.get("baseline"))
-    if not figures or name is None:
+    if evaluation is None or evaluation.of_baseline is None or evaluation.baseline is None:
         return None
-    return StageRecord(
-        f"{Path(name).name}, before", kind="before", state="done", scores=read_scores(figures)
-    )
-
-
-def _said(warnings: Any) -> Iterator[Said]:
-    for raw in warnings if isinstance(warnings, list) else ():
-        entry = mapping(raw)
-        if (text := _text(entry.get("text"))) is not None:
-            yield Said(count(entry.get("step")), text, _text(entry.get("advice")))
+    name = f"{Path(evaluation.baseline).name}, before"
+    figures = evaluation.of_baseline
+    return StageResults(StageRecord(name=name, kind="before", state="done", eval=figures))
 
 
 def _read_recipe(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        return text, mapping(YAML(typ="safe", pure=True).load(text))
+        found = YAML(typ="safe", pure=True).load(text)
+        return text, found if isinstance(found, Mapping) else {}
     except FileNotFoundError:
         notes.append("recipe.yaml is absent: settings are not shown")
     except (YAMLError, ValueError, OSError) as error:
@@ -306,16 +258,30 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
     return "", {}
 
 
-def _stage_settings(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _stage_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The recipe's fields for a stage; `rpo-2` of a repeated stage `rpo` has those of `rpo`."""
-    entries = recipe.get("stages")
+    entries, defaults = recipe.get("stages"), recipe.get("defaults")
     for entry in entries if isinstance(entries, list) else []:
-        found = mapping(entry)
-        own = str(found.get("name", ""))
-        repeated = (count(found.get("repeat")) or 1) > 1
+        if not isinstance(entry, Mapping):
+            continue
+        own = str(entry.get("name", ""))
+        repeated = (_number(entry.get("repeat")) or 1) > 1
         if own == name or (repeated and re.fullmatch(re.escape(own) + r"-\d+", name)):
-            return {**mapping(recipe.get("defaults")), **found}
+            return {**(defaults if isinstance(defaults, Mapping) else {}), **entry}
     return {}
+
+
+def _read_records(kind: type[_Line], path: Path, notes: list[str]) -> list[_Line]:
+    """The lines of a file of a stage, which not every stage has; those of another shape are left out."""
+
+    def read() -> Iterator[_Line]:
+        for row in _read_lines(path, notes, optional=True):
+            try:
+                yield kind.from_json(row, lenient=True)
+            except ValueError:
+                continue
+
+    return list(read())
 
 
 def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:
@@ -347,43 +313,14 @@ def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[di
     return rows
 
 
-def _sample(row: Mapping[str, Any]) -> Sample:
-    sampled = row.get("sampled")
-    # Of several sampled answers the first stands for all.
-    first = sampled[0] if isinstance(sampled, list) and sampled else sampled
-    return Sample(
-        prompt=_text(row.get("prompt")) or "",
-        ground_truth=_text(row.get("ground_truth")),
-        greedy=_text(row.get("greedy")),
-        greedy_reward=number(row.get("greedy_reward")),
-        sampled=_text(first),
-        reward=number(row.get("reward")),
-    )
+def _number(value: Any) -> float | None:
+    """`value` as a finite float; None for anything else (text, bool, NaN, infinite)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
-def _gaps(rows: list[dict[str, Any]]) -> Iterator[Gap]:
-    for row in rows:
-        implicit = number(row.get("implicit_gap"))
-        if implicit is not None:
-            yield Gap(implicit, number(row.get("target_gap")))
-
-
-def _text(value: Any) -> str | None:
-    """A value as text; a list of messages as `role: content` lines."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        parts = (
-            f"{item.get('role', '?')}: {item.get('content', '')}"
-            if isinstance(item, dict)
-            else str(item)
-            for item in value
-        )
-        return "\n".join(parts)
-    return str(value)
-
-
-def _guess_kind(row: Mapping[str, Any]) -> str:
+def _kind_of_metrics(row: Mapping[str, Any]) -> str:
     """The kind of a stage that only metrics.jsonl knows."""
     if "loss/bradley_terry" in row or "loss/regression" in row:
         return "reward"

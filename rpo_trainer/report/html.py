@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from rpo_trainer.report.collect import RunRecord, Sample, StageRecord, collect_run
+from rpo_trainer.report.audits import AuditView, read_audit
+from rpo_trainer.report.collect import RunResults, StageResults, collect_run
 from rpo_trainer.report.findings import Finding
+from rpo_trainer.report.formatting import duration, short, size
 from rpo_trainer.report.plots import Plot, scores_plot, stage_plots
 from rpo_trainer.report.scores import one_measure
 from rpo_trainer.report.table import comparison
-from rpo_trainer.report.values import duration, short, size
 from rpo_trainer.report.verdict import Verdict, judge
+from rpo_trainer.stages.record import AuditRecord, DataRecord, SampleRecord, StageRecord
 
 _OPEN_SAMPLES = 4
 _SETTINGS = {
@@ -48,7 +51,7 @@ class Answer:
     """What the policy after one stage answers to a prompt."""
 
     stage: str
-    sample: Sample
+    sample: SampleRecord
 
     def right(self, text: str | None) -> bool:
         """Whether `text` is the known answer, but for spaces around it."""
@@ -81,7 +84,7 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
-def render(run: RunRecord) -> str:
+def render(run: RunResults) -> str:
     """The page of a run, as text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rpo_trainer.report", "."),
@@ -100,20 +103,22 @@ def render(run: RunRecord) -> str:
         columns=comparison(run),
         overview=_overview(run),
         stages=views,
-        audits=[
-            audit
-            for stage in run.stages
-            for audit in ((stage.name, stage.audit), (f"{stage.name}, held out", stage.held_out))
-        ],
+        audits=[audit for stage in run.stages for audit in _audits(stage.record)],
         anchors={view.record.name: view.anchor for view in views},
         open_prompts=samples[:_OPEN_SAMPLES],
         more_prompts=samples[_OPEN_SAMPLES:],
-        total_time=duration(sum(stage.seconds or 0.0 for stage in run.stages)),
+        total_time=duration(sum(stage.record.seconds or 0.0 for stage in run.stages)),
         peak_memory=size(
-            max((stage.peak_memory_bytes or 0 for stage in run.stages), default=0) or None
+            max((stage.record.peak_memory_bytes or 0 for stage in run.stages), default=0) or None
         ),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _audits(record: StageRecord) -> Iterator[tuple[str, AuditView]]:
+    data = record.data or DataRecord()
+    yield record.name, read_audit(data.audit)
+    yield f"{record.name}, held out", read_audit(data.held_out or AuditRecord())
 
 
 def _svg(plot: Plot) -> Markup:
@@ -121,12 +126,12 @@ def _svg(plot: Plot) -> Markup:
     return Markup(plot.svg)
 
 
-def _stage_view(run: RunRecord, stage: StageRecord, number: int, verdict: Verdict) -> StageView:
+def _stage_view(run: RunResults, stage: StageResults, number: int, verdict: Verdict) -> StageView:
     parent = run.parent(stage)
     return StageView(
-        record=stage,
+        record=stage.record,
         anchor=f"stage-{number}",
-        parent=parent.name if parent else _origin(stage.init),
+        parent=parent.name if parent else _origin(stage.record.init),
         reference=_reference(stage, parent),
         settings=_settings(stage),
         findings=verdict.of_stage(stage.name),
@@ -138,16 +143,17 @@ def _origin(init: str | None) -> str:
     return "the model" if init in (None, "previous", "model") else str(init)
 
 
-def _reference(stage: StageRecord, parent: StageRecord | None) -> str | None:
+def _reference(stage: StageResults, parent: StageResults | None) -> str | None:
     """The reference by the name of the stage that made it; None for stages without one."""
     if not stage.is_preference:
         return None
-    if stage.reference in (None, "init", "previous"):
-        return parent.name if parent else _origin(stage.init)
-    return str(stage.reference).removesuffix("/final")
+    record = stage.record
+    if record.reference in (None, "init", "previous"):
+        return parent.name if parent else _origin(record.init)
+    return str(record.reference).removesuffix("/final")
 
 
-def _settings(stage: StageRecord) -> list[tuple[str, str]]:
+def _settings(stage: StageResults) -> list[tuple[str, str]]:
     def text(value: Any) -> str:
         return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
@@ -158,7 +164,7 @@ def _settings(stage: StageRecord) -> list[tuple[str, str]]:
     ]
 
 
-def _overview(run: RunRecord) -> list[Plot]:
+def _overview(run: RunResults) -> list[Plot]:
     scored = [stage for stage in run.compared if stage.scores.main() is not None]
     names, scores = [stage.name for stage in scored], [stage.scores for stage in scored]
     if not one_measure(scores):
@@ -180,13 +186,19 @@ def _overview(run: RunRecord) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
-def _prompts(run: RunRecord) -> list[PromptView]:
+def _prompts(run: RunResults) -> list[PromptView]:
     """The prompts in the order they first appear, with the answers before the run and after every stage."""
     found: dict[str, PromptView] = {}
     for stage in run.compared:
         for sample in stage.samples:
-            view = found.setdefault(
-                sample.prompt, PromptView(sample.prompt, sample.ground_truth, [])
-            )
+            prompt = _prompt_text(sample.prompt)
+            view = found.setdefault(prompt, PromptView(prompt, sample.ground_truth, []))
             view.answers.append(Answer(stage.name, sample))
     return list(found.values())
+
+
+def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as text, of a conversation a line for each message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.get('role', '?')}: {turn.get('content', '')}" for turn in prompt)

@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rpo_trainer.report.collect import Curve, Gap, StageRecord
-from rpo_trainer.report.likelihood import chosen_delta, rejected_delta
+from rpo_trainer.report.collect import Curve, StageResults
 from rpo_trainer.report.scores import Measure
+from rpo_trainer.stages.record import GapRecord
 
 # matplotlib draws with these stand-ins; in the page each becomes the variable of its name.
 _COLOURS = {
@@ -60,8 +60,9 @@ _MOST_DOTS = 800
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure for the page: title, SVG element, and a sentence for those who do not see it."""
+    """A figure for the page: key, title, SVG element, and a sentence for those who do not see it."""
 
+    key: str
     title: str
     svg: str
     alt: str
@@ -76,7 +77,7 @@ class Line:
     colour: str
 
 
-def stage_plots(stage: StageRecord) -> list[Plot]:
+def stage_plots(stage: StageResults) -> list[Plot]:
     """The figures of one stage that there are values for."""
     if stage.kind == "reward":
         plots = _reward_plots(stage)
@@ -128,7 +129,7 @@ def scores_plot(
     return _plot(f"scores-{what}", what, draw, height=2.7)
 
 
-def _reward_plots(stage: StageRecord) -> list[Plot | None]:
+def _reward_plots(stage: StageResults) -> list[Plot | None]:
     loss = Line("training", stage.curve("loss"), FIRST)
     held_out = Line("held out", stage.curve("eval_loss"), SECOND)
     right = [
@@ -144,7 +145,7 @@ def _reward_plots(stage: StageRecord) -> list[Plot | None]:
     ]
 
 
-def _calibration(stage: StageRecord, name: str, points: list[tuple[float, float]]) -> Plot | None:
+def _calibration(stage: StageResults, name: str, points: list[tuple[float, float]]) -> Plot | None:
     """What was predicted against what it was, bin by bin; on the diagonal the two agree."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
 
@@ -159,7 +160,7 @@ def _calibration(stage: StageRecord, name: str, points: list[tuple[float, float]
     return _plot(f"{stage.name}-calibration-{name}", f"calibration: {name}", draw)
 
 
-def _sft_plots(stage: StageRecord) -> list[Plot | None]:
+def _sft_plots(stage: StageResults) -> list[Plot | None]:
     loss = Line("training", stage.curve("loss"), FIRST)
     held_out = Line("held out", stage.curve("eval_loss"), SECOND)
     return [
@@ -169,7 +170,7 @@ def _sft_plots(stage: StageRecord) -> list[Plot | None]:
     ]
 
 
-def _learning_rate(stage: StageRecord) -> Plot | None:
+def _learning_rate(stage: StageResults) -> Plot | None:
     """The schedule, where there is one to see."""
     rate = stage.curve("learning_rate")
     if len(set(rate.values)) < 2:
@@ -177,9 +178,9 @@ def _learning_rate(stage: StageRecord) -> Plot | None:
     return _lines(stage, "rate", "learning rate", [Line("learning rate", rate, FIRST)])
 
 
-def _preference_plots(stage: StageRecord) -> list[Plot | None]:
+def _preference_plots(stage: StageResults) -> list[Plot | None]:
     curve = stage.curve
-    constant = stage.step0.expected if stage.step0 else None
+    constant = stage.record.step0.expected if stage.record.step0 else None
     preference = curve("loss/preference") or curve("loss")
     sft = [Line("SFT term", curve("loss/sft"), SECOND)]
     gaps = [
@@ -188,8 +189,8 @@ def _preference_plots(stage: StageRecord) -> list[Plot | None]:
     ]
     gap_title = "implicit and target gap" if gaps[1].curve else "implicit gap"
     moves = [
-        Line("chosen", chosen_delta(stage), FIRST),
-        Line("rejected", rejected_delta(stage), SECOND),
+        Line("chosen", stage.delta("chosen"), FIRST),
+        Line("rejected", stage.delta("rejected"), SECOND),
     ]
     shares = [
         Line("chosen wins", curve("rewards/accuracies"), FIRST),
@@ -223,7 +224,7 @@ def _preference_plots(stage: StageRecord) -> list[Plot | None]:
 
 
 def _lines(
-    stage: StageRecord,
+    stage: StageResults,
     key: str,
     title: str,
     lines: list[Line],
@@ -276,8 +277,9 @@ def running_mean(values: Sequence[float], half: int) -> list[float]:
     return means
 
 
-def _scatter(stage: StageRecord) -> Plot | None:
-    pairs = [(gap.target, gap.implicit) for gap in _thin(stage.gaps) if gap.target is not None]
+def _scatter(stage: StageResults) -> Plot | None:
+    gaps = [(gap.target_gap, gap.implicit_gap) for gap in _thin(stage.gaps)]
+    pairs = [(target, implicit) for target, implicit in gaps if target is not None]
     if not pairs or stage.kind != "rpo":
         return None
     xs, ys = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -294,16 +296,16 @@ def _scatter(stage: StageRecord) -> Plot | None:
     return _plot(f"{stage.name}-scatter", "each example: implicit against target gap", draw)
 
 
-def _histogram(stage: StageRecord) -> Plot | None:
-    series = [("implicit", [gap.implicit for gap in stage.gaps], FIRST)]
-    targets = [gap.target for gap in stage.gaps if gap.target is not None]
+def _histogram(stage: StageResults) -> Plot | None:
+    series = [("implicit", [gap.implicit_gap for gap in stage.gaps], FIRST)]
+    targets = [gap.target_gap for gap in stage.gaps if gap.target_gap is not None]
     if targets and stage.kind == "rpo":
         series.append(("target", targets, SECOND))
     return _bars(stage, "gaps", "gaps at the end", series, "gap")
 
 
-def _sigma_histogram(stage: StageRecord) -> Plot | None:
-    targets = [gap.target for gap in stage.gaps if gap.target is not None]
+def _sigma_histogram(stage: StageResults) -> Plot | None:
+    targets = [gap.target_gap for gap in stage.gaps if gap.target_gap is not None]
     if stage.kind != "rpo":
         return None
     sigmas = [_sigma(target) for target in targets]
@@ -313,7 +315,7 @@ def _sigma_histogram(stage: StageRecord) -> Plot | None:
 
 
 def _bars(
-    stage: StageRecord, key: str, title: str, series: list[tuple[str, list[float], str]], unit: str
+    stage: StageResults, key: str, title: str, series: list[tuple[str, list[float], str]], unit: str
 ) -> Plot | None:
     values = [value for _, found, _ in series for value in found]
     if not values:
@@ -337,7 +339,7 @@ def _bars(
     return _plot(f"{stage.name}-{key}", title, draw)
 
 
-def _thin(gaps: list[Gap]) -> list[Gap]:
+def _thin(gaps: list[GapRecord]) -> list[GapRecord]:
     """At most `_MOST_DOTS` of them, evenly spaced, so that the page stays small."""
     return gaps[:: max(1, math.ceil(len(gaps) / _MOST_DOTS))]
 
@@ -367,7 +369,7 @@ def _plot(
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return Plot(title, _inline(buffer.getvalue(), key), alt or title)
+    return Plot(key, title, _inline(buffer.getvalue(), key), alt or title)
 
 
 def _inline(svg: str, key: str) -> str:

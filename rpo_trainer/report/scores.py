@@ -1,15 +1,21 @@
-"""The figures of an evaluation, read out of a stage's `eval` record in chain.json."""
+"""The held-out figures of a stage, with their intervals and names for people."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
-from rpo_trainer.report.values import count, mapping, number
+from rpo_trainer.stages.record import EstimateRecord, EvaluationRecord, PreferencesRecord
 
 _Z95 = 1.959964  # the 0.975 quantile of the normal distribution
+# By what a preference stage is judged, the best first.
+MAIN_FIGURES = {
+    "reward_sampled": "mean reward of sampled responses",
+    "reward_greedy": "mean reward of greedy responses",
+    "exact_sampled": "exact match of sampled responses",
+    "exact_greedy": "exact match of greedy responses",
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Figure:
-    """A named measure; `higher` says whether more of it is better, None: nobody knows."""
+    """A measure, its key and its name; `higher` says whether more of it is better, None: nobody knows."""
 
+    key: str
     name: str
     measure: Measure | None
     higher: bool | None = True
@@ -60,12 +67,14 @@ class EvalScores:
     def all(self) -> list[Figure]:
         """Everything that was measured, in reading order."""
         named = [
-            Figure("exact match, greedy", self.exact_greedy),
-            Figure("exact match, sampled", self.exact_sampled),
-            Figure("mean reward, greedy", self.reward_greedy, digits=2),
-            Figure("mean reward, sampled", self.reward_sampled, digits=2),
-            Figure(f"win rate against {self.baseline or 'the baseline'}", self.win_rate),
-            Figure("NLL", self.nll, higher=False),
+            Figure("exact_greedy", "exact match, greedy", self.exact_greedy),
+            Figure("exact_sampled", "exact match, sampled", self.exact_sampled),
+            Figure("reward_greedy", "mean reward, greedy", self.reward_greedy, digits=2),
+            Figure("reward_sampled", "mean reward, sampled", self.reward_sampled, digits=2),
+            Figure(
+                "win_rate", f"win rate against {self.baseline or 'the baseline'}", self.win_rate
+            ),
+            Figure("nll", "NLL", self.nll, higher=False),
         ]
         return [figure for figure in (*named, *self.others) if figure.measure is not None]
 
@@ -77,14 +86,9 @@ class EvalScores:
         return mine[0] == theirs[0] and self.measure == other.measure
 
     def main(self) -> tuple[str, Measure] | None:
-        """The figure that tells best whether a preference stage helped, and its name."""
-        candidates = (
-            ("mean reward of sampled responses", self.reward_sampled),
-            ("mean reward of greedy responses", self.reward_greedy),
-            ("exact match of sampled responses", self.exact_sampled),
-            ("exact match of greedy responses", self.exact_greedy),
-        )
-        return next(((name, found) for name, found in candidates if found is not None), None)
+        """The figure that tells best whether a preference stage helped, by its key in MAIN_FIGURES."""
+        found = ((key, getattr(self, key)) for key in MAIN_FIGURES)
+        return next(((key, measure) for key, measure in found if measure is not None), None)
 
 
 def one_measure(scores: Iterable[EvalScores]) -> bool:
@@ -92,82 +96,102 @@ def one_measure(scores: Iterable[EvalScores]) -> bool:
     return len({own.measure for own in scores if own.main() is not None}) < 2
 
 
-def read_scores(record: Mapping[str, Any]) -> EvalScores:
-    """From `EvalResult.as_dict()` and `nll`: a number, or one for each source (then their mean)."""
-    prompts = count(record.get("prompts"))
-    named = record.get("baseline")
-    baseline = named if isinstance(named, str) else None
-    return EvalScores(
-        exact_greedy=share(record.get("greedy_exact"), prompts),
-        exact_sampled=share(record.get("exact"), prompts),
-        reward_greedy=_measure(record.get("greedy_reward_mean")),
-        reward_sampled=_measure(
-            record.get("reward_mean"), record.get("reward_low"), record.get("reward_high")
-        ),
-        nll=_nll(record.get("nll")),
-        unfinished=number(record.get("unfinished")),
-        prompts=prompts,
-        baseline=baseline,
-        win_rate=_estimate(record.get("win_rate")),
-        measure=None if record.get("measure") is None else str(record["measure"]),
-        others=tuple(_others(record, baseline)),
+@dataclass(frozen=True)
+class Agreement:
+    """Held-out figures of a reward model; empty for other stages.
+
+    Attributes:
+        accuracy: share of pairs whose better response has the higher reward.
+        correlations: Pearson's, by attribute; `gap` of pairs, `reward` of the weighted sum.
+        calibration: by attribute, (mean prediction, what it was on average) of each bin.
+    """
+
+    accuracy: Measure | None = None
+    correlations: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def correlation(self) -> float | None:
+        """The one that stands for all: of the reward, else of the gap, else of the only attribute."""
+        for name in ("reward", "gap", *self.correlations):
+            if name in self.correlations:
+                return self.correlations[name]
+        return None
+
+
+def read_agreement(record: EvaluationRecord) -> Agreement:
+    """How a reward model agrees with held-out rows."""
+    tables = record.calibration or {}
+    return Agreement(
+        accuracy=_share(record.accuracy, sum(row.count for row in tables.get("pairs", ()))),
+        correlations={
+            name.removeprefix("pearson/"): value
+            for name, value in record.agreement.items()
+            if name.startswith("pearson/")
+        },
+        calibration={
+            name: [(row.predicted, row.observed) for row in table]
+            for name, table in tables.items()
+            if table
+        },
     )
 
 
-def _others(record: Mapping[str, Any], baseline: str | None) -> Iterator[Figure]:
-    pairs, against = mapping(record.get("preferences")), f"against {baseline or 'the baseline'}"
-    names = {
-        "ranked": ("pairs: chosen likelier", 3),
-        "accuracy": (f"pairs right {against}", 3),
-        "margin": (f"margin {against}, nats", 2),
-        "chosen_delta": (f"log-prob of chosen {against}, nats", 2),
-    }
-    for key, (name, digits) in names.items():
-        if (measure := _estimate(pairs.get(key))) is not None:
-            yield Figure(name, measure, digits=digits)
-    for source, entry in mapping(record.get("nll_by_source")).items():
-        if (measure := _estimate(entry)) is not None:
-            yield Figure(f"NLL, {source}", measure, higher=False)
-    for task, metrics in mapping(record.get("lm_eval")).items():
-        for metric, entry in mapping(metrics).items():
-            if (measure := _estimate(entry)) is not None:
-                better = mapping(entry).get("higher_is_better")
-                yield Figure(
-                    f"{task}: {metric}", measure, better if isinstance(better, bool) else None
-                )
+def read_scores(record: EvaluationRecord) -> EvalScores:
+    """The figures of responses, pairs and rows."""
+    return EvalScores(
+        exact_greedy=_share(record.greedy_exact, record.prompts),
+        exact_sampled=_share(record.exact, record.prompts),
+        reward_greedy=_measure(record.greedy_reward_mean),
+        reward_sampled=_measure(record.reward_mean, record.reward_low, record.reward_high),
+        nll=_measure(record.nll),
+        unfinished=record.unfinished,
+        prompts=record.prompts,
+        baseline=record.baseline,
+        win_rate=_estimate(record.win_rate),
+        measure=record.measure,
+        others=tuple(_others(record)),
+    )
 
 
-def _estimate(record: Any) -> Measure | None:
-    entry = mapping(record)
-    return _measure(entry.get("value"), entry.get("low"), entry.get("high"))
+def _others(record: EvaluationRecord) -> Iterator[Figure]:
+    pairs = record.preferences or PreferencesRecord()
+    against = f"against {record.baseline or 'the baseline'}"
+    of_pairs = (
+        ("ranked", "pairs: chosen likelier", pairs.ranked, 3),
+        ("accuracy", f"pairs right {against}", pairs.accuracy, 3),
+        ("margin", f"margin {against}, nats", pairs.margin, 2),
+        ("chosen_delta", f"log-prob of chosen {against}, nats", pairs.chosen_delta, 2),
+    )
+    for key, name, estimate, digits in of_pairs:
+        if estimate is not None:
+            yield Figure(f"preferences.{key}", name, _estimate(estimate), digits=digits)
+    for source, nll in (record.nll_by_source or {}).items():
+        yield Figure(f"nll.{source}", f"NLL, {source}", _estimate(nll), higher=False)
+    for task, metrics in (record.lm_eval or {}).items():
+        for metric, found in metrics.items():
+            name = f"{task}: {metric}"
+            yield Figure(f"{task}.{metric}", name, _estimate(found), found.higher_is_better)
 
 
-def _measure(value: Any, low: Any = None, high: Any = None) -> Measure | None:
-    found = number(value)
-    return None if found is None else Measure(found, number(low), number(high))
+def _estimate(record: EstimateRecord | None) -> Measure | None:
+    return None if record is None else Measure(record.value, record.low, record.high)
 
 
-def share(value: Any, prompts: int | None) -> Measure | None:
+def _measure(
+    value: float | None, low: float | None = None, high: float | None = None
+) -> Measure | None:
+    return None if value is None else Measure(value, low, high)
+
+
+def _share(value: float | None, prompts: int | None) -> Measure | None:
     """A share with Wilson's interval for one trial per prompt, or pair.
 
     For several responses a prompt it is too wide rather than too narrow: the responses to one
     prompt are not independent, but their mean varies no more than one of them does.
     """
-    found = number(value)
-    if found is None or not prompts:
+    if value is None or not prompts:
         return _measure(value)
     spread = _Z95**2 / prompts
-    middle = (found + spread / 2) / (1 + spread)
-    half = _Z95 / (1 + spread) * math.sqrt(found * (1 - found) / prompts + spread / (4 * prompts))
-    return Measure(found, max(0.0, middle - half), min(1.0, middle + half))
-
-
-def _nll(found: Any) -> Measure | None:
-    direct = number(found)
-    if direct is not None:
-        return Measure(direct)
-    by_source = mapping(found)
-    if "mean" in by_source:
-        return _measure(by_source["mean"], by_source.get("low"), by_source.get("high"))
-    values = [value for value in map(number, by_source.values()) if value is not None]
-    return Measure(sum(values) / len(values)) if values else None
+    middle = (value + spread / 2) / (1 + spread)
+    half = _Z95 / (1 + spread) * math.sqrt(value * (1 - value) / prompts + spread / (4 * prompts))
+    return Measure(value, max(0.0, middle - half), min(1.0, middle + half))

@@ -10,11 +10,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rpo_trainer.report.collect import RunRecord, StageRecord, collect_run
-from rpo_trainer.report.likelihood import chosen_delta
+from rpo_trainer.report.collect import RunResults, StageResults, collect_run
+from rpo_trainer.report.formatting import duration, short, size
 from rpo_trainer.report.scores import EvalScores, Measure, one_measure
-from rpo_trainer.report.values import duration, short, size
 
+# Figures of responses: key, head, brief head, digits.
+_RESPONSES = (
+    ("exact_greedy", "exact match, greedy", "exact\ngreedy", 3),
+    ("exact_sampled", "exact match, sampled", "exact\nsampled", 3),
+    ("reward_greedy", "mean reward, greedy", "reward\ngreedy", 2),
+    ("reward_sampled", "mean reward, sampled", "reward\nsampled", 2),
+)
 _BRIEF = {
     "pairs: chosen likelier": "chosen\nlikelier",
     "pairs right": "pairs\nright",
@@ -38,46 +44,44 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's head, and one cell per stage; `brief` is its head where room is scarce.
+    """A column's key and head, and one cell per stage.
 
-    `held_out`: measured on rows that no stage was trained on.
+    Attributes:
+        key: what it holds; the head may change, the key does not.
+        brief: its head where room is scarce; None: for the page alone.
+        held_out: measured on rows that no stage was trained on.
     """
 
+    key: str
     head: str
     brief: str | None
     cells: list[Cell]
     held_out: bool = False
 
 
-def comparison(run: RunRecord) -> list[Column]:
+def comparison(run: RunResults) -> list[Column]:
     """The columns that at least one stage has something for, in reading order; a cell for each `compared`."""
     stages = run.compared
     scores = [stage.scores for stage in stages]
     # Of figures that do not compare none is the best.
     best = max if one_measure(scores) else None
     measured = [
-        _measures(
-            "exact match, greedy", "exact\ngreedy", [x.exact_greedy for x in scores], 3, best
-        ),
-        _measures(
-            "exact match, sampled", "exact\nsampled", [x.exact_sampled for x in scores], 3, best
-        ),
-        _measures(
-            "mean reward, greedy", "reward\ngreedy", [x.reward_greedy for x in scores], 2, best
-        ),
-        _measures(
-            "mean reward, sampled", "reward\nsampled", [x.reward_sampled for x in scores], 2, best
+        *(
+            _measures(key, head, brief, [getattr(own, key) for own in scores], digits, best)
+            for key, head, brief, digits in _RESPONSES
         ),
         _wins(scores),
         _nll(stages),
         *_others(scores),
         _measures(
+            "reward_accuracy",
             "better response has the higher reward",
             "pairs\nright",
             [stage.agreement.accuracy for stage in stages],
             3,
         ),
         _measures(
+            "correlation",
             "correlation with given rewards",
             "corre-\nlation",
             [
@@ -90,11 +94,18 @@ def comparison(run: RunRecord) -> list[Column]:
     measured = [replace(column, held_out=True) for column in measured if _has_something(column)]
     columns = [
         *(measured or _of_training(stages)),
-        Column("step-0 check", "step-0\ncheck", [Cell(_step_zero(stage)) for stage in stages]),
-        Column("examples", None, [Cell(_whole(stage.examples)) for stage in stages]),
-        Column("steps", None, [Cell(_whole(stage.steps)) for stage in stages]),
-        Column("time", "time", [Cell(_time(stage)) for stage in stages]),
-        Column("peak memory", "memory", [Cell(size(x.peak_memory_bytes)) for x in stages]),
+        Column(
+            "step0", "step-0 check", "step-0\ncheck", [Cell(_step_zero(stage)) for stage in stages]
+        ),
+        Column("examples", "examples", None, [Cell(_whole(x.record.examples)) for x in stages]),
+        Column("steps", "steps", None, [Cell(_whole(x.record.steps)) for x in stages]),
+        Column("time", "time", "time", [Cell(_time(stage)) for stage in stages]),
+        Column(
+            "peak_memory",
+            "peak memory",
+            "memory",
+            [Cell(size(x.record.peak_memory_bytes)) for x in stages],
+        ),
     ]
     return [column for column in columns if _has_something(column)]
 
@@ -110,16 +121,16 @@ def status_view(run_dir: Path) -> Group:
         RunError: `run_dir` is not a run directory.
     """
     run = collect_run(run_dir)
-    said = [(stage.name, warning) for stage in run.stages for warning in stage.said]
+    given = [(stage.name, early) for stage in run.stages for early in stage.record.warnings or ()]
     lines = [
         Text(
             f"{name}, step {warning.step}: {warning.text}. To try: {warning.advice}.",
             style="yellow",
             overflow="fold",
         )
-        for name, warning in said[-_SHOWN_WARNINGS:]
+        for name, warning in given[-_SHOWN_WARNINGS:]
     ]
-    if left := len(said) - len(lines):
+    if left := len(given) - len(lines):
         lines.insert(
             0, Text(f"{left} earlier warning{'s' if left > 1 else ''} (rpo-trainer report)")
         )
@@ -135,7 +146,7 @@ def summary_table(run_dir: Path) -> Table:
     return _table(collect_run(run_dir))
 
 
-def _table(run: RunRecord) -> Table:
+def _table(run: RunResults) -> Table:
     names = [stage.name for stage in run.compared]
     columns, left_out = [column for column in comparison(run) if column.brief is not None], []
     for brief in _LEAST:
@@ -165,6 +176,7 @@ def _width(names: Sequence[str], columns: Sequence[Column]) -> int:
 
 
 def _measures(
+    key: str,
     head: str,
     brief: str | None,
     found: Sequence[Measure | None],
@@ -183,7 +195,7 @@ def _measures(
         if measure.low is not None and measure.high is not None:
             interval = f"{short(measure.low, digits)} to {short(measure.high, digits)}"
         cells.append(Cell(short(measure.value, digits), interval, measure.value == winner))
-    return Column(head, brief, cells)
+    return Column(key, head, brief, cells)
 
 
 def _wins(scores: Sequence[EvalScores]) -> Column:
@@ -192,7 +204,7 @@ def _wins(scores: Sequence[EvalScores]) -> Column:
     head = f"win rate against {names.pop()}" if len(names) == 1 else "win rate"
     # A terminal has room for it where nothing else tells the responses apart, as with a judge.
     brief = None if any(score.reward_sampled for score in scores) else "win\nrate"
-    column = _measures(head, brief, [score.win_rate for score in scores], 3)
+    column = _measures("win_rate", head, brief, [score.win_rate for score in scores], 3)
     if not names:  # one baseline for all: the head says which
         return column
     cells = [
@@ -201,7 +213,7 @@ def _wins(scores: Sequence[EvalScores]) -> Column:
         else cell
         for cell, score in zip(column.cells, scores, strict=True)
     ]
-    return Column(head, column.brief, cells)
+    return replace(column, cells=cells)
 
 
 def _others(scores: Sequence[EvalScores]) -> list[Column]:
@@ -211,54 +223,69 @@ def _others(scores: Sequence[EvalScores]) -> list[Column]:
     """
     room = not any(score.reward_sampled or score.reward_greedy for score in scores)
     by_stage = [{figure.name: figure for figure in score.others} for score in scores]
-    first = {name: figure for own in by_stage for name, figure in own.items()}
+    last = {name: figure for own in by_stage for name, figure in own.items()}
     columns = []
-    for name, figure in first.items():
+    for name, figure in last.items():
         best = None if figure.higher is None else max if figure.higher else min
         found = [own[name].measure if name in own else None for own in by_stage]
         brief = next((_BRIEF[words] for words in _BRIEF if name.startswith(words)), None)
-        columns.append(_measures(name, brief if room else None, found, figure.digits, best))
+        columns.append(
+            _measures(figure.key, name, brief if room else None, found, figure.digits, best)
+        )
     return columns
 
 
-def _nll(stages: Sequence[StageRecord]) -> Column:
+def _nll(stages: Sequence[StageResults]) -> Column:
     """Each SFT stage's held-out loss: on rows of its own kind, so that none of them is the best."""
     measured = [stage.scores.nll for stage in stages]
     if not any(measured):
         curves = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
         measured = [Measure(curve.values[-1]) if curve else None for curve in curves]
-    return _measures("held-out NLL, own data", "own\nNLL", measured, 3, best=None)
+    return _measures("nll", "held-out NLL, own data", "own\nNLL", measured, 3, best=None)
 
 
-def _of_training(stages: Sequence[StageRecord]) -> list[Column]:
+def _of_training(stages: Sequence[StageResults]) -> list[Column]:
     """Where nothing was held out: how training ended, on its own rows, so that no stage is the best."""
     curves = [
-        ("training loss, at the end", "loss", [stage.curve("loss") for stage in stages]),
-        ("implicit gap, at the end", "gap", [stage.curve("rewards/margins") for stage in stages]),
+        ("loss", "training loss, at the end", "loss", [stage.curve("loss") for stage in stages]),
         (
+            "gap",
+            "implicit gap, at the end",
+            "gap",
+            [stage.curve("rewards/margins") for stage in stages],
+        ),
+        (
+            "preferred",
             "preferred in training, at the end",
             "chosen\npreferred",
             [stage.curve("rewards/accuracies") for stage in stages],
         ),
-        ("log-prob of chosen, change", "Δchosen,\nnats", [chosen_delta(x) for x in stages]),
+        (
+            "chosen_delta",
+            "log-prob of chosen, change",
+            "Δchosen,\nnats",
+            [x.delta("chosen") for x in stages],
+        ),
     ]
     return [
-        _measures(head, brief, [Measure(c.end()) if c else None for c in found], 3, best=None)
-        for head, brief, found in curves
+        _measures(key, head, brief, [Measure(c.end()) if c else None for c in found], 3, best=None)
+        for key, head, brief, found in curves
     ]
 
 
-def _step_zero(stage: StageRecord) -> str:
-    if stage.step0 is None or stage.step0.ok is None:
+def _step_zero(stage: StageResults) -> str:
+    check = stage.record.step0
+    if check is None or check.ok is None:
         return "–"
-    return "passed" if stage.step0.ok else "FAILED"
+    return "passed" if check.ok else "FAILED"
 
 
-def _time(stage: StageRecord) -> str:
+def _time(stage: StageResults) -> str:
     """What is not done has taken no time yet: in its place stands how far it is."""
-    if stage.state == "running" and stage.metrics and "step" in stage.metrics[-1]:
+    state = stage.record.state
+    if state == "running" and stage.metrics and "step" in stage.metrics[-1]:
         return f"step {stage.metrics[-1]['step']}"  # running or stopped: the file does not tell
-    return duration(stage.seconds) if stage.state == "done" else stage.state
+    return duration(stage.record.seconds) if state == "done" else state
 
 
 def _whole(value: int | None) -> str:

@@ -6,11 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rpo_trainer.report.collect import Curve, RunRecord, StageRecord
-from rpo_trainer.report.findings import Finding, Level
-from rpo_trainer.report.likelihood import judge_likelihood
-from rpo_trainer.report.outcome import judge_outcome, whole_change
-from rpo_trainer.report.values import short
+from rpo_trainer.report.audits import AuditView, read_audit
+from rpo_trainer.report.collect import Curve, RunResults, StageResults
+from rpo_trainer.report.findings import (
+    Finding,
+    Level,
+    judge_likelihood,
+    judge_outcome,
+    whole_change,
+)
+from rpo_trainer.report.formatting import short
 
 # More than this share of sampled responses without an end makes their rewards doubtful.
 MANY_CUT = 0.05
@@ -43,7 +48,7 @@ class Verdict:
         return [replace(shared, stage=", ".join(names)) for shared, names in stages.items()]
 
 
-def judge(run: RunRecord) -> Verdict:
+def judge(run: RunResults) -> Verdict:
     """All findings of a run, and its headline."""
     findings = [finding for stage in run.stages for finding in judge_stage(run, stage)]
     levels = {finding.level for finding in findings}
@@ -53,26 +58,26 @@ def judge(run: RunRecord) -> Verdict:
     return Verdict(level, _headline(run), findings)
 
 
-def judge_stage(run: RunRecord, stage: StageRecord) -> list[Finding]:
+def judge_stage(run: RunResults, stage: StageResults) -> list[Finding]:
     """The findings of one stage, its state first."""
     return list(_judge_stage(run, stage))
 
 
-def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
-    if stage.state == "pending":
-        yield Finding(stage.name, "info", "Has not started.")
+def _judge_stage(run: RunResults, stage: StageResults) -> Iterator[Finding]:
+    if stage.record.state == "pending":
+        yield Finding(stage.name, "not-started", "info", "Has not started.")
         return
-    if stage.state != "done":
+    if stage.record.state != "done":
         step = stage.metrics[-1].get("step") if stage.metrics else None
         reached = f"; last logged step: {step}" if step is not None else ""
-        of = f" of {stage.steps}" if step is not None and stage.steps else ""
-        yield Finding(
-            stage.name, "info", f"Not finished{reached}{of}. What follows is how it stands."
-        )
+        of = f" of {stage.record.steps}" if step is not None and stage.record.steps else ""
+        text = f"Not finished{reached}{of}. What follows is how it stands."
+        yield Finding(stage.name, "not-finished", "info", text)
     bad_step = stage.non_finite_step()
     if bad_step is not None:
         yield Finding(
             stage.name,
+            "loss-not-finite",
             "bad",
             f"The loss was not finite at step {bad_step}.",
             "Lower the learning rate or max_grad_norm, and look at the rows of that step.",
@@ -84,7 +89,7 @@ def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
         yield from judge_likelihood(stage)
         yield from _saturation(stage)
         yield from _cut_responses(stage)
-        yield from _said(stage)
+        yield from _early_warnings(stage)
     elif stage.kind == "reward":
         yield from _reward_model(stage)
     else:
@@ -93,7 +98,7 @@ def _judge_stage(run: RunRecord, stage: StageRecord) -> Iterator[Finding]:
     yield from _hub(stage)
 
 
-def _nll(stage: StageRecord) -> Iterator[Finding]:
+def _nll(stage: StageResults) -> Iterator[Finding]:
     """SFT: the negative log-likelihood should have fallen, best seen on held-out rows."""
     held_out = stage.curve("eval_loss")
     before, after, where = None, None, "Held-out NLL"
@@ -103,15 +108,15 @@ def _nll(stage: StageRecord) -> Iterator[Finding]:
         before, after = stage.curve("loss").start(), stage.curve("loss").end()
         where = "Training loss (there is no held-out NLL)"
     if before is None or after is None:
-        yield Finding(stage.name, "info", "Too little was logged to judge it.")
+        yield Finding(stage.name, "nll-unknown", "info", "Too little was logged to judge it.")
         return
     if after < before:
-        yield Finding(
-            stage.name, "good", f"{where} fell from {short(before, 3)} to {short(after, 3)}."
-        )
+        text = f"{where} fell from {short(before, 3)} to {short(after, 3)}."
+        yield Finding(stage.name, "nll-fell", "good", text)
     else:
         yield Finding(
             stage.name,
+            "nll-did-not-fall",
             "bad",
             f"{where} did not fall: {short(before, 3)} before, {short(after, 3)} after.",
             "Try a higher learning rate or more steps; if it rose at once, a lower one.",
@@ -119,12 +124,13 @@ def _nll(stage: StageRecord) -> Iterator[Finding]:
     yield from _overfitting(stage, held_out, "NLL")
 
 
-def _reward_model(stage: StageRecord) -> Iterator[Finding]:
+def _reward_model(stage: StageResults) -> Iterator[Finding]:
     """A reward model should order held-out responses as the given rewards do, better than chance."""
     accuracy, correlation = stage.agreement.accuracy, stage.agreement.correlation()
     if accuracy is None and correlation is None:
         yield Finding(
             stage.name,
+            "agreement-unknown",
             "info",
             "Nothing was held out, so nobody knows how well it scores.",
             "Give `data.eval`, or set some prompts aside with `data.eval_fraction`.",
@@ -134,6 +140,7 @@ def _reward_model(stage: StageRecord) -> Iterator[Finding]:
         better = (accuracy.value if accuracy.low is None else accuracy.low) > 0.5
         yield Finding(
             stage.name,
+            "reward-accuracy",
             "good" if better else "bad",
             f"Of held-out pairs {short(100 * accuracy.value, 1)} % have the higher reward on the "
             "better response." + ("" if better else " That is no better than chance."),
@@ -143,13 +150,14 @@ def _reward_model(stage: StageRecord) -> Iterator[Finding]:
         named = ", ".join(f"{n} {short(v)}" for n, v in stage.agreement.correlations.items())
         yield Finding(
             stage.name,
+            "reward-correlation",
             "info" if correlation > 0 else "bad",
             f"Correlation with held-out ratings: {named}.",
         )
     yield from _overfitting(stage, stage.curve("eval_loss"), "loss")
 
 
-def _overfitting(stage: StageRecord, held_out: Curve, what: str) -> Iterator[Finding]:
+def _overfitting(stage: StageResults, held_out: Curve, what: str) -> Iterator[Finding]:
     if len(held_out.values) < 3:
         return
     lowest = min(held_out.values)
@@ -157,26 +165,29 @@ def _overfitting(stage: StageRecord, held_out: Curve, what: str) -> Iterator[Fin
         step = held_out.steps[held_out.values.index(lowest)]
         yield Finding(
             stage.name,
+            "overfitting",
             "warn",
             f"Held-out {what} was lowest at step {step} ({short(lowest, 3)}) and rose again.",
             "Train for fewer epochs, or on more data.",
         )
 
 
-def _step_zero(stage: StageRecord) -> Iterator[Finding]:
-    check = stage.step0
+def _step_zero(stage: StageResults) -> Iterator[Finding]:
+    check = stage.record.step0
     if check is None or check.ok is None:
         return
     numbers = f"loss {short(check.loss, 4)}, expected {short(check.expected, 4)}"
     if check.ok:
         yield Finding(
             stage.name,
+            "step0-passed",
             "good",
             f"Step-0 check passed ({numbers}): the reference is what it starts from.",
         )
     else:
         yield Finding(
             stage.name,
+            "step0-failed",
             "bad",
             f"Step-0 check failed ({numbers}): policy and reference differ before any update.",
             "Look for a wrong reference, a stale reference cache, dropout left on, or another "
@@ -184,7 +195,7 @@ def _step_zero(stage: StageRecord) -> Iterator[Finding]:
         )
 
 
-def _gap(stage: StageRecord) -> Iterator[Finding]:
+def _gap(stage: StageResults) -> Iterator[Finding]:
     margin, target = stage.curve("rewards/margins"), stage.curve("rewards/target_gap")
     accuracy = stage.curve("rewards/accuracies")
     if not margin:
@@ -198,6 +209,7 @@ def _gap(stage: StageRecord) -> Iterator[Finding]:
         if aim > 0 and reached > 1.5 * aim:
             yield Finding(
                 stage.name,
+                "gap-overshoots",
                 "warn",
                 text,
                 "The policy overshoots: raise β or lower the learning rate.",
@@ -217,11 +229,11 @@ def _gap(stage: StageRecord) -> Iterator[Finding]:
             "It did not learn the preferences: check which response is the chosen one, then raise "
             "the learning rate."
         )
-    yield Finding(stage.name, level, text, advice)
+    yield Finding(stage.name, "gap", level, text, advice)
 
 
-def _saturation(stage: StageRecord) -> Iterator[Finding]:
-    targets = [gap.target for gap in stage.gaps if gap.target is not None]
+def _saturation(stage: StageResults) -> Iterator[Finding]:
+    targets = [gap.target_gap for gap in stage.gaps if gap.target_gap is not None]
     if stage.kind != "rpo" or not targets:
         return
     bound = math.log(SATURATED / (1 - SATURATED))
@@ -229,6 +241,7 @@ def _saturation(stage: StageRecord) -> Iterator[Finding]:
     if share > 0.5:
         yield Finding(
             stage.name,
+            "targets-saturated",
             "warn",
             f"σ(target gap) is above {SATURATED} or below {1 - SATURATED:.2f} for {share:.0%} of "
             "the examples: there RPO asks for no more than DPO does.",
@@ -236,49 +249,52 @@ def _saturation(stage: StageRecord) -> Iterator[Finding]:
         )
 
 
-def _cut_responses(stage: StageRecord) -> Iterator[Finding]:
+def _cut_responses(stage: StageResults) -> Iterator[Finding]:
     share = stage.scores.unfinished
     if share is not None and share > MANY_CUT:
         yield Finding(
             stage.name,
+            "responses-cut",
             "warn",
             f"{share:.0%} of the sampled responses were cut by max_new_tokens before they ended.",
             "Raise max_new_tokens, or look whether responses grow longer stage by stage.",
         )
 
 
-def _said(stage: StageRecord) -> Iterator[Finding]:
+def _early_warnings(stage: StageResults) -> Iterator[Finding]:
     """What was warned of while the stage trained, as it was then."""
-    for said in stage.said:
-        when = "In training" if said.step is None else f"In training, at step {said.step}"
-        advice = f"To try: {said.advice}." if said.advice else None
-        yield Finding(stage.name, "warn", f"{when}: {said.text}.", advice)
+    for early in stage.record.warnings or ():
+        when = "In training" if early.step is None else f"In training, at step {early.step}"
+        advice = f"To try: {early.advice}." if early.advice else None
+        key = f"warned-{early.name or 'in-training'}"
+        yield Finding(stage.name, key, "warn", f"{when}: {early.text}.", advice)
 
 
-def _data(stage: StageRecord) -> Iterator[Finding]:
+def _data(stage: StageResults) -> Iterator[Finding]:
     """What the audit of the training data found."""
-    for concern in stage.audit.concerns("the rows", sampled=stage.samples_data):
-        yield Finding(
-            stage.name, "info" if concern.minor else "warn", f"{concern.text}.", concern.advice
-        )
+    audit = read_audit(stage.record.data.audit) if stage.record.data is not None else AuditView()
+    for concern in audit.concerns("the rows", sampled=stage.samples_data):
+        level: Level = "info" if concern.minor else "warn"
+        yield Finding(stage.name, f"data-{concern.key}", level, f"{concern.text}.", concern.advice)
 
 
-def _hub(stage: StageRecord) -> Iterator[Finding]:
+def _hub(stage: StageResults) -> Iterator[Finding]:
     """Where the output was to be uploaded."""
-    repo, error = stage.hub.get("repo"), stage.hub.get("error")
-    if repo and error:
+    hub = stage.record.hub
+    if hub is not None and hub.error:
         yield Finding(
             stage.name,
+            "hub-failed",
             "warn",
-            f"The output is not on the hub ({repo}): {error}.",
-            f"It is complete in `{stage.name}/final`: hf upload {repo} {stage.name}/final",
+            f"The output is not on the hub ({hub.repo}): {hub.error}.",
+            f"It is complete in `{stage.name}/final`: hf upload {hub.repo} {stage.name}/final",
         )
-    elif repo:
-        yield Finding(stage.name, "info", f"The output is on the hub: {repo}.")
+    elif hub is not None:
+        yield Finding(stage.name, "hub-pushed", "info", f"The output is on the hub: {hub.repo}.")
 
 
-def _headline(run: RunRecord) -> str:
-    done = sum(stage.state == "done" for stage in run.stages)
+def _headline(run: RunResults) -> str:
+    done = sum(stage.record.state == "done" for stage in run.stages)
     if not run.stages:
         return "Nothing has run yet."
     plural = "s" if len(run.stages) > 1 else ""

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import xxhash
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rpo_trainer.data.rows import Row
     from rpo_trainer.recipe import DataSpec, Recipe, ScoreSpec
     from rpo_trainer.recipe.schema import FilterSpec
+    from rpo_trainer.stages.record import InputRecord
 
 
 @dataclass
@@ -84,7 +85,7 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
 
 
 def source_digests(
-    sources: Sequence[SourceSpec], folder: Path, inputs: Sequence[Mapping[str, Any]] = ()
+    sources: Sequence[SourceSpec], folder: Path, inputs: Sequence[InputRecord] = ()
 ) -> dict[str, str]:
     """xxh3-128 of each local file, or directory, that a stage reads, by its path as written.
 
@@ -92,7 +93,7 @@ def source_digests(
         folder: of the recipe, where relative paths start.
         inputs: of the stage's record; a file is not read again while nothing has been written to it.
     """
-    known = {entry["name"]: entry.get("files", {}) for entry in inputs}
+    known = {entry.name: entry.to_json().get("files", {}) for entry in inputs}
     found: dict[str, str] = {}
     for name in [source.path for source in sources if source.path]:
         path, files = resolve_path(folder, name), known.get(name, {})

@@ -62,6 +62,7 @@ from rpo_trainer.stages.inputs import (
     tokenize_stage,
     with_targets,
 )
+from rpo_trainer.stages.record import InputRecord
 from rpo_trainer.stages.settings import StageConfig, training_config
 
 _EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": "sft"}
@@ -239,9 +240,7 @@ class StagePreparer:
             audit.check_target_gaps(rows, scale)
         return rows
 
-    def source_digests(
-        self, stage: Stage, inputs: Sequence[Mapping[str, Any]] = ()
-    ) -> dict[str, str]:
+    def source_digests(self, stage: Stage, inputs: Sequence[InputRecord] = ()) -> dict[str, str]:
         """Digests of the files that the stage is trained on, see `source_digests`."""
         return source_digests(stage.data.train, self.loaded.base_dir, inputs)
 

@@ -141,7 +141,7 @@ def _saved(where: str, action: Callable[[], None]) -> list[Any]:
 
     def check(self: Any) -> None:
         record = self.stage(stage)
-        if record is not None and record["state"] == state:
+        if record is not None and record.state == state:
             action()
 
     return [_around(ChainState, "save", after=check)]

@@ -19,7 +19,9 @@ from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.recipe import LoadedRecipe, expand_stages
 from rpo_trainer.runtime.files import known_digest
 from rpo_trainer.stages.hub import hub_commit
+from rpo_trainer.stages.record import InputRecord
 from tests.chain import tiny
+from tests.raising import raises
 from tests.rewards.policies import llama
 
 ROW = {"prompt": "1 + 1 = ", "response": "2"}
@@ -89,7 +91,7 @@ def begun(folder: Path, loaded: LoadedRecipe) -> None:
     state.adopt(*plain(loaded.recipe, stages, loaded.base_dir))
     inputs, digests = Inputs(loaded.recipe, stages, loaded.base_dir), Digests()
     for stage, record in zip(stages, state.stages, strict=True):
-        record |= {"state": "running", "inputs": digests.of(inputs.of(stage))}
+        record.state, record.inputs = "running", digests.of(inputs.of(stage))
     (folder / "run").mkdir()
     state.save()
 
@@ -149,15 +151,15 @@ def test_a_changed_input_is_refused_unless_its_key_is_allowed(file: str, tmp_pat
     begun(tmp_path, loaded)
     assert not again(tmp_path, loaded).changes
     rewrite(tmp_path / file)
-    with pytest.raises(RunError) as error:
+    with raises("run.input-changed", RunError) as error:
         again(tmp_path, loaded)
     shown = "./data/a.arrow" if file == "data/a.arrow" else file.split("/", 1)[-1]
     assert FILES[file] in error.value.what and shown in error.value.what
     key = str(error.value.fix).rpartition("--allow-changed ")[2]
     assert FILES[file].startswith(key) and "." in key
     state = again(tmp_path, loaded, key)
-    assert [c["key"] for c in state.changes] and all(
-        c["key"].startswith(FILES[file]) and c["from"] != c["to"] for c in state.changes
+    assert state.changes and all(
+        change.key.startswith(FILES[file]) and change.old != change.new for change in state.changes
     )
     state.save()
     assert len(again(tmp_path, loaded).changes) == len(state.changes)  # taken over
@@ -168,7 +170,7 @@ def test_files_that_come_and_go_are_changes(tmp_path: Path) -> None:
     begun(tmp_path, loaded)
     (tmp_path / "model" / "merges.txt").unlink()
     write(tmp_path / "other" / "tokenizer.model", "pieces")
-    with pytest.raises(RunError) as error:
+    with raises("run.input-changed", RunError) as error:
         again(tmp_path, loaded)
     assert "merges.txt (missing)" in error.value.what
     assert "tokenizer.model (new)" in error.value.what
@@ -187,7 +189,7 @@ def test_stages_that_have_not_begun_take_what_is_there(tmp_path: Path) -> None:
     loaded = tiny.load(tmp_path, everything(tmp_path))
     begun(tmp_path, loaded)
     state = ChainState(tmp_path / "run")
-    state.stages[1]["state"] = "pending"
+    state.stages[1].state = "pending"
     state.save()
     rewrite(tmp_path / "other" / "config.json")  # of the second stage alone
     assert not again(tmp_path, loaded).changes
@@ -277,7 +279,7 @@ def test_another_commit_of_the_hub_is_refused(
     begun(tmp_path, loaded)
     again(tmp_path, loaded)
     commits[moved] = "b" * 40
-    with pytest.raises(RunError) as error:
+    with raises("run.input-changed", RunError) as error:
         again(tmp_path, loaded)
     assert f"{moved[0]} (commit)" in error.value.what
     assert f"--allow-changed {HUB[moved].removesuffix('.train').removesuffix('.eval')}" in (
@@ -315,9 +317,7 @@ def test_the_commit_is_that_of_the_cache_without_a_network(
     assert found == list(commits)
     assert hub_commit("some/other", None, kind) is None
     assert hub_commit("no\0name", None, kind) is None
-    before, now = (
-        {"key": "k", "name": "some/model", "reach": "model", "commit": commit} for commit in found
-    )
+    before, now = (InputRecord("k", "some/model", "model", commit=commit) for commit in found)
     assert changed_parts(before, now) == {"some/model (commit)": commits}
 
 
@@ -351,7 +351,7 @@ def test_a_finished_run_refuses_other_weights(lora: tiny.Recipe, tmp_path: Path)
     tiny.run(tmp_path, lora)
     assert tiny.records(tmp_path / "run")["code"]["inputs"]
     swap(tmp_path / "model" / "model.safetensors")
-    with pytest.raises(RunError) as error:
+    with raises("run.input-changed", RunError) as error:
         tiny.run(tmp_path, lora)
     assert "model.safetensors" in error.value.what
     tiny.run(tmp_path, lora, allow_changed=["model.name_or_path"])

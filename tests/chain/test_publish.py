@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from rpo_trainer.chain.card import write_card
 from rpo_trainer.errors import RecipeError, StoppedBySignal
 from rpo_trainer.recipe import expand_stages
+from rpo_trainer.report.scores import read_scores
 from rpo_trainer.stages.hub import push_output
+from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 from tests.chain import tiny
 from tests.chain.test_stage import config
@@ -64,7 +66,7 @@ def test_figures_files_and_the_base_model_are_in_the_card(finished_copy: Path, t
     recipe["stages"] = recipe["stages"][:1]
     loaded = tiny.load(tmp_path, recipe)
     (stage,) = expand_stages(loaded.recipe)
-    record = tiny.records(finished_copy)["code"] | {
+    content = tiny.records(finished_copy)["code"] | {
         "sources": {"/somewhere/data/rows.jsonl": "0123456789abcdef" * 2},
         "eval": {
             "scorer": "verifier exact", "prompts": 40, "responses": 80, "reward_mean": 3.25,
@@ -73,17 +75,18 @@ def test_figures_files_and_the_base_model_are_in_the_card(finished_copy: Path, t
             "lm_eval": {"gsm8k": {"exact_match (strict-match)": {"value": 0.5}}},
         },
     }  # fmt: skip
-    final = finished_copy / "code" / "final"
+    final, record = finished_copy / "code" / "final", StageRecord.from_json(content)
     for _ in range(2):
         write_card(final, stage, [stage], {"code": record}, loaded.recipe, loaded.base_dir)
         assert verify_manifest(final) is None
     metadata, text = parts(final)
     assert metadata["base_model"] == "someone/some-model"
     assert "rows.jsonl `0123456789ab`" in text and "/somewhere" not in text
-    assert "| mean reward, sampled | 3.25 | 3.00 to 3.50 |" in text
-    assert "| win rate against general | 0.625 | 0.500 to 0.750 |" in text
+    figures = {figure.key: figure.name for figure in read_scores(record.eval).all()}
+    assert f"| {figures['reward_sampled']} | 3.25 | 3.00 to 3.50 |" in text
+    assert f"| {figures['win_rate']} | 0.625 | 0.500 to 0.750 |" in text
     assert "| gsm8k: exact_match (strict-match) | 0.500 |  |" in text
-    assert "Rewards and wins are by verifier exact." in text
+    assert "general" in figures["win_rate"] and "by verifier exact." in text
 
 
 # --- the hub ---

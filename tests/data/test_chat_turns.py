@@ -13,6 +13,7 @@ from rpo_trainer.data.endings import Controls
 from rpo_trainer.data.turns import PARTED
 from rpo_trainer.errors import DataError
 from rpo_trainer.report.audits import read_audit
+from rpo_trainer.stages.record import AuditRecord
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import trained_ends
 
@@ -29,7 +30,9 @@ def test_what_differs_is_a_warning_with_an_example(shaped: Callable[[str], Any])
     (told,) = [text for _, text in audit.messages() if repr(generation) in text]
     assert repr(training) in told and "r0" in told
     # `check` and the report warn of it where it is most rows.
-    assert [c.text for c in read_audit(audit.as_dict()).concerns("rows")] == [told]
+    assert [
+        c.text for c in read_audit(AuditRecord.from_json(audit.as_dict())).concerns("rows")
+    ] == [told]
 
 
 def test_marks_of_thinking_in_an_answer_are_tokens(shaped: Callable[[str], Any]) -> None:

@@ -15,6 +15,7 @@ from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.pairs import make_preference_rows
+from rpo_trainer.stages.record import AuditRecord
 from rpo_trainer.step.reference import response_key
 
 from .chat_shapes import CASES, SHAPES, USER
@@ -162,4 +163,4 @@ def test_cut_responses_are_counted(styled: Callable[[str], Any], cut: int, level
     assert audit.as_dict()["cut"] == {"s": {"count": cut, "of": 4}}
     lines = [found for found, text in audit.messages() if f"{cut} of 4 responses" in text]
     assert lines == ([] if level is None else [level])
-    assert len(read_audit(audit.as_dict()).cut) == (level == logging.WARNING)
+    assert len(read_audit(AuditRecord.from_json(audit.as_dict())).cut) == (level == logging.WARNING)

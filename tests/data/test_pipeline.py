@@ -24,6 +24,7 @@ from rpo_trainer.data.counts import percent
 from rpo_trainer.errors import DataError, Problems
 from rpo_trainer.recipe import FilterSpec
 from rpo_trainer.report.audits import read_audit
+from rpo_trainer.stages.record import AuditRecord
 
 PAIR = {"prompt": "p", "chosen": "x", "rejected": "y", "chosen_reward": 2, "rejected_reward": 1}
 
@@ -90,7 +91,7 @@ def test_shares_are_of_the_rows_that_are_used(
     assert f"{percent(dropped, len(rows))} of the rows ({dropped} of {len(rows)} rows)" in str(
         audit.drops()
     )
-    record = read_audit(audit.as_dict())
+    record = read_audit(AuditRecord.from_json(audit.as_dict()))
     assert (record.total, record.dropped_rows) == (len(rows), dropped)
     assert any(not concern.minor for concern in record.concerns("the rows"))
 
@@ -115,7 +116,7 @@ def test_warnings_are_shares_of_the_rows_that_they_count(
     assert audit.rows() == len(rows) == (4 if weight is None else 6)
     read = 40 if weight is None else 42
     again = len(rows) - len({row["prompt"] for row in rows})
-    record = read_audit(audit.as_dict())
+    record = read_audit(AuditRecord.from_json(audit.as_dict()))
     assert {noticed.key: (noticed.rows, noticed.of) for noticed in record.noticed} == {
         "unusable_rewards": (3, read),
         "duplicate_prompt": (again, None),

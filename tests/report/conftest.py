@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.report.collect import RunRecord
+from rpo_trainer.report.collect import RunResults
 from rpo_trainer.report.findings import Finding
+from rpo_trainer.report.table import Cell, comparison
 from rpo_trainer.report.verdict import judge
 
 Stage = dict[str, Any]
@@ -150,8 +151,13 @@ def make_preference_rows() -> Callable[..., list[Stage]]:
     return preference_rows
 
 
-def about(run: RunRecord, stage: str, words: str) -> Finding:
-    """The one finding of a stage that has these words."""
-    found = [finding for finding in judge(run).of_stage(stage) if words in finding.text]
-    assert len(found) == 1, [finding.text for finding in judge(run).of_stage(stage)]
+def about(run: RunResults, stage: str, key: str) -> Finding:
+    """The one finding of a stage that has this key."""
+    found = [finding for finding in judge(run).of_stage(stage) if finding.key == key]
+    assert len(found) == 1, [(one.key, one.text) for one in judge(run).of_stage(stage)]
     return found[0]
+
+
+def cells(run: RunResults) -> dict[str, list[Cell]]:
+    """The cells of the comparison by the key of their column."""
+    return {column.key: column.cells for column in comparison(run)}

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.report.agreement import read_agreement
 from rpo_trainer.report.collect import collect_run
 from rpo_trainer.report.html import render
-from rpo_trainer.report.table import comparison
+from rpo_trainer.report.plots import stage_plots
+from rpo_trainer.report.scores import read_agreement
 from rpo_trainer.report.verdict import judge
+from rpo_trainer.stages.record import EvaluationRecord
+from tests.report.conftest import about, cells
 
 Stage = dict[str, Any]
 
@@ -32,12 +34,12 @@ RATED: Stage = {
 
 
 def test_figures_are_read() -> None:
-    found = read_agreement(PAIRS)
+    found = read_agreement(EvaluationRecord.from_json(PAIRS))
     assert found.accuracy is not None and found.accuracy.value == 0.9
     assert found.accuracy.low == pytest.approx(0.8256, abs=1e-4)  # Wilson, 100 pairs
     assert found.correlation() == 0.5
     assert found.calibration == {"pairs": [(0.6, 0.7), (0.9, 1.0)]}
-    rated = read_agreement(RATED)
+    rated = read_agreement(EvaluationRecord.from_json(RATED))
     assert rated.accuracy is None and rated.correlation() == 0.75
     assert rated.correlations == {"wit": -0.25, "reward": 0.75}
 
@@ -48,7 +50,7 @@ def test_figures_are_read() -> None:
      {"calibration": {"wit": [{"predicted": None}, 3], "pairs": None}}],
 )  # fmt: skip
 def test_what_is_no_figure_is_left_out(record: Stage) -> None:
-    found = read_agreement(record)
+    found = read_agreement(EvaluationRecord.from_json(record, lenient=True))
     assert (found.accuracy, found.correlation(), found.calibration) == (None, None, {})
 
 
@@ -76,31 +78,35 @@ def make_reward_run(
 
 def test_words_table_and_plots_of_pairs(make_reward_run: Callable[[Stage], Path]) -> None:
     run = collect_run(make_reward_run(PAIRS))
-    said = {finding.text: finding.level for finding in judge(run).of_stage("rm")}
-    assert said["Of held-out pairs 90.0 % have the higher reward on the better response."] == "good"
-    assert said["Correlation with held-out ratings: gap 0.50."] == "info"
-    assert said["Held-out loss was lowest at step 5 (0.300) and rose again."] == "warn"
-    assert not [text for text in said if "NLL" in text]
-    cells = {column.head: [cell.text for cell in column.cells] for column in comparison(run)}
-    assert cells["better response has the higher reward"] == ["–", "0.900"]
-    assert cells["correlation with given rewards"] == ["–", "0.500"]
-    assert "held-out NLL, own data" not in cells
+    accuracy, correlation = (
+        about(run, "rm", "reward-accuracy"),
+        about(run, "rm", "reward-correlation"),
+    )
+    assert accuracy.level == "good" and "90.0 %" in accuracy.text
+    assert correlation.level == "info" and "gap 0.50." in correlation.text
+    overfitting = about(run, "rm", "overfitting")
+    assert overfitting.level == "warn" and "step 5 (0.300)" in overfitting.text
+    assert not [f for f in judge(run).of_stage("rm") if "NLL" in f.text]
+    texts = {key: [cell.text for cell in column] for key, column in cells(run).items()}
+    assert texts["reward_accuracy"] == ["–", "0.900"]
+    assert texts["correlation"] == ["–", "0.500"]
+    assert "nll" not in texts
+    plots = stage_plots(run.stages[1])
+    assert {"rm-calibration-pairs", "rm-accuracy"} <= {plot.key for plot in plots}
     page = render(run)
-    assert "calibration: pairs" in page and "share of pairs in their order" in page
+    assert all(plot.svg in page for plot in plots)
 
 
 def test_words_of_ratings_and_of_chance(make_reward_run: Callable[[Stage], Path]) -> None:
     run = collect_run(make_reward_run({**RATED, "accuracy": 0.5, "pearson/reward": -0.5}))
-    said = {finding.text: finding.level for finding in judge(run).of_stage("rm")}
-    assert said["Correlation with held-out ratings: wit −0.25, reward −0.50."] == "bad"
-    chance = [text for text in said if "no better than chance" in text]
-    assert len(chance) == 1 and said[chance[0]] == "bad"
+    correlation = about(run, "rm", "reward-correlation")
+    assert correlation.level == "bad" and "wit −0.25, reward −0.50." in correlation.text
+    chance = about(run, "rm", "reward-accuracy")
+    assert chance.level == "bad" and chance.advice
 
 
 def test_without_held_out_rows_it_says_so(make_reward_run: Callable[[Stage], Path]) -> None:
-    (finding, *_) = [
-        f for f in judge(collect_run(make_reward_run({}))).of_stage("rm") if "held out" in f.text
-    ]
+    finding = about(collect_run(make_reward_run({})), "rm", "agreement-unknown")
     assert finding.level == "info" and "eval_fraction" in str(finding.advice)
 
 

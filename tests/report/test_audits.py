@@ -3,6 +3,7 @@ from __future__ import annotations
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import DROPS
 from rpo_trainer.report.audits import read_audit
+from rpo_trainer.stages.record import AuditRecord, ReasonRecord
 
 
 def test_an_audit_is_read_back_in_words() -> None:
@@ -13,8 +14,8 @@ def test_an_audit_is_read_back_in_words() -> None:
         audit.drop("tie", f"a.jsonl:{row}")
     audit.drop("too_long", "b.jsonl:1")
     audit.warn("duplicate_prompt", "a.jsonl:8")
-    audit.remark("all reward gaps are equal (1)")
-    found = read_audit(audit.as_dict())
+    audit.remark("a remark (1)")
+    found = read_audit(AuditRecord.from_json(audit.as_dict()))
     assert (found.rows, found.dropped_rows, found.dropped_share()) == (10, 4, 0.4)
     assert [(reason.text, reason.rows) for reason in found.dropped] == [
         (DROPS["tie"], 3),
@@ -22,15 +23,16 @@ def test_an_audit_is_read_back_in_words() -> None:
     ]
     assert found.dropped[0].examples == ["a.jsonl:0", "a.jsonl:1", "a.jsonl:2"]
     assert [reason.rows for reason in found.noticed] == [1]
-    assert found.remarks == ["all reward gaps are equal (1)"]
+    assert found.remarks == ["a remark (1)"]
 
 
-def test_plain_counts_and_unknown_reasons_are_kept() -> None:
-    found = read_audit({"dropped": {"made_up_reason": 7, "none": 0}, "kept": {"a": 3}})
+def test_unknown_reasons_are_kept() -> None:
+    dropped = {"made_up_reason": ReasonRecord(7), "none": ReasonRecord(0)}
+    found = read_audit(AuditRecord(dropped=dropped, kept={"a": 3}))
     assert [(reason.text, reason.rows) for reason in found.dropped] == [("made up reason", 7)]
     assert found.dropped_share() == 0.7
 
 
 def test_an_empty_audit_has_no_share() -> None:
-    assert read_audit({}).dropped_share() is None
-    assert read_audit({"dropped": None, "remarks": "text"}).dropped == []
+    assert read_audit(AuditRecord()).dropped_share() is None
+    assert read_audit(AuditRecord()).dropped == []

@@ -40,7 +40,7 @@ def full_run(make_run: Callable[..., Path], make_stage: Any, make_evaluation: An
         "read": {"a": 500},
         "dropped": {"tie": {"count": 317, "examples": ["a-rather-long-file-name.jsonl:12"]}},
         "warnings": {"duplicate_prompt": {"count": 23, "examples": ["a.jsonl:7", "a.jsonl:8"]}},
-        "remarks": ["chosen is much longer than rejected on average"],
+        "remarks": ["a remark about the lengths of both responses"],
     }
     more: dict[str, Any] = {
         "baseline": "general-sft",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from rpo_trainer.errors import RunError
 from rpo_trainer.report.collect import Curve, collect_run
+from rpo_trainer.stages.record import AuditRecord, DataRecord, StepZeroRecord
+from tests.raising import raises
 
 Make = Callable[..., Any]
 
@@ -85,13 +88,27 @@ def test_without_chain_json_the_stages_come_from_the_metrics(make_run: Make) -> 
     assert not run.finished
 
 
-def test_samples_come_from_the_evaluation_where_there_is_no_file(
-    make_run: Make, make_stage: Make, make_evaluation: Make
-) -> None:
-    sample = {"prompt": [{"role": "user", "content": "2+2"}], "ground_truth": "4", "sampled": "5"}
-    stages = [make_stage("sft", "sft", eval=make_evaluation(1.0) | {"samples": [sample]})]
-    (found,) = collect_run(make_run(stages=stages)).stages[0].samples
-    assert (found.prompt, found.sampled, found.greedy) == ("user: 2+2", "5", None)
+def test_samples_of_another_shape_are_left_out(make_run: Make) -> None:
+    chat = [{"role": "user", "content": "2+2"}]
+    rows = [{"prompt": chat, "ground_truth": "4", "sampled": "5", "reward": "high"}, {"prompt": 3}]
+    found, other = collect_run(make_run(samples={"sft": rows})).stages[0].samples
+    assert (found.prompt, found.sampled, found.greedy, found.reward) == (chat, "5", None, None)
+    assert other.prompt == ""
+
+
+def test_of_a_damaged_record_what_fits_is_read(make_run: Make, make_stage: Make) -> None:
+    damaged = make_stage(
+        "dpo", "dpo", seconds="long", steps=[3], hub={"repu": "me/it"}, state="dune"
+    )
+    damaged["data"] = {
+        "fingerprint": "abc",
+        "audit": {"rows": 9, "dropped": [], "remarks": ["a", 2]},
+    }
+    damaged["step0"] = {"loss": math.inf, "expected": 0.5, "ok": "yes"}
+    record = collect_run(make_run(stages=[damaged], metrics=[])).stages[0].record
+    assert (record.seconds, record.steps, record.hub, record.state) == (None, None, None, "pending")
+    assert record.examples == 1234 and record.step0 == StepZeroRecord(expected=0.5)
+    assert record.data == DataRecord("abc", AuditRecord(rows=9, remarks=["a"]))
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"stages": 3}', '{"stages": [1, null]}', "{"])
@@ -103,5 +120,5 @@ def test_any_chain_json_can_be_read(make_run: Make, content: str) -> None:
 
 def test_another_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps({}), encoding="utf-8")
-    with pytest.raises(RunError, match="not a run directory"):
+    with raises("run.not-a-run-directory", RunError, where=str(tmp_path)):
         collect_run(tmp_path)

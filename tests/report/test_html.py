@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.data.counts import DROPS, WARNINGS
 from rpo_trainer.errors import RunError
 from rpo_trainer.report import build_report
+from rpo_trainer.report.collect import collect_run
+from rpo_trainer.report.verdict import judge
+from tests.raising import raises
+from tests.report.conftest import about
 
 Make = Callable[..., Any]
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -77,15 +82,15 @@ def test_what_was_put_in_is_in_the_page(make_run: Make, make_stage: Make) -> Non
     other = [make_stage("dpo", "dpo", data={"fingerprint": "f" * 32, "audit": audit})]
     (run_dir / "chain.json").write_text(json.dumps({"stages": other}), encoding="utf-8")
     words = page_of(run_dir).words()
-    assert "dpo chosen and rejected have the same reward such as a.jsonl:12 317" in words
-    assert "prompt seen before such as a.jsonl:7 23" in words
+    assert f"dpo {DROPS['tie']} such as a.jsonl:12 317" in words
+    assert f"{WARNINGS['duplicate_prompt']} such as a.jsonl:7 23" in words
 
 
 def test_the_verdict_comes_first(make_run: Make, make_preference_rows: Make) -> None:
-    words = page_of(
-        make_run(metrics=make_preference_rows("dpo", delta=-8.0, rejected=-12.0))
-    ).words()
-    verdict, decline = words.index("The chain finished"), words.index("Likelihood decline")
+    run_dir = make_run(metrics=make_preference_rows("dpo", delta=-8.0, rejected=-12.0))
+    words, run = page_of(run_dir).words(), collect_run(run_dir)
+    verdict = words.index(judge(run).headline)
+    decline = words.index(about(run, "dpo", "likelihood-decline").text)
     assert verdict < decline < words.index("All stages") < words.index("The chain 1.")
     assert "1 thing to look at" in words
 
@@ -112,7 +117,7 @@ def test_data_files_are_in_the_lineage_with_their_hashes(make_run: Make, make_st
 def test_samples_of_all_stages_stand_together(make_run: Make) -> None:
     def answer(greedy: str) -> list[dict[str, Any]]:
         row = {"prompt": "reverse abc", "ground_truth": "cba", "greedy": greedy, "greedy_reward": 5}
-        return [row | {"sampled": ["cab", "bca"], "reward": 1.5}]
+        return [row | {"sampled": "cab", "reward": 1.5}]
 
     run_dir = make_run(samples={"sft": answer("acb"), "rpo-1": answer("cba")})
     words = page_of(run_dir).words()
@@ -149,7 +154,9 @@ def test_samples_from_before_the_run_come_first(
 
 def test_row_text_is_escaped(make_run: Make, make_stage: Make) -> None:
     nasty = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}\ud800"
-    stage = make_stage("sft", "sft", data={"audit": {"remarks": [nasty], "dropped": {nasty: 3}}})
+    stage = make_stage(
+        "sft", "sft", data={"audit": {"remarks": [nasty], "dropped": {nasty: {"count": 3}}}}
+    )
     run_dir = make_run(
         stages=[stage],
         samples={"sft": [{"prompt": nasty, "ground_truth": nasty, "greedy": nasty}]},
@@ -188,9 +195,10 @@ def test_an_unfinished_run_has_a_report(make_run: Make, make_stage: Make) -> Non
         make_stage("sft", "sft", init="model", state="running", seconds=None, data={}, output=None),
         {"name": "dpo", "kind": "dpo", "state": "pending"},
     ]
-    words = page_of(make_run(stages=stages, metrics=[])).words()
-    assert "The chain is not finished: 0 of 2 stages done." in words
-    assert "Has not started." in words
+    run_dir = make_run(stages=stages, metrics=[])
+    words, run = page_of(run_dir).words(), collect_run(run_dir)
+    assert judge(run).headline in words and "0 of 2" in words
+    assert about(run, "dpo", "not-started").text in words
     assert "sft running" in words
 
 
@@ -202,7 +210,9 @@ def test_a_missing_file_is_named(make_run: Make, missing: str) -> None:
 
 
 def test_a_run_without_stages_has_a_report(make_run: Make) -> None:
-    assert "Nothing has run yet." in page_of(make_run(stages=[], metrics=[])).words()
+    run_dir = make_run(stages=[], metrics=[])
+    headline = judge(collect_run(run_dir)).headline
+    assert headline and headline in page_of(run_dir).words()
 
 
 def test_it_is_written_again_and_leaves_nothing_else(make_run: Make) -> None:
@@ -218,5 +228,6 @@ def test_without_the_extra_it_says_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "rpo_trainer.report.html", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(RunError, match=r"rpo-trainer\[report\]"):
+    with raises("report.missing-library", RunError) as error:
         build_report(make_run())
+    assert "jinja2" in error.value.what and "rpo-trainer[report]" in str(error.value.fix)

@@ -15,28 +15,27 @@ def test_likelihood_decline_is_called_out_with_what_to_change(
 ) -> None:
     rows = make_preference_rows("dpo", delta=-8.0, rejected=-12.0)
     run = collect_run(make_run(metrics=rows))
-    finding = about(run, "dpo", "Likelihood decline")
+    finding = about(run, "dpo", "likelihood-decline")
     # The last tenth of 40 steps: parts 37/40 to 40/40, on average 0.9625 of the way.
-    assert "fell by 7.70 nats per response (38% of its size)" in finding.text
-    assert "it fell in 75% of the examples" in finding.text
-    assert "Rejected ones fell by 11.55" in finding.text
+    for figure in ("7.70 nats", "(38% of", "75%", "11.55"):
+        assert figure in finding.text
     assert finding.level == "warn"
     assert finding.advice is not None
-    assert finding.advice.startswith("Set sft_loss_weight above 0 (it is 0)")
-    assert "raise β (it is 0.5)" in finding.advice
+    assert "sft_loss_weight" in finding.advice and "(it is 0)" in finding.advice
+    assert "β (it is 0.5)" in finding.advice
     assert judge(run).level == "warn"
 
 
 def test_a_weight_that_is_set_should_be_raised(make_run: Make, make_preference_rows: Make) -> None:
     rows = make_preference_rows("rpo-1", delta=-8.0, rejected=-12.0, beta=0.25)
-    advice = about(collect_run(make_run(metrics=rows)), "rpo-1", "Likelihood decline").advice
+    advice = about(collect_run(make_run(metrics=rows)), "rpo-1", "likelihood-decline").advice
     assert advice is not None
-    assert "raise sft_loss_weight (it is 0.005" in advice.lower()
+    assert "sft_loss_weight (it is 0.005" in advice
 
 
 def test_a_small_fall_is_no_warning(make_run: Make, make_preference_rows: Make) -> None:
     run = collect_run(make_run(metrics=make_preference_rows("dpo", delta=-0.3)))
-    assert about(run, "dpo", "hardly fell").level == "good"
+    assert about(run, "dpo", "likelihood-held").level == "good"
 
 
 def test_chosen_delta_comes_from_the_implicit_reward_where_it_was_not_logged(
@@ -45,4 +44,6 @@ def test_chosen_delta_comes_from_the_implicit_reward_where_it_was_not_logged(
     rows = make_preference_rows("dpo", delta=-8.0, beta=0.5)
     for row in rows:
         del row["logps/chosen_delta"]
-    assert "7.70 nats" in about(collect_run(make_run(metrics=rows)), "dpo", "Likelihood").text
+    assert (
+        "7.70 nats" in about(collect_run(make_run(metrics=rows)), "dpo", "likelihood-decline").text
+    )

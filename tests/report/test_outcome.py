@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rpo_trainer.report.collect import collect_run
+from rpo_trainer.report.scores import MAIN_FIGURES
 from rpo_trainer.report.table import comparison
 from rpo_trainer.report.verdict import judge
 from tests.report.conftest import about
@@ -20,10 +21,10 @@ def test_a_change_within_the_intervals_is_called_noise(
         make_stage("dpo", "dpo", eval=make_evaluation(3.1, half_width=0.2)),
     ]
     run = collect_run(make_run(stages=stages))
-    assert about(run, "dpo", "may be noise").level == "info"
-    assert judge(run).headline.endswith(
-        "went from 3.00 after sft to 3.10 after dpo (+0.10). The intervals overlap: it may be noise."
-    )
+    assert about(run, "dpo", "figure-unclear").level == "info"
+    headline = judge(run).headline
+    assert "went from 3.00 after sft to 3.10 after dpo (+0.10)." in headline
+    assert "rose" not in headline and "fell" not in headline
 
 
 def test_a_reward_that_fell_is_bad(make_run: Make, make_stage: Make, make_evaluation: Make) -> None:
@@ -32,22 +33,30 @@ def test_a_reward_that_fell_is_bad(make_run: Make, make_stage: Make, make_evalua
         make_stage("dpo", "dpo", eval=make_evaluation(2.0)),
     ]
     run = collect_run(make_run(stages=stages))
-    assert about(run, "dpo", "fell from 3.00 to 2.00 (−1.00 on sft)").level == "bad"
+    finding = about(run, "dpo", "figure-fell")
+    assert finding.level == "bad" and "3.00 to 2.00 (−1.00 on sft)" in finding.text
 
 
 def test_a_win_rate_is_judged_by_its_interval(
     make_run: Make, make_stage: Make, make_evaluation: Make
 ) -> None:
-    def level(low: float, high: float) -> str:
+    def found(low: float, high: float) -> tuple[str, str]:
         wins = {"value": (low + high) / 2, "low": low, "high": high}
         scored = {**make_evaluation(3.0), "baseline": "sft", "win_rate": wins}
         chain = json.loads((run_dir / "chain.json").read_text())
         chain["stages"] = [make_stage("dpo", "dpo", eval=scored)]
         (run_dir / "chain.json").write_text(json.dumps(chain))
-        return about(collect_run(run_dir), "dpo", "of the time against sft").level
+        findings = judge(collect_run(run_dir)).of_stage("dpo")
+        (finding,) = [f for f in findings if f.key.startswith(("wins", "loses"))]
+        assert f"{low:.0%} to {high:.0%}" in finding.text and "sft" in finding.text
+        return finding.key, finding.level
 
     run_dir = make_run()
-    assert [level(0.55, 0.65), level(0.3, 0.4), level(0.4, 0.6)] == ["good", "bad", "info"]
+    assert [found(0.55, 0.65), found(0.3, 0.4), found(0.4, 0.6)] == [
+        ("wins", "good"),
+        ("loses", "bad"),
+        ("wins-unclear", "info"),
+    ]
 
 
 def test_small_falls_one_behind_the_other_are_no_noise(
@@ -60,13 +69,13 @@ def test_small_falls_one_behind_the_other_are_no_noise(
         for (name, reward), init in zip(rewards.items(), before, strict=False)
     ]
     run = collect_run(make_run(stages=stages, metrics=[]))
-    finding = about(run, "rpo-3", "has fallen in each of the last 3 stages")
-    assert "Mean reward of sampled responses" in finding.text
+    finding = about(run, "rpo-3", "figure-keeps-falling")
+    assert MAIN_FIGURES["reward_sampled"] in finding.text.lower() and "last 3" in finding.text
     assert finding.text.endswith("3.44, 3.42, 3.38, 3.27.") and finding.level == "warn"
-    assert finding.advice is not None and finding.advice.startswith("Take the output of dpo.")
-    assert not [f for f in judge(run).of_stage("rpo-2") if "has fallen" in f.text]
+    assert finding.advice is not None and "dpo." in finding.advice
+    assert not [f for f in judge(run).of_stage("rpo-2") if f.key == "figure-keeps-falling"]
     headline = judge(run).headline
-    assert "to 3.27 after rpo-3 (+0.59). It was best after dpo: 3.44." in headline
+    assert "to 3.27 after rpo-3 (+0.59)." in headline and "after dpo: 3.44." in headline
 
 
 def test_a_chain_that_begins_with_preferences_is_compared_with_its_model(
@@ -82,10 +91,12 @@ def test_a_chain_that_begins_with_preferences_is_compared_with_its_model(
         make_stage("rpo", "rpo", init="dpo", eval=scored(4.0)),
     ]
     run = collect_run(make_run(stages=stages, metrics=[]))
-    rose = about(run, "dpo", "rose from 2.00 to 3.00 (+1.00 on what it was before the run)")
-    assert rose.level == "good"
-    assert about(run, "rpo", "rose from 3.00 to 4.00 (+1.00 on dpo)").level == "good"
-    assert "rose from 2.00 before the run to 4.00 after rpo (+2.00)." in judge(run).headline
+    rose = about(run, "dpo", "figure-rose")
+    assert rose.level == "good" and "2.00 to 3.00 (+1.00" in rose.text and "sft" not in rose.text
+    rose = about(run, "rpo", "figure-rose")
+    assert rose.level == "good" and "3.00 to 4.00 (+1.00 on dpo)" in rose.text
+    headline = judge(run).headline
+    assert "rose from 2.00" in headline and "to 4.00 after rpo (+2.00)." in headline
 
 
 def test_a_baseline_that_seeded_nothing_is_no_start(
@@ -96,8 +107,8 @@ def test_a_baseline_that_seeded_nothing_is_no_start(
         make_run(stages=[make_stage("dpo", "dpo", init="model", eval=scored)], metrics=[])
     )
     assert [stage.name for stage in run.compared] == ["other, before", "dpo"]
-    assert "before the run" not in judge(run).headline
-    assert not [f for f in judge(run).of_stage("dpo") if "before the run" in f.text]
+    assert "2.00" not in judge(run).headline
+    assert not [f for f in judge(run).of_stage("dpo") if f.key.startswith("figure")]
 
 
 def test_a_stage_that_is_not_measured_yet_says_nothing_of_those_before(
@@ -110,9 +121,9 @@ def test_a_stage_that_is_not_measured_yet_says_nothing_of_those_before(
     ]
     stages.append(make_stage("rpo-3", "rpo", init="rpo-2", state="running", eval={}))
     run = collect_run(make_run(stages=stages, metrics=[]))
-    assert not [f for f in judge(run).of_stage("rpo-3") if "has fallen" in f.text]
-    finding = about(run, "rpo-2", "has fallen in each of the last 2 stages")
-    assert finding.advice is not None and finding.advice.startswith("Take the output of dpo.")
+    assert not [f for f in judge(run).of_stage("rpo-3") if f.key == "figure-keeps-falling"]
+    finding = about(run, "rpo-2", "figure-keeps-falling")
+    assert "last 2" in finding.text and finding.advice is not None and "dpo." in finding.advice
 
 
 def test_figures_of_another_scorer_do_not_compare(
@@ -124,8 +135,9 @@ def test_figures_of_another_scorer_do_not_compare(
         make_stage("rpo", "rpo", init="dpo", eval={**make_evaluation(-2.1), "measure": "b"}),
     ]
     run = collect_run(make_run(stages=stages, metrics=[]))
-    assert about(run, "rpo", "do not compare with those of dpo").level == "info"
-    assert not [f for f in judge(run).of_stage("rpo") if "fell" in f.text]
+    finding = about(run, "rpo", "figures-do-not-compare")
+    assert finding.level == "info" and "dpo" in finding.text
+    assert not [f for f in judge(run).of_stage("rpo") if f.key.startswith("figure-")]
     assert "-2.1" not in judge(run).headline and "−2.1" not in judge(run).headline
     marked = [cell for column in comparison(run) for cell in column.cells if cell.best]
     assert not marked

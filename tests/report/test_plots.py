@@ -17,18 +17,10 @@ Make = Callable[..., Any]
 def test_figures_of_each_kind(make_run: Make) -> None:
     gaps = [{"id": str(n), "implicit_gap": n / 10, "target_gap": n / 20} for n in range(30)]
     run = collect_run(make_run(gaps={"rpo-1": gaps}))
-    titles = {stage.name: [plot.title for plot in stage_plots(stage)] for stage in run.stages}
-    assert titles["sft"] == ["loss (NLL, nats)"]
-    assert titles["rpo-1"] == [
-        "preference loss",
-        "SFT term",
-        "implicit and target gap",
-        "log-prob against the reference, nats per response",
-        "share of examples",
-        "each example: implicit against target gap",
-        "gaps at the end",
-        "σ(target gap): what RPO asks for",
-    ]
+    keys = {stage.name: [plot.key for plot in stage_plots(stage)] for stage in run.stages}
+    assert keys["sft"] == ["sft-loss"]
+    names = ("preference", "sft", "gap", "logps", "shares", "scatter", "gaps", "sigma")
+    assert keys["rpo-1"] == [f"rpo-1-{name}" for name in names]
 
 
 def test_svg_stands_alone_in_a_page(make_run: Make) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rpo_trainer.report import build_report, status_view, summary_table
 from rpo_trainer.report.collect import collect_run
 from rpo_trainer.report.table import comparison
+from tests.report.conftest import cells
 
 Make = Callable[..., Any]
 
@@ -34,24 +35,25 @@ def test_what_80_columns_cannot_hold_is_named(
 ) -> None:
     scored = make_stage("general-code-and-chat-sft", "sft", eval=make_evaluation(2.0))
     judge = make_stage("reward", "reward", eval={"accuracy": 0.9375}, seconds=1379.0)
-    text = printed(make_run(stages=[scored, judge], metrics=[]))
+    run_dir = make_run(stages=[scored, judge], metrics=[])
+    text = printed(run_dir)
     assert "…" not in text and "0.938" in text and "22:59 min" in text and "GiB" not in text
-    left_out = "no room for: peak memory; exact match, greedy; mean reward, greedy (rpo-trainer"
-    assert left_out in " ".join(text.split())
+    heads = {column.key: column.head for column in comparison(collect_run(run_dir))}
+    left_out = [heads[key] for key in ("peak_memory", "exact_greedy", "reward_greedy")]
+    assert f"{'; '.join(left_out)} (rpo-trainer report)" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_best_of_a_column_is_marked(make_run: Make) -> None:
-    columns = {column.head: column.cells for column in comparison(collect_run(make_run()))}
-    assert [cell.best for cell in columns["mean reward, sampled"]] == [False, False, True]
-    assert columns["mean reward, sampled"][0].interval == "2.74 to 2.84"
+    rewards = cells(collect_run(make_run()))["reward_sampled"]
+    assert [cell.best for cell in rewards] == [False, False, True]
+    assert rewards[0].interval == "2.74 to 2.84"
 
 
 def test_empty_columns_are_left_out_and_states_shown(make_run: Make, make_stage: Make) -> None:
     stages = [make_stage("sft", "sft", state="running", peak_memory_bytes=None, seconds=None)]
     run_dir = make_run(stages=stages, metrics=[])
-    heads = [column.head for column in comparison(collect_run(run_dir))]
-    assert heads == ["examples", "steps", "time"]
+    assert [*cells(collect_run(run_dir))] == ["examples", "steps", "time"]
     assert "running" in printed(run_dir)
 
 
@@ -62,14 +64,11 @@ def test_where_nothing_was_held_out_the_table_says_how_training_ended(
     losses = [{"stage": "sft", "step": step, "loss": 2.0 / step} for step in range(1, 11)]
     metrics = [*losses, *make_preference_rows("dpo", delta=-4.0)]
     run_dir = make_run(stages=stages, metrics=metrics)
-    columns = {
-        column.head: [cell.text for cell in column.cells]
-        for column in comparison(collect_run(run_dir))
-    }
-    assert columns["training loss, at the end"][0] == "0.200"
-    assert columns["implicit gap, at the end"][0] == "–"
+    columns = cells(collect_run(run_dir))
+    assert columns["loss"][0].text == "0.200"
+    assert columns["gap"][0].text == "–"
     # The last tenth of 40 steps: on average 0.9625 of the way.
-    assert columns["log-prob of chosen, change"] == ["–", "−3.850"]
+    assert [cell.text for cell in columns["chosen_delta"]] == ["–", "−3.850"]
     page = build_report(run_dir).read_text(encoding="utf-8")
     assert "Nothing was measured on held-out rows" in page and "Bold: the best stage" not in page
     text = printed(run_dir)
@@ -79,8 +78,8 @@ def test_where_nothing_was_held_out_the_table_says_how_training_ended(
 def test_where_something_was_held_out_training_is_left_to_its_curves(
     make_run: Make, tmp_path: Path
 ) -> None:
-    heads = [column.head for column in comparison(collect_run(make_run()))]
-    assert heads and not [head for head in heads if head.endswith("at the end")]
+    keys = set(cells(collect_run(make_run())))
+    assert keys and not keys & {"loss", "gap", "preferred", "chosen_delta"}
     page = build_report(tmp_path / "my run").read_text(encoding="utf-8")
     assert "Bold: the best stage" in page and "Nothing was measured on held-out rows" not in page
 
@@ -102,8 +101,7 @@ def test_a_stage_that_has_begun_says_how_far_it_is(make_run: Make, make_stage: M
 
 def test_own_held_out_loss_stands_in_for_a_missing_nll(make_run: Make, make_stage: Make) -> None:
     run = collect_run(make_run(stages=[make_stage("sft", "sft"), make_stage("dpo", "dpo")]))
-    columns = {column.head: column.cells for column in comparison(run)}
-    assert [cell.text for cell in columns["held-out NLL, own data"]] == ["1.500", "–", "–"]
+    assert [cell.text for cell in cells(run)["nll"]] == ["1.500", "–", "–"]
 
 
 def test_markup_in_a_name_is_text(make_run: Make, make_stage: Make) -> None:
@@ -138,15 +136,15 @@ def test_further_figures_have_columns_of_their_own(
         make_stage("rpo", "rpo", eval={**make_evaluation(2.6), **worse}),
     ]
     run_dir = make_run(stages=stages, metrics=[])
-    columns = {column.head: column.cells for column in comparison(collect_run(run_dir))}
-    wins = columns["win rate against sft"]
+    columns = cells(collect_run(run_dir))
+    wins = columns["win_rate"]
     assert [cell.text for cell in wins] == ["–", "0.625", "0.625"]
     assert wins[1].interval == "0.550 to 0.700"
-    assert columns["margin against sft, nats"][1].text == "3.25"
-    assert columns["pairs right against sft"][1].interval == "0.600 to 0.800"
-    assert columns["NLL, a.jsonl"][1].text == "1.500"
-    assert [cell.text for cell in columns["gsm8k: exact_match"]] == ["–", "0.400", "–"]
-    assert [cell.best for cell in columns["wikitext: perplexity"]] == [False, True, False]
+    assert columns["preferences.margin"][1].text == "3.25"
+    assert columns["preferences.accuracy"][1].interval == "0.600 to 0.800"
+    assert columns["nll.a.jsonl"][1].text == "1.500"
+    assert [cell.text for cell in columns["gsm8k.exact_match"]] == ["–", "0.400", "–"]
+    assert [cell.best for cell in columns["wikitext.perplexity"]] == [False, True, False]
     text = printed(run_dir)
     assert "win" not in text and "gsm8k" not in text  # 80 columns hold the main figures alone
 
@@ -155,8 +153,7 @@ def test_stages_with_baselines_of_their_own_say_which(make_run: Make, make_stage
     other = {**MORE, "baseline": "model"}
     stages = [make_stage("dpo", "dpo", eval=MORE), make_stage("rpo", "rpo", eval=other)]
     run_dir = make_run(stages=stages, metrics=[])
-    columns = {column.head: column.cells for column in comparison(collect_run(run_dir))}
-    intervals = [cell.interval for cell in columns["win rate"]]
+    intervals = [cell.interval for cell in cells(collect_run(run_dir))["win_rate"]]
     assert intervals == ["0.550 to 0.700 against sft", "0.550 to 0.700 against model"]
     assert "0.625" in printed(run_dir)  # there is no reward that would say more
 

@@ -1,28 +1,6 @@
-"""Reading values of a JSON file that may hold anything, and writing them for people."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Mapping
-from typing import Any
-
-
-def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else (text, bool, NaN, infinite)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def count(value: Any) -> int | None:
-    """`value` as an int; None for anything that is not a finite number."""
-    found = number(value)
-    return None if found is None else int(found)
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """`value` where it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def short(value: float | None, digits: int = 2) -> str:
