@@ -40,7 +40,7 @@ test-all: $(VENV)/.installed-test  ## every test there is
 test-fast: $(VENV)/.installed-test  ## only the fast tests
 	$(PYTEST) -m "not slow and not long" $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-test  ## format, lint and types, nothing is changed
+lint: $(VENV)/.installed-test  ## format, lint, types and the direction of imports; nothing is changed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

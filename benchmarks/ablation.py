@@ -31,7 +31,7 @@ from common import DEVICE, lengths_of, make_model, make_rows, parser, wait
 from torch import Tensor
 
 from rpo_trainer.losses import preference_loss
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums

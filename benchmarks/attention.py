@@ -22,10 +22,10 @@ import torch
 from common import DEVICE, wait
 from torch import nn
 
-from rpo_trainer.step import flex
+from rpo_trainer.step import attention_flex
 from rpo_trainer.step.attention import packed_attention
+from rpo_trainer.step.attention_flex import FlexIndex
 from rpo_trainer.step.batch import AttentionPlan, Segment
-from rpo_trainer.step.flex import FlexIndex
 
 # Query heads, heads of keys and values, head size, and what the attention function is called with.
 SHAPES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -89,8 +89,10 @@ def _measured(
     settings = dict(settings)
     if settings.pop("s_aux", False):
         settings["s_aux"] = torch.randn(heads, device=DEVICE).to(dtype).requires_grad_()
-    if not flex.applies(*leaves):
-        sys.exit("FlexAttention does not apply to this GPU and dtype: see rpo_trainer/step/flex.py")
+    if not attention_flex.applies(*leaves):
+        sys.exit(
+            "FlexAttention does not apply to this GPU and dtype: see rpo_trainer/step/attention_flex.py"
+        )
     first = tokens // 8 * 5
     segments = (Segment(0, first), Segment(first, tokens, 0, tokens // 4))
     try:

@@ -18,7 +18,7 @@ import torch
 from common import DEVICE, make_model, make_tokenizer, matmul_flops, parser, quiet, wait
 from transformers import TrainerCallback
 
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 
 # What a trainer is built from: arguments, model, tokenizer, callbacks → trainer.
 Builder = Callable[[argparse.Namespace, Any, Any, list[TrainerCallback]], Any]

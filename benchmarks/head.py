@@ -3,9 +3,9 @@
     python benchmarks/head.py                     # N = 1024, H = 512, V = 32,000
     python benchmarks/head.py --vocabulary 128256 --tile-mib 128
 
-dense: all logits, log_softmax, autograd. torch: `linear_cross_entropy`, where torch has it. liger: Liger's
-fused linear cross-entropy, where it is installed and runs (it needs a GPU). On a GPU also the peak beyond the
-inputs, gradients included.
+dense: all logits, log_softmax, autograd. torch: `linear_cross_entropy` in chunks of its own choice, where
+torch has it (without options it makes all logits, as dense does). liger: Liger's fused linear cross-entropy,
+where it is installed and runs (it needs a GPU). On a GPU also the peak beyond the inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from common import DEVICE, wait
 from torch import Tensor
 
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.step.logprobs import linear_logprobs
 
 
@@ -39,8 +39,11 @@ def candidates(logits_chunk_bytes: int) -> dict[str, Callable[[Tensor, Tensor, T
         "ours": lambda h, w, y: linear_logprobs(h, w, y, logits_chunk_bytes=logits_chunk_bytes),
         "dense": dense,
     }
-    if hasattr(F, "linear_cross_entropy"):
-        found["torch"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none")
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch"] = lambda h, w, y: (
+            -F.linear_cross_entropy(h, w, y, reduction="none", options=options)
+        )
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 

@@ -35,7 +35,7 @@ from rpo_trainer.models.loading import load_config, load_model
 from rpo_trainer.models.multimodal import random_model
 from rpo_trainer.plan import DeviceMemory, estimate, plan_recipe
 from rpo_trainer.recipe import LoadedRecipe, expand_stages, load_recipe
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import lora_config, make_trainer
 

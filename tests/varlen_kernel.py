@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from rpo_trainer.step import varlen
+from rpo_trainer.step import attention_varlen
 
 SIGNATURE = inspect.signature(varlen_attn)
 
@@ -22,7 +22,7 @@ def reference(
     """Masks aligned at the bottom right, as torch's documentation of the kernel has it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     groups = query.shape[1] // key.shape[1]
-    assert enable_gqa == (groups > 1 and varlen._ASKS_FOR_GROUPS)
+    assert enable_gqa == (groups > 1 and attention_varlen._ASKS_FOR_GROUPS)
     q_starts, k_starts = cu_seq_q.tolist(), cu_seq_k.tolist()
     assert (q_starts[-1], k_starts[-1]) == (len(query), len(key)) and len(key) == len(value)
     q_lengths, k_lengths = (torch.diff(starts).tolist() for starts in (cu_seq_q, cu_seq_k))
@@ -61,7 +61,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, kernel: Any = reference) -> list[di
         calls.append(SIGNATURE.bind(*args, **known).arguments | settings)
         return kernel(*args, **settings)
 
-    monkeypatch.setattr(varlen, "varlen_attn", called)
-    monkeypatch.setattr(varlen, "_has_kernel", lambda device: True)
-    monkeypatch.setattr(varlen, "_DTYPES", (torch.float64, torch.float32, torch.bfloat16))
+    monkeypatch.setattr(attention_varlen, "varlen_attn", called)
+    monkeypatch.setattr(attention_varlen, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(attention_varlen, "_DTYPES", (torch.float64, torch.float32, torch.bfloat16))
     return calls

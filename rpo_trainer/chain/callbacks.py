@@ -101,7 +101,7 @@ class StopOnSignal(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # What a signal raised may have been swallowed (in a finaliser, by a library).
+        # What a signal raised may have been swallowed (in a finalizer, by a library).
         self.raise_if_stopped()
         self.busy = True
 

@@ -9,7 +9,7 @@ from rpo_trainer.chain.findings import Findings
 from rpo_trainer.data import Audit
 from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.checks import check_scorer
+from rpo_trainer.models.preload_checks import check_scorer
 from rpo_trainer.recipe import EvalSpec, GenerateSpec, RewardStage, ScoreSpec, Stage
 from rpo_trainer.recipe.chain_checks import looks_like_path
 from rpo_trainer.rewards.generate import check_room
@@ -25,7 +25,7 @@ class DataChecks:
     """Checks what the stages are trained on, and what their outputs are measured with.
 
     Attributes:
-        responses: how many tokenised responses a stage has, by its name; sampled ones are not known.
+        responses: how many tokenized responses a stage has, by its name; sampled ones are not known.
     """
 
     def __init__(self, preparer: StagePreparer, findings: Findings, models: ModelChecks) -> None:

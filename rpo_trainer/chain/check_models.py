@@ -14,7 +14,10 @@ from rpo_trainer.data.template_variables import check_kwargs
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.adapter_files import base_of, is_adapter, require_weights
 from rpo_trainer.models.adapters import check_unread as check_adapter
-from rpo_trainer.models.checks import (
+from rpo_trainer.models.from_config import auto_class
+from rpo_trainer.models.loading import saved_config
+from rpo_trainer.models.multimodal import random_model
+from rpo_trainer.models.preload_checks import (
     check_context,
     check_same_tokenizer,
     check_same_vocabulary,
@@ -22,9 +25,7 @@ from rpo_trainer.models.checks import (
     check_unread,
     check_written,
 )
-from rpo_trainer.models.loading import auto_class, saved_config
-from rpo_trainer.models.multimodal import random_model
-from rpo_trainer.models.pretrained import local_folder
+from rpo_trainer.models.weight_files import local_folder
 from rpo_trainer.recipe import PreferenceStage, RewardStage, Stage
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.stages.prepare import StagePreparer

@@ -29,7 +29,7 @@ from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.lm_eval_tasks import run_tasks
 from rpo_trainer.stages.settings import arithmetic
 from rpo_trainer.step.forward import uninstall
-from rpo_trainer.step.probe import probe_on_all_ranks
+from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.step.reference import ReferenceCache, reference_logps, response_key
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Evaluation:
                 tasks = spec.lm_eval
                 logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
                 policy = self._policy(stage.name)
-                found["lm_eval"] = distributed.on_main_with_timeout(
+                found["lm_eval"] = distributed.on_main(
                     lambda: run_tasks(
                         policy,
                         self.tokenizer,
@@ -129,7 +129,8 @@ class Evaluation:
                         self.preparer.loaded.base_dir,
                         seed=self.recipe.seed,
                         template_kwargs=self.recipe.model.chat_template_kwargs,
-                    )
+                    ),
+                    timeout=distributed.LONG_TIMEOUT,
                 )
         finally:
             self._policies.clear()
@@ -205,7 +206,7 @@ class Evaluation:
             return read_rows(path)
         return map_rows_resumable(
             path, rows, scorer.work(rows), key=key, what="scored", label=label, with_digest=True,
-            ranks=distributed,
+            ranks=distributed.ALL_RANKS,
         )  # fmt: skip
 
     def _rewards(self, rows: list[Row], scorer: Scorer, label: str) -> list[Any]:

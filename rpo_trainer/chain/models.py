@@ -19,9 +19,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rpo_trainer.chain.training import output_fingerprint
-from rpo_trainer.models import adapter_files, adapters, four_bits
+from rpo_trainer.models import adapter_files, adapters
+from rpo_trainer.models.adapter_methods import changes_base
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
-from rpo_trainer.models.outputs import set_ends, write_beside
+from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
+from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import RewardStage, Stage
 from rpo_trainer.rewards.rowfile import content_key
@@ -152,7 +154,7 @@ class Models:
         config = lora_config(stage)
         random = stage.init == "model" and self.recipe.model.from_config is not None
         kept = stage.peft.between_stages == "keep"
-        return (random and kept) or (config is not None and adapters.changes_base(config))
+        return (random and kept) or (config is not None and changes_base(config))
 
     def _place(self, source: str) -> _Base:
         if source == "model":
@@ -183,7 +185,7 @@ class Models:
     def _load(
         self, place: Path | str | None, quantization: str | None = None, *, reward: bool = False
     ) -> PreTrainedModel:
-        held = None if quantization is None else four_bits.nf4(self.compute)
+        held = None if quantization is None else nf4(self.compute)
         if isinstance(place, Path):
             model = load_weights(
                 place, quantization=held, reward=reward, trust_remote_code=self.trusted
@@ -191,7 +193,7 @@ class Models:
             check_vocabulary(model, self.vocabulary)
         else:
             model = self._load_named(place, held, reward)
-        four_bits.disable_bnb_cpu_bf16(model)
+        disable_bnb_cpu_bf16(model)
         return model
 
     def _load_named(
@@ -235,7 +237,9 @@ class Models:
         with loading_whole():
             model = self._fresh(stage)
         model.save_pretrained(staged / _START)
-        adapter_files.describe(staged / _START, os.path.abspath(own), way="..", plain_start=True)
+        adapter_files.write_base(
+            staged / _START, os.path.abspath(own), relative="..", plain_start=True
+        )
         plain = model.unload()
         set_ends(plain)
         plain.save_pretrained(staged)
@@ -247,7 +251,7 @@ class Models:
     def _merged(self, left: _Adapter) -> PreTrainedModel:
         """Base and adapter in one."""
         with loading_whole():
-            base = four_bits.dequantized(self._load(left.base.place, left.quantization))
+            base = dequantized(self._load(left.base.place, left.quantization))
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: PackedTrainer, stage: Stage) -> None:
@@ -264,7 +268,7 @@ class Models:
         assert spec is not None
         base = self._base(stage)
         changed = isinstance(base.place, Path) and base.place.name == _BASE
-        adapter_files.describe(staged, base.name, way=base.way, plain_start=changed)
+        adapter_files.write_base(staged, base.name, relative=base.way, plain_start=changed)
         left = _Adapter(staged, base, spec.quantization)
         if spec.between_stages == "keep":
             if spec.merge:
@@ -274,7 +278,7 @@ class Models:
             alone = folder / "adapter"
             shutil.rmtree(alone, ignore_errors=True)
             alone.mkdir()
-            for name in (adapter_files.CONFIG, adapter_files.WEIGHTS, adapter_files.WAY):
+            for name in (adapter_files.CONFIG, adapter_files.WEIGHTS, adapter_files.BASE):
                 if (staged / name).is_file():
                     os.replace(staged / name, alone / name)
             shutil.rmtree(staged)

@@ -134,7 +134,7 @@ class _Chain:
         self.state.adopt(*plain(loaded.recipe, self.stages, loaded.base_dir), allowed=allow_changed)
         with errors_located_in(loaded.origins):
             self.models = Models(self.preparer, run_dir)
-        self.scored_rows = ScoredRows(self.preparer, run_dir, self.models, distributed)
+        self.scored_rows = ScoredRows(self.preparer, run_dir, self.models, distributed.ALL_RANKS)
         self.evaluation = Evaluation(self.preparer, run_dir, self.models, self.scored_rows)
         self.inputs = Inputs(self.recipe, self.stages, loaded.base_dir)
         self.digests = Digests()

@@ -18,7 +18,7 @@ import torch
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.stages.record import (
     EvaluationRecord,
     SkippedStepRecord,

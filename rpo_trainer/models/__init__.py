@@ -1,1 +1,18 @@
-"""Models: loading, unwrapping, adapters, sharding, checks, reward models."""
+"""Models: loaded whole or refused, adapted, unwrapped, written.
+
+loading           models and tokenizers of a recipe, a directory or a name
+  from_pretrained   the only calls of from_pretrained: complete, from safetensors, no code of others
+  from_config       configurations and random weights
+  weight_files      the safetensors files of a directory, and their headers
+  preload_checks    whether a model fits, before its weights are read
+quantization      frozen weights in 4 bits (QLoRA), and back
+multimodal        checkpoints with towers, trained on text
+reward_model      a language model with another head: a sequence classifier that scores responses
+adapters          PEFT adapters: begun, loaded, merged
+  adapter_methods   which methods can be trained
+  adapter_parts     what an adapter must train and save whole: new heads
+  adapter_files     adapters on disk: their base, and whether they are complete
+sharding          weights of which a process holds a part: gathered, named, written whole
+unwrap            the transformers model inside DDP, FSDP, DeepSpeed and PEFT
+saved_files       what is written beside the weights: end tokens, generation config, tokenizer, processor
+"""

@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError
 
 from rpo_trainer.errors import ModelError, RecipeError, first_line
-from rpo_trainer.models.pretrained import ADAPTER_CONFIG, has_weights, tensors_in
+from rpo_trainer.models.from_pretrained import ADAPTER_CONFIG
 from rpo_trainer.models.sharding import has_shards
+from rpo_trainer.models.weight_files import has_weights, tensors_in
 from rpo_trainer.runtime.file_errors import reads
 
 CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
-WAY = "adapter_base.json"  # path of the base relative to the adapter, so that a run can be moved
+BASE = "adapter_base.json"  # path of the base relative to the adapter, so that a run can be moved
 
 
 def is_adapter(folder: Path) -> bool:
@@ -26,19 +27,21 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not has_weights(folder)
 
 
-def describe(folder: Path, base: str, *, way: str | None = None, plain_start: bool = False) -> None:
+def write_base(
+    folder: Path, base: str, *, relative: str | None = None, plain_start: bool = False
+) -> None:
     """Writes into a saved adapter what it is an adapter of.
 
     Args:
         base: absolute directory or hub name, which PEFT and others find from wherever they run.
-        way: the directory relative to the adapter's, which counts first here: both may have been moved.
+        relative: the directory relative to the adapter's, which counts first here: both may have been moved.
         plain_start: the base is what the adapter's start made of it, so loading must not do so again.
     """
     path = folder / CONFIG
     settings = json.loads(path.read_text())
     settings["base_model_name_or_path"] = base
-    if way is not None:
-        (folder / WAY).write_text(json.dumps({"base": way}))
+    if relative is not None:
+        (folder / BASE).write_text(json.dumps({"base": relative}))
     if plain_start:
         settings["init_lora_weights"] = True
     path.write_text(json.dumps(settings, indent=2, sort_keys=True))
@@ -52,14 +55,15 @@ def base_of(folder: Path) -> str:
     Raises:
         ModelError: it does not say.
     """
-    if (folder / WAY).is_file():
-        near = folder / str(json.loads((folder / WAY).read_text())["base"])
+    if (folder / BASE).is_file():
+        near = folder / str(json.loads((folder / BASE).read_text())["base"])
         if near.is_dir():
             return str(near.resolve())
     name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
     if not name:
         raise ModelError(
             "the adapter does not name its base model",
+            code="adapter.no-base",
             where=str(folder / CONFIG),
             why="it is only valid for that base",
             fix="write the model's directory or hub name there as base_model_name_or_path",
@@ -95,6 +99,7 @@ def require_weights(folder: Path, where: str) -> None:
         what = "its weights are pickled (adapter_model.bin)" if pickled else f"{WEIGHTS} is missing"
     raise ModelError(
         f"the adapter cannot be loaded: {what}",
+        code="adapter.unusable-weights",
         where=where,
         why="weights are read from safetensors alone: a pickle can hold code",
         fix="copy the adapter again, or load it with PEFT where you trust its origin, and `save_pretrained`",
@@ -124,6 +129,8 @@ def require_complete(model: Any, folder: Path) -> None:
     ]
     raise ModelError(
         f"the adapter's file does not fit its configuration and base; {'; '.join(parts)}",
+        code="adapter.tensor-mismatch",
+        details={"missing": missing, "other_shape": other, "unknown": unknown},
         where=str(folder / WEIGHTS),
         why="PEFT would initialize missing tensors and ignore the others",
         fix="copy the adapter again, or name the base that it was trained on",
@@ -160,6 +167,7 @@ def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
         if old != new:
             raise RecipeError(
                 f"the recipe continues this adapter, whose {name} is {saved[name]}, not {value}",
+                code="adapter.config-mismatch",
                 where=str(folder),
                 why="its weights were trained with its own settings",
                 fix=f"write {name}: {saved[name]}, or merge the adapter first",

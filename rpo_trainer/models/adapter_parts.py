@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.pretrained import loading_report, local_folder, stored_tensors
+from rpo_trainer.models.from_pretrained import loading_report
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
+from rpo_trainer.models.weight_files import local_folder, stored_tensors
 from rpo_trainer.runtime.distributed import is_main
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
     if not hasattr(config, "modules_to_save"):
         raise ModelError(
             f"the adapter method {config.peft_type} cannot also train {', '.join(parts)}",
+            code="adapter.cannot-save-parts",
             why="these parts are new, or the head of a reward model: frozen, they would stay random",
             fix="use LoRA",
         )
@@ -171,6 +173,7 @@ def require_trained_parts(model: nn.Module) -> None:
     if frozen:
         raise ModelError(
             f"{', '.join(frozen[:4])} are new and random, and the adapter neither trains nor saves them",
+            code="adapter.frozen-random-parts",
             why="the files that the model was loaded from do not have them",
             fix='name their modules in modules_to_save of the adapter\'s config (task_type="SEQ_CLS" '
             "includes the head of a reward model), or pass the model and peft_config",

@@ -1,7 +1,7 @@
-"""PEFT adapters: which are taken, how one is begun, loaded and merged.
+"""PEFT adapters: begun, loaded and merged, each time with the answers that the model had before.
 
-Nothing is believed that can be asked: a fresh adapter must leave the model's answers as they are, and a
-merged model must answer as the adapted one does. Both are compared on a few random tokens.
+Both are tested on the model itself: a fresh adapter must leave the model's answers as they are, and a
+merged model must answer as the adapted one does, on a few random tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from transformers import PreTrainedModel
 
 from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.models.adapter_files import WEIGHTS, require_complete, require_weights
+from rpo_trainer.models.adapter_methods import (
+    is_adapted,
+    require_plain_start,
+    require_supported_method,
+)
 from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_parts
 from rpo_trainer.models.multimodal import without_towers
-from rpo_trainer.models.outputs import read_generation
+from rpo_trainer.models.saved_files import read_generation
 from rpo_trainer.models.sharding import whole_on_every_rank
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.file_errors import device_failed, reads
@@ -29,90 +34,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _LOW = (torch.bfloat16, torch.float16)
-
-# Methods that are no change of weights, by `peft_type`.
-_NOT_WEIGHTS = {
-    "ADAPTION_PROMPT": "it puts a prompt of its own into the attention of every row",
-    "ADALORA": "its rank schedule and its regulariser need calls from a training loop made for it",
-    "XLORA": "it runs the model twice to mix adapters row by row",
-    "POLY": "it needs a task id with every row",
-}
-# Starts of LoRA that PEFT makes from data, in a step of its own before or after the adapter is added.
-_FROM_DATA = ("eva", "corda", "lora_ga")
-# Starts that take from the base what they put into the adapter.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-# --- which are taken ---
-
-
-def require_fit(config: PeftConfig) -> None:
-    """Raises ModelError for methods that the packed step cannot be right for."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if config.is_prompt_learning:
-        why = (
-            "its virtual tokens stand before a row, and a row here holds many examples, "
-            "of which only the first would see them"
-        )
-    elif kind in _NOT_WEIGHTS:
-        why = _NOT_WEIGHTS[kind]
-    elif getattr(config, "alora_invocation_tokens", None) is not None:
-        kind, why = "activated LoRA", "it is switched on by tokens of a row, which here is packed"
-    elif getattr(config, "monteclora_config", None) is not None:
-        kind, why = "MonteCLoRA", "it adds a term of its own to the loss, which nobody would add"
-    else:
-        return
-    raise ModelError(
-        f"the adapter method {kind} cannot be trained here",
-        why=why,
-        fix="use LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
-    )
-
-
-def require_plain_start(config: PeftConfig) -> None:
-    """Raises ModelError where a fresh adapter would need data that a config does not bring."""
-    start = getattr(config, "init_lora_weights", True)
-    if start is False:
-        raise ModelError(
-            "init_lora_weights=False starts the adapter at random",
-            why="the policy would not start as the model it is made from",
-            fix="leave init_lora_weights out",
-        )
-    if isinstance(start, str) and start in _FROM_DATA:
-        raise ModelError(
-            f"init_lora_weights={start!r} is made from data, in a step that is not part of a trainer",
-            why="without that step PEFT starts with other weights, or not at all",
-            fix="wrap the model yourself as PEFT's documentation says and pass the wrapped model, "
-            "or take another start (pissa, olora, orthogonal)",
-        )
-
-
-def changes_base(config: PeftConfig) -> bool:
-    """Whether the start of the adapter changes the weights below it."""
-    start = getattr(config, "init_lora_weights", True)
-    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether PEFT has wrapped the model."""
-    from peft import PeftMixedModel, PeftModel
-
-    return isinstance(model, (PeftModel, PeftMixedModel))
-
-
-def require_fit_model(model: nn.Module) -> None:
-    """The same as `require_fit` for a model that somebody else has wrapped."""
-    from peft import PeftMixedModel
-
-    if isinstance(model, PeftMixedModel):
-        raise ModelError(
-            "a PeftMixedModel cannot be trained here",
-            why="PEFT cannot save one",
-            fix="take a PeftModel with one adapter",
-        )
-    if is_adapted(model):
-        for config in model.peft_config.values():  # type: ignore[operator]
-            require_fit(config)
 
 
 # --- beginning ---
@@ -130,16 +51,18 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     if is_adapted(model):
         raise ModelError(
             "peft_config was given for a model that has an adapter already",
+            code="adapter.already-adapted",
             why="which of the two is to be trained cannot be guessed",
             fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
         )
     if getattr(transformers_model(model), "_rpo_text_part", False):
         raise ModelError(
             "a reward model of the text part of a multimodal checkpoint cannot be trained by an adapter",
+            code="adapter.text-part",
             why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
             fix="train it whole: leave peft_config (`peft` in a recipe) out",
         )
-    require_fit(config)
+    require_supported_method(config)
     require_plain_start(config)
     config = without_towers(transformers_model(model), with_new_parts(model, config))
     before = _answers(model)
@@ -148,6 +71,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     except (ValueError, TypeError, ImportError) as error:
         raise ModelError(
             f"PEFT makes no adapter of this: {error}",
+            code="adapter.bad-config",
             where="peft",
             why="the settings do not fit together, or not this model",
             fix="fix them: target_modules name layers of the model, r and lora_alpha are numbers",
@@ -156,6 +80,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         _require_same(
             wrapped, before,
             what="the adapter changes the model before anything is learnt",
+            code="adapter.changes-model",
             fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -165,6 +90,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         raise ModelError(
             "the model cannot run with this adapter"
             + (f": the targets {odd} do not compute what a linear layer does" if odd else ""),
+            code="adapter.forward-fails",
             where="peft",
             why=first_line(error),
             fix="leave these modules out: list them in exclude_modules, or the others in target_modules",
@@ -190,7 +116,7 @@ def _odd_targets(wrapped: nn.Module) -> list[str]:
 @contextmanager
 def randomized_zero_init(model: nn.Module) -> Iterator[None]:
     """Within it an adapter's parameters that start at zero do not, so that a test of paths can see them."""
-    asleep = [
+    zeros = [
         p
         for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())
         if p.requires_grad and p.is_floating_point() and not p.any()
@@ -198,12 +124,12 @@ def randomized_zero_init(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for p in asleep:
+            for p in zeros:
                 p.copy_(torch.randn(p.shape, generator=generator, device="cpu") * 0.02)
         yield
     finally:
         with torch.no_grad():
-            for p in asleep:
+            for p in zeros:
                 p.zero_()
 
 
@@ -218,7 +144,7 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
         return False
     with model.disable_adapter():  # type: ignore[operator]
         before = _answers(model)
-    return _off(model, before) < 1e-4
+    return _largest_difference(model, before) < 1e-4
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -262,17 +188,19 @@ def _answers(model: nn.Module) -> Tensor | None:
     return logits if is_classifier(inner) else logits.log_softmax(-1)
 
 
-def _off(model: nn.Module, expected: Tensor | None) -> float:
+def _largest_difference(model: nn.Module, expected: Tensor | None) -> float:
     actual = _answers(model)
     if actual is None or expected is None:
         return 0.0
     return (actual - expected.to(actual.device)).abs().max().item()
 
 
-def _require_same(model: nn.Module, expected: Tensor | None, *, what: str, fix: str) -> None:
-    off = _off(model, expected)
+def _require_same(
+    model: nn.Module, expected: Tensor | None, *, what: str, code: str, fix: str
+) -> None:
+    off = _largest_difference(model, expected)
     if not off <= (0.25 if lowest_precision(model) in _LOW else 1e-3):
-        raise ModelError(what, why=f"its log-probs change by {off:.2g} nats", fix=fix)
+        raise ModelError(what, code=code, why=f"its log-probs change by {off:.2g} nats", fix=fix)
 
 
 # --- on disk ---
@@ -290,12 +218,14 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
     require_weights(folder, str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        require_fit(config)
+        require_supported_method(config)
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
         require_complete(model, folder)
     except KeyError as error:  # of a module that is saved whole, PEFT looks its tensors up
         raise ModelError(
             f"the adapter's file does not fit its configuration; missing: {error.args[0]}",
+            code="adapter.tensor-mismatch",
+            details={"missing": [str(error.args[0])]},
             where=str(folder / WEIGHTS),
             why="the adapter would not be the one that was saved",
             fix="copy the adapter again",
@@ -305,6 +235,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
             raise
         raise ModelError(
             "the adapter cannot be loaded",
+            code="adapter.cannot-load",
             where=str(folder),
             why=first_line(error),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
@@ -325,7 +256,7 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        require_fit(config)
+        require_supported_method(config)
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # the start is in the file
         with torch.device("meta"):
@@ -333,6 +264,7 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             "the adapter cannot be loaded",
+            code="adapter.cannot-load",
             where=where,
             why=first_line(error),
             fix="give the directory of a PEFT adapter of this model, its weights as safetensors",
@@ -358,6 +290,7 @@ def merged(model: Any) -> PreTrainedModel:
     except (AttributeError, ValueError, NotImplementedError, TypeError) as error:
         raise ModelError(
             "the adapter cannot be merged",
+            code="adapter.cannot-merge",
             why=str(error),
             fix="write `between_stages: keep` without `merge`, or take a method that can be merged",
         ) from error
@@ -366,6 +299,7 @@ def merged(model: Any) -> PreTrainedModel:
     _require_same(
         plain, before,
         what="the merged model is not the adapted one",
+        code="adapter.merge-changes-model",
         fix="write `between_stages: keep` without `merge`, or report the method",
     )  # fmt: skip
     return plain.requires_grad_()  # type: ignore[no-any-return]

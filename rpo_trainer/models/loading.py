@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from pathlib import Path
@@ -10,35 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from rpo_trainer.data import set_chat_template
 from rpo_trainer.data.template_variables import check_kwargs
-from rpo_trainer.errors import ModelError, first_line, last_line
-from rpo_trainer.models.multimodal import (
-    CLASSIFIER,
-    language_model_class,
-    random_model,
-    require_text_forward,
-    with_vocabulary,
-)
-from rpo_trainer.models.pretrained import (
+from rpo_trainer.errors import ModelError, first_line
+from rpo_trainer.models.from_config import NEEDED, auto_class, make_config, make_random_model
+from rpo_trainer.models.from_pretrained import (
     LOADING_ERRORS,
     load_complete,
     load_pretrained,
     refuse_adapter,
 )
-from rpo_trainer.models.sharding import loading_whole, num_rows
+from rpo_trainer.models.multimodal import (
+    with_vocabulary,
+)
+from rpo_trainer.models.sharding import num_rows
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.runtime.file_errors import device_failed, reads, require_files, require_sizes
+from rpo_trainer.runtime.file_errors import reads, require_files, require_sizes
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -46,11 +40,6 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe import ModelSpec
 
 logger = logging.getLogger(__name__)
-
-NEEDED = "nothing can be trained or measured without it"
-_CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
-# Fields that configurations take beside those they write.
-_ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
 
 
 @reads("the tokenizer", lambda spec, base_dir: f"model: {spec.tokenizer or spec.name_or_path}")
@@ -65,6 +54,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
         if name is None:
             raise ModelError(
                 "a model made by from_config brings no tokenizer",
+                code="tokenizer.missing",
                 where="model.tokenizer",
                 why="without one no text becomes tokens",
                 fix="name one: a directory, a hub name, or `characters`",
@@ -79,6 +69,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     if made.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end token",
+            code="tokenizer.no-end-token",
             where=f"model: {spec.tokenizer or spec.name_or_path}",
             why="a response without one never ends, neither in the data nor when it is sampled",
             fix="set eos_token in tokenizer_config.json",
@@ -106,7 +97,7 @@ def load_model(
         reward: a reward model will do too (see `auto_class`).
     """
     if spec.from_config is not None:
-        model: Any = _random_model(with_vocabulary(spec.from_config, vocabulary), seed)
+        model: Any = make_random_model(with_vocabulary(spec.from_config, vocabulary), seed)
     else:
         assert spec.name_or_path is not None  # the schema
         config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
@@ -125,89 +116,17 @@ def load_model(
     return _named(model, os.path.abspath(local) if name and local.exists() else name)
 
 
-def auto_class(config: Any, *, reward: bool, where: str) -> Any:
-    """The class to load a checkpoint with: sequence classifiers are reward models, all others policies.
-
-    Args:
-        config: the checkpoint's.
-        reward: whether a reward model is wanted, or a policy to make one of.
-
-    Raises:
-        ModelError: a reward model where a policy is wanted; its language head would be random. A model
-            that text alone does not suffice for (see `language_model_class`).
-    """
-    names = map(str, getattr(config, "architectures", None) or ())
-    if not any(name.endswith(CLASSIFIER) for name in names):
-        return language_model_class(config, where)
-    if not reward:
-        raise ModelError(
-            "this is a reward model (a sequence classifier), and no policy",
-            where=where,
-            why="it cannot say how likely a token is",
-            fix="start from a causal language model",
-        )
-    return AutoModelForSequenceClassification
-
-
 @reads("the model's configuration", lambda spec, *_, **__: f"model: {spec.name_or_path}")
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
     """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
-        return _configuration(with_vocabulary(spec.from_config, vocabulary))
+        return make_config(with_vocabulary(spec.from_config, vocabulary))
     name = spec.name_or_path
     if source is not None:
         name, spec = source, spec.model_copy(update={"revision": None})  # of another repository
     assert name is not None  # the schema
     config = _load(AutoConfig, name, base_dir, spec, what="model's configuration")
     return require_sizes(config, f"model: {name}")
-
-
-def _configuration(settings: dict[str, Any]) -> Any:
-    where = "model.from_config"
-    try:
-        known = AutoConfig.for_model(settings["model_type"])
-        config = AutoConfig.for_model(**settings)
-    except (*_CONFIGURATION_ERRORS, StrictDataclassError) as error:
-        # Of an unknown model_type, what follows is the list of all known ones.
-        what = last_line(error).split(" Should contain one of")[0]
-        raise ModelError(
-            f"this is no configuration of a model: {type(error).__name__}: {what}",
-            where=where,
-            why=NEEDED,
-            fix="write its fields as transformers has them, `model_type` among them",
-        ) from error
-    for name in settings:
-        if name in _ALSO_TAKEN or name in known.to_dict() or hasattr(known, name):
-            continue
-        near = difflib.get_close_matches(name, known.to_dict(), n=1)
-        raise ModelError(
-            f"a {settings['model_type']} has no field `{name}`",
-            where=where,
-            why="it would be ignored",
-            fix=f"did you mean `{near[0]}`?" if near else "remove it",
-        )
-    return require_sizes(config, where)
-
-
-def _random_model(settings: dict[str, Any], seed: int) -> Any:
-    config = _configuration(settings)
-    set_seed(seed)
-    factory = auto_class(config, reward=False, where="model.from_config")
-    try:
-        with loading_whole():  # in parts, each rank would draw other numbers
-            model = random_model(factory, config, dtype=torch.float32)
-    except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
-        if device_failed(error):
-            raise
-        raise ModelError(
-            f"no model can be made of this configuration: {type(error).__name__}: "
-            f"{last_line(error).split(' Model type should be one of')[0]}",
-            where="model.from_config",
-            why=NEEDED,
-            fix="fix the field named above, or take the configuration of a model that exists",
-        ) from error
-    require_text_forward(model, "model.from_config")
-    return model
 
 
 def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
@@ -280,6 +199,7 @@ def _refuse_kernel(config: Any, where: str) -> None:
     if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
         raise ModelError(
             f"the model's configuration asks for attention code from the hub ({name})",
+            code="model.hub-kernel",
             where=where,
             why="that code would run here with your permissions",
             fix="remove attn_implementation from config.json",
@@ -292,6 +212,7 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
     if not (folder / "config.json").is_file():
         raise ModelError(
             "there is no model here",
+            code="model.not-found",
             where=where,
             why=NEEDED,
             fix="give a directory with config.json and weights in safetensors",
@@ -308,20 +229,23 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
     return require_sizes(config, where)
 
 
-def _not_loaded(what: str, error: Exception, where: str) -> ModelError:
+def _not_loaded(what: str, error: Exception, where: str, *, fix: str | None = None) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(
             f"the {what} cannot be loaded: it needs code from its repository",
+            code="model.needs-remote-code",
             where=where,
             why="that code would run here with your permissions",
-            fix="take a model that transformers knows by itself; or read the code, and set "
+            fix=fix
+            or "take a model that transformers knows by itself; or read the code, and set "
             "`trust_remote_code: true` under `model`",
         )
     return ModelError(
         f"the {what} cannot be loaded: {first_line(error)}",
+        code="model.cannot-load",
         where=where,
         why=NEEDED,
-        fix="give a directory with the model's files (safetensors), or a hub name",
+        fix=fix or "give a directory with the model's files (safetensors), or a hub name",
     )
 
 
@@ -342,6 +266,7 @@ def check_tokens(rows: int, tokens: int, where: str) -> None:
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens, the model {rows} embeddings",
+            code="tokenizer.too-many-tokens",
             where=where,
             why="a token beyond the table cannot be embedded",
             fix="take the model's own tokenizer, or resize the model's embeddings first",
@@ -356,6 +281,7 @@ def _load(
     if not local.exists() and name.startswith((".", "/", "~")):  # no hub name begins so
         raise ModelError(
             f"the {what} cannot be loaded: there is no such directory",
+            code="model.not-found",
             where=f"model: {name}",
             why=NEEDED,
             fix="give a directory with the model's files (safetensors), or a hub name",
@@ -380,14 +306,12 @@ def _load(
     except ModelError as error:
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:
-        failed = _not_loaded(what, error, f"model: {name}")
-        if known:
-            raise failed from error
-        fix = (
+        offline = (
             f"give a directory with the model's files (safetensors); or try again with a network, or run "
             f"`hf download {name}` where there is one: its cache is read without"
         )
-        raise ModelError(failed.what, where=failed.where, why=failed.why, fix=fix) from error
+        fix = None if known else offline
+        raise _not_loaded(what, error, f"model: {name}", fix=fix) from error
 
 
 def _hub_answers(name: str, revision: str) -> bool:

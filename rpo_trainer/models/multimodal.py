@@ -102,6 +102,7 @@ def language_model_class(config: Any, where: str) -> Any:
             return kind
     raise ModelError(
         f"transformers has no language model for the configuration of {_a(config)}",
+        code="model.no-language-model",
         where=where,
         why="neither AutoModelForCausalLM nor AutoModelForMultimodalLM has a class for it"
         + (f", and its architectures ({', '.join(named)}) name none" if named else ""),
@@ -159,7 +160,13 @@ def _required_arguments(forward: Callable[..., Any]) -> list[str]:
 
 
 def _not_on_text(name: str, why: str, where: str | None) -> ModelError:
-    return ModelError(f"a {name} cannot be trained on text alone", where=where, why=why, fix=_FIX)
+    return ModelError(
+        f"a {name} cannot be trained on text alone",
+        code="model.not-text-only",
+        where=where,
+        why=why,
+        fix=_FIX,
+    )
 
 
 def require_text_forward(model: Any, where: str | None = None) -> None:

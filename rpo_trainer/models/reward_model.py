@@ -78,6 +78,7 @@ def _names_of(classifier: Any, attributes: Sequence[str] | None) -> tuple[str, .
     if len(own) != len(attributes) or (own != tuple(attributes) and not unnamed):
         raise ModelError(
             f"the reward model scores {', '.join(own)}, asked for are {', '.join(attributes)}",
+            code="model.attribute-mismatch",
             where="attributes",
             why="each head was trained for one attribute: under another name it gets another's weight",
             fix="name its attributes in its order, or start from a language model",
@@ -90,6 +91,7 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     if source is not model:
         raise ModelError(
             f"a {type(model).__name__} around a language model cannot become a reward model",
+            code="model.wrapped-language-model",
             why="its head would be another one",
             fix="pass the language model itself (an adapter is given as peft_config)",
         )
@@ -108,6 +110,7 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     except ValueError as error:
         raise ModelError(
             f"transformers has no sequence classifier for {config.model_type} models",
+            code="model.no-sequence-classifier",
             why="a reward model is one",
             fix="take a model of another family",
         ) from error
@@ -121,6 +124,7 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     if missing != ["score"]:
         raise ModelError(
             f"the sequence classifier of {config.model_type} models is no decoder with a head",
+            code="model.no-sequence-classifier",
             why=f"the language model has nothing for {', '.join(missing)}",
             fix="take a model of another family",
         )
@@ -158,6 +162,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreT
         if not free:
             raise ModelError(
                 "the tokenizer has no pad token, or one that ends responses",
+                code="tokenizer.no-pad-token",
                 why="a classifier reads its scores at the last token that is not padding",
                 fix="set pad_token in tokenizer_config.json to a token that ends nothing",
             )

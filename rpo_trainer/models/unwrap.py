@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from rpo_trainer.errors import ModelError
@@ -21,6 +24,7 @@ def transformers_model(model: nn.Module) -> Any:
         if not isinstance(inner, nn.Module):
             raise ModelError(
                 f"{type(model).__name__} holds no transformers model",
+                code="model.not-transformers",
                 why="the step runs inside a PreTrainedModel's forward",
                 fix="pass a transformers causal language model, wrapped by PEFT or not",
             )
@@ -31,3 +35,32 @@ def transformers_model(model: nn.Module) -> Any:
 def is_classifier(model: nn.Module) -> bool:
     """Whether it is a sequence classifier, the class of reward models, and no language model."""
     return type(transformers_model(model)).__name__.endswith(CLASSIFIER)
+
+
+def unwrap_prepared_model(model: Any) -> Any:
+    """The model as it was before `accelerator.prepare`; the trainer prepares it by its own arguments.
+
+    Raises:
+        ModelError: its weights are sharded already.
+    """
+    if getattr(model, "is_distributed_loading_by_transformers", False) or (
+        (getattr(model, "tp_size", None) or 1) > 1
+    ):
+        raise ModelError(
+            "the model was loaded in parts (tp_plan or distributed_config)",
+            code="model.sharded",
+            why="each process computes examples of its own, which takes the whole model",
+            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO shard it",
+        )
+    if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
+        model, FSDPModule
+    ):
+        raise ModelError(
+            f"the model is prepared for an engine already (a {type(model).__name__})",
+            code="model.already-prepared",
+            why="the trainer prepares it by its own arguments, reference and checkpoints included",
+            fix="pass the model as it is before accelerator.prepare",
+        )
+    if "_original_forward" in vars(model) or isinstance(model, DistributedDataParallel):
+        return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return model

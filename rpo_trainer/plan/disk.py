@@ -13,7 +13,7 @@ from torch import nn
 from rpo_trainer.errors import ModelError, RecipeError, RunError
 from rpo_trainer.models.adapter_files import base_of, is_adapter
 from rpo_trainer.models.adapters import with_adapter
-from rpo_trainer.models.loading import auto_class
+from rpo_trainer.models.from_config import auto_class
 from rpo_trainer.models.multimodal import freeze_towers, random_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.memory import optimizer_bytes

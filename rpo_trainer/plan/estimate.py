@@ -92,7 +92,7 @@ def plan_recipe(
     measure: bool = False,
     arguments: Sequence[str] = (),
 ) -> Plan:
-    """Plans every stage of a recipe. Reads and tokenises the data; loads weights only to measure.
+    """Plans every stage of a recipe. Reads and tokenizes the data; loads weights only to measure.
 
     Args:
         devices: of all nodes together.

@@ -77,7 +77,7 @@ def step_memory(
 
     Args:
         make_model: makes the model in a dtype, its adapter included; called under `torch.device("meta")`.
-        micro_batch: tokenised examples of the costliest forward.
+        micro_batch: tokenized examples of the costliest forward.
         autocast: the arithmetic; None: float32.
         half_weights: the weights themselves come in `autocast`, so that no copies in it are kept; what is
             reported of weights and gradients is float32 all the same.
@@ -269,7 +269,7 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
     from transformers import Trainer, TrainingArguments
 
     try:
-        with distributed.kept():  # the rest of the process may compute on a GPU
+        with distributed.preserve_process_state():  # the rest of the process may compute on a GPU
             args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
         factory, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         return factory(weights, **settings)

@@ -20,7 +20,7 @@ def nf4_bytes(weights: int) -> int:
 
 
 def hold_in_nf4(model: nn.Module, compute: torch.dtype) -> None:
-    """Puts stand-ins in place of the frozen linear layers that transformers would quantise: all but the head.
+    """Puts stand-ins in place of the frozen linear layers that transformers would quantize: all but the head.
 
     Args:
         compute: dtype of the products.

@@ -25,15 +25,9 @@ from rpo_trainer.redact import redact_values
 from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
 from rpo_trainer.rewards.partial import partials
-from rpo_trainer.rewards.rowfile import (
-    ALONE,
-    Ranks,
-    complete,
-    content_key,
-    read_rows,
-    write_rows,
-)
+from rpo_trainer.rewards.rowfile import complete, content_key, read_rows, write_rows
 from rpo_trainer.runtime.files import atomic_write, file_digest, make_folder, remove_empty
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe import (
@@ -61,7 +55,7 @@ def _processes() -> Iterator[Ranks]:
     from rpo_trainer.runtime import distributed
 
     distributed.start()
-    yield distributed
+    yield distributed.ALL_RANKS
 
 
 @contextmanager

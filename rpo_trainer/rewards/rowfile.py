@@ -12,10 +12,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import xxhash
 
@@ -23,10 +22,9 @@ from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards.partial import Partial, partials, read_partials, unfinished
 from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _REPORT_SECONDS = 15.0
 _GIVE_UP = 20  # failures in a row, without one success, that speak of the service and not of rows
@@ -51,53 +49,6 @@ class Done:
 
 Shard = tuple[int, int]  # (rank, ranks)
 Work = Callable[[Sequence[int], Shard], Iterator[Done]]
-
-
-class Ranks(Protocol):
-    """The processes that share the work; `rpo_trainer.runtime.distributed` is one."""
-
-    def rank(self) -> int:
-        """Number of this process."""
-
-    def world_size(self) -> int:
-        """How many there are."""
-
-    def raise_on_all_ranks(self) -> AbstractContextManager[None]:
-        """An error of one inside becomes the error of all."""
-
-    def all_gather_dict(self, values: dict[Any, T]) -> dict[Any, T]:
-        """The entries of all, on each."""
-
-    def on_main(self, do: Callable[[], T]) -> T:
-        """What the first gives, on each."""
-
-    def barrier(self) -> None:
-        """Waits for all."""
-
-
-class _Alone:
-    """One process."""
-
-    def rank(self) -> int:
-        return 0
-
-    def world_size(self) -> int:
-        return 1
-
-    def raise_on_all_ranks(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def all_gather_dict(self, values: dict[Any, T]) -> dict[Any, T]:
-        return values
-
-    def on_main(self, do: Callable[[], T]) -> T:
-        return do()
-
-    def barrier(self) -> None:
-        pass
-
-
-ALONE: Ranks = _Alone()
 
 
 def content_key(*parts: Any) -> str:

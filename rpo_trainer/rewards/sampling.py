@@ -15,7 +15,8 @@ from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
 from rpo_trainer.rewards.messages import chat_messages, template_options, warn_unsent
-from rpo_trainer.rewards.rowfile import ALONE, Done, Ranks, Shard, complete, content_key, one_by_one
+from rpo_trainer.rewards.rowfile import Done, Shard, complete, content_key, one_by_one
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -28,12 +28,13 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from rpo_trainer.errors import RPOTrainerError
+from rpo_trainer.runtime.ranks import Ranks
 
 T = TypeVar("T")
 
 # The ranks wait this long for one that writes a large model, say; a dead one is noticed by the launcher.
 _TIMEOUT = timedelta(hours=2)
-_PATIENCE = timedelta(days=30)  # where they wait beside the exchanges, on the store they met at
+LONG_TIMEOUT = timedelta(days=30)  # of `on_main`, for work that may take hours
 _END_SECONDS = 30.0
 _waits = itertools.count()
 
@@ -88,8 +89,8 @@ def device() -> torch.device:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Within it, arguments of transformers may be made for another device: this process keeps its own."""
+def preserve_process_state() -> Iterator[None]:
+    """Arguments of transformers made inside, for another device, do not change this process's own."""
     states: list[dict[str, Any]] = [PartialState._shared_state, AcceleratorState._shared_state]
     found = [dict(state) for state in states]
     try:
@@ -123,8 +124,14 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise first
 
 
-def on_main(do: Callable[[], T]) -> T:
-    """What `do` gives, or the error it raises, on every process; it runs on the main one alone."""
+def on_main(do: Callable[[], T], *, timeout: timedelta | None = None) -> T:
+    """What `do` gives, or the error it raises, on every process; it runs on the main one alone.
+
+    Args:
+        timeout: how long the others wait for it; None: as long as an exchange of the processes may take.
+    """
+    if timeout is not None and world_size() > 1:
+        do = _waited_for(do, timeout)
     result: Any = None
     with raise_on_all_ranks():
         if is_main():
@@ -132,11 +139,9 @@ def on_main(do: Callable[[], T]) -> T:
     return broadcast(result)  # type: ignore[no-any-return]
 
 
-def on_main_with_timeout(do: Callable[[], T]) -> T:
-    """As `on_main`, for what may take hours: an exchange of the processes has a time limit."""
-    if world_size() == 1:
-        return on_main(do)
-    store, key = _get_default_store(), f"rpo_trainer/patience/{next(_waits)}"
+def _waited_for(do: Callable[[], T], timeout: timedelta) -> Callable[[], T]:
+    """Runs `do` on the main process while the others wait at the store they met at; its result again."""
+    store, key = _get_default_store(), f"rpo_trainer/on_main/{next(_waits)}"
     found: list[T] = []
     error: RPOTrainerError | None = None
     if is_main():
@@ -147,14 +152,14 @@ def on_main_with_timeout(do: Callable[[], T]) -> T:
         finally:
             store.set(key, "done")
     else:
-        store.wait([key], _PATIENCE)
+        store.wait([key], timeout)
 
     def result() -> T:
         if error is not None:
             raise error
         return found[0]
 
-    return on_main(result)
+    return result
 
 
 def broadcast(value: T) -> T:
@@ -173,13 +178,27 @@ def all_gather_dict(values: dict[Any, T]) -> dict[Any, T]:
     return {key: value for part in gather_object([values]) for key, value in part.items()}
 
 
+class _AllRanks(Ranks):
+    """The functions of this module, for work that takes either all ranks or one process."""
+
+    rank = staticmethod(rank)
+    world_size = staticmethod(world_size)
+    barrier = staticmethod(barrier)
+    raise_on_all_ranks = staticmethod(raise_on_all_ranks)
+    on_main = staticmethod(on_main)
+    all_gather_dict = staticmethod(all_gather_dict)
+
+
+ALL_RANKS = _AllRanks()
+
+
 def all_reduce_max(value: int) -> int:
-    """The greatest of all processes' values; one small exchange, off the GPU where gloo is there."""
-    return int(greatest_float(value))
+    """The largest of all processes' values; one small exchange, off the GPU where gloo is there."""
+    return int(all_reduce_max_float(value))
 
 
-def greatest_float(value: float) -> float:
-    """As `greatest`, of floats (float64)."""
+def all_reduce_max_float(value: float) -> float:
+    """As `all_reduce_max`, of floats (float64)."""
     if world_size() == 1:
         return value
     on_cpu = "gloo" in torch.distributed.get_backend_config()

@@ -42,6 +42,7 @@ def reading(what: str, where: str) -> Iterator[None]:
         if lacks_memory(error):
             raise ModelError(
                 f"there is not enough memory to load {what}",
+                code="model.out-of-memory",
                 where=where,
                 why=first_line(error),
                 fix="use a machine with more memory, fewer processes on it, or a smaller or quantized model",
@@ -51,6 +52,7 @@ def reading(what: str, where: str) -> Iterator[None]:
             raise
         raise ModelError(
             f"{what} cannot be read: {type(error).__name__}: {first_line(error)}",
+            code="model.unreadable",
             where=where,
             why="a file of it is damaged, or does not hold what its name says",
             fix="copy or download the files again",
@@ -100,6 +102,7 @@ def require_files(folder: Path, where: str) -> None:
     except OSError as error:
         raise ModelError(
             f"the directory cannot be read: {error.strerror or error}",
+            code="model.unreadable",
             where=where,
             why="the model's files are there",
             fix="check the path and its permissions",
@@ -107,6 +110,7 @@ def require_files(folder: Path, where: str) -> None:
     for path, kind in found:
         raise ModelError(
             f"{path.name} is {kind}, not a file",
+            code="model.not-a-file",
             where=where,
             why="reading it could wait forever",
             fix="put a file in its place, or remove it",
@@ -121,6 +125,7 @@ def require_sizes(config: Any, where: str) -> Any:
             if isinstance(value, int) and value > most:
                 raise ModelError(
                     f"{name} is {value}",
+                    code="model.size-out-of-range",
                     where=where,
                     why=f"no model has more than {most}",
                     fix="correct the model's configuration",

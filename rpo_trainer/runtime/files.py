@@ -17,6 +17,7 @@ import xxhash
 _REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
 )  # fmt: skip
+TRUNCATED = "a file could not be written to its end"
 # Of torch, which writes archives through C++ streams.
 _NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 DIGEST_SUFFIX = ".xxh3_128"
@@ -157,7 +158,7 @@ def refusal(error: BaseException) -> str | None:
     text = str(error)
     said = next((words for words in map(os.strerror, _REFUSALS) if words in text), None)
     if said is None and isinstance(error, RuntimeError) and any(w in text for w in _NOT_WRITTEN):
-        said = "a file could not be written to its end"
+        said = TRUNCATED
     return said
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class HeldOut:
-    """What a stage is evaluated on: tokenised examples, their rows, and what became of the others."""
+    """What a stage is evaluated on: tokenized examples, their rows, and what became of the others."""
 
     examples: datasets.Dataset
     rows: list[Row] = field(repr=False)
@@ -51,9 +51,9 @@ class StageInputs:
 
     Attributes:
         stage: with the `reward_scale` that was fitted to the rows, where it is `auto`.
-        rows: the training rows, not tokenised; the prompts, where their responses are still to be sampled.
+        rows: the training rows, not tokenized; the prompts, where their responses are still to be sampled.
         set_aside: rows that `data.eval_fraction` keeps for the evaluation; None: it is not set.
-        train: tokenised examples; None: not tokenised, or without responses yet.
+        train: tokenized examples; None: not tokenized, or without responses yet.
         held_out: for the evaluation in training; None: the stage has none, or it is not prepared.
         complete: whether `held_out` is prepared, and the remarks on it are in `audit`.
         audit: what was read, dropped and noticed.
@@ -174,7 +174,7 @@ def fitted_stage(stage: Stage, audit: Audit) -> Stage:
 def tokenize_stage(
     stage: Stage, rows: list[Row], tokenizer: PreTrainedTokenizerBase, audit: Audit
 ) -> datasets.Dataset:
-    """The rows as tokenised examples."""
+    """The rows as tokenized examples."""
     return tokenize_rows(
         rows,
         tokenizer,

@@ -97,7 +97,7 @@ def audit_file(
 
     Args:
         against: rows held out, whose prompts should not be among these.
-        tokenizer: directory or hub name; with it rows are rendered and tokenised as in training.
+        tokenizer: directory or hub name; with it rows are rendered and tokenized as in training.
         max_length: tokens of prompt and response; None: no limit.
         truncation: what becomes of longer rows, as of a stage.
 
@@ -230,7 +230,7 @@ def _bars(histogram: Sequence[Sequence[float]]) -> list[str]:
 
 
 def _look_at_texts(row: Row, audit: Audit) -> None:
-    """What tokenising would drop whatever the tokenizer."""
+    """What tokenizing would drop whatever the tokenizer."""
     if "messages" in row:
         turns = [m for m in row["messages"] if m["role"] == "assistant"]
         texts = [m["content"] for m in turns if not m.get("tool_calls")]

@@ -1,4 +1,4 @@
-"""`StagePreparer`: reads, mixes, filters and tokenises what the stages of a recipe train on.
+"""`StagePreparer`: reads, mixes, filters and tokenizes what the stages of a recipe train on.
 
 `run`, `check`, `plan` and `preview` share it, so that what is checked, planned and shown is what is trained
 on. It knows the recipe's directory: whoever has it needs no other place where relative paths start.
@@ -71,7 +71,8 @@ _EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": 
 class StagePreparer:
     """Prepares the inputs of a recipe's stages.
 
-    Each call reads the data again, but for those of `keep`: this is the place of a store of inputs.
+    Each call reads the data again, except for the stage of `keep`. A store of prepared inputs, on disk and
+    for all ranks, belongs in `prepare`.
 
     Attributes:
         stages: all stages, in their order; repeated ones expanded.
@@ -213,7 +214,7 @@ class StagePreparer:
         made: list[Row] | None = None,
         given: list[Row] | None = None,
     ) -> list[Row]:
-        """Training rows of a stage, not tokenised and before any is set aside; arguments as of `prepare`."""
+        """Training rows of a stage, not tokenized and before any is set aside; arguments as of `prepare`."""
         data, seed = stage.data, self.seed(stage)
         if isinstance(stage, SFTStage):
             rows = self._load(data.train, "sft", audit, seed=seed, dedup=data.dedup)
@@ -304,7 +305,7 @@ class StagePreparer:
     def evaluation_rows(
         self, spec: EvalSpec, field: str, audit: Audit, *, tokenize: bool = True
     ) -> list[Mapping[str, Any]]:
-        """Examples of `preferences` or `nll`, or their rows where they are not to be tokenised.
+        """Examples of `preferences` or `nll`, or their rows where they are not to be tokenized.
 
         They are cut to no length but that of the longest stage, so that all stages are measured with the
         same ones.

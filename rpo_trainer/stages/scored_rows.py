@@ -17,14 +17,7 @@ from rpo_trainer.data import Audit
 from rpo_trainer.data.judge_bias import biases
 from rpo_trainer.data.rows import Row
 from rpo_trainer.recipe import ScoreSpec, Stage
-from rpo_trainer.rewards.rowfile import (
-    ALONE,
-    Ranks,
-    content_key,
-    is_intact,
-    map_rows_resumable,
-    read_rows,
-)
+from rpo_trainer.rewards.rowfile import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.rewards.sampling import (
     EndpointPolicy,
     LocalPolicy,
@@ -32,6 +25,7 @@ from rpo_trainer.rewards.sampling import (
     sample_rows,
 )
 from rpo_trainer.rewards.scorers import Scorer, weights_key
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 from rpo_trainer.stages.prepare import StagePreparer
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -15,7 +15,12 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from rpo_trainer.errors import ModelError, Problems, RecipeError, did_you_mean
-from rpo_trainer.models import adapters, four_bits
+from rpo_trainer.models.adapter_methods import (
+    changes_base,
+    require_plain_start,
+    require_supported_method,
+)
+from rpo_trainer.models.quantization import nf4
 from rpo_trainer.recipe import (
     ModelSpec,
     PeftSpec,
@@ -273,10 +278,10 @@ def lora_config(stage: Stage) -> LoraConfig | None:
             )
     try:
         config = LoraConfig(**fields)
-        adapters.require_fit(config)
-        adapters.require_plain_start(config)
+        require_supported_method(config)
+        require_plain_start(config)
         if stage.peft.quantization is not None:
-            four_bits.nf4(torch.float32)
+            nf4(torch.float32)
     except ModelError as error:
         raise RecipeError(
             error.what, code=error.code, where=where, why=error.why, fix=error.fix
@@ -288,7 +293,7 @@ def lora_config(stage: Stage) -> LoraConfig | None:
         raise RecipeError(
             str(error), code="recipe.bad-peft", where=where, why=why, fix="see peft.LoraConfig"
         ) from error
-    if stage.peft.quantization is not None and adapters.changes_base(config):
+    if stage.peft.quantization is not None and changes_base(config):
         raise RecipeError(
             f"init_lora_weights: {config.init_lora_weights} changes the weights below the adapter, "
             "which are in 4 bits",

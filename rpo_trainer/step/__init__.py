@@ -1,1 +1,18 @@
-"""One training step: order, batch, attention, head, forward, log-probs."""
+"""One training step, in the order in which it runs.
+
+    order            which examples meet in which optimizer step
+    batch            examples → one packed row per micro-batch: each prompt once, its responses after it
+    attention        who sees whom in that row: the attention function that transformers calls
+      attention_reach    windows and chunks of each layer, from the masks that the model makes
+      attention_varlen   the whole row in one kernel call, on a GPU in half precision
+      attention_flex     the same for soft-capped scores and attention sinks
+    forward          one forward of the transformers model, head included
+    head             what the model does between its last hidden states and its logits
+    logprobs         hidden states → log-probability of each trained token, in tiles of the vocabulary
+      head_kernels       softmax and gradient of a tile in Triton
+    router_loss      mixtures of experts: the load-balancing loss of the same forward
+
+The log-probabilities go to `rpo_trainer.losses`. Beside the step: `reference` computes the reference's
+log-probabilities once and keeps them on disk; at the start `layout_probe` takes the fastest layout that
+`layout_proof` shows to give what plain forwards of the model give.
+"""

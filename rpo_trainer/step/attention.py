@@ -1,13 +1,13 @@
-"""One attention function for packed rows, registered with transformers as `rpo_packed`.
+"""Attention of packed rows: one function, registered with transformers as `rpo_packed`.
 
 A model set to it stays a whole model: with a packing plan among the keyword arguments the plan is followed,
 without one (generation, evaluation by other code) attention is what transformers does by `sdpa`.
 
 A plan is followed in one of three ways. On a GPU in half precision all of the row goes through one call of
-the variable-length kernel (`varlen.py`). Soft-capped scores and sinks, which that kernel does not do, go
-through FlexAttention on a GPU (`flex.py`), and elsewhere unit by unit with the scores written out. The rest
-goes unit by unit through torch's scaled dot product attention, which picks a kernel that fits: any device,
-float32 and float64, dropout, any head size.
+the variable-length kernel (`attention_varlen.py`). Soft-capped scores and sinks, which that kernel does not
+do, go through FlexAttention on a GPU (`attention_flex.py`), and elsewhere unit by unit with the scores
+written out. The rest goes unit by unit through torch's scaled dot product attention, which picks a kernel
+that fits: any device, float32 and float64, dropout, any head size.
 
 Shapes: query `[1, heads, T, D]`, key and value `[1, kv_heads, T, D]`.
 """
@@ -25,9 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rpo_trainer.step import flex, varlen
+from rpo_trainer.step import attention_flex, attention_varlen
+from rpo_trainer.step.attention_reach import current_recording
 from rpo_trainer.step.batch import AttentionPlan, Reach
-from rpo_trainer.step.reach import current_recording
 
 ATTENTION_NAME = "rpo_packed"
 REACH_ATTRIBUTE = "_rpo_reach"  # of an attention module: what `reach.recording` has found
@@ -105,20 +105,20 @@ def packed_attention(
 
     query, key, value = (in_autocast_dtype(x) for x in (query, key, value))
     reach: Reach = getattr(module, REACH_ATTRIBUTE, None) or Reach(window=sliding_window)
-    if varlen.applies(query, key, value, dropout=dropout, softcap=softcap, sinks=s_aux):
+    if attention_varlen.applies(query, key, value, dropout=dropout, softcap=softcap, sinks=s_aux):
         index = packing_plan.index
         if reach.chunk is not None:
             index = packing_plan.chunk_index(reach.chunk, query.device)
         if index is not None:
-            out = varlen.attend(
+            out = attention_varlen.attend(
                 query, key, value, index, scaling=scaling, sliding_window=reach.window
             )
             return out, None
 
     written_out = softcap is not None or s_aux is not None
     flex_index = packing_plan.flex_index if written_out and reach.chunk is None else None
-    if flex_index is not None and flex.applies(query, key, value, dropout=dropout):
-        out = flex.attend(
+    if flex_index is not None and attention_flex.applies(query, key, value, dropout=dropout):
+        out = attention_flex.attend(
             query, key, value, flex_index, scaling=scaling, sliding_window=reach.window,
             softcap=softcap, sinks=s_aux,
         )  # fmt: skip

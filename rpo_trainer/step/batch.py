@@ -25,8 +25,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rpo_trainer.step.flex import FlexIndex
-from rpo_trainer.step.varlen import VarlenIndex
+from rpo_trainer.step.attention_flex import FlexIndex
+from rpo_trainer.step.attention_varlen import VarlenIndex
 
 Layout = Literal["shared", "packed", "padded", "single"]
 

@@ -1,5 +1,7 @@
-"""One forward of a packed micro-batch: a causal language model gives the log-probability of each trained
-token, a sequence classifier the scores of each response.
+"""One forward of a packed micro-batch: log-probs of trained tokens, or scores of responses.
+
+A causal language model gives the log-probability of each trained token, a sequence classifier the scores of
+each response.
 
 `install(model)` teaches a transformers model to answer `model(packed=inputs)`. The work happens
 inside the model's own `forward`, so whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT) sees a normal call
@@ -29,10 +31,10 @@ from rpo_trainer.step.attention import (
     in_autocast_dtype,
     packing_masks,
 )
+from rpo_trainer.step.attention_reach import Recording, recording
 from rpo_trainer.step.batch import AttentionPlan, Layout, Segment
 from rpo_trainer.step.head import FORWARD_ERRORS, Head, forward_of, head_of
 from rpo_trainer.step.logprobs import linear_logprobs, logprobs_from_logits
-from rpo_trainer.step.reach import Recording, recording
 from rpo_trainer.step.router_loss import apart, asked, beside, only_sums, sums_of
 
 _RECORDED_TOKENS = 8  # of the forward that attention is learned from

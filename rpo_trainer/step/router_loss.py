@@ -119,6 +119,7 @@ def sums_of(outputs: Any, model_inputs: Mapping[str, Any]) -> Tensor:
         raise ModelError(
             f"the forward gave the router logits of {len(logits)} layers, where "
             f"{model_inputs['router']['layers']} have a router",
+            code="model.router-logits-missing",
             why="the load-balancing loss would be of some layers alone",
             fix="set router_aux_loss_coef to 0, or leave torch_compile out",
         )

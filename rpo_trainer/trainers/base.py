@@ -21,14 +21,14 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.models.adapters import randomized_zero_init
 from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.sharding import whole_on_every_rank
-from rpo_trainer.models.unwrap import transformers_model
-from rpo_trainer.runtime.allocator import keeping_freed_memory
+from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.runtime.memory import keeping_freed_memory
 from rpo_trainer.step.batch import Layout, to_device
 from rpo_trainer.step.forward import token_logprobs
+from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.step.logprobs import response_sums
-from rpo_trainer.step.probe import probe_on_all_ranks
 from rpo_trainer.step.router_loss import asked_by_config
 from rpo_trainer.trainers.best import require_best_metric
 from rpo_trainer.trainers.compiled import compile_if_asked
@@ -51,7 +51,6 @@ from rpo_trainer.trainers.setup import (
     set_checkpointing,
     tokenizer_in,
     tokenizer_of,
-    unwrap_prepared_model,
     with_adapter,
 )
 from rpo_trainer.trainers.step_config import BaseConfig

@@ -12,12 +12,12 @@ from torch import nn
 
 from rpo_trainer.data import end_token_ids
 from rpo_trainer.errors import DataError, ModelError
-from rpo_trainer.models.checks import positions_of
+from rpo_trainer.models.preload_checks import positions_of
 from rpo_trainer.models.sharding import num_rows
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.attention_reach import rotary_limit
 from rpo_trainer.step.batch import Layout
-from rpo_trainer.step.reach import rotary_limit
 from rpo_trainer.trainers.examples import Examples
 
 logger = logging.getLogger(__name__)

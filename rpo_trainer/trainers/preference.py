@@ -14,19 +14,18 @@ from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.losses import LOSSES, PreferenceLoss, more_than_pairs, preference_loss, sft_loss
 from rpo_trainer.models.adapter_parts import warn_of_random
 from rpo_trainer.models.adapters import starts_as
-from rpo_trainer.models.checks import check_same_vocabulary
 from rpo_trainer.models.loading import load_model_named
+from rpo_trainer.models.preload_checks import check_same_vocabulary
 from rpo_trainer.models.sharding import has_shards, num_rows, whole_on_every_rank
-from rpo_trainer.models.unwrap import transformers_model
+from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import all_gather_dict, broadcast, is_main, on_main
 from rpo_trainer.step import reference
-from rpo_trainer.step.probe import probe_on_all_ranks
+from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
-from rpo_trainer.trainers.setup import unwrap_prepared_model
 from rpo_trainer.trainers.step_zero import StepZero
 from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
 

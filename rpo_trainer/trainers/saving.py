@@ -15,8 +15,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from rpo_trainer.errors import RunError
 from rpo_trainer.models.adapter_files import make_base_absolute
-from rpo_trainer.models.adapters import is_adapted
-from rpo_trainer.models.outputs import (
+from rpo_trainer.models.adapter_methods import is_adapted
+from rpo_trainer.models.saved_files import (
     Written,
     check_savable,
     check_unshared,

@@ -7,17 +7,16 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 
 from rpo_trainer.errors import ModelError, RecipeError
-from rpo_trainer.models import adapters, four_bits
+from rpo_trainer.models import adapters
+from rpo_trainer.models.adapter_methods import is_adapted, require_supported_adapter
 from rpo_trainer.models.adapter_parts import require_trained_parts, warn_of_random
 from rpo_trainer.models.loading import load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
+from rpo_trainer.models.quantization import disable_bnb_cpu_bf16
 from rpo_trainer.models.sharding import whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.distributed import is_main
@@ -127,43 +126,14 @@ def require_one_gpu(args: TrainingArguments) -> None:
         )
 
 
-def unwrap_prepared_model(model: Any) -> Any:
-    """The model as it was before `accelerator.prepare`; the trainer prepares it by its own arguments.
-
-    Raises:
-        ModelError: its weights are sharded already.
-    """
-    if getattr(model, "is_distributed_loading_by_transformers", False) or (
-        (getattr(model, "tp_size", None) or 1) > 1
-    ):
-        raise ModelError(
-            "the model was loaded in parts (tp_plan or distributed_config)",
-            why="each process computes examples of its own, which takes the whole model",
-            fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO shard it",
-        )
-    if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
-        model, FSDPModule
-    ):
-        raise ModelError(
-            f"the model is prepared for an engine already (a {type(model).__name__})",
-            why="the trainer prepares it by its own arguments, reference and checkpoints included",
-            fix="pass the model as it is before accelerator.prepare",
-        )
-    if "_original_forward" in vars(model) or isinstance(model, DistributedDataParallel):
-        return extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    return model
-
-
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
-    four_bits.disable_bnb_cpu_bf16(model)
+    disable_bnb_cpu_bf16(model)
     require_kept_padding(transformers_model(model))
-    _freeze_towers(
-        transformers_model(model), adapted=peft_config is not None or adapters.is_adapted(model)
-    )
+    _freeze_towers(transformers_model(model), adapted=peft_config is not None or is_adapted(model))
     if peft_config is None:
-        adapters.require_fit_model(model)
-        if adapters.is_adapted(model):
+        require_supported_adapter(model)
+        if is_adapted(model):
             require_trained_parts(model)
         else:
             warn_of_random(model)

@@ -225,7 +225,7 @@ def test_keep_over_a_stage_that_trained_all_weights(
     assert_step_zero(run_dir)
     settings = json.loads((run_dir / "rpo-2" / "final" / adapter_files.CONFIG).read_text())
     assert settings["base_model_name_or_path"] == str(run_dir / "code" / "final")
-    way = json.loads((run_dir / "rpo-2" / "final" / adapter_files.WAY).read_text())
+    way = json.loads((run_dir / "rpo-2" / "final" / adapter_files.BASE).read_text())
     assert way == {"base": "../../code/final"}
     assert not list(run_dir.glob("*/base"))
 
@@ -327,7 +327,7 @@ def test_somebody_elses_adapter(kind: str, kept: Path, finished: Path, tmp_path:
     (stage,) = recipe["stages"]
     theirs = tmp_path / "theirs"
     shutil.copytree(kept / "general" / "final", theirs)
-    adapter_files.describe(theirs, "base")
+    adapter_files.write_base(theirs, "base")
     shutil.copytree(kept / "code" / "base", theirs / "base")
     stage.update(init="./theirs", learning_rate=1e-2)
     if kind == "goes on":

@@ -332,7 +332,7 @@ def saved_adapter(folder: Path, base: str) -> None:
     """An adapter of the model in `folder/base`, which it names as `base`."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(load_weights(folder / "base"), config).save_pretrained(folder)
-    adapter_files.describe(folder, base)
+    adapter_files.write_base(folder, base)
 
 
 def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapter_files, adapters
+from rpo_trainer.models.adapter_methods import changes_base, is_adapted, require_supported_adapter
 from rpo_trainer.models.loading import load_weights
-from rpo_trainer.step.probe import probe
+from rpo_trainer.step.layout_probe import probe
 from tests.families import tiny_model
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.step.test_forward import compare, plain_logprobs, random_examples
 
@@ -103,7 +105,7 @@ def test_the_probe_passes_and_leaves_the_adapter_as_it_was(kind: str) -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_a_path_through_a_fresh_adapter_is_seen_awake_alone() -> None:
+def test_a_path_through_a_fresh_adapter_is_seen_only_with_randomized_zeros() -> None:
     model = adapters.with_adapter(make_model(), lora())
     for name, module in model.named_modules():
         if name.endswith("lora_A.default"):  # each position gets its neighbour's
@@ -134,30 +136,32 @@ def prompt_learning() -> list[Any]:
 def test_prompt_learning_is_refused_with_the_reason(number: int, wrapped: bool) -> None:
     config, model = prompt_learning()[number], make_model()
     model = peft.get_peft_model(model, config) if wrapped else model
-    with pytest.raises(ModelError, match="virtual tokens stand before a row") as error:
-        adapters.require_fit_model(model) if wrapped else adapters.with_adapter(model, config)
-    assert str(config.peft_type.value) in error.value.what and "use LoRA" in str(error.value.fix)
+    with raises("adapter.unsupported-method", ModelError) as error:
+        require_supported_adapter(model) if wrapped else adapters.with_adapter(model, config)
+    assert str(config.peft_type.value) in error.value.what and "LoRA" in str(error.value.fix)
+    assert "virtual tokens" in str(error.value.why)
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "code", "words"),
     [
-        (lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "ADALORA.*regulariser"),
-        (lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1), "ADAPTION_PROMPT"),
-        (lambda: lora(alora_invocation_tokens=[5]), "activated LoRA"),
-        (lambda: lora(init_lora_weights=False), "starts the adapter at random"),
-        (lambda: lora(init_lora_weights="eva"), "made from data"),
-        (lambda: lora(init_lora_weights="corda"), "made from data"),
-        (lambda: lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()), "made from data"),
-        (lambda: lora(layer_replication=[(0, 2), (1, 2)]), "changes the model before anything"),
-        (lambda: lora(target_modules=["nowhere"]), "PEFT makes no adapter of this"),
+        (lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+         "unsupported-method", "ADALORA.*regulariser"),
+        (lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1),
+         "unsupported-method", "ADAPTION_PROMPT"),
+        (lambda: lora(alora_invocation_tokens=[5]), "unsupported-method", "activated LoRA"),
+        (lambda: lora(init_lora_weights=False), "random-start", ""),
+        (lambda: lora(init_lora_weights="eva"), "data-start", "eva"),
+        (lambda: lora(init_lora_weights="corda"), "data-start", "corda"),
+        (lambda: lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()),
+         "data-start", "lora_ga"),
+        (lambda: lora(layer_replication=[(0, 2), (1, 2)]), "changes-model", "nats"),
+        (lambda: lora(target_modules=["nowhere"]), "bad-config", "nowhere"),
     ],
 )  # fmt: skip
-def test_what_would_be_wrong_is_refused(config: Any, words: str) -> None:
-    with pytest.raises(ModelError) as error:
+def test_what_would_be_wrong_is_refused(config: Any, code: str, words: str) -> None:
+    with raises(f"adapter.{code}", ModelError) as error:
         adapters.with_adapter(make_model(), config())
-    import re
-
     assert re.search(words, str(error.value), flags=re.DOTALL), str(error.value)
 
 
@@ -173,10 +177,11 @@ def routed(family: str) -> Any:
 
 @pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
 def test_routers_among_the_targets_are_named(family: str) -> None:
-    with pytest.raises(ModelError, match="router"):
+    with raises("adapter.forward-fails", ModelError) as error:
         adapters.with_adapter(routed(family), lora(target_modules="all-linear"))
+    assert "router" in error.value.what
     excluded = lora(target_modules="all-linear", exclude_modules=["router"])
-    assert adapters.is_adapted(adapters.with_adapter(routed(family), excluded))
+    assert is_adapted(adapters.with_adapter(routed(family), excluded))
 
 
 FUSED = {
@@ -229,11 +234,11 @@ def test_there_is_no_warning_where_no_expert_is_left(caplog: pytest.LogCaptureFi
 
 
 def test_grouped_layers_among_the_targets_are_named() -> None:
-    with pytest.raises(ModelError) as error:
+    with raises("adapter.forward-fails", ModelError) as error:
         adapters.with_adapter(tiny_model("deepseek_v4"), lora(target_modules="all-linear"))
     assert "o_a_proj" in error.value.what
     excluded = lora(target_modules="all-linear", exclude_modules=["o_a_proj"])
-    assert adapters.is_adapted(adapters.with_adapter(tiny_model("deepseek_v4"), excluded))
+    assert is_adapted(adapters.with_adapter(tiny_model("deepseek_v4"), excluded))
 
 
 def old_experts(folder: Path, *, without: str = "nothing") -> None:
@@ -264,8 +269,9 @@ def test_experts_as_transformers_4_names_them(tmp_path: Path) -> None:
         unread = routed("mixtral")
     adapters.check_unread(tmp_path, unread, "here")
     old_experts(tmp_path, without="layers.1.")
-    with pytest.raises(ModelError):
+    with raises("adapter.tensor-mismatch", ModelError) as error:
         adapters.load_adapter(routed("mixtral"), tmp_path, trainable=True)
+    assert all("layers.1." in name for name in error.value.details["missing"])
 
 
 def test_loftq_is_refused_by_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +284,7 @@ def test_loftq_is_refused_by_what_it_does(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(LoraLayer, "loftq_init", rounded)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     config = lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
-    with pytest.raises(ModelError, match="changes the model before anything is learnt"):
+    with raises("adapter.changes-model", ModelError):
         adapters.with_adapter(make_model(), config)
 
 
@@ -300,7 +306,7 @@ def test_starts_that_leave_the_model_as_it_is(start: Any) -> None:
     below = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
     changed = str(start).startswith(("pissa", "olora"))
     assert torch.equal(base, below) != changed
-    assert adapters.changes_base(config) == changed
+    assert changes_base(config) == changed
 
 
 def test_adapters_of_a_bfloat16_model_are_float32() -> None:
@@ -311,8 +317,9 @@ def test_adapters_of_a_bfloat16_model_are_float32() -> None:
 
 def test_a_mixed_model_is_refused() -> None:
     model = peft.get_peft_model(make_model(), lora(), mixed=True)
-    with pytest.raises(ModelError, match="PeftMixedModel"):
-        adapters.require_fit_model(model)
+    with raises("adapter.unsupported-method", ModelError) as error:
+        require_supported_adapter(model)
+    assert "PeftMixedModel" in error.value.what
 
 
 # --- a policy that is its base still ---
@@ -352,7 +359,7 @@ def test_the_merged_model_says_the_same_on_disk_too(kind: str, tmp_path: Path) -
 def test_a_merge_that_changes_the_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = stirred(peft.get_peft_model(make_model(), lora()))
     monkeypatch.setattr(type(model.base_model), "merge_and_unload", lambda self: self.unload())
-    with pytest.raises(ModelError, match="the merged model is not the adapted one"):
+    with raises("adapter.merge-changes-model", ModelError):
         adapters.merged(model)
 
 
@@ -365,7 +372,7 @@ def saved(tmp_path: Path) -> Path:
     model.get_base_model().save_pretrained(tmp_path / "unused")
     model.save_pretrained(tmp_path / "run" / "adapter")
     make_model().save_pretrained(tmp_path / "run" / "base")
-    adapter_files.describe(tmp_path / "run" / "adapter", "../base")
+    adapter_files.write_base(tmp_path / "run" / "adapter", "../base")
     return tmp_path / "run" / "adapter"
 
 
@@ -383,18 +390,19 @@ def test_an_adapter_is_read_back(saved: Path) -> None:
 
 
 def test_what_cannot_be_read_is_said(saved: Path) -> None:
-    with pytest.raises(ModelError, match="the adapter cannot be loaded"):
+    with raises("adapter.cannot-load", ModelError, where=str(saved)):
         adapters.load_adapter(make_model(hidden_size=64), saved, trainable=True)
     adapter_files.require_same_config(saved, {"r": 4, "target_modules": ["v_proj", "q_proj"]})
     adapter_files.require_same_config(
         saved, {"target_modules": "all-linear", "init_lora_weights": "pissa"}
     )
-    with pytest.raises(RecipeError, match="whose r is 4, not 8"):
+    with raises("adapter.config-mismatch", RecipeError, where=str(saved)) as error:
         adapter_files.require_same_config(saved, {"r": 8})
-    adapter_files.describe(saved, "some/hub-name")
+    assert re.findall(r"\br\b|\d+", error.value.what) == ["r", "4", "8"]
+    adapter_files.write_base(saved, "some/hub-name")
     assert adapter_files.base_of(saved) == "some/hub-name"
-    adapter_files.describe(saved, "")
-    with pytest.raises(ModelError, match="does not name its base model"):
+    adapter_files.write_base(saved, "")
+    with raises("adapter.no-base", ModelError):
         adapter_files.base_of(saved)
 
 
@@ -403,7 +411,7 @@ def test_other_files_beside_an_adapter(saved: Path) -> None:
     save_file({"x": torch.ones(2)}, saved / "draft.safetensors")
     assert adapter_files.is_adapter(saved)
     adapters.load_adapter(make_model(), saved, trainable=True)
-    with pytest.raises(ModelError, match="PEFT adapter"):
+    with raises("model.adapter-in-directory", ModelError):
         load_weights(saved)
     make_model().save_pretrained(saved)
     assert not adapter_files.is_adapter(saved)
@@ -432,33 +440,35 @@ def _cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
-INCOMPLETE: dict[str, tuple[Callable[[Path], None], str]] = {
+INCOMPLETE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a tensor missing": (
         lambda f: _without(f, "layers.1.self_attn.q_proj.lora_B"),
-        "missing: base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight",
+        "missing", "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight",
     ),
     "a whole module missing": (
-        lambda f: _without(f, "model.norm"),
-        "missing: base_model.model.model.norm",
+        lambda f: _without(f, "model.norm"), "missing", "base_model.model.model.norm",
     ),
-    "one more": (_with_more, "unknown: base_model.model.model.layers.7.q_proj.lora_A.weight"),
-    "pickled": (_pickled, "pickled (adapter_model.bin)"),
-    "cut": (_cut, "is damaged"),
-    "no weights": (lambda f: (f / adapter_files.WEIGHTS).unlink(), "is missing"),
-}
+    "one more": (_with_more, "unknown", "base_model.model.model.layers.7.q_proj.lora_A.weight"),
+    "pickled": (_pickled, "", "adapter_model.bin"),
+    "cut": (_cut, "", "damaged"),
+    "no weights": (lambda f: (f / adapter_files.WEIGHTS).unlink(), "", "missing"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", INCOMPLETE)
 def test_an_incomplete_adapter_is_refused(case: str, tmp_path: Path) -> None:
     """PEFT warns and starts what is missing anew, or goes to the hub for it."""
-    spoil, named = INCOMPLETE[case]
+    spoil, kind, named = INCOMPLETE[case]
     config = lora(task_type="CAUSAL_LM", modules_to_save=["norm"])
     stirred(adapters.with_adapter(make_model(), config)).save_pretrained(tmp_path)
     adapters.load_adapter(make_model(), tmp_path, trainable=False)
     spoil(tmp_path)
-    with pytest.raises(ModelError) as error:
+    code = "adapter.tensor-mismatch" if kind else "adapter.unusable-weights"
+    with raises(code, ModelError) as error:
         adapters.load_adapter(make_model(), tmp_path, trainable=False)
     assert named in str(error.value) and error.value.fix
+    if kind:
+        assert [name.startswith(named) for name in error.value.details[kind]] == [True]
 
 
 def test_an_adapter_of_embeddings_is_complete(tmp_path: Path) -> None:
@@ -476,7 +486,7 @@ def test_a_changed_base_is_not_changed_again_when_it_is_read(tmp_path: Path) -> 
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     wrong = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
     assert (wrong - expected).abs().max() > 0.01  # PEFT takes from the base once more
-    adapter_files.describe(tmp_path / "adapter", "../base", plain_start=True)
+    adapter_files.write_base(tmp_path / "adapter", "../base", plain_start=True)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     right = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
     torch.testing.assert_close(right, expected, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_tokenizer, load_weights
 from rpo_trainer.recipe import ModelSpec
+from tests.raising import raises
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -56,29 +58,30 @@ def test_random_weights_follow_the_seed_alone(tmp_path: Path) -> None:
 
 def test_the_vocabulary_may_be_larger_than_the_tokenizer(tmp_path: Path) -> None:
     assert model_of(random_spec(vocab_size=128), tmp_path).config.vocab_size == 128
-    with pytest.raises(ModelError, match="the tokenizer has 100 tokens, the model 64 embeddings"):
+    with raises("tokenizer.too-many-tokens", ModelError, where="model") as error:
         model_of(random_spec(vocab_size=64), tmp_path)
+    assert re.findall(r"\d+", error.value.what) == ["100", "64"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "words"),
     [
-        ({"hiden_size": 64}, "a llama has no field `hiden_size`.*did you mean `hidden_size`"),
-        ({"zzz": 64}, "a llama has no field `zzz`.*remove it"),
-        ({"hidden_size": "wide"}, "expected int, got str"),
-        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
-        ({"num_attention_heads": 0}, "ZeroDivisionError"),
-        ({"hidden_act": "swish9"}, "swish9"),
-        ({"model_type": "lama"}, "Unrecognized model identifier: lama"),
-        ({"model_type": "vit"}, "a vit has no field"),
+        ({"hiden_size": 64}, "unknown-config-field", "llama.*`hiden_size`.*`hidden_size`"),
+        ({"zzz": 64}, "unknown-config-field", "llama.*`zzz`"),
+        ({"hidden_size": "wide"}, "bad-config", "hidden_size.*int.*str"),
+        ({"num_attention_heads": 5}, "bad-config", "attention heads"),
+        ({"num_attention_heads": 0}, "bad-config", "ZeroDivisionError"),
+        ({"hidden_act": "swish9"}, "bad-config", "swish9"),
+        ({"model_type": "lama"}, "bad-config", "lama"),
+        ({"model_type": "vit"}, "unknown-config-field", "vit"),
     ],
 )
 def test_a_bad_configuration_is_named(
-    changes: dict[str, Any], message: str, tmp_path: Path
+    changes: dict[str, Any], code: str, words: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=f"(?s){message}") as error:
+    with raises(f"model.{code}", ModelError, where="model.from_config") as error:
         model_of(random_spec(**changes), tmp_path)
-    assert error.value.where == "model.from_config"
+    assert re.search(f"(?s){words}", f"{error.value.what} {error.value.fix}")
     assert error.value.why and error.value.fix
     assert len(str(error.value)) < 500  # not the list of all models there are
 
@@ -125,13 +128,13 @@ def test_paths_are_relative_to_the_recipe(
 @pytest.mark.parametrize("name", ["./absent", "nobody/no-such-model", "/absent"])
 def test_what_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     spec = ModelSpec(name_or_path=name)
+    code = "model.not-found" if name.startswith((".", "/")) else "model.cannot-load"
     for load in (load_tokenizer, model_of):
-        with pytest.raises(ModelError, match="cannot be loaded") as error:
+        with raises(code, ModelError, where=f"model: {name}") as error:
             load(spec, tmp_path)
-        assert error.value.where == f"model: {name}"
         assert "safetensors" in str(error.value)
         assert "\n" not in error.value.what
-    with pytest.raises(ModelError, match="there is no model here"):
+    with raises("model.not-found", ModelError, where=str(tmp_path / "absent")):
         load_weights(tmp_path / "absent")
 
 
@@ -144,7 +147,7 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
         lambda: model_of(ModelSpec(name_or_path="pickled"), tmp_path),
         lambda: load_weights(tmp_path / "pickled"),
     ):
-        with pytest.raises(ModelError, match="cannot be loaded") as error:
+        with raises("model.cannot-load", ModelError) as error:
             load()
         assert "safetensors" in str(error.value)
 
@@ -153,12 +156,12 @@ def test_damaged_weights_are_an_error_for_people(folder: Path, tmp_path: Path) -
     shutil.copytree(folder / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with raises("model.cannot-load", ModelError):
         load_weights(tmp_path / "model")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with raises("model.cannot-load", ModelError):
         model_of(ModelSpec(name_or_path="model"), tmp_path)
     (tmp_path / "model" / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with raises("model.cannot-load", ModelError):
         load_weights(tmp_path / "model")
 
 
@@ -174,9 +177,9 @@ def test_code_from_a_repository_is_not_run(folder: Path, tmp_path: Path) -> None
     (tmp_path / "model" / "evil.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\nclass Config: pass\nclass Model: pass\n"
     )
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with raises("model.needs-remote-code", ModelError):
         model_of(ModelSpec(name_or_path="model"), tmp_path)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with raises("model.needs-remote-code", ModelError):
         load_weights(tmp_path / "model")
     assert not (tmp_path / "ran").exists()
 
@@ -199,7 +202,7 @@ def test_another_tokenizer_than_the_models(folder: Path, tmp_path: Path) -> None
 
 def test_random_weights_bring_no_tokenizer(tmp_path: Path) -> None:
     spec = ModelSpec.model_construct(from_config=CONFIG, name_or_path=None, tokenizer=None)
-    with pytest.raises(ModelError, match="brings no tokenizer"):
+    with raises("tokenizer.missing", ModelError, where="model.tokenizer"):
         load_tokenizer(spec, tmp_path)
 
 
@@ -211,14 +214,14 @@ def test_chat_templates_are_built_in_or_files(
         return load_tokenizer(spec, tmp_path).chat_template
 
     assert "Assistant:" in template("plain")
-    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
-    assert template("mine.jinja") == "{{ messages[0].content }}"
-    assert template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}"
+    (tmp_path / "mine.jinja").write_text("{{messages[0].content}}")
+    assert template("mine.jinja") == "{{messages[0].content}}"
+    assert template(str(tmp_path / "mine.jinja")) == "{{messages[0].content}}"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert template("~/mine.jinja") == "{{ messages[0].content }}"
-    with pytest.raises(ModelError, match=r"'other\.jinja' cannot be read"):
+    assert template("~/mine.jinja") == "{{messages[0].content}}"
+    with pytest.raises(ModelError, match=r"'other\.jinja'"):
         template("other.jinja")
-    with pytest.raises(ModelError, match=r"the tokenizer has no tokens <\|im_start\|>"):
+    with pytest.raises(ModelError, match=r"<\|im_start\|>"):
         template("chatml")
 
 
@@ -226,8 +229,9 @@ def test_more_tokens_than_embeddings(folder: Path) -> None:
     model = load_weights(folder / "model")
     check_vocabulary(model, 100)
     check_vocabulary(model, 64)
-    with pytest.raises(ModelError, match="the tokenizer has 101 tokens, the model 100"):
+    with raises("tokenizer.too-many-tokens", ModelError) as error:
         check_vocabulary(model, 101)
+    assert re.findall(r"\d+", error.value.what) == ["101", "100"]
 
 
 @pytest.mark.parametrize(
@@ -254,10 +258,8 @@ def test_without_a_network_only_the_cache_is_read(
     given: list[tuple[str, str, bool]] = []
     monkeypatch.setattr("huggingface_hub.HfApi.file_exists", file_exists)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
-    with pytest.raises(
-        ModelError, match="the tokenizer cannot be loaded: it is not there"
-    ) as error:
+    with raises("model.cannot-load", ModelError, where="model: some/model") as error:
         load_tokenizer(ModelSpec(name_or_path="some/model", revision="v1"), tmp_path)
     assert given == [("some/model", "v1", not asked)]
-    assert error.value.where == "model: some/model"
+    assert "tokenizer" in error.value.what and "it is not there" in error.value.what
     assert ("hf download some/model" in str(error.value)) == (not asked)

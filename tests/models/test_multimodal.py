@@ -25,20 +25,21 @@ from transformers import (
 from rpo_trainer import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.checks import check_towers, check_unread
+from rpo_trainer.models.from_config import auto_class
 from rpo_trainer.models.loading import (
-    auto_class,
     load_model_named,
     load_tokenizer_named,
     load_weights,
 )
 from rpo_trainer.models.multimodal import random_model, text_decoder, tower_parameters
-from rpo_trainer.models.outputs import write_beside
+from rpo_trainer.models.preload_checks import check_towers, check_unread
+from rpo_trainer.models.saved_files import write_beside
 from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.trainers.engine import may_be_unused
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.setup import tokenizer_in
+from tests.raising import raises
 
 VOCABULARY = 128
 TEXT = {
@@ -279,9 +280,11 @@ def test_a_composite_classifier_and_one_of_the_text_part(tmp_path: Path) -> None
         reward.save_model(str(tmp_path / f"{name}-reward"))
         assert type(load_weights(tmp_path / f"{name}-reward", reward=True)).__name__ == kind
     make_checkpoint("qwen2_5_vl", tmp_path / "qwen")
-    with pytest.raises(ModelError):  # transformers has no such classifier
+    with raises("model.no-sequence-classifier", ModelError):
         trainer(RewardTrainer, str(tmp_path / "qwen"), tmp_path / "run", rows)
-    with pytest.raises(ModelError):  # no base that a PEFT adapter of it could be loaded on
+    with raises(
+        "adapter.text-part", ModelError
+    ):  # no base that a PEFT adapter of it could be loaded on
         trainer(
             RewardTrainer, str(tmp_path / "mistral3"), tmp_path / "run", rows,
             peft_config=LoraConfig(r=2, target_modules="all-linear"),
@@ -350,19 +353,18 @@ def test_a_text_config_that_no_auto_class_knows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "word"),
+    ("kind", "code", "word"),
     [
-        ("blip-2", {}, "pixel_values"),
-        ("pix2struct", {}, "encoder-decoder"),
-        ("qwen2_5_omni", {}, "no forward"),
-        ("paligemma", {}, "bidirectional"),
-        ("clip", {}, "AutoModelForMultimodalLM"),
+        ("blip-2", "not-text-only", "pixel_values"),
+        ("pix2struct", "not-text-only", "encoder-decoder"),
+        ("qwen2_5_omni", "not-text-only", "no forward"),
+        ("paligemma", "not-text-only", "bidirectional"),
+        ("clip", "no-language-model", "AutoModelForMultimodalLM"),
     ],
 )
-def test_refused_with_the_reason(kind: str, settings: dict[str, Any], word: str) -> None:
-    with pytest.raises(ModelError) as error:
-        auto_class(CONFIG_MAPPING[kind](**settings), reward=False, where="here")
-    assert error.value.where == "here"
+def test_refused_with_the_reason(kind: str, code: str, word: str) -> None:
+    with raises(f"model.{code}", ModelError, where="here") as error:
+        auto_class(CONFIG_MAPPING[kind](), reward=False, where="here")
     assert word in f"{error.value.what} {error.value.why}"
 
 
@@ -372,7 +374,7 @@ def test_a_forward_that_asks_for_an_image() -> None:
         intermediate_size=32, vision_config={"embed_dim": 32, "num_hidden_layers": 1,
         "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28},
     )  # fmt: skip
-    with pytest.raises(ModelError) as error:
+    with raises("model.not-text-only", ModelError, where="here") as error:
         check_towers(config, reward=False, where="here")
     assert re.search("pixel_values", str(error.value.why))
 

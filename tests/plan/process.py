@@ -88,7 +88,7 @@ def train(settings: dict[str, Any]) -> None:
 
     from rpo_trainer import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
     from rpo_trainer.data.quickstart import character_tokenizer
-    from rpo_trainer.models import four_bits
+    from rpo_trainer.models.quantization import nf4
     from tests.distributed.worker import engine_settings
 
     reward, engine = settings["kind"] == "reward", settings["engine"]
@@ -102,7 +102,7 @@ def train(settings: dict[str, Any]) -> None:
     )  # fmt: skip
     held = {}
     if settings["nf4"]:
-        held["quantization_config"] = four_bits.nf4(torch.bfloat16 if args.bf16 else torch.float32)
+        held["quantization_config"] = nf4(torch.bfloat16 if args.bf16 else torch.float32)
     trainer: Any = RewardTrainer if reward else DPOTrainer
     model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype="float32", **held)
     for tensor in (
@@ -127,7 +127,7 @@ def main(text: str) -> None:
     import torch._dynamo
 
     from rpo_trainer.runtime import distributed
-    from rpo_trainer.runtime.usage import peak_memory
+    from rpo_trainer.runtime.memory import peak_memory
 
     for library in (
         "rpo_trainer.trainers", "deepspeed", "peft", "torch.distributed.fsdp", "bitsandbytes",

@@ -12,7 +12,9 @@ import pytest
 
 from rpo_trainer.errors import DataError, Problems, RecipeError, RPOTrainerError, RunError
 from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.ranks import ALONE
 from tests.distributed.launch import free_port
+from tests.raising import raises
 
 
 def test_a_single_process_is_the_main_one():
@@ -21,8 +23,24 @@ def test_a_single_process_is_the_main_one():
     assert distributed.on_main(lambda: 7) == 7
     assert distributed.all_gather_dict({1: "a"}) == {1: "a"}
     assert distributed.all_reduce_max(3) == 3
-    with pytest.raises(RunError, match="mine"), distributed.raise_on_all_ranks():
-        raise RunError("mine")
+    with raises("run.mine", RunError), distributed.raise_on_all_ranks():
+        raise RunError("mine", code="run.mine")
+
+
+def test_one_process_does_what_all_ranks_do_when_there_is_only_one():
+    for ranks in (ALONE, distributed.ALL_RANKS):
+        assert (ranks.rank(), ranks.world_size()) == (0, 1)
+        assert ranks.on_main(lambda: 7) == 7
+        assert ranks.all_gather_dict({1: "a"}) == {1: "a"}
+        ranks.barrier()
+        with raises("run.mine", RunError), ranks.raise_on_all_ranks():
+            raise RunError("mine", code="run.mine")
+
+
+def test_all_ranks_are_those_of_the_launcher(two: list[Any]):
+    two[:] = [{2: "b"}]
+    assert distributed.ALL_RANKS.all_gather_dict({1: "a"}) == {1: "a", 2: "b"}
+    assert ALONE.all_gather_dict({1: "a"}) == {1: "a"}
 
 
 @pytest.fixture
@@ -36,9 +54,9 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_an_error_of_the_other_process_is_raised_here(two: list[Any]):
-    two[:] = [DataError("row 7 is empty")]
+    two[:] = [DataError("theirs", code="data.theirs")]
     with (
-        pytest.raises(DataError, match="row 7 is empty") as raised,
+        raises("data.theirs", DataError) as raised,
         distributed.raise_on_all_ranks(),
     ):
         pass
@@ -47,8 +65,8 @@ def test_an_error_of_the_other_process_is_raised_here(two: list[Any]):
 
 def test_the_first_of_two_errors_is_everybodys(two: list[Any]):
     two[:] = [DataError("theirs")]
-    with pytest.raises(RunError, match="mine"), distributed.raise_on_all_ranks():
-        raise RunError("mine")
+    with raises("run.mine", RunError), distributed.raise_on_all_ranks():
+        raise RunError("mine", code="run.mine")
 
 
 def test_without_an_error_nothing_happens(two: list[Any]):
@@ -75,7 +93,7 @@ def test_errors_travel(error: RPOTrainerError):
     assert copy.exit_code == error.exit_code
 
 
-PATIENCE = """
+LONG_WORK = """
 import time
 from datetime import timedelta
 import torch
@@ -89,15 +107,15 @@ def slow():
     time.sleep(6)
     return "late"
 
-assert distributed.on_main_with_timeout(slow) == "late"
+assert distributed.on_main(slow, timeout=distributed.LONG_TIMEOUT) == "late"
 
 def refuse():
-    raise RunError("it cannot be done")
+    raise RunError("refused", code="run.x")
 
 try:
-    distributed.on_main_with_timeout(refuse)
+    distributed.on_main(refuse, timeout=distributed.LONG_TIMEOUT)
 except RunError as error:
-    assert str(error) == "it cannot be done"
+    assert error.code == "run.x"
 else:
     raise AssertionError("nothing was raised")
 try:
@@ -112,8 +130,8 @@ if not distributed.end(seconds=1):
 
 @pytest.mark.slow
 def test_what_takes_longer_than_the_time_limit_of_an_exchange(tmp_path: Path):
-    script = tmp_path / "patience.py"
-    script.write_text(PATIENCE)
+    script = tmp_path / "long_work.py"
+    script.write_text(LONG_WORK)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), str(script)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -147,5 +165,5 @@ def test_a_signal_while_the_group_is_left_does_not_change_the_exit_code():
     assert ended.returncode == 75, ended.stderr[-3000:]
 
 
-def test_alone_patience_is_nothing_special():
-    assert distributed.on_main_with_timeout(lambda: 7) == 7
+def test_alone_the_timeout_changes_nothing():
+    assert distributed.on_main(lambda: 7, timeout=distributed.LONG_TIMEOUT) == 7

@@ -22,13 +22,14 @@ from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.rows import RowError, reward_fault
 from rpo_trainer.errors import DataError, ModelError, RecipeError, RPOTrainerError
 from rpo_trainer.models import adapter_files, loading
-from rpo_trainer.models import checks as model_checks
+from rpo_trainer.models import preload_checks as model_checks
 from rpo_trainer.models.adapters import load_adapter
 from rpo_trainer.models.loading import load_config, load_tokenizer, saved_config
 from rpo_trainer.recipe import ModelSpec, SourceSpec, load_recipe
 from rpo_trainer.rewards.judge import read_template
 from rpo_trainer.runtime.file_errors import reading, require_sizes
-from rpo_trainer.runtime.files import read_text, refusal
+from rpo_trainer.runtime.files import TRUNCATED, read_text, refusal
+from tests.raising import codes_of, raises
 from tests.rewards.policies import llama
 
 BROKEN = {
@@ -90,7 +91,7 @@ def test_a_damaged_index_of_weights(content: bytes, place: Path) -> None:
 )
 def test_a_damaged_adapter(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)
-    with pytest.raises(ModelError) as error:
+    with raises("model.unreadable", ModelError) as error:
         adapter_files.base_of(tmp_path)
     assert str(tmp_path) in str(error.value.where)
 
@@ -113,9 +114,9 @@ def test_our_own_errors_and_those_of_devices_pass() -> None:
         with pytest.raises(type(error)), reading("it", "here"):
             raise error
     for error in (RecursionError(), OverflowError("x"), AssertionError("x")):
-        with pytest.raises(ModelError) as raised, reading("the model", "here"):
+        with raises("model.unreadable", where="here") as raised, reading("the model", "here"):
             raise error
-        assert raised.value.where == "here" and type(error).__name__ in raised.value.what
+        assert type(error).__name__ in raised.value.what
 
 
 FAILURES: dict[str, tuple[type[Exception], str]] = {
@@ -154,7 +155,7 @@ def test_memory_and_devices_are_no_fault_of_the_files(
     }[what]
     with pytest.raises(RuntimeError if case == "device" else ModelError) as error:
         load()
-    assert case == "device" or "not enough memory" in error.value.what
+    assert case == "device" or codes_of(error.value) == ["model.out-of-memory"]
 
 
 # --- pipes, devices, loops ---
@@ -197,7 +198,7 @@ def test_a_pipe_in_a_saved_data_set(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
     special(tmp_path / "rows" / "a.arrow", "pipe")
-    with pytest.raises(DataError, match=r"a\.arrow: this is a pipe"):
+    with pytest.raises(DataError, match=r"a\.arrow.*pipe"):
         load_rows([SourceSpec(path="rows")], kind="sft", base_dir=tmp_path, audit=Audit(), seed=0)
 
 
@@ -215,7 +216,7 @@ def test_named_texts_that_are_no_files(kind: str, tmp_path: Path) -> None:
 
 def test_texts_have_a_limit(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * 11)
-    with pytest.raises(ValueError, match="longer than 10 bytes"):
+    with pytest.raises(ValueError, match="10 bytes"):
         read_text(tmp_path / "text", 10)
 
 
@@ -235,7 +236,7 @@ REFUSED = {
 def test_templates_that_fail_refuse_the_row(template: str) -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(RowError, match="the chat template refuses the row"):
+    with pytest.raises(RowError, match="chat template"):
         ChatRenderer(tokenizer).prompt([{"role": "user", "content": "a"}])
 
 
@@ -258,7 +259,7 @@ def test_a_template_that_does_not_end_on_a_row() -> None:
     renderer = ChatRenderer(tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rpo_trainer.data.chat.limited", lambda: limited(0.3))
-        with pytest.raises(RowError, match="does not end"):
+        with pytest.raises(RowError, match="chat template"):
             renderer.prompt([{"role": "user", "content": "slow"}])
         assert renderer.prompt([{"role": "user", "content": "quick"}]).text == "x"
 
@@ -280,9 +281,9 @@ def test_the_time_limit_interrupts_and_leaves_nothing_behind() -> None:
         (OSError(errno.ENOSPC, "x"), "No space left on device"),
         (OSError(errno.EFBIG, "x"), "File too large"),
         (IsADirectoryError(errno.EISDIR, "x", "a"), "Is a directory"),
-        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "to its end"),
-        (RuntimeError("unexpected pos 64 vs 0"), "to its end"),
-        (RuntimeError("basic_ios::clear: iostream error"), "to its end"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), TRUNCATED),
+        (RuntimeError("unexpected pos 64 vs 0"), TRUNCATED),
+        (RuntimeError("basic_ios::clear: iostream error"), TRUNCATED),
         (ValueError("I/O error: No space left on device (os error 28)"), "No space left on device"),
         (RuntimeError("CUDA out of memory"), None),
         (KeyError("x"), None),

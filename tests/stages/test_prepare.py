@@ -45,7 +45,7 @@ def given_pairs(folder: Path, *names: str) -> dict[str, Any]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counts:
-    """How often the rows of each source are read, filtered and tokenised."""
+    """How often the rows of each source are read, filtered and tokenized."""
     counts: Counts = {name: Counter() for name in ("load_rows", "filter_rows", "tokenize_rows")}
 
     def count(module: Any, name: str) -> None:
@@ -86,7 +86,7 @@ def test_other_commands_read_each_source_once(
     else:
         list(preview(loaded, 1))
     assert {*counted["load_rows"].values()} == {*counted["filter_rows"].values()} == {1}
-    # A preview tokenises the rows that it shows alone, each whole and as it is trained on.
+    # A preview tokenizes the rows that it shows alone, each whole and as it is trained on.
     shown = 2 * 2 if command == "preview" else 1
     assert {*counted["tokenize_rows"].values()} == {shown}
     held = ["one-held.jsonl", "two-held.jsonl"]  # of which nothing is planned or shown

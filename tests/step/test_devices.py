@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.rewards.generate import _Draw
-from rpo_trainer.step import varlen
+from rpo_trainer.step import attention_varlen
 from rpo_trainer.step.batch import AttentionPlan
 from rpo_trainer.step.forward import install, response_scores
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, RPOConfig, RPOTrainer
@@ -44,7 +44,7 @@ EXAMPLES = [
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`with on_gpu() as move`: `move(value)` is the same on the GPU, without content."""
-    monkeypatch.setattr(varlen, "_has_kernel", lambda device: device.type == "cuda")
+    monkeypatch.setattr(attention_varlen, "_has_kernel", lambda device: device.type == "cuda")
     made: dict[int, Any] = {}
 
     def move(value: Any) -> Any:

@@ -352,5 +352,5 @@ def test_slices_are_aligned_for_the_fast_kernels(tokens):
 
 def test_tile_must_be_positive():
     hidden, weight, labels, *_ = tensors(torch.float64)
-    with pytest.raises(ValueError, match="logits_chunk_bytes must be positive, got 0"):
+    with pytest.raises(ValueError, match="logits_chunk_bytes"):
         linear_logprobs(hidden, weight, labels, logits_chunk_bytes=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rpo_trainer.errors import ModelError, RecipeError, StepZeroError
-from rpo_trainer.trainers.setup import unwrap_prepared_model
+from rpo_trainer.models.unwrap import unwrap_prepared_model
 from tests.small_models import make_model
 from tests.trainers.plain import (
     PAIRS,

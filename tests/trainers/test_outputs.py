@@ -424,7 +424,7 @@ def test_a_directory_that_cannot_be_written_to(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rpo_trainer.models.outputs.tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr("rpo_trainer.models.saved_files.tempfile.TemporaryDirectory", full)
     with pytest.raises(RunError, match="No space left on device") as error:
         SFTTrainer(
             model(), args=args(SFTConfig, tmp_path), train_dataset=completions(),

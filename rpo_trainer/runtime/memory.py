@@ -1,18 +1,34 @@
-"""Freed memory kept for the next step, on a CPU under glibc."""
+"""Memory of this process: its peak, and freed blocks kept for the next step on a CPU under glibc."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
+
+_STATUS = Path("/proc/self/status")
 # mallopt(3)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _MIB = 2**20
 # Where glibc's own adjustment ends in a process that frees large blocks, and its default.
 _AS_USUAL = {_MMAP_THRESHOLD: 32 * _MIB, _TRIM_THRESHOLD: 64 * _MIB, _MMAP_MAX: 65536}
+
+
+def peak_memory() -> int:
+    """Most bytes held since the process began: on the GPU where there is one, else by the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if _STATUS.exists():  # unlike ru_maxrss not raised by the process that started this one
+        (line,) = [x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 @contextmanager

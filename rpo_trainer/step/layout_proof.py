@@ -1,4 +1,4 @@
-"""What the probe compares: answers of a model to a few random texts, in plain forwards and in a layout.
+"""Proves a layout on a model: its results on a few random texts against those of plain forwards.
 
 Three questions, each with its own answer. Does a response's result depend on anything but its own text? The
 other texts of the row are exchanged for others of the same lengths: the result must stay the same to the last

@@ -16,19 +16,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.unwrap import transformers_model
-from rpo_trainer.step import attention, proof, varlen
+from rpo_trainer.step import attention, attention_varlen, layout_proof
 from rpo_trainer.step import head as heads
-from rpo_trainer.step import probe as probe_module
+from rpo_trainer.step import layout_probe as probe_module
+from rpo_trainer.step.attention_reach import rotary_limit
 from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.head import Head
-from rpo_trainer.step.probe import probe
-from rpo_trainer.step.reach import rotary_limit
+from rpo_trainer.step.layout_probe import probe
 from tests.families import tiny_model
+from tests.raising import raises
 from tests.small_models import FAMILIES, VOCABULARY, make_model
 from tests.varlen_kernel import emulate, reference
 
 # State-space layers, linear attention, convolutions, ALiBi: what goes from one text of a row into the next.
+PADDED = probe_module._NAMES["padded"]
 LEAKING = (
     "bamba", "bloom", "falcon", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear",
     "lfm2", "lfm2_moe", "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5_text",
@@ -52,12 +54,12 @@ def test_kernels_that_only_autocast_takes_are_proved_too(leaks, monkeypatch, cap
         return out + 1e-3 * out.mean(0) if leaks else out
 
     calls = emulate(monkeypatch, kernel)
-    monkeypatch.setattr(varlen, "_DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(attention_varlen, "_DTYPES", (torch.bfloat16,))
     monkeypatch.setattr(probe_module, "_has_own_kernels", lambda device: True)
     assert probe(make_model("llama"))[0] == "shared" and not calls
     layout, head = probe(make_model("llama"), autocast=torch.bfloat16)
     assert layout == ("padded" if leaks else "shared") and head.fused and calls
-    assert ("under autocast to bfloat16" in caplog.text) == leaks
+    assert ("bfloat16" in caplog.text) == leaks
 
 
 @pytest.mark.parametrize("set_for", ["all", "products", "nothing"])
@@ -68,7 +70,7 @@ def test_tf32_is_off_while_the_model_is_asked_and_as_it_was_after(set_for, monke
     seen = []
     monkeypatch.setattr(
         probe_module, "plain_answers",
-        lambda *args: seen.append(products.fp32_precision) or proof.plain_answers(*args),
+        lambda *args: seen.append(products.fp32_precision) or layout_proof.plain_answers(*args),
     )  # fmt: skip
     try:
         if set_for != "nothing":
@@ -96,8 +98,9 @@ def test_no_layout_that_leaks_is_taken(family, dtype, weights):
         torch.manual_seed(0)
         model = type(model)(model.config).eval()
     if (family, dtype) == ("xlstm", torch.bfloat16):  # nor does it run in a stock forward
-        with pytest.raises(ModelError, match="a forward of xLSTMForCausalLM fails"):
+        with raises("model.forward-fails", ModelError) as error:
             probe(model.to(dtype))
+        assert "xLSTMForCausalLM" in error.value.what
     else:
         assert probe(model.to(dtype))[0] in ("padded", "single")
 
@@ -125,11 +128,14 @@ def test_where_there_are_no_gradients_the_order_of_the_other_texts_tells(
 ):
     """As under ZeRO-3: the same tokens are routed, so that an expert rounds alike; a state does not."""
     model = tiny_model(family).to(dtype)
-    monkeypatch.setattr("rpo_trainer.step.probe.sees_others", lambda *_, **__: None)
+    monkeypatch.setattr("rpo_trainer.step.layout_probe.sees_others", lambda *_, **__: None)
     assert probe(model)[0] == ("padded" if leaks else "shared")
-    examples, others = proof.random_examples(model), proof.random_examples(model, seed=1)
+    examples, others = (
+        layout_proof.random_examples(model),
+        layout_proof.random_examples(model, seed=1),
+    )
     install(model, layout="packed")
-    assert proof.sees_order(model, examples, others, "packed", pad_token_id=0) is leaks
+    assert layout_proof.sees_order(model, examples, others, "packed", pad_token_id=0) is leaks
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,7 @@ def test_attention_that_selects_tokens_gets_one_response_a_forward(family, caplo
     with caplog.at_level(logging.WARNING):
         layout, _ = probe(tiny_model(family))
     assert layout == "single"
-    assert caplog.text.count("one response a row: ") == 1
+    assert caplog.text.count(f"{PADDED}: ") == 1
 
 
 def test_one_response_a_forward_is_what_plain_forwards_give():
@@ -171,7 +177,7 @@ def test_one_response_a_forward_is_what_plain_forwards_give():
         }
         for prompt, lengths in ((40, (30, 7)), (5, (61,)))
     ]
-    expected = proof.plain_answers(model, examples).values
+    expected = layout_proof.plain_answers(model, examples).values
     install(model, layout="single")
     actual = token_logprobs(model, pack(examples, "single")["model_inputs"])
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-5)
@@ -187,7 +193,10 @@ def test_state_space_model_is_padded_with_a_log_line(caplog):
     with caplog.at_level(logging.WARNING):
         layout, _ = probe(MambaForCausalLM(config))
     assert layout == "padded"
-    assert "step layout: one response a row, fused head (shared prompts: " in caplog.text
+    (record,) = [r for r in caplog.records if r.name == probe_module.__name__]
+    said, _, refused = record.getMessage().partition("(")
+    assert record.levelname == "WARNING" and PADDED in said
+    assert refused.startswith(f"{probe_module._NAMES['shared']}: ")
 
 
 class Blind(nn.Module):
@@ -204,7 +213,7 @@ def test_attention_that_ignores_the_plan_is_padded(monkeypatch, caplog):
     functions = attention.AttentionInterface._global_mapping
     monkeypatch.setitem(functions, attention.ATTENTION_NAME, Blind())
     layout, _ = probe(make_model("llama"))
-    assert layout == "padded" and "depends on the other texts of its batch" in caplog.text
+    assert layout == "padded" and probe_module._DEPENDS in caplog.text
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-3])
@@ -224,13 +233,14 @@ def test_a_head_that_is_learned_wrongly_is_refuted(monkeypatch, caplog):
     monkeypatch.setattr("rpo_trainer.step.forward.head_of", lambda *_: heads.Head(logit_scale=1.01))
     layout, head = probe(make_model("granite"))
     assert layout == "shared" and not head.fused
-    assert "the model's own logits" in caplog.text
+    assert probe_module._OWN_LOGITS in caplog.text
 
 
 def test_nothing_agrees(monkeypatch):
-    monkeypatch.setattr("rpo_trainer.step.proof.token_logprobs", lambda *a: torch.zeros(12))
-    with pytest.raises(ModelError, match="LlamaForCausalLM"):
+    monkeypatch.setattr("rpo_trainer.step.layout_proof.token_logprobs", lambda *a: torch.zeros(12))
+    with raises("model.no-exact-layout", ModelError) as error:
         probe(make_model("llama"))
+    assert "LlamaForCausalLM" in error.value.what
 
 
 def test_mode_and_settings_are_kept():
@@ -245,7 +255,7 @@ def test_texts_of_the_proof_hold_no_token_with_a_meaning():
     model = make_model("llama")
     model.config.image_token_id = 7
     for seed in range(20):
-        for example in proof.random_examples(model, seed):
+        for example in layout_proof.random_examples(model, seed):
             tokens = {*example["prompt_ids"]}.union(*example["response_ids"])
             assert not tokens & {0, 1, 2, 7}
 
@@ -280,7 +290,7 @@ def test_a_rotary_embedding_that_changes_with_the_longest_text(kind):
     if kind == "longrope":
         assert probe(model, longest=17)[0] == probe(model)[0] == "single"
     else:  # and later texts too
-        with pytest.raises(ModelError, match="no layout"):
+        with raises("model.no-exact-layout", ModelError):
             probe(model, longest=17)
     assert rotary_limit(make_model("llama")) is None
 
@@ -291,7 +301,7 @@ def test_single_rows_of_longrope_are_right_at_any_length():
         {"prompt_ids": [5] * n, "response_ids": [[7, 8, 9], [9] * k], "response_mask": [[1] * 3, [1] * k]}
         for n, k in ((4, 5), (6, 40))
     ]  # fmt: skip
-    expected = proof.plain_answers(model, examples).values
+    expected = layout_proof.plain_answers(model, examples).values
     off = {}
     for layout in ("shared", "padded", "single"):
         install(model, layout=layout)
@@ -304,8 +314,9 @@ def test_single_rows_of_longrope_are_right_at_any_length():
 
 
 def test_a_layout_that_is_asked_for_and_wrong_says_so():
-    with pytest.raises(ModelError, match="layout='shared'"):
+    with raises("training.inexact-layout", ModelError) as error:
         probe(tiny_model("mamba"), layout="shared")
+    assert "layout='shared'" in error.value.what
 
 
 @pytest.mark.parametrize("vocabulary", [3, 4, 5, 7, 12])
@@ -331,7 +342,7 @@ def test_shards_with_halves_take_no_leaking_layout(family, tmp_path):
         "import sys, torch, torch.distributed as dist\n"
         "from torch.distributed.device_mesh import init_device_mesh\n"
         "from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard\n"
-        "from rpo_trainer.step.probe import probe\n"
+        "from rpo_trainer.step.layout_probe import probe\n"
         "from tests.families import tiny_model\n"
         "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=0, world_size=1)\n"
         "model = tiny_model(sys.argv[1])\n"
@@ -351,6 +362,6 @@ def test_shards_with_halves_take_no_leaking_layout(family, tmp_path):
 
 def test_a_default_device_of_the_callers_does_not_matter():
     model = make_model()
-    expected = proof.random_examples(model)
+    expected = layout_proof.random_examples(model)
     with torch.device("meta"):
-        assert proof.random_examples(model) == expected
+        assert layout_proof.random_examples(model) == expected

@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.models import adapters, four_bits
-from rpo_trainer.step.probe import probe
+from rpo_trainer.models import adapters
+from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
+from rpo_trainer.step.layout_probe import probe
 from tests.models.test_adapters import IDS, logps, lora, stirred
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.step.test_forward import compare, random_examples
 
@@ -22,8 +24,9 @@ peft = pytest.importorskip("peft")
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"pip install 'rpo-trainer\[qlora\]'"):
-        four_bits.nf4(torch.float32)
+    with raises("recipe.missing-package", RecipeError, where="quantization") as error:
+        nf4(torch.float32)
+    assert "rpo-trainer[qlora]" in str(error.value.fix)
 
 
 @pytest.fixture
@@ -33,9 +36,9 @@ def quantized(tmp_path: Path) -> Any:
 
     def load(compute: torch.dtype = torch.float32) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", dtype=torch.float32, quantization_config=four_bits.nf4(compute)
+            tmp_path / "base", dtype=torch.float32, quantization_config=nf4(compute)
         )
-        four_bits.disable_bnb_cpu_bf16(model)
+        disable_bnb_cpu_bf16(model)
         return model
 
     return load
@@ -51,7 +54,7 @@ def test_4_bits_pack_and_merge(quantized: Any, compute: torch.dtype) -> None:
     if compute == torch.float32:
         compare(model.eval(), random_examples(3), "shared", rtol=1e-3, atol=1e-4)
     assert torch.equal(logps(model), model(IDS).logits.log_softmax(-1))  # with and without gradient
-    whole = four_bits.dequantized(quantized(compute))
+    whole = dequantized(quantized(compute))
     assert {type(m) for n, m in whole.named_modules() if n.endswith("_proj")} == {torch.nn.Linear}
     state = peft.get_peft_model_state_dict(model)
     again = peft.get_peft_model(whole, lora())
@@ -59,12 +62,12 @@ def test_4_bits_pack_and_merge(quantized: Any, compute: torch.dtype) -> None:
     merged = adapters.merged(again)
     off = (logps(merged) - logps(model)).abs().max()
     assert off < (1e-4 if compute == torch.float32 else 0.1)
-    assert four_bits.dequantized(merged) is merged
+    assert dequantized(merged) is merged
 
 
 def test_4_bits_again_take_back_what_was_merged(quantized: Any, tmp_path: Path) -> None:
     """Why merged 4-bit weights are not quantised again: most of them snap back to where they were."""
-    start = four_bits.dequantized(quantized())
+    start = dequantized(quantized())
     model = adapters.with_adapter(copy.deepcopy(start), lora(target_modules="all-linear"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -73,11 +76,11 @@ def test_4_bits_again_take_back_what_was_merged(quantized: Any, tmp_path: Path) 
                 p.add_(torch.randn(p.shape, generator=generator) * 0.003)
     merged = adapters.merged(model)
     merged.save_pretrained(tmp_path / "merged")
-    again = four_bits.dequantized(
+    again = dequantized(
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "merged",
             dtype=torch.float32,
-            quantization_config=four_bits.nf4(torch.float32),
+            quantization_config=nf4(torch.float32),
         )
     )
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -168,6 +168,7 @@ def read_generation(folder: Path, where: str) -> GenerationConfig | None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{GENERATION} cannot be read: {first_line(error)}",
+            code="model.unreadable-generation-config",
             where=where,
             why="the model would generate, and be written, with other settings",
             fix="repair the file, or remove it",
@@ -177,6 +178,7 @@ def read_generation(folder: Path, where: str) -> GenerationConfig | None:
 def _not_written(what: str, error: Exception, where: str | None) -> ModelError:
     return ModelError(
         f"the {what} cannot be saved: {first_line(error)}",
+        code="model.cannot-save",
         where=where,
         why="the trained model could not be written at the end",
         fix="correct it (load it, change what the message names, save it again)",
@@ -213,6 +215,7 @@ def check_savable(
     except OSError as error:
         raise RunError(
             f"nothing can be written here: {error.strerror or error}",
+            code="run.unwritable",
             where=str(folder or tempfile.gettempdir()),
             why="checkpoints and the trained model are written here",
             fix="name another output directory, or free disk space or fix the permissions",
@@ -234,6 +237,7 @@ def check_unshared(model: Any) -> None:
             raise ModelError(
                 f"the parameters {', '.join(shared[:4])} are one tensor, which "
                 f"{type(model).__name__} does not declare (`_tied_weights_keys`)",
+                code="model.undeclared-shared-tensors",
                 why="transformers refuses to save them, at the end of training",
                 fix="give each its own tensor: module.weight = nn.Parameter(module.weight.detach().clone())",
             )

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torchs
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from rpo_trainer.step import flex
+from rpo_trainer.step import attention_flex
 from rpo_trainer.step.attention import packed_attention
+from rpo_trainer.step.attention_flex import FlexIndex
 from rpo_trainer.step.batch import AttentionPlan, Segment, pack, to_device
-from rpo_trainer.step.flex import FlexIndex
 from rpo_trainer.step.forward import install, token_logprobs
 from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, POSITIONS, SINKS, T, sees
@@ -38,7 +38,7 @@ def indexed(segments: tuple[Segment, ...] = PLAN) -> AttentionPlan:
     return AttentionPlan(segments, flex_index=FlexIndex.of(segments))
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, compiled: Any = flex._attend) -> list[int]:
+def emulate(monkeypatch: pytest.MonkeyPatch, compiled: Any = attention_flex._attend) -> list[int]:
     """Takes FlexAttention on a CPU for every dtype, uncompiled. Returns its calls, the tokens of each."""
     calls: list[int] = []
 
@@ -47,10 +47,10 @@ def emulate(monkeypatch: pytest.MonkeyPatch, compiled: Any = flex._attend) -> li
         return compiled(query, *args)
 
     monkeypatch.setattr(torchs, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(flex, "_has_kernel", lambda device: True)
-    monkeypatch.setattr(flex, "_DTYPES", (torch.float64, torch.float32))
-    monkeypatch.setattr(flex, "_kernel_options", lambda *facts: {})
-    monkeypatch.setattr(flex, "_compiled", called)
+    monkeypatch.setattr(attention_flex, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(attention_flex, "_DTYPES", (torch.float64, torch.float32))
+    monkeypatch.setattr(attention_flex, "_kernel_options", lambda *facts: {})
+    monkeypatch.setattr(attention_flex, "_compiled", called)
     return calls
 
 
@@ -230,7 +230,7 @@ def test_where_flex_attention_applies(change: dict[str, Any], applies: bool, mon
     }  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: got["capability"])
     monkeypatch.setattr(torch.version, "hip", got["hip"])
-    monkeypatch.setattr(flex, "has_triton", lambda: got["triton"])
+    monkeypatch.setattr(attention_flex, "has_triton", lambda: got["triton"])
     with FakeTensorMode():
         query, key, value = (
             torch.empty(1, n, 9, size, device=got["device"], dtype=dtype)
@@ -240,7 +240,7 @@ def test_where_flex_attention_applies(change: dict[str, Any], applies: bool, mon
                 (2, got["value_size"] or got["size"], got["value_dtype"] or got["dtype"]),
             )
         )
-    assert flex.applies(query, key, value, dropout=got["dropout"]) == applies
+    assert attention_flex.applies(query, key, value, dropout=got["dropout"]) == applies
 
 
 @pytest.mark.parametrize("memory", [101_376, 166_912, 232_448])  # RTX 4090, A100, H100
@@ -251,7 +251,7 @@ def test_kernels_fit_the_shared_memory(memory, size, itemsize, monkeypatch):
         shared_memory_per_block_optin = memory
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    options = flex._kernel_options(size, itemsize, torch.device("cuda"))
+    options = attention_flex._kernel_options(size, itemsize, torch.device("cuda"))
     assert options.pop("BACKEND") == "TRITON"
     assert (not options) == (size in (64, 128, 256) and memory > 160_000)
     if options:
@@ -287,7 +287,7 @@ def test_traced_whole_once_for_rows_of_all_lengths(monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    traced = torch.compile(flex._attend, dynamic=True, fullgraph=True, backend=counter)
+    traced = torch.compile(attention_flex._attend, dynamic=True, fullgraph=True, backend=counter)
     counts = []
     for softcap, scaling in ((1.5, None), (0.7, 0.2), (0.9, 0.3)):
         for tokens in (300, 433, 650, 1000):
@@ -308,7 +308,7 @@ def test_traced_whole_once_for_rows_of_all_lengths(monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @torch.no_grad()
 def test_a_fused_kernel_reads_the_lists_of_blocks(monkeypatch):
-    compiled = flex._compiled
+    compiled = attention_flex._compiled
     for tokens, window in ((700, None), (1000, None), (1000, 100), (1300, 300)):
         tensors = make_tensors(tokens, torch.float32)
         plan = shared_prompt(tokens)
@@ -344,7 +344,7 @@ def test_on_a_gpu_against_scores_in_float64(settings, size, dtype):
         segments = shared_prompt(tokens)
         torch.manual_seed(0)
         tensors = [torch.randn(1, n, tokens, size, device="cuda").to(dtype) for n in (4, 2, 2)]
-        assert flex.applies(*tensors)
+        assert attention_flex.applies(*tensors)
         plan = indexed(segments).to(torch.device("cuda"))
         actual = outputs_and_gradients(tensors, plan, settings)
         expected = outputs_and_gradients(

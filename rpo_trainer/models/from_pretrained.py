@@ -6,27 +6,20 @@ complete: transformers fills tensors that are missing from the files with random
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
 
-from rpo_trainer.errors import ModelError, first_line, last_line
+from rpo_trainer.errors import ModelError, last_line
 from rpo_trainer.models.multimodal import CLASSIFIER, is_multimodal, require_text_forward
-from rpo_trainer.models.outputs import (
+from rpo_trainer.models.saved_files import (
     PROCESSOR_FILES,
     processor_files,
     processor_template,
@@ -34,6 +27,7 @@ from rpo_trainer.models.outputs import (
     remember_processor,
 )
 from rpo_trainer.models.sharding import loading_whole, whole_on_every_rank
+from rpo_trainer.models.weight_files import has_weights, local_folder, stored_tensors
 from rpo_trainer.runtime.distributed import is_main
 
 logger = logging.getLogger(__name__)
@@ -155,6 +149,7 @@ def refuse_adapter(where: str) -> None:
 def _adapter_there(where: str, *, beside: bool) -> ModelError:
     return ModelError(
         f"this directory holds a PEFT adapter{' beside a model' if beside else ', not a whole model'}",
+        code="model.adapter-in-directory",
         where=where,
         why="whether it is to be merged, trained further or left out cannot be guessed",
         fix="move the adapter to a directory of its own"
@@ -182,6 +177,12 @@ def _require_complete(
     parts = [f"{what}: {_named(names)}" for what, names in found.items() if names]
     raise ModelError(
         f"the files of the model do not fit a {type(model).__name__}: {'; '.join(parts)}",
+        code="model.tensor-mismatch",
+        details={
+            "missing": lacking["missing"],
+            "other_shape": lacking["of another shape"],
+            "unknown": more,
+        },
         where=where,
         why="transformers would fill what is missing with random numbers and ignore the others"
         if any(lacking.values())
@@ -222,72 +223,6 @@ def _left_over(
 
 
 # --- without reading the weights ---
-
-
-def weight_files(folder: Path, config: Any = None) -> list[Path]:
-    """The safetensors files of a directory that transformers reads, and no others that lie there.
-
-    They are `model.safetensors`, or else the parts that `model.safetensors.index.json` names, or else none.
-
-    Args:
-        config: the model's, which can name another file (`transformers_weights`) and more of them.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
-    named = getattr(config, "transformers_weights", None)
-    choices = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    name = next((name for name in choices if (folder / name).is_file()), None)
-    if name is None:
-        return []
-    names = {name}
-    if name.endswith(".index.json"):
-        try:
-            names = set(
-                json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
-            )
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{name}: {first_line(error)}") from error
-    names |= {
-        more for more in getattr(type(config), "extra_files", ()) if (folder / more).is_file()
-    }
-    return [folder / str(each) for each in sorted(names, key=str)]
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a directory holds the weights of a whole model, in safetensors or pickled."""
-    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    return any((folder / name).is_file() for name in names)
-
-
-def tensors_in(files: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of each tensor in safetensors files, from their headers."""
-    found = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(name)
-                found[name] = (str(part.get_dtype()), list(part.get_shape()))
-    return found
-
-
-def stored_tensors(folder: Path, config: Any = None) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of each tensor that a directory's model is loaded from (see `weight_files`)."""
-    return tensors_in(weight_files(folder, config))
-
-
-def local_folder(source: str | Path, revision: str | None = None) -> Path | None:
-    """The directory that a model is in, or the one in the hub's cache; None: neither is there."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(str(source), "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def check_stored(
@@ -364,6 +299,7 @@ def quiet_loading() -> Iterator[None]:
 def _other_tensors(error: RuntimeError, where: str) -> ModelError:
     return ModelError(
         "the model cannot be loaded: its files do not hold the tensors of its class",
+        code="model.tensor-mismatch",
         where=where,
         why=last_line(error),
         fix=_FIX,

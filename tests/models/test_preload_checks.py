@@ -10,7 +10,8 @@ import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.checks import check_context, check_same_tokenizer
+from rpo_trainer.models.preload_checks import check_context, check_same_tokenizer
+from tests.raising import raises
 
 
 @pytest.mark.parametrize(
@@ -41,15 +42,12 @@ def test_max_length_beyond_the_context(settings: dict[str, Any], limit: int) -> 
         del named["max_position_embeddings"]
     config = AutoConfig.for_model(**named)
     check_context(config, limit, "here")
-    with pytest.raises(ModelError) as error:
-        check_context(config, limit + 1, "stages.dpo.max_length")
-    assert error.value.exit_code == 2
-    assert str(error.value) == (
-        f"stages.dpo.max_length: max_length {limit + 1} is beyond the model's context of {limit} "
-        "tokens\n"
-        "  why: the model was not trained on positions beyond this, and may not have them\n"
-        f"  fix: max_length: {limit}, or less"
-    )
+    where = "stages.dpo.max_length"
+    with raises(
+        "model.context-exceeded", ModelError, where=where, exit_code=2, limit=limit
+    ) as error:
+        check_context(config, limit + 1, where)
+    assert str(limit + 1) in error.value.what and f"max_length: {limit}" in str(error.value.fix)
 
 
 def test_another_tokenizer_of_the_same_size(tmp_path: Path) -> None:
@@ -61,18 +59,16 @@ def test_another_tokenizer_of_the_same_size(tmp_path: Path) -> None:
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ModelError) as error:
-        check_same_tokenizer(tokenizer, tmp_path, "here")
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
     first, other, own = (
         ("a", b, a) if list(vocabulary).index("a") < list(vocabulary).index("b") else ("b", a, b)
     )
-    assert str(error.value) == (
-        f"here: the model's tokenizer is another one: '{first}' is token {other} there, and {own} of the "
-        "recipe's\n"
-        "  why: the tokens of the recipe's tokenizer would mean other words to it\n"
-        "  fix: take a model with the tokenizer of `model`, or set `model.tokenizer`"
-    )
+    with raises(
+        "tokenizer.mismatch", ModelError, where="here", token=first, ids=(other, own)
+    ) as error:
+        check_same_tokenizer(tokenizer, tmp_path, "here")
+    assert all(str(part) in error.value.what for part in (repr(first), other, own))
+    assert "model.tokenizer" in str(error.value.fix)
     assert error.value.exit_code == 2
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpo_trainer.runtime.usage import peak_memory
+from rpo_trainer.runtime.memory import peak_memory
 
-_CHILD = "from rpo_trainer.runtime.usage import peak_memory; print(peak_memory())"
+_CHILD = "from rpo_trainer.runtime.memory import peak_memory; print(peak_memory())"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the GPU's memory there")

@@ -1,8 +1,8 @@
-"""The start-up probe: which layout and which head give what the model itself gives, proved on this model.
+"""Finds the layout and the head for a model at the start: the fastest that `layout_proof` does not refute.
 
 Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and wrong
 for others: state-space layers that carry one text into the next, attention of another kind, a head that does
-more. So each trainer asks the model at hand, once, and takes the first layout that `proof.py` cannot refute.
+more. So each trainer asks the model at hand, once, and takes the first layout that is not refuted.
 
 It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast
 picks other kernels, so there the layout has to hold under the autocast of the training too.
@@ -23,12 +23,13 @@ from rpo_trainer.errors import ModelError, first_line
 from rpo_trainer.models.adapters import lowest_precision
 from rpo_trainer.models.sharding import device_of, has_shards
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
-from rpo_trainer.runtime.distributed import broadcast, greatest_float, is_main
+from rpo_trainer.runtime.distributed import all_reduce_max_float, broadcast, is_main
 from rpo_trainer.runtime.file_errors import device_failed
+from rpo_trainer.step.attention_reach import Recording, rotary_limit
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import install, uninstall
 from rpo_trainer.step.head import FORWARD_ERRORS, Head
-from rpo_trainer.step.proof import (
+from rpo_trainer.step.layout_proof import (
     Answers,
     exchanges,
     last_bits_disturbed,
@@ -38,7 +39,6 @@ from rpo_trainer.step.proof import (
     sees_order,
     sees_others,
 )
-from rpo_trainer.step.reach import Recording, rotary_limit
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ _NAMES = {
     "padded": "one response a row",
     "single": "one response a forward",
 }
+_OWN_LOGITS = "the model's own logits"
 _DEPENDS = "a response depends on the other texts of its batch"
 
 
@@ -103,7 +104,7 @@ def probe(
                 if why is None:
                     _report(refused, candidate, tried, whose)
                     return candidate, tried
-                own = "" if tried.fused else " with the model's own logits"
+                own = "" if tried.fused else f" with {_OWN_LOGITS}"
                 refused.append(f"{_NAMES[candidate]}{own}: {why}")
                 if why.startswith(_DEPENDS):  # whatever the head is
                     break
@@ -113,11 +114,13 @@ def probe(
     if layout:
         raise ModelError(
             f"layout={layout!r} does not give what plain forwards of {whose} ({name}) give",
+            code="training.inexact-layout",
             why="; ".join(refused),
             fix="layout='auto' finds one that does",
         )
     raise ModelError(
         f"no layout of the step gives what plain forwards of {whose} ({name}) give",
+        code="model.no-exact-layout",
         why="; ".join(refused),
         fix="report the model's type, or set attn_implementation='sdpa' when loading it",
     )
@@ -164,7 +167,7 @@ def _heads(head: Head) -> list[Head]:
 def _report(refused: list[str], layout: Layout, head: Head, whose: str) -> None:
     if not is_main():
         return
-    how = "fused head" if head.fused else "the model's own logits"
+    how = "fused head" if head.fused else _OWN_LOGITS
     of = "" if whose == "the model" else f" of {whose}"
     line = f"step layout{of}: {_NAMES[layout]}, {how}"
     if refused:
@@ -214,6 +217,7 @@ class _Proof:
                 raise
             raise ModelError(
                 f"a forward of {type(transformers_model(model)).__name__} fails",
+                code="model.forward-fails",
                 why=f"{type(error).__name__}: {first_line(error)}",
                 fix="see whether it runs in another dtype (dtype=torch.float32) or with another "
                 "attn_implementation",
@@ -255,7 +259,7 @@ class _Proof:
 
     def _agreed(self, value: float) -> float:
         """The greatest value of the ranks that share the weights: they must take the same way from here."""
-        return greatest_float(float(value)) if self.ranks_share_weights else float(value)
+        return all_reduce_max_float(float(value)) if self.ranks_share_weights else float(value)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

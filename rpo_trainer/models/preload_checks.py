@@ -1,4 +1,4 @@
-"""What can be known of a model before its weights are loaded: whether it fits, and can be read."""
+"""Checks of a model before its weights are loaded: whether it fits, and can be read."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification
 
 from rpo_trainer.errors import ModelError, RecipeError, first_line
-from rpo_trainer.models.loading import auto_class, check_tokens, saved_config
+from rpo_trainer.models.from_config import auto_class
+from rpo_trainer.models.from_pretrained import check_stored
+from rpo_trainer.models.loading import check_tokens, saved_config
 from rpo_trainer.models.multimodal import (
     is_multimodal,
     random_model,
     require_text_forward,
     towers_line,
 )
-from rpo_trainer.models.outputs import (
+from rpo_trainer.models.saved_files import (
     check_savable,
     read_generation,
     repair_generation,
     warn_repaired,
 )
-from rpo_trainer.models.pretrained import check_stored, weight_files
+from rpo_trainer.models.weight_files import weight_files
 from rpo_trainer.runtime.file_errors import reads
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def check_context(config: Any, max_length: int, where: str, *, whose: str = "the
     if limit is not None and max_length > limit:
         raise ModelError(
             f"max_length {max_length} is beyond {whose} context of {limit} tokens",
+            code="model.context-exceeded",
+            details={"limit": limit},
             where=where,
             why="the model was not trained on positions beyond this, and may not have them",
             fix=f"max_length: {limit}, or less",
@@ -150,6 +154,7 @@ def check_same_vocabulary(policy: int, reference: int, where: str | None = None)
     if policy != reference:
         raise RecipeError(
             f"the reference has {reference} tokens, the policy {policy}",
+            code="tokenizer.mismatch",
             where=where,
             why="their log-probs would be of different tokens",
             fix="take a reference with the policy's tokenizer",
@@ -174,6 +179,8 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where
         raise ModelError(
             f"the model's tokenizer is another one: {other!r} is token {own[other]} there, and "
             f"{known[other]} of the recipe's",
+            code="tokenizer.mismatch",
+            details={"token": other, "ids": (own[other], known[other])},
             where=where,
             why="the tokens of the recipe's tokenizer would mean other words to it",
             fix="take a model with the tokenizer of `model`, or set `model.tokenizer`",
@@ -199,6 +206,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
         raise ModelError(
             f"the model cannot be loaded: {name} is damaged or is not a safetensors file "
             f"({first_line(error)})",
+            code="model.damaged-weights",
             where=where,
             why="a part of its weights would be missing",
             fix="copy or download the model's files again (from git: `git lfs pull`)",
@@ -209,6 +217,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
     if pickles:
         raise ModelError(
             f"the model cannot be loaded: its weights are pickled ({pickles[0]})",
+            code="model.pickled-weights",
             where=where,
             why="a pickle can hold code, which runs when it is read",
             fix="take the model's safetensors, or convert them where you trust their origin: "
@@ -218,6 +227,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
     found = f", only {others[0]}, which transformers does not read" if others else ""
     raise ModelError(
         f"the model cannot be loaded: there are no weights beside its configuration{found}",
+        code="model.no-weights",
         where=where,
         why="the stage could not begin",
         fix="give a directory with the model's files, its weights as safetensors",

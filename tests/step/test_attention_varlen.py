@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rpo_trainer.step import varlen
+from rpo_trainer.step import attention_varlen
 from rpo_trainer.step.attention import packed_attention
+from rpo_trainer.step.attention_varlen import VarlenIndex
 from rpo_trainer.step.batch import AttentionPlan, Segment, pack, to_device
 from rpo_trainer.step.forward import install, token_logprobs
-from rpo_trainer.step.varlen import VarlenIndex
 from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, SINKS, D, T, by_hand
 from tests.varlen_kernel import emulate, reference
@@ -61,7 +61,7 @@ def test_nothing_is_gathered_where_nothing_is_shared():
 def test_equals_attention_by_hand(asks_for_groups, settings, tensors, monkeypatch):
     """Grouped keys are handed over as they are, with a word about it (torch 2.12) or without (2.11)."""
     calls = emulate(monkeypatch)
-    monkeypatch.setattr(varlen, "_ASKS_FOR_GROUPS", asks_for_groups)
+    monkeypatch.setattr(attention_varlen, "_ASKS_FOR_GROUPS", asks_for_groups)
     names = {"window": "sliding_window"}
     out, _ = packed_attention(
         nn.Module(), *tensors, None, packing_plan=indexed(),
@@ -144,7 +144,7 @@ def test_where_the_kernel_applies(change: dict[str, Any], applies: bool, monkeyp
         )  # fmt: skip
         key = torch.empty(1, 2, 9, got["size"], device=got["device"], dtype=got["dtype"])
     call = {name: got[name] for name in ("dropout", "softcap", "sinks") if name in got}
-    assert varlen.applies(query, key, value, **call) == applies
+    assert attention_varlen.applies(query, key, value, **call) == applies
 
 
 def test_the_real_kernel_takes_our_arguments_without_looking_into_a_tensor():
@@ -154,7 +154,7 @@ def test_the_real_kernel_takes_our_arguments_without_looking_into_a_tensor():
         for n in (HEADS, KV_HEADS, KV_HEADS)
     )
     plan = indexed().to(torch.device("meta"))
-    out = varlen.attend(
+    out = attention_varlen.attend(
         *(x.transpose(1, 2) for x in (q, k, v)), plan.index, scaling=0.3, sliding_window=4
     )
     assert out.shape == (1, T, HEADS, 8) and out.dtype == torch.bfloat16
@@ -226,9 +226,9 @@ def test_compiled_without_a_break_and_not_again_for_every_length(monkeypatch):
         assert scale is None
         return kernel(*args, *window_size, enable_gqa)
 
-    monkeypatch.setattr(varlen, "varlen_attn", called)
+    monkeypatch.setattr(attention_varlen, "varlen_attn", called)
     monkeypatch.setattr(
-        varlen, "_has_kernel", torch.compiler.assume_constant_result(lambda d: True)
+        attention_varlen, "_has_kernel", torch.compiler.assume_constant_result(lambda d: True)
     )
     counter = CompileCounter()
     module = nn.Module()
@@ -268,7 +268,7 @@ def test_on_a_gpu_against_units_in_float32(size, window, shared):
 
     def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.to(dtype).requires_grad_() for x in halves]
-        assert varlen.applies(*leaves) == (dtype == torch.bfloat16)
+        assert attention_varlen.applies(*leaves) == (dtype == torch.bfloat16)
         out, _ = packed_attention(
             nn.Module(), *leaves, None, packing_plan=plan, sliding_window=window
         )

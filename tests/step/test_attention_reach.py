@@ -15,9 +15,9 @@ from transformers.masking_utils import (
 )
 
 from rpo_trainer.step.attention import REACH_ATTRIBUTE
+from rpo_trainer.step.attention_reach import reach_of
 from rpo_trainer.step.batch import Reach
 from rpo_trainer.step.forward import install, uninstall
-from rpo_trainer.step.reach import reach_of
 from tests.small_models import make_model
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)

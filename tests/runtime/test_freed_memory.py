@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.runtime.allocator import _glibc
+from rpo_trainer.runtime.memory import _glibc
 from tests.small_models import make_model
 
 pytestmark = pytest.mark.skipif(_glibc() is None, reason="needs glibc")
 
 _PROGRAM = """
 import contextlib, resource, sys, torch
-from rpo_trainer.runtime.allocator import keeping_freed_memory
+from rpo_trainer.runtime.memory import keeping_freed_memory
 
 MIB = 2**20
 

@@ -1,0 +1,103 @@
+"""Models of a configuration alone: its class, its fields as transformers takes them, random weights."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
+
+from rpo_trainer.errors import ModelError, last_line
+from rpo_trainer.models.multimodal import (
+    CLASSIFIER,
+    language_model_class,
+    random_model,
+    require_text_forward,
+)
+from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.runtime.file_errors import device_failed, require_sizes
+
+NEEDED = "nothing can be trained or measured without it"
+_CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
+# Fields that configurations take beside those they write.
+_ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
+
+
+def auto_class(config: Any, *, reward: bool, where: str) -> Any:
+    """The class to load a checkpoint with: sequence classifiers are reward models, all others policies.
+
+    Args:
+        config: the checkpoint's.
+        reward: whether a reward model is wanted, or a policy to make one of.
+
+    Raises:
+        ModelError: a reward model where a policy is wanted; its language head would be random. A model
+            that text alone does not suffice for (see `language_model_class`).
+    """
+    names = map(str, getattr(config, "architectures", None) or ())
+    if not any(name.endswith(CLASSIFIER) for name in names):
+        return language_model_class(config, where)
+    if not reward:
+        raise ModelError(
+            "this is a reward model (a sequence classifier), and no policy",
+            code="model.not-a-policy",
+            where=where,
+            why="it cannot say how likely a token is",
+            fix="start from a causal language model",
+        )
+    return AutoModelForSequenceClassification
+
+
+def make_config(settings: dict[str, Any]) -> Any:
+    """A configuration of these fields; ModelError where one is unknown or the values do not fit."""
+    where = "model.from_config"
+    try:
+        known = AutoConfig.for_model(settings["model_type"])
+        config = AutoConfig.for_model(**settings)
+    except (*_CONFIGURATION_ERRORS, StrictDataclassError) as error:
+        # Of an unknown model_type, what follows is the list of all known ones.
+        what = last_line(error).split(" Should contain one of")[0]
+        raise ModelError(
+            f"this is no configuration of a model: {type(error).__name__}: {what}",
+            code="model.bad-config",
+            where=where,
+            why=NEEDED,
+            fix="write its fields as transformers has them, `model_type` among them",
+        ) from error
+    for name in settings:
+        if name in _ALSO_TAKEN or name in known.to_dict() or hasattr(known, name):
+            continue
+        near = difflib.get_close_matches(name, known.to_dict(), n=1)
+        raise ModelError(
+            f"a {settings['model_type']} has no field `{name}`",
+            code="model.unknown-config-field",
+            where=where,
+            why="it would be ignored",
+            fix=f"did you mean `{near[0]}`?" if near else "remove it",
+        )
+    return require_sizes(config, where)
+
+
+def make_random_model(settings: dict[str, Any], seed: int) -> Any:
+    """A model of this configuration, in float32, its weights drawn by `seed`."""
+    config = make_config(settings)
+    set_seed(seed)
+    factory = auto_class(config, reward=False, where="model.from_config")
+    try:
+        with loading_whole():  # in parts, each rank would draw other numbers
+            model = random_model(factory, config, dtype=torch.float32)
+    except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
+        if device_failed(error):
+            raise
+        raise ModelError(
+            f"no model can be made of this configuration: {type(error).__name__}: "
+            f"{last_line(error).split(' Model type should be one of')[0]}",
+            code="model.bad-config",
+            where="model.from_config",
+            why=NEEDED,
+            fix="fix the field named above, or take the configuration of a model that exists",
+        ) from error
+    require_text_forward(model, "model.from_config")
+    return model

@@ -1,0 +1,84 @@
+"""The safetensors files of a model: which of a directory's are read, and what their headers say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from rpo_trainer.errors import first_line
+
+
+def weight_files(folder: Path, config: Any = None) -> list[Path]:
+    """The safetensors files of a directory that transformers reads, and no others that lie there.
+
+    They are `model.safetensors`, or else the parts that `model.safetensors.index.json` names, or else none.
+
+    Args:
+        config: the model's, which can name another file (`transformers_weights`) and more of them.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    named = getattr(config, "transformers_weights", None)
+    choices = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    name = next((name for name in choices if (folder / name).is_file()), None)
+    if name is None:
+        return []
+    names = {name}
+    if name.endswith(".index.json"):
+        try:
+            names = set(
+                json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+            )
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{name}: {first_line(error)}") from error
+    names |= {
+        more for more in getattr(type(config), "extra_files", ()) if (folder / more).is_file()
+    }
+    return [folder / str(each) for each in sorted(names, key=str)]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a directory holds the weights of a whole model, in safetensors or pickled."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    return any((folder / name).is_file() for name in names)
+
+
+def tensors_in(files: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of each tensor in safetensors files, from their headers."""
+    found = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                found[name] = (str(part.get_dtype()), list(part.get_shape()))
+    return found
+
+
+def stored_tensors(folder: Path, config: Any = None) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of each tensor that a directory's model is loaded from (see `weight_files`)."""
+    return tensors_in(weight_files(folder, config))
+
+
+def local_folder(source: str | Path, revision: str | None = None) -> Path | None:
+    """The directory that a model is in, or the one in the hub's cache; None: neither is there."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(str(source), "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
