@@ -16,6 +16,8 @@ from transformers import TrainerControl
 
 from rpo_trainer.chain.callbacks import MetricsLog, StepZeroLog, StopOnSignal
 from rpo_trainer.errors import StoppedBySignal
+from rpo_trainer.stages.record import StepZeroRecord
+from tests.raising import raises
 
 
 def state(step: int = 1, **fields: Any) -> SimpleNamespace:
@@ -28,9 +30,9 @@ def send(number: signal.Signals = signal.SIGTERM) -> None:
 
 def test_outside_of_training_the_first_signal_ends_the_run() -> None:
     stop = StopOnSignal()
-    with stop.installed(), pytest.raises(StoppedBySignal, match="stopped by SIGTERM") as error:
+    with stop.installed(), raises("run.stopped-by-signal", StoppedBySignal) as error:
         send()
-    assert error.value.exit_code == 75
+    assert error.value.exit_code == 75 and "SIGTERM" in error.value.what
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -43,11 +45,13 @@ def test_in_training_the_step_is_finished_and_saved(
         stop.on_step_end(None, state(), control)
         assert not control.should_save and not control.should_training_stop
         send(number)
-        assert f"{number.name}: finishing the step and saving" in caplog.text
+        (warned,) = caplog.records
+        assert warned.levelname == "WARNING" and number.name in warned.getMessage()
         stop.on_step_end(None, state(), control)
         assert control.should_save and control.should_training_stop
-        with pytest.raises(StoppedBySignal, match=f"stopped by {number.name}"):
+        with raises("run.stopped-by-signal", StoppedBySignal) as error:
             stop.output_written()
+        assert number.name in error.value.what
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
@@ -55,8 +59,9 @@ def test_a_second_signal_ends_it_at_once() -> None:
     with stop.installed():
         stop.on_train_begin(None, state(), TrainerControl())
         send()
-        with pytest.raises(StoppedBySignal, match="stopped by SIGINT"):
+        with raises("run.stopped-by-signal", StoppedBySignal) as error:
             send(signal.SIGINT)
+        assert "SIGINT" in error.value.what
 
 
 def test_behind_the_output_signals_end_the_run_again() -> None:
@@ -134,7 +139,7 @@ def test_every_log_line_is_a_json_line(tmp_path: Path) -> None:
 
 
 def test_the_step_zero_check_is_handed_on_once() -> None:
-    noted: list[dict[str, Any]] = []
+    noted: list[StepZeroRecord] = []
     trainer = SimpleNamespace()
     callback = StepZeroLog(trainer, noted.append)
     callback.on_step_end(None, state(1), None)
@@ -142,4 +147,4 @@ def test_the_step_zero_check_is_handed_on_once() -> None:
     trainer.step_zero = {"loss": 0.5, "expected": 0.5, "nats_per_token": 0.0}
     callback.on_step_end(None, state(1), None)
     callback.on_step_end(None, state(2), None)
-    assert noted == [{"step0": {**trainer.step_zero, "ok": True}}]
+    assert noted == [StepZeroRecord(**trainer.step_zero, ok=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.cli.commands import main
+from rpo_trainer.data.counts import DROPS, WARNINGS
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.errors import Problems
+from rpo_trainer.errors import ModelError, Problems
 from rpo_trainer.models import adapter_files
 from rpo_trainer.models.loading import load_model, load_weights
 from rpo_trainer.recipe import ModelSpec
 from tests.chain import tiny
+from tests.raising import codes_of, with_code
 
 
 def check(folder: Path, recipe: tiny.Recipe | None = None, **settings: Any) -> list[str]:
@@ -63,8 +66,8 @@ def test_a_good_recipe_shows_examples_and_steps(
     lines = check(tmp_path, recipe)
     assert lines[:3] == ["code (sft)", "  40 examples, 8 steps", "  8 held-out examples"]
     assert "  44 examples, 6 steps" in lines
-    assert "  48 prompts; the responses come from general" in lines
-    assert "  48 prompts; the responses come from rpo-1" in lines
+    sampled = [line.split() for line in lines if line.startswith("  48 prompts; ")]
+    assert {words[-1] for words in sampled} == {"general", "dpo", "rpo-1"}
     assert [line for line in lines if not line.startswith(" ")] == [
         "code (sft)", "general (sft)", "dpo (dpo)", "rpo-1 (rpo)", "rpo-2 (rpo)",
     ]  # fmt: skip
@@ -104,15 +107,15 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     found = problems(tmp_path, broken(tmp_path))
     text = str(found)
     for part in (
-        "no training argument adam_eps", "absent.jsonl: no such file", "rang", "nowhere",
-        "adam_typo", "held-out.jsonl: no such file", "rejected",
+        "adam_eps", "absent.jsonl: ", "rang", "nowhere",
+        "adam_typo", "held-out.jsonl: ", "rejected",
     ):  # fmt: skip
         assert part in text, part
     assert found.exit_code == 3
     # Replay makes stage 2 read stage 1's file, every stage has the evaluation, `rpo` two rounds.
-    assert text.count("absent.jsonl: no such file") == 1
+    assert text.count("absent.jsonl: ") == 1
     assert text.count("held-out.jsonl") == 1
-    (line,) = re.findall(r"yaml:(\d+) \(stages\.code\.data\): \S+/absent\.jsonl: no such", text)
+    (line,) = re.findall(r"yaml:(\d+) \(stages\.code\.data\): \S+/absent\.jsonl: ", text)
     above = (tmp_path / "recipe.yaml").read_text().splitlines()[: int(line)]
     assert above[-1].endswith("data:") and "absent" not in "".join(above)
     assert not (tmp_path / "run").exists()
@@ -130,8 +133,8 @@ def test_a_missing_tokenizer_does_not_hide_faults_of_the_data(tmp_path: Path) ->
     recipe = broken(tmp_path)
     recipe["model"]["tokenizer"] = "./no-tokenizer"
     text = str(problems(tmp_path, recipe))
-    assert "the tokenizer cannot be loaded" in text
-    assert "absent.jsonl: no such file" in text
+    assert "no-tokenizer" in text
+    assert "absent.jsonl: " in text
 
 
 def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
@@ -139,26 +142,21 @@ def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "rpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
-    assert "no chat template" in str(problems(tmp_path, recipe))
+    assert "chat template" in str(problems(tmp_path, recipe))
     recipe["model"]["chat_template"] = "plain"
     assert check(tmp_path, recipe)
     del rows[0]["ground_truth"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert "no ground_truth to compare the responses with: 1 of 1 rows" in str(
-        problems(tmp_path, recipe)
-    )
+    (problem, *_) = problems(tmp_path, recipe).problems
+    assert "ground_truth" in problem.what and "1 of 1 rows" in problem.what
 
 
 def test_max_length_beyond_the_context(tmp_path: Path) -> None:
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.max_length", 65)
-    found = str(problems(tmp_path, recipe))
-    assert found == (
-        f"{place(tmp_path, 'max_length: 65')} (stages.dpo.max_length): "
-        "max_length 65 is beyond the model's context of 64 tokens\n"
-        "  why: the model was not trained on positions beyond this, and may not have them\n"
-        "  fix: max_length: 64, or less\n"
-        "1 problem found"
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert problem.where == f"{place(tmp_path, 'max_length: 65')} (stages.dpo.max_length)"
+    assert "max_length 65" in problem.what and "64 tokens" in problem.what
+    assert problem.why and "max_length: 64" in str(problem.fix)
 
 
 def saved_model(folder: Path, tokens: int = 100) -> Path:
@@ -188,7 +186,7 @@ def without_a_part(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(parts))
 
 
-def with_code(folder: Path) -> None:
+def with_own_code(folder: Path) -> None:
     path = saved_model(folder) / "config.json"
     own = {"model_type": "strange", "auto_map": {"AutoConfig": "own.Config"}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
@@ -215,55 +213,25 @@ def a_reward_model(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **kind}))
 
 
-MODELS = {
-    "pickled weights only": (
-        pickled, "the model cannot be loaded: its weights are pickled (pytorch_model.bin)",
-        "a pickle can hold code, which runs when it is read", "take the model's safetensors, or",
-    ),
-    "no weights": (
-        without_weights,
-        "the model cannot be loaded: there are no weights beside its configuration",
-        "the stage could not begin", "give a directory with the model's files",
-    ),
-    "weights that are cut": (
-        cut, "the model cannot be loaded: model.safetensors is damaged or is not a safetensors file",
-        "a part of its weights would be missing", "copy or download the model's files again",
-    ),
-    "a part missing": (
-        without_a_part,
-        "model-00002-of-00002.safetensors is damaged or is not a safetensors file (it is missing",
-        "a part of its weights would be missing", "copy or download the model's files again",
-    ),
-    "code from a repository": (
-        with_code, "cannot be loaded: it needs code from its repository",
-        "that code would run here with your permissions",
-        "take a model that transformers knows by itself; or read the code",
-    ),
-    "more tokens than embeddings": (
-        with_few_embeddings, "the tokenizer has 100 tokens, the model 90 embeddings",
-        "a token beyond the table cannot be embedded", "take the model's own tokenizer",
-    ),
-    "a tensor missing": (
-        without_a_tensor, "missing: model.layers.1.mlp.down_proj.weight",
-        "transformers would fill what is missing with random numbers and ignore the others",
-        "copy or download the model's files again",
-    ),
-    "a generation config that is none": (
-        with_a_cut_generation_config, "generation_config.json cannot be read",
-        "the model would generate, and be written, with other settings", "repair the file",
-    ),
-    "a reward model": (
-        a_reward_model, "this is a reward model (a sequence classifier), and no policy",
-        "it cannot say how likely a token is", "start from a causal language model",
-    ),
-}  # fmt: skip
+# What is made, and what the error names.
+MODELS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "pickled weights only": (pickled, ("pickled", "(pytorch_model.bin)")),
+    "no weights": (without_weights, ("no weights",)),
+    "weights that are cut": (cut, (" model.safetensors is", "damaged")),
+    "a part missing": (without_a_part, ("model-00002-of-00002.safetensors", "missing")),
+    "code from a repository": (with_own_code, ("repository",)),
+    "more tokens than embeddings": (with_few_embeddings, ("100 tokens", "90 embeddings")),
+    "a tensor missing": (without_a_tensor, ("missing: model.layers.1.mlp.down_proj.weight",)),
+    "no generation config": (with_a_cut_generation_config, ("generation_config.json",)),
+    "head of rewards": (a_reward_model, ("sequence classifier",)),
+}
 
 
 @pytest.mark.parametrize("place_of", ["model", "init"])
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
     """Before any weight is read; also that of a later stage, which would fail hours later."""
-    make, what, why, fix = MODELS[case]
+    make, named = MODELS[case]
     make(tmp_path / "mine")
     recipe = tiny.tiny_recipe()
     if place_of == "model":
@@ -272,11 +240,10 @@ def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
     else:
         tiny.stage_of(recipe, "dpo")["init"] = "./mine"
         line, where = "init:", f"(stages.dpo.init): {tmp_path / 'mine'}: "
-    shown = str(problems(tmp_path, recipe))
-    where = f"{place(tmp_path, line)} {where}"
-    assert shown.startswith(where) and shown.endswith("\n1 problem found")
-    first, *more, _ = shown.splitlines()
-    assert what in first and more[0] == f"  why: {why}" and more[1].startswith(f"  fix: {fix}")
+    (problem,) = problems(tmp_path, recipe).problems
+    assert type(problem) is ModelError and problem.why and problem.fix
+    assert str(problem).startswith(f"{place(tmp_path, line)} {where}")
+    assert all(one in str(problem).splitlines()[0] for one in named)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "recipe.yaml"}
     assert not (tmp_path / "mine" / "ran").exists()
 
@@ -292,39 +259,40 @@ def test_an_adapter_without_one_of_its_tensors(tmp_path: Path) -> None:
     save_file({n: t for n, t in load_file(path).items() if "layers.1" not in n}, path)
     assert "missing: base_model.model.model.layers.1" in str(problems(tmp_path, recipe))
     path.rename(theirs / "adapter_model.bin")
-    assert "its weights are pickled (adapter_model.bin)" in str(problems(tmp_path, recipe))
+    assert "adapter_model.bin" in str(problems(tmp_path, recipe))
 
 
-@pytest.mark.parametrize("case", ["a language model", "pickled", "code from a repository"])
+@pytest.mark.parametrize("case", ["policy", "pickled", "with code"])
 def test_a_scorer_that_cannot_be_loaded(case: str, tmp_path: Path) -> None:
-    makers = {"pickled": pickled, "code from a repository": with_code}
+    makers = {"pickled": pickled, "with code": with_own_code}
     makers.get(case, saved_model)(tmp_path / "mine")
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["score"] = {"model": "./mine"}
     shown = str(problems(tmp_path, recipe))
-    named = {"pickled": "pytorch_model.bin", "a language model": "missing: score.weight"}
-    assert named.get(case, "needs code from its repository") in shown
+    named = {
+        "pickled": "pytorch_model.bin",
+        "policy": "missing: score.weight",
+        "with code": "trust_remote_code",
+    }
+    assert named[case] in shown
     assert not (tmp_path / "mine" / "ran").exists()
 
 
 def test_random_weights_with_fewer_embeddings_than_tokens(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     recipe["model"]["from_config"]["vocab_size"] = 64
-    assert str(problems(tmp_path, recipe)).startswith(
-        f"{place(tmp_path, 'model:')} (model): the tokenizer has 100 tokens, the model 64 embeddings"
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert problem.where == f"{place(tmp_path, 'model:')} (model)"
+    assert "100 tokens" in problem.what and "64 embeddings" in problem.what
 
 
 def test_another_vocabulary_in_the_reference(tmp_path: Path) -> None:
     saved_model(tmp_path / "mine", tokens=120)
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
-    assert str(problems(tmp_path, recipe)) == (
-        f"{place(tmp_path, 'reference: ')} (stages.dpo.reference): "
-        "the reference has 120 tokens, the policy 100\n"
-        "  why: their log-probs would be of different tokens\n"
-        "  fix: take a reference with the policy's tokenizer\n"
-        "1 problem found"
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert problem.where == f"{place(tmp_path, 'reference: ')} (stages.dpo.reference)"
+    assert "120 tokens" in problem.what and "policy 100" in problem.what
+    assert problem.why and problem.fix
     assert check(tmp_path, tiny.changed(recipe, "dpo.init", "./mine"))
 
 
@@ -343,18 +311,17 @@ def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
     saved_model(theirs / "base", tokens=120)
     saved_adapter(theirs, "base")
     shown = str(problems(tmp_path, recipe))
-    assert "(stages.dpo.reference): the reference has 100 tokens, the policy 120\n" in shown
+    assert re.search(r"\(stages\.dpo\.reference\): .* 100 tokens, .* 120\b", shown)
     saved_model(theirs / "base", tokens=90)
-    assert (
-        f"(stages.dpo.init): {theirs}, an adapter of {theirs / 'base'}: "
-        "the tokenizer has 100 tokens, the model 90 embeddings\n"
-    ) in str(problems(tmp_path, recipe))
+    (problem,) = problems(tmp_path, recipe).problems
+    assert "(stages.dpo.init): " in str(problem.where) and "90 embeddings" in problem.what
+    assert str(theirs) in str(problem.where) and str(theirs / "base") in str(problem.where)
     settings = json.loads((theirs / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "some/hub-name"
     (theirs / "adapter_config.json").write_text(json.dumps(settings))
-    assert (
-        f"(stages.dpo.init): {theirs}, an adapter of some/hub-name: the model's configuration cannot be"
-    ) in str(problems(tmp_path, recipe))
+    (problem,) = problems(tmp_path, recipe).problems
+    assert "(stages.dpo.init): " in str(problem.where) and "configuration" in problem.what
+    assert str(theirs) in str(problem.where) and "some/hub-name" in str(problem.where)
 
 
 @pytest.mark.parametrize("responses_from", [None, "dpo"])
@@ -371,7 +338,7 @@ def test_held_out_rows_of_a_stage_that_samples(responses_from: str | None, tmp_p
     assert check(tmp_path, recipe).count("  1 held-out examples") == 2  # of both rounds
     (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
     found = problems(tmp_path, recipe)
-    assert "no row has rewards, and RPO needs one for every response" in str(found)
+    assert "RPO" in str(found) and "rewards" in str(found)
 
 
 def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> None:
@@ -384,7 +351,7 @@ def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> 
     row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
-    assert "1 of 1 eval rows have a prompt that is trained on" in str(problems(tmp_path, recipe))
+    assert re.search(r"\b1 of 1 eval rows", str(problems(tmp_path, recipe)))
 
 
 def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) -> None:
@@ -398,9 +365,9 @@ def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) ->
     }  # fmt: skip
     found = str(problems(tmp_path, recipe))
     assert "(stages.dpo.data.generate.policies" in found and "other" in found
-    assert "(stages.dpo.data.generate.max_new_tokens): the longest prompt has" in found
-    assert "(eval.generate.max_new_tokens): the longest prompt has" in found
-    assert "goes beyond the model's context of 64" in found
+    assert "(stages.dpo.data.generate.max_new_tokens): " in found
+    assert "(eval.generate.max_new_tokens): " in found
+    assert "context of 64" in found
     assert "3 problems found" in found
     generate.update(max_new_tokens=5, policies=["init", "code"])
     recipe["eval"]["generate"]["max_new_tokens"] = 5
@@ -423,10 +390,11 @@ def test_each_fault_of_an_evaluation_has_its_place(tmp_path: Path) -> None:
 def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     check(tmp_path, recipe)  # a finished run of this recipe
-    found = str(problems(tmp_path, tiny.changed(recipe, "dpo.beta", 0.25)))
+    changed = problems(tmp_path, tiny.changed(recipe, "dpo.beta", 0.25))
+    found = str(with_code(changed, "run.recipe-changed"))
     assert "beta" in found and "0.25" in found and "--allow-changed" in found
     (finished_copy / "chain.json").unlink()
-    assert "not an rpo-trainer run directory" in str(problems(tmp_path, recipe))
+    assert "run.not-a-run-directory" in codes_of(problems(tmp_path, recipe))
 
 
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
@@ -434,7 +402,7 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     data = tiny.stage_of(recipe, "code")["data"]
     data["eval"] = [tiny.task("code", "train", 8)]
-    shown = "8 of 8 eval rows have a prompt that is trained on"
+    shown = "8 of 8 eval rows"
     assert any(line.startswith(f"  WARNING: {shown}") for line in check(tmp_path, recipe))
     data["held_out"] = True
     assert f" (stages.code.data.eval): {shown}" in str(problems(tmp_path, recipe))
@@ -454,12 +422,12 @@ def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -
             found[stage := line.split()[0]] = []
         elif "WARNING: eval" in line:
             found[stage].append(line.strip().removeprefix("WARNING: ").partition(" (")[0])
-    shown = "{} eval rows have a prompt that is trained on"
-    assert found["code"] == [shown.format("eval.nll: 8 of 10")]
-    assert found["dpo"] == [shown.format("eval.data: 2 of 7")]
+    ((nll,), (data,)) = found["code"], found["dpo"]
+    assert nll.startswith("eval.nll: 8 of 10 eval rows")
+    assert data.startswith("eval.data: 2 of 7 eval rows")
     assert not found["rpo-1"] and not found["rpo-2"]
     tiny.stage_of(recipe, "code")["data"]["held_out"] = True
-    assert shown.format("8 of 10") in str(problems(tmp_path, recipe))
+    assert "8 of 10 eval rows" in str(problems(tmp_path, recipe))
 
 
 def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
@@ -470,8 +438,8 @@ def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
     data |= {"train": [{"path": "rows.jsonl"}], "dedup": "normalised"}
     del data["eval"]
     lines = check(tmp_path, recipe, only={"code"})
-    dropped = "dropped: 2 rows, prompt used before (dedup) (rows.jsonl:2, rows.jsonl:3)"
-    assert any(line.startswith("  50 % of the rows") and line.endswith(dropped) for line in lines)
+    dropped = f"2 rows, {DROPS['repeated_prompt']} (rows.jsonl:2, rows.jsonl:3)"
+    assert any(line.startswith("  50 % of") and line.endswith(dropped) for line in lines)
 
 
 def test_what_deserves_attention_is_a_warning_and_is_counted(
@@ -497,8 +465,8 @@ def test_what_deserves_attention_is_a_warning_and_is_counted(
     assert not ended.value.code
     shown = capsys.readouterr().out
     warnings = [line.strip() for line in shown.splitlines() if line.startswith("  WARNING: ")]
-    assert any("80 % of the rows of one" in w and "max_length 40 (8)" in w for w in warnings)
-    assert any("50 % of the rows of one" in w and "tied" in w for w in warnings)
+    assert any("80 % of " in w and "max_length 40 (8)" in w for w in warnings)
+    assert any("50 % of " in w and "tied" in w for w in warnings)
     assert any("notes" in w and "columns" in w for w in warnings)
     assert any("temperature=0.5" in w for w in warnings)  # which transformers would not write
     assert sum("warning" in line.lower() for line in shown.splitlines()[:-1]) == len(warnings)
@@ -512,7 +480,7 @@ def test_what_is_dropped_of_held_out_rows_is_shown(tmp_path: Path) -> None:
     tiny.stage_of(recipe, "code")["data"]["eval"] = [{"path": "held.jsonl"}]
     lines = check(tmp_path, recipe, only={"code"})
     assert "  1 held-out examples" in lines
-    dropped = "dropped: 1 row, a response is empty or blank (held.jsonl:2)"
+    dropped = f"1 row, {DROPS['empty_response']} (held.jsonl:2)"
     assert any(line.startswith("  held out: 50 %") and line.endswith(dropped) for line in lines)
     assert any(line.startswith("  WARNING: held out: 50 %") for line in lines)
 
@@ -523,7 +491,7 @@ def test_a_repeated_prompt_of_a_sampling_stage_is_shown(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
     lines = check(tmp_path, recipe, only={"dpo"})
-    assert "  1 row (50 %), prompt seen before (prompts.jsonl:2)" in lines
+    assert f"  1 row (50 %), {WARNINGS['duplicate_prompt']} (prompts.jsonl:2)" in lines
 
 
 @pytest.mark.parametrize("field", ["init", "reference"])
@@ -532,7 +500,7 @@ def test_max_length_beyond_the_context_of_another_model(field: str, tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 32}))
     recipe = tiny.changed(tiny.tiny_recipe(), f"dpo.{field}", "./mine")
     shown = str(problems(tmp_path, recipe))
-    assert "max_length 64 is beyond ./mine's context of 32 tokens" in shown
+    assert "max_length 64" in shown and "./mine's" in shown and "32 tokens" in shown
     # The rounds that start from it have its context too; one line of the recipe is at fault.
     assert shown.endswith("1 problem found")
 
@@ -544,6 +512,5 @@ def test_another_tokenizer_of_the_same_size_in_a_reference(tmp_path: Path) -> No
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
-    assert f"{tmp_path / 'mine'}: the model's tokenizer is another one: " in str(
-        problems(tmp_path, recipe)
-    )
+    (problem,) = problems(tmp_path, recipe).problems
+    assert str(tmp_path / "mine") in str(problem.where) and "tokenizer" in problem.what

@@ -12,6 +12,7 @@ import pytest
 
 from rpo_trainer.chain.inputs import Digests, Input
 from rpo_trainer.data import Audit
+from rpo_trainer.data.counts import DROPS
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_weights
@@ -405,7 +406,7 @@ def test_reversed_pairs_get_in_held_out_rows_what_the_filter_says(
         return len(found.examples), found.audit
 
     if policy is None:
-        with pytest.raises(DataError, match="chosen has a lower reward than rejected: 1 of 4"):
+        with pytest.raises(DataError, match=f"{DROPS['reversed']}: 1 of 4"):
             held_out()
         return
     kept, audit = held_out()

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.errors import ModelError, Problems, RunError
+from rpo_trainer.errors import ModelError, Problems, RPOTrainerError, RunError
 from rpo_trainer.recipe import expand_stages, load_recipe
 from rpo_trainer.report import build_report, status_view
 from tests.chain import tiny
+from tests.raising import raises
 from tests.rewards.server import Answer, serving
 
 pytestmark = pytest.mark.slow
@@ -297,20 +298,23 @@ def test_tasks_that_cannot_be_run_are_found_by_check(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from rpo_trainer.chain.check import check_recipe
 
-    def shown(**spec: Any) -> str:
+    def found(**spec: Any) -> RPOTrainerError:
         recipe = tiny.tiny_recipe()
         recipe["stages"] = recipe["stages"][:2]
         recipe["eval"] = {"lm_eval": {**tasks_of(tmp_path), **spec}}
         with pytest.raises(Problems) as caught:
             check_recipe(tiny.load(tmp_path, recipe), tmp_path / "run")
         assert caught.value.exit_code == 2
-        assert len(caught.value.problems) == 1  # not once a stage
-        return str(caught.value)
+        (problem,) = caught.value.problems  # not once a stage
+        return problem
 
-    text = shown(tasks=["count_down"])
-    assert "lm-eval knows no task 'count_down'" in text and "did you mean count_up?" in text
-    assert "runs code that the model has written" in shown(tasks=["humaneval"])
-    assert "there is no such directory" in shown(include_path="./nowhere")
+    unknown = found(tasks=["count_down"])
+    assert unknown.code == "recipe.unknown-task" and "'count_down'" in unknown.what
+    assert "count_up?" in str(unknown.fix)
+    code = found(tasks=["humaneval"])
+    assert code.code == "recipe.code-execution-not-allowed" and "humaneval" in code.what
+    absent = found(include_path="./nowhere")
+    assert absent.code == "recipe.no-such-directory" and "include_path: " in str(absent.where)
 
 
 def test_without_the_extra_check_says_what_to_install(
@@ -324,9 +328,9 @@ def test_without_the_extra_check_says_what_to_install(
     recipe = tiny.tiny_recipe()
     recipe["stages"] = recipe["stages"][:1]
     recipe["eval"] = {"lm_eval": {"tasks": ["ifeval"]}}
-    with pytest.raises(Problems, match=r"rpo-trainer\[eval\]") as caught:
+    with raises("recipe.missing-library", Problems) as caught:
         check_recipe(tiny.load(tmp_path, recipe), tmp_path / "run")
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 2 and "rpo-trainer[eval]" in str(caught.value)
 
 
 def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
@@ -337,7 +341,7 @@ def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
 
     spec = LmEvalSpec.model_validate(tasks_of(tmp_path))
     (tmp_path / "tasks" / "questions.jsonl").unlink()
-    with pytest.raises(RunError, match="lm-eval failed") as caught:
+    with raises("run.lm-eval-failed", RunError) as caught:
         run_tasks(make_model(), character_tokenizer(), spec, tmp_path, seed=0)
     assert "count_up" in str(caught.value) and caught.value.exit_code == 2
 
@@ -377,9 +381,11 @@ def test_the_baseline_from_before_the_run_is_measured_too(tmp_path: Path) -> Non
 def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
     from rpo_trainer.chain.check import check_recipe
 
-    with pytest.raises(Problems, match="there is no model here") as caught:
+    with pytest.raises(Problems) as caught:
         check_recipe(tiny.load(tmp_path, recipe_with(tmp_path, baseline="./no")), tmp_path / "run")
-    assert [type(problem) for problem in caught.value.problems] == [ModelError]
+    (problem,) = caught.value.problems
+    assert type(problem) is ModelError and "eval.baseline" in str(problem.where)
+    assert str(tmp_path / "no") in str(problem.where)
 
 
 def test_what_is_damaged_is_made_again(
@@ -401,5 +407,7 @@ def test_what_is_damaged_is_made_again(
         lines = raw.splitlines(keepends=True)
         path.write_bytes([raw[:-9], b"\xff" + raw[1:], b"".join(lines[:-1])][number % 3])
     run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), run_dir)
-    assert caplog.text.count("its rows are made again") == len(harmed)
+    warned = [r.getMessage() for r in caplog.records if r.name == "rpo_trainer.rewards.rowfile"]
+    assert len(warned) == len(harmed)
+    assert all(any(path.name in text for text in warned) for path in harmed)
     assert tiny.records(run_dir)["rpo-2"]["eval"] == before

@@ -80,15 +80,17 @@ def test_ranked_rows_become_pairs_without_rewards(tmp_path):
         (["3", "22"], None),
         (["3", "4"], None),
     ]
-    with pytest.raises(DataError, match="RPO needs one for every response"):
+    with pytest.raises(DataError) as error:
         rows_of(tmp_path, "rpo", "pairs: {select: best_worst}", rows=bare)
+    assert "RPO" in error.value.what and "rewards" in error.value.what
 
 
 def test_sampled_rows_are_not_taken_for_ranked_ones(tmp_path):
     bare = [{k: v for k, v in row.items() if k != "rewards"} for row in ROWS]
     sampled = [{**row, "sampling": {"temperature": 1.0}} for row in bare]
-    with pytest.raises(DataError, match="sampled, and have no rewards"):
+    with pytest.raises(DataError) as error:
         rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=sampled)
+    assert "sampled" in error.value.what
     assert rows_of(tmp_path, "dpo", "score: {verifier: partial_match}", rows=sampled)
     ranked = [{**row, "ranks": [2, 0, 1]} for row in sampled]
     assert rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=ranked)[0][0] == ["2", "3"]
@@ -98,5 +100,6 @@ def test_sampled_rows_are_not_taken_for_ranked_ones(tmp_path):
 
 def test_some_rows_without_rewards_say_what_to_do(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "rewards": [1, None, 3]}]
-    with pytest.raises(DataError, match="do not have one finite reward for each response"):
+    with pytest.raises(DataError) as error:
         rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=rows)
+    assert "finite reward" in error.value.what

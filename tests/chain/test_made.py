@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo_trainer.data.judge_bias import biases
+from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.errors import DataError, ModelError, Problems
 from tests.chain import tiny
+from tests.raising import codes_of
 from tests.rewards.server import Answer, refused, serving
 from tests.rewards.test_judge import by_length
 
@@ -92,8 +93,8 @@ def test_rewards_in_other_units_train_the_same_policy(finished: Path, tmp_path: 
         torch.testing.assert_close(made["hundred"][0][key], weights, rtol=0, atol=1e-6)
     apart = [made["given"][0][key] - weights for key, weights in made["one"][0].items()]
     assert max(float(one.abs().max()) for one in apart) > 1e-4
-    assert any("sigmoid is 0 or 1" in remark for remark in remarks["given"])
-    assert not any("sigmoid is 0 or 1" in remark for remark in remarks["one"] + remarks["hundred"])
+    assert any("sigmoid" in remark for remark in remarks["given"])
+    assert not any("sigmoid" in remark for remark in remarks["one"] + remarks["hundred"])
 
 
 def test_several_policies_and_endpoints_with_a_judge(
@@ -126,7 +127,7 @@ def test_several_policies_and_endpoints_with_a_judge(
     said = found["rpo-1"]["data"]["audit"]["judge"]
     assert said == found["rpo-2"]["data"]["audit"]["judge"] == biases(rows)
     assert said["comparisons"] == 3 * len(rows) and said["longer_wins"] == 1.0
-    assert "judge: the longer answer wins 100% of the time" in caplog.text
+    assert all(line in caplog.text for line in bias_lines(said))
 
 
 def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -141,8 +142,9 @@ def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> N
 
     with serving(answer) as server:
         recipe = recipe_with({"endpoint": {"url": server.url, "model": "m"}})
-        with pytest.raises(DataError, match="could not be scored"):
+        with pytest.raises(DataError) as error:
             tiny.run(tmp_path, recipe)
+        assert "no ones" in str(error.value)
         bad, before = False, len(server.asked)
         tiny.run(tmp_path, recipe)
         total = sum(
@@ -153,17 +155,18 @@ def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("score", "message"),
+    ("score", "code", "shown"),
     [
-        ({"model": "./nowhere"}, "there is no reward model here"),
-        ({"judge": {"url": "http://x", "model": "m", "template": "none.txt"}}, "cannot be read"),
-        ({"verifier": "instructions"}, "`instruction_id_list` is absent or null"),
+        ({"model": "./nowhere"}, "model.no-reward-model", "nowhere"),
+        ({"judge": {"url": "http://x", "model": "m", "template": "none.txt"}}, None, "none.txt"),
+        ({"verifier": "instructions"}, None, "`instruction_id_list`"),
     ],
 )
 def test_what_can_be_known_is_said_before_the_run(
-    score: dict[str, Any], message: str, tmp_path: Path
+    score: dict[str, Any], code: str | None, shown: str, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path)
-    with pytest.raises((Problems, ModelError), match=message):
+    with pytest.raises((Problems, ModelError)) as error:
         tiny.run(tmp_path, recipe_with(score))
+    assert shown in str(error.value) and (code is None or code in codes_of(error.value))
     assert not (tmp_path / "run" / "code").exists()

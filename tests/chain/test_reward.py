@@ -14,6 +14,7 @@ from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import DataError, ModelError, Problems
 from rpo_trainer.report import summary_table
 from tests.chain.tiny import load, metrics, records, run, stage_of, task, tiny_recipe
+from tests.raising import raises
 
 ATTRIBUTES = ["right", "long"]
 
@@ -181,15 +182,16 @@ def test_a_policy_cannot_start_from_a_reward_models_directory(
 ) -> None:
     recipe = tiny_recipe()
     recipe["stages"] = [{**stage_of(recipe, "code"), "init": str(finished / "rated" / "final")}]
-    with pytest.raises((ModelError, Problems), match="this is a reward model"):
+    with pytest.raises((ModelError, Problems)) as error:
         run(tmp_path, recipe)
+    assert "stages.code.init" in str(error.value) and "sequence classifier" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rating_range": [0, 3]}, "the rating `right` is not from 0 to 3: 12 of 24 rows"),
-        ({"attributes": ["right", "wit"], "reward_weights": None}, "no row rates wit"),
+        ({"rating_range": [0, 3]}, r"`right`.* 0 to 3: 12 of 24 rows"),
+        ({"attributes": ["right", "wit"], "reward_weights": None}, r"\bwit\b"),
     ],
 )
 def test_check_finds_bad_ratings(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -214,6 +216,6 @@ def test_more_than_two_responses_say_to_make_pairs(tmp_path: Path) -> None:
     recipe = recipe_with_rewards()
     stage = {**stage_of(recipe, "bt"), "data": {"train": [{"path": "rated.jsonl"}]}}
     recipe["stages"] = [stage]
-    with pytest.raises((DataError, Problems), match="more than two responses") as found:
+    with raises("data.more-than-two-responses") as found:
         check_recipe(load(tmp_path, recipe), tmp_path / "run")
     assert "select: best_worst" in str(found.value)

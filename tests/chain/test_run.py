@@ -22,6 +22,7 @@ from rpo_trainer.recipe import expand_stages, load_recipe
 from rpo_trainer.trainers.checkpoint import verify_manifest
 from tests.chain import tiny
 from tests.chain.killer import run_until
+from tests.raising import raises
 
 # --- the chain itself ---
 
@@ -162,7 +163,8 @@ def test_run_again_is_done_and_rewrites_nothing(
     before = tiny.content(finished_copy)
     assert tiny.run(tmp_path) == finished_copy
     assert tiny.content(finished_copy) == before
-    assert "done: there is nothing left to run" in caplog.text
+    told = [r for r in caplog.records if r.name == "rpo_trainer.chain.run"]
+    assert [r.levelname for r in told] == ["INFO"] and str(finished_copy) in told[0].getMessage()
 
 
 def test_a_moved_run_goes_on(finished: Path, prefix: Any, tmp_path: Path) -> None:
@@ -273,16 +275,16 @@ def test_select_stage(tmp_path: Path) -> None:
     assert select_stage(loaded, "dpo", None) == "dpo"
     assert select_stage(loaded, "sft", "general") == "general"
     assert select_stage(loaded, "rpo", "rpo-2") == "rpo-2"
-    with pytest.raises(RecipeError, match="the recipe has 2 sft stages") as error:
+    with raises("option.ambiguous-stage", RecipeError, where=str(loaded.path)) as error:
         select_stage(loaded, "sft", None)
     assert "--stage: code, general" in str(error.value)
-    with pytest.raises(RecipeError, match="there is no dpo stage 'general'") as error:
+    with raises("option.unknown-stage", RecipeError, where=str(loaded.path)) as error:
         select_stage(loaded, "dpo", "general")
-    assert "one of: dpo" in str(error.value)
+    assert "'general'" in error.value.what and str(error.value.fix).endswith(": dpo")
     recipe = tiny.tiny_recipe()
     recipe["stages"] = recipe["stages"][:1]
     for name in (None, "x"):
-        with pytest.raises(RecipeError, match="the recipe has no rpo stage"):
+        with raises("option.no-stage-of-kind", RecipeError):
             select_stage(tiny.load(tmp_path, recipe), "rpo", name)
 
 

@@ -14,6 +14,7 @@ from rpo_trainer.trainers import checkpoint
 from tests.chain import tiny
 from tests.conftest import Injected
 from tests.faults.conftest import sampled_rpo
+from tests.raising import raises
 
 SEED = 20261121
 PAGE = 4096
@@ -127,13 +128,9 @@ def test_every_file_of_an_output(
         next(back)
         harm(path, drawn(harm, path.name))
         if checkpoint.verify_manifest(final) is not None:
-            with pytest.raises(
-                RunError, match="the output of the finished stage rpo is damaged"
-            ) as error:
+            with raises("run.damaged-output", RunError, where=str(final)) as error:
                 tiny.run(folder, sampled_rpo())
-            assert error.value.fix == (
-                "restore it from a copy, or start in a new directory (--run-dir)"
-            )
+            assert "--run-dir" in str(error.value.fix)
             injected(f"{harm.__name__} in final/{path.name}", "stopped")
         else:
             assert path.name == checkpoint.MANIFEST and harm is flipped_bit
@@ -162,13 +159,13 @@ def test_sampled_rows(
     """Made again where they cannot be read; other rows than the stage began with are refused."""
     (path,) = (again / "run" / "rpo").glob("generated-*.jsonl")
     harm(path, drawn(harm, "rows"))
-    refusal = ""
+    refusal = None
     try:
         tiny.run(again, sampled_rpo())
     except RunError as error:
-        refusal = error.what
-    if refusal:
-        assert "are not those it began with" in refusal
+        refusal = error
+    if refusal is not None:
+        assert refusal.code == "run.data-changed"
         assert checkpoint.last_complete(again / "run" / "rpo") is not None
     else:
         assert tiny.weights(again / "run") == expected
@@ -184,7 +181,8 @@ def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], injected:
     path = again / "run" / "chain.json"
     content = path.read_bytes()
     harm(path, drawn(harm, "chain.json"))
-    with pytest.raises(RunError) as error:
+    code = "run.unreadable-state" if path.is_file() else "run.not-a-run-directory"
+    with raises(code, RunError) as error:
         tiny.run(again, sampled_rpo())
     assert error.value.where and error.value.why and error.value.fix
     assert checkpoint.last_complete(again / "run" / "rpo") is not None

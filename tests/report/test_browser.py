@@ -53,8 +53,8 @@ def full_run(make_run: Callable[..., Path], make_stage: Any, make_evaluation: An
     names = ["code-sft", "general-sft", "dpo", "rpo-1", "rpo-2", "rpo-3"]
     kinds = ["sft", "sft", "dpo", "rpo", "rpo", "rpo"]
     warning = {
-        "name": "margins_exploding", "step": 20, "text": "the implicit gap is 12.5",
-        "advice": "lower learning_rate, raise beta (it is 0.1), or train fewer steps",
+        "name": "margins_exploding", "step": 20, "text": "its implicit gap of 12.5 grows",
+        "advice": "a lower learning_rate, a larger beta (0.1 now), or fewer steps",
     }  # fmt: skip
     stages = [
         make_stage(
