@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rpo_trainer.losses import preference_loss
 from rpo_trainer.runtime.memory import peak_memory
-from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
+from rpo_trainer.step.batch import Layout, forward_tokens, pack
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.order import deal
@@ -88,9 +88,9 @@ def forward(
     model: Any, examples: Sequence[Mapping[str, Any]], layout: Layout
 ) -> tuple[Tensor, dict[str, Any]]:
     """`[R]` sums of one micro-batch, and the micro-batch."""
-    batch = to_device(pack(examples, layout), torch.device(DEVICE))
-    logps = token_logprobs(model, batch["model_inputs"])
-    return response_sums(logps, batch["response_index"], len(batch["response_tokens"])), batch
+    batch = pack(examples, layout).to(torch.device(DEVICE))
+    logps = token_logprobs(model, batch.model_inputs)
+    return response_sums(logps, batch.response_index, len(batch.response_tokens)), batch
 
 
 class Step:
@@ -143,16 +143,16 @@ class Step:
                 for e, i in zip(examples, micro, strict=True)
             ]
             sums, batch = forward(self.model, examples, variant.layout)
-            reference = batch["reference_logps"].to(sums.dtype)
+            reference = batch.reference_logps.to(sums.dtype)
         else:
             with torch.no_grad():
                 reference, _ = forward(self.model, examples, variant.layout)
             sums, batch = forward(self.model, examples, variant.layout)
         loss = sums.new_zeros(())
-        for group in batch["groups"]:
+        for group in batch.groups:
             result = preference_loss(
                 sums[group], reference[group], loss_type="rpo_bwd_kl", beta=0.1,
-                rewards=batch["rewards"][group],
+                rewards=batch.rewards[group],
             )  # fmt: skip
             loss = loss + result.losses.sum() / len(self.examples)
         loss.backward()

@@ -32,7 +32,7 @@ from common import DEVICE, SIZES, lengths_of, make_model, make_tokenizer, quiet,
 from lengths import empirical, geometric, give_lengths, prompt_words
 
 from rpo_trainer.data import encode_prompt
-from rpo_trainer.rewards.generate import sample_responses
+from rpo_trainer.rewards.sample import sample_responses
 
 _WORDS = ("river", "stone", "garden", "clock", "letter", "winter", "engine", "mirror", "island")
 _WARM_UP = 8  # tokens

@@ -39,6 +39,7 @@ def resolve_weights(
         if weights not in PRESETS:
             raise RecipeError(
                 f"there are no published weights {weights!r}",
+                code="rewards.unknown-weights",
                 where="reward_weights",
                 why="each set belongs to the heads of one model, and none is taken for another",
                 fix=f"use one of {', '.join(PRESETS)}, or give weights by attribute",
@@ -53,6 +54,7 @@ def resolve_weights(
         ]
         raise RecipeError(
             "; ".join(faults),
+            code="rewards.wrong-attributes",
             where="reward_weights",
             why=f"the attributes are {', '.join(attributes)}",
             fix="give each attribute its weight; 0 leaves it out of the reward",
@@ -60,6 +62,7 @@ def resolve_weights(
     if not any(weights[name] for name in attributes):
         raise RecipeError(
             "all weights are 0",
+            code="rewards.zero-weights",
             where="reward_weights",
             why="every response would get the reward 0, and none would be better than another",
             fix="give one above 0",

@@ -76,7 +76,7 @@ class RPOTrainerError(Exception):
         super().__init__(self._text())
 
     def at(self, where: str) -> RPOTrainerError:
-        """The same error, at a place that somebody knows better."""
+        """The same error, at a place that the caller knows better."""
         self.where = redact(where)
         self.args = (self._text(),)
         return self
@@ -117,14 +117,14 @@ class DataError(RPOTrainerError):
 
 
 class NonFiniteError(RPOTrainerError):
-    """A loss or a gradient is NaN or infinite; the optimiser has not moved."""
+    """A loss or a gradient is NaN or infinite; the optimizer has not moved."""
 
     exit_code = 4
     everywhere = True
 
 
 class TemplateError(RPOTrainerError):
-    """A chat template with which a conversation is trained otherwise than it is sampled."""
+    """A chat template that renders a conversation differently in training than in sampling."""
 
     exit_code = 5
 
@@ -138,7 +138,7 @@ class StepZeroError(RPOTrainerError):
 
 
 class StoppedBySignal(RPOTrainerError):
-    """Stopped by a signal, behind a complete checkpoint."""
+    """Stopped by a signal, after a complete checkpoint."""
 
     exit_code = 75
     everywhere = True

@@ -14,7 +14,7 @@ from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.templates import CHATML, CHATML_TOKENS
 from tests.rewards.policies import llama, next_token_model
-from tests.rewards.test_model import save_model
+from tests.rewards.test_reward_model import save_model
 
 Row = dict[str, Any]
 STORIES = ("relevance", "coherence", "empathy", "surprise", "engagement", "complexity")

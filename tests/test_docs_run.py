@@ -17,7 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 from rpo_trainer.cli.commands import cli
-from rpo_trainer.recipe import data_schema, load_recipe, peft_schema, schema
+from rpo_trainer.recipe import load_recipe, schema
 from tests.documents import ROOT, SHIPPED, TOLD, blocks, code, commands, name_of, page
 
 
@@ -60,10 +60,9 @@ def test_there_are_commands_to_test() -> None:
 def fields() -> set[str]:
     """Every name that a recipe knows."""
     found = {"kind", "peft"}
-    for module in (schema, data_schema, peft_schema):
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, BaseModel):
-                found |= set(value.model_fields)
+    for value in vars(schema).values():
+        if isinstance(value, type) and issubclass(value, BaseModel):
+            found |= set(value.model_fields)
     return found
 
 
@@ -88,7 +87,7 @@ def test_names_given_for_those_of_other_tools_are_fields_here() -> None:
 
 
 def test_every_early_warning_is_explained() -> None:
-    from rpo_trainer.trainers import warnings
+    from rpo_trainer.trainers import early_warnings as warnings
 
     table = page("reports").split("| warning | means")[1]
     explained = set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE))

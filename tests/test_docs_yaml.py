@@ -18,15 +18,8 @@ from pydantic import BaseModel, ValidationError
 from transformers import TrainingArguments
 
 from rpo_trainer.cli.commands import main
-from rpo_trainer.recipe import (
-    data_schema,
-    load_recipe,
-    model_schema,
-    peft_schema,
-    schema,
-    yaml_document,
-)
-from rpo_trainer.recipe.spec import Spec
+from rpo_trainer.recipe import PeftSpec, load_recipe, schema, yaml_document
+from rpo_trainer.recipe.schema import Spec
 from tests.chain.tiny import records
 from tests.documents import ROOT, TOLD, blocks, code, name_of, spans
 from tests.documents_data import rows, save_base_model, write
@@ -37,8 +30,7 @@ from tests.test_docs import RECIPES
 SPECS: tuple[type[BaseModel], ...] = tuple(
     {
         value
-        for module in (schema, data_schema, model_schema, peft_schema)
-        for value in vars(module).values()
+        for value in vars(schema).values()
         if isinstance(value, type) and issubclass(value, BaseModel) and value.model_fields
     }
 )
@@ -130,14 +122,13 @@ def errors(spec: type[BaseModel], piece: dict[str, Any]) -> list[str]:
 
 def names_of(spec: type[BaseModel]) -> set[str]:
     own = set(spec.model_fields)
-    return own | NAMES["peft"] if spec is peft_schema.PeftSpec else own
+    return own | NAMES["peft"] if spec is PeftSpec else own
 
 
 # Of parts that take the fields of another library.
 NAMES = {
     "training_args": {field.name for field in dataclasses.fields(TrainingArguments)},
-    "peft": {field.name for field in dataclasses.fields(LoraConfig)}
-    | set(peft_schema.PeftSpec.model_fields),
+    "peft": {field.name for field in dataclasses.fields(LoraConfig)} | set(PeftSpec.model_fields),
 }
 PIECES = sorted({(name_of(path), piece) for path in TOLD for piece in pieces(path)})
 

@@ -1,8 +1,9 @@
-"""Errors are for people: each says what is wrong, why it matters and how to mend it."""
+"""Errors are for people: each says what is wrong, why it matters and how to fix it."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import rpo_trainer
 from rpo_trainer import errors
+from tests.raising import codes_of, with_code
 
 PACKAGE = Path(rpo_trainer.__file__).parent
 CLASSES = {
@@ -39,7 +41,7 @@ def _is_nothing(value: ast.expr) -> bool:
     return isinstance(value, ast.Constant) and not value.value
 
 
-def test_every_error_says_what_is_wrong_and_why_and_how_to_mend_it() -> None:
+def test_every_error_says_what_is_wrong_and_why_and_how_to_fix_it() -> None:
     found = [
         f"{path.relative_to(PACKAGE)}:{fault}"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -64,6 +66,42 @@ def test_what_is_missing_is_found(source: str, missing: list[str]) -> None:
 
 
 def test_the_parts_are_shown_in_their_places() -> None:
-    error = errors.DataError("it is wrong", where="a.jsonl:3", why="it matters", fix="mend it")
-    assert str(error) == "a.jsonl:3: it is wrong\n  why: it matters\n  fix: mend it"
-    assert str(error.at("stages.s")).startswith("stages.s: it is wrong\n")
+    error = errors.DataError(
+        "it is wrong", code="data.wrong", where="a.jsonl:3", why="it matters", fix="fix it"
+    )
+    assert str(error) == "a.jsonl:3: it is wrong [data.wrong]\n  why: it matters\n  fix: fix it"
+    assert str(error.at("stages.s")).startswith("stages.s: it is wrong [data.wrong]\n")
+
+
+CODE = re.compile(
+    r"(recipe|option|data|model|adapter|tokenizer|template|training|rewards|endpoint|judge|verifier|run"
+    r"|plan|report|hub)\.[a-z0-9]+(-[a-z0-9]+)*"
+)
+CODED = ("recipe", "cli", "attributes.py", "losses.py")  # parts whose errors all have codes
+
+
+def codes(source: str) -> Iterator[tuple[int, str | None]]:
+    """Line and code of every error that a source makes; None without `code=`, "" where it is no literal."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        values = [k.value for k in node.keywords if k.arg == "code"]
+        if getattr(node.func, "id", getattr(node.func, "attr", None)) in CLASSES and not values:
+            yield node.lineno, None
+        for value in values:
+            yield node.lineno, value.value if isinstance(value, ast.Constant) else ""
+
+
+@pytest.mark.parametrize("part", CODED)
+def test_every_error_has_a_code_of_a_known_form(part: str) -> None:
+    files = [PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py"))
+    for path in files:
+        for line, code in codes(path.read_text(encoding="utf-8")):
+            assert code == "" or (code and CODE.fullmatch(code)), f"{path}:{line}: {code}"
+
+
+def test_codes_of_several_errors() -> None:
+    one, two = (errors.DataError("x", code=f"data.{name}", why="y", fix="z") for name in "ab")
+    found = errors.Problems([one, two])
+    assert (found.code, codes_of(found)) == ("data.a", ["data.a", "data.b"])
+    assert with_code(found, "data.b") is two

@@ -201,22 +201,22 @@ def test_sft_reductions():
         numerators, weights = sft_loss(nll, tokens, reduction)
         values[reduction] = (numerators.sum() / weights.sum()).item()
     assert values == pytest.approx({"sum": 8.0, "token_mean": 16 / 7, "sequence_mean": 2.5})
-    with pytest.raises(ValueError, match="unknown sft_reduction 'mean'"):
+    with pytest.raises(ValueError, match="'mean'"):
         sft_loss(nll, tokens, "mean")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss_type": "hinge"}, "unknown loss_type 'hinge'; known: dpo"),
-        ({"policy_logps": torch.zeros(2)}, r"must be \[B, K\] with K of 2 or more, got \[2\]"),
+        ({"loss_type": "hinge"}, "'hinge'"),
+        ({"policy_logps": torch.zeros(2)}, r"policy_logps.*\[2\]"),
         ({"reference_logps": torch.zeros(1, 3)}, r"reference_logps is \[1, 3\]"),
         ({"rewards": torch.zeros(2, 2)}, r"rewards is \[2, 2\]"),
-        ({"loss_type": "rpo_bwd_kl"}, "needs rewards"),
-        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing belongs to dpo"),
+        ({"loss_type": "rpo_bwd_kl"}, "rpo_bwd_kl.*rewards"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing.* ipo"),
         (
             {"policy_logps": torch.zeros(1, 3), "reference_logps": torch.zeros(1, 3)},
-            "a loss of pairs",
+            "K = 3",
         ),
     ],
 )

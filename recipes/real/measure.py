@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
-from rpo_trainer.recipe.data_schema import GenerateSpec
+from rpo_trainer.recipe.schema import GenerateSpec
 from rpo_trainer.rewards.evaluate import Estimate, estimate, respond
 from rpo_trainer.rewards.verifiers import get_verifier
 from rpo_trainer.runtime.cores import usable_cores

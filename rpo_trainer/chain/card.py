@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from rpo_trainer.chain.state import library_versions
 from rpo_trainer.models.adapter_files import is_adapter
 from rpo_trainer.recipe import Recipe, Stage, resolve_path
-from rpo_trainer.recipe.chain_checks import looks_like_path
+from rpo_trainer.recipe.rules.chain import looks_like_path
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.recipe.yaml_document import dump
 from rpo_trainer.report.formatting import short

@@ -22,7 +22,8 @@ SAFE_FIELDS = frozenset(
         "report_to",
         "step0_check",
         "eval",
-        "nonfinite",
+        "on_nonfinite",
+        "max_skipped_steps",
     }
 )
 

@@ -11,8 +11,8 @@ from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.preload_checks import check_scorer
 from rpo_trainer.recipe import EvalSpec, GenerateSpec, RewardStage, ScoreSpec, Stage
-from rpo_trainer.recipe.chain_checks import looks_like_path
-from rpo_trainer.rewards.generate import check_room
+from rpo_trainer.recipe.rules.chain import looks_like_path
+from rpo_trainer.rewards.sample import check_room
 from rpo_trainer.stages.inputs import StageInputs, needs_policy, sampling_spec
 from rpo_trainer.stages.lm_eval_tasks import check_tasks
 from rpo_trainer.stages.prepare import StagePreparer

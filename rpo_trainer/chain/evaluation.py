@@ -22,15 +22,15 @@ from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import PreferenceStage, Stage
 from rpo_trainer.rewards import evaluate
-from rpo_trainer.rewards.rowfile import content_key, is_intact, map_rows_resumable, read_rows
-from rpo_trainer.rewards.sampling import sampling_settings
+from rpo_trainer.rewards.policies import sampling_settings
+from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.lm_eval_tasks import run_tasks
 from rpo_trainer.stages.settings import arithmetic
 from rpo_trainer.step.forward import uninstall
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
-from rpo_trainer.step.reference import ReferenceCache, reference_logps, response_key
+from rpo_trainer.step.reference import ReferenceCache, dataset_logprobs, response_key
 
 if TYPE_CHECKING:
     from rpo_trainer.chain.models import Models
@@ -191,8 +191,7 @@ class Evaluation:
             return read_rows(path)
         answers = evaluate.respond(
             self._policy(source), self.tokenizer, rows, generate=spec.generate, greedy=spec.greedy,
-            seed=seed, shard=(distributed.rank(), distributed.world_size()),
-            gather=distributed.all_gather_dict,
+            seed=seed, ranks=distributed.ALL_RANKS,
         )  # fmt: skip
         text = "".join(json.dumps(answer) + "\n" for answer in answers)
         distributed.on_main(lambda: write_with_digest(path, text))
@@ -321,7 +320,7 @@ class Evaluation:
         precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
         try:
             with precision:
-                return reference_logps(
+                return dataset_logprobs(
                     policy, examples, layout=layout, cache=cache,
                     shard=(distributed.rank(), distributed.world_size()), gather=distributed.all_gather_dict,
                     pad_token_id=self.tokenizer.pad_token_id or 0, tolerance=0.1 if half else 1e-3,

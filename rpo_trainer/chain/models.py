@@ -26,11 +26,11 @@ from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, n
 from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import RewardStage, Stage
-from rpo_trainer.rewards.rowfile import content_key
+from rpo_trainer.rewards.resumable_rows import content_key
 from rpo_trainer.runtime import distributed
 from rpo_trainer.stages.scored_rows import source_key
 from rpo_trainer.stages.settings import arithmetic, lora_config
-from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import verify_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class Models:
             base = dequantized(self._load(left.base.place, left.quantization))
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
-    def write_output(self, trainer: PackedTrainer, stage: Stage) -> None:
+    def write_output(self, trainer: BaseTrainer, stage: Stage) -> None:
         """`final` of a stage with an adapter, complete or absent; `adapter` or `merged` beside it."""
         assert stage.peft is not None
         folder = self.run_dir / stage.name
@@ -263,7 +263,7 @@ class Models:
         trainer.save_model(str(staged))
         distributed.on_main(lambda: self._finish(trainer, stage, folder, staged))
 
-    def _finish(self, trainer: PackedTrainer, stage: Stage, folder: Path, staged: Path) -> None:
+    def _finish(self, trainer: BaseTrainer, stage: Stage, folder: Path, staged: Path) -> None:
         spec = stage.peft
         assert spec is not None
         base = self._base(stage)
@@ -286,13 +286,13 @@ class Models:
         write_manifest(staged)
         _replace(staged, folder / "final")
 
-    def _write_merged(self, left: _Adapter, trainer: PackedTrainer, folder: Path) -> None:
+    def _write_merged(self, left: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
         """Merged from what is on disk, as every reader would: whole, whatever the engine has sharded."""
         shutil.rmtree(folder, ignore_errors=True)
         model = self._merged(left)
-        set_ends(model, trainer.written.ends)
+        set_ends(model, trainer.output.written.ends)
         model.save_pretrained(folder)
-        trainer.written.tokenizer.save_pretrained(folder)
+        trainer.output.written.tokenizer.save_pretrained(folder)
         write_beside(model, folder)
 
 

@@ -70,7 +70,7 @@ from rpo_trainer.stages.record import (
 )
 from rpo_trainer.stages.scored_rows import ScoredRows
 from rpo_trainer.stages.settings import check_warmup, make_trainer
-from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import verify_manifest
 from rpo_trainer.trainers.preference import PreferenceTrainer
 from rpo_trainer.trainers.reward import RewardTrainer
@@ -309,7 +309,7 @@ class _Chain:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _trainer(self, inputs: StageInputs) -> PackedTrainer:
+    def _trainer(self, inputs: StageInputs) -> BaseTrainer:
         stage, label = inputs.stage, self.preparer.label(inputs.stage)
         assert inputs.train is not None
         with distributed.raise_on_all_ranks():

@@ -25,9 +25,9 @@ from rpo_trainer.stages.record import (
     StageRecord,
     WarningRecord,
 )
-from rpo_trainer.trainers.base import PackedTrainer
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
-from rpo_trainer.trainers.warnings import EarlyWarnings
+from rpo_trainer.trainers.early_warnings import EarlyWarnings
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _AGREEMENT = ("pearson/", "spearman/", "rmse/", "bias/", "calibration/")
 
 
 def train_stage(
-    trainer: PackedTrainer,
+    trainer: BaseTrainer,
     folder: Path,
     *,
     begin: Callable[[int, bool], None],
@@ -132,7 +132,7 @@ def _finite(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def write_output(trainer: PackedTrainer, folder: Path) -> None:
+def write_output(trainer: BaseTrainer, folder: Path) -> None:
     """`final/` of a stage that trains all weights: model and tokenizer, complete or absent."""
     final, staged = folder / "final", folder / ".final"
     distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
@@ -153,7 +153,7 @@ def output_fingerprint(final: Path) -> str:
     return "+".join(digest[:16] for digest in weights)
 
 
-def write_gaps(trainer: PackedTrainer, path: Path) -> None:
+def write_gaps(trainer: BaseTrainer, path: Path) -> None:
     """Implicit and target gap of some training examples after the stage, one JSON line each."""
     examples = trainer.train_dataset
     rows = [examples[i] for i in range(min(len(examples), _GAPS_SHOWN))]
@@ -164,9 +164,9 @@ def write_gaps(trainer: PackedTrainer, path: Path) -> None:
         batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
         with torch.no_grad(), trainer.accelerator.autocast():
             _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-        for number, i in enumerate(batch["example_order"]):
-            gaps = {name: float(values[number]) for name, values in outputs["gaps"].items()}
-            lines.append(json.dumps({"id": batch["ids"][i], **gaps}) + "\n")
+        for number, i in enumerate(batch.example_order):
+            gaps = {name: float(values[number]) for name, values in outputs.gaps.items()}
+            lines.append(json.dumps({"id": batch.ids[i], **gaps}) + "\n")
     trainer._eval_metrics.drain()
     if distributed.is_main():  # all have computed them: sharded weights need every process
         write_with_digest(path, "".join(lines))

@@ -17,6 +17,8 @@ import click
 from rpo_trainer import __version__
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.errors import RPOTrainerError, RunError
+from rpo_trainer.recipe import json_schema, load_recipe, shipped
+from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
     RedactingHandler,
     redact,
@@ -106,8 +108,6 @@ def check(
         raise click.UsageError("Missing argument 'RECIPE' (or --template TOKENIZER).")
     if chat_template is not None or kwargs or as_json:
         raise click.UsageError("--chat-template, --kwargs and --json belong to --template.")
-    from rpo_trainer.recipe import load_recipe
-
     loaded = load_recipe(recipe, overrides)
     from rpo_trainer.chain import default_run_dir
     from rpo_trainer.chain.check import check_recipe, count_warnings
@@ -172,8 +172,6 @@ def plan(
     measure: bool,
 ) -> None:
     """What RECIPE will need: steps, tokens, memory by part, disk, and how to start it."""
-    from rpo_trainer.recipe import load_recipe
-
     loaded = load_recipe(recipe, overrides)
     from rich.console import Console
 
@@ -196,8 +194,6 @@ def plan(
 @click.option("--stage", help="Of one stage only.")
 def preview(recipe: Path, overrides: Sequence[str], count: int, stage: str | None) -> None:
     """Show examples of RECIPE as the model will get them: what is trained, what is cut."""
-    from rpo_trainer.recipe import load_recipe
-
     loaded = load_recipe(recipe, overrides)
     from rich.console import Console
 
@@ -227,8 +223,6 @@ def report(run_dir: Path) -> None:
 @cli.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    from rpo_trainer.recipe import json_schema
-
     click.echo(json.dumps(json_schema(), indent=2))
 
 
@@ -237,8 +231,6 @@ def schema() -> None:
 @click.option("--copy", type=click.Path(path_type=Path), help="Copy all of them to a new folder.")
 def recipes(name: str | None, copy: Path | None) -> None:
     """List the recipes that come with the package, or print the one of NAME."""
-    from rpo_trainer.recipe import shipped
-
     if name is not None:
         click.echo(shipped.text_of(name), nl=False)
     elif copy is not None:
@@ -268,7 +260,7 @@ def _stage_command(kind: str) -> Callable[..., None]:
     return command
 
 
-for _kind in ("sft", "dpo", "rpo", "reward"):
+for _kind in STAGE_KINDS:
     _stage_command(_kind)
 
 
@@ -280,33 +272,28 @@ def _run(
     with_report: bool,
     allowed: Sequence[str] = (),
 ) -> None:
-    from rpo_trainer.recipe import load_recipe
-
     loaded = load_recipe(recipe, overrides)  # errors of the recipe come before torch is imported
-    from rpo_trainer.chain import run_chain, select_stage
+    from transformers.utils.logging import disable_progress_bar
 
-    _hide_bars()
+    from rpo_trainer.chain import run_chain, select_stage
+    from rpo_trainer.report import build_report
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has one for every file
     names = None if only is None else {select_stage(loaded, *only)}
     folder = run_chain(loaded, run_dir, only=names, allow_changed=allowed)
-    if _rank("RANK") == 0:
-        _table(folder)
-        if with_report:
-            _report_if_possible(folder)
+    if _rank("RANK") != 0:
+        return
+    _table(folder)
+    if with_report:
+        try:
+            click.echo(f"report: {build_report(folder)}")
+        except RunError as error:  # the chain is done, also where the report's extra is missing
+            click.echo(f"no report: {error}", err=True)
 
 
 def _rank(name: str) -> int:
     """Of this process, as launchers tell it: RANK among all, LOCAL_RANK on this host."""
     return int(os.environ.get(name, 0))
-
-
-def _report_if_possible(folder: Path) -> None:
-    """A chain that has run is done, also where the extra for its report is not installed."""
-    from rpo_trainer.report import build_report
-
-    try:
-        click.echo(f"report: {build_report(folder)}")
-    except RunError as error:
-        click.echo(f"no report: {error}", err=True)
 
 
 def _table(run_dir: Path) -> None:
@@ -315,13 +302,6 @@ def _table(run_dir: Path) -> None:
     from rpo_trainer.report import status_view
 
     Console().print(status_view(run_dir))
-
-
-def _hide_bars() -> None:
-    """transformers shows a bar for every file it reads or writes; ours would drown in them."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _show_messages(verbose: bool) -> None:
@@ -387,6 +367,7 @@ def _exit_code(args: Sequence[str] | None) -> int:
             raise
         refused = RunError(
             f"the file system refuses: {said}",
+            code="run.file-system",
             where=getattr(error, "filename", None),
             why="the command reads or writes there",
             fix="free disk space or fix the permissions, and run the same command again",

@@ -1,12 +1,15 @@
-"""What the options of the commands on rewards say, as fields of a recipe. No torch."""
+"""Options of the commands on rewards: made of the fields of a recipe, and read into them. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import ValidationError
+import click
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from rpo_trainer.errors import Problems, RecipeError, RPOTrainerError
 from rpo_trainer.recipe import template_kwargs
@@ -16,7 +19,100 @@ if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens
     from rpo_trainer.recipe import SourceSpec
 
-SERVICE = ("api_key_env", "concurrency", "timeout", "retries")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several decorators of a command as one, which `--help` shows in this order."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+def spec_options(
+    spec: type[BaseModel],
+    names: Collection[str] | None = None,
+    *,
+    without: Collection[str] = (),
+    help: Mapping[str, str] | None = None,
+) -> Callable[[F], F]:
+    """An option for each field of a part of a recipe, with the field's type, default and description.
+
+    What is not given on the command line is None (a flag: False), so that the default is the field's own;
+    see `given_values`. Choices and bounds are the field's too, and checked by `valid`.
+
+    Args:
+        names: the fields; None: all of them.
+        without: fields that are left out.
+        help: texts that take the place of a field's description.
+
+    Raises:
+        TypeError: a field of a type that no option can have.
+    """
+    chosen = (
+        spec.model_fields if names is None else {name: spec.model_fields[name] for name in names}
+    )
+    return options(
+        *(
+            _spec_option(name, field, (help or {}).get(name) or _sentence(field.description or ""))
+            for name, field in chosen.items()
+            if name not in without
+        )
+    )
+
+
+def _spec_option(name: str, field: FieldInfo, help: str) -> Callable[[F], F]:
+    option = f"--{name.replace('_', '-')}"
+    (kind, *more) = _kinds(field.annotation)
+    if kind is bool:
+        return click.option(option, is_flag=True, help=help)
+    if field.default is not None and not field.is_required():
+        help = f"{help}  [default: {field.default}]"
+    settings: dict[str, Any] = {"required": field.is_required(), "help": help}
+    if get_origin(kind) is Literal:
+        choices = "|".join(map(str, get_args(kind)))
+        return click.option(option, metavar=f"[{choices}]", **settings)
+    if get_origin(kind) is dict and more == [str]:
+        return click.option(option, metavar="NAME=VALUE,...", **settings)
+    if not more and kind in (int, float, str):
+        return click.option(option, type=kind, **settings)
+    if (
+        not more
+        and isinstance(kind, type)
+        and issubclass(kind, BaseModel)
+        and "url" in kind.model_fields
+    ):
+        return click.option(option, metavar="URL", **settings)
+    raise TypeError(f"{name}: no option can have the type {field.annotation}")
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The members of a union other than None, or the type itself, without what `Annotated` adds."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [
+            kind for each in get_args(annotation) for kind in _kinds(each) if kind is not type(None)
+        ]
+    return [get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation]
+
+
+def _sentence(description: str) -> str:
+    return f"{description[:1].upper()}{description[1:]}."
+
+
+def given_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values of `spec_options` that the command line gives."""
+    return {
+        name: value for name, value in values.items() if value is not None and value is not False
+    }
+
+
+def split_off(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Takes these values, where they are given, out of the others."""
+    return {name: values.pop(name) for name in names if name in values}
 
 
 def service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[str, Any]:
@@ -24,6 +120,7 @@ def service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[
     if name is None:
         raise RecipeError(
             "an endpoint needs the name of its model",
+            code="option.missing-companion",
             where=url,
             why="a server may have several, and every request says which one it is for",
             fix="add --name",
@@ -42,10 +139,13 @@ def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
         context = first.get("ctx", {})
         option = "--" + "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
         if first["type"] == "literal_error":
-            what, fix = not_a_choice(option, first["input"], context["expected"])
-            raise RecipeError(what, why=why_of(first["type"]), fix=fix) from None
+            words = not_a_choice(option, first["input"], context["expected"])
+            raise RecipeError(
+                words.what, code="option.invalid-choice", why=why_of(first["type"]), fix=words.fix
+            ) from None
         raise RecipeError(
             context.get("what") or f"{first['msg']} ({first['input']!r})",
+            code="option.invalid-value",
             where=option,
             why=context.get("why") or why_of(first["type"]),
             fix=context.get("fix") or "see --help for what it takes",
@@ -60,7 +160,7 @@ def source_spec(
     kwargs: Sequence[str] = (),
 ) -> SourceSpec:
     """A file as a source, with `--column` as `columns` and `--kwargs` as `chat_template_kwargs`."""
-    from rpo_trainer.rewards.files import source_of
+    from rpo_trainer.rewards.row_files import source_of
 
     named = dict(_assignment(text, "--column") for text in columns)
     return source_of(data, format_, named, special_tokens, parse_kwargs(kwargs))
@@ -76,6 +176,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
         if name in found:
             raise RecipeError(
                 f"{name!r} is given two weights",
+                code="option.repeated-name",
                 where="--weights",
                 why="a reward is one sum, and which of the two belongs in it cannot be guessed",
                 fix="give each attribute once",
@@ -85,6 +186,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
         except ValueError:
             raise RecipeError(
                 f"{value!r} is not a number",
+                code="option.not-a-number",
                 where="--weights",
                 why="the score of an attribute is multiplied by its weight",
                 fix=f"write it as in {name}=0.5",
@@ -97,6 +199,7 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
     if not (sign and name.strip() and value.strip()):
         raise RecipeError(
             f"{text!r} is not name=value",
+            code="option.not-an-assignment",
             where=option,
             why="one half alone does not say what it belongs to",
             fix="write both, as in --column prompt=question or --weights helpfulness=0.5,coherence=0.5",
@@ -120,6 +223,7 @@ def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, An
     problems: list[RPOTrainerError] = [
         RecipeError(
             error.what,
+            code=error.code,
             where=f"{option} {(error.where or '').removeprefix('override ')}",
             why="each word sets one variable of the chat template",
             fix="write name=value, for example enable_thinking=false; the value is YAML, so a text with "

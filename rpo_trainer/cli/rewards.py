@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from rpo_trainer.cli.options import (
-    SERVICE,
+    given_values,
+    options,
     parse_kwargs,
     service_fields,
     source_spec,
+    spec_options,
+    split_off,
     valid,
     weights_of,
 )
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.recipe import (
+    EndpointSpec,
+    FilterSpec,
+    GenerateSpec,
+    JudgeSpec,
+    PairsSpec,
+    ScoreSpec,
+)
 
 if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens
     from rpo_trainer.rewards.calibrate import Calibration
 
-F = TypeVar("F", bound=Callable[..., Any])
+SCORERS = ("verifier", "model", "endpoint", "judge")  # one of them gives the rewards
+# Fields that the options of an endpoint say otherwise: `--endpoint URL --name MODEL --kwargs NAME=VALUE`.
+_ENDPOINT = ("url", "model", "chat_template_kwargs")
+SERVICE = tuple(name for name in EndpointSpec.model_fields if name not in _ENDPOINT)
+JUDGED = ("template", "max_tokens")
+THRESHOLDS = ("min_chosen_reward", "min_chosen_quantile", "keep_top_fraction")
 
 _input = click.argument("data", metavar="INPUT", type=click.Path(path_type=Path))
 _output = click.option(
@@ -48,26 +64,13 @@ _kwargs = click.option(
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 
 
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
+_source = options(_input, _format, _columns)
+_service = spec_options(EndpointSpec, SERVICE)
 
 
-_source = _options(_input, _format, _columns)
-_service = _options(
-    click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True,
-                 help="Environment variable with the key."),
-    click.option("--concurrency", type=int, default=8, show_default=True,
-                 help="Requests at a time."),
-    click.option("--timeout", type=float, default=60.0, show_default=True,
-                 help="Seconds without an answer before the next try."),
-    click.option("--retries", type=int, default=6, show_default=True,
-                 help="Further tries of a request."),
-)  # fmt: skip
+def _show(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
 
 
 @click.command()
@@ -75,16 +78,9 @@ _service = _options(
 @_special_tokens
 @_kwargs
 @_output
-@click.option("--verifier", help="Rewards from the rows' right answers: exact, numeric, ...")
-@click.option("--allow-code-execution", is_flag=True, help="Let the verifier `asserts` run code.")
-@click.option("--model", help="A reward model: directory or hub name.")
-@click.option("--endpoint", metavar="URL", help="A reward model behind an endpoint.")
-@click.option("--judge", metavar="URL", help="An LLM judge behind an endpoint, asked twice a pair.")
+@spec_options(ScoreSpec, help={"model": "A reward model: directory or hub name."})
 @click.option("--name", help="The model's name at the endpoint.")
-@click.option("--weights", help="attribute=weight,... or published weights by name.")
-@click.option("--template", help="File with the judge's prompt: {prompt}, {first}, {second}.")
-@click.option("--max-tokens", type=int, help="Longest answer of the judge.")
-@click.option("--batch-tokens", type=int, help="Tokens in a forward pass of --model.")
+@spec_options(JudgeSpec, JUDGED)
 @_service
 def score(
     data: Path,
@@ -93,71 +89,60 @@ def score(
     special_tokens: SpecialTokens | None,
     kwargs: Sequence[str],
     output: Path,
-    verifier: str | None,
-    allow_code_execution: bool,
-    model: str | None,
-    endpoint: str | None,
-    judge: str | None,
     name: str | None,
-    weights: str | None,
-    template: str | None,
-    max_tokens: int | None,
-    batch_tokens: int | None,
-    **service: Any,
+    **values: Any,
 ) -> None:
     """Give rewards to the responses of INPUT: SFT rows, pairs, or K responses a row.
 
     They come from --verifier, --model, --endpoint or --judge. Run again, it resumes where it
     stopped; a row that finally fails is reported, and nothing is written until all have succeeded.
     """
-    from rpo_trainer.recipe import ScoreSpec
     from rpo_trainer.rewards.commands import score_file
 
-    scorers = {"--verifier": verifier, "--model": model, "--endpoint": endpoint, "--judge": judge}
-    given = [option for option, value in scorers.items() if value is not None]
+    fields = given_values(values)
+    service, judged = split_off(fields, SERVICE), split_off(fields, JUDGED)
+    given = [f"--{name}" for name in SCORERS if name in fields]
     if len(given) != 1:
         raise RecipeError(
             f"{' and '.join(given)} are given" if given else "no scorer is given",
+            code="option.not-one-scorer",
             why="one scorer gives the rewards: those of two have no common unit",
-            fix=f"give one of {', '.join(given or scorers)}",
+            fix=f"give one of {', '.join(given or (f'--{name}' for name in SCORERS))}",
         )
-    fields: dict[str, Any] = {
-        "verifier": verifier,
-        "allow_code_execution": allow_code_execution,
-        "model": model,
-        "weights": weights_of(weights),
-        "batch_tokens": batch_tokens,
-    }
-    judged = {"template": template, "max_tokens": max_tokens}
-    if judge is None and any(value is not None for value in judged.values()):
+    if judged and "judge" not in fields:
         raise RecipeError(
             "--template and --max-tokens belong to --judge",
+            code="option.missing-companion",
             why="nothing else is asked in words, so nothing would read them",
             fix="add --judge URL --name MODEL, or leave them out",
         )
-    if name is not None and endpoint is None and judge is None:
+    if name is not None and "endpoint" not in fields and "judge" not in fields:
         raise RecipeError(
             "--name belongs to --endpoint or --judge",
+            code="option.missing-companion",
             why="it is what a server calls its model; a verifier or --model has no server",
             fix="add --endpoint URL or --judge URL, or leave it out",
         )
-    if kwargs and verifier is not None:
+    if kwargs and "verifier" in fields:
         raise RecipeError(
             "--kwargs belongs to --model, --endpoint or --judge",
+            code="option.missing-companion",
             why="a verifier reads the responses alone: no chat template is rendered",
             fix="leave it out",
         )
-    if endpoint is not None:
-        fields["endpoint"] = service_fields(endpoint, name, service)
-    if judge is not None:
-        asked = {key: value for key, value in judged.items() if value is not None}
+    if "weights" in fields:
+        fields["weights"] = weights_of(fields["weights"])
+    rendered = kwargs
+    if "endpoint" in fields:
+        fields["endpoint"] = service_fields(fields["endpoint"], name, service)
+    if "judge" in fields:
         # A judge reads the rows as text: the variables are those of its own template.
         own = {} if not kwargs else {"chat_template_kwargs": parse_kwargs(kwargs)}
-        fields["judge"] = {**service_fields(judge, name, service), **asked, **own}
-    spec = valid(ScoreSpec, {k: v for k, v in fields.items() if v is not None})
-    rendered = () if judge is not None else kwargs
+        fields["judge"] = {**service_fields(fields["judge"], name, service), **judged, **own}
+        rendered = ()
+    spec = valid(ScoreSpec, fields)
     source = source_spec(data, format_, columns, special_tokens, rendered)
-    score_file(source, output, spec, click.echo)
+    _show(score_file(source, output, spec))
 
 
 @click.command()
@@ -174,21 +159,7 @@ def score(
     help="A model behind an OpenAI-compatible endpoint (vLLM, say); needs --name.",
 )
 @click.option("--name", "names", multiple=True, help="The model's name there, one an --endpoint.")
-@click.option(
-    "--responses",
-    type=int,
-    default=4,
-    show_default=True,
-    help="Responses for each prompt, from each policy.",
-)
-@click.option("--max-new-tokens", type=int, required=True, help="Longest response.")
-@click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0: every token.")
-@click.option(
-    "--batch-size", type=int, default=64, show_default=True, help="Responses decoded at once."
-)
-@click.option("--with-ground-truth", is_flag=True, help="Add each row's `ground_truth` to them.")
+@spec_options(GenerateSpec, without=("policies", "endpoints"))
 @click.option("--chat-template", help="chatml, plain, or a Jinja file; else each policy's own.")
 @_seed
 @_service
@@ -204,19 +175,19 @@ def generate(
     names: Sequence[str],
     chat_template: str | None,
     seed: int,
-    **settings: Any,
-) -> None:  # fmt: skip
+    **values: Any,
+) -> None:
     """Sample responses to the prompts of INPUT, from one policy or from several.
 
     Run again, it resumes where it stopped. What a row gets depends on its id and the seed, not
     on the rows beside it.
     """
-    from rpo_trainer.recipe import GenerateSpec
     from rpo_trainer.rewards.commands import generate_file
 
     if len(endpoints) != len(names):
         raise RecipeError(
             f"{len(endpoints)} endpoints and {len(names)} names",
+            code="option.missing-companion",
             where="--endpoint, --name",
             why="they belong together in their order, so none may be missing",
             fix="one --name an --endpoint",
@@ -224,41 +195,24 @@ def generate(
     if not policies and not endpoints:
         raise RecipeError(
             "there is no policy to sample from",
+            code="option.missing-policy",
             where="--policy",
             why="the responses are a model's, and none is taken unasked",
             fix="add --policy MODEL, or --endpoint URL --name MODEL",
         )
-    service = {key: settings.pop(key) for key in SERVICE}
+    fields = given_values(values)
+    service = split_off(fields, SERVICE)
     at = [service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
-    spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **settings})
-    generate_file(
-        source_spec(data, format_, columns, special_tokens, kwargs), output, spec,
-        seed=seed, chat_template=chat_template, say=click.echo,
-    )  # fmt: skip
+    spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **fields})
+    source = source_spec(data, format_, columns, special_tokens, kwargs)
+    _show(generate_file(source, output, spec, seed=seed, chat_template=chat_template))
 
 
 @click.command()
 @_source
 @_output
-@click.option(
-    "--select",
-    default="best_worst",
-    show_default=True,
-    help="best_worst, best_random, all_pairs or all_responses.",
-)
-@click.option(
-    "--chosen",
-    default="best",
-    show_default=True,
-    help="best, or ground_truth: the row's, where it is among the responses.",
-)
-@click.option("--ties", default="drop", show_default=True, help="drop or keep equal rewards.")
-@click.option(
-    "--min-gap", type=float, default=0.0, show_default=True, help="Drop what has no larger gap."
-)
-@click.option("--min-chosen-reward", type=float, help="Drop rows with a lower chosen reward.")
-@click.option("--min-chosen-quantile", type=float, help="The same, as a quantile.")
-@click.option("--keep-top-fraction", type=float, help="Keep this share, the best chosen.")
+@spec_options(PairsSpec)
+@spec_options(FilterSpec, THRESHOLDS)
 @_seed
 def pairs(
     data: Path,
@@ -266,25 +220,17 @@ def pairs(
     columns: Sequence[str],
     output: Path,
     seed: int,
-    min_chosen_reward: float | None,
-    min_chosen_quantile: float | None,
-    keep_top_fraction: float | None,
-    **settings: Any,
-) -> None:  # fmt: skip
+    **values: Any,
+) -> None:
     """Make pairs, or rows of K responses, of the scored or ranked responses of INPUT."""
-    from rpo_trainer.recipe import FilterSpec, PairsSpec
     from rpo_trainer.rewards.commands import pairs_file
 
-    thresholds = {
-        "min_chosen_reward": min_chosen_reward,
-        "min_chosen_quantile": min_chosen_quantile,
-        "keep_top_fraction": keep_top_fraction,
-    }
-    given = {key: value for key, value in thresholds.items() if value is not None}
-    filter = valid(FilterSpec, {**given, "reversed": "keep"}) if given else None
-    spec = valid(PairsSpec, settings)
+    fields = given_values(values)
+    passing = split_off(fields, THRESHOLDS)
+    filter = valid(FilterSpec, {**passing, "reversed": "keep"}) if passing else None
+    spec = valid(PairsSpec, fields)
     source = source_spec(data, format_, columns)
-    pairs_file(source, output, spec, filter, seed=seed, say=click.echo)
+    _show(pairs_file(source, output, spec, filter, seed=seed))
 
 
 @click.command()
@@ -306,6 +252,7 @@ def calibrate(
     if reward_scale is not None and not 0 < reward_scale < math.inf:
         raise RecipeError(
             f"--reward-scale must be above 0, and finite, got {reward_scale:g}",
+            code="option.out-of-range",
             why="η multiplies the gaps: 0 takes them away, and below 0 worse responses would be learnt",
             fix="give another, or leave it out: one is fitted",
         )
@@ -315,10 +262,10 @@ def calibrate(
         click.echo(json.dumps({name: c.as_dict() for name, c in found.items()}, indent=1))
         return
     for name, calibration in found.items():
-        _show(name, calibration)
+        _show_calibration(name, calibration)
 
 
-def _show(name: str, found: Calibration) -> None:
+def _show_calibration(name: str, found: Calibration) -> None:
     click.echo(f"{name}: {found.rows} pairs, {found.ties} ties, {found.against} reversed")
     if found.without:
         click.echo(f"  warning: {found.without} without rewards, left out")
@@ -371,6 +318,7 @@ def audit(
     if tokenizer is None and (max_length is not None or chat_template is not None or kwargs):
         raise RecipeError(
             "--max-length, --chat-template and --kwargs need --tokenizer",
+            code="option.missing-companion",
             why="a row's length is counted in tokens, after the template is applied",
             fix="add --tokenizer MODEL, or leave them out",
         )
@@ -385,8 +333,7 @@ def audit(
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:
-        for line in found.lines():
-            click.echo(line)
+        _show(found.lines())
 
 
 COMMANDS = (score, generate, pairs, calibrate, audit)

@@ -1,4 +1,4 @@
-"""Rows in one internal format: reading, adapting, filtering, mixing, rendering, tokenising.
+"""Rows in one internal format: reading, adapting, filtering, mixing, rendering, tokenizing.
 
 Imports neither torch nor transformers, so that a recipe's data can be checked at once.
 """

@@ -3,23 +3,19 @@
 A trained span is what the model has to write itself: from the end of the generation prompt to the end
 marker of the turn, with the marker and without the line break after it (`turns.py` finds both).
 
-Text of special tokens inside the data is replaced by private-use characters while rendering, so
-that what the template wrote and what the data holds stay apart; `encode.py` makes text of it again.
+Text of special tokens inside the data is hidden while rendering (`rendered.py`), so that what the
+template wrote and what the data holds stay apart; `encode.py` makes text of it again.
 The marks around the thinking of an assistant's turn are control even so: a model writes them itself.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.bounds import CHARACTERS, TemplateLimit, limited
-from rpo_trainer.data.endings import SENTINEL, USER, Controls, Ending, learn_ending
-from rpo_trainer.data.rows import Message, RowError
-from rpo_trainer.data.spellings import (
+from rpo_trainer.data.message_forms import (
     ThinkingForms,
     call_forms,
     in_parts,
@@ -27,9 +23,19 @@ from rpo_trainer.data.spellings import (
     with_thinking,
     writes_python,
 )
-from rpo_trainer.data.templates import set_chat_template, stop_clock
-from rpo_trainer.data.thinking import THOUGHT, Thoughts
-from rpo_trainer.data.turns import Found, Span, TurnFinder
+from rpo_trainer.data.rendered import (
+    Rendered,
+    StandIns,
+    longest_first,
+    special_pattern,
+    special_texts,
+)
+from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.template_limits import CHARACTERS, TemplateLimit, time_limit
+from rpo_trainer.data.templates import stop_clock
+from rpo_trainer.data.thinking_marks import THOUGHT, Thoughts
+from rpo_trainer.data.turn_endings import SENTINEL, USER, Controls, Ending, learn_ending
+from rpo_trainer.data.turns import Found, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.runtime.file_errors import UNREADABLE
@@ -37,58 +43,9 @@ from rpo_trainer.runtime.file_errors import UNREADABLE
 if TYPE_CHECKING:
     from transformers import AddedToken, PreTrainedTokenizerBase
 
-__all__ = ["ChatRenderer", "Rendered", "set_chat_template"]
-
 Tools = list[Any] | None
 
 MOST_RENDERERS = 256  # with variables of their own, kept at once
-PRIVATE = 0xF0000  # a plane of characters that no text uses
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A text to tokenise.
-
-    Attributes:
-        spans: trained character ranges of `text`, ascending.
-        literal: character ranges of special-token text that came with the data.
-        plain: no chat template; nothing in it is control, and the end token follows it.
-        cut: the response was cut before it ended: the text ends with its words, and no end token follows.
-        parsed: text of special tokens that came with the data is control all the same.
-        differs: what generation and training have around their first difference in front of a trained
-            turn; None: the turn stands behind its generation prompt.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
-    literal: tuple[Span, ...] = ()
-    plain: bool = False
-    cut: bool = False
-    parsed: bool = False
-    differs: tuple[str, str] | None = None
-
-
-def render_plain(
-    prompt: str, response: str, *, parsed: bool = False, cut: bool = False
-) -> Rendered:
-    """Prompt and response joined as they are; `cut`: the response has no end token."""
-    text = prompt + response
-    return Rendered(text, ((len(prompt), len(text)),), plain=True, cut=cut, parsed=parsed)
-
-
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts that the tokenizer turns into control tokens, longest first."""
-    texts = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content}
-    return _longest_first(texts)
-
-
-def _longest_first(texts: Iterable[str]) -> list[str]:
-    return sorted(texts, key=lambda text: (-len(text), text))
-
-
-def special_pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
-    """Finds the texts of control tokens; None where there are none."""
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
 def _is_control(token: AddedToken) -> bool:
@@ -116,10 +73,7 @@ class ChatRenderer:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     _others: dict[tuple[str, bool], ChatRenderer] = field(init=False, default_factory=dict)
     _parts: bool | None = field(init=False, default=None)
-    _special: re.Pattern[str] | None = field(init=False)
-    _names: list[str] = field(init=False)
-    _stand_in: re.Pattern[str] = field(init=False)
-    _reserved: re.Pattern[str] = field(init=False)
+    _stand_ins: StandIns = field(init=False)
     _controls: Controls = field(init=False)
     _thoughts: Thoughts = field(init=False)
     _endings: dict[bool, Ending] = field(init=False, default_factory=dict)
@@ -128,15 +82,11 @@ class ChatRenderer:
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder.values()
-        names = _longest_first({t.content for t in added if t.content.strip() and _is_control(t)})
+        names = longest_first({t.content for t in added if t.content.strip() and _is_control(t)})
         thoughts = tuple(name for name in names if THOUGHT.search(name))
         self._controls = Controls(tuple(names), thoughts)
         self._thoughts = Thoughts(self._controls, special_pattern(thoughts))
-        self._names = _longest_first({*special_texts(self.tokenizer), *self._marks()})
-        self._special = special_pattern(self._names)
-        last = chr(PRIVATE + max(len(self._names) - 1, 0))
-        self._stand_in = re.compile(f"[{chr(PRIVATE)}-{last}]")
-        self._reserved = re.compile(f"{self._stand_in.pattern}|{SENTINEL}")
+        self._stand_ins = StandIns(longest_first({*special_texts(self.tokenizer), *self._marks()}))
 
     def using(
         self, template_kwargs: Mapping[str, Any] | None, *, parsed: bool = False
@@ -156,7 +106,7 @@ class ChatRenderer:
                 self._others.clear()
             other = ChatRenderer(self.tokenizer, dict(template_kwargs or {}))
             if not parsed:  # by its own names: with other variables a template writes other tokens
-                other.template_kwargs = other._hide(other.template_kwargs)
+                other.template_kwargs = other._stand_ins.hide(other.template_kwargs)
             self._others[key] = other
         return self._others[key]
 
@@ -186,12 +136,10 @@ class ChatRenderer:
         Args:
             said: the assistant's: the marks around its thinking are control, not text.
         """
-        if self._special is None:
-            return set()
         if said:
             thought, text = self._thoughts.apart(text, opened=self.opens_thought())
             text = "\n".join(("".join(self._thoughts.split(thought)[::2]), text))
-        return set(self._special.findall(text))
+        return self._stand_ins.names_in(text)
 
     def thought_begins(self, before: str) -> int:
         """Where the marks of thinking begin that the text in front of a turn ends with."""
@@ -281,9 +229,9 @@ class ChatRenderer:
         if parsed:
             text = self._render(self.as_read(list(messages), tools), tools, True)
             return Rendered(text, (), parsed=True)
-        hidden, tools = self._hidden(messages), self._hide(tools)
+        hidden, tools = self._hidden(messages), self._stand_ins.hide(tools)
         text = self._render(self.as_read(hidden, tools), tools, generation_prompt=True)
-        return self._show(Found(text, []))
+        return self._stand_ins.show(Found(text, []))
 
     def conversation(
         self,
@@ -310,7 +258,7 @@ class ChatRenderer:
         if parsed:
             hidden = [self._without_end(message, tools) for message in messages]
         else:
-            hidden, tools = self._hidden(messages), self._hide(tools)
+            hidden, tools = self._hidden(messages), self._stand_ins.hide(tools)
         hidden = self.as_read(hidden, tools)
         turns = trained_turns(hidden)
         finder = TurnFinder(
@@ -325,7 +273,7 @@ class ChatRenderer:
         if parsed:
             shown = Rendered(found.text, tuple(found.spans), parsed=True, differs=found.differs)
         else:
-            shown = self._show(found)
+            shown = self._stand_ins.show(found)
         return replace(shown, cut=cut)
 
     def _without_end(self, message: Message, tools: Tools) -> Message:
@@ -349,12 +297,13 @@ class ChatRenderer:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "the rows are messages, and the tokenizer has no chat template",
+                code="template.missing",
                 where="model.chat_template",
                 why="how a model is shown its turns is its own, and cannot be guessed",
                 fix="chat_template: chatml | plain | the path of a Jinja template",
             )
         try:
-            with limited():
+            with time_limit():
                 text = self.tokenizer.apply_chat_template(
                     [self._shaped(message) for message in messages],
                     tools=tools,
@@ -367,7 +316,9 @@ class ChatRenderer:
                 raise TemplateLimit(f"it writes {len(text)} characters")
         except (jinja2.TemplateError, TemplateLimit, MemoryError, *UNREADABLE) as error:
             said = str(error) or type(error).__name__
-            raise RowError(f"the chat template refuses the row ({said})") from None
+            raise RowError(
+                f"the chat template refuses the row ({said})", code="template.refuses-row"
+            ) from None
         return str(text)
 
     def _shaped(self, message: Message) -> Message:
@@ -405,52 +356,17 @@ class ChatRenderer:
         """The messages with the text of special tokens hidden, but for the marks around the
         assistant's thinking."""
         return [
-            self._hide_said(message) if message["role"] == "assistant" else self._hide(message)
+            self._hide_said(message)
+            if message["role"] == "assistant"
+            else self._stand_ins.hide(message)
             for message in messages
         ]
 
     def _hide_said(self, message: Message) -> Message:
         thought, said = self._thoughts.apart(message["content"], opened=self.opens_thought())
-        hidden: Message = self._hide({**message, "content": said})
+        hidden: Message = self._stand_ins.hide({**message, "content": said})
         parts = self._thoughts.split(thought)
-        marks = [part if number % 2 else self._hide(part) for number, part in enumerate(parts)]
+        marks = [
+            part if number % 2 else self._stand_ins.hide(part) for number, part in enumerate(parts)
+        ]
         return {**hidden, "content": "".join(marks) + hidden["content"]}
-
-    def _hide(self, value: Any) -> Any:
-        """`value` with the text of special tokens replaced by private-use characters."""
-        if isinstance(value, str):
-            if not value.isascii() and self._reserved.search(value):
-                raise RowError("the text holds private-use characters that are needed here")
-            if self._special is None:
-                return value
-            return self._special.sub(lambda m: chr(PRIVATE + self._names.index(m[0])), value)
-        if isinstance(value, dict):
-            return {key: self._hide(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._hide(item) for item in value]
-        return value
-
-    def _show(self, found: Found) -> Rendered:
-        """The special-token texts put back, with the spans moved to fit."""
-        text, spans = found.text, found.spans
-        pieces, literal, moves, length, done = [], [], [(0, 0)], 0, 0
-        for match in self._stand_in.finditer(text):
-            name = self._names[ord(match[0]) - PRIVATE]
-            pieces += [text[done : match.start()], name]
-            length += match.start() - done
-            literal.append((length, length + len(name)))
-            length, done = length + len(name), match.end()
-            moves.append((done, length - done))
-        if not literal:
-            return Rendered(text, tuple(spans), differs=found.differs)
-
-        def moved(place: int) -> int:
-            return place + next(by for start, by in reversed(moves) if start <= place)
-
-        text = "".join([*pieces, text[done:]])
-        shown = tuple((moved(a), moved(b)) for a, b in spans)
-        differs = found.differs and (self._named(found.differs[0]), self._named(found.differs[1]))
-        return Rendered(text, shown, tuple(literal), differs=differs)
-
-    def _named(self, text: str) -> str:
-        return self._stand_in.sub(lambda match: self._names[ord(match[0]) - PRIVATE], text)

@@ -7,18 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpo_trainer.data.rows import (
-    Message,
-    Row,
-    RowError,
-    check_conversation,
-    check_prompt_end,
-    check_text,
-    fields_beside,
-    is_blank,
-    is_messages,
-    to_messages,
-)
+from rpo_trainer.data.messages import check_conversation, check_prompt_end, is_messages, to_messages
+from rpo_trainer.data.rows import Message, Row, RowError, check_text, fields_beside, is_blank
 
 # How texts of a whole conversation mark where the assistant's turn begins: by a name and a colon at
 # the beginning of a line, a heading, or the tokens of a chat template.
@@ -42,7 +32,10 @@ def sharegpt_messages(raw: Mapping[str, Any]) -> list[Message]:
     `mask` is NeMo's: the role that is not trained; the user's turns never are.
     """
     if str(raw.get("mask") or "User").lower() not in ("user", "human"):
-        raise RowError("`mask` is not `User`, and only turns of the assistant can be trained on")
+        raise RowError(
+            "`mask` is not `User`, and only turns of the assistant can be trained on",
+            code="data.unsupported-mask",
+        )
     return to_messages(raw["conversations"], "`conversations`")
 
 
@@ -65,7 +58,9 @@ def with_system(row: Row, system: str, what: str) -> bool:
     if first["role"] != "system":
         row[name] = [{"role": "system", "content": system}, *row[name]]
     elif _words(first["content"]) != _words(system):
-        raise RowError(f"`system` and the system turn of {what} differ")
+        raise RowError(
+            f"`system` and the system turn of {what} differ", code="data.conflicting-system"
+        )
     return True
 
 
@@ -79,7 +74,7 @@ def alpaca_messages(raw: Mapping[str, Any]) -> list[Message]:
     history = [] if raw.get("history") is None else raw["history"]
     pairs = isinstance(history, list) and all(isinstance(t, list) and len(t) == 2 for t in history)
     if not pairs:
-        raise RowError("`history` is not a list of [question, answer]")
+        raise RowError("`history` is not a list of [question, answer]", code="data.wrong-type")
     for turn in history:
         for role, content in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": check_text(content, "`history`")})
@@ -132,7 +127,10 @@ def preference(prompt: object, answers: Sequence[object], names: Sequence[str]) 
     split = [_split(prompt, answer, name) for answer, name in zip(answers, names, strict=True)]
     first = split[0].prompt
     if any(each.prompt != first for each in split):
-        raise RowError(f"the prompts of {names[0]} and of another response differ")
+        raise RowError(
+            f"the prompts of {names[0]} and of another response differ",
+            code="data.different-prompts",
+        )
     row: Row = {"prompt": first, "responses": [each.response for each in split]}
     if any(each.fields for each in split):
         row["response_fields"] = [each.fields for each in split]
@@ -157,19 +155,27 @@ def _split(prompt: object, answer: object, name: str) -> _Split:
         if isinstance(prompt, str):
             return _Split(check_text(prompt, "`prompt`"), response, fields)
         if prompt is None:
-            raise RowError(f"`prompt` is absent, and {name} is text without one")
+            raise RowError(
+                f"`prompt` is absent, and {name} is text without one", code="data.missing-prompt"
+            )
         before = to_messages(prompt, "`prompt`")
     else:
         turns = to_messages([answer] if isinstance(answer, Mapping) else answer, name)
         if turns[-1]["role"] != "assistant":
-            raise RowError(f"{name} does not end with a turn of the assistant")
+            raise RowError(
+                f"{name} does not end with a turn of the assistant", code="data.no-assistant-turn"
+            )
         if turns[-1].get("tool_calls"):
             raise RowError(
                 f"{name} ends with a call (`tool_calls` or `function_call`), and a response to compare "
-                "is text"
+                "is text",
+                code="data.tool-call-response",
             )
         if turns[-1].get("weight") == 0:
-            raise RowError(f"the last turn of {name} has the weight 0, and is what is compared")
+            raise RowError(
+                f"the last turn of {name} has the weight 0, and is what is compared",
+                code="data.untrained-response",
+            )
         before, response = _joined(prompt, turns[:-1], name), turns[-1]["content"]
         fields = fields_beside(turns[-1])
     check_conversation(before, f"the prompt of {name}")
@@ -181,7 +187,10 @@ def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
     """The prompt, and what an answer brings in front of its last turn: that may repeat it."""
     if prompt is None:
         if not lead:
-            raise RowError(f"`prompt` is absent, and {name} has no turn before the last")
+            raise RowError(
+                f"`prompt` is absent, and {name} has no turn before the last",
+                code="data.missing-prompt",
+            )
         return lead
     if isinstance(prompt, str):
         if has_user(lead):
@@ -193,7 +202,9 @@ def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
     if own_turns[: len(turns)] != turns:
         return given + lead
     if system and own_system and system != own_system:
-        raise RowError(f"the system turns of `prompt` and of {name} differ")
+        raise RowError(
+            f"the system turns of `prompt` and of {name} differ", code="data.conflicting-system"
+        )
     return [*(system or own_system), *own_turns]
 
 
@@ -263,6 +274,7 @@ def implicit_text_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
     if not ends:
         raise RowError(
             "`prompt` is absent, and `chosen` and `rejected` share no beginning that ends where a turn "
-            "of the assistant begins (`Assistant:`)"
+            "of the assistant begins (`Assistant:`)",
+            code="data.missing-prompt",
         )
     return chosen[: ends[-1]], chosen[ends[-1] :], rejected[ends[-1] :]

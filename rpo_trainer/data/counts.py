@@ -106,7 +106,7 @@ class CutResponses:
         """Whether they are more than `MANY_CUT` of the responses."""
         return self.count > MANY_CUT * self.of
 
-    def told(self) -> str:
+    def text(self) -> str:
         """The line about them."""
         return (
             f"{self.count} of {self.of} responses ({percent(self.count, self.of)}) were cut before they "
@@ -161,7 +161,7 @@ class Differences:
         self.rows.add_all(other.rows)
         self.example = self.example or other.example
 
-    def told(self) -> str | None:
+    def text(self) -> str | None:
         """The warning; None where there is no difference."""
         if self.example is None:
             return None
@@ -173,7 +173,7 @@ class Differences:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        found = {"of": self.of, "example": self.example, "text": self.told()}
+        found = {"of": self.of, "example": self.example, "text": self.text()}
         return {**self.rows.as_dict(), **found}
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
-from rpo_trainer.data.strict_json import NOT_WHOLE, decode
+from rpo_trainer.data.json_file import NOT_WHOLE, decode
 from rpo_trainer.errors import DataError
 
 INDEX = "Unnamed: 0"  # pandas' name of the column without a name that its `to_csv` writes
-_NUMBERS = frozenset(
-    {
-        "chosen_reward", "rejected_reward", "score_chosen", "score_rejected", "margin", "score",
-        "overall_preference", "preference_strength", *HELPSTEER_ATTRIBUTES,
-    }
-)  # fmt: skip
+_NAMES = "the first line names the columns"
+_OWN_NAMES = "give each column a name of its own in the first line"
 _PLAIN = re.compile(r"[^,\r\n]*")
 _END = re.compile(r",|\r\n|\n|\r|\Z")
 
@@ -49,13 +44,10 @@ def read_csv(path: Path) -> list[dict[str, str | None]]:
     return [dict(zip(names, fields, strict=True)) for fields in rows]
 
 
-def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with numbers in place of the digits of rewards, ratings and preferences.
-
-    Their columns have the names that formats know; what is not a number stays text.
-    """
+def parse_numbers(rows: list[dict[str, Any]], columns: Collection[str]) -> list[dict[str, Any]]:
+    """The rows with numbers in place of the digits in these columns; what is not a number stays text."""
     return [
-        {name: _number(value) if name in _NUMBERS else value for name, value in row.items()}
+        {name: _number(value) if name in columns else value for name, value in row.items()}
         for row in rows
     ]
 
@@ -111,6 +103,7 @@ def _quoted(text: str, place: int, where: str, number: int) -> tuple[str, int]:
 def _invalid(what: str, where: str) -> DataError:
     return DataError(
         f"not valid CSV ({what})",
+        code="data.invalid-csv",
         where=where,
         why=NOT_WHOLE,
         fix="every row needs as many fields as the first line has names; put fields with commas, line "
@@ -120,11 +113,19 @@ def _invalid(what: str, where: str) -> DataError:
 
 def _check_names(names: list[str], where: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
-    blank = any(not name.strip() for name in names)
-    if twice is not None or blank:
+    if twice is not None:
         raise DataError(
-            f"the column {twice!r} is there twice" if twice is not None else "a column has no name",
+            f"the column {twice!r} is there twice",
+            code="data.duplicate-column",
             where=where,
-            why="the first line names the columns",
-            fix="give each column a name of its own in the first line",
+            why=_NAMES,
+            fix=_OWN_NAMES,
+        )
+    if any(not name.strip() for name in names):
+        raise DataError(
+            "a column has no name",
+            code="data.unnamed-column",
+            where=where,
+            why=_NAMES,
+            fix=_OWN_NAMES,
         )

@@ -18,8 +18,13 @@ class _Refused:
 
     columns: tuple[str, ...]
     what: str
+    code: str
     why: str
     fix: str
+
+    def error(self, where: str) -> DataError:
+        """The error for a source with these columns."""
+        return DataError(self.what, code=self.code, where=where, why=self.why, fix=self.fix)
 
 
 _COMPARED = "preference stages compare responses to the same prompt"
@@ -27,29 +32,33 @@ REFUSED = (
     _Refused(
         ("completion", "label"),
         "unpaired true/false labels (KTO) cannot be trained on here",
-        f"one response with a label has nothing to be compared with; {_COMPARED}",
-        "pair each prompt's good completion with a bad one; or, for SFT, keep the rows "
+        code="data.unpaired-labels",
+        why=f"one response with a label has nothing to be compared with; {_COMPARED}",
+        fix="pair each prompt's good completion with a bad one; or, for SFT, keep the rows "
         "whose label is true and remove the column `label`",
     ),
     _Refused(
         ("kto_tag",),
         "unpaired good/bad labels (KTO, `kto_tag`) cannot be trained on here",
-        f"one response with a label has nothing to be compared with; {_COMPARED}",
-        "pair each prompt's good output with a bad one; or, for SFT, keep the rows whose kto_tag is true "
+        code="data.unpaired-labels",
+        why=f"one response with a label has nothing to be compared with; {_COMPARED}",
+        fix="pair each prompt's good output with a bad one; or, for SFT, keep the rows whose kto_tag is true "
         "and remove the column `kto_tag`",
     ),
     _Refused(
         ("completions", "labels"),
         "labels for the steps of an answer (process rewards) cannot be trained on here",
-        f"a label of a step says nothing of whole responses; {_COMPARED}",
-        "for SFT, join the steps of right answers to one `completion`",
+        code="data.step-labels",
+        why=f"a label of a step says nothing of whole responses; {_COMPARED}",
+        fix="for SFT, join the steps of right answers to one `completion`",
     ),
 )
 ONLY_PROMPTS = _Refused(
     ("prompt",),
     "the rows have prompts and no responses",
-    _COMPARED,
-    "let the stage sample responses: `data: {generate: ..., score: ...}`, or add the responses",
+    code="data.no-responses",
+    why=_COMPARED,
+    fix="let the stage sample responses: `data: {generate: ..., score: ...}`, or add the responses",
 )
 
 
@@ -67,15 +76,16 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         return _named_format(table, name, kind, where)
     for refused in REFUSED if kind != "prompt" else ():
         if set(refused.columns) <= set(columns):
-            raise DataError(refused.what, where=where, why=refused.why, fix=refused.fix)
+            raise refused.error(where)
     for format in table.values():
         if format.kind == kind and all(column in columns for column in format.required):
             return format
     if kind == "pair" and not set(columns) - {"prompt", *COMMON}:
-        raise DataError(ONLY_PROMPTS.what, where=where, why=ONLY_PROMPTS.why, fix=ONLY_PROMPTS.fix)
+        raise ONLY_PROMPTS.error(where)
     other = next((n for n, f in FORMATS.items() if all(c in columns for c in f.required)), None)
     raise DataError(
         f"the columns {', '.join(sorted(columns))} are of no format known for {_PURPOSE[kind]}",
+        code="data.unrecognized-columns",
         where=where,
         why=f"they look like {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
         if other
@@ -120,6 +130,7 @@ def _named_format(table: Mapping[str, Format], name: str, kind: Kind, where: str
     raise DataError(
         f"no format {name!r} for {_PURPOSE[kind]}"
         + (f"; did you mean {near[0]!r}?" if near else ""),
+        code="data.unknown-format",
         where=where,
         why="each format reads other columns, and none is guessed",
         fix=f"format: {' | '.join(known)}",

@@ -6,13 +6,9 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rpo_trainer.data.rows import Message, Row
-from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
-
-if TYPE_CHECKING:
-    from rpo_trainer.data.audit import Audit
 
 Dedup = Literal["exact", "normalised"]
 
@@ -82,20 +78,3 @@ def shared(rows: Iterable[Row], others: Sequence[Row]) -> tuple[list[Row], list[
         [row for row, yes in zip(others, same, strict=True) if yes],
         [row for row, yes, no in zip(others, alike, same, strict=True) if yes and not no],
     )
-
-
-def drop_duplicates(rows: Sequence[Row], how: Dedup | None, audit: Audit) -> list[Row]:
-    """The first row of each prompt, with the same variables of the chat template; the others are counted."""
-    if how is None:
-        return list(rows)
-    key = prompt_key if how == "exact" else loose_prompt_key
-    seen: set[tuple[bytes, str]] = set()
-    kept = []
-    for row in rows:
-        found = key(row), kwargs_key(row.get(COLUMN))
-        if found in seen:
-            audit.drop("repeated_prompt", row["id"])
-        else:
-            seen.add(found)
-            kept.append(row)
-    return kept

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.chat import ChatRenderer, Rendered, special_pattern, special_texts
+from rpo_trainer.data.chat import ChatRenderer
+from rpo_trainer.data.rendered import Rendered, special_pattern, special_texts
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.turns import Span
 from rpo_trainer.errors import ModelError
@@ -38,6 +39,7 @@ class Encoder:
         if not self.tokenizer.is_fast:
             raise ModelError(
                 "the tokenizer is a slow one, without character offsets",
+                code="tokenizer.no-offsets",
                 why="response masks are made from the offsets",
                 fix="use the fast tokenizer of the model (tokenizer.json)",
             )
@@ -55,6 +57,7 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no end token",
+                code="tokenizer.no-end-token",
                 why="a response that does not end is never a whole one",
                 fix="set eos_token in tokenizer_config.json",
             )

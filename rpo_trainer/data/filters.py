@@ -1,4 +1,4 @@
-"""Filters on preference rows by their rewards."""
+"""Filters: preference rows by their rewards, rows of any kind by prompts that occur again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.rows import Row, RowProblems
+from rpo_trainer.data.duplicates import Dedup, loose_prompt_key, prompt_key
+from rpo_trainer.data.rows import Row, RowError, RowProblems
 from rpo_trainer.errors import DataError
+from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import FilterSpec
@@ -60,6 +62,7 @@ def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> l
     if rows and not kept:
         raise DataError(
             f"the filter leaves none of the {len(rows)} rows",
+            code="data.no-rows-left",
             why="; ".join(audit.summary_lines()),
             fix="lower the thresholds of `filter`",
         )
@@ -116,7 +119,10 @@ def _need_rewards(rows: Sequence[Row]) -> None:
     problems = RowProblems()
     for row in rows:
         if row["rewards"] is None:
-            problems.add("the filter needs rewards, and there are none", row["id"])
+            fault = RowError(
+                "the filter needs rewards, and there are none", code="data.missing-rewards"
+            )
+            problems.add(fault, row["id"])
     problems.raise_if_any(len(rows), fix="remove `filter`, or give rewards")
 
 
@@ -126,6 +132,24 @@ def _refuse_reversed(rows: Sequence[Row]) -> None:
         raise DataError(
             f"chosen has a lower reward than rejected: {len(ids)} of {len(rows)} rows, "
             f"first {', '.join(ids[:3])}",
+            code="data.reversed-pairs",
             why=f"above {REVERSED_LIMIT:.1%} it is more likely that the columns are swapped",
             fix="swap the columns with `columns:`, or set `filter: {reversed: drop}` (or keep)",
         )
+
+
+def drop_duplicates(rows: Sequence[Row], how: Dedup | None, audit: Audit) -> list[Row]:
+    """The first row of each prompt, with the same variables of the chat template; the others are counted."""
+    if how is None:
+        return list(rows)
+    key = prompt_key if how == "exact" else loose_prompt_key
+    seen: set[tuple[bytes, str]] = set()
+    kept = []
+    for row in rows:
+        found = key(row), kwargs_key(row.get(COLUMN))
+        if found in seen:
+            audit.drop("repeated_prompt", row["id"])
+        else:
+            seen.add(found)
+            kept.append(row)
+    return kept

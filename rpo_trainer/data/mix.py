@@ -52,6 +52,7 @@ def _share(name: str, weight: float | None) -> Fraction:
     if weight is None:
         raise DataError(
             "some sources have a weight and this one has none",
+            code="data.missing-weight",
             where=name,
             why="a share means nothing unless all sources have one",
             fix="give every source of the mixture a weight, or none",
@@ -59,6 +60,7 @@ def _share(name: str, weight: float | None) -> Fraction:
     if not 0 < weight < float("inf"):
         raise DataError(
             f"a weight must be a positive number, not {weight}",
+            code="data.bad-weight",
             where=name,
             why="it is the source's part of all rows",
             fix="write a number above 0, or leave the source out",
@@ -83,6 +85,7 @@ def add_replay(
     if count > len(earlier):
         raise DataError(
             f"replay needs {count} rows of stage {spec.stage!r}, which has {len(earlier)}",
+            code="data.replay-too-large",
             why=f"{spec.fraction:g} of the blend of {len(rows)} + {count} rows, none used twice",
             fix="a smaller `fraction`, or `of: source`",
         )

@@ -1,4 +1,4 @@
-"""From a recipe's sources, or from a raw data set, to rows and tokenised examples."""
+"""From a recipe's sources, or from a raw data set, to rows and tokenized examples."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import MAX_ROWS
-from rpo_trainer.data.duplicates import Dedup, drop_duplicates
-from rpo_trainer.data.filters import filter_rows
+from rpo_trainer.data.duplicates import Dedup
+from rpo_trainer.data.filters import drop_duplicates, filter_rows
 from rpo_trainer.data.mix import mix_sources
 from rpo_trainer.data.ratings import rating_targets
-from rpo_trainer.data.rows import Kind, Row, SpecialTokens, raise_all
+from rpo_trainer.data.rows import Kind, Row, SpecialTokens, Truncation, raise_all
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.data.template_variables import check_kwargs
-from rpo_trainer.data.tokenize import TOKENISED, Truncation, tokenize_rows
+from rpo_trainer.data.tokenize import TOKENIZED, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
 from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs
 
@@ -105,7 +105,7 @@ def prepare_dataset(
     all_end: bool = False,
     audit: Audit | None = None,
 ) -> datasets.Dataset:
-    """Tokenised examples of raw rows in any known format; tokenised ones are returned as they are.
+    """Tokenized examples of raw rows in any known format; tokenized ones are returned as they are.
 
     Args:
         dataset: a map-style `datasets.Dataset`, a list of rows, or anything else that has `len()` and
@@ -126,7 +126,7 @@ def prepare_dataset(
     import datasets
 
     if isinstance(dataset, datasets.Dataset):
-        if set(TOKENISED) <= set(dataset.column_names):
+        if set(TOKENIZED) <= set(dataset.column_names):
             return dataset
         raw_rows = dataset.to_list()
     else:
@@ -134,10 +134,11 @@ def prepare_dataset(
     if not raw_rows:
         raise DataError(
             "the data set has no rows",
+            code="data.no-rows",
             why="there would be no step to train, and nothing to evaluate",
             fix="look at the split or the filter that it was made with",
         )
-    if not isinstance(dataset, datasets.Dataset) and set(TOKENISED) <= set(raw_rows[0]):
+    if not isinstance(dataset, datasets.Dataset) and set(TOKENIZED) <= set(raw_rows[0]):
         return datasets.Dataset.from_list(raw_rows)
     check_kwargs(chat_template_kwargs, tokenizer, COLUMN)
     counted = audit or Audit()
@@ -157,7 +158,7 @@ def prepare_dataset(
         rows = filter_rows(rows, None, counted)
     elif kind == "rating":
         rows = rating_targets(rows, attributes, rating_range=rating_range, audit=counted)
-    tokenised = tokenize_rows(
+    tokenized = tokenize_rows(
         rows,
         tokenizer,
         kind=kind,
@@ -168,7 +169,7 @@ def prepare_dataset(
     )
     if audit is None:
         counted.log(logger, "the data set")
-    return tokenised
+    return tokenized
 
 
 def _without_duplicates(
@@ -191,6 +192,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
     ):
         raise DataError(
             what,
+            code="data.unsupported-dataset",
             why="an epoch is a permutation of the rows, and a resumed run finds its place in it: both "
             "need rows by number, which a stream does not have",
             fix="make it a list, or datasets.Dataset.from_generator(...), which keeps the rows on disk",
@@ -198,6 +200,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
     if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
         raise DataError(
             what,
+            code="data.unsupported-dataset",
             why="rows are taken by their number, from 0 to `len()` - 1, in an order drawn by the seed",
             fix="give a datasets.Dataset (one split, not streamed), a list of rows, or a data set with "
             "`len()` and rows by number",
@@ -207,6 +210,7 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(
                 f"row {number} of the {type(dataset).__name__} is a {type(row).__name__}",
+                code="data.row-not-object",
                 why="prompt and response are told apart by the names of a row's columns",
                 fix="give rows as dicts in one of the formats, for example "
                 '{"prompt": ..., "chosen": ..., "rejected": ...}',

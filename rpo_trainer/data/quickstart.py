@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CODE, GENERAL = "quickstart/code", "quickstart/general"
-TASKS = (CODE, GENERAL)
 SPLITS = ("train", "preference", "heldout")
 TEACHER_ACCURACY = 0.6
 
@@ -78,31 +77,30 @@ _OPERATIONS = (
 )
 
 
-def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of a built-in task, the same for the same arguments on every machine.
+def code_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of `quickstart/code`, see `load_task`: Python expressions, taught with right answers."""
+    return _rows(CODE, _expression, None, split, size, seed)
 
-    Prompts do not repeat within one call, and a prompt belongs to one split whatever the seed, so
-    that `heldout` and `preference` share no prompt with any `train`.
 
-    Args:
-        name: one of `TASKS`.
-        split: `train` (rows for SFT; general ones by the weak teacher), `preference` (prompts to
-            sample responses for) or `heldout` (`response` is the right answer).
-        size: number of rows, at least 1.
-        seed: which rows; another seed gives other questions of the same split.
+def general_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of `quickstart/general`, see `load_task`: instructions, taught by the weak teacher."""
+    return _rows(GENERAL, _instruction, _weak_teacher, split, size, seed)
 
-    Returns:
-        Rows with `id`, `prompt`, `ground_truth` and, but for `preference`, `response`. The prompt
-        ends in a separator and is joined with its response as it is.
 
-    Raises:
-        RecipeError: unknown task or split, a size below 1 or beyond what there is.
-    """
-    _require_known("task", name, TASKS)
-    _require_known("split", split, SPLITS)
+def _rows(
+    name: str,
+    ask: Callable[[_Operation, tuple[Any, ...], Random], str],
+    teach: Callable[[str, tuple[Any, ...], Random], str] | None,
+    split: str,
+    size: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Rows with prompts by `ask` and, in `train`, responses by `teach` (None: the right ones)."""
+    require_known("split", split, SPLITS, code="data.unknown-split")
     if size < 1:
         raise RecipeError(
             f"size is {size}",
+            code="data.bad-size",
             where=f"task {name}",
             why="there would be no step to train, and nothing to evaluate",
             fix="give at least 1 row",
@@ -115,13 +113,14 @@ def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any
         if misses == _MISSES:
             raise RecipeError(
                 f"no more than about {len(rows)} different prompts, asked for {size}",
+                code="data.bad-size",
                 where=f"task {name}, split {split}",
                 why="no prompt comes twice, and those of one split never come in another",
                 fix="lower size, and raise num_train_epochs instead",
             )
         operation = rng.choice(_OPERATIONS)
         arguments = operation.draw(rng)
-        prompt = _prompt(name, operation, arguments, rng)
+        prompt = ask(operation, arguments, rng)
         if prompt in seen or split_of(prompt) != split:
             misses += 1
             continue
@@ -129,8 +128,8 @@ def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any
         seen.add(prompt)
         truth = operation.solve(*arguments)
         row = {"id": f"{name}/{split}/{seed}/{len(rows)}", "prompt": prompt}
-        if split == "train" and name == GENERAL:
-            row["response"] = _weak_teacher(truth, arguments, rng)
+        if split == "train" and teach is not None:
+            row["response"] = teach(truth, arguments, rng)
         elif split != "preference":
             row["response"] = truth
         rows.append({**row, "ground_truth": truth})
@@ -143,9 +142,11 @@ def split_of(prompt: str) -> str:
     return _SPLIT_OF_BUCKET[int.from_bytes(digest[:8], "big") % len(_SPLIT_OF_BUCKET)]
 
 
-def _prompt(name: str, operation: _Operation, arguments: tuple[Any, ...], rng: Random) -> str:
-    if name == CODE:
-        return operation.code.format(*arguments) + " -> "
+def _expression(operation: _Operation, arguments: tuple[Any, ...], rng: Random) -> str:
+    return operation.code.format(*arguments) + " -> "
+
+
+def _instruction(operation: _Operation, arguments: tuple[Any, ...], rng: Random) -> str:
     return rng.choice(operation.general).format(*arguments) + ": "
 
 
@@ -168,10 +169,12 @@ def _slips(truth: str, given: str) -> list[str]:
     return [slip for slip in found if slip not in ("", truth)]
 
 
-def _require_known(what: str, name: str, known: tuple[str, ...]) -> None:
+def require_known(what: str, name: str, known: tuple[str, ...], *, code: str) -> None:
+    """Raises RecipeError for a name of a task or split that is not known, with this code."""
     if name not in known:
         raise RecipeError(
             f"unknown {what} '{name}' of the built-in data{nearest(name, known)}",
+            code=code,
             where=what,
             why="its rows are made when they are asked for, and none are made in place of others",
             fix=f"use one of: {', '.join(known)}",

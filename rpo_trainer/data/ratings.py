@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.duplicates import prompt_key
 from rpo_trainer.data.mix import exact
-from rpo_trainer.data.rows import Row, RowProblems
+from rpo_trainer.data.rows import Row, RowError, RowProblems
 from rpo_trainer.errors import DataError
 
 
@@ -37,7 +37,11 @@ def rating_targets(
         for name, value in zip(attributes, values, strict=True):
             if value is not None and rating_range and not _within(value, rating_range):
                 low, high = rating_range
-                problems.add(f"the rating `{name}` is not from {low:g} to {high:g}", row["id"])
+                fault = RowError(
+                    f"the rating `{name}` is not from {low:g} to {high:g}",
+                    code="data.rating-out-of-range",
+                )
+                problems.add(fault, row["id"])
         if all(value is None for value in values):
             audit.drop("no_ratings", row["id"])
         else:
@@ -51,6 +55,7 @@ def rating_targets(
     if missing := [name for name in attributes if name not in known]:
         raise DataError(
             f"no row rates {', '.join(missing)}",
+            code="data.unrated-attribute",
             why=f"the ratings are of {', '.join(sorted(known)) or 'nothing'}",
             fix="name the attributes as the data does",
         )
@@ -77,6 +82,7 @@ def hold_out(rows: Sequence[Row], fraction: float, *, seed: int) -> tuple[list[R
     if len(prompts) < 2:
         raise DataError(
             f"{len(rows)} rows with {len(prompts)} different prompt: none can be held out",
+            code="data.too-few-prompts",
             where="data.eval_fraction",
             why="a prompt is never on both sides: what was trained on says nothing of new prompts",
             fix="give more rows, or held-out rows of their own (data.eval)",

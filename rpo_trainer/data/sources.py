@@ -12,14 +12,20 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from rpo_trainer.data import quickstart
 from rpo_trainer.data.csv_file import read_csv
-from rpo_trainer.data.strict_json import AGAIN, NOT_WHOLE, decode, parse
+from rpo_trainer.data.json_file import (
+    AGAIN,
+    GIVE_ROWS,
+    NO_ROWS,
+    NOT_WHOLE,
+    read_json,
+    read_lines,
+)
+from rpo_trainer.data.tasks import load_task
 from rpo_trainer.errors import DataError, first_line
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
@@ -28,13 +34,9 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
-MAX_LINE_BYTES = 64 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
-GIVE_ROWS = "give a file with rows"
-NO_ROWS = "without its rows there is nothing to train or measure on"
 BY_NAME = "how a file is read follows from its name"
-LISTED = "a file of this name holds its rows as one list"
 
 
 @dataclass
@@ -78,6 +80,7 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
     near = _near(local)
     raise DataError(
         f"no such file; did you mean `{near}`?" if near else "no such file",
+        code="data.no-such-file",
         where=str(local),
         why=NO_ROWS,
         fix="give a path relative to "
@@ -91,6 +94,7 @@ def _require_file(path: Path) -> None:
     if (kind := kind_of_file(path)) is not None:
         raise DataError(
             f"this is {kind}, not a file",
+            code="data.not-a-file",
             where=str(path),
             why="the rows are read more than once, and reading from it may block forever",
             fix="write the rows to a file, and give that",
@@ -114,23 +118,27 @@ def _indexed(
 ) -> RawSource:
     if not rows:
         raise DataError(
-            "the data set has no rows", where=where, why=NO_ROWS, fix="give one with rows"
+            "the data set has no rows",
+            code="data.no-rows",
+            where=where,
+            why=NO_ROWS,
+            fix="give one with rows",
         )
     return RawSource(name, rows, list(range(len(rows))), where, arrow)
 
 
 def _load_task(spec: SourceSpec, seed: int) -> RawSource:
-
     assert spec.task is not None
     if spec.size is None:
         raise DataError(
             "a task needs `size`, its number of rows",
+            code="data.missing-size",
             where=f"task {spec.task}",
             why="its rows are made on the spot, as many as are asked for",
             fix="add for example `size: 1000`",
         )
     own_seed = seed if spec.seed is None else spec.seed
-    rows = quickstart.load_task(spec.task, spec.split or "train", spec.size, own_seed)
+    rows = load_task(spec.task, spec.split or "train", spec.size, own_seed)
     return _indexed(spec.task, list(rows), f"task {spec.task}")
 
 
@@ -143,6 +151,7 @@ def _load_file(path: Path, split: str | None) -> RawSource:
     if kind is None:
         raise DataError(
             f"unknown kind of file {path.suffix!r}",
+            code="data.unknown-suffix",
             where=where,
             why=BY_NAME,
             fix=f"one of {', '.join(SUFFIXES)}",
@@ -150,6 +159,7 @@ def _load_file(path: Path, split: str | None) -> RawSource:
     if split is not None:
         raise DataError(
             "a file has no splits",
+            code="data.no-splits",
             where=where,
             why="all of its rows would be taken for those of one split",
             fix="remove `split`, or give the file of the split",
@@ -162,23 +172,29 @@ def _load_file(path: Path, split: str | None) -> RawSource:
             if kind == ".csv":
                 return replace(_indexed(path.name, read_csv(path), where), untyped=True)
             if kind == ".json":
-                return _indexed(path.name, _read_json(file.read(), where), where)
+                return _indexed(path.name, read_json(file.read(), where), where)
             lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if kind == ".jsonl.gz" else file
-            rows, places = _read_lines(lines, where)
+            rows, places = read_lines(lines, where)
             return RawSource(path.name, rows, places, where)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         what = f"the gzip file is cut or damaged ({error})"
-        raise DataError(what, where=where, why=NOT_WHOLE, fix=AGAIN) from None
+        raise DataError(
+            what, code="data.damaged-file", where=where, why=NOT_WHOLE, fix=AGAIN
+        ) from None
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})"
         fix = "give its reader the right to read it"
-        raise DataError(what, where=where, why=NO_ROWS, fix=fix) from None
+        raise DataError(
+            what, code="data.unreadable-file", where=where, why=NO_ROWS, fix=fix
+        ) from None
 
 
 def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
     head = file.read(4)
     if not head:
-        raise DataError("the file is empty", where=where, why=NO_ROWS, fix=GIVE_ROWS)
+        raise DataError(
+            "the file is empty", code="data.no-rows", where=where, why=NO_ROWS, fix=GIVE_ROWS
+        )
     found = (
         "gzip" if head.startswith(GZIP_MAGIC) else "parquet" if head == PARQUET_MAGIC else "text"
     )
@@ -186,6 +202,7 @@ def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
     if found != meant:
         raise DataError(
             f"the name ends with {kind} but the content is {found}",
+            code="data.wrong-suffix",
             where=where,
             why=BY_NAME,
             fix="rename the file to what it is",
@@ -194,7 +211,7 @@ def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
         file.seek(-4, 2)
         if file.read() != PARQUET_MAGIC:
             what = "the parquet file is cut: its end is missing"
-            raise DataError(what, where=where, why=NOT_WHOLE, fix=AGAIN)
+            raise DataError(what, code="data.damaged-file", where=where, why=NOT_WHOLE, fix=AGAIN)
     file.seek(0)
 
 
@@ -206,11 +223,14 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
         what = f"the parquet file is damaged ({first_line(error)})"
-        raise DataError(what, where=str(path), why=NOT_WHOLE, fix=AGAIN) from None
+        raise DataError(
+            what, code="data.damaged-file", where=str(path), why=NOT_WHOLE, fix=AGAIN
+        ) from None
     twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
     if twice is not None:
         raise DataError(
             f"the column {twice!r} is there twice",
+            code="data.duplicate-column",
             where=str(path),
             why="only the last would be read",
             fix="write the file again with one of them",
@@ -221,83 +241,12 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         except pyarrow.ArrowInvalid as error:
             raise DataError(
                 f"the column {name!r} holds invalid text ({first_line(error)})",
+                code="data.not-utf8",
                 where=str(path),
                 why="tokenizers need valid UTF-8",
                 fix="write the file again, with its texts in UTF-8",
             ) from None
     return list(table.to_pylist())
-
-
-def _read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[int]]:
-    rows: list[dict[str, Any]] = []
-    places: list[int] = []
-    offset = 0
-    lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
-    for number, raw, last in _with_last(lines):
-        here = f"{where}:{number}"
-        if len(raw) > MAX_LINE_BYTES:
-            raise DataError(
-                f"the line is longer than {MAX_LINE_BYTES} bytes",
-                where=here,
-                why="so long a line is more likely a file without line breaks than a row",
-                fix="one row a line; a file that is one JSON list has the name .json",
-            )
-        text = decode(raw, offset, here)
-        offset += len(raw)
-        if text.strip():
-            rows.append(_row(parse(text.rstrip("\r\n"), here, last=last), here))
-            places.append(number)
-    if not rows:
-        what = "the file has only blank lines" if offset else "the file is empty"
-        raise DataError(what, where=where, why=NO_ROWS, fix=GIVE_ROWS)
-    return rows, places
-
-
-def _with_last(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
-    """(line number, line, whether it is the last), one line read ahead."""
-    waiting: bytes | None = None
-    number = 0
-    for line in lines:
-        if waiting is not None:
-            yield number, waiting, False
-        waiting = line
-        number += 1
-    if waiting is not None:
-        yield number, waiting, True
-
-
-def _read_json(data: bytes, where: str) -> list[dict[str, Any]]:
-    text = decode(data, 0, where)
-    if not text.strip():
-        raise DataError("the file has only blank lines", where=where, why=NO_ROWS, fix=GIVE_ROWS)
-    if text.lstrip().startswith("{"):
-        raise DataError(
-            "the file is an object, not a list of objects",
-            where=where,
-            why=LISTED,
-            fix="rename it to .jsonl if every line is an object, else wrap the rows in [ ]",
-        )
-    value = parse(text, where, last=True)
-    if not isinstance(value, list):
-        what = f"the file holds {_json_type(value)}, not a list of objects"
-        raise DataError(what, where=where, why=LISTED, fix="wrap the rows in [ ]")
-    return [_row(item, f"{where}, item {index}") for index, item in enumerate(value)]
-
-
-def _row(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"the row is {_json_type(value)}, not an object",
-            where=where,
-            why="without names nothing says which value is the prompt",
-            fix='name the columns: {"prompt": ..., "response": ...}',
-        )
-    return value
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a bool", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 # ---------------------------------------------------------------- `datasets`
@@ -307,6 +256,7 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
             "this is a directory, and not a data set saved with `save_to_disk`",
+            code="data.not-a-data-set",
             where=str(path),
             why="which of its files hold the rows cannot be guessed",
             fix=f"give a file ({', '.join(SUFFIXES)}) or save the data set there",
@@ -321,7 +271,9 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
     except Exception as error:
         what = f"the saved data set is damaged ({first_line(error)})"
         fix = "save the data set again"
-        raise DataError(what, where=str(path), why=NOT_WHOLE, fix=fix) from None
+        raise DataError(
+            what, code="data.damaged-file", where=str(path), why=NOT_WHOLE, fix=fix
+        ) from None
     return _rows_of(data, split, str(path))
 
 
@@ -341,6 +293,7 @@ def _check_shards(folder: Path) -> None:
                 raise DataError(
                     f"the shards disagree on columns: {first.name} has "
                     f"{', '.join(columns.names)}; {file.name} has {', '.join(schema.names)}",
+                    code="data.different-shards",
                     where=str(state.parent),
                     why="a part of the rows would lack what the others have",
                     fix="save the data set again, with the same columns in every shard",
@@ -358,6 +311,7 @@ def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
         if wanted not in data:
             raise DataError(
                 f"no split {wanted!r}",
+                code="data.unknown-split",
                 where=where,
                 why="which of the others is meant cannot be guessed",
                 fix=f"split: {' | '.join(map(str, data))}",
@@ -366,6 +320,7 @@ def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
     elif split is not None:
         raise DataError(
             "the saved data set has no splits",
+            code="data.no-splits",
             where=where,
             why="all of its rows would be taken for those of one split",
             fix="remove `split`",
@@ -387,6 +342,7 @@ def _read_hub(name: str, split: str | None) -> list[dict[str, Any]]:
         raise DataError(
             "no file of this name, and the hub gives no data set of this name "
             f"({first_line(error)})",
+            code="data.no-such-data-set",
             where=name,
             why=NO_ROWS,
             fix="check the path (relative to the recipe), the hub name, or the network",

@@ -25,7 +25,7 @@ def _variables(template: str) -> frozenset[str]:
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    from rpo_trainer.data.template_reads import outer_reads
+    from rpo_trainer.data.jinja_variables import outer_reads
 
     try:
         environment = _compile_jinja_template(template).environment
@@ -47,15 +47,21 @@ def check_kwargs(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase, wher
     if not names:
         return
     if not tokenizer.chat_template:
-        what, why = "the tokenizer has no chat template", "nothing would read these variables"
-        fix = "remove them, or set `chat_template`"
-    else:
-        what = f"the chat template does not read {_listed(names)}"
-        why = "what it writes would be the same without"
-        fix = "remove it; the template reads " + (
-            _listed(sorted(variables(tokenizer) - set(RESERVED))) or "no variable of its own"
+        raise RecipeError(
+            "the tokenizer has no chat template",
+            code="template.missing",
+            where=f"{where}.{names[0]}",
+            why="nothing would read these variables",
+            fix="remove them, or set `chat_template`",
         )
-    raise RecipeError(what, where=f"{where}.{names[0]}", why=why, fix=fix)
+    own = _listed(sorted(variables(tokenizer) - set(RESERVED))) or "no variable of its own"
+    raise RecipeError(
+        f"the chat template does not read {_listed(names)}",
+        code="template.unread-variable",
+        where=f"{where}.{names[0]}",
+        why="what it writes would be the same without",
+        fix=f"remove it; the template reads {own}",
+    )
 
 
 def _listed(names: Collection[str] | Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rpo_trainer.data.bounds import check_ends
+from rpo_trainer.data.template_limits import check_template_limits
 from rpo_trainer.errors import ModelError
 from rpo_trainer.runtime.files import read_text
 
@@ -59,7 +59,7 @@ def set_chat_template(
             that does not end.
     """
     if name_or_path is None:
-        check_ends(tokenizer, "the tokenizer's own chat template")
+        check_template_limits(tokenizer, "the tokenizer's own chat template")
         return tokenizer
     name = str(name_or_path)
     if name in BUILT_IN:
@@ -71,11 +71,12 @@ def set_chat_template(
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the chat template {name!r} cannot be read ({error})",
+            code="template.unreadable",
             where="model.chat_template",
             why="without it the turns of a conversation become no text",
             fix=f"{' | '.join(BUILT_IN)} | the path of a Jinja template",
         ) from None
-    check_ends(tokenizer, "model.chat_template")
+    check_template_limits(tokenizer, "model.chat_template")
     return tokenizer
 
 
@@ -84,6 +85,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if name == "chatml" and not added.issuperset(CHATML_TOKENS):
         raise ModelError(
             f"the tokenizer has no tokens {' and '.join(CHATML_TOKENS)}",
+            code="template.missing-tokens",
             where="model.chat_template",
             why="ChatML would be cut into pieces of words, with no end token",
             fix="chat_template: plain",
@@ -91,6 +93,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if name == "plain" and tokenizer.eos_token is None:
         raise ModelError(
             "the tokenizer has no end token",
+            code="tokenizer.no-end-token",
             where="model.chat_template",
             why="a response without one never ends",
             fix="set eos_token in tokenizer_config.json",

@@ -96,7 +96,7 @@ def warnings_of(audit: Audit) -> list[str]:
     found += [
         different(*each.example) for each in audit.generation.values() if each.example is not None
     ]
-    found += [each.told() for each in audit.cut.values() if each.count]
+    found += [each.text() for each in audit.cut.values() if each.count]
     return [visible(text) for text in (*found, *audit.remarks)]
 
 

@@ -14,8 +14,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rpo_trainer.data.endings import SENTINEL, UNCLEAR, USER, Controls, Ending, Render
 from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.turn_endings import (
+    SENTINEL,
+    UNCLEAR,
+    USER,
+    Controls,
+    Ending,
+    Render,
+    with_last_sentinel,
+    with_sentinel,
+)
 
 Span = tuple[int, int]
 NO_END = "the chat template writes no end marker after the assistant's turn"
@@ -87,12 +96,12 @@ class TurnFinder:
     def span(self, turn: int) -> Span:
         """Where a turn begins and ends in `text`."""
         if self._parted(turn):
-            raise RowError(PARTED)
+            raise RowError(PARTED, code="template.text-after-tool-results")
         start = self._start(turn)
         last = turn == len(self.messages) - 1 and not self.prompt
         end = self._last_end() if last else self._inner_end(turn, start)
         if start >= end:
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         return start, end
 
     def _parted(self, turn: int) -> bool:
@@ -104,7 +113,7 @@ class TurnFinder:
         places = []
         for place in (turn, turn + 1):
             marked = [*self.messages]
-            marked[place] = _marked(marked[place])
+            marked[place] = with_sentinel(marked[place])
             places.append((self._or_none(marked) or "").find(SENTINEL))
         return 0 <= places[1] < places[0]
 
@@ -124,7 +133,7 @@ class TurnFinder:
             return None
         try:
             start = self._start(last)
-            marked = [*self.messages[: last - 1], _marked(self.messages[last - 1])]
+            marked = [*self.messages[: last - 1], with_sentinel(self.messages[last - 1])]
             opening = self.render(marked, True).rpartition(SENTINEL)
         except RowError:
             return None
@@ -184,7 +193,7 @@ class TurnFinder:
                 does that a template writes without it.
         """
         marked = [*self.messages]
-        marked[turn - 1] = _marked(marked[turn - 1])
+        marked[turn - 1] = with_sentinel(marked[turn - 1])
         try:
             opening = self.render(marked[:turn], True).rpartition(SENTINEL)
             after = self.render(marked, self.prompt).rpartition(SENTINEL)
@@ -206,7 +215,7 @@ class TurnFinder:
         """What `text` has in front of the turn's words; with calls the turn may have none."""
         message = self.messages[turn]
         bare = {"role": "assistant", "content": SENTINEL}
-        tries = [(_marked(message), self.messages[turn + 1 :])]
+        tries = [(with_sentinel(message), self.messages[turn + 1 :])]
         if message.get("tool_calls"):
             tries += [(bare, self.messages[turn + 1 :]), (bare, [])]
         found = []
@@ -219,7 +228,7 @@ class TurnFinder:
             if len(before) == 2 and self.text.startswith(before[0]):
                 found.append(before[0])
         if not found:
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         return min(found, key=len)
 
     def _lead(self, turn: int, prompt: str, before: str) -> str:
@@ -230,7 +239,7 @@ class TurnFinder:
         """
         if not turn:
             return ""
-        alone = self.render([*self.messages[:turn], _marked(self.messages[turn])], False)
+        alone = self.render([*self.messages[:turn], with_sentinel(self.messages[turn])], False)
         alone = alone.partition(SENTINEL)[0]
         lead = alone[len(prompt) :] if alone.startswith(prompt) else ""
         own = self.opens_turn or not lead.strip()
@@ -253,7 +262,7 @@ class TurnFinder:
             following, place = self.ending.between or "", 0
         end = self.controls.starts(following[place:])
         if not end:
-            raise RowError(NO_END)
+            raise RowError(NO_END, code="template.no-end-marker")
         return following[place : place + end]
 
     def _following(self) -> str | None:
@@ -299,7 +308,7 @@ class TurnFinder:
         marked = {**message, "content": message["content"] + SENTINEL}
         _, found, after = self.render([*self.messages[:-1], marked], False).rpartition(SENTINEL)
         if not found or not self.text.endswith(after):
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         return len(self.text) - len(after)
 
     def _inner_end(self, turn: int, start: int) -> int:
@@ -329,13 +338,16 @@ class TurnFinder:
                 return len(shared)
         end = self.controls.starts(text[place:])
         if not end:
-            raise RowError(NO_END)
+            raise RowError(NO_END, code="template.no-end-marker")
         return place + end
 
     def _end_before_next(self, turn: int) -> int | None:
         """The end found from the next turn's words: what stands between these and the end of the turn is
         the same in a conversation that ends with the next turn. None where it is not."""
-        said, following = _marked_last(self.messages[turn]), _marked(self.messages[turn + 1])
+        said, following = (
+            with_last_sentinel(self.messages[turn]),
+            with_sentinel(self.messages[turn + 1]),
+        )
         whole = [*self.messages[: turn + 1], following, *self.messages[turn + 2 :]]
         try:
             pair = self.render([*self.messages[:turn], said, following], False).split(SENTINEL)
@@ -373,34 +385,16 @@ class TurnFinder:
     def _end_after_words(self, turn: int) -> int:
         marked = [*self.messages]
         if marked[turn].get("tool_calls"):
-            raise RowError(UNCLEAR)
-        marked[turn] = _marked(marked[turn])
+            raise RowError(UNCLEAR, code="template.turn-not-found")
+        marked[turn] = with_sentinel(marked[turn])
         parts = self.render(marked, self.prompt).split(SENTINEL)
         if len(parts) != 2 or not self.text.endswith(parts[1]):
-            raise RowError(UNCLEAR)
+            raise RowError(UNCLEAR, code="template.turn-not-found")
         behind, marker = parts[1], self.ending.marker
         place = len(self.text) - len(behind)
         if self.ending.open or not behind.startswith(marker):
             end = self.controls.starts(behind)
             if not end:
-                raise RowError(NO_END)
+                raise RowError(NO_END, code="template.no-end-marker")
             return place + end
         return place + len(marker)
-
-
-def _marked(message: Message) -> Message:
-    return {**message, "content": SENTINEL}
-
-
-def _marked_last(message: Message) -> Message:
-    """The message with SENTINEL as the last of its words: in its last call, where it has one."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return _marked(message)
-    function = calls[-1].get("function", calls[-1])
-    arguments: object = {"a": SENTINEL}
-    if isinstance(function.get("arguments"), str):
-        arguments = f'{{"a": "{SENTINEL}"}}'
-    function = {**function, "arguments": arguments}
-    last = {**calls[-1], "function": function} if "function" in calls[-1] else function
-    return {**message, "tool_calls": [*calls[:-1], last]}

@@ -29,12 +29,12 @@ from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.inputs import sampling_spec
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import arithmetic
-from rpo_trainer.step.batch import forward_tokens, pack, to_device
+from rpo_trainer.step.batch import PackedBatch, forward_tokens, pack
 from rpo_trainer.step.forward import install, token_logprobs
+from rpo_trainer.trainers.base_config import BaseConfig, accumulation_of
 from rpo_trainer.trainers.config import PreferenceConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader
-from rpo_trainer.trainers.step_config import BaseConfig, accumulation_of
 
 
 @dataclass
@@ -219,7 +219,7 @@ class _Planner:
             if isinstance(spec, RewardStage):
                 model = as_reward_model(start, attributes=spec.attributes)
             install(model)
-            batch = to_device(pack(examples, "shared"), device)
+            batch = pack(examples, "shared").to(device)
             tokens = sum(forward_tokens(example, "shared") for example in examples)
             dtype = getattr(torch, arithmetic(self.recipe.model))
             taken = _timed(model, batch, device, dtype if self.half else None)
@@ -230,14 +230,14 @@ class _Planner:
             stage.seconds = taken / tokens * stage.tokens * passes
 
 
-def _timed(model: Any, batch: dict[str, Any], device: torch.device, dtype: Any) -> float:
+def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> float:
     """Seconds of one forward and backward, the better of two after a warm-up."""
     seconds = []
     for _ in range(3):
         model.zero_grad()
         began = time.perf_counter()
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            logps = token_logprobs(model, batch["model_inputs"])
+            logps = token_logprobs(model, batch.model_inputs)
         torch.autograd.backward(logps.sum())
         if device.type == "cuda":
             torch.cuda.synchronize()

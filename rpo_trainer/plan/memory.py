@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime import distributed
-from rpo_trainer.step.batch import Layout, pack
+from rpo_trainer.step.batch import Layout, ModelInputs, PackedBatch, pack
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 
@@ -102,13 +102,13 @@ def step_memory(
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(map(_bytes, trained))
 
-        def run(batch: Mapping[str, Any]) -> Tensor:
+        def run(batch: PackedBatch) -> Tensor:
             with _autocast(autocast):
-                logps = token_logprobs(model, _inputs(mode, batch["model_inputs"]))
+                logps = token_logprobs(model, _inputs(mode, batch.model_inputs))
             if is_classifier(model):
                 return logps  # a reward model's: scores
-            index = mode.from_tensor(batch["response_index"])
-            return response_sums(logps, index, len(batch["response_tokens"]))
+            index = mode.from_tensor(batch.response_index)
+            return response_sums(logps, index, len(batch.response_tokens))
 
         batch = pack(micro_batch, layout)
         optimizer = _optimizer(optim, trained)
@@ -225,8 +225,11 @@ def _autocast(dtype: torch.dtype | None) -> Any:
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
-def _inputs(mode: FakeTensorMode, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+def _inputs(mode: FakeTensorMode, inputs: ModelInputs) -> ModelInputs:
+    """The inputs as fake tensors; those of the plan stay real."""
+    tensors = {name: value for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+    fake: Any = {name: mode.from_tensor(value) for name, value in tensors.items()}
+    return replace(inputs, **fake)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rpo_trainer.recipe.environment import fill_from_environment
-from rpo_trainer.recipe.json_schema import json_schema
+from rpo_trainer.recipe.expand import dump_resolved, expand_stages
 from rpo_trainer.recipe.load import LoadedRecipe, load_recipe, resolve_path
 from rpo_trainer.recipe.schema import (
     DataSpec,
@@ -13,6 +13,7 @@ from rpo_trainer.recipe.schema import (
     FilterSpec,
     GenerateSpec,
     JudgeSpec,
+    LmEvalSpec,
     ModelSpec,
     PairsSpec,
     PeftSpec,
@@ -25,8 +26,8 @@ from rpo_trainer.recipe.schema import (
     SFTStage,
     SourceSpec,
     Stage,
+    json_schema,
 )
-from rpo_trainer.recipe.stages import dump_resolved, expand_stages
 
 __all__ = [
     "DPOStage",
@@ -36,6 +37,7 @@ __all__ = [
     "FilterSpec",
     "GenerateSpec",
     "JudgeSpec",
+    "LmEvalSpec",
     "LoadedRecipe",
     "ModelSpec",
     "PairsSpec",

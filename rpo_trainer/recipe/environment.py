@@ -50,6 +50,7 @@ def fill_from_environment(fields: Mapping[str, Any], *, where: str) -> dict[str,
         if match[1] not in os.environ:
             raise RecipeError(
                 f"`{key}` reads the environment variable {match[1]}, which is not set",
+                code="recipe.unset-variable",
                 where=where,
                 why="the recipe leaves the value to the environment, so that it is written nowhere",
                 fix=f"set it: export {match[1]}=...",

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.recipe.environment import is_secret
+from rpo_trainer.recipe.foreign_names import FOREIGN_NAMES
 from rpo_trainer.recipe.messages import Located, recipe_errors
 from rpo_trainer.recipe.overrides import (
     Override,
@@ -82,6 +83,7 @@ def _read(path: Path) -> str:
     if (kind := kind_of_file(path)) is not None:
         raise RecipeError(
             f"this is {kind}, not a file",
+            code="recipe.not-a-file",
             where=where,
             why="a run reads its recipe again when it resumes",
             fix="give the path of a recipe, a YAML file",
@@ -94,6 +96,7 @@ def _read(path: Path) -> str:
         hint = f"; did you mean `{near}`?" if near else ""
         raise RecipeError(
             f"there is no such file{hint}",
+            code="recipe.no-such-file",
             where=where,
             why="the recipe says all that is to run",
             fix="give the path of a recipe, a YAML file",
@@ -101,6 +104,7 @@ def _read(path: Path) -> str:
     except IsADirectoryError as error:
         raise RecipeError(
             "this is a directory, not a recipe",
+            code="recipe.not-a-file",
             where=where,
             why="which of its files is meant cannot be guessed",
             fix=_inside(path),
@@ -108,6 +112,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise RecipeError(
             f"the file cannot be read: {error.strerror or error}",
+            code="recipe.unreadable-file",
             where=where,
             why="the operating system refuses it",
             fix="check the path and its permissions",
@@ -115,6 +120,7 @@ def _read(path: Path) -> str:
     if len(raw) > MAX_BYTES:
         raise RecipeError(
             "the file is larger than 1 MiB, too large for a recipe",
+            code="recipe.too-large",
             where=where,
             why="it is most likely a data file given by mistake",
             fix="give the recipe, a YAML file; data belongs in files that the recipe names",
@@ -125,6 +131,7 @@ def _read(path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise RecipeError(
             f"byte {error.start} of the file is not UTF-8",
+            code="recipe.not-utf8",
             where=f"{where}:{line}",
             why="which character was meant cannot be guessed",
             fix="save the file as UTF-8",
@@ -150,12 +157,19 @@ def _parse(text: str, path: Path) -> Document:
         document = parse(text)
     except YamlProblem as problem:
         where = f"{path}:{problem.line}"
-        raise RecipeError(problem.what, where=where, why=problem.why, fix=problem.fix) from problem
+        raise RecipeError(
+            problem.what,
+            code="recipe.invalid-yaml",
+            where=where,
+            why=problem.why,
+            fix=problem.fix,
+        ) from problem
     if isinstance(document.data, dict):
         return document
     kind = "a list" if isinstance(document.data, list) else "a single value"
     raise RecipeError(
         f"a recipe is a mapping; this file holds {kind}",
+        code="recipe.not-a-mapping",
         where=f"{path}:1",
         why="each part of a recipe goes by its name",
         fix="begin with `model:` and `stages:` at the left edge",
@@ -166,6 +180,7 @@ def _repeated(entry: tuple[Key, int, int], origins: Origins) -> Located:
     key, line, first = entry
     error = RecipeError(
         f"the key `{key[-1]}` is given twice, first on line {first}",
+        code="recipe.repeated-key",
         where=f"{origins.file}:{line} ({origins.dotted(key)})",
         why="which of the two is meant cannot be guessed",
         fix="keep one of the two",
@@ -224,14 +239,16 @@ def _forbidden(name: str, value: Any, where: str) -> RecipeError | None:
     if name == "rpo_alpha":
         return RecipeError(
             "`rpo_alpha` is not a field here",
+            code="recipe.unknown-key",
             where=where,
             why="elsewhere it means DPO plus the NLL of the chosen, which has no reward gap and is "
             "not RPO",
-            fix="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation",
+            fix=FOREIGN_NAMES[name].recipe,
         )
     if is_secret(name, value):
         return RecipeError(
             f"`{name}` holds what looks like a secret",
+            code="recipe.secret",
             where=where,
             why="the recipe is copied into every run directory",
             fix=f"remove it and set it in the environment (HF_TOKEN, WANDB_API_KEY, ...); under "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from rpo_trainer.errors import RecipeError, did_you_mean
 from rpo_trainer.losses import find_loss
-from rpo_trainer.recipe.checks import CHECK, NOT_CONVERTED
+from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, FOREIGN_NAMES, field_of
+from rpo_trainer.recipe.rules.forms import CUSTOM, NOT_CONVERTED, short
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS
 from rpo_trainer.recipe.where import Origins, fields_at, places
 from rpo_trainer.recipe.yaml_document import Key, plain_scalar
@@ -48,31 +49,15 @@ _WHY = {
 _WHY |= dict.fromkeys(
     BOUNDS, "outside of its range it means nothing, or fails in the middle of a run"
 )
-# What other tools call our fields
-SYNONYMS = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "batch_size": "global_batch_size",
-    "train_batch_size": "global_batch_size",
-    "gradient_accumulation_steps": "global_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gt_reward_scale": "reward_scale",
-    "eta": "reward_scale",
-    "ref_policy_kl_penalty": "beta",
-    "loss": "loss_type",
-    "scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "warmup": "warmup_steps",
-    "warmup_ratio": "warmup_steps",
-    "output_dir": "run_dir",
-    "model_name_or_path": "name_or_path",
-    "ref_model": "reference",
-    "lora": "peft",
-    "peft_config": "peft",
-    "max_seq_length": "max_length",
-}
+
+
+class Words(NamedTuple):
+    """What an error says, without its place."""
+
+    what: str
+    fix: str
+    code: str
+    why: str | None = None  # None: what `why_of` says
 
 
 def why_of(kind: str) -> str:
@@ -88,13 +73,14 @@ def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:
     excused = {meant for key in unknown for meant in _meant_keys(key, origins)}
     for key, item in items:
         inherited = ("defaults", key[2]) if len(key) == 3 else key
-        absent = item["type"] in ("missing", CHECK) and origins.value(key) is None
+        absent = item["type"] in ("missing", CUSTOM) and origins.value(key) is None
         if absent and (key in excused or inherited in excused):
             continue
         place, where = origins.find(key)
-        what, fix, why = _words(dict(item), key, origins)
-        problem = RecipeError(what, where=where, why=why or why_of(item["type"]), fix=fix)
-        found.setdefault((where, what), (place, problem))
+        words = _words(dict(item), key, origins)
+        why = words.why or why_of(item["type"])
+        problem = RecipeError(words.what, code=words.code, where=where, why=why, fix=words.fix)
+        found.setdefault((where, words.what), (place, problem))
     return list(found.values())
 
 
@@ -102,7 +88,7 @@ def _meant_keys(key: Key, origins: Origins) -> Iterator[Key]:
     """What an unknown key is a misspelling of: that it is missing is not a second mistake."""
     known = fields_at(key[:-1], origins.data)
     word = str(key[-1])
-    meant = SYNONYMS.get(word, word)
+    meant = field_of(word)
     if meant not in known:
         near = did_you_mean(word, list(known))
         if near is None:
@@ -121,48 +107,43 @@ def _without_kind(loc: Key) -> Key:
     return loc
 
 
-def _words(item: Mapping[str, Any], key: Key, origins: Origins) -> tuple[str, str, str | None]:
-    """What, fix and why of one error."""
+def _words(item: Mapping[str, Any], key: Key, origins: Origins) -> Words:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     name = _name(key)
     about = fields_at(key[:-1], origins.data).get(str(key[-1]) if key else "", "")
-    if kind == CHECK:
-        what = (
-            f"`{name}` {context['what']}"
-            if context["what"].startswith("must ")
-            else context["what"]
-        )
-        return what, context["fix"], context["why"]
+    if kind == CUSTOM:
+        subject = f"`{name}` " if context["what"].startswith("must ") else ""
+        what = f"{subject}{context['what']}"
+        return Words(what, context["fix"], code=context["code"], why=context["why"])
     if kind == "missing":
-        return (
-            f"`{name}` is missing in {origins.level(key[:-1])}",
-            f"add `{name}: ...`{_of(about)}",
-            None,
-        )
+        what = f"`{name}` is missing in {origins.level(key[:-1])}"
+        return Words(what, f"add `{name}: ...`{_of(about)}", code="recipe.missing-field")
     if kind == "extra_forbidden":
-        return *_unknown_key(key, origins), None
+        return _unknown_key(key, origins)
     if kind in EXPECTED:
         what = f"`{name}` must be {EXPECTED[kind]}, got {described(value)}"
-        return what, _retype(EXPECTED[kind], value, about), None
+        return Words(what, _retype(EXPECTED[kind], value, about), code="recipe.wrong-type")
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
-        limit = f"{words} {_short(context[bound])}"
+        limit = f"{words} {short(context[bound])}"
         fix = f"write a number {limit}{_of(about)}"
-        return f"`{name}` must be {limit}, got {value}", fix, None
+        return Words(f"`{name}` must be {limit}, got {value}", fix, code="recipe.out-of-range")
     if kind == "finite_number":
-        fix = f"write a finite number{_of(about)}"
-        return f"`{name}` must be a finite number, got {value}", fix, None
+        what = f"`{name}` must be a finite number, got {value}"
+        return Words(what, f"write a finite number{_of(about)}", code="recipe.not-finite")
     if kind == "literal_error":
-        return *not_a_choice(name, value, context["expected"]), None
+        return not_a_choice(name, value, context["expected"])
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return *_kind_of_stage(value, origins.level(key)), None
+        return _kind_of_stage(value, origins.level(key))
     if kind in ("too_short", "string_too_short"):
         fix = f"give {'one or more' if kind == 'too_short' else 'a text'}{_of(about)}"
-        return f"`{name}` is empty", fix, None
+        return Words(f"`{name}` is empty", fix, code="recipe.empty-field")
     if kind == "string_pattern_mismatch":
         what = f"`{name}` must begin with a letter or a digit and hold only these, `.`, `_` and `-`"
-        return f"{what}; got {described(value)}", "choose a name that can be a directory", None
-    return f"`{name}`: {item['msg']}", f"write another value{_of(about)}", None
+        what = f"{what}; got {described(value)}"
+        return Words(what, "choose a name that can be a directory", code="recipe.invalid-name")
+    what, fix = f"`{name}`: {item['msg']}", f"write another value{_of(about)}"
+    return Words(what, fix, code="recipe.invalid-value")
 
 
 def _name(key: Key) -> str:
@@ -191,10 +172,6 @@ def _of(about: str) -> str:
     return f" ({about})" if about else ""
 
 
-def _short(number: float) -> str:
-    return str(int(number)) if float(number).is_integer() else str(number)
-
-
 def _retype(expected: str, value: object, about: str) -> str:
     """How to make the value one of the type that is meant."""
     hint = f"write {expected}{_of(about)}"
@@ -217,55 +194,63 @@ def _retype(expected: str, value: object, about: str) -> str:
     return hint
 
 
-def not_a_choice(name: str, value: object, expected: str) -> tuple[str, str]:
-    """What is wrong and how to mend it, where a value is none of those that there are."""
+def not_a_choice(name: str, value: object, expected: str) -> Words:
+    """What is wrong and how to fix it, where a value is none of those that there are."""
     choices = [choice.strip(" '") for choice in expected.replace(" or ", ", ").split(",")]
     listed = ", ".join(f"`{choice}`" for choice in choices)
     near = did_you_mean(value, choices) if isinstance(value, str) else None
     hint = f"; did you mean `{near}`?" if near else ""
     what = f"`{name}` must be one of {listed}, got {described(value)}{hint}"
-    if name == "loss_type" and value == "sigmoid" and "dpo" in choices:
-        return what, "write `dpo`: the same loss under another name"
-    if name == "loss_type" and (loss := find_loss(value)) is not None:
-        return what, f"`{value}` is a loss of stages of kind {loss.kind}: give it there"
-    return what, f"write {f'`{near}`' if near else f'one of {listed}'}"
+    fix = f"write {f'`{near}`' if near else f'one of {listed}'}"
+    if name == "loss_type" and FOREIGN_LOSSES.get(str(value)) in choices:
+        fix = f"write `{FOREIGN_LOSSES[str(value)]}`: the same loss under another name"
+    elif name == "loss_type" and (loss := find_loss(value)) is not None:
+        fix = f"`{value}` is a loss of stages of kind {loss.kind}: give it there"
+    return Words(what, fix, code="recipe.invalid-choice")
 
 
-def _kind_of_stage(stage: object, level: str) -> tuple[str, str]:
+def _kind_of_stage(stage: object, level: str) -> Words:
     kinds = ", ".join(f"`{kind}`" for kind in STAGE_KINDS)
     kind = stage.get("kind") if isinstance(stage, dict) else None
     if kind is None:
-        return f"`kind` is missing in {level}", f"add `kind: ...`, one of {kinds}"
+        what, fix = f"`kind` is missing in {level}", f"add `kind: ...`, one of {kinds}"
+        return Words(what, fix, code="recipe.missing-field")
     near = did_you_mean(str(kind), list(STAGE_KINDS))
     hint = f"; did you mean `{near}`?" if near else ""
-    return f"{level} has the unknown kind `{kind}`{hint}", f"write one of {kinds}"
+    what = f"{level} has the unknown kind `{kind}`{hint}"
+    return Words(what, f"write one of {kinds}", code="recipe.invalid-choice")
 
 
-def _unknown_key(key: Key, origins: Origins) -> tuple[str, str]:
+def _unknown_key(key: Key, origins: Origins) -> Words:
     name, level = str(key[-1]), origins.level(key[:-1])
-    known = fields_at(key[:-1], origins.data)
-    ours = SYNONYMS.get(name, name)
-    unknown = f"unknown key `{name}` in {level}"
-    if ours in known:
-        return f"{unknown}; did you mean `{ours}`?", f"write `{ours}`: {known[ours]}"
-    if name == "shuffle":
-        return unknown, "write it under `training_args`; without it each epoch is a new permutation"
-    if key[0] == "defaults" and ours in NOT_DEFAULTS:
-        return f"`{name}` cannot be a default", "give it in each stage"
+    known, ours = fields_at(key[:-1], origins.data), field_of(name)
     elsewhere = places().get(ours, [])
-    if elsewhere:
-        renamed = f", as `{ours}`" if ours != name else ""
-        what = f"`{name}` does not belong in {level}"
-        return what, f"it belongs in {_listed(elsewhere[:3])}{renamed}"
-    near = did_you_mean(name, list(known))
+    instead = FOREIGN_NAMES[name].recipe if name in FOREIGN_NAMES else ""
+    if ours not in known and not instead:
+        if key[0] == "defaults" and ours in NOT_DEFAULTS:
+            what, fix = f"`{name}` cannot be a default", "give it in each stage"
+            return Words(what, fix, code="recipe.misplaced-key")
+        if elsewhere:
+            renamed = f", as `{ours}`" if ours != name else ""
+            what = f"`{name}` does not belong in {level}"
+            fix = f"it belongs in {_listed(elsewhere[:3])}{renamed}"
+            return Words(what, fix, code="recipe.misplaced-key")
+    near, fix = (None, instead) if instead else _instead(name, ours, known, key)
+    hint = f"; did you mean `{near}`?" if near else ""
+    return Words(f"unknown key `{name}` in {level}{hint}", fix, code="recipe.unknown-key")
+
+
+def _instead(name: str, ours: str, known: Mapping[str, str], key: Key) -> tuple[str | None, str]:
+    """The key that an unknown one is taken for, and what to do."""
+    near = ours if ours in known else did_you_mean(name, list(known))
     if near:
-        return f"{unknown}; did you mean `{near}`?", f"write `{near}`: {known[near]}"
+        return near, f"write `{near}`: {known[near]}"
     if (key[0], len(key)) in (("stages", 3), ("defaults", 2)):
-        return unknown, "put fields of `transformers.TrainingArguments` under `training_args`"
+        return None, "put fields of `transformers.TrainingArguments` under `training_args`"
     far = did_you_mean(name, list(places()))
     if far:
-        return f"{unknown}; did you mean `{far}`?", f"it belongs in {_listed(places()[far][:3])}"
-    return unknown, f"the keys here are {_listed([f'`{field}`' for field in known], 'and')}"
+        return far, f"it belongs in {_listed(places()[far][:3])}"
+    return None, f"the keys here are {_listed([f'`{field}`' for field in known], 'and')}"
 
 
 def _listed(words: Iterable[str], last: str = "or") -> str:

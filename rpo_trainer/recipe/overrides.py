@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpo_trainer.errors import RecipeError, did_you_mean
-from rpo_trainer.recipe.chain_checks import expanded_names
-from rpo_trainer.recipe.checks import LENGTH_FIELDS
 from rpo_trainer.recipe.environment import is_secret
+from rpo_trainer.recipe.rules.chain import expanded_names
+from rpo_trainer.recipe.schema.stages import LENGTH_FIELDS
 from rpo_trainer.recipe.yaml_document import Key, YamlProblem, parse
 
 _WHY = "each word behind the recipe is one change of it"
@@ -52,17 +52,24 @@ def _override(key: str, has_value: bool, text: str, word: str) -> Override:
     example = "write `key=value` or `--key value`, for example `stages.dpo.beta=0.005`"
     where = f"override {f'{key}=...' if is_secret(key.rpartition('.')[2], text) else word}"
     if not key or any(not part for part in key.split(".")):
-        raise RecipeError(f"`{key}` is not a key", where=where, why=_WHY, fix=example)
+        raise RecipeError(
+            f"`{key}` is not a key", code="option.invalid-key", where=where, why=_WHY, fix=example
+        )
     if not has_value and not word.startswith("--"):
-        raise RecipeError("there is no `=`", where=where, why=_WHY, fix=example)
+        raise RecipeError(
+            "there is no `=`", code="option.missing-value", where=where, why=_WHY, fix=example
+        )
     if not text:
         fix = f"{example}; `null` is a value too"
-        raise RecipeError("there is no value", where=where, why=_WHY, fix=fix)
+        raise RecipeError(
+            "there is no value", code="option.missing-value", where=where, why=_WHY, fix=fix
+        )
     try:
         value = parse(text).data
     except YamlProblem as problem:
         raise RecipeError(
             f"the value is {problem.what}" if problem.what.startswith("not") else problem.what,
+            code="option.invalid-yaml",
             where=where,
             why="values of overrides are YAML, as in the file",
             fix="put quotes around a text with special characters: key='\"...\"'",
@@ -137,6 +144,7 @@ def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> s
     if not isinstance(here, list):
         raise RecipeError(
             f"`{place}` is not a mapping, it has no `{part}`",
+            code="option.invalid-key",
             where=override.where,
             why="the parts of the key are the way to a value of the recipe",
             fix=f"give `{place}` a whole value: `{place}=...`",
@@ -148,6 +156,7 @@ def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> s
     present = "0" if len(here) == 1 else f"0 to {len(here) - 1}" if here else ""
     raise RecipeError(
         f"`{place}` is a list of {len(here)}; it has no element `{part}`",
+        code="option.invalid-key",
         where=override.where,
         why="the parts of the key are the way to a value of the recipe",
         fix=f"use {present + ', or ' if present else ''}{len(here)} to append",
@@ -166,6 +175,7 @@ def _stage_index(stages: Sequence[Any], part: str, override: Override) -> int:
         if isinstance(stage.get("name"), str) and part in expanded_names(stage):
             raise RecipeError(
                 f"`{part}` is one of the rounds that `repeat` makes of `{stage['name']}`",
+                code="option.unknown-stage",
                 where=override.where,
                 why="all rounds have the same fields",
                 fix=f"use `{stage['name']}`, or write the rounds as stages of their own",
@@ -175,6 +185,7 @@ def _stage_index(stages: Sequence[Any], part: str, override: Override) -> int:
     known = ", ".join(f"`{name}`" for name in names)
     raise RecipeError(
         f"there is no stage `{part}`{hint}",
+        code="option.unknown-stage",
         where=override.where,
         why="an override changes a stage that is there",
         fix=f"the stages are {known}, or 0 to {len(stages) - 1}",

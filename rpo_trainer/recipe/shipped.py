@@ -38,6 +38,7 @@ def text_of(name: str) -> str:
     if not names:
         raise RunError(
             f"no recipe {name!r} comes with the package",
+            code="option.unknown-recipe",
             where=str(folder()),
             why="only the recipes in this folder are known by name",
             fix="rpo-trainer recipes lists them",
@@ -54,6 +55,7 @@ def copy_to(target: Path) -> Path:
     if target.exists():
         raise RunError(
             f"{target} is there already",
+            code="option.path-exists",
             why="nothing of yours is written over",
             fix="name a folder that is not there yet",
         )

@@ -39,6 +39,7 @@ class Fault(NamedTuple):
     what: str
     why: str
     fix: str
+    code: str
 
 
 def fault_of(name: str, value: Any) -> Fault | None:
@@ -48,18 +49,21 @@ def fault_of(name: str, value: Any) -> Fault | None:
             f"`{name}` cannot be set here: {RESERVED[name]}",
             "a second value would contradict the first",
             f"remove `{name}`",
+            code="template.reserved-variable",
         )
     if not name.isidentifier():
         return Fault(
             f"{name!r} is not a valid variable name",
             "a chat template reads variables by name",
             "use letters, digits and underscores, or remove it",
+            code="template.invalid-variable",
         )
     if name == "documents" and not _are_documents(value):
         return Fault(
             "`documents` is not a list of objects",
             "a chat template writes them one by one",
             "write a list, such as [{title: ..., text: ...}]",
+            code="template.invalid-variable",
         )
     return None
 
@@ -84,7 +88,13 @@ def problems(kwargs: Kwargs | None, where: str) -> Iterator[RecipeError]:
     """An error for each variable that cannot be set."""
     for name, value in (kwargs or {}).items():
         if (fault := fault_of(name, value)) is not None:
-            yield RecipeError(fault.what, where=f"{where}.{name}", why=fault.why, fix=fault.fix)
+            yield RecipeError(
+                fault.what,
+                code=fault.code,
+                where=f"{where}.{name}",
+                why=fault.why,
+                fix=fault.fix,
+            )
 
 
 def merged(*levels: Kwargs | None) -> dict[str, Any]:

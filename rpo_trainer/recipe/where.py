@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from rpo_trainer.recipe.chain_checks import stage_names
-from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS, Recipe
-from rpo_trainer.recipe.spec import Spec
+from rpo_trainer.recipe.rules.chain import stage_names
+from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS, Recipe, Spec
 from rpo_trainer.recipe.yaml_document import Key
 
 

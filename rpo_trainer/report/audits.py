@@ -190,7 +190,7 @@ def read_audit(record: AuditRecord) -> AuditView:
             for source, found in record.generation.items()
             if found.of and found.count > MANY_UNREAD * found.of and found.text
         ],
-        cut=[f"{source}: {found.told()}" for source, found in record.cut.items() if found.many],
+        cut=[f"{source}: {found.text()}" for source, found in record.cut.items() if found.many],
     )
 
 

@@ -1,1 +1,10 @@
-"""From responses to reward gaps: sampled, scored, judged, made into preference rows, calibrated."""
+"""Responses are sampled and scored, made into preference rows, and the scale of the rewards is fitted.
+
+- Sample: `policies` (rows of prompts to rows of responses, from models here and behind endpoints), `sample`
+  (one model here, batch by batch), `drawing` (how a token is drawn), `sampled_text` (tokens to text).
+- Score: `scorers` (one class for each way), `verifiers/` (the table `VERIFIERS`), `reward_model`, `judge`;
+  `endpoint` asks a server, with `endpoint_messages` (what it is told) and `http_client`.
+- Pair and calibrate: `pairs`, `calibrate`. `evaluate` turns rewards and log-probs into figures.
+- Files: `resumable_rows` (a file of rows that resumes, with `partial_file`), `row_files` (rows as commands
+  read and write them). `commands` is what the commands on rewards do.
+"""

@@ -76,8 +76,10 @@ def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
         what = "there are no reward gaps" if not len(found) else "all reward gaps are 0"
         raise DataError(
             f"{what}: η cannot be fitted",
+            code="rewards.no-gaps",
             why="η scales the gaps between the rewards of a prompt's responses, and 0 stays 0",
             fix="give reward_scale a number",
+            details={"gaps": len(found)},
         )
     against = int((found < 0).sum())
     if labelled and against:
@@ -97,6 +99,7 @@ def _likeliest(gaps: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     if slope(0.0) <= 0:
         raise DataError(
             "the labels go against the rewards more than with them: no η above 0 fits",
+            code="rewards.contradict-labels",
             why="more often than not a column is swapped, or a lower reward is the better one",
             fix="look at the rewards, and at what the columns are called",
         )
@@ -178,6 +181,7 @@ def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibra
     if not gaps:
         raise DataError(
             "no row has rewards",
+            code="data.missing-rewards",
             why="η is judged by what it makes of the gaps between rewards",
             fix="score the rows first (rpo-trainer score)",
         )

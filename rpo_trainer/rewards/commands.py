@@ -22,10 +22,10 @@ from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.redact import redact_values
-from rpo_trainer.rewards.files import read_pairs, read_prompts, read_responses
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
-from rpo_trainer.rewards.partial import partials
-from rpo_trainer.rewards.rowfile import complete, content_key, read_rows, write_rows
+from rpo_trainer.rewards.partial_file import partial_paths
+from rpo_trainer.rewards.resumable_rows import content_key, write_rows, write_rows_resumable
+from rpo_trainer.rewards.row_files import read_pairs, read_prompts, read_responses, written_pairs
 from rpo_trainer.runtime.files import atomic_write, file_digest, make_folder, remove_empty
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPORT = ".report.json"  # added to the name of the output: how it was made
-Say = Callable[[str], None]
 
 
 @contextmanager
@@ -59,7 +58,7 @@ def _processes() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _held(out: Path, ranks: Ranks) -> Iterator[None]:
+def _locked_by_ranks(out: Path, ranks: Ranks) -> Iterator[None]:
     """The output belongs to these processes until the end."""
     with ExitStack() as held:
         with ranks.raise_on_all_ranks():
@@ -78,6 +77,7 @@ def _locked(out: Path) -> Iterator[None]:
     except Timeout:
         raise RunError(
             "another process is writing this file",
+            code="output.locked",
             where=str(out),
             why="the rows of two processes would be mixed in it",
             fix="wait for it, or stop it",
@@ -86,6 +86,7 @@ def _locked(out: Path) -> Iterator[None]:
         remove_empty(made)
         raise RunError(
             f"the output cannot be written: {error.strerror or error}",
+            code="output.not-writable",
             where=str(out),
             why="the rows could not be kept",
             fix="name another output with -o, or check the path and its permissions",
@@ -104,7 +105,7 @@ def _finished(out: Path, key: str) -> bool:
     Raises:
         RunError: another file is there.
     """
-    if not out.exists() or partials(out):  # the latter are removed last of all
+    if not out.exists() or partial_paths(out):  # the latter are removed last of all
         return False
     report = out.with_name(out.name + REPORT)
     try:
@@ -119,6 +120,7 @@ def _finished(out: Path, key: str) -> bool:
         return True
     raise RunError(
         "the output exists, and was not made by this command",
+        code="output.exists",
         where=str(out),
         why="other rows or settings have made it, and nothing of yours is written over",
         fix="name another output with -o, or remove it",
@@ -133,8 +135,11 @@ def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
     atomic_write(out.with_name(out.name + REPORT), json.dumps(content, indent=1))
 
 
-def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list[Row]:
+def score_file(source: SourceSpec, out: Path, spec: ScoreSpec) -> list[str]:
     """Rewards for every row of a file; resumed where it was interrupted.
+
+    Returns:
+        A summary, line by line; of several processes, the first one's alone.
 
     Raises:
         DataError, Problems: rows that cannot be read or scored.
@@ -149,17 +154,14 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
     settings: dict[str, Any] = {"score": spec.model_dump(exclude_none=True)}
     rewards: list[float | None] = []  # of all responses; None: a judge has not decided
     with _processes() as ranks:
-        if ranks.rank():
-            say = _silently
         with ranks.raise_on_all_ranks():
             found = read_responses(source)
             found.audit.log(logger, "the rows")
             scorer = make_scorer(spec, model=model)
             key = content_key(scorer.key, found.rows)
-        with _held(out, ranks):
+        with _locked_by_ranks(out, ranks):
             if ranks.on_main(lambda: _finished(out, key)):
-                say(f"{out} is finished already: nothing to do")
-                return read_rows(out)
+                return _on_first_rank(ranks, [_nothing_to_do(out)])
             with ranks.raise_on_all_ranks():
                 scorer.check(found.rows)
 
@@ -170,15 +172,13 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec, say: Say) -> list
                     settings["judge"] = biases(rows)
                 return found.written(rows)
 
-            written = complete(
+            written = write_rows_resumable(
                 out, [row["id"] for row in found.rows], scorer.work(found.rows), assemble, key=key,
                 what="scored", then=lambda rows: _report(out, key, len(rows), settings), ranks=ranks,
             )  # fmt: skip
-    for line in bias_lines(settings["judge"]) if spec.judge is not None else ():
-        say(line)
-    say(_rewards_line(rewards))
-    say(f"{len(written)} rows scored: {out}")
-    return written
+    lines = bias_lines(settings["judge"]) if spec.judge is not None else []
+    lines = [*lines, _rewards_line(rewards), f"{len(written)} rows scored: {out}"]
+    return _on_first_rank(ranks, lines)
 
 
 def _rewards_line(rewards: Sequence[float | None]) -> str:
@@ -194,8 +194,13 @@ def _spread(ordered: Sequence[float]) -> str:
     return f", mean {q['mean']:.4g}, from {q['min']:.4g} to {q['max']:.4g}"
 
 
-def _silently(_: str) -> None:
-    """One process speaks for all."""
+def _nothing_to_do(out: Path) -> str:
+    return f"{out} is finished already: nothing to do"
+
+
+def _on_first_rank(ranks: Ranks, lines: list[str]) -> list[str]:
+    """The lines on the first process, none on the others, which would only repeat them."""
+    return [] if ranks.rank() else lines
 
 
 def generate_file(
@@ -205,16 +210,18 @@ def generate_file(
     *,
     seed: int,
     chat_template: str | None,
-    say: Say,
-) -> list[Row]:
+) -> list[str]:
     """Responses for every prompt of a file, from all policies; resumed where it was interrupted.
+
+    Returns:
+        A summary, as `score_file`.
 
     Raises:
         DataError, Problems: prompts that cannot be read, or finally have no response.
         ModelError: a policy that cannot be loaded.
         RunError: as `score_file`.
     """
-    from rpo_trainer.rewards.sampling import (
+    from rpo_trainer.rewards.policies import (
         EndpointPolicy,
         LocalPolicy,
         Policy,
@@ -225,8 +232,6 @@ def generate_file(
 
     settings = {"generate": spec.model_dump(exclude_none=True), "seed": seed}
     with _processes() as ranks:
-        if ranks.rank():
-            say = _silently
         with ranks.raise_on_all_ranks():
             rows, audit = read_prompts(source)
             audit.log(logger, "the rows")
@@ -240,10 +245,9 @@ def generate_file(
                 )
             policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
             key = content_key([policy.key for policy in policies], rows, seed)
-        with _held(out, ranks):
+        with _locked_by_ranks(out, ranks):
             if ranks.on_main(lambda: _finished(out, key)):
-                say(f"{out} is finished already: nothing to do")
-                return read_rows(out)
+                return _on_first_rank(ranks, [_nothing_to_do(out)])
             with ranks.raise_on_all_ranks():
                 if ranks.rank() == 0:
                     for name in spec.policies:
@@ -254,8 +258,8 @@ def generate_file(
             )  # fmt: skip
     count = sum(len(row["responses"]) for row in made)
     cut = sum(not flag for row in made for flag in row["finished"])
-    say(f"{count} responses to {len(made)} prompts, {cut} cut by max_new_tokens: {out}")
-    return made
+    line = f"{count} responses to {len(made)} prompts, {cut} cut by max_new_tokens: {out}"
+    return _on_first_rank(ranks, [line])
 
 
 def _model_spec(name: str, chat_template: str | None) -> ModelSpec:
@@ -307,9 +311,11 @@ def pairs_file(
     filter: FilterSpec | None,
     *,
     seed: int,
-    say: Say,
-) -> list[Row]:
+) -> list[str]:
     """Preference rows of a file of scored or ranked responses, as a stage reads them.
+
+    Returns:
+        A summary, line by line.
 
     Raises:
         DataError, Problems: rows that cannot be read, without rewards, or of which none is left.
@@ -317,6 +323,7 @@ def pairs_file(
     if out.exists():
         raise RunError(
             "the output exists",
+            code="output.exists",
             where=str(out),
             why="nothing of yours is written over",
             fix="name another, or remove it",
@@ -328,19 +335,16 @@ def pairs_file(
     if not made:
         raise DataError(
             "no row is left",
+            code="data.no-rows-left",
             where=str(source.path),
             why="; ".join(audit.summary_lines()),
             fix="lower --min-gap and the thresholds, or take other rows",
         )
-    for line in audit.summary_lines():
-        say(line)
-    if gaps := sorted(row["rewards"][0] - row["rewards"][-1] for row in made if row["rewards"]):
-        say(f"reward gaps: {len(gaps)} rows{_spread(gaps)}")
-    from rpo_trainer.rewards.files import written_pairs
-
     write_rows(out, written_pairs(made))
-    say(f"{len(made)} rows: {out}")
-    return made
+    lines = audit.summary_lines()
+    if gaps := sorted(row["rewards"][0] - row["rewards"][-1] for row in made if row["rewards"]):
+        lines.append(f"reward gaps: {len(gaps)} rows{_spread(gaps)}")
+    return [*lines, f"{len(made)} rows: {out}"]
 
 
 def calibrate_file(

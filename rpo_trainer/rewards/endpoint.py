@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
 from rpo_trainer.data.rows import Message
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.redact import hide, redact, redact_logs_of, register, register_url
-from rpo_trainer.rewards.rowfile import RowFailed
+from rpo_trainer.rewards.resumable_rows import RowFailed
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -37,7 +37,11 @@ _LONGEST_WAIT = 3600.0  # a limit by the day is left to whoever runs the command
 
 
 class Unreadable(Exception):
-    """An answer that is not what was asked for."""
+    """An answer that is not what was asked for; `code` is that of the row that finally fails by it."""
+
+    def __init__(self, reason: str, *, code: str = "endpoint.unreadable") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class Endpoint:
@@ -69,6 +73,7 @@ class Endpoint:
 
         unreadable = ""
         for tries_left in range(self.spec.retries, -1, -1):
+            code = "endpoint.unreadable"
             try:
                 answer = send(self.client)
             except (
@@ -78,6 +83,7 @@ class Endpoint:
             ) as error:
                 raise RunError(
                     f"the endpoint refuses: {_reason(error)}",
+                    code="endpoint.refused",
                     where=self.spec.url,
                     why="it would refuse every further request too",
                     fix=f"check the url, the model's name, and the key in {self.spec.api_key_env}",
@@ -92,10 +98,16 @@ class Endpoint:
                     time.sleep(wait)
                     unreadable = _reason(error)
                     continue
-                raise RowFailed(f"the endpoint refuses: {_reason(error)}", service=served) from None
+                raise RowFailed(
+                    f"the endpoint refuses: {_reason(error)}",
+                    code="endpoint.refused",
+                    service=served,
+                ) from None
             except openai.APITimeoutError:
                 raise RowFailed(
-                    f"no complete answer within {self.spec.timeout:g} s", service=True
+                    f"no complete answer within {self.spec.timeout:g} s",
+                    code="endpoint.timeout",
+                    service=True,
                 ) from None
             except openai.APIConnectionError as error:
                 cause = error.__cause__ or error
@@ -103,7 +115,9 @@ class Endpoint:
                     unreadable = str(cause)
                     continue
                 raise RowFailed(
-                    f"the endpoint cannot be reached ({_short(str(cause))})", service=True
+                    f"the endpoint cannot be reached ({_short(str(cause))})",
+                    code="endpoint.unreachable",
+                    service=True,
                 ) from None
             except RecursionError:
                 unreadable = "JSON that is nested too deeply"
@@ -117,7 +131,7 @@ class Endpoint:
             try:
                 return self._without_key(read(answer))
             except Unreadable as error:
-                unreadable = _short(str(error))
+                unreadable, code = _short(str(error)), error.code
             except RecursionError:
                 unreadable = "JSON that is nested too deeply"
             except (
@@ -128,7 +142,7 @@ class Endpoint:
                 ValueError,
             ) as error:
                 unreadable = f"not a completion ({_short(str(error))})"
-        raise RowFailed(f"the answer cannot be read: {unreadable}")
+        raise RowFailed(f"the answer cannot be read: {unreadable}", code=code)
 
     def _clean(self, content: bytes) -> bytes:
         """The bytes of an answer without the key."""
@@ -171,6 +185,7 @@ def _client(spec: EndpointSpec, key: str | None, clean: Callable[[bytes], bytes]
     except ImportError:
         raise RecipeError(
             "endpoints need the library openai",
+            code="recipe.missing-library",
             where=spec.url,
             why="it is needed for remote endpoints only",
             fix="pip install 'rpo-trainer[endpoint]'",
@@ -179,6 +194,7 @@ def _client(spec: EndpointSpec, key: str | None, clean: Callable[[bytes], bytes]
         raise RecipeError(
             f"the key in {spec.api_key_env} has a line break, a space at an end, or "
             "non-ASCII characters",
+            code="endpoint.invalid-key",
             where=spec.url,
             why="an HTTP header cannot carry it",
             fix=f"set {spec.api_key_env} to the key only",
@@ -205,6 +221,7 @@ def _redirected(url: str, error: Any) -> RunError:
     target = _short(redact(target.partition("?")[0]))
     return RunError(
         f"the endpoint redirects ({error.status_code}) to {target}",
+        code="endpoint.redirect",
         where=url,
         why="prompts and the key are sent only to the host that is named",
         fix="if that is the right address, set it as `url`",
@@ -253,7 +270,7 @@ def message_of(answer: Any) -> str:
     content = message.get("content") if isinstance(message, Mapping) else message.content
     if isinstance(content, str) and content.strip():
         return encodable(content)
-    raise Unreadable("a completion without text")
+    raise Unreadable("a completion without text", code="endpoint.no-text")
 
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -303,7 +320,9 @@ def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
         scores = {encodable(str(token.token)): float(token.logprob) for token in tokens}
         text = ",".join(f"{name}:{score}" for name, score in scores.items())
     else:
-        raise Unreadable(f"no scores by attribute in {_short(text)!r}")
+        raise Unreadable(f"no scores by attribute in {_short(text)!r}", code="endpoint.no-scores")
     if not all(map(math.isfinite, scores.values())):
-        raise Unreadable(f"a score that is not finite in {_short(text)!r}")
+        raise Unreadable(
+            f"a score that is not finite in {_short(text)!r}", code="endpoint.non-finite-scores"
+        )
     return scores, text

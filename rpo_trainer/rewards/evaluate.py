@@ -14,8 +14,9 @@ import numpy as np
 
 from rpo_trainer.data.rows import kwargs_of
 from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.generate import Gather, greedy_responses, sample_responses
-from rpo_trainer.rewards.responses import Sample
+from rpo_trainer.rewards.sample import greedy_responses, sample_responses
+from rpo_trainer.rewards.sampled_text import Sample
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,13 +106,12 @@ def respond(
     generate: GenerateSpec,
     greedy: bool,
     seed: int,
-    shard: tuple[int, int] = (0, 1),
-    gather: Gather = lambda found: found,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """What a policy says to each row's prompt.
 
     Args:
-        shard, gather: see `rpo_trainer.rewards.generate.sample_responses`.
+        ranks: the processes that share the prompts; each gets all responses.
 
     Returns:
         For each row its `id`, K `responses`, whether each is `finished`, and the `greedy` one or None.
@@ -123,6 +123,7 @@ def respond(
     if not rows:
         raise DataError(
             "there are no rows to evaluate on",
+            code="data.no-rows",
             where="eval.data",
             why="an evaluation is a mean over responses, and over none there is no mean",
             fix="give sources with rows",
@@ -134,8 +135,7 @@ def respond(
         "tools": [row.get("tools") for row in rows],
         "parsed": [row.get("special_tokens") == "parse" for row in rows],
         "template_kwargs": kwargs_of(rows),
-        "shard": shard,
-        "gather": gather,
+        "ranks": ranks,
     }
     sampled = sample_responses(
         model, tokenizer, prompts, responses=generate.responses, temperature=generate.temperature,

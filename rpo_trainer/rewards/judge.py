@@ -11,7 +11,7 @@ from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.redact import redact
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
-from rpo_trainer.rewards.messages import prompt_text, response_text
+from rpo_trainer.rewards.endpoint_messages import prompt_text, response_text
 from rpo_trainer.runtime.files import read_text
 
 # {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].
@@ -54,6 +54,7 @@ def read_template(path: Path | None) -> str:
     except (OSError, ValueError) as error:
         raise RecipeError(
             "the judge's template cannot be read",
+            code="judge.template-not-readable",
             where=str(path),
             why=str(error),
             fix="give a text file in UTF-8, or leave it out: then ours is used",
@@ -62,6 +63,7 @@ def read_template(path: Path | None) -> str:
     if missing:
         raise RecipeError(
             f"the judge's template has no {', '.join(missing)}",
+            code="judge.missing-placeholder",
             where=str(path),
             why="the judge would not see what it is to compare",
             fix=f"write {', '.join(_PLACES)} where they belong, and ask for [[A]], [[B]] or [[C]]",
@@ -82,7 +84,9 @@ def read_verdict(answer: Any) -> tuple[str, str]:
     found = _VERDICT.findall(text)
     if not found:
         # Redacted before it is cut, or a part of a key would be left.
-        raise Unreadable(f"no verdict in {' '.join(redact(text).split())[-80:]!r}")
+        raise Unreadable(
+            f"no verdict in {' '.join(redact(text).split())[-80:]!r}", code="judge.no-verdict"
+        )
     return found[-1], text
 
 

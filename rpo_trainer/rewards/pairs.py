@@ -193,6 +193,7 @@ def _check_rewards(rows: Sequence[dict[str, Any]]) -> None:
     if bad:
         raise DataError(
             f"{len(bad)} of {len(rows)} rows do not have one finite reward for each response",
+            code="rewards.incomplete",
             where=f"rows {', '.join(map(str, bad[:3]))}",
             why="which of its responses is better is known from their rewards alone",
             fix="score the responses first, or leave these rows out",

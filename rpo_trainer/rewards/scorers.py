@@ -14,9 +14,9 @@ from rpo_trainer.attributes import PRESETS, resolve_weights
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
+from rpo_trainer.rewards.endpoint_messages import scored_conversation, template_options, warn_unsent
 from rpo_trainer.rewards.judge import judge_row, read_template
-from rpo_trainer.rewards.messages import scored_conversation, template_options, warn_unsent
-from rpo_trainer.rewards.rowfile import Done, RowFailed, Shard, Work, content_key, one_by_one
+from rpo_trainer.rewards.resumable_rows import Done, RowFailed, Shard, Work, content_key, one_by_one
 from rpo_trainer.rewards.verifiers import FailedChecks, Verifier, check_rows, get_verifier
 from rpo_trainer.runtime.cores import usable_cores
 from rpo_trainer.runtime.files import file_digest
@@ -92,11 +92,10 @@ class _ByVerifier:
                 check = self.verifier.prepare(rows[index], failed)
                 return {"rewards": [check(response) for response in rows[index]["responses"]]}
             except RowError as error:
-                raise RowFailed(str(error)) from None
+                raise RowFailed(str(error), code=error.code) from None
 
-        # Tests of code wait for another process; the rest is faster without threads.
-        outside = self.verifier.name == "asserts"
-        each = one_by_one(make, workers=usable_cores() if outside else 1)
+        # Code waits for another process; the rest is faster without threads.
+        each = one_by_one(make, workers=usable_cores() if self.verifier.runs_code else 1)
 
         def run(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
             try:
@@ -122,7 +121,7 @@ class _ByModel:
 
     def work(self, rows: Sequence[Row]) -> Work:
         def run(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
-            from rpo_trainer.rewards.model import RewardModel, check_template
+            from rpo_trainer.rewards.reward_model import RewardModel, check_template
 
             model = RewardModel(self.path, self.spec.weights)
             check_template(model, rows)
@@ -166,7 +165,8 @@ class _ByEndpoint:
         if missing := [name for name in self.weights if name not in scores]:
             raise Unreadable(
                 f"no score for {', '.join(missing)}, but for {', '.join(scores)}; "
-                "`weights` says which attributes make the reward"
+                "`weights` says which attributes make the reward",
+                code="endpoint.missing-scores",
             )
         return scores, text
 
@@ -193,6 +193,7 @@ class _ByJudge:
         if single:
             raise DataError(
                 f"{len(single)} of {len(rows)} rows have one response",
+                code="judge.single-response",
                 where=f"rows {', '.join(single[:3])}",
                 why="the judge compares responses in pairs",
                 fix="score single responses with a verifier, a reward model or a reward endpoint",
@@ -215,6 +216,7 @@ def weights_key(path: Path) -> str:
     if not files:
         raise RecipeError(
             "there are no weights (safetensors) here",
+            code="model.no-weights",
             where=str(path),
             why="what a model has made is kept under a hash of its weights, to be found again",
             fix="name the directory of a model; of a run that is RUN/STAGE/final",

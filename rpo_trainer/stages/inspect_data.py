@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.detect import find_format, kind_of
@@ -20,7 +20,7 @@ from rpo_trainer.errors import DataError, Problems, RPOTrainerError
 from rpo_trainer.recipe import SourceSpec
 
 if TYPE_CHECKING:
-    from rpo_trainer.data.tokenize import Truncation
+    from rpo_trainer.data.rows import Truncation
 
 BINS = 10
 UNLIMITED = 2**30

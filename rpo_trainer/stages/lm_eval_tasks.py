@@ -13,7 +13,7 @@ from rpo_trainer.errors import RecipeError, RunError, did_you_mean, first_line
 from rpo_trainer.recipe import resolve_path
 
 if TYPE_CHECKING:
-    from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from rpo_trainer.recipe.schema import LmEvalSpec
 
 _Z95 = 1.959964  # the 0.975 quantile of the normal distribution
 _RESAMPLES = 1000  # for metrics whose standard error has no formula

@@ -41,7 +41,7 @@ from rpo_trainer.recipe import (
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.rewards.calibrate import fit_reward_scale, label_gaps
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
-from rpo_trainer.rewards.sampling import check_truths
+from rpo_trainer.rewards.policies import check_truths
 from rpo_trainer.rewards.scorers import Scorer, make_scorer
 from rpo_trainer.rewards.verifiers import get_verifier, score_rows
 from rpo_trainer.stages.inputs import (
@@ -188,8 +188,7 @@ class StagePreparer:
             tokenize: False: the held-out rows of `data` are not read.
 
         Raises:
-            DataError: as `prepare`; or there are such prompts, and `data.held_out` says that there are
-                none.
+            DataError: as `prepare`; or there are such prompts, and `data.eval_overlap` is `error`.
         """
         stage = inputs.stage
         if inputs.complete:
@@ -197,14 +196,16 @@ class StagePreparer:
         inputs.complete = tokenize
         if tokenize:
             inputs.held_out = self._held_out(stage, inputs.set_aside)
-        named = stage.data.held_out
+        on_overlap = stage.data.eval_overlap
         if inputs.held_out is not None:
-            inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, held_out=named)
+            inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, on_overlap=on_overlap)
         spec = stage.eval or self.recipe.eval
         for name, kind in _EVAL_KINDS.items():
             if spec is not None and (sources := getattr(spec, name)):
                 found = at_most(self._load(sources, kind, Audit()), spec.max_rows)
-                inputs.audit.check_overlap(inputs.rows, found, held_out=named, where=f"eval.{name}")
+                inputs.audit.check_overlap(
+                    inputs.rows, found, on_overlap=on_overlap, where=f"eval.{name}"
+                )
 
     def rows(
         self,
@@ -279,7 +280,7 @@ class StagePreparer:
             except RowError as error:
                 raise DataError(
                     str(error),
-                    code="template.refuses-row",
+                    code=error.code,
                     where=f"row {row['id']}",
                     why="no response can be sampled to it",
                     fix="correct the rows, or choose another chat_template: chatml | plain | a path",

@@ -28,7 +28,7 @@ from rpo_trainer.recipe import (
     Stage,
     fill_from_environment,
 )
-from rpo_trainer.recipe.checks import NOT_READ
+from rpo_trainer.recipe.rules.forms import NOT_READ
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
 from rpo_trainer.stages.hub import check_strategy
@@ -42,11 +42,11 @@ from rpo_trainer.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from rpo_trainer.trainers.base import PackedTrainer
-from rpo_trainer.trainers.best import require_best_metric
+from rpo_trainer.trainers.argument_checks import require_best_metric
+from rpo_trainer.trainers.argument_status import by_name
+from rpo_trainer.trainers.argument_table import TRAINING
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.engine import asks_for_shards
-from rpo_trainer.trainers.settings import by_name
-from rpo_trainer.trainers.settings_table import TRAINING
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 StageConfig = SFTConfig | DPOConfig | RPOConfig | RewardConfig
 
 # The config and the trainer of each kind of stage.
-_TRAINERS: dict[str, tuple[type[StageConfig], type[PackedTrainer]]] = {
+_TRAINERS: dict[str, tuple[type[StageConfig], type[BaseTrainer]]] = {
     "sft": (SFTConfig, SFTTrainer),
     "dpo": (DPOConfig, DPOTrainer),
     "rpo": (RPOConfig, RPOTrainer),
@@ -73,7 +73,7 @@ _SAME = (
     "max_length", "truncation", "global_batch_size", "micro_batch_tokens", "learning_rate",
     "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
-    "logging_steps", "save_total_limit", "report_to", "nonfinite",
+    "logging_steps", "save_total_limit", "report_to", "on_nonfinite", "max_skipped_steps",
     "router_aux_loss_coef",
     "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
     "disable_dropout", "label_smoothing", "reward_scale",
@@ -332,7 +332,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     inputs: StageInputs,
     callbacks: list[TrainerCallback],
-) -> PackedTrainer:
+) -> BaseTrainer:
     """The trainer of a stage, with the settings of the stage and no others."""
     common: dict[str, Any] = {
         "model": model,

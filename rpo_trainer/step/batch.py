@@ -18,9 +18,9 @@ never its siblings; `AttentionPlan` says so to the attention function.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,13 +70,14 @@ class AttentionPlan:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> AttentionPlan:
         """The plan with its tensors on the device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> AttentionPlan:
         """The plan with its tensors where the device can fetch them by itself; a data loader asks for it."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> AttentionPlan:
+    def map(self, move: Callable[[Tensor], Tensor]) -> AttentionPlan:
+        """The plan with every tensor moved, and without the masks made so far."""
         return replace(
             self,
             index=self.index and self.index.map(move),
@@ -183,15 +184,140 @@ def sees(query_position: Tensor, key_position: Tensor, reach: Reach) -> Tensor:
     return seen
 
 
-def to_device(data: Any, device: torch.device) -> Any:
-    """Tensors and plans of a nested batch on the device; everything else, and every dtype, as it is."""
-    if isinstance(data, (Tensor, AttentionPlan)):
-        return data.to(device, non_blocking=True)
-    if isinstance(data, dict):
-        return {name: to_device(value, device) for name, value in data.items()}
-    if isinstance(data, tuple):
-        return tuple(to_device(value, device) for value in data)
-    return data
+# --- what a step consumes ---
+
+M = TypeVar("M", bound="TensorStruct")
+
+
+@dataclass
+class TensorStruct:
+    """A dataclass of tensors and other values, which moves whole; dtypes stay as they are."""
+
+    def map(self: M, move: Callable[[Tensor], Tensor]) -> M:
+        """The same with every tensor moved."""
+        return replace(self, **{f.name: _mapped(getattr(self, f.name), move) for f in fields(self)})
+
+    def to(self: M, device: torch.device, non_blocking: bool = True) -> M:
+        """The same with its tensors on the device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: M) -> M:
+        """The same where the device can fetch it by itself; a data loader asks for it."""
+        return self.map(Tensor.pin_memory)
+
+
+def _mapped(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, (TensorStruct, AttentionPlan)):
+        return value.map(move)
+    if isinstance(value, tuple):
+        return tuple(_mapped(part, move) for part in value)
+    return value
+
+
+@dataclass
+class RouterRequest:
+    """What a forward is to give of its routers beside its answer, see `rpo_trainer.step.router_loss`.
+
+    Attributes:
+        top_k: experts that a token chooses.
+        layers: routers that the forward is expected to record.
+        only: whether nothing else is wanted of the forward.
+        sums: what it has given, `[2E + 1]`; None before it.
+    """
+
+    top_k: int
+    layers: int
+    only: bool
+    sums: Tensor | None = None
+
+
+@dataclass
+class ModelInputs(TensorStruct):
+    """What the model's forward takes, as `model(packed=...)`.
+
+    Attributes:
+        input_ids, position_ids: `[1, T]` or `[R, L]`.
+        attention_mask: `[R, L]`; None when packed.
+        plan: who sees whom; None when padded or single.
+        rows: where each response's text starts and stops; None but for single.
+        predict_index: `[N]`, the flat position whose hidden state predicts each trained token.
+        labels: `[N]`, that token.
+        last_index: `[R]`, the flat position of each response's last token.
+        token_uses: as `input_ids`, int64: how many responses use each token, 0 for padding.
+        router: what the forward is to give of its routers; None: nothing.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    plan: AttentionPlan | None
+    rows: tuple[tuple[int, int], ...] | None
+    predict_index: Tensor
+    labels: Tensor
+    last_index: Tensor
+    token_uses: Tensor
+    router: RouterRequest | None = None
+
+
+@dataclass
+class PackedBatch(TensorStruct):
+    """One micro-batch.
+
+    Attributes:
+        model_inputs: what the model's forward takes.
+        response_index: `[N]`, which of the R responses a token belongs to.
+        response_tokens: `[R]`, trained tokens of each response.
+        groups: `[b, k]` response numbers of the examples that have k responses, one tensor for each k.
+        example_order: example numbers in the order of the groups, B of them.
+        rewards, reference_logps: `[R]` float32, where the examples have them, else None.
+        ids: row ids, B of them.
+        weights: `[B]` in the order of the groups; 0 for the filler of a rank that has no example left.
+        counts: `[2]` float64: examples, and trained tokens of their first (chosen) responses; 0 for a filler.
+    """
+
+    model_inputs: ModelInputs
+    response_index: Tensor
+    response_tokens: Tensor
+    groups: tuple[Tensor, ...]
+    example_order: list[int]
+    rewards: Tensor | None
+    reference_logps: Tensor | None
+    ids: list[str]
+    weights: Tensor
+    counts: Tensor
+
+    @property
+    def micro_batches(self) -> tuple[PackedBatch, ...]:
+        """Itself alone, as `StepBatch` has several."""
+        return (self,)
+
+    def num_tokens(self, *, padding: bool) -> int:
+        """Tokens of the forward; on the host, nothing waits for a device.
+
+        Args:
+            padding: whether padding counts, and a filler.
+        """
+        inputs = self.model_inputs
+        if padding:
+            return inputs.input_ids.numel()
+        if not bool(self.weights.any()):
+            return 0
+        mask = inputs.attention_mask
+        return int(inputs.input_ids.numel() if mask is None else mask.sum())
+
+
+@dataclass
+class StepBatch(TensorStruct):
+    """All micro-batches of an optimizer step of this rank, and the sum of their counts."""
+
+    micro_batches: tuple[PackedBatch, ...]
+    counts: Tensor
+
+    def num_tokens(self, *, padding: bool) -> int:
+        """Tokens of all forwards."""
+        return sum(batch.num_tokens(padding=padding) for batch in self.micro_batches)
 
 
 def forward_tokens(example: Mapping[str, Any], layout: Layout) -> int:
@@ -202,23 +328,16 @@ def forward_tokens(example: Mapping[str, Any], layout: Layout) -> int:
 
 
 def pack(
-    examples: Sequence[Mapping[str, Any]], layout: Layout, *, pad_token_id: int = 0
-) -> dict[str, Any]:
+    examples: Sequence[Mapping[str, Any]],
+    layout: Layout,
+    *,
+    pad_token_id: int = 0,
+    filler: bool = False,
+) -> PackedBatch:
     """One micro-batch of tokenised examples as tensors.
 
-    Returns a dict:
-        model_inputs: what the model's forward takes: `input_ids`, `position_ids` (`[1, T]` or `[R, L]`),
-            `plan` (None when padded or single), `attention_mask` (None when packed), `rows`, where each
-            response's text starts and stops (None but for single), `predict_index` `[N]`, the flat
-            position whose hidden state predicts each trained token, `labels` `[N]`, that token, and
-            `last_index` `[R]`, the flat position of each response's last token, and `token_uses` as
-            `input_ids`, int64, how many responses use each token: 0 for padding.
-        response_index: `[N]`, which of the R responses a token belongs to.
-        response_tokens: `[R]`, trained tokens of each response.
-        groups: `[b, k]` response numbers of the examples that have k responses, one tensor for each k.
-        example_order: example numbers in the order of the groups, a list.
-        rewards, reference_logps: `[R]` float64 → float32, where the examples have them, else None.
-        ids: row ids, a list of B.
+    Args:
+        filler: whether the examples only keep the forwards of the ranks alike, and have weight 0.
     """
     if not examples:
         raise ValueError("a micro-batch needs at least one example")
@@ -226,31 +345,34 @@ def pack(
         _check(example)
     rows = _padded(examples, pad_token_id) if layout == "padded" else _packed(examples, layout)
     groups, order = _groups(examples)
-    counts = torch.zeros(rows.responses, dtype=torch.long)
+    tokens = torch.zeros(rows.responses, dtype=torch.long)
     response_index = torch.tensor(rows.response_index, dtype=torch.long)
-    counts.index_add_(0, response_index, torch.ones_like(response_index))
-    return {
-        "model_inputs": {
-            "input_ids": rows.input_ids,
-            "position_ids": rows.position_ids,
-            "attention_mask": rows.attention_mask,
-            "plan": None if layout == "single" else rows.plan,
-            "rows": tuple((s.start, s.stop) for s in rows.plan.segments)
-            if layout == "single" and rows.plan
-            else None,
-            "predict_index": torch.tensor(rows.predict_index, dtype=torch.long),
-            "labels": torch.tensor(rows.labels, dtype=torch.long),
-            "last_index": torch.tensor(rows.last_index, dtype=torch.long),
-            "token_uses": rows.token_uses,
-        },
-        "response_index": response_index,
-        "response_tokens": counts,
-        "groups": groups,
-        "example_order": order,
-        "rewards": _per_response(examples, "rewards"),
-        "reference_logps": _per_response(examples, "reference_logps"),
-        "ids": [str(example.get("id", "?")) for example in examples],
-    }
+    tokens.index_add_(0, response_index, torch.ones_like(response_index))
+    chosen = sum(sum(example["response_mask"][0]) for example in examples)
+    single = layout == "single"
+    spans = tuple((s.start, s.stop) for s in rows.plan.segments) if rows.plan and single else None
+    return PackedBatch(
+        model_inputs=ModelInputs(
+            input_ids=rows.input_ids,
+            position_ids=rows.position_ids,
+            attention_mask=rows.attention_mask,
+            plan=None if single else rows.plan,
+            rows=spans,
+            predict_index=torch.tensor(rows.predict_index, dtype=torch.long),
+            labels=torch.tensor(rows.labels, dtype=torch.long),
+            last_index=torch.tensor(rows.last_index, dtype=torch.long),
+            token_uses=rows.token_uses,
+        ),
+        response_index=response_index,
+        response_tokens=tokens,
+        groups=groups,
+        example_order=order,
+        rewards=_per_response(examples, "rewards"),
+        reference_logps=_per_response(examples, "reference_logps"),
+        ids=[str(example.get("id", "?")) for example in examples],
+        weights=torch.full((len(examples),), float(not filler)),
+        counts=torch.tensor([0, 0] if filler else [len(examples), chosen], dtype=torch.float64),
+    )
 
 
 @dataclass

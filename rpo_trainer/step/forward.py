@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ from rpo_trainer.step.attention import (
     packing_masks,
 )
 from rpo_trainer.step.attention_reach import Recording, recording
-from rpo_trainer.step.batch import AttentionPlan, Layout, Segment
+from rpo_trainer.step.batch import AttentionPlan, Layout, ModelInputs, Segment
 from rpo_trainer.step.head import FORWARD_ERRORS, Head, forward_of, head_of
 from rpo_trainer.step.logprobs import linear_logprobs, logprobs_from_logits
 from rpo_trainer.step.router_loss import apart, asked, beside, only_sums, sums_of
@@ -138,28 +138,28 @@ def _decoder(inner: Any) -> Any:
     return inner.get_submodule(inner._rpo_decoder)
 
 
-def token_logprobs(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+def token_logprobs(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
     """log π of each trained token of a micro-batch made by `batch.pack`: `[N]`, float32 or better."""
     return apart(model(packed=model_inputs), model_inputs)
 
 
-def response_scores(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+def response_scores(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
     """Scores of a sequence classifier at each response's last token: `[R, A]`, float32 or better."""
     return apart(model(packed=model_inputs), model_inputs)
 
 
-def router_sums_only(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+def router_sums_only(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
     """Sums of the routers' loss, `[2E + 1]`, of inputs that `router_loss.request` has marked `only`."""
     return model(packed=model_inputs)  # type: ignore[no-any-return]
 
 
-def _decoder_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder_inputs(inputs: ModelInputs) -> dict[str, Any]:
     """Arguments of the decoder. Padded rows come without positions: the model counts its own."""
-    decoder_inputs = {"input_ids": inputs["input_ids"], "use_cache": False}
-    if inputs["plan"] is not None:
-        decoder_inputs |= {"position_ids": inputs["position_ids"], "packing_plan": inputs["plan"]}
+    decoder_inputs = {"input_ids": inputs.input_ids, "use_cache": False}
+    if inputs.plan is not None:
+        decoder_inputs |= {"position_ids": inputs.position_ids, "packing_plan": inputs.plan}
     else:
-        decoder_inputs["attention_mask"] = inputs["attention_mask"]
+        decoder_inputs["attention_mask"] = inputs.attention_mask
     if asked(inputs):
         decoder_inputs["output_router_logits"] = True
     return decoder_inputs
@@ -172,12 +172,12 @@ class _Outputs(NamedTuple):
     router_logits: Sequence[Tensor]
 
 
-def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> _Outputs:
+def _run(model: Any, forward: Any, inputs: ModelInputs, wanted: str) -> _Outputs:
     """One forward; one for each of `rows`, where the inputs have them."""
     decoder_inputs = _decoder_inputs(inputs)
-    rows = inputs.get("rows")
+    rows = inputs.rows
     if rows is None:
-        plan = inputs["plan"]
+        plan = inputs.plan
         masks = packing_masks(plan if model._rpo_plan_as_mask else None)
         with masks if plan is not None else contextlib.nullcontext():
             found = forward(**decoder_inputs)
@@ -187,7 +187,7 @@ def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> _O
     pieces, routers = [], []
     for number in range(rounds):
         start, stop = rows[number % len(rows)]
-        found = forward(**{**decoder_inputs, "input_ids": inputs["input_ids"][:, start:stop]})
+        found = forward(**{**decoder_inputs, "input_ids": inputs.input_ids[:, start:stop]})
         pieces.append(_flat(getattr(found, wanted)))
         routers.append([_flat(layer) for layer in getattr(found, "router_logits", None) or ()])
     unused = sum((piece.sum() * 0.0 for piece in pieces[len(rows) :]), pieces[0].new_zeros(()))
@@ -197,9 +197,9 @@ def _run(model: Any, forward: Any, inputs: Mapping[str, Any], wanted: str) -> _O
     )
 
 
-def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Any:
+def _packed_scores(model: Any, inputs: ModelInputs) -> Any:
     if not model._rpo_head.fused:
-        if inputs["plan"] is not None:
+        if inputs.plan is not None:
             raise ValueError("the model's own forward scores one response a row")
         outputs = _run(model, model._rpo_stock[0], inputs, "logits")
         scores: Tensor = outputs.wanted
@@ -207,14 +207,14 @@ def _packed_scores(model: Any, inputs: Mapping[str, Any]) -> Any:
     outputs = _run(model, _decoder(model), inputs, "last_hidden_state")
     if only_sums(inputs):
         return sums_of(outputs, inputs)
-    last = outputs.wanted.index_select(0, inputs["last_index"])
+    last = outputs.wanted.index_select(0, inputs.last_index)
     # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
     with torch.autocast(last.device.type, enabled=False):
         scores = model.score(last.to(next(model.score.parameters()).dtype))
     return beside(_at_least_float32(scores), outputs, inputs)
 
 
-def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Any:
+def _packed_logprobs(model: Any, inputs: ModelInputs) -> Any:
     head: Head = model._rpo_head
     run, wanted = (
         (_decoder(model), "last_hidden_state") if head.fused else (model._rpo_stock[0], "logits")
@@ -222,11 +222,11 @@ def _packed_logprobs(model: Any, inputs: Mapping[str, Any]) -> Any:
     outputs = _run(model, run, inputs, wanted)
     if only_sums(inputs):
         return sums_of(outputs, inputs)
-    gathered = outputs.wanted.index_select(0, inputs["predict_index"])
+    gathered = outputs.wanted.index_select(0, inputs.predict_index)
     if head.fused:
-        logps = _run_head(model, gathered, inputs["labels"], head)
+        logps = _run_head(model, gathered, inputs.labels, head)
     else:  # always right: the model's own forward, all its logits
-        logps = logprobs_from_logits(gathered, inputs["labels"])
+        logps = logprobs_from_logits(gathered, inputs.labels)
     return beside(logps, outputs, inputs)
 
 

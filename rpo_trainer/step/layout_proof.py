@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rpo_trainer.models.sharding import device_of, has_shards, num_rows
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
-from rpo_trainer.step.batch import Layout, pack, to_device
+from rpo_trainer.step.batch import Layout, pack
 from rpo_trainer.step.forward import response_scores, token_logprobs
 
 Example = dict[str, Any]
@@ -331,8 +331,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """One packed micro-batch: its values and the owner of each, both `[n]`."""
     batch = pack(examples, layout, pad_token_id=pad_token_id)
-    inputs = to_device(batch["model_inputs"], device_of(model))
+    inputs = batch.model_inputs.to(device_of(model))
     if not is_classifier(model):
-        return token_logprobs(model, inputs), batch["response_index"]
+        return token_logprobs(model, inputs), batch.response_index
     scores = response_scores(model, inputs)  # [R, A]
     return scores.flatten(), torch.arange(len(scores)).repeat_interleave(scores.shape[1])

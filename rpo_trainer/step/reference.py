@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.sharding import device_of, whole
 from rpo_trainer.models.unwrap import transformers_model
-from rpo_trainer.step.batch import Layout, forward_tokens, pack, to_device
+from rpo_trainer.step.batch import Layout, forward_tokens, pack
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 
@@ -61,6 +61,7 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
         if weight.numel() and weight.is_meta:
             raise ModelError(
                 "a weight is on the meta device, without values",
+                code="model.no-values",
                 where=name,
                 why="reference log-probs are kept under a hash of all weights, to be found again",
                 fix="load the model whole, without offloading (device_map) or init_empty_weights",
@@ -154,7 +155,7 @@ class ReferenceCache:
             part.unlink(missing_ok=True)
 
 
-def reference_logps(
+def dataset_logprobs(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
     *,
@@ -167,10 +168,10 @@ def reference_logps(
     progress: bool = False,
     tolerance: float = 1e-3,
 ) -> list[list[float]]:
-    """Σ log π_ref over the trained tokens of each response of each example.
+    """Σ log π over the trained tokens of each response of each example; values are kept by content.
 
     Args:
-        model: the reference, installed for `layout`; it is put in eval mode and back.
+        model: the reference or any other policy, installed for `layout`; it is put in eval mode and back.
         examples: tokenised examples.
         cache: values already known; new ones are added to it.
         batch_tokens: tokens of one forward, no gradient is kept.
@@ -240,11 +241,11 @@ class _Pass:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
         batch = pack(examples, self.layout, pad_token_id=self.pad_token_id)
-        inputs = to_device(batch["model_inputs"], self.device)
-        index = batch["response_index"].to(self.device)
+        inputs = batch.model_inputs.to(self.device)
+        index = batch.response_index.to(self.device)
         with torch.no_grad():
             logps = token_logprobs(self.model, inputs)
-            return response_sums(logps, index, len(batch["response_tokens"])).float().cpu()
+            return response_sums(logps, index, len(batch.response_tokens)).float().cpu()
 
 
 def _batches(

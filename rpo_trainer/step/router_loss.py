@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.multimodal import CLASSIFIER, decoder_of
+from rpo_trainer.step.batch import ModelInputs, RouterRequest
 
 # Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
 _COEFFICIENT = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
@@ -91,51 +92,50 @@ def balance(total: Tensor, part: Tensor) -> Tensor:
 # --- between the step and the trainer ---
 
 
-def request(
-    model_inputs: MutableMapping[str, Any], loss: RouterLoss, *, only: bool = False
-) -> None:
+def request(model_inputs: ModelInputs, loss: RouterLoss, *, only: bool = False) -> None:
     """Has the next forward of these inputs give the sums too; `only`: the sums and nothing else."""
-    model_inputs["router"] = {"top_k": loss.top_k, "layers": loss.layers, "only": only}
+    model_inputs.router = RouterRequest(top_k=loss.top_k, layers=loss.layers, only=only)
 
 
-def asked(model_inputs: Mapping[str, Any]) -> bool:
+def asked(model_inputs: ModelInputs) -> bool:
     """Whether the forward of these inputs is to give the sums."""
-    return model_inputs.get("router") is not None
+    return model_inputs.router is not None
 
 
-def only_sums(model_inputs: Mapping[str, Any]) -> bool:
+def only_sums(model_inputs: ModelInputs) -> bool:
     """Whether the forward of these inputs is to give nothing but the sums."""
-    return asked(model_inputs) and bool(model_inputs["router"]["only"])
+    return model_inputs.router is not None and model_inputs.router.only
 
 
-def sums_of(outputs: Any, model_inputs: Mapping[str, Any]) -> Tensor:
+def sums_of(outputs: Any, model_inputs: ModelInputs) -> Tensor:
     """Sums from a decoder's outputs.
 
     Raises:
         ModelError: the forward has recorded other router logits than the one at the start.
     """
-    logits = getattr(outputs, "router_logits", None) or ()
-    if len(logits) != model_inputs["router"]["layers"]:
+    logits, wanted = getattr(outputs, "router_logits", None) or (), model_inputs.router
+    assert wanted is not None
+    if len(logits) != wanted.layers:
         raise ModelError(
             f"the forward gave the router logits of {len(logits)} layers, where "
-            f"{model_inputs['router']['layers']} have a router",
+            f"{wanted.layers} have a router",
             code="model.router-logits-missing",
             why="the load-balancing loss would be of some layers alone",
             fix="set router_aux_loss_coef to 0, or leave torch_compile out",
         )
-    return router_sums(logits, model_inputs["token_uses"], model_inputs["router"]["top_k"])
+    return router_sums(logits, model_inputs.token_uses, wanted.top_k)
 
 
-def beside(answer: Tensor, outputs: Any, model_inputs: Mapping[str, Any]) -> Any:
+def beside(answer: Tensor, outputs: Any, model_inputs: ModelInputs) -> Any:
     """The answer of a forward, with the sums where they were asked for."""
     return (answer, sums_of(outputs, model_inputs)) if asked(model_inputs) else answer
 
 
-def apart(answer: Any, model_inputs: Mapping[str, Any]) -> Tensor:
-    """The answer of a forward without the sums, which are kept in `model_inputs["router"]["sums"]`."""
-    if not asked(model_inputs):
+def apart(answer: Any, model_inputs: ModelInputs) -> Tensor:
+    """The answer of a forward without the sums, which are kept in `model_inputs.router.sums`."""
+    if model_inputs.router is None:
         return answer  # type: ignore[no-any-return]
-    answer, model_inputs["router"]["sums"] = answer
+    answer, model_inputs.router.sums = answer
     return answer  # type: ignore[no-any-return]
 
 

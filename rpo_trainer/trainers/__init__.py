@@ -1,5 +1,6 @@
 """Trainers on `transformers.Trainer`: SFT, DPO, RPO, reward models."""
 
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import (
     DPOConfig,
     PreferenceConfig,
@@ -10,7 +11,6 @@ from rpo_trainer.trainers.config import (
 from rpo_trainer.trainers.preference import DPOTrainer, PreferenceTrainer, RPOTrainer
 from rpo_trainer.trainers.reward import RewardTrainer
 from rpo_trainer.trainers.sft import SFTTrainer
-from rpo_trainer.trainers.step_config import BaseConfig
 
 __all__ = [
     "BaseConfig",

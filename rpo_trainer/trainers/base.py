@@ -1,91 +1,87 @@
-"""What every trainer does alike: data, step, metrics, guards and checkpoints, on `transformers.Trainer`."""
+"""`BaseTrainer`: what every trainer does alike, on `transformers.Trainer`.
+
+What `train()` does, in order, and the method of each line. (T): of `transformers.Trainer`, not overridden;
+[hook]: what a subclass may say or extend.
+
+    __init__                      config, model, tokenizer and rows are made and checked; (T) makes the rest
+      tokenized                     rows to token ids; what is dropped is counted
+      Engine, OutputWriter          DDP, FSDP2 or DeepSpeed is set up; the output can be written
+      _prove_layout                 the fastest packing that gives what plain forwards give
+    train
+      checkpoints.to_resume         a complete checkpoint of this engine
+      before_training        [hook] the model as it was given
+      get_train_dataloader          packed micro-batches of this rank
+      _prepare_for_training         model, optimizer and schedule are wrapped; a checkpoint is loaded
+        policy_ready         [hook] reference log-probs, with the weights that training starts from
+      for each optimizer step:
+        get_batch_samples           its micro-batches, and the counts of the global batch
+        training_step               for each micro-batch:
+          _prepare_inputs             to the device
+          compute_loss
+            before_forward   [hook]
+            outputs          [hook]   log-probs or scores of the responses
+            losses           [hook]   terms of the loss, and metrics
+            StepResult.total          divided by the counts of the global batch
+          (T) backward              gradients; reduced over ranks with the last micro-batch
+        (T) clipping, _get_grad_norm
+        before_update        [hook] guards: stop, or leave the step out, before a weight moves
+        (T) optimizer, scheduler
+        log                         means of the metrics over all ranks, every `logging_steps`
+        evaluate, evaluation_loop   every `eval_steps`; for each batch `prediction_step`, `evaluated` [hook]
+        _save_checkpoint            every `save_steps`: staged, then moved to its place
+
+The engine, the guards, the files and the loss of routers are objects of their own: `engine`, `step_guard`,
+`checkpoints` and `output`, `router`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import sys
 from abc import abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalLoopOutput
 
-from rpo_trainer.errors import DataError
+from rpo_trainer.errors import RecipeError
 from rpo_trainer.models.adapters import randomized_zero_init
-from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
-from rpo_trainer.models.sharding import whole_on_every_rank
-from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
+from rpo_trainer.models.sharding import has_shards, reshard, whole_on_every_rank
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.runtime.memory import keeping_freed_memory
-from rpo_trainer.step.batch import Layout, to_device
+from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.router_loss import asked_by_config
-from rpo_trainer.trainers.best import require_best_metric
+from rpo_trainer.trainers import fits, setup
+from rpo_trainer.trainers.argument_checks import require_best_metric
+from rpo_trainer.trainers.base_config import BaseConfig
+from rpo_trainer.trainers.checkpoint import Checkpoints, keep_hyperparameters_on_load
 from rpo_trainer.trainers.compiled import compile_if_asked
-from rpo_trainer.trainers.counting import flops_per_token, forward_tokens_of
-from rpo_trainer.trainers.examples import Examples, PackingCollator
-from rpo_trainer.trainers.fits import check_all_fit, check_fit, check_layout, longest_text
-from rpo_trainer.trainers.guards import StepGuard
+from rpo_trainer.trainers.engine import Engine
+from rpo_trainer.trainers.examples import Examples, PackingCollator, tokenized
+from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
-from rpo_trainer.trainers.metrics import MetricSums
-from rpo_trainer.trainers.names import answering_unknown_arguments
 from rpo_trainer.trainers.noise import disable_noise, say_noise
+from rpo_trainer.trainers.outputs import OutputWriter
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
-from rpo_trainer.trainers.saving import SavingTrainer
-from rpo_trainer.trainers.setup import (
-    note_defaults,
-    pad_token_id_of,
-    require_config,
-    require_one_gpu,
-    set_checkpointing,
-    tokenizer_in,
-    tokenizer_of,
-    with_adapter,
-)
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.terms import MetricSums, StepOutputs, StepResult
 from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
+from rpo_trainer.trainers.unknown_arguments import answering_unknown_arguments
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Term:
-    """One term of the loss: Σ over examples of `numerators`, divided by a count of the global batch.
-
-    Attributes:
-        numerators: `[B]`, with gradient where `coefficient` is not 0.
-        per: what it is a mean over: `examples`, or what `counts` counts beside them: `tokens` (trained
-            ones of the first responses) or `ratings`.
-    """
-
-    numerators: Tensor
-    per: str
-    coefficient: float = 1.0
-
-
-@dataclass
-class StepResult:
-    """Terms of the loss by name, and further metrics, each `[B]` in the order of the groups."""
-
-    terms: dict[str, Term]
-    metrics: dict[str, Tensor]
-
-
-class PackedTrainer(SavingTrainer):
+class BaseTrainer(Trainer):
     """Base of the trainers; a subclass says what the losses are and what its rows look like."""
 
     config_class: type[BaseConfig] = BaseConfig
@@ -97,6 +93,9 @@ class PackedTrainer(SavingTrainer):
     model: Any
     train_dataset: Any
     eval_dataset: Any
+    processing_class: Any
+    data_collator: Any
+    _grad_norm: Tensor | float = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,44 +115,32 @@ class PackedTrainer(SavingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="trainer_output")
-        require_config(self, args)
-        require_one_gpu(args)
+        setup.require_config(self, args)
+        setup.require_one_gpu(args)
         limit_threads()
         self._other_processes = OtherProcesses()
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer_named(model)
-            model = load_model_named(model)
-        model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
-        processing_class = tokenizer_in(processing_class) or tokenizer_of(model)
-        set_checkpointing(model, args)
+        model, tokenizer = setup.prepare_model(model, processing_class, peft_config, args)
         self.audits: dict[str, Any] = {}
-        train = self._examples(train_dataset, processing_class, args, "train")
-        evaluation = (
-            {
-                name: self._examples(d, processing_class, args, f"eval_{name}")
-                for name, d in eval_dataset.items()
-            }
-            if isinstance(eval_dataset, dict)
-            else self._examples(eval_dataset, processing_class, args, "eval")
-        )
-        check_all_fit(model, train, evaluation)
-        self._longest = longest_text(model, train, evaluation)
+        train = self._examples(train_dataset, tokenizer, args, "train")
+        several = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+        names = {name: f"eval_{name}" if name is not None else "eval" for name in several}
+        sets = {n: self._examples(several[n], tokenizer, args, name) for n, name in names.items()}
+        evaluation = sets if isinstance(eval_dataset, dict) else sets[None]
+        fits.check_all_fit(model, train, evaluation)
+        self._longest = fits.longest_text(model, train, evaluation)
+        config = transformers_model(model).config
         if evaluation is not None:
-            sets = evaluation if isinstance(evaluation, dict) else {None: evaluation}
-            require_best_metric(
-                args,
-                {name: self.metric_names(args, examples) for name, examples in sets.items()},
-                asked=bool(asked_by_config(transformers_model(model).config)),
-            )
-        use_cache = getattr(transformers_model(model).config, "use_cache", None)
+            metrics = {name: self.metric_names(args, examples) for name, examples in sets.items()}
+            require_best_metric(args, metrics, asked=bool(asked_by_config(config)))
+        use_cache = getattr(config, "use_cache", None)
         with fault_tolerant_callbacks(args) as trackers:
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=PackingCollator("padded", 0),  # replaced below, as the probe says
+                data_collator=PackingCollator("padded", 0),  # type: ignore[arg-type]  # replaced below
                 train_dataset=train,
                 eval_dataset=evaluation,
-                processing_class=processing_class,
+                processing_class=tokenizer,
                 callbacks=[*trackers, *(callbacks or [])],
                 optimizers=optimizers,
             )
@@ -161,21 +148,24 @@ class PackedTrainer(SavingTrainer):
         # Our loss is already divided by the counts of the whole accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.apply_engine_overrides()
-        self.prepare_output(use_cache)
+        self.engine = Engine(self.model, args, self.accelerator, self._run_guards)
+        self.add_callback(BeforeUpdate(self.engine.before_optimizer_step))
+        output_dir = Path(str(args.output_dir))
+        self.output = OutputWriter(self.model, tokenizer, train, output_dir, use_cache)
+        self.checkpoints = Checkpoints(args, self.accelerator)
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
-        self._probed = False
         self.router: RouterTerm | None = None
+        self._proved = False
         if whole_on_every_rank(self.model):
-            self._probe()
-            compile_if_asked(self.model, self.accelerator)
-        self.pad_token_id = pad_token_id_of(processing_class)
+            self._prove_layout()
+        self.pad_token_id = setup.pad_token_id_of(tokenizer)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self._train_metrics = MetricSums()
         self._eval_metrics = MetricSums()
-        self.step_guard = StepGuard(args.nonfinite)
+        self.step_guard = StepGuard(args.allowed_skips)
 
-    def _probe(self) -> None:
+    def _prove_layout(self) -> None:
+        """Which layout gives what plain forwards give; weights that are not whole are asked once wrapped."""
         wanted: Any = None if self.args.layout == "auto" else self.args.layout
         with randomized_zero_init(self.model):
             self.layout, _ = probe_on_all_ranks(
@@ -188,34 +178,19 @@ class PackedTrainer(SavingTrainer):
             disable_noise(self.model, self.no_noise)
         else:
             say_noise(self.model)
-        self._probed = True
-
-    def wrapped(self, train_dataloader: Any) -> Any:
-        """Asks weights that were not whole before; the loader was dealt by the costs of a guess."""
-        if self._probed:
-            return train_dataloader
-        self._probe()
+        self._proved = True
         compile_if_asked(self.model, self.accelerator)
-        self.data_collator = self._collator(self.train_dataset)
-        return self.get_train_dataloader()
 
-    # --- what a subclass says ---
+    # --- hooks: what a subclass says ---
 
     @abstractmethod
-    def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
+    def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
         """Terms and metrics from `outputs` and a batch of `PackingCollator`."""
 
-    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def outputs(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
         """What the losses are made of, for each response: `[R]` summed log-probs."""
-        logps = token_logprobs(model, inputs["model_inputs"])
-        return response_sums(logps, inputs["response_index"], len(inputs["response_tokens"]))
-
-    def before_forward(self, inputs: dict[str, Any]) -> None:
-        """Runs before the forward of a micro-batch, in training and evaluation."""
-
-    def data_options(self, args: BaseConfig) -> dict[str, Any]:
-        """Further arguments of `prepare_dataset`."""
-        return {}
+        logps = token_logprobs(model, inputs.model_inputs)
+        return response_sums(logps, inputs.response_index, len(inputs.response_tokens))
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
@@ -227,6 +202,25 @@ class PackedTrainer(SavingTrainer):
             examples: what is evaluated on; None: not known yet.
         """
         return {"loss"}
+
+    def data_options(self, args: BaseConfig) -> dict[str, Any]:
+        """Further arguments of `prepare_dataset`."""
+        return {}
+
+    def before_training(self, resume_from_checkpoint: str | None) -> None:
+        """Runs before the loop starts, the model as it was given."""
+
+    def policy_ready(self, resume_from_checkpoint: str | None) -> None:
+        """Runs before the loop starts, the model on its device and, where it is sharded, wrapped.
+
+        Its weights still are those it was given with; a checkpoint is loaded afterwards.
+        """
+
+    def before_forward(self, inputs: PackedBatch) -> None:
+        """Runs before the forward of a micro-batch, in training and evaluation."""
+
+    def evaluated(self, batch: PackedBatch, outputs: StepOutputs) -> None:
+        """Called with each evaluation micro-batch and what `compute_loss` has found for it."""
 
     def before_update(self) -> bool:
         """Runs before each optimizer step, gradients in place; raises to keep the optimizer still.
@@ -254,30 +248,13 @@ class PackedTrainer(SavingTrainer):
     ) -> Examples | None:
         if dataset is None or isinstance(dataset, Examples):
             return dataset
-        from rpo_trainer.data import Audit, prepare_dataset
+        from rpo_trainer.data import Audit
 
         audit = self.audits[name] = Audit()
-        rows = prepare_dataset(
-            dataset,
-            tokenizer,
-            kind=self.row_kind,
-            max_length=sys.maxsize if args.max_length is None else args.max_length,
-            truncation=args.truncation,  # type: ignore[arg-type]
-            require_rewards=self.needs_rewards,
-            special_tokens=args.special_tokens,  # type: ignore[arg-type]
-            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-            **self.data_options(args),
-            audit=audit,
+        options = {"require_rewards": self.needs_rewards, **self.data_options(args)}
+        return tokenized(
+            dataset, tokenizer, args, name=name, kind=self.row_kind, audit=audit, **options
         )
-        if args.process_index == 0:
-            audit.log(logger, f"{name}_dataset", f"{name} data: ")
-        if not len(rows):
-            raise DataError(
-                f"no example of the {name} data is left",
-                why="; ".join(audit.summary_lines()) or "the data set is empty",
-                fix="correct the rows that were dropped, or change what drops them (max_length, truncation)",
-            )
-        return Examples(rows)
 
     def _collator(self, examples: Examples) -> PackingCollator:
         return PackingCollator(self.layout, self.pad_token_id, examples)
@@ -307,32 +284,60 @@ class PackedTrainer(SavingTrainer):
         if examples is None:
             raise ValueError("evaluation needs an eval_dataset")
         if eval_dataset is not examples:
-            check_fit(self.model, examples, "eval")
-        check_layout(self.model, examples, self.layout, self._longest)
+            fits.check_fit(self.model, examples, "eval")
+        fits.check_layout(self.model, examples, self.layout, self._longest)
         return examples
 
-    # --- the step ---
+    # --- training ---
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches of one optimizer step, and the counts of the whole global batch `[2]`."""
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed from the last step of all: transformers would notice one step too late.
-            self.control.should_training_stop = True
-            return [], None
-        if self.step_guard.limit:
-            self._before_step = self._train_metrics.copy(), self._tr_loss.clone()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        if not batches:
-            return batches, None
-        if self.router is not None:
-            self.router.begin_step(batches)
-        counts = torch.stack([batch["counts"] for batch in batches]).sum(0)
-        counts = counts.to(device, non_blocking=True)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        return batches, counts
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint.
+
+        None: from `args.resume_from_checkpoint`, where that is set.
+        """
+        wanted = resume_from_checkpoint
+        resume = self.checkpoints.to_resume(
+            self.args.resume_from_checkpoint if wanted is None else wanted
+        )
+        self._flops_per_token = setup.flops_per_token(self.model)
+        setup.note_defaults(self.args)
+        self.output.written.remember()
+        self._train_metrics = MetricSums()
+        self.step_guard.begin(resume)
+        self.before_training(resume)
+        if not self.engine.wraps_late:
+            self.policy_ready(resume)
+        on_cpu = self.args.device.type == "cpu"
+        if on_cpu and is_main():
+            self._other_processes.report()
+        with keeping_freed_memory() if on_cpu else contextlib.nullcontext():
+            return super().train(resume_from_checkpoint=resume, **kwargs)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """transformers', with a pause between wrapping a model and loading its checkpoint."""
+        # A checkpoint brings the intervals it was made with; those that are asked for now count.
+        self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
+        setup.stop_input_gradients(self.model, self.args)
+        if not self.engine.wraps_late:
+            return super()._prepare_for_training(  # type: ignore[no-untyped-call]
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        model, _ = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
+        self.engine.guard_optimizer(self.optimizer)
+        if not self._proved:  # the loader was dealt by the costs of a guess
+            self._prove_layout()
+            self.data_collator = self._collator(self.train_dataset)
+            train_dataloader = self.get_train_dataloader()
+        self.callback_handler.train_dataloader = train_dataloader
+        self.policy_ready(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            reshard(self.model)
+            self._load_wrapped(resume_from_checkpoint)
+        return model, train_dataloader
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Examples of one optimizer step, over all ranks."""
@@ -340,29 +345,48 @@ class PackedTrainer(SavingTrainer):
             return int(args.examples_per_step())
         return int(super().get_total_train_batch_size(args))
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    # --- the step ---
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[PackedBatch | StepBatch], Tensor | None]:
+        """The micro-batches of one optimizer step, and the counts of the whole global batch `[2]`."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last step of all: transformers would notice one step too late.
+            self.control.should_training_stop = True
+            return [], None
+        if self.step_guard.limit:
+            self._before_step = self._train_metrics.copy(), self._tr_loss.clone()
+        batches: list[Any] = [
+            batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
+        ]
+        if not batches:
+            return batches, None
+        if self.router is not None:
+            self.router.begin_step(batches)
+        counts = torch.stack([batch.counts for batch in batches]).sum(0)
+        counts = counts.to(device, non_blocking=True)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, counts
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: PackedBatch | StepBatch, num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward of a micro-batch; with a token budget of all those of the step."""
         if self.router is not None:
             model.train()
             self.router.prepare(lambda batch: self._router_sums(model, batch))
-        if "micro_batches" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        batches, accelerator = inputs["micro_batches"], self.accelerator
-        # An engine of its own counts its backward passes; DDP and FSDP reduce with the last one.
-        always = (
-            accelerator.distributed_type == DistributedType.DEEPSPEED
-            or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        )
+        if not isinstance(inputs, StepBatch):
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+        batches = inputs.micro_batches
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
-            accelerator.sync_gradients = last = number == len(batches)
-            with contextlib.nullcontext() if last or always else accelerator.no_sync(model):
-                total += super().training_step(model, batch, num_items_in_batch)
+            with self.engine.accumulating(model, last=number == len(batches)):
+                total += super().training_step(model, batch, num_items_in_batch)  # type: ignore[arg-type]
         return total
 
-    def _router_sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _router_sums(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         """Sums of the routers' loss of a micro-batch, from a forward of nothing else."""
         assert self.router is not None
         inputs = self._prepare_inputs(batch)
@@ -370,14 +394,14 @@ class PackedTrainer(SavingTrainer):
         with self.compute_loss_context_manager():
             return self.router.sums_only(model, inputs)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:  # type: ignore[override]
         """Moves tensors, and leaves their dtype: rewards and log-probs stay float32 under DeepSpeed."""
-        return to_device(inputs, self.args.device)  # type: ignore[no-any-return]
+        return inputs.to(self.args.device)
 
     def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: PackedBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
@@ -388,45 +412,68 @@ class PackedTrainer(SavingTrainer):
         sums = self.outputs(model, inputs)
         result = self.losses(sums, inputs)
         training = num_items_in_batch is not None
-        counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
-        counts = counts.clamp_min(1)
-        weights = inputs["weights"]
+        counts = inputs.counts if num_items_in_batch is None else num_items_in_batch
         metrics = self._train_metrics if training else self._eval_metrics
-        loss = sums.new_zeros(())
-        for name, term in result.terms.items():
-            numerator = (term.numerators * weights).sum()
-            position = 0 if term.per == "examples" else 1
-            metrics.add_ratio(f"loss/{name}", numerator, inputs["counts"][position])
-            if term.coefficient:
-                loss = loss + term.coefficient * numerator / counts[position].to(numerator.dtype)
-        for name, values in result.metrics.items():
-            metrics.add(name, values, weights)
-        self._coefficients = {f"loss/{name}": t.coefficient for name, t in result.terms.items()}
+        loss = result.total(inputs, counts, metrics, sums.dtype)
+        self._coefficients = result.coefficients
         if self.router is not None:
-            balance, share = self.router.share(inputs, training)
-            if training:
-                metrics.add_ratio(ROUTER_AUX, balance, share)
-            loss = loss + self.router.coefficient * balance.to(loss.dtype)
+            loss = self.router.add_to(loss, inputs, metrics if training else None)
             self._coefficients[ROUTER_AUX] = self.router.coefficient
         if training:
-            self.step_guard.add(loss.detach(), inputs["ids"])
+            self.step_guard.add(loss.detach(), inputs.ids)
             loss = loss * self.args.world_size  # the engines average gradients over ranks
-        if not return_outputs:
-            return loss
-        gaps = {
-            short: result.metrics[name]
-            for name, short in (
-                ("rewards/margins", "implicit_gap"),
-                ("rewards/target_gap", "target_gap"),
-            )
-            if name in result.metrics
-        }
-        return loss, {"logps": sums.detach(), "gaps": gaps}
+        return (loss, StepOutputs(sums.detach(), result.gaps)) if return_outputs else loss
 
-    def prediction_step(
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        return self._grad_norm
+
+    def _run_guards(self, grad_norm: float | None) -> None:
+        if grad_norm is not None:
+            self._grad_norm = grad_norm
+        self.before_update()
+
+    # --- log lines and evaluation ---
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds our metrics to a training log line: means over all examples since the last one."""
+        if "loss" in logs:
+            logs.update(self._train_metrics.drain(self._reduce))
+            self.step_guard.correct_log(logs)
+        super().log(logs, start_time)
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return sums
+        return self.accelerator.reduce(sums, reduction="sum")  # type: ignore[no-any-return]
+
+    def _track_num_input_tokens(self, inputs: PackedBatch | StepBatch) -> None:
+        """Adds the tokens of a training forward, or of all those of a step, of all ranks."""
+        wanted = self.args.include_num_input_tokens_seen
+        if wanted != "no":
+            tokens = inputs.num_tokens(padding=wanted == "all")
+            seen = self._reduce(torch.tensor(float(tokens), device=self.args.device).double())
+            self.state.num_input_tokens_seen += int(seen)
+
+    def floating_point_ops(self, inputs: PackedBatch | StepBatch) -> int:  # type: ignore[override]
+        """An estimate of the operations of a training forward and backward on this rank."""
+        return self._flops_per_token * inputs.num_tokens(padding=True)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`transformers.Trainer.evaluate`; FSDP and DeepSpeed can only evaluate what they train."""
+        if self.engine.wraps_late and not self.accelerator._models:
+            raise RecipeError(
+                "evaluate() came before train()",
+                code="training.evaluate-before-train",
+                why="FSDP and DeepSpeed wrap the model together with its optimizer",
+                fix="set eval_on_start=True, or evaluate after training",
+            )
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(  # type: ignore[override]
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: PackedBatch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
@@ -436,9 +483,6 @@ class PackedTrainer(SavingTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         self.evaluated(inputs, outputs)
         return loss.detach(), None, None
-
-    def evaluated(self, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
-        """Called with each evaluation micro-batch and what `compute_loss` has found for it."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers' loop, with means over all examples of all ranks in place of its loss."""
@@ -455,67 +499,69 @@ class PackedTrainer(SavingTrainer):
         )
         return output._replace(metrics=metrics)
 
-    def _reduce(self, sums: Tensor) -> Tensor:
-        if self.args.world_size == 1:
-            return sums
-        return self.accelerator.reduce(sums, reduction="sum")  # type: ignore[no-any-return]
+    # --- checkpoints and outputs ---
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds our metrics to a training log line: means over all examples since the last one."""
-        if "loss" in logs:
-            logs.update(self._train_metrics.drain(self._reduce))
-            self.step_guard.mend(logs)
-        super().log(logs, start_time)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output = Path(super()._get_output_dir(trial))
+        with self.checkpoints.staged(output, self.state):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output / f"checkpoint-{self.state.global_step}"))
 
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Adds the tokens of a training forward, or of all those of a step, of all ranks."""
-        wanted = self.args.include_num_input_tokens_seen
-        if wanted != "no":
-            tokens = forward_tokens_of(inputs, padding=wanted == "all")
-            seen = self._reduce(torch.tensor(float(tokens), device=self.args.device).double())
-            self.state.num_input_tokens_seen += int(seen)
+    def _get_output_dir(self, trial: Any) -> str:
+        staging = self.checkpoints.staging
+        return str(staging) if staging else super()._get_output_dir(trial)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """An estimate of the operations of a training forward and backward on this rank."""
-        return self._flops_per_token * forward_tokens_of(inputs, padding=True)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes a complete checkpoint: a staged one moves while it would be read.
 
-    # --- guards ---
+        transformers saves the tokenizer and pickles the arguments anew, into the output directory. The
+        tokenizer is that of the checkpoint, and the pickle is not uploaded.
+        """
+        if self.checkpoints.staging is None:
+            with self.output.tokenizer_in(self), self.output.pickle_not_uploaded():
+                super()._push_from_checkpoint(checkpoint_folder)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        return self._grad_norm
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`transformers.Trainer.save_model`; sharded weights are written whole, and in float32."""
+        if not self.engine.wraps_late:
+            super().save_model(output_dir, _internal_call)
+        elif not (
+            _internal_call and has_shards(self.model)
+        ):  # in a checkpoint the engine keeps them
+            weights = self.engine.full_weights(self.model, keep=self.args.should_save)
+            self._save(output_dir, state_dict=weights)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        with self.output.tokenizer_in(self), self.output.written.applied():
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                folder = Path(output_dir or str(self.args.output_dir))
+                staged = self.checkpoints.staging is not None
+                self.output.complete(self.model, folder, checkpoint=staged)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
+            self.engine.write(Path(output_dir))
             self.step_guard.write(Path(output_dir))
 
-    # --- training ---
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with keep_hyperparameters_on_load(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
-    def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> Any:
-        """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint.
-
-        None: from `args.resume_from_checkpoint`, where that is set.
-        """
-        wanted = resume_from_checkpoint
-        resume = self.checkpoint_to_resume(
-            self.args.resume_from_checkpoint if wanted is None else wanted
-        )
-        self._flops_per_token = flops_per_token(self.model)
-        note_defaults(self.args)
-        self.written.remember()
-        self._train_metrics = MetricSums()
-        self.step_guard.begin(resume)
-        self.before_training(resume)
-        if not self.wraps_late:
-            self.policy_ready(resume)
-        on_cpu = self.args.device.type == "cpu"
-        if on_cpu and is_main():
-            self._other_processes.report()
-        with keeping_freed_memory() if on_cpu else contextlib.nullcontext():
-            return super().train(resume_from_checkpoint=resume, **kwargs)
-
-    def before_training(self, resume_from_checkpoint: str | None) -> None:
-        """Runs before the loop starts, the model as it was given."""
+    def _load_wrapped(self, folder: str) -> None:
+        """A checkpoint into a model that is wrapped."""
+        with keep_hyperparameters_on_load(self.optimizer, self.lr_scheduler):
+            if self.engine.uses_deepspeed:
+                deepspeed_load_checkpoint(  # type: ignore[no-untyped-call]
+                    self.model_wrapped,
+                    folder,
+                    load_module_strict=not hasattr(self.model, "peft_config"),
+                )
+            else:
+                self._load_from_checkpoint(folder, self.model_wrapped)
+            self._load_optimizer_and_scheduler(folder)
+            self._load_scaler(folder)

@@ -1,4 +1,7 @@
-"""Checkpoints that are complete or absent: staged, a manifest with hashes written last, then renamed."""
+"""Checkpoints that are complete or absent: staged, a manifest with hashes written last, then renamed.
+
+A trainer has one `Checkpoints`, which stages what the trainer saves and chooses what it resumes from.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,18 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
 
 from rpo_trainer.errors import RunError
+from rpo_trainer.runtime.distributed import on_main
 from rpo_trainer.runtime.files import atomic_write, file_digest
+from rpo_trainer.trainers.engine import check_same_engine
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +31,113 @@ STAGING = ".staging"
 _OPTIMIZER = re.compile(r"^(optimizer\.pt|optimizer\.bin|optimizer_\d+|global_step\d+)$")
 _RNG = re.compile(r"^rng_state(_\d+)?\.pth$")
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+class Checkpoints:
+    """Writes the checkpoints of a trainer, and finds the one that it resumes from.
+
+    Attributes:
+        staging: the folder that a checkpoint is being written to; None: none is being written.
+    """
+
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.staging: Path | None = None
+
+    @contextmanager
+    def staged(self, output: Path, state: TrainerState) -> Iterator[None]:
+        """Within it a checkpoint is written to `staging`; at the end it moves to `output`, complete."""
+        name = f"checkpoint-{state.global_step}"
+        staging = output / STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.staging = staging
+        try:
+            yield
+        finally:
+            self.staging = None
+        self.accelerator.wait_for_everyone()
+        # transformers asks the disk, where each rank finds what the others have written by then, or
+        # have not; at the end all of them load from it, or wait for those that do.
+        is_best = state.best_global_step == state.global_step
+        if is_best:
+            state.best_model_checkpoint = str(output / name)
+        if self.args.should_save:
+            if is_best:
+                state.save_to_json(str(staging / name / "trainer_state.json"))
+            commit(staging / name, output / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate(output, self.args.save_total_limit, state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def to_resume(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint that `train(resume_from_checkpoint=wanted)` means; None: it begins.
+
+        Args:
+            wanted: a directory, or whether to resume from the newest complete checkpoint; as text, too, as a
+                command line has it.
+
+        Raises:
+            RunError: there is none, it is damaged or has no optimizer, or another engine has written it.
+        """
+        if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
+            wanted = wanted.lower() == "true"
+        if not wanted:
+            return None
+        if wanted is True:
+            output = Path(str(self.args.output_dir))
+            found = on_main(lambda: last_complete(output))
+            if found is None:
+                raise RunError(
+                    "there is no complete checkpoint to resume from",
+                    code="run.no-complete-checkpoint",
+                    where=self.args.output_dir,
+                    why="checkpoints that lack files or have changed ones are not used",
+                    fix="leave resume_from_checkpoint out to begin, or name another output_dir",
+                )
+        else:
+            found = folder = Path(str(wanted))
+            on_main(lambda: require_complete(folder))
+        refuse_pickles(found)
+        check_same_engine(found, self.accelerator)
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        own_scheduler = deepspeed is None or "scheduler" not in deepspeed.deepspeed_config
+        on_main(
+            lambda: require_state(
+                found,
+                scaler=self.accelerator.scaler is not None,
+                own_scheduler=own_scheduler,
+                ranks=self.args.world_size,
+            )
+        )
+        return str(found)
+
+
+@contextmanager
+def keep_hyperparameters_on_load(optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """A checkpoint that is loaded within brings its state, not its learning rate, betas or weight decay.
+
+    They are in the file, and would silently take the place of those that a run is started with. Of an
+    unchanged run they are the same.
+    """
+    before = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    inner = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds the real one
+    rates = list(getattr(inner, "base_lrs", ()))
+    yield
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        group.update(own)
+    if rates and hasattr(inner, "lr_lambdas"):
+        inner.base_lrs = rates
+        factors = [factor(inner.last_epoch) for factor in inner.lr_lambdas]
+        inner._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+        for group, rate in zip(optimizer.param_groups, inner._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def write_manifest(folder: Path) -> None:
@@ -90,6 +208,7 @@ def require_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise RunError(
             "there is no such checkpoint directory",
+            code="run.no-such-checkpoint",
             where=str(folder),
             why="the run was to resume from it",
             fix="name the directory of a checkpoint, or write True for the newest one in output_dir",
@@ -97,6 +216,7 @@ def require_complete(folder: Path) -> None:
     if (folder / MANIFEST).is_file() and (fault := verify_manifest(folder)) is not None:
         raise RunError(
             f"the checkpoint is damaged: {fault}",
+            code="run.damaged-checkpoint",
             where=str(folder),
             why="a run that resumes from it would differ from the run that was stopped",
             fix="resume from an earlier checkpoint (resume_from_checkpoint=True finds one)",
@@ -113,6 +233,7 @@ def refuse_pickles(folder: Path) -> None:
     if pickled and not any(folder.glob("*.safetensors")):
         raise RunError(
             f"the weights of the checkpoint are pickled ({pickled[0].name})",
+            code="run.pickled-weights",
             where=str(folder),
             why="a pickle can hold code, which runs when it is read",
             fix="convert it where you trust its origin: load it with transformers, then save_pretrained",
@@ -130,21 +251,22 @@ def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int
         ranks: processes of the run.
     """
     present = {path.name for path in folder.iterdir()}
-    missing = []
+    missing: dict[str, str] = {}
     if "trainer_state.json" not in present:
-        missing.append("the state of the trainer")
+        missing["trainer"] = "the state of the trainer"
     if not any(_OPTIMIZER.match(name) for name in present):
-        missing.append("the state of the optimizer")
+        missing["optimizer"] = "the state of the optimizer"
     if own_scheduler and "scheduler.pt" not in present:
-        missing.append("the state of the learning rate's schedule")
+        missing["scheduler"] = "the state of the learning rate's schedule"
     if scaler and "scaler.pt" not in present:
-        missing.append("the scale of the float16 losses")
-    states = [name for name in present if _RNG.match(name)]
-    if not states:
-        missing.append("the random state")
+        missing["scaler"] = "the scale of the float16 losses"
+    if not any(_RNG.match(name) for name in present):
+        missing["rng"] = "the random state"
     if missing:
         raise RunError(
-            f"the checkpoint lacks {', '.join(missing)}",
+            f"the checkpoint lacks {', '.join(missing.values())}",
+            code="run.incomplete-checkpoint",
+            details={"missing": list(missing)},
             where=str(folder),
             why="training would resume with a new one (save_only_model writes such checkpoints)",
             fix="start a new run from its weights (from_pretrained), or resume from a full checkpoint",

@@ -44,6 +44,7 @@ def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:
     if not layers:
         raise ModelError(
             f"torch_compile: no layers to compile were found in {type(transformers_model(model)).__name__}",
+            code="model.not-compilable",
             why="layers are compiled one by one, so that rows of all lengths share the result",
             fix="leave torch_compile out for this model",
         )
@@ -58,6 +59,7 @@ def _require_compiler(settings: dict[str, Any], device: torch.device) -> None:
     except Exception as error:
         raise RecipeError(
             f"torch_compile: the backend {settings['backend']} does not work on this machine",
+            code="training.compiler-fails",
             why=str(error).strip().splitlines()[0],
             fix="install what it names, or leave torch_compile out",
         ) from error

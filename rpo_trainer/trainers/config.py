@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
-from rpo_trainer.trainers.step_config import BaseConfig, TrlDefault, config, described
+from rpo_trainer.trainers.argument_status import Problem
+from rpo_trainer.trainers.base_config import BaseConfig, TrlDefault, config, described
 
 
 def _described_losses(kind: str) -> str:
@@ -63,32 +64,62 @@ class PreferenceConfig(BaseConfig):
         "Refused: elsewhere it is what sft_loss_weight is here.", None
     )
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Problem]:
         problems = super()._problems()
         problems += self._refuse_noise(
             "the policy would be compared with a reference that has no noise"
         )
         if self.rpo_alpha is not None:
             problems.append(
-                "rpo_alpha is not taken: elsewhere it means DPO plus NLL and has no reward gap. Use "
-                "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
-                "Optimization"
+                Problem(
+                    "rpo_alpha is not taken: elsewhere it means DPO plus NLL and has no reward gap. Use "
+                    "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
+                    "Optimization",
+                    code="training.unsupported-setting",
+                    setting="rpo_alpha",
+                )
             )
         known = losses_of(self._kind)
         if self.loss_type not in known:  # a list of losses, as elsewhere, would have no hash
             hint = "; TRL's sigmoid is dpo, its sft is sft_loss_weight" if "dpo" in known else ""
-            problems.append(f"loss_type {self.loss_type!r} is not one of {', '.join(known)}{hint}")
+            problems.append(
+                Problem(
+                    f"loss_type {self.loss_type!r} is not one of {', '.join(known)}{hint}",
+                    code="training.invalid-value",
+                    setting="loss_type",
+                )
+            )
         if not (math.isfinite(self.beta) and self.beta > 0):
-            problems.append(f"beta must be a positive number, got {self.beta}")
+            problems.append(
+                Problem(
+                    f"beta must be a positive number, got {self.beta}",
+                    code="training.invalid-value",
+                    setting="beta",
+                )
+            )
         if not (math.isfinite(self.sft_loss_weight) and self.sft_loss_weight >= 0):
-            problems.append(f"sft_loss_weight must be 0 or more, got {self.sft_loss_weight}")
+            problems.append(
+                Problem(
+                    f"sft_loss_weight must be 0 or more, got {self.sft_loss_weight}",
+                    code="training.invalid-value",
+                    setting="sft_loss_weight",
+                )
+            )
         if self.sft_reduction not in ("sum", "token_mean", "sequence_mean"):
             problems.append(
-                f"sft_reduction must be sum, token_mean or sequence_mean, got {self.sft_reduction!r}"
+                Problem(
+                    f"sft_reduction must be sum, token_mean or sequence_mean, got {self.sft_reduction!r}",
+                    code="training.invalid-value",
+                    setting="sft_reduction",
+                )
             )
         if self.reference_batch_tokens < 1:
             problems.append(
-                f"reference_batch_tokens must be positive, got {self.reference_batch_tokens}"
+                Problem(
+                    f"reference_batch_tokens must be positive, got {self.reference_batch_tokens}",
+                    code="training.invalid-value",
+                    setting="reference_batch_tokens",
+                )
             )
         return problems
 
@@ -109,13 +140,25 @@ class DPOConfig(PreferenceConfig):
         f"Share of labels taken to be wrong: cDPO (loss_type {smoothed()}).", 0.0
     )
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Problem]:
         problems = super()._problems()
         if not 0.0 <= self.label_smoothing < 0.5:
-            problems.append(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+            problems.append(
+                Problem(
+                    f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}",
+                    code="training.invalid-value",
+                    setting="label_smoothing",
+                )
+            )
         loss = find_loss(self.loss_type)
         if self.label_smoothing and loss is not None and not loss.label_smoothing:
-            problems.append(f"label_smoothing belongs to {smoothed()}, not to {self.loss_type}")
+            problems.append(
+                Problem(
+                    f"label_smoothing belongs to {smoothed()}, not to {self.loss_type}",
+                    code="training.no-effect",
+                    setting="label_smoothing",
+                )
+            )
         return problems
 
 
@@ -129,16 +172,26 @@ class RPOConfig(PreferenceConfig):
     loss_type: str = described(_described_losses("rpo"), "rpo_bwd_kl")
     reward_scale: float = described("η: scale of the given rewards.", 1.0)
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Problem]:
         problems = super()._problems()
         scale: Any = self.reward_scale
         if scale == "auto":
             problems.append(
-                "reward_scale must be a positive number, got 'auto', which recipes take: `rpo-trainer "
-                "calibrate` shows what fits"
+                Problem(
+                    "reward_scale must be a positive number, got 'auto', which recipes take: `rpo-trainer "
+                    "calibrate` shows what fits",
+                    code="training.invalid-value",
+                    setting="reward_scale",
+                )
             )
         elif not (math.isfinite(scale) and scale > 0):
-            problems.append(f"reward_scale must be a positive number, got {scale}")
+            problems.append(
+                Problem(
+                    f"reward_scale must be a positive number, got {scale}",
+                    code="training.invalid-value",
+                    setting="reward_scale",
+                )
+            )
         return problems
 
 
@@ -175,30 +228,62 @@ class RewardConfig(BaseConfig):
         0.0,
     )
 
-    def _problems(self) -> list[str]:
+    def _problems(self) -> list[Problem]:
         problems = super()._problems()
         problems += self._refuse_noise("the scores of a pair would differ by noise alone")
         if self.objective not in ("bradley_terry", "regression"):
             problems.append(
-                f"objective must be bradley_terry or regression, got {self.objective!r}"
+                Problem(
+                    f"objective must be bradley_terry or regression, got {self.objective!r}",
+                    code="training.invalid-value",
+                    setting="objective",
+                )
             )
         names = list(self.attributes or ())
         if self.objective == "regression":
             if not names or len(set(names)) < len(names):
-                problems.append("regression needs attributes, each named once")
+                problems.append(
+                    Problem(
+                        "regression needs attributes, each named once",
+                        code="training.invalid-value",
+                        setting="attributes",
+                    )
+                )
             if self.margin_scale:
-                problems.append("margin_scale belongs to bradley_terry, not to regression")
+                problems.append(
+                    Problem(
+                        "margin_scale belongs to bradley_terry, not to regression",
+                        code="training.no-effect",
+                        setting="margin_scale",
+                    )
+                )
         else:
             given = ("attributes", self.attributes), ("rating_range", self.rating_range)
             problems += [
-                f"{name} belongs to regression, not to {self.objective}"
+                Problem(
+                    f"{name} belongs to regression, not to {self.objective}",
+                    code="training.no-effect",
+                    setting=name,
+                )
                 for name, value in given
                 if value is not None
             ]
         if self.rating_range is not None:
             bounds = list(self.rating_range)
             if len(bounds) != 2 or not bounds[0] < bounds[1]:
-                problems.append(f"rating_range must rise from one number to another, got {bounds}")
+                problems.append(
+                    Problem(
+                        f"rating_range must rise from one number to another, got {bounds}",
+                        code="training.invalid-value",
+                        setting="rating_range",
+                    )
+                )
         if not (math.isfinite(self.margin_scale) and self.margin_scale >= 0):
-            problems.append(f"margin_scale must be 0 or more, got {self.margin_scale}")
+            problems.append(
+                Problem(
+                    f"margin_scale must be 0 or more, got {self.margin_scale}",
+                    code="training.invalid-value",
+                    setting="margin_scale",
+                )
+            )
         return problems

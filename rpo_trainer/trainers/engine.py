@@ -2,10 +2,13 @@
 
 none, ddp      every rank holds all weights; transformers loads a checkpoint before it wraps the model
 fsdp2, zero1–3 the model is placed, cast and sharded when it is wrapped; a checkpoint is loaded after that
+
+A trainer has one `Engine`, which sets accelerate up and calls the guards before a weight moves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,9 +23,86 @@ from torch import nn
 
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.models.multimodal import is_composite, is_multimodal, text_decoder
+from rpo_trainer.models.sharding import full_state_dict
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 
 ENGINE_FILE = "engine.json"
+
+
+class Engine:
+    """Sets up what wraps a trainer's model, and calls the guards at the right moment.
+
+    Args:
+        model: as it is before it is wrapped.
+        args: the trainer's config.
+        before_update: the guards; called before each optimizer step with the norm of the gradient, where
+            the engine knows it and transformers does not, else with None.
+
+    Attributes:
+        wraps_late: whether the model is placed on its device when it is wrapped, not before.
+        uses_deepspeed: whether it is DeepSpeed.
+
+    Raises:
+        RecipeError: accelerate has not started what was asked for, or would do something else.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        accelerator: Accelerator,
+        before_update: Callable[[float | None], None],
+    ) -> None:
+        check_engine(args, accelerator)
+        apply_engine_overrides(args, accelerator)
+        wrap_present_layers(model, accelerator)
+        set_find_unused_parameters(model, args, accelerator)
+        self.accelerator = accelerator
+        self.wraps_late = wraps_late(accelerator)
+        self.uses_deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
+        self._before_update = before_update
+        self._deepspeed_guard: DeepSpeedGuard | None = None
+
+    def guard_optimizer(self, optimizer: Any) -> None:
+        """Has the guards called from within DeepSpeed's step; once, when it has wrapped the model."""
+        if self.uses_deepspeed:
+            self._deepspeed_guard = DeepSpeedGuard(optimizer, self._before_update)
+
+    def before_optimizer_step(self) -> None:
+        """Where transformers' loop has the gradients and calls its optimizer next."""
+        if self._deepspeed_guard is None:
+            self._before_update(None)
+        else:
+            self._deepspeed_guard.after_step()
+
+    def full_weights(self, model: nn.Module, *, keep: bool) -> dict[str, Any]:
+        """Sharded weights in one piece and in float32, of an adapter its own; on all ranks at once.
+
+        Args:
+            keep: whether this rank is to have them.
+        """
+        return full_state_dict(model, keep=keep, trained_only=hasattr(model, "peft_config"))
+
+    def accumulating(
+        self, model: nn.Module, *, last: bool
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Around one of several backward passes of a step: gradients are reduced with the last one alone.
+
+        For steps whose micro-batches transformers' loop does not count.
+        """
+        self.accelerator.sync_gradients = last
+        # DeepSpeed counts its backward passes itself.
+        if (
+            last
+            or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        ):
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)  # type: ignore[no-any-return]
+
+    def write(self, folder: Path) -> None:
+        """Notes in a checkpoint which engine, of how many ranks, has written it."""
+        write_engine(folder, self.accelerator)
 
 
 def engine_name(accelerator: Accelerator) -> str:
@@ -47,6 +127,7 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
     if started != wanted:
         raise RecipeError(
             f"{wanted} processes were launched, and accelerate has joined {started}",
+            code="training.processes-not-joined",
             why="each would train alone, on the same data",
             fix="FSDP and DeepSpeed need a GPU for each process; without GPUs leave them out (DDP)",
         )
@@ -58,24 +139,29 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
         if asked[engine] and kind != engine:
             raise RecipeError(
                 f"{name} was asked for and has not started",
+                code="training.engine-not-started",
+                details={"engine": name},
                 why="accelerate takes it only where each process has a GPU, under a launcher",
                 fix="start with `accelerate launch`, `torchrun` or `deepspeed` on GPUs, or leave it out",
             )
     if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise RecipeError(
             "FSDP 1 is not taken",
+            code="training.unsupported-engine",
             why="it flattens weights that the head needs whole",
             fix="set fsdp_version: 2",
         )
     if kind == DistributedType.DEEPSPEED and args.fp16:
         raise RecipeError(
             "float16 under DeepSpeed is not taken",
+            code="training.unsupported-engine",
             why="DeepSpeed rounds the weights to it before it copies them to float32",
             fix="take bfloat16, or DDP or FSDP2",
         )
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise RecipeError(
             "the launcher asks for a parallelism_config",
+            code="training.unsupported-engine",
             why="each process trains on examples of its own; tensor, context and sequence parallelism would "
             "give parts of one example to several",
             fix="use DDP, FSDP2 or DeepSpeed ZeRO, and remove parallelism_config from the launcher's file",
@@ -85,6 +171,7 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
         raise RecipeError(
             f"the launcher asks for {launched} gradient accumulation steps, the run for "
             f"{args.gradient_accumulation_steps}",
+            code="training.launcher-conflict",
             where="gradient_accumulation_steps",
             why="the launcher's figure would have no effect",
             fix="set global_batch_size or gradient_accumulation_steps in the config, and 1 or none in the "
@@ -94,6 +181,7 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
     if args.mixed_precision != arithmetic:
         raise RecipeError(
             f"the launcher asks for mixed precision {args.mixed_precision}, the run for {arithmetic}",
+            code="training.launcher-conflict",
             where="mixed_precision",
             why="the launcher's would win, and the losses be rounded otherwise than the run says",
             fix="set the dtype of the model in the recipe (bf16 or fp16 of the config), and "
@@ -120,7 +208,7 @@ def load_in_float32(args: Any) -> None:
     """Lets models that ZeRO-3 hands out while they are loaded keep their float32; when arguments are made.
 
     DeepSpeed's own bfloat16 rounds the weights first and copies them to float32 then: what a stage has
-    learnt in steps of 1e-7 would be lost when the next one starts. See `settle`.
+    learnt in steps of 1e-7 would be lost when the next one starts. See `apply_engine_overrides`.
     """
     plugin = args.deepspeed_plugin
     if plugin is None or not args.bf16:
@@ -132,8 +220,8 @@ def load_in_float32(args: Any) -> None:
         plugin.set_deepspeed_weakref()
 
 
-def settle(args: Any, accelerator: Accelerator) -> None:
-    """Settings of the engine that would change the mathematics, set right before it wraps the model."""
+def apply_engine_overrides(args: Any, accelerator: Accelerator) -> None:
+    """Corrects settings of the engine that would change the mathematics, before it wraps the model."""
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
@@ -160,6 +248,7 @@ def settle(args: Any, accelerator: Accelerator) -> None:
             raise RecipeError(
                 f"gradient_clipping is {clipping} in the DeepSpeed config, and max_grad_norm "
                 f"{args.max_grad_norm}",
+                code="training.conflicting-settings",
                 where="gradient_clipping",
                 why="DeepSpeed clips by its own figure, and nothing would read the other",
                 fix='set gradient_clipping to "auto"',
@@ -215,7 +304,7 @@ class DeepSpeedGuard:
     accelerate steps DeepSpeed within backward, so transformers' callback before the step comes too late.
     """
 
-    def __init__(self, optimizer: Any, guards: Callable[[float], None]) -> None:
+    def __init__(self, optimizer: Any, guards: Callable[[float | None], None]) -> None:
         self.zero = optimizer.optimizer
         self.guards = guards
         self.called = False
@@ -261,6 +350,8 @@ def check_same_engine(folder: Path, accelerator: Accelerator) -> None:
     raise RunError(
         f"the checkpoint was written by {before['engine']} on {before['world_size']} ranks, "
         f"and this is {engine} on {ranks}",
+        code="run.other-engine",
+        details={"before": before, "now": {"engine": engine, "world_size": ranks}},
         where=str(folder),
         why="DeepSpeed resumes with as many ranks as it had"
         if same

@@ -2,14 +2,68 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rpo_trainer.step.batch import Layout, forward_tokens, pack
+from rpo_trainer.errors import DataError
+from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch, forward_tokens, pack
+from rpo_trainer.trainers.base_config import BaseConfig
+
+if TYPE_CHECKING:
+    from rpo_trainer.data import Audit
+
+logger = logging.getLogger(__name__)
+
+
+def tokenized(
+    dataset: Any,
+    tokenizer: Any,
+    args: BaseConfig,
+    *,
+    name: str,
+    kind: Literal["sft", "pair", "rating"],
+    audit: Audit,
+    **options: Any,
+) -> Examples:
+    """The rows of a data set as tokenized examples; what was dropped is counted and logged.
+
+    Args:
+        name: `train`, `eval` or `eval_NAME`, for messages.
+        kind: of the rows.
+        options: further arguments of `prepare_dataset`.
+
+    Raises:
+        DataError: a row cannot be used, or none is left.
+    """
+    from rpo_trainer.data import prepare_dataset
+
+    rows = prepare_dataset(
+        dataset,
+        tokenizer,
+        kind=kind,
+        max_length=sys.maxsize if args.max_length is None else args.max_length,
+        truncation=args.truncation,  # type: ignore[arg-type]
+        special_tokens=args.special_tokens,  # type: ignore[arg-type]
+        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+        **options,
+        audit=audit,
+    )
+    if args.process_index == 0:
+        audit.log(logger, f"{name}_dataset", f"{name} data: ")
+    if not len(rows):
+        raise DataError(
+            f"no example of the {name} data is left",
+            code="data.empty",
+            why="; ".join(audit.summary_lines()) or "the data set is empty",
+            fix="correct the rows that were dropped, or change what drops them (max_length, truncation)",
+        )
+    return Examples(rows)
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -99,31 +153,21 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class PackingCollator:
-    """A list of examples → one packed micro-batch, with the weights and counts of its examples.
-
-    Adds to `batch.pack`:
-        weights: `[B]` in the order of the groups; 0 for the filler of a rank that has no example left.
-        counts: `[2]` float64: examples, and trained tokens of their first (chosen) responses.
-    """
+    """A list of examples → one packed micro-batch; an empty list → a filler of weight 0."""
 
     def __init__(self, layout: Layout, pad_token_id: int, examples: Examples | None = None) -> None:
         self.layout = layout
         self.pad_token_id = pad_token_id
         self.examples = examples
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        real = bool(examples)
-        if not real:
-            if self.examples is None:
-                raise ValueError("an empty micro-batch needs a data set to take its filler from")
-            examples = [self.examples[0]]
-        batch = pack(examples, self.layout, pad_token_id=self.pad_token_id)
-        tokens = sum(sum(example["response_mask"][0]) for example in examples)
-        batch["weights"] = torch.full((len(examples),), float(real))
-        batch["counts"] = torch.tensor(
-            [len(examples), tokens] if real else [0, 0], dtype=torch.float64
-        )
-        return batch
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> PackedBatch:
+        rows = examples or self._filler()
+        return pack(rows, self.layout, pad_token_id=self.pad_token_id, filler=not examples)
+
+    def _filler(self) -> Sequence[Mapping[str, Any]]:
+        if self.examples is None:
+            raise ValueError("an empty micro-batch needs a data set to take its filler from")
+        return [self.examples[0]]
 
 
 class StepCollator:
@@ -132,9 +176,6 @@ class StepCollator:
     def __init__(self, collate: PackingCollator) -> None:
         self.collate = collate
 
-    def __call__(self, step: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-        batches = [self.collate(examples) for examples in step]
-        return {
-            "micro_batches": batches,
-            "counts": torch.stack([batch["counts"] for batch in batches]).sum(0),
-        }
+    def __call__(self, step: Sequence[Sequence[Mapping[str, Any]]]) -> StepBatch:
+        batches = tuple(self.collate(examples) for examples in step)
+        return StepBatch(batches, counts=torch.stack([batch.counts for batch in batches]).sum(0))

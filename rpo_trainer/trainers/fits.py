@@ -46,6 +46,12 @@ def check_fit(
         raise ModelError(
             f"the {name} data has token {largest if largest >= rows else smallest}, {whose} has {rows} "
             "embeddings",
+            code="model.missing-embeddings",
+            details={
+                "data": name,
+                "token": largest if largest >= rows else smallest,
+                "embeddings": rows,
+            },
             why="a token outside of the table cannot be embedded",
             fix="use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) "
             "before the model is passed",
@@ -62,6 +68,8 @@ def check_fit(
         return
     raise ModelError(
         f"the longest example of the {name} data has {longest} tokens, {whose} has {limit} positions",
+        code="model.missing-positions",
+        details={"data": name, "model": whose, "tokens": longest, "positions": limit},
         why="there are no weights for positions beyond its table",
         fix=f"set max_length={limit}, or less",
     )
@@ -181,6 +189,7 @@ def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: 
     if (length := _longest(examples)) > limit.positions:
         raise DataError(
             f"the data has a text of {length} tokens, and the trainer was made for {limit.positions}",
+            code="data.unproved-length",
             why=f"the model's rotary embedding ({limit.kind}) changes there, for all texts of a batch",
             fix="give the trainer this data as eval_dataset when it is made, or set layout='single'",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,29 +32,19 @@ class BeforeUpdate(TrainerCallback):
         self.guards()
 
 
-def skips_allowed(nonfinite: str) -> int:
-    """How many steps of a run may be left out: 0 for `stop`, n for `skip(n)`; else ValueError."""
-    if nonfinite == "stop":
-        return 0
-    match = re.fullmatch(r"skip\(([1-9]\d*)\)", nonfinite)
-    if match is None:
-        raise ValueError(f"nonfinite must be stop or skip(n), got {nonfinite!r}")
-    return int(match[1])
-
-
 class StepGuard:
     """Judges each optimizer step before the optimizer moves.
 
     Args:
-        nonfinite: `stop`, or `skip(n)`: up to n steps are left out.
+        limit: how many steps of a run may be left out; 0: the first one stops it.
 
     Attributes:
         skipped: `step`, `what` and `rows` of each step that was left out, those before a resume too.
         note: called with `skipped` when it has grown, and when a run that has some goes on.
     """
 
-    def __init__(self, nonfinite: str) -> None:
-        self.limit = skips_allowed(nonfinite)
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.skipped: list[dict[str, Any]] = []
         self.note: Callable[[list[dict[str, Any]]], None] | None = None
         self._losses: list[tuple[Tensor, Sequence[str]]] = []
@@ -118,9 +107,18 @@ class StepGuard:
         shown = ", ".join(rows[:_ROWS_SHOWN]) + (" …" if len(rows) > _ROWS_SHOWN else "")
         if len(self.skipped) >= self.limit:
             before = ", ".join(str(one["step"]) for one in self.skipped)
-            allowed = f"nonfinite allows {self.limit}, and steps {before} were left out already; "
+            allowed = (
+                f"max_skipped_steps is {self.limit}, and steps {before} were left out already; "
+            )
             raise NonFiniteError(
                 f"the {what} is not finite at step {step}",
+                code="training.not-finite",
+                details={
+                    "what": what,
+                    "step": step,
+                    "rows": rows,
+                    "skipped": [one["step"] for one in self.skipped],
+                },
                 where=f"rows {shown}",
                 why=(allowed if self.skipped else "")
                 + "the optimizer has not moved; the last checkpoint is good",
@@ -135,7 +133,7 @@ class StepGuard:
         if self.note is not None:
             self.note(self.skipped)
 
-    def mend(self, logs: dict[str, float]) -> None:
+    def correct_log(self, logs: dict[str, float]) -> None:
         """Corrects a log line of transformers, whose means count the steps that were left out."""
         taken, all_steps = self._steps - self._left_out, self._steps
         if self._left_out:

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from rpo_trainer.step.order import GlobalBatches, StepBatchSampler, TokenBudgetSampler
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
-from rpo_trainer.trainers.step_config import BaseConfig
 
 logger = logging.getLogger(__name__)
 

@@ -20,21 +20,23 @@ from rpo_trainer.models.sharding import has_shards, num_rows, whole_on_every_ran
 from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import all_gather_dict, broadcast, is_main, on_main
 from rpo_trainer.step import reference
+from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
-from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
+from rpo_trainer.trainers.early_warnings import SATURATED_GAP, EarlyWarnings
 from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.step_zero import StepZero
-from rpo_trainer.trainers.warnings import SATURATED_GAP, EarlyWarnings
+from rpo_trainer.trainers.terms import StepResult, Term
 
 logger = logging.getLogger(__name__)
 
 _REFERENCE_FILE = "reference.json"
 
 
-class PreferenceTrainer(PackedTrainer):
+class PreferenceTrainer(BaseTrainer):
     """What DPO and RPO share: reference log-probs, the step-0 check, loss and metrics.
 
     Args:
@@ -78,6 +80,7 @@ class PreferenceTrainer(PackedTrainer):
         if ref_model is not model and any(ref_model is part for part in self.model.modules()):
             raise RecipeError(
                 "ref_model is the model inside the policy's adapter",
+                code="model.reference-in-policy",
                 why="it answers with the adapter, and would be trained",
                 fix="leave ref_model out (the policy as it starts), or load the reference anew",
             )
@@ -113,12 +116,16 @@ class PreferenceTrainer(PackedTrainer):
         if (counts < 2).any():
             raise DataError(
                 f"{int((counts < 2).sum())} rows of the {name} data have one response",
+                code="data.response-count",
+                details={"data": name, "rows": int((counts < 2).sum())},
                 why="a preference lies between two responses to the same prompt",
                 fix="give these rows a second response, or leave them out",
             )
         if LOSSES[self.args.loss_type].pairs_only and (counts != 2).any():
             raise DataError(
                 f"{int((counts != 2).sum())} rows of the {name} data have more than two responses",
+                code="data.response-count",
+                details={"data": name, "rows": int((counts != 2).sum())},
                 why=f"{self.args.loss_type} is a loss of pairs",
                 fix="make pairs of them (best against worst), or use a loss of more responses: "
                 + ", ".join(more_than_pairs()),
@@ -128,6 +135,8 @@ class PreferenceTrainer(PackedTrainer):
             if missing:
                 raise DataError(
                     f"{len(missing)} rows of the {name} data have no rewards, the first at {missing[:3]}",
+                    code="data.missing-rewards",
+                    details={"data": name, "rows": missing},
                     why="RPO matches the gap of the rewards",
                     fix="give chosen_reward and rejected_reward (or rewards), or use DPO",
                 )
@@ -145,7 +154,7 @@ class PreferenceTrainer(PackedTrainer):
             self._prepare_reference()
         at_start = resume_from_checkpoint is None and self.state.global_step == 0
         if at_start and self._reference_is_policy and self.args.step0_check:
-            self._step_zero = StepZero(self)
+            self._step_zero = self._watch_step_zero()
         if resume_from_checkpoint is not None:
             self._check_same_reference(Path(resume_from_checkpoint))
 
@@ -192,7 +201,7 @@ class PreferenceTrainer(PackedTrainer):
         args = self.args
         dtype = args.mixed_precision_dtype() or next(model.parameters()).dtype
         with self.accelerator.autocast():
-            return reference.reference_logps(
+            return reference.dataset_logprobs(
                 model,
                 examples,  # type: ignore[arg-type]
                 layout=self.layout if model is self.model else self._reference_layout,
@@ -215,6 +224,7 @@ class PreferenceTrainer(PackedTrainer):
         if path.is_file() and json.loads(path.read_text())["key"] != self._reference_key:
             raise RunError(
                 "the reference is not the one this checkpoint was trained with",
+                code="run.other-reference",
                 where=str(folder),
                 why="with ref_model=None the reference is the model as it is given, which has changed",
                 fix="start again from the model that the run started from, or pass it as ref_model",
@@ -242,12 +252,13 @@ class PreferenceTrainer(PackedTrainer):
             if model is None:
                 raise RecipeError(
                     "this eval data came after training",
+                    code="training.reference-gone",
                     where="eval_dataset",
                     why="its reference is the policy as it started, whose weights have moved since",
                     fix="give eval_dataset to the constructor, or pass ref_model",
                 )
             examples.extra["reference_logps"] = self._reference_of(
-                model if self.wraps_late else model.to(self.args.device),
+                model if self.engine.wraps_late else model.to(self.args.device),
                 examples,
                 reference.ReferenceCache(None),
             )
@@ -261,6 +272,17 @@ class PreferenceTrainer(PackedTrainer):
 
     # --- the step ---
 
+    def _watch_step_zero(self) -> StepZero:
+        return StepZero(
+            self.model,
+            self.args,
+            layout=self.layout,
+            has_ref_model=self.ref_model is not None,
+            use_rewards=self.needs_rewards,
+            reduce=self._reduce,
+            autocast=self.accelerator.autocast,
+        )
+
     def before_update(self) -> bool:
         """Guards of the base, then the step-0 check before the very first update."""
         taken = super().before_update()
@@ -269,18 +291,19 @@ class PreferenceTrainer(PackedTrainer):
             if taken:
                 self.step_zero = check.finish()
             else:
-                self._step_zero = StepZero(self)  # nothing has moved: the next batch tells
+                self._step_zero = self._watch_step_zero()  # nothing has moved: the next batch tells
         return taken
 
-    def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
+    def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
         """Preference loss and SFT term of each example, in the order of the groups."""
         args = self.args
-        policy, ref = sums, batch["reference_logps"].to(sums.dtype)
-        tokens = batch["response_tokens"]
+        assert batch.reference_logps is not None  # computed before training
+        policy, ref = sums, batch.reference_logps.to(sums.dtype)
+        tokens = batch.response_tokens
         if args.average_logps:
             policy, ref = policy / tokens, ref / tokens
-        results = [self._preference(policy, ref, batch["rewards"], g) for g in batch["groups"]]
-        chosen = torch.cat([group[:, 0] for group in batch["groups"]])
+        results = [self._preference(policy, ref, batch.rewards, g) for g in batch.groups]
+        chosen = torch.cat([group[:, 0] for group in batch.groups])
         nll, _ = sft_loss(-sums[chosen], tokens[chosen], args.sft_reduction)  # type: ignore[arg-type]
         preference = torch.cat([result.losses for result in results])
         if self._step_zero is not None and self.model.training:
@@ -319,12 +342,11 @@ _METRICS = (
 _TARGET_METRICS = ("rewards/target_gap", "rewards/gap_error", "rewards/target_saturated")
 
 
-def _metrics(
-    results: list[PreferenceLoss], sums: Tensor, batch: dict[str, Any]
-) -> dict[str, Tensor]:
+def _metrics(results: list[PreferenceLoss], sums: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
     """TRL's names, and ours beside them; for K > 2 "rejected" is the mean of the others."""
-    groups = batch["groups"]
-    deltas = sums - batch["reference_logps"]
+    groups = batch.groups
+    assert batch.reference_logps is not None
+    deltas = sums - batch.reference_logps
 
     def others(values: list[Tensor]) -> Tensor:
         return torch.cat([v[:, 1:].mean(-1) for v in values])

@@ -18,20 +18,28 @@ from rpo_trainer.models.reward_model import (
     with_pad_token,
 )
 from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.forward import response_scores
-from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.trainers.base import BaseTrainer
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import RewardConfig
 from rpo_trainer.trainers.examples import Examples, PackingCollator
-from rpo_trainer.trainers.reward_data import RatingCollator, check_ends, check_pairs, check_rated
+from rpo_trainer.trainers.reward_data import (
+    RatingBatch,
+    RatingCollator,
+    check_ends,
+    check_pairs,
+    check_rated,
+)
 from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.terms import StepOutputs, StepResult, Term
 
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(PackedTrainer):
+class RewardTrainer(BaseTrainer):
     """Trains a sequence classifier whose score at a response's last token is its reward.
 
     `regression`: the squared error of each rated attribute, mean over all ratings of the global
@@ -139,18 +147,18 @@ class RewardTrainer(PackedTrainer):
 
     # --- the step ---
 
-    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def outputs(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
         """Scores `[R, A]` at the responses' last tokens."""
-        return response_scores(model, inputs["model_inputs"])
+        return response_scores(model, inputs.model_inputs)
 
-    def losses(self, scores: Tensor, batch: dict[str, Any]) -> StepResult:
+    def losses(self, scores: Tensor, batch: PackedBatch) -> StepResult:
         """The loss of each example; metrics for pairs, those of ratings come with evaluation."""
-        if self.row_kind == "rating":
-            errors = regression_losses(scores, batch["attributes"]).sum(-1)
-            rows = torch.cat([group[:, 0] for group in batch["groups"]])
+        if isinstance(batch, RatingBatch):
+            errors = regression_losses(scores, batch.attributes).sum(-1)
+            rows = torch.cat([group[:, 0] for group in batch.groups])
             return StepResult({"regression": Term(errors[rows], per="ratings")}, metrics={})
         rewards = scores @ self.weights.to(scores)
-        (pairs,) = batch["groups"]
+        (pairs,) = batch.groups
         chosen, rejected = rewards[pairs].unbind(-1)
         loss = bradley_terry_loss(chosen, rejected, self._margin(pairs, batch))
         gap = (chosen - rejected).detach()
@@ -164,33 +172,34 @@ class RewardTrainer(PackedTrainer):
             },
         )
 
-    def _margin(self, pairs: Tensor, batch: dict[str, Any]) -> Tensor | None:
+    def _margin(self, pairs: Tensor, batch: PackedBatch) -> Tensor | None:
         if not self.needs_rewards:
             return None
-        given = batch["rewards"][pairs]
+        assert batch.rewards is not None  # `check_pairs`
+        given = batch.rewards[pairs]
         margin: Tensor = self.args.margin_scale * (given[:, 0] - given[:, 1])
         return margin
 
     # --- evaluation ---
 
-    def evaluated(self, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
+    def evaluated(self, batch: PackedBatch, outputs: StepOutputs) -> None:
         """Keeps the scores for the correlations."""
-        if bool(batch["weights"].any()):  # not the filler of a rank without examples
-            self._seen += self._predictions(outputs["logps"], batch)
+        if bool(batch.weights.any()):  # not the filler of a rank without examples
+            self._seen += self._predictions(outputs.per_response, batch)
 
-    def _predictions(self, scores: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.row_kind == "rating":
-            columns = batch["prompt_keys"], scores.tolist(), batch["attributes"].tolist()
+    def _predictions(self, scores: Tensor, batch: PackedBatch) -> list[dict[str, Any]]:
+        if isinstance(batch, RatingBatch):
+            columns = batch.prompt_keys, scores.tolist(), batch.attributes.tolist()
             return [
                 {"prompt": prompt, "scores": found, "ratings": rated}
                 for prompt, found, rated in zip(*columns, strict=True)
             ]
-        (pairs,) = batch["groups"]
+        (pairs,) = batch.groups
         rewards = (scores @ self.weights.to(scores))[pairs]
         gaps = (rewards[:, 0] - rewards[:, 1]).tolist()
-        if batch["rewards"] is None:
+        if batch.rewards is None:
             return [{"gap": gap, "target": None} for gap in gaps]
-        given = batch["rewards"][pairs]
+        given = batch.rewards[pairs]
         targets = (given[:, 0] - given[:, 1]).tolist()
         return [{"gap": g, "target": t} for g, t in zip(gaps, targets, strict=True)]
 

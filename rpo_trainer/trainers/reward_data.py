@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
 from rpo_trainer.errors import DataError, ModelError
+from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 
 
-class RatingCollator(PackingCollator):
-    """Packs rated responses; adds their ratings, and counts them in place of tokens.
+@dataclass
+class RatingBatch(PackedBatch):
+    """A micro-batch of rated responses; `counts` are examples and ratings.
 
-    Adds to `PackingCollator`:
+    Attributes:
         attributes: `[R, A]` float32, NaN where there is no rating.
-        prompt_keys: a hash of each prompt, a list of R.
-        counts: `[2]` float64: examples, and ratings.
+        prompt_keys: a hash of each prompt, R of them.
     """
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    attributes: Tensor
+    prompt_keys: list[int]
+
+
+class RatingCollator(PackingCollator):
+    """Packs rated responses with their ratings, which it counts in place of tokens."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> RatingBatch:
         batch = super().__call__(examples)
-        real = bool(examples)
-        if not real:
-            assert self.examples is not None  # the base has taken its filler there
-            examples = [self.examples[0]]
+        rows = examples or self._filler()
         ratings = torch.tensor(
             [
-                [float("nan") if value is None else value for value in example["attributes"]]
-                for example in examples
+                [float("nan") if value is None else value for value in row["attributes"]]
+                for row in rows
             ]
         )
-        batch["attributes"] = ratings
-        batch["prompt_keys"] = [
-            xxhash.xxh3_64_intdigest(np.asarray(example["prompt_ids"], dtype=np.int64).tobytes())
-            for example in examples
+        batch.counts[1] = (~ratings.isnan()).sum() if examples else 0
+        keys = [
+            xxhash.xxh3_64_intdigest(np.asarray(row["prompt_ids"], dtype=np.int64).tobytes())
+            for row in rows
         ]
-        batch["counts"][1] = (~ratings.isnan()).sum() if real else 0
-        return batch
+        return RatingBatch(**vars(batch), attributes=ratings, prompt_keys=keys)
 
 
 def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> None:
@@ -56,6 +62,7 @@ def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> Non
         examples,
         "attributes",
         name,
+        code="data.missing-ratings",
         why="regression learns the ratings themselves",
         fix="give ratings, or train on pairs",
     )
@@ -65,6 +72,8 @@ def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> Non
         raise DataError(
             f"{len(wrong)} rows of the {name} data are not rated by numbers or null, one for each of "
             f"{', '.join(attributes)}, the first at {wrong[:3]}",
+            code="data.invalid-ratings",
+            details={"data": name, "rows": wrong},
             why="a head learns the number at its place, and learns nothing from a null",
             fix="give `attributes` as a list of that many numbers or nulls",
         )
@@ -84,6 +93,7 @@ def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
             examples,
             "rewards",
             name,
+            code="data.missing-rewards",
             why="the margin is margin_scale times the gap of the rewards",
             fix="give chosen_reward and rejected_reward, or set margin_scale to 0",
         )
@@ -94,6 +104,7 @@ def check_ends(examples: Examples, tokenizer: Any, name: str) -> None:
     if tokenizer.pad_token_id in _last_tokens(examples):
         raise ModelError(
             f"responses of the {name} data end with the pad token {tokenizer.pad_token!r}",
+            code="tokenizer.pad-ends-response",
             why="a classifier reads its scores at the last token that is not padding",
             fix="give the tokenizer another pad token",
         )
@@ -103,16 +114,24 @@ def _check_counts(examples: Examples, wanted: int, name: str, *, why: str, fix: 
     if wrong := int((examples.response_counts() != wanted).sum()):
         responses = "one response" if wanted == 1 else "two responses"
         raise DataError(
-            f"{wrong} rows of the {name} data do not have {responses}", why=why, fix=fix
+            f"{wrong} rows of the {name} data do not have {responses}",
+            code="data.response-count",
+            details={"data": name, "rows": wrong},
+            why=why,
+            fix=fix,
         )
 
 
-def _check_column(examples: Examples, column: str, name: str, *, why: str, fix: str) -> None:
+def _check_column(
+    examples: Examples, column: str, name: str, *, code: str, why: str, fix: str
+) -> None:
     missing = examples.without(column)
     if len(missing):
         raise DataError(
             f"{len(missing)} rows of the {name} data have no {column}, "
             f"the first at {missing[:3].tolist()}",
+            code=code,
+            details={"data": name, "rows": missing.tolist()},
             why=why,
             fix=fix,
         )

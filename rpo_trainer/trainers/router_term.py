@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rpo_trainer.errors import RecipeError
 from rpo_trainer.models.sharding import device_of
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.batch import PackedBatch, StepBatch
 from rpo_trainer.step.forward import router_sums_only
 from rpo_trainer.step.router_loss import (
     NoRouterLoss,
@@ -23,7 +25,8 @@ from rpo_trainer.step.router_loss import (
     request,
     router_loss_of,
 )
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.base_config import BaseConfig
+from rpo_trainer.trainers.terms import MetricSums
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +51,19 @@ class RouterTerm:
         self.loss = loss
         self.coefficient = coefficient
         self._reduce = reduce
-        self._pending: Sequence[dict[str, Any]] = ()
+        self._pending: Sequence[PackedBatch] = ()
         self._step: Tensor | None = None
         self._evaluated: Tensor | None = None
 
     # --- training ---
 
-    def begin_step(self, batches: Sequence[dict[str, Any]]) -> None:
+    def begin_step(self, batches: Sequence[PackedBatch | StepBatch]) -> None:
         """Notes the micro-batches of the next optimizer step; a step of one needs no forward before it."""
-        forwards = [part for batch in batches for part in batch.get("micro_batches", [batch])]
+        forwards = [part for batch in batches for part in batch.micro_batches]
         self._pending = forwards if len(forwards) > 1 else ()
         self._step = None
 
-    def prepare(self, forward: Callable[[dict[str, Any]], Tensor]) -> None:
+    def prepare(self, forward: Callable[[PackedBatch], Tensor]) -> None:
         """Finds the sums of the whole step, where it is several micro-batches and they are not known.
 
         Args:
@@ -73,23 +76,36 @@ class RouterTerm:
         assert isinstance(total, Tensor)
         self._step, self._pending = self._reduce(total), ()
 
-    def sums_only(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def sums_only(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         """Sums of a micro-batch, `[2E + 1]` float64, from a forward of nothing else."""
-        inputs = dict(batch["model_inputs"])
+        inputs = replace(batch.model_inputs)
         request(inputs, self.loss, only=True)
         return _real(router_sums_only(model, inputs), batch)
 
-    def request(self, batch: dict[str, Any]) -> None:
+    def request(self, batch: PackedBatch) -> None:
         """Has the forward of a micro-batch give the sums too."""
-        request(batch["model_inputs"], self.loss)
+        request(batch.model_inputs, self.loss)
 
-    def share(self, batch: dict[str, Any], training: bool) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch whose forward is done, and its share of the global batch's tokens.
+    def add_to(self, loss: Tensor, batch: PackedBatch, metrics: MetricSums | None) -> Tensor:
+        """The loss of a micro-batch whose forward is done, with this term.
+
+        Args:
+            metrics: of training, to which the term is added; None: an evaluation, see `evaluated`.
+        """
+        term, share = self._share(batch, training=metrics is not None)
+        if metrics is not None:
+            metrics.add_ratio(NAME, term, share)
+        return loss + self.coefficient * term.to(loss.dtype)
+
+    def _share(self, batch: PackedBatch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and its share of the global batch's tokens.
 
         Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In an
         evaluation the loss is the micro-batch's own; that of the whole data is `evaluated`.
         """
-        sums = _real(batch["model_inputs"]["router"].pop("sums"), batch)
+        asked = batch.model_inputs.router
+        assert asked is not None and asked.sums is not None  # its forward is done
+        sums, asked.sums = _real(asked.sums, batch), None
         if training:
             total = self._reduce(sums.detach()) if self._step is None else self._step
         else:
@@ -108,9 +124,9 @@ class RouterTerm:
         return float(balance(total, total))
 
 
-def _real(sums: Tensor, batch: dict[str, Any]) -> Tensor:
+def _real(sums: Tensor, batch: PackedBatch) -> Tensor:
     """0 for the filler of a rank that has no example left."""
-    real: Tensor = batch["weights"].max()
+    real: Tensor = batch.weights.max()
     return sums.double() * real.double()
 
 
@@ -144,6 +160,7 @@ def router_term(
             raise RecipeError(
                 f"router_aux_loss_coef is {given:g}, but {type(inner).__name__} has no load-balancing loss "
                 "that can be computed",
+                code="model.no-router-loss",
                 where=type(args).__name__,
                 why=str(error),
                 fix="set it to 0, or leave it out",

@@ -14,15 +14,14 @@ from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapters
 from rpo_trainer.models.adapter_methods import is_adapted, require_supported_adapter
 from rpo_trainer.models.adapter_parts import require_trained_parts, warn_of_random
-from rpo_trainer.models.loading import load_tokenizer_named
+from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
 from rpo_trainer.models.quantization import disable_bnb_cpu_bf16
 from rpo_trainer.models.sharding import whole_on_every_rank
-from rpo_trainer.models.unwrap import transformers_model
+from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import is_main
-from rpo_trainer.trainers.padding_row import require_kept_padding
-from rpo_trainer.trainers.settings import defaults_of
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.argument_status import defaults_of
+from rpo_trainer.trainers.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -41,6 +40,8 @@ def require_config(trainer: Any, args: Any) -> None:
         kind = type(args)
         raise RecipeError(
             f"{type(trainer).__name__} takes a {_full_name(wanted)}, got a {_full_name(kind)}",
+            code="training.wrong-config",
+            details={"wanted": _full_name(wanted), "given": _full_name(kind)},
             where="args",
             why="settings that this config does not have (the loss, the layout) would have no value",
             fix=f"from rpo_trainer import {wanted.__name__}; it has all fields of TrainingArguments",
@@ -54,6 +55,24 @@ def require_config(trainer: Any, args: Any) -> None:
 def _full_name(kind: type) -> str:
     public = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     return public if kind.__module__ != "builtins" else kind.__name__
+
+
+def prepare_model(
+    model: str | nn.Module, tokenizer: Any, peft_config: PeftConfig | None, args: BaseConfig
+) -> tuple[nn.Module, Any]:
+    """The model as it is trained, its adapter included, and its tokenizer.
+
+    Args:
+        model: the model, or the name or path of one.
+        tokenizer: the trainer's `processing_class`; None: the one that the model was loaded with.
+    """
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer_named(model)
+        model = load_model_named(model)
+    model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
+    tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model)
+    set_checkpointing(model, args)
+    return model, tokenizer
 
 
 def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
@@ -81,6 +100,7 @@ def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
     elif not able:
         raise RecipeError(
             f"{type(transformers_model(model)).__name__} does not support gradient checkpointing",
+            code="model.no-gradient-checkpointing",
             where="gradient_checkpointing",
             why="transformers marks the classes that can recompute their activations",
             fix="set gradient_checkpointing=False",
@@ -121,6 +141,7 @@ def require_one_gpu(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise RecipeError(
             f"{args.n_gpu} GPUs are visible to one process",
+            code="training.several-gpus",
             why="each process uses one GPU",
             fix="start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0",
         )
@@ -155,6 +176,50 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
     return model
 
 
+def require_kept_padding(model: Any) -> None:
+    """Checks that the model, once saved, is read with the embedding of its padding token.
+
+    A head tied to the embeddings trains that row too: then a WARNING says that it is read as zeros.
+
+    Raises:
+        ModelError: the row is not zero, and transformers would set it to zero.
+    """
+    embedding = model.get_input_embeddings()
+    place = getattr(embedding, "padding_idx", None)
+    if place is None or not whole_on_every_rank(model) or not _zeroed_when_loaded(model, place):
+        return
+    name = type(model).__name__
+    if embedding.weight[place].any():
+        raise ModelError(
+            f"transformers sets the embedding of token {place} to zero whenever it loads a {name}, and this "
+            "model's is not zero",
+            code="model.padding-row",
+            why="the saved model would be read as another one",
+            fix=f"zero that row of the embeddings, or set padding_idx of the {type(embedding).__name__} "
+            "and pad_token_id of the config to None",
+        )
+    head = model.get_output_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    if tied and embedding.weight.requires_grad and is_main():
+        logger.warning(
+            "transformers sets the embedding of token %d to zero whenever it loads a %s: what training "
+            "changes of it, through the head that is tied to it, is lost where the output is loaded",
+            place, name,
+        )  # fmt: skip
+
+
+def _zeroed_when_loaded(model: Any, place: int) -> bool:
+    """Whether the class initializes the row of an embedding that is marked as loaded."""
+    if model.is_remote_code():
+        return False  # transformers leaves what it has loaded of these alone
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        trial = nn.Embedding(place + 1, 1, padding_idx=place)
+        trial.weight.fill_(1.0)
+        trial.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        model._init_weights(trial)
+        return not bool(trial.weight[place].any())
+
+
 def _freeze_towers(inner: Any, *, adapted: bool) -> None:
     """Freezes what text does not use of a multimodal model, and says so."""
     line = towers_line(inner)
@@ -183,6 +248,7 @@ def tokenizer_of(model: nn.Module) -> Any:
     if not name:
         raise ModelError(
             "there is no tokenizer",
+            code="tokenizer.missing",
             why="the model does not know from where it was loaded, so its own cannot be found",
             fix="pass processing_class=tokenizer",
         )
@@ -196,3 +262,9 @@ def pad_token_id_of(tokenizer: Any) -> int:
         if value is not None:
             return int(value)
     return 0
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """6 operations a weight for forward and backward, without the embeddings, as transformers estimates."""
+    count: Any = getattr(model, "num_parameters", None)
+    return 0 if count is None else 6 * int(count(exclude_embeddings=True))

@@ -1,20 +1,31 @@
-"""Supervised fine-tuning on assistant turns only."""
+"""Supervised fine-tuning on assistant turns only, with NEFTune's noise where it is asked for.
+
+NEFTune (arXiv 2310.05914) adds U(−1, 1) · α / √(L·H) to the embedding of a token, L the length of its example
+and H the hidden size. transformers takes the length of the whole row for L, which is many examples where rows
+are packed.
+
+Shapes: `T` tokens of a packed row, `R` rows of length `L` when padded, `H` hidden size.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rpo_trainer.errors import DataError
-from rpo_trainer.trainers.base import PackedTrainer, StepResult, Term
+from rpo_trainer.step.batch import ModelInputs, PackedBatch
+from rpo_trainer.trainers.base import BaseTrainer
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import SFTConfig
 from rpo_trainer.trainers.examples import Examples
-from rpo_trainer.trainers.neftune import Noise, example_lengths
-from rpo_trainer.trainers.step_config import BaseConfig
+from rpo_trainer.trainers.terms import StepResult, Term
 
 
-class SFTTrainer(PackedTrainer):
+class SFTTrainer(BaseTrainer):
     """−log π of the trained tokens, averaged over all of them in the global batch.
 
     Rows: `messages`, or `prompt` and `response` (or `completion`), or tokenised already. Every assistant
@@ -33,7 +44,7 @@ class SFTTrainer(PackedTrainer):
 
     config_class = SFTConfig
     row_kind: Literal["sft", "pair"] = "sft"
-    _noise: Noise | None = None
+    _noise: NeftuneNoise | None = None
 
     def _examples(
         self, dataset: Any, tokenizer: Any, args: BaseConfig, name: str
@@ -42,6 +53,8 @@ class SFTTrainer(PackedTrainer):
         if examples is not None and (wrong := int((examples.response_counts() != 1).sum())):
             raise DataError(
                 f"{wrong} rows of the {name} data have more or less than one response",
+                code="data.response-count",
+                details={"data": name, "rows": wrong},
                 why="supervised fine-tuning takes one response a row",
                 fix="give rows with messages, or with prompt and response",
             )
@@ -52,20 +65,68 @@ class SFTTrainer(PackedTrainer):
         """The metrics of an evaluation."""
         return {"loss", "loss/sft"}
 
-    def before_forward(self, inputs: dict[str, Any]) -> None:
+    def before_forward(self, inputs: PackedBatch) -> None:
         """Noise on the embeddings is scaled by the examples of this forward."""
         if self._noise is not None:
-            self._noise.lengths = example_lengths(inputs["model_inputs"])
+            self._noise.lengths = example_lengths(inputs.model_inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`PackedTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
+        """`BaseTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
         alpha = self.args.neftune_noise_alpha
         if alpha is None:
             return super().train(*args, **kwargs)
-        self._noise = Noise(alpha)
+        self._noise = NeftuneNoise(alpha)
         with self._noise.on(self.model.get_input_embeddings()):
             return super().train(*args, **kwargs)
 
-    def losses(self, sums: Tensor, batch: dict[str, Any]) -> StepResult:
+    def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
         """The negative log-likelihood of each example, per trained token of the global batch."""
         return StepResult(terms={"sft": Term(-sums, per="tokens")}, metrics={})
+
+
+# --- noise on the embeddings ---
+
+
+def example_lengths(inputs: ModelInputs) -> Tensor:
+    """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response."""
+    ids = inputs.input_ids
+    if inputs.plan is None:
+        assert inputs.attention_mask is not None
+        return inputs.attention_mask.sum(-1, keepdim=True).expand(ids.shape)
+    counts = torch.tensor([s.stop - s.start for s in inputs.plan.segments])
+    counts = counts.to(ids.device, non_blocking=True)
+    # With the size given, the host does not wait for the device.
+    return counts.repeat_interleave(counts, output_size=ids.shape[1])[None]
+
+
+class NeftuneNoise:
+    """Adds the noise to the output of an embedding while its module trains.
+
+    Args:
+        alpha: α of the paper; 5, 10 and 15 are its values.
+
+    Attributes:
+        lengths: of the rows of the next forward, see `example_lengths`.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.lengths: Tensor | None = None
+
+    @contextmanager
+    def on(self, embeddings: nn.Module) -> Iterator[None]:
+        """The noise is added while it is entered."""
+        handle = embeddings.register_forward_hook(self._add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if not module.training or self.lengths is None:
+            return output
+        size = (
+            self.alpha / (self.lengths * output.shape[-1]).float().sqrt()
+        )  # too large for float16
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * size[..., None].to(output.dtype)

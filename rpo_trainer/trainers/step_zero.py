@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,11 @@ from rpo_trainer.errors import StepZeroError
 from rpo_trainer.losses import step_zero_losses
 from rpo_trainer.models.sharding import whole_on_every_rank
 from rpo_trainer.runtime.distributed import all_gather_dict, rank
+from rpo_trainer.step.batch import Layout, PackedBatch
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import logprobs_from_logits, response_sums
+from rpo_trainer.trainers.config import PreferenceConfig
 from rpo_trainer.trainers.noise import is_deterministic, is_noisy, noise_in, text_of
-
-if TYPE_CHECKING:
-    from rpo_trainer.trainers.preference import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -27,38 +28,64 @@ class StepZero:
 
     What is compared are log-probs per token, policy against reference: the loss is a function of them,
     and they keep one tolerance for every loss. The loss and its constant are reported.
+
+    Args:
+        model: the policy.
+        args: the trainer's config.
+        layout: how its rows are packed.
+        has_ref_model: whether the reference is a model of its own.
+        use_rewards: whether the loss takes the rewards of the rows.
+        reduce: sums a tensor over the ranks.
+        autocast: gives the context of the arithmetic that forwards run in.
     """
 
-    def __init__(self, trainer: PreferenceTrainer) -> None:
-        self.trainer = trainer
-        dtype = trainer.args.mixed_precision_dtype() or next(trainer.model.parameters()).dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PreferenceConfig,
+        *,
+        layout: Layout,
+        has_ref_model: bool,
+        use_rewards: bool,
+        reduce: Callable[[Tensor], Tensor],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.layout = layout
+        self.has_ref_model = has_ref_model
+        self.use_rewards = use_rewards
+        self._reduce = reduce
+        self._autocast = autocast
+        dtype = args.mixed_precision_dtype() or next(model.parameters()).dtype
         low = dtype in (torch.bfloat16, torch.float16)
         # Nats per token: the mean over all of them, and any single response's.
         self.tolerance, self.tolerance_each = (0.05, 0.5) if low else (1e-4, 1e-3)
         # Σ |policy − reference|, tokens, responses that are off, Σ loss, Σ constant, examples
         self.sums: Tensor | None = None
-        self.batches: list[dict[str, Any]] = []
+        self.batches: list[PackedBatch] = []
 
-    def add(self, sums: Tensor, batch: dict[str, Any], losses: Tensor) -> None:
+    def add(self, sums: Tensor, batch: PackedBatch, losses: Tensor) -> None:
         """One micro-batch: `[R]` policy log-probs, the batch, `[B]` preference losses."""
-        args = self.trainer.args
-        weights = batch["weights"].double()
+        args, rewards = self.args, batch.rewards
+        assert batch.reference_logps is not None  # computed before training
+        weights = batch.weights.double()
         constants = torch.cat(
             [
                 step_zero_losses(
                     args.loss_type,
                     beta=args.beta,
-                    shape=tuple(group.shape),
-                    rewards=batch["rewards"][group] if self.trainer.needs_rewards else None,
+                    shape=(group.shape[0], group.shape[1]),
+                    rewards=rewards[group] if self.use_rewards and rewards is not None else None,
                     reward_scale=getattr(args, "reward_scale", 1.0),
                     label_smoothing=getattr(args, "label_smoothing", 0.0),
                 ).to(sums.device, non_blocking=True)
-                for group in batch["groups"]
+                for group in batch.groups
             ]
         )
         real = weights.max()  # 0 for the filler of a rank without examples
-        off = (sums.detach() - batch["reference_logps"]).abs().double()
-        tokens = batch["response_tokens"]
+        off = (sums.detach() - batch.reference_logps).abs().double()
+        tokens = batch.response_tokens
         part = torch.stack(
             [
                 off.sum() * real,
@@ -75,8 +102,7 @@ class StepZero:
     def finish(self) -> dict[str, float]:
         """`loss`, `expected` and `nats_per_token` at step 0; raises StepZeroError if they disagree."""
         assert self.sums is not None  # at least one micro-batch
-        trainer = self.trainer
-        off, tokens, wrong, loss, expected, examples = trainer._reduce(self.sums).tolist()
+        off, tokens, wrong, loss, expected, examples = self._reduce(self.sums).tolist()
         values = {
             "loss": loss / examples,
             "expected": expected / examples,
@@ -87,10 +113,12 @@ class StepZero:
                 "step-0 check: loss %.6f, expected %.6f", values["loss"], values["expected"]
             )
             return values
-        what, fix = self._diagnose()
+        cause, what, fix = self._diagnose()
         error = StepZeroError(
             f"before the first update the loss is {values['loss']:.6g}, where policy = reference gives "
             f"{values['expected']:.6g}",
+            code="training.step-zero",
+            details={"cause": cause, **values},
             where="step-0 check",
             why=f"{what}; log-probs differ by {values['nats_per_token']:.2g} nats per token on average, "
             f"{wrong:.0f} responses by more than {self.tolerance_each:g}",
@@ -108,37 +136,45 @@ class StepZero:
         Returns:
             Of the step, and of plain forwards (0 where not asked), against the reference.
         """
-        model, worst = self.trainer.model, [0.0, 0.0]
+        model, worst = self.model, [0.0, 0.0]
         model.eval()
         for batch in self.batches:
-            tokens, real = batch["response_tokens"], batch["weights"].max().item()
-            with torch.no_grad(), self.trainer.accelerator.autocast():
-                logps = token_logprobs(model, batch["model_inputs"])
-                ways = [response_sums(logps, batch["response_index"], len(tokens))]
+            assert batch.reference_logps is not None
+            tokens, real = batch.response_tokens, batch.weights.max().item()
+            with torch.no_grad(), self._autocast():
+                logps = token_logprobs(model, batch.model_inputs)
+                ways = [response_sums(logps, batch.response_index, len(tokens))]
                 ways += [plain_sums(model, batch)] if plain else []
             for number, sums in enumerate(ways):
-                off = (sums - batch["reference_logps"]).abs() / tokens
+                off = (sums - batch.reference_logps).abs() / tokens
                 worst[number] = max(worst[number], off.max().item() * real)
         model.train()
         of_ranks = all_gather_dict({rank(): worst}).values()
         return max(off[0] for off in of_ranks), max(off[1] for off in of_ranks)
 
-    def _diagnose(self) -> tuple[str, str]:
-        trainer, model, each = self.trainer, self.trainer.model, self.tolerance_each
+    def _diagnose(self) -> tuple[str, str, str]:
+        """A name for the cause, what it is, and what to do."""
+        model, each = self.model, self.tolerance_each
         whole = whole_on_every_rank(model)
         if self._worst()[0] <= each:
             if whole and is_noisy(model):
                 names = text_of(noise_in(model))
                 return (
+                    "noise",
                     f"noise is on in the policy{names and f' ({names})'}",
-                    "report the model's type" if trainer.args.disable_dropout
+                    "report the model's type" if self.args.disable_dropout
                     else "set disable_dropout=True (the default)",
                 )  # fmt: skip
-            return "the policy in train mode is not the policy in eval mode", "look for noise in it"
-        if trainer.ref_model is not None:
-            return "ref_model does not give what the policy gives", "check ref_model"
+            return (
+                "train-mode",
+                "the policy in train mode is not the policy in eval mode",
+                "look for noise in it",
+            )
+        if self.has_ref_model:
+            return "ref-model", "ref_model does not give what the policy gives", "check ref_model"
         if not whole:
             return (
+                "reference",
                 "the reference log-probs are not the policy's: the cache is stale, the tokens have changed, "
                 "or the model's log-probs depend on the other examples of a forward",
                 "remove the folder reference-cache and start again; if that changes nothing, report the "
@@ -146,37 +182,41 @@ class StepZero:
             )
         if not is_deterministic(model):
             return (
+                "not-deterministic",
                 "two forwards of the model in eval mode give different log-probs",
                 "train a model whose forward is deterministic, or set step0_check=False",
             )
         step, plain = self._worst(plain=True)
         if plain <= each < step:
             return (
-                f"in a batch of layout {trainer.layout} the policy's log-probs are not those of one response "
+                "layout",
+                f"in a batch of layout {self.layout} the policy's log-probs are not those of one response "
                 "at a time, which the reference log-probs agree with",
                 "set per_device_train_batch_size=1 or another layout, and report the model's type",
             )
         return (
+            "reference",
             "the reference log-probs are not the policy's: the cache is stale, or the tokens have changed",
             "remove the folder reference-cache and start again",
         )
 
 
-def plain_sums(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def plain_sums(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Log-prob of each response of a micro-batch, `[R]`, by plain forwards of one response each."""
-    inputs = batch["model_inputs"]
-    ids, positions = inputs["input_ids"], inputs["position_ids"].reshape(-1)
-    if inputs["rows"] is not None:
-        rows = [ids[0, start:stop] for start, stop in inputs["rows"]]
-    elif inputs["plan"] is None:
-        rows = [row[mask.bool()] for row, mask in zip(ids, inputs["attention_mask"], strict=True)]
-    else:
+    inputs = batch.model_inputs
+    ids, positions = inputs.input_ids, inputs.position_ids.reshape(-1)
+    if inputs.rows is not None:
+        rows = [ids[0, start:stop] for start, stop in inputs.rows]
+    elif inputs.plan is not None:
         flat = ids[0]
-        rows = [flat[[*range(a, b), *range(s, e)]] for s, e, a, b in inputs["plan"].segments]
+        rows = [flat[[*range(a, b), *range(s, e)]] for s, e, a, b in inputs.plan.segments]
+    else:
+        assert inputs.attention_mask is not None  # padded
+        rows = [row[mask.bool()] for row, mask in zip(ids, inputs.attention_mask, strict=True)]
     sums = []
     for number, row in enumerate(rows):
-        own = batch["response_index"] == number
+        own = batch.response_index == number
         logits = model(input_ids=row[None], use_cache=False).logits[0]
-        logits = logits[positions[inputs["predict_index"][own]]]
-        sums.append(logprobs_from_logits(logits, inputs["labels"][own]).sum())
+        logits = logits[positions[inputs.predict_index[own]]]
+        sums.append(logprobs_from_logits(logits, inputs.labels[own]).sum())
     return torch.stack(sums)

@@ -78,7 +78,7 @@ def _step(where: str, action: Callable[[], None]) -> list[Any]:
 
 
 def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
-    from rpo_trainer.rewards import generate
+    from rpo_trainer.rewards import sample
 
     done: list[None] = []
 
@@ -87,7 +87,7 @@ def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
         if len(done) == int(batches):
             action()
 
-    return [_around(generate, "_generate_batch", after=count)]
+    return [_around(sample, "_generate_batch", after=count)]
 
 
 def _file(path: str, action: Callable[[], None]) -> list[Any]:
@@ -148,14 +148,14 @@ def _saved(where: str, action: Callable[[], None]) -> list[Any]:
 
 
 def _evaluated(stage: str, action: Callable[[], None]) -> list[Any]:
-    from rpo_trainer.trainers.base import PackedTrainer
+    from rpo_trainer.trainers.base import BaseTrainer
 
     def check(self: Any, *args: Any, **kwargs: Any) -> None:
         at_end = self.state.global_step and self.state.global_step >= self.state.max_steps
         if at_end and Path(self.args.output_dir).name == stage:
             action()
 
-    return [_around(PackedTrainer, "evaluate", after=check)]
+    return [_around(BaseTrainer, "evaluate", after=check)]
 
 
 _PATCHES = {

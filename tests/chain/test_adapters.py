@@ -344,7 +344,7 @@ def test_somebody_elses_adapter(kind: str, kept: Path, finished: Path, tmp_path:
         settings = json.loads((run_dir / "dpo" / "final" / adapter_files.CONFIG).read_text())
         assert settings["base_model_name_or_path"] == str(theirs / "base")
         stage.update(init=str(theirs), peft={**KEEP, "r": 2})
-        with pytest.raises(RecipeError) as error:
+        with raises("adapter.config-mismatch", RecipeError) as error:
             tiny.run(tmp_path / "other", recipe)
         assert "r is 4, not 2" in str(error.value)
 
@@ -385,20 +385,20 @@ def test_changes_of_the_adapter_are_refused_on_resume(
         ),
         ({"peft_type": "IA3"}, "recipe.unsupported-peft-type", "IA3"),
         ({"layers_pattern": "layers"}, "recipe.bad-peft", "layers_to_transform"),
-        ({"init_lora_weights": False}, None, "init_lora_weights=False"),
-        ({"init_lora_weights": "eva"}, None, "init_lora_weights='eva'"),
-        ({"alora_invocation_tokens": [3]}, None, "activated LoRA"),
-        ({"target_modules": ["nowhere"]}, None, "nowhere"),
-        ({"r": "eight"}, None, "'str' and 'int'"),
+        ({"init_lora_weights": False}, "adapter.random-start", "init_lora_weights=False"),
+        ({"init_lora_weights": "eva"}, "adapter.data-start", "init_lora_weights='eva'"),
+        ({"alora_invocation_tokens": [3]}, "adapter.unsupported-method", "activated LoRA"),
+        ({"target_modules": ["nowhere"]}, "adapter.bad-config", "nowhere"),
+        ({"r": "eight"}, "adapter.bad-config", "'str' and 'int'"),
     ],
 )
 def test_wrong_adapters_are_named_by_check(
-    fields: dict[str, Any], code: str | None, shown: str, tmp_path: Path
+    fields: dict[str, Any], code: str, shown: str, tmp_path: Path
 ) -> None:
     loaded = tiny.load(tmp_path, adapted("dpo", {**fields}))
     with pytest.raises(Problems) as error:
         check_recipe(loaded, tmp_path / "run", only={"dpo"})
-    found = error.value.problems[0] if code is None else with_code(error.value, code)
+    found = with_code(error.value, code)
     assert "stages.dpo.peft" in str(found.where) and shown in str(found)
     assert all(problem.why and problem.fix for problem in error.value.problems)
 
@@ -409,7 +409,7 @@ def test_4_bits_need_bitsandbytes_and_whole_bases(
     recipe = adapted("dpo", {**KEEP, "quantization": "nf4"})
     stage = expand_stages(tiny.load(tmp_path, recipe).recipe)[2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="bitsandbytes") as error:
+    with raises("recipe.missing-package", RecipeError) as error:
         lora_config(stage)
     assert error.value.where == "stages.dpo.peft.quantization"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())

@@ -472,7 +472,8 @@ def test_a_stage_that_skips_says_so_in_its_records(
         return own(self, sums * float("nan") if bad else sums, batch)
 
     monkeypatch.setattr(PreferenceTrainer, "losses", spoiled)
-    recipe = tiny.changed(recipe_of(tmp_path), "rpo.nonfinite", "skip(1)")
+    recipe = tiny.changed(recipe_of(tmp_path), "rpo.on_nonfinite", "skip")
+    recipe = tiny.changed(recipe, "rpo.max_skipped_steps", 1)
     straight = tiny.run(tmp_path / "straight", {**recipe, "stages": with_file(tmp_path, recipe)})
     run_until("step:rpo:2", lambda: tiny.run(tmp_path, recipe))
     stopped = tiny.records(tmp_path / "run")["rpo"]["skipped"]
@@ -489,7 +490,8 @@ def test_a_stage_that_skips_says_so_in_its_records(
     assert "1 of 1" in warned.getMessage()
     (tmp_path / "stop").mkdir()
     shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "stop")
-    stop = tiny.changed(recipe, "rpo.nonfinite", "stop")
+    stop = tiny.changed(recipe, "rpo.on_nonfinite", "stop")
+    stop = tiny.changed(stop, "rpo.max_skipped_steps", None)
     with pytest.raises(NonFiniteError, match=r"loss .* step 2"):
         tiny.run(tmp_path / "stop", stop)
     # What stopped may go on with `skip`: nothing was computed otherwise.

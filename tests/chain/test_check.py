@@ -126,15 +126,15 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert problems(tmp_path, recipe).exit_code == 2
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "code")["data"]["train"] = [{"path": "absent.jsonl"}]
-    assert problems(tmp_path, recipe).exit_code == 3
+    found = problems(tmp_path, recipe)
+    assert found.exit_code == 3 and set(codes_of(found)) == {"data.no-such-file"}
 
 
 def test_a_missing_tokenizer_does_not_hide_faults_of_the_data(tmp_path: Path) -> None:
     recipe = broken(tmp_path)
     recipe["model"]["tokenizer"] = "./no-tokenizer"
-    text = str(problems(tmp_path, recipe))
-    assert "no-tokenizer" in text
-    assert "absent.jsonl: " in text
+    found = problems(tmp_path, recipe)
+    assert {"model.not-found", "data.no-such-file"} <= set(codes_of(found))
 
 
 def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
@@ -142,18 +142,19 @@ def test_prompts_must_have_ground_truth_and_a_template(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "rpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
-    assert "chat template" in str(problems(tmp_path, recipe))
+    assert "template.missing" in codes_of(problems(tmp_path, recipe))
     recipe["model"]["chat_template"] = "plain"
     assert check(tmp_path, recipe)
     del rows[0]["ground_truth"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (problem, *_) = problems(tmp_path, recipe).problems
-    assert "ground_truth" in problem.what and "1 of 1 rows" in problem.what
+    assert problem.code == "verifier.missing-ground-truth" and "1 of 1 rows" in problem.what
 
 
 def test_max_length_beyond_the_context(tmp_path: Path) -> None:
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.max_length", 65)
     (problem,) = problems(tmp_path, recipe).problems
+    assert problem.code == "model.context-exceeded"
     assert problem.where == f"{place(tmp_path, 'max_length: 65')} (stages.dpo.max_length)"
     assert "max_length 65" in problem.what and "64 tokens" in problem.what
     assert problem.why and "max_length: 64" in str(problem.fix)
@@ -213,25 +214,33 @@ def a_reward_model(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **kind}))
 
 
-# What is made, and what the error names.
-MODELS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "pickled weights only": (pickled, ("pickled", "(pytorch_model.bin)")),
-    "no weights": (without_weights, ("no weights",)),
-    "weights that are cut": (cut, (" model.safetensors is", "damaged")),
-    "a part missing": (without_a_part, ("model-00002-of-00002.safetensors", "missing")),
-    "code from a repository": (with_own_code, ("repository",)),
-    "more tokens than embeddings": (with_few_embeddings, ("100 tokens", "90 embeddings")),
-    "a tensor missing": (without_a_tensor, ("missing: model.layers.1.mlp.down_proj.weight",)),
-    "no generation config": (with_a_cut_generation_config, ("generation_config.json",)),
-    "head of rewards": (a_reward_model, ("sequence classifier",)),
-}
+# What is made, the code of the error, and what it names.
+MODELS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "pickled weights only": (pickled, "model.pickled-weights", "(pytorch_model.bin)"),
+    "no weights": (without_weights, "model.no-weights", ""),
+    "weights that are cut": (cut, "model.damaged-weights", " model.safetensors "),
+    "a part missing": (
+        without_a_part, "model.damaged-weights", "model-00002-of-00002.safetensors",
+    ),
+    "code from a repository": (with_own_code, "model.needs-remote-code", ""),
+    "more tokens than embeddings": (
+        with_few_embeddings, "tokenizer.too-many-tokens", "90 embeddings",
+    ),
+    "a tensor missing": (
+        without_a_tensor, "model.tensor-mismatch", "missing: model.layers.1.mlp.down_proj.weight",
+    ),
+    "a cut generation config": (
+        with_a_cut_generation_config, "model.unreadable-generation-config", "",
+    ),
+    "head of rewards": (a_reward_model, "model.not-a-policy", ""),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("place_of", ["model", "init"])
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
     """Before any weight is read; also that of a later stage, which would fail hours later."""
-    make, named = MODELS[case]
+    make, code, named = MODELS[case]
     make(tmp_path / "mine")
     recipe = tiny.tiny_recipe()
     if place_of == "model":
@@ -241,9 +250,9 @@ def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
         tiny.stage_of(recipe, "dpo")["init"] = "./mine"
         line, where = "init:", f"(stages.dpo.init): {tmp_path / 'mine'}: "
     (problem,) = problems(tmp_path, recipe).problems
-    assert type(problem) is ModelError and problem.why and problem.fix
+    assert type(problem) is ModelError and problem.code == code and problem.why and problem.fix
     assert str(problem).startswith(f"{place(tmp_path, line)} {where}")
-    assert all(one in str(problem).splitlines()[0] for one in named)
+    assert named in problem.what
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "recipe.yaml"}
     assert not (tmp_path / "mine" / "ran").exists()
 
@@ -257,9 +266,11 @@ def test_an_adapter_without_one_of_its_tensors(tmp_path: Path) -> None:
     assert check(tmp_path, recipe)
     path = theirs / "adapter_model.safetensors"
     save_file({n: t for n, t in load_file(path).items() if "layers.1" not in n}, path)
-    assert "missing: base_model.model.model.layers.1" in str(problems(tmp_path, recipe))
+    found = with_code(problems(tmp_path, recipe), "adapter.tensor-mismatch")
+    assert "missing: base_model.model.model.layers.1" in found.what
     path.rename(theirs / "adapter_model.bin")
-    assert "adapter_model.bin" in str(problems(tmp_path, recipe))
+    found = with_code(problems(tmp_path, recipe), "adapter.unusable-weights")
+    assert "adapter_model.bin" in found.what
 
 
 @pytest.mark.parametrize("case", ["policy", "pickled", "with code"])
@@ -268,13 +279,13 @@ def test_a_scorer_that_cannot_be_loaded(case: str, tmp_path: Path) -> None:
     makers.get(case, saved_model)(tmp_path / "mine")
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["score"] = {"model": "./mine"}
-    shown = str(problems(tmp_path, recipe))
-    named = {
-        "pickled": "pytorch_model.bin",
-        "policy": "missing: score.weight",
-        "with code": "trust_remote_code",
-    }
-    assert named[case] in shown
+    found = problems(tmp_path, recipe)
+    code, named = {
+        "pickled": ("model.pickled-weights", "pytorch_model.bin"),
+        "policy": ("model.tensor-mismatch", "missing: score.weight"),
+        "with code": ("model.needs-remote-code", ""),
+    }[case]
+    assert named in with_code(found, code).what
     assert not (tmp_path / "mine" / "ran").exists()
 
 
@@ -282,6 +293,7 @@ def test_random_weights_with_fewer_embeddings_than_tokens(tmp_path: Path) -> Non
     recipe = tiny.tiny_recipe()
     recipe["model"]["from_config"]["vocab_size"] = 64
     (problem,) = problems(tmp_path, recipe).problems
+    assert problem.code == "tokenizer.too-many-tokens"
     assert problem.where == f"{place(tmp_path, 'model:')} (model)"
     assert "100 tokens" in problem.what and "64 embeddings" in problem.what
 
@@ -291,8 +303,8 @@ def test_another_vocabulary_in_the_reference(tmp_path: Path) -> None:
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
     (problem,) = problems(tmp_path, recipe).problems
     assert problem.where == f"{place(tmp_path, 'reference: ')} (stages.dpo.reference)"
-    assert "120 tokens" in problem.what and "policy 100" in problem.what
-    assert problem.why and problem.fix
+    assert problem.code == "tokenizer.mismatch" and problem.why and problem.fix
+    assert "120 tokens" in problem.what and " 100" in problem.what
     assert check(tmp_path, tiny.changed(recipe, "dpo.init", "./mine"))
 
 
@@ -310,17 +322,19 @@ def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
     tiny.stage_of(recipe, "dpo").update(init="./theirs", reference="model")
     saved_model(theirs / "base", tokens=120)
     saved_adapter(theirs, "base")
-    shown = str(problems(tmp_path, recipe))
-    assert re.search(r"\(stages\.dpo\.reference\): .* 100 tokens, .* 120\b", shown)
+    problem = with_code(problems(tmp_path, recipe), "tokenizer.mismatch")
+    assert "(stages.dpo.reference)" in str(problem.where)
+    assert re.search(r" 100 tokens, .* 120$", problem.what)
     saved_model(theirs / "base", tokens=90)
     (problem,) = problems(tmp_path, recipe).problems
-    assert "(stages.dpo.init): " in str(problem.where) and "90 embeddings" in problem.what
+    assert problem.code == "tokenizer.too-many-tokens" and "90 embeddings" in problem.what
+    assert "(stages.dpo.init): " in str(problem.where)
     assert str(theirs) in str(problem.where) and str(theirs / "base") in str(problem.where)
     settings = json.loads((theirs / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "some/hub-name"
     (theirs / "adapter_config.json").write_text(json.dumps(settings))
     (problem,) = problems(tmp_path, recipe).problems
-    assert "(stages.dpo.init): " in str(problem.where) and "configuration" in problem.what
+    assert problem.code == "model.cannot-load" and "(stages.dpo.init): " in str(problem.where)
     assert str(theirs) in str(problem.where) and "some/hub-name" in str(problem.where)
 
 
@@ -337,8 +351,7 @@ def test_held_out_rows_of_a_stage_that_samples(responses_from: str | None, tmp_p
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
     assert check(tmp_path, recipe).count("  1 held-out examples") == 2  # of both rounds
     (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
-    found = problems(tmp_path, recipe)
-    assert "RPO" in str(found) and "rewards" in str(found)
+    assert "data.missing-rewards" in codes_of(problems(tmp_path, recipe))
 
 
 def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> None:
@@ -347,11 +360,16 @@ def test_held_out_prompts_of_rows_that_another_stage_samples(tmp_path: Path) -> 
     prompts = [{"prompt": f"{n} + 1 = ", "ground_truth": str(n + 1)} for n in range(4)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "p.jsonl"}]
-    stage["data"] = {"responses_from": "dpo", "eval": [{"path": "held.jsonl"}], "held_out": True}
+    stage["data"] = {
+        "responses_from": "dpo",
+        "eval": [{"path": "held.jsonl"}],
+        "eval_overlap": "error",
+    }
     row = {"prompt": "2 + 1 = ", "chosen": "3", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
-    assert re.search(r"\b1 of 1 eval rows", str(problems(tmp_path, recipe)))
+    found = with_code(problems(tmp_path, recipe), "data.held-out-overlap")
+    assert found.what.startswith("1 of 1 eval rows")
 
 
 def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) -> None:
@@ -363,7 +381,9 @@ def test_policies_to_sample_from_and_room_for_their_responses(tmp_path: Path) ->
         "data": [tiny.task("general", "heldout", 4)], "score": {"verifier": "partial_match"},
         "generate": {"responses": 2, "max_new_tokens": 500},
     }  # fmt: skip
-    found = str(problems(tmp_path, recipe))
+    several = problems(tmp_path, recipe)
+    assert codes_of(several).count("model.context-exceeded") == 2
+    found = str(several)
     assert "(stages.dpo.data.generate.policies" in found and "other" in found
     assert "(stages.dpo.data.generate.max_new_tokens): " in found
     assert "(eval.generate.max_new_tokens): " in found
@@ -398,13 +418,13 @@ def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: 
 
 
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
-    """A warning, or an error where the recipe says that they are held out."""
+    """A warning, or an error where the recipe says so."""
     recipe = tiny.tiny_recipe()
     data = tiny.stage_of(recipe, "code")["data"]
     data["eval"] = [tiny.task("code", "train", 8)]
     shown = "8 of 8 eval rows"
     assert any(line.startswith(f"  WARNING: {shown}") for line in check(tmp_path, recipe))
-    data["held_out"] = True
+    data["eval_overlap"] = "error"
     assert f" (stages.code.data.eval): {shown}" in str(problems(tmp_path, recipe))
 
 
@@ -426,7 +446,7 @@ def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -
     assert nll.startswith("eval.nll: 8 of 10 eval rows")
     assert data.startswith("eval.data: 2 of 7 eval rows")
     assert not found["rpo-1"] and not found["rpo-2"]
-    tiny.stage_of(recipe, "code")["data"]["held_out"] = True
+    tiny.stage_of(recipe, "code")["data"]["eval_overlap"] = "error"
     assert "8 of 10 eval rows" in str(problems(tmp_path, recipe))
 
 
@@ -500,6 +520,7 @@ def test_max_length_beyond_the_context_of_another_model(field: str, tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 32}))
     recipe = tiny.changed(tiny.tiny_recipe(), f"dpo.{field}", "./mine")
     shown = str(problems(tmp_path, recipe))
+    assert "[model.context-exceeded]" in shown
     assert "max_length 64" in shown and "./mine's" in shown and "32 tokens" in shown
     # The rounds that start from it have its context too; one line of the recipe is at fault.
     assert shown.endswith("1 problem found")
@@ -513,4 +534,4 @@ def test_another_tokenizer_of_the_same_size_in_a_reference(tmp_path: Path) -> No
     path.write_text(json.dumps(content))
     recipe = tiny.changed(tiny.tiny_recipe(), "dpo.reference", "./mine")
     (problem,) = problems(tmp_path, recipe).problems
-    assert str(tmp_path / "mine") in str(problem.where) and "tokenizer" in problem.what
+    assert problem.code == "tokenizer.mismatch" and str(tmp_path / "mine") in str(problem.where)

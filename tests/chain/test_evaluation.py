@@ -314,7 +314,7 @@ def test_tasks_that_cannot_be_run_are_found_by_check(tmp_path: Path) -> None:
     code = found(tasks=["humaneval"])
     assert code.code == "recipe.code-execution-not-allowed" and "humaneval" in code.what
     absent = found(include_path="./nowhere")
-    assert absent.code == "recipe.no-such-directory" and "include_path: " in str(absent.where)
+    assert absent.code == "recipe.no-such-directory" and "include_path)" in str(absent.where)
 
 
 def test_without_the_extra_check_says_what_to_install(
@@ -335,7 +335,7 @@ def test_without_the_extra_check_says_what_to_install(
 
 def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from rpo_trainer.recipe.schema import LmEvalSpec
     from rpo_trainer.stages.lm_eval_tasks import run_tasks
     from tests.small_models import make_model
 
@@ -384,7 +384,8 @@ def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
     with pytest.raises(Problems) as caught:
         check_recipe(tiny.load(tmp_path, recipe_with(tmp_path, baseline="./no")), tmp_path / "run")
     (problem,) = caught.value.problems
-    assert type(problem) is ModelError and "eval.baseline" in str(problem.where)
+    assert type(problem) is ModelError and problem.code == "model.not-found"
+    assert "eval.baseline" in str(problem.where)
     assert str(tmp_path / "no") in str(problem.where)
 
 
@@ -407,7 +408,9 @@ def test_what_is_damaged_is_made_again(
         lines = raw.splitlines(keepends=True)
         path.write_bytes([raw[:-9], b"\xff" + raw[1:], b"".join(lines[:-1])][number % 3])
     run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), run_dir)
-    warned = [r.getMessage() for r in caplog.records if r.name == "rpo_trainer.rewards.rowfile"]
+    warned = [
+        r.getMessage() for r in caplog.records if r.name == "rpo_trainer.rewards.resumable_rows"
+    ]
     assert len(warned) == len(harmed)
     assert all(any(path.name in text for text in warned) for path in harmed)
     assert tiny.records(run_dir)["rpo-2"]["eval"] == before

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import load_recipe
 from rpo_trainer.stages.prepare import StagePreparer
+from tests.raising import raises
 
 ROWS = [
     {
@@ -80,17 +79,15 @@ def test_ranked_rows_become_pairs_without_rewards(tmp_path):
         (["3", "22"], None),
         (["3", "4"], None),
     ]
-    with pytest.raises(DataError) as error:
+    with raises("data.missing-rewards", DataError):
         rows_of(tmp_path, "rpo", "pairs: {select: best_worst}", rows=bare)
-    assert "RPO" in error.value.what and "rewards" in error.value.what
 
 
 def test_sampled_rows_are_not_taken_for_ranked_ones(tmp_path):
     bare = [{k: v for k, v in row.items() if k != "rewards"} for row in ROWS]
     sampled = [{**row, "sampling": {"temperature": 1.0}} for row in bare]
-    with pytest.raises(DataError) as error:
+    with raises("data.unscored-responses", DataError):
         rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=sampled)
-    assert "sampled" in error.value.what
     assert rows_of(tmp_path, "dpo", "score: {verifier: partial_match}", rows=sampled)
     ranked = [{**row, "ranks": [2, 0, 1]} for row in sampled]
     assert rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=ranked)[0][0] == ["2", "3"]
@@ -100,6 +97,6 @@ def test_sampled_rows_are_not_taken_for_ranked_ones(tmp_path):
 
 def test_some_rows_without_rewards_say_what_to_do(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "rewards": [1, None, 3]}]
-    with pytest.raises(DataError) as error:
+    with raises("rewards.incomplete", DataError) as error:
         rows_of(tmp_path, "dpo", "pairs: {select: best_worst}", rows=rows)
-    assert "finite reward" in error.value.what
+    assert "1 of 2" in error.value.what

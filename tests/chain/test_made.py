@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.errors import DataError, ModelError, Problems
 from tests.chain import tiny
-from tests.raising import codes_of
+from tests.raising import codes_of, raises
 from tests.rewards.server import Answer, refused, serving
 from tests.rewards.test_judge import by_length
 
@@ -142,7 +142,7 @@ def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> N
 
     with serving(answer) as server:
         recipe = recipe_with({"endpoint": {"url": server.url, "model": "m"}})
-        with pytest.raises(DataError) as error:
+        with raises("rewards.rows-failed", DataError) as error:
             tiny.run(tmp_path, recipe)
         assert "no ones" in str(error.value)
         bad, before = False, len(server.asked)

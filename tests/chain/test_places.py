@@ -15,6 +15,7 @@ from rpo_trainer.recipe import LoadedRecipe
 from rpo_trainer.stages.preview import preview
 from tests.chain import tiny
 from tests.chain.killer import at, run_until
+from tests.raising import raises
 
 MESSAGES = {"prompt": [{"role": "user", "content": "add 1 and 2"}], "ground_truth": "3"}
 REFUSES = "{{ raise_exception('no turns here') if messages[0].content == 'add 1 and 2' else 'x' }}"
@@ -38,16 +39,16 @@ def faults(folder: Path, loaded: LoadedRecipe) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "rows", "place", "what"),
+    ("stage", "rows", "place", "code"),
     [
-        ("dpo", [MESSAGES], "stages.dpo.data", "row rows.jsonl:1: "),
-        ("code", [{"text": 1}], "stages.code.data", "`text` is"),
-        ("code", None, "stages.code.data", "rows.jsonl: "),
-        ("dpo", [SAMPLED], "stages.dpo.data", "sampled"),
+        ("dpo", [MESSAGES], "stages.dpo.data", "template.refuses-row"),
+        ("code", [{"text": 1}], "stages.code.data", "data.wrong-type"),
+        ("code", None, "stages.code.data", "data.no-such-file"),
+        ("dpo", [SAMPLED], "stages.dpo.data", "data.unscored-responses"),
     ],
 )
 def test_a_fault_of_the_data(
-    stage: str, rows: list[dict[str, object]] | None, place: str, what: str, tmp_path: Path
+    stage: str, rows: list[dict[str, object]] | None, place: str, code: str, tmp_path: Path
 ) -> None:
     recipe = tiny.tiny_recipe()
     (tmp_path / "t.jinja").write_text(REFUSES)
@@ -61,7 +62,7 @@ def test_a_fault_of_the_data(
     recipe["stages"] = [tiny.stage_of(recipe, stage)]
     found = faults(tmp_path, tiny.load(tmp_path, recipe))
     assert found["check"].startswith(f"{tmp_path / 'recipe.yaml'}:")
-    assert f"({place}): " in found["check"] and what in found["check"]
+    assert f"({place}): " in found["check"] and f"[{code}]" in found["check"]
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_fault_that_only_the_run_can_find(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
     tiny.stage_of(recipe, "general")["data"] = {"train": [{"path": "rows.jsonl"}]}
-    with at("begin:general", rows.unlink), pytest.raises(DataError) as error:
+    with at("begin:general", rows.unlink), raises("data.no-such-file", DataError) as error:
         tiny.run(tmp_path, recipe)
     assert "recipe.yaml:" in str(error.value) and "(stages.general.data): " in str(error.value)
     assert "rows.jsonl: " in str(error.value)
@@ -89,6 +90,7 @@ def test_a_stage_that_has_not_begun_is_checked_before_the_run_goes_on(tmp_path: 
     recipe["stages"] = recipe["stages"][:2]
     run_until("step:code:2", lambda: tiny.run(tmp_path, recipe))
     tiny.stage_of(recipe, "general")["data"] = {"train": [{"path": "absent.jsonl"}]}
-    with pytest.raises(Problems, match=r"\(stages.general.data\): .*absent.jsonl: "):
+    with raises("data.no-such-file", Problems) as error:
         tiny.run(tmp_path, recipe)
+    assert "(stages.general.data): " in str(error.value) and "absent.jsonl: " in str(error.value)
     assert max(step for step, _ in tiny.metric_steps(tmp_path / "run", "code")) == 2

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rpo_trainer.chain import run_chain
 from rpo_trainer.data import Audit, tokenize_rows
 from rpo_trainer.recipe import load_recipe
-from rpo_trainer.recipe.data_schema import GenerateSpec
+from rpo_trainer.recipe.schema import GenerateSpec
 from rpo_trainer.rewards.evaluate import respond
 from tests.chain import tiny
 from tests.real_data import prepared, turns

@@ -214,8 +214,9 @@ def test_faults_of_the_last_stage_are_found_before_the_first(
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "rpo")["data"] = {"train": [{"path": "absent.jsonl"}]}
     monkeypatch.setattr(chain_models, "load_model", None)
-    with pytest.raises(Problems, match=r"absent\.jsonl: ") as error:
+    with raises("data.no-such-file", Problems) as error:
         tiny.run(tmp_path, recipe)
+    assert "absent.jsonl: " in str(error.value)
     assert error.value.exit_code == DataError.exit_code
     assert not (tmp_path / "run" / "chain.json").exists()
 
@@ -267,11 +268,12 @@ def test_an_init_path_without_a_model_or_with_another_vocabulary_is_refused(
     with pytest.raises(Problems) as error:
         tiny.run(tmp_path, tiny.changed(recipe, "rpo.init", "./nowhere"))
     (problem,) = error.value.problems
-    assert type(problem) is ModelError and str(tmp_path / "nowhere") in str(problem.where)
+    assert type(problem) is ModelError and problem.code == "model.not-found"
+    assert str(tmp_path / "nowhere") in str(problem.where)
     small = AutoModelForCausalLM.from_pretrained(finished / "code" / "final")
     small.resize_token_embeddings(50)
     small.save_pretrained(tmp_path / "small")
-    with pytest.raises(Problems) as error:
+    with raises("tokenizer.too-many-tokens", Problems) as error:
         tiny.run(tmp_path, tiny.changed(recipe, "rpo.init", "./small"))
     assert "100 tokens" in str(error.value) and "50 embeddings" in str(error.value)
 

@@ -136,8 +136,8 @@ def test_replay_brings_rows_of_the_earlier_stage(finished: Path) -> None:
 
 def test_responses_are_sampled_from_the_policy_that_seeds_the_stage(finished: Path) -> None:
     from rpo_trainer.data.quickstart import character_tokenizer
-    from rpo_trainer.rewards.generate import sample_responses
-    from rpo_trainer.rewards.sampling import row_keys
+    from rpo_trainer.rewards.policies import row_keys
+    from rpo_trainer.rewards.sample import sample_responses
 
     (file,) = (finished / "rpo-2").glob("generated-*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -52,14 +52,18 @@ OTHER: dict[str, Any] = {
     "optim": "sgd", "logging_steps": 4, "save_steps": 7, "save_total_limit": 5,
     "beta": 0.125, "loss_type": "rpo_sqloo", "sft_loss_weight": 0.5,
     "sft_reduction": "token_mean", "average_logps": True, "step0_check": False,
-    "disable_dropout": False, "reward_scale": 2.0, "nonfinite": "skip(3)",
+    "disable_dropout": False, "reward_scale": 2.0, "on_nonfinite": "skip", "max_skipped_steps": 2,
     "router_aux_loss_coef": 0.25,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("field", sorted(set(OTHER) - set(READ_ELSEWHERE)))
 def test_every_field_reaches_the_trainers_config(field: str, tmp_path: Path) -> None:
-    more = {"lr_scheduler_type": "linear"} if field == "warmup_steps" else {}
+    beside = {
+        "warmup_steps": {"lr_scheduler_type": "linear"},
+        "max_skipped_steps": {"on_nonfinite": "skip"},
+    }
+    more = beside.get(field, {})
     value = getattr(config(tmp_path, "rpo", **{field: OTHER[field]}, **more), field)
     assert value == OTHER[field]
     assert value != getattr(config(tmp_path, "rpo"), field)
@@ -149,16 +153,16 @@ def test_auto_is_bfloat16_where_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "code", "shown"),
     [
         ({"learning_rte": 1}, "recipe.unknown-training-argument", "learning_rte"),
-        ({"adam_epsilon": "${NOT_SET_ANYWHERE}"}, None, "variable NOT_SET_ANYWHERE"),
+        ({"adam_epsilon": "${NOT_SET_ANYWHERE}"}, "recipe.unset-variable", " NOT_SET_ANYWHERE"),
     ],
 )
 def test_wrong_training_arguments_are_named(
-    arguments: dict[str, Any], code: str | None, shown: str, tmp_path: Path
+    arguments: dict[str, Any], code: str, shown: str, tmp_path: Path
 ) -> None:
     with pytest.raises((Problems, RecipeError)) as error:
         config(tmp_path, "code", training_args=arguments)
     assert shown in str(error.value) and "stages.code.training_args" in str(error.value)
-    assert code is None or code in codes_of(error.value)
+    assert code in codes_of(error.value)
 
 
 @pytest.mark.parametrize(

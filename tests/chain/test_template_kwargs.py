@@ -13,7 +13,7 @@ from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.errors import Problems, RunError
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.report import build_report
-from rpo_trainer.rewards import generate
+from rpo_trainer.rewards import sample
 from rpo_trainer.stages.preview import preview
 from tests.chain import tiny
 
@@ -61,14 +61,14 @@ def test_a_run_samples_trains_and_records_with_its_variables(
 ) -> None:
     recipe = recipe_with(tmp_path)
     prompts: list[str] = []
-    encode = generate.encode_prompt
+    encode = sample.encode_prompt
 
     def spied(tokenizer: Any, *args: Any, **kwargs: Any) -> list[int]:
         ids = encode(tokenizer, *args, **kwargs)
         prompts.append(tokenizer.decode(ids, skip_special_tokens=True))
         return ids
 
-    monkeypatch.setattr(generate, "encode_prompt", spied)
+    monkeypatch.setattr(sample, "encode_prompt", spied)
     run_dir = tiny.run(tmp_path, recipe)
     wanted = [f"<{'all' if i else 'row'}2>u:{i}a:" for i in range(16)]
     assert [prompt.replace(" ", "") for prompt in prompts] == wanted
@@ -139,7 +139,7 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from lm_eval.models import huggingface
 
-    from rpo_trainer.recipe.data_schema import LmEvalSpec
+    from rpo_trainer.recipe.schema import LmEvalSpec
     from rpo_trainer.stages.lm_eval_tasks import run_tasks
 
     class Stopped(Exception):

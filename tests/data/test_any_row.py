@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.formats import FORMATS, PROMPT_FORMATS, Format
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 from tests.anything import ANYTHING, LIKELY, places, spoiled
-from tests.data.test_adapters import PAIRS, SFT, A, Q
+from tests.data.test_adapt_rows import PAIRS, SFT, A, Q
 
 RATED = {"prompt": "p", "response": "r"}
 OTHERS: dict[str, dict[str, Any]] = {

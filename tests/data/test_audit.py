@@ -55,7 +55,7 @@ def test_pairs_ties_reversed_and_length(audit: Audit) -> None:
 def test_equal_and_saturated_gaps(audit: Audit) -> None:
     rows = [pair(i, str(i), [9.0, 1.0]) for i in range(4)]
     audit.observe_pairs(rows)
-    assert "all reward gaps are equal (8)" in audit.remarks
+    assert "equal" in audit.remarks[0] and audit.remarks[0].endswith("(8)")
     audit.check_target_gaps(rows, 0.5)  # σ(4) = 0.982
     assert len(audit.remarks) == 1
     audit.check_target_gaps(rows, 1.0)  # σ(8) = 0.9997
@@ -69,12 +69,14 @@ def test_sources_whose_rewards_have_another_unit(audit: Audit) -> None:
     rows.append({**pair(0, "0", None), "source": "none"})
     audit.check_target_gaps(rows, 1.0)
     wide, small = audit.remarks
-    assert wide.startswith("hundreds: the target gap is so wide") and "3 of 3 rows" in wide
-    assert small.startswith("hundredths: the target gap is so small") and "3 of 3 rows" in small
+    assert wide.startswith("hundreds: ") and " wide " in wide and "3 of 3 rows" in wide
+    assert small.startswith("hundredths: ") and " small " in small and "3 of 3 rows" in small
     audit.remarks.clear()
     audit.check_target_gaps(rows, 100.0)  # of most rows: said once
     (remark,) = audit.remarks
-    assert remark.startswith("the target gap is so wide") and "9 of 12 rows" in remark
+    assert (
+        ":" not in remark.partition(" is ")[0] and " wide " in remark and "9 of 12 rows" in remark
+    )
 
 
 @pytest.mark.parametrize("table", [DROPS, WARNINGS])

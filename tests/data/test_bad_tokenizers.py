@@ -9,6 +9,7 @@ import pytest
 
 from rpo_trainer.data import Audit, set_chat_template, tokenize_rows
 from rpo_trainer.errors import DataError, ModelError
+from tests.raising import raises
 
 from .conftest import CHATML_SPECIALS, trained_texts
 
@@ -18,10 +19,6 @@ CHAT = {
     "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}],
 }
 TEXT = {"id": "r0", "source": "s", "prompt": "q: ", "response": "yes"}
-FIX = (
-    "  why: the loss is on what the assistant says, so its tokens must be known\n"
-    "  fix: correct the rows, or choose another chat_template: chatml | plain | a path"
-)
 
 
 def tokenized(row: dict[str, Any], tokenizer: Any) -> Any:
@@ -36,89 +33,68 @@ def trained(row: dict[str, Any], tokenizer: Any) -> list[str]:
 
 
 def test_no_chat_template_where_messages_need_one(plain_text: Any) -> None:
-    with pytest.raises(DataError) as error:
+    with raises("template.missing", DataError, where="model.chat_template", exit_code=3) as error:
         tokenized(CHAT, plain_text)
-    assert error.value.exit_code == 3
-    assert str(error.value) == (
-        "model.chat_template: the rows are messages, and the tokenizer has no chat template\n"
-        "  why: how a model is shown its turns is its own, and cannot be guessed\n"
-        "  fix: chat_template: chatml | plain | the path of a Jinja template"
-    )
+    assert "chatml | plain" in str(error.value.fix)
     assert trained(TEXT, plain_text) == ["yes</s>"]  # texts do without
 
 
 def test_no_end_token(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(["<x>"])
-    with pytest.raises(ModelError) as error:
+    with raises("tokenizer.no-end-token", ModelError, where=None, exit_code=2) as error:
         tokenized(TEXT, tokenizer)
-    assert error.value.exit_code == 2
-    assert str(error.value) == (
-        "the tokenizer has no end token\n"
-        "  why: a response that does not end is never a whole one\n"
-        "  fix: set eos_token in tokenizer_config.json"
-    )
-    with pytest.raises(ModelError) as error:
+    assert "eos_token" in str(error.value.fix)
+    with raises("tokenizer.no-end-token", ModelError, where="model.chat_template") as error:
         set_chat_template(tokenizer, "plain")
-    assert str(error.value) == (
-        "model.chat_template: the tokenizer has no end token\n"
-        "  why: a response without one never ends\n"
-        "  fix: set eos_token in tokenizer_config.json"
-    )
+    assert "eos_token" in str(error.value.fix)
 
 
 def test_chatml_without_its_tokens(plain_text: Any) -> None:
-    with pytest.raises(ModelError) as error:
+    with raises("template.missing-tokens", ModelError, where="model.chat_template") as error:
         set_chat_template(plain_text, "chatml")
-    assert str(error.value) == (
-        "model.chat_template: the tokenizer has no tokens <|im_start|> and <|im_end|>\n"
-        "  why: ChatML would be cut into pieces of words, with no end token\n"
-        "  fix: chat_template: plain"
-    )
+    assert "<|im_start|>" in error.value.what and "<|im_end|>" in error.value.what
 
 
 def test_a_chat_template_that_is_not_there(plain_text: Any) -> None:
-    with pytest.raises(ModelError) as error:
+    with raises("template.unreadable", ModelError, where="model.chat_template") as error:
         set_chat_template(plain_text, "absent.jinja")
-    assert str(error.value) == (
-        "model.chat_template: the chat template 'absent.jinja' cannot be read "
-        "([Errno 2] No such file or directory: 'absent.jinja')\n"
-        "  why: without it the turns of a conversation become no text\n"
-        "  fix: chatml | plain | the path of a Jinja template"
-    )
+    assert "'absent.jinja'" in error.value.what and "[Errno 2]" in error.value.what
+    assert "chatml | plain" in str(error.value.fix)
 
 
 TEMPLATES = {
-    "is no Jinja": ("{% for m in %}", "the chat template refuses the row (Expected an expression"),
-    "refuses the row": ("{{ raise_exception('no!') }}", "the chat template refuses the row (no!)"),
+    "is no Jinja": ("{% for m in %}", "template.refuses-row", "(Expected an expression"),
+    "refuses rows": ("{{ raise_exception('no!') }}", "template.refuses-row", "(no!)"),
     "asks for what is not there": (
         "{{ messages[5].content }}</s>",
-        "the chat template refuses the row (list object has no element 5)",
+        "template.refuses-row",
+        "no element 5)",
     ),
-    "writes no end marker": (
+    "has no end marker": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-        "the chat template writes no end marker after the assistant's turn",
+        "template.no-end-marker",
+        "",
     ),
     "leaves the turns out": (
         "{% for m in messages %}{{ m.role }}</s>{% endfor %}",
-        "the chat template rewrites the conversation so that the assistant's turn cannot be found",
+        "template.turn-not-found",
+        "",
     ),
     "rewrites the whole": (
         "{{ messages | length }}{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}",
-        "the chat template rewrites the conversation so that the assistant's turn cannot be found",
+        "template.turn-not-found",
+        "",
     ),
 }
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_template_that(make_tokenizer: Callable[..., Any], case: str) -> None:
-    template, reason = TEMPLATES[case]
+    template, code, said = TEMPLATES[case]
     tokenizer = make_tokenizer(["</s>"], eos="</s>", chat_template=template)
-    with pytest.raises(DataError) as error:
+    with raises(code, DataError, exit_code=3, rows=["r0"], of=1) as error:
         tokenized(CHAT, tokenizer)
-    assert error.value.exit_code == 3
-    text = str(error.value)
-    assert text.startswith(reason)
-    assert text.endswith(f": 1 of 1 rows, first r0\n{FIX}")
+    assert said in error.value.what
 
 
 def test_a_slow_tokenizer() -> None:
@@ -128,13 +104,9 @@ def test_a_slow_tokenizer() -> None:
         def __init__(self) -> None:
             self.added_tokens_decoder: dict[int, Any] = {}
 
-    with pytest.raises(ModelError) as error:
+    with raises("tokenizer.no-offsets", ModelError) as error:
         tokenized(TEXT, Slow())
-    assert str(error.value) == (
-        "the tokenizer is a slow one, without character offsets\n"
-        "  why: response masks are made from the offsets\n"
-        "  fix: use the fast tokenizer of the model (tokenizer.json)"
-    )
+    assert "tokenizer.json" in str(error.value.fix)
 
 
 # ---------------------------------------------------------------- what must work

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import encode_prompt, end_token_ids, set_chat_template
-from rpo_trainer.data.chat import ChatRenderer, Rendered, render_plain
+from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.encode import Encoder, mask_of
+from rpo_trainer.data.rendered import Rendered, render_plain
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, ModelError
+from tests.raising import raises
 
 from .conftest import CHATML_SPECIALS, trained_texts
 
@@ -37,6 +39,7 @@ THINKING = (
     "{{ text }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
 # A count in front: no rendering of a part is the beginning of the whole.
 COUNTING = (
     "{{ messages | length }}\n{% for m in messages %}{{ m.role }}> {{ m.content }} ##\n{% endfor %}"
@@ -228,19 +231,22 @@ def test_tools_are_written_and_calls_are_trained(tokenizers: Callable[[str], Any
 
 
 def test_templates_that_cannot_be_used(make_tokenizer: Callable[..., Any]) -> None:
-    def fails(template: str | None, message: str, error: type[Exception] = RowError) -> None:
+    def fails(template: str | None, code: str) -> str:
         tokenizer = make_tokenizer(["</s>"], eos="</s>", chat_template=template)
-        with pytest.raises(error, match=message):
+        with pytest.raises((RowError, DataError)) as error:
             encoded(tokenizer, CHAT)
+        assert isinstance(error.value, RowError | DataError) and error.value.code == code
+        return str(error.value)
 
-    fails(None, "the tokenizer has no chat template", DataError)
-    fails("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes no end marker")
+    fails(None, "template.missing")
+    fails("{% for m in messages %}{{ m.content }}\n{% endfor %}", "template.no-end-marker")
     # neither prefixes (the count) nor sentinels (the capitals)
-    fails(COUNTING.replace("m.content", "m.content | upper"), "turn cannot be found")
-    fails("{{ raise_exception('roles must alternate') }}", "refuses the row .roles must alternate")
+    fails(COUNTING.replace("m.content", "m.content | upper"), "template.turn-not-found")
+    said = fails("{{ raise_exception('roles must alternate') }}", "template.refuses-row")
+    assert "(roles must alternate)" in said
     # the end marker only behind the last turn
     last = "{% for m in messages %}{{ m.content }}\n{% endfor %}{{ eos_token }}"
-    fails(last, "writes no end marker")
+    fails(last, "template.no-end-marker")
 
 
 def test_a_clock_in_the_template_stands_still(make_tokenizer: Callable[..., Any]) -> None:
@@ -257,11 +263,13 @@ def test_set_chat_template(tmp_path: Path, make_tokenizer: Callable[..., Any]) -
     path = tmp_path / "my template.jinja"
     path.write_text("{# é #}", encoding="utf-8")
     assert set_chat_template(tokenizer, path).chat_template == "{# é #}"
-    with pytest.raises(ModelError, match=r"'chatlm' cannot be read[^$]*chatml \| plain"):
+    with raises("template.unreadable", ModelError) as error:
         set_chat_template(tokenizer, "chatlm")
-    with pytest.raises(ModelError, match=r"no tokens <\|im_start\|>"):
+    assert "'chatlm'" in error.value.what and "chatml | plain" in str(error.value.fix)
+    with raises("template.missing-tokens", ModelError) as error:
         set_chat_template(tokenizer, "chatml")
-    with pytest.raises(ModelError, match="no end token"):
+    assert "<|im_start|>" in error.value.what
+    with raises("tokenizer.no-end-token", ModelError):
         set_chat_template(make_tokenizer(["<x>"]), "plain")
 
 
@@ -277,7 +285,7 @@ def test_plain_text_rows(plain_text: Any) -> None:
 
 
 def test_end_token_is_needed(make_tokenizer: Callable[..., Any]) -> None:
-    with pytest.raises(ModelError, match="no end token"):
+    with raises("tokenizer.no-end-token", ModelError):
         Encoder(make_tokenizer(["<x>"])).encode([render_plain("a", "b")])
 
 
@@ -285,7 +293,7 @@ def test_slow_tokenizers_are_refused() -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(ModelError, match="without character offsets"):
+    with raises("tokenizer.no-offsets", ModelError):
         Encoder(Slow())  # type: ignore[arg-type]
 
 
@@ -298,8 +306,9 @@ def test_mask_counts_every_token_that_overlaps() -> None:
 
 def test_reserved_characters_are_refused(chatml: Any) -> None:
     messages = [CHAT[0], {"role": "assistant", "content": chr(0xF0000)}]
-    with pytest.raises(RowError, match="private-use"):
+    with pytest.raises(RowError) as error:
         ChatRenderer(chatml).conversation(messages)
+    assert error.value.code == "data.private-use-characters"
     assert isinstance(ChatRenderer(chatml).conversation(CHAT), Rendered)
 
 

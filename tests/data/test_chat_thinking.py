@@ -9,6 +9,7 @@ import pytest
 
 from rpo_trainer.data import encode_prompt
 from rpo_trainer.errors import DataError
+from tests.raising import raises
 
 from .chat_shapes import CASES, SHAPES, USER, said
 from .conftest import trained_texts
@@ -77,7 +78,7 @@ def test_a_template_that_writes_one_call_of_several(shaped: Callable[[str], Any]
         first["function"],
     ):
         turn = {**call, "tool_calls": [first, {**first, "id": "call00002", "function": function}]}
-        with pytest.raises(DataError, match="`tool_calls`"):
+        with raises("template.unwritten-tool-calls", DataError):
             prepared(shaped("harmony"), {"messages": [USER, turn]})
         (found,), audit = trained(shaped("hermes"), USER, turn)
         assert found.count("<tool_call>") == 2 and not audit.warnings

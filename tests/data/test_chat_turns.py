@@ -9,13 +9,13 @@ import pytest
 from tokenizers import AddedToken
 
 from rpo_trainer.data import encode_prompt
-from rpo_trainer.data.endings import Controls
-from rpo_trainer.data.turns import PARTED
+from rpo_trainer.data.turn_endings import Controls
 from rpo_trainer.errors import DataError
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.stages.record import AuditRecord
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import trained_ends
+from tests.raising import raises
 
 from .chat_shapes import CASES, SHAPES, TOOL, USER, Chat, said
 from .conftest import trained_texts
@@ -168,8 +168,9 @@ def test_a_template_that_refuses_a_call_without_its_result(
     for case in ("plain", "answer", "question", "thoughts"):
         example, _ = prepared(tokenizer, {"messages": CASES[case]})
         assert trained_texts(tokenizer, *whole(example)) == TRAINED["mistral"][case]
-    with pytest.raises(DataError, match="no result"):
+    with raises("template.refuses-row", DataError) as error:
         prepared(tokenizer, {"messages": CASES["call"]})
+    assert "(no result)" in error.value.what
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -207,7 +208,7 @@ def test_words_that_are_written_after_the_result_of_their_call(
     example, _ = prepared(tokenizer, {"messages": [USER, silent, TOOL, said("It rains.")]})
     found = trained_texts(tokenizer, *whole(example))
     assert found == ["<|call|>weather Rome<|end|>", "It rains.<|end|>"]
-    with pytest.raises(DataError, match=PARTED):
+    with raises("template.text-after-tool-results", DataError):
         prepared(tokenizer, {"messages": [USER, saying, TOOL, said("It rains.")]})
 
 

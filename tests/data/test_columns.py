@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import Audit
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.columns import mapping_for, unread
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
+from tests.raising import raises
 
 Row = dict[str, Any]
 Q = {"role": "user", "content": "q"}
@@ -60,7 +61,7 @@ def test_orca_by_name() -> None:
 @pytest.mark.parametrize("start", ["", "\n\nHuman: hi\n\nAssistant:"])
 def test_a_prompt_is_not_guessed_beside_a_column_that_may_hold_it(column: str, start: str) -> None:
     row = {column: "What?", "chosen": f"{start} Sure, yes", "rejected": f"{start} Sure, no"}
-    with pytest.raises(DataError) as error:
+    with raises("data.missing-prompt", DataError) as error:
         adapted(row)
     assert column in error.value.what
     assert f"columns: {{prompt: {column}}}" in str(error.value.fix)
@@ -70,9 +71,9 @@ def test_a_prompt_is_not_guessed_beside_a_column_that_may_hold_it(column: str, s
 def test_rows_that_lack_a_prompt_name_the_columns_that_stand_unread() -> None:
     answer = [{"role": "assistant", "content": "a"}]
     row = {"question": "What?", "chosen": answer, "rejected": answer}
-    with pytest.raises(DataError) as error:
+    with raises("data.missing-prompt", DataError) as error:
         adapted(row)
-    assert "`prompt` is absent" in error.value.what
+    assert "`prompt`" in error.value.what
     assert "columns: {prompt: question}" in str(error.value.fix)
 
 
@@ -89,7 +90,7 @@ def test_rows_that_lack_a_prompt_name_the_columns_that_stand_unread() -> None:
     ],
 )  # fmt: skip
 def test_columns_of_no_format(kind: Any, columns: tuple[str, ...], mapping: str) -> None:
-    with pytest.raises(DataError) as error:
+    with raises("data.unrecognized-columns", DataError) as error:
         adapted(dict.fromkeys(columns, "x"), kind)
     assert all(column in error.value.what for column in columns)
     assert f"columns: {mapping}" in str(error.value.fix)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.sources import RawSource
-from rpo_trainer.errors import DataError, RPOTrainerError
+from rpo_trainer.errors import DataError
+from tests.raising import raises
 
 Row = dict[str, Any]
 S = {"role": "system", "content": "s"}
@@ -162,16 +163,16 @@ def test_other_json_is_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows"),
+    ("kind", "code", "rows"),
     [
-        ("pair", [{"chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}] * 3
+        ("pair", "data.mixed-column", [{"chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}] * 3
          + [{"chosen": json.dumps([Q, A])[:-4], "rejected": json.dumps([Q, B])}]),
-        ("sft", [{"text": json.dumps([Q, A])}] * 4),
-        ("sft", [{"instruction": "q", "output": json.dumps([A])}] * 4),
+        ("sft", "data.messages-for-text", [{"text": json.dumps([Q, A])}] * 4),
+        ("sft", "data.messages-for-text", [{"instruction": "q", "output": json.dumps([A])}] * 4),
     ],
 )  # fmt: skip
-def test_texts_that_cannot_be_decoded_are_named(kind: str, rows: list[Row]) -> None:
-    with pytest.raises(RPOTrainerError) as error:
+def test_texts_that_cannot_be_decoded_are_named(kind: str, code: str, rows: list[Row]) -> None:
+    with raises(code) as error:
         adapted(rows, kind)
     assert "src:" in str(error.value) and "messages" in str(error.value)
 
@@ -190,18 +191,22 @@ def test_a_function_call_is_a_tool_call() -> None:
 
 
 @pytest.mark.parametrize(
-    ("turn", "named"),
+    ("turn", "code", "named"),
     [
-        ({"content": None, "refusal": "no"}, "`refusal`"),
-        ({"content": None}, "no `content`"),
-        ({"content": "", "function_call": "f"}, "`function_call`"),
-        ({"content": "", "function_call": {"name": "f"}, "tool_calls": [CALL]}, "`function_call`"),
-        ({"content": "", "tool_calls": "f()"}, "`tool_calls`"),
+        ({"content": None, "refusal": "no"}, "data.missing-content", "`refusal`"),
+        ({"content": None}, "data.missing-content", "no `content`"),
+        ({"content": "", "function_call": "f"}, "data.bad-tool-calls", "`function_call`"),
+        (
+            {"content": "", "function_call": {"name": "f"}, "tool_calls": [CALL]},
+            "data.conflicting-calls",
+            "`function_call`",
+        ),
+        ({"content": "", "tool_calls": "f()"}, "data.bad-tool-calls", "`tool_calls`"),
     ],
 )
-def test_turns_without_text_are_named_without_a_mapping(turn: Row, named: str) -> None:
+def test_turns_without_text_are_named_without_a_mapping(turn: Row, code: str, named: str) -> None:
     row = {"messages": [Q, {"role": "assistant", **turn}], "notes": "x"}
-    with pytest.raises(DataError) as error:
+    with raises(code, DataError) as error:
         one(row, "sft")
     assert named in error.value.what
     assert "columns:" not in str(error.value.fix)
@@ -209,7 +214,7 @@ def test_turns_without_text_are_named_without_a_mapping(turn: Row, named: str) -
 
 def test_a_mapping_is_offered_for_the_column_that_is_missing() -> None:
     pair = {"chosen": "a", "rejected": "b"}
-    with pytest.raises(DataError) as error:
+    with raises("data.missing-value", DataError) as error:
         adapted([{"prompt": "q", **pair}, {"instruction": "q", **pair}], "pair")
     assert "columns: {prompt: instruction}" in str(error.value.fix)
 
@@ -253,7 +258,7 @@ def test_responses_may_repeat_their_prompt_with_or_without_its_system_turn(
 
 def test_system_turns_that_differ() -> None:
     lead = [{**S, "content": "t"}, Q]
-    with pytest.raises(DataError, match="differ"):
+    with raises("data.conflicting-system", DataError):
         one({"prompt": [S, Q], "chosen": [*lead, A], "rejected": [*lead, B]}, "pair")
 
 
@@ -299,8 +304,9 @@ def test_columns_that_change_training_are_warnings(column: str, value: Any) -> N
 def test_llamafactorys_kto_rows_are_refused(tag: bool) -> None:
     row = {"instruction": "q", "input": "", "output": "a", "kto_tag": tag}
     for other in (row, {"messages": [Q, A], "kto_tag": tag}):
-        with pytest.raises(DataError, match="kto_tag"):
+        with raises("data.unpaired-labels", DataError) as error:
             one(other, "sft")
+        assert "kto_tag" in error.value.what
     audit = Audit()
     one(row, "sft", audit, format="alpaca")
     assert audit.unread_columns == {"src": ["kto_tag"]}

@@ -15,6 +15,7 @@ from rpo_trainer.data import Audit, load_rows
 from rpo_trainer.data.csv_file import read_csv
 from rpo_trainer.data.sources import load_source
 from rpo_trainer.errors import DataError
+from tests.raising import raises
 
 Row = dict[str, Any]
 
@@ -126,23 +127,24 @@ def test_an_index_without_a_name_is_not_read(tmp_path: Path, source: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("data", "what", "line"),
+    ("data", "code", "named", "line"),
     [
-        ("", "the file is empty", ""),
-        ("prompt,response\n", "no rows", ""),
-        ("prompt,response\na\n", "1 fields", ":2"),
-        ("prompt,response\na,b\nc,d,e\n", "3 fields", ":3"),
-        ('prompt,response\na,"b\nc,d\n', "a double quote is not closed", ":2"),
-        ('prompt,response\n"q1,a1\n"q2,a2\nq3,a3\n', "follows the closing quote", ":3"),
-        ('prompt,response\n"q1" said he,a\n', "follows the closing quote", ":2"),
-        ("prompt,prompt\na,b\n", "'prompt' is there twice", ""),
-        ("prompt,\na,b\n", "a column has no name", ""),
-        (",prompt\na,b\n", "a column has no name", ""),
-        (b"prompt,response\n\xff,b\n", "not UTF-8", ""),
+        ("", "data.no-rows", "", ""),
+        ("prompt,response\n", "data.no-rows", "", ""),
+        ("prompt,response\na\n", "data.invalid-csv", " 1 fields", ":2"),
+        ("prompt,response\na,b\nc,d,e\n", "data.invalid-csv", " 3 fields", ":3"),
+        ('prompt,response\na,"b\nc,d\n', "data.invalid-csv", "not closed", ":2"),
+        ('prompt,response\n"q1,a1\n"q2,a2\nq3,a3\n', "data.invalid-csv", "closing", ":3"),
+        ('prompt,response\n"q1" said he,a\n', "data.invalid-csv", "closing", ":2"),
+        ("prompt,prompt\na,b\n", "data.duplicate-column", "'prompt'", ""),
+        ("prompt,\na,b\n", "data.unnamed-column", "", ""),
+        (",prompt\na,b\n", "data.unnamed-column", "", ""),
+        (b"prompt,response\n\xff,b\n", "data.not-utf8", "0xff", ""),
     ],
 )
-def test_bad_csv(tmp_path: Path, source: Any, data: bytes | str, what: str, line: str) -> None:
-    with pytest.raises(DataError) as error:
+def test_bad_csv(
+    tmp_path: Path, source: Any, data: bytes | str, code: str, named: str, line: str
+) -> None:
+    with raises(code, DataError, where=str(tmp_path / "rows.csv") + line) as error:
         read(tmp_path, source, data)
-    assert what in error.value.what
-    assert error.value.where == str(tmp_path / "rows.csv") + line
+    assert named in error.value.what

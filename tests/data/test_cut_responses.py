@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import Audit, end_token_ids, set_chat_template, tokenize_rows
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
@@ -17,6 +17,7 @@ from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.pairs import make_preference_rows
 from rpo_trainer.stages.record import AuditRecord
 from rpo_trainer.step.reference import response_key
+from tests.raising import raises
 
 from .chat_shapes import CASES, SHAPES, USER
 from .test_sampled_responses import last_turn, read
@@ -147,7 +148,7 @@ def test_the_column_is_read(columns: dict[str, Any], flags: list[bool]) -> None:
     assert row["finished"] == [flags[texts.index(text)] for text in row["responses"]]
     assert not audit.warnings and not audit.extra_columns
     for wrong in ([*flags, True], ["yes"] * len(flags)):
-        with pytest.raises(DataError) as caught:
+        with raises("data.wrong-type", DataError) as caught:
             adapted(wrong)
         assert "`finished`" in caught.value.what
     row, audit = adapted("2024-05-01")  # a column of another meaning

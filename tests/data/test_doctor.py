@@ -11,8 +11,9 @@ import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError, RecipeError
-from rpo_trainer.rewards.files import source_of
+from rpo_trainer.rewards.row_files import source_of
 from rpo_trainer.stages.inspect_data import Findings, audit_file
+from tests.raising import raises
 
 
 def look(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Findings:
@@ -49,7 +50,7 @@ def test_length_bias(tmp_path: Path) -> None:
     found = look(tmp_path / "p.jsonl", rows)
     assert found.length["chosen_longer"] == 1.0
     assert found.length["reward_correlation"] == pytest.approx(1.0)
-    assert any("the model may learn length" in line for line in found.lines())
+    assert any("learn length" in line for line in found.lines())
     fair = [pair(0, "long one", "b"), pair(1, "a", "long one"), pair(2, "same", "size")]
     found = look(tmp_path / "q.jsonl", fair)
     assert found.length == {"chosen_longer": 0.5, "reward_correlation": None}
@@ -117,7 +118,7 @@ def test_template_faults(tmp_path: Path, tokenizer: str) -> None:
          "rejected": [{"role": "assistant", "content": "c"}]}
     ]  # fmt: skip
     found = look(tmp_path / "p.jsonl", rows, tokenizer=tokenizer)
-    assert len(found.faults) == 1 and "no chat template" in found.faults[0]
+    assert len(found.faults) == 1 and "chat template" in found.faults[0]
     template = tmp_path / "t.jinja"
     template.write_text("{{ raise_exception('no such roles') }}")
     found = look(tmp_path / "p.jsonl", rows, tokenizer=tokenizer, chat_template=str(template))
@@ -154,16 +155,16 @@ def test_ratings_and_their_length_bias(tmp_path: Path) -> None:
     expected = np.corrcoef(range(10), means)[0, 1]
     assert found.length == {"rating_correlation": pytest.approx(expected)}
     lines = found.lines()
-    assert f"length and mean rating correlate by {expected:+.2f}" in lines
+    assert any("rating" in line and line.endswith(f"{expected:+.2f}") for line in lines)
     assert "good: 10 ratings, from 0 to 4, mean 2.00" in lines
     assert "good: 0 to 4, median 2" in lines and any("\u2588" in line for line in lines)
     assert json.loads(json.dumps(found.as_dict()))["ratings"]["good"]["histogram"]
 
 
 def test_what_is_no_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no format known"):
+    with raises("data.unrecognized-columns", DataError):
         look(tmp_path / "x.jsonl", [{"a": 1}])
-    with pytest.raises(DataError, match="no such file"):
+    with raises("data.no-such-file", DataError):
         audit_file(source_of(tmp_path / "none.jsonl"))
 
 

@@ -8,6 +8,7 @@ from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.filters import filter_rows
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import FilterSpec
+from tests.raising import raises
 
 
 def row(i: int, *rewards: float, truth: bool = False) -> dict[str, Any]:
@@ -52,8 +53,9 @@ def test_reversed_pairs(audit: Audit) -> None:
     assert len(filter_rows(one_in_200, None, audit)) == 199  # no filter: the same default
     assert audit.dropped["reversed"].count == 2
     more = [row(i, 2, 1) for i in range(198)] + [row(198, 1, 2)]
-    with pytest.raises(DataError, match="1 of 199 rows, first r198"):
+    with raises("data.reversed-pairs", DataError) as error:
         filter_rows(more, spec(), audit)
+    assert "1 of 199 rows, first r198" in error.value.what
     assert len(filter_rows(more, spec(reversed="drop"), audit)) == 198
     assert len(filter_rows(more, spec(reversed="keep"), audit)) == 199
 
@@ -61,13 +63,14 @@ def test_reversed_pairs(audit: Audit) -> None:
 def test_rows_without_rewards_pass_unless_a_threshold_needs_them(audit: Audit) -> None:
     rows = [row(0), row(1, 2, 1)]
     assert len(filter_rows(rows, spec(ties="drop"), audit)) == 2
-    with pytest.raises(DataError, match=r"the filter needs rewards.*: 1 of 2 rows, first r0"):
+    with raises("data.missing-rewards", DataError, rows=["r0"], of=2):
         filter_rows(rows, spec(min_gap=0.5), audit)
 
 
 def test_nothing_left(audit: Audit) -> None:
-    with pytest.raises(DataError, match="leaves none of the 1 rows"):
+    with raises("data.no-rows-left", DataError) as error:
         filter_rows([row(0, 2, 1)], spec(min_chosen_reward=9.0), audit)
+    assert " 1 rows" in error.value.what
 
 
 def chosen_rows(*rewards: float, truth: int | None = None) -> list[dict[str, Any]]:

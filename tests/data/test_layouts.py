@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.sources import RawSource, load_source
 

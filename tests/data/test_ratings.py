@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import hold_out, load_rows, prepare_dataset, rating_targets
-from rpo_trainer.data.adapters import adapt
+from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError, Problems
+from tests.raising import problems_of, raises
 
 FIVE = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
 
@@ -55,27 +56,27 @@ def test_helpsteer2_is_a_chat_and_may_lack_ratings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "code", "named"),
     [
-        ({"attributes": {}}, "`attributes` is not an object of ratings by name"),
-        ({"attributes": [1, 2]}, "`attributes` is not an object of ratings by name"),
-        ({"attributes": {"wit": "high"}}, "the rating `wit` is text"),
-        ({"attributes": {"wit": True}}, "the rating `wit` is a bool"),
-        ({"attributes": {"wit": float("nan")}}, "the rating `wit` is NaN"),
-        ({**FIVE, "verbosity": 5}, "`verbosity` is not a number from 0 to 4"),
-        ({"score": None}, "`score` is absent or null"),
+        ({"attributes": {}}, "data.wrong-type", "`attributes`"),
+        ({"attributes": [1, 2]}, "data.wrong-type", "`attributes`"),
+        ({"attributes": {"wit": "high"}}, "data.bad-rating", "`wit` is text"),
+        ({"attributes": {"wit": True}}, "data.bad-rating", "`wit` is a bool"),
+        ({"attributes": {"wit": float("nan")}}, "data.bad-rating", "`wit` is NaN"),
+        ({**FIVE, "verbosity": 5}, "data.rating-out-of-range", "`verbosity`"),
+        ({"score": None}, "data.missing-value", "`score`"),
     ],
 )
-def test_a_bad_rating_is_named_with_its_row(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message) as found:
+def test_a_bad_rating_is_named_with_its_row(row: dict[str, Any], code: str, named: str) -> None:
+    with raises(code, DataError, rows=["src:1"], of=1) as found:
         rated({"prompt": "p", "response": "r", **row})
-    assert "1 of 1 rows, first src:1" in str(found.value)
+    assert named in found.value.what
 
 
 def test_rows_of_another_kind_say_what_is_known() -> None:
-    with pytest.raises(DataError, match="of no format known for ratings") as found:
+    with raises("data.unrecognized-columns", DataError) as found:
         rated({"prompt": "p", "chosen": "a", "rejected": "b"})
-    assert "they look like 'pairs', which is for preferences" in str(found.value)
+    assert "ratings" in found.value.what and "'pairs'" in str(found.value.why)
     assert "helpsteer2 (prompt, response, helpfulness" in str(found.value)
 
 
@@ -88,7 +89,7 @@ def test_a_margin_is_the_gap_of_pairs_only_by_name() -> None:
     (named,) = adapt(raw, kind="pair", format="margin", audit=Audit(), require_rewards=True)
     assert named["rewards"] == [1.5, -1.5]
     raw.rows[0] = {**row, "margin": "wide"}
-    with pytest.raises(DataError, match="a reward is absent or null"):
+    with raises("data.bad-reward", DataError):
         adapt(raw, kind="pair", format="margin", audit=Audit(), require_rewards=True)
 
 
@@ -123,15 +124,17 @@ def test_ratings_out_of_range_are_errors_of_all_rows_at_once() -> None:
     rows = [row_of(1, a=5.0, b=0.0), row_of(2, a=4.0, b=-1.0), row_of(3, a=6.0, b=1.0)]
     with pytest.raises(Problems) as found:
         rating_targets(rows, ["a", "b"], rating_range=(0, 4), audit=Audit())
-    assert "the rating `a` is not from 0 to 4: 2 of 3 rows, first r1, r3" in str(found.value)
-    assert "the rating `b` is not from 0 to 4: 1 of 3 rows, first r2" in str(found.value)
+    one, other = problems_of(found.value)
+    for error, name, ids in ((one, "`a`", ["r1", "r3"]), (other, "`b`", ["r2"])):
+        assert error.code == "data.rating-out-of-range"
+        assert name in error.what and error.details == {"rows": ids, "of": 3}
     assert len(rating_targets(rows, ["a", "b"], rating_range=(-1, 6), audit=Audit())) == 3
 
 
 def test_an_attribute_that_no_row_rates_is_an_error() -> None:
-    with pytest.raises(DataError, match="no row rates wit") as found:
+    with raises("data.unrated-attribute", DataError) as found:
         rating_targets([row_of(1, a=1.0, wit=None)], ["a", "wit"], audit=Audit())
-    assert "the ratings are of a" in str(found.value)
+    assert found.value.what.endswith(" wit") and str(found.value.why).endswith(" a")
 
 
 def test_prepared_rows_have_their_ratings_and_blank_responses_are_dropped() -> None:
@@ -170,8 +173,9 @@ def test_some_prompt_is_held_out_and_some_is_left() -> None:
     rows = [row_of(n, a=1.0) for n in range(3)]
     assert [len(part) for part in hold_out(rows, 0.01, seed=0)] == [2, 1]
     assert [len(part) for part in hold_out(rows, 0.99, seed=0)] == [1, 2]
-    with pytest.raises(DataError, match="2 rows with 1 different prompt: none can be held out"):
+    with raises("data.too-few-prompts", DataError, where="data.eval_fraction") as error:
         hold_out([row_of(1), row_of(1)], 0.5, seed=0)
+    assert error.value.what.startswith("2 rows with 1 ")
 
 
 # ---------------------------------------------------------------- real rows

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import encode_prompt, end_token_ids
-from rpo_trainer.rewards.responses import Asked, ResponseReader
+from rpo_trainer.rewards.sampled_text import PromptTokens, ResponseReader
 
 from .chat_shapes import CASES, SHAPES, USER, said
 from .test_chat_shapes import last_start, prepared, whole
@@ -17,7 +17,7 @@ from .test_chat_shapes import last_start, prepared, whole
 
 def read(tokenizer: Any, prompt: Any, row: list[int], **more: Any) -> tuple[Any, ResponseReader]:
     reader = ResponseReader(tokenizer, end_token_ids(tokenizer))
-    return reader.read(Asked(prompt, encode_prompt(tokenizer, prompt), **more), row), reader
+    return reader.read(PromptTokens(prompt, encode_prompt(tokenizer, prompt), **more), row), reader
 
 
 def last_turn(tokenizer: Any, chat: Any) -> list[int]:
@@ -72,7 +72,7 @@ def test_what_cannot_be_trained_as_sampled_is_one_warning(
 ) -> None:
     tokenizer = shaped("magistral")
     reader = ResponseReader(tokenizer, end_token_ids(tokenizer))
-    asked = Asked([USER], encode_prompt(tokenizer, [USER]))
+    asked = PromptTokens([USER], encode_prompt(tokenizer, [USER]))
     for text in ("Four.</s>", "Four.[TOOL_CALLS]weather[ARGS]{}</s>", "a[THINK]b</s>", "Fo"):
         reader.read(asked, tokenizer(text, add_special_tokens=False)["input_ids"])
     with caplog.at_level(logging.WARNING):

@@ -9,6 +9,7 @@ import pytest
 
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.errors import DataError
+from tests.raising import raises
 
 ROWS = [{"prompt": "a", "response": "b"}, {"prompt": "ç 🙂", "response": "ד"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -46,11 +47,11 @@ def test_saved_dataset_with_and_without_splits(tmp_path: Path, source: Any) -> N
     assert load(tmp_path / "one", source).rows == ROWS
     assert load(tmp_path / "two", source).rows == ROWS
     assert load(tmp_path / "two", source, split="test").rows == ROWS[1:]
-    with pytest.raises(DataError, match="no split 'dev'") as error:
+    with raises("data.unknown-split", DataError) as error:
         load(tmp_path / "two", source, split="dev")
-    assert "train | test" in str(error.value)
+    assert "'dev'" in error.value.what and "train | test" in str(error.value.fix)
     (tmp_path / "other").mkdir()
-    with pytest.raises(DataError, match="is a directory"):
+    with raises("data.not-a-data-set", DataError):
         load(tmp_path / "other", source)
 
 
@@ -73,14 +74,14 @@ def test_hub_name_goes_to_the_hub_and_its_failure_is_explained(
     assert load_source(source("someone/data"), tmp_path, 0).rows == ROWS
     assert load_source(source("someone/data", split="test"), tmp_path, 0).rows == ROWS
     assert asked == [("someone/data", None), ("someone/data", "test")]
-    with pytest.raises(DataError, match="the hub gives no data set of this name") as error:
+    with raises("data.no-such-data-set", DataError) as error:
         load_source(source("someone/absent"), tmp_path, 0)
     assert "no network" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "deep/er/absent", "../absent", "absent.csv"])
 def test_absent_file_is_not_taken_for_a_hub_name(tmp_path: Path, source: Any, name: str) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with raises("data.no-such-file", DataError):
         load_source(source(name), tmp_path, 0)
 
 
@@ -96,5 +97,5 @@ def test_task_rows(source: Any) -> None:
 
 def test_a_file_has_no_splits(tmp_path: Path, source: Any) -> None:
     (tmp_path / "rows.jsonl").write_bytes(LINES)
-    with pytest.raises(DataError, match="a file has no splits"):
+    with raises("data.no-splits", DataError):
         load(tmp_path / "rows.jsonl", source, split="train")

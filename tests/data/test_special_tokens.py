@@ -11,6 +11,7 @@ import pytest
 
 from rpo_trainer.data import Audit, encode_prompt, load_rows, prepare_dataset, tokenize_rows
 from rpo_trainer.errors import DataError
+from tests.raising import raises
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
 MARKED = "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -95,10 +96,10 @@ def test_most_rows_with_control_tokens_are_an_error_of_the_source(
         audit = Audit()
         found = load(tmp_path, jsonl, source, rows, how)
         if how is None and marked > 5:
-            with pytest.raises(DataError) as error:
+            with raises("data.special-token-text", DataError, where="rows.jsonl") as error:
                 tokenize_rows(found, tokenizer, audit=audit, **options)
-            assert "60% of the rows of rows.jsonl (6 of 10)" in error.value.what
-            assert "<|im_start|>" in error.value.what and error.value.where == "rows.jsonl"
+            assert "60%" in error.value.what and "(6 of 10)" in error.value.what
+            assert "<|im_start|>" in error.value.what
             for value in ("parse", "text"):
                 assert f"special_tokens: {value}" in str(error.value.fix)
             continue

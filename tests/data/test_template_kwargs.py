@@ -13,14 +13,15 @@ import pytest
 
 from rpo_trainer.cli.options import parse_kwargs
 from rpo_trainer.data import Audit, encode_prompt, end_token_ids, load_rows, prepare_dataset
-from rpo_trainer.data.adapters import adapt
-from rpo_trainer.data.duplicates import drop_duplicates
+from rpo_trainer.data.adapt_rows import adapt
+from rpo_trainer.data.filters import drop_duplicates
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.data.template_variables import variables
 from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import DataError, Problems, RecipeError
 from rpo_trainer.recipe import Recipe
 from rpo_trainer.recipe.template_kwargs import COLUMN
+from tests.raising import raises
 
 # `mode` opens the prompt, `mark` ends a turn, and documents stand before all.
 TEMPLATE = (
@@ -30,6 +31,7 @@ TEMPLATE = (
     "{{ '<|endoftext|>' if mark and m.role == 'assistant' else '<|im_end|>' }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
 TALK = [{"role": "user", "content": "The cat"}]
 ROWS: dict[str, dict[str, Any]] = {
     "sft": {"messages": [*TALK, {"role": "assistant", "content": "sat"}]},
@@ -132,11 +134,11 @@ def test_what_no_variable_can_be_is_refused_by_name(given: Any, named: str, toke
 
 
 def test_variables_that_nothing_reads(tokenizer: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as error:
+    with raises("template.unread-variable", RecipeError, where=f"{COLUMN}.mod") as error:
         prepared([ROWS["sft"]], tokenizer, chat_template_kwargs={"mod": 1})
-    assert error.value.where == f"{COLUMN}.mod" and "`mode`" in str(error.value.fix)
+    assert "`mode`" in str(error.value.fix)
     bare = make_tokenizer(["</s>"], eos="</s>")
-    with pytest.raises(RecipeError, match="no chat template"):
+    with raises("template.missing", RecipeError):
         prepared([{"prompt": "a", "response": "b"}], bare, chat_template_kwargs={"mode": 1})
     # By row they are counted, and so is every variable of a row of text; those of the model are for messages.
     rows = [{**ROWS["sft"], COLUMN: {"mod": n, "mode": n}} for n in range(3)]

@@ -5,10 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from rpo_trainer.data import Audit, tokenize_rows
 from rpo_trainer.errors import DataError
+from tests.raising import raises
 
 from .conftest import trained_texts
 
@@ -193,20 +192,21 @@ def test_rows_the_template_refuses_come_together(make_tokenizer: Callable[..., A
     tokenizer = make_tokenizer(["</s>"], eos="</s>", chat_template=template)
     bad = sft(1, "q", "a")
     bad["messages"] = [{"role": "system", "content": "x"}, *bad["messages"]]
-    with pytest.raises(DataError, match=r"no system\): 2 of 3 rows, first r1, r1"):
+    with raises("template.refuses-row", DataError, rows=["r1", "r1"], of=3) as error:
         tokenized([sft(0, "q", "a"), bad, bad], tokenizer, "sft")
+    assert "(no system)" in error.value.what
 
 
 def test_nothing_left(chatml: Any) -> None:
-    with pytest.raises(DataError, match="no row is left") as error:
+    with raises("data.no-rows-left", DataError) as error:
         tokenized([pair(0, "a", "a")], chatml, "pair")
-    assert "chosen is the same as rejected" in str(error.value)
-    assert "of sampled responses take more a prompt, or a higher temperature" in str(error.value)
-    with pytest.raises(DataError, match="no row is left") as error:
+    assert "(r0)" in str(error.value.why)
+    assert "temperature" in str(error.value.fix)
+    with raises("data.no-rows-left", DataError) as error:
         tokenized([pair(0, "a", "b" * 999)], chatml, "pair", max_length=8)
     assert "temperature" not in str(error.value)
-    assert "tokens of rows longer than max_length: median 10" in str(error.value)
-    assert "max_length is 8 tokens for prompt and response together" in str(error.value)
+    assert "max_length: median 10" in str(error.value.why)
+    assert "max_length is 8" in str(error.value.fix)
 
 
 def test_lengths_of_what_is_too_long(chatml: Any) -> None:

@@ -84,7 +84,10 @@ HARMS = {
     for harm in ("loss", "gradient")
 }
 SKIPPED = "not-finite-gradient, left out"
-SKIPS: Case = {**HARMS["not-finite-gradient"], "settings": {"nonfinite": "skip(1)"}}
+SKIPS: Case = {
+    **HARMS["not-finite-gradient"],
+    "settings": {"on_nonfinite": "skip", "max_skipped_steps": 1},
+}
 LATE = "checkpoint of a late rank"
 SAVED: Case = {
     "kind": "sft",

@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards import rowfile
-from rpo_trainer.rewards.partial import unfinished
+from rpo_trainer.rewards import resumable_rows
+from rpo_trainer.rewards.partial_file import partial_path
 from tests.distributed.launch import run, torchrun
 from tests.rewards.policies import llama
 from tests.rewards.test_commands import read, write
 from tests.rewards.test_commands import run as alone
-from tests.rewards.test_model import save_model
+from tests.rewards.test_reward_model import save_model
 
 pytestmark = pytest.mark.slow
 
@@ -32,10 +32,10 @@ def interrupted(out: Path, command: list[object], keep: slice) -> None:
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with mock.patch.object(rowfile, "write_rows", killed):
+    with mock.patch.object(resumable_rows, "write_rows", killed):
         assert alone(*command, out) == 130
-    lines = unfinished(out).read_text().splitlines(keepends=True)
-    unfinished(out).write_text("".join(lines[keep]))
+    lines = partial_path(out).read_text().splitlines(keepends=True)
+    partial_path(out).write_text("".join(lines[keep]))
 
 
 def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
     interrupted(two, command, slice(0, 4))
     said = together(*command, two)
     assert two.read_bytes() == one.read_bytes()
-    assert said.count("10 rows scored") == 1 and "4 of 10 rows are scored" in said
+    assert said.count("10 rows scored:") == 1 and "4 of 10 rows are scored" in said
     assert not [
         path for path in tmp_path.iterdir() if "partial" in path.name or "lock" in path.name
     ]
@@ -67,6 +67,6 @@ def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
     command[1], failed = write(tmp_path / "rows.jsonl", rows), tmp_path / "failed.jsonl"
     said = together(*command, failed, failing=True)
     assert said.count("1 of 11 rows could not be scored") == 1 and not failed.exists()
-    parts: list[Any] = [read(unfinished(failed, rank)) for rank in (0, 1)]
+    parts: list[Any] = [read(partial_path(failed, rank)) for rank in (0, 1)]
     done = [{index for _, index, _, _ in part} for part in parts]
     assert all(done) and not done[0] & done[1] and done[0] | done[1] == set(range(10))

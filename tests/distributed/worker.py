@@ -144,9 +144,9 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
     own = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("num_items_in_batch") is not None and inputs["weights"].any():
+        if kwargs.get("num_items_in_batch") is not None and inputs.weights.any():
             rows = seen.setdefault((rank(), trainer.state.global_step), [])
-            rows += inputs["ids"]
+            rows += inputs.ids
         return own(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute_loss

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rpo_trainer.rewards.generate import greedy_responses, sample_responses
+from rpo_trainer.rewards.sample import greedy_responses, sample_responses
 from tests.small_models import make_model
 
 PROMPTS = ["1+1=", "what is twelve", "a", "the sum of 3 and 4 is", "b c d e", "zz"]

@@ -25,7 +25,7 @@ from rpo_trainer.models.loading import load_model, load_model_named, load_weight
 from rpo_trainer.models.preload_checks import check_safetensors
 from rpo_trainer.models.weight_files import weight_files
 from rpo_trainer.recipe import ModelSpec
-from rpo_trainer.rewards.model import RewardModel
+from rpo_trainer.rewards.reward_model import RewardModel
 from tests.raising import raises
 from tests.small_models import make_model
 

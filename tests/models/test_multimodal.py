@@ -233,7 +233,7 @@ def test_a_step_of_dpo(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     rows, model = examples(), model.eval()
     expected = plain_logprobs(again.eval(), rows)
     with torch.no_grad():
-        packed = token_logprobs(model, pack(rows, dpo.layout, pad_token_id=0)["model_inputs"])
+        packed = token_logprobs(model, pack(rows, dpo.layout, pad_token_id=0).model_inputs)
     assert (packed - expected).abs().max() < 2e-6
     assert (plain_logprobs(made, rows) - expected).abs().max() > 1e-3  # it has learnt something
 
@@ -258,7 +258,7 @@ def test_adapters_are_put_into_the_language_model_alone(name: str, tmp_path: Pat
     rows = examples()
     with torch.no_grad():
         dpo.model.eval()
-        packed = token_logprobs(dpo.model, pack(rows, dpo.layout, pad_token_id=0)["model_inputs"])
+        packed = token_logprobs(dpo.model, pack(rows, dpo.layout, pad_token_id=0).model_inputs)
     assert (plain_logprobs(loaded, rows) - packed).abs().max() < 2e-6
 
 

@@ -65,7 +65,7 @@ def test_float64_scores_and_gradients_equal_a_plain_padded_forward(family, layou
         wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         install(model, layout=layout)
         model.zero_grad()
-        actual = response_scores(model, pack(examples, layout)["model_inputs"])
+        actual = response_scores(model, pack(examples, layout).model_inputs)
         assert actual.shape == (7, 3)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
         (actual * slopes).sum().backward()
@@ -82,7 +82,7 @@ def test_a_saved_directory_gives_any_tool_the_same_scores(family, tmp_path):
     install(model)
     examples = random_examples(2)
     with torch.no_grad():
-        ours = response_scores(model, pack(examples, "shared")["model_inputs"])
+        ours = response_scores(model, pack(examples, "shared").model_inputs)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     eager = {"attn_implementation": "eager"} if family == "gemma2" else {}
@@ -226,8 +226,8 @@ def test_a_head_that_only_the_model_knows_is_left_to_its_own_forward(caplog):
     expected = plain_scores(model, examples)
     layout, head = probe(model)
     assert (layout, head.fused) == ("padded", False)
-    assert "ValueError" in caplog.text  # of the layouts that share a row
-    actual = response_scores(model, pack(examples, "padded")["model_inputs"])
+    assert "the model's own forward scores one response a row" in caplog.text
+    actual = response_scores(model, pack(examples, "padded").model_inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -252,7 +252,7 @@ def test_a_reward_model_is_a_plain_classifier_again_after_uninstall():
 def test_scores_are_exact_under_autocast():
     model = make_reward_model()
     install(model)
-    inputs = pack(random_examples(1), "shared")["model_inputs"]
+    inputs = pack(random_examples(1), "shared").model_inputs
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         hidden = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rpo_trainer.errors import Problems
+from rpo_trainer.errors import Problems, RPOTrainerError
 from rpo_trainer.recipe import LoadedRecipe, load_recipe
 
 VALID = """\
@@ -53,15 +53,19 @@ def load(tmp_path: Path) -> Callable[..., LoadedRecipe]:
 
 
 @pytest.fixture
-def problems(load: Callable[..., LoadedRecipe], tmp_path: Path) -> Callable[..., list[str]]:
-    """The errors of a bad recipe as shown, the directory cut off; each has where, what and fix."""
+def problems(
+    load: Callable[..., LoadedRecipe], tmp_path: Path
+) -> Callable[..., list[RPOTrainerError]]:
+    """The errors of a bad recipe, the directory cut off their places; each has all its parts."""
 
-    def _problems(text: str | bytes, overrides: Sequence[str] = ()) -> list[str]:
+    def _problems(text: str | bytes, overrides: Sequence[str] = ()) -> list[RPOTrainerError]:
         with pytest.raises(Problems) as caught:
             load(text, overrides)
         assert caught.value.exit_code == 2
         for problem in caught.value.problems:
-            assert problem.where and problem.what and problem.fix, problem
-        return [str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems]
+            assert problem.where and problem.what and problem.why and problem.fix, problem
+            assert problem.code.startswith(("recipe.", "option.", "template.", "rewards.")), problem
+            problem.at(problem.where.replace(f"{tmp_path}/", ""))
+        return list(caught.value.problems)
 
     return _problems

@@ -1,4 +1,4 @@
-"""What each bad recipe must get: an error that says where, what, why and what to do; nothing is written."""
+"""What each bad recipe must get: an error with code, place, what, why and fix; nothing is written."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ Capture = pytest.CaptureFixture[str]
 def changed(valid: str, old: str, new: str) -> str:
     assert old in valid
     return valid.replace(old, new, 1)
+
+
+def starts(shown: str, place: str, code: str) -> bool:
+    """Whether the first error shown is that one."""
+    first = shown.splitlines()[0]
+    return first.startswith(f"{place}: ") and first.endswith(f" [{code}]")
 
 
 class Tried:
@@ -55,142 +61,121 @@ def tried(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> T
     return Tried(tmp_path, capsys)
 
 
-IGNORED = "nothing reads it there: it would be ignored in silence"
-CONVERTED = "what is written is taken as it is, and never converted"
-RANGE = "outside of its range it means nothing, or fails in the middle of a run"
-GUESSED = "which of the two is meant cannot be guessed"
-BETA = "β, the strength of the tie to the reference, for example 0.01"
 DPO = "    beta: 0.1\n"
 
-# case: what is replaced, by what, and the whole message: where, what, why, fix
-CASES: dict[str, tuple[str, str, str, str, str, str]] = {
+# case: what is replaced, by what, the code, the place, names and values in the message
+CASES: dict[str, tuple[str, str, str, str, list[str]]] = {
     "key typo": (
-        DPO, f"{DPO}    bta: 3\n", "18 (stages.dpo.bta)",
-        "unknown key `bta` in stage `dpo`; did you mean `beta`?", IGNORED, f"write `beta`: {BETA}",
+        DPO, f"{DPO}    bta: 3\n",
+        "recipe.unknown-key", "18 (stages.dpo.bta)", ["`bta`", "`beta`?"],
     ),
     "key at the wrong level": (
-        "defaults:", "beta: 1\ndefaults:", "3 (beta)", "`beta` does not belong in the recipe",
-        IGNORED, "it belongs in a stage of kind dpo or rpo",
+        "defaults:", "beta: 1\ndefaults:",
+        "recipe.misplaced-key", "3 (beta)", ["kind dpo"],
     ),
     "key given twice": (
-        DPO, f"{DPO}    beta: 0.2\n", "18 (stages.dpo.beta)",
-        "the key `beta` is given twice, first on line 17", GUESSED, "keep one of the two",
+        DPO, f"{DPO}    beta: 0.2\n",
+        "recipe.repeated-key", "18 (stages.dpo.beta)", ["17"],
     ),
     "wrong type": (
-        "[{path: pairs.jsonl}]", "pairs.jsonl", "18 (stages.dpo.data.train)",
-        "`train` must be a list (lines that begin with `- `), got the text 'pairs.jsonl'",
-        CONVERTED, "put `- ` in front of it: a list of one is a list too",
+        "[{path: pairs.jsonl}]", "pairs.jsonl",
+        "recipe.wrong-type", "18 (stages.dpo.data.train)", ["'pairs.jsonl'", "`- `"],
     ),
     "a number in quotes": (
-        DPO, "    beta: '0.1'\n", "17 (stages.dpo.beta)",
-        "`beta` must be a number, got the text '0.1'", CONVERTED, "remove the quotes",
+        DPO, "    beta: '0.1'\n",
+        "recipe.wrong-type", "17 (stages.dpo.beta)", ["'0.1'", "quotes"],
     ),
     "β that is NaN": (
-        DPO, "    beta: .nan\n", "17 (stages.dpo.beta)", "`beta` must be a finite number, got nan",
-        "all that is computed with it would be NaN or infinite", f"write a finite number ({BETA})",
+        DPO, "    beta: .nan\n",
+        "recipe.not-finite", "17 (stages.dpo.beta)", ["nan"],
     ),
     "β that is infinite": (
-        DPO, "    beta: .inf\n", "17 (stages.dpo.beta)", "`beta` must be a finite number, got inf",
-        "all that is computed with it would be NaN or infinite", f"write a finite number ({BETA})",
+        DPO, "    beta: .inf\n",
+        "recipe.not-finite", "17 (stages.dpo.beta)", ["inf"],
     ),
     "β that is 0": (
-        DPO, "    beta: 0\n", "17 (stages.dpo.beta)", "`beta` must be greater than 0, got 0",
-        RANGE, f"write a number greater than 0 ({BETA})",
+        DPO, "    beta: 0\n",
+        "recipe.out-of-range", "17 (stages.dpo.beta)", ["got 0"],
     ),
     "β that is negative": (
-        DPO, "    beta: -0.1\n", "17 (stages.dpo.beta)", "`beta` must be greater than 0, got -0.1",
-        RANGE, f"write a number greater than 0 ({BETA})",
+        DPO, "    beta: -0.1\n",
+        "recipe.out-of-range", "17 (stages.dpo.beta)", ["got -0.1"],
     ),
     "shuffle: no": (
-        DPO, f"{DPO}    shuffle: no\n", "18 (stages.dpo.shuffle)",
-        "unknown key `shuffle` in stage `dpo`", IGNORED,
-        "write it under `training_args`; without it each epoch is a new permutation",
+        DPO, f"{DPO}    shuffle: no\n",
+        "recipe.unknown-key", "18 (stages.dpo.shuffle)", ["`training_args`"],
     ),
     "two documents": (
-        "defaults:", "---\ndefaults:", "3", "a second document begins here",
-        "one file is one chain; which of the two is meant cannot be guessed",
-        "keep one document: remove the `---` and what does not belong",
+        "defaults:", "---\ndefaults:",
+        "recipe.invalid-yaml", "3", ["`---`"],
     ),
     "tabs": (
-        "  name_or_path", "\tname_or_path", "2", "a tab in the indentation",
-        "YAML allows none: how deep a tab is depends on who reads it", "indent with spaces",
+        "  name_or_path", "\tname_or_path",
+        "recipe.invalid-yaml", "2", ["tab"],
     ),
     "!!python/object": (
-        "base", "!!python/object/apply:os.system [ls]", "2",
-        "the tag `!!python/object/apply:os.system` is not allowed",
-        "a recipe is one document of plain values, with no objects, code or references",
-        "write a plain value; quotes make text of anything",
+        "base", "!!python/object/apply:os.system [ls]",
+        "recipe.invalid-yaml", "2", ["`!!python/object/apply:os.system`"],
     ),
     "missing model": (
-        "model:\n  name_or_path: base\n", "", "1", "`model` is missing in the recipe",
-        "no value is right for every run",
-        "add `model: ...` (the model that the first stage starts from)",
+        "model:\n  name_or_path: base\n", "",
+        "recipe.missing-field", "1", ["`model: ...`"],
     ),
     "two stages of one name": (
-        "name: sft\n", "name: code-sft\n", "10 (stages.code-sft.name)",
-        "two stages have the name `code-sft`",
-        "a stage is known by its name, and has a directory of that name",
-        "give each stage a name of its own; `repeat` makes name-1, name-2, ...",
+        "name: sft\n", "name: code-sft\n",
+        "recipe.duplicate-stage", "10 (stages.code-sft.name)", ["`code-sft`"],
     ),
     "a stage that refers to a later one": (
-        DPO, f"{DPO}    init: rpo\n", "18 (stages.dpo.init)",
-        "`init` refers to `rpo`, which is not earlier in the chain",
-        "a stage can only use what is there when it starts",
-        "use one of `previous`, `model`, `code-sft`, `sft`, or a path with a slash (./name)",
+        DPO, f"{DPO}    init: rpo\n",
+        "recipe.later-stage", "18 (stages.dpo.init)", ["`rpo`", "`sft`", "./name"],
     ),
     "unknown loss": (
-        DPO, f"{DPO}    loss_type: dpoo\n", "18 (stages.dpo.loss_type)",
-        "`loss_type` must be one of `dpo`, `ipo`, got the text 'dpoo'; did you mean `dpo`?",
-        "each choice is another computation, and none is guessed", "write `dpo`",
+        DPO, f"{DPO}    loss_type: dpoo\n",
+        "recipe.invalid-choice", "18 (stages.dpo.loss_type)", ["`ipo`", "mean `dpo`?"],
     ),
     "rpo_alpha": (
-        DPO, f"{DPO}    rpo_alpha: 1\n", "18 (stages.dpo.rpo_alpha)",
-        "`rpo_alpha` is not a field here",
-        "elsewhere it means DPO plus the NLL of the chosen, which has no reward gap and is not RPO",
-        "use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation",
+        DPO, f"{DPO}    rpo_alpha: 1\n",
+        "recipe.unknown-key", "18 (stages.dpo.rpo_alpha)", ["`sft_loss_weight`"],
     ),
     "epochs and max_steps both": (
-        DPO, f"{DPO}    num_train_epochs: 1\n    max_steps: 5\n", "19 (stages.dpo.max_steps)",
-        "`num_train_epochs` and `max_steps` are both given",
-        "each of them says how long the stage is", "keep one of the two",
+        DPO, f"{DPO}    num_train_epochs: 1\n    max_steps: 5\n",
+        "recipe.conflicting-fields", "19 (stages.dpo.max_steps)", ["`num_train_epochs`"],
     ),
     "bf16 and fp16 both": (
         DPO, f"{DPO}    training_args: {{bf16: true, fp16: true}}\n",
-        "18 (stages.dpo.training_args.fp16)", "`bf16` and `fp16` are both on",
-        "the arithmetic is in one of them",
-        "keep `bf16: true` where the hardware has it, else `fp16: true`",
+        "recipe.conflicting-fields", "18 (stages.dpo.training_args.fp16)", ["`bf16`"],
     ),
     "fp16 beside the dtype of the model": (
-        DPO, f"{DPO}    training_args: {{fp16: true}}\n", "18 (stages.dpo.training_args.fp16)",
-        "`fp16` is on, and `model.dtype` is bfloat16", "the arithmetic is in one of them",
-        "remove `fp16`, and write `dtype: float16` under `model` if that is meant",
+        DPO, f"{DPO}    training_args: {{fp16: true}}\n",
+        "recipe.conflicting-fields", "18 (stages.dpo.training_args.fp16)", ["bfloat16", "`dtype: float16`"],
     ),
     "global_batch_size that does not divide by the micro-batch": (
-        DPO, f"{DPO}    micro_batch_size: 3\n", "5 (defaults.global_batch_size)",
-        "`global_batch_size` 8 is not a multiple of `micro_batch_size` 3",
-        "every forward pass of every process holds the same number of examples",
-        "write 6 or 9, or another `micro_batch_size`",
+        DPO, f"{DPO}    micro_batch_size: 3\n",
+        "recipe.batch-not-divisible", "5 (defaults.global_batch_size)", ["8", "3", "6 or 9"],
     ),
     "warm-up longer than the run": (
         DPO, f"{DPO}    max_steps: 5\n    warmup_steps: 6\n    lr_scheduler_type: linear\n",
-        "19 (stages.dpo.warmup_steps)",
-        "`warmup_steps` is 6, longer than the stage, whose `max_steps` is 5",
-        "the learning rate would never reach its peak", "write at most 5, or raise `max_steps`",
+        "recipe.warmup-too-long", "19 (stages.dpo.warmup_steps)", ["6", "5"],
     ),
-    "nonfinite that is neither": (
-        DPO, f"{DPO}    nonfinite: skip\n", "18 (stages.dpo.nonfinite)",
-        "`nonfinite` must be `stop`, or `skip(n)` with a whole number from 1", CONVERTED,
-        "write for example `skip(3)`",
+    "on_nonfinite that is neither": (
+        DPO, f"{DPO}    on_nonfinite: skip(3)\n",
+        "recipe.invalid-choice", "18 (stages.dpo.on_nonfinite)", ["`stop`", "`skip`"],
+    ),
+    "skipped steps of a stage that stops": (
+        DPO, f"{DPO}    max_skipped_steps: 3\n",
+        "recipe.unused-field", "18 (stages.dpo.max_skipped_steps)", ["`on_nonfinite: stop`"],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_recipe(case: str, tried: Tried, valid: str) -> None:
-    old, new, place, what, why, fix = CASES[case]
+    old, new, code, place, words = CASES[case]
     shown = tried.refused(changed(valid, old, new))
-    message = f"chain.yaml:{place}: {what}\n  why: {why}\n  fix: {fix}\n1 problem found\n"
-    assert shown == message
+    first, *_, total = shown.splitlines()
+    assert first.startswith(f"chain.yaml:{place}: ") and first.endswith(f" [{code}]")
+    assert [word for word in words if word not in shown] == [], shown
+    assert total.startswith("1 ")
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "dpo"])
@@ -217,28 +202,27 @@ def test_what_looks_odd_and_is_fine(path: str, tried: Tried, valid: str) -> None
 @pytest.mark.parametrize("text", ["", "\n\n", "# later\n"])
 def test_an_empty_file(text: str, tried: Tried) -> None:
     shown = tried.refused(text)
-    assert shown.startswith("chain.yaml:1: the file is empty\n  why: there is nothing to run\n")
-    assert "fix: write at least `model` and `stages`" in shown
+    assert starts(shown, "chain.yaml:1", "recipe.invalid-yaml")
+    assert "`model`" in shown and "`stages`" in shown
 
 
 def test_a_list_at_the_top(tried: Tried) -> None:
     shown = tried.refused("- model: base\n- stages: []\n")
-    assert shown.startswith("chain.yaml:1: a recipe is a mapping; this file holds a list\n")
-    assert "fix: begin with `model:` and `stages:` at the left edge" in shown
+    assert starts(shown, "chain.yaml:1", "recipe.not-a-mapping")
+    assert "`model:`" in shown and "`stages:`" in shown
 
 
 def test_no_stages(tried: Tried, valid: str) -> None:
     head = valid[: valid.index("stages:")]
-    assert tried.refused(head).startswith("chain.yaml:1: `stages` is missing in the recipe\n")
-    assert tried.refused(f"{head}stages: []\n").startswith(
-        "chain.yaml:6 (stages): `stages` is empty\n"
-    )
+    assert starts(tried.refused(head), "chain.yaml:1", "recipe.missing-field")
+    shown = tried.refused(f"{head}stages: []\n")
+    assert starts(shown, "chain.yaml:6 (stages)", "recipe.empty-field")
 
 
 def test_an_anchor(tried: Tried, valid: str) -> None:
     """Refused where it stands, before the alias: `defaults` holds what stages share."""
     shown = tried.refused(valid + "a0: &a0 [1, 1]\na1: [*a0, *a0]\n")
-    assert shown.startswith("chain.yaml:24: anchors and aliases are not allowed: `&a0`\n  why: ")
+    assert starts(shown, "chain.yaml:24", "recipe.invalid-yaml") and "`&a0`" in shown
     assert "`defaults`" in shown.partition("  fix: ")[2]
 
 
@@ -254,14 +238,14 @@ def test_a_path_that_is_a_directory(tried: Tried) -> None:
     tried.path.mkdir()
     (tried.path / "mine.yaml").write_text("")
     shown = tried.refused_as_it_is()
-    assert shown.startswith("chain.yaml: this is a directory, not a recipe\n")
-    assert "  fix: give a file in it: chain.yaml/mine.yaml\n" in shown
+    assert starts(shown, "chain.yaml", "recipe.not-a-file")
+    assert "chain.yaml/mine.yaml" in shown
 
 
 def test_a_path_that_is_absent(tried: Tried) -> None:
     (tried.folder / "chian.yaml").write_text("")
     shown = tried.refused_as_it_is()
-    assert shown.startswith("chain.yaml: there is no such file; did you mean `chian.yaml`?\n")
+    assert starts(shown, "chain.yaml", "recipe.no-such-file") and "`chian.yaml`" in shown
 
 
 def test_a_path_that_cannot_be_read(
@@ -277,37 +261,31 @@ def test_a_path_that_cannot_be_read(
     tried.path.write_text(valid)
     monkeypatch.setattr(Path, "open", refuse)
     shown = tried.refused_as_it_is()
-    assert shown.startswith("chain.yaml: the file cannot be read: Permission denied\n")
+    assert starts(shown, "chain.yaml", "recipe.unreadable-file") and "Permission denied" in shown
 
 
 def test_a_path_whose_bytes_are_not_utf_8(tried: Tried, valid: str) -> None:
     shown = tried.refused(valid.encode().replace(b"base", b"caf\xe9"))
-    assert shown.startswith("chain.yaml:2: byte 26 of the file is not UTF-8\n")
-    assert "  fix: save the file as UTF-8\n" in shown
+    assert starts(shown, "chain.yaml:2", "recipe.not-utf8") and "26" in shown
 
 
 # --- overrides ---
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "word"),
     [
-        (
-            ["stages.dpo.bta=1"],
-            "override stages.dpo.bta=1: unknown key `bta` in stage `dpo`; did you mean `beta`?\n",
-        ),
-        (["stages.dpo.beta"], "override stages.dpo.beta: there is no `=`\n"),
-        (["stages.dpo.beta="], "override stages.dpo.beta=: there is no value\n"),
-        (["--stages.dpo.beta"], "override --stages.dpo.beta: there is no value\n"),
-        (
-            ["stages.dop.beta=1"],
-            "override stages.dop.beta=1: there is no stage `dop`; did you mean `dpo`?\n",
-        ),
+        (["stages.dpo.bta=1"], "recipe.unknown-key", "`beta`?"),
+        (["stages.dpo.beta"], "option.missing-value", "`=`"),
+        (["stages.dpo.beta="], "option.missing-value", "null"),
+        (["--stages.dpo.beta"], "option.missing-value", "null"),
+        (["stages.dop.beta=1"], "option.unknown-stage", "`dpo`?"),
     ],
     ids=["of an unknown key", "without =", "without value", "--key without value", "of no stage"],
 )
-def test_an_override(words: list[str], message: str, tried: Tried, valid: str) -> None:
-    assert tried.refused(valid, *words).startswith(message)
+def test_an_override(words: list[str], code: str, word: str, tried: Tried, valid: str) -> None:
+    shown = tried.refused(valid, *words)
+    assert starts(shown, f"override {words[0]}", code) and word in shown
 
 
 # --- secrets ---
@@ -329,9 +307,9 @@ TOKEN = "hf_" + "abcdefghij" * 3
 def test_a_secret_in_the_recipe(old: str, new: str, place: str, tried: Tried, valid: str) -> None:
     shown = tried.refused(changed(valid, old, new))
     assert shown.startswith(f"chain.yaml:{place}: ")
-    assert "holds what looks like a secret\n  why: the recipe is copied into every run" in shown
+    assert "[recipe.secret]" in shown
     assert "hush" not in shown and TOKEN not in shown
-    assert shown.endswith("1 problem found\n")
+    assert shown.splitlines()[-1].startswith("1 ")
 
 
 @pytest.mark.parametrize("value", ["hush", "@hush"])
@@ -370,40 +348,30 @@ def pairs(folder: Path, rewards: bool = True) -> None:
 def test_rpo_on_data_without_rewards(command: str, tried: Tried) -> None:
     pairs(tried.folder, rewards=False)
     shown = tried.refused(ON_DATA, command=command, code=3)
-    assert shown == (
-        "chain.yaml:10 (stages.rpo.data): pairs.jsonl: no row has rewards, and RPO needs one for every "
-        "response\n"
-        "  why: the gap between the rewards is what RPO learns, and no reward is made up\n"
-        "  fix: score the responses (`score:` in the recipe, or rpo-trainer score), name their columns "
-        "with `columns: {chosen_reward: theirs, rejected_reward: theirs}`, or use kind: dpo\n"
-        "1 problem found\n"
-    )
+    assert shown.startswith("chain.yaml:10 (stages.rpo.data): pairs.jsonl: ")
+    assert "RPO" in shown and "`score:`" in shown and "kind: dpo" in shown
+    assert shown.splitlines()[-1].startswith("1 ")
 
 
 def test_global_batch_size_that_does_not_divide_by_the_processes(
     tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rpo_trainer.trainers.step_config import BaseConfig
+    from rpo_trainer.trainers.base_config import BaseConfig
 
     pairs(tried.folder)
     monkeypatch.setattr(BaseConfig, "world_size", property(lambda self: 4))
     text = ON_DATA.replace("global_batch_size: 2", "global_batch_size: 18\n    micro_batch_size: 2")
-    assert tried.refused(text, command="check").startswith(
-        "chain.yaml:12 (stages.rpo.global_batch_size): global_batch_size 18 does not divide by 4 "
-        "rank(s) × per_device_train_batch_size 2\n"
-        "  why: every micro-batch of every rank holds the same number of examples\n"
-        "  fix: take 16 or 24, or another number of ranks\n"
-    )
+    shown = tried.refused(text, command="check")
+    assert shown.startswith("chain.yaml:12 (stages.rpo.global_batch_size): ")
+    assert "18" in shown and "16 or 24" in shown
 
 
 def test_warm_up_longer_than_the_epochs(tried: Tried) -> None:
     pairs(tried.folder)
     more = "    num_train_epochs: 2\n    warmup_steps: 7\n    lr_scheduler_type: linear\n"
-    assert tried.refused(ON_DATA + more, command="check").startswith(
-        "chain.yaml:15 (stages.rpo.warmup_steps): `warmup_steps` is 7, longer than the stage, which "
-        "has 6 steps\n  why: the learning rate would never reach its peak\n"
-        "  fix: write at most 6, or raise `num_train_epochs`\n"
-    )
+    shown = tried.refused(ON_DATA + more, command="check")
+    assert shown.startswith("chain.yaml:15 (stages.rpo.warmup_steps): ")
+    assert "7" in shown and "6" in shown and "`num_train_epochs`" in shown
 
 
 TEN_LATER = """\
@@ -449,9 +417,9 @@ def test_ten_mistakes_that_are_not_in_the_text_have_their_lines_too(tried: Tried
     shown = tried.refused(TEN_LATER, command="check", code=3)
     places = re.findall(r"^chain\.yaml:(\d+) \(\S+\): ", shown, re.MULTILINE)
     assert [int(line) for line in places] == [10, 11, 12, 13, 17, 18, 19, 20, 25, 30]
-    assert "(stages.one.data): absent.jsonl: no such file" in shown
-    assert "(stages.two.data): cut.jsonl:2: the last line is cut" in shown
-    assert shown.endswith("\n10 problems found\n")
+    assert "(stages.one.data): absent.jsonl: " in shown
+    assert "(stages.two.data): cut.jsonl:2: " in shown
+    assert shown.splitlines()[-1].startswith("10 ")
 
 
 # --- all at once ---
@@ -486,4 +454,4 @@ def test_ten_mistakes_are_listed_as_ten_each_with_its_line(tried: Tried) -> None
     shown = tried.refused(TEN, command="check")
     places = re.findall(r"^chain\.yaml:(\d+) \(\S+\): ", shown, re.MULTILINE)
     assert [int(line) for line in places] == [3, 4, 6, 11, 14, 15, 19, 20, 21, 22]
-    assert shown.endswith("\n10 problems found\n")
+    assert shown.splitlines()[-1].startswith("10 ")

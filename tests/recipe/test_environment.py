@@ -5,6 +5,7 @@ import pytest
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import fill_from_environment
 from rpo_trainer.recipe.environment import is_secret
+from tests.raising import raises
 
 
 @pytest.mark.parametrize(
@@ -38,5 +39,6 @@ def test_variables_are_read_when_they_are_used(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_TOKEN", raising=False)
-    with pytest.raises(RecipeError, match=r"(?s)dpo: `hub_token`.*SOME_TOKEN.*export SOME_TOKEN"):
+    with raises("recipe.unset-variable", RecipeError, where="dpo") as error:
         fill_from_environment({"hub_token": "${SOME_TOKEN}"}, where="dpo")
+    assert "`hub_token`" in error.value.what and "SOME_TOKEN" in error.value.what

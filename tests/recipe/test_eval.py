@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rpo_trainer.errors import RPOTrainerError
 from rpo_trainer.recipe import LoadedRecipe, dump_resolved, load_recipe
 
 Load = Callable[..., LoadedRecipe]
-Show = Callable[..., list[str]]
+Show = Callable[..., list[RPOTrainerError]]
 
 CHAIN = """\
 model: {{name_or_path: base}}
@@ -43,42 +44,50 @@ def chain(recipe: str = "null", sft: str = "null", rpo: str = "null") -> str:
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "code", "field"),
     [
-        ("{}", "`eval` measures nothing"),
-        ("{max_rows: 3}", "`eval` measures nothing"),
-        ("{score: {verifier: exact}, " + PAIRS + "}", "`score` without `generate`"),
+        ("{}", "recipe.missing-field", ""),
+        ("{max_rows: 3}", "recipe.missing-field", ""),
+        ("{score: {verifier: exact}, " + PAIRS + "}", "recipe.missing-companion", ".score"),
         (
             "{data: [{path: e}], generate: {max_new_tokens: 3}}",
-            "`generate` without `score`: nobody would look at the responses",
+            "recipe.missing-companion",
+            ".generate",
         ),
         (
             "{generate: {max_new_tokens: 3}, score: {verifier: exact}, " + PAIRS + "}",
-            "`generate` without `data`: there are no prompts",
+            "recipe.missing-companion",
+            ".generate",
         ),
-        ("{" + RESPONSES.replace("3}", "3, policies: [sft]}") + "}", "not from `policies`"),
+        (
+            "{" + RESPONSES.replace("3}", "3, policies: [sft]}") + "}",
+            "recipe.unused-field",
+            ".generate.policies",
+        ),
         (
             "{" + RESPONSES.replace("3}", "3, with_ground_truth: true}") + "}",
-            "not from `with_ground_truth`",
+            "recipe.unused-field",
+            ".generate.with_ground_truth",
         ),
-        ("{" + TASKS + ", baseline: sft}", "`baseline`, and nothing is compared with it"),
-        ("{" + PAIRS + ", baseline: stf}", "`eval.baseline` refers to `stf`, which is not a stage"),
-        ("{" + PAIRS + ", baseline: rpo}", "`eval.baseline` refers to `rpo`, which is not a stage"),
-        ("{" + PAIRS + ", baseline: rm}", "`eval.baseline` refers to `rm`"),
-        ("{" + BY_RM + "}", "`score.model` is stage `rm`, which comes after a stage"),
-        ("{nll: [{path: a, weight: 1}, {path: b}]}", "this source has no `weight`"),
-        ("{lm_eval: {tasks: []}}", "eval.lm_eval.tasks"),
-        ("{lm_eval: {tasks: [gsm8k], shots: 3}}", "shots"),
+        ("{" + TASKS + ", baseline: sft}", "recipe.missing-companion", ".baseline"),
+        ("{" + PAIRS + ", baseline: stf}", "recipe.unknown-stage", ".baseline"),
+        ("{" + PAIRS + ", baseline: rpo}", "recipe.unknown-stage", ".baseline"),
+        ("{" + PAIRS + ", baseline: rm}", "recipe.later-stage", ".baseline"),
+        ("{" + BY_RM + "}", "recipe.later-stage", ".score.model"),
+        ("{nll: [{path: a, weight: 1}, {path: b}]}", "recipe.missing-weight", ".nll.1"),
+        ("{lm_eval: {tasks: []}}", "recipe.empty-field", ".lm_eval.tasks"),
+        ("{lm_eval: {tasks: [gsm8k], shots: 3}}", "recipe.unknown-key", ".lm_eval.shots"),
     ],
 )
-def test_what_is_refused(problems: Show, spec: str, message: str) -> None:
-    shown = problems(chain(spec))
-    assert any(message in line for line in shown), shown
+def test_what_is_refused(problems: Show, spec: str, code: str, field: str) -> None:
+    (found,) = problems(chain(spec))
+    assert (found.code, found.where) == (code, f"chain.yaml:3 (eval{field})")
 
 
 def test_a_stage_is_compared_with_what_is_there(problems: Show) -> None:
-    shown = problems(chain(sft="{" + PAIRS + ", baseline: rpo-1}"))
-    assert any("refers to `rpo-1`, which is not earlier in the chain" in line for line in shown)
+    (found,) = problems(chain(sft="{" + PAIRS + ", baseline: rpo-1}"))
+    assert found.code == "recipe.later-stage" and "`rpo-1`" in found.what
+    assert found.where == "chain.yaml:8 (stages.sft.eval.baseline)"
 
 
 @pytest.mark.parametrize(

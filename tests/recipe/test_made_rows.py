@@ -1,4 +1,4 @@
-"""generate, score, pairs, refresh and responses_from in a recipe: what is refused, and what rounds become."""
+"""generate, score, pairs, resample and responses_from in a recipe: errors, and what rounds become."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rpo_trainer.errors import RPOTrainerError
 from rpo_trainer.recipe import LoadedRecipe, dump_resolved, expand_stages, load_recipe
 
 Load = Callable[..., LoadedRecipe]
-Show = Callable[..., list[str]]
+Show = Callable[..., list[RPOTrainerError]]
 
 CHAIN = """\
 model: {{name_or_path: base}}
@@ -41,63 +42,86 @@ def chain(dpo: str = MADE, rpo: str = MADE) -> str:
     return CHAIN.format(dpo=dpo, rpo=rpo)
 
 
+MADE_BY_POLICIES = "generate: {{max_new_tokens: 5, policies: {}}}, score: {{model: rm}}"
+
+
 @pytest.mark.parametrize(
-    ("dpo", "message"),
+    ("dpo", "code", "field"),
     [
-        ("score: {}", "names no scorer"),
-        ("score: {verifier: exact, model: rm}", "both `verifier` and `model`"),
-        ("score: {verifier: asserts}", "runs code that a model has written"),
+        ("score: {}", "recipe.missing-field", "score.verifier"),
+        ("score: {verifier: exact, model: rm}", "recipe.conflicting-fields", "score.model"),
+        ("score: {verifier: asserts}", "recipe.code-execution-not-allowed", "score.verifier"),
         (
             "score: {verifier: exact, allow_code_execution: true}",
-            "`allow_code_execution` with the verifier `exact`",
+            "recipe.unused-field",
+            "score.allow_code_execution",
         ),
-        ("score: {model: rm, allow_code_execution: true}", "belongs to `verifier`, not to `model`"),
-        ("score: {verifier: exact, weights: {a: 1.0}}", "belongs to `model` or `endpoint`"),
-        ("score: {verifier: exact, batch_tokens: 5}", "belongs to `model`"),
-        ("score: {model: nobody}", "refers to `nobody`, which is not a stage"),
-        ("score: {model: rpo}", "not earlier in the chain"),
-        ("score: {model: sft}", "cannot be `sft`, a stage of kind sft"),
-        ("score: {endpoint: {url: 'http://x'}}", "model"),
-        ("filter: {min_chosen_reward: 1, keep_top_fraction: 0.5}", "`filter` has both"),
-        ("filter: {min_chosen_quantile: 0.5, keep_top_fraction: 0.5}", "`filter` has both"),
-        ("filter: {keep_top_fraction: 0.0}", "keep_top_fraction"),
-        ("filter: {min_chosen_quantile: 1.0}", "min_chosen_quantile"),
-        ("resample: once", "`resample` without `generate`"),
-        ("responses_from: sft", "cannot be `sft`, a stage of kind sft"),
+        (
+            "score: {model: rm, allow_code_execution: true}",
+            "recipe.unused-field",
+            "score.allow_code_execution",
+        ),
+        ("score: {verifier: exact, weights: {a: 1.0}}", "recipe.unused-field", "score.weights"),
+        (
+            "score: {judge: {url: 'http://x', model: m}, weights: {a: 1.0}}",
+            "recipe.unused-field",
+            "score.weights",
+        ),
+        ("score: {verifier: exact, batch_tokens: 5}", "recipe.unused-field", "score.batch_tokens"),
+        ("score: {model: nobody}", "recipe.unknown-stage", "score.model"),
+        ("score: {model: rpo}", "recipe.later-stage", "score.model"),
+        ("score: {model: sft}", "recipe.wrong-stage-kind", "score.model"),
+        ("score: {endpoint: {url: 'http://x'}}", "recipe.missing-field", "score.endpoint.model"),
+        (
+            "score: {endpoint: {url: 'ftp://x', model: m}}",
+            "recipe.invalid-url",
+            "score.endpoint.url",
+        ),
+        (
+            "filter: {min_chosen_reward: 1, keep_top_fraction: 0.5}",
+            "recipe.conflicting-fields",
+            "filter.keep_top_fraction",
+        ),
+        (
+            "filter: {min_chosen_quantile: 0.5, keep_top_fraction: 0.5}",
+            "recipe.conflicting-fields",
+            "filter.keep_top_fraction",
+        ),
+        ("filter: {keep_top_fraction: 0.0}", "recipe.out-of-range", "filter.keep_top_fraction"),
+        ("filter: {min_chosen_quantile: 1.0}", "recipe.out-of-range", "filter.min_chosen_quantile"),
+        ("resample: once", "recipe.missing-companion", "resample"),
+        ("responses_from: sft", "recipe.wrong-stage-kind", "responses_from"),
         (
             f"responses_from: sft, {GENERATE}, score: {{model: rm}}",
-            "`generate` beside `responses_from`",
+            "recipe.conflicting-fields",
+            "generate",
         ),
-        ("responses_from: rpo", "`train` beside `responses_from`"),
-        (
-            "generate: {max_new_tokens: 5, policies: []}, score: {model: rm}",
-            "there is nobody to sample from",
-        ),
-        (
-            "generate: {max_new_tokens: 5, policies: [rm]}, score: {model: rm}",
-            "a stage of kind reward",
-        ),
-        (
-            "generate: {max_new_tokens: 5, policies: [stf]}, score: {model: rm}",
-            "did you mean `sft`?",
-        ),
+        ("responses_from: rpo", "recipe.conflicting-fields", "train"),
+        (MADE_BY_POLICIES.format("[]"), "recipe.empty-field", "generate.policies"),
+        (MADE_BY_POLICIES.format("[rm]"), "recipe.wrong-stage-kind", "generate.policies.0"),
+        (MADE_BY_POLICIES.format("[stf]"), "recipe.unknown-stage", "generate.policies.0"),
     ],
 )
-def test_what_is_refused(problems: Show, dpo: str, message: str) -> None:
-    shown = problems(chain(dpo))
-    assert any(message in line for line in shown), shown
+def test_what_is_refused(problems: Show, dpo: str, code: str, field: str) -> None:
+    found = problems(chain(dpo))
+    assert (code, f"chain.yaml:14 (stages.dpo.data.{field})") in {(p.code, p.where) for p in found}
+    # `train` stands in the chain, beside `responses_from` too.
+    assert len(found) == 1 or "responses_from" in dpo
 
 
 def test_rows_of_a_stage_that_samples_none(problems: Show) -> None:
-    shown = problems(chain("filter: {min_gap: 1}", "responses_from: dpo"))
-    assert any("refers to `dpo`, which samples no responses" in line for line in shown)
+    found = problems(chain("filter: {min_gap: 1}", "responses_from: dpo"))
+    assert [(p.code, p.where) for p in found] == [
+        ("recipe.wrong-stage-kind", "chain.yaml:19 (stages.rpo.data.responses_from)"),
+        ("recipe.conflicting-fields", "chain.yaml:19 (stages.rpo.data.train)"),
+    ]
 
 
 @pytest.mark.parametrize("value", ["0", "-1.0", "automatic", "true", "[1]"])
 def test_reward_scale_is_a_number_or_auto(problems: Show, value: str) -> None:
     text = chain().replace("    repeat: 3\n", f"    repeat: 3\n    reward_scale: {value}\n")
-    (shown,) = problems(text)
-    assert "must be a number above 0, or `auto`" in shown
+    (found,) = problems(text)
+    assert found.code == "recipe.invalid-value" and "`reward_scale`" in found.what
 
 
 def rounds(load: Load, text: str, words: Sequence[str] = ()) -> list[tuple[object, ...]]:

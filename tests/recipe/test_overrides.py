@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
+from rpo_trainer.errors import RPOTrainerError
 from rpo_trainer.recipe import DPOStage, LoadedRecipe, RPOStage
 
 Load = Callable[..., LoadedRecipe]
-Show = Callable[..., list[str]]
+Show = Callable[..., list[RPOTrainerError]]
 
 
 @pytest.mark.parametrize(
@@ -40,15 +41,16 @@ def test_values_are_yaml(load: Load, valid: str) -> None:
 
 
 def test_a_negative_number_is_a_value(problems: Show, valid: str) -> None:
-    shown = problems(valid, ["--stages.dpo.beta", "-1"])
-    assert shown[0].startswith("override stages.dpo.beta=-1: `beta` must be greater than 0")
+    (found,) = problems(valid, ["--stages.dpo.beta", "-1"])
+    assert (found.code, found.where) == ("recipe.out-of-range", "override stages.dpo.beta=-1")
 
 
 def test_a_repeated_stage_goes_by_its_own_name(load: Load, problems: Show, valid: str) -> None:
     stage = load(valid, ["stages.rpo.beta=0.5"]).recipe.stages[3]
     assert isinstance(stage, RPOStage)
     assert stage.beta == 0.5
-    assert "use `rpo`" in problems(valid, ["stages.rpo-2.beta=0.5"])[0]
+    (found,) = problems(valid, ["stages.rpo-2.beta=0.5"])
+    assert found.code == "option.unknown-stage" and "`rpo`" in str(found.fix)
 
 
 def test_a_stage_name_may_hold_dots(load: Load, valid: str) -> None:
@@ -83,47 +85,48 @@ def test_max_steps_takes_the_place_of_epochs(load: Load, problems: Show, valid: 
     stage = load(text, ["stages.dpo.max_steps=5"]).recipe.stages[2]
     assert (stage.num_train_epochs, stage.max_steps) == (None, 5)
     both = ["stages.dpo.max_steps=5", "stages.dpo.num_train_epochs=1"]
-    assert "both given" in problems(text, both)[0]
+    (found,) = problems(text, both)
+    assert found.code == "recipe.conflicting-fields" and "`max_steps`" in found.what
 
 
 @pytest.mark.parametrize(
-    ("words", "where", "what"),
+    ("words", "code", "word"),
     [
-        (["stages.dpo.bta=1"], "override stages.dpo.bta=1", "did you mean `beta`?"),
-        (["sede=1"], "override sede=1", "did you mean `seed`?"),
-        (["beta=1"], "override beta=1", "a stage of kind dpo or rpo"),
-        (["stages.dop.beta=1"], "override stages.dop.beta=1", "did you mean `dpo`?"),
-        (["stages.9.beta=1"], "override stages.9.beta=1", "there is no stage `9`"),
-        (["stages.dpo.dta.filter.x=1"], "override stages.dpo.dta.filter.x=1", "`data`?"),
-        (["stages.dpo.data.fliter.min_gap=1"], "override stages.dpo.data.fli", "`filter`?"),
-        (["stages.dpo.data.train.3.path=x"], "override stages.dpo.data.train.3", "0, or 1 to ap"),
-        (["seed.x=1"], "override seed.x=1", "`seed`"),
-        (["stages.dpo.beta"], "override stages.dpo.beta", "there is no `=`"),
-        (["stages.dpo.beta="], "override stages.dpo.beta=", "there is no value"),
-        (["--stages.dpo.beta"], "override --stages.dpo.beta", "there is no value"),
-        (["--stages.dpo.beta", "--seed=1"], "override --stages.dpo.beta", "there is no value"),
-        (["=3"], "override =3", "not a key"),
-        (["stages..beta=3"], "override stages..beta=3", "not a key"),
-        (["run_dir=[1"], "override run_dir=[1", "quotes"),
-        (["run_dir=@x"], "override run_dir=@x", "quotes"),
-        (["stages.dpo.beta=x"], "override stages.dpo.beta=x", "must be a number, got the text 'x'"),
-        (["stages.dpo.init=rpo"], "override stages.dpo.init=rpo", "not earlier"),
-        (["stages.dpo.rpo_alpha=1"], "override stages.dpo.rpo_alpha=1", "no reward gap"),
+        (["stages.dpo.bta=1"], "recipe.unknown-key", "`beta`?"),
+        (["sede=1"], "recipe.unknown-key", "`seed`?"),
+        (["beta=1"], "recipe.misplaced-key", "kind dpo"),
+        (["stages.dop.beta=1"], "option.unknown-stage", "`dpo`?"),
+        (["stages.9.beta=1"], "option.unknown-stage", "`9`"),
+        (["stages.dpo.dta.filter.x=1"], "recipe.unknown-key", "`data`?"),
+        (["stages.dpo.data.fliter.min_gap=1"], "recipe.unknown-key", "`filter`?"),
+        (["stages.dpo.data.train.3.path=x"], "option.invalid-key", "0, or 1"),
+        (["seed.x=1"], "recipe.wrong-type", "`seed`"),
+        (["stages.dpo.beta"], "option.missing-value", "`=`"),
+        (["stages.dpo.beta="], "option.missing-value", "null"),
+        (["--stages.dpo.beta"], "option.missing-value", "null"),
+        (["--stages.dpo.beta", "--seed=1"], "option.missing-value", "null"),
+        (["=3"], "option.invalid-key", "``"),
+        (["stages..beta=3"], "option.invalid-key", "`stages..beta`"),
+        (["run_dir=[1"], "option.invalid-yaml", "quotes"),
+        (["run_dir=@x"], "option.invalid-yaml", "quotes"),
+        (["stages.dpo.beta=x"], "recipe.wrong-type", "'x'"),
+        (["stages.dpo.init=rpo"], "recipe.later-stage", "`rpo`"),
+        (["stages.dpo.rpo_alpha=1"], "recipe.unknown-key", "`sft_loss_weight`"),
     ],
 )
 def test_a_bad_override_is_named_in_its_error(
-    problems: Show, valid: str, words: list[str], where: str, what: str
+    problems: Show, valid: str, words: list[str], code: str, word: str
 ) -> None:
-    shown = problems(valid, words)
-    assert len(shown) == 1, shown
-    assert shown[0].startswith(where)
-    assert what in shown[0]
+    (found,) = problems(valid, words)
+    assert (found.code, found.where) == (code, f"override {words[0]}")
+    assert word in str(found)
 
 
-def test_an_override_can_mend_the_file(load: Load, valid: str) -> None:
+def test_an_override_can_fix_the_file(load: Load, valid: str) -> None:
     assert load(valid.replace("beta: 0.1", "beta: '0.1'"), ["stages.dpo.beta=0.1"])
 
 
 def test_errors_of_the_file_come_first(problems: Show, valid: str) -> None:
-    shown = problems(valid.replace("beta: 0.01", "beta: 0"), ["seed=x", "oops"])
-    assert [text.split(" ")[0] for text in shown] == ["chain.yaml:22", "override", "override"]
+    found = problems(valid.replace("beta: 0.01", "beta: 0"), ["seed=x", "oops"])
+    places = [str(problem.where).split(" ")[0] for problem in found]
+    assert places == ["chain.yaml:22", "override", "override"]

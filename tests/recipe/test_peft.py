@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.errors import RPOTrainerError
 from rpo_trainer.recipe import LoadedRecipe, dump_resolved, expand_stages
 
 Load = Callable[..., LoadedRecipe]
-Problems = Callable[..., list[str]]
+Problems = Callable[..., list[RPOTrainerError]]
 
 
 def with_peft(valid: str, **stages: str) -> str:
@@ -35,44 +36,45 @@ def test_lora_fields_are_let_through_and_ours_are_typed(load: Load, valid: str) 
 
 
 @pytest.mark.parametrize(
-    ("peft", "message"),
+    ("peft", "code", "field"),
     [
-        ("{between_stages: both}", "between_stages"),
-        ("{quantization: int8}", "quantization"),
-        ("{merge: yes please}", "merge"),
-        ("[q_proj]", "peft"),
+        ("{between_stages: both}", "recipe.invalid-choice", ".between_stages"),
+        ("{quantization: int8}", "recipe.invalid-choice", ".quantization"),
+        ("{merge: yes please}", "recipe.wrong-type", ".merge"),
+        ("[q_proj]", "recipe.wrong-type", ""),
     ],
 )
 def test_values_of_ours_are_checked(
-    peft: str, message: str, problems: Problems, valid: str
+    peft: str, code: str, field: str, problems: Problems, valid: str
 ) -> None:
     (problem,) = problems(with_peft(valid, dpo=peft))
-    assert message in problem and "chain.yaml:1" in problem
+    assert (problem.code, problem.where) == (code, f"chain.yaml:16 (stages.dpo.peft{field})")
 
 
 def test_merge_false_contradicts_merging(problems: Problems, valid: str) -> None:
     (problem,) = problems(with_peft(valid, dpo="{r: 4, merge: false}"))
-    assert "`merge: false` contradicts `between_stages: merge`" in problem
+    assert problem.code == "recipe.conflicting-fields"
+    assert problem.where == "chain.yaml:16 (stages.dpo.peft.merge)"
 
 
 KEEP = "{r: 4, between_stages: keep}"
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "what"),
+    ("before", "after", "words"),
     [
-        (KEEP, "{r: 8, between_stages: keep}", "with `r: 4`, not `8`"),
-        (KEEP, "{r: 4, use_dora: true}", "with `use_dora: null`, not `True`"),
-        ("{r: 4, between_stages: keep, use_dora: true}", KEEP, "with `use_dora: True`, not `null`"),
-        (KEEP, "{r: 4, quantization: nf4}", "with `quantization: null`, not `nf4`"),
+        (KEEP, "{r: 8, between_stages: keep}", ["`r: 4`", "`8`"]),
+        (KEEP, "{r: 4, use_dora: true}", ["`use_dora: null`", "`True`"]),
+        ("{r: 4, between_stages: keep, use_dora: true}", KEEP, ["`use_dora: True`", "`null`"]),
+        (KEEP, "{r: 4, quantization: nf4}", ["`quantization: null`", "`nf4`"]),
     ],
 )
 def test_a_kept_adapter_stays_what_it_is(
-    before: str, after: str, what: str, problems: Problems, valid: str
+    before: str, after: str, words: list[str], problems: Problems, valid: str
 ) -> None:
     (problem,) = problems(with_peft(valid, sft=before, dpo=after))
-    assert "the adapter of stage sft" in problem and what in problem
-    assert "between_stages: merge` in sft" in problem
+    assert problem.code == "recipe.changed-adapter"
+    assert [word for word in ["sft", *words] if word not in problem.what] == []
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_the_start_may_be_named(problems: Problems, valid: str) -> None:
         "kind: dpo", "kind: dpo\n    init: code-sft"
     )
     (problem,) = problems(text)
-    assert "the adapter of stage code-sft" in problem
+    assert problem.code == "recipe.changed-adapter" and "code-sft" in problem.what
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,8 @@ def test_merged_4_bit_weights_are_not_quantised_again(
     stages: dict[str, str], problems: Problems, valid: str
 ) -> None:
     (problem,) = problems(with_peft(valid, **stages))
-    assert "would be rounded away" in problem and "between_stages: keep" in problem
+    assert problem.code == "recipe.requantized-weights"
+    assert "`between_stages: keep`" in str(problem.fix)
 
 
 def test_random_weights_are_not_quantised(problems: Problems, valid: str) -> None:
@@ -119,4 +122,4 @@ def test_random_weights_are_not_quantised(problems: Problems, valid: str) -> Non
         "name_or_path: base", "from_config: {model_type: llama}\n  tokenizer: characters"
     )
     (problem,) = problems(with_peft(random, code_sft="{quantization: nf4}"))
-    assert "`quantization` of a model with random weights" in problem
+    assert problem.code == "recipe.quantized-random-weights"

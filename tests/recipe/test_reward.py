@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from rpo_trainer.errors import RPOTrainerError
 from rpo_trainer.recipe import LoadedRecipe, RewardStage, expand_stages
 
 Load = Callable[..., LoadedRecipe]
-Show = Callable[..., list[str]]
+Show = Callable[..., list[RPOTrainerError]]
 
 CHAIN = """\
 model: {name_or_path: base}
@@ -61,120 +62,176 @@ def test_defaults_of_a_reward_stage(load: Load) -> None:
     assert (stage.attributes, stage.reward_weights, stage.margin_scale) == (None, None, 0.0)
 
 
-# the line replaced, by, where, words of the message
+# the line replaced, by, code, where, names and values in the message
 PAIRS = "    data: {train: [{path: pairs.jsonl}], eval_fraction: 0.1}\n"
 RATED = "    attributes: [helpfulness]\n"
-BAD: dict[str, tuple[str, str, str, str]] = {
+BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
     "a policy from a reward model": (
         "    repeat: 2\n",
         "    init: rm\n",
-        ":20",
-        "`init` refers to `rm`, a reward stage",
+        "recipe.wrong-stage-kind",
+        ":20 (stages.rpo.init)",
+        ["`rm`"],
     ),
     "a reward model as reference": (
         "    repeat: 2\n",
         "    reference: rm-more\n",
-        ":20",
-        "`reference` refers to `rm-more`, a reward stage",
+        "recipe.wrong-stage-kind",
+        ":20 (stages.rpo.reference)",
+        ["`rm-more`"],
     ),
     "responses from a reward model": (
         "    objective: regression\n    init: rm\n    attributes: [helpfulness]\n"
         "    data: {train: [{path: ratings.jsonl}]}\n",
         "    objective: bradley_terry\n    init: rm\n"
         "    data: {train: [{path: p}], generate: {max_new_tokens: 9}, score: {verifier: exact}}\n",
-        ":14",
-        "`init` refers to `rm`, a reward stage",
+        "recipe.wrong-stage-kind",
+        ":14 (stages.rm-more.init)",
+        ["`rm`"],
     ),
-    "no attributes": (RATED, "", ":11", "`objective: regression` without `attributes`"),
-    "an attribute twice": (RATED, "    attributes: [a, a]\n", ":15", "an attribute is named twice"),
+    "no attributes": (
+        RATED,
+        "",
+        "recipe.missing-companion",
+        ":11 (stages.rm-more.attributes)",
+        ["`objective: regression`"],
+    ),
+    "an attribute twice": (
+        RATED,
+        "    attributes: [a, a]\n",
+        "recipe.repeated-attribute",
+        ":15 (stages.rm-more.attributes)",
+        [],
+    ),
     "margin of ratings": (
         RATED,
         RATED + "    margin_scale: 1.0\n",
-        ":16",
-        "`margin_scale` has no meaning for `objective: regression`",
+        "recipe.unused-field",
+        ":16 (stages.rm-more.margin_scale)",
+        ["`objective: regression`"],
     ),
     "attributes of pairs": (
         PAIRS,
         RATED + PAIRS,
-        ":10",
-        "`attributes` has no meaning for `objective: bradley_terry`",
+        "recipe.unused-field",
+        ":10 (stages.rm.attributes)",
+        ["`objective: bradley_terry`"],
     ),
     "range upside down": (
         RATED,
         RATED + "    rating_range: [4, 0]\n",
-        ":16",
-        "`rating_range` goes from 4 to 0",
+        "recipe.empty-range",
+        ":16 (stages.rm-more.rating_range)",
+        ["4 to 0"],
     ),
-    "range of three": (RATED, RATED + "    rating_range: [0, 2, 4]\n", ":16", "at most 2"),
+    "range of three": (
+        RATED,
+        RATED + "    rating_range: [0, 2, 4]\n",
+        "recipe.invalid-value",
+        ":16 (stages.rm-more.rating_range)",
+        ["2", "3"],
+    ),
     "no such weights": (
         RATED,
         RATED + "    reward_weights: nemotron\n",
-        ":16",
-        "there are no published weights 'nemotron'",
+        "rewards.unknown-weights",
+        ":16 (stages.rm-more.reward_weights)",
+        ["'nemotron'"],
     ),
     "weights of other attributes": (
         RATED,
         RATED + "    reward_weights: {depth: 1.0}\n",
-        ":16",
-        "no weight for helpfulness; a weight for depth",
+        "rewards.wrong-attributes",
+        ":16 (stages.rm-more.reward_weights)",
+        ["helpfulness", "depth"],
     ),
     "published weights of other attributes": (
         RATED,
         RATED + "    reward_weights: llama3-70b-steerlm-rm\n",
-        ":16",
-        "a weight for correctness",
+        "rewards.wrong-attributes",
+        ":16 (stages.rm-more.reward_weights)",
+        ["correctness"],
     ),
     "policy evaluation": (
         PAIRS,
         PAIRS + "    eval: {data: [{path: p}]}\n",
-        ":11",
-        "`eval` in a reward stage",
+        "recipe.unused-field",
+        ":11 (stages.rm.eval)",
+        [],
     ),
-    "an adapter": (PAIRS, PAIRS + "    peft: {r: 4}\n", ":11", "a reward stage trains all weights"),
-    "rounds": (PAIRS, PAIRS + "    repeat: 2\n", ":11", "`repeat` of a reward stage"),
+    "an adapter": (
+        PAIRS,
+        PAIRS + "    peft: {r: 4}\n",
+        "recipe.unused-field",
+        ":11 (stages.rm.peft)",
+        [],
+    ),
+    "rounds": (
+        PAIRS,
+        PAIRS + "    repeat: 2\n",
+        "recipe.unused-field",
+        ":11 (stages.rm.repeat)",
+        [],
+    ),
     "two kinds of held-out rows": (
         "eval_fraction: 0.1}",
         "eval: [{path: p}], eval_fraction: 0.1}",
-        ":10",
-        "`data` has both `eval` and `eval_fraction`",
+        "recipe.conflicting-fields",
+        ":10 (stages.rm.data.eval_fraction)",
+        ["`eval`"],
     ),
-    "a share of 1": ("eval_fraction: 0.1}", "eval_fraction: 1.0}", ":10", "less than 1"),
+    "a share of 1": (
+        "eval_fraction: 0.1}",
+        "eval_fraction: 1.0}",
+        "recipe.out-of-range",
+        ":10 (stages.rm.data.eval_fraction)",
+        ["1.0"],
+    ),
     "filter of ratings": (
         "ratings.jsonl}]}",
         "ratings.jsonl}], filter: {min_gap: 1}}",
-        ":16",
-        "`data.filter` is for stages of kind dpo, rpo or reward (bradley_terry)",
+        "recipe.unused-field",
+        ":16 (stages.rm-more.data.filter)",
+        ["bradley_terry"],
     ),
     "held-out share of sft": (
         "sft.jsonl}]}",
         "sft.jsonl}], eval_fraction: 0.1}",
-        ":6",
-        "`data.eval_fraction` is for stages of kind reward",
+        "recipe.unused-field",
+        ":6 (stages.sft.data.eval_fraction)",
+        [],
     ),
     "replay": (
         "ratings.jsonl}]}",
         "ratings.jsonl}], replay: {stage: sft, fraction: 0.1}}",
-        ":16",
-        "`data.replay` is for stages of kind sft",
+        "recipe.unused-field",
+        ":16 (stages.rm-more.data.replay)",
+        [],
     ),
-    "more than two responses": (
+    "three responses": (
         "eval_fraction: 0.1}",
         "generate: {max_new_tokens: 9}, score: {verifier: exact}, pairs: {select: all_responses}}",
-        ":10",
-        "`select: all_responses` with the loss `bradley_terry`",
+        "recipe.too-many-responses",
+        ":10 (stages.rm.data.pairs.select)",
+        ["`select: all_responses`", "`bradley_terry`"],
     ),
-    "no objective": ("    objective: bradley_terry\n", "", ":7", "`objective`"),
+    "no objective": (
+        "    objective: bradley_terry\n",
+        "",
+        "recipe.missing-field",
+        ":7 (stages.rm.objective)",
+        [],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_does_not_fit_is_one_error_with_where_what_and_fix(name: str, problems: Show) -> None:
-    old, new, where, message = BAD[name]
+def test_what_does_not_fit_is_one_error_with_its_code_and_place(name: str, problems: Show) -> None:
+    old, new, code, where, words = BAD[name]
     assert CHAIN.count(old) == 1
-    found = problems(CHAIN.replace(old, new))
-    assert len(found) == 1, found
-    assert f"chain.yaml{where}" in found[0].splitlines()[0]
-    assert message in found[0] and "fix:" in found[0]
+    (found,) = problems(CHAIN.replace(old, new))
+    assert (found.code, found.where) == (code, f"chain.yaml{where}")
+    assert [word for word in words if word not in str(found)] == [], found
 
 
 def test_an_adapter_may_go_on_behind_a_reward_stage(load: Load) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rpo_trainer.cli.options import valid
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import EndpointSpec, GenerateSpec, JudgeSpec, ScoreSpec
+from tests.raising import raises
 
 SERVICE = {"url": "http://localhost:1/v1", "model": "m"}
 
@@ -33,7 +34,7 @@ def test_sizes_have_an_upper_bound(
 ) -> None:
     assert getattr(valid(kind, {**needed, field: most}), field) == most
     for size in (most + 1, type(most)(10**15)):
-        with pytest.raises(RecipeError) as error:
+        option = "--" + field.replace("_", "-")
+        with raises("option.invalid-value", RecipeError, where=option) as error:
             valid(kind, {**needed, field: size})
-        assert error.value.where == "--" + field.replace("_", "-")
         assert f"{most:.0f}" in error.value.what

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards.generate import Sample
+from rpo_trainer.rewards.sample import Sample
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"

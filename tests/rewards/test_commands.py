@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,12 @@ import pytest
 
 from rpo_trainer.cli.commands import main
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards import partial
+from rpo_trainer.rewards import partial_file
 from tests.conftest import Injected
 from tests.rewards.policies import llama
 from tests.rewards.server import Answer, refused, serving
 from tests.rewards.test_judge import by_length
-from tests.rewards.test_model import save_model
+from tests.rewards.test_reward_model import save_model
 
 PAIRS = [
     {"id": f"p{i}", "source": "mine" if i % 2 else "theirs", "prompt": f"{i} + 1 = ",
@@ -119,9 +120,9 @@ def test_again_there_is_nothing_to_do_and_other_work_is_not_overwritten(
     assert "rewards: 18 responses, mean 0.3333, from 0 to 1\n" in capsys.readouterr().out
     before = out.stat().st_mtime_ns
     assert run(*command, "numeric") == 0
-    assert "finished already" in capsys.readouterr().out
+    assert str(out) in capsys.readouterr().out
     assert run(*command, "exact") == 2
-    assert "the output exists" in capsys.readouterr().err
+    assert "[output.exists]" in capsys.readouterr().err
     assert out.stat().st_mtime_ns == before
     report = json.loads((tmp_path / "k.jsonl.report.json").read_text())
     assert report["rows"] == 6 and report["settings"]["score"]["verifier"] == "numeric"
@@ -140,7 +141,7 @@ def test_killed_between_the_file_and_its_report(tmp_path: Path) -> None:
     report = tmp_path / "k.jsonl.report.json"
     key, whole = json.loads(report.read_text())["key"], out.read_bytes()
     report.unlink()
-    done = partial.line(key, 0, {"rewards": [0.0, 1.0, 0.0]})
+    done = partial_file.line(key, 0, {"rewards": [0.0, 1.0, 0.0]})
     (tmp_path / "k.jsonl.partial").write_bytes(done)
     assert run("score", data, "-o", out, "--verifier", "numeric") == 0
     assert out.read_bytes() == whole and report.exists()
@@ -214,8 +215,8 @@ def test_a_row_that_finally_fails_is_reported_and_tried_again_alone(
         )  # fmt: skip
         assert run(*command) == 3
         shown = capsys.readouterr().err
-        assert "1 of 6 rows could not be scored" in shown
-        assert "(k3): the endpoint refuses: 400 context too long" in shown
+        assert "[rewards.rows-failed]" in shown
+        assert "1 of 6 rows" in shown and "(k3)" in shown and "400 context too long" in shown
         assert not out.exists()
         bad = False
         server.asked.clear()
@@ -231,7 +232,8 @@ def test_an_endpoint_whose_answers_do_not_have_the_weighted_attributes(
     with serving(by_content) as server:
         command = ("score", data, "--endpoint", server.url, "--name", "rm", "--retries", 0)
         assert run(*command, "-o", tmp_path / "o.jsonl") == 3
-        assert "no score for reward, but for helpfulness, verbosity" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert "[rewards.rows-failed]" in shown and "for helpfulness, verbosity" in shown
 
 
 def test_a_judge_and_what_becomes_of_its_verdicts(
@@ -257,43 +259,58 @@ def test_a_judge_and_what_becomes_of_its_verdicts(
     assert len(scored[0]["judge"][0]["answers"]) == 2
     assert run("pairs", out, "-o", tmp_path / "pairs.jsonl", "--ties", "keep") == 0
     shown = capsys.readouterr().out
-    assert "dropped: 1 row, the judge gave no consistent verdict (p3)" in shown
+    assert re.search(r"dropped: 1 row, .*\(p3\)", shown)
     assert len(read(tmp_path / "pairs.jsonl")) == 6
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "named"),
     [
-        (("--verifier", "exact_match"), "did you mean `exact`"),
-        ((), "no scorer is given"),
-        (("--verifier", "exact", "--model", "m"), "--verifier and --model are given"),
-        (("--verifier", "exactly"), "--verifier"),
-        (("--verifier", "asserts"), "runs code that a model has written"),
-        (("--endpoint", "http://x"), "needs the name of its model"),
-        (("--verifier", "exact", "--name", "m"), "--name belongs to"),
-        (("--verifier", "exact", "--max-tokens", "5"), "belong to --judge"),
-        (("--verifier", "exact", "--weights", "a=1"), "`weights` belongs to"),
-        (("--model", "m", "--weights", "a=x"), "'x' is not a number"),
-        (("--model", "m", "--weights", "a=1,b"), "'b' is not name=value"),
-        (("--model", "m", "--weights", "a=1,a=2"), "'a' is given two weights"),
-        (("--model", "m", "--weights", "nobodys"), "no published weights 'nobodys'"),
-        (("--verifier", "exact", "--column", "x"), "'x' is not name=value"),
-        (("--judge", "http://x", "--name", "m", "--retries", "-1"), "--judge"),
+        (("--verifier", "exact_match"), "option.invalid-choice", "`exact`"),
+        ((), "option.not-one-scorer", "--judge"),
+        (
+            ("--verifier", "exact", "--model", "m"),
+            "option.not-one-scorer",
+            "--verifier and --model",
+        ),
+        (("--verifier", "exactly"), "option.invalid-choice", "--verifier"),
+        (("--verifier", "asserts"), "option.invalid-value", "allow_code_execution"),
+        (("--endpoint", "http://x"), "option.missing-companion", "http://x"),
+        (("--verifier", "exact", "--name", "m"), "option.missing-companion", "--name"),
+        (("--verifier", "exact", "--max-tokens", "5"), "option.missing-companion", "--max-tokens"),
+        (("--verifier", "exact", "--weights", "a=1"), "option.invalid-value", "--weights"),
+        (("--model", "m", "--weights", "a=x"), "option.not-a-number", "'x'"),
+        (("--model", "m", "--weights", "a=1,b"), "option.not-an-assignment", "--weights: 'b'"),
+        (("--model", "m", "--weights", "a=1,a=2"), "option.repeated-name", "--weights: 'a'"),
+        (("--model", "m", "--weights", "nobodys"), "rewards.unknown-weights", "'nobodys'"),
+        (("--verifier", "exact", "--column", "x"), "option.not-an-assignment", "--column: 'x'"),
+        (
+            ("--judge", "http://x", "--name", "m", "--retries", "-1"),
+            "option.invalid-value",
+            "--judge",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    arguments: tuple[str, ...], code: str, named: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     data = write(tmp_path / "p.jsonl", PAIRS)
     assert run("score", data, "-o", tmp_path / "o.jsonl", *arguments) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"[{code}]" in shown and named in shown
 
 
 def test_rows_that_cannot_be_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = [{k: v for k, v in row.items() if k != "ground_truth"} for row in PAIRS]
     data = write(tmp_path / "p.jsonl", bare)
     assert run("score", data, "--verifier", "exact", "-o", tmp_path / "o.jsonl") == 3
-    assert "no ground_truth to compare the responses with: 6 of 6 rows" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert (
+        "[verifier.missing-ground-truth]" in shown
+        and "verifier 'exact'" in shown
+        and "6 of 6 rows" in shown
+    )
 
 
 # ---------------------------------------------------------------- generate
@@ -357,7 +374,7 @@ def test_the_ground_truth_beside_what_is_sampled(
     capsys.readouterr()
     bare = write(tmp_path / "bare.jsonl", [{"prompt": "a"}])
     assert run("generate", bare, *command[2:], "--with-ground-truth", "-o", tmp_path / "x") == 3
-    assert "no row has a `ground_truth`" in capsys.readouterr().err
+    assert "[data.missing-ground-truth]" in capsys.readouterr().err
 
 
 def test_rows_of_one_source_name_sample_alike_beside_other_rows(
@@ -414,23 +431,24 @@ def test_chat_prompts_go_to_the_chat_endpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "code", "named"),
     [
-        ((), 2, "no policy to sample from"),
-        (("--endpoint", "http://x"), 2, "1 endpoints and 0 names"),
-        (("--policy", "/nowhere/at/all"), 2, "cannot be loaded: there is no such directory"),
-        (("--policy", "POLICY", "--temperature", "0"), 2, "--temperature"),
+        ((), "[option.missing-policy]", "--policy"),
+        (("--endpoint", "http://x"), "[option.missing-companion]", "--name"),
+        (("--policy", "/nowhere/at/all"), "[model.not-found]", "/nowhere/at/all"),
+        (("--policy", "POLICY", "--temperature", "0"), "[option.invalid-value]", "--temperature"),
     ],
 )
 def test_generate_refusals(
-    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, policies: list[Path],
+    arguments: tuple[str, ...], code: str, named: str, tmp_path: Path, policies: list[Path],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = write(tmp_path / "p.jsonl", PROMPTS)
     given = [str(policies[0]) if a == "POLICY" else a for a in arguments]
-    assert run("generate", data, "--max-new-tokens", 4, "-o", tmp_path / "o.jsonl", *given) == code
-    assert message in capsys.readouterr().err
+    assert run("generate", data, "--max-new-tokens", 4, "-o", tmp_path / "o.jsonl", *given) == 2
+    shown = capsys.readouterr().err
+    assert code in shown and named in shown
 
 
 def test_rows_that_have_responses_are_not_overwritten(
@@ -439,7 +457,7 @@ def test_rows_that_have_responses_are_not_overwritten(
     data = write(tmp_path / "p.jsonl", MANY)
     command = ("generate", data, "--policy", policies[0], "--max-new-tokens", 4)
     assert run(*command, "-o", tmp_path / "o.jsonl") == 3
-    assert "the rows have responses already" in capsys.readouterr().err
+    assert "[data.has-responses]" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -525,7 +543,7 @@ def test_pairs_of_scored_responses_with_a_filter(
         ("c", "a", 9.0, 6.0), ("c", "a", 10.0, 7.0),
     ]  # fmt: skip
     assert run("pairs", scored(tmp_path), "-o", out) == 2
-    assert "the output exists" in capsys.readouterr().err
+    assert "[output.exists]" in capsys.readouterr().err
     whole = tmp_path / "k.jsonl"
     assert run("pairs", scored(tmp_path), "-o", whole, "--select", "all_responses") == 0
     assert read(whole)[0]["rewards"] == [3.0, 1.0, 0.0]
@@ -548,26 +566,28 @@ def test_sampled_responses_are_not_taken_for_ranked_ones(
     rows = [{"prompt": "p", "responses": ["a", "b"], "sampling": {"responses": 2}}]
     command = ("pairs", write(tmp_path / "r.jsonl", rows), "-o", tmp_path / "o.jsonl")
     assert run(*command) == 3
-    assert "score them (" in capsys.readouterr().err
+    assert "rpo-trainer score" in capsys.readouterr().err
     assert run(*command, "--format", "ranked") == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "exit_code", "code", "named"),
     [
-        (("--select", "best"), 2, "--select"),
-        (("--select", "bestworst"), 2, "did you mean `best_worst`?"),
-        (("--min-chosen-reward", "1", "--keep-top-fraction", "0.5"), 2, "`filter` has both"),
-        (("--min-gap", "50"), 3, "no row is left"),
-        (("--min-chosen-reward", "50"), 3, "the filter leaves none"),
+        (("--select", "best"), 2, "[option.invalid-choice]", "--select"),
+        (("--select", "bestworst"), 2, "[option.invalid-choice]", "`best_worst`"),
+        (("--min-chosen-reward", "1", "--keep-top-fraction", "0.5"), 2, "[option.invalid-value]",
+         "--keep-top-fraction"),
+        (("--min-gap", "50"), 3, "[data.no-rows-left]", "8 rows"),
+        (("--min-chosen-reward", "50"), 3, "[data.no-rows-left]", "filter"),
     ],
-)
+)  # fmt: skip
 def test_pairs_refusals(
-    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path,
+    arguments: tuple[str, ...], exit_code: int, code: str, named: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    assert run("pairs", scored(tmp_path), "-o", tmp_path / "o.jsonl", *arguments) == code
-    assert message in capsys.readouterr().err
+    assert run("pairs", scored(tmp_path), "-o", tmp_path / "o.jsonl", *arguments) == exit_code
+    shown = capsys.readouterr().err
+    assert code in shown and named in shown
 
 
 def test_calibrate_shows_and_prints_json(
@@ -580,10 +600,10 @@ def test_calibrate_shows_and_prints_json(
     )
     assert run("calibrate", data, "--reward-scale", "100") == 0
     shown = capsys.readouterr().out
-    assert "warning: 1 without rewards, left out" in shown
+    assert "warning: 1 without rewards" in shown
     assert "all: 6 pairs, 0 ties, 0 reversed" in shown
     assert "mine: 3 pairs" in shown and "theirs: 3 pairs" in shown
-    assert "warning: 100% of the targets are saturated" in shown
+    assert "warning: 100%" in shown
     assert run("calibrate", data, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["all"]["fit"]["method"] == "quantile"
@@ -591,7 +611,7 @@ def test_calibrate_shows_and_prints_json(
     assert run("calibrate", data, "--reward-scale", "0") == 2
     assert run("calibrate", data, "--reward-scale", "inf") == 2
     assert run("calibrate", write(tmp_path / "bare.jsonl", PAIRS)) == 3
-    assert "no row has rewards" in capsys.readouterr().err
+    assert "[data.missing-rewards]" in capsys.readouterr().err
 
 
 def test_audit_shows_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -600,12 +620,13 @@ def test_audit_shows_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run("audit", data, "--against", held_out) == 0
     shown = capsys.readouterr().out
     assert "p.jsonl: rows of kind pair" in shown
-    assert "prompt seen before" in shown
-    assert "2 of 2 eval rows have a prompt that is trained on" in shown
+    assert re.search(r"\b1 row.*again", shown)
+    assert "2 of 2 eval rows" in shown
     assert run("audit", data, "--json") == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "pair"
     assert run("audit", data, "--max-length", "10") == 2
-    assert "need --tokenizer" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "[option.missing-companion]" in shown and "--tokenizer" in shown
 
 
 TALKS = [{"prompt": [{"role": "user", "content": c}], "ground_truth": c} for c in "ab"]

@@ -11,7 +11,8 @@ import pytest
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import EndpointSpec
 from rpo_trainer.rewards.endpoint import Endpoint, attribute_scores, message_of
-from rpo_trainer.rewards.rowfile import RowFailed
+from tests.raising import raises
+from tests.rewards.failing import failing
 from tests.rewards.server import SOON, Answer, Server, refused, serving
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -69,32 +70,32 @@ def test_a_wait_longer_than_the_clients_is_kept_too(monkeypatch: pytest.MonkeyPa
     with serving(lambda _, count: Answer("fine") if count == 2 else limited) as server:
         assert endpoint(server).chat(HELLO, message_of) == "fine"
         assert waited == [600.0, 600.0]
-        with pytest.raises(RowFailed, match="refuses: 429") as failed:
+        with failing("endpoint.refused", "429") as failed:
             endpoint(server, retries=1).chat([*HELLO, *HELLO], message_of)
         assert failed.value.service and len(waited) == 3
     for_days = Answer(status=429, body=b"{}", headers={"retry-after": "86400"})
-    with serving(lambda *_: for_days) as server, pytest.raises(RowFailed, match="refuses: 429"):
+    with serving(lambda *_: for_days) as server, failing("endpoint.refused", "429"):
         endpoint(server).chat(HELLO, message_of)
     assert len(waited) == 3
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason", "service"),
+    ("trouble", "code", "reason", "service"),
     [
-        (refused(500, "boom"), "refuses: 500 boom", True),
-        (refused(429, "slow down"), "refuses: 429 slow down", True),
-        (refused(400, "too long"), "refuses: 400 too long", False),
-        (Answer(hang_up=True), "cannot be reached", True),
-        (Answer("x", stall=1.0), "no complete answer within 0.2 s", True),
-        (Answer(body=b"{"), "cannot be read", False),
-        (Answer(text=""), "cannot be read: a completion without text", False),
+        (refused(500, "boom"), "endpoint.refused", "500 boom", True),
+        (refused(429, "slow down"), "endpoint.refused", "429 slow down", True),
+        (refused(400, "too long"), "endpoint.refused", "400 too long", False),
+        (Answer(hang_up=True), "endpoint.unreachable", "", True),
+        (Answer("x", stall=1.0), "endpoint.timeout", "0.2 s", True),
+        (Answer(body=b"{"), "endpoint.unreadable", "", False),
+        (Answer(text=""), "endpoint.no-text", "", False),
     ],
 )
 def test_what_fails_for_good_is_a_failed_row_with_the_reason(
-    trouble: Answer, reason: str, service: bool
+    trouble: Answer, code: str, reason: str, service: bool
 ) -> None:
     trouble.headers |= SOON
-    with serving(lambda *_: trouble) as server, pytest.raises(RowFailed, match=reason) as failed:
+    with serving(lambda *_: trouble) as server, failing(code, reason) as failed:
         endpoint(server, retries=1, timeout=0.2).chat(HELLO, message_of)
     assert failed.value.service == service
 
@@ -103,17 +104,17 @@ def test_what_fails_for_good_is_a_failed_row_with_the_reason(
 def test_what_refuses_every_request_stops_the_run(status: int) -> None:
     with (
         serving(lambda *_: refused(status, "not you")) as server,
-        pytest.raises(RunError, match=f"{status} not you") as error,
+        raises("endpoint.refused", RunError, where=server.url) as error,
     ):
         endpoint(server).chat(HELLO, message_of)
     assert len(server.asked) == 1
-    assert "OPENAI_API_KEY" in str(error.value)
+    assert f"{status} not you" in error.value.what and "OPENAI_API_KEY" in str(error.value.fix)
 
 
 def test_nobody_there() -> None:
     with serving(lambda *_: Answer("x")) as server:
         pass
-    with pytest.raises(RowFailed, match="cannot be reached") as failed:
+    with failing("endpoint.unreachable") as failed:
         endpoint(server, retries=0).chat(HELLO, message_of)
     assert failed.value.service
 
@@ -160,13 +161,13 @@ def test_a_list_of_messages_is_read_too() -> None:
 )
 def test_a_score_that_is_not_finite_is_nonsense(answer: Answer) -> None:
     """Written down, it would be a file that no stage reads."""
-    with serving(lambda *_: answer) as server, pytest.raises(RowFailed, match="is not finite"):
+    with serving(lambda *_: answer) as server, failing("endpoint.non-finite-scores"):
         endpoint(server, retries=1).chat(HELLO, attribute_scores)
     assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize("text", ["good", "helpfulness:high", "helpfulness:1 and so on", "1.5"])
 def test_texts_without_scores(text: str) -> None:
-    with serving(lambda *_: Answer(text)) as server, pytest.raises(RowFailed, match="no scores"):
+    with serving(lambda *_: Answer(text)) as server, failing("endpoint.no-scores"):
         endpoint(server, retries=1).chat(HELLO, attribute_scores)
     assert len(server.asked) == 2

@@ -12,7 +12,8 @@ import pytest
 
 from rpo_trainer.recipe import EndpointSpec
 from rpo_trainer.rewards.endpoint import Endpoint, message_of
-from rpo_trainer.rewards.rowfile import RowFailed
+from rpo_trainer.rewards.resumable_rows import RowFailed
+from tests.rewards.failing import failing
 from tests.rewards.server import Answer, serving
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -105,6 +106,6 @@ def test_a_host_without_an_address(named: Named, monkeypatch: pytest.MonkeyPatch
         raise socket.gaierror(-2, "no such name")
 
     monkeypatch.setattr(socket, "getaddrinfo", none)
-    with pytest.raises(RowFailed, match="no such name") as failed:
+    with failing("endpoint.unreachable", "no such name") as failed:
         asked(80, 2.0)
     assert failed.value.service

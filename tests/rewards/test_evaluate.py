@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpo_trainer.data.quickstart import GENERAL, character_tokenizer, load_task
+from rpo_trainer.data.quickstart import GENERAL, character_tokenizer
+from rpo_trainer.data.tasks import load_task
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.evaluate import (
@@ -24,8 +25,9 @@ from rpo_trainer.rewards.evaluate import (
     to_score,
     win_rate,
 )
-from rpo_trainer.rewards.generate import Sample
+from rpo_trainer.rewards.sample import Sample
 from rpo_trainer.rewards.verifiers import get_verifier, score_rows
+from tests.raising import raises
 
 
 def spec(**changes: Any) -> Any:
@@ -138,7 +140,7 @@ def test_a_real_policy_end_to_end() -> None:
 
 
 def test_unusable_input_is_refused() -> None:
-    with pytest.raises(DataError, match="no rows"):
+    with raises("data.no-rows", DataError, where="eval.data"):
         run([])
 
 

@@ -13,7 +13,8 @@ from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe import JudgeSpec
 from rpo_trainer.rewards.endpoint import Endpoint
 from rpo_trainer.rewards.judge import TEMPLATE, fill_template, judge_row, read_template
-from rpo_trainer.rewards.rowfile import RowFailed
+from tests.raising import raises
+from tests.rewards.failing import failing
 from tests.rewards.server import Answer, serving
 
 Request = dict[str, Any]
@@ -86,7 +87,7 @@ def test_nonsense_is_asked_again_and_then_fails_the_row() -> None:
         return by_length(request, count) if count else Answer("I like both [A] answers")
 
     assert judged(answer, "long", "no")["rewards"] == [1.0, 0.0]
-    with pytest.raises(RowFailed, match="no verdict in 'I cannot say'"):
+    with failing("judge.no-verdict", "'I cannot say'"):
         judged(lambda *_: Answer("I cannot say"), "a", "b")
 
 
@@ -114,10 +115,12 @@ def test_templates(tmp_path: Path) -> None:
     path.write_text("{prompt} {first} {second}")
     assert read_template(path) == "{prompt} {first} {second}"
     path.write_text("{prompt} {first}")
-    with pytest.raises(RecipeError, match=r"has no \{second\}"):
+    with raises("judge.missing-placeholder", RecipeError, where=str(path)) as error:
         read_template(path)
-    with pytest.raises(RecipeError, match="cannot be read"):
-        read_template(tmp_path / "none.txt")
+    assert "{second}" in error.value.what and "{first}" not in error.value.what
+    path = tmp_path / "none.txt"
+    with raises("judge.template-not-readable", RecipeError, where=str(path)):
+        read_template(path)
 
 
 def test_biases_are_counted() -> None:

@@ -9,6 +9,7 @@ import pytest
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.pairs import make_preference_rows
+from tests.raising import raises
 
 
 def row(responses: list[str], rewards: list[Any], truth: str | None = None) -> dict[str, Any]:
@@ -102,8 +103,9 @@ def counts(audit: Audit, what: str) -> dict[str, int]:
 )
 def test_rewards_that_are_no_numbers_are_an_error_and_never_a_default(rewards: Any) -> None:
     rows = [row(["a", "b"], [1.0, 0.0]), row(["a", "b"], rewards)]
-    with pytest.raises(DataError, match="1 of 2 rows"):
+    with raises("rewards.incomplete", DataError) as error:
         make_preference_rows(rows, select="best_worst", min_gap=0.0, audit=Audit())
+    assert "1 of 2" in error.value.what
 
 
 def made(rows: list[dict[str, Any]], **settings: Any) -> tuple[list[Any], dict[str, int]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES, resolve_weights
 from rpo_trainer.errors import RecipeError
+from tests.raising import raises
 
 
 def test_published_weights_in_the_order_of_the_model():
@@ -26,16 +29,18 @@ def test_without_weights_the_mean():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("weights", "code", "named"),
     [
-        ("nemotron", r"(?s)published weights 'nemotron'.*nemotron-4-340b-reward"),
-        ({"a": 1.0}, "no weight for b"),
-        ({"a": 1.0, "b": 1.0, "c": 1.0}, "a weight for c, which is not an attribute"),
-        ({"a": 0.0, "b": 0.0}, "all weights are 0"),
-        ("nemotron-4-340b-reward", "no weight for a; no weight for b; a weight for helpfulness"),
+        ("nemotron", "rewards.unknown-weights", r"'nemotron'"),
+        ({"a": 1.0}, "rewards.wrong-attributes", " b$"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, "rewards.wrong-attributes", "^a weight for c,[^;]*$"),
+        ({"a": 0.0, "b": 0.0}, "rewards.zero-weights", "0"),
+        ("nemotron-4-340b-reward", "rewards.wrong-attributes", " a; .* b; .* helpfulness"),
     ],
 )
-def test_weights_that_do_not_fit(weights, message):
-    with pytest.raises(RecipeError, match=message) as found:
+def test_weights_that_do_not_fit(weights, code, named):
+    with raises(code, RecipeError, where="reward_weights") as found:
         resolve_weights(weights, ["a", "b"])
-    assert "reward_weights" in str(found.value)
+    assert re.search(named, found.value.what)
+    if code == "rewards.unknown-weights":
+        assert "nemotron-4-340b-reward" in str(found.value.fix)

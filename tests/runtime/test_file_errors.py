@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from rpo_trainer.data import load_rows, set_chat_template
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.bounds import TemplateLimit, limited
 from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.rows import RowError, reward_fault
+from rpo_trainer.data.template_limits import TemplateLimit, time_limit
 from rpo_trainer.errors import DataError, ModelError, RecipeError, RPOTrainerError
 from rpo_trainer.models import adapter_files, loading
 from rpo_trainer.models import preload_checks as model_checks
@@ -62,7 +62,7 @@ def _load(place: Path) -> None:
 
 
 def _forever() -> None:
-    with limited(0.05):
+    with time_limit(0.05):
         while True:
             pass
 
@@ -236,8 +236,9 @@ REFUSED = {
 def test_templates_that_fail_refuse_the_row(template: str) -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(RowError, match="chat template"):
+    with pytest.raises(RowError) as error:
         ChatRenderer(tokenizer).prompt([{"role": "user", "content": "a"}])
+    assert error.value.code == "template.refuses-row"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a template is tried in a fork")
@@ -245,7 +246,7 @@ def test_templates_that_fail_refuse_the_row(template: str) -> None:
 def test_a_template_that_takes_all_time_or_memory(
     template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpo_trainer.data.bounds._PROBE_SECONDS", 1.0)
+    monkeypatch.setattr("rpo_trainer.data.template_limits._PROBE_SECONDS", 1.0)
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(ModelError) as error:
         set_chat_template(character_tokenizer(), tmp_path / "t.jinja")
@@ -258,9 +259,10 @@ def test_a_template_that_does_not_end_on_a_row() -> None:
     tokenizer.chat_template = "{% if messages[0].content == 'slow' %}" + ENDLESS + "{% endif %}x"
     renderer = ChatRenderer(tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rpo_trainer.data.chat.limited", lambda: limited(0.3))
-        with pytest.raises(RowError, match="chat template"):
+        patch.setattr("rpo_trainer.data.chat.time_limit", lambda: time_limit(0.3))
+        with pytest.raises(RowError) as error:
             renderer.prompt([{"role": "user", "content": "slow"}])
+        assert error.value.code == "template.refuses-row" and "0 s)" in str(error.value)
         assert renderer.prompt([{"role": "user", "content": "quick"}]).text == "x"
 
 
@@ -268,7 +270,7 @@ def test_the_time_limit_interrupts_and_leaves_nothing_behind() -> None:
     for _ in range(3):
         with pytest.raises(TemplateLimit):
             _forever()
-    with limited(10.0):
+    with time_limit(10.0):
         assert sum(range(1000)) == 499500
 
 

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from rpo_trainer.step import attention_flex
 from rpo_trainer.step.attention import packed_attention
 from rpo_trainer.step.attention_flex import FlexIndex
-from rpo_trainer.step.batch import AttentionPlan, Segment, pack, to_device
+from rpo_trainer.step.batch import AttentionPlan, Segment, pack
 from rpo_trainer.step.forward import install, token_logprobs
 from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, POSITIONS, SINKS, T, sees
@@ -265,14 +265,14 @@ def test_an_index_moves_with_its_batch(monkeypatch):
     examples = [
         {"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]], "response_mask": [[1], [1, 1]]}
     ]
-    batch = pack(examples, "shared")["model_inputs"]
-    index = batch["plan"].flex_index
+    batch = pack(examples, "shared").model_inputs
+    index = batch.plan.flex_index
     assert index.tokens == 5 and index.spans.tolist() == [[0, 3, 0, 0], [3, 5, 0, 2]]
     index.block_mask(None)
-    moved = to_device(batch, torch.device("meta"))["plan"].flex_index
+    moved = batch.to(torch.device("meta")).plan.flex_index
     mask = moved.block_mask(2)
     assert {x.device.type for x in (moved.spans, moved.positions, mask.kv_indices)} == {"meta"}
-    there = pickle.loads(pickle.dumps(pack(examples, "shared")["model_inputs"]["plan"]))
+    there = pickle.loads(pickle.dumps(pack(examples, "shared").model_inputs.plan))
     assert torch.equal(there.flex_index.spans, index.spans)
 
 
@@ -374,9 +374,9 @@ def test_memory_on_a_gpu_grows_with_length_not_its_square(settings):
 @needs_gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_on_a_gpu_against_the_cpu(name):
-    batch = pack(random_examples(0), "shared")["model_inputs"]
+    batch = pack(random_examples(0), "shared").model_inputs
     model = MODELS[name](torch.float32)
     install(model)
     expected = token_logprobs(model, batch)
-    actual = token_logprobs(model.cuda(), to_device(batch, torch.device("cuda")))
+    actual = token_logprobs(model.cuda(), batch.to(torch.device("cuda")))
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-2, atol=1e-2)

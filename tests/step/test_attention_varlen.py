@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rpo_trainer.step import attention_varlen
 from rpo_trainer.step.attention import packed_attention
 from rpo_trainer.step.attention_varlen import VarlenIndex
-from rpo_trainer.step.batch import AttentionPlan, Segment, pack, to_device
+from rpo_trainer.step.batch import AttentionPlan, Segment, pack
 from rpo_trainer.step.forward import install, token_logprobs
 from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, SINKS, D, T, by_hand
@@ -178,17 +178,17 @@ def test_a_plan_moves_with_its_batch(monkeypatch):
     examples = [
         {"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]], "response_mask": [[1], [1, 1]]}
     ]
-    batch = pack(examples, "shared")["model_inputs"]
-    moved = to_device(batch, torch.device("meta"))["plan"]
-    assert moved == batch["plan"]
+    batch = pack(examples, "shared").model_inputs
+    moved = batch.to(torch.device("meta")).plan
+    assert moved == batch.plan
     index = moved.index
     assert {x.device.type for x in (index.query_starts, index.key_starts, index.keys)} == {"meta"}
-    assert batch["plan"].index.keys.tolist() == [0, 1, 2, 0, 1, 3, 4]
+    assert batch.plan.index.keys.tolist() == [0, 1, 2, 0, 1, 3, 4]
 
-    there = pickle.loads(pickle.dumps(batch["plan"]))  # as from a data loader's worker
-    assert torch.equal(there.index.keys, batch["plan"].index.keys)
+    there = pickle.loads(pickle.dumps(batch.plan))  # as from a data loader's worker
+    assert torch.equal(there.index.keys, batch.plan.index.keys)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self + 1)
-    assert torch.utils.data._utils.pin_memory.pin_memory(batch)["plan"].index.keys[0] == 1
+    assert torch.utils.data._utils.pin_memory.pin_memory(batch).plan.index.keys[0] == 1
 
 
 def test_indices_are_made_once_for_all_layers(monkeypatch):
@@ -198,7 +198,7 @@ def test_indices_are_made_once_for_all_layers(monkeypatch):
     batch = pack(
         [{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]], "response_mask": [[1], [1, 1]]}],
         "shared",
-    )["model_inputs"]
+    ).model_inputs
     monkeypatch.setattr(VarlenIndex, "of", None)  # no index but the collator's
     token_logprobs(model, batch)
     assert len(calls) == 3
@@ -289,10 +289,10 @@ def test_a_step_on_a_gpu_against_the_cpu():
         }
         for lengths in ((5, 30, 7), (40,))
     ]
-    batch = pack(examples, "shared")["model_inputs"]
+    batch = pack(examples, "shared").model_inputs
     model = make_model("mistral")
     install(model)
     expected = token_logprobs(model, batch)
     model.cuda().bfloat16()
-    actual = token_logprobs(model, to_device(batch, torch.device("cuda")))
+    actual = token_logprobs(model, batch.to(torch.device("cuda")))
     torch.testing.assert_close(actual.cpu(), expected, rtol=0.05, atol=0.05)

@@ -29,8 +29,10 @@ SECOND: dict[str, Any] = {
 
 
 def inputs_of(layout: str) -> dict[str, Any]:
-    inputs = pack([FIRST, SECOND], layout, pad_token_id=9)["model_inputs"]
-    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    inputs = pack([FIRST, SECOND], layout, pad_token_id=9).model_inputs
+    assert inputs.router is None
+    found = {k: v for k, v in vars(inputs).items() if k != "router"}
+    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
 
 
 def test_shared():
@@ -84,14 +86,14 @@ def test_padded():
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_what_is_beside_the_inputs(layout):
     batch = pack([FIRST, SECOND], layout)
-    assert batch["response_index"].tolist() == [0, 0, 1, 2, 2]
-    assert batch["response_tokens"].tolist() == [2, 1, 2]
-    assert batch["rewards"].tolist() == [1.5, -0.5, 0.0]
-    assert batch["reference_logps"].tolist() == [-3.0, -4.0, -5.0]
-    assert batch["ids"] == ["first", "?"]
+    assert batch.response_index.tolist() == [0, 0, 1, 2, 2]
+    assert batch.response_tokens.tolist() == [2, 1, 2]
+    assert batch.rewards.tolist() == [1.5, -0.5, 0.0]
+    assert batch.reference_logps.tolist() == [-3.0, -4.0, -5.0]
+    assert batch.ids == ["first", "?"]
     # By K: the second example has one response, the first two.
-    assert [group.tolist() for group in batch["groups"]] == [[[2]], [[0, 1]]]
-    assert batch["example_order"] == [1, 0]
+    assert [group.tolist() for group in batch.groups] == [[[2]], [[0, 1]]]
+    assert batch.example_order == [1, 0]
 
 
 def test_groups_of_mixed_k_keep_the_order_of_the_examples():
@@ -99,13 +101,13 @@ def test_groups_of_mixed_k_keep_the_order_of_the_examples():
         return {"prompt_ids": [1], "response_ids": [[2]] * k, "response_mask": [[1]] * k}
 
     batch = pack([example(3), example(2), example(3)], "shared")
-    assert [group.tolist() for group in batch["groups"]] == [[[3, 4]], [[0, 1, 2], [5, 6, 7]]]
-    assert batch["example_order"] == [1, 0, 2]
-    assert batch["rewards"] is None and batch["reference_logps"] is None
+    assert [group.tolist() for group in batch.groups] == [[[3, 4]], [[0, 1, 2], [5, 6, 7]]]
+    assert batch.example_order == [1, 0, 2]
+    assert batch.rewards is None and batch.reference_logps is None
 
 
 def test_a_column_that_one_example_lacks_is_left_out():
-    assert pack([FIRST, {**SECOND, "rewards": None}], "shared")["rewards"] is None
+    assert pack([FIRST, {**SECOND, "rewards": None}], "shared").rewards is None
 
 
 def test_plan_of_many_responses_tiles_the_row():
@@ -114,7 +116,7 @@ def test_plan_of_many_responses_tiles_the_row():
         "response_ids": [[5, 6], [7], [8, 9, 10]],
         "response_mask": [[1, 1], [1], [1, 1, 1]],
     }
-    plan = pack([SECOND, example], "shared")["model_inputs"]["plan"]
+    plan = pack([SECOND, example], "shared").model_inputs.plan
     assert plan.segments == (
         Segment(0, 4), Segment(4, 10), Segment(10, 11, 4, 8), Segment(11, 14, 4, 8),
     )  # fmt: skip
@@ -193,11 +195,11 @@ def test_masks_are_made_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_ids": []}, "row first has an empty prompt"),
-        ({"response_mask": [[1, 1], [1, 1]]}, "response_ids and response_mask of different"),
-        ({"response_mask": [[1, 1]]}, "response_ids and response_mask of different"),
-        ({"rewards": [1.0]}, "row first has 1 rewards for 2 responses"),
-        ({"reference_logps": [1.0] * 3}, "row first has 3 reference_logps for 2 responses"),
+        ({"prompt_ids": []}, "row first .*empty"),
+        ({"response_mask": [[1, 1], [1, 1]]}, "row first .*response_mask"),
+        ({"response_mask": [[1, 1]]}, "row first .*response_mask"),
+        ({"rewards": [1.0]}, "row first .*1 rewards .*2"),
+        ({"reference_logps": [1.0] * 3}, "row first .*3 reference_logps .*2"),
     ],
 )
 def test_an_example_that_does_not_fit_itself_is_refused(change, message):
@@ -206,7 +208,7 @@ def test_an_example_that_does_not_fit_itself_is_refused(change, message):
 
 
 def test_an_empty_micro_batch_is_refused():
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="example"):
         pack([], "shared")
 
 

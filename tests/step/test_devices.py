@@ -4,7 +4,7 @@ are an error as they are there."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSequenceClassification
 
-from rpo_trainer.rewards.generate import _Draw
+from rpo_trainer.rewards.drawing import Draw
 from rpo_trainer.step import attention_varlen
-from rpo_trainer.step.batch import AttentionPlan
+from rpo_trainer.step.batch import ModelInputs, PackedBatch
 from rpo_trainer.step.forward import install, response_scores
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, RPOConfig, RPOTrainer
 from rpo_trainer.trainers.examples import PackingCollator
 from rpo_trainer.trainers.guards import StepGuard
-from rpo_trainer.trainers.metrics import MetricSums
 from rpo_trainer.trainers.step_zero import StepZero
+from rpo_trainer.trainers.terms import MetricSums
 from tests.small_models import make_model
 
 pytestmark = pytest.mark.skipif(
@@ -53,17 +53,15 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
                 fake: Any = torch.empty(value.shape, dtype=value.dtype, device=GPU)
                 made[id(value)] = nn.Parameter(fake) if isinstance(value, nn.Parameter) else fake
             return made[id(value)]
-        if isinstance(value, AttentionPlan):
-            return value._map(move)
+        if isinstance(value, PackedBatch | ModelInputs):
+            return value.map(move)
         if isinstance(value, nn.Module):
             for module in value.modules():
                 for tensors in (module._parameters, module._buffers):
                     for name, tensor in tensors.items():
                         tensors[name] = None if tensor is None else move(tensor)
             return value
-        if isinstance(value, dict):
-            return {name: move(part) for name, part in value.items()}
-        return tuple(map(move, value)) if isinstance(value, tuple) else value
+        return value
 
     @contextmanager
     def entered() -> Iterator[Callable[[Any], Any]]:
@@ -90,12 +88,15 @@ def test_a_step_of_preferences(trainer, config, settings, layout, half, tmp_path
     batch = PackingCollator(layout, 0)(EXAMPLES)
     self = object.__new__(trainer)
     self.args = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-    self.router, self.step_guard = None, StepGuard("stop")
+    self.router, self.step_guard = None, StepGuard(0)
     self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
     with on_gpu() as move:
         self.model, batch = move(model).train(), move(batch)
-        self._step_zero = StepZero(self)
-        loss = self.compute_loss(self.model, batch, num_items_in_batch=batch["counts"])
+        self._step_zero = StepZero(
+            self.model, self.args, layout=layout, has_ref_model=False,
+            use_rewards=self.needs_rewards, reduce=lambda sums: sums, autocast=nullcontext,
+        )  # fmt: skip
+        loss = self.compute_loss(self.model, batch, num_items_in_batch=batch.counts)
         self.compute_loss(self.model, batch, return_outputs=True)
         answers = [loss, self._step_zero.sums, *self._train_metrics._sums.values()]
         assert {x.device for x in answers} == {GPU}
@@ -109,11 +110,11 @@ def test_scores_of_a_classifier(layout, on_gpu):
     install(model, layout=layout)
     batch = PackingCollator(layout, 0)(EXAMPLES)
     with on_gpu() as move:
-        assert response_scores(move(model), move(batch["model_inputs"])).device == GPU
+        assert response_scores(move(model), move(batch.model_inputs)).device == GPU
 
 
 def test_a_token_is_drawn(on_gpu):
-    draw = _Draw(np.zeros((4, 5)), width=3)
+    draw = Draw(np.zeros((4, 5)), width=3)
     with on_gpu() as move:
         draw.numbers = move(draw.numbers)
         ids, scores = torch.zeros(4, 3, device=GPU), torch.zeros(4, 50, device=GPU)

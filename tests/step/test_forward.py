@@ -80,7 +80,7 @@ def _compare(model, examples, layout, rtol, atol, settings):
 
     install(model, layout=layout, **settings)
     model.zero_grad()
-    actual = token_logprobs(model, pack(examples, layout)["model_inputs"])
+    actual = token_logprobs(model, pack(examples, layout).model_inputs)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
     (actual * weights).sum().backward()
     for name, parameter in model.named_parameters():
@@ -154,7 +154,7 @@ def test_lora_on_the_head_takes_the_generic_path():
     install(model)
     examples = random_examples(6)
     expected = plain_logprobs(model, examples)
-    actual = token_logprobs(model, pack(examples, "shared")["model_inputs"])
+    actual = token_logprobs(model, pack(examples, "shared").model_inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
 
 
@@ -170,7 +170,7 @@ def test_responses_do_not_see_their_siblings():
     changed = {**example, "response_ids": [list(r) for r in example["response_ids"]]}
     changed["response_ids"][0][0] = (changed["response_ids"][0][0] + 1) % VOCABULARY
     first, second = (
-        token_logprobs(model, pack([e], "shared")["model_inputs"]) for e in (example, changed)
+        token_logprobs(model, pack([e], "shared").model_inputs) for e in (example, changed)
     )
     n = len(example["response_ids"][0])
     assert not torch.equal(first[:n], second[:n])
@@ -224,7 +224,7 @@ def test_pretrained_model_meets_its_golden_log_probs(shared_dir):
         }
         for case in cases
     ]
-    logps = token_logprobs(model, pack(examples, "shared")["model_inputs"])
+    logps = token_logprobs(model, pack(examples, "shared").model_inputs)
     expected = torch.tensor([x for case in cases for x in case["logprobs"]], dtype=torch.float64)
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=2e-6)
 
@@ -247,7 +247,7 @@ def test_a_copy_of_an_installed_model_runs_its_own_weights():
     inputs = pack(
         [{"prompt_ids": [3, 4], "response_ids": [[5, 6], [7]], "response_mask": [[1, 1], [1]]}],
         "shared",
-    )["model_inputs"]
+    ).model_inputs
     fresh = make_model()
     fresh.load_state_dict(other.state_dict())
     install(fresh)

@@ -179,7 +179,7 @@ def test_one_response_a_forward_is_what_plain_forwards_give():
     ]
     expected = layout_proof.plain_answers(model, examples).values
     install(model, layout="single")
-    actual = token_logprobs(model, pack(examples, "single")["model_inputs"])
+    actual = token_logprobs(model, pack(examples, "single").model_inputs)
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-5)
 
 
@@ -305,7 +305,7 @@ def test_single_rows_of_longrope_are_right_at_any_length():
     off = {}
     for layout in ("shared", "padded", "single"):
         install(model, layout=layout)
-        found = token_logprobs(model, pack(examples, layout)["model_inputs"])
+        found = token_logprobs(model, pack(examples, layout).model_inputs)
         off[layout] = (found - expected).abs().max().item()
     assert off["single"] < 1e-5 < 5e-5 < min(off["shared"], off["padded"])
 

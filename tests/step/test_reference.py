@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from rpo_trainer.step import reference
 from rpo_trainer.step.forward import install
-from rpo_trainer.step.reference import ReferenceCache, model_key, reference_logps, response_key
+from rpo_trainer.step.reference import ReferenceCache, dataset_logprobs, model_key, response_key
 from tests.small_models import make_model
 from tests.trainers.plain import make_rows, plain_sums
 
@@ -60,7 +60,7 @@ def computed(monkeypatch) -> list[int]:
 def compute(
     model: Any, rows: Any, folder: Path | None = None, **settings: Any
 ) -> list[list[float]]:
-    return reference_logps(model, rows, layout="shared", cache=ReferenceCache(folder), **settings)
+    return dataset_logprobs(model, rows, layout="shared", cache=ReferenceCache(folder), **settings)
 
 
 # --- values ---
@@ -74,7 +74,7 @@ def test_values_are_plain_log_probs(layout, batch_tokens):
     with torch.no_grad():
         expected = [plain_sums(model, row).tolist() for row in rows]
     install(model, layout=layout)
-    values = reference_logps(
+    values = dataset_logprobs(
         model, rows, layout=layout, cache=ReferenceCache(None), batch_tokens=batch_tokens
     )
     for a, b in zip(values, expected, strict=True):

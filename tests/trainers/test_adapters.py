@@ -11,6 +11,7 @@ import torch
 
 from rpo_trainer.errors import ModelError, RecipeError, StepZeroError
 from rpo_trainer.models.unwrap import unwrap_prepared_model
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import (
     PAIRS,
@@ -90,14 +91,14 @@ def test_a_fresh_adapter_over_the_reference_is_checked_at_step_0(
     wrong = trainer(reference_cache_dir=str(tmp_path / "another"))
     make = wrong._reference_of
     wrong._reference_of = lambda *args: [[v + 1.0 for v in row] for row in make(*args)]
-    with pytest.raises(StepZeroError, match="ref_model does not give what the policy gives"):
+    with raises("training.step-zero", StepZeroError, cause="ref-model"):
         wrong.train()
 
 
 def test_the_model_inside_the_adapter_is_no_reference(make_trainer: Any, start: Any) -> None:
     base = copy.deepcopy(start)
     model = peft.get_peft_model(base, lora())
-    with pytest.raises(RecipeError, match="inside the policy's adapter"):
+    with raises("model.reference-in-policy", RecipeError):
         make_trainer("dpo", model, rows_of("dpo", PAIRS), ref_model=base)
     trainer = make_trainer("dpo", model, rows_of("dpo", PAIRS), ref_model=model)
     assert trainer.ref_model is None
@@ -160,6 +161,6 @@ def test_an_engine_is_refused(make_trainer: Any) -> None:
     class DeepSpeedEngine(torch.nn.Module):
         pass
 
-    with pytest.raises(ModelError, match="prepared for an engine already") as error:
+    with raises("model.already-prepared", ModelError) as error:
         make_trainer("dpo", DeepSpeedEngine(), rows_of("dpo", PAIRS))
-    assert "before accelerator.prepare" in str(error.value.fix)
+    assert "DeepSpeedEngine" in error.value.what and "accelerator.prepare" in str(error.value.fix)

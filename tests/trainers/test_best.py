@@ -9,6 +9,7 @@ import pytest
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import PAIRS, make_rows, rows_of
 from tests.trainers.test_reward import REGRESSION, rated_rows
@@ -85,7 +86,7 @@ def test_a_reward_models_metrics_depend_on_its_rows(
         trainer.train()
         assert trainer.state.best_metric is not None
         return
-    with pytest.raises(RecipeError) as caught:
+    with raises("training.unknown-metric", RecipeError) as caught:
         reward_trainer(metric, tokenizer, tmp_path, rows, **settings)
     assert caught.value.where == "metric_for_best_model"
 
@@ -119,7 +120,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_training(
     if metric is None:
         more = {}  # else no metric is wanted
     rows = rows_for("dpo")
-    with pytest.raises(RecipeError) as caught:
+    with raises("training.unknown-metric", RecipeError) as caught:
         make_trainer(
             "dpo", copy.deepcopy(start), rows,
             eval_rows=rows if sets is None else dict.fromkeys(sets, rows),
@@ -133,7 +134,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_training(
 def test_a_schedule_that_follows_a_metric_needs_one_too(scheduler, start, make_trainer):
     rows = rows_for("dpo")
     settings = {"lr_scheduler_type": scheduler, "eval_strategy": "steps", "eval_steps": 1}
-    with pytest.raises(RecipeError, match="metric_for_best_model"):
+    with raises("training.unknown-metric", RecipeError, where="metric_for_best_model"):
         make_trainer(
             "dpo", copy.deepcopy(start), rows, eval_rows={"a": rows, "b": rows}, **settings
         )

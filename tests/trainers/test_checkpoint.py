@@ -10,6 +10,7 @@ import pytest
 
 from rpo_trainer.errors import RunError
 from rpo_trainer.trainers import checkpoint
+from tests.raising import raises
 
 
 @pytest.fixture
@@ -99,15 +100,15 @@ def test_without_a_complete_one_there_is_none(output, tmp_path):
 def test_a_named_one_must_be_whole(output):
     checkpoint.require_complete(output / "checkpoint-9")
     message = flip(output / "checkpoint-100")
-    with pytest.raises(RunError, match=message):
+    with raises("run.damaged-checkpoint", RunError) as damaged:
         checkpoint.require_complete(output / "checkpoint-100")
+    assert message in damaged.value.what
     # One that other software wrote has no manifest, and is taken as it is.
     no_manifest(output / "checkpoint-20")
     checkpoint.require_complete(output / "checkpoint-20")
     for absent in (output / "checkpoint-1", output / "checkpoint-9" / checkpoint.MANIFEST):
-        with pytest.raises(RunError) as caught:
+        with raises("run.no-such-checkpoint", RunError, where=str(absent)):
             checkpoint.require_complete(absent)
-        assert caught.value.where == str(absent)
 
 
 def test_a_file_that_cannot_be_read_is_damage(output, monkeypatch):
@@ -115,8 +116,9 @@ def test_a_file_that_cannot_be_read_is_damage(output, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(checkpoint, "file_digest", fail)
-    with pytest.raises(RunError, match="Permission denied"):
+    with raises("run.damaged-checkpoint", RunError) as error:
         checkpoint.require_complete(output / "checkpoint-9")
+    assert "Permission denied" in error.value.what
 
 
 def test_files_added_later_do_no_harm(output):

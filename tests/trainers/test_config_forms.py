@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig, SFTTrainer
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import make_rows
 
@@ -114,7 +115,7 @@ def test_a_changed_copy_is_the_config_that_is_made_so(config, settings, changes,
 
 def test_what_was_set_is_set_in_a_copy_too(tmp_path):
     made = SFTConfig(str(tmp_path), **CPU, shuffle=True)
-    with pytest.raises(RecipeError, match="contradict"):
+    with raises("training.conflicting-settings", RecipeError):
         dataclasses.replace(made, train_sampling_strategy="sequential")
     made = SFTConfig(str(tmp_path), **CPU, gradient_checkpointing=True)
     assert not dataclasses.replace(made).checkpointing_is_default
@@ -143,7 +144,7 @@ def test_checkpointing_is_not_a_default_beside_that_of_fsdp(form, tmp_path):
     forms: dict[str, Any] = {"dict": dict(FSDP), "text": json.dumps(FSDP), "file": str(path)}
     made = SFTConfig(str(tmp_path), **CPU, fsdp=True, fsdp_config=forms[form])
     assert made.gradient_checkpointing is False and made.fsdp_config["activation_checkpointing"]
-    with pytest.raises(RecipeError, match="both on"):
+    with raises("training.conflicting-settings", RecipeError, settings=["gradient_checkpointing"]):
         SFTConfig(
             str(tmp_path), **CPU, fsdp=True, fsdp_config=forms[form], gradient_checkpointing=True
         )

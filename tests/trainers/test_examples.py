@@ -62,25 +62,25 @@ def test_the_micro_batches_of_a_step_come_together():
     step = StepCollator(PackingCollator("shared", 0, examples))(
         examples.__getitems__([[2, 0], [], [1]])
     )
-    assert [batch["ids"] for batch in step["micro_batches"]] == [
+    assert [batch.ids for batch in step.micro_batches] == [
         ["row-2", "row-0"], ["row-0"], ["row-1"],
     ]  # fmt: skip
-    assert [batch["weights"].sum() for batch in step["micro_batches"]] == [2, 0, 1]
-    assert step["counts"].tolist() == sum(b["counts"] for b in step["micro_batches"]).tolist()
+    assert [batch.weights.sum() for batch in step.micro_batches] == [2, 0, 1]
+    assert step.counts.tolist() == sum(b.counts for b in step.micro_batches).tolist()
 
 
 def test_collator_counts_examples_and_tokens_of_the_first_responses():
     batch = PackingCollator("shared", 0)(ROWS)
-    assert batch["weights"].tolist() == [1.0] * 4
+    assert batch.weights.tolist() == [1.0] * 4
     tokens = sum(sum(row["response_mask"][0]) for row in ROWS)
-    assert batch["counts"].tolist() == [4, tokens] and batch["counts"].dtype == torch.float64
-    assert batch["ids"] == ["row-0", "row-1", "row-2", "row-3"]
+    assert batch.counts.tolist() == [4, tokens] and batch.counts.dtype == torch.float64
+    assert batch.ids == ["row-0", "row-1", "row-2", "row-3"]
 
 
 def test_a_rank_without_examples_gets_a_filler_that_counts_nothing():
     batch = PackingCollator("shared", 0, Examples(ROWS))([])
-    assert batch["weights"].tolist() == [0.0]
-    assert batch["counts"].tolist() == [0, 0]
-    assert batch["model_inputs"]["input_ids"].numel() > 0
+    assert batch.weights.tolist() == [0.0]
+    assert batch.counts.tolist() == [0, 0]
+    assert batch.model_inputs.input_ids.numel() > 0
     with pytest.raises(ValueError, match="filler"):
         PackingCollator("shared", 0)([])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from rpo_trainer.errors import NonFiniteError, RecipeError
-from rpo_trainer.trainers.guards import skips_allowed
+from tests.raising import raises
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
 STEPS = 6  # twelve rows in batches of four: two epochs of three steps
@@ -34,7 +35,7 @@ def trainer_of(make_trainer, start, tmp_path):
                 "per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2,
                 "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "save_strategy": "steps",
                 "save_steps": 1, "save_total_limit": 9, "logging_strategy": "steps",
-                "logging_steps": 1, "nonfinite": "skip(3)", **settings,
+                "logging_steps": 1, "on_nonfinite": "skip", **settings,
             },
         )  # fmt: skip
         losses = trainer.losses
@@ -89,9 +90,10 @@ def test_a_step_left_out_moves_nothing_and_the_next_ones_go_on(
     assert moved == [True, True, False, True, True, True]
     (skipped,) = trainer.step_guard.skipped
     assert (skipped["step"], skipped["what"], len(skipped["rows"])) == (3, how, 4)
-    assert f"the {how} is not finite at step 3: the step is left out, 1 of 3 (rows" in caplog.text
-    assert skipped["rows"][0] in caplog.text
-    injected(f"{kind}, a {how} is not finite under skip(3)", "survived")
+    (said,) = [r for r in caplog.records if r.name == "rpo_trainer.trainers.guards"]
+    assert said.levelname == "WARNING" and said.args[:4] == (how, 3, 1, 3)
+    assert skipped["rows"][0] in said.getMessage()
+    injected(f"{kind}, a {how} is not finite under skip", "survived")
 
 
 def test_the_data_goes_on_and_so_does_the_schedule(trainer_of):
@@ -101,7 +103,7 @@ def test_the_data_goes_on_and_so_does_the_schedule(trainer_of):
         seen: list[str] = []
         loss = trainer.losses
         trainer.losses = lambda sums, batch, loss=loss, seen=seen: (
-            seen.extend(batch["ids"]), loss(sums, batch),
+            seen.extend(batch.ids), loss(sums, batch),
         )[1]  # fmt: skip
         trainer.train()
         rates = [x["learning_rate"] for x in trainer.state.log_history if "learning_rate" in x]
@@ -113,7 +115,7 @@ def test_it_is_the_run_whose_optimizer_was_not_called_there(trainer_of):
     """The reference: the same run, where nobody judges and the update is left out by hand."""
     skipping = trainer_of("rpo", {1: "loss", 4: "gradient"})
     skipping.train()
-    by_hand = trainer_of("rpo", {}, "by-hand", nonfinite="stop")
+    by_hand = trainer_of("rpo", {}, "by-hand", on_nonfinite="stop")
 
     class LeaveOut(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -144,13 +146,12 @@ def test_log_lines_are_means_of_the_steps_that_were_taken(trainer_of):
 
 
 def test_more_than_allowed_stops_and_names_them_all(trainer_of, tmp_path):
-    trainer = trainer_of("sft", {0: "loss", 2: "loss", 3: "loss"}, nonfinite="skip(2)")
-    with pytest.raises(NonFiniteError, match="the loss is not finite at step 4") as error:
+    trainer = trainer_of("sft", {0: "loss", 2: "loss", 3: "loss"}, max_skipped_steps=2)
+    found = {"what": "loss", "step": 4, "skipped": [1, 3]}
+    with raises("training.not-finite", NonFiniteError) as error:
         trainer.train()
-    assert error.value.why is not None and "steps 1, 3 were left out already" in error.value.why
-    assert "the optimizer has not moved" in error.value.why and "rows row-" in str(
-        error.value.where
-    )
+    assert {name: error.value.details[name] for name in found} == found
+    assert "1, 3" in str(error.value.why) and "row-" in str(error.value.where)
     assert trainer.state.global_step == 3
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
 
@@ -184,9 +185,9 @@ def test_resumed_is_bitwise_straight_and_counts_what_was_skipped_before(at, trai
     assert_bitwise_equal(resumed.model, straight.model)
     assert resumed.step_guard.skipped == straight.step_guard.skipped
     assert noted == ([2] if at == 5 else [1, 2])  # what a checkpoint holds is told again
-    stingy = trainer_of("rpo", bad, nonfinite="skip(1)")
+    stingy = trainer_of("rpo", bad, max_skipped_steps=1)
     if at < 5:
-        with pytest.raises(NonFiniteError, match="not finite at step 5"):
+        with raises("training.not-finite", NonFiniteError, step=5):
             stingy.train(
                 resume_from_checkpoint=str(Path(stingy.args.output_dir) / f"checkpoint-{at}")
             )
@@ -222,25 +223,41 @@ def test_the_token_budget_is_one_step_too(trainer_of):
 # --- what is asked for ---
 
 
-def test_stop_and_skip_are_read() -> None:
-    assert [skips_allowed(text) for text in ("stop", "skip(1)", "skip(30)")] == [0, 1, 30]
-    for text in ("", "skip", "skip()", "skip(0)", "skip(-1)", "skip(1.5)", "Stop", "skip(3) "):
-        with pytest.raises(ValueError, match="nonfinite must be stop or skip"):
-            skips_allowed(text)
+def test_stop_and_skip_are_read(make_config) -> None:
+    asked = ({}, {"on_nonfinite": "skip"}, {"on_nonfinite": "skip", "max_skipped_steps": 30})
+    configs = [make_config("sft", **settings) for settings in asked]
+    assert [config.allowed_skips for config in configs] == [0, 3, 30]
+    assert [replace(config).allowed_skips for config in configs] == [0, 3, 30]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"on_nonfinite": text} for text in ("", "Stop", "skip(3)", "leave")),
+        *({"on_nonfinite": "skip", "max_skipped_steps": n} for n in (0, -1)),
+        {"max_skipped_steps": 3},  # nothing would read it
+        {"on_nonfinite": "stop", "max_skipped_steps": 1},
+    ],
+)
+def test_what_is_neither_or_would_not_act_is_refused(settings, make_config) -> None:
+    with pytest.raises(RecipeError) as error:
+        make_config("sft", **settings)
+    assert error.value.details["settings"] == [min(settings)]
+    unread = settings.get("on_nonfinite", "stop") == "stop"
+    assert error.value.code == f"training.{'no-effect' if unread else 'invalid-value'}"
 
 
 def test_what_cannot_be_skipped_is_refused(make_config, monkeypatch) -> None:
-    with pytest.raises(RecipeError, match=r"nonfinite must be stop or skip\(n\), got 'skip'"):
-        make_config("sft", nonfinite="skip")
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RecipeError, match=r"skip\(n\) does not work under DeepSpeed, which moves"):
-        make_config("sft", nonfinite="skip(3)")
+    with raises("training.unsupported-setting", RecipeError, settings=["on_nonfinite"]):
+        make_config("sft", on_nonfinite="skip")
 
 
 def test_a_loss_scaler_needs_the_clipping(make_config) -> None:
-    config = make_config("sft", nonfinite="skip(3)")
+    config = make_config("sft", on_nonfinite="skip")
     config.fp16 = True
-    assert [p[:40] for p in config._problems()] == ["nonfinite: skip(n) with float16 needs ma"]
+    (problem,) = config._problems()
+    assert problem.setting == "max_grad_norm"
     config.max_grad_norm = 1.0
     assert config._problems() == []

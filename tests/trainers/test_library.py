@@ -13,6 +13,7 @@ import torch
 from rpo_trainer.errors import DataError, ModelError, RecipeError, StepZeroError
 from rpo_trainer.trainers import DPOTrainer, RPOTrainer
 from rpo_trainer.trainers.examples import Examples
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import PAIRS, assert_bitwise_equal, plain_reference, plain_sums, rows_of
 
@@ -56,7 +57,7 @@ def test_lora_trains_the_adapter_alone(checkpointing, tmp_path, make_trainer, st
 def test_a_second_adapter_is_refused(start, make_trainer):
     from peft import get_peft_model
 
-    with pytest.raises(ModelError, match="has an adapter already"):
+    with pytest.raises(ModelError, match="peft_config"):
         make_trainer(
             "dpo", get_peft_model(copy.deepcopy(start), lora()), rows_of("dpo", PAIRS),
             peft_config=lora(),
@@ -155,7 +156,7 @@ def test_rows_too_long_are_dropped_and_counted(character_model, make_trainer):
     trainer = make_trainer("rpo", copy.deepcopy(character_model), TEXTS, max_length=24)
     assert len(trainer.train_dataset) == 2
     assert trainer.audits["train"].dropped["too_long"].count == 2
-    with pytest.raises(DataError, match="no row is left"):
+    with pytest.raises(DataError, match=r"\brow\b"):
         make_trainer("rpo", copy.deepcopy(character_model), TEXTS, max_length=5)
 
 
@@ -206,7 +207,7 @@ def test_special_tokens_are_parsed_where_the_config_says_so(
     assert [r.count(ids) for r in parsed.train_dataset[0]["response_ids"]] == [1, 1]
     assert len(parsed.train_dataset[0]["response_ids"][0]) == 2
     assert len(letters.train_dataset[0]["response_ids"][0]) == 2 + len(end)
-    with pytest.raises(RecipeError, match="special_tokens must be text or parse"):
+    with raises("training.invalid-value", RecipeError, settings=["special_tokens"]):
         make_trainer("dpo", copy.deepcopy(character_model), rows, special_tokens="both")
 
 

@@ -67,7 +67,7 @@ def again(base: Path, saved: Path) -> nn.Module:
 SETTINGS: dict[str, dict[str, Any]] = {
     "no task": {"task_type": None},
     "classification": {"task_type": "SEQ_CLS"},
-    "a language model": {"task_type": "CAUSAL_LM"},
+    "language modeling": {"task_type": "CAUSAL_LM"},
     "another module too": {"task_type": "CAUSAL_LM", "modules_to_save": ["norm"]},
     "the head named": {"task_type": "SEQ_CLS", "modules_to_save": ["score"]},
     "all linear layers": {"task_type": None, "target_modules": "all-linear"},
@@ -122,7 +122,7 @@ def test_a_head_that_somebody_else_froze(
     made = as_reward_model(AutoModelForCausalLM.from_pretrained(base))
     loaded = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     for model in (made, loaded):
-        with pytest.raises(ModelError, match=r"score\.weight .*new and random"):
+        with pytest.raises(ModelError, match=r"score\.weight"):
             trainer_of(wrapped(model), tmp_path / "out", None)
     trainer = trainer_of(
         wrapped(as_reward_model(AutoModelForCausalLM.from_pretrained(base)), task_type="SEQ_CLS"),
@@ -166,7 +166,7 @@ def test_a_language_head_that_no_file_has(base: Path, tmp_path: Path) -> None:
         "processing_class": character_tokenizer(),
     }  # fmt: skip
     wrapped = get_peft_model(model, lora(task_type="CAUSAL_LM"))
-    with pytest.raises(ModelError, match=r"lm_head\.weight .*new and random"):
+    with pytest.raises(ModelError, match=r"lm_head\.weight"):
         SFTTrainer(wrapped, **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
     trainer = SFTTrainer(model, peft_config=lora(task_type="CAUSAL_LM"), **options)

@@ -34,7 +34,7 @@ from rpo_trainer.chain import run_chain
 from rpo_trainer.errors import ModelError, Problems, RunError
 from rpo_trainer.models.adapters import load_adapter
 from rpo_trainer.models.loading import load_weights
-from rpo_trainer.rewards.generate import _end_tokens
+from rpo_trainer.rewards.sample import _end_tokens
 from tests.chain import tiny
 from tests.small_models import make_model
 
@@ -221,13 +221,13 @@ def test_tokens_where_a_response_was_cut_end_nothing(tmp_path: Path) -> None:
     trainer = SFTTrainer(
         model(), args=args(SFTConfig, tmp_path), train_dataset=rows, processing_class=tokenizer()
     )
-    assert trainer.written.ends == (3,)
+    assert trainer.output.written.ends == (3,)
     calls = [{**rows[0], "id": str(n)} for n in range(9)]
     trainer = SFTTrainer(
         model(), args=args(SFTConfig, tmp_path), train_dataset=[*calls, *rows],
         processing_class=tokenizer(),
     )  # fmt: skip
-    assert trainer.written.ends == (3, 4)  # often enough to be an end of its own
+    assert trainer.output.written.ends == (3, 4)  # often enough to be an end of its own
 
 
 PARTS = {  # trained responses, the base's end being 0 → ends
@@ -253,8 +253,9 @@ def test_tokens_that_training_continues_after_end_nothing(
             train_dataset=Dataset.from_list(rows) if table else rows,
             processing_class=tokenizer(END + PROMPT),
         )  # fmt: skip
-    assert trainer.written.ends == ends
-    assert ("not added to the saved eos_token_id" in caplog.text) == (ends == ())
+    assert trainer.output.written.ends == ends
+    left_out = [r for r in caplog.records if r.name == "rpo_trainer.trainers.fits"]
+    assert bool(left_out) == (ends == ())
 
 
 def test_a_template_that_writes_the_end_token_elsewhere_keeps_it(tmp_path: Path) -> None:
@@ -263,8 +264,8 @@ def test_a_template_that_writes_the_end_token_elsewhere_keeps_it(tmp_path: Path)
         model(), args=args(SFTConfig, tmp_path), train_dataset=chats(),
         processing_class=tokenizer(template),
     )  # fmt: skip
-    assert trainer.written.ends == (3,)
-    assert trainer.written.tokenizer.eos_token == "<eos>"
+    assert trainer.output.written.ends == (3,)
+    assert trainer.output.written.tokenizer.eos_token == "<eos>"
 
 
 def test_preferences_end_so_too_and_a_reward_model_as_it_was(tmp_path: Path) -> None:
@@ -277,7 +278,9 @@ def test_preferences_end_so_too_and_a_reward_model_as_it_was(tmp_path: Path) -> 
         model(), args=args(RewardConfig, tmp_path / "b"), train_dataset=pairs(),
         processing_class=tokenizer(END + PROMPT),
     )  # fmt: skip
-    assert trainer.written.ends == () and trainer.written.tokenizer.eos_token == "<eos>"
+    assert (
+        trainer.output.written.ends == () and trainer.output.written.tokenizer.eos_token == "<eos>"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -406,7 +409,7 @@ def test_a_config_that_cannot_be_saved(tmp_path: Path) -> None:
 def test_parameters_that_share_memory_unsaid(tmp_path: Path) -> None:
     net = model()
     net.model.layers[0].mlp.up_proj.weight = net.model.layers[1].mlp.up_proj.weight
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight, .*are one tensor"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight, .*layers\.1"):
         SFTTrainer(
             net, args=args(SFTConfig, tmp_path), train_dataset=completions(),
             processing_class=tokenizer(),

@@ -97,7 +97,7 @@ def test_a_recipe_trains_with_it(own, tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tiny.write_recipe(tmp_path, recipe(("dpo", "best"), ("rpo", "rpo_abs")))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["run", str(path), "--run-dir", str(tmp_path / "run")])
+        cli(["run", str(path), "--run-dir", str(tmp_path / "run")])
     assert ended.value.code == 0
     first = {line["stage"]: line["loss/preference"] for line in tiny.metrics(tmp_path / "run")}
     assert first == {"dpo": pytest.approx(math.log(3)), "rpo": pytest.approx(2.5)}
@@ -137,9 +137,9 @@ def test_a_name_that_nobody_registered_is_refused_with_the_list(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "sft"}, "kind must be dpo or rpo, got 'sft'"),
-        ({"kind": "rpo", "label_smoothing": True}, "label_smoothing belongs to kind dpo"),
-        ({"saturates": True}, "saturates belongs to kind rpo"),
+        ({"kind": "sft"}, "kind .*'sft'"),
+        ({"kind": "rpo", "label_smoothing": True}, "^label_smoothing .*kind dpo"),
+        ({"saturates": True}, "^saturates .*kind rpo"),
     ],
 )
 def test_an_entry_with_what_could_not_act_is_refused(change, message):
@@ -151,7 +151,7 @@ def test_an_entry_with_what_could_not_act_is_refused(change, message):
     ("losses", "message"),
     [
         (lambda x: x.implicit.sum(), r"losses of own must be \[B\] = \[2\], got \[\]"),
-        (lambda x: x.target.sum(-1), "losses of kind dpo are given no rewards"),
+        (lambda x: x.target.sum(-1), "kind dpo .*no rewards"),
     ],
 )
 def test_a_function_that_does_not_fit_its_entry_says_so(losses, message, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rpo_trainer.errors import ModelError
-from rpo_trainer.trainers.padding_row import require_kept_padding
+from rpo_trainer.trainers.setup import require_kept_padding
 from tests.families import tiny_model
 from tests.small_models import make_model
 

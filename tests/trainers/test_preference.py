@@ -11,6 +11,7 @@ import torch
 
 from rpo_trainer.errors import DataError, ModelError, NonFiniteError, RecipeError
 from rpo_trainer.trainers import DPOTrainer, RPOTrainer
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import (
     PAIRS,
@@ -198,7 +199,7 @@ def test_eval_data_that_comes_later_takes_the_reference_at_hand(start, other, ma
     before = own.evaluate(late)
     assert before["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-6)
     own.train()
-    with pytest.raises(RecipeError, match="came after training"):
+    with raises("training.reference-gone", RecipeError, where="eval_dataset"):
         own.evaluate(rows_of("dpo", (2,), seed=10))
     given = make_trainer(
         "dpo", copy.deepcopy(start), rows, ref_model=copy.deepcopy(other), global_batch_size=8
@@ -228,19 +229,20 @@ def test_reference_model_is_left_as_it_was(start, other, make_trainer):
 
 
 def test_rows_that_do_not_fit_the_loss_are_refused(start, make_trainer):
-    with pytest.raises(DataError, match="3 rows of the train data have more than two responses"):
+    with raises("data.response-count", DataError, data="train", rows=3):
         make_trainer("dpo", copy.deepcopy(start), rows_of("dpo", (2, 3, 3, 2, 4)))
-    with pytest.raises(DataError, match="rpo_sq is a loss of pairs"):
+    with raises("data.response-count", DataError, data="train", rows=1) as error:
         make_trainer("rpo", copy.deepcopy(start), rows_of("rpo", (2, 3)), loss_type="rpo_sq")
-    with pytest.raises(DataError, match="1 rows of the train data have one response"):
+    assert "rpo_sq" in str(error.value.why)
+    with raises("data.response-count", DataError, data="train", rows=1):
         make_trainer("rpo", copy.deepcopy(start), rows_of("rpo", (2, 1)))
-    with pytest.raises(DataError, match="8 rows of the train data have no rewards"):
+    with raises("data.missing-rewards", DataError, data="train", rows=[*range(8)]):
         make_trainer("rpo", copy.deepcopy(start), rows_of("dpo", PAIRS))
-    with pytest.raises(DataError, match="of the eval data"):
+    with raises("data.response-count", DataError, data="eval", rows=1):
         make_trainer("dpo", copy.deepcopy(start), None, eval_rows=rows_of("dpo", (3,)))
     some = rows_of("rpo", (2, 2))
     some[1]["rewards"] = None
-    with pytest.raises(DataError, match=r"1 rows of the train data have no rewards.*\[1\]"):
+    with raises("data.missing-rewards", DataError, data="train", rows=[1]):
         make_trainer("rpo", copy.deepcopy(start), some)
     with pytest.raises(DataError, match="no rows"):
         make_trainer("dpo", copy.deepcopy(start), [])
@@ -260,15 +262,13 @@ def test_rows_that_do_not_fit_themselves_are_refused(field, start, make_trainer)
 
 
 def test_another_trainers_config_is_refused(start, make_config, tokenizer):
-    with pytest.raises(
-        RecipeError, match=r"takes a rpo_trainer\.RPOConfig, got a rpo_trainer\.DPOConfig"
-    ):
+    names = {"wanted": "rpo_trainer.RPOConfig", "given": "rpo_trainer.DPOConfig"}
+    with raises("training.wrong-config", RecipeError, where="args", **names):
         RPOTrainer(copy.deepcopy(start), args=make_config("dpo"), processing_class=tokenizer)
     from transformers import TrainingArguments
 
-    with pytest.raises(
-        RecipeError, match=r"takes a rpo_trainer\.DPOConfig, got a transformers\.TrainingArguments"
-    ):
+    names = {"wanted": "rpo_trainer.DPOConfig", "given": "transformers.TrainingArguments"}
+    with raises("training.wrong-config", RecipeError, where="args", **names):
         DPOTrainer(
             copy.deepcopy(start),
             args=TrainingArguments(report_to="none", use_cpu=True),
@@ -279,13 +279,15 @@ def test_another_trainers_config_is_refused(start, make_config, tokenizer):
 def test_several_gpus_in_one_process_are_refused(start, make_config, tokenizer, monkeypatch):
     args = make_config("dpo")
     monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 4))
-    with pytest.raises(RecipeError, match=r"4 GPUs are visible to one process(.|\n)*torchrun"):
+    with raises("training.several-gpus", RecipeError) as error:
         DPOTrainer(copy.deepcopy(start), args=args, processing_class=tokenizer)
+    assert "4" in error.value.what and "torchrun" in str(error.value.fix)
 
 
 def test_a_model_without_a_tokenizer_is_refused(start, make_config):
-    with pytest.raises(ModelError, match=r"no tokenizer(.|\n)*processing_class"):
+    with raises("tokenizer.missing", ModelError) as error:
         DPOTrainer(copy.deepcopy(start), args=make_config("dpo"))
+    assert "processing_class" in str(error.value.fix)
 
 
 # --- guards ---
@@ -309,9 +311,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         "rpo", model, rows, ref_model=copy.deepcopy(other), global_batch_size=8,
         per_device_train_batch_size=1, optim="adamw_torch",
     )  # fmt: skip
-    with pytest.raises(NonFiniteError, match="the loss is not finite at step 1") as caught:
+    with raises("training.not-finite", NonFiniteError, what="loss") as caught:
         trainer.train()
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 4 and caught.value.details["step"] == 1
     assert caught.value.where == "rows row-5"
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
@@ -325,7 +327,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(start, make_train
     trainer = make_trainer(
         "dpo", model, rows_of("dpo", (2, 2)), step0_check=False, max_grad_norm=1.0
     )
-    with pytest.raises(NonFiniteError, match="the gradient is not finite at step 1"):
+    with raises("training.not-finite", NonFiniteError, what="gradient", step=1):
         trainer.train()
     assert_bitwise_equal(model, before)
     injected("DPO, the gradient is not finite", "stopped")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from rpo_trainer.errors import RunError
 from rpo_trainer.trainers import checkpoint
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
@@ -187,12 +188,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 
 
 def test_without_a_complete_checkpoint_there_is_nothing_to_resume(trainer_of, tmp_path):
-    with pytest.raises(RunError, match="no complete checkpoint"):
+    with raises("run.no-complete-checkpoint", RunError):
         trainer_of("rpo", "out").train(resume_from_checkpoint=True)
     kill(trainer_of("rpo", "out"), 2)
     for path in checkpoint.checkpoints(tmp_path / "out"):
         unfinished(path)
-    with pytest.raises(RunError, match="no complete checkpoint"):
+    with raises("run.no-complete-checkpoint", RunError):
         trainer_of("rpo", "out").train(resume_from_checkpoint=True)
 
 
@@ -200,8 +201,9 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(trainer_of, tmp_path):
     kill(trainer_of("rpo", "out"), 2)
     folder = tmp_path / "out" / "checkpoint-2"
     cut(folder)
-    with pytest.raises(RunError, match=r"the checkpoint is damaged: optimizer.pt has 100 bytes"):
+    with raises("run.damaged-checkpoint", RunError, where=str(folder)) as error:
         trainer_of("rpo", "out").train(resume_from_checkpoint=str(folder))
+    assert "optimizer.pt" in error.value.what and "100" in error.value.what
 
 
 def test_another_reference_is_refused(trainer_of, make_trainer, tmp_path):
@@ -210,7 +212,7 @@ def test_another_reference_is_refused(trainer_of, make_trainer, tmp_path):
         "rpo", make_model(seed=1), rows_of("rpo"), output_dir=str(tmp_path / "out"),
         max_steps=STEPS, global_batch_size=4,
     )  # fmt: skip
-    with pytest.raises(RunError, match="the reference is not the one this checkpoint was trained"):
+    with raises("run.other-reference", RunError):
         changed.train(resume_from_checkpoint=True)
 
 
@@ -320,8 +322,8 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(limit, make_trainer, start
     ("file", "lacks"),
     [
         ("optimizer.pt", "optimizer"),
-        ("scheduler.pt", "schedule"),
-        ("rng_state.pth", "random state"),
+        ("scheduler.pt", "scheduler"),
+        ("rng_state.pth", "rng"),
         ("trainer_state.json", "trainer"),
     ],
 )
@@ -331,9 +333,8 @@ def test_a_checkpoint_that_lacks_a_state_is_refused(file, lacks, trainer_of, tmp
     (folder / checkpoint.MANIFEST).unlink()  # as other tools write them
     (folder / file).unlink()
     trainer = trainer_of("rpo", "whole", max_steps=2, save_steps=1)
-    with pytest.raises(RunError) as caught:
+    with raises("run.incomplete-checkpoint", RunError, where=str(folder), missing=[lacks]):
         trainer.train(resume_from_checkpoint=str(folder))
-    assert lacks in caught.value.what and caught.value.where == str(folder)
     assert trainer.state.global_step == 0
 
 
@@ -342,9 +343,10 @@ def test_a_run_cannot_resume_from_weights_alone(trainer_of, tmp_path):
     trainer_of("rpo", "light", **settings).train()
     assert not (tmp_path / "light" / "checkpoint-1" / "optimizer.pt").exists()
     for wanted in (True, str(tmp_path / "light" / "checkpoint-1")):
-        with pytest.raises(RunError, match="save_only_model") as caught:
+        with raises("run.incomplete-checkpoint", RunError) as caught:
             trainer_of("rpo", "light", **settings).train(resume_from_checkpoint=wanted)
-        assert "optimizer" in caught.value.what and "random state" in caught.value.what
+        assert {"optimizer", "rng"} <= set(caught.value.details["missing"])
+        assert "save_only_model" in str(caught.value.why)
 
 
 def test_float16_needs_its_scale(tmp_path):
@@ -354,7 +356,7 @@ def test_float16_needs_its_scale(tmp_path):
         (folder / name).touch()
     settings: dict[str, Any] = {"own_scheduler": True, "ranks": 1}
     checkpoint.require_state(folder, scaler=False, **settings)
-    with pytest.raises(RunError, match="scale of the float16 losses"):
+    with raises("run.incomplete-checkpoint", RunError, missing=["scaler"]):
         checkpoint.require_state(folder, scaler=True, **settings)
 
 
@@ -362,7 +364,8 @@ def test_another_number_of_processes_is_a_warning(tmp_path, caplog):
     for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (tmp_path / name).touch()
     checkpoint.require_state(tmp_path, scaler=False, own_scheduler=True, ranks=2)
-    assert "another number of processes" in caplog.text
+    (said,) = caplog.records
+    assert said.levelname == "WARNING" and said.name == "rpo_trainer.trainers.checkpoint"
 
 
 def starts_at(trainer: Any, **settings: Any) -> int:
@@ -394,8 +397,8 @@ def test_what_a_command_line_says_is_resumed_from(by_config, trainer_of, tmp_pat
 
     assert resume("False", "out") == 0
     assert resume("True", "out") == 2
-    with pytest.raises(RunError):
+    with raises("run.no-complete-checkpoint", RunError):
         resume("true", "nothing")
-    with pytest.raises(RunError) as caught:
+    with raises("run.no-such-checkpoint", RunError) as caught:
         resume(str(tmp_path / "out" / "checkpoint-9"), "out")
     assert caught.value.where.endswith("checkpoint-9")

@@ -17,6 +17,7 @@ from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.reward_data import RatingCollator
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, assert_same_update, global_batches, make_rows
 
@@ -205,10 +206,10 @@ def test_accuracy_of_ratings_compares_responses_to_one_prompt(tmp_path):
 def test_the_filler_of_a_rank_without_rows_counts_nothing():
     rows = rated_rows(0, n=2)
     batch = RatingCollator("shared", 0, Examples(rows))([])
-    assert batch["counts"].tolist() == [0, 0] and batch["weights"].tolist() == [0]
+    assert batch.counts.tolist() == [0, 0] and batch.weights.tolist() == [0]
     batch = RatingCollator("shared", 0)(rows)
-    assert batch["counts"].tolist() == [2, 3]
-    assert batch["attributes"][0].isnan().tolist() == [False, True]
+    assert batch.counts.tolist() == [2, 3]
+    assert batch.attributes[0].isnan().tolist() == [False, True]
 
 
 # ---------------------------------------------------------------- rows and files
@@ -319,35 +320,36 @@ def test_learns_which_of_two_answers_is_longer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "code", "named"),
     [
-        ({"objective": "ranking"}, "objective must be bradley_terry or regression"),
-        ({"objective": "regression"}, "regression needs attributes"),
-        ({"objective": "regression", "attributes": ("a", "a")}, "each named once"),
-        ({"attributes": ("a",)}, "attributes belongs to regression"),
-        ({"rating_range": (0, 4)}, "rating_range belongs to regression"),
-        ({**REGRESSION, "margin_scale": 1.0}, "margin_scale belongs to bradley_terry"),
-        ({**REGRESSION, "rating_range": (4, 0)}, "rating_range must rise"),
-        ({**REGRESSION, "rating_range": (0, 2, 4)}, "rating_range must rise"),
-        ({"margin_scale": -1.0}, "margin_scale must be 0 or more"),
+        ({"objective": "ranking"}, "invalid-value", "objective"),
+        ({"objective": "regression"}, "invalid-value", "attributes"),
+        ({"objective": "regression", "attributes": ("a", "a")}, "invalid-value", "attributes"),
+        ({"attributes": ("a",)}, "no-effect", "attributes"),
+        ({"rating_range": (0, 4)}, "no-effect", "rating_range"),
+        ({**REGRESSION, "margin_scale": 1.0}, "no-effect", "margin_scale"),
+        ({**REGRESSION, "rating_range": (4, 0)}, "invalid-value", "rating_range"),
+        ({**REGRESSION, "rating_range": (0, 2, 4)}, "invalid-value", "rating_range"),
+        ({"margin_scale": -1.0}, "invalid-value", "margin_scale"),
     ],
 )
-def test_settings_that_do_not_fit(tmp_path, settings, message):
-    with pytest.raises(RecipeError, match=message):
+def test_settings_that_do_not_fit(tmp_path, settings, code, named):
+    with raises(f"training.{code}", RecipeError) as error:
         RewardConfig(str(tmp_path), **settings)
+    assert named in error.value.details["settings"]
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "message"),
+    ("rows", "settings", "code", "wrong"),
     [
-        (make_rows(0, (2, 3)), {}, "1 rows of the train data do not have two responses"),
-        (make_rows(0, (2, 2)), {"margin_scale": 1.0}, "2 rows of the train data have no rewards"),
-        (make_rows(0, (1, 1)), REGRESSION, "2 rows of the train data have no attributes"),
-        (make_rows(0, (2,)), REGRESSION, "1 rows of the train data do not have one response"),
+        (make_rows(0, (2, 3)), {}, "data.response-count", 1),
+        (make_rows(0, (2, 2)), {"margin_scale": 1.0}, "data.missing-rewards", [0, 1]),
+        (make_rows(0, (1, 1)), REGRESSION, "data.missing-ratings", [0, 1]),
+        (make_rows(0, (2,)), REGRESSION, "data.response-count", 1),
     ],
 )
-def test_rows_of_another_kind(tmp_path, rows, settings, message):
-    with pytest.raises(DataError, match=message):
+def test_rows_of_another_kind(tmp_path, rows, settings, code, wrong):
+    with raises(code, DataError, data="train", rows=wrong):
         make_trainer(tmp_path, start(), rows, **settings)
 
 
@@ -355,21 +357,22 @@ def test_rows_of_another_kind(tmp_path, rows, settings, message):
 def test_tokenised_rows_with_other_ratings(tmp_path, ratings):
     rows = rated_rows(0)
     rows[2]["attributes"] = ratings
-    with pytest.raises(DataError, match=r"one for each of helpfulness, depth, the first at \[2\]"):
+    with raises("data.invalid-ratings", DataError, data="train", rows=[2]) as error:
         make_trainer(tmp_path, start(), rows, **REGRESSION)
+    assert "helpfulness, depth" in error.value.what
 
 
 def test_responses_that_end_with_the_pad_token(tmp_path):
     rows = rated_rows(0)
     rows[1]["response_ids"][0][-1] = character_tokenizer().pad_token_id
-    with pytest.raises(ModelError, match="end with the pad token '<pad>'"):
+    with raises("tokenizer.pad-ends-response", ModelError) as error:
         make_trainer(tmp_path, start(), rows, **REGRESSION)
+    assert "<pad>" in error.value.what
 
 
 def test_another_config_is_refused(tmp_path):
     from rpo_trainer.trainers import SFTConfig
 
-    with pytest.raises(
-        RecipeError, match=r"takes a rpo_trainer\.RewardConfig, got a rpo_trainer\.SFTConfig"
-    ):
+    names = {"wanted": "rpo_trainer.RewardConfig", "given": "rpo_trainer.SFTConfig"}
+    with raises("training.wrong-config", RecipeError, where="args", **names):
         RewardTrainer(start(), SFTConfig(str(tmp_path)), rated_rows(0))

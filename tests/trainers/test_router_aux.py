@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.step.router_loss import router_loss_of
 from rpo_trainer.trainers import RewardConfig, RewardTrainer
+from tests.raising import raises
 from tests.small_models import MIXTURES, make_model
 from tests.trainers.plain import make_rows
 
@@ -230,7 +231,7 @@ def test_the_start_says_which(
     ],
 )  # fmt: skip
 def test_a_weight_that_cannot_act_is_refused(family: str, settings: Any, make_trainer: Any) -> None:
-    with pytest.raises(RecipeError, match="router_aux_loss_coef"):
+    with raises("model.no-router-loss", RecipeError):
         make_trainer(
             "sft", make_model(family), rows_for("sft"), **{"router_aux_loss_coef": 0.1, **settings}
         )

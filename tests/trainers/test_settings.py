@@ -15,11 +15,12 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from rpo_trainer.trainers.neftune import example_lengths
-from rpo_trainer.trainers.settings import by_name, defaults_of
-from rpo_trainer.trainers.settings_page import page
-from rpo_trainer.trainers.settings_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
+from rpo_trainer.trainers.argument_page import page
+from rpo_trainer.trainers.argument_status import by_name, defaults_of
+from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
+from rpo_trainer.trainers.sft import example_lengths
 from tests.documents import ROOT
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import PAIRS, assert_bitwise_equal, make_rows, rows_of
 
@@ -49,7 +50,7 @@ def values_to_refuse() -> dict[str, Any]:
 def test_the_table_has_every_field_of_the_installed_version(settings):
     installed = {field.name for field in dataclasses.fields(settings)}
     table = by_name(TABLES[settings])
-    assert installed - set(table) == set(), "say in settings_table.py what becomes of these"
+    assert installed - set(table) == set(), "say in argument_table.py what becomes of these"
     old = {name for name, row in table.items() if row.some_versions}
     assert set(table) - installed <= old
     assert len(table) == sum(len(row.names) for row in TABLES[settings])  # none twice
@@ -57,54 +58,68 @@ def test_the_table_has_every_field_of_the_installed_version(settings):
 
 def test_the_page_is_what_the_table_says():
     written = (ROOT / "docs" / "training-arguments.md").read_text(encoding="utf-8")
-    assert written == page(), (
-        "python -m rpo_trainer.trainers.settings_page > docs/training-arguments.md"
-    )
+    assert written == page(), "regenerate it: see the head of docs/training-arguments.md"
 
 
 @pytest.mark.parametrize("name", values_to_refuse())
 def test_a_setting_that_could_not_act_is_refused(name, make_config):
     row, value = by_name(TRAINING)[name], values_to_refuse()[name]
-    with pytest.raises(RecipeError) as caught:
+    with raises("training.unsupported-setting", RecipeError) as caught:
         make_config("sft", **{name: value})
+    assert name in caught.value.details["settings"]
     assert f"{name}=" in caught.value.what and row.text in caught.value.what
     assert row.instead in caught.value.what
 
 
 @pytest.mark.parametrize("name", ["batch_rebalance", "longest"])
 def test_other_sampling_strategies_are_refused(name, make_config):
-    with pytest.raises(RecipeError, match="train_sampling_strategy"):
+    with raises("training.unsupported-setting", RecipeError, settings=["train_sampling_strategy"]):
         make_config("sft", train_sampling_strategy=name)
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"),
+    ("settings", "code", "word"),
     [
-        ({"optim": "lomo"}, "optim='lomo'"),
-        ({"optim": "galore_adamw_layerwise"}, "backward pass"),
-        ({"debug": "tpu_metrics_debug"}, "debug"),
-        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "constant_with_warmup"),
-        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "contradict"),
-        ({"gradient_checkpointing": False, "activation_checkpointing": True}, "contradict"),
-        ({"gradient_checkpointing_kwargs": {}, "activation_checkpointing_kwargs": {"x": 1}}, "contradict"),
-        ({"dataloader_persistent_workers": True}, "dataloader_num_workers"),
-        ({"dataloader_multiprocessing_context": "spawn"}, "dataloader_num_workers"),
-        ({"fsdp_config": {"version": 2}}, "fsdp_config is only read where fsdp is on"),
-        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy=best"),
-        ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
+        ({"optim": "lomo"}, "unsupported-setting", "optim='lomo'"),
+        ({"optim": "galore_adamw_layerwise"}, "unsupported-setting", "optim='galore_adamw_layerwise'"),
+        ({"debug": "tpu_metrics_debug"}, "unsupported-setting", "debug"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "no-effect", "constant_with_warmup"),
+        (
+            {"gradient_checkpointing": True, "activation_checkpointing": False},
+            "conflicting-settings", "activation_checkpointing=False",
+        ),
+        (
+            {"gradient_checkpointing": False, "activation_checkpointing": True},
+            "conflicting-settings", "activation_checkpointing=True",
+        ),
+        (
+            {"gradient_checkpointing_kwargs": {}, "activation_checkpointing_kwargs": {"x": 1}},
+            "conflicting-settings", "activation_checkpointing_kwargs",
+        ),
+        ({"dataloader_persistent_workers": True}, "no-effect", "dataloader_num_workers"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "no-effect", "dataloader_num_workers"),
+        ({"fsdp_config": {"version": 2}}, "no-effect", "fsdp_config"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "no-effect", "save_strategy=best"),
+        (
+            {"global_batch_size": 8, "gradient_accumulation_steps": 2},
+            "conflicting-settings", "gradient_accumulation_steps=2",
+        ),
         (
             {"micro_batch_tokens": 8, "global_batch_size": 8, "gradient_accumulation_steps": 2},
-            "gradient_accumulation_steps=2",
+            "conflicting-settings", "gradient_accumulation_steps=2",
         ),
-        ({"shuffle": True, "train_sampling_strategy": "sequential"}, "contradict"),
+        (
+            {"shuffle": True, "train_sampling_strategy": "sequential"},
+            "conflicting-settings", "train_sampling_strategy",
+        ),
     ],
 )  # fmt: skip
-def test_values_and_pairs_that_could_not_act_are_refused(settings, word, make_config):
+def test_values_and_pairs_that_could_not_act_are_refused(settings, code, word, make_config):
     if new := {n for n in settings if n.startswith("activation_")} - {
         f.name for f in dataclasses.fields(SFTConfig)
     }:
         pytest.skip(f"this transformers has no {new}")
-    with pytest.raises(RecipeError) as caught:
+    with raises(f"training.{code}", RecipeError) as caught:
         make_config("sft", **settings)
     assert word in caught.value.what
 
@@ -116,7 +131,7 @@ REFUSED_BY_ACCELERATE: list[tuple[dict[str, Any], str]] = [
     ({"use_seedable_sampler": False}, "use_seedable_sampler=False"),
     ({"gradient_accumulation_kwargs": {"num_steps": 2}}, "num_steps=2"),
     ({"gradient_accumulation_kwargs": {"adjust_scheduler": False}}, "adjust_scheduler=False"),
-    ({"gradient_accumulation_kwargs": {"sync_each_batches": True}}, "mean sync_each_batch"),
+    ({"gradient_accumulation_kwargs": {"sync_each_batches": True}}, "sync_each_batch?"),
 ]
 
 
@@ -128,7 +143,8 @@ def test_accelerators_config_is_looked_at_in_every_form(form, given, word, make_
     forms: dict[str, Any] = {
         "dict": given, "text": json.dumps(given), "file": str(path), "object": AcceleratorConfig(**given)
     }  # fmt: skip
-    with pytest.raises(RecipeError) as caught:
+    kind = "unknown" if word.endswith("?") else "unsupported"
+    with raises(f"training.{kind}-setting", RecipeError) as caught:
         make_config("sft", accelerator_config=copy.deepcopy(forms[form]))
     assert word in caught.value.what
 
@@ -160,7 +176,7 @@ def _tokenizer() -> Any:
 def test_a_config_that_was_changed_is_looked_at_again(start, make_config):
     args = make_config("sft")
     args.label_smoothing_factor = 0.1
-    with pytest.raises(RecipeError, match="label_smoothing_factor"):
+    with raises("training.unsupported-setting", RecipeError, settings=["label_smoothing_factor"]):
         SFTTrainer(
             copy.deepcopy(start), args, make_rows(0, (1,) * 4), processing_class=_tokenizer()
         )
@@ -192,8 +208,8 @@ def steps_of(trainer: Any) -> list[set[str]]:
 
     def get_batch_samples(*args: Any) -> Any:
         batches, counts = own(*args)
-        flat = [part for b in batches for part in b.get("micro_batches", [b])]
-        seen.append({row for batch in flat for row in batch["ids"]})
+        flat = [part for b in batches for part in b.micro_batches]
+        seen.append({row for batch in flat for row in batch.ids})
         return batches, counts
 
     trainer.get_batch_samples = get_batch_samples
@@ -276,7 +292,7 @@ def test_noise_on_embeddings_is_scaled_by_the_example(start, make_trainer):
     for layout in ("packed", "padded"):
         trainer = make_trainer("sft", copy.deepcopy(start), rows, layout=layout)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-        found = example_lengths(batch["model_inputs"])
+        found = example_lengths(batch.model_inputs)
         wanted = [n for n in lengths for _ in range(n)]
         if layout == "padded":
             wanted = [n for n in lengths for _ in range(max(lengths))]
@@ -304,7 +320,7 @@ def test_noise_acts_in_training_alone(start, make_trainer):
 
 @pytest.mark.parametrize("config", [DPOConfig, RewardConfig])
 def test_noise_is_for_sft(config, tmp_path):
-    with pytest.raises(RecipeError, match="neftune_noise_alpha is for SFT"):
+    with raises("training.unsupported-setting", RecipeError, settings=["neftune_noise_alpha"]):
         config(output_dir=str(tmp_path), use_cpu=True, neftune_noise_alpha=5.0)
 
 
@@ -333,7 +349,7 @@ def test_gradient_checkpointing_is_on_where_the_model_can(start, make_trainer, m
     unable.model.__class__ = type("UnableInside", (type(unable.model),), {
         "supports_gradient_checkpointing": False})  # fmt: skip
     make_trainer("sft", unable, rows).train()
-    with pytest.raises(RecipeError) as caught:
+    with raises("model.no-gradient-checkpointing", RecipeError) as caught:
         make_trainer("sft", unable, rows, gradient_checkpointing=True)
     assert caught.value.where == "gradient_checkpointing"
 
@@ -391,7 +407,7 @@ def test_evaluation_leaves_the_weights(start, make_trainer):
 def test_an_unknown_argument_of_a_trainer_is_answered(kind, name, word, start, make_config):
     from tests.trainers.conftest import TRAINERS
 
-    with pytest.raises(RecipeError) as caught:
+    with raises("training.unknown-argument", RecipeError) as caught:
         TRAINERS[kind](copy.deepcopy(start), args=make_config(kind), **{name: print})
     assert name in caught.value.what and word in caught.value.fix
     assert caught.value.where == TRAINERS[kind].__name__
@@ -408,7 +424,7 @@ def test_a_subclass_may_have_arguments_of_its_own(start, make_config):
         copy.deepcopy(start), make_config("sft"), rows, processing_class=_tokenizer(), extra=3
     )
     assert made.extra == 3
-    with pytest.raises(RecipeError, match="compute_metrics"):
+    with raises("training.unknown-argument", RecipeError):
         Own(copy.deepcopy(start), make_config("sft"), rows, compute_metrics=print)
 
 
@@ -417,7 +433,7 @@ def test_a_model_loaded_in_parts_is_refused(make_config):
     model.__class__ = type(
         "Parts", (type(model),), {"is_distributed_loading_by_transformers": True}
     )
-    with pytest.raises(ModelError, match="loaded in parts"):
+    with raises("model.loaded-in-parts", ModelError):
         SFTTrainer(model, make_config("sft"), make_rows(0, (1,) * 4), processing_class=_tokenizer())
 
 

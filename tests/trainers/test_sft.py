@@ -11,6 +11,7 @@ import torch
 
 from rpo_trainer.errors import DataError, NonFiniteError, RecipeError
 from rpo_trainer.trainers import SFTTrainer
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import (
     Objective,
@@ -125,14 +126,13 @@ def test_gradient_checkpointing_and_workers_change_nothing(start, make_trainer):
 
 
 def test_rows_with_several_responses_are_refused(start, make_trainer):
-    with pytest.raises(DataError, match="2 rows of the train data have more or less than one"):
+    with raises("data.response-count", DataError, data="train", rows=2):
         make_trainer("sft", copy.deepcopy(start), make_rows(0, (1, 2, 1, 3)))
 
 
 def test_another_trainers_config_is_refused(start, make_config, tokenizer):
-    with pytest.raises(
-        RecipeError, match=r"takes a rpo_trainer\.SFTConfig, got a rpo_trainer\.DPOConfig"
-    ):
+    names = {"wanted": "rpo_trainer.SFTConfig", "given": "rpo_trainer.DPOConfig"}
+    with raises("training.wrong-config", RecipeError, where="args", **names):
         SFTTrainer(copy.deepcopy(start), args=make_config("dpo"), processing_class=tokenizer)
 
 
@@ -144,9 +144,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, make_trainer, 
         model.model.embed_tokens.weight[2] = math.inf
     before = copy.deepcopy(model)
     trainer = make_trainer("sft", model, rows, global_batch_size=6, per_device_train_batch_size=2)
-    with pytest.raises(NonFiniteError, match=r"row-4(.|\n)*the optimizer has not moved") as caught:
+    with raises("training.not-finite", NonFiniteError) as caught:
         trainer.train()
     assert caught.value.exit_code == 4
+    assert "row-4" in caught.value.where
     assert len(caught.value.where.split(",")) == 2  # the rows of one micro-batch, no others
     assert_bitwise_equal(model, before)
     injected("SFT, the loss is not finite", "stopped")

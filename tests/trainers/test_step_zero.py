@@ -12,6 +12,7 @@ import torch
 from rpo_trainer.errors import StepZeroError
 from rpo_trainer.step import reference
 from rpo_trainer.trainers.noise import disable_noise, is_noisy, noise_in
+from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
@@ -88,9 +89,9 @@ def test_dropout_left_on_is_found_and_named(family, make_trainer):
     trainer = make_trainer(
         "dpo", model, make_rows(0, (2,) * 4), disable_dropout=False, global_batch_size=4
     )
-    with pytest.raises(StepZeroError, match=r"noise is on(.|\n)*disable_dropout") as caught:
+    with raises("training.step-zero", StepZeroError, cause="noise") as caught:
         trainer.train()
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 2 and "disable_dropout" in str(caught.value.fix)
     assert_bitwise_equal(model, before)
 
 
@@ -114,31 +115,32 @@ def test_noise_is_found_and_turned_off():
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_a_stale_reference_stops_the_run_before_it_moves(optim, start, make_trainer, monkeypatch):
-    own = reference.reference_logps
+    own = reference.dataset_logprobs
 
     def stale(*args: Any, **kwargs: Any) -> list[list[float]]:
         return [[value - 0.5 for value in row] for row in own(*args, **kwargs)]
 
-    monkeypatch.setattr(reference, "reference_logps", stale)
+    monkeypatch.setattr(reference, "dataset_logprobs", stale)
     model = copy.deepcopy(start)
     trainer = make_trainer(
         "rpo", model, make_rows(0, (2, 3, 2, 2), rewards=True), optim=optim, global_batch_size=4
     )
-    with pytest.raises(StepZeroError, match=r"cache is stale(.|\n)*reference-cache"):
+    with raises("training.step-zero", StepZeroError, cause="reference") as error:
         trainer.train()
+    assert "reference-cache" in str(error.value.fix)
     assert_bitwise_equal(model, start)
 
 
 def test_a_shift_that_the_loss_does_not_show_is_found_too(start, make_trainer, monkeypatch):
     """Both responses off by the same: DPO's loss is still ln 2, its reference still wrong."""
-    own = reference.reference_logps
+    own = reference.dataset_logprobs
     monkeypatch.setattr(
         reference,
-        "reference_logps",
+        "dataset_logprobs",
         lambda *a, **k: [[value + 3.0 for value in row] for row in own(*a, **k)],
     )
     trainer = make_trainer("dpo", copy.deepcopy(start), make_rows(0, (2,) * 4))
-    with pytest.raises(StepZeroError, match="nats per token"):
+    with raises("training.step-zero", StepZeroError, cause="reference"):
         trainer.train()
 
 
@@ -157,7 +159,8 @@ def test_another_reference_is_not_checked(start, make_trainer, caplog):
     )
     trainer.train()
     assert not hasattr(trainer, "step_zero")
-    assert "no step-0 check" in caplog.text
+    (said,) = [r for r in caplog.records if r.name == "rpo_trainer.trainers.preference"]
+    assert said.levelname == "INFO"
 
 
 def test_an_equal_reference_is_checked(start, make_trainer):
@@ -184,7 +187,7 @@ def test_a_change_in_train_mode_that_is_not_random_is_told_apart(start, make_tra
 
     model.model.norm.register_forward_hook(noise)
     trainer = make_trainer("dpo", model, make_rows(0, (2,) * 4))
-    with pytest.raises(StepZeroError, match="in train mode is not the policy in eval mode"):
+    with raises("training.step-zero", StepZeroError, cause="train-mode"):
         trainer.train()
 
 

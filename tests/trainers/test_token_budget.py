@@ -85,13 +85,13 @@ def test_the_number_of_forwards_follows_the_lengths(trainer_of, caplog):
     assert f"{len(longer)} of 10 examples alone take more than micro_batch_tokens (35)" in line
     assert f"the longest {max(longer)}" in line
     assert len(steps) == len(trainer.get_train_dataloader()) == 3
-    assert len({len(step["micro_batches"]) for step in steps}) > 1
+    assert len({len(step.micro_batches) for step in steps}) > 1
     seen = []
     for step in steps:
-        assert step["counts"][0] == sum(len(batch["ids"]) for batch in step["micro_batches"])
-        for batch in step["micro_batches"]:
-            assert batch["model_inputs"]["input_ids"].numel() <= 35 or len(batch["ids"]) == 1
-            seen += batch["ids"]
+        assert step.counts[0] == sum(len(batch.ids) for batch in step.micro_batches)
+        for batch in step.micro_batches:
+            assert batch.model_inputs.input_ids.numel() <= 35 or len(batch.ids) == 1
+            seen += batch.ids
     assert sorted(seen) == sorted(row["id"] for row in rows_of("rpo"))
 
 

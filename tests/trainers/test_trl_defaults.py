@@ -11,7 +11,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig, SFTTrainer
-from rpo_trainer.trainers.settings import defaults_of
+from rpo_trainer.trainers.argument_status import defaults_of
 from rpo_trainer.trainers.setup import _warn_once
 from tests.trainers.plain import make_rows
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rpo_trainer.data.rows import Row, RowError, RowProblems
 from rpo_trainer.errors import RecipeError, nearest
-from rpo_trainer.rewards.verifiers.asserts import ASSERTS, require_permission
+from rpo_trainer.rewards.verifiers.asserts import ASSERTS
 from rpo_trainer.rewards.verifiers.base import FailedChecks, Verifier
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTION_CHECKS
 from rpo_trainer.rewards.verifiers.json_schema import JSON_SCHEMA
@@ -17,6 +17,7 @@ __all__ = [
     "VERIFIERS", "FailedChecks", "Verifier", "check_rows", "get_verifier", "score_rows",
 ]  # fmt: skip
 
+# All verifiers, by name. The recipe's schema has the names once more, since it imports nothing of rewards.
 VERIFIERS = {
     verifier.name: verifier
     for verifier in (
@@ -35,11 +36,17 @@ def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
     if name not in VERIFIERS:
         raise RecipeError(
             f"unknown verifier '{name}'{nearest(name, VERIFIERS)}",
+            code="verifier.unknown",
             why="each decides by another rule what is right, and none is taken in place of another",
             fix=f"use one of: {', '.join(VERIFIERS)}",
         )
-    if name == ASSERTS.name:
-        require_permission(allow_code_execution)
+    if VERIFIERS[name].runs_code and not allow_code_execution:
+        raise RecipeError(
+            f"the verifier '{name}' runs code that a model has written",
+            code="recipe.code-execution-not-allowed",
+            why="that code can do harm; it runs with limits, which are no wall",
+            fix="allow_code_execution: true (--allow-code-execution), best inside a container",
+        )
     return VERIFIERS[name]
 
 
@@ -60,7 +67,7 @@ def score_rows(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
             check = verifier.prepare(row, failed)
             scored.append({**row, "rewards": [check(response) for response in row["responses"]]})
         except RowError as error:
-            problems.add(str(error), str(row["id"]))
+            problems.add(error, str(row["id"]))
     failed.warn(verifier.name)
     _raise(problems, len(rows), verifier)
     return scored
@@ -73,7 +80,7 @@ def check_rows(rows: Sequence[Row], verifier: Verifier) -> None:
         try:
             verifier.prepare(row)
         except RowError as error:
-            problems.add(str(error), str(row["id"]))
+            problems.add(error, str(row["id"]))
     _raise(problems, len(rows), verifier)
 
 

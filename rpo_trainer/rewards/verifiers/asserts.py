@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_trainer.data.rows import Row, RowError
-from rpo_trainer.errors import DataError, RecipeError, RunError
+from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards.verifiers.base import Check, Verifier, required
 from rpo_trainer.rewards.verifiers.setup_code import Setup
 
@@ -46,10 +46,10 @@ def _asserts(row: Row) -> Check:
     """
     tests = required(row, "tests")
     if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
-        raise RowError("`tests` is not a list of statements")
+        raise RowError("`tests` is not a list of statements", code="verifier.bad-column")
     source = row.get("setup") or ""
     if not isinstance(source, str):
-        raise RowError("`setup` is not text")
+        raise RowError("`setup` is not text", code="verifier.bad-column")
     for what, code in (("setup", source), *(("tests", test) for test in tests)):
         _compile(what, code)
     setup = Setup(source, tests)
@@ -63,7 +63,10 @@ def _compile(what: str, code: str) -> None:
             compile(code, what, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", None) or str(error) or "nested too deeply"
-        raise RowError(f"`{what}` is not Python ({type(error).__name__}: {reason})") from None
+        raise RowError(
+            f"`{what}` is not Python ({type(error).__name__}: {reason})",
+            code="verifier.invalid-python",
+        ) from None
 
 
 def extract_code(response: str) -> str:
@@ -99,6 +102,7 @@ def _run(code: str, tests: list[str], seconds: int, setup: Setup) -> float:
     if kind == b"e":
         raise DataError(
             verdicts.decode(errors="replace"),
+            code="verifier.setup-failed",
             where="the verifier 'asserts'",
             why="it fails for every response, whatever that says",
             fix="install what is missing, or correct the rows or leave them out",
@@ -113,6 +117,7 @@ def _run(code: str, tests: list[str], seconds: int, setup: Setup) -> float:
 def _not_started(reason: str) -> RunError:
     return RunError(
         f"the sandbox does not start ({reason})",
+        code="verifier.sandbox-failed",
         where="the verifier 'asserts'",
         why="without it every response would get the reward 0",
         fix=f"check that {sys.executable} starts, and that {tempfile.gettempdir()} can be written"
@@ -216,14 +221,4 @@ def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) ->
     return bytes(results), False
 
 
-def require_permission(allowed: bool) -> None:
-    """Raises RecipeError unless the user has asked for code to be run."""
-    if not allowed:
-        raise RecipeError(
-            "the verifier 'asserts' runs code that a model has written",
-            why="that code can do harm; it runs with limits, which are no wall",
-            fix="allow_code_execution: true (--allow-code-execution), best inside a container",
-        )
-
-
-ASSERTS = Verifier("asserts", 1.0, ("tests", "setup"), _asserts)
+ASSERTS = Verifier("asserts", 1.0, ("tests", "setup"), _asserts, runs_code=True)

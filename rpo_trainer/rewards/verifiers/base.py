@@ -60,6 +60,7 @@ class Verifier:
         name: its name in recipes and on the command line.
         maximum: the reward of a right answer, and of nothing else.
         columns: what it reads of a row, the first of them required.
+        runs_code: it runs what a response says, in another process: users must allow it.
         make_check: row → reward of a response; raises RowError where the row cannot be verified.
             Call `prepare` instead, whose check does not raise.
     """
@@ -68,6 +69,7 @@ class Verifier:
     maximum: float
     columns: tuple[str, ...]
     make_check: Callable[[Row], Check]
+    runs_code: bool = False
 
     def prepare(self, row: Row, failed: FailedChecks | None = None) -> Check:
         """The check of one row's responses.
@@ -87,7 +89,9 @@ class Verifier:
         except (RowError, RPOTrainerError, ImportError):
             raise
         except Exception as error:
-            raise RowError(f"the row cannot be read ({_reason(error)})") from error
+            raise RowError(
+                f"the row cannot be read ({_reason(error)})", code="verifier.unreadable-row"
+            ) from error
 
         def guarded(response: str) -> float:
             try:
@@ -126,12 +130,14 @@ def ground_truth(row: Row) -> str:
     """The row's right answer, without white space at its ends. Raises RowError without one."""
     value = row.get("ground_truth")
     if not isinstance(value, str) or not value.strip():
-        raise RowError("no ground_truth to compare the responses with")
+        raise RowError(
+            "no ground_truth to compare the responses with", code="verifier.missing-ground-truth"
+        )
     return value.strip()
 
 
 def required(row: Row, column: str) -> Any:
     """A column that must be there. Raises RowError."""
     if row.get(column) is None:
-        raise RowError(f"`{column}` is absent or null")
+        raise RowError(f"`{column}` is absent or null", code="verifier.missing-column")
     return row[column]

@@ -49,25 +49,32 @@ def _lists_of(row: Row) -> tuple[list[Any], list[Any]]:
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            raise RowError("`kwargs` is text that is not JSON") from None
+            raise RowError(
+                "`kwargs` is text that is not JSON", code="verifier.bad-column"
+            ) from None
     if not isinstance(names, list) or not names:
-        raise RowError("`instruction_id_list` is not a list of ids")
+        raise RowError("`instruction_id_list` is not a list of ids", code="verifier.bad-column")
     if not isinstance(arguments, list) or len(arguments) != len(names):
-        raise RowError("`kwargs` is not a list with one object an instruction")
+        raise RowError(
+            "`kwargs` is not a list with one object an instruction", code="verifier.bad-column"
+        )
     return names, arguments
 
 
 def _bound(name: str, arguments: object) -> Callable[[str], bool]:
     """The instruction with its arguments, checked before any response is there."""
     if name not in INSTRUCTIONS:
-        raise RowError(f"unknown instruction id {name!r}")
+        raise RowError(f"unknown instruction id {name!r}", code="verifier.unknown-instruction")
     if not isinstance(arguments, Mapping):
-        raise RowError(f"the arguments of {name} are not an object")
+        raise RowError(f"the arguments of {name} are not an object", code="verifier.bad-arguments")
     given = {key: value for key, value in arguments.items() if value is not None}
     function = INSTRUCTIONS[name]
     expected = dict(list(inspect.signature(function).parameters.items())[1:])
     if set(given) != set(expected):
-        raise RowError(f"{name} takes the arguments {', '.join(expected) or 'none'}")
+        raise RowError(
+            f"{name} takes the arguments {', '.join(expected) or 'none'}",
+            code="verifier.bad-arguments",
+        )
     for key, parameter in expected.items():
         given[key] = _typed(given[key], str(parameter.annotation), f"{key} of {name}")
     if name in _NEED_LANGUAGE:
@@ -84,9 +91,11 @@ def _typed(value: Any, kind: str, what: str) -> Any:
         "list[str]": isinstance(value, list) and all(isinstance(v, str) for v in value),
     }[kind]
     if not right:
-        raise RowError(f"{what} is not {kind}")
+        raise RowError(f"{what} is not {kind}", code="verifier.bad-arguments")
     if what.split()[0].endswith("relation") and value not in RELATIONS:
-        raise RowError(f"{what} is neither of {', '.join(RELATIONS)}")
+        raise RowError(
+            f"{what} is neither of {', '.join(RELATIONS)}", code="verifier.bad-arguments"
+        )
     return value
 
 

@@ -30,9 +30,11 @@ def _json_schema(row: Row) -> Check:
         maker.check_schema(schema)
         schemas.check_references(schema, maker)
     except jsonschema.SchemaError as error:
-        raise RowError(f"`schema` is not a JSON schema ({error.message})") from None
+        raise RowError(
+            f"`schema` is not a JSON schema ({error.message})", code="verifier.bad-schema"
+        ) from None
     except RecursionError:
-        raise RowError("`schema` is nested too deeply") from None
+        raise RowError("`schema` is nested too deeply", code="verifier.bad-schema") from None
     is_valid = schemas.limited_validator(schema, maker)
 
     def check(response: str) -> float:
@@ -47,9 +49,11 @@ def _schema(value: object) -> Any:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise RowError("`schema` is text that is not JSON") from None
+            raise RowError(
+                "`schema` is text that is not JSON", code="verifier.bad-schema"
+            ) from None
     if not isinstance(value, dict | bool):
-        raise RowError("`schema` is not an object")
+        raise RowError("`schema` is not an object", code="verifier.bad-schema")
     return value
 
 

@@ -41,7 +41,7 @@ def _numeric(row: Row) -> Check:
     """
     truth = last_number(ground_truth(row))
     if truth is None:
-        raise RowError("ground_truth holds no number")
+        raise RowError("ground_truth holds no number", code="verifier.bad-ground-truth")
 
     def check(response: str) -> float:
         found = last_number(response)

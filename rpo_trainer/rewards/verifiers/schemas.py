@@ -178,7 +178,8 @@ def _check_patterns(schema: Any) -> None:
                 _compiled(pattern)
         except regex.error as error:
             raise RowError(
-                f"`schema` holds {pattern!r}, not a regular expression ({error})"
+                f"`schema` holds {pattern!r}, not a regular expression ({error})",
+                code="verifier.bad-schema",
             ) from None
 
 
@@ -190,7 +191,7 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
     if not isinstance(schema, dict) or seen.get(id(schema)) == _DONE:
         return
     if seen.get(id(schema)) == _OPEN:
-        raise RowError("`schema` refers to itself without an end")
+        raise RowError("`schema` refers to itself without an end", code="verifier.recursive-schema")
     seen[id(schema)] = _OPEN
     for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
         reference = schema.get(keyword)
@@ -198,7 +199,10 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
             try:
                 found = resolver.lookup(reference)
             except referencing.exceptions.Unresolvable as error:
-                raise RowError(f"`schema` refers to what is not in it ({error})") from None
+                raise RowError(
+                    f"`schema` refers to what is not in it ({error})",
+                    code="verifier.unknown-reference",
+                ) from None
             _follow(found.contents, found.resolver, specification, seen)
     for below in _applied_in_place(schema):
         below_resolver = resolver.in_subresource(specification.create_resource(below))

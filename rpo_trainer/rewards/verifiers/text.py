@@ -64,14 +64,17 @@ def _multiple_choice(row: Row) -> Check:
     choices = _choices(row)
     truth = _letter_of(ground_truth(row), choices)
     if truth is None:
-        raise RowError("ground_truth is neither a letter nor one of the `choices`")
+        raise RowError(
+            "ground_truth is neither a letter nor one of the `choices`",
+            code="verifier.bad-ground-truth",
+        )
     return lambda response: float(_chosen(response, choices) == truth)
 
 
 def _choices(row: Row) -> Sequence[str]:
     choices = row.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-        raise RowError("`choices` is not a list of texts")
+        raise RowError("`choices` is not a list of texts", code="verifier.bad-column")
     return choices
 
 
@@ -112,11 +115,15 @@ def _regex(row: Row) -> Check:
         raise missing_library("regex", "regex") from None
     pattern = required(row, "pattern")
     if pattern == "":
-        raise RowError("`pattern` is empty: it would be found everywhere")
+        raise RowError(
+            "`pattern` is empty: it would be found everywhere", code="verifier.bad-pattern"
+        )
     try:
         compiled = regex.compile(pattern)
     except (regex.error, TypeError) as error:
-        raise RowError(f"`pattern` is no regular expression ({error})") from None
+        raise RowError(
+            f"`pattern` is no regular expression ({error})", code="verifier.bad-pattern"
+        ) from None
 
     return lambda response: float(compiled.search(response, timeout=SECONDS) is not None)
 
@@ -125,6 +132,7 @@ def missing_library(verifier: str, library: str) -> RecipeError:
     """The error of a verifier whose library is not installed."""
     return RecipeError(
         f"the verifier '{verifier}' needs the library {library}",
+        code="recipe.missing-library",
         why="it is not installed: only some verifiers need more than the package itself",
         fix="pip install 'rpo-trainer[verifiers]'",
     )

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RunError, StoppedBySignal
 from rpo_trainer.recipe import ScoreSpec
-from rpo_trainer.rewards.rowfile import map_rows_resumable
+from rpo_trainer.rewards.resumable_rows import map_rows_resumable
 from rpo_trainer.rewards.scorers import make_scorer
 from rpo_trainer.rewards.verifiers import VERIFIERS, Verifier, get_verifier, score_rows
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTIONS
+from tests.raising import raises
+from tests.rewards.failing import unverifiable
 
 ARGUMENTS: dict[str, Any] = {
     "keywords": ["Mom", "- "], "keyword": "a ", "frequency": 10**18, "relation": "at least",
@@ -156,7 +158,8 @@ def _raising(error: BaseException) -> Verifier:
 
 FAULTS = [
     RecursionError("deep"), MemoryError(), OverflowError("large"), TimeoutError(), ValueError("bad"),
-    RowError("row"), ZeroDivisionError(), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogate"),
+    RowError("row", "verifier.row"), ZeroDivisionError(),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogate"),
     OSError("fork"), AssertionError(), jsonschema.exceptions.UnknownType("x", 1, {}),
 ]  # fmt: skip
 
@@ -204,12 +207,13 @@ def test_a_row_of_any_shape_is_an_error_of_the_row() -> None:
     deep: Any = "end"
     for _ in range(sys.getrecursionlimit()):
         deep = {"not": deep}
-    with pytest.raises(RowError):
+    with unverifiable("verifier.bad-schema"):
         get_verifier("json_schema").prepare({"schema": deep})
-    with pytest.raises(DataError, match="1 of 1"):
+    with raises("verifier.bad-schema", DataError) as error:
         score_rows([{"id": "a", "responses": ["x"], "schema": deep}], get_verifier("json_schema"))
+    assert "1 of 1" in error.value.what
     many = {"ground_truth": "x" * 5, "choices": [str(i) for i in range(1_200_000)] + ["xxxxx"]}
-    with pytest.raises(RowError):
+    with unverifiable("verifier.unreadable-row"):
         get_verifier("multiple_choice").prepare(many)
 
 

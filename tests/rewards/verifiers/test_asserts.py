@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards.verifiers import asserts, get_verifier
 from rpo_trainer.rewards.verifiers.asserts import extract_code, run_tests
+from tests.raising import raises
+from tests.rewards.failing import unverifiable
 
 GOOD = "def add(a, b):\n    return a + b\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0"]
@@ -145,9 +146,9 @@ def test_no_environment_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tests", [[], "assert True", [1]])
 def test_tests_that_are_none(tests: Any) -> None:
-    with pytest.raises(RowError, match="not a list of statements"):
+    with unverifiable("verifier.bad-column", "`tests`"):
         get_verifier("asserts", allow_code_execution=True).prepare({"tests": tests})
-    with pytest.raises(RowError, match="`setup` is not text"):
+    with unverifiable("verifier.bad-column", "`setup`"):
         get_verifier("asserts", allow_code_execution=True).prepare({"tests": TESTS, "setup": 1})
 
 
@@ -157,7 +158,7 @@ def test_tests_that_are_none(tests: Any) -> None:
      {"tests": ["return 1"]}, {"tests": ["-" * 100_000 + "1"]}],
 )  # fmt: skip
 def test_code_of_a_row_that_does_not_compile(columns: dict[str, Any]) -> None:
-    with pytest.raises(RowError, match=r"`(setup|tests)` is not Python"):
+    with unverifiable("verifier.invalid-python", *(f"`{name}`" for name in columns)):
         get_verifier("asserts", allow_code_execution=True).prepare({"tests": TESTS, **columns})
 
 
@@ -168,7 +169,7 @@ def test_code_of_a_row_that_does_not_compile(columns: dict[str, Any]) -> None:
      {"tests": ["from notinstalled_lib.a import b", "assert True"]}, {"setup": "raise SystemExit"}],
 )  # fmt: skip
 def test_a_fault_of_the_row_or_the_installation_is_an_error(columns: dict[str, Any]) -> None:
-    with pytest.raises(DataError):
+    with raises("verifier.setup-failed", DataError):
         reward(GOOD, **columns)
 
 
@@ -191,7 +192,7 @@ def test_a_sandbox_that_does_not_start_is_an_error(
 ) -> None:
     monkeypatch.setattr(name, value)
     monkeypatch.setattr(asserts, "SECONDS", 1)
-    with pytest.raises(RunError):
+    with raises("verifier.sandbox-failed", RunError):
         reward(GOOD)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data.rows import RowError
 from rpo_trainer.rewards.verifiers import get_verifier
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTIONS, count_sentences
+from tests.rewards.failing import unverifiable
 
 ENGLISH = "this is a plain english sentence about the weather and the sea."
 CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
@@ -176,27 +176,32 @@ def test_the_reward_is_the_share_that_is_followed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("wrong", "code", "named"),
     [
-        (row("keywords:exists", {}), "unknown instruction id 'keywords:exists'"),
-        (row("punctuation:no_comma", {"x": 1}), "takes the arguments none"),
-        (row("keywords:existence", {}), "takes the arguments keywords"),
-        (row("keywords:existence", {"keywords": "mom"}), r"is not list\[str\]"),
-        (row("detectable_content:number_placeholders", {"num_placeholders": "2"}), "is not int"),
+        (row("keywords:exists", {}), "verifier.unknown-instruction", "'keywords:exists'"),
+        (row("punctuation:no_comma", {"x": 1}), "verifier.bad-arguments", " none"),
+        (row("keywords:existence", {}), "verifier.bad-arguments", " keywords"),
+        (row("keywords:existence", {"keywords": "mom"}), "verifier.bad-arguments", "list[str]"),
+        (
+            row("detectable_content:number_placeholders", {"num_placeholders": "2"}),
+            "verifier.bad-arguments",
+            " int",
+        ),
         (
             row("length_constraints:number_words", {"num_words": 3, "relation": "around"}),
-            "neither of at least, less than",
+            "verifier.bad-arguments",
+            "at least, less than",
         ),
-        (row("punctuation:no_comma", None), "are not an object"),
-        ({"instruction_id_list": [], "kwargs": []}, "not a list of ids"),
-        ({"instruction_id_list": ["a"], "kwargs": []}, "one object an instruction"),
-        ({"instruction_id_list": ["a"], "kwargs": "{"}, "not JSON"),
+        (row("punctuation:no_comma", None), "verifier.bad-arguments", "punctuation:no_comma"),
+        ({"instruction_id_list": [], "kwargs": []}, "verifier.bad-column", "`instruction_id_list`"),
+        ({"instruction_id_list": ["a"], "kwargs": []}, "verifier.bad-column", "`kwargs`"),
+        ({"instruction_id_list": ["a"], "kwargs": "{"}, "verifier.bad-column", "JSON"),
     ],
 )
 def test_what_cannot_be_checked_is_an_error_and_never_right(
-    wrong: dict[str, Any], message: str
+    wrong: dict[str, Any], code: str, named: str
 ) -> None:
-    with pytest.raises(RowError, match=message):
+    with unverifiable(code, named):
         get_verifier("instructions").prepare(wrong)
 
 

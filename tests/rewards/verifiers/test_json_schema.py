@@ -8,8 +8,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from rpo_trainer.data.rows import RowError
 from rpo_trainer.rewards.verifiers import get_verifier
+from tests.rewards.failing import unverifiable
 
 DRAFTS = [
     jsonschema.Draft3Validator,
@@ -51,28 +51,31 @@ def test_responses(response: str, reward: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "message"),
+    ("schema", "named"),
     [
-        ({"type": "strange"}, "not a JSON schema"),
-        ("{", "not JSON"),
-        (["object"], "not an object"),
+        ({"type": "strange"}, "'strange'"),
+        ("{", " JSON"),
+        (["object"], " object"),
     ],
 )
-def test_what_is_no_schema(schema: Any, message: str) -> None:
-    with pytest.raises(RowError, match=message):
+def test_what_is_no_schema(schema: Any, named: str) -> None:
+    with unverifiable("verifier.bad-schema", named):
         get_verifier("json_schema").prepare({"schema": schema})
 
 
 @pytest.mark.parametrize(
-    ("schema", "message"),
+    ("schema", "code"),
     [
-        ({"$ref": "http://127.0.0.1:9/x.json"}, "not in it"),
-        ({"$ref": "#/$defs/absent"}, "not in it"),
-        ({"properties": {"a": {"items": {"$ref": "#/$defs/absent"}}}}, "not in it"),
-        ({"$ref": "#"}, "refers to itself"),
-        ({"allOf": [{"$ref": "#"}]}, "refers to itself"),
-        ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, "refers to itself"),
-        ({"not": {"if": {"$ref": "#"}}}, "refers to itself"),
+        ({"$ref": "http://127.0.0.1:9/x.json"}, "verifier.unknown-reference"),
+        ({"$ref": "#/$defs/absent"}, "verifier.unknown-reference"),
+        (
+            {"properties": {"a": {"items": {"$ref": "#/$defs/absent"}}}},
+            "verifier.unknown-reference",
+        ),
+        ({"$ref": "#"}, "verifier.recursive-schema"),
+        ({"allOf": [{"$ref": "#"}]}, "verifier.recursive-schema"),
+        ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, "verifier.recursive-schema"),
+        ({"not": {"if": {"$ref": "#"}}}, "verifier.recursive-schema"),
         (
             {
                 "properties": {"a": {"$ref": "#/$defs/x"}},
@@ -81,14 +84,14 @@ def test_what_is_no_schema(schema: Any, message: str) -> None:
                     "y": {"then": {"$ref": "#/$defs/x"}, "if": {}},
                 },
             },
-            "refers to itself",
+            "verifier.recursive-schema",
         ),
-        ({"pattern": "("}, "not a JSON schema|not a regular expression"),
-        ({"items": {"patternProperties": {"(": {}}}}, "not a JSON schema|not a regular expression"),
+        ({"pattern": "("}, "verifier.bad-schema"),
+        ({"items": {"patternProperties": {"(": {}}}}, "verifier.bad-schema"),
     ],
 )
-def test_faults_of_the_schema_show_before_any_response(schema: Any, message: str) -> None:
-    with pytest.raises(RowError, match=message):
+def test_faults_of_the_schema_show_before_any_response(schema: Any, code: str) -> None:
+    with unverifiable(code):
         get_verifier("json_schema").prepare({"schema": schema})
 
 

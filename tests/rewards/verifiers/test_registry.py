@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from rpo_trainer.data.rows import RowError
 from rpo_trainer.errors import DataError, Problems, RecipeError
+from rpo_trainer.recipe import ScoreSpec
 from rpo_trainer.rewards.verifiers import VERIFIERS, check_rows, get_verifier, score_rows
+from tests.raising import codes_of, raises, with_code
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,15 @@ def test_partial_match_of_a_wrong_answer_stays_below_a_right_one() -> None:
     assert get_verifier("partial_match").maximum == 5.0
 
 
+def test_a_recipe_knows_the_verifiers_of_the_table() -> None:
+    (names, _) = get_args(ScoreSpec.model_fields["verifier"].annotation)
+    assert get_args(names) == (*VERIFIERS,)
+
+
+def test_what_runs_code_is_marked() -> None:
+    assert [name for name, verifier in VERIFIERS.items() if verifier.runs_code] == ["asserts"]
+
+
 @pytest.mark.parametrize("name", VERIFIERS)
 @pytest.mark.parametrize("value", [None, "", " ", 7])
 def test_a_row_without_what_is_needed_is_an_error_and_never_a_reward(
@@ -54,12 +67,13 @@ def test_a_row_without_what_is_needed_is_an_error_and_never_a_reward(
 
 
 def test_unknown_verifier_is_named_with_the_nearest_known() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean 'partial_match'\?"):
+    with raises("verifier.unknown", RecipeError) as error:
         get_verifier("partialmatch")
+    assert "'partial_match'" in error.value.what
 
 
 def test_code_is_not_run_unless_asked_for() -> None:
-    with pytest.raises(RecipeError, match="runs code that a model has written") as error:
+    with raises("recipe.code-execution-not-allowed", RecipeError) as error:
         get_verifier("asserts")
     assert "--allow-code-execution" in str(error.value)
 
@@ -75,9 +89,11 @@ def test_all_rows_that_cannot_be_verified_are_counted() -> None:
     rows = [{"id": f"row-{i}", "responses": ["x"], "ground_truth": None} for i in range(5)]
     rows.append({"id": "good", "responses": ["x"], "ground_truth": "x"})
     for work in (score_rows, check_rows):
-        with pytest.raises(DataError, match="5 of 6 rows, first row-0, row-1, row-2") as error:
+        where = "verifier 'exact'"
+        with raises("verifier.missing-ground-truth", DataError, where=where) as error:
             work(rows, get_verifier("exact"))
-        assert "give what it reads (ground_truth)" in str(error.value)
+        assert "5 of 6 rows, first row-0, row-1, row-2" in error.value.what
+        assert "(ground_truth)" in str(error.value.fix)
 
 
 def test_faults_of_several_kinds_come_together() -> None:
@@ -86,6 +102,8 @@ def test_faults_of_several_kinds_come_together() -> None:
         {"id": "b", "responses": [], "ground_truth": None},
         {"id": "c", "responses": [], "ground_truth": "5"},
     ]
-    with pytest.raises(Problems, match="2 problems") as error:
+    with raises("verifier.bad-ground-truth", Problems) as error:
         check_rows(rows, get_verifier("numeric"))
-    assert "ground_truth holds no number: 1 of 3 rows, first a" in str(error.value)
+    assert codes_of(error.value) == ["verifier.bad-ground-truth", "verifier.missing-ground-truth"]
+    named = with_code(error.value, "verifier.bad-ground-truth").what
+    assert named.endswith("1 of 3 rows, first a")

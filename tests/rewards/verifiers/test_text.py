@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.data.rows import RowError
 from rpo_trainer.rewards.verifiers import get_verifier
+from tests.rewards.failing import unverifiable
 
 CHOICES = ["Paris", "London", "a city", "The Hague"]
 
@@ -52,15 +52,15 @@ def test_letters_without_the_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "code"),
     [
-        {"ground_truth": "Rome", "choices": CHOICES},
-        {"ground_truth": "B", "choices": "A B C"},
-        {"ground_truth": "B", "choices": [1, 2]},
+        ({"ground_truth": "Rome", "choices": CHOICES}, "verifier.bad-ground-truth"),
+        ({"ground_truth": "B", "choices": "A B C"}, "verifier.bad-column"),
+        ({"ground_truth": "B", "choices": [1, 2]}, "verifier.bad-column"),
     ],
 )
-def test_multiple_choice_that_cannot_be_verified(row: dict[str, Any]) -> None:
-    with pytest.raises(RowError, match=r"neither a letter|not a list of texts"):
+def test_multiple_choice_that_cannot_be_verified(row: dict[str, Any], code: str) -> None:
+    with unverifiable(code):
         get_verifier("multiple_choice").prepare(row)
 
 
@@ -73,7 +73,7 @@ def test_regex_is_searched_for() -> None:
 
 @pytest.mark.parametrize("pattern", ["(", 5])
 def test_what_is_no_pattern(pattern: Any) -> None:
-    with pytest.raises(RowError, match="no regular expression"):
+    with unverifiable("verifier.bad-pattern"):
         get_verifier("regex").prepare({"pattern": pattern})
 
 

@@ -1,0 +1,23 @@
+"""The known formats. A new one is a function and an entry in the table of its kind."""
+
+from __future__ import annotations
+
+from rpo_trainer.data.formats.preferences import PREFERENCE_FORMATS
+from rpo_trainer.data.formats.prompts import PROMPT_FORMATS
+from rpo_trainer.data.formats.ratings import RATING_FORMATS
+from rpo_trainer.data.formats.sft import SFT_FORMATS
+from rpo_trainer.data.formats.spec import COLUMN_TYPES, COMMON, Format, Raw
+
+__all__ = ["COMMON", "FORMATS", "NUMBERS", "PROMPT_FORMATS", "Format", "Raw"]
+
+# By name, in the order in which they are tried; rows of prompts have a table of their own, since
+# formats of other rows have the same names.
+FORMATS: dict[str, Format] = {**PREFERENCE_FORMATS, **RATING_FORMATS, **SFT_FORMATS}
+
+# Columns that hold numbers in some format: in CSV their digits are read as such.
+NUMBERS = frozenset(
+    column
+    for types in (COLUMN_TYPES, *(f.types for t in (FORMATS, PROMPT_FORMATS) for f in t.values()))
+    for column, kind in types.items()
+    if kind == "number"
+)

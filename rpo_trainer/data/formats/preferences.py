@@ -1,0 +1,241 @@
+"""Formats of preference rows: two or more responses to a prompt, best first or with rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rpo_trainer.data.conversation import (
+    PROMPT_COLUMNS,
+    WITH_INSTRUCTION,
+    implicit_text_pair,
+    marked_messages,
+    pair_prompt,
+    preference,
+)
+from rpo_trainer.data.formats.spec import Format, Raw
+from rpo_trainer.data.messages import is_messages, to_messages
+from rpo_trainer.data.rows import Row, RowError, check_text, reward_fault, with_responses
+from rpo_trainer.data.shared_columns import tools
+
+
+def _finished(raw: Raw, count: int) -> Row:
+    """Which of the responses have ended, as `generate` writes it; none where the column is absent."""
+    flags = raw.get("finished")
+    if flags is None:
+        return {}
+    if not isinstance(flags, list):  # it says another thing of the row
+        return {"unread": ["finished"]}
+    if len(flags) != count or not all(isinstance(flag, bool) for flag in flags):
+        raise RowError(
+            "`finished` is not a list with one true or false a response", code="data.wrong-type"
+        )
+    return {"finished": flags}
+
+
+def _pairs(raw: Raw) -> Row:
+    chosen, rejected = raw["chosen"], raw["rejected"]
+    prompt, unread = pair_prompt(raw, [chosen, rejected])
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, chosen, rejected = implicit_text_pair(chosen, rejected)
+    row = preference(prompt, [chosen, rejected], ["`chosen`", "`rejected`"])
+    ended = _finished(raw, 2)
+    row["unread"] = [*row.get("unread", ()), *unread, *ended.pop("unread", ())]
+    return {**row, **ended, "rewards": [raw.get("chosen_reward"), raw.get("rejected_reward")]}
+
+
+def _margin(raw: Raw) -> Row:
+    # The gap is the margin; as in HelpSteer3 neither reward means anything alone.
+    half = None if reward_fault(raw["margin"]) else raw["margin"] / 2
+    return {**_pairs(raw), "rewards": [half, None if half is None else -half]}
+
+
+def _orca(raw: Raw) -> Row:
+    asked = {"role": "user", "content": check_text(raw["question"], "`question`")}
+    return _pairs({**raw, "prompt": [asked]})
+
+
+def _ultrafeedback(raw: Raw) -> Row:
+    scores = {"chosen_reward": raw["score_chosen"], "rejected_reward": raw["score_rejected"]}
+    return _pairs({**raw, **scores})
+
+
+def _nemo(raw: Raw) -> Row:
+    names = ["chosen_response", "rejected_response"]
+    prompt, answers = raw["prompt"], [raw[name] for name in names]
+    if isinstance(prompt, str) and prompt.startswith("<extra_id_0>System\n"):
+        prompt = marked_messages(prompt)
+        answers = [
+            answer.removesuffix("\n<extra_id_1>") if isinstance(answer, str) else answer
+            for answer in answers
+        ]
+    row = preference(prompt, answers, [f"`{n}`" for n in names])
+    return {**row, "rewards": [raw.get("chosen_reward"), raw.get("rejected_reward")]}
+
+
+def _nemo_rl(raw: Raw) -> Row:
+    given = raw["completions"]
+    if not is_messages(given):
+        raise RowError("`completions` is not a list of objects", code="data.wrong-type")
+    if any(reward_fault(one.get("rank")) for one in given):
+        raise RowError("the `rank` of `completions` are not all numbers", code="data.bad-rank")
+    best_first = sorted(given, key=lambda one: one["rank"])
+    names = [f"`completions` of rank {one['rank']}" for one in best_first]
+    row = preference(raw["context"], [one.get("completion") for one in best_first], names)
+    others = {key for one in given for key, value in one.items() if value is not None}
+    unread = [f"completions.{key}" for key in sorted(others - {"rank", "completion"})]
+    row["unread"] = [*row.get("unread", ()), *unread]
+    return {**row, "rewards": [None] * len(row["responses"])}
+
+
+def _openai_preference(raw: Raw) -> Row:
+    given = raw["input"]
+    if not isinstance(given, Mapping):
+        raise RowError("`input` is not an object with `messages`", code="data.wrong-type")
+    names = ["preferred_output", "non_preferred_output"]
+    prompt = to_messages(given.get("messages"), "`input.messages`")
+    row = preference(prompt, [raw[name] for name in names], [f"`{name}`" for name in names])
+    known = ("messages", "tools", "parallel_tool_calls")
+    unread = [
+        f"input.{key}" for key in sorted(given) if key not in known and given[key] is not None
+    ]
+    return {**row, **tools(given), "unread": unread, "rewards": [None, None]}
+
+
+def _strength(prompt: object, raw: Raw, first: str, second: str, column: str) -> Row:
+    """Two responses and a preference from -3 (the first) to 3; the gap is its strength."""
+    value = raw[column]
+    if reward_fault(value) or not -3 <= value <= 3:
+        raise RowError(f"`{column}` is not a number from -3 to 3", code="data.rating-out-of-range")
+    names = [second, first] if value > 0 else [first, second]
+    row = preference(prompt, [raw[name] for name in names], [f"`{name}`" for name in names])
+    return {**row, "rewards": [abs(value) / 2, -abs(value) / 2]}
+
+
+def _helpsteer3(raw: Raw) -> Row:
+    return _strength(raw["context"], raw, "response1", "response2", "overall_preference")
+
+
+def _helpsteer2_preference(raw: Raw) -> Row:
+    prompt = marked_messages(raw["prompt"])
+    return _strength(prompt, raw, "response_1", "response_2", "preference_strength")
+
+
+def _helpsteer2_pairs(raw: Raw) -> Row:
+    answers = raw["response"]
+    for value in raw["helpfulness"]:
+        if not reward_fault(value) and not 0 <= value <= 4:
+            raise RowError("`helpfulness` is not from 0 to 4", code="data.rating-out-of-range")
+    prompt = marked_messages(raw["prompt"])
+    row = preference(prompt, answers, ["`response`"] * len(answers))
+    return {**row, "rewards": list(raw["helpfulness"])}
+
+
+def _responses(raw: Raw) -> Row:
+    answers = raw["responses"]
+    if not isinstance(answers, list):
+        raise RowError("`responses` is not a list", code="data.wrong-type")
+    row = preference(raw["prompt"], answers, [f"`responses`[{i}]" for i in range(len(answers))])
+    ended = _finished(raw, len(answers))
+    return {**row, **ended, "unread": [*row.get("unread", ()), *ended.get("unread", ())]}
+
+
+def _scored_responses(raw: Raw) -> Row:
+    row, rewards = _responses(raw), raw["rewards"]
+    if not isinstance(rewards, list) or len(rewards) != len(row["responses"]):
+        raise RowError("`rewards` is not a list with one reward a response", code="data.wrong-type")
+    return {**row, "rewards": list(rewards)}
+
+
+def _ranked(raw: Raw) -> Row:
+    row = _responses(raw)
+    ranks = raw.get("ranks")
+    if ranks is not None:
+        if not isinstance(ranks, list) or len(ranks) != len(row["responses"]):
+            raise RowError("`ranks` is not a list with one rank a response", code="data.wrong-type")
+        if any(reward_fault(rank) for rank in ranks):
+            raise RowError("`ranks` are not all numbers", code="data.bad-rank")
+        row = with_responses(row, sorted(range(len(ranks)), key=lambda i: ranks[i]))
+    return {**row, "rewards": [None] * len(row["responses"])}
+
+
+_REWARDS = ("chosen_reward", "rejected_reward")
+_ENDED = ("finished",)
+_PROMPTS = (*PROMPT_COLUMNS, *WITH_INSTRUCTION, "mask")
+
+# In the order in which they are tried: the more telling columns first.
+PREFERENCE_FORMATS: dict[str, Format] = {
+    "responses": Format(
+        "pair", ("prompt", "responses", "rewards"), _ENDED, _scored_responses, sort=True
+    ),
+    "ranked": Format(
+        "pair", ("prompt", "responses"), ("ranks", *_ENDED), _ranked, may_lack_rewards=True
+    ),
+    "nemo": Format(
+        "pair",
+        ("prompt", "chosen_response", "rejected_response"),
+        _REWARDS,
+        _nemo,
+        may_lack_rewards=True,
+    ),
+    "nemo_rl": Format("pair", ("context", "completions"), (), _nemo_rl, may_lack_rewards=True),
+    "openai_preference": Format(
+        "pair",
+        ("input", "preferred_output", "non_preferred_output"),
+        (),
+        _openai_preference,
+        types={"input": "list"},
+    ),
+    "helpsteer2_pairs": Format(
+        "pair",
+        ("prompt", "response", "helpfulness"),
+        (),
+        _helpsteer2_pairs,
+        sort=True,
+        together=("response", "helpfulness"),
+    ),
+    "helpsteer2_preference": Format(
+        "pair",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        (),
+        _helpsteer2_preference,
+        ignored=(
+            "preference_statement",
+            "preference_elaboration",
+            "three_most_similar_preferences",
+            "all_preferences_unprocessed",
+        ),
+    ),
+    "helpsteer3": Format(
+        "pair",
+        ("context", "response1", "response2", "overall_preference"),
+        (),
+        _helpsteer3,
+        ignored=("individual_preference", "feedback"),
+    ),
+    "ultrafeedback_binarized": Format(
+        "pair",
+        ("chosen", "rejected", "score_chosen", "score_rejected"),
+        (*_PROMPTS, *_ENDED),
+        _ultrafeedback,
+        prompts=PROMPT_COLUMNS,
+        ignored=("prompt_id", "messages"),
+    ),
+    "pairs": Format(
+        "pair",
+        ("chosen", "rejected"),
+        (*_PROMPTS, *_REWARDS, *_ENDED),
+        _pairs,
+        prompts=PROMPT_COLUMNS,
+        may_lack_rewards=True,
+    ),
+    # Only by name: `pairs` has the same columns.
+    "margin": Format(
+        "pair",
+        ("chosen", "rejected", "margin"),
+        (*_PROMPTS, *_ENDED),
+        _margin,
+        prompts=PROMPT_COLUMNS,
+    ),
+    # Only by name: a question may be asked with a template of its own.
+    "orca": Format("pair", ("question", "chosen", "rejected"), (*_REWARDS, *_ENDED), _orca),
+}

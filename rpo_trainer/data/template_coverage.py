@@ -1,0 +1,120 @@
+"""What of a row's messages a chat template has written, and what it left out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rpo_trainer.data.chat import ChatRenderer, Tools, trained_turns
+from rpo_trainer.data.rendered import Rendered
+from rpo_trainer.data.rows import THINKING, Message, RowError, leaf_texts
+
+CALLS = "the assistant's `tool_calls`"
+
+
+@dataclass
+class LeftOut:
+    """What does not reach the tokens: `keys` of messages and `tools`, and reasons to warn of the row
+    (keys of WARNINGS)."""
+
+    keys: set[str] = field(default_factory=set)
+    warnings: set[str] = field(default_factory=set)
+
+
+def left_out(
+    renderer: ChatRenderer, talk: Sequence[Message], tools: Tools, rendered: Rendered
+) -> LeftOut:
+    """What the template does not write, or not in every turn.
+
+    Args:
+        rendered: `talk` as `renderer` gives it.
+
+    Raises:
+        RowError: tool calls that it does not write, one of them or its arguments.
+    """
+    text = Written(rendered.text)
+    found = LeftOut(set(renderer.unread_keys(talk, tools, rendered)))
+    turns = trained_turns(talk)
+    turns = turns[len(turns) - len(rendered.spans) :]
+    spans = dict(zip(turns, rendered.spans, strict=True))
+    for number, message in enumerate(renderer.as_read(talk, tools)):
+        own = whole = text
+        if number in spans:
+            begin, end = spans[number]
+            own = Written(rendered.text[begin:end])
+            # The generation prompt may have begun the thinking.
+            begin = renderer.thought_begins(rendered.text[:begin])
+            whole = Written(rendered.text[begin:end])
+        calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        names = Counter(str(called.get("name") or "") for called in calls)
+        if not all(map(own.has, names)):
+            raise RowError(
+                f"the chat template does not write {CALLS}", code="template.unwritten-tool-calls"
+            )
+        texts = [list(leaf_texts(called.get("arguments"))) for called in calls]
+        alone = any(own.count(name) < count for name, count in names.items())
+        if alone or any(part and not any(map(own.has, part)) for part in texts):
+            raise RowError(
+                f"the chat template does not write all of {CALLS}",
+                code="template.unwritten-tool-calls",
+            )
+        if not all(map(own.has_all, texts)):
+            found.keys.add("tool_calls")
+        thoughts = [message[key] for key in THINKING if message.get(key)]
+        content = list(leaf_texts(message["content"]))
+        # Thinking that the answer repeats is looked for beside the answer.
+        missed = not whole.has_all(content) or not whole.without(content).has_all(
+            leaf_texts(thoughts)
+        )
+        said = message["role"] == "assistant"
+        if missed or (said and not thoughts and renderer.takes_for_thinking(whole.text, content)):
+            found.warnings.add("text_left_out" if said else "prompt_text_left_out")
+        for key in message.keys() - {"role", "content", "weight", "tool_calls", *THINKING}:
+            if not text.has_all(leaf_texts(message[key])):
+                found.keys.add(key)
+    return found
+
+
+class Written:
+    """What a template has written: whether a text of the data is in it.
+
+    Templates trim texts, put thinking on lines of its own, and write some texts as JSON.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def _dense(self) -> str:
+        return _without_blanks(self.text)
+
+    def has(self, text: str) -> bool:
+        if text in self.text:
+            return bool(text)
+        return any(_without_blanks(form) in self._dense for form in _forms(text))
+
+    def count(self, text: str) -> int:
+        """How many times the text is there, in the form that is there most often."""
+        return max(self._dense.count(_without_blanks(form)) for form in _forms(text)) if text else 0
+
+    def has_all(self, texts: Iterable[str]) -> bool:
+        return all(map(self.has, texts))
+
+    def without(self, texts: Iterable[str]) -> Written:
+        """The rest, without the last place of each of the texts."""
+        dense = self._dense
+        for form in map(_without_blanks, texts):
+            before, found, after = dense.rpartition(form)
+            dense = f"{before}\n{after}" if found else dense
+        return Written(dense)
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    return (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())

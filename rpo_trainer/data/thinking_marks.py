@@ -1,0 +1,64 @@
+"""The marks around an assistant's thinking, in a text and at the end of a generation prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rpo_trainer.data.turn_endings import Controls
+
+# The names of tokens around thinking: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
+THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
+CLOSING = re.compile("/|end", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Finds the marks of thinking of a tokenizer.
+
+    Args:
+        pattern: of their texts; None: there are none.
+    """
+
+    controls: Controls
+    pattern: re.Pattern[str] | None
+
+    def apart(self, text: str, *, opened: bool) -> tuple[str, str]:
+        """The thinking that a turn begins with, with its marks, and the rest of the turn.
+
+        Args:
+            opened: the opening mark may be absent, since the generation prompt has it.
+        """
+        marks = [] if self.pattern is None else list(self.pattern.finditer(text))
+        if marks and not text[: marks[0].start()].strip():
+            end = marks[min(1, len(marks) - 1)].end()
+        elif marks and CLOSING.search(marks[0][0]) and opened:
+            end = marks[0].end()
+        else:
+            end = 0
+        return text[:end], text[end:]
+
+    def split(self, text: str) -> list[str]:
+        """The text around the marks; the marks have the odd places."""
+        return [text] if self.pattern is None else re.split(f"({self.pattern.pattern})", text)
+
+    def opened_by(self, text: str) -> bool:
+        """Whether a text ends, but for blanks, with a mark that opens thinking."""
+        text = text.rstrip()
+        last = self._marks(text[self.controls.thoughts_at_end(text) :])[-1:]
+        return any(not CLOSING.search(mark) for mark in last) or text.endswith("<think>")
+
+    def cut(self, written: str, content: Sequence[str]) -> bool:
+        """Whether a part of these words is thinking in `written`, a turn: they mention a closing mark, and
+        an opening one that is not theirs stands in front of them."""
+        dense = "".join(written.split())
+        for words in ("".join(text.split()) for text in content):
+            begin = dense.find(words)
+            closes = any(map(CLOSING.search, self._marks(words)))
+            if closes and begin > 0 and self.opened_by(dense[:begin]):
+                return True
+        return False
+
+    def _marks(self, text: str) -> list[str]:
+        return [] if self.pattern is None else self.pattern.findall(text)

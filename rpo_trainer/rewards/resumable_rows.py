@@ -1,0 +1,298 @@
+"""A file of rows that are made one by one: what is done survives a kill; the file is whole or absent.
+
+Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order (see `partial_file`).
+Started again with the same rows and settings, only what is missing or damaged is made, and the file is byte
+for byte that of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rpo_trainer.data.rows import Row
+from rpo_trainer.errors import DataError, RunError
+from rpo_trainer.rewards.partial_file import PartialFile, partial_path, partial_paths, read_partials
+from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
+from rpo_trainer.runtime.ranks import ALONE, Ranks
+
+logger = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 15.0
+_GIVE_UP = 20  # failures in a row, without one success, that speak of the service and not of rows
+
+
+class RowFailed(Exception):
+    """A row has no result, and why.
+
+    Args:
+        code: stable name of the reason, as of an `RPOTrainerError`.
+        service: the reason lies with the service asked, not with the row.
+    """
+
+    def __init__(self, reason: str, *, code: str, service: bool = False) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.service = service
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of the row at `index`: the fields it gains, or why there are none."""
+
+    index: int
+    fields: dict[str, Any] | None
+    failed: RowFailed | None = None
+
+
+Shard = tuple[int, int]  # (rank, ranks)
+Work = Callable[[Sequence[int], Shard], Iterator[Done]]
+
+
+def content_key(*parts: Any) -> str:
+    """xxh3-64 of anything JSON can write."""
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode()))
+
+
+Assemble = Callable[[Sequence[dict[str, Any]]], list[Row]]
+
+
+def map_rows_resumable(
+    path: Path,
+    rows: Sequence[Row],
+    work: Work,
+    *,
+    key: str,
+    what: str,
+    label: str = "",
+    with_digest: bool = False,
+    ranks: Ranks = ALONE,
+) -> list[Row]:
+    """`rows` with the fields that `work` makes of each, also written to `path` as JSON lines.
+
+    Args:
+        rows: plain rows; a result is merged into its row.
+        work, key, what, label, with_digest, ranks: as `write_rows_resumable`.
+    """
+    ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
+
+    def merge(found: Sequence[dict[str, Any]]) -> list[Row]:
+        return [{**row, **fields} for row, fields in zip(rows, found, strict=True)]
+
+    return write_rows_resumable(
+        path,
+        ids,
+        work,
+        merge,
+        key=key,
+        what=what,
+        label=label,
+        with_digest=with_digest,
+        ranks=ranks,
+    )
+
+
+def write_rows_resumable(
+    path: Path,
+    ids: Sequence[str],
+    work: Work,
+    assemble: Assemble,
+    *,
+    key: str,
+    what: str,
+    label: str = "",
+    then: Callable[[list[Row]], None] | None = None,
+    with_digest: bool = False,
+    ranks: Ranks = ALONE,
+) -> list[Row]:
+    """The rows made of the results of all units of work, also written to `path` as JSON lines.
+
+    Args:
+        ids: names the units in messages.
+        work: from the indices of units still to do, and the part of them that is this process's, to
+            their results, in any order.
+        assemble: from the results of all units, in order, to the rows.
+        key: of all that the results depend on; unfinished work under another key is refused.
+        what: names the work in messages ("scored").
+        label: stands before what is logged on the way, such as a stage's.
+        then: called with the rows when they are written, before the unfinished work is removed.
+        with_digest: as `write_rows`.
+        ranks: the processes that share the work; all of them call this.
+
+    Raises:
+        DataError: units have finally failed; those that have not are kept, and tried no more.
+        RunError: unfinished work of other rows or settings lies there, or the service is down.
+    """
+    failures = _Failures(what, ids, f"{label} " if label else "")
+    with ranks.raise_on_all_ranks():
+        # By all of them before any writes: a run may resume with another number of processes.
+        found = read_partials(path, key, len(ids))
+    pending = [i for i in range(len(ids)) if i not in found]
+    if found and pending:
+        logger.info("%s%d of %d rows are %s already", failures.label, len(found), len(ids), what)
+    ranks.barrier()
+    with ranks.raise_on_all_ranks():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = partial_path(path, ranks.rank())
+        found |= _run_pending(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
+    failures.reasons = ranks.all_gather_dict(failures.reasons)
+    found = ranks.all_gather_dict(found)
+    with ranks.raise_on_all_ranks():  # all know the same: one of them says it
+        failures.raise_if_any(path)
+    rows = assemble([found[i] for i in range(len(ids))])
+
+    def finish() -> None:
+        write_rows(path, rows, with_digest=with_digest)
+        if then is not None:
+            then(rows)
+        for partial in partial_paths(path):
+            partial.unlink()
+
+    ranks.on_main(finish)
+    return rows
+
+
+def _run_pending(
+    path: Path,
+    key: str,
+    work: Work,
+    pending: Sequence[int],
+    shard: Shard,
+    failures: _Failures,
+) -> dict[int, dict[str, Any]]:
+    """This process's part of what is pending, noted down as it comes."""
+    found: dict[int, dict[str, Any]] = {}
+    if not pending:
+        return found
+    partial = PartialFile(path, key)
+    try:
+        for done in work(pending, shard):
+            if done.failed is not None:
+                failures.add(done.index, done.failed)
+            else:
+                assert done.fields is not None
+                found[done.index] = done.fields
+                partial.write(done.index, done.fields)
+                failures.in_a_row = 0
+            failures.show(len(failures.ids) - len(pending) + len(found))
+    finally:
+        partial.close()
+    return found
+
+
+def write_rows(path: Path, rows: Iterable[Row], *, with_digest: bool = False) -> None:
+    """JSON lines, whole or not at all; on disk when this returns.
+
+    Args:
+        with_digest: keep the digest of the file beside it, for `is_intact`.
+    """
+    write = write_with_digest if with_digest else atomic_write
+    write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of `write_rows`."""
+    # Not splitlines(), which also cuts at the line separators that a text may hold.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the rows of `write_rows(with_digest=True)` are there as they were written.
+
+    Damaged ones are removed with a warning, to be made again.
+    """
+    if not path.is_file():
+        return False
+    if (fault := verify_digest(path)) is not None:
+        logger.warning("%s is damaged (%s): its rows are made again", path, fault)
+        path.unlink()
+        return False
+    return True
+
+
+@dataclass
+class _Failures:
+    """Why units have failed, by index."""
+
+    what: str
+    ids: Sequence[str]
+    label: str
+    reasons: dict[int, str] = field(default_factory=dict)
+    in_a_row: int = 0
+    _shown: float = field(default_factory=time.monotonic)
+
+    def add(self, index: int, failed: RowFailed) -> None:
+        self.reasons[index] = str(failed)
+        self.in_a_row = self.in_a_row + 1 if failed.service else 0
+        if self.in_a_row >= _GIVE_UP:
+            raise RunError(
+                f"{self.in_a_row} rows in a row have failed: {failed}",
+                code="endpoint.failing",
+                why="the service does not answer as it should; what is done is kept",
+                fix="fix it, and run the same command again",
+            )
+
+    def show(self, finished: int) -> None:
+        if time.monotonic() - self._shown > _REPORT_SECONDS:
+            self._shown = time.monotonic()
+            logger.info("%s%d of %d rows %s", self.label, finished, len(self.ids), self.what)
+
+    def raise_if_any(self, path: Path) -> None:
+        if not self.reasons:
+            return
+        rows: dict[str, list[str]] = {}
+        for index, reason in sorted(self.reasons.items()):
+            rows.setdefault(reason, []).append(self.ids[index])
+        lines = [
+            f"{len(ids)} rows ({', '.join(ids[:3])}): {reason}" for reason, ids in rows.items()
+        ]
+        raise DataError(
+            f"{len(self.reasons)} of {len(self.ids)} rows could not be {self.what}\n    "
+            + "\n    ".join(lines[:10])
+            + (f"\n    and {len(lines) - 10} reasons more" if len(lines) > 10 else ""),
+            code="rewards.rows-failed",
+            where=str(path),
+            why="rows are not skipped; the results of the others are kept",
+            fix="run the same command again for these rows only, or fix or remove them",
+        )
+
+
+def one_by_one(make: Callable[[int], dict[str, Any]], workers: int = 1) -> Work:
+    """Work that makes the fields of each row by itself, `workers` of them at a time."""
+
+    def attempt(index: int) -> Done:
+        try:
+            return Done(index, make(index))
+        except RowFailed as failed:
+            return Done(index, None, failed)
+
+    def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
+        rank, world = shard
+        own = pending[rank::world]
+        if workers == 1:
+            yield from map(attempt, own)
+            return
+        executor = ThreadPoolExecutor(workers)
+        waiting: set[Future[Done]] = set()
+        try:
+            for index in own:
+                waiting.add(executor.submit(attempt, index))
+                if len(waiting) >= 2 * workers:  # never all 300,000 at once
+                    finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in finished)
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    return work

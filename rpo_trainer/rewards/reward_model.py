@@ -1,0 +1,259 @@
+"""Rewards of responses from a reward model on this machine: the packed step, in batches of like length."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rpo_trainer.attributes import resolve_weights
+from rpo_trainer.data.chat import ChatRenderer
+from rpo_trainer.data.encode import Encoder
+from rpo_trainer.data.rendered import render_plain
+from rpo_trainer.data.rows import Row, RowError, response_message
+from rpo_trainer.data.template_variables import unread
+from rpo_trainer.errors import DataError, ModelError, first_line
+from rpo_trainer.models.from_pretrained import LOADING_ERRORS, load_complete, load_pretrained
+from rpo_trainer.models.reward_model import attributes_of
+from rpo_trainer.recipe.template_kwargs import COLUMN
+from rpo_trainer.rewards.resumable_rows import Done, RowFailed, Shard
+from rpo_trainer.runtime.file_errors import reads
+from rpo_trainer.step.batch import Layout, forward_tokens, pack
+from rpo_trainer.step.forward import response_scores
+from rpo_trainer.step.layout_probe import probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class RewardModel:
+    """A sequence classifier: one score for each of its labels, weighted to one reward.
+
+    A response is read as the policy is trained on it: after its prompt, through the chat template,
+    with its end marker. The scores are those at the last token. A row's prompt is computed once for
+    all its responses, and no token is padding, if the model allows it (see `probe`).
+
+    Args:
+        path: a directory, or a hub name.
+        weights: see `resolve_weights`; None: `reward_weights` of its config, else the mean.
+        layout: the only one to try; None: the fastest that agrees with plain forwards.
+
+    Raises:
+        ModelError: it cannot be loaded, is not a decoder with a score head, or agrees with no layout.
+        RecipeError: weights that do not fit its labels.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        weights: str | Mapping[str, float] | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> None:
+        self.path = str(path)
+        self.model, self.tokenizer = _load(self.path)
+        self.layout, _ = probe(self.model, layout=layout)
+        self.attributes = attributes_of(self.model)
+        if weights is None:
+            weights = getattr(self.model.config, "reward_weights", None)
+        by_name = resolve_weights(weights, self.attributes)
+        self.weights = [by_name[name] for name in self.attributes]
+        self._renderer = ChatRenderer(self.tokenizer)
+        self._encoder = Encoder(self.tokenizer)
+
+    def score(
+        self, rows: Sequence[Row], pending: Sequence[int], batch_tokens: int, shard: Shard = (0, 1)
+    ) -> Iterator[Done]:
+        """`rewards` and `scores` (by label) of the responses of the pending rows.
+
+        The batches depend on all rows, not on what is pending, so that rounding is the same
+        whenever a run is taken up again. The longest come first: memory runs out at once or never.
+
+        Args:
+            shard: (rank, ranks): which of the batches this process computes.
+            batch_tokens: at most so many tokens in a forward pass, padding counted where there is
+                any; a row's responses are never parted.
+        """
+        wanted = set(pending)
+        rank, world = shard
+        if rank == 0:
+            self._warn_unread(rows)
+        examples: dict[int, list[_Example]] = {}
+        for index, row in enumerate(rows):
+            try:
+                examples[index] = _examples(self.encode(row))
+            except RowError as error:
+                if index in wanted and rank == 0:
+                    yield Done(index, None, RowFailed(str(error), code=error.code))
+        for batch in list(_batches(examples, self.layout, batch_tokens))[rank::world]:
+            if wanted.isdisjoint(batch):
+                continue
+            scores = iter(self._forward([one for index in batch for one in examples[index]]))
+            for index in batch:
+                own = [next(scores) for _ in rows[index]["responses"]]
+                if index in wanted:
+                    yield Done(index, self._fields(own))
+
+    def _warn_unread(self, rows: Sequence[Row]) -> None:
+        """One warning about variables of rows that its chat template does not read."""
+        counts = Counter(
+            name
+            for row in rows
+            if not isinstance(row["prompt"], str)
+            for name in unread(row.get(COLUMN), self.tokenizer)
+        )
+        for name, count in sorted(counts.items()):
+            logger.warning(
+                "%s: its chat template does not read `%s` of `%s` (%d of %d rows)",
+                self.path, name, COLUMN, count, len(rows),
+            )  # fmt: skip
+
+    def encode(self, row: Row) -> list[list[int]]:
+        """Token ids of the prompt with each response. Raises RowError: longer than the context."""
+        prompt, tools = row["prompt"], row.get("tools")
+        parsed = row.get("special_tokens") == "parse"
+        renderer = self._renderer.using(row.get(COLUMN), parsed=parsed)
+        if isinstance(prompt, str):
+            texts = [render_plain(prompt, response, parsed=parsed) for response in row["responses"]]
+        else:
+            texts = [
+                renderer.conversation(
+                    [*prompt, response_message(row, number)], tools, last_only=True, parsed=parsed
+                )
+                for number in range(len(row["responses"]))
+            ]
+        apart = [any(text.literal for text in texts)] * len(texts)
+        found = [_until_end(*each) for each in self._encoder.encode(texts, apart)]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, found), default=0)
+        if limit is not None and longest > limit:
+            raise RowError(
+                f"longer than the reward model's context of {limit} tokens",
+                code="model.context-exceeded",
+            )
+        return found
+
+    def _forward(self, examples: list[_Example]) -> list[list[float]]:
+        """[responses][labels] scores, read at each response's last token."""
+        if not examples:
+            return []
+        device = next(self.model.parameters()).device
+        untrained = [
+            {**e, "response_mask": [[0] * len(ids) for ids in e["response_ids"]]} for e in examples
+        ]
+        inputs = pack(untrained, self.layout).model_inputs.to(device)
+        with torch.no_grad():
+            # Not the classifier's own pooling, which looks for the last token that is not the pad
+            # token: where that is the end token too, it finds the one before.
+            found: list[list[float]] = response_scores(self.model, inputs).double().tolist()
+        return found
+
+    def _fields(self, scores: list[list[float]]) -> dict[str, Any]:
+        rewards = [sum(w * s for w, s in zip(self.weights, each, strict=True)) for each in scores]
+        if not all(reward == reward and abs(reward) != float("inf") for reward in rewards):
+            raise ModelError(
+                "the reward model gives a score that is not finite",
+                code="model.non-finite-scores",
+                where=self.path,
+                why="its weights are damaged, or overflow in their dtype; other scores may be as wrong",
+                fix="load it elsewhere and look at its weights, or save it in bfloat16 or float32",
+            )
+        named = [dict(zip(self.attributes, each, strict=True)) for each in scores]
+        return {"rewards": rewards, "scores": named}
+
+
+_Example = dict[str, Any]  # of `batch.pack`, without its masks
+
+
+def _examples(texts: list[list[int]]) -> list[_Example]:
+    """Texts of one row after the tokens that they share; each by itself where they share none."""
+    columns = enumerate(zip(*texts, strict=False))
+    shortest = min(map(len, texts), default=0)
+    shared = next((i for i, column in columns if len({*column}) > 1), shortest)
+    if not shared:
+        return [{"prompt_ids": text, "response_ids": [[]]} for text in texts]
+    return [{"prompt_ids": texts[0][:shared], "response_ids": [text[shared:] for text in texts]}]
+
+
+def _batches(
+    examples: Mapping[int, list[_Example]], layout: Layout, batch_tokens: int
+) -> Iterator[list[int]]:
+    """Rows of like length, the longest first; a batch of one row may have more tokens."""
+
+    def longest(index: int) -> int:
+        found = examples[index]
+        return max(
+            (len(e["prompt_ids"]) + len(r) for e in found for r in e["response_ids"]), default=0
+        )
+
+    def tokens(index: int, width: int) -> int:
+        if layout == "padded":
+            return width * sum(len(e["response_ids"]) for e in examples[index])
+        return sum(forward_tokens(e, layout) for e in examples[index])
+
+    batch: list[int] = []
+    width = count = 0
+    for index in sorted(examples, key=lambda i: (-longest(i), i)):
+        if batch and count + tokens(index, width) > batch_tokens:
+            yield batch
+            batch, count = [], 0
+        width = width if batch else longest(index)
+        batch.append(index)
+        count += tokens(index, width)
+    if batch:
+        yield batch
+
+
+def _until_end(ids: list[int], mask: list[int]) -> list[int]:
+    """Up to the response's last token: what a template writes after it is not part of it."""
+    if 1 not in mask:
+        raise RowError("a response without a token", code="rewards.empty-response")
+    return ids[: len(mask) - mask[::-1].index(1)]
+
+
+@reads("the reward model", str)
+def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    factory: Any = AutoModelForSequenceClassification
+    cuda = torch.cuda.is_available()
+    try:
+        model = load_complete(factory, path, dtype="auto" if cuda else torch.float32)
+        tokenizer = load_pretrained(AutoTokenizer, path)
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            "the reward model cannot be loaded",
+            code="model.cannot-load",
+            where=path,
+            why=first_line(error),
+            fix="give a directory with a sequence classifier and its tokenizer, or a hub name",
+        ) from error
+    if not hasattr(model, "score"):
+        raise ModelError(
+            f"a {type(model).__name__} has no score head on a decoder",
+            code="model.no-score-head",
+            where=path,
+            why="rewards are read by a head named `score`, at the last token of a response",
+            fix="give a decoder saved as AutoModelForSequenceClassification",
+        )
+    model.to("cuda" if cuda else "cpu").eval()
+    return model, tokenizer
+
+
+def check_template(model: RewardModel, rows: Sequence[Row]) -> None:
+    """Raises DataError where rows are messages and the reward model has no chat template."""
+    if model.tokenizer.chat_template is None and any(
+        not isinstance(r["prompt"], str) for r in rows
+    ):
+        raise DataError(
+            "the rows are messages, and the reward model's tokenizer has no chat template",
+            code="template.missing",
+            where=model.path,
+            why="a reward model means little on text in another form than it was trained on",
+            fix="give it the template it was trained with (chat_template.jinja beside its files)",
+        )

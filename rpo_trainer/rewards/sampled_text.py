@@ -1,0 +1,224 @@
+"""Sampled tokens as the text of a response that is trained as those very tokens.
+
+The text of a response goes through the chat template again before it is trained. What the template writes
+itself around it (a line break, the marks of thinking or of a channel) must not be in the text, and what it
+does not write must be. So each response is rendered and tokenised as training does it, in a few forms, and
+the first form that gives back the sampled text with the same control tokens is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rpo_trainer.data.chat import ChatRenderer
+from rpo_trainer.data.encode import Encoder
+from rpo_trainer.data.rendered import Rendered, render_plain
+from rpo_trainer.data.rows import Message, RowError, is_blank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Stand in for the words and the thinking of an answer, to see what a template writes around them.
+WORDS, THOUGHT = "rpo0words", "rpo0thought"
+SHOWN = 200  # characters of an example
+
+
+class Sample(NamedTuple):
+    """One response; `finished` is False where it was cut by `max_new_tokens`."""
+
+    text: str
+    finished: bool
+
+
+@dataclass
+class PromptTokens:
+    """A prompt that responses were sampled to.
+
+    Args:
+        ids: its tokens.
+        tools, parsed, template_kwargs: as for `iter_responses`.
+    """
+
+    prompt: str | list[Message]
+    ids: list[int]
+    tools: list[dict[str, Any]] | None = None
+    parsed: bool = False
+    template_kwargs: Mapping[str, Any] | None = None
+    frames: list[tuple[str, ...]] | None = (
+        None  # what is around thinking and words, and around words
+    )
+
+
+@dataclass
+class ResponseReader:
+    """Reads sampled tokens; counts the responses that no text gives back.
+
+    Args:
+        ends: tokens that end a response.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: list[int]
+    checked: int = field(init=False, default=0)
+    changed: int = field(init=False, default=0)
+    example: tuple[str, str] | None = field(init=False, default=None)
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return ChatRenderer(self.tokenizer)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(number for number, token in added if token.special)
+
+    def read(self, asked: PromptTokens, row: list[int]) -> Sample:
+        """The response in `row`, the tokens sampled behind a prompt up to the end token or a limit.
+
+        Where no form gives back the tokens, it is the text without control tokens; of a response that was
+        cut, the form that gives back most of them up to the cut.
+        """
+        stop = next((place for place, token in enumerate(row) if token in self.ends), None)
+        aside = self._special & {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
+        ids, finished = [token for token in row[:stop] if token not in aside], stop is not None
+        plain = self._text(asked, ids, skip=True)
+        special = not self._special.isdisjoint(ids)
+        if not special and (isinstance(asked.prompt, str) or is_blank(plain)):
+            return Sample(plain, finished)
+        self.checked += 1
+        second: str | None = None
+        kept, most = plain, 0
+        for text in self._forms(asked, ids, plain, special=special):
+            behind, trained = self._trained(asked, text, cut=not finished)
+            if self._same(trained, ids):
+                if behind:
+                    return Sample(text, finished)
+                second = text if second is None else second
+            elif not finished and len(trained) > most and trained == ids[: len(trained)]:
+                kept, most = text, len(trained)
+        if second is not None:  # training says itself that its prompt is another one
+            return Sample(second, finished)
+        self.changed += 1
+        if self.example is None:
+            _, trained = self._trained(asked, kept, cut=not finished)
+            self.example = (
+                self._decoded(row[: None if stop is None else stop + 1]),
+                self._decoded(trained),
+            )
+        return Sample(kept, finished)
+
+    def warn(self) -> None:
+        """One WARNING of the responses that are trained as another text than was sampled."""
+        if self.changed:
+            sampled, trained = self.example or ("", "")
+            logger.warning(
+                "%d of %d sampled responses would be trained as another text: the chat template does not "
+                "write them as they were sampled (cut thinking, calls, white space, a control token); the "
+                "first: sampled %r, trained %r",
+                self.changed, self.checked, sampled[:SHOWN], trained[:SHOWN],
+            )  # fmt: skip
+
+    def _forms(
+        self, asked: PromptTokens, ids: list[int], plain: str, *, special: bool
+    ) -> Iterator[str]:
+        raw = self._text(asked, ids, skip=False)
+        if not special:
+            yield plain
+        if asked.parsed:
+            yield raw
+        if not isinstance(asked.prompt, str):
+            yield from self._inside(asked, raw)
+        if special:
+            yield raw
+            yield plain
+
+    def _inside(self, asked: PromptTokens, raw: str) -> Iterator[str]:
+        """Thinking and words, or the words, inside what the template writes around them. `<think>` is read
+        with every template that reads thinking, that of a reward model too."""
+        if asked.frames is None:
+            asked.frames = [*self._frames(asked)]
+        for lead, *inner, tail in asked.frames:
+            if not raw.startswith(lead):
+                continue
+            text = raw[len(lead) :].removesuffix(tail)
+            if not inner:
+                yield text
+                continue
+            thought, found, words = text.partition(inner[0])
+            if found:
+                yield f"<think>\n{thought}\n</think>\n\n{words}"
+
+    def _frames(self, asked: PromptTokens) -> Iterator[tuple[str, ...]]:
+        ends = [str(self.tokenizer.convert_ids_to_tokens(end)) for end in self.ends]
+        for content in (f"<think>\n{THOUGHT}\n</think>\n\n{WORDS}", WORDS):
+            try:
+                rendered = self._rendered(asked, content)
+            except RowError:
+                continue
+            ((start, end),) = rendered.spans
+            text = rendered.text[start:end].rstrip()
+            text = text.removesuffix(next((name for name in ends if text.endswith(name)), ""))
+            lead, found, tail = text.rpartition(WORDS)
+            if found and content == WORDS:
+                yield lead, tail
+            before, thought, between = lead.partition(THOUGHT)
+            if found and thought and between:
+                yield before, between, tail
+
+    def _rendered(self, asked: PromptTokens, text: str, *, cut: bool = False) -> Rendered:
+        if isinstance(asked.prompt, str):
+            return render_plain(asked.prompt, text, parsed=asked.parsed, cut=cut)
+        renderer = self._renderer.using(asked.template_kwargs, parsed=asked.parsed)
+        talk = [*asked.prompt, {"role": "assistant", "content": text}]
+        return renderer.conversation(
+            talk, asked.tools, last_only=True, parsed=asked.parsed, cut=cut
+        )
+
+    def _trained(self, asked: PromptTokens, text: str, *, cut: bool) -> tuple[bool, list[int]]:
+        """Whether a response is trained behind the tokens of the prompt, and its tokens; none where the
+        template refuses it."""
+        try:
+            ids, mask = self._encoder.encode([self._rendered(asked, text, cut=cut)])[0]
+        except RowError:
+            return False, []
+        if 1 not in mask:
+            return False, []
+        start, end = mask.index(1), len(mask) - mask[::-1].index(1)
+        return ids[:start] == asked.ids, ids[start:end]
+
+    def _same(self, trained: list[int], ids: list[int]) -> bool:
+        """Whether two responses are the same text with the same control tokens. (A text may have been
+        sampled as other tokens than a tokenizer makes of it.)"""
+        last = [place for place, token in enumerate(trained) if token in self.ends][-1:]
+        body = trained[: last[0]] if last else trained
+        if body == ids:
+            return True
+        (whole, sampled), (marks, own) = (
+            map(self._decoded, (body, ids)),
+            ([token for token in part if token in self._special] for part in (body, ids)),
+        )
+        return whole == sampled and marks == own
+
+    def _decoded(self, ids: list[int], *, skip: bool = False) -> str:
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        )
+
+    def _text(self, asked: PromptTokens, ids: list[int], *, skip: bool) -> str:
+        """The text of a response. To a text it is what it adds to that text: decoded alone, a
+        SentencePiece tokenizer would lose the space it begins with."""
+        if not isinstance(asked.prompt, str):
+            return self._decoded(ids, skip=skip)
+        before = self._decoded(asked.ids, skip=skip)
+        text = self._decoded(asked.ids + ids, skip=skip)
+        return text[len(before) :] if text.startswith(before) else self._decoded(ids, skip=skip)

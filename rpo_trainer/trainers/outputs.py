@@ -1,0 +1,128 @@
+"""What a trainer's outputs and checkpoints hold beside the weights, and nothing pickled among it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import trainer as of_transformers
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from rpo_trainer.models.adapter_files import make_base_absolute
+from rpo_trainer.models.adapter_methods import is_adapted
+from rpo_trainer.models.saved_files import (
+    Written,
+    check_savable,
+    check_unshared,
+    ends_line,
+    joined_ends,
+    repair_generation,
+    warn_repaired,
+    write_beside,
+)
+from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.unwrap import is_classifier, transformers_model
+from rpo_trainer.runtime.distributed import is_main, on_main
+from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.fits import trained_ends
+
+logger = logging.getLogger(__name__)
+
+
+class OutputWriter:
+    """Decides what outputs are written with, and tests that it can be written.
+
+    Args:
+        model: as it is before an engine wraps it.
+        tokenizer: the trainer's.
+        examples: the training data, for the tokens that it ends responses with.
+        folder: the trainer's `output_dir`.
+        use_cache: of the model's config before transformers' Trainer changed it.
+
+    Attributes:
+        written: the configs and the tokenizer of outputs.
+
+    Raises:
+        ModelError: the config, the generation config, the tokenizer or the adapter's config cannot be
+            saved, or parameters share memory in a way that safetensors cannot hold.
+        RunError: the output directory cannot be written to.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        examples: Examples | None,
+        folder: Path,
+        use_cache: Any,
+    ) -> None:
+        self.folder = folder
+        inner = transformers_model(model)
+        if use_cache is not None:  # every forward of a step says use_cache=False itself
+            inner.config.use_cache = use_cache
+        generation = getattr(inner, "generation_config", None)
+        lines = [] if generation is None else [warn_repaired(repair_generation(generation))]
+        ends = [] if is_classifier(inner) else trained_ends(examples, tokenizer)
+        self.written = Written(inner, tokenizer, ends)
+        lines.append(ends_line(inner, self.written, tokenizer))
+        for line in filter(None, lines if is_main() else ()):
+            logger.warning("%s", line)
+        if generation is not None and ends:
+            generation.eos_token_id = joined_ends(ends, generation.eos_token_id)
+        # PEFT copies what an adapter shares with the base; its parameters have other names.
+        if whole_on_every_rank(model) and not is_adapted(model):
+            check_unshared(inner)
+        on_main(lambda: self._check_savable(model))
+
+    def _check_savable(self, model: nn.Module) -> None:
+        inner, tokenizer = transformers_model(model), self.written.tokenizer
+        parts = {
+            "model's config": inner.config,
+            "generation config": getattr(inner, "generation_config", None),
+            "tokenizer": tokenizer if hasattr(tokenizer, "save_pretrained") else None,
+        }
+        for name, config in (getattr(model, "peft_config", None) or {}).items():
+            parts[f"config of the adapter {name}"] = config
+        with self.written.applied():
+            check_savable(parts, self.folder)
+
+    def complete(self, model: nn.Module, folder: Path, *, checkpoint: bool) -> None:
+        """Adds to weights that are saved what loads them again, and removes transformers' pickle.
+
+        The pickle of the arguments names absolute paths, and nothing reads it.
+        """
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        inner = transformers_model(model)
+        if not is_adapted(model):
+            write_beside(inner, folder)
+            return
+        make_base_absolute(folder)
+        if checkpoint:
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card
+        generation = getattr(inner, "generation_config", None)
+        if generation is not None and not is_classifier(model):
+            generation.save_pretrained(folder)
+
+    @contextmanager
+    def tokenizer_in(self, trainer: Any) -> Iterator[None]:
+        """Within it the trainer's tokenizer is the one to be written."""
+        given, trainer.processing_class = trainer.processing_class, self.written.tokenizer
+        try:
+            yield
+        finally:
+            trainer.processing_class = given
+
+    @contextmanager
+    def pickle_not_uploaded(self) -> Iterator[None]:
+        """Hides transformers' pickle of the arguments from its pushes, and removes it."""
+        hidden = f"_{TRAINING_ARGS_NAME}"
+        of_transformers.TRAINING_ARGS_NAME = hidden
+        try:
+            yield
+        finally:
+            of_transformers.TRAINING_ARGS_NAME = TRAINING_ARGS_NAME
+            (self.folder / hidden).unlink(missing_ok=True)

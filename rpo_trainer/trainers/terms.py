@@ -1,0 +1,126 @@
+"""Terms of a loss, how they become the loss of a micro-batch, and their sums between two log lines.
+
+The sums stay on the device; each log line costs one reduction and one host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpo_trainer.step.batch import PackedBatch
+
+
+@dataclass
+class Term:
+    """One term of the loss: Σ over examples of `numerators`, divided by a count of the global batch.
+
+    Attributes:
+        numerators: `[B]`, with gradient where `coefficient` is not 0.
+        per: what it is a mean over: `examples`, or what `counts` counts beside them: `tokens` (trained
+            ones of the first responses) or `ratings`.
+    """
+
+    numerators: Tensor
+    per: str
+    coefficient: float = 1.0
+
+
+@dataclass
+class StepResult:
+    """Terms of the loss by name, and further metrics, each `[B]` in the order of the groups."""
+
+    terms: dict[str, Term]
+    metrics: dict[str, Tensor]
+
+    @property
+    def gaps(self) -> dict[str, Tensor]:
+        """`implicit_gap` and `target_gap` of preferences, `[B]` each, where the metrics have them."""
+        names = {"implicit_gap": "rewards/margins", "target_gap": "rewards/target_gap"}
+        return {gap: self.metrics[name] for gap, name in names.items() if name in self.metrics}
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Of the terms, by the names of their metrics."""
+        return {f"loss/{name}": term.coefficient for name, term in self.terms.items()}
+
+    def total(
+        self, batch: PackedBatch, counts: Tensor, metrics: MetricSums, dtype: torch.dtype
+    ) -> Tensor:
+        """The loss of a micro-batch, a scalar; terms and metrics are added to `metrics`.
+
+        Args:
+            counts: `[2]`, of the global batch: what terms are divided by.
+            dtype: of the loss.
+        """
+        counts, weights = counts.clamp_min(1), batch.weights
+        loss = torch.zeros((), dtype=dtype, device=weights.device)
+        for name, term in self.terms.items():
+            numerator = (term.numerators * weights).sum()
+            position = 0 if term.per == "examples" else 1
+            metrics.add_ratio(f"loss/{name}", numerator, batch.counts[position])
+            if term.coefficient:
+                loss = loss + term.coefficient * numerator / counts[position].to(numerator.dtype)
+        for name, values in self.metrics.items():
+            metrics.add(name, values, weights)
+        return loss
+
+
+@dataclass
+class StepOutputs:
+    """What `compute_loss` gives beside the loss of a micro-batch.
+
+    Attributes:
+        per_response: what `outputs` has given, without gradient: `[R]` summed log-probs, or `[R, A]` scores
+            of a reward model.
+        gaps: `implicit_gap` and `target_gap` of each example, `[B]`, of preferences.
+    """
+
+    per_response: Tensor
+    gaps: dict[str, Tensor]
+
+
+class MetricSums:
+    """Means over everything added since the last `drain`, whatever micro-batch or rank it came from."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, weights: Tensor) -> None:
+        """Adds values, each counting as its weight says; the mean is Σ value·weight / Σ weight."""
+        values, weights = values.detach().double(), weights.detach().double()
+        pair = torch.stack([(values * weights).sum(), weights.sum()])
+        known = self._sums.get(name)
+        self._sums[name] = pair if known is None else known + pair
+
+    def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
+        """Adds to a mean given as numerator and denominator."""
+        pair = torch.stack([numerator.detach().double(), denominator.detach().double()])
+        known = self._sums.get(name)
+        self._sums[name] = pair if known is None else known + pair
+
+    def copy(self) -> MetricSums:
+        """The same sums, to go back to."""
+        other = MetricSums()
+        other._sums = dict(self._sums)
+        return other
+
+    def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """Means by name, and an empty start.
+
+        Args:
+            reduce: sums a `[M, 2]` tensor over the ranks.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = reduce(torch.stack([self._sums[name] for name in names]))
+        self._sums = {}
+        return {
+            name: total / weight
+            for name, (total, weight) in zip(names, sums.tolist(), strict=True)
+            if weight > 0
+        }
