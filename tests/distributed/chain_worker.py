@@ -22,9 +22,9 @@ def fault(name: str) -> Any:
     """What one rank reads is `missing` (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
     from rpo_trainer.errors import DataError
     from rpo_trainer.stages import prepare
-    from rpo_trainer.trainers.base import PackedTrainer
+    from rpo_trainer.trainers.base import BaseTrainer
 
-    load_rows, outputs = prepare.load_rows, PackedTrainer.outputs
+    load_rows, outputs = prepare.load_rows, BaseTrainer.outputs
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise DataError("there is no such file on this host")
@@ -43,7 +43,7 @@ def fault(name: str) -> Any:
 
     if name in ("missing", "fewer"):
         return mock.patch.object(prepare, "load_rows", missing if name == "missing" else fewer)
-    return mock.patch.object(PackedTrainer, "outputs", nan if name == "nan" else breaks)
+    return mock.patch.object(BaseTrainer, "outputs", nan if name == "nan" else breaks)
 
 
 def signal_once(folder: Path, number: str, point: str) -> Any:
