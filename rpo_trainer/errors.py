@@ -61,7 +61,7 @@ class RPOTrainerError(Exception):
         self,
         what: str,
         *,
-        code: str = "unset",
+        code: str,
         where: str | None = None,
         why: str | None = None,
         fix: str | None = None,
@@ -81,14 +81,25 @@ class RPOTrainerError(Exception):
         self.args = (self._text(),)
         return self
 
+    def __reduce__(self) -> Any:
+        return _unpickled, (type(self), self.args, self.__dict__)
+
     def _text(self) -> str:
-        first = f"{self.where}: {self.what}" if self.where else self.what
-        lines = [first if self.code == "unset" else f"{first} [{self.code}]"]
+        what = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [f"{what} [{self.code}]"]
         if self.why:
             lines.append(f"  why: {self.why}")
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+
+def _unpickled(kind: type[RPOTrainerError], args: Any, state: dict[str, Any]) -> RPOTrainerError:
+    """An error from another process, without its constructor: `args` is the whole text."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class RecipeError(RPOTrainerError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,33 +70,6 @@ def test_the_parts_are_shown_in_their_places() -> None:
     )
     assert str(error) == "a.jsonl:3: it is wrong [data.wrong]\n  why: it matters\n  fix: fix it"
     assert str(error.at("stages.s")).startswith("stages.s: it is wrong [data.wrong]\n")
-
-
-CODE = re.compile(
-    r"(recipe|option|data|model|adapter|tokenizer|template|training|rewards|endpoint|judge|verifier|run"
-    r"|plan|report|hub)\.[a-z0-9]+(-[a-z0-9]+)*"
-)
-CODED = ("recipe", "cli", "attributes.py", "losses.py")  # parts whose errors all have codes
-
-
-def codes(source: str) -> Iterator[tuple[int, str | None]]:
-    """Line and code of every error that a source makes; None without `code=`, "" where it is no literal."""
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        values = [k.value for k in node.keywords if k.arg == "code"]
-        if getattr(node.func, "id", getattr(node.func, "attr", None)) in CLASSES and not values:
-            yield node.lineno, None
-        for value in values:
-            yield node.lineno, value.value if isinstance(value, ast.Constant) else ""
-
-
-@pytest.mark.parametrize("part", CODED)
-def test_every_error_has_a_code_of_a_known_form(part: str) -> None:
-    files = [PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py"))
-    for path in files:
-        for line, code in codes(path.read_text(encoding="utf-8")):
-            assert code == "" or (code and CODE.fullmatch(code)), f"{path}:{line}: {code}"
 
 
 def test_codes_of_several_errors() -> None:

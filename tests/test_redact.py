@@ -104,10 +104,10 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.delenv("RUN_TOKEN")
     said = "no the-value-in-it"
-    error = RecipeError(said, where=said, why=said, fix=said)
+    error = RecipeError(said, code="recipe.said", where=said, why=said, fix=said)
     assert {error.what, error.where, error.why, error.fix} == {f"no {REDACTED}"}
     assert "the-value" not in str(error.at(said)) + str(error.where)
-    assert "the-value" not in str(Problems([error, RecipeError(said)]))
+    assert "the-value" not in str(Problems([error, RecipeError(said, code="recipe.said")]))
 
 
 def test_records_of_the_package(caplog: pytest.LogCaptureFixture) -> None:

@@ -163,7 +163,7 @@ def test_a_push_that_fails_spoils_nothing(
 
 
 def test_nothing_is_pushed_unasked_and_signals_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(StoppedBySignal("stopped by SIGTERM"))
+    hub = Hub(StoppedBySignal("stopped by SIGTERM", code="run.stopped"))
     monkeypatch.setattr("huggingface_hub.HfApi", hub)
     assert push_output(Path(), {}, stage="dpo", run="r") is None and hub.calls == []
     with pytest.raises(StoppedBySignal):

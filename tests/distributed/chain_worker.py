@@ -27,7 +27,7 @@ def fault(name: str) -> Any:
     load_rows, outputs = prepare.load_rows, BaseTrainer.outputs
 
     def missing(*args: Any, **kwargs: Any) -> Any:
-        raise DataError("there is no such file on this host")
+        raise DataError("there is no such file on this host", code="data.not-found")
 
     def fewer(*args: Any, **kwargs: Any) -> Any:
         return load_rows(*args, **kwargs)[1:]

@@ -64,7 +64,7 @@ def test_an_error_of_the_other_process_is_raised_here(two: list[Any]):
 
 
 def test_the_first_of_two_errors_is_everybodys(two: list[Any]):
-    two[:] = [DataError("theirs")]
+    two[:] = [DataError("theirs", code="data.theirs")]
     with raises("run.mine", RunError), distributed.raise_on_all_ranks():
         raise RunError("mine", code="run.mine")
 
@@ -83,8 +83,10 @@ def test_merge_joins(two: list[Any]):
 @pytest.mark.parametrize(
     "error",
     [
-        RunError("what", where="there", why="since", fix="so"),
-        Problems([DataError("one", where="x"), RecipeError("two")]),
+        RunError("what", code="run.what", where="there", why="since", fix="so"),
+        Problems(
+            [DataError("one", code="data.one", where="x"), RecipeError("two", code="recipe.two")]
+        ),
     ],
 )
 def test_errors_travel(error: RPOTrainerError):

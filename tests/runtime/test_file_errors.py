@@ -110,7 +110,11 @@ def test_wrong_values_in_a_configuration(change: dict[str, Any], place: Path) ->
 
 
 def test_our_own_errors_and_those_of_devices_pass() -> None:
-    for error in (RecipeError("ours"), RuntimeError("CUDA error"), KeyboardInterrupt()):
+    for error in (
+        RecipeError("ours", code="recipe.ours"),
+        RuntimeError("CUDA error"),
+        KeyboardInterrupt(),
+    ):
         with pytest.raises(type(error)), reading("it", "here"):
             raise error
     for error in (RecursionError(), OverflowError("x"), AssertionError("x")):

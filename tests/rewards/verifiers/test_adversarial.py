@@ -186,7 +186,13 @@ def test_a_single_call_warns_too(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [KeyboardInterrupt(), SystemExit(1), StoppedBySignal("stop"), RunError("x"), ImportError()],
+    [
+        KeyboardInterrupt(),
+        SystemExit(1),
+        StoppedBySignal("stop", code="run.stop"),
+        RunError("x", code="run.x"),
+        ImportError(),
+    ],
 )
 def test_what_is_not_a_fault_of_the_response_is_raised(error: BaseException) -> None:
     with pytest.raises(type(error)):
