@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,20 +59,50 @@ def test_the_librarys_program_runs_and_logs_the_metrics_it_names(
     assert named - {"loss/router_aux"} == logged  # of mixtures of experts alone
 
 
-def test_the_librarys_own_loss_is_one_and_its_step_zero_is_right() -> None:
-    from rpo_trainer.losses import LOSSES, preference_loss, step_zero_losses
+def run_program(program: str, name: str) -> None:
+    exec(compile(program, f"{name}.md", "exec"), {"__name__": "__main__"})
 
-    before = dict(LOSSES)
-    _, program = blocks(page("library"), "python")
-    try:
-        exec(compile(program, "library.md", "exec"), {"__name__": "__main__"})
-        (name,) = LOSSES.keys() - before.keys()
-        logps = torch.randn(3, 2, dtype=torch.float64)
-        losses = preference_loss(logps, logps, loss_type=name, beta=0.1).losses
-        assert torch.equal(losses, step_zero_losses(name, beta=0.1, shape=(3, 2)))
-    finally:
-        LOSSES.clear()
-        LOSSES.update(before)
+
+@pytest.mark.parametrize(("name", "number"), [("library", 1), ("adding-a-loss", 0)])
+def test_a_documented_loss_is_one_and_its_step_zero_is_right(
+    name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rpo_trainer import losses
+
+    table = dict(losses.LOSSES)
+    monkeypatch.setattr(losses, "LOSSES", table)
+    run_program(blocks(page(name), "python")[number], name)
+    (added,) = table.keys() - {"dpo", "ipo", *(x for x in table if x.startswith("rpo_"))}
+    logps = torch.randn(3, 2, dtype=torch.float64)
+    found = losses.preference_loss(logps, logps, loss_type=added, beta=0.1).losses
+    expected = losses.step_zero_losses(added, beta=0.1, shape=(3, 2))
+    torch.testing.assert_close(found, torch.as_tensor(expected).expand(3).double())
+
+
+def test_the_documented_data_format_gives_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rpo_trainer.data.formats import preferences
+    from rpo_trainer.data.rows import RowError
+
+    table: dict[str, Any] = {}
+    monkeypatch.setattr(preferences, "PREFERENCE_FORMATS", table)
+    run_program(blocks(page("adding-a-data-format"), "python")[0], "adding-a-data-format")
+    (made,) = table.values()
+    row = {"task": "1 + 1 = ", "good": "2", "bad": "3"}
+    assert made.read(row) == set(row)
+    assert made.convert(row) == {"prompt": "1 + 1 = ", "responses": ["2", "3"], "rewards": None}
+    with pytest.raises(RowError):
+        made.convert({**row, "bad": "2"})
+
+
+def test_the_documented_verifier_gives_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rpo_trainer.rewards import verifiers
+
+    table: dict[str, Any] = {}
+    monkeypatch.setattr(verifiers, "VERIFIERS", table)
+    run_program(blocks(page("adding-a-verifier"), "python")[0], "adding-a-verifier")
+    (verifier,) = table.values()
+    check = verifier.prepare({"id": "a", "ground_truth": "four"})
+    assert [check(text) for text in ("five", "5")] == [1.0, 0.0]
 
 
 def test_every_loss_is_in_the_table_with_the_responses_it_takes() -> None:

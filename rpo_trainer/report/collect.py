@@ -32,7 +32,7 @@ from rpo_trainer.stages.record import (
 )
 
 PREFERENCE_KINDS = ("dpo", "rpo")
-_Line = TypeVar("_Line", bound=JsonRecord)
+LineRecord = TypeVar("LineRecord", bound=JsonRecord)
 
 
 @dataclass(frozen=True)
@@ -271,10 +271,10 @@ def _stage_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _read_records(kind: type[_Line], path: Path, notes: list[str]) -> list[_Line]:
+def _read_records(kind: type[LineRecord], path: Path, notes: list[str]) -> list[LineRecord]:
     """The lines of a file of a stage, which not every stage has; those of another shape are left out."""
 
-    def read() -> Iterator[_Line]:
+    def read() -> Iterator[LineRecord]:
         for row in _read_lines(path, notes, optional=True):
             try:
                 yield kind.from_json(row, lenient=True)

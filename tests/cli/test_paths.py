@@ -56,7 +56,7 @@ def examples(seed: int, *, holes: bool = False) -> list[dict[str, Any]]:
 
 
 def test_the_lengths_call_for_every_kind_of_unit():
-    plan = pack(examples(0), "shared")["model_inputs"]["plan"]
+    plan = pack(examples(0), "shared").model_inputs.plan
     several = [unit for unit in plan.units if len(unit) > 1]
     single = [unit[0] for unit in plan.units if len(unit) == 1]
     assert several and max(len(unit) for unit in several) > 8

@@ -97,7 +97,7 @@ def test_a_recipe_trains_with_it(own, tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tiny.write_recipe(tmp_path, recipe(("dpo", "best"), ("rpo", "rpo_abs")))
     with pytest.raises(SystemExit) as ended:
-        cli(["run", str(path), "--run-dir", str(tmp_path / "run")])
+        cli.main(["run", str(path), "--run-dir", str(tmp_path / "run")])
     assert ended.value.code == 0
     first = {line["stage"]: line["loss/preference"] for line in tiny.metrics(tmp_path / "run")}
     assert first == {"dpo": pytest.approx(math.log(3)), "rpo": pytest.approx(2.5)}

@@ -433,7 +433,7 @@ def test_a_model_loaded_in_parts_is_refused(make_config):
     model.__class__ = type(
         "Parts", (type(model),), {"is_distributed_loading_by_transformers": True}
     )
-    with raises("model.loaded-in-parts", ModelError):
+    with raises("model.sharded", ModelError):
         SFTTrainer(model, make_config("sft"), make_rows(0, (1,) * 4), processing_class=_tokenizer())
 
 
