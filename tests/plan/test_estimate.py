@@ -12,6 +12,7 @@ from rpo_trainer.errors import RecipeError
 from rpo_trainer.plan import Plan, plan_recipe
 from rpo_trainer.recipe import load_recipe
 from tests.chain import tiny
+from tests.raising import raises
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,6 @@ def test_the_command_is_planned_with_what_it_was_given(recipe: Path) -> None:
 
 
 def test_a_batch_that_the_devices_cannot_share_is_found(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match=r"global_batch_size 8\b.*\b3 rank") as error:
+    with raises("training.indivisible-batch", RecipeError) as error:
         plan_recipe(load_recipe(recipe), recipe.parent / "run", engine="ddp", devices=3)
     assert error.value.where is not None and "defaults.global_batch_size" in error.value.where

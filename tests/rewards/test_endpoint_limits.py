@@ -54,7 +54,7 @@ def endpoint(server: Server, **fields: Any) -> Endpoint:
 def test_a_server_that_drips_cannot_extend_the_deadline(part: str, status: int) -> None:
     with serving(lambda *_: Answer(drip=part, status=status)) as server:
         start = time.monotonic()
-        with pytest.raises(RowFailed, match=r"within 0\.3 s") as failed:
+        with failing("endpoint.timeout") as failed:
             endpoint(server, timeout=0.3).chat(HELLO, message_of)
         assert time.monotonic() - start < 2.0
     assert failed.value.service
@@ -102,7 +102,7 @@ def test_a_slow_reader_cannot_extend_the_deadline() -> None:
 def test_reading_stops_at_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_client.BoundedClient.__init__, "__defaults__", (100_000,))
     with serving(lambda *_: Answer(endless=b" " * 2**14)) as server:
-        with pytest.raises(RowFailed, match="larger than 100,000 bytes"):
+        with pytest.raises(RowFailed, match="100,000 bytes"):
             endpoint(server).chat(HELLO, message_of)
         time.sleep(0.1)
         assert server.sent < 2**24  # what the sockets buffer, and not all of it

@@ -16,6 +16,7 @@ from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.losses import LOSSES, Loss, preference_loss, step_zero_losses
 from rpo_trainer.recipe import json_schema, load_recipe
 from tests.chain import tiny
+from tests.raising import raises
 from tests.trainers.plain import assert_same_update, plain_reference, plain_sums, rows_of
 
 BETA = 0.1
@@ -111,26 +112,27 @@ def refused(folder: Path, recipe: tiny.Recipe) -> str:
 
 def test_messages_and_the_schema_name_it(own, tmp_path: Path, make_config):
     assert load_recipe(tiny.write_recipe(tmp_path, recipe(("dpo", "best")))).recipe.stages
-    assert "must be one of `dpo`, `ipo`, `best`" in refused(tmp_path, recipe(("dpo", "bes")))
+    assert "`dpo`, `ipo`, `best`" in refused(tmp_path, recipe(("dpo", "bes")))
     wrong = refused(tmp_path, recipe(("dpo", "rpo_abs")))
-    assert "`rpo_abs` is a loss of stages of kind rpo" in wrong
-    assert "more responses: `rpo_bwd_kl`, `rpo_fwd_kl`, `rpo_sqloo`, `best`" in wrong
+    assert "`rpo_abs`" in wrong and "kind rpo" in wrong
+    assert "`rpo_bwd_kl`, `rpo_fwd_kl`, `rpo_sqloo`, `best`" in wrong
     smoothing = refused(tmp_path, recipe(("dpo", "best"), label_smoothing=0.1))
     assert "`label_smoothing` with `loss_type: best`" in smoothing
     defs = json_schema()["$defs"]
     offered = {k: defs[f"{k}Stage"]["properties"]["loss_type"]["enum"] for k in ("DPO", "RPO")}
     assert offered["DPO"] == ["dpo", "ipo", "best"] and offered["RPO"][-1] == "rpo_abs"
-    with pytest.raises(RecipeError, match="'rpo_abs' is not one of dpo, ipo, best"):
+    with raises("training.invalid-value", RecipeError, settings=["loss_type"]) as error:
         make_config("dpo", loss_type="rpo_abs")
-    with pytest.raises(RecipeError, match="label_smoothing belongs to dpo, not to best"):
+    assert "dpo, ipo, best" in str(error.value)
+    with raises("training.no-effect", RecipeError, settings=["label_smoothing"]):
         make_config("dpo", loss_type="best", label_smoothing=0.1)
 
 
 def test_a_name_that_nobody_registered_is_refused_with_the_list(tmp_path: Path, make_config):
-    assert "must be one of `dpo`, `ipo`, got" in refused(tmp_path, recipe(("dpo", "best")))
-    with pytest.raises(RecipeError, match="loss_type 'best' is not one of dpo, ipo"):
+    assert "`dpo`, `ipo`, got" in refused(tmp_path, recipe(("dpo", "best")))
+    with raises("training.invalid-value", RecipeError, settings=["loss_type"]):
         make_config("dpo", loss_type="best")
-    with pytest.raises(ValueError, match="unknown loss_type 'best'; known: dpo, ipo, rpo_bwd_kl"):
+    with pytest.raises(ValueError, match=r"'best'.* dpo, ipo, rpo_bwd_kl"):
         preference_loss(torch.zeros(1, 2), torch.zeros(1, 2), loss_type="best", beta=0.1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -213,8 +214,9 @@ def test_eval_data_that_comes_later_takes_the_reference_at_hand(start, other, ma
 
 def test_reference_of_another_vocabulary_is_refused(start, make_trainer):
     other = make_model(vocab_size=80)
-    with pytest.raises(RecipeError, match="the reference has 80 tokens, the policy 61"):
+    with raises("tokenizer.mismatch", RecipeError) as error:
         make_trainer("dpo", copy.deepcopy(start), rows_of("dpo", PAIRS), ref_model=other)
+    assert {"80", "61"} <= set(re.findall(r"\d+", error.value.what))
 
 
 def test_reference_model_is_left_as_it_was(start, other, make_trainer):
