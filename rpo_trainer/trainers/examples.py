@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import Dataset
 
 from rpo_trainer.errors import DataError
-from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch, forward_tokens, pack
+from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
+from rpo_trainer.step.packing import forward_tokens, pack
 from rpo_trainer.trainers.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Examples(Dataset[dict[str, Any]]):
     """Rows of a tokenised data set, with columns computed later laid beside them.
 
     Args:
-        rows: a `datasets.Dataset` or any sequence of tokenised examples (see `rpo_trainer.step.batch`).
+        rows: a `datasets.Dataset` or any sequence of tokenised examples (see `rpo_trainer.step.packing`).
     """
 
     def __init__(self, rows: Any) -> None:
