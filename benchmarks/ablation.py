@@ -32,10 +32,11 @@ from torch import Tensor
 
 from rpo_trainer.losses import preference_loss
 from rpo_trainer.runtime.memory import peak_memory
-from rpo_trainer.step.batch import Layout, forward_tokens, pack
+from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.order import deal
+from rpo_trainer.step.packing import forward_tokens, pack
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def write_gaps(trainer: BaseTrainer, path: Path) -> None:
         for number, i in enumerate(batch.example_order):
             gaps = {name: float(values[number]) for name, values in outputs.gaps.items()}
             lines.append(json.dumps({"id": batch.ids[i], **gaps}) + "\n")
-    trainer._eval_metrics.drain()
+    trainer.metrics.evaluation.drain()
     if distributed.is_main():  # all have computed them: sharded weights need every process
         write_with_digest(path, "".join(lines))
 

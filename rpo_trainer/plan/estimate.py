@@ -29,10 +29,12 @@ from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.inputs import sampling_spec
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import arithmetic
-from rpo_trainer.step.batch import PackedBatch, forward_tokens, pack
+from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.forward import install, token_logprobs
-from rpo_trainer.trainers.base_config import BaseConfig, accumulation_of
+from rpo_trainer.step.packing import forward_tokens, pack
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import PreferenceConfig
+from rpo_trainer.trainers.config_checks import accumulation_of
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.loaders import train_loader
 

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime import distributed
-from rpo_trainer.step.batch import Layout, ModelInputs, PackedBatch, pack
+from rpo_trainer.step.batch import Layout, ModelInputs, PackedBatch
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums
+from rpo_trainer.step.packing import pack
 
 # Bytes of state per trained parameter, for optimizers that need a library or a device to be made.
 _STATE_BYTES = {

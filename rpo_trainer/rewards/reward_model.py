@@ -23,9 +23,10 @@ from rpo_trainer.models.reward_model import attributes_of
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.rewards.resumable_rows import Done, RowFailed, Shard
 from rpo_trainer.runtime.file_errors import reads
-from rpo_trainer.step.batch import Layout, forward_tokens, pack
+from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import response_scores
 from rpo_trainer.step.layout_probe import probe
+from rpo_trainer.step.packing import forward_tokens, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

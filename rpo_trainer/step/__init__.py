@@ -1,8 +1,9 @@
 """One training step, in the order in which it runs.
 
     order            which examples meet in which optimizer step
-    batch            examples → one packed row per micro-batch: each prompt once, its responses after it
-    attention        who sees whom in that row: the attention function that transformers calls
+    packing          examples → one packed row per micro-batch: each prompt once, its responses after it
+    batch            what that is: the inputs of the model, index tensors, and who sees whom in the row
+    attention        the attention function that transformers calls, by who sees whom
       attention_reach    windows and chunks of each layer, from the masks that the model makes
       attention_varlen   the whole row in one kernel call, on a GPU in half precision
       attention_flex     the same for soft-capped scores and attention sinks

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from rpo_trainer.models.sharding import device_of, has_shards, num_rows
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
-from rpo_trainer.step.batch import Layout, pack
+from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import response_scores, token_logprobs
+from rpo_trainer.step.packing import pack
 
 Example = dict[str, Any]
 # Lengths of each prompt and of its responses.

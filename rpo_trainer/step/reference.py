@@ -30,9 +30,10 @@ from tqdm.auto import tqdm
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.sharding import device_of, whole
 from rpo_trainer.models.unwrap import transformers_model
-from rpo_trainer.step.batch import Layout, forward_tokens, pack
+from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
+from rpo_trainer.step.packing import forward_tokens, pack
 
 logger = logging.getLogger(__name__)
 

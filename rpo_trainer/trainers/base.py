@@ -4,7 +4,7 @@ What `train()` does, in order, and the method of each line. (T): of `transformer
 [hook]: what a subclass may say or extend.
 
     __init__                      config, model, tokenizer and rows are made and checked; (T) makes the rest
-      tokenized                     rows to token ids; what is dropped is counted
+      DataSets, tokenized           rows to token ids; what is dropped is counted
       Engine, OutputWriter          DDP, FSDP2 or DeepSpeed is set up; the output can be written
       _prove_layout                 the fastest packing that gives what plain forwards give
     train
@@ -45,11 +45,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import EvalLoopOutput
 
-from rpo_trainer.errors import RecipeError
-from rpo_trainer.models.adapters import randomized_zero_init
 from rpo_trainer.models.sharding import has_shards, reshard, whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
@@ -57,23 +54,26 @@ from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.runtime.memory import keeping_freed_memory
 from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
 from rpo_trainer.step.forward import token_logprobs
-from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.step.logprobs import response_sums
-from rpo_trainer.step.router_loss import asked_by_config
-from rpo_trainer.trainers import fits, setup
-from rpo_trainer.trainers.argument_checks import require_best_metric
+from rpo_trainer.trainers import setup
 from rpo_trainer.trainers.base_config import BaseConfig
-from rpo_trainer.trainers.checkpoint import Checkpoints, keep_hyperparameters_on_load
+from rpo_trainer.trainers.checkpoint import (
+    Checkpoints,
+    keep_hyperparameters_on_load,
+    load_into_wrapped,
+)
 from rpo_trainer.trainers.compiled import compile_if_asked
+from rpo_trainer.trainers.data_sets import DataSets, tokenized
 from rpo_trainer.trainers.engine import Engine
-from rpo_trainer.trainers.examples import Examples, PackingCollator, tokenized
+from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
+from rpo_trainer.trainers.metrics import Metrics, MetricSums
 from rpo_trainer.trainers.noise import disable_noise, say_noise
 from rpo_trainer.trainers.outputs import OutputWriter
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
-from rpo_trainer.trainers.terms import MetricSums, StepOutputs, StepResult
+from rpo_trainer.trainers.terms import StepOutputs, StepResult
 from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
 from rpo_trainer.trainers.unknown_arguments import answering_unknown_arguments
 
@@ -121,25 +121,19 @@ class BaseTrainer(Trainer):
         self._other_processes = OtherProcesses()
         model, tokenizer = setup.prepare_model(model, processing_class, peft_config, args)
         self.audits: dict[str, Any] = {}
-        train = self._examples(train_dataset, tokenizer, args, "train")
-        several = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-        names = {name: f"eval_{name}" if name is not None else "eval" for name in several}
-        sets = {n: self._examples(several[n], tokenizer, args, name) for n, name in names.items()}
-        evaluation = sets if isinstance(eval_dataset, dict) else sets[None]
-        fits.check_all_fit(model, train, evaluation)
-        self._longest = fits.longest_text(model, train, evaluation)
-        config = transformers_model(model).config
-        if evaluation is not None:
-            metrics = {name: self.metric_names(args, examples) for name, examples in sets.items()}
-            require_best_metric(args, metrics, asked=bool(asked_by_config(config)))
-        use_cache = getattr(config, "use_cache", None)
+        self.data = DataSets(
+            model, train_dataset, eval_dataset,
+            prepare=lambda rows, name: self._examples(rows, tokenizer, args, name),
+        )  # fmt: skip
+        self.data.require_best_metric(model, args, self.metric_names)
+        use_cache = getattr(transformers_model(model).config, "use_cache", None)
         with fault_tolerant_callbacks(args) as trackers:
             super().__init__(
                 model=model,
                 args=args,
                 data_collator=PackingCollator("padded", 0),  # type: ignore[arg-type]  # replaced below
-                train_dataset=train,
-                eval_dataset=evaluation,
+                train_dataset=self.data.train,
+                eval_dataset=self.data.evaluation,
                 processing_class=tokenizer,
                 callbacks=[*trackers, *(callbacks or [])],
                 optimizers=optimizers,
@@ -151,7 +145,7 @@ class BaseTrainer(Trainer):
         self.engine = Engine(self.model, args, self.accelerator, self._run_guards)
         self.add_callback(BeforeUpdate(self.engine.before_optimizer_step))
         output_dir = Path(str(args.output_dir))
-        self.output = OutputWriter(self.model, tokenizer, train, output_dir, use_cache)
+        self.output = OutputWriter(self.model, tokenizer, self.data.train, output_dir, use_cache)
         self.checkpoints = Checkpoints(args, self.accelerator)
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
         self.router: RouterTerm | None = None
@@ -160,19 +154,12 @@ class BaseTrainer(Trainer):
             self._prove_layout()
         self.pad_token_id = setup.pad_token_id_of(tokenizer)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
-        self._train_metrics = MetricSums()
-        self._eval_metrics = MetricSums()
+        self.metrics = Metrics()
         self.step_guard = StepGuard(args.allowed_skips)
 
     def _prove_layout(self) -> None:
         """Which layout gives what plain forwards give; weights that are not whole are asked once wrapped."""
-        wanted: Any = None if self.args.layout == "auto" else self.args.layout
-        with randomized_zero_init(self.model):
-            self.layout, _ = probe_on_all_ranks(
-                self.model, layout=wanted, logits_chunk_bytes=self.args.logits_chunk_bytes,
-                longest=self._longest,
-                autocast=self.args.mixed_precision_dtype(),
-            )  # fmt: skip
+        self.layout = setup.proved_layout(self.model, self.args, self.data.longest)
         self.router = router_term(self.model, self.args, self._reduce)
         if getattr(self.args, "disable_dropout", False):
             disable_noise(self.model, self.no_noise)
@@ -237,8 +224,7 @@ class BaseTrainer(Trainer):
         )
         if not taken:
             self.model.zero_grad(set_to_none=True)  # optimizers pass over weights without one
-            self._train_metrics, loss = self._before_step
-            self._tr_loss.copy_(loss)
+            self.metrics.undo_step(self._tr_loss)
         return taken
 
     # --- data ---
@@ -248,12 +234,9 @@ class BaseTrainer(Trainer):
     ) -> Examples | None:
         if dataset is None or isinstance(dataset, Examples):
             return dataset
-        from rpo_trainer.data import Audit
-
-        audit = self.audits[name] = Audit()
         options = {"require_rewards": self.needs_rewards, **self.data_options(args)}
         return tokenized(
-            dataset, tokenizer, args, name=name, kind=self.row_kind, audit=audit, **options
+            dataset, tokenizer, args, name=name, kind=self.row_kind, audits=self.audits, **options
         )
 
     def _collator(self, examples: Examples) -> PackingCollator:
@@ -278,14 +261,12 @@ class BaseTrainer(Trainer):
     def _eval_examples(self, eval_dataset: Any) -> Examples:
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        if eval_dataset is None:
-            eval_dataset = self.eval_dataset
-        examples = self._examples(eval_dataset, self.processing_class, self.args, "eval")
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        examples = self._examples(given, self.processing_class, self.args, "eval")
         if examples is None:
             raise ValueError("evaluation needs an eval_dataset")
-        if eval_dataset is not examples:
-            fits.check_fit(self.model, examples, "eval")
-        fits.check_layout(self.model, examples, self.layout, self._longest)
+        checked = given is examples
+        self.data.require_fit(self.model, examples, self.layout, checked=checked)
         return examples
 
     # --- training ---
@@ -304,7 +285,7 @@ class BaseTrainer(Trainer):
         self._flops_per_token = setup.flops_per_token(self.model)
         setup.note_defaults(self.args)
         self.output.written.remember()
-        self._train_metrics = MetricSums()
+        self.metrics.training = MetricSums()
         self.step_guard.begin(resume)
         self.before_training(resume)
         if not self.engine.wraps_late:
@@ -336,7 +317,7 @@ class BaseTrainer(Trainer):
         self.policy_ready(resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             reshard(self.model)
-            self._load_wrapped(resume_from_checkpoint)
+            load_into_wrapped(self, resume_from_checkpoint)
         return model, train_dataloader
 
     def get_total_train_batch_size(self, args: Any) -> int:
@@ -356,7 +337,7 @@ class BaseTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         if self.step_guard.limit:
-            self._before_step = self._train_metrics.copy(), self._tr_loss.clone()
+            self.metrics.keep(self._tr_loss)
         batches: list[Any] = [
             batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
         ]
@@ -365,10 +346,7 @@ class BaseTrainer(Trainer):
         if self.router is not None:
             self.router.begin_step(batches)
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        counts = counts.to(device, non_blocking=True)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        return batches, counts
+        return batches, self._reduce(counts.to(device, non_blocking=True))
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: PackedBatch | StepBatch, num_items_in_batch: Any = None
@@ -413,12 +391,12 @@ class BaseTrainer(Trainer):
         result = self.losses(sums, inputs)
         training = num_items_in_batch is not None
         counts = inputs.counts if num_items_in_batch is None else num_items_in_batch
-        metrics = self._train_metrics if training else self._eval_metrics
+        metrics = self.metrics.training if training else self.metrics.evaluation
         loss = result.total(inputs, counts, metrics, sums.dtype)
-        self._coefficients = result.coefficients
+        self.metrics.coefficients = result.coefficients
         if self.router is not None:
             loss = self.router.add_to(loss, inputs, metrics if training else None)
-            self._coefficients[ROUTER_AUX] = self.router.coefficient
+            self.metrics.coefficients[ROUTER_AUX] = self.router.coefficient
         if training:
             self.step_guard.add(loss.detach(), inputs.ids)
             loss = loss * self.args.world_size  # the engines average gradients over ranks
@@ -438,7 +416,7 @@ class BaseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds our metrics to a training log line: means over all examples since the last one."""
         if "loss" in logs:
-            logs.update(self._train_metrics.drain(self._reduce))
+            logs.update(self.metrics.training.drain(self._reduce))
             self.step_guard.correct_log(logs)
         super().log(logs, start_time)
 
@@ -461,13 +439,7 @@ class BaseTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`transformers.Trainer.evaluate`; FSDP and DeepSpeed can only evaluate what they train."""
-        if self.engine.wraps_late and not self.accelerator._models:
-            raise RecipeError(
-                "evaluate() came before train()",
-                code="training.evaluate-before-train",
-                why="FSDP and DeepSpeed wrap the model together with its optimizer",
-                fix="set eval_on_start=True, or evaluate after training",
-            )
+        self.engine.require_wrapped()
         return super().evaluate(*args, **kwargs)
 
     def prediction_step(  # type: ignore[override]
@@ -486,18 +458,12 @@ class BaseTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers' loop, with means over all examples of all ranks in place of its loss."""
-        self._eval_metrics.drain()
+        self.metrics.evaluation.drain()
         output = super().evaluation_loop(*args, **kwargs)
+        router = {} if self.router is None else {ROUTER_AUX: self.router.evaluated()}
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._eval_metrics.drain(self._reduce)
-        if self.router is not None:
-            means[ROUTER_AUX] = self.router.evaluated()
-        metrics: dict[str, float] = output.metrics or {}
-        metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        metrics[f"{prefix}_loss"] = sum(
-            coefficient * means[name] for name, coefficient in self._coefficients.items()
-        )
-        return output._replace(metrics=metrics)
+        found = self.metrics.of_evaluation(self._reduce, router, prefix)
+        return output._replace(metrics={**(output.metrics or {}), **found})
 
     # --- checkpoints and outputs ---
 
@@ -513,13 +479,9 @@ class BaseTrainer(Trainer):
         return str(staging) if staging else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a complete checkpoint: a staged one moves while it would be read.
-
-        transformers saves the tokenizer and pickles the arguments anew, into the output directory. The
-        tokenizer is that of the checkpoint, and the pickle is not uploaded.
-        """
+        """Pushes a complete checkpoint: a staged one moves while it would be read."""
         if self.checkpoints.staging is None:
-            with self.output.tokenizer_in(self), self.output.pickle_not_uploaded():
+            with self.output.pushed(self):
                 super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -551,17 +513,3 @@ class BaseTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with keep_hyperparameters_on_load(self.optimizer, self.lr_scheduler):
             super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_wrapped(self, folder: str) -> None:
-        """A checkpoint into a model that is wrapped."""
-        with keep_hyperparameters_on_load(self.optimizer, self.lr_scheduler):
-            if self.engine.uses_deepspeed:
-                deepspeed_load_checkpoint(  # type: ignore[no-untyped-call]
-                    self.model_wrapped,
-                    folder,
-                    load_module_strict=not hasattr(self.model, "peft_config"),
-                )
-            else:
-                self._load_from_checkpoint(folder, self.model_wrapped)
-            self._load_optimizer_and_scheduler(folder)
-            self._load_scaler(folder)

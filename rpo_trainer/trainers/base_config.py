@@ -5,18 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.recipe.template_kwargs import faults
-from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.logprobs import DEFAULT_LOGITS_CHUNK_BYTES
 from rpo_trainer.trainers.argument_checks import (
     bfloat16_by_default,
@@ -24,17 +21,15 @@ from rpo_trainer.trainers.argument_checks import (
     lowest_is_best,
     require_one_checkpointing,
     require_readable_settings,
-    setting_problems,
 )
 from rpo_trainer.trainers.argument_status import Problem
-from rpo_trainer.trainers.engine import asks_for_deepspeed, load_in_float32
+from rpo_trainer.trainers.config_checks import accumulation_of, config_problems
+from rpo_trainer.trainers.engine import load_in_float32
 from rpo_trainer.trainers.unknown_arguments import instead_of
 
 C = TypeVar("C", bound=TrainingArguments)
 
 DEFAULT_SKIPPED_STEPS = 3
-_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
-
 
 # The two names of gradient checkpointing; some versions of transformers have the first alone.
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -255,7 +250,12 @@ class BaseConfig(TrainingArguments):
             # The loop of transformers counts batches; each one that it gets is an optimizer step.
             self.gradient_accumulation_steps = 1
         elif self.global_batch_size is not None:
-            self.gradient_accumulation_steps = self._accumulation(self.global_batch_size)
+            self.gradient_accumulation_steps = accumulation_of(
+                self.global_batch_size,
+                self.per_device_train_batch_size,
+                self.world_size,
+                where=f"{type(self).__name__}.global_batch_size",
+            )
             if asked_accumulation not in (1, self.gradient_accumulation_steps):
                 raise RecipeError(
                     f"gradient_accumulation_steps={asked_accumulation}, and global_batch_size="
@@ -346,103 +346,8 @@ class BaseConfig(TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def _problems(self) -> list[Problem]:
-        """What does not fit."""
-        problems = list(setting_problems(self))
-        if self.shuffle and self.train_sampling_strategy == "sequential":
-            problems.append(
-                Problem(
-                    "shuffle=True and train_sampling_strategy='sequential' contradict each other: remove one",
-                    code="training.conflicting-settings",
-                    setting="train_sampling_strategy",
-                )
-            )
-        if self.truncation not in ("drop", "cut"):
-            problems.append(
-                Problem(
-                    f"truncation must be drop or cut, got {self.truncation!r}",
-                    code="training.invalid-value",
-                    setting="truncation",
-                )
-            )
-        if self.special_tokens not in (None, "text", "parse"):
-            problems.append(
-                Problem(
-                    f"special_tokens must be text or parse, got {self.special_tokens!r}",
-                    code="training.invalid-value",
-                    setting="special_tokens",
-                )
-            )
-        problems += [
-            Problem(fault, code="training.invalid-value", setting="chat_template_kwargs")
-            for fault in faults(self.chat_template_kwargs)
-        ]
-        if self.layout not in ("auto", *get_args(Layout)):
-            names = ", ".join(get_args(Layout))
-            problems.append(
-                Problem(
-                    f"layout must be auto or one of {names}, got {self.layout!r}",
-                    code="training.invalid-value",
-                    setting="layout",
-                )
-            )
-        if self.max_length is not None and self.max_length < 2:
-            problems.append(
-                Problem(
-                    f"max_length must be 2 or more, got {self.max_length}",
-                    code="training.invalid-value",
-                    setting="max_length",
-                )
-            )
-        if self.micro_batch_tokens is not None:
-            for name in ("micro_batch_tokens", "global_batch_size"):
-                if (value := getattr(self, name)) is not None and value < 1:
-                    problems.append(
-                        Problem(
-                            f"{name} must be positive, got {value}",
-                            code="training.invalid-value",
-                            setting=name,
-                        )
-                    )
-        problems += self._nonfinite_problems()
-        if (coefficient := self.router_aux_loss_coef) is not None and not (
-            math.isfinite(coefficient) and coefficient >= 0
-        ):
-            problems.append(
-                Problem(
-                    f"router_aux_loss_coef must be 0 or more, got {coefficient}",
-                    code="training.invalid-value",
-                    setting="router_aux_loss_coef",
-                )
-            )
-        if self.logits_chunk_bytes < 1:
-            problems.append(
-                Problem(
-                    f"logits_chunk_bytes must be positive, got {self.logits_chunk_bytes}",
-                    code="training.invalid-value",
-                    setting="logits_chunk_bytes",
-                )
-            )
-        if self.torch_compile_mode in _CUDA_GRAPHS:
-            problems.append(
-                Problem(
-                    f"torch_compile_mode {self.torch_compile_mode} records a CUDA graph for every length of "
-                    "a row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs",
-                    code="training.unsupported-setting",
-                    setting="torch_compile_mode",
-                )
-            )
-        return problems
-
-    def _refuse_noise(self, why: str) -> list[Problem]:
-        if self.neftune_noise_alpha is None:
-            return []
-        return [
-            Problem(
-                f"neftune_noise_alpha is for SFT: {why}; remove it",
-                code="training.unsupported-setting",
-                setting="neftune_noise_alpha",
-            )
-        ]
+        """What does not fit; a subclass adds the problems of its own fields."""
+        return list(config_problems(self))
 
     @property
     def allowed_skips(self) -> int:
@@ -451,77 +356,3 @@ class BaseConfig(TrainingArguments):
             return 0
         given = self.max_skipped_steps
         return DEFAULT_SKIPPED_STEPS if given is None else given
-
-    def _nonfinite_problems(self) -> list[Problem]:
-        if self.on_nonfinite not in ("stop", "skip"):
-            return [
-                Problem(
-                    f"on_nonfinite must be stop or skip, got {self.on_nonfinite!r}",
-                    code="training.invalid-value",
-                    setting="on_nonfinite",
-                )
-            ]
-        if self.on_nonfinite == "stop":
-            if self.max_skipped_steps is None:
-                return []
-            return [
-                Problem(
-                    f"max_skipped_steps={self.max_skipped_steps} has no effect with on_nonfinite stop, which "
-                    "ends the run at the first such step: write on_nonfinite skip, or remove it",
-                    code="training.no-effect",
-                    setting="max_skipped_steps",
-                )
-            ]
-        if self.allowed_skips < 1:
-            return [
-                Problem(
-                    f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps}",
-                    code="training.invalid-value",
-                    setting="max_skipped_steps",
-                )
-            ]
-        if asks_for_deepspeed({"deepspeed": self.deepspeed}):
-            return [
-                Problem(
-                    "on_nonfinite: skip does not work under DeepSpeed, which moves the weights within the "
-                    "backward pass: write stop, or take DDP or FSDP2",
-                    code="training.unsupported-setting",
-                    setting="on_nonfinite",
-                )
-            ]
-        if self.fp16 and not self.max_grad_norm:
-            return [
-                Problem(
-                    "on_nonfinite: skip with float16 needs max_grad_norm above 0: the loss scaler looks at "
-                    "the gradient when it is clipped",
-                    code="training.conflicting-settings",
-                    setting="max_grad_norm",
-                )
-            ]
-        return []
-
-    def _accumulation(self, batch: int) -> int:
-        where = f"{type(self).__name__}.global_batch_size"
-        return accumulation_of(batch, self.per_device_train_batch_size, self.world_size, where)
-
-
-def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
-    """Forwards of each rank in one optimizer step.
-
-    Raises:
-        RecipeError: the global batch does not divide by them.
-    """
-    micro = ranks * per_device
-    if batch < 1 or batch % micro:
-        nearest = sorted({max(micro, batch // micro * micro), (batch // micro + 1) * micro})
-        smaller = [m for m in range(per_device, 0, -1) if batch > 0 and not batch % (ranks * m)]
-        size = f"a micro-batch size of {smaller[0]}" if smaller else "another number of ranks"
-        raise RecipeError(
-            f"global_batch_size {batch} does not divide by {ranks} rank(s) × "
-            f"per_device_train_batch_size {per_device}",
-            code="training.indivisible-batch",
-            where=where,
-            why="every micro-batch of every rank holds the same number of examples",
-            fix=f"take {' or '.join(map(str, nearest))}, or {size}",
-        )
-    return batch // micro

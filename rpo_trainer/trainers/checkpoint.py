@@ -17,6 +17,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from rpo_trainer.errors import RunError
 from rpo_trainer.runtime.distributed import on_main
@@ -138,6 +139,21 @@ def keep_hyperparameters_on_load(optimizer: Any, scheduler: Any) -> Iterator[Non
         inner._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
         for group, rate in zip(optimizer.param_groups, inner._last_lr, strict=True):
             group["lr"] = rate
+
+
+def load_into_wrapped(trainer: Any, folder: str) -> None:
+    """Loads a checkpoint into a trainer whose model an engine has wrapped."""
+    with keep_hyperparameters_on_load(trainer.optimizer, trainer.lr_scheduler):
+        if trainer.engine.uses_deepspeed:
+            deepspeed_load_checkpoint(  # type: ignore[no-untyped-call]
+                trainer.model_wrapped,
+                folder,
+                load_module_strict=not hasattr(trainer.model, "peft_config"),
+            )
+        else:
+            trainer._load_from_checkpoint(folder, trainer.model_wrapped)
+        trainer._load_optimizer_and_scheduler(folder)
+        trainer._load_scaler(folder)
 
 
 def write_manifest(folder: Path) -> None:

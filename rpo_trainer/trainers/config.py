@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
 from rpo_trainer.trainers.argument_status import Problem
 from rpo_trainer.trainers.base_config import BaseConfig, TrlDefault, config, described
+from rpo_trainer.trainers.config_checks import noise_problems
 
 
 def _described_losses(kind: str) -> str:
@@ -66,8 +67,8 @@ class PreferenceConfig(BaseConfig):
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()
-        problems += self._refuse_noise(
-            "the policy would be compared with a reference that has no noise"
+        problems += noise_problems(
+            self, "the policy would be compared with a reference that has no noise"
         )
         if self.rpo_alpha is not None:
             problems.append(
@@ -230,7 +231,7 @@ class RewardConfig(BaseConfig):
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()
-        problems += self._refuse_noise("the scores of a pair would differ by noise alone")
+        problems += noise_problems(self, "the scores of a pair would differ by noise alone")
         if self.objective not in ("bradley_terry", "regression"):
             problems.append(
                 Problem(

@@ -68,6 +68,16 @@ class Engine:
         if self.uses_deepspeed:
             self._deepspeed_guard = DeepSpeedGuard(optimizer, self._before_update)
 
+    def require_wrapped(self) -> None:
+        """Raises RecipeError for an evaluation that FSDP or DeepSpeed have not wrapped the model for."""
+        if self.wraps_late and not self.accelerator._models:
+            raise RecipeError(
+                "evaluate() came before train()",
+                code="training.evaluate-before-train",
+                why="FSDP and DeepSpeed wrap the model together with its optimizer",
+                fix="set eval_on_start=True, or evaluate after training",
+            )
+
     def before_optimizer_step(self) -> None:
         """Where transformers' loop has the gradients and calls its optimizer next."""
         if self._deepspeed_guard is None:

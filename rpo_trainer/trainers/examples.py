@@ -1,76 +1,29 @@
-"""Tokenised examples as a data set, and the collator that packs them."""
+"""Tokenised examples as a data set, and the collators that pack them."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rpo_trainer.errors import DataError
-from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch, forward_tokens, pack
-from rpo_trainer.trainers.base_config import BaseConfig
+from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
+from rpo_trainer.step.packing import forward_tokens, pack
 
 if TYPE_CHECKING:
-    from rpo_trainer.data import Audit
+    pass
 
 logger = logging.getLogger(__name__)
-
-
-def tokenized(
-    dataset: Any,
-    tokenizer: Any,
-    args: BaseConfig,
-    *,
-    name: str,
-    kind: Literal["sft", "pair", "rating"],
-    audit: Audit,
-    **options: Any,
-) -> Examples:
-    """The rows of a data set as tokenized examples; what was dropped is counted and logged.
-
-    Args:
-        name: `train`, `eval` or `eval_NAME`, for messages.
-        kind: of the rows.
-        options: further arguments of `prepare_dataset`.
-
-    Raises:
-        DataError: a row cannot be used, or none is left.
-    """
-    from rpo_trainer.data import prepare_dataset
-
-    rows = prepare_dataset(
-        dataset,
-        tokenizer,
-        kind=kind,
-        max_length=sys.maxsize if args.max_length is None else args.max_length,
-        truncation=args.truncation,  # type: ignore[arg-type]
-        special_tokens=args.special_tokens,  # type: ignore[arg-type]
-        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-        **options,
-        audit=audit,
-    )
-    if args.process_index == 0:
-        audit.log(logger, f"{name}_dataset", f"{name} data: ")
-    if not len(rows):
-        raise DataError(
-            f"no example of the {name} data is left",
-            code="data.empty",
-            why="; ".join(audit.summary_lines()) or "the data set is empty",
-            fix="correct the rows that were dropped, or change what drops them (max_length, truncation)",
-        )
-    return Examples(rows)
 
 
 class Examples(Dataset[dict[str, Any]]):
     """Rows of a tokenised data set, with columns computed later laid beside them.
 
     Args:
-        rows: a `datasets.Dataset` or any sequence of tokenised examples (see `rpo_trainer.step.batch`).
+        rows: a `datasets.Dataset` or any sequence of tokenised examples (see `rpo_trainer.step.packing`).
     """
 
     def __init__(self, rows: Any) -> None:

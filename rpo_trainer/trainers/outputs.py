@@ -117,12 +117,16 @@ class OutputWriter:
             trainer.processing_class = given
 
     @contextmanager
-    def pickle_not_uploaded(self) -> Iterator[None]:
-        """Hides transformers' pickle of the arguments from its pushes, and removes it."""
+    def pushed(self, trainer: Any) -> Iterator[None]:
+        """Within it transformers pushes a checkpoint with the tokenizer of outputs, and without its pickle.
+
+        transformers saves the tokenizer and pickles the arguments anew, into the output directory.
+        """
         hidden = f"_{TRAINING_ARGS_NAME}"
         of_transformers.TRAINING_ARGS_NAME = hidden
         try:
-            yield
+            with self.tokenizer_in(trainer):
+                yield
         finally:
             of_transformers.TRAINING_ARGS_NAME = TRAINING_ARGS_NAME
             (self.folder / hidden).unlink(missing_ok=True)

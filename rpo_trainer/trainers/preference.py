@@ -171,7 +171,7 @@ class PreferenceTrainer(BaseTrainer):
             alike = type(transformers_model(model)) is type(transformers_model(self.model))
             layout, _ = probe_on_all_ranks(
                 model, layout=self.layout if alike else None, logits_chunk_bytes=self.args.logits_chunk_bytes,
-                longest=self._longest, autocast=self.args.mixed_precision_dtype(),
+                longest=self.data.longest, autocast=self.args.mixed_precision_dtype(),
                 whose="the reference",
             )  # fmt: skip
             self._reference_layout = layout

@@ -26,7 +26,7 @@ from rpo_trainer.step.router_loss import (
     router_loss_of,
 )
 from rpo_trainer.trainers.base_config import BaseConfig
-from rpo_trainer.trainers.terms import MetricSums
+from rpo_trainer.trainers.metrics import MetricSums
 
 logger = logging.getLogger(__name__)
 

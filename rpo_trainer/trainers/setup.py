@@ -1,4 +1,4 @@
-"""What a trainer's constructor makes of its model and tokenizer."""
+"""What a trainer makes of its model and tokenizer before it trains."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from rpo_trainer.models.quantization import disable_bnb_cpu_bf16
 from rpo_trainer.models.sharding import whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import is_main
+from rpo_trainer.step.batch import Layout
+from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.trainers.argument_status import defaults_of
 from rpo_trainer.trainers.base_config import BaseConfig
 
@@ -253,6 +255,21 @@ def tokenizer_of(model: nn.Module) -> Any:
             fix="pass processing_class=tokenizer",
         )
     return load_tokenizer_named(name)
+
+
+def proved_layout(model: nn.Module, args: BaseConfig, longest: int | None) -> Layout:
+    """The fastest packing that gives what plain forwards of the model give; or the one that is asked for.
+
+    Args:
+        longest: tokens of the longest text, see `fits.longest_text`.
+    """
+    wanted: Any = None if args.layout == "auto" else args.layout
+    with adapters.randomized_zero_init(model):
+        layout, _ = probe_on_all_ranks(
+            model, layout=wanted, logits_chunk_bytes=args.logits_chunk_bytes, longest=longest,
+            autocast=args.mixed_precision_dtype(),
+        )  # fmt: skip
+    return layout
 
 
 def pad_token_id_of(tokenizer: Any) -> int:

@@ -1,17 +1,14 @@
-"""Terms of a loss, how they become the loss of a micro-batch, and their sums between two log lines.
-
-The sums stay on the device; each log line costs one reduction and one host sync.
-"""
+"""Terms of a loss, and how they become the loss of a micro-batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rpo_trainer.step.batch import PackedBatch
+from rpo_trainer.trainers.metrics import MetricSums
 
 
 @dataclass
@@ -81,46 +78,3 @@ class StepOutputs:
 
     per_response: Tensor
     gaps: dict[str, Tensor]
-
-
-class MetricSums:
-    """Means over everything added since the last `drain`, whatever micro-batch or rank it came from."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Adds values, each counting as its weight says; the mean is Σ value·weight / Σ weight."""
-        values, weights = values.detach().double(), weights.detach().double()
-        pair = torch.stack([(values * weights).sum(), weights.sum()])
-        known = self._sums.get(name)
-        self._sums[name] = pair if known is None else known + pair
-
-    def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
-        """Adds to a mean given as numerator and denominator."""
-        pair = torch.stack([numerator.detach().double(), denominator.detach().double()])
-        known = self._sums.get(name)
-        self._sums[name] = pair if known is None else known + pair
-
-    def copy(self) -> MetricSums:
-        """The same sums, to go back to."""
-        other = MetricSums()
-        other._sums = dict(self._sums)
-        return other
-
-    def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """Means by name, and an empty start.
-
-        Args:
-            reduce: sums a `[M, 2]` tensor over the ranks.
-        """
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        sums = reduce(torch.stack([self._sums[name] for name in names]))
-        self._sums = {}
-        return {
-            name: total / weight
-            for name, (total, weight) in zip(names, sums.tolist(), strict=True)
-            if weight > 0
-        }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rpo_trainer.step import batch
-from rpo_trainer.step.batch import pack
+from rpo_trainer.step.packing import pack
 from tests.small_models import VOCABULARY, make_model
 from tests.step.test_forward import compare
 from tests.varlen_kernel import emulate

@@ -34,8 +34,8 @@ from rpo_trainer.models.loading import (
 from rpo_trainer.models.multimodal import random_model, text_decoder, tower_parameters
 from rpo_trainer.models.preload_checks import check_towers, check_unread
 from rpo_trainer.models.saved_files import write_beside
-from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import token_logprobs
+from rpo_trainer.step.packing import pack
 from rpo_trainer.trainers.engine import may_be_unused
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.setup import tokenizer_in

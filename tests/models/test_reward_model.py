@@ -18,9 +18,9 @@ from rpo_trainer.models.reward_model import (
 )
 from rpo_trainer.models.unwrap import is_classifier
 from rpo_trainer.step import attention, layout_probe
-from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import install, response_scores, uninstall
 from rpo_trainer.step.layout_probe import probe
+from rpo_trainer.step.packing import pack
 from tests.raising import raises
 from tests.small_models import FAMILIES, make_model
 from tests.step.test_forward import Float64Inside, random_examples

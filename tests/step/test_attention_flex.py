@@ -22,8 +22,9 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from rpo_trainer.step import attention_flex
 from rpo_trainer.step.attention import packed_attention
 from rpo_trainer.step.attention_flex import FlexIndex
-from rpo_trainer.step.batch import AttentionPlan, Segment, pack
+from rpo_trainer.step.batch import AttentionPlan, Segment
 from rpo_trainer.step.forward import install, token_logprobs
+from rpo_trainer.step.packing import pack
 from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, POSITIONS, SINKS, T, sees
 from tests.step.test_forward import compare, random_examples

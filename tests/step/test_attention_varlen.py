@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rpo_trainer.step import attention_varlen
 from rpo_trainer.step.attention import packed_attention
 from rpo_trainer.step.attention_varlen import VarlenIndex
-from rpo_trainer.step.batch import AttentionPlan, Segment, pack
+from rpo_trainer.step.batch import AttentionPlan, Segment
 from rpo_trainer.step.forward import install, token_logprobs
+from rpo_trainer.step.packing import pack
 from tests.small_models import VOCABULARY, make_model
 from tests.step.test_attention import HEADS, KV_HEADS, PLAN, SINKS, D, T, by_hand
 from tests.varlen_kernel import emulate, reference

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rpo_trainer.step import batch as batch_module
-from rpo_trainer.step.batch import AttentionPlan, Reach, Segment, forward_tokens, pack, sees
+from rpo_trainer.step.batch import AttentionPlan, Reach, Segment, sees
+from rpo_trainer.step.packing import forward_tokens, pack
 
 # Two responses of two and one token behind a prompt of three; then one response with a hole.
 FIRST: dict[str, Any] = {

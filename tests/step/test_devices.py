@@ -21,8 +21,8 @@ from rpo_trainer.step.forward import install, response_scores
 from rpo_trainer.trainers import DPOConfig, DPOTrainer, RPOConfig, RPOTrainer
 from rpo_trainer.trainers.examples import PackingCollator
 from rpo_trainer.trainers.guards import StepGuard
+from rpo_trainer.trainers.metrics import Metrics
 from rpo_trainer.trainers.step_zero import StepZero
-from rpo_trainer.trainers.terms import MetricSums
 from tests.small_models import make_model
 
 pytestmark = pytest.mark.skipif(
@@ -89,7 +89,7 @@ def test_a_step_of_preferences(trainer, config, settings, layout, half, tmp_path
     self = object.__new__(trainer)
     self.args = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
     self.router, self.step_guard = None, StepGuard(0)
-    self._train_metrics, self._eval_metrics = MetricSums(), MetricSums()
+    self.metrics = Metrics()
     with on_gpu() as move:
         self.model, batch = move(model).train(), move(batch)
         self._step_zero = StepZero(
@@ -98,7 +98,7 @@ def test_a_step_of_preferences(trainer, config, settings, layout, half, tmp_path
         )  # fmt: skip
         loss = self.compute_loss(self.model, batch, num_items_in_batch=batch.counts)
         self.compute_loss(self.model, batch, return_outputs=True)
-        answers = [loss, self._step_zero.sums, *self._train_metrics._sums.values()]
+        answers = [loss, self._step_zero.sums, *self.metrics.training._sums.values()]
         assert {x.device for x in answers} == {GPU}
 
 

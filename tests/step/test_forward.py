@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.unwrap import transformers_model
-from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import Head, install, token_logprobs, uninstall
+from rpo_trainer.step.packing import pack
 from tests.raising import raises
 from tests.small_models import FAMILIES, VOCABULARY, make_model
 

@@ -20,10 +20,10 @@ from rpo_trainer.step import attention, attention_varlen, layout_proof
 from rpo_trainer.step import head as heads
 from rpo_trainer.step import layout_probe as probe_module
 from rpo_trainer.step.attention_reach import rotary_limit
-from rpo_trainer.step.batch import pack
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.head import Head
 from rpo_trainer.step.layout_probe import probe
+from rpo_trainer.step.packing import pack
 from tests.families import tiny_model
 from tests.raising import raises
 from tests.small_models import FAMILIES, VOCABULARY, make_model

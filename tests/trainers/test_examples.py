@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from rpo_trainer.step.batch import forward_tokens
+from rpo_trainer.step.packing import forward_tokens
 from rpo_trainer.trainers.examples import Examples, PackingCollator, StepCollator
 from tests.trainers.plain import make_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpo_trainer.trainers.terms import MetricSums
+from rpo_trainer.trainers.metrics import MetricSums
 
 
 def test_means_are_over_examples_and_not_over_batches():

@@ -240,9 +240,9 @@ def test_a_forward_that_is_random_in_eval_mode_is_said(make_trainer: Any) -> Non
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_plain_sums_are_those_of_the_step(layout: str, make_trainer: Any) -> None:
-    from rpo_trainer.step.batch import pack
     from rpo_trainer.step.forward import token_logprobs
     from rpo_trainer.step.logprobs import response_sums
+    from rpo_trainer.step.packing import pack
 
     rows = make_rows(3, (2, 3, 2), spans=True)
     trainer = make_trainer("rpo", make_model(), make_rows(3, (2,) * 4, rewards=True), layout=layout)

@@ -1,0 +1,132 @@
+"""The data sets of a trainer: tokenized, and checked against its model."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from rpo_trainer.errors import DataError
+from rpo_trainer.models.unwrap import transformers_model
+from rpo_trainer.step.batch import Layout
+from rpo_trainer.step.router_loss import asked_by_config
+from rpo_trainer.trainers import fits
+from rpo_trainer.trainers.argument_checks import require_best_metric
+from rpo_trainer.trainers.base_config import BaseConfig
+from rpo_trainer.trainers.examples import Examples
+
+if TYPE_CHECKING:
+    from rpo_trainer.data import Audit
+
+logger = logging.getLogger(__name__)
+
+
+class DataSets:
+    """The data sets that a trainer is made with; it may get others later to evaluate on.
+
+    Args:
+        model: as it is trained.
+        train, evaluation: rows, or examples; `evaluation` may be several by name.
+        prepare: such rows and a name (`train`, `eval` or `eval_NAME`) → examples; None → None.
+
+    Attributes:
+        train, evaluation: the examples.
+        longest: tokens of their longest text; None where the model's layout does not depend on it.
+
+    Raises:
+        DataError: see `tokenized`.
+        ModelError: the model has no weights for a token or a position of the examples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        evaluation: Any,
+        prepare: Callable[[Any, str], Examples | None],
+    ) -> None:
+        self.train = prepare(train, "train")
+        self.evaluation: Any = (
+            {name: prepare(rows, f"eval_{name}") for name, rows in evaluation.items()}
+            if isinstance(evaluation, dict)
+            else prepare(evaluation, "eval")
+        )
+        fits.check_all_fit(model, self.train, self.evaluation)
+        self.longest = fits.longest_text(model, self.train, self.evaluation)
+
+    def require_best_metric(
+        self, model: nn.Module, args: Any, names: Callable[[Any, Examples], set[str]]
+    ) -> None:
+        """Raises RecipeError where `metric_for_best_model` names no metric of the evaluation.
+
+        Args:
+            names: config and examples → the metrics of their evaluation.
+        """
+        if self.evaluation is None:
+            return
+        sets = self.evaluation if isinstance(self.evaluation, dict) else {None: self.evaluation}
+        metrics = {name: names(args, examples) for name, examples in sets.items()}
+        asked = asked_by_config(transformers_model(model).config)
+        require_best_metric(args, metrics, asked=bool(asked))
+
+    def require_fit(
+        self, model: nn.Module, examples: Examples, layout: Layout, *, checked: bool
+    ) -> None:
+        """Checks examples that are to be evaluated on against the model and the layout.
+
+        Args:
+            checked: whether the model was found to have the weights for them before.
+        """
+        if not checked:
+            fits.check_fit(model, examples, "eval")
+        fits.check_layout(model, examples, layout, self.longest)
+
+
+def tokenized(
+    dataset: Any,
+    tokenizer: Any,
+    args: BaseConfig,
+    *,
+    name: str,
+    kind: Literal["sft", "pair", "rating"],
+    audits: dict[str, Audit],
+    **options: Any,
+) -> Examples:
+    """The rows of a data set as tokenized examples; what was dropped is counted and logged.
+
+    Args:
+        name: `train`, `eval` or `eval_NAME`, for messages.
+        kind: of the rows.
+        audits: gets what was dropped, under the name.
+        options: further arguments of `prepare_dataset`.
+
+    Raises:
+        DataError: a row cannot be used, or none is left.
+    """
+    from rpo_trainer.data import Audit, prepare_dataset
+
+    audit = audits[name] = Audit()
+    rows = prepare_dataset(
+        dataset,
+        tokenizer,
+        kind=kind,
+        max_length=sys.maxsize if args.max_length is None else args.max_length,
+        truncation=args.truncation,  # type: ignore[arg-type]
+        special_tokens=args.special_tokens,  # type: ignore[arg-type]
+        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+        **options,
+        audit=audit,
+    )
+    if args.process_index == 0:
+        audit.log(logger, f"{name}_dataset", f"{name} data: ")
+    if not len(rows):
+        raise DataError(
+            f"no example of the {name} data is left",
+            code="data.empty",
+            why="; ".join(audit.summary_lines()) or "the data set is empty",
+            fix="correct the rows that were dropped, or change what drops them (max_length, truncation)",
+        )
+    return Examples(rows)
