@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rpo_trainer.chain.evaluation import baseline_of
-from rpo_trainer.chain.inputs import Inputs, check_inputs
+from rpo_trainer.chain.input_files import InputFiles, check_input_files
 from rpo_trainer.chain.state import ChainState
 from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
@@ -17,13 +17,13 @@ from rpo_trainer.trainers.checkpoint import verify_manifest
 
 
 def check_finished(
-    stages: Sequence[Stage], state: ChainState, inputs: Inputs, *, run_dir: Path
+    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, *, run_dir: Path
 ) -> None:
     """Raises RunError where an input of a stage that has begun, or an output, is not what it was.
 
     Inputs that may have changed (`ChainState.adopt`) are taken over, and the change is kept.
     """
-    check_inputs(stages, state, inputs, run_dir)
+    check_input_files(stages, state, inputs, run_dir)
     for stage in stages:
         record = state.stage(stage.name)
         if record is not None and record.state == "done":

@@ -19,7 +19,7 @@ from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
-from rpo_trainer.chain.inputs import Digests, Inputs
+from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.selection import default_run_dir
@@ -136,7 +136,7 @@ class _Chain:
             self.models = Models(self.preparer, run_dir)
         self.scored_rows = ScoredRows(self.preparer, run_dir, self.models, distributed.ALL_RANKS)
         self.evaluation = Evaluation(self.preparer, run_dir, self.models, self.scored_rows)
-        self.inputs = Inputs(self.recipe, self.stages, loaded.base_dir)
+        self.inputs = InputFiles(self.recipe, self.stages, loaded.base_dir)
         self.digests = Digests()
         self.stop = StopOnSignal()
         self.progress = ChainProgress(len(self.stages))

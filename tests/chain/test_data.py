@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.inputs import Digests, Input
+from rpo_trainer.chain.input_files import Digests, Input
 from rpo_trainer.data import Audit
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError

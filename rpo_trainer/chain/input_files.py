@@ -67,7 +67,7 @@ class Input:
     kind: RepoKind = "model"
 
 
-class Inputs:
+class InputFiles:
     """The inputs of the stages of a recipe.
 
     Args:
@@ -273,7 +273,9 @@ def _is_weights(name: str) -> bool:
     return name.endswith(_WEIGHTS)
 
 
-def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run_dir: Path) -> None:
+def check_input_files(
+    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, run_dir: Path
+) -> None:
     """Compares the inputs of the stages that have begun with what is kept of them.
 
     A change that is allowed is taken over, and kept in the history of the run.
