@@ -19,11 +19,11 @@ import torch
 
 from rpo_trainer.data import Audit
 from rpo_trainer.data.judge_bias import bias_lines, biases
+from rpo_trainer.data.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import PreferenceStage, Stage
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.policies import sampling_settings
-from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.lm_eval_tasks import run_tasks

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rpo_trainer.chain.training import output_fingerprint
+from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.adapter_methods import changes_base
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
@@ -26,7 +27,6 @@ from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, n
 from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
 from rpo_trainer.recipe import RewardStage, Stage
-from rpo_trainer.rewards.resumable_rows import content_key
 from rpo_trainer.runtime import distributed
 from rpo_trainer.stages.scored_rows import source_key
 from rpo_trainer.stages.settings import arithmetic, lora_config
