@@ -45,8 +45,6 @@ from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
 from rpo_trainer.plan.disk import check_disk, raise_if_refused
 from rpo_trainer.recipe import (
     LoadedRecipe,
-    PreferenceStage,
-    RewardStage,
     Stage,
     dump_resolved,
     fill_from_environment,
@@ -316,9 +314,8 @@ class _Chain:
             # The number of sampled examples is not known before.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
-        reference = None
-        if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
-            reference = self.models.output(stage.reference)
+        source = stage.own_reference
+        reference = None if source is None else self.models.output(source)
         trainer = make_trainer(
             stage,
             config,
@@ -387,7 +384,7 @@ class _Chain:
 
     def _evaluate(self, stage: Stage, record: StageRecord) -> None:
         """Held-out rows of the stage itself, and what the recipe's `eval` names."""
-        if isinstance(stage, RewardStage):
+        if stage.trains_reward_model:
             record.eval = agreement_of(record)
             return
         scores = EvaluationRecord.from_json(

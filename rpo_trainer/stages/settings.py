@@ -24,7 +24,6 @@ from rpo_trainer.models.quantization import nf4
 from rpo_trainer.recipe import (
     ModelSpec,
     PeftSpec,
-    PreferenceStage,
     Stage,
     fill_from_environment,
 )
@@ -123,7 +122,7 @@ def training_config(
     }
     if (stage.data.eval or stage.data.eval_fraction) and stage.eval_steps:
         settings |= {"eval_strategy": "steps", "eval_steps": stage.eval_steps}
-    if isinstance(stage, PreferenceStage):
+    if stage.needs_reference:
         settings["reference_cache_dir"] = str(run_dir / "reference-cache")
     where = f"stages.{stage.name}.training_args"
     given = fill_from_environment(stage.training_args, where=where)
@@ -342,7 +341,7 @@ def make_trainer(
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
-    if isinstance(stage, PreferenceStage):
+    if stage.needs_reference:
         common["ref_model"] = reference
     _, trainer_class = _TRAINERS[stage.kind]
     trainer = trainer_class(**common)
