@@ -104,7 +104,7 @@ def card(
 def _metadata(final: Path, stage: Stage, recipe: Recipe, base_dir: Path) -> str:
     name = recipe.model.name_or_path
     of_hub = name is not None and not looks_like_local(name, base_dir)
-    reward = stage.kind == "reward"
+    reward = stage.trains_reward_model
     data = ModelCardData(
         base_model=name if of_hub else None,
         library_name="peft" if is_adapter(final) else "transformers",
@@ -148,7 +148,7 @@ def _descent(stage: Stage, record: StageRecord) -> list[str]:
     weights = record.output.fingerprint if record.output is not None else ""
     init, reference = (
         Path(source).name if looks_like_path(source) else source
-        for source in (stage.init, str(getattr(stage, "reference", "") or ""))
+        for source in (stage.init, stage.models_read.get("reference", ""))
     )
     examples = record.examples
     return [

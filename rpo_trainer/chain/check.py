@@ -8,7 +8,7 @@ from pathlib import Path
 from rpo_trainer.chain.check_data import DataChecks
 from rpo_trainer.chain.check_models import ModelChecks
 from rpo_trainer.chain.findings import WARNING, Findings
-from rpo_trainer.chain.inputs import Inputs, check_inputs
+from rpo_trainer.chain.input_files import InputFiles, check_input_files
 from rpo_trainer.chain.state import ChainState, check_run_dir, plain
 from rpo_trainer.errors import DataError
 from rpo_trainer.plan.disk import check_disk
@@ -72,5 +72,5 @@ def _check_resumable(preparer: StagePreparer, run_dir: Path) -> None:
         return
     state, base_dir = ChainState(run_dir), preparer.loaded.base_dir
     state.adopt(*plain(preparer.recipe, preparer.stages, base_dir))
-    inputs = Inputs(preparer.recipe, preparer.stages, base_dir)
-    check_inputs(preparer.stages, state, inputs, run_dir)
+    inputs = InputFiles(preparer.recipe, preparer.stages, base_dir)
+    check_input_files(preparer.stages, state, inputs, run_dir)

@@ -10,10 +10,10 @@ from rpo_trainer.data import Audit
 from rpo_trainer.data.tokenize import audit_prompts
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.preload_checks import check_scorer
-from rpo_trainer.recipe import EvalSpec, GenerateSpec, RewardStage, ScoreSpec, Stage
+from rpo_trainer.recipe import EvalSpec, GenerateSpec, ScoreSpec, Stage
 from rpo_trainer.recipe.rules.chain import looks_like_path
 from rpo_trainer.rewards.sample import check_room
-from rpo_trainer.stages.inputs import StageInputs, needs_policy, sampling_spec
+from rpo_trainer.stages.inputs import StageInputs, evaluation_of, needs_policy, sampling_spec
 from rpo_trainer.stages.lm_eval_tasks import check_tasks
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import check_warmup, steps_of
@@ -38,10 +38,8 @@ class DataChecks:
 
     def check_stage(self, stage: Stage) -> None:
         """The evaluation of a stage, then its data, which are compared with it."""
-        spec = stage.eval or self.preparer.recipe.eval
-        if spec is not None and not isinstance(stage, RewardStage):
-            part = "eval" if stage.eval is None else f"stages.{stage.name}.eval"
-            self._check_evaluation(spec, part)
+        if (measured := evaluation_of(stage, self.preparer.recipe)) is not None:
+            self._check_evaluation(*measured)
         with self.findings.collected(f"stages.{stage.name}"):
             if needs_policy(stage.data):
                 self._check_prompts(stage)
@@ -139,7 +137,7 @@ class DataChecks:
 
     # --- evaluations ---
 
-    def _check_evaluation(self, spec: EvalSpec, part: str) -> None:
+    def _check_evaluation(self, part: str, spec: EvalSpec) -> None:
         new = part not in self._evaluated
         with self.findings.collected(part):
             audit = Audit()

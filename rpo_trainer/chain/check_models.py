@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from rpo_trainer.models.preload_checks import (
     check_written,
 )
 from rpo_trainer.models.weight_files import local_folder
-from rpo_trainer.recipe import PreferenceStage, RewardStage, Stage
+from rpo_trainer.recipe import PreferenceStage, Stage
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.trainers.noise import noise_of
@@ -60,11 +59,14 @@ class ModelChecks:
         """What a stage starts from and its reference: that they are there and go together."""
         self._check_dropout(stage)
         rows = {"init": 0, "reference": 0}
-        for key, source in _sources(stage):
+        sources = {"init": stage.init}
+        if stage.own_reference is not None:
+            sources["reference"] = stage.own_reference
+        for key, source in sources.items():
             with self.findings.collected():
-                reward = isinstance(stage, RewardStage)
+                reward = stage.trains_reward_model
                 rows[key] = self.check_source(f"stages.{stage.name}.{key}", source, reward=reward)
-        for source in dict(_sources(stage)).values():
+        for source in sources.values():
             with self.findings.collected():
                 self._check_context(source, stage.max_length, f"stages.{stage.name}.max_length")
         with self.findings.collected():
@@ -164,9 +166,3 @@ class ModelChecks:
                 f"the model's config has noise in training ({found}): it is set to 0 in this "
                 "stage, since the reference has none"
             )
-
-
-def _sources(stage: Stage) -> Iterator[tuple[str, str]]:
-    yield "init", stage.init
-    if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
-        yield "reference", stage.reference

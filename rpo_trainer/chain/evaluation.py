@@ -19,13 +19,14 @@ import torch
 
 from rpo_trainer.data import Audit
 from rpo_trainer.data.judge_bias import bias_lines, biases
+from rpo_trainer.data.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.models.sharding import loading_whole
-from rpo_trainer.recipe import PreferenceStage, Stage
+from rpo_trainer.recipe import Stage
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.policies import sampling_settings
-from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
+from rpo_trainer.stages.inputs import evaluation_of
 from rpo_trainer.stages.lm_eval_tasks import run_tasks
 from rpo_trainer.stages.settings import arithmetic
 from rpo_trainer.step.forward import uninstall
@@ -49,7 +50,7 @@ def baseline_of(spec: EvalSpec, stages: Sequence[Stage]) -> str | None:
     """What the outputs of the stages are compared with; None: nothing is."""
     if spec.baseline is not None:
         return spec.baseline
-    return next((stage.init for stage in stages if isinstance(stage, PreferenceStage)), None)
+    return next((stage.init for stage in stages if stage.needs_reference), None)
 
 
 def _name(score: ScoreSpec) -> str:
@@ -91,9 +92,10 @@ class Evaluation:
         `samples.jsonl` is written beside it, and `baseline-samples.jsonl` where the baseline is a policy
         from before the run.
         """
-        spec = stage.eval or self.recipe.eval
-        if spec is None:
+        measured = evaluation_of(stage, self.recipe)
+        if measured is None:
             return {}
+        _, spec = measured
         baseline = self._baseline(spec, stage)
         found: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
         # Of one from before the run nothing else tells how good it was: no stage made it.

@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rpo_trainer.chain.evaluation import baseline_of
-from rpo_trainer.chain.inputs import Inputs, check_inputs
+from rpo_trainer.chain.input_files import InputFiles, check_input_files
 from rpo_trainer.chain.state import ChainState
 from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
-from rpo_trainer.recipe import PreferenceStage, Recipe, RewardStage, Stage
-from rpo_trainer.stages.inputs import sources_of_rows
+from rpo_trainer.recipe import Recipe, Stage
+from rpo_trainer.stages.inputs import evaluation_of, sources_of_rows
 from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 
 
 def check_finished(
-    stages: Sequence[Stage], state: ChainState, inputs: Inputs, *, run_dir: Path
+    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, *, run_dir: Path
 ) -> None:
     """Raises RunError where an input of a stage that has begun, or an output, is not what it was.
 
     Inputs that may have changed (`ChainState.adopt`) are taken over, and the change is kept.
     """
-    check_inputs(stages, state, inputs, run_dir)
+    check_input_files(stages, state, inputs, run_dir)
     for stage in stages:
         record = state.stage(stage.name)
         if record is not None and record.state == "done":
@@ -58,9 +58,7 @@ def check_starts(
     """Raises RunError unless every stage that a wanted one needs is finished, or will be."""
     there = {stage.name for stage in wanted}
     for stage in wanted:
-        sources = {f"stages.{stage.name}.init": stage.init}
-        if isinstance(stage, PreferenceStage):
-            sources[f"stages.{stage.name}.reference"] = stage.reference
+        sources = {f"stages.{stage.name}.{field}": s for field, s in stage.models_read.items()}
         rows = sources_of_rows(stage.data)
         sources |= {f"stages.{stage.name}.data.{field}": s for field, s in rows.items()}
         sources |= _measured_with(stage, stages, recipe)
@@ -79,10 +77,10 @@ def check_starts(
 
 def _measured_with(stage: Stage, stages: Sequence[Stage], recipe: Recipe) -> dict[str, str]:
     """Sources that the evaluation of a stage needs, by the recipe's key."""
-    spec = stage.eval or recipe.eval
-    if spec is None or isinstance(stage, RewardStage):
+    measured = evaluation_of(stage, recipe)
+    if measured is None:
         return {}
-    key = "eval" if stage.eval is None else f"stages.{stage.name}.eval"
+    key, spec = measured
     earlier = [other.name for other in stages][: stages.index(stage)]
     found = {}
     if (baseline := baseline_of(spec, stages)) in earlier:

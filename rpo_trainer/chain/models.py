@@ -19,14 +19,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rpo_trainer.chain.training import output_fingerprint
+from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.adapter_methods import changes_base
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
 from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
-from rpo_trainer.recipe import RewardStage, Stage
-from rpo_trainer.rewards.resumable_rows import content_key
+from rpo_trainer.recipe import Stage
 from rpo_trainer.runtime import distributed
 from rpo_trainer.stages.scored_rows import source_key
 from rpo_trainer.stages.settings import arithmetic, lora_config
@@ -90,7 +90,7 @@ class Models:
             if source != "init":
                 model = self.output(source)
             # A reward stage trains something else: the pairs come from what it is made of.
-            elif isinstance(stage, RewardStage):
+            elif stage.trains_reward_model:
                 model = self.output(stage.init)
             else:
                 model = self.start(stage)
@@ -218,8 +218,9 @@ class Models:
     def _whole(self, stage: Stage) -> PreTrainedModel:
         """What a stage starts from, where that is not an adapter."""
         quantization = None if stage.peft is None else stage.peft.quantization
-        reward = isinstance(stage, RewardStage)
-        return self._load(self._place(stage.init).place, quantization, reward=reward)
+        return self._load(
+            self._place(stage.init).place, quantization, reward=stage.trains_reward_model
+        )
 
     def _fresh(self, stage: Stage) -> Any:
         base = self._whole(stage)

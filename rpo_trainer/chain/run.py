@@ -19,7 +19,7 @@ from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
-from rpo_trainer.chain.inputs import Digests, Inputs
+from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.selection import default_run_dir
@@ -45,8 +45,6 @@ from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
 from rpo_trainer.plan.disk import check_disk, raise_if_refused
 from rpo_trainer.recipe import (
     LoadedRecipe,
-    PreferenceStage,
-    RewardStage,
     Stage,
     dump_resolved,
     fill_from_environment,
@@ -136,7 +134,7 @@ class _Chain:
             self.models = Models(self.preparer, run_dir)
         self.scored_rows = ScoredRows(self.preparer, run_dir, self.models, distributed.ALL_RANKS)
         self.evaluation = Evaluation(self.preparer, run_dir, self.models, self.scored_rows)
-        self.inputs = Inputs(self.recipe, self.stages, loaded.base_dir)
+        self.inputs = InputFiles(self.recipe, self.stages, loaded.base_dir)
         self.digests = Digests()
         self.stop = StopOnSignal()
         self.progress = ChainProgress(len(self.stages))
@@ -316,9 +314,8 @@ class _Chain:
             # The number of sampled examples is not known before.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
-        reference = None
-        if isinstance(stage, PreferenceStage) and stage.reference != stage.init:
-            reference = self.models.output(stage.reference)
+        source = stage.own_reference
+        reference = None if source is None else self.models.output(source)
         trainer = make_trainer(
             stage,
             config,
@@ -387,7 +384,7 @@ class _Chain:
 
     def _evaluate(self, stage: Stage, record: StageRecord) -> None:
         """Held-out rows of the stage itself, and what the recipe's `eval` names."""
-        if isinstance(stage, RewardStage):
+        if stage.trains_reward_model:
             record.eval = agreement_of(record)
             return
         scores = EvaluationRecord.from_json(

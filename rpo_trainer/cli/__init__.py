@@ -1,4 +1,9 @@
-"""The command line, `rpo-trainer`."""
+"""The command line, `rpo-trainer`.
+
+commands    `main` and the commands on recipes and runs
+rewards     the commands on rewards
+options     their options, made of the recipe's fields
+"""
 
 from rpo_trainer.cli.commands import main
 

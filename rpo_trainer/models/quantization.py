@@ -27,7 +27,7 @@ def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(
             "`quantization: nf4` needs bitsandbytes, which is not installed",
-            code="recipe.missing-package",
+            code="recipe.missing-library",
             where="quantization",
             why="transformers keeps weights in 4 bits by its kernels, and has none of its own",
             fix="pip install 'rpo-trainer[qlora]'",

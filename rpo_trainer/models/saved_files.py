@@ -215,7 +215,7 @@ def check_savable(
     except OSError as error:
         raise RunError(
             f"nothing can be written here: {error.strerror or error}",
-            code="run.unwritable",
+            code="run.unusable-directory",
             where=str(folder or tempfile.gettempdir()),
             why="checkpoints and the trained model are written here",
             fix="name another output directory, or free disk space or fix the permissions",

@@ -17,7 +17,7 @@ from rpo_trainer.models.from_config import auto_class
 from rpo_trainer.models.multimodal import freeze_towers, random_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.memory import optimizer_bytes
-from rpo_trainer.recipe import PreferenceStage, RewardStage, Stage
+from rpo_trainer.recipe import RewardStage, Stage
 from rpo_trainer.report.formatting import size
 from rpo_trainer.runtime.file_errors import UNREADABLE, reading
 from rpo_trainer.runtime.files import refusal
@@ -45,7 +45,7 @@ def stage_disk(
     if stage.save_steps:
         parts[SAVING] = (parameters if spec is None else trained) + optimizer
         parts["checkpoints"] = parts[SAVING] * stage.save_total_limit
-    if isinstance(stage, PreferenceStage):
+    if stage.needs_reference:
         parts["reference cache"] = responses * _CELL
     return parts
 
@@ -72,9 +72,8 @@ def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> n
         source = base_of(folder)
     where = f"stages.{stage.name}.init"
     config = preparer.model_config(None if source == "model" else source)
-    reward = isinstance(stage, RewardStage)
     with reading("the model's configuration", where):
-        factory: Any = auto_class(config, reward=reward, where=where)
+        factory: Any = auto_class(config, reward=stage.trains_reward_model, where=where)
     try:
         model: nn.Module = random_model(
             factory, config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code

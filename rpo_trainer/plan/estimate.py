@@ -21,7 +21,6 @@ from rpo_trainer.plan.memory import step_memory
 from rpo_trainer.plan.nf4 import hold_in_nf4
 from rpo_trainer.recipe import (
     LoadedRecipe,
-    PreferenceStage,
     RewardStage,
     Stage,
 )
@@ -226,7 +225,7 @@ class _Planner:
             dtype = getattr(torch, arithmetic(self.recipe.model))
             taken = _timed(model, batch, device, dtype if self.half else None)
             passes = 1.0
-            if isinstance(spec, PreferenceStage):
+            if spec.needs_reference:
                 epochs = stage.steps * spec.global_batch_size / max(1, stage.examples)
                 passes += 1 / (3 * max(1e-9, epochs))  # the reference pass: forwards, once
             stage.seconds = taken / tokens * stage.tokens * passes

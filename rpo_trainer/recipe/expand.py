@@ -9,7 +9,6 @@ from rpo_trainer.recipe.schema import (
     DataSpec,
     PreferenceStage,
     Recipe,
-    RewardStage,
     SFTStage,
     Stage,
     StageBase,
@@ -30,7 +29,7 @@ def expand_stages(recipe: Recipe) -> list[Stage]:
     for stage in recipe.stages:
         names = expanded_names({"name": stage.name, "repeat": stage.repeat})
         for number, name in enumerate(names):
-            policies = [s.name for s in stages if not isinstance(s, RewardStage)]
+            policies = [s.name for s in stages if not s.trains_reward_model]
             previous = policies[-1] if policies else "model"
             wanted = stage.init if number == 0 else "previous"
             changes: dict[str, Any] = {"name": name, "repeat": 1}

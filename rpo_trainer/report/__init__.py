@@ -1,6 +1,16 @@
 """Run directory → one HTML file, and a table for the terminal.
 
 `build_report` needs the extra `report` (jinja2, matplotlib); `status_view` and `summary_table` do not.
+
+collect       `RunResults`: records, metrics and samples of a run directory, damaged ones too
+  scores        held-out figures, with intervals and names
+verdict       for each stage in words: what it reached, and what to change where it did not
+  findings      what verdicts are made of; findings about a preference stage
+audits        what was read and dropped of a stage's data
+table         the comparison of all stages, for terminal and page
+plots         figures as inline SVG
+html          the page
+formatting    numbers as text
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ from ruamel.yaml.error import YAMLError
 from rpo_trainer.errors import RunError
 from rpo_trainer.report.scores import Agreement, EvalScores, read_agreement, read_scores
 from rpo_trainer.runtime.files import digest_path, json_digest, verify_digest
+from rpo_trainer.runtime.json_records import JsonRecord
 from rpo_trainer.stages.record import (
     CHAIN_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     EvaluationRecord,
     GapRecord,
-    JsonRecord,
     SampleRecord,
     StageRecord,
 )

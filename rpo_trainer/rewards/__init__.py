@@ -5,6 +5,6 @@
 - Score: `scorers` (one class for each way), `verifiers/` (the table `VERIFIERS`), `reward_model`, `judge`;
   `endpoint` asks a server, with `endpoint_messages` (what it is told) and `http_client`.
 - Pair and calibrate: `pairs`, `calibrate`. `evaluate` turns rewards and log-probs into figures.
-- Files: `resumable_rows` (a file of rows that resumes, with `partial_file`), `row_files` (rows as commands
-  read and write them). `commands` is what the commands on rewards do.
+- Commands: `commands` is what the commands on rewards do, `row_files` the rows as they read and write them.
+  Long work goes through `data.resumable_rows`, so that what is done survives a kill.
 """

@@ -19,12 +19,12 @@ from filelock import FileLock, Timeout
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.filters import filter_rows
+from rpo_trainer.data.partial_file import partial_paths
+from rpo_trainer.data.resumable_rows import content_key, write_rows, write_rows_resumable
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.redact import redact_values
 from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
-from rpo_trainer.rewards.partial_file import partial_paths
-from rpo_trainer.rewards.resumable_rows import content_key, write_rows, write_rows_resumable
 from rpo_trainer.rewards.row_files import read_pairs, read_prompts, read_responses, written_pairs
 from rpo_trainer.runtime.files import atomic_write, file_digest, make_folder, remove_empty
 from rpo_trainer.runtime.ranks import ALONE, Ranks

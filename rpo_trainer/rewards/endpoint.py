@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
 
+from rpo_trainer.data.resumable_rows import RowFailed
 from rpo_trainer.data.rows import Message
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.redact import hide, redact, redact_logs_of, register, register_url
-from rpo_trainer.rewards.resumable_rows import RowFailed
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
-from rpo_trainer.errors import DataError
-from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
-from rpo_trainer.rewards.endpoint_messages import chat_messages, template_options, warn_unsent
-from rpo_trainer.rewards.resumable_rows import (
+from rpo_trainer.data.resumable_rows import (
     Done,
     Shard,
     content_key,
     one_by_one,
     write_rows_resumable,
 )
+from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
+from rpo_trainer.errors import DataError
+from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
+from rpo_trainer.rewards.endpoint_messages import chat_messages, template_options, warn_unsent
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:

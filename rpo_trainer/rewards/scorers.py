@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rpo_trainer.attributes import PRESETS, resolve_weights
+from rpo_trainer.data.resumable_rows import Done, RowFailed, Shard, Work, content_key, one_by_one
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
 from rpo_trainer.rewards.endpoint_messages import scored_conversation, template_options, warn_unsent
 from rpo_trainer.rewards.judge import judge_row, read_template
-from rpo_trainer.rewards.resumable_rows import Done, RowFailed, Shard, Work, content_key, one_by_one
 from rpo_trainer.rewards.verifiers import FailedChecks, Verifier, check_rows, get_verifier
 from rpo_trainer.runtime.cores import usable_cores
 from rpo_trainer.runtime.files import file_digest

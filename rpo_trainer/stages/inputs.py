@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rpo_trainer.data.rows import Row
-    from rpo_trainer.recipe import DataSpec, Recipe, ScoreSpec
+    from rpo_trainer.recipe import DataSpec, EvalSpec, Recipe, ScoreSpec
     from rpo_trainer.recipe.schema import FilterSpec
     from rpo_trainer.stages.record import InputRecord
 
@@ -112,6 +112,18 @@ def stage_seed(stage: Stage, recipe: Recipe) -> int:
     return recipe.seed if stage.seed is None else stage.seed
 
 
+def evaluation_of(stage: Stage, recipe: Recipe) -> tuple[str, EvalSpec] | None:
+    """The recipe's key of what is measured after a stage, and this; None: nothing.
+
+    A reward model is not measured so, but by its held-out pairs and ratings.
+    """
+    if stage.trains_reward_model:
+        return None
+    if stage.eval is not None:
+        return f"stages.{stage.name}.eval", stage.eval
+    return None if recipe.eval is None else ("eval", recipe.eval)
+
+
 def row_kind(stage: Stage) -> Literal["sft", "pair", "rating"]:
     """What the rows of a stage are."""
     if isinstance(stage, RewardStage) and stage.objective == "regression":
@@ -183,7 +195,7 @@ def tokenize_stage(
         truncation=stage.truncation,
         audit=audit,
         refuse_special_text=True,
-        all_end=isinstance(stage, RewardStage),
+        all_end=stage.trains_reward_model,
     )
 
 

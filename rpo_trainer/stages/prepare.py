@@ -199,6 +199,7 @@ class StagePreparer:
         on_overlap = stage.data.eval_overlap
         if inputs.held_out is not None:
             inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, on_overlap=on_overlap)
+        # Not `evaluation_of`: a reward model is not measured so, but it may give the rewards there.
         spec = stage.eval or self.recipe.eval
         for name, kind in _EVAL_KINDS.items():
             if spec is not None and (sources := getattr(spec, name)):
@@ -231,7 +232,7 @@ class StagePreparer:
         if made is not None or data.pairs is not None or scored_before_run(data.score):
             rows = make_preference_rows(rows, **pairs_arguments(data.pairs), seed=seed, audit=audit)
         rows = filter_rows(rows, data.filter, audit)
-        if isinstance(stage, RewardStage):
+        if stage.trains_reward_model:
             _require_two_responses(stage, rows)
         if isinstance(stage, RPOStage) and (gaps := label_gaps(rows)):
             scale = stage.reward_scale
@@ -370,7 +371,7 @@ class StagePreparer:
         return HeldOut(tokenize_stage(stage, rows, self.tokenizer, audit), rows, audit)
 
 
-def _require_two_responses(stage: RewardStage, rows: Sequence[Row]) -> None:
+def _require_two_responses(stage: Stage, rows: Sequence[Row]) -> None:
     wide = [row for row in rows if len(row["responses"]) > 2]
     if wide:
         raise DataError(

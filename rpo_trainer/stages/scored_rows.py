@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_trainer.data import Audit
 from rpo_trainer.data.judge_bias import biases
+from rpo_trainer.data.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.data.rows import Row
 from rpo_trainer.recipe import ScoreSpec, Stage
 from rpo_trainer.rewards.policies import (
@@ -23,7 +24,6 @@ from rpo_trainer.rewards.policies import (
     Policy,
     sample_rows,
 )
-from rpo_trainer.rewards.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
 from rpo_trainer.rewards.scorers import Scorer, weights_key
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 from rpo_trainer.stages.prepare import StagePreparer

@@ -24,11 +24,11 @@ from rpo_trainer.models.quantization import nf4
 from rpo_trainer.recipe import (
     ModelSpec,
     PeftSpec,
-    PreferenceStage,
     Stage,
     fill_from_environment,
 )
 from rpo_trainer.recipe.rules.forms import NOT_READ
+from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
 from rpo_trainer.stages.hub import check_strategy
@@ -68,17 +68,21 @@ _TRAINERS: dict[str, tuple[type[StageConfig], type[BaseTrainer]]] = {
 _FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
 
 
-# Stage fields that bear the same name in our configs.
-_SAME = (
-    "max_length", "truncation", "global_batch_size", "micro_batch_tokens", "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
-    "logging_steps", "save_total_limit", "report_to", "on_nonfinite", "max_skipped_steps",
-    "router_aux_loss_coef",
-    "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps", "step0_check",
-    "disable_dropout", "label_smoothing", "reward_scale",
-    "objective", "attributes", "reward_weights", "rating_range", "margin_scale",
-)  # fmt: skip
+# Stage fields that a config has under the same name, but with a value made of them: see `training_config`.
+_CONVERTED = {
+    "num_train_epochs", "max_steps", "save_steps", "eval_steps", "seed", "gradient_checkpointing",
+}  # fmt: skip
+
+
+def copied_fields(kind: str) -> set[str]:
+    """The fields of a kind of stage whose values its config takes as they are."""
+    config, _ = _TRAINERS[kind]
+    return {*STAGE_KINDS[kind].model_fields} & _parameters(config) - _CONVERTED
+
+
+def _parameters(config: type[StageConfig]) -> set[str]:
+    """What may be given to a config; `derived` it writes itself."""
+    return set(inspect.signature(config).parameters) - {"derived"}
 
 
 def arithmetic(model: ModelSpec) -> str:
@@ -98,9 +102,7 @@ def training_config(
         RecipeError: a name or value that transformers does not know or take, in `training_args` or
             elsewhere; a tracker that is not installed.
     """
-    settings: dict[str, Any] = {
-        name: getattr(stage, name) for name in _SAME if hasattr(stage, name)
-    }
+    settings: dict[str, Any] = {name: getattr(stage, name) for name in copied_fields(stage.kind)}
     if settings.get("reward_scale") == "auto":
         del settings["reward_scale"]  # before the data is read; see `fitted_stage`
     settings |= {
@@ -123,7 +125,7 @@ def training_config(
     }
     if (stage.data.eval or stage.data.eval_fraction) and stage.eval_steps:
         settings |= {"eval_strategy": "steps", "eval_steps": stage.eval_steps}
-    if isinstance(stage, PreferenceStage):
+    if stage.needs_reference:
         settings["reference_cache_dir"] = str(run_dir / "reference-cache")
     where = f"stages.{stage.name}.training_args"
     given = fill_from_environment(stage.training_args, where=where)
@@ -132,7 +134,7 @@ def training_config(
     # The chain pushes outputs itself, with their cards: see `push_output`.
     settings |= {**given, "push_to_hub": False}
     config, trainer_class = _TRAINERS[stage.kind]
-    known = set(inspect.signature(config).parameters) - {"derived"}  # which a config writes itself
+    known = _parameters(config)
     settings["gradient_checkpointing"] = stage.gradient_checkpointing
     problems = [
         RecipeError(
@@ -342,7 +344,7 @@ def make_trainer(
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
-    if isinstance(stage, PreferenceStage):
+    if stage.needs_reference:
         common["ref_model"] = reference
     _, trainer_class = _TRAINERS[stage.kind]
     trainer = trainer_class(**common)

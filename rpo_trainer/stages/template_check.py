@@ -25,7 +25,6 @@ from rpo_trainer.data.token_view import (
     warnings_of,
 )
 from rpo_trainer.data.tokenize import tokenize_rows
-from rpo_trainer.data.turns import PARTED
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, TemplateError
 from rpo_trainer.models.loading import load_tokenizer
 from rpo_trainer.recipe import ModelSpec
@@ -116,7 +115,8 @@ def _checked(
             processes=1,
         )  # fmt: skip
     except (DataError, Problems) as error:
-        supported = _writes_calls(text, row["messages"]) and PARTED not in str(error)
+        parted = "template.text-after-tool-results" in [one.code for one in _problems(error)]
+        supported = _writes_calls(text, row["messages"]) and not parted
         status: Status = "wrong" if supported else "not supported"
         return Checked(sample.name, status, _reasons(error))
     prompt = example["prompt_ids"]
@@ -137,9 +137,12 @@ def _writes_calls(text: str, messages: Sequence[Message]) -> bool:
     return all(text.count(value) > said.count(value) for value in values)
 
 
+def _problems(error: RPOTrainerError) -> Sequence[RPOTrainerError]:
+    return error.problems if isinstance(error, Problems) else [error]
+
+
 def _reasons(error: RPOTrainerError) -> list[str]:
-    found = error.problems if isinstance(error, Problems) else [error]
-    return [one.what.partition(": 1 of 1 rows")[0] for one in found]
+    return [one.what.partition(": 1 of 1 rows")[0] for one in _problems(error)]
 
 
 def shown(

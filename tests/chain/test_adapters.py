@@ -409,7 +409,7 @@ def test_4_bits_need_bitsandbytes_and_whole_bases(
     recipe = adapted("dpo", {**KEEP, "quantization": "nf4"})
     stage = expand_stages(tiny.load(tmp_path, recipe).recipe)[2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with raises("recipe.missing-package", RecipeError) as error:
+    with raises("recipe.missing-library", RecipeError) as error:
         lora_config(stage)
     assert error.value.where == "stages.dpo.peft.quantization"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())

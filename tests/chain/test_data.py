@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.inputs import Digests, Input
-from rpo_trainer.data import Audit
+from rpo_trainer.chain.input_files import Digests, Input
+from rpo_trainer.data import Audit, resumable_rows
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_weights
 from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
-from rpo_trainer.rewards import resumable_rows
 from rpo_trainer.stages.inputs import (
     HeldOut,
     StageInputs,

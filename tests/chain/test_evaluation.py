@@ -408,9 +408,7 @@ def test_what_is_damaged_is_made_again(
         lines = raw.splitlines(keepends=True)
         path.write_bytes([raw[:-9], b"\xff" + raw[1:], b"".join(lines[:-1])][number % 3])
     run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), run_dir)
-    warned = [
-        r.getMessage() for r in caplog.records if r.name == "rpo_trainer.rewards.resumable_rows"
-    ]
+    warned = [r.getMessage() for r in caplog.records if r.name == "rpo_trainer.data.resumable_rows"]
     assert len(warned) == len(harmed)
     assert all(any(path.name in text for text in warned) for path in harmed)
     assert tiny.records(run_dir)["rpo-2"]["eval"] == before

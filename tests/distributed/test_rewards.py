@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 
+from rpo_trainer.data import resumable_rows
+from rpo_trainer.data.partial_file import partial_path
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards import resumable_rows
-from rpo_trainer.rewards.partial_file import partial_path
 from tests.distributed.launch import run, torchrun
 from tests.rewards.policies import llama
 from tests.rewards.test_commands import read, write

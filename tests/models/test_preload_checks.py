@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.errors import ModelError
+from rpo_trainer.errors import ModelError, RunError
 from rpo_trainer.models.preload_checks import check_context, check_same_tokenizer
+from rpo_trainer.models.saved_files import check_savable
 from tests.raising import raises
 
 
@@ -85,3 +86,12 @@ def test_further_tokens_are_no_other_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_that_cannot_be_compared(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     check_same_tokenizer(character_tokenizer(), tmp_path, "here")
+
+
+def test_an_output_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
+    check_savable({"none": None}, tmp_path)
+    (tmp_path / "file").write_text("x")
+    place = tmp_path / "file" / "below"
+    with raises("run.unusable-directory", RunError, where=str(place)) as error:
+        check_savable({}, place)
+    assert "Not a directory" in error.value.what

@@ -24,7 +24,7 @@ peft = pytest.importorskip("peft")
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with raises("recipe.missing-package", RecipeError, where="quantization") as error:
+    with raises("recipe.missing-library", RecipeError, where="quantization") as error:
         nf4(torch.float32)
     assert "rpo-trainer[qlora]" in str(error.value.fix)
 

@@ -11,6 +11,8 @@ from rpo_trainer.recipe import (
     expand_stages,
     load_recipe,
 )
+from rpo_trainer.recipe.rules import chain
+from rpo_trainer.recipe.schema import STAGE_KINDS
 
 Load = Callable[..., LoadedRecipe]
 
@@ -79,3 +81,19 @@ def test_the_resolved_text_is_the_same_recipe_again(load: Load, valid: str, tmp_
     assert expand_stages(again) == expand_stages(recipe)
     assert (again.model, again.seed, again.run_dir) == (recipe.model, 7, "no")
     assert dump_resolved(again) == dump_resolved(recipe)
+
+
+def test_rules_of_the_raw_recipe_know_the_kinds_as_the_stages_do() -> None:
+    kinds = STAGE_KINDS.items()
+    assert tuple(k for k, one in kinds if one.needs_reference) == chain.PREFERENCE_KINDS
+    assert tuple(k for k, one in kinds if not one.trains_reward_model) == chain._POLICIES
+    assert tuple(STAGE_KINDS) == chain._KINDS
+
+
+def test_a_reference_of_its_own_is_another_model_than_the_start(load: Load, valid: str) -> None:
+    stages = expand_stages(load(valid, ["stages.rpo.reference=sft"]).recipe)
+    assert {s.name: s.own_reference for s in stages} == {
+        "code-sft": None, "sft": None, "dpo": None, "rpo-1": "sft", "rpo-2": "sft", "rpo-3": "sft",
+    }  # fmt: skip
+    assert stages[1].models_read == {"init": "code-sft"}
+    assert stages[3].models_read == {"init": "dpo", "reference": "sft"}

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from rpo_trainer.data.resumable_rows import RowFailed
 from rpo_trainer.data.rows import RowError
-from rpo_trainer.rewards.resumable_rows import RowFailed
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rpo_trainer.cli.commands import main
+from rpo_trainer.data import partial_file
 from rpo_trainer.data.quickstart import character_tokenizer
-from rpo_trainer.rewards import partial_file
 from tests.conftest import Injected
 from tests.rewards.policies import llama
 from tests.rewards.server import Answer, refused, serving

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.data.resumable_rows import RowFailed
 from rpo_trainer.recipe import EndpointSpec
 from rpo_trainer.rewards.endpoint import Endpoint, message_of
-from rpo_trainer.rewards.resumable_rows import RowFailed
 from tests.rewards.failing import failing
 from tests.rewards.server import Answer, serving
 

@@ -19,6 +19,7 @@ import openai
 import pytest
 from pydantic import ValidationError
 
+from rpo_trainer.data.resumable_rows import RowFailed
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.recipe import EndpointSpec, GenerateSpec, JudgeSpec
 from rpo_trainer.redact import REDACTED
@@ -26,7 +27,6 @@ from rpo_trainer.rewards import http_client
 from rpo_trainer.rewards.endpoint import Endpoint, attribute_scores, message_of
 from rpo_trainer.rewards.judge import judge_row, read_verdict
 from rpo_trainer.rewards.policies import EndpointPolicy
-from rpo_trainer.rewards.resumable_rows import RowFailed
 from tests.raising import raises
 from tests.rewards.failing import failing
 from tests.rewards.server import SOON, Answer, Server, refused, serving

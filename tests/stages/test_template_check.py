@@ -185,3 +185,22 @@ def test_options_that_do_not_go_together(words: list[str], capsys: Any) -> None:
 def test_a_tokenizer_without_a_template(save: Any, capsys: Any) -> None:
     code, _, err = run(capsys, save(None))
     assert code == 2 and "[template.missing]" in err
+
+
+def test_a_template_that_writes_words_after_the_result_of_their_call(
+    save: Any, capsys: Any
+) -> None:
+    late = (
+        "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>tool\n{{ m.content }}<|im_end|>\n"
+        "{% set before = messages[loop.index0 - 1] %}{{ before.content if before.tool_calls }}"
+        "{% else %}<|im_start|>{{ m.role }}\n"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+        "{{ m.content if not m.tool_calls }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    code, out, _ = run(capsys, save(late), "--json")
+    status = {one["name"]: one["status"] for one in json.loads(out)}
+    assert code == 0
+    assert [name for name, one in status.items() if one == "not supported"] == [
+        "tool call with text, result and answer"
+    ]

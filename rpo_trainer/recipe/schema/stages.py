@@ -46,7 +46,15 @@ ScaleOrAuto: TypeAlias = Annotated[
 
 
 class StageBase(Spec):
-    """What stages of every kind have."""
+    """What stages of every kind have.
+
+    Attributes:
+        trains_reward_model: the output is a reward model; else it is a policy.
+        needs_reference: the loss compares the policy with a `reference`.
+    """
+
+    trains_reward_model: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
 
     rules: ClassVar[tuple[Rule, ...]] = (
         at_most_one(
@@ -176,6 +184,17 @@ class StageBase(Spec):
         yield from super().cross_checks(raw)
         yield from parts.training_args_are_others(raw, cls.model_fields.keys())
 
+    @property
+    def models_read(self) -> dict[str, str]:
+        """The models that the training reads, by the field that names them: the start, the reference."""
+        return {"init": self.init}
+
+    @property
+    def own_reference(self) -> str | None:
+        """The reference where it is another model than the start; None: it is the same, or not needed."""
+        reference = self.models_read.get("reference")
+        return None if reference == self.init else reference
+
 
 class SFTStage(StageBase):
     """Supervised fine-tuning on responses."""
@@ -185,6 +204,8 @@ class SFTStage(StageBase):
 
 class PreferenceStage(StageBase):
     """What DPO and RPO have in common."""
+
+    needs_reference = True
 
     reference: Text = Field(
         "init",
@@ -212,6 +233,10 @@ class PreferenceStage(StageBase):
         True,
         description="turn the model's noise in training off: dropout, layer drop, router jitter",
     )
+
+    @property
+    def models_read(self) -> dict[str, str]:
+        return {"init": self.init, "reference": self.reference}
 
 
 class DPOStage(PreferenceStage):
@@ -268,6 +293,7 @@ class RewardStage(StageBase):
     It is no policy: `previous` in a later stage is the policy before it.
     """
 
+    trains_reward_model = True
     rules = (
         *StageBase.rules,
         parts.fields_of_the_objective,

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rpo_trainer.data.resumable_rows import map_rows_resumable
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RunError, StoppedBySignal
 from rpo_trainer.recipe import ScoreSpec
-from rpo_trainer.rewards.resumable_rows import map_rows_resumable
 from rpo_trainer.rewards.scorers import make_scorer
 from rpo_trainer.rewards.verifiers import VERIFIERS, Verifier, get_verifier, score_rows
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTIONS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rpo_trainer.chain.inputs import Digests, Inputs, changed_parts, check_inputs
+from rpo_trainer.chain.input_files import Digests, InputFiles, changed_parts, check_input_files
 from rpo_trainer.chain.state import ChainState, plain
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import RecipeError, RunError
@@ -89,7 +89,7 @@ def begun(folder: Path, loaded: LoadedRecipe) -> None:
     stages = expand_stages(loaded.recipe)
     state = ChainState(folder / "run")
     state.adopt(*plain(loaded.recipe, stages, loaded.base_dir))
-    inputs, digests = Inputs(loaded.recipe, stages, loaded.base_dir), Digests()
+    inputs, digests = InputFiles(loaded.recipe, stages, loaded.base_dir), Digests()
     for stage, record in zip(stages, state.stages, strict=True):
         record.state, record.inputs = "running", digests.of(inputs.of(stage))
     (folder / "run").mkdir()
@@ -100,8 +100,8 @@ def again(folder: Path, loaded: LoadedRecipe, *allowed: str) -> ChainState:
     stages = expand_stages(loaded.recipe)
     state = ChainState(folder / "run")
     state.adopt(*plain(loaded.recipe, stages, loaded.base_dir), allowed=allowed)
-    inputs = Inputs(loaded.recipe, stages, loaded.base_dir)
-    check_inputs(stages, state, inputs, folder / "run")
+    inputs = InputFiles(loaded.recipe, stages, loaded.base_dir)
+    check_input_files(stages, state, inputs, folder / "run")
     return state
 
 
@@ -294,7 +294,7 @@ def test_json_that_stands_in_the_recipe_is_not_a_file(name: str, tmp_path: Path)
     recipe["stages"][0]["training_args"] = {name: json.dumps({"a": "x" * 300})}
     loaded = tiny.load(tmp_path, recipe)
     stages = expand_stages(loaded.recipe)
-    found = Inputs(loaded.recipe, stages, loaded.base_dir).of(stages[0])
+    found = InputFiles(loaded.recipe, stages, loaded.base_dir).of(stages[0])
     assert Digests().of(found) and not [one for one in found if "training_args" in one.key]
 
 

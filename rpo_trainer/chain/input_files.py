@@ -23,9 +23,7 @@ from rpo_trainer.recipe import (
     DataSpec,
     EvalSpec,
     GenerateSpec,
-    PreferenceStage,
     Recipe,
-    RewardStage,
     ScoreSpec,
     SourceSpec,
     Stage,
@@ -33,6 +31,7 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.runtime.files import known_digest
 from rpo_trainer.stages.hub import RepoKind, hub_commit
+from rpo_trainer.stages.inputs import evaluation_of
 from rpo_trainer.stages.record import FileRecord, InputRecord, Reach
 from rpo_trainer.stages.settings import named_files
 from rpo_trainer.trainers.checkpoint import MANIFEST
@@ -67,7 +66,7 @@ class Input:
     kind: RepoKind = "model"
 
 
-class Inputs:
+class InputFiles:
     """The inputs of the stages of a recipe.
 
     Args:
@@ -97,16 +96,13 @@ class Inputs:
         elif model.tokenizer != "characters":
             yield from self._named("model.tokenizer", model.tokenizer, "tokenizer")
         # A chat template file is compared with the recipe (`state.plain`).
-        yield from self._weights(f"{own}.init", stage.init)
-        if isinstance(stage, PreferenceStage):
-            yield from self._weights(f"{own}.reference", stage.reference)
+        for field, source in stage.models_read.items():
+            yield from self._weights(f"{own}.{field}", source)
         yield from self._data(f"{own}.data", stage.data)
         for name, file in named_files(stage.training_args):
             yield Input(f"{own}.training_args.{name}", file, Path(file).expanduser())
-        spec = stage.eval or self.recipe.eval
-        if spec is not None and not isinstance(stage, RewardStage):
-            key = "eval" if stage.eval is None else f"{own}.eval"
-            yield from self._evaluation(key, spec)
+        if (measured := evaluation_of(stage, self.recipe)) is not None:
+            yield from self._evaluation(*measured)
 
     def _weights(self, key: str, source: str) -> Iterator[Input]:
         """The files behind a source: `model`, a directory, or below the adapter that a stage keeps."""
@@ -273,7 +269,9 @@ def _is_weights(name: str) -> bool:
     return name.endswith(_WEIGHTS)
 
 
-def check_inputs(stages: Sequence[Stage], state: ChainState, inputs: Inputs, run_dir: Path) -> None:
+def check_input_files(
+    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, run_dir: Path
+) -> None:
     """Compares the inputs of the stages that have begun with what is kept of them.
 
     A change that is allowed is taken over, and kept in the history of the run.

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.rewards import partial_file, resumable_rows
-from rpo_trainer.rewards.partial_file import partial_path
-from rpo_trainer.rewards.resumable_rows import (
+from rpo_trainer.data import partial_file, resumable_rows
+from rpo_trainer.data.partial_file import partial_path
+from rpo_trainer.data.resumable_rows import (
     Done,
     RowFailed,
     Shard,
@@ -28,6 +27,7 @@ from rpo_trainer.rewards.resumable_rows import (
     read_rows,
     write_rows,
 )
+from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.runtime.files import digest_path
 from tests.conftest import Injected
 from tests.raising import raises, with_code
@@ -329,7 +329,7 @@ def test_keys_follow_content() -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from rpo_trainer.rewards.resumable_rows import map_rows_resumable, one_by_one
+from rpo_trainer.data.resumable_rows import map_rows_resumable, one_by_one
 def make(i):
     time.sleep(0.01)
     return {"n": i * i}

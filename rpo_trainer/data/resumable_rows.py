@@ -18,9 +18,9 @@ from typing import Any
 
 import xxhash
 
+from rpo_trainer.data.partial_file import PartialFile, partial_path, partial_paths, read_partials
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
-from rpo_trainer.rewards.partial_file import PartialFile, partial_path, partial_paths, read_partials
 from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
