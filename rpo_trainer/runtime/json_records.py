@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-_Record = TypeVar("_Record", bound="JsonRecord")
+RecordT = TypeVar("RecordT", bound="JsonRecord")
 
 
 class JsonRecord:
@@ -20,7 +20,7 @@ class JsonRecord:
     """
 
     @classmethod
-    def from_json(cls: type[_Record], value: Any, *, lenient: bool = False) -> _Record:
+    def from_json(cls: type[RecordT], value: Any, *, lenient: bool = False) -> RecordT:
         """The record of what `json.loads` has read.
 
         Args:
@@ -29,7 +29,7 @@ class JsonRecord:
         Raises:
             ValueError: an entry does not have its type, or a required one is missing.
         """
-        found: _Record = _read(cls, value, cls.__name__, lenient)
+        found: RecordT = _read(cls, value, cls.__name__, lenient)
         return found
 
     def to_json(self) -> dict[str, Any]:
