@@ -1,13 +1,15 @@
 """The chain: the stages of a recipe run one after the other, each on the output of one before it.
 
 run               `run_chain`: the stages in order; a run that was stopped resumes
-  state             the run directory: chain.json, its lock, what is read and written of it
+  run_dir           the run directory: checked, made, locked
+  state             chain.json: what a run knows of its stages
   changes           recipe settings that differ from the last start: refused, or allowed by key
   input_files       the files and hub commits that stages read, and their digests
   finished          before a run resumes: outputs are intact, and what a stage starts from is there
   models            models loaded for a stage (start, reference), and its output written
   training          one stage trained from its last checkpoint to its end
-  callbacks         metrics.jsonl, the step-0 result, and a stop by a signal
+  callbacks         metrics.jsonl, and the step-0 result
+  stop_signal       SIGTERM and SIGINT: a stop after a complete checkpoint
   progress          progress bars, or plain lines
   evaluation        held-out figures of an output: responses, pairs, likelihoods, lm-eval tasks
   card              the model card of an output

@@ -9,7 +9,8 @@ from rpo_trainer.chain.check_data import DataChecks
 from rpo_trainer.chain.check_models import ModelChecks
 from rpo_trainer.chain.findings import WARNING, Findings
 from rpo_trainer.chain.input_files import InputFiles, check_input_files
-from rpo_trainer.chain.state import ChainState, check_run_dir, plain
+from rpo_trainer.chain.run_dir import check_run_dir
+from rpo_trainer.chain.state import ChainState, plain
 from rpo_trainer.errors import DataError
 from rpo_trainer.plan.disk import check_disk
 from rpo_trainer.recipe import LoadedRecipe

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rpo_trainer.chain.callbacks import MetricsLog, StopOnSignal
+from rpo_trainer.chain.callbacks import MetricsLog
 from rpo_trainer.chain.card import write_card
 from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.check import check_recipe
@@ -22,16 +22,10 @@ from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress
+from rpo_trainer.chain.run_dir import locked, open_run_dir
 from rpo_trainer.chain.selection import default_run_dir
-from rpo_trainer.chain.state import (
-    ChainState,
-    forget_metrics,
-    locked,
-    now,
-    open_run_dir,
-    plain,
-    write_recipe,
-)
+from rpo_trainer.chain.state import ChainState, forget_metrics, now, plain, write_recipe
+from rpo_trainer.chain.stop_signal import StopOnSignal
 from rpo_trainer.chain.training import (
     agreement_of,
     light_collections,

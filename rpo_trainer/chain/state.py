@@ -1,4 +1,4 @@
-"""The run directory: chain.json, its lock, and what may change between two starts."""
+"""The state of a run, chain.json: its stages, and what may change between two starts."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import os
-import socket
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from rpo_trainer.chain.changes import (
     Change,
@@ -31,8 +26,6 @@ from rpo_trainer.runtime.files import (
     atomic_write,
     file_digest,
     json_digest,
-    make_folder,
-    remove_empty,
 )
 from rpo_trainer.stages.record import CHAIN_FILE, RECIPE_FILE, ChangeRecord, StageRecord
 
@@ -41,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOCK = ".lock"
-_HOLDER = ".lock-holder"
 _VERSION = 1
 # What the examples of a stage are made with
 _EXAMPLE_FIELDS = (
@@ -223,126 +214,6 @@ def plain(
             model["chat_template"] += f" ({file_digest(template)[:12]})"
     evaluation = None if recipe.eval is None else recipe.eval.model_dump(mode="json")
     return specs, model, recipe.seed, evaluation
-
-
-def check_run_dir(run_dir: Path) -> None:
-    """Checks that the directory is a run, or that there is none yet.
-
-    Raises:
-        RunError: it holds something else, or cannot be read.
-    """
-    try:
-        if run_dir.exists() and not run_dir.is_dir():
-            raise RunError(
-                "this is a file, not a directory",
-                code="run.not-a-directory",
-                where=str(run_dir),
-                why="a run is a directory of its own",
-                fix="name another --run-dir",
-            )
-        others = (
-            [p for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
-        )
-        ours = (run_dir / CHAIN_FILE).is_file()
-    except (OSError, ValueError) as error:
-        raise _unusable("read", error, run_dir) from error
-    if others and not ours:
-        raise RunError(
-            f"this is not an rpo-trainer run directory: it contains {others[0].name}",
-            code="run.not-a-run-directory",
-            where=str(run_dir),
-            why="a run does not share its directory with other files",
-            fix="name an empty or new directory with --run-dir",
-        )
-
-
-def _unusable(how: str, error: Exception, run_dir: Path) -> RunError:
-    return RunError(
-        f"the directory cannot be {how}: {getattr(error, 'strerror', None) or error}",
-        code="run.unusable-directory",
-        where=str(run_dir),
-        why="checkpoints and outputs could not be written either",
-        fix="name another --run-dir, or change its permissions",
-    )
-
-
-def open_run_dir(run_dir: Path) -> list[Path]:
-    """Makes the directory, or checks that it is a run.
-
-    Returns:
-        The directories that are new, the innermost first.
-
-    Raises:
-        RunError: it holds something else, or cannot be written.
-    """
-    check_run_dir(run_dir)
-    new: list[Path] = []
-    try:
-        new = make_folder(run_dir)
-        probe = run_dir / ".write-test"
-        probe.write_text("")
-        probe.unlink()
-    except (OSError, ValueError) as error:
-        remove_empty(new)
-        raise _unusable("written", error, run_dir) from error
-    return new
-
-
-@contextmanager
-def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
-    """Holds the run directory; the lock goes with the process, however it ends.
-
-    Args:
-        new: directories that were made for this: they are removed if nothing was written into them.
-    """
-    lock = FileLock(run_dir / _LOCK)
-    holder = run_dir / _HOLDER
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        who = _holder(holder) or "another process"
-        raise RunError(
-            f"the run directory is in use by {who}",
-            code="run.locked",
-            where=str(run_dir),
-            why="two runs in one directory would mix their checkpoints",
-            fix="wait for it, stop it, or name another --run-dir",
-        ) from error
-    except OSError as error:
-        raise RunError(
-            f"the lock of the run directory cannot be taken: {error.strerror or error}",
-            code="run.unusable-lock",
-            where=str(run_dir / _LOCK),
-            why="two runs in one directory would mix their checkpoints",
-            fix="remove what is there under this name, or name another --run-dir",
-        ) from error
-    if holder.is_file():
-        logger.warning(
-            "the previous process of %s (%s) died; taking over its lock", run_dir, _holder(holder)
-        )
-    try:
-        try:
-            atomic_write(holder, f"process {os.getpid()} on {socket.gethostname()}")
-        except OSError as error:
-            raise _unusable("written", error, run_dir) from error
-        yield
-    finally:
-        with suppress(OSError):
-            holder.unlink(missing_ok=True)
-        with suppress(OSError):  # the directory may be gone
-            if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
-                (run_dir / _LOCK).unlink(
-                    missing_ok=True
-                )  # while it is held: nobody else can hold it
-        lock.release()
-        remove_empty(new)
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool = True) -> None:

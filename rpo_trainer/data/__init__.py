@@ -35,7 +35,7 @@ Render and tokenize:
   template_variables  the variables that a template reads
   jinja_variables     the same of any Jinja text
   template_coverage   what a template leaves out of a row
-  chat              rows → text, and the characters that are trained
+  trained_spans     rows → text, which characters of it are trained, and the mask of its tokens
   turns             where the assistant's turns begin and end in a text
   turn_endings      end markers of turns, as the template writes them
   thinking_marks    the marks around thinking

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.rendered import Rendered, special_pattern, special_texts
 from rpo_trainer.data.rows import Message, RowError
+from rpo_trainer.data.trained_spans import ChatRenderer, mask_of
 from rpo_trainer.data.turns import Span
 from rpo_trainer.errors import ModelError
 
@@ -227,20 +227,6 @@ class Encoder:
 def _as_letters(text: Rendered) -> bool:
     """Whether nothing in the text is control."""
     return text.plain and not text.parsed
-
-
-def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """1 for each token that overlaps a span; a token without characters counts as one character."""
-    import numpy as np
-
-    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    starts = places[:, 0]
-    stops = np.maximum(places[:, 1], starts + 1)
-    mask = np.zeros(len(places), dtype=bool)
-    for start, end in spans:
-        mask |= (starts < end) & (stops > start)
-    trained: list[int] = mask.astype(int).tolist()
-    return trained
 
 
 def encode_prompt(

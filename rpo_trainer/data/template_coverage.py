@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rpo_trainer.data.chat import ChatRenderer, Tools, trained_turns
 from rpo_trainer.data.rendered import Rendered
 from rpo_trainer.data.rows import THINKING, Message, RowError, leaf_texts
+from rpo_trainer.data.trained_spans import ChatRenderer, Tools, trained_turns
 
 CALLS = "the assistant's `tool_calls`"
 

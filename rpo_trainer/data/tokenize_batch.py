@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.chat import ChatRenderer, trained_turns
 from rpo_trainer.data.counts import unread_key, unread_variable
 from rpo_trainer.data.encode import Encoded, Encoder
 from rpo_trainer.data.rendered import Rendered, render_plain
@@ -26,6 +25,7 @@ from rpo_trainer.data.rows import (
 )
 from rpo_trainer.data.template_coverage import left_out
 from rpo_trainer.data.template_variables import variables
+from rpo_trainer.data.trained_spans import ChatRenderer, trained_turns
 from rpo_trainer.recipe.template_kwargs import COLUMN
 
 if TYPE_CHECKING:

@@ -88,8 +88,8 @@ def output_tokenizer(
 
 
 def _ends_with_openers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    from rpo_trainer.data.chat import ChatRenderer
     from rpo_trainer.data.rows import RowError
+    from rpo_trainer.data.trained_spans import ChatRenderer
 
     try:
         return bool(tokenizer.chat_template) and ChatRenderer(tokenizer).ending().open

@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rpo_trainer.attributes import resolve_weights
-from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rendered import render_plain
 from rpo_trainer.data.resumable_rows import Done, RowFailed, Shard
 from rpo_trainer.data.rows import Row, RowError, response_message
 from rpo_trainer.data.template_variables import unread
+from rpo_trainer.data.trained_spans import ChatRenderer
 from rpo_trainer.errors import DataError, ModelError, first_line
 from rpo_trainer.models.from_pretrained import LOADING_ERRORS, load_complete, load_pretrained
 from rpo_trainer.models.reward_model import attributes_of

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rendered import Rendered, render_plain
 from rpo_trainer.data.rows import Message, RowError, is_blank
+from rpo_trainer.data.trained_spans import ChatRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,6 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.sample_conversations import SAMPLES, Sample
 from rpo_trainer.data.template_variables import check_kwargs
@@ -25,6 +24,7 @@ from rpo_trainer.data.token_view import (
     warnings_of,
 )
 from rpo_trainer.data.tokenize import tokenize_rows
+from rpo_trainer.data.trained_spans import ChatRenderer
 from rpo_trainer.errors import DataError, ModelError, Problems, RPOTrainerError, TemplateError
 from rpo_trainer.models.loading import load_tokenizer
 from rpo_trainer.recipe import ModelSpec

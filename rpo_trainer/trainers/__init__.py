@@ -25,7 +25,8 @@ Parts of a trainer:
   engine            DDP, FSDP2, DeepSpeed ZeRO
   compiled          `torch_compile`, layer by layer
   noise             dropout and other noise, turned off
-  terms             terms of a loss → the loss of a micro-batch, and their means in the log
+  preference_terms  the preference loss and the weighted SFT term of a micro-batch, and their metrics
+  step_result       terms of a loss → the loss of a micro-batch, and their means in the log
   router_term       the load-balancing loss of a mixture of experts
   guards            NaN and infinite losses or gradients: stop, or leave the step out
   step_zero         the loss before the first update against its closed form

@@ -73,7 +73,7 @@ from rpo_trainer.trainers.noise import disable_noise, say_noise
 from rpo_trainer.trainers.outputs import OutputWriter
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
-from rpo_trainer.trainers.terms import StepOutputs, StepResult
+from rpo_trainer.trainers.step_result import StepOutputs, StepResult
 from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
 from rpo_trainer.trainers.unknown_arguments import answering_unknown_arguments
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rpo_trainer.errors import DataError, RecipeError, RunError
-from rpo_trainer.losses import LOSSES, PreferenceLoss, more_than_pairs, preference_loss, sft_loss
+from rpo_trainer.losses import LOSSES, more_than_pairs
 from rpo_trainer.models.adapter_parts import warn_of_random
 from rpo_trainer.models.adapters import starts_as
 from rpo_trainer.models.loading import load_model_named
@@ -24,12 +24,13 @@ from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
-from rpo_trainer.trainers.early_warnings import SATURATED_GAP, EarlyWarnings
+from rpo_trainer.trainers.early_warnings import EarlyWarnings
 from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
+from rpo_trainer.trainers.preference_terms import preference_terms
+from rpo_trainer.trainers.step_result import StepResult
 from rpo_trainer.trainers.step_zero import StepZero
-from rpo_trainer.trainers.terms import StepResult, Term
 
 logger = logging.getLogger(__name__)
 
@@ -295,43 +296,11 @@ class PreferenceTrainer(BaseTrainer):
         return taken
 
     def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        """Preference loss and SFT term of each example, in the order of the groups."""
-        args = self.args
-        assert batch.reference_logps is not None  # computed before training
-        policy, ref = sums, batch.reference_logps.to(sums.dtype)
-        tokens = batch.response_tokens
-        if args.average_logps:
-            policy, ref = policy / tokens, ref / tokens
-        results = [self._preference(policy, ref, batch.rewards, g) for g in batch.groups]
-        chosen = torch.cat([group[:, 0] for group in batch.groups])
-        nll, _ = sft_loss(-sums[chosen], tokens[chosen], args.sft_reduction)  # type: ignore[arg-type]
-        preference = torch.cat([result.losses for result in results])
+        """Preference loss and weighted SFT term of each example, see `preference_terms`."""
+        result = preference_terms(self.args, sums, batch, needs_rewards=self.needs_rewards)
         if self._step_zero is not None and self.model.training:
-            self._step_zero.add(sums, batch, preference)
-        return StepResult(
-            terms={
-                "preference": Term(preference, per="examples"),
-                "sft": Term(
-                    nll,
-                    per="tokens" if args.sft_reduction == "token_mean" else "examples",
-                    coefficient=args.sft_loss_weight,
-                ),
-            },
-            metrics=_metrics(results, sums.detach(), batch),
-        )
-
-    def _preference(
-        self, policy: Tensor, ref: Tensor, rewards: Tensor | None, group: Tensor
-    ) -> PreferenceLoss:
-        return preference_loss(
-            policy[group],
-            ref[group],
-            loss_type=self.args.loss_type,
-            beta=self.args.beta,
-            rewards=rewards[group] if self.needs_rewards and rewards is not None else None,
-            reward_scale=getattr(self.args, "reward_scale", 1.0),
-            label_smoothing=getattr(self.args, "label_smoothing", 0.0),
-        )
+            self._step_zero.add(sums, batch, result.terms["preference"].numerators)
+        return result
 
 
 _METRICS = (
@@ -340,42 +309,6 @@ _METRICS = (
     "logps/chosen_falling",
 )  # fmt: skip
 _TARGET_METRICS = ("rewards/target_gap", "rewards/gap_error", "rewards/target_saturated")
-
-
-def _metrics(results: list[PreferenceLoss], sums: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """TRL's names, and ours beside them; for K > 2 "rejected" is the mean of the others."""
-    groups = batch.groups
-    assert batch.reference_logps is not None
-    deltas = sums - batch.reference_logps
-
-    def others(values: list[Tensor]) -> Tensor:
-        return torch.cat([v[:, 1:].mean(-1) for v in values])
-
-    implicit = [result.implicit_rewards for result in results]
-    chosen = torch.cat([v[:, 0] for v in implicit])
-    gap = torch.cat([result.implicit_gap for result in results])
-    chosen_delta = torch.cat([deltas[g[:, 0]] for g in groups])
-    metrics = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": others(implicit),
-        "rewards/margins": gap,
-        "rewards/accuracies": torch.cat(
-            [(v[:, :1] > v[:, 1:]).to(v.dtype).mean(-1) for v in implicit]
-        ),
-        "logps/chosen": torch.cat([sums[g[:, 0]] for g in groups]),
-        "logps/rejected": others([sums[g] for g in groups]),
-        "logps/chosen_delta": chosen_delta,
-        "logps/rejected_delta": others([deltas[g] for g in groups]),
-        "logps/chosen_falling": (chosen_delta < 0).to(sums.dtype),
-    }
-    if results[0].target_gap is not None:
-        target = torch.cat(
-            [result.target_gap for result in results if result.target_gap is not None]
-        )
-        metrics["rewards/target_gap"] = target
-        metrics["rewards/gap_error"] = (gap - target).abs()
-        metrics["rewards/target_saturated"] = (target.abs() > SATURATED_GAP).to(target.dtype)
-    return metrics
 
 
 class DPOTrainer(PreferenceTrainer):

@@ -34,7 +34,7 @@ from rpo_trainer.trainers.reward_data import (
 from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
 from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
-from rpo_trainer.trainers.terms import StepOutputs, StepResult, Term
+from rpo_trainer.trainers.step_result import StepOutputs, StepResult, Term
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import SFTConfig
 from rpo_trainer.trainers.examples import Examples
-from rpo_trainer.trainers.terms import StepResult, Term
+from rpo_trainer.trainers.step_result import StepResult, Term
 
 
 class SFTTrainer(BaseTrainer):

@@ -18,7 +18,8 @@ import xxhash
 
 from rpo_trainer.chain import models as chain_models
 from rpo_trainer.chain import run_chain
-from rpo_trainer.chain.state import CHAIN_FILE, locked
+from rpo_trainer.chain.run_dir import locked
+from rpo_trainer.chain.state import CHAIN_FILE
 from rpo_trainer.cli.commands import main
 from rpo_trainer.errors import NonFiniteError, RPOTrainerError, RunError
 from rpo_trainer.plan import disk
@@ -420,7 +421,7 @@ def test_a_hub_push_that_fails_at_the_end(
 
 
 def test_a_second_signal_ends_at_once(injected: Injected) -> None:
-    from rpo_trainer.chain.callbacks import StopOnSignal
+    from rpo_trainer.chain.stop_signal import StopOnSignal
     from rpo_trainer.errors import StoppedBySignal
 
     stop = StopOnSignal()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from transformers import TrainerControl
 
-from rpo_trainer.chain.callbacks import MetricsLog, StepZeroLog, StopOnSignal
+from rpo_trainer.chain.callbacks import MetricsLog, StepZeroLog
+from rpo_trainer.chain.stop_signal import StopOnSignal
 from rpo_trainer.errors import StoppedBySignal
 from rpo_trainer.stages.record import StepZeroRecord
 from tests.raising import raises

@@ -149,7 +149,7 @@ def test_what_was_sampled_and_computed_is_not_made_again(
     content["stages"][-1]["state"] = "running"  # as if it had been killed behind its last step
     state.write_text(json.dumps(content))
     monkeypatch.setattr(evaluate, "respond", lambda *_, **__: pytest.fail("sampled again"))
-    monkeypatch.setattr(evaluation, "reference_logps", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(evaluation, "dataset_logprobs", lambda *_, **__: pytest.fail("computed"))
     run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), tmp_path / "again" / "run")
     assert tiny.records(tmp_path / "again" / "run")["rpo-2"]["eval"] == before
 

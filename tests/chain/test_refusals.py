@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from rpo_trainer.chain import models as chain_models
 from rpo_trainer.chain import run as chain_run
 from rpo_trainer.chain import run_chain
-from rpo_trainer.chain.state import locked
+from rpo_trainer.chain.run_dir import locked
 from rpo_trainer.errors import DataError, ModelError, Problems, RunError
 from rpo_trainer.stages.prepare import StagePreparer
 from tests.chain import tiny

@@ -14,12 +14,8 @@ import pytest
 from transformers import TrainingArguments
 
 from rpo_trainer.chain.changes import SAFE_ARGUMENTS, SAFE_FIELDS, differences
-from rpo_trainer.chain.state import (
-    ChainState,
-    forget_metrics,
-    locked,
-    open_run_dir,
-)
+from rpo_trainer.chain.run_dir import locked, open_run_dir
+from rpo_trainer.chain.state import ChainState, forget_metrics
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.recipe.schema import STAGE_KINDS, ModelSpec, Recipe
 from tests.raising import raises

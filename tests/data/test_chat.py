@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from rpo_trainer.data import encode_prompt, end_token_ids, set_chat_template
-from rpo_trainer.data.chat import ChatRenderer
-from rpo_trainer.data.encode import Encoder, mask_of
+from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rendered import Rendered, render_plain
 from rpo_trainer.data.rows import RowError
+from rpo_trainer.data.trained_spans import ChatRenderer, mask_of
 from rpo_trainer.errors import DataError, ModelError
 from tests.raising import raises
 

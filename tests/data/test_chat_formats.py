@@ -13,9 +13,9 @@ from tokenizers import AddedToken
 
 from rpo_trainer.data import encode_prompt, end_token_ids, set_chat_template, tokenize_rows
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.encode import Encoder
 from rpo_trainer.data.rows import RowError
+from rpo_trainer.data.trained_spans import ChatRenderer
 from rpo_trainer.errors import DataError
 from tests.raising import raises
 

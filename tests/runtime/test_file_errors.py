@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from rpo_trainer.data import load_rows, set_chat_template
 from rpo_trainer.data.audit import Audit
-from rpo_trainer.data.chat import ChatRenderer
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.rows import RowError, reward_fault
 from rpo_trainer.data.template_limits import TemplateLimit, time_limit
+from rpo_trainer.data.trained_spans import ChatRenderer
 from rpo_trainer.errors import DataError, ModelError, RecipeError, RPOTrainerError
 from rpo_trainer.models import adapter_files, loading
 from rpo_trainer.models import preload_checks as model_checks
@@ -263,7 +263,7 @@ def test_a_template_that_does_not_end_on_a_row() -> None:
     tokenizer.chat_template = "{% if messages[0].content == 'slow' %}" + ENDLESS + "{% endif %}x"
     renderer = ChatRenderer(tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rpo_trainer.data.chat.time_limit", lambda: time_limit(0.3))
+        patch.setattr("rpo_trainer.data.trained_spans.time_limit", lambda: time_limit(0.3))
         with pytest.raises(RowError) as error:
             renderer.prompt([{"role": "user", "content": "slow"}])
         assert error.value.code == "template.refuses-row" and "0 s)" in str(error.value)

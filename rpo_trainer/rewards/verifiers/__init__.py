@@ -17,7 +17,8 @@ __all__ = [
     "VERIFIERS", "FailedChecks", "Verifier", "check_rows", "get_verifier", "score_rows",
 ]  # fmt: skip
 
-# All verifiers, by name. The recipe's schema has the names once more, since it imports nothing of rewards.
+# All verifiers, by name. `VerifierName` in recipe/schema/rewards.py has the names once more, since the recipe
+# imports nothing of rewards.
 VERIFIERS = {
     verifier.name: verifier
     for verifier in (

@@ -35,7 +35,7 @@ from rpo_trainer.data.template_limits import CHARACTERS, TemplateLimit, time_lim
 from rpo_trainer.data.templates import stop_clock
 from rpo_trainer.data.thinking_marks import THOUGHT, Thoughts
 from rpo_trainer.data.turn_endings import SENTINEL, USER, Controls, Ending, learn_ending
-from rpo_trainer.data.turns import Found, TurnFinder
+from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.runtime.file_errors import UNREADABLE
@@ -370,3 +370,17 @@ class ChatRenderer:
             part if number % 2 else self._stand_ins.hide(part) for number, part in enumerate(parts)
         ]
         return {**hidden, "content": "".join(marks) + hidden["content"]}
+
+
+def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """1 for each token that overlaps a span; a token without characters counts as one character."""
+    import numpy as np
+
+    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    starts = places[:, 0]
+    stops = np.maximum(places[:, 1], starts + 1)
+    mask = np.zeros(len(places), dtype=bool)
+    for start, end in spans:
+        mask |= (starts < end) & (stops > start)
+    trained: list[int] = mask.astype(int).tolist()
+    return trained
