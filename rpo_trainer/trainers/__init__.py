@@ -11,6 +11,7 @@ reward            `RewardTrainer`
 Configs:
   base_config       `BaseConfig`: the fields that all share
   config            the configs of the trainers
+  config_checks     which settings of a config contradict each other
   argument_checks   which training arguments are accepted, and together with which
   argument_status   what becomes of a training argument
   argument_table    that, for each argument
@@ -19,6 +20,7 @@ Configs:
 
 Parts of a trainer:
   setup             model and tokenizer, as the constructor makes them ready
+  data_sets         the rows that a trainer is given, tokenized and checked against the model
   examples          tokenized examples, and the collator that packs them
   fits              whether the examples fit the model: vocabulary, positions, end tokens
   loaders           data loaders of training and evaluation
@@ -26,7 +28,8 @@ Parts of a trainer:
   compiled          `torch_compile`, layer by layer
   noise             dropout and other noise, turned off
   preference_terms  the preference loss and the weighted SFT term of a micro-batch, and their metrics
-  step_result       terms of a loss → the loss of a micro-batch, and their means in the log
+  step_result       terms of a loss → the loss of a micro-batch
+  metrics           sums of terms and metrics, their means in the log
   router_term       the load-balancing loss of a mixture of experts
   guards            NaN and infinite losses or gradients: stop, or leave the step out
   step_zero         the loss before the first update against its closed form
