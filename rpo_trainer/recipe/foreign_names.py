@@ -84,7 +84,9 @@ FOREIGN_NAMES = {
         trainer="subclass the trainer and give its losses in `losses`"
     ),
     "rpo_alpha": ForeignName(
-        recipe="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation"
+        recipe="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation",
+        config="Use sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
+        "Optimization",
     ),
     "ld_alpha": ForeignName(config=_NOT_OFFERED),
     "f_divergence_type": ForeignName(config=_NOT_OFFERED),
@@ -152,6 +154,7 @@ FOREIGN_NAMES = {
     "reward_funcs": ForeignName(trainer="score rows before training (`rpo-trainer score`)"),
 }
 FOREIGN_LOSSES = {"sigmoid": "dpo"}  # the same loss under another name
+LOSS_SETTINGS = {"sft": "sft_loss_weight"}  # a loss elsewhere, a setting here
 
 
 def field_of(name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
+from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, FOREIGN_NAMES, LOSS_SETTINGS
 from rpo_trainer.trainers.argument_status import Problem
 from rpo_trainer.trainers.base_config import BaseConfig, TrlDefault, config, described
 from rpo_trainer.trainers.config_checks import noise_problems
@@ -73,16 +74,17 @@ class PreferenceConfig(BaseConfig):
         if self.rpo_alpha is not None:
             problems.append(
                 Problem(
-                    "rpo_alpha is not taken: elsewhere it means DPO plus NLL and has no reward gap. Use "
-                    "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
-                    "Optimization",
+                    "rpo_alpha is not taken: elsewhere it means DPO plus NLL and has no reward gap. "
+                    f"{FOREIGN_NAMES['rpo_alpha'].config}",
                     code="training.unsupported-setting",
                     setting="rpo_alpha",
                 )
             )
         known = losses_of(self._kind)
         if self.loss_type not in known:  # a list of losses, as elsewhere, would have no hash
-            hint = "; TRL's sigmoid is dpo, its sft is sft_loss_weight" if "dpo" in known else ""
+            elsewhere = {**FOREIGN_LOSSES, **LOSS_SETTINGS}
+            named = ", its ".join(f"{theirs} is {ours}" for theirs, ours in elsewhere.items())
+            hint = f"; TRL's {named}" if "dpo" in known else ""
             problems.append(
                 Problem(
                     f"loss_type {self.loss_type!r} is not one of {', '.join(known)}{hint}",
