@@ -85,8 +85,6 @@ FOREIGN_NAMES = {
     ),
     "rpo_alpha": ForeignName(
         recipe="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimisation",
-        config="Use sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference "
-        "Optimization",
     ),
     "ld_alpha": ForeignName(config=_NOT_OFFERED),
     "f_divergence_type": ForeignName(config=_NOT_OFFERED),
@@ -154,6 +152,9 @@ FOREIGN_NAMES = {
     "reward_funcs": ForeignName(trainer="score rows before training (`rpo-trainer score`)"),
 }
 FOREIGN_LOSSES = {"sigmoid": "dpo"}  # the same loss under another name
+RPO_ALPHA = (
+    "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference Optimization"
+)
 LOSS_SETTINGS = {"sft": "sft_loss_weight"}  # a loss elsewhere, a setting here
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
-from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, FOREIGN_NAMES, LOSS_SETTINGS
+from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, LOSS_SETTINGS, RPO_ALPHA
 from rpo_trainer.trainers.argument_status import Problem
 from rpo_trainer.trainers.base_config import BaseConfig, TrlDefault, config, described
 from rpo_trainer.trainers.config_checks import noise_problems
@@ -75,7 +75,7 @@ class PreferenceConfig(BaseConfig):
             problems.append(
                 Problem(
                     "rpo_alpha is not taken: elsewhere it means DPO plus NLL and has no reward gap. "
-                    f"{FOREIGN_NAMES['rpo_alpha'].config}",
+                    f"Use {RPO_ALPHA}",
                     code="training.unsupported-setting",
                     setting="rpo_alpha",
                 )
