@@ -7,7 +7,11 @@ from typing import Any
 
 from rpo_trainer.data.rows import Row
 
-_FIRST, _EQUAL = "A", "C"  # verdicts, see `rewards.judge`
+FIRST, SECOND, EQUAL = (
+    "A",
+    "B",
+    "C",
+)  # a single verdict: the answer that was shown first, second, or neither
 
 
 def biases(rows: Sequence[Row]) -> dict[str, Any]:
@@ -19,7 +23,7 @@ def biases(rows: Sequence[Row]) -> dict[str, Any]:
         consistent winners, the share that is the longer answer; None where there are none.
     """
     compared = [(row, c) for row in rows for c in row.get("judge") or ()]
-    named = [v for _, c in compared for v in c["verdicts"] if v != _EQUAL]
+    named = [v for _, c in compared for v in c["verdicts"] if v != EQUAL]
     won = [(row, c) for row, c in compared if c["better"] in (0, 1)]
     longer = []
     for row, c in won:
@@ -30,7 +34,7 @@ def biases(rows: Sequence[Row]) -> dict[str, Any]:
         "comparisons": len(compared),
         "consistent": sum(c["better"] is not None for _, c in compared),
         "equal": sum(c["better"] == 0.5 for _, c in compared),
-        "first_position": _share(v == _FIRST for v in named),
+        "first_position": _share(v == FIRST for v in named),
         "longer_wins": _share(longer),
     }
 

@@ -28,7 +28,6 @@ from rpo_trainer.data.turn_endings import (
 
 Span = tuple[int, int]
 NO_END = "the chat template writes no end marker after the assistant's turn"
-PARTED = "the chat template writes the text of a turn with calls after the results of these calls"
 _AROUND = 40  # characters shown on both sides of a difference
 
 
@@ -96,7 +95,10 @@ class TurnFinder:
     def span(self, turn: int) -> Span:
         """Where a turn begins and ends in `text`."""
         if self._parted(turn):
-            raise RowError(PARTED, code="template.text-after-tool-results")
+            raise RowError(
+                "the chat template writes the text of a turn with calls after the results of these calls",
+                code="template.text-after-tool-results",
+            )
         start = self._start(turn)
         last = turn == len(self.messages) - 1 and not self.prompt
         end = self._last_end() if last else self._inner_end(turn, start)

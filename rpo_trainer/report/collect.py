@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rpo_trainer.errors import RunError
+from rpo_trainer.recipe.rules.chain import PREFERENCE_KINDS
 from rpo_trainer.report.scores import Agreement, EvalScores, read_agreement, read_scores
 from rpo_trainer.runtime.files import digest_path, json_digest, verify_digest
 from rpo_trainer.runtime.json_records import JsonRecord
@@ -31,7 +32,6 @@ from rpo_trainer.stages.record import (
     StageRecord,
 )
 
-PREFERENCE_KINDS = ("dpo", "rpo")
 LineRecord = TypeVar("LineRecord", bound=JsonRecord)
 
 

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from rpo_trainer.data.judge_bias import EQUAL, FIRST, SECOND
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.redact import redact
@@ -38,7 +39,6 @@ answer A is better, [[B]] if answer B is better, [[C]] if they are equally good.
 _MOST_BYTES = 2**20
 _PLACES = ("{prompt}", "{first}", "{second}")
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
-_FIRST, _SECOND, _EQUAL = "A", "B", "C"
 
 
 def read_template(path: Path | None) -> str:
@@ -127,8 +127,8 @@ def judge_row(endpoint: Endpoint, template: str, row: Row, **options: Any) -> di
 
 def _consistent(straight: str, swapped: str) -> float | None:
     """What response a of (a, b) gets; None where the two orders disagree."""
-    if straight == swapped == _EQUAL:
+    if straight == swapped == EQUAL:
         return 0.5
-    if (straight, swapped) == (_FIRST, _SECOND):
+    if (straight, swapped) == (FIRST, SECOND):
         return 1.0
-    return 0.0 if (straight, swapped) == (_SECOND, _FIRST) else None
+    return 0.0 if (straight, swapped) == (SECOND, FIRST) else None

@@ -5,7 +5,7 @@
 Shapes: `B` examples, `R` responses of the micro-batch in order (example 1's, example 2's, ...), `T` tokens of
 the packed row, `N` trained response tokens, `E` experts, `L` longest padded row.
 
-Position ids restart behind the prompt for every response, so a response sees its prompt and itself and
+Position ids restart after the prompt for every response, so a response sees its prompt and itself and
 never its siblings; `AttentionPlan` says so to the attention function.
 """
 

@@ -1,4 +1,4 @@
-"""Rules between the stages of a recipe: their names, what refers to what, and which adapter goes on."""
+"""Rules between the stages of a recipe: names, what refers to what, and which adapter is trained further."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _of_another_sort(at: At, name: str, kind: str, kinds: Sequence[str]) -> Erro
 
 
 def _starts_as(stage: Raw) -> Sequence[str]:
-    """What a stage may start from: a reward model goes on from another, unless it samples."""
+    """What a stage may start from: a reward model from another, unless it samples."""
     data = stage.get("data")
     samples = isinstance(data, dict) and data.get("generate") is not None
     return _KINDS if stage.get("kind") == "reward" and not samples else _POLICIES
