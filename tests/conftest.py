@@ -63,6 +63,14 @@ def same_threads() -> Iterator[None]:
     assert after == before, f"this module leaves torch with {after} threads, it started with {before}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`@pytest.mark.extras("deepspeed")`: skips where that package is not installed."""
+    for mark in item.iter_markers("extras"):
+        for module in mark.args:
+            pytest.importorskip(module, reason=f"requires {module}: the extra `test-all` has it")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the most slow tests first: dealt out last, they would keep one worker while others idle."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

@@ -59,11 +59,9 @@ def test_the_oldest_and_newest_python_are_tested() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.extras
+@pytest.mark.extras("build", "hatchling")
 def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
     """Built by `python -m build`, installed without the checkout; dependencies are those of this environment."""
-    pytest.importorskip("build", reason="build is not installed")
-    pytest.importorskip("hatchling", reason="hatchling is not installed")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ROOT],
         check=True,
