@@ -46,20 +46,25 @@ def text_of(name: str) -> str:
     return (folder() / names[0]).read_text(encoding="utf-8")
 
 
-def copy_to(target: Path) -> Path:
-    """All of them in a folder of the user's, which must not be there yet.
+def copy_to(target: Path, *, overwrite: bool = False) -> Path:
+    """Copy all of them to a directory.
+
+    Args:
+        overwrite: replace files of the same names in an existing directory; other files are kept.
 
     Raises:
-        RunError: it is there.
+        RunError: `target` exists.
     """
-    if target.exists():
+    if target.exists() and not (overwrite and target.is_dir()):
         raise RunError(
-            f"{target} is there already",
+            "the directory exists" if target.is_dir() else "this is a file, not a directory",
             code="option.path-exists",
-            why="nothing of yours is written over",
-            fix="name a folder that is not there yet",
+            where=str(target),
+            why="existing files are not replaced by default",
+            fix="name a new directory"
+            + (", or replace its recipes with --overwrite" if target.is_dir() else ""),
         )
-    shutil.copytree(folder(), target)
+    shutil.copytree(folder(), target, dirs_exist_ok=overwrite)
     return target
 
 

@@ -63,21 +63,18 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def at_most_one(*fields: str, both: str, why: str, within: str | None = None) -> Rule:
+def at_most_one(*fields: str, both: str, why: str) -> Rule:
     """Fields that exclude each other.
 
     Args:
         both: the error, with `{first}` and `{other}`.
-        within: the part below this one that has the fields.
     """
 
     def rule(raw: Raw) -> Errors:
-        part = raw if within is None else raw.get(within)
-        there = given(part, fields) if isinstance(part, Mapping) else []
+        there = given(raw, fields)
         for other in there[1:]:
-            at = (other,) if within is None else (within, other)
             what = both.format(first=there[0], other=other)
-            yield wrong(at, what, code="recipe.conflicting-fields", why=why, fix=KEEP_ONE)
+            yield wrong((other,), what, code="recipe.conflicting-fields", why=why, fix=KEEP_ONE)
 
     return rule
 

@@ -23,7 +23,7 @@ _OF_PAIRS = "dpo, rpo or reward (bradley_terry)"
 # Parts of `data` that only some kinds of stage read, and which these are.
 _KINDS_OF_DATA = {
     "filter": _OF_PAIRS, "generate": _OF_PAIRS, "score": _OF_PAIRS, "pairs": _OF_PAIRS,
-    "resample": _OF_PAIRS, "responses_from": _OF_PAIRS, "replay": "sft", "eval_fraction": "reward",
+    "resample": _OF_PAIRS, "responses_from": _OF_PAIRS, "replay": "sft",
 }  # fmt: skip
 
 

@@ -134,10 +134,15 @@ class DataSpec(Spec):
     rules = (
         parts.weights_for_all("train"),
         parts.weights_for_all("eval"),
+        at_most_one(
+            "eval", "eval_fraction",
+            both="`data` has both `{first}` and `{other}`",
+            why="each of them defines the held-out rows",
+        ),
         requires(
-            "eval_overlap", "eval", when=lambda value: value == "error",
-            what="`eval_overlap: error` without `eval`",
-            why="there are no rows that it says this of",
+            "eval_overlap", "eval", "eval_fraction", when=lambda value: value == "error",
+            what="`eval_overlap: error` without `eval` or `eval_fraction`",
+            why="the stage has no held-out rows to compare with",
             fix="add `eval`, or remove `eval_overlap`",
         ),
         requires(
@@ -166,8 +171,8 @@ class DataSpec(Spec):
         None,
         gt=0,
         lt=1,
-        description="set this share of the prompts aside, with all their rows, and evaluate on them "
-        "in place of `eval` (reward only)",
+        description="fraction of the prompts to hold out, with all their rows, and evaluate on in "
+        "place of `eval`; drawn by the seed of the stage",
     )
     replay: ReplaySpec | None = Field(
         None, description="rows of an earlier sft stage mixed in (sft only)"

@@ -299,12 +299,7 @@ class RewardStage(StageBase):
         parts.fields_of_the_objective,
         parts.weights_of_the_attributes,
         parts.no_fields_of_a_policy,
-        at_most_one(
-            "eval", "eval_fraction", within="data",
-            both="`data` has both `{first}` and `{other}`",
-            why="each of them says which rows are held out",
-        ),
-    )  # fmt: skip
+    )
 
     kind: Literal["reward"] = Field("reward", description="`reward`: a reward model")
     objective: Literal["bradley_terry", "regression"] = Field(
