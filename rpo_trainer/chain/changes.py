@@ -136,6 +136,7 @@ def require_key(
         f"the recipe has no key `{key}`{suggestion(key, list(dict.fromkeys(known)))}",
         code="option.unknown-key",
         where=f"--allow-changed {key}",
+        why="a key that does not exist would allow nothing",
         fix="write the key as the refusal shows it, for example stages.dpo.beta, or a prefix of it, "
         "for example stages.dpo",
     )

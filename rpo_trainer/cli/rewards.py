@@ -302,7 +302,7 @@ def calibrate(
 def _show_calibration(name: str, found: Calibration) -> None:
     click.echo(f"{name}: {found.rows} pairs, {found.ties} ties, {found.against} reversed")
     if found.without:
-        click.echo(f"  warning: {found.without} pairs without rewards, not used")
+        click.echo(f"  warning: {found.without} without rewards, not used")
     widest = max(count for _, _, count in found.histogram)
     for low, high, count in found.histogram:
         bar = "█" * round(30 * count / max(widest, 1))

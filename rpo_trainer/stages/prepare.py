@@ -178,7 +178,7 @@ class StagePreparer:
         if tokenize and (kept := self._kept.get(stage.name)) is not None:
             del self._kept[stage.name]
             return kept
-        rows, held = self.rows(stage, audit, made=made, given=given)
+        rows, held = self._split_rows(stage, audit, made=made, given=given)
         train = tokenize_stage(stage, rows, self.tokenizer, audit) if tokenize else None
         inputs = StageInputs(fitted_stage(stage, audit), rows, audit, held, train)
         if tokenize and stage.name in self._kept:
@@ -213,24 +213,20 @@ class StagePreparer:
                     inputs.rows, found, on_overlap=on_overlap, where=f"eval.{name}"
                 )
 
-    def rows(
-        self,
-        stage: Stage,
-        audit: Audit,
-        *,
-        made: list[Row] | None = None,
-        given: list[Row] | None = None,
-    ) -> tuple[list[Row], list[Row] | None]:
-        """Training rows of a stage, not tokenized, and its held-out rows; arguments as of `prepare`.
+    def rows(self, stage: Stage, audit: Audit, *, made: list[Row] | None = None) -> list[Row]:
+        """Training rows of a stage, not tokenized; arguments as of `prepare`."""
+        return self._split_rows(stage, audit, made=made, given=None)[0]
 
-        The second is None where `data.eval_fraction` is not set.
-        """
+    def _split_rows(
+        self, stage: Stage, audit: Audit, *, made: list[Row] | None, given: list[Row] | None
+    ) -> tuple[list[Row], list[Row] | None]:
+        """Training rows, and held-out rows where `data.eval_fraction` is set."""
         data, seed = stage.data, self.seed(stage)
         if isinstance(stage, SFTStage):
             rows = self._load(data.train, "sft", audit, seed=seed, dedup=data.dedup)
             held_out = held_out_prompts(stage, rows, seed=seed)
             if data.replay is not None:
-                earlier, _ = self.rows(self.stage(data.replay.stage), Audit())
+                earlier = self.rows(self.stage(data.replay.stage), Audit())
                 rows = add_replay(rows, earlier, data.replay, seed=seed, audit=audit)
             return set_aside(rows, held_out, audit)
         if isinstance(stage, RewardStage) and stage.objective == "regression":

@@ -55,7 +55,7 @@ def test_a_run_is_started_where_there_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "mistake",
-    ["stages.code.max_stepz=1", "stages.code.data.train.0.path=absent.jsonl",
+    ["stages.code.max_stepz=1", "stages.code.data.train.0={path: absent.jsonl}",
      "stages.code.warmup_steps=1"],
 )  # fmt: skip
 def test_a_mistake_leaves_the_old_run_as_it_is(mistake: str, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_run_left_aside_by_a_killed_process_is_put_back(tmp_path: Path) -> Non
     assert call(*words) == 0
     before = contents(run_dir)
     run_dir.rename(tmp_path / "run.replaced")
-    assert call(*words, "--overwrite", "stages.code.data.train.0.path=absent.jsonl") != 0
+    assert call(*words, "--overwrite", "stages.code.data.train.0={path: absent.jsonl}") != 0
     assert contents(run_dir) == before
 
 
@@ -176,7 +176,7 @@ def test_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "words",
     [
         ["run", "bad.yaml", "--run-dir", "new/run"],
-        ["sft", "good.yaml", "--run-dir", "new/run", "stages.code.data.train.0.path=absent.jsonl"],
+        ["sft", "good.yaml", "--run-dir", "new/run", "stages.code.data.train.0={path: absent.jsonl}"],
         ["check", "good.yaml", "--run-dir", "new/run"],
         ["plan", "good.yaml", "--run-dir", "new/run"],
         ["preview", "good.yaml"],
@@ -190,7 +190,7 @@ def test_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
          "--max-new-tokens", "3"],
         ["generate", "in.jsonl", "-o", "new/out.jsonl", "--endpoint", "http://127.0.0.1:9/v1",
          "--name", "m", "--retries", "0", "--max-new-tokens", "3"],
-        ["pairs", "in.jsonl", "-o", "new/out.jsonl"],
+        ["pairs", "in.jsonl", "-o", "new/out.jsonl", "--min-chosen-reward", "5"],
         ["calibrate", "in.jsonl"],
         ["audit", "in.jsonl"],
     ],
