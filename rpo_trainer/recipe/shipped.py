@@ -1,4 +1,4 @@
-"""The recipes and launch configurations that come with the package."""
+"""The recipes and launch configurations of the package."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 import shutil
 from pathlib import Path
 
-from rpo_trainer.errors import RunError
+from rpo_trainer.errors import RunError, suggestion
 
 PACKAGE = Path(__file__).parents[1]
 _SUFFIXES = (".yaml", ".json")
 
 
 def folder() -> Path:
-    """Where they lie: in an installed package inside of it, in a checkout beside it."""
+    """Return their directory: in an installed package inside it, in a checkout next to it."""
     inside = PACKAGE / "recipes"
     return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
 
 def shipped() -> dict[str, str]:
-    """Name → what it is, in a sentence."""
+    """Return the name of each, and its description in one sentence."""
     root = folder()
     return {
         path.relative_to(root).as_posix(): _sentence(path)
@@ -29,21 +29,25 @@ def shipped() -> dict[str, str]:
 
 
 def text_of(name: str) -> str:
-    """The text of one.
+    """Return the text of a recipe.
 
     Raises:
-        RunError: there is none of this name.
+        RunError: there is no recipe of this name.
     """
     names = [known for known in shipped() if name in (known, known.rsplit(".", 1)[0])]
     if not names:
         raise RunError(
-            f"no recipe {name!r} comes with the package",
+            f"unknown recipe {name!r}{suggestion(name, _names())}",
             code="option.unknown-recipe",
             where=str(folder()),
-            why="only the recipes in this folder are known by name",
-            fix="rpo-trainer recipes lists them",
+            why="only the recipes of the package can be printed by name",
+            fix="list them with `rpo-trainer recipes`",
         )
     return (folder() / names[0]).read_text(encoding="utf-8")
+
+
+def _names() -> list[str]:
+    return [form for name in shipped() for form in (name, name.rsplit(".", 1)[0])]
 
 
 def copy_to(target: Path, *, overwrite: bool = False) -> Path:
@@ -69,9 +73,9 @@ def copy_to(target: Path, *, overwrite: bool = False) -> Path:
 
 
 def _sentence(path: Path) -> str:
-    """The first of the comment at the top; of JSON, which has none, what its name says."""
+    """Return the first sentence of the comment at the top; of JSON, a text with its name."""
     if path.suffix == ".json":
-        return f"DeepSpeed's settings of accelerate/{path.stem}.yaml"
+        return f"DeepSpeed settings of accelerate/{path.stem}.yaml"
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("# "):
