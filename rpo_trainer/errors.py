@@ -171,4 +171,5 @@ class Problems(RPOTrainerError):
         return Problems, (self.problems,)
 
     def __str__(self) -> str:
-        return "\n".join([*(str(problem) for problem in self.problems), self.what])
+        counted = [self.what] if len(self.problems) > 1 else []
+        return "\n".join([*(str(problem) for problem in self.problems), *counted])

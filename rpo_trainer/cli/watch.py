@@ -79,7 +79,7 @@ def _line(stage: StageResults) -> str:
     """One line on a stage: its state, the last step, and its loss."""
     from rpo_trainer.report.formatting import duration, short
 
-    parts = [stage.record.state]
+    parts: list[str] = [stage.record.state]
     row = next((row for row in reversed(stage.metrics) if "loss" in row and "step" in row), None)
     if row is not None:
         parts += [f"step {row['step']}", f"loss {short(float(row['loss']), 4)}"]

@@ -117,6 +117,8 @@ def _words(item: Mapping[str, Any], key: Key, origins: Origins) -> Words:
         return _unknown_key(key, origins)
     if kind in EXPECTED:
         what = f"`{name}` must be {EXPECTED[kind]}, got {described(value)}"
+        if isinstance(value, str) and "path" in fields_at(key, origins.data):
+            return Words(what, f"write `path: {value}`", code="recipe.wrong-type")
         return Words(what, _retype(EXPECTED[kind], value, about), code="recipe.wrong-type")
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
@@ -228,8 +230,11 @@ def _unknown_key(key: Key, origins: Origins) -> Words:
         if elsewhere:
             renamed = f", as `{ours}`" if ours != name else ""
             what = f"`{name}` does not belong in {level}"
-            fix = f"it belongs in {_listed(elsewhere[:3])}{renamed}"
+            fix = f"move it to {_listed(elsewhere[:3])}{renamed}"
             return Words(what, fix, code="recipe.misplaced-key")
+    if not key[:-1] and name in origins.stage_names():
+        what = f"unknown field `{name}` in the recipe; `{name}` is a stage"
+        return Words(what, f"write `stages.{name}...`", code="recipe.unknown-key")
     near, fix = (None, instead) if instead else _instead(name, ours, known, key)
     hint = f"; did you mean `{near}`?" if near else ""
     return Words(f"unknown field `{name}` in {level}{hint}", fix, code="recipe.unknown-key")
@@ -242,9 +247,9 @@ def _instead(name: str, ours: str, known: Mapping[str, str], key: Key) -> tuple[
         return near, f"write `{near}`: {known[near]}"
     if (key[0], len(key)) in (("stages", 3), ("defaults", 2)):
         return None, "put fields of `transformers.TrainingArguments` under `training_args`"
-    far = did_you_mean(name, list(places()))
+    far = did_you_mean(name, list(places())) if len(name) > 3 else None
     if far:
-        return far, f"it belongs in {_listed(places()[far][:3])}"
+        return far, f"write `{far}` in {_listed(places()[far][:3])}"
     return None, f"use one of {_listed([f'`{field}`' for field in known])}"
 
 

@@ -65,10 +65,11 @@ def _override(key: str, has_value: bool, text: str, word: str) -> Override:
             "`=` is missing", code="option.missing-value", where=where, why=_WHY, fix=example
         )
     if not text:
-        fix = f"{example}; `null` removes a value"
-        raise RecipeError(
-            "the value is missing", code="option.missing-value", where=where, why=_WHY, fix=fix
-        )
+        what, fix = "the value is missing", f"{example}; `null` removes a value"
+        if not has_value and "." not in key:
+            what = "no such option, and no value for an override"
+            fix = f"see --help for the options, or {example}"
+        raise RecipeError(what, code="option.missing-value", where=where, why=_WHY, fix=fix)
     try:
         value = parse(text).data
     except YamlProblem as problem:
@@ -189,7 +190,8 @@ def _stage_index(stages: Sequence[Any], part: str, override: Override) -> int:
         code="option.unknown-stage",
         where=override.where,
         why="an override changes an existing stage",
-        fix=f"use one of {known}, or an index from 0 to {len(stages) - 1}",
+        fix=f"use one of {known}"
+        + f", or an index from 0 to {len(stages) - 1}" * (len(stages) > 1),
     )
 
 

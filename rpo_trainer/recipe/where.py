@@ -92,6 +92,12 @@ class Origins:
                     return index, name
         return None
 
+    def stage_names(self) -> list[str]:
+        """Return the names of all stages, rounds included."""
+        stages = self.value(("stages",))
+        named = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+        return stage_names([s for s in named if isinstance(s.get("name"), str)])
+
     def stage_name(self, index: str | int) -> str:
         """Return the name of a stage, or its index if it has none."""
         name = self.value(("stages", index, "name"))
