@@ -171,5 +171,4 @@ class Problems(RPOTrainerError):
         return Problems, (self.problems,)
 
     def __str__(self) -> str:
-        counted = [self.what] if len(self.problems) > 1 else []
-        return "\n".join([*(str(problem) for problem in self.problems), *counted])
+        return "\n".join([*(str(problem) for problem in self.problems), self.what])

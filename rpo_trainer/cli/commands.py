@@ -298,7 +298,7 @@ def _show_error(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         text = io.StringIO()
         error.show(file=text)
-        click.echo(redact(text.getvalue()), err=True, nl=False)
+        click.echo(wrap(redact(text.getvalue().rstrip("\n"))), err=True)
         return error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
         click.echo("stopped", err=True)

@@ -47,9 +47,7 @@ _input = click.argument("data", metavar="INPUT", type=click.Path(path_type=Path)
 _output = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Output file."
 )
-_overwrite = click.option(
-    "--overwrite", is_flag=True, help="Replace an existing output of other rows or settings."
-)
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 _format = click.option(
     "--format", "format_", help="Format of INPUT.  [default: detected from its columns]"
 )

@@ -234,7 +234,9 @@ def _unknown_key(key: Key, origins: Origins) -> Words:
             return Words(what, fix, code="recipe.misplaced-key")
     if not key[:-1] and name in origins.stage_names():
         what = f"unknown field `{name}` in the recipe; `{name}` is a stage"
-        return Words(what, f"write `stages.{name}...`", code="recipe.unknown-key")
+        override = origins.overrides.get(key, "").removeprefix("override ")
+        fix = f"write `stages.{override}`" if override else "move it to the list `stages`"
+        return Words(what, fix, code="recipe.unknown-key")
     near, fix = (None, instead) if instead else _instead(name, ours, known, key)
     hint = f"; did you mean `{near}`?" if near else ""
     return Words(f"unknown field `{name}` in {level}{hint}", fix, code="recipe.unknown-key")

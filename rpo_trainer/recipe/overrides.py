@@ -78,7 +78,7 @@ def _override(key: str, has_value: bool, text: str, word: str) -> Override:
             code="option.invalid-yaml",
             where=where,
             why="values of overrides are YAML, as in the file",
-            fix="quote text with special characters: key='\"...\"'",
+            fix="put quotes around text with special characters: key='\"...\"'",
         ) from problem
     shown = "..." if is_secret(key.rpartition(".")[2], value) else text
     return Override(key, value, f"override {key}={shown}")

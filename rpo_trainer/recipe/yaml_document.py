@@ -118,7 +118,7 @@ class _PlainComposer(Composer):
         event = self.parser.peek_event()
         if not isinstance(event, StreamEndEvent):
             raise YamlProblem(
-                "a second YAML document starts here",
+                "a second document starts here",
                 line=_line(event),
                 fix="remove the `---` and one of the documents",
                 why="a file has one recipe",

@@ -353,7 +353,7 @@ def _after_an_adapter(at: At, peft: Raw, before: Raw, name: str) -> Errors:
             continue
         yield wrong(
             (*at, field) if field in peft else at,
-            f"`{field}` is `{_text(new)}` here and `{_text(old)}` in stage {name}, whose adapter this "
+            f"`{field}: {_text(new)}` here, but `{field}: {_text(old)}` in stage {name}, whose adapter this "
             "stage continues to train",
             code="recipe.changed-adapter",
             why=f"stage {name} has `between_stages: keep`",
