@@ -353,8 +353,8 @@ def _after_an_adapter(at: At, peft: Raw, before: Raw, name: str) -> Errors:
             continue
         yield wrong(
             (*at, field) if field in peft else at,
-            f"`{field}: {_text(new)}` here, but `{field}: {_text(old)}` in stage {name}, whose adapter this "
-            "stage continues to train",
+            f"`{field}` is `{_text(new)}` here, but `{field}: {_text(old)}` in stage {name}, whose adapter "
+            "this stage continues to train",
             code="recipe.changed-adapter",
             why=f"stage {name} has `between_stages: keep`",
             fix=f"use the same `peft` in both stages, or write `between_stages: merge` in {name}",
