@@ -183,7 +183,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
         name, value = _assignment(part, "--weights")
         if name in found:
             raise RecipeError(
-                f"the attribute {name!r} is repeated",
+                f"{name!r} has two weights",
                 code="option.repeated-name",
                 where="--weights",
                 why="an attribute has one weight",
