@@ -6,9 +6,10 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,7 @@ def recipes(name: str | None, copy: Path | None, overwrite: bool) -> None:
     elif copy is not None:
         click.echo(f"copied to {shipped.copy_to(copy, overwrite=overwrite)}")
     else:
-        found = shipped.shipped()
-        width = max(map(len, found))
-        for each, sentence in found.items():
-            click.echo(f"{each:{width}}  {sentence}")
+        _list(shipped.shipped())
 
 
 for _command in (*RECIPE_COMMANDS, *REWARD_COMMANDS):
@@ -222,6 +220,18 @@ def _run(
             click.echo(f"report: {build_report(folder)}")
         except RunError as error:  # such as a missing extra: the run itself has succeeded
             click.echo(f"no report: {error}", err=True)
+
+
+def _list(found: Mapping[str, str]) -> None:
+    """Print names and descriptions in two columns, wrapped at words in a terminal."""
+    if sys.stdout.isatty():
+        formatter = click.HelpFormatter(width=shutil.get_terminal_size().columns)
+        formatter.write_dl(list(found.items()), col_max=32)
+        click.echo(formatter.getvalue(), nl=False)
+        return
+    width = max(map(len, found))
+    for name, sentence in found.items():
+        click.echo(f"{name:{width}}  {sentence}")
 
 
 def _rank(name: str) -> int:
