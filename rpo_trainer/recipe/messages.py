@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from rpo_trainer.errors import RecipeError, did_you_mean
+from rpo_trainer.errors import RecipeError, did_you_mean, suggestion
 from rpo_trainer.losses import find_loss
 from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, FOREIGN_NAMES, field_of
 from rpo_trainer.recipe.rules.forms import CUSTOM, NOT_CONVERTED, short
@@ -118,7 +118,8 @@ def _words(item: Mapping[str, Any], key: Key, origins: Origins) -> Words:
     if kind in EXPECTED:
         what = f"`{name}` must be {EXPECTED[kind]}, got {described(value)}"
         if isinstance(value, str) and "path" in fields_at(key, origins.data):
-            return Words(what, f"write `path: {value}`", code="recipe.wrong-type")
+            source = f"[{{path: {value}}}]" if kind == "list_type" else f"path: {value}"
+            return Words(what, f"write `{source}`", code="recipe.wrong-type")
         return Words(what, _retype(EXPECTED[kind], value, about), code="recipe.wrong-type")
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
@@ -212,9 +213,7 @@ def _kind_of_stage(stage: object, level: str) -> Words:
     if kind is None:
         what, fix = f"`kind` is missing in {level}", f"add `kind: ...`, one of {kinds}"
         return Words(what, fix, code="recipe.missing-field")
-    near = did_you_mean(str(kind), list(STAGE_KINDS))
-    hint = f"; did you mean `{near}`?" if near else ""
-    what = f"{level} has the unknown kind `{kind}`{hint}"
+    what = f"{level} has the unknown kind `{kind}`{suggestion(str(kind), STAGE_KINDS)}"
     return Words(what, f"write one of {kinds}", code="recipe.invalid-choice")
 
 
