@@ -22,10 +22,10 @@ def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     return near[0] if near else None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean `x`?" for the word of `did_you_mean`, or "" if there is none."""
+    near = did_you_mean(word, list(known))
+    return f"; did you mean `{near}`?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpo_trainer.errors import RecipeError, nearest
+from rpo_trainer.errors import RecipeError, suggestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -173,7 +173,7 @@ def require_known(what: str, name: str, known: tuple[str, ...], *, code: str) ->
     """Raises RecipeError for a name of a task or split that is not known, with this code."""
     if name not in known:
         raise RecipeError(
-            f"unknown {what} '{name}' of the built-in data{nearest(name, known)}",
+            f"unknown {what} '{name}' of the built-in data{suggestion(name, known)}",
             code=code,
             where=what,
             why="its rows are made when they are asked for, and none are made in place of others",

@@ -22,6 +22,7 @@ from rpo_trainer.stages.inputs import (
     at_most,
     dataset_fingerprint,
     fitted_stage,
+    held_out_prompts,
     needs_policy,
     set_aside,
     source_digests,
@@ -432,5 +433,5 @@ def test_rows_that_are_held_out_are_not_of_the_training_rows() -> None:
     stage: Any = SimpleNamespace(data=SimpleNamespace(eval_fraction=0.3))
     audit = Audit()
     audit.add_read("a", 10)
-    train, held = set_aside(stage, rows, seed=0, audit=audit)
+    train, held = set_aside(rows, held_out_prompts(stage, rows, seed=0), audit)
     assert held is not None and (len(train), len(held), audit.rows()) == (7, 3, 7)
