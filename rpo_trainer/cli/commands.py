@@ -349,7 +349,7 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 def _shown(error: RPOTrainerError) -> str:
     """An error wrapped for a terminal; in a pipe `file:line: message`, one line for each part."""
-    if sys.stderr.isatty() or "COLUMNS" in os.environ:
+    if sys.stderr.isatty():
         return render(error, min(shutil.get_terminal_size().columns, 100))
     return f"error: {error}"
 
