@@ -59,7 +59,10 @@ def test_every_error_says_what_is_wrong_and_how_to_fix_it() -> None:
         ("raise DataError(e.what, why=e.why, fix=e.fix) from e", []),
         ("raise DataError('a', where='w', fix='c')", []),
         ("raise DataError('a', where='w', why='b')", ["1: DataError without fix"]),
-        ("raise errors.RunError('a', why='', fix=None)", ["1: RunError without fix, the text of why"]),
+        (
+            "raise errors.RunError('a', why='', fix=None)",
+            ["1: RunError without fix, the text of why"],
+        ),
         ("x = [\n  RecipeError(why='b', fix='c')]", ["2: RecipeError without what"]),
         ("raise ValueError('a')", []),
     ],

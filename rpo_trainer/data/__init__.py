@@ -1,6 +1,7 @@
 """Data: read, convert to one internal format, filter, mix, render and tokenize.
 
-Importing this package does not import torch or transformers, so that the data of a recipe can be checked quickly.
+Importing this package does not import torch or transformers, so that the data of a recipe can be checked
+quickly.
 
 pipeline          `load_rows`, `prepare_dataset`: all steps below, in order
 

@@ -219,9 +219,7 @@ def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: s
             where=where,
             why="one of them may hold the prompt",
             fix=f"map the column that holds it: {mapping_for(['prompt'], likely)}"
-            + (
-                ", or write `format: orca` for `question` with `system`" * ("question" in likely)
-            ),
+            + (", or write `format: orca` for `question` with `system`" * ("question" in likely)),
         )
 
 
@@ -347,7 +345,8 @@ def _rewards(new: Row, required: bool, audit: Audit) -> list[float] | None:
         return [float(reward) for reward in rewards]
     if required:
         raise RowError(
-            f"a reward is {faults[0]}; RPO needs a number for every response", code="data.bad-reward"
+            f"a reward is {faults[0]}; RPO needs a number for every response",
+            code="data.bad-reward",
         )
     if any(reward is not None for reward in rewards):
         audit.warn("unusable_rewards", new["id"])

@@ -62,8 +62,8 @@ def unread(
 ) -> tuple[list[str], list[str]]:
     """Split columns that are not read into those that may affect training and the others.
 
-    The first are texts, at any depth, and flags that control training; not names and numbers that describe the
-    origin or the quality of a row. Columns without a value in any row are in neither list.
+    The first are texts, at any depth, and flags that control training; not names and numbers that describe
+    the origin or the quality of a row. Columns without a value in any row are in neither list.
     """
     missed, others = [], []
     for column in sorted(columns):

@@ -116,7 +116,8 @@ class CutResponses:
 
 
 class Count:
-    """A number of rows and the ids of the first few; `of`: the base of the percentage if not all used rows."""
+    """A number of rows and the ids of the first few; `of`: the base of the percentage if not all used
+    rows."""
 
     def __init__(self) -> None:
         self.count = 0

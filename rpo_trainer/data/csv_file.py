@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from rpo_trainer.data.json_file import NOT_WHOLE, decode
+from rpo_trainer.data.json_file import decode
 from rpo_trainer.errors import DataError
 
 INDEX = "Unnamed: 0"  # pandas' name for the unnamed column that `to_csv` writes
@@ -104,7 +104,6 @@ def _invalid(what: str, where: str) -> DataError:
         f"not valid CSV ({what})",
         code="data.invalid-csv",
         where=where,
-        why=NOT_WHOLE,
         fix="write as many fields in every row as there are names in the first line; enclose fields with "
         'commas, line breaks or a leading quote in double quotes, and double the quotes inside ("")',
     )

@@ -87,7 +87,9 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         f"the columns {', '.join(sorted(columns))} match no format for {_PURPOSE[kind]}",
         code="data.unrecognized-columns",
         where=where,
-        why=f"they match {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}" if other else None,
+        why=f"they match {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
+        if other
+        else None,
         fix=f"map the columns with `columns: {{ours: theirs}}`{_nearest(table, kind, columns)}; formats: "
         + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
     )

@@ -24,8 +24,8 @@ def prompt_key(row: Row) -> bytes:
 def loose_prompt_key(row: Row) -> bytes:
     """Return a digest of a row's prompt that ignores differences a reader would not notice.
 
-    Texts are NFKC-normalized and case-folded, and white space is collapsed. Of messages only the content counts,
-    so that a text and a message with the same text have equal keys.
+    Texts are NFKC-normalized and case-folded, and white space is collapsed. Of messages only the content
+    counts, so that a text and a message with the same text have equal keys.
     """
     prompt = _prompt(row)
     texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
@@ -50,7 +50,8 @@ def _prompt(row: Row) -> str | list[Message]:
 
 
 def repeated(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows whose prompt equals an earlier one exactly, and those where only the loose keys are equal."""
+    """Return the rows whose prompt equals an earlier one exactly, and those where only the loose keys are
+    equal."""
     exact: set[bytes] = set()
     loose: set[bytes] = set()
     same, alike = [], []

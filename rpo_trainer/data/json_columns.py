@@ -35,8 +35,8 @@ def decode_json_columns(
         ids: row ids.
 
     Raises:
-        DataError, or Problems: only some values of a decoded column can be decoded, or the format expects text
-            in the column.
+        DataError, or Problems: only some values of a decoded column can be decoded, or the format expects
+            text in the column.
     """
     found = [dict(row) for row in rows]
     for column in [c for c, kind in types.items() if kind in ("list", "answers")]:

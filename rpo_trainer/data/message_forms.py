@@ -39,11 +39,12 @@ class ThinkingForms:
         return {**message, "content": found[2].lstrip(), "reasoning_content": found[1].strip()}
 
 
-def learn_thinking(written: Callable[[Message], str | None], *, opened: bool) -> ThinkingForms:
+def find_thinking_forms(written: Callable[[Message], str | None], *, opened: bool) -> ThinkingForms:
     """Find the forms that a template renders differently in the content and in a separate key.
 
     Args:
-        written: renders a conversation that ends with the given assistant turn; None if the template refuses it.
+        written: renders a conversation that ends with the given assistant turn; None if the template
+            refuses it.
         opened: the generation prompt ends with an opening thinking marker.
     """
     every = ThinkingForms(marked=True, unopened=True)
@@ -59,7 +60,8 @@ def learn_thinking(written: Callable[[Message], str | None], *, opened: bool) ->
 
 
 def with_thinking(message: Message) -> Message:
-    """Return the message with its thinking under every key that templates read, as recent transformers does."""
+    """Return the message with its thinking under every key that templates read, as recent transformers
+    does."""
     thought = next((message[key] for key in THINKING if message.get(key)), None)
     return message if thought is None else {**message, **dict.fromkeys(THINKING, thought)}
 
@@ -72,8 +74,8 @@ def in_parts(message: Message) -> Message:
 
 
 def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the messages unchanged, then with every call as `{"type", "function": {...}}`, with arguments as an
-    object (the form that most templates read), then as JSON text (the form of OpenAI's messages)."""
+    """Yield the messages unchanged, then with every call as `{"type", "function": {...}}`, with arguments
+    as an object (the form that most templates read), then as JSON text (the form of OpenAI's messages)."""
     yield messages
     for as_text in (False, True):
         yield [

@@ -138,7 +138,9 @@ def _weight(raw: Mapping[str, Any], what: str) -> Any:
     flags = {key: raw[key] for key in TRAIN_FLAGS if key in raw}
     for key, value in flags.items():
         if isinstance(value, str) or value not in (0, 1):
-            raise RowError(f"`{key}` of a message in {what} is not 0 or 1", code="data.bad-train-flag")
+            raise RowError(
+                f"`{key}` of a message in {what} is not 0 or 1", code="data.bad-train-flag"
+            )
     if len({bool(value) for value in flags.values()}) > 1:
         raise RowError(
             f"{' and '.join(f'`{key}`' for key in flags)} of a message in {what} differ",
@@ -154,7 +156,9 @@ def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
     """
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     if not is_messages(parts):
-        raise RowError(f"the content of a message in {what} is a list, not text", code="data.not-text")
+        raise RowError(
+            f"the content of a message in {what} is a list, not text", code="data.not-text"
+        )
     for part in parts:
         given = {key: value for key, value in part.items() if value is not None}
         kind = given.pop("type", None)

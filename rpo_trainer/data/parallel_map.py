@@ -50,9 +50,7 @@ def map_batches(
                     yield result
                     done += 1
             except BrokenProcessPool:
-                logger.warning(
-                    "a tokenizer process was killed; tokenizing the rest in one process"
-                )
+                logger.warning("a tokenizer process was killed; tokenizing the rest in one process")
     yield from map(work, batches[done:])
 
 

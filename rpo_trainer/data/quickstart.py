@@ -83,7 +83,8 @@ def code_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
 
 
 def general_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
-    """Return rows of `quickstart/general` (see `load_task`): instructions with answers of the weak teacher."""
+    """Return rows of `quickstart/general` (see `load_task`): instructions with answers of the weak
+    teacher."""
     return _rows(GENERAL, _instruction, _weak_teacher, split, size, seed)
 
 
@@ -155,7 +156,8 @@ def _weak_teacher(truth: str, arguments: tuple[Any, ...], rng: Random) -> str:
 
 
 def _slips(truth: str, given: str) -> list[str]:
-    """Return plausible wrong answers: off by one or ten, two letters swapped, the last one missing, the input."""
+    """Return plausible wrong answers: off by one or ten, two letters swapped, the last one missing, the
+    input."""
     if truth.isdigit():
         number = int(truth)
         found = [str(number + step) for step in (-10, -1, 1, 10) if number + step >= 0]
@@ -179,10 +181,11 @@ def require_known(what: str, name: str, known: tuple[str, ...], *, code: str) ->
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with 100 tokens: printable ASCII and newline, one per character, and 4 special tokens.
+    """Return a tokenizer with 100 tokens: printable ASCII and newline, one per character, and 4 special
+    tokens.
 
-    `<s>` begins a text, `</s>` ends a response, `<pad>` pads, and any other character is `<unk>`. It has no chat
-    template.
+    `<s>` begins a text, `</s>` ends a response, `<pad>` pads, and any other character is `<unk>`. It has no
+    chat template.
     """
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast

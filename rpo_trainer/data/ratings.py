@@ -71,8 +71,8 @@ def _within(value: float, bounds: tuple[float, float]) -> bool:
 def hold_out(rows: Sequence[Row], fraction: float, *, seed: int) -> tuple[list[Row], list[Row]]:
     """Split rows into training rows and held-out rows that share no prompt.
 
-    `fraction` of the prompts (rounded to the nearest, at least one), selected by `seed`, are held out with all
-    their rows. Both lists keep the order of `rows`.
+    `fraction` of the prompts (rounded to the nearest, at least one), selected by `seed`, are held out with
+    all their rows. Both lists keep the order of `rows`.
 
     Raises:
         DataError: fewer than two different prompts.

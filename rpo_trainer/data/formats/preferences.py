@@ -19,7 +19,8 @@ from rpo_trainer.data.shared_columns import tools
 
 
 def _finished(raw: Raw, count: int) -> Row:
-    """Return which responses are complete (not truncated), as `generate` writes it; empty without the column."""
+    """Return which responses are complete (not truncated), as `generate` writes it; empty without the
+    column."""
     flags = raw.get("finished")
     if flags is None:
         return {}

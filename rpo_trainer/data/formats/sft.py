@@ -18,9 +18,7 @@ from rpo_trainer.data.rows import Message, Row, RowError, check_text
 def _whole(messages: list[Message], what: str) -> Row:
     check_conversation(messages, what)
     if all(message["role"] != "assistant" for message in messages):
-        raise RowError(
-            f"{what} has no assistant turn to train on", code="data.no-assistant-turn"
-        )
+        raise RowError(f"{what} has no assistant turn to train on", code="data.no-assistant-turn")
     return {"messages": messages}
 
 
