@@ -134,7 +134,7 @@ def adapt(
         try:
             for column in needed:
                 if row.get(column) is None:
-                    raise RowError(f"`{column}` is absent or null", code="data.missing-value")
+                    raise RowError(f"`{column}` is missing or null", code="data.missing-value")
             refuse_media(row)
             new = {"id": row_id, "source": raw.name, **chosen.convert(row), **tools(row)}
             for column in [*new.pop("unread", ()), *unread_system(new, row)]:

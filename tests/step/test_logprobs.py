@@ -162,7 +162,7 @@ def test_memory_grows_with_neither_tokens_times_vocabulary(dtype, softcap, froze
 
     beyond(8, 8)
     sizes = [beyond(n, v) for n, v in ((512, 2048), (512, 8192), (1024, 8192))]
-    per_token = 512 * (64 + 2 * h)  # normalisers, labels, d_hidden in its own dtype
+    per_token = 512 * (64 + 2 * h)  # normalizers, labels, d_hidden in its own dtype
     # A soft-cap's slope takes two on the way; a bfloat16 weight is widened and its gradient summed apart.
     tiles = 1 if dtype == torch.float32 and softcap is None else 3
     assert sizes[0] <= tiles * tile + per_token
