@@ -144,7 +144,7 @@ class Audit(AuditCounts):
             return 0
         nearly = f", {len(alike)} of them up to case, white space or Unicode form"
         what = (
-            f"{len(found)} of {len(evaluation)} evaluation rows have a prompt of the training data"
+            f"{len(found)} of {len(evaluation)} eval rows have a prompt of the training data"
             f"{nearly if alike else ''} ({', '.join(str(row['id']) for row in found[:EXAMPLES])})"
         )
         if on_overlap == "error":
@@ -223,14 +223,39 @@ class Audit(AuditCounts):
         ]
 
     def log(self, logger: logging.Logger, what: str, label: str = "") -> None:
-        """Logs everything, warnings as such.
+        """Log the audit in at most two lines: a summary at INFO, and all warnings at WARNING.
+
+        The other messages are logged at DEBUG, one line each.
 
         Args:
-            what: the rows, as a warning names them ("train_dataset").
-            label: goes in front of each line.
+            what: name of the rows in the warnings ("train_dataset").
+            label: prefix of each line.
         """
-        for level, text in self.messages(what):
-            logger.log(level, "%s%s", label, text)
+        messages = self.messages(what)
+        if summary := self.summary():
+            logger.info("%s%s", label, summary)
+        if warnings := [text for level, text in messages if level >= logging.WARNING]:
+            logger.warning("%s%s", label, "; ".join(warnings))
+        for level, text in messages:
+            if level < logging.WARNING:
+                logger.debug("%s%s", label, text)
+
+    def summary(self) -> str:
+        """Return one line: rows read and kept, filter, calibration, judge, and lengths in tokens."""
+        parts = []
+        if self.read:
+            total = sum(self.read.values())
+            several = ", ".join(f"{source} {rows:,}" for source, rows in self.read.items())
+            names = f" ({several})" if len(self.read) > 1 else f" from {next(iter(self.read))}"
+            kept = f", {sum(self.kept.values()):,} kept" if self.kept else ""
+            parts.append(f"{total:,} rows read{names}{kept}")
+        if self.replay:
+            parts.append("{rows:,} rows of stage {stage} replayed".format(**self.replay))
+        parts += self._settings()
+        for name, q in self.lengths().items():
+            if name != TOO_LONG:
+                parts.append(f"{name} tokens: median {q['median']:g}, max {q['max']:g}")
+        return "; ".join(parts)
 
     def _counts(self) -> list[str]:
         lines = []
@@ -244,7 +269,8 @@ class Audit(AuditCounts):
             )
         return lines
 
-    def _facts(self) -> list[str]:
+    def _settings(self) -> list[str]:
+        """Results of the filter, the calibration and the judge."""
         lines = [filtered(self.filter)] if self.filter else []
         if self.calibration:
             how = {
@@ -257,6 +283,10 @@ class Audit(AuditCounts):
             )
         if self.judge:
             lines += bias_lines(self.judge)
+        return lines
+
+    def _facts(self) -> list[str]:
+        lines = self._settings()
         if self.pairs.get("with_rewards"):
             lines.append("{ties} ties, {reversed} reversed among {rows} rows".format(**self.pairs))
         for name, q in self.ratings.items():

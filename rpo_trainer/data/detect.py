@@ -78,7 +78,7 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         if set(refused.columns) <= set(columns):
             raise refused.error(where)
     for format in table.values():
-        if format.kind == kind and all(column in columns for column in format.required):
+        if format.kind == kind and format.fits(columns):
             return format
     if kind == "pair" and not set(columns) - {"prompt", *COMMON}:
         raise ONLY_PROMPTS.error(where)

@@ -131,8 +131,8 @@ def _refuse_reversed(rows: Sequence[Row]) -> None:
     ids = [row["id"] for row in rows if row["rewards"] and row["rewards"][0] < row["rewards"][-1]]
     if len(ids) > REVERSED_LIMIT * len(rows):
         raise DataError(
-            f"in {len(ids)} of {len(rows)} rows chosen has a lower reward than rejected "
-            f"({', '.join(ids[:3])})",
+            f"chosen has a lower reward than rejected: {len(ids)} of {len(rows)} rows, "
+            f"first {', '.join(ids[:3])}",
             code="data.reversed-pairs",
             why=f"with more than {REVERSED_LIMIT:.1%} such rows the columns are probably swapped",
             fix="swap the columns with `columns:`, or set `filter: {reversed: drop}` (or `keep`)",

@@ -52,5 +52,5 @@ def bias_lines(found: dict[str, Any]) -> list[str]:
             "(50 % without position bias)"
         )
     if found["longer_wins"] is not None:
-        lines.append(f"judge: {found['longer_wins']:.0%} of the winners are the longer answer")
+        lines.append(f"judge: the longer answer wins {found['longer_wins']:.0%} of the time")
     return lines

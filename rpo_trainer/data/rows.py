@@ -80,7 +80,7 @@ class RowProblems:
         rows)."""
         return [
             DataError(
-                f"{reason}: {len(ids)} of {total} rows ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})",
+                f"{reason}: {len(ids)} of {total} rows, first {', '.join(ids[:3])}",
                 code=code,
                 where=self.where,
                 why=why,

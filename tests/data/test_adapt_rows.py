@@ -305,7 +305,7 @@ def test_helpsteer2_rows_in_a_row_are_a_pair(audit: Audit) -> None:
     assert (second["id"], second["responses"], second["rewards"]) == ("src:3", ["z", "w"], [0, 0])
     assert audit.dropped["fewer_than_two_responses"].examples == ["src:5"]
     audit.add_read("src", 5)
-    assert "src: 5 rows read, for 3 prompts" in audit.summary_lines()
+    assert audit.joined == {"src": 3}
 
 
 def test_helpsteer2_rows_with_faults() -> None:
@@ -428,7 +428,7 @@ def bad_rows(make: Callable[[int], dict[str, Any]], n: int = 10) -> list[dict[st
 REWARDS = {
     "null": None,
     "text": "3",
-    "a bool": True,
+    "a boolean": True,
     "NaN": math.nan,
     "infinite": -math.inf,
     "list": [1],
@@ -442,7 +442,7 @@ def test_rewards_that_rpo_cannot_use(fault: str, column: str) -> None:
     bad = [f"r{i}" for i in range(0, 10, 2)]
     with raises("data.bad-reward", DataError, where="file.jsonl", rows=bad, of=10) as error:
         adapted(rows, "pair", require_rewards=True)
-    assert f" {fault}," in error.value.what
+    assert f" {fault};" in error.value.what
     audit = Audit()
     found = adapted(rows, "pair", audit)  # DPO does without
     assert [row["rewards"] for row in found[:2]] == [None, [2.0, 1.0]]
@@ -464,7 +464,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "prompt": ({"prompt": None}, "data.missing-value", "`prompt`"),
     "number": ({"chosen": 3}, "data.not-messages", "`chosen`"),
     "content": ({"chosen": [{"role": "assistant", "content": 3}]}, "data.wrong-type", "int"),
-    "parts": ({"chosen": [{"role": "assistant", "content": [{}]}]}, "data.not-text", "list"),
+    "parts": ({"chosen": [{"role": "assistant", "content": [{}]}]}, "data.not-text", "`chosen`"),
     "role": ({"chosen": [{"role": "narrator", "content": "x"}]}, "data.unknown-role", "'narrator'"),
     "no answer": ({"chosen": [Q]}, "data.no-assistant-turn", "`chosen`"),
     "calls": (

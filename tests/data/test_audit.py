@@ -69,13 +69,13 @@ def test_sources_whose_rewards_have_another_unit(audit: Audit) -> None:
     rows.append({**pair(0, "0", None), "source": "none"})
     audit.check_target_gaps(rows, 1.0)
     wide, small = audit.remarks
-    assert wide.startswith("hundreds: ") and " wide " in wide and "3 of 3 rows" in wide
+    assert wide.startswith("hundreds: ") and " large " in wide and "3 of 3 rows" in wide
     assert small.startswith("hundredths: ") and " small " in small and "3 of 3 rows" in small
     audit.remarks.clear()
     audit.check_target_gaps(rows, 100.0)  # of most rows: said once
     (remark,) = audit.remarks
     assert (
-        ":" not in remark.partition(" is ")[0] and " wide " in remark and "9 of 12 rows" in remark
+        ":" not in remark.partition(" is ")[0] and " large " in remark and "9 of 12 rows" in remark
     )
 
 

@@ -35,7 +35,7 @@ def trained(row: dict[str, Any], tokenizer: Any) -> list[str]:
 def test_no_chat_template_where_messages_need_one(plain_text: Any) -> None:
     with raises("template.missing", DataError, where="model.chat_template", exit_code=3) as error:
         tokenized(CHAT, plain_text)
-    assert "chatml | plain" in str(error.value.fix)
+    assert "chatml, plain" in str(error.value.fix)
     assert trained(TEXT, plain_text) == ["yes</s>"]  # texts do without
 
 
@@ -59,7 +59,7 @@ def test_a_chat_template_that_is_not_there(plain_text: Any) -> None:
     with raises("template.unreadable", ModelError, where="model.chat_template") as error:
         set_chat_template(plain_text, "absent.jinja")
     assert "'absent.jinja'" in error.value.what and "[Errno 2]" in error.value.what
-    assert "chatml | plain" in str(error.value.fix)
+    assert "chatml, plain" in str(error.value.fix)
 
 
 TEMPLATES = {

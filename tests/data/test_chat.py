@@ -265,7 +265,7 @@ def test_set_chat_template(tmp_path: Path, make_tokenizer: Callable[..., Any]) -
     assert set_chat_template(tokenizer, path).chat_template == "{# é #}"
     with raises("template.unreadable", ModelError) as error:
         set_chat_template(tokenizer, "chatlm")
-    assert "'chatlm'" in error.value.what and "chatml | plain" in str(error.value.fix)
+    assert "'chatlm'" in error.value.what and "chatml, plain" in str(error.value.fix)
     with raises("template.missing-tokens", ModelError) as error:
         set_chat_template(tokenizer, "chatml")
     assert "<|im_start|>" in error.value.what

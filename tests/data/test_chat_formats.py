@@ -175,7 +175,7 @@ def test_gemma_takes_no_system_prompt(tokenizers: Callable[[str], Any]) -> None:
     with raises("template.refuses-row", DataError, rows=["r1"], of=2) as error:
         tokenize(rows, tokenizer)
     assert "(System role not supported)" in error.value.what
-    assert "chat_template: chatml | plain" in str(error.value.fix)
+    assert "chatml, plain" in str(error.value.fix)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma"])
@@ -287,7 +287,7 @@ def test_calls_that_the_template_does_not_write_are_refused(
     tokenizer = tokenizers(name)
     with raises("template.unwritten-tool-calls", DataError, rows=["r0"], of=1) as error:
         tokenize([row(*CALLING)], tokenizer)
-    assert "chat_template: chatml | plain" in str(error.value.fix)
+    assert "chatml, plain" in str(error.value.fix)
 
 
 def test_turns_of_weight_0_are_not_trained(tokenizers: Callable[[str], Any]) -> None:

@@ -49,10 +49,22 @@ def test_layouts_of_pairs(columns: Row, prompt: Any) -> None:
     assert not audit.extra_columns and not audit.warnings
 
 
-def test_orca_by_name() -> None:
+def test_orca_pairs() -> None:
     row = {"system": "s", "question": "q", **PAIR}
-    assert adapted(row, format="orca")["prompt"] == [SYSTEM, Q]
-    assert adapted({**row, "system": ""}, format="orca")["prompt"] == [Q]
+    for options in ({}, {"format": "orca"}):
+        audit = Audit()
+        assert adapted(row, audit=audit, **options)["prompt"] == [SYSTEM, Q]
+        assert not audit.extra_columns and not audit.warnings
+        assert adapted({**row, "system": ""}, **options)["prompt"] == [Q]
+    rewards = {"chosen_reward": 2, "rejected_reward": 1}
+    assert adapted({**row, **rewards}, require_rewards=True)["rewards"] == [2.0, 1.0]
+
+
+def test_a_question_with_another_prompt_column_is_not_an_orca_pair() -> None:
+    audit = Audit()
+    row = {"system": "s", "question": "other", "prompt": "q", **PAIR}
+    assert adapted(row, audit=audit)["prompt"] == "s\n\nq"
+    assert audit.unread_columns == {"src": ["question"]}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +135,7 @@ def test_missed_columns_are_warnings_and_others_are_told() -> None:
     audit = Audit()
     adapted({"prompt": "q", **PAIR, "notes": "x", "model": "m"}, audit=audit)
     levels = {text: level for level, text in audit.messages()}
-    assert levels["src: columns that are not read: notes"] == logging.WARNING
+    assert levels["src: columns not read: notes"] == logging.WARNING
     assert levels["src: unused columns: model"] == logging.INFO
 
 

@@ -53,7 +53,7 @@ def test_both_kinds_are_counted_apart(audit: Audit) -> None:
     assert audit.warnings["duplicate_prompt"].examples == ["r2"]
     assert audit.warnings["similar_prompt"].examples == ["r1", "r3"]
     assert (
-        "2 rows, prompt seen before but for case, white space or Unicode form (r1, r3)"
+        "2 rows, prompt repeated up to case, white space or Unicode form (r1, r3)"
         in audit.summary_lines()
     )
 
@@ -105,4 +105,4 @@ def test_overlap_of_what_is_held_out_is_an_error(audit: Audit) -> None:
     with raises("data.eval-overlap", DataError, where="data.eval", exit_code=3) as error:
         audit.check_overlap(train, [text_row(9, "a"), text_row(10, "x")], on_overlap="error")
     assert "1 of 2" in error.value.what and "(r9)" in error.value.what
-    assert "`eval_overlap`" in str(error.value.fix)
+    assert "`eval_overlap: warn`" in str(error.value.fix)

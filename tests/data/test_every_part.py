@@ -252,7 +252,7 @@ def test_flags_of_turns(key: str, tokenizer: Any) -> None:
         talk[1][key] = wrong
         with raises("data.bad-train-flag", DataError) as error:
             prepare_dataset([{"messages": talk}], tokenizer, kind="sft", max_length=200)
-        assert f"`{key}` in `messages`" in error.value.what
+        assert f"`{key}` of a message in `messages`" in error.value.what
 
 
 @pytest.mark.parametrize(

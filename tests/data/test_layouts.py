@@ -25,8 +25,8 @@ def rows_of(dev: Path, name: str, source: Any) -> list[Raw]:
     return load_source(source(f"{name}.jsonl"), dev, 0).rows
 
 
-def adapted(rows: list[Raw], kind: Any, **options: Any) -> list[Any]:
-    raw = RawSource("s", rows, list(range(len(rows))), "file")
+def adapted(rows: list[Raw], kind: Any, *, untyped: bool = False, **options: Any) -> list[Any]:
+    raw = RawSource("s", rows, list(range(len(rows))), "file", untyped=untyped)
     return adapt(raw, kind=kind, audit=Audit(), **options)
 
 
@@ -51,6 +51,10 @@ def nemo(row: Raw) -> Raw:
         "chosen_reward": row["chosen_reward"],
         "rejected_reward": row["rejected_reward"],
     }
+
+
+def _exchanges(turns: list[Raw]) -> list[list[Raw]]:
+    return [turns[i : i + 2] for i in range(0, len(turns), 2)]
 
 
 PAIR_LAYOUTS: dict[str, Callable[[Raw], Raw]] = {
@@ -88,6 +92,30 @@ PAIR_LAYOUTS: dict[str, Callable[[Raw], Raw]] = {
         "chosen_reward": row["chosen_reward"],
         "rejected_reward": row["rejected_reward"],
     },
+    "LLaMA-Factory": lambda row: {
+        "system": "",
+        "history": [[m["content"] for m in turns] for turns in _exchanges(row["prompt"][:-1])],
+        "instruction": row["prompt"][-1]["content"],
+        "input": "",
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+        "chosen_reward": row["chosen_reward"],
+        "rejected_reward": row["rejected_reward"],
+    },
+    "Axolotl": lambda row: {
+        "messages": row["prompt"],
+        "chosen": answer(row["chosen"]),
+        "rejected": answer(row["rejected"]),
+        "chosen_reward": row["chosen_reward"],
+        "rejected_reward": row["rejected_reward"],
+    },
+    "CSV": lambda row: {
+        "prompt": json.dumps(row["prompt"]),
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+        "chosen_reward": str(row["chosen_reward"]),
+        "rejected_reward": str(row["rejected_reward"]),
+    },
     "responses": lambda row: {
         "prompt": row["prompt"],
         "responses": [row["chosen"], row["rejected"]],
@@ -108,7 +136,8 @@ def speaking(rows: list[Raw]) -> Iterator[Raw]:
 def test_scored_pairs(dev: Path, source: Any, name: str, layout: str) -> None:
     given = list(speaking(rows_of(dev, name, source)))
     assert len(given) > 800
-    found = adapted([PAIR_LAYOUTS[layout](row) for row in given], "pair", require_rewards=True)
+    rows = [PAIR_LAYOUTS[layout](row) for row in given]
+    found = adapted(rows, "pair", require_rewards=True, untyped=layout == "CSV")
     for row, raw in zip(found, given, strict=True):
         assert row["prompt"] == raw["prompt"]
         assert row["responses"] == [raw["chosen"], raw["rejected"]]

@@ -89,4 +89,4 @@ def test_too_few_rows_to_replay(audit: Audit) -> None:
 def test_a_fraction_of_nothing_is_said(audit: Audit) -> None:
     assert len(replay(10, 100, 0.02, "mix", audit)) == 10
     (remark,) = audit.remarks
-    assert "replay" in remark and "no row" in remark
+    assert "replay" in remark and "0 rows" in remark

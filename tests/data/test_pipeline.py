@@ -124,7 +124,7 @@ def test_warnings_are_shares_of_the_rows_that_they_count(
     }
     lines = audit.summary_lines()
     assert any(f"3 rows ({percent(3, read)}), rewards" in line for line in lines)
-    assert any(f"({percent(again, len(rows))}), prompt seen" in line for line in lines)
+    assert any(f"({percent(again, len(rows))}), repeated prompt" in line for line in lines)
     assert not any("rewards" in concern.text for concern in record.concerns("the rows"))
 
 
@@ -155,7 +155,7 @@ def test_faults_of_all_sources_come_at_once(
     with pytest.raises(Problems) as error:
         load_rows(specs, kind="sft", base_dir=tmp_path, audit=audit, seed=0)
     assert codes_of(error.value) == ["data.wrong-type", "data.no-such-file"]
-    assert "`text`" in str(error.value) and " int:" in str(error.value)
+    assert "`text`" in str(error.value) and " int," in str(error.value)
     assert error.value.exit_code == 3
 
 

@@ -168,7 +168,7 @@ def test_unknown_names_are_named_with_the_nearest_known() -> None:
     assert "'heldout'" in error.value.what
     with raises("data.bad-size", RecipeError) as error:
         load_task(CODE, "train", 0, 0)
-    assert "size is 0" in error.value.what
+    assert "`size`" in error.value.what
 
 
 def test_tokenizer_is_one_token_a_character_and_loses_nothing() -> None:

@@ -146,7 +146,7 @@ def test_a_byte_changed_anywhere_costs_its_row_only(
     made: list[int] = []
     assert run(path, lambda i: made.append(i) or {"n": 7}) == [{**row, "n": 7} for row in ROWS]
     assert made == [place, 11]
-    assert "1 of its lines" in caplog.text and partial_path(path).name in caplog.text
+    assert "1 damaged line" in caplog.text and partial_path(path).name in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_nothing_left(chatml: Any) -> None:
         tokenized([pair(0, "a", "b" * 999)], chatml, "pair", max_length=8)
     assert "temperature" not in str(error.value)
     assert "max_length: median 10" in str(error.value.why)
-    assert "max_length is 8" in str(error.value.fix)
+    assert "max_length (8)" in str(error.value.fix)
 
 
 def test_lengths_of_what_is_too_long(chatml: Any) -> None:

@@ -62,7 +62,7 @@ def test_nothing_is_gathered_where_nothing_is_shared():
 def test_equals_attention_by_hand(asks_for_groups, settings, tensors, monkeypatch):
     """Grouped keys are handed over as they are, with a word about it (torch 2.12) or without (2.11)."""
     calls = emulate(monkeypatch)
-    monkeypatch.setattr(attention_varlen, "_ASKS_FOR_GROUPS", asks_for_groups)
+    monkeypatch.setattr(attention_varlen, "_HAS_GQA_ARGUMENT", asks_for_groups)
     names = {"window": "sliding_window"}
     out, _ = packed_attention(
         nn.Module(), *tensors, None, packing_plan=indexed(),

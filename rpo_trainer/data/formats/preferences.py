@@ -225,6 +225,15 @@ PREFERENCE_FORMATS: dict[str, Format] = {
         prompts=PROMPT_COLUMNS,
         ignored=("prompt_id", "messages"),
     ),
+    # By name alone without `system`: a question may need a template of its own.
+    "orca": Format(
+        "pair",
+        ("question", "chosen", "rejected"),
+        (*_REWARDS, *_ENDED),
+        _orca,
+        detected_by=("system", "question", "chosen", "rejected"),
+        may_lack_rewards=True,
+    ),
     "pairs": Format(
         "pair",
         ("chosen", "rejected"),
@@ -241,6 +250,4 @@ PREFERENCE_FORMATS: dict[str, Format] = {
         _margin,
         prompts=PROMPT_COLUMNS,
     ),
-    # Only by name: a question may be asked with a template of its own.
-    "orca": Format("pair", ("question", "chosen", "rejected"), (*_REWARDS, *_ENDED), _orca),
 }

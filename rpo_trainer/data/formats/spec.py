@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rpo_trainer.attributes import HELPSTEER_ATTRIBUTES
-from rpo_trainer.data.conversation import WITH_INSTRUCTION
+from rpo_trainer.data.conversation import PROMPT_COLUMNS, WITH_INSTRUCTION
 from rpo_trainer.data.rows import Kind, Row
 
 Raw = Mapping[str, Any]
@@ -47,7 +47,8 @@ class Format:
 
     Attributes:
         kind: kind of the rows.
-        required: columns that every row must have, not null. A source with all of them has this format.
+        required: columns that every row must have, not null. A source with all of them has this format,
+            unless `detected_by` is set.
         optional: other columns that are read.
         convert: raw row → fields of an internal row (without id and source); raises RowError.
         sort: sort the responses by reward (the chosen response of a pair stays first).
@@ -56,6 +57,8 @@ class Format:
         prompts: columns of `optional` that may hold the prompt, in order of precedence; only the first one
             that a source has is read.
         ignored: columns of public data sets in this format whose absence from training needs no warning.
+        detected_by: columns that identify the format, if they differ from `required`; a source with another
+            prompt column does not have this format.
         types: types of columns that `COLUMN_TYPES` lacks, or that differ from it.
         may_lack_rewards: rewards are absent, or are in `chosen_reward` and `rejected_reward`.
     """
@@ -69,8 +72,17 @@ class Format:
     together: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    detected_by: tuple[str, ...] = ()
     types: Mapping[str, ColumnType] = field(default_factory=dict)
     may_lack_rewards: bool = False
+
+    def fits(self, present: Collection[str]) -> bool:
+        """Whether a source with these columns has this format."""
+        if not self.detected_by:
+            return all(column in present for column in self.required)
+        return all(column in present for column in self.detected_by) and not any(
+            column in present for column in PROMPT_COLUMNS
+        )
 
     def read(self, present: Collection[str]) -> set[str]:
         """Return the columns of the format that are read in a source with these columns."""
