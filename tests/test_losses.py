@@ -210,8 +210,8 @@ def test_sft_reductions():
     [
         ({"loss_type": "hinge"}, "'hinge'"),
         ({"policy_logps": torch.zeros(2)}, r"policy_logps.*\[2\]"),
-        ({"reference_logps": torch.zeros(1, 3)}, r"reference_logps is \[1, 3\]"),
-        ({"rewards": torch.zeros(2, 2)}, r"rewards is \[2, 2\]"),
+        ({"reference_logps": torch.zeros(1, 3)}, r"reference_logps has shape \[1, 3\]"),
+        ({"rewards": torch.zeros(2, 2)}, r"rewards has shape \[2, 2\]"),
         ({"loss_type": "rpo_bwd_kl"}, "rpo_bwd_kl.*rewards"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing.* ipo"),
         (
