@@ -138,7 +138,7 @@ class Audit(AuditCounts):
         """
         same, alike = shared(train, evaluation)
         found = [*same, *alike]
-        counts = {"rows": len(evaluation), "exact": len(same), "normalised": len(alike)}
+        counts = {"rows": len(evaluation), "exact": len(same), "normalized": len(alike)}
         self.overlap = {name: self.overlap.get(name, 0) + n for name, n in counts.items()}
         if not found:
             return 0

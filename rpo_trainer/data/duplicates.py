@@ -10,7 +10,7 @@ from typing import Literal
 
 from rpo_trainer.data.rows import Message, Row
 
-Dedup = Literal["exact", "normalised"]
+Dedup = Literal["exact", "normalized"]
 
 
 def prompt_key(row: Row) -> bytes:

@@ -88,7 +88,7 @@ class AuditView:
                 "repeated",
                 f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) have a prompt "
                 "that was seen before",
-                "`dedup: exact` or `normalised` keeps the first row of each prompt.",
+                "`dedup: exact` or `normalized` keeps the first row of each prompt.",
             )
         if whole and (cut := rows.get("truncated", 0)) > MANY_CUT * whole:
             yield Concern(

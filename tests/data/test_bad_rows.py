@@ -19,7 +19,7 @@ USER = {"role": "user", "content": "q"}
 
 
 class Run:
-    """Rows written to a file, loaded, filtered and tokenised as a stage does it."""
+    """Rows written to a file, loaded, filtered and tokenized as a stage does it."""
 
     def __init__(self, folder: Path, source: Any, tokenizer: Any) -> None:
         self.folder, self.source, self.tokenizer = folder, source, tokenizer

@@ -65,7 +65,7 @@ def test_duplicates_overlap_and_texts(tmp_path: Path) -> None:
     counts = {reason: count.count for reason, count in found.audit.warnings.items()}
     assert counts["duplicate_prompt"] == 1 and counts["similar_prompt"] == 1
     assert counts["equal_responses"] == 1 and counts["blank_response"] == 1
-    assert found.audit.overlap == {"rows": 1, "exact": 1, "normalised": 0}
+    assert found.audit.overlap == {"rows": 1, "exact": 1, "normalized": 0}
 
 
 def test_rows_that_no_stage_would_read_are_named_and_the_rest_looked_over(tmp_path: Path) -> None:

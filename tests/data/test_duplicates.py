@@ -64,7 +64,7 @@ def test_the_first_row_of_each_prompt_is_kept(audit: Audit) -> None:
     assert audit.dropped == {}
     assert [r["id"] for r in drop_duplicates(rows, "exact", audit)] == ["r0", "r1", "r3"]
     assert audit.dropped["repeated_prompt"].examples == ["r2"]
-    assert [r["id"] for r in drop_duplicates(rows, "normalised", Audit())] == ["r0", "r3"]
+    assert [r["id"] for r in drop_duplicates(rows, "normalized", Audit())] == ["r0", "r3"]
 
 
 def test_across_sources_before_they_are_mixed(
@@ -74,7 +74,7 @@ def test_across_sources_before_they_are_mixed(
     second = jsonl([{"prompt": f"P{i}", "response": "b"} for i in range(2, 8)], "b.jsonl")
     specs = [source(first, weight=1.0), source(second, weight=1.0)]
     options: dict[str, Any] = {"kind": "sft", "base_dir": tmp_path, "seed": 0}
-    rows = load_rows(specs, dedup="normalised", audit=audit, **options)
+    rows = load_rows(specs, dedup="normalized", audit=audit, **options)
     # P2 and P3 are there already; of what is left, half of the blend is of each.
     assert [row["prompt"] for row in rows] == ["p0", "p1", "p2", "p3", "P4", "P5", "P6", "P7"]
     assert audit.dropped["repeated_prompt"].examples == ["b.jsonl:1", "b.jsonl:2"]
@@ -88,11 +88,11 @@ def test_overlap_is_a_remark(audit: Audit) -> None:
     train = [text_row(i, text) for i, text in enumerate(["a", "b", "c"])]
     held_out = [text_row(10 + i, text) for i, text in enumerate(["a", "B ", "d"])]
     assert audit.check_overlap(train, held_out) == 2
-    assert audit.overlap == audit.as_dict()["overlap"] == {"rows": 3, "exact": 1, "normalised": 1}
+    assert audit.overlap == audit.as_dict()["overlap"] == {"rows": 3, "exact": 1, "normalized": 1}
     (remark,) = audit.remarks
     assert "2 of 3" in remark and " 1 of them" in remark and "(r10, r11)" in remark
     assert audit.check_overlap(train, [text_row(20, "c")], where="eval") == 1
-    assert audit.overlap == {"rows": 4, "exact": 2, "normalised": 1}
+    assert audit.overlap == {"rows": 4, "exact": 2, "normalized": 1}
     remark = audit.remarks[1]
     assert remark.startswith("eval: 1 of 1 ") and remark.endswith(" (r20)")
     clean = Audit()

@@ -168,7 +168,7 @@ def test_the_recipes_own_spec(tmp_path: Path, jsonl: Callable[..., str], audit: 
     assert audit.read == {"rows.jsonl": 2}
 
 
-def test_prepare_dataset_takes_rows_datasets_and_tokenised_data(chatml: Any) -> None:
+def test_prepare_dataset_takes_rows_datasets_and_tokenized_data(chatml: Any) -> None:
     import datasets
 
     rows = [{"prompt": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}] * 2
@@ -217,8 +217,8 @@ def test_prepare_dataset_takes_somebodys_own_by_number(chatml: Any) -> None:
     made = prepare_dataset(theirs, chatml, **options)
     expected = prepare_dataset(rows, chatml, **options)
     assert [{**row, "id": ""} for row in made] == [{**row, "id": ""} for row in expected]
-    tokenised: Any = Own(expected.to_list())
-    assert prepare_dataset(tokenised, chatml, **options).to_list() == expected.to_list()
+    tokenized: Any = Own(expected.to_list())
+    assert prepare_dataset(tokenized, chatml, **options).to_list() == expected.to_list()
     with raises("data.row-not-object", DataError) as error:
         prepare_dataset(Own([PAIR, ("a", "b")]), chatml, **options)  # type: ignore[arg-type]
     assert error.value.what.startswith("row 1 ") and "tuple" in error.value.what

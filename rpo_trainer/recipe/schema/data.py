@@ -172,14 +172,14 @@ class DataSpec(Spec):
     replay: ReplaySpec | None = Field(
         None, description="rows of an earlier sft stage mixed in (sft only)"
     )
-    dedup: Literal["exact", "normalised"] | None = Field(
+    dedup: Literal["exact", "normalized"] | None = Field(
         None,
-        description="keep the first training row of each prompt and count the others; `normalised` "
+        description="keep the first training row of each prompt and count the others; `normalized` "
         "compares without regard to case, white space and Unicode form",
     )
     eval_overlap: Literal["warn", "error"] = Field(
         "warn",
-        description="a prompt of `eval`, or of the recipe's, that is trained on, exactly or normalised: "
+        description="a prompt of `eval`, or of the recipe's, that is trained on, exactly or normalized: "
         "`warn` or `error`",
     )
     filter: FilterSpec | None = Field(
