@@ -33,7 +33,7 @@ def incomplete(source: str) -> Iterator[str]:
         missing = [part for part in ("fix",) if part not in said]
         if not node.args or _is_nothing(node.args[0]):
             missing.insert(0, "what")
-        if "why" in empty:  # left out where it would add nothing
+        if "why" in empty:  # must be omitted instead
             missing.append("the text of why")
         if missing:
             yield f"{node.lineno}: {name} without {', '.join(missing)}"
@@ -97,7 +97,7 @@ LONG = errors.DataError(
 def test_a_rendered_error_is_wrapped_between_words_and_aligned() -> None:
     lines = errors.render(LONG, 60).splitlines()
     assert lines[0].startswith("error[data.unknown-format]: the columns")
-    assert f"   at: {LONG.where}" in lines  # a path is not broken: it stays one that can be clicked
+    assert f"   at: {LONG.where}" in lines  # a path is not broken, so that it can be clicked
     assert max(len(line) for line in lines if LONG.where not in line) <= 60
     assert lines[-4:] == [
         "  fix: name the columns:",

@@ -24,7 +24,7 @@ def sigmoid(x: float) -> float:
 
 
 def pair_losses(a: float, b: float) -> dict[str, tuple[float, float]]:
-    """(loss, dloss/da) of a pair from its implicit gap a and its target gap b, written out."""
+    """(loss, dloss/da) of a pair from its implicit reward gap a and its target gap b, in closed form."""
     p, q = sigmoid(a), sigmoid(b)
     not_p, not_q = sigmoid(-a), sigmoid(-b)
     log_p, log_not_p, log_q, log_not_q = (-softplus(x) for x in (-a, a, -b, b))

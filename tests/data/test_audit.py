@@ -73,7 +73,7 @@ def test_sources_whose_rewards_have_another_unit(audit: Audit) -> None:
     assert wide.startswith("hundreds: ") and " large " in wide and "3 of 3 rows" in wide
     assert small.startswith("hundredths: ") and " small " in small and "3 of 3 rows" in small
     audit.remarks.clear()
-    audit.check_target_gaps(rows, 100.0)  # of most rows: said once
+    audit.check_target_gaps(rows, 100.0)  # most rows: one remark
     (remark,) = audit.remarks
     assert (
         ":" not in remark.partition(" is ")[0] and " large " in remark and "9 of 12 rows" in remark
@@ -82,7 +82,7 @@ def test_sources_whose_rewards_have_another_unit(audit: Audit) -> None:
 
 @pytest.mark.parametrize("table", [DROPS, WARNINGS])
 def test_reasons_are_used(table: dict[str, str]) -> None:
-    """No reason in the tables that the package never gives."""
+    """All reasons in the tables are used."""
     from pathlib import Path
 
     import rpo_trainer.data.audit as module

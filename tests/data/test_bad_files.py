@@ -1,4 +1,4 @@
-"""What each bad file must get: an error with its code, its place, and what helps to find the fault."""
+"""Each bad file is refused with an error code, its location, and details of the fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Refused = Callable[..., DataError]
 
 @pytest.fixture
 def refused(tmp_path: Path, source: Any) -> Refused:
-    """The error for a source that must be refused.
+    """Return the error for a source that must be refused.
 
     `code` is that of the error, `place` its place, without the folder's name (None: the file's name).
     """
@@ -86,7 +86,7 @@ def test_a_line_in_the_middle_that_is_not_json(refused: Refused) -> None:
 def test_bytes_that_are_not_utf8(refused: Refused) -> None:
     wrong = ROW.replace(b"b", b"\xe9")
     offset = len(ROW) + ROW.index(b"b")
-    # The offset is that of the text, not of the compressed bytes.
+    # The offset is in the text, not in the compressed bytes.
     for name, content, place, at in (
         ("rows.jsonl", ROW + wrong, "rows.jsonl:2", offset),
         ("rows.json", b'[{"a": "\xe9"}]', "rows.json", 8),
@@ -176,7 +176,7 @@ def test_parquet_cut_or_damaged(refused: Refused, tmp_path: Path) -> None:
     assert " truncated" in refused("data.damaged-file", "rows.parquet", whole[:half]).what
     zeroed = whole[:half] + bytes(2000) + whole[half + 2000 :]
     error = refused("data.damaged-file", "rows.parquet", zeroed)
-    assert " truncated" not in error.what and error.what.endswith(")")  # what the library says
+    assert " truncated" not in error.what and error.what.endswith(")")  # message of the library
 
 
 def test_shards_that_disagree_on_columns(refused: Refused, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_directory_that_is_no_data_set(refused: Refused, tmp_path: Path) -> No
     assert ".jsonl, .json, .jsonl.gz, .parquet, .csv" in str(error.fix)
 
 
-# ---------------------------------------------------------------- what must work
+# ---------------------------------------------------------------- accepted files
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_lines_that_must_work(tmp_path: Path, source: Any, content: bytes) -> No
 
 
 def test_paths_that_must_work(tmp_path: Path, source: Any) -> None:
-    """Spaces and Unicode in them; relative to the recipe, up and down."""
+    """Paths with spaces and Unicode, and relative paths."""
     folder = tmp_path / "mit Leerzeichen ü 🙂"
     (folder / "recipes").mkdir(parents=True)
     (folder / "zwei Zeilen é.jsonl").write_bytes(ROW)

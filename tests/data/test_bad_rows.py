@@ -1,4 +1,4 @@
-"""What each bad row must get: an error that names it, a counted drop, or a warning."""
+"""Each bad row is refused with its id, dropped and counted, or reported in a warning."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.raising import codes_of, problems_of, raises
 
 from .conftest import trained_texts
 
-HALF = [f"r{i}" for i in range(0, 10, 2)]  # the bad ones of `mixed`
+HALF = [f"r{i}" for i in range(0, 10, 2)]  # the bad rows of `mixed`
 USER = {"role": "user", "content": "q"}
 
 
 class Run:
-    """Rows written to a file, loaded, filtered and tokenized as a stage does it."""
+    """Rows written to a file, loaded, filtered and tokenized as in a stage."""
 
     def __init__(self, folder: Path, source: Any, tokenizer: Any) -> None:
         self.folder, self.source, self.tokenizer = folder, source, tokenizer
@@ -42,7 +42,7 @@ class Run:
     def refused(
         self, code: str, rows: list[Any], kind: Any = "pair", *, bad: list[str], **options: Any
     ) -> str:
-        """What is wrong: an error with this code about the rows `bad`."""
+        """Return the message of the error with this code about the rows `bad`."""
         fields = {"where": f"{self.folder}/rows.jsonl", "rows": bad, "of": len(rows)}
         with raises(code, DataError, exit_code=3, **fields) as error:
             self.load(rows, kind, **options)
@@ -69,7 +69,7 @@ def scored(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
 
 
 def mixed(good: Any, bad: Any, n: int = 10) -> list[Any]:
-    """Every second row is bad, the first as well."""
+    """Rows of which every second one is bad, starting with the first."""
     return [good if i % 2 else bad for i in range(n)]
 
 
@@ -108,7 +108,7 @@ def test_a_reward_that_is_not_there(run: Run) -> None:
 
 @pytest.mark.parametrize(("number", "fault"), [("1e999", "infinite"), ("-1e999", "infinite")])
 def test_rewards_that_are_not_finite(run: Run, number: str, fault: str, tmp_path: Path) -> None:
-    """Written as JSON allows; NaN as a word is refused with the file."""
+    """Infinite numbers in valid JSON; the literal NaN is refused with the file."""
     line = json.dumps(scored(2, 1)).replace(": 2,", f": {number},")
     (tmp_path / "rows.jsonl").write_text(line)
     with raises("data.bad-reward", DataError) as error:
@@ -120,7 +120,7 @@ def test_rewards_that_are_not_finite(run: Run, number: str, fault: str, tmp_path
 
 
 def test_nan_rewards_in_parquet(run: Run, tmp_path: Path) -> None:
-    """Where a file can hold them, the row is named."""
+    """In a file format with NaN, the row is named."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -189,7 +189,7 @@ def test_an_unknown_role(run: Run) -> None:
 
 
 def test_half_a_surrogate_pair_from_a_list_of_rows(chatml: Any) -> None:
-    """No file can bring it so far, a program can."""
+    """Possible only for rows passed by a program."""
     from rpo_trainer.data import prepare_dataset
 
     with raises(
@@ -249,7 +249,7 @@ def test_chosen_the_same_as_rejected_once_cut(run: Run) -> None:
     data = run.train([pair(), pair(long + "a", long + "b")], truncation="cut", max_length=40)
     assert data["id"][:] == ["r0"]
     assert run.counts() == {"identical_after_truncation": counted(1, "r1")}
-    # Without the cut the row is dropped for its length.
+    # Without truncation the row is dropped for its length.
     other = Run(run.folder, run.source, run.tokenizer)
     other.train([pair(), pair(long + "a", long + "b")], max_length=40)
     assert other.counts() == {"too_long": counted(1, "r1")}
@@ -265,7 +265,7 @@ def test_a_prompt_that_leaves_no_room(run: Run, truncation: str) -> None:
 
 @pytest.mark.parametrize("truncation", ["drop", "cut"])
 def test_a_pair_cut_so_that_no_response_token_is_left(run: Run, truncation: str) -> None:
-    """The prompt fills the length to its last token."""
+    """The prompt has exactly `max_length` tokens."""
     (whole,) = run.train([pair("a b", "c d")], max_length=1000)
     prompt, longest = len(whole["prompt_ids"]), max(map(len, whole["response_ids"]))
     fits = Run(run.folder, run.source, run.tokenizer)
@@ -320,7 +320,7 @@ def test_ties_by_policy(run: Run, choice: Any, left: int) -> None:
 def test_extra_columns(run: Run) -> None:
     run.load([pair(topic="a"), pair(author="b")])
     assert run.audit.extra_columns == {"rows.jsonl": ["author", "topic"]}
-    assert run.audit.unread_columns == {}  # nobody misses them
+    assert run.audit.unread_columns == {}  # no warning
 
 
 def test_duplicate_prompts(run: Run) -> None:
@@ -363,7 +363,7 @@ def test_special_tokens_in_the_text(run: Run) -> None:
     assert run.tokenizer.decode(data[0]["response_ids"][0]) == "a<|im_end|>b<|im_end|>"
 
 
-# ---------------------------------------------------------------- what must work
+# ---------------------------------------------------------------- accepted rows
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_long_rows_are_dropped_by_default_whichever_side_is_long(run: Run, side:
 
 
 def test_both_sides_are_cut_by_one_rule(run: Run) -> None:
-    """At `max_length` tokens of prompt and response together, the prompt kept whole."""
+    """Truncated to `max_length` tokens of prompt and response, with the entire prompt."""
     data = run.train(
         [pair("word " * 80, "cat " * 90), pair("cat " * 90, "word " * 80)],
         truncation="cut", max_length=40,

@@ -1,4 +1,4 @@
-"""Where the prompt of a pair is: read from its column, or asked for; never guessed."""
+"""The prompt of a pair is read from its column, or an error asks for a mapping; it is never guessed."""
 
 from __future__ import annotations
 

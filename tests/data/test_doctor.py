@@ -1,4 +1,4 @@
-"""The data doctor: what is wrong with a file, and what a model would learn from it untold."""
+"""Audit of files: faults, and properties that a model would learn unnoticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that occur again, within the training rows and between them and the held-out ones."""
+"""Repeated prompts within the training rows, and between training and held-out rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_alike_but_for_case_white_space_and_unicode_form() -> None:
     rows = [text_row(i, prompt) for i, prompt in enumerate(ALIKE)]
     assert len({prompt_key(row) for row in rows}) == 3
     assert len({loose_prompt_key(row) for row in rows}) == 1
-    # A text and a message that says it; the answer of a conversation is no part of its prompt.
+    # A text and a message with the same text; the answer of a conversation is not part of its prompt.
     assert loose_prompt_key(chat_row(9, ALIKE[0], "x")) == loose_prompt_key(rows[0])
     assert prompt_key(chat_row(8, "q", "x")) == prompt_key(chat_row(9, "q", "y"))
     other = ["What is etude no. five?", "What is é tude no. five?", ""]
@@ -75,7 +75,7 @@ def test_across_sources_before_they_are_mixed(
     specs = [source(first, weight=1.0), source(second, weight=1.0)]
     options: dict[str, Any] = {"kind": "sft", "base_dir": tmp_path, "seed": 0}
     rows = load_rows(specs, dedup="normalized", audit=audit, **options)
-    # P2 and P3 are there already; of what is left, half of the blend is of each.
+    # P2 and P3 are repeated; each source contributes half of the mixture of the remaining rows.
     assert [row["prompt"] for row in rows] == ["p0", "p1", "p2", "p3", "P4", "P5", "P6", "P7"]
     assert audit.dropped["repeated_prompt"].examples == ["b.jsonl:1", "b.jsonl:2"]
     assert audit.warnings == {}

@@ -1,4 +1,4 @@
-"""Real rows, laid out as each known format lays them out, all become the same rows."""
+"""The same real rows, in the layout of each known format, are converted to the same internal rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def answer(text: str) -> Raw:
 
 
 def marked(messages: list[Raw]) -> str:
-    """A prompt as HelpSteer2 writes it."""
+    """A prompt in HelpSteer2's format."""
     first, *rest = messages
     later = [f"\n<extra_id_1>{m['role'].capitalize()}\n{m['content']}" for m in rest]
     return first["content"] + "".join(later)
@@ -125,7 +125,7 @@ PAIR_LAYOUTS: dict[str, Callable[[Raw], Raw]] = {
 
 
 def speaking(rows: list[Raw]) -> Iterator[Raw]:
-    """Rows of user and assistant alone: some layouts have no place for other roles."""
+    """Rows with only user and assistant turns: some layouts do not support other roles."""
     for row in rows:
         if all(m["role"] in ("user", "assistant") and m["content"] for m in row["prompt"]):
             yield row
@@ -166,7 +166,7 @@ def helpsteer3(row: Raw) -> Raw:
 def test_ranked_responses(dev: Path, source: Any) -> None:
     given = rows_of(dev, "pref_ranked_oasst_zh", source)
     plain = adapted(given, "pair")
-    # The same ranks, in NeMo-RL's layout and with the order of the list turned round.
+    # The same ranks in NeMo-RL's layout, with the list in reverse order.
     nemo_rl = [
         {
             "context": row["prompt"],
@@ -215,7 +215,7 @@ def test_sft_rows(dev: Path, source: Any) -> None:
 
 
 def test_calls_in_openais_layout_from_real_rows(dev: Path, source: Any) -> None:
-    """The calls of the real rows are text; as objects with JSON arguments they say the same."""
+    """Calls of the real rows are text; they are equal to objects with JSON arguments."""
     given = [row for row in rows_of(dev, "general_sft_mixed", source) if row.get("tools")]
     calls = 0
     for row in given:

@@ -1,4 +1,4 @@
-"""The built-in data: right answers, splits that never meet, and the character tokenizer."""
+"""The built-in data: correct answers, disjoint splits, and the character tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_code_prompts_evaluate_to_their_ground_truth(split: str) -> None:
 
 
 def _general_answer(question: str) -> str:
-    """The answer read out of the words, without the code that made the question."""
+    """Derive the answer from the text of the question, without the code that generates it."""
     match question.removesuffix(": ").split():
         case ["reverse", word] | [word, "backwards"]:
             return "".join(reversed(word))

@@ -1,4 +1,4 @@
-"""Rows made one by one: killed anywhere, failed anywhere, the file comes out the same."""
+"""Rows computed one by one: the file is the same after a kill or a failure at any point."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) 
 def test_a_byte_changed_anywhere_costs_its_row_only(
     at: int, place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the key, the index, the result or the digest; mostly still JSON."""
+    """In the key, the index, the result or the digest; the line is usually still valid JSON."""
     path = tmp_path / "out.jsonl"
     lines = [bytearray(line(i, n=7)) for i in range(11)]
     lines[place][at] ^= 1
@@ -227,7 +227,7 @@ def test_rows_that_fail_by_themselves_are_no_sign_of_that(
 
 
 class Group:
-    """Some ranks as threads, with what `rpo_trainer.runtime.distributed` has."""
+    """Ranks as threads, with the interface of `rpo_trainer.runtime.distributed`."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -55,7 +55,7 @@ def test_prompt_is_stored_once_and_responses_behind_it(chatml: Any) -> None:
     data, audit = tokenized([pair(0, "Yes, I am", "Yes, it is", "No")], chatml, "pair")
     example = data[0]
     text = "<|im_start|>user\nHi, who are you?<|im_end|>\n<|im_start|>assistant\n"
-    assert chatml.decode(example["prompt_ids"]) == text  # not "Yes" too: it is trained
+    assert chatml.decode(example["prompt_ids"]) == text  # without "Yes", which is trained
     responses = [chatml.decode(ids) for ids in example["response_ids"]]
     assert responses == ["Yes, I am<|im_end|>", "Yes, it is<|im_end|>", "No<|im_end|>"]
     assert all(all(mask) for mask in example["response_mask"])
@@ -67,7 +67,7 @@ def test_sft_trains_every_turn_and_nothing_between(chatml: Any) -> None:
     example = data[0]
     (ids,), (mask,) = example["response_ids"], example["response_mask"]
     assert trained_texts(chatml, ids, mask) == ["two<|im_end|>", "four<|im_end|>"]
-    assert mask[-1] == 1  # what follows the last trained token is not kept
+    assert mask[-1] == 1  # tokens after the last trained one are removed
     assert chatml.decode(example["prompt_ids"]).endswith("<|im_start|>assistant\n")
 
 
@@ -115,7 +115,7 @@ def test_cut_responses_do_not_train_an_end_token(chatml: Any) -> None:
     assert end not in long
     assert short[-1] == end
     assert audit.warnings["truncated"].examples == ["r0", "r1"]
-    # equal once cut: nothing to prefer
+    # equal after truncation
     assert audit.dropped["identical_after_truncation"].examples == ["r1"]
 
 

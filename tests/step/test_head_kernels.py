@@ -1,5 +1,5 @@
-"""The head's Triton kernels against float64: in Triton's interpreter on a CPU, compiled for a GPU without
-one, and on a GPU."""
+"""The head's Triton kernels compared with float64: in Triton's interpreter on a CPU, compiled for a GPU
+without one, and on a GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_in_the_interpreter():
 
 
 def tile(rows: int, width: int, *, v0: int, spread: float = 8.0):
-    """Logits amid a wider tensor, labels in the slice and on both sides, normalizer, gradient."""
+    """Logits as a slice of a wider tensor, labels inside and outside the slice, normalizer, gradient."""
     generator = torch.Generator().manual_seed(rows + width)
     whole = spread * torch.randn(rows, width + 3, generator=generator)
     labels = torch.randint(0, 2 * v0 + width, (rows,), generator=generator)
@@ -104,7 +104,7 @@ def test_slope(rows, width, v0, scale, softcap, grad, dtype):
     eps = max(torch.finfo(dtype).eps, 2e-6)
     torch.testing.assert_close(out.double(), wanted, rtol=eps, atol=1e-6)
     assert torch.equal(whole, before)
-    if dtype == torch.float32:  # in its own place: to the last bit the same
+    if dtype == torch.float32:  # in place: bitwise equal
         head_kernels.slope(logits, *settings, logits)
         assert torch.equal(logits, out) and torch.equal(whole[:, 0], before[:, 0])
 
@@ -129,7 +129,7 @@ def test_the_head_takes_them(kind, logits_chunk_bytes, monkeypatch):
         once, again = (
             torch.autograd.grad(logps, leaves, upstream, retain_graph=True) for _ in "12"
         )
-        assert all(map(torch.equal, once, again))  # a kept tile is not changed
+        assert all(map(torch.equal, once, again))  # a saved tile is not modified
         return logps.detach(), *once
 
     generator = torch.Generator().manual_seed(0)
@@ -233,6 +233,6 @@ def test_on_a_gpu_as_torch_operations(kind, rows, vocabulary, logits_chunk_bytes
     expected, wanted = run()
     torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6)
     for grad, want in zip(grads, wanted, strict=True):
-        # The same but for the rounding of single elements of d_logits.
+        # Equal up to rounding of single elements of d_logits.
         bound = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 4
         assert (grad.double() - want.double()).norm() < bound * want.double().norm()

@@ -21,7 +21,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert (epoch_order(50, 1, 0) != epoch_order(50, 1, 1)).any()
     assert (epoch_order(50, 1, 0) != epoch_order(50, 2, 0)).any()
     assert sorted(epoch_order(50, 3, 4)) == list(range(50))
-    # Pinned: a new version must not reorder somebody's half-finished run.
+    # Pinned: a new version must not change the order of an unfinished run.
     assert epoch_order(8, 0, 0).tolist() == PINNED
 
 
