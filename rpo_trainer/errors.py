@@ -15,10 +15,10 @@ from rpo_trainer.redact import redact
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
-    """Return the known word most similar to `word`, or None."""
+    """Return the known word that is most similar to `word`, or None."""
     word = word.lower().replace("-", "_")
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
-    # `exact_match` is a longer name for `exact`, however many letters it shares with others.
+    # A name that extends the word, or is extended by it, is preferred: `exact` for `exact_match`.
     near += [name for name in known if word.startswith(f"{name}_") or name.startswith(f"{word}_")]
     near += difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return near[0] if near else None

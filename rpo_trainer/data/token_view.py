@@ -86,8 +86,8 @@ class TokenView:
     def styled(self, text: str, style: str) -> Text:
         if self.colors:
             return Text(visible(text), style)
-        before, behind = _MARKS[TRAINED[0] if style in TRAINED else style]
-        return Text(f"{before}{visible(text)}{behind}")
+        before, after = _MARKS[TRAINED[0] if style in TRAINED else style]
+        return Text(f"{before}{visible(text)}{after}")
 
 
 def warnings_of(audit: Audit) -> list[str]:

@@ -35,7 +35,7 @@ from rpo_trainer.step.attention_reach import Recording, recording
 from rpo_trainer.step.batch import AttentionPlan, Layout, ModelInputs, Segment
 from rpo_trainer.step.head import FORWARD_ERRORS, Head, forward_of, head_of
 from rpo_trainer.step.logprobs import linear_logprobs, logprobs_from_logits
-from rpo_trainer.step.router_loss import apart, asked, beside, only_sums, sums_of
+from rpo_trainer.step.router_loss import only_sums, requested, split_sums, sums_of, with_sums
 
 _RECORDED_TOKENS = 8  # tokens of the forward that records the attention masks
 
@@ -141,12 +141,12 @@ def _decoder(inner: Any) -> Any:
 
 def token_logprobs(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
     """Compute log π of each trained token of a micro-batch (`packing.pack`): `[N]`, at least float32."""
-    return apart(model(packed=model_inputs), model_inputs)
+    return split_sums(model(packed=model_inputs), model_inputs)
 
 
 def response_scores(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
     """Compute scores of a sequence classifier at each response's last token: `[R, A]`, at least float32."""
-    return apart(model(packed=model_inputs), model_inputs)
+    return split_sums(model(packed=model_inputs), model_inputs)
 
 
 def router_sums_only(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
@@ -161,7 +161,7 @@ def _decoder_inputs(inputs: ModelInputs) -> dict[str, Any]:
         decoder_inputs |= {"position_ids": inputs.position_ids, "packing_plan": inputs.plan}
     else:
         decoder_inputs["attention_mask"] = inputs.attention_mask
-    if asked(inputs):
+    if requested(inputs):
         decoder_inputs["output_router_logits"] = True
     return decoder_inputs
 
@@ -204,7 +204,7 @@ def _packed_scores(model: Any, inputs: ModelInputs) -> Any:
             raise ValueError("the model's own forward scores one response per row")
         outputs = _run(model, model._rpo_stock[0], inputs, "logits")
         scores: Tensor = outputs.wanted
-        return beside(_at_least_float32(scores), outputs, inputs)
+        return with_sums(_at_least_float32(scores), outputs, inputs)
     outputs = _run(model, _decoder(model), inputs, "last_hidden_state")
     if only_sums(inputs):
         return sums_of(outputs, inputs)
@@ -212,7 +212,7 @@ def _packed_scores(model: Any, inputs: ModelInputs) -> Any:
     # Without autocast: a score of 3.3 in bfloat16 would have an error of 0.01.
     with torch.autocast(last.device.type, enabled=False):
         scores = model.score(last.to(next(model.score.parameters()).dtype))
-    return beside(_at_least_float32(scores), outputs, inputs)
+    return with_sums(_at_least_float32(scores), outputs, inputs)
 
 
 def _packed_logprobs(model: Any, inputs: ModelInputs) -> Any:
@@ -228,7 +228,7 @@ def _packed_logprobs(model: Any, inputs: ModelInputs) -> Any:
         logps = _run_head(model, gathered, inputs.labels, head)
     else:  # all logits of the model's own forward
         logps = logprobs_from_logits(gathered, inputs.labels)
-    return beside(logps, outputs, inputs)
+    return with_sums(logps, outputs, inputs)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def request(model_inputs: ModelInputs, loss: RouterLoss, *, only: bool = False) 
     model_inputs.router = RouterRequest(top_k=loss.top_k, layers=loss.layers, only=only)
 
 
-def asked(model_inputs: ModelInputs) -> bool:
+def requested(model_inputs: ModelInputs) -> bool:
     """Whether the forward of these inputs returns the sums."""
     return model_inputs.router is not None
 
@@ -128,12 +128,12 @@ def sums_of(outputs: Any, model_inputs: ModelInputs) -> Tensor:
     return router_sums(logits, model_inputs.token_uses, wanted.top_k)
 
 
-def beside(answer: Tensor, outputs: Any, model_inputs: ModelInputs) -> Any:
+def with_sums(answer: Tensor, outputs: Any, model_inputs: ModelInputs) -> Any:
     """Return the result of a forward, together with the sums if they were requested."""
-    return (answer, sums_of(outputs, model_inputs)) if asked(model_inputs) else answer
+    return (answer, sums_of(outputs, model_inputs)) if requested(model_inputs) else answer
 
 
-def apart(answer: Any, model_inputs: ModelInputs) -> Tensor:
+def split_sums(answer: Any, model_inputs: ModelInputs) -> Tensor:
     """Return the result of a forward, and move the sums to `model_inputs.router.sums`."""
     if model_inputs.router is None:
         return answer  # type: ignore[no-any-return]
