@@ -14,8 +14,8 @@ MANY_CUT = 0.25  # fraction of truncated responses above which their line is a w
 DROPS = {
     "empty_response": "empty or blank response",
     "fewer_than_two_responses": "fewer than two responses",
-    "identical_responses": "chosen and rejected are equal",
-    "identical_after_truncation": "chosen and rejected are equal after truncation",
+    "identical_responses": "chosen is the same as rejected",
+    "identical_after_truncation": "chosen is the same as rejected after truncation",
     "too_long": "longer than max_length",
     "prompt_too_long": "the prompt leaves no room for a response",
     "no_trained_tokens": "no trained tokens",

@@ -48,7 +48,7 @@ def bias_lines(found: dict[str, Any]) -> list[str]:
     ]
     if found["first_position"] is not None:
         lines.append(
-            f"judge: {found['first_position']:.0%} of the verdicts prefer the answer shown first "
+            f"judge: {found['first_position']:.0%} of its verdicts are for the answer shown first "
             "(50 % without position bias)"
         )
     if found["longer_wins"] is not None:

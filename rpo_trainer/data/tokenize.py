@@ -91,7 +91,7 @@ def tokenize_rows(
         if audit.dropped and {*audit.dropped} <= ALIKE:
             fix += "; sample more responses per prompt, or increase the temperature"
         raise DataError(
-            "no rows are left to train on",
+            "no row is left to train on",
             code="data.no-rows-left",
             why="; ".join(audit.summary_lines()) or "there were no rows",
             fix=fix,
