@@ -116,8 +116,7 @@ class CutResponses:
 
 
 class Count:
-    """A number of rows and the ids of the first few; `of`: the base of the percentage if not all used
-    rows."""
+    """A number of rows and the ids of the first few; `of`: base of the percentage, None for all used rows."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -50,8 +50,7 @@ def _prompt(row: Row) -> str | list[Message]:
 
 
 def repeated(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows whose prompt equals an earlier one exactly, and those where only the loose keys are
-    equal."""
+    """Return the rows whose prompt equals an earlier one, and those with only an equal loose key."""
     exact: set[bytes] = set()
     loose: set[bytes] = set()
     same, alike = [], []

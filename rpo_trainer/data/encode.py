@@ -126,8 +126,10 @@ class Encoder:
         return ids, offsets
 
     def _ended(self, ids: list[int], text: str, offsets: list[Span]) -> int:
-        """Return the number of tokens up to the end token that ends the text (white space may follow it), or
-        0 if the text does not end with one."""
+        """Return the number of tokens up to an end token at the end of the text; 0 if there is none.
+
+        White space may follow the end token.
+        """
         last = len(ids)
         while last and not text[slice(*offsets[last - 1])].strip():
             last -= 1
@@ -192,8 +194,11 @@ class Encoder:
         yield from self._literal(text, done, len(text.text))
 
     def _literal(self, text: Rendered, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield a stretch without control tokens. Text of an added token that is not special would still be
-        read as the token, so it is split after its first character."""
+        """Yield a stretch without control tokens.
+
+        Text of an added token that is not special would still be read as the token, so it is split after its
+        first character.
+        """
         for a, b in text.literal:
             if start <= a < end and not (self._special and self._special.match(text.text, a, b)):
                 yield start, a + 1, False
@@ -258,8 +263,11 @@ def encode_prompt(
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Return the ids that end a response: the EOS token, and the tokens with which the chat template ends an
-    answer or a tool call, if any (an end-of-turn marker, or the token that opens the next turn)."""
+    """Return the ids that end a response.
+
+    These are the EOS token, and the tokens with which the chat template ends an answer or a tool call, if any
+    (an end-of-turn marker, or the token that opens the next turn).
+    """
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
         renderer, encoder = ChatRenderer(tokenizer).using(template_kwargs), Encoder(tokenizer)

@@ -60,8 +60,7 @@ def find_thinking_forms(written: Callable[[Message], str | None], *, opened: boo
 
 
 def with_thinking(message: Message) -> Message:
-    """Return the message with its thinking under every key that templates read, as recent transformers
-    does."""
+    """Return the message with its thinking under every key that templates read, like transformers."""
     thought = next((message[key] for key in THINKING if message.get(key)), None)
     return message if thought is None else {**message, **dict.fromkeys(THINKING, thought)}
 
@@ -74,8 +73,11 @@ def in_parts(message: Message) -> Message:
 
 
 def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the messages unchanged, then with every call as `{"type", "function": {...}}`, with arguments
-    as an object (the form that most templates read), then as JSON text (the form of OpenAI's messages)."""
+    """Yield the messages with tool calls in each form that templates read.
+
+    First unchanged, then as `{"type", "function": {...}}` with arguments as an object (the form that most
+    templates read), then with arguments as JSON text (the form of OpenAI's messages).
+    """
     yield messages
     for as_text in (False, True):
         yield [

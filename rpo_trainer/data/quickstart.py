@@ -83,8 +83,7 @@ def code_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
 
 
 def general_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
-    """Return rows of `quickstart/general` (see `load_task`): instructions with answers of the weak
-    teacher."""
+    """Return rows of `quickstart/general` (see `load_task`): instructions, answered by the weak teacher."""
     return _rows(GENERAL, _instruction, _weak_teacher, split, size, seed)
 
 
@@ -156,8 +155,7 @@ def _weak_teacher(truth: str, arguments: tuple[Any, ...], rng: Random) -> str:
 
 
 def _slips(truth: str, given: str) -> list[str]:
-    """Return plausible wrong answers: off by one or ten, two letters swapped, the last one missing, the
-    input."""
+    """Return plausible wrong answers: off by 1 or 10, letters swapped, the last one missing, the input."""
     if truth.isdigit():
         number = int(truth)
         found = [str(number + step) for step in (-10, -1, 1, 10) if number + step >= 0]

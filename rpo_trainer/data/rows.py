@@ -76,8 +76,7 @@ class RowProblems:
         return bool(self._rows)
 
     def errors(self, total: int, *, fix: str, why: str | None = None) -> list[DataError]:
-        """Return one error for each kind of fault, with details `rows` (ids) and `of` (number of all
-        rows)."""
+        """Return one error for each kind of fault, with details `rows` (ids) and `of` (number of rows)."""
         return [
             DataError(
                 f"{reason}: {len(ids)} of {total} rows, first {', '.join(ids[:3])}",

@@ -1,5 +1,4 @@
-"""Columns that all formats read or refuse in the same way: tools, system prompt, variables of the chat
-template, media, nulls."""
+"""Columns that all formats read or refuse alike: tools, system prompt, template variables, media, nulls."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ CALLS = "the assistant's `tool_calls`"
 
 @dataclass
 class LeftOut:
-    """Parts of a row that are not rendered: `keys` of messages and `tools`, and `warnings` (keys of
-    WARNINGS)."""
+    """Parts of a row that are not rendered: `keys` of messages, and `warnings` (keys of WARNINGS)."""
 
     keys: set[str] = field(default_factory=set)
     warnings: set[str] = field(default_factory=set)

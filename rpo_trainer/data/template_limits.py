@@ -28,8 +28,10 @@ class TemplateLimit(Exception):
 
 
 class _Watch(threading.Thread):
-    """Interrupts threads that exceed their time limit. One per process: starting a thread for each
-    conversation would take longer than rendering it."""
+    """Interrupts threads that exceed their time limit.
+
+    There is one per process: starting a thread for each conversation would take longer than rendering it.
+    """
 
     def __init__(self) -> None:
         super().__init__(name="template-limit", daemon=True)

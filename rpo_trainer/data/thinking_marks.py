@@ -50,8 +50,10 @@ class Thoughts:
         return any(not CLOSING.search(mark) for mark in last) or text.endswith("<think>")
 
     def cut(self, written: str, content: Sequence[str]) -> bool:
-        """Whether `written`, a turn, treats a part of the content as thinking: the content contains a closing
-        marker, and is preceded by an opening marker that is not part of it."""
+        """Whether the rendered turn `written` treats a part of the content as thinking.
+
+        That is, if it contains a closing marker, and follows an opening one that is not part of it.
+        """
         dense = "".join(written.split())
         for words in ("".join(text.split()) for text in content):
             begin = dense.find(words)

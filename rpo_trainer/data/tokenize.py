@@ -127,8 +127,7 @@ def audit_prompts(
 
 
 def check_special_text(audit: Audit, *, refuse: bool) -> None:
-    """Warn if most rows of a source contain the text of control tokens; raise DataError if `refuse` is
-    set."""
+    """Warn, or raise DataError (`refuse`), if most rows of a source contain the text of control tokens."""
     for source, found in audit.special_text.items():
         if 2 * found.rows <= found.of:
             continue

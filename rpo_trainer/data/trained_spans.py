@@ -114,8 +114,10 @@ class ChatRenderer:
         return self._render(list(messages), tools)
 
     def _marks(self) -> list[str]:
-        """Return added tokens that are not special but that the template writes around turns; in the data
-        they are read as text too."""
+        """Return added tokens that are not special, but that the template writes around turns.
+
+        In the data they are read as text too.
+        """
         added = [t.content for t in self.tokenizer.added_tokens_decoder.values() if not t.special]
         if not added or not self.tokenizer.chat_template:
             return []
@@ -185,8 +187,11 @@ class ChatRenderer:
             return None
 
     def as_read(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
-        """Return the messages in the form that the template reads: thinking in a separate key if it would be
-        rendered as part of the answer, and tool calls in the first form that is rendered as JSON."""
+        """Return the messages in the form that the template reads.
+
+        Thinking is moved to a separate key if it would be rendered as part of the answer, and tool calls have
+        the first form that is rendered as JSON.
+        """
         messages = [*map(self._thinking_forms(tools).apart, messages)]
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -217,8 +222,10 @@ class ChatRenderer:
         return self._opened[key]
 
     def takes_for_thinking(self, written: str, content: Sequence[str]) -> bool:
-        """Whether the template treats a part of the content, which contains a closing thinking marker, as
-        thinking, although the generation prompt opens none."""
+        """Whether the template treats a part of the content as thinking.
+
+        The content contains a closing thinking marker, and the generation prompt opens no thinking.
+        """
         return not self.opens_thought() and self._thoughts.cut(written, content)
 
     def prompt(
@@ -326,8 +333,7 @@ class ChatRenderer:
         return in_parts(message) if self._parts else message
 
     def _detect_parts(self) -> None:
-        """Determine whether the template only renders content that is a list of parts, as templates of some
-        multimodal models do."""
+        """Determine whether the template only renders content in parts, as some multimodal templates do."""
         probe: list[Message] = [USER, {"role": "assistant", "content": SENTINEL}]
         for self._parts in (False, True):
             if SENTINEL in (self._or_none(probe, None, False) or ""):
@@ -341,8 +347,7 @@ class ChatRenderer:
         return self._render(probe, None, True) != self._render(probe, None)
 
     def ending(self, tools: Tools = None) -> Ending:
-        """Return what the template writes after an assistant turn; with tools the template may be
-        different."""
+        """Return what the template writes after an assistant turn, which may depend on tools."""
         key = bool(tools)
         if key not in self._endings:
             self._endings[key] = find_ending(

@@ -22,8 +22,7 @@ class Controls:
     thoughts: tuple[str, ...] = ()
 
     def thoughts_at_end(self, text: str) -> int:
-        """Return the start of the thinking markers at the end of `text`, ignoring white space; otherwise its
-        length."""
+        """Return the start of thinking markers at the end of `text`, or its length if there are none."""
         place, end = len(text), len(text.rstrip())
         while name := next((n for n in self.thoughts if text.endswith(n, 0, end)), ""):
             place = end - len(name)

@@ -128,8 +128,10 @@ class TurnFinder:
         return self._prompts[turn]
 
     def _moved(self, last: int) -> int | None:
-        """Return the start of the last turn if `text` does not begin with its generation prompt, but has the
-        same opening of the turn; otherwise None."""
+        """Return the start of the last turn if it must be moved after its generation prompt; otherwise None.
+
+        That is, if `text` does not begin with the prompt, but has the same opening of the turn.
+        """
         prompt = self._prompt(last)
         if self.text.startswith(prompt):
             return None
@@ -214,8 +216,7 @@ class TurnFinder:
         return len(self.text) - len(after[2]) + length
 
     def _before(self, turn: int) -> str:
-        """Return the part of `text` before the content of a turn; a turn with tool calls may have no
-        content."""
+        """Return the part of `text` before the content of a turn, which may be empty with tool calls."""
         message = self.messages[turn]
         bare = {"role": "assistant", "content": SENTINEL}
         tries = [(with_sentinel(message), self.messages[turn + 1 :])]
@@ -251,8 +252,7 @@ class TurnFinder:
     # --- end of a turn ---
 
     def _shared(self, first: str, second: str) -> int:
-        """Return the length of the common prefix of two renderings, without the token that opens the next
-        turn."""
+        """Return the length of the common prefix, without the token that opens the next turn."""
         return self.ending.without_opener(first, self.controls.common(first, second))
 
     def _opener(self) -> str:
@@ -346,8 +346,10 @@ class TurnFinder:
         return place + end
 
     def _end_before_next(self, turn: int) -> int | None:
-        """Return the end of a turn, found from the content of the next turn: the text between them is the
-        same as in a conversation that ends with the next turn. None if it is not."""
+        """Return the end of a turn, found from the content of the next turn; None if that is not possible.
+
+        The text between them must be the same as in a conversation that ends with the next turn.
+        """
         said, following = (
             with_last_sentinel(self.messages[turn]),
             with_sentinel(self.messages[turn + 1]),

@@ -223,8 +223,7 @@ class RotaryLimit(NamedTuple):
 
 
 def rotary_limit(model: nn.Module) -> RotaryLimit | None:
-    """Return the limit of a model's rotary embeddings; None if they do not depend on the length of a
-    forward."""
+    """Return the limit of a model's rotary embeddings; None if they do not depend on the text length."""
     found = []
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)

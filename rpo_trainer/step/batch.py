@@ -123,8 +123,7 @@ class AttentionPlan:
         return self._masks[number, reach]
 
     def chunk_index(self, chunk: int, device: torch.device) -> VarlenIndex | None:
-        """Return the index for attention in chunks of `chunk` positions, with segments split at chunk
-        ends."""
+        """Return the index for attention in chunks of `chunk` positions; segments are split at chunk ends."""
         if chunk not in self._chunked:
             index = VarlenIndex.of(_cut(self.segments, chunk))
             self._chunked[chunk] = index and index.map(lambda tensor: tensor.to(device))

@@ -263,8 +263,10 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Log-probs with a head that is not a plain linear layer (LoRA, quantized): its own forward in chunks,
-    with recomputation in the backward."""
+    """Log-probs with a head that is not a plain linear layer (LoRA, quantized).
+
+    Its own forward runs in chunks, which are recomputed in the backward.
+    """
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         logits = module(h) * head.logit_scale

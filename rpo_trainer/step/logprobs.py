@@ -197,8 +197,11 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
-    """Log-probs with a frozen head. The only gradient is that of the hidden states; for each token it is a
-    vector times the upstream gradient, so it is computed in the forward, and the backward only scales it."""
+    """Log-probs with a frozen head.
+
+    The only gradient is that of the hidden states. For each token it is a vector times the upstream gradient,
+    so it is computed in the forward, and the backward only scales it.
+    """
 
     @staticmethod
     def forward(
@@ -262,8 +265,11 @@ def _slope(
     dtype: torch.dtype,
     in_place: bool,
 ) -> Tensor:
-    """Compute grad · d log-prob / d (hidden @ weightᵀ) of one tile, in `dtype`: grad · (1[label] − softmax),
-    times the derivatives of cap and scale. `in_place` may overwrite the tile."""
+    """Compute grad · d log-prob / d (hidden @ weightᵀ) of one tile, in `dtype`.
+
+    This is grad · (1[label] − softmax), times the derivatives of cap and scale. `in_place` may overwrite the
+    tile.
+    """
     if (kernels := _kernels(logits)) is not None:
         fits = in_place and dtype == logits.dtype
         out = logits if fits else logits.new_empty(logits.shape, dtype=dtype)
@@ -285,8 +291,10 @@ def _slope(
 
 
 def _kernels(logits: Tensor) -> Any:
-    """Return the module `head_kernels` if it supports this tile, otherwise None. Tensor subclasses (fake,
-    distributed) are not supported."""
+    """Return the module `head_kernels` if it supports this tile, otherwise None.
+
+    Tensor subclasses (fake, distributed) are not supported.
+    """
     if not logits.is_cuda or logits.dtype != torch.float32 or type(logits) is not Tensor:
         return None
     if not has_triton():
@@ -297,8 +305,11 @@ def _kernels(logits: Tensor) -> Any:
 
 
 def _factor_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of the factors of a product. A GPU can return the product of two 16-bit matrices in
-    float32; a CPU would round it, so the factors are converted to float32."""
+    """Return the dtype of the factors of a product.
+
+    A GPU can return the product of two 16-bit matrices in float32; a CPU would round it, so the factors are
+    converted to float32.
+    """
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return hidden.dtype
     return torch.promote_types(hidden.dtype, torch.float32)
@@ -313,8 +324,7 @@ def _slice(
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b as a new tensor in `dtype`: that of the factors, or float32 for 16-bit factors on a
-    GPU."""
+    """Return a @ b as a new tensor in `dtype`: that of the factors, or float32 for 16-bit ones on a GPU."""
     if a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     with torch.autocast(a.device.type, enabled=False):

@@ -19,8 +19,7 @@ from rpo_trainer.data.shared_columns import tools
 
 
 def _finished(raw: Raw, count: int) -> Row:
-    """Return which responses are complete (not truncated), as `generate` writes it; empty without the
-    column."""
+    """Return the flags of complete (not truncated) responses, written by `generate`; empty if absent."""
     flags = raw.get("finished")
     if flags is None:
         return {}
