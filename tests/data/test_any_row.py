@@ -46,7 +46,7 @@ ROWS = [
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_a_row_with_anything_in_any_place(
+def test_a_row_with_any_value_in_any_field(
     format: Format, case: str, row: dict[str, Any], data: st.DataObject
 ) -> None:
     path = data.draw(st.sampled_from(list(places(row))))

@@ -70,7 +70,7 @@ def test_blank_lines_only(refused: Refused) -> None:
         assert "blank" in refused("data.no-rows", name, content).what
 
 
-def test_last_line_cut(refused: Refused) -> None:
+def test_truncated_last_line(refused: Refused) -> None:
     error = refused("data.damaged-file", "rows.jsonl", ROW + ROW + ROW[:-8], "rows.jsonl:3")
     assert "Unterminated" in error.what and "column 17" in error.what
 
@@ -158,14 +158,14 @@ def test_gzip_or_parquet_under_a_wrong_name(refused: Refused) -> None:
         assert ending in words and words[-1] == found
 
 
-def test_gzip_cut_or_damaged(refused: Refused) -> None:
+def test_truncated_or_damaged_gzip(refused: Refused) -> None:
     packed = gzip.compress(ROW * 100, mtime=0)
     assert "ended before" in refused("data.damaged-file", "rows.jsonl.gz", packed[:-9]).what
     flipped = packed[:-8] + bytes(4) + packed[-4:]
     assert "CRC" in refused("data.damaged-file", "rows.jsonl.gz", flipped).what
 
 
-def test_parquet_cut_or_damaged(refused: Refused, tmp_path: Path) -> None:
+def test_truncated_or_damaged_parquet(refused: Refused, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -193,7 +193,7 @@ def test_shards_that_disagree_on_columns(refused: Refused, tmp_path: Path) -> No
     assert f"{shard} has text, extra" in error.what
 
 
-def test_a_shard_that_is_cut_or_missing(refused: Refused, tmp_path: Path) -> None:
+def test_a_truncated_or_missing_shard(refused: Refused, tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_list([{"text": "a"}] * 4).save_to_disk(
@@ -221,7 +221,7 @@ def test_nested_too_deeply(refused: Refused) -> None:
     refused("data.nested-too-deeply", "rows.jsonl", b"[" * 100_000 + b"\n", "rows.jsonl:1")
 
 
-def test_lines_that_are_no_objects(refused: Refused) -> None:
+def test_lines_that_are_not_objects(refused: Refused) -> None:
     for line, kind in (
         (b"[1]", "a list"),
         (b'"a"', "a text"),
@@ -233,7 +233,7 @@ def test_lines_that_are_no_objects(refused: Refused) -> None:
         assert f" {kind}," in error.what
 
 
-def test_json_that_is_no_list(refused: Refused) -> None:
+def test_json_that_is_not_a_list(refused: Refused) -> None:
     error = refused("data.not-a-list", "rows.json", ROW)
     assert "an object," in error.what and ".jsonl" in str(error.fix)
     assert "a number," in refused("data.not-a-list", "rows.json", b"3").what
@@ -259,7 +259,7 @@ def test_unreadable(refused: Refused, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Permission denied" in refused("data.unreadable-file", "rows.jsonl").what
 
 
-def test_a_directory_that_is_no_data_set(refused: Refused, tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_data_set(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").mkdir()
     error = refused("data.not-a-data-set", "rows.jsonl")
     assert ".jsonl, .json, .jsonl.gz, .parquet, .csv" in str(error.fix)

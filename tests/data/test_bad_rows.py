@@ -94,7 +94,7 @@ def test_a_column_absent_in_some_rows(run: Run, column: str, null: bool) -> None
     ("value", "fault"),
     [(None, "null"), ("4", " text;"), (True, "a boolean"), ([1], "type list")],
 )
-def test_rewards_that_are_no_numbers(run: Run, value: Any, fault: str) -> None:
+def test_rewards_that_are_not_numbers(run: Run, value: Any, fault: str) -> None:
     rows = mixed(scored(2, 1), scored(value, 1))
     assert fault in run.refused("data.bad-reward", rows, bad=HALF, require_rewards=True)
 
@@ -244,7 +244,7 @@ def test_chosen_the_same_as_rejected(run: Run) -> None:
     assert run.counts() == {"identical_responses": counted(1, "r1")}
 
 
-def test_chosen_the_same_as_rejected_once_cut(run: Run) -> None:
+def test_chosen_equal_to_rejected_after_truncation(run: Run) -> None:
     long = "word " * 80
     data = run.train([pair(), pair(long + "a", long + "b")], truncation="cut", max_length=40)
     assert data["id"][:] == ["r0"]
@@ -264,7 +264,7 @@ def test_a_prompt_that_leaves_no_room(run: Run, truncation: str) -> None:
 
 
 @pytest.mark.parametrize("truncation", ["drop", "cut"])
-def test_a_pair_cut_so_that_no_response_token_is_left(run: Run, truncation: str) -> None:
+def test_a_pair_truncated_before_the_response(run: Run, truncation: str) -> None:
     """The prompt has exactly `max_length` tokens."""
     (whole,) = run.train([pair("a b", "c d")], max_length=1000)
     prompt, longest = len(whole["prompt_ids"]), max(map(len, whole["response_ids"]))
@@ -395,7 +395,7 @@ def test_long_rows_are_dropped_by_default_whichever_side_is_long(run: Run, side:
     assert run.counts() == {"too_long": counted(1, "r1")}
 
 
-def test_both_sides_are_cut_by_one_rule(run: Run) -> None:
+def test_both_responses_are_truncated_alike(run: Run) -> None:
     """Truncated to `max_length` tokens of prompt and response, with the entire prompt."""
     data = run.train(
         [pair("word " * 80, "cat " * 90), pair("cat " * 90, "word " * 80)],

@@ -200,7 +200,7 @@ def test_begin_token_text_in_front_is_not_the_begin_token(
     assert tokenizer.decode(ids) == "<s><s> hi</s>Four.</s>"
 
 
-def test_pieces_give_the_ids_of_the_whole(tokenizers: Callable[[str], Any]) -> None:
+def test_pieces_have_the_ids_of_the_entire_text(tokenizers: Callable[[str], Any]) -> None:
     for kind in ("chatml", "llama2", "llama3", "plain"):
         tokenizer = tokenizers(kind)
         rendered = ChatRenderer(tokenizer).conversation(CHAT)
@@ -249,7 +249,7 @@ def test_templates_that_cannot_be_used(make_tokenizer: Callable[..., Any]) -> No
     fails(last, "template.no-end-marker")
 
 
-def test_a_clock_in_the_template_stands_still(make_tokenizer: Callable[..., Any]) -> None:
+def test_the_date_of_a_template_is_fixed(make_tokenizer: Callable[..., Any]) -> None:
     template = (
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     )

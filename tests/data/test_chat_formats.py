@@ -139,7 +139,7 @@ def test_one_begin_token_whoever_writes_it(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_marks_in_the_text_are_no_control_tokens(
+def test_markers_in_the_text_are_not_control_tokens(
     tokenizers: Callable[[str], Any], name: str
 ) -> None:
     tokenizer = tokenizers(name)
@@ -226,7 +226,7 @@ def test_thinking_of_earlier_turns_is_left_out_and_counted(
     assert audit.warnings == {}
 
 
-def test_thinking_in_a_key_of_its_own(tokenizers: Callable[[str], Any]) -> None:
+def test_thinking_in_a_separate_key(tokenizers: Callable[[str], Any]) -> None:
     thought = assistant("Yes.", reasoning_content="again")
     found, audit = trained_of([row(user("a"), thought)], tokenizers("qwen3"))
     assert found == ["<think>\nagain\n</think>\n\nYes.<|im_end|>"]

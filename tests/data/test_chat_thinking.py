@@ -32,7 +32,7 @@ def trained(tokenizer: Any, *turns: dict[str, Any]) -> tuple[list[str], Any]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_an_answer_that_mentions_a_closing_mark_is_no_thinking(
+def test_an_answer_with_a_closing_marker_is_not_thinking(
     shaped: Callable[[str], Any], name: str
 ) -> None:
     """It is trained as an answer, or a warning says that the template itself cuts it in two; only a

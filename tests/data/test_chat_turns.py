@@ -60,7 +60,9 @@ def test_marks_of_thinking_in_an_answer_are_tokens(shaped: Callable[[str], Any])
     assert not of[0][1].warnings
 
 
-def test_a_blank_token_across_the_border_is_cut(make_tokenizer: Callable[..., Any]) -> None:
+def test_a_white_space_token_across_the_boundary_is_split(
+    make_tokenizer: Callable[..., Any],
+) -> None:
     """The generation prompt ends with a line break, and the turn begins with one."""
     shape = SHAPES["opened thought"]
     tokenizer = make_tokenizer(list(shape.specials), eos=shape.eos, chat_template=shape.template)
@@ -83,7 +85,7 @@ def test_calls_in_every_spelling(shaped: Callable[[str], Any]) -> None:
             assert trained_texts(tokenizer, *whole(example)) == TRAINED[name]["answer"]
 
 
-def test_the_system_prompt_stands_where_generation_has_it(shaped: Callable[[str], Any]) -> None:
+def test_the_system_prompt_is_where_generation_has_it(shaped: Callable[[str], Any]) -> None:
     tokenizer = shaped("mistral")
     chat = [{"role": "system", "content": "Be brief."}, *CASES["turns"]]
     example, audit = prepared(tokenizer, {"messages": chat})
@@ -192,7 +194,7 @@ def test_two_turns_of_the_assistant_at_the_end(shaped: Callable[[str], Any], nam
     assert "Four." not in second
 
 
-def test_words_that_are_written_after_the_result_of_their_call(
+def test_text_written_after_the_result_of_its_call(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     template = (

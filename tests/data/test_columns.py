@@ -131,7 +131,7 @@ def test_which_columns_are_missed() -> None:
     assert unread(rows, ["notes"], ("notes",)) == ([], ["notes"])
 
 
-def test_missed_columns_are_warnings_and_others_are_told() -> None:
+def test_relevant_unread_columns_are_warnings_and_others_info() -> None:
     audit = Audit()
     adapted({"prompt": "q", **PAIR, "notes": "x", "model": "m"}, audit=audit)
     levels = {text: level for level, text in audit.messages()}

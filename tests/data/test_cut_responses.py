@@ -103,7 +103,9 @@ def test_every_maker_of_preference_rows_says_it(
     assert audit.as_dict()["cut"] == {"s": {"count": cut, "of": of}}
 
 
-def test_a_cut_and_a_whole_response_of_one_text_are_two(styled: Callable[[str], Any]) -> None:
+def test_a_truncated_and_a_complete_response_with_equal_text_differ(
+    styled: Callable[[str], Any],
+) -> None:
     tokenizer, prompt = styled("chatml")
     row = {
         "id": "r", "source": "s", "prompt": prompt, "responses": ["a", "a", "a"], "ground_truth": "a",
@@ -156,7 +158,9 @@ def test_the_column_is_read(columns: dict[str, Any], flags: list[bool]) -> None:
 
 
 @pytest.mark.parametrize(("cut", "level"), [(0, None), (1, logging.INFO), (2, logging.WARNING)])
-def test_cut_responses_are_counted(styled: Callable[[str], Any], cut: int, level: Any) -> None:
+def test_truncated_responses_are_counted(
+    styled: Callable[[str], Any], cut: int, level: Any
+) -> None:
     """A warning, and a finding of the report, if they are more than a quarter."""
     tokenizer, prompt = styled("chatml")
     row = {"id": "r", "source": "s", "prompt": prompt, "responses": TEXTS, "rewards": None}

@@ -161,7 +161,7 @@ def test_ratings_and_their_length_bias(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found.as_dict()))["ratings"]["good"]["histogram"]
 
 
-def test_what_is_no_data(tmp_path: Path) -> None:
+def test_values_that_are_not_a_data_set(tmp_path: Path) -> None:
     with raises("data.unrecognized-columns", DataError):
         look(tmp_path / "x.jsonl", [{"a": 1}])
     with raises("data.no-such-file", DataError):

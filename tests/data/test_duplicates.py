@@ -31,7 +31,7 @@ ALIKE = [
 ]
 
 
-def test_alike_but_for_case_white_space_and_unicode_form() -> None:
+def test_equal_up_to_case_white_space_and_unicode_form() -> None:
     rows = [text_row(i, prompt) for i, prompt in enumerate(ALIKE)]
     assert len({prompt_key(row) for row in rows}) == 3
     assert len({loose_prompt_key(row) for row in rows}) == 1

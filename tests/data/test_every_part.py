@@ -269,7 +269,7 @@ def test_content_in_parts(parts: list[Row], text: str, tokenizer: Any) -> None:
     assert text in tokenizer.decode(data[0]["prompt_ids"])
 
 
-def test_parts_that_are_no_text_are_refused(tokenizer: Any) -> None:
+def test_parts_that_are_not_text_are_refused(tokenizer: Any) -> None:
     for part, code, named in (
         ({"type": "image_url", "image_url": {"url": "x"}}, "data.not-text", "'image_url'"),
         ({"type": "input_audio", "input_audio": {"data": "x"}}, "data.not-text", "'input_audio'"),

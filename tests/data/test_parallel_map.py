@@ -83,7 +83,7 @@ def test_the_same_errors(chatml: Any) -> None:
     assert messages[0] == messages[1]
 
 
-def test_an_error_of_the_work_arrives_whole(plain_text: Any) -> None:
+def test_an_error_of_the_work_is_raised_unchanged(plain_text: Any) -> None:
     """All parts of an error survive the process boundary."""
     found = []
     for processes in (1, 2):

@@ -355,7 +355,9 @@ def test_real_tool_conversations(dev: Path, source: Any, stories: Any) -> None:
         ("eval_ifeval", "prompt", False),
     ],
 )
-def test_real_files_load_whole(dev: Path, source: Any, name: str, kind: Any, rewards: bool) -> None:
+def test_real_files_load_completely(
+    dev: Path, source: Any, name: str, kind: Any, rewards: bool
+) -> None:
     audit = Audit()
     rows = load_rows(
         [source(f"{name}.jsonl")],

@@ -61,12 +61,12 @@ def _general_answer(question: str) -> str:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_general_ground_truth_is_the_answer_to_the_words(split: str) -> None:
+def test_general_ground_truth_answers_the_text(split: str) -> None:
     for row in load_task(GENERAL, split, ROWS, seed=3):
         assert _general_answer(row["prompt"]) == row["ground_truth"]
 
 
-def test_the_weak_teacher_is_right_as_often_as_said_and_its_slips_are_plausible() -> None:
+def test_the_weak_teacher_has_its_accuracy_and_plausible_errors() -> None:
     rows = load_task(GENERAL, "train", 6000, seed=0)
     wrong = [row for row in rows if row["response"] != row["ground_truth"]]
     share = 1 - len(wrong) / len(rows)
@@ -120,7 +120,7 @@ def _root() -> Path:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_splits_share_no_prompt_whatever_the_seed(task: str) -> None:
+def test_splits_share_no_prompt_for_any_seed(task: str) -> None:
     prompts = {
         split: {
             row["prompt"] for seed in range(3) for row in load_task(task, split, ROWS, seed=seed)

@@ -55,7 +55,7 @@ def test_saved_dataset_with_and_without_splits(tmp_path: Path, source: Any) -> N
         load(tmp_path / "other", source)
 
 
-def test_hub_name_goes_to_the_hub_and_its_failure_is_explained(
+def test_a_hub_name_is_loaded_and_its_failure_is_explained(
     tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets

@@ -73,7 +73,7 @@ def test_parsed_prompts_to_sample_from(tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, MARKED) != wanted
 
 
-def test_letters_by_default(tokenizer: Any) -> None:
+def test_text_by_default(tokenizer: Any) -> None:
     for how in (None, "text"):
         (found,) = prepared([{"text": MARKED + "Yes."}], tokenizer, "sft", special_tokens=how)
         ids = found["prompt_ids"] + found["response_ids"][0]
@@ -119,7 +119,7 @@ def test_in_the_library_it_is_a_warning(tokenizer: Any) -> None:
     assert "100%" in said and "<|im_end|>" in said
 
 
-def test_thinking_tags_are_no_control_tokens(make_tokenizer: Callable[..., Any]) -> None:
+def test_thinking_tags_are_not_control_tokens(make_tokenizer: Callable[..., Any]) -> None:
     """Most rows of a reasoning model contain them, although no template wrote them."""
     tokenizer = make_tokenizer(["</s>"], eos="</s>", chat_template=TEMPLATE)
     tokenizer.add_tokens(["<think>", "</think>"])

@@ -51,7 +51,7 @@ def test_columns_and_types(chatml: Any) -> None:
     assert data[1]["rewards"] is None
 
 
-def test_prompt_is_stored_once_and_responses_behind_it(chatml: Any) -> None:
+def test_prompt_is_stored_once_before_its_responses(chatml: Any) -> None:
     data, audit = tokenized([pair(0, "Yes, I am", "Yes, it is", "No")], chatml, "pair")
     example = data[0]
     text = "<|im_start|>user\nHi, who are you?<|im_end|>\n<|im_start|>assistant\n"
@@ -105,7 +105,7 @@ def test_drops_by_reason(chatml: Any) -> None:
     assert audit.dropped["prompt_too_long"].examples == ["r3"]
 
 
-def test_cut_responses_do_not_train_an_end_token(chatml: Any) -> None:
+def test_truncated_responses_do_not_train_an_end_token(chatml: Any) -> None:
     end = chatml.eos_token_id
     rows = [pair(0, "a " * 80, "b"), pair(1, "cat " * 80, "cat " * 90), pair(2, "a", "b")]
     data, audit = tokenized(rows, chatml, "pair", max_length=50, truncation="cut")
@@ -119,7 +119,7 @@ def test_cut_responses_do_not_train_an_end_token(chatml: Any) -> None:
     assert audit.dropped["identical_after_truncation"].examples == ["r1"]
 
 
-def test_cut_sft_row_ends_with_a_trained_token(chatml: Any) -> None:
+def test_truncated_sft_row_ends_with_a_trained_token(chatml: Any) -> None:
     row = sft(0, "one", "two", "a long question " * 20, "never seen")
     data, _ = tokenized([row], chatml, "sft", max_length=40, truncation="cut")
     (ids,), (mask,) = data[0]["response_ids"], data[0]["response_mask"]

@@ -195,7 +195,7 @@ def test_a_model_equals_plain_forwards(name, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"dropout": 0.5}, {"s_aux": None}, {"index": False}])
-def test_what_flex_attention_is_not_for_goes_by_units(change, monkeypatch):
+def test_cases_without_flex_attention_use_units(change, monkeypatch):
     """Dropout; attention for which faster kernels exist; plans without an index."""
     calls = emulate(monkeypatch)
     settings = {"s_aux": SINKS, **change}
@@ -285,7 +285,7 @@ def shared_prompt(tokens: int) -> tuple[Segment, ...]:
 
 
 @pytest.mark.slow
-def test_traced_whole_once_for_rows_of_all_lengths(monkeypatch):
+def test_traced_once_without_breaks_for_all_lengths(monkeypatch):
     """Also for a second soft-cap and scale, which torch would treat as variables."""
     from torch._dynamo.testing import CompileCounterWithBackend
 

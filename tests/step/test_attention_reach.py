@@ -32,7 +32,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
         (lambda size: chunked_causal_mask_function(size, NO_PADDING), "chunk"),
     ],
 )
-def test_windows_and_chunks_are_told_apart_at_any_size(make, name, size):
+def test_windows_and_chunks_are_distinguished_at_any_size(make, name, size):
     # A window of one equals a chunk of one.
     wanted = Reach(window=1) if size == 1 else Reach(**{name: size})
     assert reach_of(make(size), size) == wanted
@@ -125,7 +125,7 @@ SLIDING = ["full_attention", "sliding_attention"] * 2
     ],
     ids=["full", "window", "both", "mask-alone", "chunks"],
 )  # fmt: skip
-def test_each_layer_is_told_what_the_model_gives_it(model, wanted):
+def test_each_layer_has_the_reach_of_its_mask(model, wanted):
     model = model()
     recorded = install(model)
     assert recorded.problems == [] and reaches(model) == wanted

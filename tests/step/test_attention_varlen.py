@@ -74,7 +74,7 @@ def test_equals_attention_by_hand(asks_for_groups, settings, tensors, monkeypatc
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_kernel_is_told_that_keys_are_queries_only_where_they_are(shared, tensors, monkeypatch):
+def test_shared_starts_are_passed_only_if_keys_equal_queries(shared, tensors, monkeypatch):
     """torch 2.15 takes one tensor of starts for both as leave to align masks otherwise."""
     calls = emulate(monkeypatch)
     plan = indexed() if shared else indexed((Segment(0, 7), Segment(7, 15)))
@@ -99,7 +99,7 @@ def test_gradients_equal_those_of_units(tensors, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"softcap": 1.5}, {"s_aux": SINKS}, {"dropout": 0.5}])
-def test_what_the_kernel_does_not_do_goes_by_units(settings, tensors, monkeypatch):
+def test_cases_without_the_kernel_use_units(settings, tensors, monkeypatch):
     calls = emulate(monkeypatch)
     packed_attention(nn.Module(), *tensors, None, packing_plan=indexed(), **settings)
     packed_attention(nn.Module(), *tensors, None, packing_plan=AttentionPlan(PLAN))

@@ -65,7 +65,7 @@ def test_packed():
     }
 
 
-def test_single_is_packed_rows_cut_at_each_response():
+def test_single_is_packed_rows_split_at_each_response():
     packed, single = inputs_of("packed"), inputs_of("single")
     assert single == {**packed, "plan": None, "rows": ((0, 5), (5, 9), (9, 13))}
 
@@ -150,7 +150,7 @@ def test_short_examples_are_one_unit_and_long_ones_go_by_segment(monkeypatch):
         assert list(AttentionPlan(plan).units) == units, most
 
 
-def test_mask_of_one_segment_is_causal_behind_its_whole_prefix(monkeypatch):
+def test_mask_of_one_segment_is_causal_after_its_prefix(monkeypatch):
     monkeypatch.setattr(batch_module, "_DENSE_TOKENS", 0)
     plan = AttentionPlan(TWO)
     assert seen(plan, 0) == [[int(j <= i) for j in range(5)] for i in range(5)]
@@ -214,7 +214,7 @@ def test_an_empty_micro_batch_is_refused():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 100])
-def test_segments_are_cut_where_chunks_end(chunk):
+def test_segments_are_split_at_chunk_ends(chunk):
     """Segments split at chunk ends have the visibility of chunks by position."""
     plan = AttentionPlan(
         (Segment(0, 7), Segment(7, 12, 0, 5), Segment(12, 16, 0, 5), Segment(16, 18))

@@ -203,7 +203,7 @@ def test_saved_config_does_not_name_the_attention(tmp_path):
     assert "rpo_packed" not in (tmp_path / "config.json").read_text()
 
 
-def test_a_model_that_is_no_transformers_model_is_refused():
+def test_a_model_not_from_transformers_is_refused():
     with raises("model.not-transformers", ModelError) as error:
         transformers_model(torch.nn.Linear(2, 2))
     assert "Linear" in error.value.what

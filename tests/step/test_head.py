@@ -25,7 +25,7 @@ from tests.small_models import make_model
         ("gemma2", {"final_logit_softcapping": None}, Head()),
     ],
 )
-def test_known_ways_are_learned_whatever_the_weights(family, extra, wanted, dtype):
+def test_known_operations_are_found_for_any_weights(family, extra, wanted, dtype):
     model = make_model(family, dtype=dtype, **extra)
     head = head_of(model, model.forward)
     assert head.fused and (head.softcap is None) == (wanted.softcap is None)

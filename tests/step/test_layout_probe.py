@@ -63,7 +63,7 @@ def test_kernels_that_only_autocast_takes_are_proved_too(leaks, monkeypatch, cap
 
 
 @pytest.mark.parametrize("set_for", ["all", "products", "nothing"])
-def test_tf32_is_off_while_the_model_is_asked_and_as_it_was_after(set_for, monkeypatch):
+def test_tf32_is_off_during_the_probe_and_restored_after(set_for, monkeypatch):
     """torch_compile enables TF32, with three correct digits, for which the layouts would be refused."""
     every, products = torch.backends, torch.backends.cuda.matmul
     before = every.fp32_precision, products.fp32_precision
@@ -106,7 +106,7 @@ def test_no_layout_that_leaks_is_taken(family, dtype, weights):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_experts_that_round_by_what_is_routed_to_them_are_no_leak(family):
+def test_rounding_of_experts_is_not_a_leak(family):
     """Other texts change the batch size of an expert, and with it the last bit."""
     layout, head = probe(tiny_model(family))
     assert layout == "shared" and head.fused
@@ -123,9 +123,7 @@ def test_experts_that_round_by_what_is_routed_to_them_are_no_leak(family):
         ("qwen3_next", True),
     ],
 )
-def test_where_there_are_no_gradients_the_order_of_the_other_texts_tells(
-    family, leaks, dtype, monkeypatch
-):
+def test_without_gradients_the_order_of_other_texts_is_tested(family, leaks, dtype, monkeypatch):
     """As under ZeRO-3: the routing is the same, so that rounding is equal for experts, but not for states."""
     model = tiny_model(family).to(dtype)
     monkeypatch.setattr("rpo_trainer.step.layout_probe.sees_others", lambda *_, **__: None)
@@ -313,7 +311,7 @@ def test_single_rows_of_longrope_are_right_at_any_length():
 # --- odd models and settings ---
 
 
-def test_a_layout_that_is_asked_for_and_wrong_says_so():
+def test_an_inexact_requested_layout_is_refused():
     with raises("training.inexact-layout", ModelError) as error:
         probe(tiny_model("mamba"), layout="shared")
     assert "layout='shared'" in error.value.what

@@ -147,7 +147,7 @@ def test_every_token_and_mask_counts():
     assert response_key([1, 2], [3, 4], [1, 1]) in keys
 
 
-def test_a_killed_pass_goes_on_where_it_was(model, tmp_path, computed, monkeypatch):
+def test_a_killed_pass_resumes(model, tmp_path, computed, monkeypatch):
     monkeypatch.setattr(reference, "_ROWS_PER_PART", 4)
     own, calls = reference.token_logprobs, []
 
@@ -250,7 +250,7 @@ def test_leftovers_of_a_write_are_ignored(model, tmp_path, computed):
     assert compute(model, ROWS, tmp_path) == first and computed == []
 
 
-def test_values_that_are_whole_but_wrong_are_found_on_load(model, tmp_path, caplog):
+def test_wrong_values_are_found_on_load(model, tmp_path, caplog):
     first = compute(model, ROWS, tmp_path)
     cache = ReferenceCache(tmp_path)
     wrong = {key: value + 1.0 for key, value in cache.values.items()}
@@ -301,7 +301,7 @@ def test_key_is_of_the_content():
 
 
 @pytest.mark.parametrize("part", ["dtype", "config", "arithmetic", "adapter", "buffer"])
-def test_key_changes_with_whatever_changes_the_values(part):
+def test_key_changes_with_everything_that_changes_the_values(part):
     model = make_model()
     key = model_key(model)
     if part == "dtype":
