@@ -25,6 +25,7 @@ from rpo_trainer.data.counts import (
     percent,
     quantiles,
     rows_word,
+    unread_columns,
 )
 from rpo_trainer.data.duplicates import repeated, shared
 from rpo_trainer.data.judge_bias import bias_lines
@@ -208,7 +209,7 @@ class Audit(AuditCounts):
                 told.append((warn if cut.many else info, f"{source}: {cut.text()}"))
         told += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
-            told.append((warn, f"{source}: columns not read: {', '.join(columns)}"))
+            told.append((warn, unread_columns(source, columns)))
         for source, columns in self.extra_columns.items():
             others = [c for c in columns if c not in self.unread_columns.get(source, ())]
             if others:

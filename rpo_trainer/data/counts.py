@@ -68,6 +68,11 @@ def unread_key(key: str) -> str:
     return f"message key `{key}`, which the chat template does not render, or not in every turn"
 
 
+def unread_columns(source: str, columns: Sequence[str]) -> str:
+    """Return the warning about columns of a source that are not read."""
+    return f"{source}: columns not read: {', '.join(columns)}"
+
+
 def unread_variable(name: str) -> str:
     """Return the warning about a variable of `chat_template_kwargs` that no template reads."""
     return f"`{name}` in `chat_template_kwargs`, which the chat template does not read"

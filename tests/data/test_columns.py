@@ -12,6 +12,8 @@ from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.columns import mapping_for, unread
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
+from rpo_trainer.report.audits import read_audit
+from rpo_trainer.stages.record import AuditRecord
 from tests.raising import raises
 
 Row = dict[str, Any]
@@ -143,3 +145,12 @@ def test_names_are_guessed_once() -> None:
     assert mapping_for(["prompt", "context"], ["question"]) == (
         "`columns: {prompt: question, context: NAME}`"
     )
+
+
+def test_the_report_has_the_same_text_about_unread_columns() -> None:
+    """`check` shows a finding of the report once, and not also as a message of the audit."""
+    audit = Audit()
+    adapted({"prompt": "q", "notes": "x", **PAIR}, audit=audit)
+    found = read_audit(AuditRecord.from_json(audit.as_dict())).concerns("the rows")
+    texts = {concern.text for concern in found if concern.key == "unread-columns"}
+    assert texts and texts <= {text for _, text in audit.messages()}
