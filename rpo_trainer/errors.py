@@ -7,9 +7,10 @@ for each part, for logs and pipes; `render` wraps the same parts for a terminal.
 from __future__ import annotations
 
 import difflib
+import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rpo_trainer.redact import redact
 
@@ -177,6 +178,14 @@ class Problems(RPOTrainerError):
 
 
 # ---------------------------------------------------------------- for a terminal
+
+
+def shown(error: RPOTrainerError, stream: TextIO) -> str:
+    """Format an error for a stream: `render` for a terminal, otherwise `error: ` and one line for each
+    part."""
+    if not stream.isatty():
+        return f"error: {error}"
+    return render(error, min(shutil.get_terminal_size().columns, 100))
 
 
 def render(error: RPOTrainerError, width: int = 80) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_a_rendered_error_is_wrapped_between_words_and_aligned() -> None:
     assert all(line[:7] in (" " * 7, "  fix: ", "   at: ", "error[d") for line in lines)
     words = " ".join(" ".join(lines).split())
     assert LONG.what in words and not words.endswith("None")
+
+
+def test_a_terminal_gets_rendered_errors_and_a_pipe_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    assert errors.shown(LONG, stream) == f"error: {LONG}"
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert errors.shown(LONG, stream) == errors.render(LONG, 60)
 
 
 def test_several_rendered_errors_are_set_apart() -> None:

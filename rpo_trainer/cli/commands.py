@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import click
 
 from rpo_trainer import __version__
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
-from rpo_trainer.errors import RPOTrainerError, RunError, render
+from rpo_trainer.errors import RPOTrainerError, RunError, shown
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
@@ -347,13 +346,6 @@ def main(args: Sequence[str] | None = None) -> Any:
     sys.exit(code)
 
 
-def _shown(error: RPOTrainerError) -> str:
-    """An error wrapped for a terminal; in a pipe `file:line: message`, one line for each part."""
-    if sys.stderr.isatty():
-        return render(error, min(shutil.get_terminal_size().columns, 100))
-    return f"error: {error}"
-
-
 def _exit_code(args: Sequence[str] | None) -> int:
     """Runs a command, shows the message that it ends with, and returns the exit code."""
     try:
@@ -368,7 +360,7 @@ def _exit_code(args: Sequence[str] | None) -> int:
         return 130
     except RPOTrainerError as error:
         if _rank("LOCAL_RANK") == 0 or not error.everywhere:
-            click.echo(_shown(error), err=True)
+            click.echo(shown(error, sys.stderr), err=True)
         return error.exit_code
     except (OSError, RuntimeError) as error:
         if (said := refusal(error)) is None:
@@ -380,6 +372,6 @@ def _exit_code(args: Sequence[str] | None) -> int:
             why="the command reads or writes there",
             fix="free disk space or fix the permissions, and run the same command again",
         )
-        click.echo(_shown(refused), err=True)
+        click.echo(shown(refused, sys.stderr), err=True)
         return refused.exit_code
     return 0
