@@ -180,7 +180,7 @@ class Problems(RPOTrainerError):
 # ---------------------------------------------------------------- for a terminal
 
 
-def shown(error: RPOTrainerError, stream: TextIO) -> str:
+def error_text(error: RPOTrainerError, stream: TextIO) -> str:
     """Format an error for a stream: `render` for a terminal, otherwise `error: ` and one line for each
     part."""
     if not stream.isatty():

@@ -113,10 +113,10 @@ def test_a_rendered_error_is_wrapped_between_words_and_aligned() -> None:
 
 def test_a_terminal_gets_rendered_errors_and_a_pipe_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    assert errors.shown(LONG, stream) == f"error: {LONG}"
+    assert errors.error_text(LONG, stream) == f"error: {LONG}"
     monkeypatch.setattr(stream, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
-    assert errors.shown(LONG, stream) == errors.render(LONG, 60)
+    assert errors.error_text(LONG, stream) == errors.render(LONG, 60)
 
 
 def test_several_rendered_errors_are_set_apart() -> None:

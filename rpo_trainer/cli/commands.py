@@ -16,7 +16,7 @@ import click
 
 from rpo_trainer import __version__
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
-from rpo_trainer.errors import RPOTrainerError, RunError, shown
+from rpo_trainer.errors import RPOTrainerError, RunError, error_text
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
@@ -360,7 +360,7 @@ def _exit_code(args: Sequence[str] | None) -> int:
         return 130
     except RPOTrainerError as error:
         if _rank("LOCAL_RANK") == 0 or not error.everywhere:
-            click.echo(shown(error, sys.stderr), err=True)
+            click.echo(error_text(error, sys.stderr), err=True)
         return error.exit_code
     except (OSError, RuntimeError) as error:
         if (said := refusal(error)) is None:
@@ -372,6 +372,6 @@ def _exit_code(args: Sequence[str] | None) -> int:
             why="the command reads or writes there",
             fix="free disk space or fix the permissions, and run the same command again",
         )
-        click.echo(shown(refused, sys.stderr), err=True)
+        click.echo(error_text(refused, sys.stderr), err=True)
         return refused.exit_code
     return 0
