@@ -34,7 +34,7 @@ from rpo_trainer.cli.json_output import (
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.cli.watch import watch
 from rpo_trainer.cli.wrap import wrap
-from rpo_trainer.errors import RPOTrainerError, RunError
+from rpo_trainer.errors import RPOTrainerError, RunError, error_text
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
@@ -315,7 +315,7 @@ def _show_error(error: BaseException) -> int:
         return 130
     if isinstance(error, RPOTrainerError):
         if _rank("LOCAL_RANK") == 0 or not error.everywhere:
-            click.echo(wrap(f"error: {error}"), err=True)
+            click.echo(error_text(error, sys.stderr), err=True)
         return error.exit_code
     raise error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, percent
+from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, percent, unread_columns
 from rpo_trainer.stages.record import AuditRecord, PairsRecord, ReasonRecord
 
 # Shares of the rows above which something deserves attention.
@@ -88,7 +88,7 @@ class AuditView:
                 "repeated",
                 f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) have a prompt "
                 "that was seen before",
-                "`dedup: exact` or `normalised` keeps the first row of each prompt.",
+                "`dedup: exact` or `normalized` keeps the first row of each prompt.",
             )
         if whole and (cut := rows.get("truncated", 0)) > MANY_CUT * whole:
             yield Concern(
@@ -122,7 +122,7 @@ class AuditView:
         for source, columns in self.unread.items():
             yield Concern(
                 "unread-columns",
-                f"{source}: columns that are not read: {', '.join(columns)}",
+                unread_columns(source, columns),
                 "Name one that is meant with `columns: {ours: theirs}`.",
             )
 

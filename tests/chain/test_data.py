@@ -167,7 +167,7 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
         lines = [{k: v for k, v in r.items() if k != "responses"} for r in given]
         path.write_text("".join(json.dumps(r) + "\n" for r in (lines if sampled_file else given)))
         counts = {}
-        for dedup in (None, "exact", "normalised", None):
+        for dedup in (None, "exact", "normalized", None):
             recipe = tiny.tiny_recipe()
             data = tiny.stage_of(recipe, name)["data"]
             data |= {"train": [{"path": "rows.jsonl"}], "dedup": dedup}
@@ -180,7 +180,7 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
             assert own is not None
             counts.setdefault(dedup, []).append([row["id"] for row in own])
         assert counts == {
-            None: [["r0", "r1", "r2"]] * 2, "exact": [["r0", "r1"]], "normalised": [["r0"]],
+            None: [["r0", "r1", "r2"]] * 2, "exact": [["r0", "r1"]], "normalized": [["r0"]],
         }  # fmt: skip
         kind = "generated" if sampled_file else "scored"
         assert len(list((tmp_path / stage.name).glob(f"{kind}-*.jsonl"))) == 3

@@ -178,9 +178,9 @@ class DataSpec(Spec):
     replay: ReplaySpec | None = Field(
         None, description="mix in rows of an earlier sft stage (sft only)"
     )
-    dedup: Literal["exact", "normalised"] | None = Field(
+    dedup: Literal["exact", "normalized"] | None = Field(
         None,
-        description="keep only the first training row of each prompt; `normalised` ignores case, white "
+        description="keep only the first training row of each prompt; `normalized` ignores case, white "
         "space and Unicode form",
     )
     eval_overlap: Literal["warn", "error"] = Field(
