@@ -11,6 +11,8 @@ run               `run_chain`: the stages in order; a run that was stopped resum
   callbacks         metrics.jsonl, and the step-0 result
   stop_signal       SIGTERM and SIGINT: a stop after a complete checkpoint
   progress          progress bars, or plain lines
+  time_left         how long a stage and the chain will take
+  told_data         log lines on the data of each stage, once per data set
   evaluation        held-out figures of an output: responses, pairs, likelihoods, lm-eval tasks
   card              the model card of an output
 check             `check_recipe`: all that can be known before training

@@ -21,11 +21,13 @@ from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
-from rpo_trainer.chain.progress import ChainProgress
+from rpo_trainer.chain.progress import ChainProgress, duration
 from rpo_trainer.chain.run_dir import locked, open_run_dir
 from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics, now, plain, write_recipe
 from rpo_trainer.chain.stop_signal import StopOnSignal
+from rpo_trainer.chain.time_left import TimeLeft
+from rpo_trainer.chain.told_data import ToldData
 from rpo_trainer.chain.training import (
     agreement_of,
     light_collections,
@@ -44,7 +46,7 @@ from rpo_trainer.recipe import (
     fill_from_environment,
 )
 from rpo_trainer.runtime import distributed
-from rpo_trainer.runtime.cores import limit_threads
+from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.inputs import StageInputs
@@ -131,7 +133,10 @@ class _Chain:
         self.inputs = InputFiles(self.recipe, self.stages, loaded.base_dir)
         self.digests = Digests()
         self.stop = StopOnSignal()
-        self.progress = ChainProgress(len(self.stages))
+        self.time_left = TimeLeft(self.stages, self.preparer.steps)
+        self.progress = ChainProgress(len(self.stages), self.time_left)
+        self.told = ToldData()
+        self.others = OtherProcesses()
 
     def run(self, only: Collection[str] | None) -> Path:
         def finished() -> None:
@@ -169,9 +174,14 @@ class _Chain:
             self.state.save()
             write_recipe(self.run_dir, dump_resolved(self.recipe))
 
+        for record in self.state.stages:
+            if record.state == "done" or all(record is not one for _, one in wanted):
+                self.time_left.end(record.name, steps=record.steps, seconds=record.seconds)
         with self.stop.installed(), self.progress.shown():
             self._start_engines([stage for stage, _ in wanted])
             distributed.on_main(begin)
+            if distributed.is_main() and not torch.cuda.is_available():
+                self.others.report()
             for stage, record in wanted:
                 with (
                     light_collections(),
@@ -203,10 +213,12 @@ class _Chain:
     # --- one stage ---
 
     def _run_stage(self, stage: Stage, record: StageRecord) -> None:
+        self.progress.begin(self.preparer.number(stage), stage.name)
         with self._timed(record):
             self._keep_digests(stage, record)
             if not self._is_trained(stage, record):
                 self._train(stage, record, self._prepare(stage, record))
+            self.progress.phase("evaluating")
             self._evaluate(stage, record)
             self._publish(stage, record)
         self._finish(stage, record)
@@ -239,7 +251,9 @@ class _Chain:
         record.state = "done"
         record.finished = now()
         self._save()
-        logger.info("%s finished", self.preparer.label(stage))
+        took = duration(record.seconds or 0.0)
+        logger.info("%s finished in %s", self.preparer.label(stage), took)
+        self.time_left.end(stage.name, steps=record.steps, seconds=record.seconds)
 
     def _publish(self, stage: Stage, record: StageRecord) -> None:
         """The output's card, and the output on the hub where that is asked for."""
@@ -319,7 +333,7 @@ class _Chain:
             inputs,
             [
                 MetricsLog(self.run_dir / METRICS_FILE, stage.name),
-                self.progress.callback(label, self.preparer.number(stage)),
+                self.progress.callback(label),
                 self.stop,
             ],
         )
@@ -335,9 +349,7 @@ class _Chain:
             self.preparer.prepare_held_out(inputs)
         audit, held_out, train = inputs.audit, inputs.held_out, inputs.train
         assert train is not None
-        audit.log(logger, f"the rows of stage {stage.name}", f"{label} data: ")
-        if held_out is not None:
-            held_out.audit.log(logger, "the held-out rows", f"{label} held-out data: ")
+        self.told.tell(stage, audit, held_out.audit if held_out is not None else None, label)
         fingerprint = inputs.fingerprint()
         made_here = distributed.all_gather_dict({distributed.rank(): fingerprint})
         with distributed.raise_on_all_ranks():

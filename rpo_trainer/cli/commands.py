@@ -26,6 +26,8 @@ from rpo_trainer.redact import (
     redacted_traceback,
 )
 from rpo_trainer.runtime.files import refusal
+from rpo_trainer.runtime.harmless_lines import hide_harmless_lines
+from rpo_trainer.runtime.terminal import TerminalHandler
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -305,7 +307,9 @@ def _table(run_dir: Path) -> None:
 
 
 def _show_messages(verbose: bool) -> None:
-    handler = logging.StreamHandler()
+    handler = TerminalHandler()
+    if not verbose:
+        hide_harmless_lines()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("rpo_trainer")
     package.handlers = [RedactingHandler(), handler]

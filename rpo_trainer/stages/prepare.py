@@ -63,7 +63,7 @@ from rpo_trainer.stages.inputs import (
     with_targets,
 )
 from rpo_trainer.stages.record import InputRecord
-from rpo_trainer.stages.settings import StageConfig, training_config
+from rpo_trainer.stages.settings import StageConfig, steps_of, training_config
 
 _EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": "sft"}
 
@@ -76,12 +76,15 @@ class StagePreparer:
 
     Attributes:
         stages: all stages, in their order; repeated ones expanded.
+        steps: optimizer steps of the stages prepared so far, by name; of prompts to sample for, as if all
+            of them gave an example.
     """
 
     def __init__(self, loaded: LoadedRecipe) -> None:
         self.loaded = loaded
         self.recipe = loaded.recipe
         self.stages = expand_stages(loaded.recipe)
+        self.steps: dict[str, int] = {}
         self._kept: dict[str, StageInputs | None] = {}  # by the stage's name
 
     @cached_property
@@ -169,13 +172,16 @@ class StagePreparer:
         """
         audit = audit or Audit()
         if made is None and needs_policy(stage.data):
-            return StageInputs(stage, self.prompts(stage, audit), audit)
+            prompts = self.prompts(stage, audit)
+            self.steps[stage.name] = steps_of(stage, len(prompts))
+            return StageInputs(stage, prompts, audit)
         if tokenize and (kept := self._kept.get(stage.name)) is not None:
             del self._kept[stage.name]
             return kept
         rows = self.rows(stage, audit, made=made, given=given)
         rows, held = set_aside(stage, rows, seed=self.seed(stage), audit=audit)
         train = tokenize_stage(stage, rows, self.tokenizer, audit) if tokenize else None
+        self.steps[stage.name] = steps_of(stage, len(rows if train is None else train))
         inputs = StageInputs(fitted_stage(stage, audit), rows, audit, held, train)
         if tokenize and stage.name in self._kept:
             self._kept[stage.name] = inputs

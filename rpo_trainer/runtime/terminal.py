@@ -1,0 +1,115 @@
+"""The terminal: one console that log lines and progress bars share."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_INDENT = "  "  # of the lines that continue a wrapped one
+
+
+def is_interactive(stream: TextIO | None = None) -> bool:
+    """Whether a stream, by default stderr, is a terminal on which lines can be redrawn.
+
+    False for pipes and files, for `TERM=dumb`, and for a terminal without columns, as some job runners
+    have: no bar could be drawn there.
+    """
+    stream = sys.stderr if stream is None else stream
+    if not stream.isatty() or os.environ.get("TERM", "").lower() == "dumb":
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # not a terminal of the system
+        return True
+
+
+@functools.cache
+def console() -> Console:
+    """The console on stderr: whatever is printed through it appears above the progress bars."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The lines of a text, broken at spaces so that they fit a width; a long word is left whole.
+
+    A terminal breaks a long word itself, so that a path or a command can still be copied.
+    """
+    from rich.text import Text
+
+    lines: list[str] = []
+    for line in text.split("\n"):
+        room = max(20, width - len(_INDENT))
+        parts = Text(line).wrap(console(), room, overflow="ignore") if len(line) > width else [line]
+        first, *more = [str(part).rstrip() for part in parts] or [""]
+        lines += [first, *(_INDENT + part for part in more)]
+    return lines
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Log lines on stderr: in a terminal wrapped at words, and above the progress bars; else plain."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not is_interactive():
+            super().emit(record)
+            return
+        from rich.text import Text
+
+        try:
+            screen = console()
+            style = "yellow" if record.levelno >= logging.WARNING else ""
+            lines = wrapped(self.format(record), screen.width)
+            screen.print(Text("\n".join(lines), style), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def handlers_redirected() -> Iterator[None]:
+    """Within it, log handlers that hold stderr or stdout write to what these names mean at the time.
+
+    A live display replaces `sys.stderr` and `sys.stdout`, but handlers of libraries keep the stream that
+    they were made with: their lines would be written into the display.
+    """
+    streams: dict[int, str] = {
+        id(stream): name
+        for name, stream in (
+            ("stdout", sys.__stdout__), ("stdout", _original(sys.stdout)),
+            ("stderr", sys.__stderr__), ("stderr", _original(sys.stderr)),
+        )
+        if stream is not None
+    }  # fmt: skip
+    before: list[tuple[logging.StreamHandler[Any], Any]] = []
+    for handler in _stream_handlers():
+        if (name := streams.get(id(handler.stream))) is not None:
+            before.append((handler, handler.stream))
+            handler.setStream(getattr(sys, name))
+    try:
+        yield
+    finally:
+        for handler, stream in before:
+            handler.setStream(stream)
+
+
+def _original(stream: Any) -> Any:
+    """The stream below the one that a live display has put in its place."""
+    return getattr(stream, "rich_proxied_file", stream)
+
+
+def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
+    known = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    for logger in known:
+        for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
+            if isinstance(handler, logging.StreamHandler) and not isinstance(
+                handler, (logging.FileHandler, TerminalHandler)
+            ):
+                yield handler
