@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
+from rpo_trainer.runtime.harmless_lines import tied_keys_hidden
 from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.stages.record import (
     EvaluationRecord,
@@ -80,7 +82,10 @@ def train_stage(
     trainer.step_guard.note = lambda skipped: note(
         skipped=[SkippedStepRecord.from_json(one) for one in skipped]
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with tied_keys_hidden(
+        getattr(transformers_model(trainer.model), "all_tied_weights_keys", None) or ()
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if state.global_step < state.max_steps:
         return False

@@ -27,7 +27,7 @@ from rpo_trainer.redact import (
 )
 from rpo_trainer.runtime.files import refusal
 from rpo_trainer.runtime.harmless_lines import hide_harmless_lines
-from rpo_trainer.runtime.terminal import TerminalHandler
+from rpo_trainer.runtime.terminal import TerminalHandler, fitted
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -116,7 +116,7 @@ def check(
 
     lines = check_recipe(loaded, run_dir or default_run_dir(loaded))
     for line in lines:
-        click.echo(line)
+        click.echo(fitted(line, sys.stdout))
     warnings = count_warnings(lines)
     click.echo(
         f"{recipe}: OK" + (f", with {warnings} warning{'s' * (warnings > 1)}" * bool(warnings))
@@ -290,7 +290,7 @@ def _run(
         try:
             click.echo(f"report: {build_report(folder)}")
         except RunError as error:  # the chain is done, also where the report's extra is missing
-            click.echo(f"no report: {error}", err=True)
+            click.echo(fitted(f"no report: {error}", sys.stderr), err=True)
 
 
 def _rank(name: str) -> int:
@@ -364,7 +364,7 @@ def _exit_code(args: Sequence[str] | None) -> int:
         return 130
     except RPOTrainerError as error:
         if _rank("LOCAL_RANK") == 0 or not error.everywhere:
-            click.echo(f"error: {error}", err=True)
+            click.echo(fitted(f"error: {error}", sys.stderr), err=True)
         return error.exit_code
     except (OSError, RuntimeError) as error:
         if (said := refusal(error)) is None:
@@ -376,6 +376,6 @@ def _exit_code(args: Sequence[str] | None) -> int:
             why="the command reads or writes there",
             fix="free disk space or fix the permissions, and run the same command again",
         )
-        click.echo(f"error: {refused}", err=True)
+        click.echo(fitted(f"error: {refused}", sys.stderr), err=True)
         return refused.exit_code
     return 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+import re
 import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 # By the logger's name: how its line begins. The reason stands above each.
 HARMLESS: dict[str, tuple[str, ...]] = {
@@ -13,7 +17,11 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "DeepSpeed": ("Setting accelerator to CPU. If you have GPU",),
 }
 # By the module that warns: how the text begins (a regular expression), and its category.
-HARMLESS_WARNINGS: dict[str, tuple[str, type[Warning]]] = {}
+HARMLESS_WARNINGS: dict[str, tuple[str, type[Warning]]] = {
+    # PEFT reads the old name of a property of transformers, which is still there.
+    "transformers.modeling_utils": ("`is_gradient_checkpointing` is deprecated", FutureWarning),
+}
+_MISSING = re.compile(r"There were missing keys in the checkpoint model loaded: (\[.*\])\.")
 
 
 class _Hide(logging.Filter):
@@ -33,3 +41,22 @@ def hide_harmless_lines() -> None:
             logger.addFilter(_Hide(beginnings))
     for module, (beginning, category) in HARMLESS_WARNINGS.items():
         warnings.filterwarnings("ignore", beginning, category, module)
+
+
+@contextmanager
+def tied_keys_hidden(tied: Collection[str]) -> Iterator[None]:
+    """Within it the Trainer does not warn about keys that a checkpoint lacks because they are tied.
+
+    A checkpoint holds each tied weight once, under its other name. Any other missing key is warned about.
+    """
+
+    def shown(record: logging.LogRecord) -> bool:
+        found = _MISSING.match(record.getMessage())
+        return found is None or not set(ast.literal_eval(found[1])) <= set(tied)
+
+    logger = logging.getLogger("transformers.trainer")
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)

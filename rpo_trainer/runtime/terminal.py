@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -39,20 +41,29 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """The lines of a text, broken at spaces so that they fit a width; a long word is left whole.
+def wrapped(text: str, width: int) -> str:
+    """A text with its lines broken at spaces so that they fit a width; a long word is left whole.
 
     A terminal breaks a long word itself, so that a path or a command can still be copied.
     """
-    from rich.text import Text
-
     lines: list[str] = []
     for line in text.split("\n"):
-        room = max(20, width - len(_INDENT))
-        parts = Text(line).wrap(console(), room, overflow="ignore") if len(line) > width else [line]
-        first, *more = [str(part).rstrip() for part in parts] or [""]
-        lines += [first, *(_INDENT + part for part in more)]
-    return lines
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())] + _INDENT
+        lines += textwrap.wrap(
+            line, max(width, 2 * len(indent)), subsequent_indent=indent, break_long_words=False,
+            break_on_hyphens=False, replace_whitespace=False,
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """A text as it is printed to a stream: wrapped at words where that is a terminal."""
+    if not is_interactive(stream):
+        return text
+    return wrapped(text, shutil.get_terminal_size().columns)
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):
@@ -67,8 +78,8 @@ class TerminalHandler(logging.StreamHandler[TextIO]):
         try:
             screen = console()
             style = "yellow" if record.levelno >= logging.WARNING else ""
-            lines = wrapped(self.format(record), screen.width)
-            screen.print(Text("\n".join(lines), style), soft_wrap=True)
+            text = wrapped(self.format(record), screen.width)
+            screen.print(Text(text, style), soft_wrap=True)
         except Exception:
             self.handleError(record)
 
