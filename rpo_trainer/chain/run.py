@@ -1,4 +1,4 @@
-"""The stages of a recipe as a resumable state machine."""
+"""Runs the stages of a recipe in order; a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,6 @@ from rpo_trainer.stages.record import (
     AuditRecord,
     CalibrationBin,
     DataRecord,
-    EvaluationRecord,
     HubRecord,
     OutputRecord,
     StageRecord,
@@ -79,21 +78,22 @@ def run_chain(
     only: Collection[str] | None = None,
     allow_changed: Collection[str] = (),
 ) -> Path:
-    """Runs the stages that are not finished; run again, it resumes where it stopped.
+    """Run the stages that are not finished. Called again, resumes where the run stopped.
 
     Args:
-        loaded: a recipe of `load_recipe`.
-        run_dir: where to; None: `default_run_dir`.
-        only: names of the stages to run, the others are left as they are; None: all.
-        allow_changed: keys of the recipe that may differ from what the run has computed with; what
-            has changed is kept in chain.json.
+        loaded: a recipe from `load_recipe`.
+        run_dir: the run directory; None: `default_run_dir`.
+        only: names of the stages to run; None: all.
+        allow_changed: keys of the recipe that may differ from those the run was computed with; the
+            changes are recorded in chain.json.
 
     Returns:
         The run directory.
 
     Raises:
-        RPOTrainerError: what is wrong; all that can be known, before the first stage.
-        StoppedBySignal: by SIGTERM or SIGINT, after a complete checkpoint.
+        RPOTrainerError: an error in the recipe, data or environment; wherever possible, raised before
+            the first stage.
+        StoppedBySignal: after SIGTERM or SIGINT, with a complete checkpoint on disk.
     """
     run_dir = default_run_dir(loaded) if run_dir is None else run_dir
     distributed.start()
@@ -151,8 +151,8 @@ class _Chain:
         ]
         if not wanted:
             if self.state.allowed:
-                self._save()  # what has changed on purpose
-            logger.info("done: there is nothing left to run in %s", self.run_dir)
+                self._save()  # the allowed changes
+            logger.info("all stages in %s are finished", self.run_dir)
             return self.run_dir
         pending = {stage.name for stage, record in wanted if record.state == "pending"}
         check_starts(
@@ -160,9 +160,9 @@ class _Chain:
         )
 
         def begin() -> None:
-            # All stages are checked before the first one trains, so that an error in the last one shows
-            # at once, not after hours. So their data are prepared twice, to be checked and to be trained
-            # on; those of the first stage, which stay in memory, once.
+            # All stages are checked before the first one trains, so that an error in the last one is
+            # found at once. Data is therefore prepared twice, for the check and for training, except for
+            # the first stage, whose data stays in memory.
             if pending:
                 first, record = wanted[0]
                 if first.name in pending:
@@ -191,7 +191,7 @@ class _Chain:
         return self.run_dir
 
     def _start_engines(self, stages: list[Stage]) -> None:
-        """DeepSpeed joins its processes when arguments are made for it: all must make them."""
+        """Create the training arguments on every rank: DeepSpeed starts its process group there."""
         if distributed.world_size() == 1:
             return
         with distributed.raise_on_all_ranks():
@@ -225,7 +225,7 @@ class _Chain:
 
     @contextmanager
     def _timed(self, record: StageRecord) -> Iterator[None]:
-        """Adds the time inside to the record, which counts all starts of the run."""
+        """Add the time spent inside to the record, which sums over all starts of the run."""
         began, before = time.monotonic(), record.seconds or 0.0
         try:
             yield
@@ -236,7 +236,7 @@ class _Chain:
         record.seconds = before + time.monotonic() - began
 
     def _keep_digests(self, stage: Stage, record: StageRecord) -> None:
-        """Before anything of the stage is read, so that no change in between goes unnoticed."""
+        """Record digests of the inputs before the stage reads them, so that later changes are detected."""
         (self.run_dir / stage.name).mkdir(exist_ok=True)
         if record.state == "pending":
             record.inputs = distributed.on_main(
@@ -256,7 +256,7 @@ class _Chain:
         self.time_left.end(stage.name, steps=record.steps, seconds=record.seconds)
 
     def _publish(self, stage: Stage, record: StageRecord) -> None:
-        """The output's card, and the output on the hub where that is asked for."""
+        """Write the model card, and push the output to the hub if `push_to_hub` is set."""
         final = self._final(stage.name)
         record.output = OutputRecord(output_fingerprint(final))
         records = {each.name: each for each in self.state.stages}
@@ -276,7 +276,9 @@ class _Chain:
         trainer = self._trainer(inputs)
 
         def begin(step: int, evaluated: bool) -> None:
-            record.skipped = None  # the checkpoint knows what was skipped before it
+            if step >= 0:
+                logger.info("%s resuming from step %d", self.preparer.label(stage), step)
+            record.skipped = None  # the checkpoint has those before it
             if distributed.is_main():
                 forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
@@ -292,9 +294,8 @@ class _Chain:
                 f"the training of stage {stage.name} ended before its last step",
                 code="training.ended-early",
                 where=str(folder),
-                why="something stopped it, and later stages need a complete one",
-                fix="look for a callback that sets `should_training_stop`, and run the same command again: "
-                "it resumes from the last checkpoint",
+                why="a callback may have set `should_training_stop`",
+                fix="run the same command again: it resumes from the last checkpoint",
             )
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
@@ -319,7 +320,7 @@ class _Chain:
         stage, label = inputs.stage, self.preparer.label(inputs.stage)
         assert inputs.train is not None
         with distributed.raise_on_all_ranks():
-            # The number of sampled examples is not known before.
+            # For sampled examples, the number is known only now.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
         source = stage.own_reference
@@ -355,19 +356,19 @@ class _Chain:
         with distributed.raise_on_all_ranks():
             if len(set(made_here.values())) > 1:
                 raise RunError(
-                    f"the processes have made different examples of stage {stage.name}",
+                    f"the processes prepared different examples for stage {stage.name}",
                     code="run.different-examples",
-                    why="each reads the data for itself, and the hosts do not have the same files",
-                    fix="give every host the same data, tokenizer and library versions",
+                    why="each process reads the data itself, and the files differ between hosts",
+                    fix="use the same data, tokenizer and library versions on every host",
                 )
             known = record.data.fingerprint if record.data is not None else None
             if known not in (None, fingerprint):
                 if not self.state.allows_other_data(stage.name):
                     raise data_changed(
-                        f"the examples of stage {stage.name} are not those it began with",
+                        f"the examples of stage {stage.name} have changed since it began",
                         stage.name,
                         self.run_dir,
-                        why="a data source, the tokenizer or its template has changed",
+                        why="a data source, the tokenizer or its chat template has changed",
                         undo="undo the change",
                     )
                 self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
@@ -389,13 +390,11 @@ class _Chain:
         return inputs
 
     def _evaluate(self, stage: Stage, record: StageRecord) -> None:
-        """Held-out rows of the stage itself, and what the recipe's `eval` names."""
+        """Record the loss on the stage's held-out rows, and the metrics of the recipe's `eval`."""
         if stage.trains_reward_model:
             record.eval = agreement_of(record)
             return
-        scores = EvaluationRecord.from_json(
-            self.evaluation.measure(stage, self.preparer.label(stage))
-        )
+        scores = self.evaluation.measure(stage, self.preparer.label(stage))
         if record.eval_after is not None:
             scores.nll = record.eval_after.get("eval_loss/sft")
             scores.nll_before = (record.eval_before or {}).get("eval_loss/sft")
