@@ -30,7 +30,6 @@ from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
 from rpo_trainer.trainers.early_warnings import EarlyWarnings
 
-
 _GAPS_SHOWN = 512  # examples of the scatter in the report
 _AGREEMENT = ("pearson/", "spearman/", "rmse/", "bias/", "calibration/")
 
