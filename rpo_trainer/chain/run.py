@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 
 from rpo_trainer.chain.callbacks import MetricsLog
 from rpo_trainer.chain.card import write_card
-from rpo_trainer.chain.changes import data_changed
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
@@ -23,6 +22,7 @@ from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress, duration
 from rpo_trainer.chain.run_dir import locked, open_run_dir
+from rpo_trainer.chain.same_examples import check_same_examples
 from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics, now, plain, write_recipe
 from rpo_trainer.chain.stop_signal import StopOnSignal
@@ -282,6 +282,7 @@ class _Chain:
             if distributed.is_main():
                 forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
+        self.progress.phase("reference log-probs" if stage.needs_reference else "starting")
         try:
             finished = train_stage(trainer, folder, begin=begin, record=record, save=self._save)
         except StepZeroError as error:
@@ -323,6 +324,7 @@ class _Chain:
             # For sampled examples, the number is known only now.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
+        self.progress.phase("loading model")
         source = stage.own_reference
         reference = None if source is None else self.models.output(source)
         trainer = make_trainer(
@@ -352,26 +354,7 @@ class _Chain:
         assert train is not None
         self.told.tell(stage, audit, held_out.audit if held_out is not None else None, label)
         fingerprint = inputs.fingerprint()
-        made_here = distributed.all_gather_dict({distributed.rank(): fingerprint})
-        with distributed.raise_on_all_ranks():
-            if len(set(made_here.values())) > 1:
-                raise RunError(
-                    f"the processes prepared different examples for stage {stage.name}",
-                    code="run.different-examples",
-                    why="each process reads the data itself, and the files differ between hosts",
-                    fix="use the same data, tokenizer and library versions on every host",
-                )
-            known = record.data.fingerprint if record.data is not None else None
-            if known not in (None, fingerprint):
-                if not self.state.allows_other_data(stage.name):
-                    raise data_changed(
-                        f"the examples of stage {stage.name} have changed since it began",
-                        stage.name,
-                        self.run_dir,
-                        why="a data source, the tokenizer or its chat template has changed",
-                        undo="undo the change",
-                    )
-                self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
+        check_same_examples(stage, fingerprint, record, self.state)
         sources = distributed.on_main(
             lambda: self.preparer.source_digests(stage, record.inputs or ())
         )

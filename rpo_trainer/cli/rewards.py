@@ -141,6 +141,8 @@ def score(
         fields["judge"] = {**service_fields(fields["judge"], name, service), **judged, **own}
         rendered = ()
     spec = valid(ScoreSpec, fields)
+    if "model" in fields:
+        _hide_weight_bars()
     source = source_spec(data, format_, columns, special_tokens, rendered)
     _show(score_file(source, output, spec))
 
@@ -184,6 +186,7 @@ def generate(
     """
     from rpo_trainer.rewards.commands import generate_file
 
+    _hide_weight_bars()
     if len(endpoints) != len(names):
         raise RecipeError(
             f"{len(endpoints)} endpoints and {len(names)} names",
@@ -334,6 +337,13 @@ def audit(
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:
         _show(found.lines())
+
+
+def _hide_weight_bars() -> None:
+    """Turns off transformers' progress bar for each model that is loaded."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 COMMANDS = (score, generate, pairs, calibrate, audit)
