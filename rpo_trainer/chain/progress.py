@@ -1,4 +1,4 @@
-"""The progress of a chain: in a terminal a bar for the stage and one for the chain, else plain lines."""
+"""Progress of a chain: in a terminal, a bar for the stage and one for the chain; else plain lines."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ _REDRAWN = 0.1  # seconds between two drawings
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, `03:07`; from an hour on `1:03:07`."""
+    """Format seconds as `03:07`, or as `1:03:07` from one hour on."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"
 
 
 class ChainProgress:
-    """The display of one run: drawn on the first rank, and in a terminal.
+    """The progress display of one run, on the first rank and in a terminal only.
 
-    It is drawn when something happens, by the thread that trains: a thread of its own could hold the
-    console's lock while a data loader's process is forked.
+    The training thread draws it. A separate thread could hold the console's lock while a data loader worker
+    is forked.
 
     Args:
-        stages: how many the chain has.
-        time_left: what estimates how long they take.
+        stages: number of stages of the chain.
+        time_left: estimates how long they take.
     """
 
     def __init__(self, stages: int, time_left: TimeLeft) -> None:
@@ -58,11 +58,12 @@ class ChainProgress:
         self.metrics = ""
         self._number, self._name, self._phase = 0, "", ""
         self._steps: tuple[int, int] | None = None  # done and planned, while a stage trains
+        self._trained = 0.0  # fraction of the stage's steps
         self._drawn = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Displays it while it is entered; what is logged or printed meanwhile appears above it."""
+        """Show the display inside the context; lines that are logged or printed appear above it."""
         if not (distributed.is_main() and is_interactive(sys.stderr)):
             yield
             return
@@ -80,38 +81,38 @@ class ChainProgress:
             self.live = None
 
     def begin(self, number: int, name: str) -> None:
-        """A stage begins.
+        """Start a stage.
 
         Args:
-            number: its place in the chain, from 1.
+            number: its position in the chain, from 1.
         """
-        self._number, self._name, self._steps, self.metrics = number, name, None, ""
+        self._number, self._name, self._trained = number, name, 0.0
         self.time_left.begin(name)
         self.phase("preparing data")
 
     def phase(self, text: str) -> None:
-        """What the stage does now, other than training."""
+        """Show what the stage does now, other than training."""
         self._phase, self._steps, self.metrics = text, None, ""
         self.draw()
 
     def step(self, done: int, planned: int) -> None:
-        """Moves the stage's bar."""
-        self._steps = done, planned
+        """Move the stage's bar."""
+        self._steps, self._trained = (done, planned), done / max(1, planned)
         if time.monotonic() - self._drawn > _REDRAWN:
             self.draw()
 
     def draw(self) -> None:
-        """Draws it as it is now."""
+        """Draw the current state."""
         if self.live is not None:
             self._drawn = time.monotonic()
             self.live.refresh()
 
     def callback(self, label: str) -> StageProgress:
-        """The progress of a stage, for its trainer; `label` begins each plain line."""
+        """Return the callback for the trainer of a stage; `label` begins each plain line."""
         return StageProgress(label, self)
 
     def render(self) -> RenderableType:
-        """The two bars, and a line of figures below them."""
+        """Return the bars, and a line of metrics below them."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -119,17 +120,18 @@ class ChainProgress:
 
         if not self._number:
             return Text("checking", "dim")
-        done, planned = self._steps or (0, 1)
-        left = _left(self.time_left.of_training()) if self._steps else ""
-        state = f"step {done}/{planned}{left}" if self._steps else self._phase
-        part = self._number - 1 + done / max(1, planned)
-        chain = f"stage {self._number}/{self.stages}{_left(self.time_left.of_chain())}"
+        state = self._phase
+        if self._steps is not None:
+            state = "step {}/{}".format(*self._steps) + _left(self.time_left.of_training())
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(no_wrap=True, overflow="ellipsis", max_width=_LABEL)
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True, overflow="ellipsis")
-        grid.add_row(self._name, ProgressBar(planned, done), state)
-        grid.add_row("chain", ProgressBar(self.stages, part), chain)
+        grid.add_row(self._name, ProgressBar(1, self._trained), state)
+        if self.stages > 1:
+            chain = f"stage {self._number}/{self.stages}{_left(self.time_left.of_chain())}"
+            part = self._number - 1 + self._trained
+            grid.add_row("chain", ProgressBar(self.stages, part), chain)
         figures = Text(self.metrics, "dim", no_wrap=True, overflow="ellipsis")
         return Group(grid, figures) if self.metrics else grid
 
@@ -168,12 +170,10 @@ class StageProgress(TrainerCallback):
             self.chain.metrics = "  ".join(shown)
             self.chain.draw()
             return
-        times = (self.chain.time_left.of_training(), self.chain.time_left.of_chain())
-        shown += [
-            f"{duration(seconds)} left{of}"
-            for seconds, of in zip(times, ("", " of the chain"), strict=True)
-            if seconds is not None
-        ]
+        if (seconds := self.chain.time_left.of_training()) is not None:
+            shown.append(f"{duration(seconds)} left")
+        if self.chain.stages > 1 and (seconds := self.chain.time_left.of_chain()) is not None:
+            shown.append(f"chain {duration(seconds)} left")
         text = "  ".join(shown)
         logger.info("%s step %d/%d  %s", self.label, state.global_step, state.max_steps, text)
 

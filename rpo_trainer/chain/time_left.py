@@ -1,4 +1,4 @@
-"""How long the rest of a chain takes, estimated from the stages that are done and the steps planned."""
+"""Estimates the time left of a chain from its finished stages and planned steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rpo_trainer.recipe import Stage
 
 @dataclass(frozen=True)
 class _Done:
-    """A finished stage: seconds from its start to its end, of which so many were not training steps."""
+    """A finished stage: its total seconds, and those after its last training step (`rest`)."""
 
     kind: str
     examples: float
@@ -22,13 +22,13 @@ class _Done:
 class TimeLeft:
     """Estimates the time left of a stage and of its chain.
 
-    The cost of a stage is counted in the examples of all its optimizer steps. A later stage takes as long
-    for each as the finished stages of its kind did, sampling and evaluation included; without any, as all
-    finished stages did; before one is finished, as the current stage does.
+    The cost of a stage is proportional to the examples of all its optimizer steps. The time per example,
+    including sampling and evaluation, is that of the finished stages of the same kind; without any, that of
+    all finished stages; before the first one is finished, that of the current stage's training.
 
     Args:
         stages: all stages of the chain, in order.
-        planned: optimizer steps by stage, as far as they are known; read when an estimate is made.
+        planned: optimizer steps by stage, where known; read at each estimate.
     """
 
     def __init__(self, stages: Sequence[Stage], planned: Mapping[str, int]) -> None:
@@ -38,34 +38,32 @@ class TimeLeft:
         self._done: list[_Done] = []
         self._current: Stage | None = None
         self._begun = 0.0  # when the current stage began
-        self._first: tuple[float, int] | None = (
-            None  # when its first step began here, and which it was
-        )
+        self._first: tuple[float, int] | None = None  # time and number of its first step here
         self._last: tuple[float, int, int] | None = (
-            None  # when a step ended; steps done and planned
+            None  # time, steps done and planned at the last step
         )
 
     def begin(self, name: str) -> None:
-        """A stage begins, or resumes."""
+        """Start or resume a stage."""
         self.waiting.remove(name)
         self._current, self._begun = self.stages[name], time.monotonic()
         self._first = self._last = None
 
     def step_begins(self, step: int) -> None:
-        """The first call in a stage starts the measurement of its steps."""
+        """Note the start of a step; the first one of a stage starts the measurement."""
         if self._first is None:
             self._first = time.monotonic(), step
 
     def step_ended(self, step: int, steps: int) -> None:
-        """`step` of `steps` optimizer steps of the current stage are done."""
+        """Note that `step` of `steps` optimizer steps of the current stage are done."""
         self._last = time.monotonic(), step, steps
 
     def end(self, name: str, *, steps: int | None, seconds: float | None) -> None:
-        """A stage is finished, in this process or before it.
+        """Note that a stage is finished, in this or an earlier start, or is not run at all.
 
         Args:
-            steps: optimizer steps that it took.
-            seconds: that it took, in all starts of the run.
+            steps: its optimizer steps; None: not run.
+            seconds: its duration over all starts of the run.
         """
         stage = self.stages[name]
         if name in self.waiting:
@@ -79,14 +77,14 @@ class TimeLeft:
             self._done.append(_Done(stage.kind, steps * stage.global_batch_size, seconds, rest))
 
     def steps_a_second(self) -> float:
-        """Of the current stage, since this process began to train it; 0 before a step is done."""
+        """Return the current stage's speed in this process; 0 before a step is done."""
         if self._first is None or self._last is None:
             return 0.0
         seconds, steps = self._last[0] - self._first[0], self._last[1] - self._first[1]
         return steps / seconds if seconds > 0 else 0.0
 
     def of_training(self) -> float | None:
-        """Seconds left of the current stage's steps; None: not known yet."""
+        """Return the seconds left of the current stage's steps; None if unknown."""
         rate = self.steps_a_second()
         if self._last is None or not rate:
             return None
@@ -94,7 +92,7 @@ class TimeLeft:
         return (steps - step) / rate
 
     def of_chain(self) -> float | None:
-        """Seconds left of all stages; None: not known yet."""
+        """Return the seconds left of all stages; None if unknown."""
         parts = [self._stage(self.stages[name]) for name in self.waiting]
         if self._current is not None:
             parts.append(self._rest_of_current(self._current))
@@ -110,11 +108,11 @@ class TimeLeft:
         assert self._last is not None
         rests = [done.rest for done in self._done if done.rest is not None]
         after = sum(rests) / len(rests) if rests else 0.0
-        # Between two steps, or after the last one, time passes too.
+        # Time also passes between two steps and after the last one.
         return max(0.0, training + after - (now - self._last[0]))
 
     def _stage(self, stage: Stage) -> float | None:
-        """Seconds of a whole stage."""
+        """Estimate the seconds of an entire stage."""
         steps = stage.max_steps or self.planned.get(stage.name)
         if steps is None:
             return None

@@ -1,4 +1,4 @@
-"""What a run says of its data: everything once, and of a stage with the same data that it has the same."""
+"""Logs the audit of each stage's data; one line for a stage with the data of an earlier one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ logger = logging.getLogger(__name__)
 
 
 class ToldData:
-    """Logs the audits of the stages of one run."""
+    """Logs the data audits of the stages of one run."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[str, set[str]]] = {}  # by data: the stage, and its findings
+        self._told: dict[str, tuple[str, set[str]]] = {}  # by data: first stage and its findings
 
     def tell(self, stage: Stage, audit: Audit, held_out: Audit | None, label: str) -> None:
-        """Logs what happened to the data of a stage.
+        """Log the audit of a stage.
 
-        Each round of a repeated stage samples anew, so its counts differ a little: they are one line,
-        unless something is found that the earlier stage did not have.
+        The rounds of a repeated stage sample new responses, so their counts differ slightly: they get one
+        line, unless there is a finding that the first round did not have.
 
         Args:
-            label: begins each line.
+            label: prefix of each line.
         """
         findings = _findings(audit)
         if held_out is not None:
@@ -40,12 +40,12 @@ class ToldData:
 
 
 def _data_of(stage: Stage) -> str:
-    """What decides which data a stage has."""
+    """Return what the data of a stage depends on, as text."""
     return f"{stage.kind} {stage.max_length} {stage.truncation} {stage.data.model_dump_json()}"
 
 
 def _findings(audit: Audit) -> set[str]:
-    """What an audit warns about, without numbers and the ids of rows."""
+    """Return the warnings of an audit, without numbers and ids of rows."""
     found = {f"dropped: {reason}" for reason in audit.dropped} | set(audit.warnings)
     found |= {f"{reason}: {source}" for reason, by in audit.left_out.items() for source in by}
     found |= {f"differs: {source}" for source, one in audit.generation.items() if one.text()}

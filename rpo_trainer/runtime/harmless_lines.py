@@ -1,4 +1,4 @@
-"""Lines of other libraries that are harmless in a run here: hidden by logger and text, nothing else."""
+"""Hides log lines of other libraries that are known to be harmless, by logger and text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-# By the logger's name: how its line begins. The reason stands above each.
+# Logger name → how the line begins, with the reason.
 HARMLESS: dict[str, tuple[str, ...]] = {
-    # At import, wherever there is no `kernels`: 4-bit weights on a CPU take another path, same results.
+    # At import, without the package `kernels`: affects only the speed of 4-bit weights on a CPU.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
-    # At import on a machine without a GPU: says what the run says itself.
+    # At import on a machine without a GPU.
     "DeepSpeed": ("Setting accelerator to CPU. If you have GPU",),
 }
-# By the module that warns: how the text begins (a regular expression), and its category.
+# Module that warns → how the text begins (a regular expression), and its category.
 HARMLESS_WARNINGS: dict[str, tuple[str, type[Warning]]] = {
-    # PEFT reads the old name of a property of transformers, which is still there.
+    # PEFT reads the old name of a property of transformers, which still works.
     "transformers.modeling_utils": ("`is_gradient_checkpointing` is deprecated", FutureWarning),
 }
 _MISSING = re.compile(r"There were missing keys in the checkpoint model loaded: (\[.*\])\.")
@@ -34,7 +34,7 @@ class _Hide(logging.Filter):
 
 
 def hide_harmless_lines() -> None:
-    """Hides the lines of this table, for programs; a second call changes nothing."""
+    """Hide these lines and warnings; for programs, not for libraries."""
     for name, beginnings in HARMLESS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Hide) for known in logger.filters):
@@ -45,9 +45,9 @@ def hide_harmless_lines() -> None:
 
 @contextmanager
 def tied_keys_hidden(tied: Collection[str]) -> Iterator[None]:
-    """Within it the Trainer does not warn about keys that a checkpoint lacks because they are tied.
+    """Hide the Trainer's warning about keys missing from a checkpoint, if all of them are tied weights.
 
-    A checkpoint holds each tied weight once, under its other name. Any other missing key is warned about.
+    A checkpoint holds each tied weight once, under one of its names.
     """
 
     def shown(record: logging.LogRecord) -> bool:

@@ -21,8 +21,8 @@ _INDENT = "  "  # of the lines that continue a wrapped one
 def is_interactive(stream: TextIO | None = None) -> bool:
     """Whether a stream, by default stderr, is a terminal on which lines can be redrawn.
 
-    False for pipes and files, for `TERM=dumb`, and for a terminal without columns, as some job runners
-    have: no bar could be drawn there.
+    False for pipes and files, for `TERM=dumb`, and for a terminal of zero columns, as some job runners
+    have.
     """
     stream = sys.stderr if stream is None else stream
     if not stream.isatty() or os.environ.get("TERM", "").lower() == "dumb":
@@ -35,16 +35,16 @@ def is_interactive(stream: TextIO | None = None) -> bool:
 
 @functools.cache
 def console() -> Console:
-    """The console on stderr: whatever is printed through it appears above the progress bars."""
+    """Return the console on stderr; what is printed through it appears above the progress bars."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
 
 
 def wrapped(text: str, width: int) -> str:
-    """A text with its lines broken at spaces so that they fit a width; a long word is left whole.
+    """Wrap the lines of a text at spaces. A word longer than the width is not broken.
 
-    A terminal breaks a long word itself, so that a path or a command can still be copied.
+    The terminal breaks such a word itself, so that a path can still be copied.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -60,14 +60,14 @@ def wrapped(text: str, width: int) -> str:
 
 
 def fitted(text: str, stream: TextIO) -> str:
-    """A text as it is printed to a stream: wrapped at words where that is a terminal."""
+    """Wrap a text at words if the stream is a terminal."""
     if not is_interactive(stream):
         return text
     return wrapped(text, shutil.get_terminal_size().columns)
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):
-    """Log lines on stderr: in a terminal wrapped at words, and above the progress bars; else plain."""
+    """Writes log lines to stderr: in a terminal, wrapped at words and above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not is_interactive():
@@ -86,10 +86,10 @@ class TerminalHandler(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def handlers_redirected() -> Iterator[None]:
-    """Within it, log handlers that hold stderr or stdout write to what these names mean at the time.
+    """Redirect log handlers of libraries to the current `sys.stderr` and `sys.stdout`.
 
-    A live display replaces `sys.stderr` and `sys.stdout`, but handlers of libraries keep the stream that
-    they were made with: their lines would be written into the display.
+    A live display replaces these two, but a handler keeps the stream it was created with, and would write
+    into the display.
     """
     streams: dict[int, str] = {
         id(stream): name
@@ -112,7 +112,7 @@ def handlers_redirected() -> Iterator[None]:
 
 
 def _original(stream: Any) -> Any:
-    """The stream below the one that a live display has put in its place."""
+    """Return the stream that a live display has replaced."""
     return getattr(stream, "rich_proxied_file", stream)
 
 

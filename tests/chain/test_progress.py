@@ -81,7 +81,7 @@ def test_without_a_terminal_it_is_plain_lines(caplog: pytest.LogCaptureFixture, 
     # Two steps a second of 32 examples; 20 steps are left, and 3 stages of 40.
     line = (
         "[3/6 stage-3] step 20/40  loss 0.5  gap 0.25  acc 0.75  64 examples/s  00:10 left"
-        "  01:10 left of the chain"
+        "  chain 01:10 left"
     )
     assert caplog.messages == [line]
 
@@ -198,3 +198,35 @@ def test_other_ranks_are_quiet(
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_chain_does_not_move_back_while_a_stage_is_evaluated(clock: Any) -> None:
+    chain = chain_at(3)
+
+    def filled() -> int:
+        """Columns of the chain's bar up to where it is."""
+        bar = [p for p in terminal.console().render_lines(chain.render())[1] if "━" in p.text]
+        return len(bar[0].text)
+
+    with redirect_stderr(Terminal()), chain.shown():
+        chain.begin(3, "stage-3")
+        callback = chain.callback("")
+        train(callback, clock)
+        callback.on_train_end(ARGS, state(40), None)
+        chain.step(40, 40)
+        chain.phase("evaluating")
+        evaluating = filled()
+        chain.begin(4, "stage-4")
+        assert evaluating == pytest.approx(filled(), abs=3) and evaluating > 20
+
+
+def test_a_single_stage_has_one_bar(clock: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    chain = ChainProgress(1, TimeLeft(STAGES[:1], {}))
+    with redirect_stderr(Terminal()), chain.shown():
+        chain.begin(1, "stage-1")
+        assert len(terminal.console().render_lines(chain.render())) == 1
+    chain = ChainProgress(1, TimeLeft(STAGES[:1], {}))
+    chain.begin(1, "stage-1")
+    train(chain.callback("[1/1 stage-1]"), clock)
+    assert "left" in caplog.text and "chain" not in caplog.messages[-1]

@@ -52,7 +52,7 @@ def in_terminal(*arguments: str) -> tuple[int, str]:
 
 
 def lines_of(text: str) -> list[str]:
-    return [line for line in _CONTROL.sub("", text).split("\n") if line.strip()]
+    return [line.rstrip() for line in _CONTROL.sub("", text).split("\n") if line.strip()]
 
 
 def foreign(lines: list[str]) -> list[str]:
@@ -83,8 +83,8 @@ def test_a_run_in_a_terminal(tmp_path: Path) -> None:
     assert all(len(line) <= COLUMNS for line in lines if "/" not in line)
     bars = [line for line in lines if _BAR.search(line)]
     assert all(len(match[0]) >= 22 for line in bars for match in _BAR.finditer(line))
-    assert any(re.search(r"step \d/3, \d\d:\d\d left$", line.rstrip()) for line in bars)
-    assert any(re.search(r"stage 5/5, \d\d:\d\d left$", line.rstrip()) for line in bars)
+    assert any(re.search(r"step \d/3, \d\d:\d\d left$", line) for line in bars)
+    assert any(re.search(r"stage 5/5, \d\d:\d\d left$", line) for line in bars)
     assert sum("[5/5 rpo-2] same data as rpo-1" in line for line in lines) == 1
     assert not any("[5/5 rpo-2] data:" in line for line in lines)
 
@@ -119,4 +119,4 @@ def test_a_run_in_a_pipe(finished_copy: Path) -> None:
     assert foreign(lines) == []
     steps = [line for line in lines if line.startswith("[3/5 dpo] step ")]
     assert [line.split()[3] for line in steps] == ["1/3", "2/3", "3/3"]
-    assert "left" in steps[0] and steps[0].endswith("of the chain")
+    assert "left" in steps[0] and "  chain 0" in steps[0]
