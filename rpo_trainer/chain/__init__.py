@@ -13,7 +13,7 @@ run               `run_chain`: runs the stages in order, and resumes a run that 
   progress          progress bars, or plain lines
   time_left         estimates the time left of a stage and of the chain
   same_examples     compares a stage's examples between processes and with its last start
-  told_data         log lines on the data of each stage, once per data set
+  data_log          log lines on the data of each stage, once per data set
   evaluation        evaluates an output on held-out data: responses, pairs, likelihoods, lm-eval tasks
   card              the model card of an output
 check             `check_recipe`: everything that can be checked before training

@@ -116,7 +116,7 @@ class Models:
                 adapter_files.require_same_config(left.folder, stage.peft.lora_fields())
             base = self._load(left.base.place, stage.peft.quantization)
             return adapters.load_adapter(base, left.folder, trainable=True)
-        if not self._brings_base(stage):
+        if not self._writes_base(stage):
             return self._fresh(stage)
         own = self.run_dir / stage.name / _BASE
         distributed.on_main(lambda: self._write_base(stage, own))
@@ -144,11 +144,11 @@ class Models:
         left = self._adapter(stage.init)
         if left is not None:
             return left.base
-        if self._brings_base(stage):
+        if self._writes_base(stage):
             return self._in_run(stage.name, _BASE)
         return self._place(stage.init)
 
-    def _brings_base(self, stage: Stage) -> bool:
+    def _writes_base(self, stage: Stage) -> bool:
         """Whether the stage must write the base model of its new adapter, which exists nowhere else."""
         assert stage.peft is not None
         config = lora_config(stage)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from rpo_trainer.chain.callbacks import MetricsLog
 from rpo_trainer.chain.card import write_card
 from rpo_trainer.chain.check import check_recipe
+from rpo_trainer.chain.data_log import DataLog
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
@@ -27,7 +28,6 @@ from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics, now, plain, write_recipe
 from rpo_trainer.chain.stop_signal import StopOnSignal
 from rpo_trainer.chain.time_left import TimeLeft
-from rpo_trainer.chain.told_data import ToldData
 from rpo_trainer.chain.training import (
     agreement_of,
     light_collections,
@@ -135,7 +135,7 @@ class _Chain:
         self.stop = StopOnSignal()
         self.time_left = TimeLeft(self.stages, self.preparer.steps)
         self.progress = ChainProgress(len(self.stages), self.time_left)
-        self.told = ToldData()
+        self.data_log = DataLog()
         self.others = OtherProcesses()
 
     def run(self, only: Collection[str] | None) -> Path:
@@ -352,7 +352,7 @@ class _Chain:
             self.preparer.prepare_held_out(inputs)
         audit, held_out, train = inputs.audit, inputs.held_out, inputs.train
         assert train is not None
-        self.told.tell(stage, audit, held_out.audit if held_out is not None else None, label)
+        self.data_log.log(stage, audit, held_out.audit if held_out is not None else None, label)
         fingerprint = inputs.fingerprint()
         check_same_examples(stage, fingerprint, record, self.state)
         sources = distributed.on_main(

@@ -127,9 +127,7 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
             holder.unlink(missing_ok=True)
         with suppress(OSError):  # the directory may be gone
             if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
-                (run_dir / _LOCK).unlink(
-                    missing_ok=True
-                )  # while it is held: nobody else can hold it
+                (run_dir / _LOCK).unlink(missing_ok=True)  # safe: the lock is still held
         lock.release()
         remove_empty(new)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.told_data import ToldData
+from rpo_trainer.chain.data_log import DataLog
 from rpo_trainer.data import Audit
 from rpo_trainer.recipe import Stage, expand_stages
 from tests.chain import tiny
@@ -33,17 +33,17 @@ def audit(dropped: int = 2, **warnings: int) -> Audit:
     return made
 
 
-def told(caplog: pytest.LogCaptureFixture, told: ToldData, *args: Any) -> list[logging.LogRecord]:
+def told(caplog: pytest.LogCaptureFixture, log: DataLog, *args: Any) -> list[logging.LogRecord]:
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        told.tell(*args)
+        log.log(*args)
     return list(caplog.records)
 
 
 def test_a_round_with_the_same_findings_is_one_warning_with_its_counts(
     stages: dict[str, Stage], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = ToldData()
+    data = DataLog()
     first = told(caplog, data, stages["rpo-1"], audit(2), None, "[4/5 rpo-1]")
     assert len(first) > 2
     (line,) = told(caplog, data, stages["rpo-2"], audit(3), None, "[5/5 rpo-2]")
@@ -55,7 +55,7 @@ def test_a_round_with_the_same_findings_is_one_warning_with_its_counts(
 def test_nothing_dropped_is_no_warning(
     stages: dict[str, Stage], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = ToldData()
+    data = DataLog()
     told(caplog, data, stages["rpo-1"], audit(2), None, "")
     (line,) = told(caplog, data, stages["rpo-2"], audit(0), None, "")
     assert line.levelno == logging.INFO
@@ -64,7 +64,7 @@ def test_nothing_dropped_is_no_warning(
 def test_a_new_finding_brings_all_lines(
     stages: dict[str, Stage], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = ToldData()
+    data = DataLog()
     first = told(caplog, data, stages["rpo-1"], audit(2), None, "[rpo-1]")
     again = told(caplog, data, stages["rpo-2"], audit(2, blank_response=1), None, "[rpo-2]")
     assert len(again) == len(first) + 1
@@ -73,7 +73,7 @@ def test_a_new_finding_brings_all_lines(
 def test_other_data_is_told_in_full(
     stages: dict[str, Stage], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = ToldData()
+    data = DataLog()
     first = told(caplog, data, stages["rpo-1"], audit(2), None, "x")
     other = told(caplog, data, stages["dpo"], audit(2), None, "x")
     assert len(other) == len(first)
@@ -82,6 +82,6 @@ def test_other_data_is_told_in_full(
 def test_held_out_findings_count_too(
     stages: dict[str, Stage], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = ToldData()
+    data = DataLog()
     told(caplog, data, stages["rpo-1"], audit(2), audit(0), "")
     assert len(told(caplog, data, stages["rpo-2"], audit(2), audit(1), "")) > 2

@@ -11,13 +11,13 @@ from rpo_trainer.recipe import Stage
 logger = logging.getLogger(__name__)
 
 
-class ToldData:
+class DataLog:
     """Logs the data audits of the stages of one run."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[str, set[str]]] = {}  # by data: first stage and its findings
+        self._logged: dict[str, tuple[str, set[str]]] = {}  # by data: first stage and its findings
 
-    def tell(self, stage: Stage, audit: Audit, held_out: Audit | None, label: str) -> None:
+    def log(self, stage: Stage, audit: Audit, held_out: Audit | None, label: str) -> None:
         """Log the audit of a stage.
 
         The rounds of a repeated stage sample new responses, so their counts differ slightly: they get one
@@ -29,7 +29,7 @@ class ToldData:
         findings = _findings(audit)
         if held_out is not None:
             findings |= {f"held out: {one}" for one in _findings(held_out)}
-        before, known = self._told.setdefault(_data_of(stage), (stage.name, findings))
+        before, known = self._logged.setdefault(_data_of(stage), (stage.name, findings))
         if before != stage.name and findings <= known:
             level = logging.WARNING if audit.dropped else logging.INFO
             logger.log(level, "%s same data as %s%s", label, before, _counts(audit))
