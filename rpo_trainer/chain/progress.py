@@ -160,7 +160,10 @@ class StageProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        shown = [f"{short} {logs[name]:.4g}" for name, short in _SHOWN.items() if name in logs]
+        digits = 4 if self.chain.live is None else 3  # in a terminal, all of them fit 80 columns
+        shown = [
+            f"{short} {logs[name]:.{digits}g}" for name, short in _SHOWN.items() if name in logs
+        ]
         if not shown:
             return
         rate = self.chain.time_left.steps_a_second()

@@ -51,7 +51,7 @@ class Tried:
         errors = shown.removeprefix("error: ").replace(f"{self.folder}/", "")
         *problems, _ = re.split(r"\n(?! )", errors.rstrip("\n"))
         for problem in problems:
-            assert re.fullmatch(r"\S.*: .+\n  why: .+\n  fix: .+", problem), problem
+            assert re.fullmatch(r"\S.*: .+(\n  why: .+)?\n  fix: .+", problem), problem
         return errors
 
 
