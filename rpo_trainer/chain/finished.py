@@ -1,4 +1,4 @@
-"""What a run finds when it resumes: finished stages and all inputs must be as they were."""
+"""Checks when a run resumes: finished outputs and all inputs must be unchanged."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rpo_trainer.trainers.checkpoint import verify_manifest
 def check_finished(
     stages: Sequence[Stage], state: ChainState, inputs: InputFiles, *, run_dir: Path
 ) -> None:
-    """Raises RunError where an input of a stage that has begun, or an output, is not what it was.
+    """Raise RunError if an output, or an input of a stage that has begun, has changed.
 
-    Inputs that may have changed (`ChainState.adopt`) are taken over, and the change is kept.
+    Allowed changes of inputs (`ChainState.adopt`) are recorded.
     """
     check_input_files(stages, state, inputs, run_dir)
     for stage in stages:
@@ -37,14 +37,14 @@ def _check_output(final: Path, name: str, record: StageRecord) -> None:
         fault = f"base: {fault}"
     kept = record.output.fingerprint if record.output is not None else None
     if fault is None and output_fingerprint(final) != kept:
-        fault = "these are other weights than the stage has written"
+        fault = "the weights are not those that the stage wrote"
     if fault is not None:
         raise RunError(
             f"the output of the finished stage {name} is damaged: {fault}",
             code="run.damaged-output",
             where=str(final),
             why="later stages start from it",
-            fix="restore it from a copy, or start in a new directory (--run-dir)",
+            fix="restore it from a backup, or start in a new directory (--run-dir)",
         )
 
 
@@ -55,7 +55,7 @@ def check_starts(
     state: ChainState,
     run_dir: Path,
 ) -> None:
-    """Raises RunError unless every stage that a wanted one needs is finished, or will be."""
+    """Raise RunError unless every stage that a wanted stage depends on is finished or also wanted."""
     there = {stage.name for stage in wanted}
     for stage in wanted:
         sources = {f"stages.{stage.name}.{field}": s for field, s in stage.models_read.items()}
@@ -67,16 +67,15 @@ def check_starts(
             if record is not None and record.state != "done" and source not in there:
                 short = field.removeprefix(f"stages.{stage.name}.")
                 raise RunError(
-                    f"the {short} of stage {stage.name} is stage {source}, which is not finished",
+                    f"stage {stage.name} needs stage {source} ({short}), which is not finished",
                     code="run.stage-not-finished",
                     where=str(run_dir),
-                    why="a stage starts from what is there, and is measured with it",
-                    fix=f"run the whole chain first (rpo-trainer run), or set {field} to model or a path",
+                    fix=f"run the chain first (rpo-trainer run), or set {field} to model or a path",
                 )
 
 
 def _measured_with(stage: Stage, stages: Sequence[Stage], recipe: Recipe) -> dict[str, str]:
-    """Sources that the evaluation of a stage needs, by the recipe's key."""
+    """Sources that the evaluation of a stage needs, by key of the recipe."""
     measured = evaluation_of(stage, recipe)
     if measured is None:
         return {}

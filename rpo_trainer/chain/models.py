@@ -1,9 +1,9 @@
-"""The models of a chain: what a stage starts from, what it is compared with, and its output.
+"""The models of a chain: initial policies, reference models and outputs of the stages.
 
-A stage without `peft` leaves a whole model in `final`. One with `between_stages: merge` leaves the merged
-model there, and the adapter by itself in `adapter`; one with `keep` leaves the adapter in `final`, and the
-next stage trains it further over the same base. `base` is there where an adapter's base is nowhere else:
-random weights, or weights that the start of the adapter has changed.
+A stage without `peft` writes a full model to `final`. With `between_stages: merge`, it writes the merged
+model there and the adapter to `adapter`; with `keep`, it writes the adapter to `final`, and the next stage
+continues to train it on the same base model. `base` is written if the base model exists nowhere else:
+random weights, or weights changed by the initialization of the adapter.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _BASE, _START = "base", "start"
 
 @dataclass(frozen=True)
 class _Base:
-    """Weights below an adapter: where they are, and what the adapter is to call them."""
+    """The base model of an adapter."""
 
     place: Path | str | None  # a directory, a hub name, or None: the recipe's model
-    name: str  # absolute directory or hub name, for PEFT and others
+    name: str  # absolute directory or hub name, as written in the adapter's config
     way: str | None = None  # its path relative to the adapter, so that a run can be moved
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """An adapter that a stage, or somebody else, has left."""
+    """An adapter on disk, of a stage or from elsewhere."""
 
     folder: Path
     base: _Base
@@ -68,14 +68,14 @@ class Models:
         self.run_dir = run_dir
         self.stages = {stage.name: stage for stage in preparer.stages}
         self.vocabulary = len(preparer.tokenizer)
-        # Of the products of 4-bit weights.
+        # The dtype of matrix products with 4-bit weights.
         self.compute: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
         self.trusted = self.recipe.model.trust_remote_code
 
-    # --- what there is ---
+    # --- loading ---
 
     def output(self, source: str) -> Any:
-        """The policy that a source is: `model`, the output of a finished stage, or a directory."""
+        """Load the policy of a source: `model`, the output of a finished stage, or a directory."""
         left = self._adapter(source)
         if left is None:
             return self._load(self._place(source).place)
@@ -85,11 +85,11 @@ class Models:
     def sampling_policy(
         self, stage: Stage, source: str
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """What a stage samples from: its start (`init`), or another source."""
+        """Load a policy that a stage samples from: its initial policy (`init`), or another source."""
         with loading_whole():
             if source != "init":
                 model = self.output(source)
-            # A reward stage trains something else: the pairs come from what it is made of.
+            # A reward stage samples its pairs from the policy that it is initialized from.
             elif stage.trains_reward_model:
                 model = self.output(stage.init)
             else:
@@ -97,7 +97,7 @@ class Models:
             return model.to(distributed.device()), self.preparer.tokenizer
 
     def weights_key(self, source: str) -> str:
-        """A key of the weights behind a source."""
+        """Return a content key of the weights of a source."""
         if source in self.stages:
             return output_fingerprint(self._final(source))
         if source != "model":
@@ -107,23 +107,23 @@ class Models:
         return content_key(self.recipe.model.model_dump(mode="json"), self.recipe.seed, own)
 
     def start(self, stage: Stage) -> Any:
-        """The model that a stage starts from, ready to be trained: a policy, or a reward model."""
+        """Load the model that a stage trains, with its adapter if any: a policy, or a reward model."""
         left = self._adapter(stage.init)
         if stage.peft is None:
             return self._whole(stage) if left is None else self._merged(left)
         if left is not None:
-            if stage.init not in self.stages:  # of stages the recipe is checked
+            if stage.init not in self.stages:  # for stages, the recipe is checked
                 adapter_files.require_same_config(left.folder, stage.peft.lora_fields())
             base = self._load(left.base.place, stage.peft.quantization)
             return adapters.load_adapter(base, left.folder, trainable=True)
-        if not self._brings_base(stage):
+        if not self._writes_base(stage):
             return self._fresh(stage)
         own = self.run_dir / stage.name / _BASE
         distributed.on_main(lambda: self._write_base(stage, own))
         return adapters.load_adapter(self._load(own), own / _START, trainable=True)
 
     def _adapter(self, source: str) -> _Adapter | None:
-        """The adapter at a source, if there is one."""
+        """Return the adapter at a source, if any."""
         stage = self.stages.get(source)
         if stage is not None:
             if stage.peft is None or stage.peft.between_stages == "merge":
@@ -140,16 +140,16 @@ class Models:
         return _Adapter(folder, base, None)
 
     def _base(self, stage: Stage) -> _Base:
-        """The base of a stage's adapter."""
+        """Return the base model of a stage's adapter."""
         left = self._adapter(stage.init)
         if left is not None:
             return left.base
-        if self._brings_base(stage):
+        if self._writes_base(stage):
             return self._in_run(stage.name, _BASE)
         return self._place(stage.init)
 
-    def _brings_base(self, stage: Stage) -> bool:
-        """Whether the weights below the adapter that a stage begins are nowhere else."""
+    def _writes_base(self, stage: Stage) -> bool:
+        """Whether the stage must write the base model of its new adapter, which exists nowhere else."""
         assert stage.peft is not None
         config = lora_config(stage)
         random = stage.init == "model" and self.recipe.model.from_config is not None
@@ -172,11 +172,11 @@ class Models:
         return self._local(self.run_dir / stage / folder)
 
     def _local(self, here: Path, fixed: bool = False) -> _Base:
-        """A directory; a `fixed` one does not move with the run."""
+        """Return the base in a directory; a `fixed` one does not move with the run."""
         return _Base(here, os.path.abspath(here), None if fixed else self._way_to(here))
 
     def _way_to(self, folder: Path) -> str:
-        """A directory as it is seen from an adapter, so that a run can be moved with what it needs."""
+        """Return the path of a directory relative to an adapter, so that a run can be moved."""
         return os.path.relpath(folder, self.run_dir / "stage" / "final")
 
     def _final(self, name: str) -> Path:
@@ -216,7 +216,7 @@ class Models:
     # --- adapters ---
 
     def _whole(self, stage: Stage) -> PreTrainedModel:
-        """What a stage starts from, where that is not an adapter."""
+        """Load the initial model of a stage, if it is not an adapter."""
         quantization = None if stage.peft is None else stage.peft.quantization
         return self._load(
             self._place(stage.init).place, quantization, reward=stage.trains_reward_model
@@ -224,13 +224,13 @@ class Models:
 
     def _fresh(self, stage: Stage) -> Any:
         base = self._whole(stage)
-        set_seed(self.preparer.seed(stage))  # a resumed run needs the same random start
+        set_seed(self.preparer.seed(stage))  # a resumed run needs the same initialization
         config = lora_config(stage)
         assert config is not None
         return adapters.with_adapter(base, config)
 
     def _write_base(self, stage: Stage, own: Path) -> None:
-        """`base`: the weights below a fresh adapter and its `start`; complete or absent."""
+        """Write `base`, the base model of a new adapter, with the initial adapter in `start`; atomic."""
         if verify_manifest(own) is None:
             return
         staged = own.with_name(f".{own.name}")
@@ -250,13 +250,13 @@ class Models:
         os.replace(staged, own)
 
     def _merged(self, left: _Adapter) -> PreTrainedModel:
-        """Base and adapter in one."""
+        """Load the base model and merge the adapter into it."""
         with loading_whole():
             base = dequantized(self._load(left.base.place, left.quantization))
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: BaseTrainer, stage: Stage) -> None:
-        """`final` of a stage with an adapter, complete or absent; `adapter` or `merged` beside it."""
+        """Write `final` of a stage with an adapter, atomically, and `adapter` or `merged` beside it."""
         assert stage.peft is not None
         folder = self.run_dir / stage.name
         staged = folder / ".final"
@@ -288,7 +288,7 @@ class Models:
         _replace(staged, folder / "final")
 
     def _write_merged(self, left: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
-        """Merged from what is on disk, as every reader would: whole, whatever the engine has sharded."""
+        """Merge and save the adapter on disk, so that sharded weights of the trainer play no part."""
         shutil.rmtree(folder, ignore_errors=True)
         model = self._merged(left)
         set_ends(model, trainer.output.written.ends)

@@ -6,7 +6,6 @@ inspect_recipe    `check`, `plan`, `preview`
 rewards           the commands on rewards
 arguments         arguments and options that several commands share
 options           options made from the fields of a recipe
-wrap              errors wrapped at words, in a terminal
 watch             `status --watch`
 json_output       `--json`: one object, errors included
 """

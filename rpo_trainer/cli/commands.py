@@ -33,7 +33,6 @@ from rpo_trainer.cli.json_output import (
 )
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.cli.watch import watch
-from rpo_trainer.cli.wrap import wrap
 from rpo_trainer.errors import RPOTrainerError, RunError, error_text
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
@@ -44,6 +43,8 @@ from rpo_trainer.redact import (
     redacted_traceback,
 )
 from rpo_trainer.runtime.files import refusal
+from rpo_trainer.runtime.harmless_lines import hide_harmless_lines
+from rpo_trainer.runtime.terminal import TerminalHandler, fitted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -218,8 +219,8 @@ def _run(
     if with_report:
         try:
             click.echo(f"report: {build_report(folder)}")
-        except RunError as error:  # such as a missing extra: the run itself has succeeded
-            click.echo(f"no report: {error}", err=True)
+        except RunError as error:  # the chain is done, also where the report's extra is missing
+            click.echo(fitted(f"no report: {error}", sys.stderr), err=True)
 
 
 def _list(found: Mapping[str, str]) -> None:
@@ -248,7 +249,9 @@ def _table(run_dir: Path) -> None:
 
 
 def _show_messages(verbose: bool) -> None:
-    handler = logging.StreamHandler()
+    handler = TerminalHandler()
+    if not verbose:
+        hide_harmless_lines()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("rpo_trainer")
     package.handlers = [RedactingHandler(), handler]
@@ -308,7 +311,7 @@ def _show_error(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         text = io.StringIO()
         error.show(file=text)
-        click.echo(wrap(redact(text.getvalue().rstrip("\n"))), err=True)
+        click.echo(fitted(redact(text.getvalue().rstrip("\n")), sys.stderr), err=True)
         return error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
         click.echo("stopped", err=True)

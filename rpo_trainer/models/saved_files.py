@@ -264,6 +264,28 @@ class Written:
         if not self._given:
             self._given = {(k, name): getattr(o, name, _MISSING) for k, o, name in self._fields()}
 
+    def align(self, tokenizer: Any) -> None:
+        """Gives the configs the tokenizer's special tokens for the time of the training.
+
+        `transformers.Trainer.train` would do the same, with a warning; outputs keep what `remember` has kept.
+        """
+        config = self.model.config.get_text_config()
+        generation = getattr(self.model, "generation_config", None)
+        for name in _TOKENS:
+            if (token := getattr(tokenizer, name, None)) is None:
+                continue
+            owners = [config] if generation is None else [config, generation]
+            values = [getattr(owner, name, None) for owner in owners]
+            if all(token in (v if isinstance(v, list) else [v]) for v in values):
+                continue
+            for owner, value in zip(owners, values, strict=True):
+                # Every end token in a list stops a generation: none is removed.
+                several = name == "eos_token_id" and (
+                    owner is generation or isinstance(value, list)
+                )
+                others = [other for other in listed(value) if other != token] if several else []
+                setattr(owner, name, [token, *others] if several else token)
+
     def _fields(self) -> Iterator[tuple[int, Any, str]]:
         config = self.model.config
         owners = [config, config.get_text_config(), getattr(self.model, "generation_config", None)]

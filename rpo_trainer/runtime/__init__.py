@@ -7,5 +7,7 @@ memory          peak memory; freed blocks kept for the next step
 lock_holder     the process that runs in a run directory
 files           files written whole or not at all, and their digests
 file_errors     what libraries raise about a damaged file, as a ModelError
+terminal        the console that log lines and progress bars share; lines wrapped at words
+harmless_lines  lines of other libraries that are hidden, by logger and text
 json_records    dataclasses in JSON files, with their types checked
 """

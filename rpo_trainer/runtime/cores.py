@@ -5,7 +5,6 @@ No torch at import: how threads wait is fixed once torch is loaded.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
@@ -74,37 +73,37 @@ class OtherProcesses:
         return max(0.0, (end[1] - self._start[1]) / passed)
 
     def report(self) -> None:
-        """A line on the threads, once in a process; a WARNING where others need the same cores.
+        """A line on the threads, and a WARNING where other processes need the same cores; each once.
 
         A single thread waits for none: it is only slowed down by its share of a core.
         """
         import torch
 
         threads, affinity, others = torch.get_num_threads(), _affinity(), self.cores()
-        line = f"CPU threads: {threads} on {affinity} cores"
         if threads > 1 and others is not None and threads + others > affinity + 0.5:
-            logger.warning(
-                "%s, of which other processes use %.1f: steps take longer%s",
-                line,
-                others,
-                _advice(),
+            _say_once(
+                logging.WARNING,
+                f"{threads} CPU threads, but other processes keep {others:.1f} of {affinity} cores busy: "
+                f"training is slower. Stop them, or set OMP_NUM_THREADS={max(1, int(affinity - others))}"
+                f"{_advice()}",
             )
         else:
-            _say_once(line)
+            _say_once(logging.INFO, f"CPU threads: {threads} on {affinity} cores")
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.info("%s", line)
+_said: set[int] = set()  # levels
+
+
+def _say_once(level: int, line: str) -> None:
+    if all(level > said for said in _said):
+        _said.add(level)
+        logger.log(level, "%s", line)
 
 
 def _advice() -> str:
     if any(name in os.environ for name in _WAITING):
         return ""
-    return (
-        ", several times as long where threads spin while they wait; "
-        f"set GOMP_SPINCOUNT={_SPINS} before Python starts"
-    )
+    return f" and GOMP_SPINCOUNT={_SPINS} before Python starts"
 
 
 def _affinity() -> int:

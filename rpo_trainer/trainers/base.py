@@ -285,6 +285,7 @@ class BaseTrainer(Trainer):
         self._flops_per_token = setup.flops_per_token(self.model)
         setup.note_defaults(self.args)
         self.output.written.remember()
+        self.output.written.align(self.processing_class)
         self.metrics.training = MetricSums()
         self.step_guard.begin(resume)
         self.before_training(resume)
