@@ -15,6 +15,8 @@ from typing import Any
 import click
 
 from rpo_trainer import __version__
+from rpo_trainer.cli.convert import convert
+from rpo_trainer.cli.init import init
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.errors import RPOTrainerError, RunError
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
@@ -242,7 +244,7 @@ def recipes(name: str | None, copy: Path | None) -> None:
             click.echo(f"{each:{width}}  {sentence}")
 
 
-for _command in REWARD_COMMANDS:
+for _command in (init, convert, *REWARD_COMMANDS):
     cli.add_command(_command)
 
 

@@ -8,6 +8,7 @@ load              a recipe file → `Recipe`; all mistakes at once, each with it
   messages          pydantic's errors in plain words
   foreign_names     names of TRL, transformers and others → the names here
   where             the file and line, or the override, of a key
+convert/          config files of other trainers → recipes
 environment       `${NAME}` and secrets
 template_kwargs   variables of a chat template
 expand            rounds and references made concrete: the stages that run; a recipe back to text

@@ -1,0 +1,7 @@
+"""The command `init`."""
+import click
+
+
+@click.command()
+def init() -> None:
+    """Write a recipe."""
