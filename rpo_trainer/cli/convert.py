@@ -39,7 +39,7 @@ def convert(
     refuse_existing(output, overwrite)
     converted = convert_file(file, output, devices=devices, kind=kind)
     atomic_write(output, converted.text)
-    click.echo(f"wrote {output} from a {converted.tool} config")
+    click.echo(f"wrote {output}, converted from {file} ({converted.tool})")
     _show("Not converted:", converted.left_out)
     _show("To compare before training:", converted.differences)
     _show("Not needed here:", converted.not_needed)

@@ -167,7 +167,7 @@ def _parse(text: str, path: Path) -> Document:
         ) from problem
     if (tool := foreign_tool(document.data)) is not None:
         raise RecipeError(
-            f"this is a {tool} config, not a recipe",
+            f"this is a config of {tool}, not a recipe",
             code="recipe.foreign-file",
             where=str(path),
             fix="write a recipe from a model and data files with `rpo-trainer init`"

@@ -12,5 +12,6 @@ hub               pushes to the hub, and commits of inputs on it
 For people:
   preview           training examples token by token, colored by what is trained
   inspect_data      one data set on its own: what would be dropped, refused, trained on
+  new_recipe        a recipe from a model and data files
   template_check    what a chat template makes of sample conversations
 """

@@ -199,10 +199,12 @@ class Arguments:
         draft, stage = self.draft, self.stage
         if (steps := draft.get((*stage, "max_steps"))) is not None:
             return steps, f"of {steps} steps"
+        sources = draft.get((*stage, "data", "train"))
         counts = [None if file is None else count_rows(file) for file in files]
-        if not counts or None in counts:
+        if not counts or None in counts or any("weight" in source for source in sources):
             return None
-        rows = sum(count or 0 for count in counts)
+        limits = [source.get("max_rows", math.inf) for source in sources]
+        rows = sum(int(min(count or 0, limit)) for count, limit in zip(counts, limits, strict=True))
         batch, epochs = (
             draft.get((*stage, name)) for name in ("global_batch_size", "num_train_epochs")
         )
@@ -290,9 +292,7 @@ class Arguments:
             self.draft.put(("seed",), int(config.number("seed")), "seed")
         if config.has("output_dir"):
             self.draft.put(("run_dir",), str(config.take("output_dir")), "output_dir")
-            config.differs(
-                "output_dir", "the path is relative to the recipe; a run directory must be new"
-            )
+            config.differs("output_dir", "relative to the recipe, and new: it is the run directory")
         trackers = [name for name in config.names("report_to") if name not in ("none", "all", "False")]
         if trackers:
             self._put("report_to", trackers if len(trackers) > 1 else trackers[0], "report_to")

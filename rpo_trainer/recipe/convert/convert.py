@@ -22,7 +22,7 @@ from rpo_trainer.recipe.yaml_document import YamlProblem, parse
 from rpo_trainer.runtime.files import read_text
 
 MAX_BYTES = 2**20
-_CONVERTED = f"{LLAMA_FACTORY}, {AXOLOTL} and TRL"
+_CONVERTED = f"{LLAMA_FACTORY}, {AXOLOTL} and {TRL}"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def convert_file(
         convert_trl(config, paths, draft, devices, kind)
     _validate(config, draft)
     header = [
-        f"Converted from {path.name} ({config.tool}) by `rpo-trainer convert`. A comment names the key "
-        "that a value comes from.",
+        f"Converted from {path.name} ({config.tool}) by `rpo-trainer convert`. The comment of a value names "
+        "the key it comes from, where that has another name.",
     ]
     for title, notes in (
         ("Not converted:", config.left_out), ("To compare before training:", config.differences)
@@ -104,9 +104,9 @@ def _read(path: Path) -> ForeignConfig:
         ) from None
     tool = foreign_tool(document.data)
     if tool not in (LLAMA_FACTORY, AXOLOTL, TRL):
-        what = f"this is a {tool} config" if tool else f"this is not a config of {_CONVERTED}"
+        what = f"this is a config of {tool}" if tool else "this is not a training config that is known"
         raise RecipeError(
-            f"{what}, and only those of {_CONVERTED} are converted",
+            f"{what}; those of {_CONVERTED} are converted",
             code="convert.unknown-file",
             where=where,
             fix="write a recipe from a model and data files with `rpo-trainer init`",
@@ -129,13 +129,14 @@ def _validate(config: ForeignConfig, draft: Draft) -> None:
             removed = False
             for item in error.errors(include_url=False):
                 key = tuple(part for part in item["loc"] if part not in ("sft", "dpo", "reward"))
-                source = draft.comments.get(key)
+                source = draft.sources.get(key)
                 if source is None or draft.get(key) is None:
                     continue
                 draft.remove(key)
+                if key[-1] == "eval_fraction":
+                    draft.remove((*key[:2], "eval_steps"))  # of these rows
                 what = str(item.get("ctx", {}).get("what") or item["msg"])
-                name = source.split()[0]
-                config.leave_out(name if name in config.data else ".".join(map(str, key)), what)
+                config.leave_out(source if source in config.data else str(key[-1]), what)
                 removed = True
             if not removed:
                 raise Problems(errors) from None

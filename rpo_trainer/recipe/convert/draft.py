@@ -15,10 +15,12 @@ class Draft:
     Attributes:
         values: the recipe.
         comments: of the keys.
+        sources: the first word of each comment that was given, most often the key of the other tool.
     """
 
     values: dict[str, Any] = field(default_factory=lambda: {"model": {}, "stages": []})
     comments: dict[Key, str] = field(default_factory=dict)
+    sources: dict[Key, str] = field(default_factory=dict)
 
     def put(self, key: Key, value: Any, comment: str = "") -> None:
         """Set the value at a key, such as `("stages", 0, "beta")`; the mappings above it are made."""
@@ -31,7 +33,8 @@ class Draft:
             else:
                 here = here.setdefault(part, {})
         here[key[-1]] = value
-        if comment:
+        self.sources[key] = comment.split(" ")[0]
+        if comment and comment != key[-1]:  # a key that keeps its name needs no word
             self.comments[key] = comment
 
     def get(self, key: Key) -> Any:

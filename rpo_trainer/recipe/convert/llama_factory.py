@@ -180,13 +180,11 @@ def _data(config: ForeignConfig, paths: Paths, draft: Draft, kind: str) -> list[
     if config.has("max_samples"):
         for source in (*sources, *held_out):
             source["max_rows"] = int(config.number("max_samples"))
-        files = [None for _ in files]
     strategy = config.take("mix_strategy", "concat")
     weights = config.names("interleave_probs")
     if strategy != "concat" and len(weights) == len(sources):
         for source, weight in zip(sources, weights, strict=True):
             source["weight"] = float(weight)
-        files = [None for _ in files]
     elif strategy != "concat":
         config.leave_out("mix_strategy", "give each source a `weight`")
     draft.put((*STAGE, "data", "train"), sources, "dataset")
