@@ -13,7 +13,9 @@ from rpo_trainer.cli.convert import refuse_existing
 
 @click.command()
 @click.argument("recipe", default="recipe.yaml", type=click.Path(path_type=Path))
-@click.option("--model", required=True, metavar="NAME_OR_DIR", help="Directory or hub name of the model.")
+@click.option(
+    "--model", required=True, metavar="NAME_OR_DIR", help="Directory or hub name of the model."
+)
 @click.option(
     "--data", required=True, multiple=True, metavar="FILE",
     help="Training rows: a file or a hub name; may be repeated.",

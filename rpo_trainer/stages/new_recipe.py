@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RecipeKind = Literal["sft", "dpo", "rpo", "chain"]
+_RowKind = Literal["sft", "pair"]
 _MEASURED_ROWS = 2000  # tokenized for their lengths
 _LENGTH_STEP = 64
 _DEFAULT_LENGTH = 2048
@@ -52,15 +53,13 @@ class _Source:
 
     spec: dict[str, Any]
     rows: list[Row]
-    kind: Literal["sft", "pair"]
+    kind: _RowKind
     comment: str
 
     @property
     def scored(self) -> bool:
         """Whether every response has a reward."""
-        return all(
-            bool(row.get("rewards")) and None not in row["rewards"] for row in self.rows
-        )
+        return all(bool(row.get("rewards")) and None not in row["rewards"] for row in self.rows)
 
 
 def new_recipe(
@@ -91,23 +90,29 @@ def new_recipe(
     sources = [_read(path, kind, paths) for path in data]
     tests = [_read(path, kind, paths) for path in held_out]
     kinds = _stage_kinds(sources, kind)
-    draft, facts = Draft(), [f"{s.spec['path']}: {len(s.rows):,} rows, {s.comment}" for s in sources]
+    _check_held_out(tests, kinds)
+    draft = Draft()
+    facts = [f"{s.spec['path']}: {len(s.rows):,} rows, {s.comment}" for s in sources]
     tokenizer, limit = _put_model(draft, paths, model, [*sources, *tests])
     draft.put(("run_dir",), f"runs/{recipe.stem}")
     for number, stage in enumerate(kinds):
-        row_kind = "sft" if stage == "sft" else "pair"
+        row_kind: _RowKind = "sft" if stage == "sft" else "pair"
         own = [source for source in sources if source.kind == row_kind]
         tested = [source for source in tests if source.kind == row_kind]
         key = ("stages", number)
         _put_stage(draft, key, stage, own, tested, lora)
-        length, comment = _max_length([row for s in own for row in s.rows], row_kind, tokenizer, limit)
+        length, comment = _max_length(
+            [row for s in own for row in s.rows], row_kind, tokenizer, limit
+        )
         draft.put((*key, "max_length"), length, comment)
         facts.append(f"{stage}: max_length {length} ({comment})")
     header = ["Written by `rpo-trainer init`. docs/choosing.md says how to choose the values."]
     text = draft.text(header)
     Recipe.model_validate(parse(text).data)
     if not tests:
-        facts.append("no held-out rows: give --eval FILE to see the loss on rows that are not trained on")
+        facts.append(
+            "no held-out rows: give --eval FILE to see the loss on rows that are not trained on"
+        )
     return NewRecipe(text, facts)
 
 
@@ -127,7 +132,7 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
             where=path,
             fix="start from `rpo-trainer recipes reward/helpsteer2`, or give --kind sft",
         )
-    row_kind: Literal["sft", "pair"] = "sft" if found == "sft" else "pair"
+    row_kind: _RowKind = "sft" if found == "sft" else "pair"
     if row_kind == "pair" and "question" in columns and not columns & set(PROMPT_COLUMNS):
         spec["format"] = "orca"
     form = find_format(columns, row_kind, spec.get("format"), raw.where)
@@ -171,6 +176,26 @@ def _stage_kinds(sources: Sequence[_Source], kind: RecipeKind | None) -> list[st
     return [*(["sft"] if "sft" in present else []), *([preference] if pairs else [])]
 
 
+def _check_held_out(tests: Sequence[_Source], kinds: Sequence[str]) -> None:
+    """Raises RecipeError: a stage cannot read a held-out file, or no stage reads it."""
+    for source in tests:
+        where = f"--eval {source.spec['path']}"
+        if ("sft" not in kinds) if source.kind == "sft" else (set(kinds) == {"sft"}):
+            raise RecipeError(
+                f"no stage reads these rows: {source.comment}",
+                code="init.unused-held-out",
+                where=where,
+                fix="give held-out rows of the same layout as --data",
+            )
+        if source.kind == "pair" and "rpo" in kinds and not source.scored:
+            raise RecipeError(
+                "not every held-out response has a reward, which RPO compares with",
+                code="init.missing-rewards",
+                where=where,
+                fix="score the responses first (`rpo-trainer score`), or give --kind dpo",
+            )
+
+
 def _put_model(
     draft: Draft, paths: Paths, model: str, sources: Sequence[_Source]
 ) -> tuple[PreTrainedTokenizerBase | None, int | None]:
@@ -193,11 +218,12 @@ def _put_model(
 
     config = saved_config(folder, f"--model {model}").get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    tokenizer = load_tokenizer(ModelSpec(name_or_path=str(folder.absolute())), Path())
+    own = {"name_or_path": str(folder.absolute())}
+    tokenizer = load_tokenizer(ModelSpec.model_validate(own), Path())
     if tokenizer.chat_template is None and any(_is_messages(s.rows[0]) for s in sources):
         template = "chatml" if set(_CHATML_TOKENS) <= set(tokenizer.get_vocab()) else "plain"
         draft.put(("model", "chat_template"), template, "the tokenizer has none of its own")
-        spec = ModelSpec(name_or_path=str(folder.absolute()), chat_template=template)
+        spec = ModelSpec.model_validate(own | {"chat_template": template})
         tokenizer = load_tokenizer(spec, Path())
     return tokenizer, limit
 
@@ -207,7 +233,12 @@ def _is_messages(row: Row) -> bool:
 
 
 def _put_stage(
-    draft: Draft, key: Key, kind: str, train: Sequence[_Source], tests: Sequence[_Source], lora: bool
+    draft: Draft,
+    key: Key,
+    kind: str,
+    train: Sequence[_Source],
+    tests: Sequence[_Source],
+    lora: bool,
 ) -> None:
     """Put one stage, all but its `max_length`."""
 
@@ -245,7 +276,9 @@ def _put_stage(
         put("warmup_steps", warmup)
     put("gradient_checkpointing", True, "less memory, more time")
     put("logging_steps", max(1, min(10, steps // 20)))
-    put("save_steps", max(1, min(200, steps // 4)), "a stopped run resumes from the last checkpoint")
+    put(
+        "save_steps", max(1, min(200, steps // 4)), "a stopped run resumes from the last checkpoint"
+    )
     if tests:
         put("eval_steps", max(1, min(100, steps // 4)))
     if lora:
@@ -254,7 +287,7 @@ def _put_stage(
 
 def _max_length(
     rows: Sequence[Row],
-    kind: Literal["sft", "pair"],
+    kind: _RowKind,
     tokenizer: PreTrainedTokenizerBase | None,
     limit: int | None,
 ) -> tuple[int, str]:
@@ -271,9 +304,7 @@ def _max_length(
     return length, comment
 
 
-def _lengths(
-    rows: Sequence[Row], kind: Literal["sft", "pair"], tokenizer: PreTrainedTokenizerBase
-) -> Any:
+def _lengths(rows: Sequence[Row], kind: _RowKind, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Tokens of prompt and longest response of each row: [rows] int."""
     from rpo_trainer.data.tokenize import tokenize_rows
 

@@ -80,9 +80,7 @@ def test_a_converted_recipe_passes_check(
     assert call("check", folder / f"{name}.recipe.yaml") == 0
 
 
-def test_an_existing_recipe_is_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_recipe_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "a.yaml"
     config.write_text(dump(_AXOLOTL))
     assert call("convert", config) == 0

@@ -58,9 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def init(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def init(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`init("pairs", ...)`: the exit code, with these files as `--data`."""
     monkeypatch.chdir(folder)
 
@@ -136,6 +134,8 @@ def test_orca_rows_are_named(init: Any, tmp_path: Path) -> None:
         (["prompts"], [], "data.no-responses"),
         (["pairs"], ["--kind", "rpo"], "init.missing-rewards"),
         (["pairs"], ["--kind", "chain"], "init.missing-data"),
+        (["scored"], ["--eval", "pairs.jsonl"], "init.missing-rewards"),
+        (["pairs"], ["--eval", "conversations.jsonl"], "init.unused-held-out"),
         (["absent"], [], "data.no-such-file"),
         (["pairs"], ["--model", "./absent"], "init.no-such-model"),
     ],
@@ -164,7 +164,7 @@ def test_the_recipe_checks_and_trains(
     init: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Paths are relative to the recipe, not to where the command was given."""
-    assert init("conversations", "scored", more=["--eval", "pairs.jsonl"]) == 0
+    assert init("conversations", "scored", more=["--eval", "scored.jsonl"]) == 0
     shown = capsys.readouterr().out
     for command in ("check", "plan", "run"):
         assert f"rpo-trainer {command} {tmp_path / 'new.yaml'}" in shown

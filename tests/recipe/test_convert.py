@@ -1,4 +1,4 @@
-"""Configs of LLaMA-Factory, Axolotl and TRL become recipes; what has no counterpart is listed with the reason."""
+"""Configs of LLaMA-Factory, Axolotl and TRL become recipes; what has no counterpart is listed."""
 
 from __future__ import annotations
 
@@ -308,9 +308,7 @@ def test_axolotl_dpo(kind: Any, source: dict[str, Any], convert: Convert) -> Non
     ],
     ids=str,
 )  # fmt: skip
-def test_axolotl_sft_types(
-    entry: dict[str, Any], source: dict[str, Any], convert: Convert
-) -> None:
+def test_axolotl_sft_types(entry: dict[str, Any], source: dict[str, Any], convert: Convert) -> None:
     stage = stage_of(convert(AXOLOTL, datasets=[{"path": "org/rows", **entry}]))
     assert stage["data"]["train"] == [{"path": "org/rows", **source}]
 
@@ -330,7 +328,9 @@ def test_keys_of_axolotl_data_sets_are_listed(convert: Convert) -> None:
      {"pretraining_dataset": [{"path": "x"}]}, {"process_reward_model": True}, {"adapter": "x"}],
     ids=str,
 )  # fmt: skip
-def test_methods_of_axolotl_without_a_counterpart(changed: dict[str, Any], convert: Convert) -> None:
+def test_methods_of_axolotl_without_a_counterpart(
+    changed: dict[str, Any], convert: Convert
+) -> None:
     with raises("convert.unsupported-method", exit_code=2) as caught:
         convert(AXOLOTL, **changed)
     assert caught.value.fix
@@ -373,7 +373,9 @@ def test_nothing_is_dropped_without_a_word(convert: Convert) -> None:
 
 
 def test_a_secret_is_not_shown(convert: Convert) -> None:
-    converted = convert(LLAMA_FACTORY, swanlab_api_key="abcdefgh12345678", hub_token="hf_" + "a" * 30)
+    converted = convert(
+        LLAMA_FACTORY, swanlab_api_key="abcdefgh12345678", hub_token="hf_" + "a" * 30
+    )
     assert "abcdefgh12345678" not in converted.text and "hf_aaa" not in converted.text
     assert {"swanlab_api_key", "hub_token"} <= keys(converted.left_out)
 

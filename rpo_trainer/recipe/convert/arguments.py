@@ -1,4 +1,4 @@
-"""Fields of `transformers.TrainingArguments`, which LLaMA-Factory, Axolotl and TRL share, → fields of a stage."""
+"""`transformers.TrainingArguments`, as LLaMA-Factory, Axolotl and TRL use them, → fields of a stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ PASSED = (
     "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "full_determinism", "hub_model_id",
     "hub_strategy", "hub_private_repo", "push_to_hub", "torch_compile", "torch_compile_backend",
 )  # fmt: skip
-_EXTERNAL_OPTIMIZERS = ("galore", "apollo", "lomo", "badam", "muon", "came", "dion", "optimi", "ao_")
+_EXTERNAL_OPTIMIZERS = (
+    "galore",
+    "apollo",
+    "lomo",
+    "badam",
+    "muon",
+    "came",
+    "dion",
+    "optimi",
+    "ao_",
+)
 
 NOT_NEEDED = reasons(
     [
@@ -67,7 +77,7 @@ LEFT_OUT = reasons(
          ("load_best_model_at_end", "metric_for_best_model", "greater_is_better",
           "early_stopping_patience", "early_stopping_steps")),
         ("checkpoints hold the optimizer, so that a run can resume", ("save_only_model",)),
-        ("only dropping and truncating rows are offered", ("streaming", "buffer_size")),
+        ("data sets are read whole, not streamed", ("streaming", "buffer_size")),
         ("8-bit weights are not supported; use `peft: {quantization: nf4}`", ("load_in_8bit",)),
         ("sequence, context and tensor parallelism are not supported",
          ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size",
@@ -157,9 +167,7 @@ class Arguments:
             f"{name} {micro} × gradient_accumulation_steps {steps} × {devices} "
             f"device{'s' * (devices > 1)}",
         )
-        self._put(
-            "micro_batch_size", int(micro), self._source("per_device_train_batch_size")
-        )
+        self._put("micro_batch_size", int(micro), self._source("per_device_train_batch_size"))
         if self.devices is None:
             self.config.differs(
                 "gradient_accumulation_steps",
@@ -190,9 +198,7 @@ class Arguments:
         elif optim != "adamw_torch":
             self._put("optim", optim, self._source("optim"))
         if self.config.take("gradient_checkpointing", self.defaults.gradient_checkpointing):
-            self._put(
-                "gradient_checkpointing", True, self._source("gradient_checkpointing")
-            )
+            self._put("gradient_checkpointing", True, self._source("gradient_checkpointing"))
 
     def _steps(self, files: list[Path | None]) -> tuple[int, str] | None:
         """Optimizer steps of the stage, and how they were counted; None: the rows are not known."""
@@ -219,7 +225,9 @@ class Arguments:
             schedule = "constant_with_warmup"
         if schedule in ("rex", "one_cycle"):
             name = self._name("lr_scheduler_type")
-            config.leave_out(name, f"`{schedule}` is not a schedule of transformers; cosine is used")
+            config.leave_out(
+                name, f"`{schedule}` is not a schedule of transformers; cosine is used"
+            )
             schedule = "cosine"
         self._put("lr_scheduler_type", schedule, self._source("lr_scheduler_type"))
         if warmup:
@@ -236,7 +244,8 @@ class Arguments:
                 return 0, ""
             if steps is None:
                 config.differs(
-                    "warmup_steps", "Axolotl warms up over 3 % of the steps (at most 100), this recipe not"
+                    "warmup_steps",
+                    "Axolotl warms up over 3 % of the steps (at most 100), this recipe not",
                 )
                 return 0, ""
             found = min(int(0.03 * steps[0]), 100)
@@ -245,7 +254,8 @@ class Arguments:
             return 0, ""
         if steps is None:
             config.leave_out(
-                key, "the rows could not be counted here; set `warmup_steps` to this part of the steps"
+                key,
+                "the rows could not be counted here; set `warmup_steps` to this part of the steps",
             )
             return 0, ""
         return math.ceil(ratio * steps[0]), f"{key} {ratio:g} {steps[1]}"
@@ -280,7 +290,9 @@ class Arguments:
             config.leave_out(key, "evaluations are set by `eval_steps` alone")
         elif strategy == "steps" and held_out and (steps is None or steps >= 1):
             logging = self.draft.get((*self.stage, "logging_steps")) or 10
-            self._put("eval_steps", int(steps or logging), "eval_steps" if steps else "logging_steps")
+            self._put(
+                "eval_steps", int(steps or logging), "eval_steps" if steps else "logging_steps"
+            )
         elif steps is not None and 0 < steps < 1 and held_out:
             config.leave_out("eval_steps", "`eval_steps` is a number of steps, not a fraction")
         elif steps is not None:
@@ -293,7 +305,9 @@ class Arguments:
         if config.has("output_dir"):
             self.draft.put(("run_dir",), str(config.take("output_dir")), "output_dir")
             config.differs("output_dir", "relative to the recipe, and new: it is the run directory")
-        trackers = [name for name in config.names("report_to") if name not in ("none", "all", "False")]
+        trackers = [
+            name for name in config.names("report_to") if name not in ("none", "all", "False")
+        ]
         if trackers:
             self._put("report_to", trackers if len(trackers) > 1 else trackers[0], "report_to")
         if config.has("neftune_noise_alpha") and sft:

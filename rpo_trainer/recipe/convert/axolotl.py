@@ -54,9 +54,9 @@ _NOT_NEEDED = NOT_NEEDED | reasons(
         ("a run stops at a loss that is not finite (`on_nonfinite`)",
          ("loss_watchdog_threshold", "loss_watchdog_patience")),
         ("the end of a turn is found in the chat template", ("eot_tokens",)),
-        ("adapters are loaded with the model", ("lora_on_cpu", "qlora_sharded_model_loading",
+        ("the device and memory of the weights follow from the launch",
+         ("lora_on_cpu", "qlora_sharded_model_loading",
          "low_cpu_mem_usage", "device_map", "gpu_memory_limit", "max_memory")),
-        ("padding is never trained", ("trust_remote_code_padding",)),
         ("the kernels are torch's", ("flash_attn_cross_entropy", "flash_attn_rms_norm",
          "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "unsloth_lora_mlp", "unsloth_lora_qkv",
          "unsloth_lora_o", "cut_cross_entropy", "lora_embedding_kernel")),
@@ -77,15 +77,18 @@ _LEFT_OUT = LEFT_OUT | reasons(
         ("set it in the environment of the run (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_ID, ...)",
          ("wandb_entity", "wandb_watch", "wandb_run_id", "wandb_log_model", "wandb_mode")),
         ("weights stay float32 with autocast", ("bfloat16", "float16", "fp8")),
-        ("set the model's config.json", ("overrides_of_model_config", "rope_scaling", "s2_attention", "use_pose")),
+        ("set the model's config.json",
+         ("overrides_of_model_config", "rope_scaling", "s2_attention", "use_pose")),
         ("ReLoRA, LISA, QAT and distillation are not offered",
-         ("relora", "relora_steps", "relora_prune_ratio", "lisa_n_layers", "qat", "quantization", "kd_trainer")),
+         ("relora", "relora_steps", "relora_prune_ratio", "lisa_n_layers", "qat", "quantization",
+          "kd_trainer")),
         ("all weights, or an adapter, are trained", ("unfrozen_parameters",)),
         ("length bounds other than `max_length` are not offered", ("min_sample_len", "max_prompt_len")),
         ("other terms of the loss are not offered", ("dpo_use_weighting", "dpo_norm_loss", "orpo_alpha",
          "cpo_alpha", "simpo_gamma", "kto_desirable_weight", "kto_undesirable_weight")),
         ("responses are sampled by `data.generate`, not by vLLM in the trainer", ("trl", "vllm")),
-        ("bitsandbytes' NF4 with its defaults alone is offered", ("bnb_config_kwargs", "gptq", "loftq_config")),
+        ("bitsandbytes' NF4 with its defaults alone is offered",
+         ("bnb_config_kwargs", "gptq", "loftq_config")),
         ("these fields of `peft.LoraConfig` can be given under `peft`",
          ("peft", "peft_layers_to_transform", "peft_layers_pattern", "peft_init_lora_weights",
           "peft_layer_replication", "lora_fan_in_fan_out", "lora_target_parameters")),
@@ -122,7 +125,9 @@ def convert_axolotl(config: ForeignConfig, paths: Paths, draft: Draft, devices: 
     _trackers(config, draft)
     _adapter(config, draft, kind)
     if config.take("dataset_exact_deduplication") is True:
-        config.leave_out("dataset_exact_deduplication", "`data.dedup` compares prompts, not entire rows")
+        config.leave_out(
+            "dataset_exact_deduplication", "`data.dedup` compares prompts, not entire rows"
+        )
     config.skip(_NOT_NEEDED)
     config.leave_out_rest(_LEFT_OUT)
 
@@ -132,7 +137,9 @@ def _kind(config: ForeignConfig) -> tuple[str, str]:
     rl = config.take("rl")
     if config.has("processor_type"):
         raise config.unsupported(
-            "processor_type", "training on images, video or audio", "use a text model and rows of text"
+            "processor_type",
+            "training on images, video or audio",
+            "use a text model and rows of text",
         )
     if config.has("pretraining_dataset"):
         raise config.unsupported(
@@ -178,13 +185,17 @@ def _model(config: ForeignConfig, paths: Paths, draft: Draft) -> None:
         if config.has(key):
             draft.put(("model", "revision"), str(config.take(key)), key)
     if config.take("trust_remote_code") is True:
-        draft.put(("model", "trust_remote_code"), True, "trust_remote_code; remove it unless needed")
+        draft.put(
+            ("model", "trust_remote_code"), True, "trust_remote_code; remove it unless needed"
+        )
     template = config.take("chat_template")
     jinja = config.take("chat_template_jinja")
     if jinja is not None and (file := paths.find(str(jinja)[:200])) is not None:
         draft.put(("model", "chat_template"), paths.of_recipe(file), "chat_template_jinja")
     elif jinja is not None:
-        config.leave_out("chat_template_jinja", "save the template to a file, and set `model.chat_template`")
+        config.leave_out(
+            "chat_template_jinja", "save the template to a file, and set `model.chat_template`"
+        )
     elif template in _TEMPLATES:
         draft.put(("model", "chat_template"), _TEMPLATES[template], "chat_template")
     elif template is not None and not str(template).startswith("tokenizer_default"):
@@ -250,12 +261,16 @@ def _trackers(config: ForeignConfig, draft: Draft) -> None:
             trackers.append(tracker)
             named = [key for key in used if not key.startswith("use_")]
             for key in named:
-                config.differs(key, "the recipe names the tracker; set this in the environment of the run")
+                config.differs(
+                    key, "the recipe names the tracker; set this in the environment of the run"
+                )
     if trackers:
         value = trackers if len(trackers) > 1 else trackers[0]
         draft.put((*STAGE, "report_to"), value, "the trackers of the file")
     if config.has("wandb_name"):
-        draft.put((*STAGE, "training_args", "run_name"), str(config.take("wandb_name")), "wandb_name")
+        draft.put(
+            (*STAGE, "training_args", "run_name"), str(config.take("wandb_name")), "wandb_name"
+        )
 
 
 def _adapter(config: ForeignConfig, draft: Draft, kind: str) -> None:
@@ -263,7 +278,9 @@ def _adapter(config: ForeignConfig, draft: Draft, kind: str) -> None:
     if adapter is None or adapter == "":
         return
     if adapter not in ("lora", "qlora"):
-        raise config.unsupported("adapter", f"`adapter: {adapter}`", "use `adapter: lora` or `qlora`")
+        raise config.unsupported(
+            "adapter", f"`adapter: {adapter}`", "use `adapter: lora` or `qlora`"
+        )
     if kind == "reward":
         config.leave_out("adapter", "a reward stage trains all weights")
         return

@@ -76,15 +76,13 @@ def convert_sources(
     return found, files
 
 
-def _places(
-    entry: ForeignConfig, paths: Paths
-) -> list[tuple[dict[str, Any], Path | None]]:
+def _places(entry: ForeignConfig, paths: Paths) -> list[tuple[dict[str, Any], Path | None]]:
     """`path` and `split` of each source that an entry stands for."""
     path, split = str(entry.take("path", "")), entry.take("split")
     named = entry.names("data_files")
     kind = entry.take("ds_type")
     local = named if path in _LOADERS or named else [path]
-    found = []
+    found: list[tuple[dict[str, Any], Path | None]] = []
     for name in local:
         file = paths.find(name)
         if file is None and name != path:
@@ -118,13 +116,17 @@ def _form(entry: ForeignConfig, pairs: bool) -> dict[str, Any]:
         if kind is None:
             entry.leave_out("type", "rows of token ids (no `type`) are not read; give rows of text")
         else:
-            entry.leave_out("type", "the format is found from the columns; see `format` in docs/data.md")
+            entry.leave_out(
+                "type", "the format is found from the columns; see `format` in docs/data.md"
+            )
         return {}
     form, columns = _SFT[name][0], dict(_SFT[name][1])
     if name == "alpaca_chat" and rest == "load_qa":
         columns = dict(_QUESTIONS)
     if name in ("alpaca", "gpteacher", "alpaca_chat"):
-        entry.differs("type", "the chat template renders the rows, without Axolotl's instruction text")
+        entry.differs(
+            "type", "the chat template renders the rows, without Axolotl's instruction text"
+        )
     if name == "completion" and (column := entry.take("field", "text")) != "text":
         columns["text"] = str(column)
     if name in ("chat_template", "sharegpt"):
@@ -148,7 +150,8 @@ def _message_keys(entry: ForeignConfig) -> None:
     for field, theirs in keys.items():
         if theirs not in usual.get(field, (field,)):
             entry.leave_out(
-                "message_property_mappings", f"`{field}` is read as it is called: rename `{theirs}` in the rows"
+                "message_property_mappings",
+                f"`{field}` is read as it is called: rename `{theirs}` in the rows",
             )
     roles = entry.take("roles", {})
     known = {
@@ -165,7 +168,9 @@ def _pair_form(entry: ForeignConfig, text: str) -> dict[str, Any]:
     name = _FORMER.get(text, text.replace(":", ".").rpartition(".")[2] or text)
     if name not in _PAIRS:
         if text and name != "chat_template" and "bradley_terry" not in text:
-            entry.leave_out("type", "the format is found from the columns; see `format` in docs/data.md")
+            entry.leave_out(
+                "type", "the format is found from the columns; see `format` in docs/data.md"
+            )
             return {}
         name = "default"
     form, columns = _PAIRS[name][0], dict(_PAIRS[name][1])

@@ -79,9 +79,7 @@ def convert_file(
             header += ["", title, *(f"  {note}" for note in notes)]
     text = draft.text(header)
     Recipe.model_validate(parse(text).data)  # the text, too, is valid
-    return Converted(
-        text, config.tool, config.left_out, config.not_needed, config.differences
-    )
+    return Converted(text, config.tool, config.left_out, config.not_needed, config.differences)
 
 
 def _read(path: Path) -> ForeignConfig:
@@ -104,7 +102,9 @@ def _read(path: Path) -> ForeignConfig:
         ) from None
     tool = foreign_tool(document.data)
     if tool not in (LLAMA_FACTORY, AXOLOTL, TRL):
-        what = f"this is a config of {tool}" if tool else "this is not a training config that is known"
+        what = (
+            f"this is a config of {tool}" if tool else "this is not a training config that is known"
+        )
         raise RecipeError(
             f"{what}; those of {_CONVERTED} are converted",
             code="convert.unknown-file",

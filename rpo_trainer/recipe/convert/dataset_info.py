@@ -117,7 +117,9 @@ class DatasetInfo:
             notes.take(field)
         source, file = self._place(entry, notes)
         if entry.get("ranking") and not pairs:
-            self.config.differs(key, f"`{name}` has pairs; only the chosen responses would be SFT rows")
+            self.config.differs(
+                key, f"`{name}` has pairs; only the chosen responses would be SFT rows"
+            )
         if bool(entry.get("ranking")) < pairs:
             self.config.differs(key, f"the entry of `{name}` does not say `ranking: true`")
         if entry.get("formatting", "alpaca") == "alpaca":
@@ -145,7 +147,9 @@ class DatasetInfo:
             if not file.exists():
                 notes.differs("file_name", f"{file} does not exist; correct the path")
             elif file.is_dir():
-                notes.differs("file_name", f"{file} is a directory: name each of its files as a source")
+                notes.differs(
+                    "file_name", f"{file} is a directory: name each of its files as a source"
+                )
             return {"path": self.paths.of_recipe(file)}, file
         if entry.get("hf_hub_url") is not None:
             split = {"split": str(entry["split"])} if entry.get("split") else {}
@@ -181,7 +185,9 @@ class DatasetInfo:
         for tag, known in _TAGS.items():
             value = tags.take(tag, known[0])
             if str(value).lower() not in known:
-                tags.leave_out(tag, f"messages are read with {' or '.join(known)}: rename it in the rows")
+                tags.leave_out(
+                    tag, f"messages are read with {' or '.join(known)}: rename it in the rows"
+                )
         tags.leave_out_rest({})
         form = "pairs" if pairs else ("sharegpt" if column == "conversations" else "messages")
         return {"format": form} | ({"columns": mapping} if mapping else {})

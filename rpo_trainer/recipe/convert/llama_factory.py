@@ -48,12 +48,12 @@ _DEFAULTS = Defaults(learning_rate=5e-5, gradient_checkpointing=True)
 _NOT_NEEDED = NOT_NEEDED | reasons(
     [
         ("pair accuracy is always logged", ("compute_accuracy",)),
-        ("another engine of kernels", ("use_unsloth", "use_unsloth_gc", "enable_thinking_gc")),
+        ("the kernels are torch's", ("use_unsloth", "use_unsloth_gc")),
         ("weights are trained in float32 with autocast", ("upcast_layernorm", "upcast_lmhead_output")),
         ("padding is never trained", ("ignore_pad_token_for_loss",)),
-        ("evaluations go by source", ("eval_on_each_dataset",)),
+        ("an evaluation reports one loss for all held-out sources", ("eval_on_each_dataset",)),
         ("only text is read", ("media_dir",)),
-        ("one loss for each example is kept", ("include_num_input_tokens_seen",)),
+        ("trained tokens are always counted", ("include_num_input_tokens_seen",)),
         ("safetensors are always written", ("save_safetensors",)),
     ]
 )  # fmt: skip
@@ -61,7 +61,8 @@ _LEFT_OUT = LEFT_OUT | reasons(
     [
         ("merge the adapter into the model first, and give the merged model",
          ("adapter_name_or_path", "ref_model_adapters", "create_new_adapter")),
-        ("an adapter is always trained at one learning rate", ("loraplus_lr_ratio", "loraplus_lr_embedding")),
+        ("an adapter is trained at one learning rate",
+         ("loraplus_lr_ratio", "loraplus_lr_embedding")),
         ("set `init_lora_weights` of `peft`", ("pissa_init", "pissa_iter", "pissa_convert")),
         ("the prompt is never trained", ("train_on_prompt",)),
         ("every assistant turn is trained; give `weight: 0` to turns of the rows that must not be",
@@ -74,16 +75,18 @@ _LEFT_OUT = LEFT_OUT | reasons(
         ("set the model's config.json", ("rope_scaling", "shift_attn", "mixture_of_depths")),
         ("new tokens must be in the tokenizer and the model already",
          ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")),
-        ("other terms of the loss are not offered", ("pref_bco_weight", "ld_alpha", "use_asft_loss", "use_dft_loss")),
+        ("other terms of the loss are not offered",
+         ("pref_bco_weight", "ld_alpha", "use_asft_loss", "use_dft_loss")),
         ("the reference model is never quantized", ("ref_model_quantization_bit",)),
         ("generation in an evaluation is `eval: {data, generate, score}`",
          ("predict_with_generate", "eval_num_beams", "max_new_tokens", "temperature", "top_p")),
-        ("bitsandbytes' NF4 alone is offered", ("quantization_method", "quantization_type", "double_quantization")),
+        ("bitsandbytes' NF4 alone is offered",
+         ("quantization_method", "quantization_type", "double_quantization")),
         ("layers cannot be added or frozen", ("use_llama_pro", "freeze_trainable_layers",
          "freeze_trainable_modules", "freeze_extra_modules")),
         ("this tracker is not offered here; transformers' trackers are (`report_to`)",
          ("use_swanlab", "swanlab_project", "swanlab_run_name", "swanlab_workspace", "swanlab_mode")),
-        ("rows are always read with the chat template's own tool format", ("tool_format",)),
+        ("the chat template writes tool calls in its own format", ("tool_format",)),
     ]
 )  # fmt: skip
 
@@ -99,7 +102,9 @@ def convert_llama_factory(
     kind = _kind(config)
     _model(config, paths, draft)
     draft.put((*STAGE, "name"), kind)
-    draft.put((*STAGE, "kind"), kind, "stage" if config.has("stage") else "default of LLaMA-Factory")
+    draft.put(
+        (*STAGE, "kind"), kind, "stage" if config.has("stage") else "default of LLaMA-Factory"
+    )
     if kind == "reward":
         draft.put((*STAGE, "objective"), "bradley_terry", "stage: rm")
     files = _data(config, paths, draft, kind)
@@ -128,7 +133,9 @@ def _kind(config: ForeignConfig) -> str:
     for key in _MEDIA_KEYS:
         if config.has(key):
             raise config.unsupported(
-                key, f"training on images, video or audio (`{key}`)", "use a text model and rows of text"
+                key,
+                f"training on images, video or audio (`{key}`)",
+                "use a text model and rows of text",
             )
     if stage not in _KINDS or not config.has("dataset"):
         raise RecipeError(
@@ -153,7 +160,9 @@ def _model(config: ForeignConfig, paths: Paths, draft: Draft) -> None:
     if config.has("model_revision") and config.take("model_revision") != "main":
         draft.put(("model", "revision"), str(config.take("model_revision")), "model_revision")
     if config.take("trust_remote_code") is True:
-        draft.put(("model", "trust_remote_code"), True, "trust_remote_code; remove it unless needed")
+        draft.put(
+            ("model", "trust_remote_code"), True, "trust_remote_code; remove it unless needed"
+        )
     template = config.take("template")
     if template is not None:
         config.differs(
@@ -225,7 +234,9 @@ def _method(config: ForeignConfig, draft: Draft, kind: str) -> None:
     method = str(config.take("finetuning_type", "lora"))
     if method in ("freeze", "oft"):
         raise config.unsupported(
-            "finetuning_type", f"`finetuning_type: {method}`", "use `finetuning_type: lora` or `full`"
+            "finetuning_type",
+            f"`finetuning_type: {method}`",
+            "use `finetuning_type: lora` or `full`",
         )
     bits = config.number("quantization_bit")
     if method == "lora" and kind == "reward":

@@ -44,7 +44,8 @@ _LEFT_OUT = LEFT_OUT | reasons(
         ("name the column with `columns` of the source", ("dataset_text_field",)),
         ("`max_length` is for prompt and response together",
          ("max_prompt_length", "max_completion_length")),
-        ("rounds are `repeat` of the stage", ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
+        ("train in rounds with `repeat` of the stage",
+         ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
         ("other terms of the loss are not offered",
          ("f_divergence_type", "ld_alpha", "use_weighting", "discopop_tau", "center_rewards_coefficient")),
         ("set them in the tokenizer's files", ("eos_token", "pad_token")),
@@ -79,7 +80,9 @@ def convert_trl(
     if config.has("model_revision") and config.take("model_revision") != "main":
         draft.put(("model", "revision"), str(config.take("model_revision")), "model_revision")
     if config.take("trust_remote_code") is True:
-        draft.put(("model", "trust_remote_code"), True, "trust_remote_code; remove it unless needed")
+        draft.put(
+            ("model", "trust_remote_code"), True, "trust_remote_code; remove it unless needed"
+        )
     draft.put((*STAGE, "name"), kind)
     draft.put((*STAGE, "kind"), kind)
     if kind == "reward":
@@ -158,7 +161,9 @@ def _preference(config: ForeignConfig, paths: Paths, draft: Draft) -> None:
     sft_weight = weight_of.pop("sft", 0.0)
     if len(weight_of) != 1 or next(iter(weight_of)) not in _LOSSES:
         raise config.unsupported(
-            "loss_type", f"`loss_type: {', '.join(losses)}`", "use `sigmoid` or `ipo`, also with `sft`"
+            "loss_type",
+            f"`loss_type: {', '.join(losses)}`",
+            "use `sigmoid` or `ipo`, also with `sft`",
         )
     ((loss, weight),) = weight_of.items()
     draft.put((*STAGE, "loss_type"), _LOSSES[loss], "loss_type")
