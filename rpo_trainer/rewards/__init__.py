@@ -2,7 +2,7 @@
 
 - Sample: `policies` (rows of prompts to rows of responses, from models here and behind endpoints), `sample`
   (one model here, batch by batch), `drawing` (how a token is drawn), `sampled_text` (tokens to text).
-- Score: `scorers` (one class for each way), `verifiers/` (the table `VERIFIERS`), `reward_model`, `judge`;
+- Score: `scorers` (one class for each way), `verifiers/` (the table `VERIFIERS`), `reward_model`, `judge`, `vllm_scores`;
   `endpoint` asks a server, with `endpoint_messages` (what it is told) and `http_client`.
 - Pair and calibrate: `pairs`, `calibrate`. `evaluate` turns rewards and log-probs into figures.
 - Commands: `commands` is what the commands on rewards do, `row_files` the rows as they read and write them.

@@ -166,6 +166,10 @@ class Endpoint:
                 self.spec.url,
             )
 
+    def post(self, address: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """The same for a request that the client has no method for; `read` gets the parsed JSON."""
+        return self.ask(lambda client: client.post(address, body=dict(body), cast_to=object), read)
+
     def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
         """The same for one chat completion."""
         given: Any = list(messages)

@@ -91,6 +91,8 @@ def warn_unsent(
     *,
     completions: bool = False,
     documents: bool = True,
+    tools: bool = True,
+    variables: bool = True,
 ) -> None:
     """One warning about what rows say and a server is not told, with counts of rows.
 
@@ -98,8 +100,12 @@ def warn_unsent(
         completions: prompts that are text go to the completions interface, which takes neither tools
             nor variables of a chat template.
         documents: `documents` among the variables of a row are sent.
+        tools: the tools of a row are sent.
+        variables: the variables of the chat template of a row are sent.
     """
     counts = Counter(name for row in rows for name in _unsent(row, completions, documents))
+    counts += Counter("`tools`" for row in rows if row.get("tools") and not tools)
+    counts += Counter(f"`{COLUMN}`" for row in rows if row.get(COLUMN) and not variables)
     if counts:
         logger.warning(
             "%s: not sent to the server: %s (of %d rows)",

@@ -14,15 +14,24 @@ from rpo_trainer.attributes import PRESETS, resolve_weights
 from rpo_trainer.data.resumable_rows import Done, RowFailed, Shard, Work, content_key, one_by_one
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
 from rpo_trainer.rewards.endpoint_messages import scored_conversation, template_options, warn_unsent
 from rpo_trainer.rewards.judge import judge_row, read_template
 from rpo_trainer.rewards.verifiers import FailedChecks, Verifier, check_rows, get_verifier
+from rpo_trainer.rewards.vllm_scores import (
+    address,
+    api_of,
+    classify_request,
+    read_heads,
+    read_scores,
+    score_request,
+)
 from rpo_trainer.runtime.cores import usable_cores
 from rpo_trainer.runtime.files import file_digest
 
 if TYPE_CHECKING:
-    from rpo_trainer.recipe import EndpointSpec, JudgeSpec, ScoreSpec
+    from rpo_trainer.recipe import JudgeSpec, RewardEndpointSpec, ScoreSpec
 
 BATCH_TOKENS = 16384
 
@@ -135,30 +144,77 @@ class _ByEndpoint:
 
     columns: tuple[str, ...] = ()
 
-    def __init__(self, spec: EndpointSpec, weights: dict[str, float] | str | None) -> None:
+    def __init__(self, spec: RewardEndpointSpec, weights: dict[str, float] | str | None) -> None:
         by_name = PRESETS.get(weights, {}) if isinstance(weights, str) else weights
         names = list(by_name) if by_name is not None else ["reward"]
         self.weights = resolve_weights(weights, names)
+        self.api = api_of(spec)
+        if self.api == "vllm_score" and len(self.weights) != 1:
+            raise RecipeError(
+                f"`weights` of {len(self.weights)} attributes, and `/score` gives one score a response",
+                code="recipe.too-many-attributes",
+                where=spec.url,
+                fix="remove `weights`, or use `/classify`, which gives a score for each label",
+            )
         self.endpoint = Endpoint(spec)
-        own = () if spec.chat_template_kwargs is None else (spec.chat_template_kwargs,)
+        own: tuple[Any, ...] = () if self.api == "rewards" else (self.api,)
+        own += () if spec.chat_template_kwargs is None else (spec.chat_template_kwargs,)
         self.key = content_key("endpoint", spec.url, spec.model, self.weights, *own)
 
     def check(self, rows: Sequence[Row]) -> None:
         own = self.endpoint.spec.chat_template_kwargs is not None
-        warn_unsent(rows, self.endpoint.spec.url, documents=not own)
+        scored = self.api == "vllm_score"
+        warn_unsent(
+            rows, self.endpoint.spec.url, documents=not own or scored,
+            tools=self.api != "vllm_classify", variables=not scored,
+        )  # fmt: skip
 
     def work(self, rows: Sequence[Row]) -> Work:
+        ask = {"vllm_score": self._score, "vllm_classify": self._classify}.get(self.api, self._chat)
+
         def make(index: int) -> dict[str, Any]:
-            row = rows[index]
-            found, variables = [], template_options(self.endpoint.spec, row)
-            for number in range(len(row["responses"])):
-                messages, tools = scored_conversation(row, number)
-                found.append(self.endpoint.chat(messages, self._read, **tools, **variables))
-            scores = [by_name for by_name, _ in found]
-            rewards = [sum(w * each[name] for name, w in self.weights.items()) for each in scores]
-            return {"rewards": rewards, "scores": scores, "answers": [text for _, text in found]}
+            found = ask(rows[index])
+            rewards = [
+                sum(w * each[name] for name, w in self.weights.items()) for each in found["scores"]
+            ]
+            return {"rewards": rewards, **found}
 
         return one_by_one(make, workers=self.endpoint.spec.concurrency)
+
+    def _chat(self, row: Row) -> dict[str, Any]:
+        """`scores` by attribute and `answers`, one for each response."""
+        found, variables = [], template_options(self.endpoint.spec, row)
+        for number in range(len(row["responses"])):
+            messages, tools = scored_conversation(row, number)
+            found.append(self.endpoint.chat(messages, self._read, **tools, **variables))
+        return {"scores": [scores for scores, _ in found], "answers": [text for _, text in found]}
+
+    def _score(self, row: Row) -> dict[str, Any]:
+        """The same from `/score`: one request for all responses."""
+        (name,) = self.weights
+        count, spec = len(row["responses"]), self.endpoint.spec
+        found = self.endpoint.post(
+            address(spec.url, self.api),
+            score_request(spec.model, row),
+            lambda answer: read_scores(answer, count),
+        )
+        return {"scores": [{name: score} for score in found]}
+
+    def _classify(self, row: Row) -> dict[str, Any]:
+        """The same from `/classify`: a request for each response."""
+        spec, names = self.endpoint.spec, list(self.weights)
+        variables = template_options(spec, row).get("extra_body", {}).get(COLUMN)
+        url = address(spec.url, self.api)
+        return {
+            "scores": [
+                self.endpoint.post(
+                    url,
+                    classify_request(spec.model, row, number, variables),
+                    lambda answer: read_heads(answer, names),
+                )
+                for number in range(len(row["responses"]))
+            ]
+        }
 
     def _read(self, answer: Any) -> tuple[dict[str, float], str]:
         scores, text = attribute_scores(answer)

@@ -40,6 +40,17 @@ class EndpointSpec(Spec):
     )
 
 
+class RewardEndpointSpec(EndpointSpec):
+    """A reward model behind an endpoint."""
+
+    api: Literal["rewards", "vllm_score", "vllm_classify"] | None = Field(
+        None,
+        description="wire format: `rewards` (chat completions that answer with scores by attribute), "
+        "`vllm_score` or `vllm_classify` (vLLM's `/score` and `/classify`); by default from the end of "
+        "the url",
+    )
+
+
 class JudgeSpec(EndpointSpec):
     """An LLM that says which of two responses is better, asked in both orders."""
 
@@ -124,8 +135,8 @@ class ScoreSpec(Spec):
         None,
         description="reward model: the name of an earlier reward stage, or a path (with a slash)",
     )
-    endpoint: EndpointSpec | None = Field(
-        None, description="reward model behind an endpoint that answers with scores by attribute"
+    endpoint: RewardEndpointSpec | None = Field(
+        None, description="reward model behind an endpoint that answers with scores"
     )
     judge: JudgeSpec | None = Field(None, description="LLM that compares the responses in pairs")
     weights: dict[str, float] | Text | None = Field(
