@@ -224,6 +224,14 @@ def test_tags_that_are_not_read_are_listed(convert: Convert) -> None:
     assert keys(converted.left_out) == {"dataset_info.json.tagged.tags.user_tag"}
 
 
+def test_a_column_that_llama_factory_would_not_read_is_said(
+    convert: Convert, tmp_path: Path
+) -> None:
+    rows = tmp_path / "data" / "pairs.json"
+    rows.write_text(json.dumps([{"question": "?", "input": "more"}]))
+    assert "dataset_info.json.pairs.columns" in keys(convert(LLAMA_FACTORY).differences)
+
+
 def test_a_data_set_that_is_not_defined_is_said(convert: Convert) -> None:
     converted = convert(LLAMA_FACTORY, dataset="elsewhere")
     assert stage_of(converted)["data"]["train"] == [{"path": "elsewhere"}]
@@ -274,6 +282,27 @@ def test_axolotl_without_an_adapter_and_its_warmup(convert: Convert) -> None:
     )  # fmt: skip
     assert "peft" not in stage
     assert stage["warmup_steps"] == 3  # 3 % of 60 rows / 6 × 10 epochs
+
+
+def test_counts_per_epoch_become_steps_where_the_rows_are_known(convert: Convert) -> None:
+    counts = {"saves_per_epoch": 2, "evals_per_epoch": 5}
+    converted = convert(AXOLOTL, test_datasets=AXOLOTL["datasets"], **counts)
+    stage = stage_of(converted)
+    assert (stage["save_steps"], stage["eval_steps"]) == (5, 2)  # 60 rows / 6: 10 steps
+    hub = [{"path": "org/rows", "type": "alpaca"}]
+    converted = convert(AXOLOTL, datasets=hub, **counts)
+    assert set(counts) <= keys(converted.left_out)
+    assert "save_steps" not in stage_of(converted)
+
+
+def test_the_mixture_of_the_alignment_handbook(convert: Convert) -> None:
+    mixture = {"datasets": [{"id": "org/rows", "split": "train_prefs", "columns": ["chosen"], "weight": 0.5}],
+               "test_split_size": 10}  # fmt: skip
+    converted = convert(TRL, dataset_name=None, dataset_mixture=mixture)
+    assert stage_of(converted)["data"]["train"] == [{"path": "org/rows", "split": "train_prefs"}]
+    assert keys(converted.left_out) == {
+        "dataset_mixture.datasets.0.weight", "dataset_mixture.test_split_size",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

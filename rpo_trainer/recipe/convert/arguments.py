@@ -130,9 +130,12 @@ class Arguments:
         self._batches()
         self._length()
         self._optimizer()
-        self._schedule(self._steps(files))
+        steps = self._steps(files)
+        self._schedule(steps)
         self._saving()
         self._evaluation()
+        if steps is not None:
+            self._per_epoch(steps[0])
         self._others(sft)
 
     def _put(self, name: str, value: Any, comment: str = "") -> None:
@@ -297,6 +300,22 @@ class Arguments:
             config.leave_out("eval_steps", "`eval_steps` is a number of steps, not a fraction")
         elif steps is not None:
             config.leave_out("eval_steps", "the stage has no held-out data")
+
+    def _per_epoch(self, steps: int) -> None:
+        """`save_steps` and `eval_steps` of Axolotl's counts per epoch."""
+        epochs = self.draft.get((*self.stage, "num_train_epochs"))
+        data = (*self.stage, "data")
+        held_out = self.draft.get((*data, "eval")) or self.draft.get((*data, "eval_fraction"))
+        for key, name in (("saves_per_epoch", "save_steps"), ("evals_per_epoch", "eval_steps")):
+            if not self.config.has(key) or epochs is None or self.config.has(name):
+                continue
+            if name == "eval_steps" and not held_out:
+                self.config.leave_out(key, "the stage has no held-out data")
+                continue
+            each = max(1, round(steps / epochs / self.config.number(key)))
+            self._put(
+                name, each, f"{key} {self.config.data[key]}: about {steps / epochs:.0f} steps"
+            )
 
     def _others(self, sft: bool) -> None:
         config = self.config

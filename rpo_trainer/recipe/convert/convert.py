@@ -133,8 +133,12 @@ def _validate(config: ForeignConfig, draft: Draft) -> None:
                 if source is None or draft.get(key) is None:
                     continue
                 draft.remove(key)
-                if key[-1] == "eval_fraction":
-                    draft.remove((*key[:2], "eval_steps"))  # of these rows
+                steps = (*key[:2], "eval_steps")
+                if key[-1] == "eval_fraction" and draft.get(steps) is not None:
+                    of_steps = draft.sources[steps]
+                    draft.remove(steps)
+                    if of_steps in config.data:
+                        config.leave_out(of_steps, "the stage has no held-out data")
                 what = str(item.get("ctx", {}).get("what") or item["msg"])
                 config.leave_out(source if source in config.data else str(key[-1]), what)
                 removed = True

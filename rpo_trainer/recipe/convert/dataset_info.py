@@ -15,6 +15,7 @@ from rpo_trainer.runtime.files import read_text
 
 FILE_NAME = "dataset_info.json"
 _MAX_BYTES = 2**23
+_READ_BYTES = 2**26  # a larger data file is not read for its columns
 # LLaMA-Factory's name of a column → ours, and its name in the rows where the entry gives none.
 _ALPACA = {
     "prompt": ("instruction", "instruction"),
@@ -124,6 +125,13 @@ class DatasetInfo:
             self.config.differs(key, f"the entry of `{name}` does not say `ranking: true`")
         if entry.get("formatting", "alpaca") == "alpaca":
             source |= self._alpaca(entry, pairs)
+            columns = _mapping(entry.get("columns"))
+            if columns and "query" not in columns and "input" in _columns_of(file):
+                notes.differs(
+                    "columns",
+                    "the column `input` is not listed, so that LLaMA-Factory does not read it; here it is "
+                    "added to the instruction: remove it from the rows",
+                )
         else:
             source |= self._sharegpt(entry, notes, pairs)
         if entry.get("num_samples") is not None:
@@ -191,6 +199,19 @@ class DatasetInfo:
         tags.leave_out_rest({})
         form = "pairs" if pairs else ("sharegpt" if column == "conversations" else "messages")
         return {"format": form} | ({"columns": mapping} if mapping else {})
+
+
+def _columns_of(file: Path | None) -> set[str]:
+    """The columns of the first row of a local JSON file; empty if it cannot be read cheaply."""
+    try:
+        if file is None or not file.is_file() or file.stat().st_size > _READ_BYTES:
+            return set()
+        text = read_text(file, _READ_BYTES)
+        row = json.loads(text.partition("\n")[0] if file.suffix == ".jsonl" else text)
+    except (OSError, ValueError, RecursionError):
+        return set()
+    first = row[0] if isinstance(row, list) and row else row
+    return set(first) if isinstance(first, dict) else set()
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -117,11 +117,12 @@ class ForeignConfig:
         self.left_out.append(self._note(key, reason))
 
     def skip(self, keys: Mapping[str, str]) -> None:
-        """Report those of the keys that have a value as not needed, with the reason."""
+        """Report those of the keys that have a value as not needed, with the reason; false needs no word."""
         for key, reason in keys.items():
             if self.has(key) and key not in self.seen:
                 self.seen.add(key)
-                self.not_needed.append(self._note(key, reason))
+                if self.data[key] is not False:
+                    self.not_needed.append(self._note(key, reason))
 
     def differs(self, key: str, text: str) -> None:
         """Report a difference between the recipe and the file."""

@@ -42,8 +42,8 @@ _MARKS = {
     TRL: _Marks(
         "model_name_or_path",
         frozenset(
-            ("dataset_name", "datasets", "dataset_config", "dataset_train_split", "use_peft",
-             "lora_r", "max_length", "beta", "loss_type", "per_device_train_batch_size",
+            ("dataset_name", "datasets", "dataset_mixture", "dataset_config", "dataset_train_split",
+             "use_peft", "lora_r", "max_length", "beta", "loss_type", "per_device_train_batch_size",
              "gradient_accumulation_steps", "learning_rate", "num_train_epochs", "output_dir",
              "attn_implementation", "dtype", "torch_dtype", "packing")
         ),

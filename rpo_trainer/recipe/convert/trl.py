@@ -27,6 +27,7 @@ _OF_DPO = {"beta", "label_smoothing", "ref_model_name_or_path", "rpo_alpha", "lo
 _OF_SFT = {"packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field",
            "max_seq_length", "eval_packing"}  # fmt: skip
 _LOSSES = {"sigmoid": "dpo", "ipo": "ipo"}
+_CONFIGURATION = "a configuration of a hub data set cannot be chosen; save it to a file"
 _LORA = LoraNames(
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
     "use_rslora", "use_dora", default_rank=16, alpha_of_rank=0, default_alpha=32,
@@ -39,7 +40,8 @@ _NOT_NEEDED = NOT_NEEDED | reasons(
 )  # fmt: skip
 _LEFT_OUT = LEFT_OUT | reasons(
     [
-        ("a configuration of a hub data set cannot be chosen; save it to a file", ("dataset_config",)),
+        (_CONFIGURATION, ("dataset_config",)),
+        ("set the loggers of the program that calls the trainers", ("log_level",)),
         ("data sets are read whole", ("dataset_streaming",)),
         ("name the column with `columns` of the source", ("dataset_text_field",)),
         ("`max_length` is for prompt and response together",
@@ -118,14 +120,29 @@ def _kind(config: ForeignConfig) -> str:
 
 def _data(config: ForeignConfig, paths: Paths, draft: Draft) -> list[Path | None]:
     sources, files = [], []
-    mixture = config.take("datasets", [])
-    entries = [entry for entry in mixture if isinstance(entry, dict)] if mixture else []
+    mixture = config.take("datasets") or []
+    place = config
+    if isinstance(config.data.get("dataset_mixture"), dict):  # of the Alignment Handbook
+        place = config.below("dataset_mixture", config.take("dataset_mixture"))
+        mixture = place.take("datasets", [])
+    entries = [entry for entry in mixture if isinstance(entry, dict)]
     for number, entry in enumerate(entries):
-        below = config.below("datasets", entry, number)
-        source, file = _source(paths, str(below.take("path", "")), below.take("split"))
+        below = place.below("datasets", entry, number)
+        name = below.take("path") or below.take("id", "")
+        source, file = _source(paths, str(name), below.take("split"))
         sources.append(source)
         files.append(file)
-        below.leave_out_rest({})
+        if below.take("config", "default") != "default":
+            below.leave_out("config", _CONFIGURATION)
+        if below.take("weight", 1.0) != 1.0:
+            below.leave_out("weight", "this fraction of the rows was used; give `max_rows`")
+        below.skip({"columns": "columns that are not needed are not read"})
+        below.leave_out_rest({"name": _CONFIGURATION})
+    if place is not config:
+        place.skip({"seed": "the rows are shuffled by the seed of the recipe"})
+        place.leave_out_rest(
+            {"test_split_size": "held-out rows are `data.eval` or `data.eval_fraction`"}
+        )
     test_split = config.take("dataset_test_split", "test")
     train_split = config.take("dataset_train_split")
     name = config.take("dataset_name")
