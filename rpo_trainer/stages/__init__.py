@@ -12,5 +12,6 @@ hub               pushes outputs to the hub, and finds commits of inputs
 Inspection:
   preview           training examples token by token, colored by what is trained
   inspect_data      one data set: what would be dropped, refused or trained on
+  new_recipe        a recipe from a model and data files
   template_check    how a chat template renders sample conversations
 """
