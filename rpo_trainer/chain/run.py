@@ -308,8 +308,7 @@ class _Chain:
             # The number of sampled examples is not known before.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
-        source = stage.own_reference
-        reference = None if source is None else self.models.output(source)
+        reference = self.models.reference(stage)
         trainer = make_trainer(
             stage,
             config,

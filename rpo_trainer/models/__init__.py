@@ -13,6 +13,7 @@ adapters          PEFT adapters: begun, loaded, merged
   adapter_parts     what an adapter must train and save whole: new heads
   adapter_files     adapters on disk: their base, and whether they are complete
 sharding          weights of which a process holds a part: gathered, named, written whole
+dtypes            frozen weights in the dtype of the arithmetic, trained ones in float32
 unwrap            the transformers model inside DDP, FSDP, DeepSpeed and PEFT
 saved_files       what is written beside the weights: end tokens, generation config, tokenizer, processor
 """

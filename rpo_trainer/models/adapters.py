@@ -24,6 +24,7 @@ from rpo_trainer.models.adapter_methods import (
     require_supported_method,
 )
 from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_parts
+from rpo_trainer.models.dtypes import LOW, adapter_in_float32
 from rpo_trainer.models.multimodal import without_towers
 from rpo_trainer.models.saved_files import read_generation
 from rpo_trainer.models.sharding import whole_on_every_rank
@@ -32,8 +33,6 @@ from rpo_trainer.runtime.file_errors import device_failed, reads
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-_LOW = (torch.bfloat16, torch.float16)
 
 
 # --- beginning ---
@@ -76,6 +75,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="the settings do not fit together, or not this model",
             fix="fix them: target_modules name layers of the model, r and lora_alpha are numbers",
         ) from error
+    adapter_in_float32(wrapped)
     try:
         _require_same(
             wrapped, before,
@@ -139,7 +139,8 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
         return False
     below, theirs = _base_state(model), other.state_dict()
     if below.keys() != theirs.keys() or not all(
-        torch.equal(t.to(theirs[n].device), theirs[n]) for n, t in below.items()
+        t.dtype == theirs[n].dtype and torch.equal(t.to(theirs[n].device), theirs[n])
+        for n, t in below.items()
     ):
         return False
     with model.disable_adapter():  # type: ignore[operator]
@@ -164,7 +165,7 @@ def lowest_precision(model: nn.Module) -> torch.dtype:
     """The dtype that decides how closely two ways to the same answer can agree."""
     for module in model.modules():
         compute = getattr(module, "compute_dtype", None)  # of bitsandbytes' linear layers
-        if compute in _LOW:
+        if compute in LOW:
             return compute  # type: ignore[no-any-return]
     return next(model.parameters()).dtype
 
@@ -199,7 +200,7 @@ def _require_same(
     model: nn.Module, expected: Tensor | None, *, what: str, code: str, fix: str
 ) -> None:
     off = _largest_difference(model, expected)
-    if not off <= (0.25 if lowest_precision(model) in _LOW else 1e-3):
+    if not off <= (0.25 if lowest_precision(model) in LOW else 1e-3):
         raise ModelError(what, code=code, why=f"its log-probs change by {off:.2g} nats", fix=fix)
 
 
@@ -213,13 +214,17 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
     Raises:
         ModelError: the adapter does not belong to this model, or its method is not taken.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     require_weights(folder, str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         require_supported_method(config)
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        if adapter_in_float32(
+            model
+        ):  # they were read into the dtype of the base, which rounds them
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         require_complete(model, folder)
     except KeyError as error:  # of a module that is saved whole, PEFT looks its tensors up
         raise ModelError(

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from rpo_trainer.errors import ModelError, last_line
+from rpo_trainer.models.dtypes import cast_weights
 from rpo_trainer.models.multimodal import (
     CLASSIFIER,
     language_model_class,
@@ -80,14 +81,17 @@ def make_config(settings: dict[str, Any]) -> Any:
     return require_sizes(config, where)
 
 
-def make_random_model(settings: dict[str, Any], seed: int) -> Any:
-    """A model of this configuration, in float32, its weights drawn by `seed`."""
+def make_random_model(
+    settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Make a model of this configuration with weights drawn by `seed`, the same ones in every dtype."""
     config = make_config(settings)
     set_seed(seed)
     factory = auto_class(config, reward=False, where="model.from_config")
     try:
         with loading_whole():  # in parts, each rank would draw other numbers
             model = random_model(factory, config, dtype=torch.float32)
+            model = cast_weights(model, dtype)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
         if device_failed(error):
             raise

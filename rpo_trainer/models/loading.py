@@ -84,20 +84,20 @@ def load_model(
     *,
     seed: int,
     vocabulary: int,
+    dtype: torch.dtype = torch.float32,
     quantization: BitsAndBytesConfig | None = None,
     reward: bool = False,
 ) -> PreTrainedModel:
-    """The model that the first stage starts from.
-
-    Weights are kept in float32 whatever `dtype` says: steps of 1e-7 are lost in bfloat16 weights.
-    `dtype` is the arithmetic (autocast) of the stages.
+    """Load the model that the first stage starts from.
 
     Args:
-        quantization: how its linear layers are held, where they are frozen.
-        reward: a reward model will do too (see `auto_class`).
+        dtype: of the weights. Weights that are trained must be float32 whatever `spec.dtype` (the dtype of
+            the arithmetic) says, because steps of 1e-7 are lost in bfloat16 weights.
+        quantization: how the linear layers are held, if they are frozen.
+        reward: accept a reward model too (see `auto_class`).
     """
     if spec.from_config is not None:
-        model: Any = make_random_model(with_vocabulary(spec.from_config, vocabulary), seed)
+        model: Any = make_random_model(with_vocabulary(spec.from_config, vocabulary), seed, dtype)
     else:
         assert spec.name_or_path is not None  # the schema
         config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
@@ -107,7 +107,7 @@ def load_model(
             base_dir,
             spec,
             what="model",
-            dtype=torch.float32,
+            dtype=dtype,
             **_quantized(quantization),
         )
     check_vocabulary(model, vocabulary)
@@ -137,14 +137,17 @@ def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
 def load_weights(
     folder: Path,
     *,
+    dtype: torch.dtype = torch.float32,
     quantization: BitsAndBytesConfig | None = None,
     reward: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A stage's output, or any local model directory; float32, or its linear layers quantised.
+    """Load a stage's output, or any local model directory.
 
     Args:
-        reward: a reward model will do too (see `auto_class`).
+        dtype: of the weights; float32 where they are trained.
+        quantization: how the linear layers are held, if they are frozen.
+        reward: accept a reward model too (see `auto_class`).
 
     Raises:
         ModelError: there is no model, none in safetensors, or an incomplete one.
@@ -155,7 +158,7 @@ def load_weights(
             auto_class(config, reward=reward, where=str(folder)),
             folder,
             trust_remote_code=trust_remote_code,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             **_quantized(quantization),
         )
@@ -165,10 +168,15 @@ def load_weights(
 
 
 @reads("the model", lambda name, **_: name)
-def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
-    """The model of a name or path that a trainer was given, in float32.
+def load_model_named(
+    name: str, *, dtype: torch.dtype = torch.float32, reward: bool = False
+) -> PreTrainedModel:
+    """Load the model of a name or path that a trainer was given.
 
-    A file's own dtype would round the steps; bf16 of the arguments is the arithmetic.
+    Args:
+        dtype: of the weights, whatever the dtype of the files; float32 where they are trained, because
+            lower dtypes round small steps away. `bf16` of the arguments is the arithmetic.
+        reward: accept a reward model too (see `auto_class`).
 
     Raises:
         ModelError: it cannot be loaded whole, from safetensors and without code of its own.
@@ -178,7 +186,7 @@ def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
         config = load_pretrained(AutoConfig, name)
         _refuse_kernel(config, name)
         factory = auto_class(config, reward=reward, where=name)
-        model: PreTrainedModel = load_complete(factory, name, dtype=torch.float32)
+        model: PreTrainedModel = load_complete(factory, name, dtype=dtype)
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, name) from error
     model._rpo_complete = True  # type: ignore[assignment]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -16,6 +18,10 @@ from transformers.utils import (
 )
 
 from rpo_trainer.errors import first_line
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 
 
 def weight_files(folder: Path, config: Any = None) -> list[Path]:
@@ -68,6 +74,18 @@ def tensors_in(files: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
 def stored_tensors(folder: Path, config: Any = None) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape of each tensor that a directory's model is loaded from (see `weight_files`)."""
     return tensors_in(weight_files(folder, config))
+
+
+def stored_dtype(folder: Path, config: Any = None) -> torch.dtype | None:
+    """The floating-point dtype of most weights in a directory's safetensors files; None: it has none.
+
+    Dtypes of less than 16 bits are those of quantized weights, and are not counted.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for name, shape in stored_tensors(folder, config).values():
+        if name in _DTYPES:
+            sizes[_DTYPES[name]] = sizes.get(_DTYPES[name], 0) + math.prod(shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path | None:

@@ -93,6 +93,14 @@ def arithmetic(model: ModelSpec) -> str:
     return "bfloat16" if has else "float32"
 
 
+def frozen_dtype(stage: Stage, model: ModelSpec) -> torch.dtype:
+    """The dtype of the frozen base weights of a stage; float32 where it trains all weights."""
+    if stage.peft is None or stage.peft.frozen_dtype == "float32":
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, arithmetic(model))
+    return dtype
+
+
 def training_config(
     stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
 ) -> StageConfig:

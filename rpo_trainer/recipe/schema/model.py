@@ -50,8 +50,8 @@ class ModelSpec(Spec):
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "bfloat16",
-        description="data type of the arithmetic (autocast); weights stay float32, since small steps "
-        "are lost in bfloat16 weights. `auto`: bfloat16 on a GPU that has it, else float32",
+        description="dtype of the arithmetic (autocast); trained weights stay float32, since small steps "
+        "are lost in bfloat16 weights. `auto`: bfloat16 on a GPU that supports it, else float32",
     )
     chat_template: Text | None = Field(
         None,
@@ -88,6 +88,11 @@ class PeftSpec(Spec):
     )
     quantization: Literal["nf4"] | None = Field(
         None, description="hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes"
+    )
+    frozen_dtype: Literal["auto", "float32"] = Field(
+        "auto",
+        description="dtype of the frozen base weights; `auto`: that of the arithmetic (`model.dtype`). "
+        "Adapter weights are float32 either way",
     )
 
     def lora_fields(self) -> dict[str, Any]:
