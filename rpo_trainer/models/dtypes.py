@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from rpo_trainer.models.unwrap import transformers_model
 
 LOW = (torch.bfloat16, torch.float16)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -36,7 +37,7 @@ def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
     return re.compile(rf"(^|\.)({'|'.join(map(re.escape, sorted(names)))})(\.|$)")
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_weights(model: _Model, dtype: torch.dtype) -> _Model:
     """Cast all floating-point parameters in place, as loading in `dtype` would; buffers stay as they are.
 
     `model.to(dtype)` would round the rotary frequencies, which are buffers.
@@ -48,7 +49,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def round_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def round_weights(model: _Model, dtype: torch.dtype) -> _Model:
     """Round all weights to `dtype` and keep them in the dtype that they have, sharded by ZeRO-3 or not.
 
     For engines that need one dtype for frozen and trained weights (DeepSpeed).
@@ -62,6 +63,15 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if here.is_floating_point() and not (kept and kept.search(name)):
                 here.copy_(here.to(dtype))
     return model
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that are not trained, as `cast_weights` does."""
+    kept = kept_in_float32(model, dtype)
+    for name, parameter in model.named_parameters():
+        frozen = not parameter.requires_grad and parameter.is_floating_point()
+        if frozen and not (kept and kept.search(name)):
+            parameter.data = parameter.data.to(dtype)
 
 
 def adapter_in_float32(model: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from rpo_trainer.recipe import (
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.inputs import sampling_spec
 from rpo_trainer.stages.prepare import StagePreparer
-from rpo_trainer.stages.settings import arithmetic
+from rpo_trainer.stages.settings import arithmetic, frozen_dtype
 from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.packing import forward_tokens, pack
@@ -154,6 +154,7 @@ class _Planner:
             autocast=config.mixed_precision_dtype(),
             # Engines that shard the weights gather them in half precision.
             half_weights=self.half and self.engine not in ("single", "ddp", "zero2"),
+            frozen=self._frozen_dtype(stage),
             accumulation=-(-stage.global_batch_size // per_step),
             checkpointing=stage.gradient_checkpointing,
             logits_chunk_bytes=config.logits_chunk_bytes,
@@ -176,6 +177,11 @@ class _Planner:
                 responses=int(examples.response_counts().sum()),
             ),
         )
+
+    def _frozen_dtype(self, stage: Stage) -> torch.dtype:
+        if self.engine.startswith("zero"):  # one dtype for all weights
+            return torch.float32
+        return frozen_dtype(stage, self.recipe.model)
 
     def _model(self, stage: Stage, dtype: torch.dtype) -> nn.Module:
         """The stage's model, a frozen base held as in training."""

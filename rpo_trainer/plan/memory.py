@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.models.dtypes import cast_frozen
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime import distributed
 from rpo_trainer.step.batch import Layout, ModelInputs, PackedBatch
@@ -70,19 +71,21 @@ def step_memory(
     optim: str = "adamw_torch",
     autocast: torch.dtype | None = None,
     half_weights: bool = False,
+    frozen: torch.dtype = torch.float32,
     accumulation: int = 1,
     checkpointing: bool = False,
     logits_chunk_bytes: int | None = None,
 ) -> StepMemory:
-    """Simulates a step on `micro_batch` and the reference pass on `reference_batch`.
+    """Simulate a step on `micro_batch` and the reference pass on `reference_batch`.
 
     Args:
         make_model: makes the model in a dtype, its adapter included; called under `torch.device("meta")`.
         micro_batch: tokenized examples of the costliest forward.
-        autocast: the arithmetic; None: float32.
-        half_weights: the weights themselves come in `autocast`, so that no copies in it are kept; what is
-            reported of weights and gradients is float32 all the same.
-        accumulation: micro-batches of an optimizer step: from 2 on, gradients are held all along.
+        autocast: dtype of the arithmetic; None: float32.
+        half_weights: simulate with all weights in `autocast`, as sharding engines gather them, so that no
+            copies in it are kept. Trained weights and their gradients are still reported as float32.
+        frozen: dtype that weights below an adapter are held in.
+        accumulation: micro-batches of an optimizer step. From 2 on, gradients are held throughout.
 
     Raises:
         RecipeError: the optimizer's size is not known.
@@ -91,6 +94,8 @@ def step_memory(
     as_float32 = 4 // dtype.itemsize
     with torch.device("meta"):
         model: Any = make_model(dtype)
+        if dtype == torch.float32:
+            cast_frozen(model, frozen)
     with _fake() as mode:
         _give_fake_weights(model)
         if checkpointing:
@@ -134,7 +139,7 @@ def step_memory(
         layers = _layers(inner)
         unsharded = sum(_bytes(p) for p in model.parameters() if not p.is_floating_point())
         return StepMemory(
-            parameters=_held(model) + unsharded,
+            parameters=_held(model, frozen) + unsharded,
             gradients=sum(map(_bytes_in_float32, trained)),
             optimizer=state,
             activations=activations,
@@ -242,10 +247,16 @@ def _bytes_in_float32(tensor: Tensor) -> int:
     return max(4, tensor.element_size()) * tensor.numel()
 
 
-def _held(module: nn.Module) -> int:
-    """Bytes of weights and buffers in float32, tied ones once, those in 4 bits left out."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(_bytes_in_float32(tensor) for tensor in tensors if tensor.is_floating_point())
+def _held(module: nn.Module, frozen: torch.dtype = torch.float32) -> int:
+    """Bytes of weights and buffers, tied ones once, those in 4 bits left out.
+
+    Trained weights and buffers count as float32, frozen weights as `frozen`.
+    """
+    floats = [p for p in module.parameters() if p.is_floating_point()]
+    held = [p for p in floats if p.requires_grad]
+    held += [b for b in module.buffers() if b.is_floating_point()]
+    below = [p for p in floats if not p.requires_grad]
+    return sum(map(_bytes_in_float32, held)) + frozen.itemsize * sum(p.numel() for p in below)
 
 
 def _checkpoint_activations(model: Any) -> None:
