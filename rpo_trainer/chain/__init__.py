@@ -7,6 +7,7 @@ run               `run_chain`: the stages in order; a run that was stopped resum
   input_files       the files and hub commits that stages read, and their digests
   finished          before a run resumes: outputs are intact, and what a stage starts from is there
   models            models loaded for a stage (start, reference), and its output written
+  outputs           what a stage delivers, and the exact weights beside it
   training          one stage trained from its last checkpoint to its end
   callbacks         metrics.jsonl, and the step-0 result
   stop_signal       SIGTERM and SIGINT: a stop after a complete checkpoint

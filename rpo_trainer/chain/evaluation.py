@@ -151,7 +151,9 @@ class Evaluation:
     def _policy(self, source: str) -> Any:
         if source not in self._policies:
             with loading_whole():
-                self._policies[source] = self.models.output(source).to(distributed.device())
+                self._policies[source] = self.models.output(source, delivered=True).to(
+                    distributed.device()
+                )
         return self._policies[source]
 
     # --- sampled responses ---
@@ -187,7 +189,9 @@ class Evaluation:
         assert spec.generate is not None
         seed = self.recipe.seed
         settings = [sampling_settings(spec.generate), spec.greedy, seed]
-        key = content_key("answers", self.models.weights_key(source), rows, settings)
+        key = content_key(
+            "answers", self.models.weights_key(source, delivered=True), rows, settings
+        )
         path = self.run_dir / FOLDER / f"responses-{key}.jsonl"
         if distributed.on_main(lambda: is_intact(path)):
             return read_rows(path)
@@ -304,7 +308,7 @@ class Evaluation:
 
     def _logps(self, source: str, examples: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Σ log π over the trained tokens of each response, computed as in training."""
-        key = content_key("logps", self.models.weights_key(source), str(self.dtype))
+        key = content_key("logps", self.models.weights_key(source, delivered=True), str(self.dtype))
         cache = distributed.on_main(lambda: ReferenceCache(self.run_dir / FOLDER / f"logps-{key}"))
         known = [
             [cache.values.get(response_key(e["prompt_ids"], ids, mask)) for ids, mask in

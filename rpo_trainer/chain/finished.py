@@ -7,37 +7,49 @@ from pathlib import Path
 
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.chain.input_files import InputFiles, check_input_files
+from rpo_trainer.chain.outputs import output_fingerprint
 from rpo_trainer.chain.state import ChainState
-from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import Recipe, Stage
 from rpo_trainer.stages.inputs import evaluation_of, sources_of_rows
+from rpo_trainer.stages.output_dtype import EXACT, unneeded_exact
+from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 
 
 def check_finished(
-    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, *, run_dir: Path
+    preparer: StagePreparer, state: ChainState, inputs: InputFiles, *, run_dir: Path
 ) -> None:
     """Raises RunError where an input of a stage that has begun, or an output, is not what it was.
 
     Inputs that may have changed (`ChainState.adopt`) are taken over, and the change is kept.
     """
+    stages = preparer.stages
     check_input_files(stages, state, inputs, run_dir)
+    done = {record.name for record in state.stages if record.state == "done"}
+    unneeded = unneeded_exact(preparer, done)
     for stage in stages:
         record = state.stage(stage.name)
         if record is not None and record.state == "done":
-            _check_output(run_dir / stage.name / "final", stage.name, record)
+            final = run_dir / stage.name / "final"
+            _check_output(final, stage.name, record, exact=stage.name not in unneeded)
 
 
-def _check_output(final: Path, name: str, record: StageRecord) -> None:
-    base = final.with_name("base")
+def _check_output(final: Path, name: str, record: StageRecord, *, exact: bool) -> None:
+    base, kept_exact = final.with_name("base"), final.with_name(EXACT)
     fault = verify_manifest(final)
     if fault is None and base.is_dir() and (fault := verify_manifest(base)) is not None:
         fault = f"base: {fault}"
     kept = record.output.fingerprint if record.output is not None else None
     if fault is None and output_fingerprint(final) != kept:
         fault = "these are other weights than the stage has written"
+    seed = record.output.exact if record.output is not None and exact else None
+    if fault is None and seed is not None:
+        if (fault := verify_manifest(kept_exact)) is not None:
+            fault = f"{EXACT}: {fault}"
+        elif output_fingerprint(kept_exact) != seed:
+            fault = f"{EXACT}: these are other weights than the stage has written"
     if fault is not None:
         raise RunError(
             f"the output of the finished stage {name} is damaged: {fault}",

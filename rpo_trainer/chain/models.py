@@ -19,18 +19,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from rpo_trainer.chain.training import output_fingerprint
+from rpo_trainer.chain.outputs import cast_output, commit_output, output_fingerprint
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.adapter_methods import changes_base
-from rpo_trainer.models.dtypes import cast_weights, dtype_name, round_weights
+from rpo_trainer.models.dtypes import (
+    cast_weights,
+    dtype_name,
+    kept_in_float32,
+    round_weights,
+    warn_of_rounding,
+)
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
 from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
-from rpo_trainer.models.weight_files import local_folder, stored_dtype
+from rpo_trainer.models.weight_files import local_folder
 from rpo_trainer.recipe import Stage
 from rpo_trainer.runtime import distributed
+from rpo_trainer.stages.output_dtype import (
+    needs_exact,
+    output_dtype,
+    saves_whole,
+    training_folder,
+)
 from rpo_trainer.stages.scored_rows import source_key
 from rpo_trainer.stages.settings import arithmetic, frozen_dtype, lora_config
 from rpo_trainer.trainers.base import BaseTrainer
@@ -83,20 +95,25 @@ class Models:
 
     # --- what there is ---
 
-    def output(self, source: str, dtype: torch.dtype = torch.float32) -> Any:
+    def output(
+        self, source: str, dtype: torch.dtype = torch.float32, *, delivered: bool = False
+    ) -> Any:
         """Load the policy of a source: `model`, the output of a finished stage, or a directory.
 
         Args:
             dtype: of the weights; below the adapter of a stage they have the dtype of its training.
+            delivered: a stage's output as it is delivered, not its exact weights.
         """
         left = self._adapter(source)
         if left is None:
-            return self._load(self._place(source).place, dtype)
+            whole = delivered and source in self.stages
+            place = self._final(source) if whole else self._place(source).place
+            return self._load(place, dtype)
         base = self._load(left.base.place, left.dtype or dtype, left.quantization)
         return adapters.load_adapter(base, left.folder, trainable=False)
 
     def reference(self, stage: Stage) -> Any:
-        """Load the reference model of a stage, in the dtype of what it trains; None: the stage's start."""
+        """Load the reference model of a stage in the dtype of its start; None: the start itself."""
         source = stage.own_reference
         return None if source is None else self.output(source, self._frozen_dtype(stage))
 
@@ -117,10 +134,11 @@ class Models:
                 model = self.start(stage)
             return model.to(distributed.device()), self.preparer.tokenizer
 
-    def weights_key(self, source: str) -> str:
-        """A key of the weights behind a source."""
+    def weights_key(self, source: str, *, delivered: bool = False) -> str:
+        """A key of the weights of a source; `delivered` as for `output`."""
         if source in self.stages:
-            return output_fingerprint(self._final(source))
+            final = self._final(source)
+            return output_fingerprint(final if delivered else training_folder(self.run_dir, source))
         if source != "model":
             return source_key(self.preparer.path(source), source)
         name = self.recipe.model.name_or_path
@@ -175,7 +193,18 @@ class Models:
             return left.base
         if self._brings_base(stage):
             return self._in_run(stage.name, _BASE)
-        return self._place(stage.init)
+        base = self._place(stage.init)
+        if stage.init not in self.stages or base.place == self._final(stage.init):
+            return base
+        final = self._in_run(stage.init, "final")
+        if self.delivered_dtype(self.stages[stage.init]) == self._frozen_dtype(stage):
+            return final  # the same weights
+        # The exact weights go when they are merged; what is delivered stays.
+        return dataclasses.replace(final, place=base.place) if saves_whole(stage) else base
+
+    def delivered_dtype(self, stage: Stage) -> torch.dtype:
+        """The dtype of the whole model that a stage delivers."""
+        return output_dtype(self.preparer, stage)
 
     def _brings_base(self, stage: Stage) -> bool:
         """Whether the weights below the adapter that a stage begins are nowhere else."""
@@ -193,7 +222,7 @@ class Models:
                 return _Base(None, name)
             return dataclasses.replace(self._local(here, Path(name).is_absolute()), place=None)
         if source in self.stages:
-            return self._in_run(source, "final")
+            return self._in_run(source, training_folder(self.run_dir, source).name)
         here = self.preparer.path(source)
         return self._local(here, Path(source).is_absolute())
 
@@ -261,7 +290,16 @@ class Models:
         """Load what a stage starts from, if that is not an adapter."""
         quantization = None if stage.peft is None else stage.peft.quantization
         place = self._place(stage.init).place
+        if stage.init in self.stages and place == self._final(stage.init):
+            self._warn_of_missing_exact(self.stages[stage.init], stage.name)
         return self._load(place, dtype, quantization, reward=stage.trains_reward_model)
+
+    def _warn_of_missing_exact(self, before: Stage, name: str) -> None:
+        if needs_exact(self.preparer, before) and distributed.is_main():
+            logger.warning(
+                "%s: the exact weights of stage %s were removed: it starts from `final`, saved in %s",
+                name, before.name, dtype_name(self.delivered_dtype(before)),
+            )  # fmt: skip
 
     def _fresh(self, stage: Stage, dtype: torch.dtype) -> Any:
         base = self._whole(stage, dtype)
@@ -272,17 +310,11 @@ class Models:
         return adapters.with_adapter(base, config)
 
     def _warn_of_rounding(self, stage: Stage, dtype: torch.dtype) -> None:
-        """Log a WARNING if the files of a frozen base hold more digits than it is loaded with."""
         place = self._place(stage.init).place or self.recipe.model.name_or_path
-        folder = local_folder(self.preparer.path(str(place))) if place is not None else None
-        folder = folder or (local_folder(str(place)) if place is not None else None)
-        stored = None if folder is None else stored_dtype(folder)
-        if stored is not None and stored.itemsize > dtype.itemsize and distributed.is_main():
-            logger.warning(
-                "%s: the frozen base weights, %s in their files, are rounded to %s; to keep them exact, "
-                "set peft.frozen_dtype: float32",
-                stage.name, dtype_name(stored), dtype_name(dtype),
-            )  # fmt: skip
+        if place is not None and distributed.is_main():
+            here = self.preparer.path(str(place))
+            folder = here if here.is_dir() else local_folder(place)
+            warn_of_rounding(folder, dtype, stage.name, held_in_float32=self.one_dtype)
 
     def _write_base(self, stage: Stage, own: Path) -> None:
         """`base`: the weights below a fresh adapter and its `start`; complete or absent."""
@@ -328,10 +360,15 @@ class Models:
         base = left.base
         changed = isinstance(base.place, Path) and base.place.name == _BASE
         adapter_files.write_base(staged, base.name, relative=base.way, plain_start=changed)
+        dtype = self.delivered_dtype(stage)
+        kept = kept_in_float32(trainer.model, dtype)
         if spec.between_stages == "keep":
             if spec.merge:
                 self._write_merged(left, trainer, folder / ".merged")
+                cast_output(folder / ".merged", dtype, kept)
                 _replace(folder / ".merged", folder / "merged")
+            write_manifest(staged)
+            _replace(staged, folder / "final")
         else:
             alone = folder / "adapter"
             shutil.rmtree(alone, ignore_errors=True)
@@ -341,8 +378,8 @@ class Models:
                     os.replace(staged / name, alone / name)
             shutil.rmtree(staged)
             self._write_merged(dataclasses.replace(left, folder=alone), trainer, staged)
-        write_manifest(staged)
-        _replace(staged, folder / "final")
+            keep_exact = needs_exact(self.preparer, stage)
+            commit_output(staged, folder, dtype, keep_exact=keep_exact, kept=kept)
 
     def _write_merged(self, left: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
         """Merged from what is on disk, as every reader would: whole, whatever the engine has sharded."""

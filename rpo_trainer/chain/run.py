@@ -21,6 +21,7 @@ from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
+from rpo_trainer.chain.outputs import output_record, remove_exact, write_output
 from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.run_dir import locked, open_run_dir
 from rpo_trainer.chain.selection import default_run_dir
@@ -29,10 +30,8 @@ from rpo_trainer.chain.stop_signal import StopOnSignal
 from rpo_trainer.chain.training import (
     agreement_of,
     light_collections,
-    output_fingerprint,
     train_stage,
     write_gaps,
-    write_output,
 )
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
@@ -48,6 +47,7 @@ from rpo_trainer.runtime.cores import limit_threads
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.inputs import StageInputs
+from rpo_trainer.stages.output_dtype import needs_exact
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import (
     METRICS_FILE,
@@ -56,7 +56,6 @@ from rpo_trainer.stages.record import (
     DataRecord,
     EvaluationRecord,
     HubRecord,
-    OutputRecord,
     StageRecord,
     StepZeroRecord,
 )
@@ -135,7 +134,7 @@ class _Chain:
 
     def run(self, only: Collection[str] | None) -> Path:
         def finished() -> None:
-            check_finished(self.stages, self.state, self.inputs, run_dir=self.run_dir)
+            check_finished(self.preparer, self.state, self.inputs, run_dir=self.run_dir)
 
         distributed.on_main(finished)
         wanted = [
@@ -239,12 +238,13 @@ class _Chain:
         record.state = "done"
         record.finished = now()
         self._save()
+        distributed.on_main(lambda: remove_exact(self.preparer, self.state, self.run_dir))
         logger.info("%s finished", self.preparer.label(stage))
 
     def _publish(self, stage: Stage, record: StageRecord) -> None:
         """The output's card, and the output on the hub where that is asked for."""
         final = self._final(stage.name)
-        record.output = OutputRecord(output_fingerprint(final))
+        record.output = output_record(final)
         records = {each.name: each for each in self.state.stages}
         arguments = fill_from_environment(
             stage.training_args, where=f"stages.{stage.name}.training_args"
@@ -285,7 +285,8 @@ class _Chain:
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
         if stage.peft is None:
-            write_output(trainer, folder)
+            dtype, keep = self.models.delivered_dtype(stage), needs_exact(self.preparer, stage)
+            write_output(trainer, folder, dtype, keep_exact=keep)
         else:
             self.models.write_output(trainer, stage)
         if isinstance(trainer, RewardTrainer):

@@ -1,4 +1,4 @@
-"""Training one stage to its end, from its last checkpoint on, and its output."""
+"""Training one stage to its end, from its last checkpoint on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from rpo_trainer.stages.record import (
     WarningRecord,
 )
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
+from rpo_trainer.trainers.checkpoint import checkpoints, last_complete
 from rpo_trainer.trainers.early_warnings import EarlyWarnings
 
 logger = logging.getLogger(__name__)
@@ -130,27 +129,6 @@ def _finite(metrics: dict[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
     }
-
-
-def write_output(trainer: BaseTrainer, folder: Path) -> None:
-    """`final/` of a stage that trains all weights: model and tokenizer, complete or absent."""
-    final, staged = folder / "final", folder / ".final"
-    distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
-    trainer.save_model(str(staged))
-
-    def commit() -> None:
-        write_manifest(staged)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(staged, final)
-
-    distributed.on_main(commit)
-
-
-def output_fingerprint(final: Path) -> str:
-    """Short content key of a stage's output: the hashes of its weights."""
-    files = json.loads((final / MANIFEST).read_text())["files"]
-    weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
-    return "+".join(digest[:16] for digest in weights)
 
 
 def write_gaps(trainer: BaseTrainer, path: Path) -> None:

@@ -15,5 +15,6 @@ adapters          PEFT adapters: begun, loaded, merged
 sharding          weights of which a process holds a part: gathered, named, written whole
 dtypes            frozen weights in the dtype of the arithmetic, trained ones in float32
 unwrap            the transformers model inside DDP, FSDP, DeepSpeed and PEFT
+delivered         a model directory copied in another dtype
 saved_files       what is written beside the weights: end tokens, generation config, tokenizer, processor
 """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rpo_trainer.models.unwrap import transformers_model
+from rpo_trainer.models.weight_files import stored_dtype
+
+logger = logging.getLogger(__name__)
 
 LOW = (torch.bfloat16, torch.float16)
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -20,6 +25,29 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype as recipes and configurations have it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def warn_of_rounding(
+    folder: Path | None, dtype: torch.dtype, stage: str, *, held_in_float32: bool
+) -> None:
+    """Log a WARNING if a frozen base is rounded, or takes more memory than its dtype needs.
+
+    Args:
+        folder: of its files; None: not known.
+        held_in_float32: whether an engine needs it in float32, see `round_weights`.
+    """
+    stored = None if folder is None else stored_dtype(folder)
+    if stored is not None and stored.itemsize > dtype.itemsize:
+        logger.warning(
+            "%s: the frozen base weights, %s in their files, are rounded to %s; to keep them exact, set "
+            "peft.frozen_dtype: float32",
+            stage, dtype_name(stored), dtype_name(dtype),
+        )  # fmt: skip
+    if held_in_float32 and dtype != torch.float32:
+        logger.warning(
+            "%s: DeepSpeed needs one dtype for all weights: frozen base weights of %s are held in float32",
+            stage, dtype_name(dtype),
+        )  # fmt: skip
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -21,6 +21,14 @@ from rpo_trainer.recipe import RewardStage, Stage
 from rpo_trainer.report.formatting import size
 from rpo_trainer.runtime.file_errors import UNREADABLE, reading
 from rpo_trainer.runtime.files import refusal
+from rpo_trainer.stages.output_dtype import (
+    EXACT,
+    exact_until,
+    most_exact,
+    needs_exact,
+    output_dtype,
+    saves_whole,
+)
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import lora_config
 
@@ -29,31 +37,52 @@ _CELL = 60  # bytes of one reference log-prob in the cache, its key and file ove
 
 
 def stage_disk(
-    stage: Stage, *, parameters: int, trained: int, optimizer: int, responses: int
+    preparer: StagePreparer,
+    stage: Stage,
+    *,
+    parameters: int,
+    trained: int,
+    optimizer: int,
+    responses: int,
 ) -> dict[str, int]:
-    """Bytes by what is kept of a stage: output, checkpoints, cache; and `saving`, for a moment.
+    """Bytes by what is kept of a stage, and `saving`: what is there only while something is written.
 
     Args:
-        parameters, trained, optimizer: bytes of all weights, of the trained ones, of their state.
-        responses: how many there are of which the reference's log-probs are kept.
+        parameters, trained, optimizer: bytes of all weights in float32, of the trained ones, of their state.
+        responses: number of responses whose reference log-probs are kept.
     """
     spec = stage.peft
-    parts = {"output": parameters}
+    dtype = output_dtype(preparer, stage)
+    delivered = parameters * dtype.itemsize // 4
+    parts = {"output": delivered}
+    whole = saves_whole(stage) or (spec is not None and bool(spec.merge))
     if spec is not None:
-        merged = spec.between_stages == "merge" or spec.merge
-        parts["output"] = trained + (parameters if merged else 0)
+        parts["output"] = trained + (delivered if whole else 0)
+    if needs_exact(preparer, stage):
+        parts[EXACT] = parameters
     if stage.save_steps:
         parts[SAVING] = (parameters if spec is None else trained) + optimizer
         parts["checkpoints"] = parts[SAVING] * stage.save_total_limit
+    if whole and dtype != torch.float32 and EXACT not in parts:  # the copy that is cast
+        parts[SAVING] = max(parts.get(SAVING, 0), parameters)
     if stage.needs_reference:
         parts["reference cache"] = responses * _CELL
     return parts
 
 
-def together(stages: Sequence[Mapping[str, int]]) -> int:
-    """Bytes that several stages take when most is there: one of them writes a checkpoint at a time."""
-    kept = sum(n for parts in stages for name, n in parts.items() if name != SAVING)
-    return kept + max((parts.get(SAVING, 0) for parts in stages), default=0)
+def together(stages: Mapping[str, Mapping[str, int]], until: Mapping[str, str]) -> int:
+    """Bytes that several stages take when most is there.
+
+    One stage writes a checkpoint at a time, and exact weights are removed when no stage will read them.
+
+    Args:
+        stages: `stage_disk` of each, in order, by name.
+        until: see `exact_until`.
+    """
+    momentary = (SAVING, EXACT)
+    kept = sum(n for parts in stages.values() for name, n in parts.items() if name not in momentary)
+    exact = most_exact([(name, parts.get(EXACT, 0)) for name, parts in stages.items()], until)
+    return kept + exact + max((parts.get(SAVING, 0) for parts in stages.values()), default=0)
 
 
 def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> nn.Module:
@@ -108,7 +137,7 @@ def check_disk(
     """
     needs = {stage.name: _of_stage(preparer, stage, responses) for stage in wanted}
     there = sum(_size(run_dir / name) for name in needs)
-    needed = together(list(needs.values())) - there
+    needed = together(needs, exact_until(preparer)) - there
     free = shutil.disk_usage(existing(run_dir)).free
     if needed <= free:
         return
@@ -129,6 +158,7 @@ def _of_stage(
     with torch.device("meta"):
         model = unread_model(preparer, stage, torch.float32)
     return stage_disk(
+        preparer,
         stage,
         parameters=_held(model.parameters()),
         trained=_held(p for p in model.parameters() if p.requires_grad),

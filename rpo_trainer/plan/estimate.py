@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rpo_trainer.models.dtypes import dtype_name
 from rpo_trainer.models.loading import load_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.disk import stage_disk, together, unread_model
@@ -26,6 +27,7 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.inputs import sampling_spec
+from rpo_trainer.stages.output_dtype import exact_until
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import arithmetic, frozen_dtype
 from rpo_trainer.step.batch import PackedBatch
@@ -48,6 +50,7 @@ class StagePlan:
         assumed: the responses are not there yet and were taken to be as long as they may get.
         memory: bytes on one device by part.
         disk: bytes by what is kept, and `saving`: of a checkpoint while it is written.
+        frozen: dtype that weights below an adapter are held in; None: all are trained.
         seconds: of the whole stage on this machine's one device; None: not measured.
     """
 
@@ -59,6 +62,7 @@ class StagePlan:
     assumed: bool
     memory: DeviceMemory
     disk: dict[str, int]
+    frozen: str | None = None
     seconds: float | None = None
 
 
@@ -71,6 +75,7 @@ class Plan:
     devices: int
     parameters: int
     launch: str
+    exact_until: dict[str, str] = field(default_factory=dict)  # of `stages.output_dtype`
 
     @property
     def peak(self) -> int:
@@ -80,7 +85,7 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes of the whole run directory."""
-        return together([stage.disk for stage in self.stages])
+        return together({stage.name: stage.disk for stage in self.stages}, self.exact_until)
 
 
 def plan_recipe(
@@ -116,6 +121,7 @@ def plan_recipe(
         devices=devices,
         parameters=planner.parameters,
         launch=launch_line([str(loaded.path), *arguments], engine, devices, nodes),
+        exact_until=exact_until(planner.preparer),
     )
     if measure:
         planner.measure(plan)
@@ -169,7 +175,9 @@ class _Planner:
             tokens=tokens,
             assumed=assumed,
             memory=per_device(memory, self.engine, self.devices, half=self.half),
+            frozen=None if stage.peft is None else dtype_name(self._frozen_dtype(stage)),
             disk=stage_disk(
+                self.preparer,
                 stage,
                 parameters=4 * self.parameters,  # whatever holds them in training
                 trained=memory.gradients,

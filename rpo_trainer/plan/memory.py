@@ -253,7 +253,7 @@ def _held(module: nn.Module, frozen: torch.dtype = torch.float32) -> int:
     Trained weights and buffers count as float32, frozen weights as `frozen`.
     """
     floats = [p for p in module.parameters() if p.is_floating_point()]
-    held = [p for p in floats if p.requires_grad]
+    held: list[Tensor] = [p for p in floats if p.requires_grad]
     held += [b for b in module.buffers() if b.is_floating_point()]
     below = [p for p in floats if not p.requires_grad]
     return sum(map(_bytes_in_float32, held)) + frozen.itemsize * sum(p.numel() for p in below)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from rpo_trainer.plan.estimate import Plan
 from rpo_trainer.report.formatting import duration, size
+from rpo_trainer.stages.output_dtype import EXACT
 
 # Parts of memory and their heads, for a terminal of 80 columns.
 _HEADS = {
@@ -70,6 +71,14 @@ def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
     )
     if any(stage.memory.reference for stage in plan.stages):
         yield "ref pass: peak of the reference pass, before gradients and optimizer are there."
+    for dtype in sorted({stage.frozen for stage in plan.stages if stage.frozen is not None}):
+        names = ", ".join(stage.name for stage in plan.stages if stage.frozen == dtype)
+        why = (
+            ": DeepSpeed needs one dtype for all weights" if plan.engine.startswith("zero") else ""
+        )
+        yield f"frozen base weights: {dtype} ({names}){why}."
+    if any(EXACT in stage.disk for stage in plan.stages):
+        yield "exact: float32 weights that the next stage starts from; removed after it."
     if any(stage.assumed for stage in plan.stages):
         yield "≤: responses still to be sampled, taken at their full max_new_tokens."
     folder = run_dir.absolute()

@@ -4,6 +4,7 @@ prepare           `StagePreparer`: a stage's sources → rows → tokenized exam
 inputs            `StageInputs`: what a stage trains on; the rules of each kind of stage
 scored_rows       rows that a run makes itself: responses sampled from policies, and their rewards
 settings          a stage → its training arguments, its LoRA adapter, its trainer
+output_dtype      the dtype of what a stage delivers, and how long its exact weights are kept
 lm_eval_tasks     lm-eval tasks on a model in memory
 record            `StageRecord`: what chain.json says of a stage; read by resume, model card and report
 error_places      errors of a stage get its place in the recipe: part, file, line

@@ -171,9 +171,16 @@ Calibration = dict[str, list[CalibrationBin]]
 
 @dataclass
 class OutputRecord(JsonRecord):
-    """What a stage has written into `final`."""
+    """What a stage has written into `final`.
+
+    Attributes:
+        dtype: of its weights, such as `bfloat16`.
+        exact: fingerprint of the float32 weights that later stages start from; None: those of `final`.
+    """
 
     fingerprint: str
+    dtype: str | None = None
+    exact: str | None = None
 
 
 @dataclass

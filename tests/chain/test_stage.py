@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.training import output_fingerprint
+from rpo_trainer.chain.outputs import output_fingerprint
 from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.recipe import ModelSpec, Stage, expand_stages
 from rpo_trainer.recipe.schema import STAGE_KINDS

@@ -67,6 +67,7 @@ class StageBase(Spec):
         parts.data_of_the_kind,
         parts.responses_of_the_loss,
         parts.skipped_steps,
+        parts.saved_dtype,
     )
 
     name: str = Field(
@@ -126,6 +127,11 @@ class StageBase(Spec):
         description="steps between checkpoints; without it a stage that is killed begins again",
     )
     save_total_limit: int = Field(1, ge=1, description="checkpoints kept")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="dtype of the model that the stage delivers in `final`; `auto`: that of the model it "
+        "descends from. Later stages start from the exact float32 weights",
+    )
     eval_steps: int | None = Field(
         None, ge=1, description="steps between evaluations of the loss on `data.eval`"
     )
