@@ -19,7 +19,7 @@ from rpo_trainer.models.weight_files import stored_dtype
 logger = logging.getLogger(__name__)
 
 LOW = (torch.bfloat16, torch.float16)
-_Model = TypeVar("_Model", bound=nn.Module)
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -65,7 +65,7 @@ def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
     return re.compile(rf"(^|\.)({'|'.join(map(re.escape, sorted(names)))})(\.|$)")
 
 
-def cast_weights(model: _Model, dtype: torch.dtype) -> _Model:
+def cast_weights(model: ModelT, dtype: torch.dtype) -> ModelT:
     """Cast all floating-point parameters in place, as loading in `dtype` would; buffers stay as they are.
 
     `model.to(dtype)` would round the rotary frequencies, which are buffers.
@@ -77,7 +77,7 @@ def cast_weights(model: _Model, dtype: torch.dtype) -> _Model:
     return model
 
 
-def round_weights(model: _Model, dtype: torch.dtype) -> _Model:
+def round_weights(model: ModelT, dtype: torch.dtype) -> ModelT:
     """Round all weights to `dtype` and keep them in the dtype that they have, sharded by ZeRO-3 or not.
 
     For engines that need one dtype for frozen and trained weights (DeepSpeed).
