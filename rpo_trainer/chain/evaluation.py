@@ -25,6 +25,7 @@ from rpo_trainer.recipe import Stage
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.policies import sampling_settings
 from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.devices import empty_cache
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.inputs import evaluation_of
 from rpo_trainer.stages.lm_eval_tasks import run_tasks
@@ -137,8 +138,7 @@ class Evaluation:
         finally:
             self._policies.clear()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache()
         return found | ({"of_baseline": of_before} if of_before else {})
 
     def _baseline(self, spec: EvalSpec, stage: Stage) -> str | None:

@@ -12,7 +12,7 @@ from rpo_trainer.chain.state import ChainState
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import Recipe, Stage
 from rpo_trainer.stages.inputs import evaluation_of, sources_of_rows
-from rpo_trainer.stages.output_dtype import EXACT, unneeded_exact
+from rpo_trainer.stages.output_dtype import EXACT, exact_is_needed
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
@@ -28,12 +28,12 @@ def check_finished(
     stages = preparer.stages
     check_input_files(stages, state, inputs, run_dir)
     done = {record.name for record in state.stages if record.state == "done"}
-    unneeded = unneeded_exact(preparer, done)
     for stage in stages:
         record = state.stage(stage.name)
         if record is not None and record.state == "done":
-            final = run_dir / stage.name / "final"
-            _check_output(final, stage.name, record, exact=stage.name not in unneeded)
+            exact = record.output is not None and record.output.exact is not None
+            needed = exact and exact_is_needed(preparer, stage.name, done)
+            _check_output(run_dir / stage.name / "final", stage.name, record, exact=needed)
 
 
 def _check_output(final: Path, name: str, record: StageRecord, *, exact: bool) -> None:

@@ -16,7 +16,7 @@ from rpo_trainer.models.delivered import copy_in_dtype
 from rpo_trainer.models.dtypes import dtype_name, kept_in_float32
 from rpo_trainer.models.weight_files import stored_dtype
 from rpo_trainer.runtime import distributed
-from rpo_trainer.stages.output_dtype import EXACT, unneeded_exact
+from rpo_trainer.stages.output_dtype import EXACT, exact_is_needed
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import OutputRecord
 from rpo_trainer.trainers.base import BaseTrainer
@@ -100,5 +100,7 @@ def output_record(final: Path) -> OutputRecord:
 def remove_exact(preparer: StagePreparer, state: ChainState, run_dir: Path) -> None:
     """Remove exact weights that no stage will start from; `final` keeps what was delivered."""
     done = {record.name for record in state.stages if record.state == "done"}
-    for name in unneeded_exact(preparer, done):
-        shutil.rmtree(run_dir / name / EXACT, ignore_errors=True)
+    for name in done:
+        exact = run_dir / name / EXACT
+        if exact.is_dir() and not exact_is_needed(preparer, name, done):
+            shutil.rmtree(exact)

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from rpo_trainer.chain.callbacks import MetricsLog
@@ -44,6 +43,7 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.cores import limit_threads
+from rpo_trainer.runtime.devices import empty_cache
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.inputs import StageInputs
@@ -299,8 +299,7 @@ class _Chain:
         self.stop.output_written()
         del trainer
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def _trainer(self, inputs: StageInputs) -> BaseTrainer:
         stage, label = inputs.stage, self.preparer.label(inputs.stage)

@@ -25,6 +25,7 @@ from rpo_trainer.recipe import (
     RewardStage,
     Stage,
 )
+from rpo_trainer.runtime.devices import best_device
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.inputs import sampling_spec
 from rpo_trainer.stages.output_dtype import exact_until
@@ -226,7 +227,7 @@ class _Planner:
         """Fills in `seconds`: one forward and backward of a middling micro-batch, on this device."""
         base_dir = self.preparer.loaded.base_dir
         start: Any = load_model(self.recipe.model, base_dir, seed=0, vocabulary=self.vocabulary)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
         start.to(device).train()
         for stage in plan.stages:
             spec, examples = self.typical[stage.name]
@@ -256,6 +257,8 @@ def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> 
         torch.autograd.backward(logps.sum())
         if device.type == "cuda":
             torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 

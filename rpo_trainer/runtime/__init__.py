@@ -3,6 +3,7 @@
 distributed     ranks: barriers, gathers, one error for all of them
 ranks           `Ranks`: the processes that share a piece of work, for code that imports no torch
 cores           CPU cores and threads of a process
+devices         the device of this process: CUDA, MPS or CPU, and its dtypes
 memory          peak memory; freed blocks kept for the next step
 files           files written whole or not at all, and their digests
 file_errors     what libraries raise about a damaged file, as a ModelError

@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from rpo_trainer.errors import RPOTrainerError
+from rpo_trainer.runtime.devices import has_accelerator, widest_float
 from rpo_trainer.runtime.ranks import Ranks
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def start() -> None:
             settings["backend"] = "cuda:nccl,cpu:gloo"  # small things are agreed on without the GPU
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             _meet_again(settings.get("backend", "gloo"))
-    PartialState(cpu=not gpu and not torch.backends.mps.is_available(), **settings)
+    PartialState(cpu=not has_accelerator(), **settings)
 
 
 def _meet_again(backend: str) -> None:
@@ -202,7 +203,8 @@ def all_reduce_max_float(value: float) -> float:
     if world_size() == 1:
         return value
     on_cpu = "gloo" in torch.distributed.get_backend_config()
-    found = torch.tensor([value], dtype=torch.float64, device="cpu" if on_cpu else device())
+    place = torch.device("cpu") if on_cpu else device()
+    found = torch.tensor([value], dtype=widest_float(place), device=place)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return float(found.item())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,18 @@ _AS_USUAL = {_MMAP_THRESHOLD: 32 * _MIB, _TRIM_THRESHOLD: 64 * _MIB, _MMAP_MAX: 
 
 
 def peak_memory() -> int:
-    """Most bytes held since the process began: on the GPU where there is one, else by the process."""
+    """Most bytes held since the process began: on the GPU if there is one, else by the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     if _STATUS.exists():  # unlike ru_maxrss not raised by the process that started this one
         (line,) = [x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM")]
         return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        import psutil  # type: ignore[import-untyped]  # of accelerate
+
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

@@ -70,11 +70,11 @@ def exact_readers(preparer: StagePreparer, name: str) -> list[Stage]:
 
 def keeps_exact_base(preparer: StagePreparer, name: str) -> bool:
     """Whether an adapter is kept whose base is the exact output of a stage: `final` has other weights."""
-    delivered = output_dtype(preparer, preparer.stage(name))
     return any(
         stage.init == name
         and not saves_whole(stage)
-        and frozen_dtype(stage, preparer.recipe.model) != delivered
+        and frozen_dtype(stage, preparer.recipe.model)
+        != output_dtype(preparer, preparer.stage(name))
         for stage in preparer.stages
     )
 
@@ -97,14 +97,14 @@ def exact_until(preparer: StagePreparer) -> dict[str, str]:
     }
 
 
-def unneeded_exact(preparer: StagePreparer, done: Collection[str]) -> list[str]:
-    """Stages whose exact weights no unfinished stage reads."""
-    return [
-        stage.name
-        for stage in preparer.stages
-        if not keeps_exact_base(preparer, stage.name)
-        and all(reader.name in done for reader in exact_readers(preparer, stage.name))
-    ]
+def exact_is_needed(preparer: StagePreparer, name: str, done: Collection[str]) -> bool:
+    """Whether the exact weights of a finished stage will still be read.
+
+    Args:
+        done: names of the finished stages.
+    """
+    unfinished = any(reader.name not in done for reader in exact_readers(preparer, name))
+    return unfinished or keeps_exact_base(preparer, name)
 
 
 def training_folder(run_dir: Path, stage: str) -> Path:

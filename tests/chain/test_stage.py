@@ -22,7 +22,7 @@ READ_ELSEWHERE = {
     "name": "folder", "kind": "class", "init": "chain", "reference": "chain", "data": "data",
     "micro_batch_size": "per_device_train_batch_size", "seed": "seed", "peft": "lora_config",
     "training_args": "all", "eval": "chain", "repeat": "expand_stages",
-    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing": "activation_checkpointing", "save_dtype": "chain",
 }  # fmt: skip
 
 
