@@ -1,4 +1,4 @@
-"""The safetensors files of a model: which of a directory's are read, and what their headers say."""
+"""The safetensors files of a model: which ones are read, and their headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPES = {
 
 
 def weight_files(folder: Path, config: Any = None) -> list[Path]:
-    """The safetensors files of a directory that transformers reads, and no others that lie there.
+    """Return the safetensors files of a directory that transformers reads.
 
     They are `model.safetensors`, or else the parts that `model.safetensors.index.json` names, or else none.
 
@@ -89,7 +89,7 @@ def stored_dtype(folder: Path, config: Any = None) -> torch.dtype | None:
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path | None:
-    """The directory that a model is in, or the one in the hub's cache; None: neither is there."""
+    """Return the directory of a model, or that of the hub's cache; None if neither exists."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import try_to_load_from_cache

@@ -122,8 +122,8 @@ def test_frozen_bfloat16_weights_below_float32_adapters(
         mine, alone = load_file(tmp_path / "run" / name), load_file(one_in_bfloat16 / name)
         assert mine.keys() == alone.keys(), name
         for key, tensor in alone.items():
-            assert mine[key].dtype == torch.float32
-            torch.testing.assert_close(mine[key], tensor, atol=0.05, rtol=0)
+            assert mine[key].dtype == torch.float32 or "base_layer" in key
+            torch.testing.assert_close(mine[key].float(), tensor.float(), atol=0.05, rtol=0)
     for record in tiny.records(tmp_path / "run").values():
         if record["kind"] != "sft":
             assert record["step0"]["ok"]
