@@ -2,13 +2,15 @@
 
 `n` weights on `W` devices. Weights, their gradients and Adam's state are 4 + 4 + 8 bytes each on one device.
 
-    ddp            all of it on every device, and the gradients once more in the buckets they travel in
-    fsdp2          1/W of it; plus the gathered weights of two layers and of modules outside the layers
-    zero2          weights whole; 1/W of gradients, of the optimizer and of a copy of the weights for it; in
-                   turn a bucket of gradients on their way
-    zero3          1/W of everything, that copy too; such a bucket, and as many gathered weights as DeepSpeed
-                   keeps live
-    zero3_offload  as zero3, with optimizer, its copy of the weights and weights at rest in the host's memory
+    ddp            everything on every device; the gradients once more in communication buckets
+    fsdp2          1/W of everything; gathered weights of two layers and of modules outside the layers
+    zero2          all weights; 1/W of gradients, optimizer state and the optimizer's copy of the weights; plus
+                   a bucket of gradients
+    zero3          1/W of everything, that copy included; plus a bucket, and as many gathered weights as
+                   DeepSpeed keeps live
+    zero3_offload  as zero3, with optimizer state, its copy of the weights and sharded weights on the host
+
+Frozen weights take 2 bytes each in half precision, except under DeepSpeed, and have no gradients or state.
 """
 
 from __future__ import annotations

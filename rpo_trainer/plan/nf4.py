@@ -15,7 +15,7 @@ from rpo_trainer.models.unwrap import is_classifier, transformers_model
 
 
 def nf4_bytes(weights: int) -> int:
-    """Return the bytes of NF4 weights: 1/2 each, 1 for each 64, 4 for each 64 × 256 (arXiv 2305.14314, sec. 3)."""
+    """Return the bytes of NF4 weights: 1/2 each, 1 for each 64, 4 for each 64 × 256 (arXiv 2305.14314)."""
     return -(-weights // 2) + -(-weights // 64) + 4 * -(-weights // (64 * 256))
 
 
