@@ -165,6 +165,8 @@ def _settings(stage: Stage, record: StageRecord) -> list[list[str]]:
             found.append([label, f"{record.reward_scale:g} (fitted)"])
         elif value is not None:
             found.append([label, f"{value:g}" if isinstance(value, float) else str(value)])
+    if record.output is not None and record.output.dtype is not None:
+        found.append(["saved weights", record.output.dtype])
     return found
 
 

@@ -25,6 +25,7 @@ from rpo_trainer.recipe import Stage
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.policies import sampling_settings
 from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.devices import empty_cache
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.inputs import evaluation_of
 from rpo_trainer.stages.lm_eval_tasks import run_tasks
@@ -139,8 +140,7 @@ class Evaluation:
         finally:
             self._policies.clear()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache()
         return EvaluationRecord.from_json(found | ({"of_baseline": of_before} if of_before else {}))
 
     def _baseline(self, spec: EvalSpec, stage: Stage) -> str | None:
@@ -153,7 +153,9 @@ class Evaluation:
     def _policy(self, source: str) -> Any:
         if source not in self._policies:
             with loading_whole():
-                self._policies[source] = self.models.output(source).to(distributed.device())
+                self._policies[source] = self.models.output(source, delivered=True).to(
+                    distributed.device()
+                )
         return self._policies[source]
 
     # --- sampled responses ---
@@ -189,7 +191,9 @@ class Evaluation:
         assert spec.generate is not None
         seed = self.recipe.seed
         settings = [sampling_settings(spec.generate), spec.greedy, seed]
-        key = content_key("answers", self.models.weights_key(source), rows, settings)
+        key = content_key(
+            "answers", self.models.weights_key(source, delivered=True), rows, settings
+        )
         path = self.run_dir / FOLDER / f"responses-{key}.jsonl"
         if distributed.on_main(lambda: is_intact(path)):
             return read_rows(path)
@@ -309,7 +313,7 @@ class Evaluation:
 
     def _logps(self, source: str, examples: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Return Σ log π over the trained tokens of each response, computed as in training."""
-        key = content_key("logps", self.models.weights_key(source), str(self.dtype))
+        key = content_key("logps", self.models.weights_key(source, delivered=True), str(self.dtype))
         cache = distributed.on_main(lambda: ReferenceCache(self.run_dir / FOLDER / f"logps-{key}"))
         known = [
             [cache.values.get(response_key(e["prompt_ids"], ids, mask)) for ids, mask in

@@ -7,37 +7,49 @@ from pathlib import Path
 
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.chain.input_files import InputFiles, check_input_files
+from rpo_trainer.chain.outputs import output_fingerprint
 from rpo_trainer.chain.state import ChainState
-from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import Recipe, Stage
 from rpo_trainer.stages.inputs import evaluation_of, sources_of_rows
+from rpo_trainer.stages.output_dtype import EXACT, exact_is_needed
+from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 
 
 def check_finished(
-    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, *, run_dir: Path
+    preparer: StagePreparer, state: ChainState, inputs: InputFiles, *, run_dir: Path
 ) -> None:
     """Raise RunError if an output, or an input of a stage that has begun, has changed.
 
     Allowed changes of inputs (`ChainState.adopt`) are recorded.
     """
+    stages = preparer.stages
     check_input_files(stages, state, inputs, run_dir)
+    done = {record.name for record in state.stages if record.state == "done"}
     for stage in stages:
         record = state.stage(stage.name)
         if record is not None and record.state == "done":
-            _check_output(run_dir / stage.name / "final", stage.name, record)
+            exact = record.output is not None and record.output.exact is not None
+            needed = exact and exact_is_needed(preparer, stage.name, done)
+            _check_output(run_dir / stage.name / "final", stage.name, record, exact=needed)
 
 
-def _check_output(final: Path, name: str, record: StageRecord) -> None:
-    base = final.with_name("base")
+def _check_output(final: Path, name: str, record: StageRecord, *, exact: bool) -> None:
+    base, kept_exact = final.with_name("base"), final.with_name(EXACT)
     fault = verify_manifest(final)
     if fault is None and base.is_dir() and (fault := verify_manifest(base)) is not None:
         fault = f"base: {fault}"
     kept = record.output.fingerprint if record.output is not None else None
     if fault is None and output_fingerprint(final) != kept:
         fault = "the weights are not those that the stage wrote"
+    seed = record.output.exact if record.output is not None and exact else None
+    if fault is None and seed is not None:
+        if (fault := verify_manifest(kept_exact)) is not None:
+            fault = f"{EXACT}: {fault}"
+        elif output_fingerprint(kept_exact) != seed:
+            fault = f"{EXACT}: the weights are not those that the stage wrote"
     if fault is not None:
         raise RunError(
             f"the output of the finished stage {name} is damaged: {fault}",

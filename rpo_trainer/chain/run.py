@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from rpo_trainer.chain.callbacks import MetricsLog
@@ -22,6 +21,7 @@ from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
+from rpo_trainer.chain.outputs import output_record, remove_exact, write_output
 from rpo_trainer.chain.progress import ChainProgress, duration
 from rpo_trainer.chain.run_dir import ReplacedRun, locked, open_run_dir
 from rpo_trainer.chain.same_examples import check_same_examples
@@ -32,10 +32,8 @@ from rpo_trainer.chain.time_left import TimeLeft
 from rpo_trainer.chain.training import (
     agreement_of,
     light_collections,
-    output_fingerprint,
     train_stage,
     write_gaps,
-    write_output,
 )
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
@@ -43,9 +41,11 @@ from rpo_trainer.plan.disk import check_disk, raise_if_refused
 from rpo_trainer.recipe import LoadedRecipe, Stage, dump_resolved, fill_from_environment
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
+from rpo_trainer.runtime.devices import empty_cache, has_accelerator
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.inputs import StageInputs
+from rpo_trainer.stages.output_dtype import needs_exact
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import (
     METRICS_FILE,
@@ -53,7 +53,6 @@ from rpo_trainer.stages.record import (
     CalibrationBin,
     DataRecord,
     HubRecord,
-    OutputRecord,
     StageRecord,
     StepZeroRecord,
 )
@@ -149,7 +148,7 @@ class _Chain:
 
     def run(self, only: Collection[str] | None) -> Path:
         def finished() -> None:
-            check_finished(self.stages, self.state, self.inputs, run_dir=self.run_dir)
+            check_finished(self.preparer, self.state, self.inputs, run_dir=self.run_dir)
 
         distributed.on_main(finished)
         wanted = [
@@ -191,7 +190,7 @@ class _Chain:
         with self.stop.installed(), self.progress.shown():
             self._start_engines([stage for stage, _ in wanted])
             distributed.on_main(begin)
-            if distributed.is_main() and not torch.cuda.is_available():
+            if distributed.is_main() and not has_accelerator():
                 self.others.report()
             for stage, record in wanted:
                 with (
@@ -262,6 +261,7 @@ class _Chain:
         record.state = "done"
         record.finished = now()
         self._save()
+        distributed.on_main(lambda: remove_exact(self.preparer, self.state, self.run_dir))
         took = duration(record.seconds or 0.0)
         logger.info("%s finished in %s", self.preparer.label(stage), took)
         self.time_left.end(stage.name, steps=record.steps, seconds=record.seconds)
@@ -269,7 +269,7 @@ class _Chain:
     def _publish(self, stage: Stage, record: StageRecord) -> None:
         """Write the model card, and push the output to the hub if `push_to_hub` is set."""
         final = self._final(stage.name)
-        record.output = OutputRecord(output_fingerprint(final))
+        record.output = output_record(final)
         records = {each.name: each for each in self.state.stages}
         arguments = fill_from_environment(
             stage.training_args, where=f"stages.{stage.name}.training_args"
@@ -312,7 +312,8 @@ class _Chain:
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
         if stage.peft is None:
-            write_output(trainer, folder)
+            dtype, keep = self.models.delivered_dtype(stage), needs_exact(self.preparer, stage)
+            write_output(trainer, folder, dtype, keep_exact=keep)
         else:
             self.models.write_output(trainer, stage)
         if isinstance(trainer, RewardTrainer):
@@ -325,8 +326,7 @@ class _Chain:
         self.stop.output_written()
         del trainer
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def _trainer(self, inputs: StageInputs) -> BaseTrainer:
         stage, label = inputs.stage, self.preparer.label(inputs.stage)
@@ -336,8 +336,7 @@ class _Chain:
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
         self.progress.phase("loading model")
-        source = stage.own_reference
-        reference = None if source is None else self.models.output(source)
+        reference = self.models.reference(stage)
         trainer = make_trainer(
             stage,
             config,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from rpo_trainer.stages.record import (
     WarningRecord,
 )
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
+from rpo_trainer.trainers.checkpoint import checkpoints, last_complete
 from rpo_trainer.trainers.early_warnings import EarlyWarnings
 
 _GAPS_SHOWN = 512  # examples of the scatter in the report
@@ -131,27 +130,6 @@ def _finite(metrics: dict[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
     }
-
-
-def write_output(trainer: BaseTrainer, folder: Path) -> None:
-    """Write `final/` of a stage that trains all weights (model and tokenizer), atomically."""
-    final, staged = folder / "final", folder / ".final"
-    distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
-    trainer.save_model(str(staged))
-
-    def commit() -> None:
-        write_manifest(staged)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(staged, final)
-
-    distributed.on_main(commit)
-
-
-def output_fingerprint(final: Path) -> str:
-    """Return a short content key of a stage's output: the hashes of its weights."""
-    files = json.loads((final / MANIFEST).read_text())["files"]
-    weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
-    return "+".join(digest[:16] for digest in weights)
 
 
 def write_gaps(trainer: BaseTrainer, path: Path) -> None:

@@ -309,12 +309,13 @@ def _loader(name: str, chat_template: str | None) -> Callable[[], Any]:
         import torch
 
         from rpo_trainer.models.loading import load_model, load_tokenizer
+        from rpo_trainer.runtime.devices import best_device, bfloat16_supported
 
-        cuda = torch.cuda.is_available()
         spec = _model_spec(name, chat_template)
         tokenizer = load_tokenizer(spec, Path())
         model: Any = load_model(spec, Path(), seed=0, vocabulary=len(tokenizer))
-        model = model.to(device="cuda", dtype=torch.bfloat16) if cuda else model
+        half = torch.bfloat16 if bfloat16_supported() else None
+        model = model.to(device=best_device(), dtype=half)
         return model, tokenizer
 
     return load

@@ -19,6 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rpo_trainer.runtime.devices import move, widest
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -81,9 +83,9 @@ class Draw(LogitsProcessor):
         self.width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.numbers = self.numbers.to(scores.device)  # once: each copy blocks the host
+        self.numbers = move(self.numbers, scores.device)  # once: each copy blocks the host
         step = input_ids.shape[1] - self.width
-        filled = scores.float().softmax(-1).double().cumsum(-1)  # [rows, V]
+        filled = widest(scores.float().softmax(-1)).cumsum(-1)  # [rows, V]
         total = filled[:, -1:]
         level = self.numbers[:, step : step + 1] * total
         level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))

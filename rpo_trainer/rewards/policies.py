@@ -22,6 +22,7 @@ from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
 from rpo_trainer.rewards.endpoint_messages import chat_messages, template_options, warn_unsent
+from rpo_trainer.runtime.devices import empty_cache
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ class LocalPolicy:
     def sample(
         self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
     ) -> Iterator[Done]:
-        import torch
 
         from rpo_trainer.rewards.sample import iter_responses
 
@@ -90,8 +90,7 @@ class LocalPolicy:
             yield Done(index, _fields(texts, [sample.finished for sample in samples]))
         del model, found
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
 
 class EndpointPolicy:

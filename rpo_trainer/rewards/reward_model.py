@@ -22,6 +22,7 @@ from rpo_trainer.errors import DataError, ModelError, first_line
 from rpo_trainer.models.from_pretrained import LOADING_ERRORS, load_complete, load_pretrained
 from rpo_trainer.models.reward_model import attributes_of
 from rpo_trainer.recipe.template_kwargs import COLUMN
+from rpo_trainer.runtime.devices import best_device, has_accelerator, widest
 from rpo_trainer.runtime.file_errors import reads
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import response_scores
@@ -155,7 +156,7 @@ class RewardModel:
         with torch.no_grad():
             # Not the classifier's own pooling at the last token that is not padding: if the pad token is
             # also the end token, it reads one token early.
-            found: list[list[float]] = response_scores(self.model, inputs).double().tolist()
+            found: list[list[float]] = widest(response_scores(self.model, inputs)).tolist()
         return found
 
     def _fields(self, scores: list[list[float]]) -> dict[str, Any]:
@@ -224,9 +225,8 @@ def _until_end(ids: list[int], mask: list[int]) -> list[int]:
 @reads("the reward model", str)
 def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     factory: Any = AutoModelForSequenceClassification
-    cuda = torch.cuda.is_available()
     try:
-        model = load_complete(factory, path, dtype="auto" if cuda else torch.float32)
+        model = load_complete(factory, path, dtype="auto" if has_accelerator() else torch.float32)
         tokenizer = load_pretrained(AutoTokenizer, path)
     except LOADING_ERRORS as error:
         raise ModelError(
@@ -244,7 +244,7 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
             why="rewards are computed by a head named `score` at the last token of a response",
             fix="give a decoder saved with AutoModelForSequenceClassification",
         )
-    model.to("cuda" if cuda else "cpu").eval()
+    model.to(best_device()).eval()
     return model, tokenizer
 
 

@@ -4,6 +4,7 @@ prepare           `StagePreparer`: from a stage's sources to tokenized examples,
 inputs            `StageInputs`: the data a stage trains on; the rules of each kind of stage
 scored_rows       rows made by the run: responses sampled from policies, and their rewards
 settings          the training arguments, LoRA config and trainer of a stage
+output_dtype      the dtype of what a stage delivers, and how long its exact weights are kept
 lm_eval_tasks     runs lm-eval tasks on a model in memory
 record            `StageRecord`: a stage in chain.json; read by resume, model card and report
 error_places      adds the place in the recipe (key, file, line) to errors of a stage

@@ -171,9 +171,16 @@ Calibration = dict[str, list[CalibrationBin]]
 
 @dataclass
 class OutputRecord(JsonRecord):
-    """The output of a stage in `final`."""
+    """The output of a stage in `final`.
+
+    Attributes:
+        dtype: of its weights, such as `bfloat16`.
+        exact: fingerprint of the float32 weights that later stages start from; None: those of `final`.
+    """
 
     fingerprint: str
+    dtype: str | None = None
+    exact: str | None = None
 
 
 @dataclass

@@ -29,6 +29,7 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.recipe.rules.forms import NOT_READ
 from rpo_trainer.recipe.schema import STAGE_KINDS
+from rpo_trainer.runtime.devices import bfloat16_supported, has_accelerator
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
 from rpo_trainer.stages.hub import check_strategy
@@ -89,8 +90,15 @@ def arithmetic(model: ModelSpec) -> str:
     """Return the dtype of computation; `auto` is bfloat16 on GPUs that support it, else float32."""
     if model.dtype != "auto":
         return model.dtype
-    has = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bfloat16" if has else "float32"
+    return "bfloat16" if bfloat16_supported() else "float32"
+
+
+def frozen_dtype(stage: Stage, model: ModelSpec) -> torch.dtype:
+    """The dtype of the frozen base weights of a stage; float32 where it trains all weights."""
+    if stage.peft is None or stage.peft.frozen_dtype == "float32":
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, arithmetic(model))
+    return dtype
 
 
 def training_config(
@@ -116,9 +124,7 @@ def training_config(
         "seed": seed,
         "bf16": arithmetic(model) == "bfloat16",
         "fp16": arithmetic(model) == "float16",
-        "use_cpu": not torch.cuda.is_available()
-        and not torch.backends.mps.is_available()
-        and not asks_for_shards(stage.training_args),
+        "use_cpu": not has_accelerator() and not asks_for_shards(stage.training_args),
         "disable_tqdm": True,
         "log_level": "warning",
         "logging_nan_inf_filter": False,

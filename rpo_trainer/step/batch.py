@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from rpo_trainer.runtime.devices import move
 from rpo_trainer.step.attention_flex import FlexIndex
 from rpo_trainer.step.attention_varlen import VarlenIndex
 
@@ -64,7 +65,7 @@ class AttentionPlan:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> AttentionPlan:
         """Return the plan with its tensors on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: move(tensor, device, non_blocking))
 
     def pin_memory(self) -> AttentionPlan:
         """Return the plan with its tensors in pinned memory; called by data loaders."""
@@ -195,7 +196,7 @@ class TensorStruct:
 
     def to(self: M, device: torch.device, non_blocking: bool = True) -> M:
         """Return a copy with its tensors on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: move(tensor, device, non_blocking))
 
     def pin_memory(self: M) -> M:
         """Return a copy in pinned memory; called by data loaders."""

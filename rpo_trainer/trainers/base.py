@@ -50,6 +50,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from rpo_trainer.models.sharding import has_shards, reshard, whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
+from rpo_trainer.runtime.devices import move, widest
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.runtime.memory import keeping_freed_memory
 from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
@@ -347,7 +348,7 @@ class BaseTrainer(Trainer):
         if self.router is not None:
             self.router.begin_step(batches)
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        return batches, self._reduce(counts.to(device, non_blocking=True))
+        return batches, self._reduce(move(counts, device, non_blocking=True))
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: PackedBatch | StepBatch, num_items_in_batch: Any = None
@@ -431,7 +432,7 @@ class BaseTrainer(Trainer):
         wanted = self.args.include_num_input_tokens_seen
         if wanted != "no":
             tokens = inputs.num_tokens(padding=wanted == "all")
-            seen = self._reduce(torch.tensor(float(tokens), device=self.args.device).double())
+            seen = self._reduce(widest(torch.tensor(float(tokens), device=self.args.device)))
             self.state.num_input_tokens_seen += int(seen)
 
     def floating_point_ops(self, inputs: PackedBatch | StepBatch) -> int:  # type: ignore[override]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rpo_trainer.errors import NonFiniteError
+from rpo_trainer.runtime.devices import widest
 from rpo_trainer.runtime.distributed import all_gather_dict, rank
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class StepGuard:
         finite = torch.stack([loss for loss, _ in losses]).isfinite()
         # Losses that are not finite, and gradients: the one time in a step that the host waits.
         wrong = torch.stack([(~finite).sum(), _not_finite(grad_norm, finite.device)])
-        wrong_losses, wrong_norms = reduce(wrong.double()).tolist()
+        wrong_losses, wrong_norms = reduce(widest(wrong)).tolist()
         if not wrong_losses and not wrong_norms:
             return True
         own = [

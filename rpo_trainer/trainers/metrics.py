@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from rpo_trainer.runtime.devices import widest
+
 
 class Metrics:
     """What a trainer's log lines and evaluations are made of.
@@ -63,14 +65,14 @@ class MetricSums:
 
     def add(self, name: str, values: Tensor, weights: Tensor) -> None:
         """Adds values, each counting as its weight says; the mean is Σ value·weight / Σ weight."""
-        values, weights = values.detach().double(), weights.detach().double()
+        values, weights = widest(values.detach()), widest(weights.detach())
         pair = torch.stack([(values * weights).sum(), weights.sum()])
         known = self._sums.get(name)
         self._sums[name] = pair if known is None else known + pair
 
     def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
         """Adds to a mean given as numerator and denominator."""
-        pair = torch.stack([numerator.detach().double(), denominator.detach().double()])
+        pair = torch.stack([widest(numerator.detach()), widest(denominator.detach())])
         known = self._sums.get(name)
         self._sums[name] = pair if known is None else known + pair
 

@@ -33,7 +33,7 @@ from rpo_trainer.trainers.reward_data import (
 )
 from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
-from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
+from rpo_trainer.trainers.setup import loaded_dtype, tokenizer_in, tokenizer_of
 from rpo_trainer.trainers.step_result import StepOutputs, StepResult, Term
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ class RewardTrainer(BaseTrainer):
             regression = args.objective == "regression"
             self.row_kind: Literal["pair", "rating"] = "rating" if regression else "pair"
             self.needs_rewards = args.margin_scale > 0
-            start = load_model_named(model, reward=True) if isinstance(model, str) else model
+            start: Any = model
+            if isinstance(model, str):
+                start = load_model_named(model, dtype=loaded_dtype(args, peft_config), reward=True)
             processing_class = tokenizer_in(processing_class) or (
                 load_tokenizer_named(model) if isinstance(model, str) else tokenizer_of(model)
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.models.sharding import device_of
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
+from rpo_trainer.runtime.devices import widest
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import PackedBatch, StepBatch
 from rpo_trainer.step.forward import router_sums_only
@@ -127,7 +128,7 @@ class RouterTerm:
 def _real(sums: Tensor, batch: PackedBatch) -> Tensor:
     """0 for the filler of a rank that has no example left."""
     real: Tensor = batch.weights.max()
-    return sums.double() * real.double()
+    return widest(sums) * widest(real)
 
 
 def _same_noise_again() -> Any:

@@ -70,11 +70,22 @@ def prepare_model(
     """
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer_named(model)
-        model = load_model_named(model)
+        model = load_model_named(model, dtype=loaded_dtype(args, peft_config))
     model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
     tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model)
     set_checkpointing(model, args)
     return model, tokenizer
+
+
+def loaded_dtype(args: BaseConfig, peft_config: PeftConfig | None) -> torch.dtype:
+    """The dtype that a named model is loaded in: frozen below an adapter, that of the arithmetic.
+
+    Weights that are trained are float32, and those of DeepSpeed, which needs one dtype for all of them.
+    """
+    half = args.mixed_precision_dtype()
+    if peft_config is None or half is None or getattr(args, "deepspeed_plugin", None) is not None:
+        return torch.float32
+    return half
 
 
 def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rpo_trainer.errors import StepZeroError
 from rpo_trainer.losses import step_zero_losses
 from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.devices import move, widest, widest_float
 from rpo_trainer.runtime.distributed import all_gather_dict, rank
 from rpo_trainer.step.batch import Layout, PackedBatch
 from rpo_trainer.step.forward import token_logprobs
@@ -65,33 +66,44 @@ class StepZero:
         self.sums: Tensor | None = None
         self.batches: list[PackedBatch] = []
 
+    def _rewards(self, batch: PackedBatch, group: Tensor) -> Tensor | None:
+        """Rewards of a group, where float64 is available for the closed forms; None: they are not used."""
+        if not self.use_rewards or batch.rewards is None:
+            return None
+        rewards = batch.rewards[group]
+        return rewards if widest_float(rewards.device) == torch.float64 else rewards.cpu()
+
     def add(self, sums: Tensor, batch: PackedBatch, losses: Tensor) -> None:
         """One micro-batch: `[R]` policy log-probs, the batch, `[B]` preference losses."""
-        args, rewards = self.args, batch.rewards
+        args = self.args
         assert batch.reference_logps is not None  # computed before training
-        weights = batch.weights.double()
+        weights = widest(batch.weights)
         constants = torch.cat(
             [
-                step_zero_losses(
-                    args.loss_type,
-                    beta=args.beta,
-                    shape=(group.shape[0], group.shape[1]),
-                    rewards=rewards[group] if self.use_rewards and rewards is not None else None,
-                    reward_scale=getattr(args, "reward_scale", 1.0),
-                    label_smoothing=getattr(args, "label_smoothing", 0.0),
-                ).to(sums.device, non_blocking=True)
+                move(
+                    step_zero_losses(
+                        args.loss_type,
+                        beta=args.beta,
+                        shape=(group.shape[0], group.shape[1]),
+                        rewards=self._rewards(batch, group),
+                        reward_scale=getattr(args, "reward_scale", 1.0),
+                        label_smoothing=getattr(args, "label_smoothing", 0.0),
+                    ),
+                    sums.device,
+                    non_blocking=True,
+                )
                 for group in batch.groups
             ]
         )
         real = weights.max()  # 0 for the filler of a rank without examples
-        off = (sums.detach() - batch.reference_logps).abs().double()
+        off = widest((sums.detach() - batch.reference_logps).abs())
         tokens = batch.response_tokens
         part = torch.stack(
             [
                 off.sum() * real,
-                tokens.sum().double() * real,
-                (off / tokens > self.tolerance_each).sum().double() * real,
-                (losses.detach().double() * weights).sum(),
+                widest(tokens.sum()) * real,
+                widest((off / tokens > self.tolerance_each).sum()) * real,
+                (widest(losses.detach()) * weights).sum(),
                 (constants * weights).sum(),
                 weights.sum(),
             ]

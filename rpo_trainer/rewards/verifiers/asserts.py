@@ -44,6 +44,7 @@ def _asserts(row: Row) -> Check:
     `tests` is a list of statements (asserts). Each runs separately after the code of the response (its Python
     fences, or all of it without fences) and the row's `setup`, as in MBPP.
     """
+    require_sandbox()
     tests = required(row, "tests")
     if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
         raise RowError("`tests` is not a list of statements", code="verifier.bad-column")
@@ -54,6 +55,23 @@ def _asserts(row: Row) -> Check:
         _compile(what, code)
     setup = Setup(source, tests)
     return lambda response: _run(extract_code(response), tests, SECONDS, setup)
+
+
+def require_sandbox() -> None:
+    """Raises RunError on systems without the limits that the sandbox sets on foreign code."""
+    missing = [f"os.{name}" for name in ("fork", "killpg") if not hasattr(os, name)]
+    try:
+        import resource  # noqa: F401
+    except ModuleNotFoundError:
+        missing.append("resource")
+    if missing:
+        raise RunError(
+            f"the sandbox cannot run on this system: Python has no {', '.join(missing)}",
+            code="verifier.unsupported-system",
+            where="the verifier 'asserts'",
+            why="code of responses would run without limits on time, memory and files",
+            fix="use Linux or macOS (on Windows: WSL), or another verifier",
+        )
 
 
 def _compile(what: str, code: str) -> None:
