@@ -12,6 +12,8 @@ run               `run_chain`: the stages in order; a run that was stopped resum
   stop_signal       SIGTERM and SIGINT: a stop after a complete checkpoint
   progress          progress bars, or plain lines
   evaluation        held-out figures of an output: responses, pairs, likelihoods, lm-eval tasks
+  response_figures  held-out responses tokenized, for their lengths and log-probs
+  system            the hardware and software that a stage trains on
   card              the model card of an output
 check             `check_recipe`: all that can be known before training
   check_models      models without their weights: configurations, adapters, tokenizers, embeddings

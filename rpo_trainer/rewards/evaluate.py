@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe import GenerateSpec
 
 _RESAMPLES = 1000
+SHOWN_SAMPLES = 200  # prompts in samples.jsonl: enough for histograms, and a page of a few MB
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class EvalSample:
-    """One prompt for a reader: the first sampled response, and the greedy one if there is one."""
+    """One prompt with its first sampled response, the greedy one if any, and the rewards of all sampled ones."""
 
     id: str
     prompt: Any
@@ -71,6 +72,7 @@ class EvalSample:
     reward: float | None
     greedy: str | None
     greedy_reward: float | None
+    rewards: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def summarise(
     *,
     maximum: float | None,
     seed: int,
-    samples: int = 8,
+    samples: int = SHOWN_SAMPLES,
 ) -> EvalResult:
     """The figures of a policy's responses.
 
@@ -211,14 +213,12 @@ def unfinished(answers: Sequence[Mapping[str, Any]]) -> float:
 def samples_of(
     rows: Sequence[Row],
     answers: Sequence[Mapping[str, Any]],
-    wanted: int = 8,
+    wanted: int = SHOWN_SAMPLES,
     rewards: Sequence[Sequence[float]] | None = None,
 ) -> tuple[EvalSample, ...]:
-    """Some rows as they are, evenly spaced: the same ones for every policy."""
-    n = len(rows)
-    places = [i * n // wanted for i in range(wanted)] if n > wanted else list(range(n))
+    """The samples of at most `wanted` rows, evenly spaced: the same rows for every policy."""
     found = []
-    for i in places:
+    for i in shown_rows(len(rows), wanted):
         answer, own = answers[i], None if rewards is None else rewards[i]
         likeliest = answer["greedy"]
         found.append(
@@ -230,9 +230,15 @@ def samples_of(
                 reward=None if own is None else float(own[0]),
                 greedy=likeliest,
                 greedy_reward=None if own is None or likeliest is None else float(own[-1]),
+                rewards=None if own is None else [float(x) for x in own[: len(answer["responses"])]],
             )
         )
     return tuple(found)
+
+
+def shown_rows(count: int, wanted: int = SHOWN_SAMPLES) -> list[int]:
+    """Indices of at most `wanted` of `count` rows, evenly spaced."""
+    return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 
 def win_rate(

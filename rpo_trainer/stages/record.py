@@ -265,7 +265,13 @@ class EvaluationRecord(JsonRecord):
 
 @dataclass
 class SampleRecord(JsonRecord):
-    """A held-out prompt and a policy's answers; a line of `samples.jsonl`. `reward` is of `sampled`."""
+    """A held-out prompt and a policy's answers; a line of `samples.jsonl`. `reward` is of `sampled`.
+
+    Attributes:
+        rewards, tokens, log_ratios: of all sampled responses: reward, trained tokens, and
+            log π − log π_baseline in nats, whose mean estimates the KL divergence from the baseline;
+            None for a response that cannot be tokenized.
+    """
 
     prompt: str | list[dict[str, Any]] = ""
     id: str | None = None
@@ -274,6 +280,35 @@ class SampleRecord(JsonRecord):
     reward: float | None = None
     greedy: str | None = None
     greedy_reward: float | None = None
+    rewards: list[float | None] | None = None
+    tokens: list[float | None] | None = None
+    log_ratios: list[float | None] | None = None
+
+
+@dataclass
+class SystemRecord(JsonRecord):
+    """The hardware and software that trained a stage.
+
+    Attributes:
+        devices: accelerators of all processes, or the CPU, with the number of each.
+        cores: CPU cores of a process; `threads`: CPU threads that torch used.
+        memory_bytes: memory of the host.
+        launcher: what started the processes, such as torchrun.
+        engine: how the processes share the work, such as DDP.
+        precision: dtype of the arithmetic.
+        libraries: versions by name.
+    """
+
+    devices: dict[str, int] = field(default_factory=dict)
+    cores: int | None = None
+    threads: int | None = None
+    memory_bytes: int | None = None
+    platform: str | None = None
+    launcher: str | None = None
+    engine: str | None = None
+    world_size: int | None = None
+    precision: str | None = None
+    libraries: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -299,6 +334,7 @@ class StageRecord(JsonRecord):
         spec: the stage of the recipe as plain data.
         sources: digest of each data file, by its path as written.
         reward_scale: where it was fitted to the data.
+        system: of the last start of its training.
         eval_before, eval_after: metrics of the stage's own held-out examples.
         steps: where it has trained to its end.
     """
@@ -317,6 +353,7 @@ class StageRecord(JsonRecord):
     sources: dict[str, str] | None = None
     data: DataRecord | None = None
     reward_scale: float | None = None
+    system: SystemRecord | None = None
     step0: StepZeroRecord | None = None
     warnings: list[WarningRecord] | None = None
     skipped: list[SkippedStepRecord] | None = None
