@@ -196,7 +196,9 @@ class Evaluation:
             own, other = self._logps(source, flat), self._logps(baseline, flat)
             ratios = iter([a[0] - b[0] for a, b in zip(own, other, strict=True)])
         for sample, row in zip(samples, examples, strict=True):
-            sample["tokens"] = [None if one is None else sum(one["response_mask"][0]) for one in row]
+            sample["tokens"] = [
+                None if one is None else sum(one["response_mask"][0]) for one in row
+            ]
             if ratios is not None:
                 sample["log_ratios"] = [None if one is None else next(ratios) for one in row]
 

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from rpo_trainer import __version__
+from rpo_trainer.cli.compare import compare
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.errors import RPOTrainerError, RunError
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
@@ -242,6 +243,7 @@ def recipes(name: str | None, copy: Path | None) -> None:
             click.echo(f"{each:{width}}  {sentence}")
 
 
+cli.add_command(compare)
 for _command in REWARD_COMMANDS:
     cli.add_command(_command)
 

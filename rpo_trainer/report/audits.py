@@ -141,7 +141,8 @@ class AuditView:
         part = f"{percent(self.dropped_rows, self.total)} of {what}" if self.total else what
         return Concern(
             "dropped",
-            f"{part} ({self.dropped_rows:,} rows) were dropped; most frequent reason: {main.text} ({main.rows:,})",
+            f"{part} ({self.dropped_rows:,} rows) were dropped; "
+            f"most frequent reason: {main.text} ({main.rows:,})",
             "To drop fewer prompts, sample more responses per prompt or raise the temperature."
             if alike
             else None,

@@ -127,7 +127,7 @@ def _wins(stage: StageResults) -> Iterator[Finding]:
 
 
 def whole_change(run: RunResults) -> str:
-    """The main figure after the last stage, against the model that the first preference stage started from."""
+    """The main figure after the last stage, against the start of the first preference stage."""
     first = next((stage for stage in run.stages if stage.is_preference), None)
     base = run.seed(first) if first is not None else None
     scored = [stage for stage in run.stages if stage.is_preference and stage.scores.main()]
@@ -176,9 +176,7 @@ def judge_likelihood(stage: StageResults) -> Iterator[Finding]:
         text = f"The log-prob of chosen responses rose by {short(change)} nats per response{share}."
         yield Finding(stage.name, "likelihood-rose", "good", text)
     elif -change <= bound:
-        text = (
-            f"The log-prob of chosen responses is nearly unchanged: {short(change)} nats per response"
-        )
+        text = f"The log-prob of chosen responses is nearly unchanged: {short(change)} nats per response"
         yield Finding(stage.name, "likelihood-held", "good", f"{text}{share}.")
     else:
         size = abs(level_of_logps.start()) if level_of_logps else 0.0

@@ -157,10 +157,12 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     def text(value: Any) -> str:
         return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
+    # With max_steps, the number of epochs has no effect.
+    unused = {"num_train_epochs"} if settings.get("max_steps") is not None else set()
     return [
         (label, text(settings[key]))
         for key, label in _SETTINGS.items()
-        if settings.get(key) is not None
+        if settings.get(key) is not None and key not in unused
     ]
 
 

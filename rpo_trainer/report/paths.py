@@ -11,7 +11,9 @@ _ABSOLUTE = re.compile(
     rf"(?<![\w.~/\\:…*)\]}}-])(?:/(?:{_PART}/)+|[A-Za-z]:[\\/](?:{_PART}[\\/])*|~/(?:{_PART}/)*)"
     rf"(?P<last>{_PART})?"
 )
-_HOME = re.compile(r"(?:/home|/Users|[A-Za-z]:[\\/]Users)[\\/][^\\/]+")  # its last part is a user name
+_HOME = re.compile(
+    r"(?:/home|/Users|[A-Za-z]:[\\/]Users)[\\/][^\\/]+"
+)  # its last part is a user name
 _FILE_URL = re.compile(r"\bfile://(?=/)")
 
 

@@ -75,6 +75,7 @@ class Line:
     curve: Curve
     color: str
     markers: bool = False
+    style: str = "-"
 
 
 def held_out(curve: Curve) -> Line:
@@ -165,10 +166,11 @@ def _draw_curve(axes: Axes, line: Line) -> None:
         )  # fmt: skip
         return
     if len(values) < _MANY_POINTS:
-        axes.plot(steps, values, color=line.color, label=line.label)
+        axes.plot(steps, values, color=line.color, linestyle=line.style, label=line.label)
         return
     axes.plot(steps, values, color=line.color, linewidth=0.7, alpha=0.3)
-    axes.plot(steps, running_mean(values, len(values) // 25), color=line.color, label=line.label)
+    smooth = running_mean(values, len(values) // 25)
+    axes.plot(steps, smooth, color=line.color, linestyle=line.style, label=line.label)
 
 
 def running_mean(values: Sequence[float], half: int) -> list[float]:

@@ -13,7 +13,7 @@
   let limit = PAGE;
 
   const signed = (value) =>
-    Number.isNaN(value) ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+    Number.isNaN(value) ? "–" : ["−", "", "+"][Math.sign(value) + 1] + Math.abs(value).toFixed(2);
 
   function compare() {
     const [from, to, order] = ["from", "to", "order"].map((id) => find(id)?.value);

@@ -126,7 +126,7 @@ def _view(
         ground_truth=sample.ground_truth,
         answers=list(answers.values()),
         change=change,
-        shown_change="" if change is None else signed(change),
+        shown_change="" if change is None else signed(change) if change else short(change),
         rewards=",".join("" if reward is None else f"{reward:.6g}" for reward in rewards),
     )
 

@@ -136,9 +136,7 @@ def _learning_rate(stage: StageResults) -> Plot | None:
     rate = stage.curve("learning_rate")
     if len(set(rate.values)) < 2:
         return None
-    return line_plot(
-        _key(stage, "rate"), "learning rate", [Line("learning rate", rate, FIRST)]
-    )
+    return line_plot(_key(stage, "rate"), "learning rate", [Line("learning rate", rate, FIRST)])
 
 
 def _preference_plots(stage: StageResults) -> list[Plot | None]:

@@ -46,7 +46,9 @@ def totals(run: RunResults) -> list[tuple[str, str]]:
 def _entries(system: SystemRecord) -> dict[str, str]:
     devices = [f"{count} × {name}" for name, count in system.devices.items()]
     cores = f"{system.cores} core{'s' if system.cores != 1 else ''}" if system.cores else ""
-    threads = f"{system.threads} thread{'s' if system.threads != 1 else ''}" if system.threads else ""
+    threads = (
+        f"{system.threads} thread{'s' if system.threads != 1 else ''}" if system.threads else ""
+    )
     shown = {
         "devices": ", ".join(devices),
         "CPU per process": ", ".join(filter(None, (cores, threads))),

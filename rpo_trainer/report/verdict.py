@@ -110,7 +110,12 @@ def _nll(stage: StageResults) -> Iterator[Finding]:
         before, after = stage.curve("loss").start(), stage.curve("loss").end()
         where = "Training loss (no held-out NLL was measured)"
     if before is None or after is None:
-        yield Finding(stage.name, "nll-unknown", "info", "Not enough was logged to tell whether the loss decreased.")
+        yield Finding(
+            stage.name,
+            "nll-unknown",
+            "info",
+            "Not enough was logged to tell whether the loss decreased.",
+        )
         return
     if after < before:
         text = f"{where} fell from {short(before, 3)} to {short(after, 3)}."
@@ -121,7 +126,7 @@ def _nll(stage: StageResults) -> Iterator[Finding]:
             "nll-did-not-fall",
             "bad",
             f"{where} did not fall: {short(before, 3)} before, {short(after, 3)} after.",
-            "Raise the learning rate or train more steps; if the loss rose from the start, lower the learning rate.",
+            "Raise the learning rate or train more steps. If the loss rose from the start, lower it.",
         )
     yield from _overfitting(stage, held_out, "NLL")
 
@@ -226,10 +231,15 @@ def _gap(stage: StageResults) -> Iterator[Finding]:
 
 def _against_target(stage: StageResults, reached: float, target: float) -> Finding:
     """How much of the target gap an RPO stage reached: short of it, about right, or beyond it."""
-    fraction = reached / target
+    fraction, beta = reached / target, stage.setting("beta")
     text = (
         f"The implicit reward gap reached {_percent(fraction)} of the target gap "
-        f"({short(reached)} of {short(target)})."
+        f"({short(reached)} of {short(target)}"
+    )
+    text += (
+        f"; as log-ratio gap {short(reached / beta)} of {short(target / beta)} nats)."
+        if beta
+        else ")."
     )
     if fraction > GAP_OVERSHOOTS:
         return Finding(
@@ -247,28 +257,22 @@ def _against_target(stage: StageResults, reached: float, target: float) -> Findi
         # The gap of a stage that is still training is expected to grow.
         "warn" if stage.record.state == "done" else "info",
         text,
-        _short_advice(stage, reached, target),
+        _short_advice(stage),
     )
 
 
-def _short_advice(stage: StageResults, reached: float, target: float) -> str:
+def _short_advice(stage: StageResults) -> str:
     """What moves an RPO stage closer to its target, with the values it was run with."""
 
     def now(name: str) -> str:
         value = stage.setting(name)
         return "" if value is None else f" (now {value:g})"
 
-    advice = (
-        f"Raise the learning rate{now('learning_rate')} or train more epochs{now('num_train_epochs')}. "
-        f"Or lower the log-ratio gap that the target requires: raise β{now('beta')}, or lower "
-        f"η, `reward_scale`{now('reward_scale')}."
+    return (
+        f"Raise learning_rate{now('learning_rate')} or num_train_epochs{now('num_train_epochs')}, or "
+        f"lower the log-ratio gap that the target requires: raise beta{now('beta')} or lower "
+        f"reward_scale{now('reward_scale')}."
     )
-    if beta := stage.setting("beta"):
-        advice += (
-            f" The target requires a log-ratio gap of {short(target / beta, 1)} nats; "
-            f"the policy reached {short(reached / beta, 1)}."
-        )
-    return advice
 
 
 def _percent(fraction: float) -> str:
@@ -331,7 +335,7 @@ def _hub(stage: StageResults) -> Iterator[Finding]:
             "hub-failed",
             "warn",
             f"Pushing the output to {hub.repo} failed: {hub.error}.",
-            f"The output is complete in `{stage.name}/final`. To upload it: hf upload {hub.repo} {stage.name}/final",
+            f"The output is complete. To upload it: hf upload {hub.repo} {stage.name}/final",
         )
     elif hub is not None:
         yield Finding(stage.name, "hub-pushed", "info", f"Pushed to the hub: {hub.repo}.")

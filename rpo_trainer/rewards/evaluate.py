@@ -63,7 +63,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class EvalSample:
-    """One prompt with its first sampled response, the greedy one if any, and the rewards of all sampled ones."""
+    """One prompt: its first sampled response, the greedy one if any, and all sampled rewards."""
 
     id: str
     prompt: Any
@@ -230,7 +230,9 @@ def samples_of(
                 reward=None if own is None else float(own[0]),
                 greedy=likeliest,
                 greedy_reward=None if own is None or likeliest is None else float(own[-1]),
-                rewards=None if own is None else [float(x) for x in own[: len(answer["responses"])]],
+                rewards=None
+                if own is None
+                else [float(x) for x in own[: len(answer["responses"])]],
             )
         )
     return tuple(found)
