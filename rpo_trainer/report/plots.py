@@ -205,7 +205,7 @@ def bars(
     values = [value for _, found, _ in series for value in found]
     if not values:
         return None
-    bins = _bins(min(values), max(values), whole=whole)
+    bins = bin_edges(min(values), max(values), whole=whole)
 
     def draw(axes: Axes) -> None:
         for label, found, color in series:
@@ -224,7 +224,8 @@ def bars(
     return draw_plot(key, title, draw, alt=f"{title}. {means}")
 
 
-def _bins(low: float, high: float, *, whole: bool) -> list[float]:
+def bin_edges(low: float, high: float, *, whole: bool) -> list[float]:
+    """Edges of the bins of a histogram; with `whole`, bins of integer width around the integers."""
     if low == high:
         return [low - 0.5, low + 0.5]
     if whole:

@@ -236,11 +236,9 @@ def _against_target(stage: StageResults, reached: float, target: float) -> Findi
         f"The implicit reward gap reached {_percent(fraction)} of the target gap "
         f"({short(reached)} of {short(target)}"
     )
-    text += (
-        f"; as log-ratio gap {short(reached / beta)} of {short(target / beta)} nats)."
-        if beta
-        else ")."
-    )
+    if beta and beta != 1:
+        text += f"; as a log-ratio gap, {short(reached / beta)} of {short(target / beta)} nats"
+    text += ")."
     if fraction > GAP_OVERSHOOTS:
         return Finding(
             stage.name,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.report.collect import collect_run
-from rpo_trainer.report.plots import bars, running_mean, scores_plot
+from rpo_trainer.report.plots import bin_edges, running_mean, scores_plot
 from rpo_trainer.report.scores import Measure
 from rpo_trainer.report.stage_plots import distribution_plots, stage_plots
 
@@ -77,12 +78,11 @@ def test_other_prompts_are_no_before(make_run: Make, make_stage: Make) -> None:
 
 
 def test_integers_have_bins_of_integer_width() -> None:
-    plot = bars(
-        "k", "t", [("a", [1, 2, 2, 3], "#040404")], "tokens", counted="responses", whole=True
-    )
-    assert (
-        plot is not None and len(re.findall(r'id="k-patch_\d+"', plot.svg)) == 3 + 4
-    )  # bars, axes
+    assert bin_edges(1, 3, whole=True) == [0.5, 1.5, 2.5, 3.5]
+    wide = bin_edges(1, 100, whole=True)
+    assert {b - a for a, b in itertools.pairwise(wide)} == {5.0} and wide[-1] >= 100
+    assert bin_edges(0.0, 2.4, whole=False)[:2] == [0.0, pytest.approx(0.1)]
+    assert bin_edges(2.0, 2.0, whole=False) == [1.5, 2.5]
 
 
 def test_svg_stands_alone_in_a_page(make_run: Make) -> None:
