@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rpo_trainer.cli import main
 from rpo_trainer.errors import RunError
 from rpo_trainer.report import build_comparison, compare_view
 from rpo_trainer.report.compare import Comparison, compare_runs
@@ -115,3 +116,21 @@ def test_the_same_run_twice_is_refused(two_runs: list[Path]) -> None:
 def test_another_directory_is_refused(two_runs: list[Path], tmp_path: Path) -> None:
     with raises("run.not-a-run-directory", RunError):
         compare_runs([two_runs[0], tmp_path])
+
+
+def test_the_command_prints_the_tables_and_writes_the_page(
+    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "comparison.html"
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *map(str, two_runs), "--html", str(target)])
+    assert ended.value.code == 0 and "<table" in target.read_text(encoding="utf-8")
+    out = capsys.readouterr().out
+    assert "stages.rpo.beta" in out and "3.87" in out and "comparison.html" in out
+
+
+def test_one_run_is_not_enough(two_runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(two_runs[0])])
+    assert ended.value.code == 2
+    assert "Usage:" in capsys.readouterr().err
