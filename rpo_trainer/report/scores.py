@@ -20,7 +20,7 @@ MAIN_FIGURES = {
 
 @dataclass(frozen=True)
 class Measure:
-    """A mean, with the bounds of its 95 % interval if there is one."""
+    """A mean, with the bounds of its 95% interval if there is one."""
 
     value: float
     low: float | None = None

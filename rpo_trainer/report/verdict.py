@@ -149,7 +149,7 @@ def _reward_model(stage: StageResults) -> Iterator[Finding]:
             stage.name,
             "reward-accuracy",
             "good" if better else "bad",
-            f"Held-out pair accuracy: {short(100 * accuracy.value, 1)} %"
+            f"Held-out pair accuracy: {short(100 * accuracy.value, 1)}%"
             + ("." if better else ", which is not better than chance."),
             None if better else "Use more data, more steps or another learning rate.",
         )
@@ -275,7 +275,7 @@ def _short_advice(stage: StageResults) -> str:
 
 def _percent(fraction: float) -> str:
     """A fraction as a percentage; small ones keep a digit."""
-    return f"{100 * fraction:.0f} %" if fraction >= 0.01 else f"{100 * fraction:.1f} %"
+    return f"{100 * fraction:.0f}%" if fraction >= 0.01 else f"{100 * fraction:.1f}%"
 
 
 def _saturation(stage: StageResults) -> Iterator[Finding]:

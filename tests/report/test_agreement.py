@@ -82,7 +82,7 @@ def test_words_table_and_plots_of_pairs(make_reward_run: Callable[[Stage], Path]
         about(run, "rm", "reward-accuracy"),
         about(run, "rm", "reward-correlation"),
     )
-    assert accuracy.level == "good" and "90.0 %" in accuracy.text
+    assert accuracy.level == "good" and "90.0%" in accuracy.text
     assert correlation.level == "info" and "gap 0.50." in correlation.text
     overfitting = about(run, "rm", "overfitting")
     assert overfitting.level == "warn" and "step 5 (0.300)" in overfitting.text

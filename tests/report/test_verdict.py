@@ -87,7 +87,7 @@ def test_a_gap_far_below_its_target_is_amber_with_what_to_change(
     rows = make_preference_rows("rpo-1", delta=1.0, rejected=-3.0, beta=0.25)
     run = collect_run(make_run(metrics=rows))
     finding = about(run, "rpo-1", "gap-short")
-    assert finding.level == "warn" and "38 %" in finding.text and "0.96 of 2.50" in finding.text
+    assert finding.level == "warn" and "38%" in finding.text and "0.96 of 2.50" in finding.text
     assert "3.85 of 10.00 nats" in finding.text  # divided by β
     advice = str(finding.advice)
     for key in ("learning_rate (now 3e-05)", "num_train_epochs", "beta (now 0.25)", "reward_scale"):
@@ -98,7 +98,7 @@ def test_a_gap_far_below_its_target_is_amber_with_what_to_change(
 def test_half_of_the_target_gap_is_good(make_run: Make, make_preference_rows: Make) -> None:
     rows = make_preference_rows("rpo-1", delta=2.0, rejected=-4.0, beta=0.25)
     finding = about(collect_run(make_run(metrics=rows)), "rpo-1", "gap")
-    assert finding.level == "good" and "58 %" in finding.text
+    assert finding.level == "good" and "58%" in finding.text
 
 
 def test_a_gap_that_is_still_growing_is_no_warning(
