@@ -76,7 +76,7 @@ class AuditView:
         if self.pairs and self.ties > MANY_TIED * self.pairs and not self._drops("tie"):
             yield Concern(
                 "ties",
-                f"{percent(self.ties, self.pairs)} of {what} ({self.ties:,} of {self.pairs:,}) are ties: "
+                f"{percent(self.ties, self.pairs)} of {what} ({self.ties:,} of {self.pairs:,}) are tied: "
                 "chosen and rejected response have the same reward",
                 "Drop them with `filter: {ties: drop}`; otherwise DPO trains on an arbitrary order.",
             )
