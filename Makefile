@@ -1,13 +1,13 @@
-# Everything happens in .venv, which is made and filled when a target needs it.
+# Every target creates .venv where it is missing and installs what the target needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
-# For real-small: a model, a folder or a hub name, and a folder with data in place of the hub's.
+# For real-small: MODEL is a folder or a hub name; DATA is a folder to read in place of the hub.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 DATA ?=
 REAL_DIR ?= runs/real-small
-# Test processes; each computes with one thread, so tests that start ranks do not crowd the cores.
+# Number of test processes. Each uses one thread, so that tests with several ranks do not oversubscribe the cores.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -16,12 +16,12 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart real-small test test-all test-fast lint audit format clean
+.PHONY: help quickstart real-small test test-all lint audit format clean
 
-help:  ## show the targets
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
-quickstart: $(VENV)/.installed-report  ## the whole chain on a small model, on a CPU, then its report
+quickstart: $(VENV)/.installed-report  ## the whole chain on a small model on a CPU, then its report
 	$(BIN)/rpo-trainer run recipes/quickstart/chain.yaml --run-dir $(RUN_DIR)
 
 real-small: $(VENV)/.installed-report,verifiers  ## the chain on SmolLM2-135M (MODEL=, DATA=), adapters, on a CPU, and its table
@@ -31,29 +31,26 @@ real-small: $(VENV)/.installed-report,verifiers  ## the chain on SmolLM2-135M (M
 	$(BIN)/python recipes/real/measure.py $(REAL_DIR) --rows 32 --max-new-tokens 96 --batch-size 32 \
 		--stages model,general-sft,dpo,rpo-instructions
 
-test: $(VENV)/.installed-test  ## the tests that CI runs, slow ones too
-	$(PYTEST) -m "not long" $(PYTEST_ARGS)
-
-test-all: $(VENV)/.installed-test  ## every test there is
-	$(PYTEST) $(PYTEST_ARGS)
-
-test-fast: $(VENV)/.installed-test  ## only the fast tests
+test: $(VENV)/.installed-test  ## the tests without the slow ones, minutes on two cores
 	$(PYTEST) -m "not slow and not long" $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-test  ## format, lint, types and the direction of imports; nothing is changed
+test-all: $(VENV)/.installed-test-all  ## every test, with DeepSpeed, bitsandbytes, lm-eval, and a browser
+	$(PYTEST) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-lint  ## formatting, lint, types, and import direction; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-audit: $(VENV)/.installed-audit  ## known vulnerabilities of the installed packages, where the database can be reached
+audit: $(VENV)/.installed-audit  ## check the installed packages for known vulnerabilities
 	$(BIN)/python .ci/audit.py
 
-format: $(VENV)/.installed-test  ## format, and mend what ruff can mend
+format: $(VENV)/.installed-lint  ## format, and apply the fixes of ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove .venv, caches and builds; runs/ stays
+clean:  ## remove .venv, caches, and builds; keeps runs/
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -64,7 +61,7 @@ $(BIN)/python:
 		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each extra: installed again when the project file or the pins change.
+# One stamp per extra; pip runs again when the project file or the pins change.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -163,7 +163,7 @@ bench() {
     bench k4 90 step.py $model $half $k4 --k 4 $peers
     bench memory 100 step.py $model $half $uf $lengths --memory $peers
     if [ -n "${MODEL:-}" ]; then
-        part chain 330 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" MEASURE="$measure" \
+        part chain 500 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" MEASURE="$measure" \
             sh recipes/real/short.sh --no-report $chain
     elif [ -z "$ONLY" ]; then
         skipped+=("chain (no MODEL)")

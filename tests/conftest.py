@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from rpo_trainer.redact import RedactingHandler
 
@@ -53,16 +53,28 @@ def untouched_log() -> None:
     package.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def same_threads() -> Iterator[None]:
+    """A module that changes torch's number of threads must restore it: later tests share the process."""
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before, f"this module leaves torch with {after} threads, it started with {before}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`@pytest.mark.extras("deepspeed")`: skips where that package is not installed."""
+    for mark in item.iter_markers("extras"):
+        for module in mark.args:
+            pytest.importorskip(module, reason=f"requires {module}: the extra `test-all` has it")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the most slow tests first: dealt out last, they would keep one worker while others idle."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
-
-
-def pytest_collection_finish() -> None:
-    """Each stage of a chain collects garbage; what the libraries hold is not looked through each time."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -235,7 +235,6 @@ def learning_rates() -> None:
 
 
 def zero_norms() -> None:
-    pytest.importorskip("deepspeed")
     for name in ("stage_1_and_2.DeepSpeedZeroOptimizer", "stage3.DeepSpeedZeroOptimizer_Stage3"):
         assert "self._global_grad_norm = " in source_of(f"deepspeed.runtime.zero.{name}")
     assert "self._global_grad_norm = " in source_of(
@@ -244,7 +243,6 @@ def zero_norms() -> None:
 
 
 def zero_weights() -> None:
-    pytest.importorskip("deepspeed")
     takes("deepspeed.utils.safe_get_full_fp32_param", "param")
     assert "_hp_mapping" in source_of("deepspeed.utils.safe_get_full_fp32_param")
 
@@ -363,7 +361,14 @@ USES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.owner}.{use.name}")
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(use, marks=pytest.mark.extras("deepspeed") if use.owner == "deepspeed" else ())
+        for use in USES
+    ],
+    ids=lambda use: f"{use.owner}.{use.name}",
+)
 def test_a_private_name_is_what_it_was(use: Use, request: pytest.FixtureRequest) -> None:
     wanted = inspect.getfullargspec(use.check).args
     fixtures = {name: request.getfixturevalue(name) for name in wanted}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The chain of chain.yaml in about four minutes on one GPU of the H100 class, evaluation included:
+# The chain of chain.yaml in six to seven minutes on one GPU of the H100 class, evaluation of every stage included:
 #
 #   MODEL=HuggingFaceTB/SmolLM2-135M-Instruct RUN=runs/real-short sh recipes/real/short.sh
 #

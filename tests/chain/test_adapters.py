@@ -422,11 +422,11 @@ def test_4_bits_need_bitsandbytes_and_whole_bases(
 
 
 @pytest.mark.slow
+@pytest.mark.extras("bitsandbytes")
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
 def test_qlora_keeps_its_base_in_4_bits(
     arithmetic: str, prefix: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     recipe = adapted("dpo", {**KEEP, "quantization": "nf4"})
     recipe["model"]["dtype"] = arithmetic
     tiny.stage_of(recipe, "rpo")["peft"]["merge"] = True
@@ -460,10 +460,10 @@ def test_qlora_keeps_its_base_in_4_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.extras("bitsandbytes")
 def test_merged_4_bits_are_the_start_of_what_trains_all_weights(
     prefix: Any, tmp_path: Path
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     recipe = adapted("dpo", {**LORA, "quantization": "nf4"})
     tiny.stage_of(recipe, "rpo").pop("peft")
     run_dir = prefix(tmp_path, "dpo")

@@ -308,8 +308,8 @@ def tasks_of(folder: Path) -> dict[str, Any]:
     return {"tasks": ["count_up"], "include_path": "./tasks", "limit": 5}
 
 
+@pytest.mark.extras("lm_eval")
 def test_tasks_of_lm_eval_are_run_on_the_output(finished: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     tiny.cut_before(finished, tmp_path / "run", "rpo-2")
     recipe = tiny.tiny_recipe()
     recipe["eval"] = {"lm_eval": tasks_of(tmp_path)}
@@ -332,8 +332,8 @@ def test_tasks_of_lm_eval_are_run_on_the_output(finished: Path, tmp_path: Path) 
     assert found["value"] == pytest.approx(sum(right) / 5)
 
 
+@pytest.mark.extras("lm_eval")
 def test_tasks_that_cannot_be_run_are_found_by_check(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from rpo_trainer.chain.check import check_recipe
 
     def found(**spec: Any) -> RPOTrainerError:
@@ -371,8 +371,8 @@ def test_without_the_extra_check_says_what_to_install(
     assert caught.value.exit_code == 2 and "rpo-trainer[eval]" in str(caught.value)
 
 
+@pytest.mark.extras("lm_eval")
 def test_a_task_whose_data_cannot_be_had_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from rpo_trainer.recipe.schema import LmEvalSpec
     from rpo_trainer.stages.lm_eval_tasks import run_tasks
     from tests.small_models import make_model

@@ -133,10 +133,10 @@ def test_rows_with_variables_of_their_own_are_counted(tmp_path: Path) -> None:
     assert any("`depth`" in line and "16" in line and "WARNING" in line for line in lines)
 
 
+@pytest.mark.extras("lm_eval")
 def test_tasks_of_lm_eval_are_rendered_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from lm_eval.models import huggingface
 
     from rpo_trainer.recipe.schema import LmEvalSpec

@@ -20,6 +20,8 @@ BIN = Path(sys.executable).parent
 
 def require(engine: str) -> None:
     """Skips where an engine cannot start on this machine."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="requires deepspeed: the extra `test-all` has it")
     if engine.startswith("zero") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip(
             "on CPUs DeepSpeed compiles an operation at its first start: no C++ compiler here"

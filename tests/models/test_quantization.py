@@ -31,7 +31,6 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def quantized(tmp_path: Path) -> Any:
-    pytest.importorskip("bitsandbytes")
     make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
 
     def load(compute: torch.dtype = torch.float32) -> Any:
@@ -44,6 +43,7 @@ def quantized(tmp_path: Path) -> Any:
     return load
 
 
+@pytest.mark.extras("bitsandbytes")
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_4_bits_pack_and_merge(quantized: Any, compute: torch.dtype) -> None:
     model = adapters.with_adapter(quantized(compute), lora())
@@ -65,6 +65,7 @@ def test_4_bits_pack_and_merge(quantized: Any, compute: torch.dtype) -> None:
     assert dequantized(merged) is merged
 
 
+@pytest.mark.extras("bitsandbytes")
 def test_4_bits_again_take_back_what_was_merged(quantized: Any, tmp_path: Path) -> None:
     """Why merged 4-bit weights are not quantised again: most of them snap back to where they were."""
     start = dequantized(quantized())

@@ -235,13 +235,19 @@ LINUX = pytest.mark.skipif(
 @pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in SIMULATED else ()) for n in SINGLE]
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.long] * (name in SIMULATED)
+            + [pytest.mark.extras("bitsandbytes")] * ("nf4" in SINGLE[name]),
+        )
+        for name in SINGLE
+    ],
 )
 def test_a_process_that_trains_holds_what_was_planned(
     name: str, start: str, record_property: Any
 ) -> None:
-    if "nf4" in SINGLE[name]:
-        pytest.importorskip("bitsandbytes")
     for held, planned in held_and_planned(SINGLE[name], start, record_property):
         assert held == pytest.approx(planned, rel=0.15)
 

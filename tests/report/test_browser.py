@@ -13,7 +13,7 @@ import pytest
 
 from rpo_trainer.report import build_report
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extras("playwright")]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LOOK = (Path(__file__).parent / "look.js").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ SIZES = [("phone", 390, 844), ("desk", 1280, 900)]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip("playwright.sync_api")
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     with playwright.sync_playwright() as driver:
         own = driver.chromium.executable_path

@@ -247,8 +247,8 @@ def test_what_is_neither_or_would_not_act_is_refused(settings, make_config) -> N
     assert error.value.code == f"training.{'no-effect' if unread else 'invalid-value'}"
 
 
+@pytest.mark.extras("deepspeed")
 def test_what_cannot_be_skipped_is_refused(make_config, monkeypatch) -> None:
-    pytest.importorskip("deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with raises("training.unsupported-setting", RecipeError, settings=["on_nonfinite"]):
         make_config("sft", on_nonfinite="skip")
