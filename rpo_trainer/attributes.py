@@ -1,4 +1,4 @@
-"""From the scores of several attributes to one reward: weights by name, published ones among them."""
+"""Weights that combine the scores of several attributes into one reward, including published ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rpo_trainer.errors import RecipeError
 
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
-# What the model cards recommend for one scalar reward; the attributes are HelpSteer2's, rated 0 to 4.
+# Weights that the model cards recommend for a scalar reward. The attributes are HelpSteer2's, rated 0 to 4.
 #   https://huggingface.co/nvidia/Nemotron-4-340B-Reward
 #   https://huggingface.co/nvidia/Llama3-70B-SteerLM-RM
 PRESETS: dict[str, dict[str, float]] = {
@@ -24,47 +24,43 @@ PRESETS: dict[str, dict[str, float]] = {
 def resolve_weights(
     weights: str | Mapping[str, float] | None, attributes: Sequence[str]
 ) -> dict[str, float]:
-    """The weight of each attribute, in their order.
+    """Return the weight of each attribute, in their order.
 
     Args:
-        weights: the name of a preset, weights by attribute, or None: the mean of the attributes.
+        weights: name of a preset, weights by attribute, or None for the mean of the attributes.
 
     Raises:
-        RecipeError: no such preset, an attribute without a weight, a weight without an attribute,
-            or only zeros.
+        RecipeError: unknown preset, missing or unknown attributes, or all weights are 0.
     """
     if weights is None:
         return {name: 1.0 / len(attributes) for name in attributes}
     if isinstance(weights, str):
         if weights not in PRESETS:
             raise RecipeError(
-                f"there are no published weights {weights!r}",
+                f"unknown preset {weights!r}",
                 code="rewards.unknown-weights",
                 where="reward_weights",
-                why="each set belongs to the heads of one model, and none is taken for another",
-                fix=f"use one of {', '.join(PRESETS)}, or give weights by attribute",
+                fix=f"use one of {', '.join(PRESETS)}, or a mapping of attribute: weight",
             )
         weights = PRESETS[weights]
     missing = [name for name in attributes if name not in weights]
     unknown = [name for name in weights if name not in attributes]
     if missing or unknown:
         faults = [f"no weight for {name}" for name in missing]
-        faults += [
-            f"a weight for {name}, which is not an attribute of the model" for name in unknown
-        ]
+        faults += [f"a weight for {name}, which the model does not score" for name in unknown]
         raise RecipeError(
             "; ".join(faults),
             code="rewards.wrong-attributes",
             where="reward_weights",
             why=f"the attributes are {', '.join(attributes)}",
-            fix="give each attribute its weight; 0 leaves it out of the reward",
+            fix="give every attribute a weight; 0 excludes it",
         )
     if not any(weights[name] for name in attributes):
         raise RecipeError(
             "all weights are 0",
             code="rewards.zero-weights",
             where="reward_weights",
-            why="every response would get the reward 0, and none would be better than another",
-            fix="give one above 0",
+            why="all rewards would be 0",
+            fix="give at least one attribute a nonzero weight",
         )
     return {name: float(weights[name]) for name in attributes}

@@ -1,20 +1,20 @@
-"""Preference losses on per-response log-probabilities: pure functions of tensors, in one table.
+"""Preference losses on per-response log-probabilities: pure functions of tensors, collected in a table.
 
-Shapes: `B` examples, `K` responses of one prompt, the chosen (best) response first.
+Shapes: `B` examples, `K` responses to one prompt, the chosen (best) response first.
 
-Names. "RPO" is Reward-aware Preference Optimization (Nemotron-4 340B technical report, section 3.3.2;
+"RPO" is Reward-aware Preference Optimization (Nemotron-4 340B technical report, section 3.3.2;
 "Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment",
-arXiv 2502.00203). Two gaps meet in it:
+arXiv 2502.00203). It compares two gaps:
 
-    implicit gap  a = β · [log π(y_c|x)/π_ref(y_c|x) − log π(y_r|x)/π_ref(y_r|x)]     (the policy's)
-    target gap    b = η · [r(x, y_c) − r(x, y_r)]                                     (the reward model's)
+    implicit reward gap  a = β · [log π(y_c|x)/π_ref(y_c|x) − log π(y_r|x)/π_ref(y_r|x)]   (of the policy)
+    target gap           b = η · [r(x, y_c) − r(x, y_r)]                                   (of the rewards)
 
-`rpo_bwd_kl` is the report's D[a‖b]: KL(Bernoulli(σ(b)) ‖ Bernoulli(σ(a))). Most texts on machine
-learning call that direction (target first) the *forward* KL; the name here is NeMo's.
+`rpo_bwd_kl` is the report's D[a‖b], KL(Bernoulli(σ(b)) ‖ Bernoulli(σ(a))). This direction (target first) is
+usually called the *forward* KL; the name follows NeMo.
 
-`LOSSES` has everything that the configs, the recipe schema, the trainers and the step-0 check know
-about a loss; a new loss is a new entry. Recipes are validated without torch, so this module imports
-it inside the functions that call it.
+`LOSSES` contains everything that the configs, the recipe schema, the trainers and the step-0 check need about
+a loss. To add a loss, add an entry. Recipes are validated without torch, so this module imports it inside
+functions.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 SFTReduction = Literal["sum", "token_mean", "sequence_mean"]
 
-# What an infinite reward counts as: far beyond where a sigmoid saturates, and still exact enough
-# in float32 that its square is finite.
+# Replaces infinite rewards: far beyond the saturation of a sigmoid, with a finite square in float32.
 _INFINITE_REWARD = 1.0e6
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss is a function of.
+    """Arguments of a loss.
 
     Attributes:
-        log_ratios: `[B, K]`, log π − log π_ref of each response, nats; divided by its number of tokens
-            with `average_logps`. 0 at step 0.
-        implicit: `[B, K]`, the implicit rewards: β · log_ratios.
-        scaled_rewards: `[B, K]`, η · rewards, an infinite one as ±1e6; None for losses of kind dpo.
+        log_ratios: `[B, K]`, log π − log π_ref of each response, in nats; with `average_logps`, divided by
+            its number of tokens. 0 at step 0.
+        implicit: `[B, K]`, implicit rewards, β · log_ratios.
+        scaled_rewards: `[B, K]`, η · rewards, with infinite values replaced by ±1e6; None for losses of kind
+            dpo.
         beta: β.
-        label_smoothing: share of labels taken to be wrong; 0 for losses without it.
+        label_smoothing: assumed fraction of wrong labels; 0 for losses without label smoothing.
     """
 
     log_ratios: Tensor
@@ -55,13 +55,13 @@ class LossInputs:
 
     @property
     def target(self) -> Tensor:
-        """`scaled_rewards` of a loss that has them.
+        """`scaled_rewards` of a loss with rewards.
 
         Raises:
-            ValueError: a loss of kind dpo, which is given no rewards.
+            ValueError: the loss is of kind dpo, which has no rewards.
         """
         if self.scaled_rewards is None:
-            raise ValueError("losses of kind dpo are given no rewards: make it one of kind rpo")
+            raise ValueError("losses of kind dpo have no rewards: set kind='rpo'")
         return self.scaled_rewards
 
 
@@ -70,19 +70,19 @@ class Loss:
     """One preference loss: an entry of `LOSSES`.
 
     Attributes:
-        description: what it is, in a line of plain text; the help of `loss_type` shows it.
-        kind: who offers it: `dpo` (`DPOTrainer` and stages of that kind; no rewards) or `rpo`
-            (`RPOTrainer`; rows have rewards, and `reward_scale` acts).
-        losses: the loss of each example, `[B]`, with gradient.
-        step_zero: the same where policy = reference, in closed form: `[B]` or one number. Its inputs are
-            in float64, with log-ratios of 0.
-        pairs_only: it takes K = 2 responses alone; else any K of 2 or more.
-        label_smoothing: `label_smoothing` acts (kind dpo).
-        saturates: the target acts through a sigmoid or softmax, so that a large reward gap says no more than
-            a label; the early warning `targets_saturated` is for these losses (kind rpo).
+        description: one line of plain text, shown in the help of `loss_type`.
+        kind: `dpo` (`DPOTrainer` and stages of kind dpo, without rewards) or `rpo` (`RPOTrainer` and stages
+            of kind rpo, with rewards and `reward_scale`).
+        losses: loss of each example, `[B]`, with gradient.
+        step_zero: closed form of `losses` if policy = reference model, `[B]` or a number. Its inputs are
+            float64, with log-ratios of 0.
+        pairs_only: only K = 2 responses are supported; otherwise any K ≥ 2.
+        label_smoothing: `label_smoothing` is supported (kind dpo).
+        saturates: the target enters through a sigmoid or softmax, so that a large target gap is equivalent to
+            a label; enables the early warning `targets_saturated` (kind rpo).
 
     Raises:
-        ValueError: an unknown kind, or a setting of the other kind.
+        ValueError: unknown kind, or a setting of the other kind.
     """
 
     description: str
@@ -97,25 +97,25 @@ class Loss:
         if self.kind not in ("dpo", "rpo"):
             raise ValueError(f"kind must be dpo or rpo, got {self.kind!r}")
         if self.label_smoothing and self.kind != "dpo":
-            raise ValueError("label_smoothing belongs to kind dpo: RPOConfig does not have it")
+            raise ValueError("label_smoothing requires kind dpo: RPOConfig does not have it")
         if self.saturates and self.kind != "rpo":
-            raise ValueError("saturates belongs to kind rpo: losses of kind dpo have no target")
+            raise ValueError("saturates requires kind rpo: losses of kind dpo have no target")
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether each response must have a reward."""
+        """Whether every response must have a reward."""
         return self.kind == "rpo"
 
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """Per-example losses and, detached, what they were made of.
+    """Loss of each example, and the detached quantities for logging.
 
     Attributes:
         losses: `[B]`, with gradient.
         implicit_rewards: `[B, K]`, β · (log π − log π_ref), detached.
-        implicit_gap: `[B]`, the first response's implicit reward minus the mean of the others', detached.
-        target_gap: `[B]`, the same of η · rewards, detached; None for losses without rewards.
+        implicit_gap: `[B]`, implicit reward of the first response minus the mean of the others, detached.
+        target_gap: `[B]`, the same for η · rewards, detached; None for losses without rewards.
     """
 
     losses: Tensor
@@ -150,10 +150,10 @@ def _fwd_kl_step_zero(x: LossInputs) -> Tensor:
     return x.target.logsumexp(-1) - math.log(x.target.shape[1]) - x.target.mean(-1)
 
 
-# `step_zero` is what `losses` is compared with: a formula of its own, never derived from it.
+# `step_zero` checks `losses`, so it is an independent formula, not derived from `losses`.
 LOSSES: dict[str, Loss] = {
     "dpo": Loss(
-        "−log σ of the implicit gap (arXiv 2305.18290 eq. 7; with label_smoothing cDPO)",
+        "−log σ of the implicit reward gap (arXiv 2305.18290 eq. 7; cDPO with label_smoothing)",
         kind="dpo",
         losses=_dpo,
         step_zero=lambda x: math.log(2.0),
@@ -161,14 +161,14 @@ LOSSES: dict[str, Loss] = {
         label_smoothing=True,
     ),
     "ipo": Loss(
-        "squared distance of the gap of the log-ratios from 1/(2β) (arXiv 2310.12036 eq. 17)",
+        "squared difference of the log-ratio gap and 1/(2β) (arXiv 2310.12036 eq. 17)",
         kind="dpo",
         losses=lambda x: (_gap(x.log_ratios) - 1.0 / (2.0 * x.beta)).square(),
         step_zero=lambda x: 1.0 / (4.0 * x.beta * x.beta),
         pairs_only=True,
     ),
     "rpo_bwd_kl": Loss(
-        "KL(softmax of η·rewards ‖ softmax of implicit rewards), the report's",
+        "KL(softmax of η·rewards ‖ softmax of implicit rewards), as in the Nemotron-4 report",
         kind="rpo",
         losses=lambda x: _kl(x.target, x.implicit),
         step_zero=_bwd_kl_step_zero,
@@ -182,14 +182,14 @@ LOSSES: dict[str, Loss] = {
         saturates=True,
     ),
     "rpo_sq": Loss(
-        "squared distance of the implicit gap from the target gap",
+        "squared difference of the implicit reward gap and the target gap",
         kind="rpo",
         losses=lambda x: (_gap(x.implicit) - _gap(x.target)).square(),
         step_zero=lambda x: _gap(x.target).square(),
         pairs_only=True,
     ),
     "rpo_sqloo": Loss(
-        "½ Σ of the squared distances of each response against the mean of the others; for pairs rpo_sq",
+        "½ Σ of rpo_sq of each response against the mean of the others; equal to rpo_sq for pairs",
         kind="rpo",
         losses=_sqloo,
         step_zero=lambda x: 0.5 * _leave_one_out(x.target).square().sum(-1),
@@ -198,22 +198,22 @@ LOSSES: dict[str, Loss] = {
 
 
 def losses_of(kind: str) -> tuple[str, ...]:
-    """The names of the losses that a trainer or a stage of this kind offers, in the table's order."""
+    """Return the names of the losses of a kind, in the order of the table."""
     return tuple(name for name, loss in LOSSES.items() if loss.kind == kind)
 
 
 def more_than_pairs() -> tuple[str, ...]:
-    """The names of the losses that take more than two responses."""
+    """Return the names of the losses that support more than two responses."""
     return tuple(name for name, loss in LOSSES.items() if not loss.pairs_only)
 
 
 def smoothed() -> str:
-    """The names of the losses that `label_smoothing` acts on, in words."""
+    """Return the names of the losses that support `label_smoothing`, as text."""
     return ", ".join(name for name, loss in LOSSES.items() if loss.label_smoothing)
 
 
 def find_loss(name: object) -> Loss | None:
-    """The loss of that name; None where there is none, whatever `name` is."""
+    """Return the loss of that name; None for any other value."""
     return LOSSES.get(name) if isinstance(name, str) else None
 
 
@@ -227,24 +227,23 @@ def preference_loss(
     reward_scale: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
-    """Loss of each example from the log-probabilities of its responses.
+    """Compute the loss of each example from the log-probs of its responses.
 
     Args:
-        policy_logps: `[B, K]`, Σ log π(token) over each response, nats; chosen or best first.
-        reference_logps: `[B, K]`, the same under the reference.
-        loss_type: a name of `LOSSES`.
-        beta: β, the strength of the implicit reward.
-        rewards: `[B, K]`, given rewards; needed by the losses of kind rpo. An infinite reward counts as
-            ±1e6 after scaling.
+        policy_logps: `[B, K]`, Σ log π(token) over each response, in nats; chosen or best response first.
+        reference_logps: `[B, K]`, the same under the reference model.
+        loss_type: a name in `LOSSES`.
+        beta: β, scale of the implicit rewards.
+        rewards: `[B, K]`, required by losses of kind rpo. Infinite values count as ±1e6 after scaling.
         reward_scale: η.
-        label_smoothing: share of pairs whose label is taken to be wrong (`dpo` only).
+        label_smoothing: assumed fraction of pairs with a wrong label (`dpo` only).
 
     Returns:
-        `PreferenceLoss`; computed in float32, or in float64 where the log-probabilities are.
+        `PreferenceLoss`, computed in float32, or in float64 for float64 log-probs.
 
     Raises:
-        ValueError: shapes that do not agree, an unknown loss, missing rewards, K ≠ 2 for a loss of
-            pairs, label smoothing for a loss that has none, a loss that does not return `[B]`.
+        ValueError: shapes do not match, the loss is unknown, rewards are missing, K ≠ 2 for a loss that only
+            supports pairs, label smoothing is not supported, or the loss does not return `[B]`.
     """
     import torch
 
@@ -278,23 +277,23 @@ def step_zero_losses(
     reward_scale: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """What each example's loss is when policy = reference, in closed form: a constant of the data.
+    """Compute the closed form of each example's loss if policy = reference model.
 
     Args:
-        shape: B and K; needed where there are no rewards.
-        rewards: `[B, K]`; needed by the losses of kind rpo.
+        shape: (B, K), required without rewards.
+        rewards: `[B, K]`, required by losses of kind rpo.
 
     Returns:
-        `[B]`, float64, on the rewards' device.
+        `[B]`, float64, on the device of the rewards.
 
     Raises:
-        ValueError: missing rewards or shape, a closed form that gives neither `[B]` nor a number.
+        ValueError: rewards or shape are missing, or the closed form returns neither `[B]` nor a number.
     """
     import torch
 
     loss = LOSSES[loss_type]
     if rewards is None and (loss.needs_rewards or shape is None):
-        raise ValueError(f"{loss_type} needs {'rewards' if loss.needs_rewards else 'the shape'}")
+        raise ValueError(f"{loss_type} requires {'rewards' if loss.needs_rewards else 'shape'}")
     zeros = (
         torch.zeros(shape, dtype=torch.float64)  # type: ignore[arg-type]
         if rewards is None
@@ -311,19 +310,19 @@ def step_zero_losses(
 
 
 def sft_loss(nll: Tensor, tokens: Tensor, reduction: SFTReduction) -> tuple[Tensor, Tensor]:
-    """Numerators and weights of the SFT term on the chosen responses.
+    """Compute numerators and weights of the SFT term on the chosen responses.
 
-    The term is `numerators.sum() / weights.sum()`, both summed over the whole global batch.
+    The term is `numerators.sum() / weights.sum()`, both summed over the global batch.
 
     Args:
         nll: `[B]`, −log π of each chosen response, summed over its tokens.
-        tokens: `[B]`, number of trained tokens of each.
-        reduction: `sum` (Σ over tokens, mean over examples: what the report's weights of 1e-5 to 1e-3
-            are made for), `token_mean` (over all tokens of the global batch), `sequence_mean` (mean
-            over each response's tokens, then over examples).
+        tokens: `[B]`, number of trained tokens of each chosen response.
+        reduction: `sum` (sum over tokens, mean over examples; the weights of 1e-5 to 1e-3 in the Nemotron-4
+            report are for this reduction), `token_mean` (mean over all tokens of the global batch),
+            `sequence_mean` (mean over the tokens of each response, then over examples).
 
     Returns:
-        Numerators `[B]` with gradient, weights `[B]`.
+        Numerators `[B]` with gradient, and weights `[B]`.
     """
     if reduction == "sum":
         return nll, nll.new_ones(nll.shape)
@@ -339,7 +338,7 @@ def _kl(first: Tensor, second: Tensor) -> Tensor:
     import torch
 
     if first.shape[-1] == 2:
-        # Two-way softmax by the gap alone: softplus keeps the tails that logsumexp would round away.
+        # The softmax of two values depends on their gap alone; softplus keeps tails that logsumexp rounds.
         a, b = _gap(first), _gap(second)
         first, second = torch.stack([a, -a], -1), torch.stack([b, -b], -1)
         log_p, log_q = -_softplus(-first), -_softplus(-second)
@@ -349,7 +348,7 @@ def _kl(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); linear only where log1p(exp(−x)) is below the resolution of the dtype."""
+    """log(1 + exp(x)), linear only if log1p(exp(−x)) is below the resolution of the dtype."""
     import torch
 
     threshold = 40.0 if x.dtype == torch.float64 else 20.0
@@ -357,7 +356,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _gap(x: Tensor) -> Tensor:
-    """First response against the mean of the others, `[B, K] → [B]`."""
+    """First response minus the mean of the others, `[B, K] → [B]`."""
     return x[:, 0] - (x[:, 1] if x.shape[1] == 2 else x[:, 1:].mean(dim=-1))
 
 
@@ -374,22 +373,22 @@ def _checked(
     rewards: Tensor | None,
     label_smoothing: float,
 ) -> Loss:
-    """The loss of that name, whose arguments agree."""
+    """Return the loss of that name after checking the arguments."""
     loss = find_loss(loss_type)
     if loss is None:
-        raise ValueError(f"unknown loss_type {loss_type!r}; known: {', '.join(LOSSES)}")
+        raise ValueError(f"unknown loss_type {loss_type!r}; use one of: {', '.join(LOSSES)}")
     shape = tuple(policy_logps.shape)
     if policy_logps.dim() != 2 or shape[1] < 2:
-        raise ValueError(f"policy_logps must be [B, K] with K of 2 or more, got {list(shape)}")
+        raise ValueError(f"policy_logps must be [B, K] with K ≥ 2, got {list(shape)}")
     for name, tensor in (("reference_logps", reference_logps), ("rewards", rewards)):
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, policy_logps {list(shape)}")
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, policy_logps {list(shape)}")
     if loss.pairs_only and shape[1] != 2:
-        raise ValueError(f"{loss_type} is a loss of pairs (K = 2), got K = {shape[1]}")
+        raise ValueError(f"{loss_type} requires pairs (K = 2), got K = {shape[1]}")
     if loss.needs_rewards and rewards is None:
-        raise ValueError(f"{loss_type} matches the rewards' gap and needs rewards [B, K]")
+        raise ValueError(f"{loss_type} requires rewards [B, K]")
     if label_smoothing and not loss.label_smoothing:
-        raise ValueError(f"label_smoothing belongs to {smoothed()}, not to {loss_type}")
+        raise ValueError(f"label_smoothing is supported by {smoothed()}, not by {loss_type}")
     return loss
 
 

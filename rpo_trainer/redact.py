@@ -1,9 +1,9 @@
-"""Removes secrets from text that leaves the process: errors, log messages, tracebacks, files.
+"""Remove secrets from text that leaves the process: errors, log messages, tracebacks, files.
 
-Secrets are the values given to `register` and those of environment variables whose names end in
-`_API_KEY`, `_TOKEN`, `_SECRET` and the like. They are found in the forms in which servers and
-libraries repeat them: in JSON, in a URL, in HTML, in base64. `redact` also removes the credentials
-that stand in URLs.
+Secrets are the values passed to `register`, and the values of environment variables whose names end in
+`_API_KEY`, `_TOKEN`, `_SECRET` and similar. They are also found in the encodings in which servers and
+libraries
+repeat them: JSON, URL, HTML, base64. `redact` also removes credentials in URLs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 REDACTED = "[redacted]"
-_SHORTEST = 8  # characters; "none" and "EMPTY" stand for a key where none is needed
+_SHORTEST = 8  # characters; shorter values such as "none" and "EMPTY" are placeholders
 _NAMES = re.compile(
     r"(API_?KEY|_TOKEN|_SECRET|_PASSWORD|_SECRET_KEY|_ACCESS_KEY|^HUGGING_FACE_HUB_TOKEN)$", re.I
 )
@@ -32,7 +32,7 @@ _registered: set[str] = set()
 
 
 def register(secret: str | None) -> None:
-    """Makes `redact` remove this value from now on; one under 8 characters is no secret."""
+    """Make `redact` remove this value. Values with fewer than 8 characters are ignored."""
     if secret is not None:
         _registered.update(
             value for value in (secret, secret.strip()) if len(value.strip()) >= _SHORTEST
@@ -40,7 +40,7 @@ def register(secret: str | None) -> None:
 
 
 def register_url(url: str) -> list[str]:
-    """Registers the user name, password and keys of a URL, and returns what was registered."""
+    """Register user name, password and keys in a URL, and return the registered values."""
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
     found = [
@@ -50,7 +50,7 @@ def register_url(url: str) -> list[str]:
     ]
     if at:
         name, _, password = unquote(user).partition(":")
-        # Clients send both as base64 of `name:password`, and a user name alone may be a token.
+        # Clients send both as base64 of `name:password`; a user name alone may be a token.
         found += [value for value in (f"{name}:{password}", password or name) if value]
     for value in found:
         register(value)
@@ -58,7 +58,7 @@ def register_url(url: str) -> list[str]:
 
 
 def redact(text: str) -> str:
-    """`text` without known secrets and without the credentials of URLs."""
+    """Return `text` without known secrets and credentials in URLs."""
     known = _registered | {
         value.strip()
         for name, value in os.environ.items()
@@ -70,7 +70,7 @@ def redact(text: str) -> str:
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
-    """`text` without these secrets, in any of their forms; everything else stays as it is."""
+    """Return `text` without these secrets, in any of their encodings."""
     pattern = _pattern(frozenset(secrets))
     return text if pattern is None else pattern.sub(REDACTED, text)
 
@@ -80,7 +80,7 @@ def _pattern(secrets: frozenset[str]) -> re.Pattern[str] | None:
     forms = {form for secret in secrets for form in _forms(secret)}
     if not forms:
         return None
-    # The longest first: one secret may begin another. %2f and %2F are the same character.
+    # Longest first: a secret may be a prefix of another. %2f and %2F are the same character.
     return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), re.I)
 
 
@@ -93,14 +93,14 @@ def _forms(secret: str) -> set[str]:
         for code in (base64.b64encode, base64.urlsafe_b64encode)
     }
     encoded |= {form.rstrip("=") for form in encoded}
-    # JSON inside JSON, as in an error message that quotes a request.
+    # JSON in JSON, as in an error message that quotes a request.
     twice = {json.dumps(form)[1:-1] for form in escaped}
-    thrice = {json.dumps(form)[1:-1] for form in twice}  # and that as the body of an answer
+    thrice = {json.dumps(form)[1:-1] for form in twice}  # the same in the body of a response
     return quoted | escaped | twice | thrice | encoded
 
 
 def redact_values(value: Any) -> Any:
-    """A copy of a JSON-like value with `redact` applied to every text in it."""
+    """Return a copy of a JSON-compatible value with `redact` applied to all texts."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -111,7 +111,7 @@ def redact_values(value: Any) -> Any:
 
 
 def redacted_traceback(error: BaseException) -> str:
-    """The traceback of an exception, as the interpreter prints it, without secrets."""
+    """Return the traceback of an exception as Python prints it, without secrets."""
     return redact("".join(traceback.format_exception(error)))
 
 
@@ -119,10 +119,10 @@ def redacted_traceback(error: BaseException) -> str:
 
 
 class RedactingHandler(logging.Handler):
-    """Redacts the records of a logger and its children before its other handlers get them.
+    """Redacts the records of a logger and its children before its other handlers.
 
-    A filter of a logger does not see the records of its children; a handler does. Where a program
-    has not set up logging, warnings are still printed, as they are without this handler.
+    A logger's filters do not receive the records of its children; its handlers do. If the program has not
+    configured logging, warnings are still printed by `logging.lastResort`.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -138,17 +138,17 @@ class RedactingHandler(logging.Handler):
 
 
 def redact_logs_of(*names: str) -> None:
-    """Redacts what these libraries log: HTTP clients show headers and addresses at DEBUG."""
+    """Redact the log messages of these libraries: HTTP clients log headers and URLs at DEBUG."""
     for logger in map(logging.getLogger, names):
         if not any(isinstance(handler, RedactingHandler) for handler in logger.handlers):
-            logger.handlers.insert(0, RedactingHandler())  # before those that show the record
+            logger.handlers.insert(0, RedactingHandler())  # before the handlers that print
 
 
 def redact_record(record: logging.LogRecord) -> None:
-    """Redacts message, traceback and stack of a record in place."""
+    """Redact message, traceback and stack of a record in place."""
     try:
         message = record.getMessage()
-    except Exception:  # wrong arguments: the handler that shows the record reports it
+    except Exception:  # wrong arguments, reported by the handler that formats the record
         return
     clean = redact(message)
     if clean != message:
@@ -161,7 +161,7 @@ def redact_record(record: logging.LogRecord) -> None:
 
 
 def redact_all_records() -> None:
-    """Redacts the records of every logger in this process; for programs, not for libraries."""
+    """Redact the records of all loggers in this process. For programs, not for libraries."""
     before = logging.getLogRecordFactory()
     if getattr(before, "redacts", False):
         return

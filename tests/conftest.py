@@ -60,7 +60,9 @@ def same_threads() -> Iterator[None]:
     yield
     after = torch.get_num_threads()
     torch.set_num_threads(before)
-    assert after == before, f"this module leaves torch with {after} threads, it started with {before}"
+    assert after == before, (
+        f"this module leaves torch with {after} threads, it started with {before}"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -24,7 +24,7 @@ def sigmoid(x: float) -> float:
 
 
 def pair_losses(a: float, b: float) -> dict[str, tuple[float, float]]:
-    """(loss, dloss/da) of a pair from its implicit gap a and its target gap b, written out."""
+    """(loss, dloss/da) of a pair from its implicit reward gap a and its target gap b, in closed form."""
     p, q = sigmoid(a), sigmoid(b)
     not_p, not_q = sigmoid(-a), sigmoid(-b)
     log_p, log_not_p, log_q, log_not_q = (-softplus(x) for x in (-a, a, -b, b))
@@ -210,8 +210,8 @@ def test_sft_reductions():
     [
         ({"loss_type": "hinge"}, "'hinge'"),
         ({"policy_logps": torch.zeros(2)}, r"policy_logps.*\[2\]"),
-        ({"reference_logps": torch.zeros(1, 3)}, r"reference_logps is \[1, 3\]"),
-        ({"rewards": torch.zeros(2, 2)}, r"rewards is \[2, 2\]"),
+        ({"reference_logps": torch.zeros(1, 3)}, r"reference_logps has shape \[1, 3\]"),
+        ({"rewards": torch.zeros(2, 2)}, r"rewards has shape \[2, 2\]"),
         ({"loss_type": "rpo_bwd_kl"}, "rpo_bwd_kl.*rewards"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing.* ipo"),
         (

@@ -22,7 +22,7 @@ def reference(
     """Masks aligned at the bottom right, as torch's documentation of the kernel has it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     groups = query.shape[1] // key.shape[1]
-    assert enable_gqa == (groups > 1 and attention_varlen._ASKS_FOR_GROUPS)
+    assert enable_gqa == (groups > 1 and attention_varlen._HAS_GQA_ARGUMENT)
     q_starts, k_starts = cu_seq_q.tolist(), cu_seq_k.tolist()
     assert (q_starts[-1], k_starts[-1]) == (len(query), len(key)) and len(key) == len(value)
     q_lengths, k_lengths = (torch.diff(starts).tolist() for starts in (cu_seq_q, cu_seq_k))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpo_trainer.errors import RecipeError, RunError
+from rpo_trainer.errors import RecipeError, RunError, suggestion
+from rpo_trainer.recipe.rules.chain import expanded_names
+
+if TYPE_CHECKING:
+    from rpo_trainer.recipe import Stage
 
 # Stage fields that say how a stage runs, not what it computes: these may change when a run resumes.
 SAFE_FIELDS = frozenset(
@@ -110,27 +114,47 @@ def is_fixed(key: str, stage: str | None = None) -> bool:
 def require_key(
     key: str,
     stages: Sequence[Mapping[str, Any]],
-    model: Mapping[str, Any],
+    models: Sequence[Mapping[str, Any]],
     evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises RecipeError where `--allow-changed KEY` names nothing that could have changed."""
-    for spec in stages:
-        own = f"stages.{spec['name']}"
+    """Raise RecipeError if `--allow-changed KEY` is neither a key nor a prefix of keys.
+
+    Args:
+        stages: the specs of all stages, those that the run has begun with among them.
+        models: the model of the recipe, and the one that the run has begun with.
+    """
+    owners = [(f"stages.{spec['name']}", spec) for spec in stages]
+    owners += [("model", model) for model in models]
+    owners += [("eval", evaluation)] if evaluation is not None else []
+    for own, spec in owners:
         if key == own or (key.startswith(f"{own}.") and _leads(spec, key[len(own) + 1 :])):
             return
-    if key in ("seed", "model") or (key.startswith("model.") and _leads(model, key[6:])):
+    if key in ("seed", "stages"):
         return
-    if evaluation is not None and (
-        key == "eval" or (key.startswith("eval.") and _leads(evaluation, key[5:]))
-    ):
-        return
+    known = ["seed", "stages", *(f"{own}.{name}" for own, spec in owners for name in spec)]
     raise RecipeError(
-        f"the recipe has no key `{key}`",
+        f"the recipe has no key `{key}`{suggestion(key, list(dict.fromkeys(known)))}",
         code="option.unknown-key",
         where=f"--allow-changed {key}",
-        why="a key that is none would allow nothing",
-        fix="write it as the refusal shows it, for example stages.dpo.beta",
+        why="a key that does not exist would allow nothing",
+        fix="write the key as the refusal shows it, for example stages.dpo.beta, or a prefix of it, "
+        "for example stages.dpo",
     )
+
+
+def with_rounds(keys: Collection[str], stages: Sequence[Stage]) -> list[str]:
+    """Return the keys, those of a repeated stage (`stages.rpo`) as keys of all its rounds."""
+    found = []
+    for key in keys:
+        for stage in stages:
+            own = f"stages.{stage.name}"
+            if stage.repeat > 1 and (key == own or key.startswith(f"{own}.")):
+                rounds = expanded_names({"name": stage.name, "repeat": stage.repeat})
+                found += [f"stages.{name}{key[len(own) :]}" for name in rounds]
+                break
+        else:
+            found.append(key)
+    return found
 
 
 def _leads(spec: Any, way: str) -> bool:

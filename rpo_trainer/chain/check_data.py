@@ -72,7 +72,8 @@ class DataChecks:
 
     def _check_sampling(self, stage: Stage, inputs: StageInputs) -> None:
         """The scorer, the policies, and room for the responses."""
-        rows, spec = inputs.rows, sampling_spec(stage.data, self.preparer.stages).generate
+        held = inputs.set_aside or []  # they are sampled and scored like the others
+        rows, spec = inputs.rows + held, sampling_spec(stage.data, self.preparer.stages).generate
         self._check_stage_scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
         assert spec is not None  # the schema
         where = f"stages.{stage.name}.data.generate"
@@ -82,7 +83,8 @@ class DataChecks:
         self._check_room(rows, spec, where, inputs.audit)
         policies = [stage.init if p == "init" else p for p in spec.policies]
         policies += [endpoint.model for endpoint in spec.endpoints]
-        self.findings.add(f"{len(rows)} prompts; the responses come from {', '.join(policies)}")
+        counted = f"{len(rows)} prompts" + (f" ({len(held)} held out)" if held else "")
+        self.findings.add(f"{counted}; the responses come from {', '.join(policies)}")
 
     def _check_held_out(self, inputs: StageInputs) -> None:
         """The rows that the stage is evaluated on, and that none of them is trained on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 
 from rpo_trainer.chain.callbacks import MetricsLog
 from rpo_trainer.chain.card import write_card
-from rpo_trainer.chain.changes import data_changed
+from rpo_trainer.chain.changes import data_changed, with_rounds
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.progress import ChainProgress
-from rpo_trainer.chain.run_dir import locked, open_run_dir
+from rpo_trainer.chain.run_dir import ReplacedRun, locked, open_run_dir
 from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics, now, plain, write_recipe
 from rpo_trainer.chain.stop_signal import StopOnSignal
@@ -38,12 +38,7 @@ from rpo_trainer.chain.training import (
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
 from rpo_trainer.plan.disk import check_disk, raise_if_refused
-from rpo_trainer.recipe import (
-    LoadedRecipe,
-    Stage,
-    dump_resolved,
-    fill_from_environment,
-)
+from rpo_trainer.recipe import LoadedRecipe, Stage, dump_resolved, fill_from_environment
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.cores import limit_threads
 from rpo_trainer.stages.error_places import errors_located_in
@@ -77,6 +72,7 @@ def run_chain(
     *,
     only: Collection[str] | None = None,
     allow_changed: Collection[str] = (),
+    overwrite: bool = False,
 ) -> Path:
     """Runs the stages that are not finished; run again, it resumes where it stopped.
 
@@ -86,6 +82,8 @@ def run_chain(
         only: names of the stages to run, the others are left as they are; None: all.
         allow_changed: keys of the recipe that may differ from what the run has computed with; what
             has changed is kept in chain.json.
+        overwrite: start from the beginning, and delete the run that is in the directory once the new
+            one has passed its checks.
 
     Returns:
         The run directory.
@@ -97,9 +95,13 @@ def run_chain(
     run_dir = default_run_dir(loaded) if run_dir is None else run_dir
     distributed.start()
     limit_threads()
+    replaced: list[ReplacedRun] = []
     with ExitStack() as held:
 
         def hold() -> None:
+            if overwrite:
+                replaced.append(ReplacedRun(run_dir))
+                held.callback(replaced[0].put_back)
             new = open_run_dir(run_dir)
             held.enter_context(locked(run_dir, new=new))
 
@@ -107,7 +109,7 @@ def run_chain(
             if distributed.is_main():
                 hold()
         with distributed.raise_on_all_ranks():
-            chain = _Chain(loaded, run_dir, allow_changed)
+            chain = _Chain(loaded, run_dir, allow_changed, replaced)
         try:
             return chain.run(only)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -117,14 +119,20 @@ def run_chain(
 
 class _Chain:
     def __init__(
-        self, loaded: LoadedRecipe, run_dir: Path, allow_changed: Collection[str] = ()
+        self,
+        loaded: LoadedRecipe,
+        run_dir: Path,
+        allow_changed: Collection[str] = (),
+        replaced: Sequence[ReplacedRun] = (),
     ) -> None:
         self.loaded = loaded
+        self.replaced = replaced
         self.run_dir = run_dir
         self.preparer = StagePreparer(loaded)
         self.recipe, self.stages = self.preparer.recipe, self.preparer.stages
         self.state = ChainState(run_dir)
-        self.state.adopt(*plain(loaded.recipe, self.stages, loaded.base_dir), allowed=allow_changed)
+        allowed = with_rounds(allow_changed, loaded.recipe.stages)
+        self.state.adopt(*plain(loaded.recipe, self.stages, loaded.base_dir), allowed=allowed)
         with errors_located_in(loaded.origins):
             self.models = Models(self.preparer, run_dir)
         self.scored_rows = ScoredRows(self.preparer, run_dir, self.models, distributed.ALL_RANKS)
@@ -167,6 +175,8 @@ class _Chain:
                 check_recipe(self.loaded, self.run_dir, only=pending, preparer=self.preparer)
             if len(pending) < len(wanted):
                 check_disk(self.preparer, self.run_dir, [stage for stage, _ in wanted], {})
+            for run in self.replaced:
+                run.delete()
             self.state.save()
             write_recipe(self.run_dir, dump_resolved(self.recipe))
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -18,17 +17,13 @@ from rpo_trainer.runtime.files import (
     make_folder,
     remove_empty,
 )
+from rpo_trainer.runtime.lock_holder import HOLDER_FILE, holder_text, read_holder
 from rpo_trainer.stages.record import CHAIN_FILE
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-
-
-_HOLDER = ".lock-holder"
+_REPLACED = ".replaced"  # added to the name of a run directory while another takes its place
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -102,11 +97,11 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
         new: directories that were made for this: they are removed if nothing was written into them.
     """
     lock = FileLock(run_dir / _LOCK)
-    holder = run_dir / _HOLDER
+    holder = run_dir / HOLDER_FILE
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        who = _holder(holder) or "another process"
+        who = read_holder(run_dir) or "another process"
         raise RunError(
             f"the run directory is in use by {who}",
             code="run.locked",
@@ -124,11 +119,13 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
         ) from error
     if holder.is_file():
         logger.warning(
-            "the previous process of %s (%s) died; taking over its lock", run_dir, _holder(holder)
+            "the previous process of %s (%s) died; taking over its lock",
+            run_dir,
+            read_holder(run_dir),
         )
     try:
         try:
-            atomic_write(holder, f"process {os.getpid()} on {socket.gethostname()}")
+            atomic_write(holder, holder_text())
         except OSError as error:
             raise _unusable("written", error, run_dir) from error
         yield
@@ -144,8 +141,44 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
         remove_empty(new)
 
 
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
+class ReplacedRun:
+    """A run directory that another run replaces: moved aside, then deleted or put back.
+
+    It is deleted once the new run has passed its checks (`delete`), and put back if these fail, so that
+    a mistake in the recipe does not cost the old results.
+
+    Raises:
+        RunError: the directory is not a run directory, is in use, or cannot be moved.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._aside = run_dir.with_name(f"{run_dir.resolve().name}{_REPLACED}")
+        if self._aside.exists() and not run_dir.exists():
+            self.put_back()  # a process died while it was moved aside
+        check_run_dir(run_dir)
+        if not run_dir.is_dir():
+            return
+        try:
+            with locked(run_dir):
+                pass  # no other process is in it
+            if not run_dir.is_dir():
+                return  # it was empty
+            if self._aside.exists():
+                shutil.rmtree(self._aside)
+            os.replace(run_dir, self._aside)
+        except OSError as error:
+            raise _unusable("replaced", error, run_dir) from error
+
+    def delete(self) -> None:
+        """Delete the old run directory."""
+        if self._aside.exists():
+            shutil.rmtree(self._aside)
+            logger.info("deleted the previous run in %s", self.run_dir)
+
+    def put_back(self) -> None:
+        """Move the old run directory back, unless it was deleted or the new one has content."""
+        if self._aside.exists() and not (self.run_dir / CHAIN_FILE).exists():
+            if self.run_dir.exists():
+                shutil.rmtree(self.run_dir)
+            os.replace(self._aside, self.run_dir)

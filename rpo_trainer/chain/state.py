@@ -124,10 +124,11 @@ class ChainState:
             RecipeError: an allowed key is none of the recipe.
             RunError: something that has already been computed with has changed.
         """
-        for key in allowed:
-            require_key(key, stages, model, evaluation)
-        self.allowed = tuple(allowed)
         begun = [record for record in self.stages if record.state != "pending"]
+        before = [record.spec for record in begun]  # a key that was removed can be allowed too
+        for key in allowed:
+            require_key(key, [*stages, *before], [model, self.model], evaluation)
+        self.allowed = tuple(allowed)
         if begun:
             self._note_changes(begun, stages, model, seed)
         known = {record.name: record for record in begun}

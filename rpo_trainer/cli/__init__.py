@@ -1,9 +1,15 @@
 """The command line, `rpo-trainer`.
 
-commands    `main` and the commands on recipes and runs
-compare     the command that compares runs
-rewards     the commands on rewards
-options     their options, made of the recipe's fields
+commands          `main` and the commands on runs
+inspect_recipe    `check`, `plan`, `preview`
+  template          `check --template`
+compare           `compare`
+rewards           the commands on rewards
+arguments         arguments and options that several commands share
+options           options made from the fields of a recipe
+wrap              errors wrapped at words, in a terminal
+watch             `status --watch`
+json_output       `--json`: one object, errors included
 """
 
 from rpo_trainer.cli.commands import main

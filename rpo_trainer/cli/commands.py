@@ -1,4 +1,4 @@
-"""The command line: arguments only, no logic. No torch before a command needs it."""
+"""`main` and the commands on recipes and runs: arguments only. Torch is imported by the commands."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from rpo_trainer import __version__
+from rpo_trainer.cli.arguments import (
+    OVERRIDES,
+    overrides_argument,
+    recipe_argument,
+    run_argument,
+    run_dir_option,
+)
 from rpo_trainer.cli.compare import compare
+from rpo_trainer.cli.inspect_recipe import COMMANDS as RECIPE_COMMANDS
+from rpo_trainer.cli.json_output import (
+    JsonState,
+    collecting,
+    error_objects,
+    json_option,
+    status_content,
+)
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
-from rpo_trainer.errors import RPOTrainerError, RunError
+from rpo_trainer.cli.watch import watch
+from rpo_trainer.cli.wrap import wrap
+from rpo_trainer.errors import RPOTrainerError, RunError, error_text
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
@@ -28,194 +46,92 @@ from rpo_trainer.redact import (
 )
 from rpo_trainer.runtime.files import refusal
 
-_OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
-
-_recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
-_overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-_run_dir_option = click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Where the run is written."
-)
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rpo-trainer")
-@click.option("-v", "--verbose", is_flag=True, help="Show every message.")
+@click.option("-v", "--verbose", is_flag=True, help="Show debug messages too.")
 @click.option("--local_rank", type=int, hidden=True, expose_value=False)  # of deepspeed's launcher
 def cli(verbose: bool) -> None:
-    """Preference fine-tuning: two-stage SFT, DPO with an SFT term, RPO, and the chain of them."""
+    """Preference fine-tuning of language models: SFT, DPO, RPO and reward models.
+
+    A recipe (YAML) describes the model and the stages. Start with `rpo-trainer recipes`.
+    """
     _show_messages(verbose)
 
 
-@cli.command(context_settings=_OVERRIDES)
-@_recipe_argument
-@_overrides_argument
-@_run_dir_option
-@click.option("--no-report", is_flag=True, help="Write no report.html at the end.")
+@cli.command(context_settings=OVERRIDES)
+@recipe_argument
+@overrides_argument
+@run_dir_option
+@click.option("--no-report", is_flag=True, help="Do not write report.html at the end.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start from the beginning; delete the previous run in the run directory.",
+)
 @click.option(
     "--allow-changed",
     "allowed",
     multiple=True,
     metavar="KEY",
-    help="Go on although KEY of the recipe has changed, such as stages.dpo.beta; may be repeated.",
+    help="Resume although this key of the recipe, or a key below it, has changed, such as "
+    "stages.dpo.beta or stages.dpo. Can be repeated.",
 )
 def run(
     recipe: Path,
     overrides: Sequence[str],
     run_dir: Path | None,
     no_report: bool,
+    overwrite: bool,
     allowed: Sequence[str],
 ) -> None:
-    """Run the chain of RECIPE; run again, it resumes where it stopped.
+    """Run all stages of a recipe, or resume the run.
 
-    OVERRIDES change the recipe: stages.dpo.beta=0.005, or --stages.dpo.beta 0.005.
+    A run that was stopped resumes with the same command. OVERRIDES change values of RECIPE:
+    stages.dpo.beta=0.005, or --stages.dpo.beta 0.005.
     """
-    _run(recipe, overrides, run_dir, None, not no_report, allowed)
+    if overwrite and allowed:
+        raise click.UsageError("--allow-changed resumes a run; --overwrite starts a new one.")
+    _run(recipe, overrides, run_dir, None, not no_report, allowed, overwrite)
 
 
-@cli.command(context_settings=_OVERRIDES)
-@click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@_overrides_argument
-@_run_dir_option
+@cli.command()
+@run_argument
+@json_option()
+@click.option("--watch", "watched", is_flag=True, help="Refresh until the run ends.")
 @click.option(
-    "--template",
-    metavar="TOKENIZER",
-    help="Directory or hub name: show what its chat template makes of seven conversations, in place of "
-    "checking a recipe. Exit code 5 where one that it supports is not right.",
-)
-@click.option("--chat-template", help="Of --template: chatml, plain, or a Jinja file.")
-@click.option(
-    "--kwargs",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Of --template: a variable of the chat template, such as enable_thinking=false.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Of --template: print JSON.")
-def check(
-    recipe: Path | None,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    template: str | None,
-    chat_template: str | None,
-    kwargs: Sequence[str],
-    as_json: bool,
-) -> None:
-    """Check RECIPE: its text, its data, tokenizer and template, disk. Loads no model."""
-    if template is not None:
-        if recipe is not None or run_dir is not None:
-            raise click.UsageError("--template checks a tokenizer alone: leave RECIPE out.")
-        _check_template(template, chat_template, kwargs, as_json)
-        return
-    if recipe is None:
-        raise click.UsageError("Missing argument 'RECIPE' (or --template TOKENIZER).")
-    if chat_template is not None or kwargs or as_json:
-        raise click.UsageError("--chat-template, --kwargs and --json belong to --template.")
-    loaded = load_recipe(recipe, overrides)
-    from rpo_trainer.chain import default_run_dir
-    from rpo_trainer.chain.check import check_recipe, count_warnings
-
-    lines = check_recipe(loaded, run_dir or default_run_dir(loaded))
-    for line in lines:
-        click.echo(line)
-    warnings = count_warnings(lines)
-    click.echo(
-        f"{recipe}: OK" + (f", with {warnings} warning{'s' * (warnings > 1)}" * bool(warnings))
-    )
-
-
-def _check_template(
-    tokenizer: str, chat_template: str | None, kwargs: Sequence[str], as_json: bool
-) -> None:
-    from rpo_trainer.cli.options import parse_kwargs
-
-    given = parse_kwargs(kwargs)
-    from rich.console import Console
-
-    from rpo_trainer.stages.template_check import (
-        as_dict,
-        check_samples,
-        load_checked,
-        raise_if_wrong,
-        shown,
-    )
-
-    loaded = load_checked(tokenizer, chat_template, given)
-    found = check_samples(loaded, given)
-    if as_json:
-        click.echo(json.dumps([as_dict(one, loaded) for one in found], indent=1))
-    else:
-        console = Console()
-        for text in shown(found, loaded, colors=console.color_system is not None):
-            console.print(text, soft_wrap=True)
-    raise_if_wrong(found)
-
-
-@cli.command(context_settings=_OVERRIDES)
-@_recipe_argument
-@_overrides_argument
-@_run_dir_option
-@click.option(
-    "--engine",
-    type=click.Choice(["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]),
-    default="single",
+    "--interval",
+    metavar="SECONDS",
+    type=click.FloatRange(0.1),
+    default=5.0,
     show_default=True,
-    help="How the devices share the work.",
+    help="With --watch: time between refreshes.",
 )
-@click.option("--devices", type=click.IntRange(1), default=1, help="GPUs of all nodes together.")
-@click.option("--nodes", type=click.IntRange(1), default=1, help="Machines.")
-@click.option("--measure", is_flag=True, help="Time a step of each stage, with the real weights.")
-def plan(
-    recipe: Path,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    engine: Any,
-    devices: int,
-    nodes: int,
-    measure: bool,
-) -> None:
-    """What RECIPE will need: steps, tokens, memory by part, disk, and how to start it."""
-    loaded = load_recipe(recipe, overrides)
-    from rich.console import Console
+def status(run_dir: Path, as_json: bool, watched: bool, interval: float) -> None:
+    """Show the progress and results of a run.
 
-    from rpo_trainer.chain import default_run_dir
-    from rpo_trainer.plan import plan_recipe, plan_view
+    RUN is the run directory.
+    """
+    if as_json and watched:
+        raise click.UsageError("--json and --watch cannot be combined.")
+    if watched:
+        watch(run_dir, interval)
+    elif as_json:
+        with collecting(as_json, run_dir=str(run_dir)) as content:
+            from rpo_trainer.report.collect import collect_run
 
-    given = [] if run_dir is None else ["--run-dir", str(run_dir)]
-    run_dir = run_dir or default_run_dir(loaded)
-    planned = plan_recipe(
-        loaded, run_dir, engine=engine, devices=devices, nodes=nodes, measure=measure,
-        arguments=[*overrides, *given],
-    )  # fmt: skip
-    Console().print(plan_view(planned, run_dir))
-
-
-@cli.command(context_settings=_OVERRIDES)
-@_recipe_argument
-@_overrides_argument
-@click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True, help="Examples.")
-@click.option("--stage", help="Of one stage only.")
-def preview(recipe: Path, overrides: Sequence[str], count: int, stage: str | None) -> None:
-    """Show examples of RECIPE as the model will get them: what is trained, what is cut."""
-    loaded = load_recipe(recipe, overrides)
-    from rich.console import Console
-
-    from rpo_trainer.stages.preview import preview
-
-    console = Console()
-    for text in preview(loaded, count, stage=stage, colors=console.color_system is not None):
-        console.print(text, soft_wrap=True)
+            content |= status_content(collect_run(run_dir), run_dir)
+    else:
+        _table(run_dir)
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
-def status(run_dir: Path) -> None:
-    """Where RUN is: its stages and what they measured."""
-    _table(run_dir)
-
-
-@cli.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@run_argument
 def report(run_dir: Path) -> None:
-    """Write RUN/report.html, finished or not."""
+    """Write report.html of a run, finished or not.
+
+    RUN is the run directory; the report is written into it.
+    """
     from rpo_trainer.report import build_report
 
     click.echo(f"report: {build_report(run_dir)}")
@@ -229,31 +145,44 @@ def schema() -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-@click.option("--copy", type=click.Path(path_type=Path), help="Copy all of them to a new folder.")
-def recipes(name: str | None, copy: Path | None) -> None:
-    """List the recipes that come with the package, or print the one of NAME."""
+@click.option("--copy", metavar="DIR", type=click.Path(path_type=Path), help="Copy all to DIR.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="With --copy: replace files of the same names in an existing DIR.",
+)
+def recipes(name: str | None, copy: Path | None, overwrite: bool) -> None:
+    """List, print or copy the recipes that come with the package.
+
+    With NAME, prints that recipe.
+    """
+    if name is not None and copy is not None:
+        raise click.UsageError("--copy copies all recipes and takes no NAME.")
+    if overwrite and copy is None:
+        raise click.UsageError("--overwrite requires --copy.")
     if name is not None:
         click.echo(shipped.text_of(name), nl=False)
     elif copy is not None:
-        click.echo(f"copied to {shipped.copy_to(copy)}")
+        click.echo(f"copied to {shipped.copy_to(copy, overwrite=overwrite)}")
     else:
-        found = shipped.shipped()
-        width = max(map(len, found))
-        for each, sentence in found.items():
-            click.echo(f"{each:{width}}  {sentence}")
+        _list(shipped.shipped())
 
 
-cli.add_command(compare)
-for _command in REWARD_COMMANDS:
+for _command in (*RECIPE_COMMANDS, compare, *REWARD_COMMANDS):
     cli.add_command(_command)
 
 
 def _stage_command(kind: str) -> Callable[..., None]:
-    @cli.command(kind, context_settings=_OVERRIDES, help=f"Run one {kind} stage of RECIPE alone.")
-    @_recipe_argument
-    @_overrides_argument
-    @_run_dir_option
-    @click.option("--stage", help="Which one, where the recipe has several.")
+    title = "reward model" if kind == "reward" else kind.upper()
+    text = f"Run one {title} stage of a recipe.\n\nThe stages that it starts from must be finished."
+
+    @cli.command(kind, context_settings=OVERRIDES, help=text)
+    @recipe_argument
+    @overrides_argument
+    @run_dir_option
+    @click.option(
+        "--stage", metavar="NAME", help=f"The stage, if the recipe has several of kind {kind}."
+    )
     def command(
         recipe: Path, overrides: Sequence[str], run_dir: Path | None, stage: str | None
     ) -> None:
@@ -273,28 +202,41 @@ def _run(
     only: tuple[str, str | None] | None,
     with_report: bool,
     allowed: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> None:
-    loaded = load_recipe(recipe, overrides)  # errors of the recipe come before torch is imported
+    loaded = load_recipe(recipe, overrides)  # before torch is imported: errors are shown at once
     from transformers.utils.logging import disable_progress_bar
 
     from rpo_trainer.chain import run_chain, select_stage
     from rpo_trainer.report import build_report
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has one for every file
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # one for each file
     names = None if only is None else {select_stage(loaded, *only)}
-    folder = run_chain(loaded, run_dir, only=names, allow_changed=allowed)
+    folder = run_chain(loaded, run_dir, only=names, allow_changed=allowed, overwrite=overwrite)
     if _rank("RANK") != 0:
         return
     _table(folder)
     if with_report:
         try:
             click.echo(f"report: {build_report(folder)}")
-        except RunError as error:  # the chain is done, also where the report's extra is missing
+        except RunError as error:  # such as a missing extra: the run itself has succeeded
             click.echo(f"no report: {error}", err=True)
 
 
+def _list(found: Mapping[str, str]) -> None:
+    """Print names and descriptions in two columns, wrapped at words in a terminal."""
+    if sys.stdout.isatty():
+        formatter = click.HelpFormatter(width=shutil.get_terminal_size().columns)
+        formatter.write_dl(list(found.items()), col_max=32)
+        click.echo(formatter.getvalue(), nl=False)
+        return
+    width = max(map(len, found))
+    for name, sentence in found.items():
+        click.echo(f"{name:{width}}  {sentence}")
+
+
 def _rank(name: str) -> int:
-    """Of this process, as launchers tell it: RANK among all, LOCAL_RANK on this host."""
+    """The rank that the launcher sets: RANK over all processes, LOCAL_RANK on this host."""
     return int(os.environ.get(name, 0))
 
 
@@ -311,14 +253,13 @@ def _show_messages(verbose: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("rpo_trainer")
     package.handlers = [RedactingHandler(), handler]
-    # Other processes than the first say only what ends them.
-    loudness = logging.DEBUG if verbose else logging.INFO
-    package.setLevel(loudness if _rank("RANK") == 0 else logging.ERROR)
+    level = logging.DEBUG if verbose else logging.INFO
+    package.setLevel(level if _rank("RANK") == 0 else logging.ERROR)
     package.propagate = False
 
 
 def _redact_output() -> None:
-    """No keys in log messages of any library, nor in the tracebacks of threads."""
+    """Redact secrets in the log messages of all libraries and in tracebacks of threads."""
     redact_all_records()
 
     def show_of_thread(args: threading.ExceptHookArgs) -> None:
@@ -332,12 +273,12 @@ def _redact_output() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> Any:
-    """Entry point; a user's mistake ends with its message and exit code, without a traceback."""
+    """Entry point. An error of the user is printed without a traceback, and sets the exit code."""
     _redact_output()
     try:
         code = _exit_code(args)
     except Exception as error:
-        # A bug. Shown here: what its traceback refers to would keep the process group alive.
+        # A bug. Printed here: its traceback would keep the process group alive.
         click.echo(redacted_traceback(error), err=True, nl=False)
         code = 1
     if "torch.distributed" in sys.modules:
@@ -349,31 +290,45 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 
 def _exit_code(args: Sequence[str] | None) -> int:
-    """Runs a command, shows the message that it ends with, and returns the exit code."""
+    """Run a command; print its error, as JSON too where `--json` was given; return the exit code."""
+    state = JsonState()
     try:
-        cli(args=list(args) if args is not None else None, standalone_mode=False)
-    except click.ClickException as error:
-        shown = io.StringIO()
-        error.show(file=shown)
-        click.echo(redact(shown.getvalue()), err=True, nl=False)
+        cli(args=list(args) if args is not None else None, standalone_mode=False, obj=state)
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        shown = _file_system_error(error) or error
+        if state.requested and _rank("RANK") == 0:
+            state.print_errors(error_objects(shown))
+        return _show_error(shown)
+    return 0
+
+
+def _show_error(error: BaseException) -> int:
+    """Print an error to stderr and return its exit code; raise it again if it is a bug."""
+    if isinstance(error, click.ClickException):
+        text = io.StringIO()
+        error.show(file=text)
+        click.echo(wrap(redact(text.getvalue().rstrip("\n"))), err=True)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    if isinstance(error, click.Abort | KeyboardInterrupt):
         click.echo("stopped", err=True)
         return 130
-    except RPOTrainerError as error:
+    if isinstance(error, RPOTrainerError):
         if _rank("LOCAL_RANK") == 0 or not error.everywhere:
-            click.echo(f"error: {error}", err=True)
+            click.echo(error_text(error, sys.stderr), err=True)
         return error.exit_code
-    except (OSError, RuntimeError) as error:
-        if (said := refusal(error)) is None:
-            raise
-        refused = RunError(
-            f"the file system refuses: {said}",
-            code="run.file-system",
-            where=getattr(error, "filename", None),
-            why="the command reads or writes there",
-            fix="free disk space or fix the permissions, and run the same command again",
-        )
-        click.echo(f"error: {refused}", err=True)
-        return refused.exit_code
-    return 0
+    raise error
+
+
+def _file_system_error(error: BaseException) -> RunError | None:
+    """The error as one of the file system (disk full, no permission); None: it is another."""
+    if not isinstance(error, OSError | RuntimeError) or (reason := refusal(error)) is None:
+        return None
+    return RunError(
+        f"file system error: {reason}",
+        code="run.file-system",
+        where=getattr(error, "filename", None),
+        why="the command reads or writes there",
+        fix="free disk space or fix the permissions, and run the same command again",
+    )

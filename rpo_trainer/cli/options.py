@@ -1,4 +1,4 @@
-"""Options of the commands on rewards: made of the fields of a recipe, and read into them. No torch."""
+"""Options of the commands on rewards, made from the fields of a recipe. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several decorators of a command as one, which `--help` shows in this order."""
+    """Combine decorators of a command; `--help` shows the options in this order."""
 
     def apply(function: F) -> F:
         for decorator in reversed(decorators):
@@ -40,18 +40,18 @@ def spec_options(
     without: Collection[str] = (),
     help: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
-    """An option for each field of a part of a recipe, with the field's type, default and description.
+    """Make an option for each field of a part of a recipe, with its type, default and description.
 
-    What is not given on the command line is None (a flag: False), so that the default is the field's own;
-    see `given_values`. Choices and bounds are the field's too, and checked by `valid`.
+    An option that is not given is None (a flag: False), so that the default of the field applies; see
+    `given_values`. Choices and bounds of the fields are checked by `valid`.
 
     Args:
-        names: the fields; None: all of them.
-        without: fields that are left out.
-        help: texts that take the place of a field's description.
+        names: the fields; None: all.
+        without: fields to exclude.
+        help: texts that replace the description of a field.
 
     Raises:
-        TypeError: a field of a type that no option can have.
+        TypeError: a field has a type that options do not support.
     """
     chosen = (
         spec.model_fields if names is None else {name: spec.model_fields[name] for name in names}
@@ -91,7 +91,7 @@ def _spec_option(name: str, field: FieldInfo, help: str) -> Callable[[F], F]:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The members of a union other than None, or the type itself, without what `Annotated` adds."""
+    """Return the members of a union other than None, or the type itself, without `Annotated`."""
     if get_origin(annotation) in (Union, UnionType):
         return [
             kind for each in get_args(annotation) for kind in _kinds(each) if kind is not type(None)
@@ -104,32 +104,40 @@ def _sentence(description: str) -> str:
 
 
 def given_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values of `spec_options` that the command line gives."""
+    """Return the values of `spec_options` that were given on the command line."""
     return {
         name: value for name, value in values.items() if value is not None and value is not False
     }
 
 
 def split_off(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Takes these values, where they are given, out of the others."""
+    """Remove the values of these names from the others, and return them."""
     return {name: values.pop(name) for name in names if name in values}
 
 
 def service_fields(url: str, name: str | None, service: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an endpoint; RecipeError where its model has no name."""
+    """Return the fields of an endpoint.
+
+    Raises:
+        RecipeError: the name of the model is missing.
+    """
     if name is None:
         raise RecipeError(
-            "an endpoint needs the name of its model",
+            "the name of the model at the endpoint is missing",
             code="option.missing-companion",
             where=url,
-            why="a server may have several, and every request says which one it is for",
-            fix="add --name",
+            why="every request names a model",
+            fix="add --name MODEL",
         )
     return {"url": url, "model": name, **service}
 
 
 def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
-    """Arguments checked as a recipe's fields are; the first fault is shown."""
+    """Validate options as fields of a recipe.
+
+    Raises:
+        RecipeError: the first error.
+    """
     from rpo_trainer.recipe.messages import not_a_choice, why_of
 
     try:
@@ -148,7 +156,7 @@ def valid(kind: type[Any], fields: dict[str, Any]) -> Any:
             code="option.invalid-value",
             where=option,
             why=context.get("why") or why_of(first["type"]),
-            fix=context.get("fix") or "see --help for what it takes",
+            fix=context.get("fix") or "see --help for valid values",
         ) from None
 
 
@@ -159,7 +167,7 @@ def source_spec(
     special_tokens: SpecialTokens | None = None,
     kwargs: Sequence[str] = (),
 ) -> SourceSpec:
-    """A file as a source, with `--column` as `columns` and `--kwargs` as `chat_template_kwargs`."""
+    """Return the source of a file, with `--column` as `columns` and `--kwargs` as `chat_template_kwargs`."""
     from rpo_trainer.rewards.row_files import source_of
 
     named = dict(_assignment(text, "--column") for text in columns)
@@ -167,7 +175,7 @@ def source_spec(
 
 
 def weights_of(text: str | None) -> dict[str, float] | str | None:
-    """`--weights`: a name, or weights by attribute."""
+    """Parse `--weights`: the name of published weights, or weights by attribute."""
     if text is None or "=" not in text:
         return text
     found: dict[str, float] = {}
@@ -175,10 +183,10 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
         name, value = _assignment(part, "--weights")
         if name in found:
             raise RecipeError(
-                f"{name!r} is given two weights",
+                f"{name!r} has two weights",
                 code="option.repeated-name",
                 where="--weights",
-                why="a reward is one sum, and which of the two belongs in it cannot be guessed",
+                why="an attribute has one weight",
                 fix="give each attribute once",
             )
         try:
@@ -189,7 +197,7 @@ def weights_of(text: str | None) -> dict[str, float] | str | None:
                 code="option.not-a-number",
                 where="--weights",
                 why="the score of an attribute is multiplied by its weight",
-                fix=f"write it as in {name}=0.5",
+                fix=f"write a number, for example {name}=0.5",
             ) from None
     return found
 
@@ -198,20 +206,21 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not (sign and name.strip() and value.strip()):
         raise RecipeError(
-            f"{text!r} is not name=value",
+            f"{text!r} is not of the form name=value",
             code="option.not-an-assignment",
             where=option,
-            why="one half alone does not say what it belongs to",
-            fix="write both, as in --column prompt=question or --weights helpfulness=0.5,coherence=0.5",
+            why="both the name and the value are required",
+            fix="write name=value, for example --column prompt=question or "
+            "--weights helpfulness=0.5,coherence=0.5",
         )
     return name.strip(), value.strip()
 
 
 def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, Any] | None:
-    """Variables from the command line, each as `name=value` with a value in YAML; None for no words.
+    """Parse variables of the form `name=value`, with values in YAML; return None if there are none.
 
     Raises:
-        RecipeError, or Problems: words that are none.
+        RecipeError, Problems: words that are not valid.
     """
     found: dict[str, Any] = {}
     overrides, errors = parse_overrides(words)
@@ -226,8 +235,8 @@ def parse_kwargs(words: Sequence[str], option: str = "--kwargs") -> dict[str, An
             code=error.code,
             where=f"{option} {(error.where or '').removeprefix('override ')}",
             why="each word sets one variable of the chat template",
-            fix="write name=value, for example enable_thinking=false; the value is YAML, so a text with "
-            "special characters needs quotes",
+            fix="write name=value, for example enable_thinking=false; values are YAML: quote text with "
+            "special characters",
         )
         for error in errors
     ]

@@ -1,4 +1,4 @@
-"""The commands on rewards: arguments only. No torch before a command needs it."""
+"""The commands on rewards: arguments only. Torch is imported by the commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from rpo_trainer.cli.json_output import json_option
 from rpo_trainer.cli.options import (
     given_values,
     options,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from rpo_trainer.data.rows import SpecialTokens
     from rpo_trainer.rewards.calibrate import Calibration
 
-SCORERS = ("verifier", "model", "endpoint", "judge")  # one of them gives the rewards
-# Fields that the options of an endpoint say otherwise: `--endpoint URL --name MODEL --kwargs NAME=VALUE`.
+SCORERS = ("verifier", "model", "endpoint", "judge")  # exactly one is required
+# Fields of an endpoint with options of another form: `--endpoint URL --name MODEL --kwargs NAME=VALUE`.
 _ENDPOINT = ("url", "model", "chat_template_kwargs")
 SERVICE = tuple(name for name in EndpointSpec.model_fields if name not in _ENDPOINT)
 JUDGED = ("template", "max_tokens")
@@ -44,24 +45,34 @@ THRESHOLDS = ("min_chosen_reward", "min_chosen_quantile", "keep_top_fraction")
 
 _input = click.argument("data", metavar="INPUT", type=click.Path(path_type=Path))
 _output = click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write."
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Output file."
 )
-_format = click.option("--format", "format_", help="Format of INPUT; else found from its columns.")
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+_format = click.option(
+    "--format", "format_", help="Format of INPUT.  [default: detected from its columns]"
+)
 _columns = click.option(
-    "--column", "columns", multiple=True, metavar="OURS=THEIRS", help="A column of another name."
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="OURS=THEIRS",
+    help="Name of a column in INPUT, such as prompt=question. Can be repeated.",
 )
 _special_tokens = click.option(
     "--special-tokens",
     type=click.Choice(["text", "parse"]),
-    help="How text of special tokens in INPUT is read: as letters (default), or as the tokens.",
+    help="Read special tokens in the text of INPUT as plain text or as tokens.  [default: text]",
 )
 _kwargs = click.option(
     "--kwargs",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A variable of the chat template, such as enable_thinking=false; may be repeated.",
+    help="A variable of the chat template, such as enable_thinking=false. Can be repeated.",
 )
-_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+_seed = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed."
+)
+_CHAT_TEMPLATE = "chatml, plain, or a Jinja file.  [default: the tokenizer's own]"
 
 
 _source = options(_input, _format, _columns)
@@ -78,8 +89,9 @@ def _show(lines: Iterable[str]) -> None:
 @_special_tokens
 @_kwargs
 @_output
-@spec_options(ScoreSpec, help={"model": "A reward model: directory or hub name."})
-@click.option("--name", help="The model's name at the endpoint.")
+@_overwrite
+@spec_options(ScoreSpec, help={"model": "Reward model: directory or hub name."})
+@click.option("--name", help="Name of the model at the endpoint.")
 @spec_options(JudgeSpec, JUDGED)
 @_service
 def score(
@@ -89,13 +101,15 @@ def score(
     special_tokens: SpecialTokens | None,
     kwargs: Sequence[str],
     output: Path,
+    overwrite: bool,
     name: str | None,
     **values: Any,
 ) -> None:
-    """Give rewards to the responses of INPUT: SFT rows, pairs, or K responses a row.
+    """Score responses with a verifier, reward model or judge.
 
-    They come from --verifier, --model, --endpoint or --judge. Run again, it resumes where it
-    stopped; a row that finally fails is reported, and nothing is written until all have succeeded.
+    INPUT has SFT rows, pairs, or rows of K responses. Choose one of --verifier, --model, --endpoint and
+    --judge. The same command resumes an interrupted one. Failed rows are reported, and the output is
+    written once all rows have succeeded.
     """
     from rpo_trainer.rewards.commands import score_file
 
@@ -104,31 +118,31 @@ def score(
     given = [f"--{name}" for name in SCORERS if name in fields]
     if len(given) != 1:
         raise RecipeError(
-            f"{' and '.join(given)} are given" if given else "no scorer is given",
+            f"{' and '.join(given)} cannot be combined" if given else "no scorer is given",
             code="option.not-one-scorer",
-            why="one scorer gives the rewards: those of two have no common unit",
+            why="rewards of different scorers have different units" if given else "",
             fix=f"give one of {', '.join(given or (f'--{name}' for name in SCORERS))}",
         )
     if judged and "judge" not in fields:
         raise RecipeError(
-            "--template and --max-tokens belong to --judge",
+            "--template and --max-tokens require --judge",
             code="option.missing-companion",
-            why="nothing else is asked in words, so nothing would read them",
-            fix="add --judge URL --name MODEL, or leave them out",
+            why="they set the prompt and the answer of a judge",
+            fix="add --judge URL --name MODEL, or remove them",
         )
     if name is not None and "endpoint" not in fields and "judge" not in fields:
         raise RecipeError(
-            "--name belongs to --endpoint or --judge",
+            "--name requires --endpoint or --judge",
             code="option.missing-companion",
-            why="it is what a server calls its model; a verifier or --model has no server",
-            fix="add --endpoint URL or --judge URL, or leave it out",
+            why="it is the name of a model at an endpoint",
+            fix="add --endpoint URL or --judge URL, or remove --name",
         )
     if kwargs and "verifier" in fields:
         raise RecipeError(
-            "--kwargs belongs to --model, --endpoint or --judge",
+            "--kwargs requires --model, --endpoint or --judge",
             code="option.missing-companion",
-            why="a verifier reads the responses alone: no chat template is rendered",
-            fix="leave it out",
+            why="a verifier does not render a chat template",
+            fix="remove --kwargs",
         )
     if "weights" in fields:
         fields["weights"] = weights_of(fields["weights"])
@@ -136,13 +150,13 @@ def score(
     if "endpoint" in fields:
         fields["endpoint"] = service_fields(fields["endpoint"], name, service)
     if "judge" in fields:
-        # A judge reads the rows as text: the variables are those of its own template.
+        # A judge reads plain text: the variables are those of its own chat template.
         own = {} if not kwargs else {"chat_template_kwargs": parse_kwargs(kwargs)}
         fields["judge"] = {**service_fields(fields["judge"], name, service), **judged, **own}
         rendered = ()
     spec = valid(ScoreSpec, fields)
     source = source_spec(data, format_, columns, special_tokens, rendered)
-    _show(score_file(source, output, spec))
+    _show(score_file(source, output, spec, overwrite=overwrite))
 
 
 @click.command()
@@ -150,17 +164,25 @@ def score(
 @_special_tokens
 @_kwargs
 @_output
-@click.option("--policy", "policies", multiple=True, help="A model: directory or hub name.")
+@_overwrite
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    help="Model to sample from: directory or hub name. Can be repeated.",
+)
 @click.option(
     "--endpoint",
     "endpoints",
     multiple=True,
     metavar="URL",
-    help="A model behind an OpenAI-compatible endpoint (vLLM, say); needs --name.",
+    help="OpenAI-compatible endpoint (such as vLLM) to sample from; requires --name. Can be repeated.",
 )
-@click.option("--name", "names", multiple=True, help="The model's name there, one an --endpoint.")
+@click.option(
+    "--name", "names", multiple=True, help="Name of the model at the endpoint, one per --endpoint."
+)
 @spec_options(GenerateSpec, without=("policies", "endpoints"))
-@click.option("--chat-template", help="chatml, plain, or a Jinja file; else each policy's own.")
+@click.option("--chat-template", help=_CHAT_TEMPLATE)
 @_seed
 @_service
 def generate(
@@ -170,6 +192,7 @@ def generate(
     special_tokens: SpecialTokens | None,
     kwargs: Sequence[str],
     output: Path,
+    overwrite: bool,
     policies: Sequence[str],
     endpoints: Sequence[str],
     names: Sequence[str],
@@ -177,27 +200,27 @@ def generate(
     seed: int,
     **values: Any,
 ) -> None:
-    """Sample responses to the prompts of INPUT, from one policy or from several.
+    """Sample responses to prompts, from one or several models.
 
-    Run again, it resumes where it stopped. What a row gets depends on its id and the seed, not
-    on the rows beside it.
+    The same command resumes an interrupted one. The responses to a prompt depend on its row id and the
+    seed, not on the other rows.
     """
     from rpo_trainer.rewards.commands import generate_file
 
     if len(endpoints) != len(names):
         raise RecipeError(
-            f"{len(endpoints)} endpoints and {len(names)} names",
+            f"{len(endpoints)} --endpoint and {len(names)} --name",
             code="option.missing-companion",
             where="--endpoint, --name",
-            why="they belong together in their order, so none may be missing",
-            fix="one --name an --endpoint",
+            why="they are matched in order",
+            fix="give one --name per --endpoint",
         )
     if not policies and not endpoints:
         raise RecipeError(
-            "there is no policy to sample from",
+            "no model to sample from is given",
             code="option.missing-policy",
             where="--policy",
-            why="the responses are a model's, and none is taken unasked",
+            why="there is no default model",
             fix="add --policy MODEL, or --endpoint URL --name MODEL",
         )
     fields = given_values(values)
@@ -205,12 +228,17 @@ def generate(
     at = [service_fields(url, name, service) for url, name in zip(endpoints, names, strict=True)]
     spec = valid(GenerateSpec, {"policies": list(policies), "endpoints": at, **fields})
     source = source_spec(data, format_, columns, special_tokens, kwargs)
-    _show(generate_file(source, output, spec, seed=seed, chat_template=chat_template))
+    _show(
+        generate_file(
+            source, output, spec, seed=seed, chat_template=chat_template, overwrite=overwrite
+        )
+    )
 
 
 @click.command()
 @_source
 @_output
+@_overwrite
 @spec_options(PairsSpec)
 @spec_options(FilterSpec, THRESHOLDS)
 @_seed
@@ -219,10 +247,14 @@ def pairs(
     format_: str | None,
     columns: Sequence[str],
     output: Path,
+    overwrite: bool,
     seed: int,
     **values: Any,
 ) -> None:
-    """Make pairs, or rows of K responses, of the scored or ranked responses of INPUT."""
+    """Make preference rows from scored or ranked responses.
+
+    The rows are pairs, or with `--select all_responses` rows of K responses.
+    """
     from rpo_trainer.rewards.commands import pairs_file
 
     fields = given_values(values)
@@ -230,15 +262,15 @@ def pairs(
     filter = valid(FilterSpec, {**passing, "reversed": "keep"}) if passing else None
     spec = valid(PairsSpec, fields)
     source = source_spec(data, format_, columns)
-    _show(pairs_file(source, output, spec, filter, seed=seed))
+    _show(pairs_file(source, output, spec, filter, seed=seed, overwrite=overwrite))
 
 
 @click.command()
 @click.argument("data", metavar="INPUT...", nargs=-1, required=True)
 @_format
 @_columns
-@click.option("--reward-scale", type=float, help="The η to look at; else the fitted one.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--reward-scale", type=float, help="Value of η to evaluate.  [default: the fitted η]")
+@json_option("Print JSON, errors included.")
 def calibrate(
     data: Sequence[str],
     format_: str | None,
@@ -246,15 +278,15 @@ def calibrate(
     reward_scale: float | None,
     as_json: bool,
 ) -> None:
-    """Show what η makes of the reward gaps of INPUT, and fit one."""
+    """Show the reward gaps of preference rows, and fit η to them."""
     from rpo_trainer.rewards.commands import calibrate_file
 
     if reward_scale is not None and not 0 < reward_scale < math.inf:
         raise RecipeError(
-            f"--reward-scale must be above 0, and finite, got {reward_scale:g}",
+            f"--reward-scale must be a finite number greater than 0, got {reward_scale:g}",
             code="option.out-of-range",
-            why="η multiplies the gaps: 0 takes them away, and below 0 worse responses would be learnt",
-            fix="give another, or leave it out: one is fitted",
+            why="η multiplies the reward gaps: 0 removes them, and a negative η reverses them",
+            fix="give another value, or omit it to use the fitted η",
         )
     sources = [source_spec(Path(path), format_, columns) for path in data]
     found = calibrate_file(sources, reward_scale)
@@ -268,7 +300,7 @@ def calibrate(
 def _show_calibration(name: str, found: Calibration) -> None:
     click.echo(f"{name}: {found.rows} pairs, {found.ties} ties, {found.against} reversed")
     if found.without:
-        click.echo(f"  warning: {found.without} without rewards, left out")
+        click.echo(f"  warning: {found.without} without rewards, not used")
     widest = max(count for _, _, count in found.histogram)
     for low, high, count in found.histogram:
         bar = "█" * round(30 * count / max(widest, 1))
@@ -287,19 +319,24 @@ def _show_calibration(name: str, found: Calibration) -> None:
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="Rows held out: their prompts should not be in INPUT.",
+    help="Held-out rows; prompts that are in both files are counted.",
 )
-@click.option("--tokenizer", help="Directory or hub name: lengths, truncation, template.")
-@click.option("--chat-template", help="chatml, plain, or a Jinja file; else the tokenizer's own.")
+@click.option(
+    "--tokenizer", help="Directory or hub name; adds lengths, truncation and chat template."
+)
+@click.option("--chat-template", help=_CHAT_TEMPLATE)
 @_kwargs
-@click.option("--max-length", type=click.IntRange(2), help="Longest prompt + response, in tokens.")
+@click.option(
+    "--max-length", type=click.IntRange(2), help="Maximum length of prompt + response, in tokens."
+)
 @click.option(
     "--truncation",
     type=click.Choice(["drop", "cut"]),
     default="drop",
-    help="What becomes of longer rows (drop).",
+    show_default=True,
+    help="Drop or truncate longer rows.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("Print JSON, errors included.")
 def audit(
     data: Path,
     format_: str | None,
@@ -312,15 +349,18 @@ def audit(
     truncation: Literal["drop", "cut"],
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Audit INPUT: what a stage would drop, and what it would learn without being told."""
+    """Count dropped rows and likely problems of a data file.
+
+    Lists duplicates, ties, length bias and what the chat template leaves out of INPUT.
+    """
     from rpo_trainer.stages.inspect_data import audit_file
 
     if tokenizer is None and (max_length is not None or chat_template is not None or kwargs):
         raise RecipeError(
-            "--max-length, --chat-template and --kwargs need --tokenizer",
+            "--max-length, --chat-template and --kwargs require --tokenizer",
             code="option.missing-companion",
-            why="a row's length is counted in tokens, after the template is applied",
-            fix="add --tokenizer MODEL, or leave them out",
+            why="lengths are counted in tokens, after the chat template is applied",
+            fix="add --tokenizer MODEL, or remove them",
         )
     found = audit_file(
         source_spec(data, format_, columns, kwargs=kwargs),

@@ -1,61 +1,62 @@
-"""Rows in one internal format: reading, adapting, filtering, mixing, rendering, tokenizing.
+"""Data: read, convert to one internal format, filter, mix, render and tokenize.
 
-Imports neither torch nor transformers, so that a recipe's data can be checked at once.
+Importing this package does not import torch or transformers, so that the data of a recipe can be checked
+quickly.
 
-pipeline          `load_rows`, `prepare_dataset`: all of the below, in order
+pipeline          `load_rows`, `prepare_dataset`: all steps below, in order
 
 Read:
-  sources           files, saved `datasets`, the hub, built-in tasks
-  json_file         rows of JSON and JSON lines
-  csv_file          rows of CSV
-  json_columns      lists and messages that a column holds as JSON text
-  tasks             the table of built-in tasks
-  quickstart        data and tokenizer of the quickstart, made here
+  sources           files, saved `datasets`, the Hugging Face Hub, built-in tasks
+  json_file         JSON and JSON lines files
+  csv_file          CSV files
+  json_columns      lists and messages stored as JSON text in a column
+  tasks             table of built-in tasks
+  quickstart        data and tokenizer of the quickstart, generated
 
-Adapt to the internal format:
-  rows              the internal format, and the checks of every row
-  formats/          the known formats, a table for each kind of row
-  detect            the format of a source by its columns
+Convert to the internal format:
+  rows              the internal format and its checks
+  formats/          known formats, one table for each kind of row
+  detect            detect the format of a source from its columns
   adapt_rows        raw rows of any format → internal rows
-  messages          messages in any spelling → role and content
-  message_forms     tool calls, thinking and content as templates read them
-  conversation      prompt and responses put together
-  shared_columns    what every format reads: tools, system prompt, template variables
+  messages          messages in any known spelling → role and content
+  message_forms     tool calls, thinking and content in the form that templates read
+  conversation      combine prompt and responses
+  shared_columns    columns that every format reads: tools, system prompt, template variables
   columns           columns that no format reads
 
-Choose:
-  filters           rows by rewards, or by prompts that occur again
-  duplicates        prompts that are the same, or nearly
+Select:
+  filters           filter rows by reward or by repeated prompt
+  duplicates        equal and nearly equal prompts
   mix               mixtures by weight, and replay
-  ratings           targets of a reward model; rows set aside for evaluation
+  ratings           targets of a reward model; rows held out for evaluation
 
 Render and tokenize:
   templates         built-in chat templates, set on a tokenizer
-  template_limits     time, memory and output length of a template
-  template_variables  the variables that a template reads
-  jinja_variables     the same of any Jinja text
-  template_coverage   what a template leaves out of a row
-  trained_spans     rows → text, which characters of it are trained, and the mask of its tokens
-  turns             where the assistant's turns begin and end in a text
-  turn_endings      end markers of turns, as the template writes them
-  thinking_marks    the marks around thinking
-  rendered          a rendered text with its trained spans and special-token text
+  template_limits     limits of a template's time, memory and output length
+  template_variables  variables that a chat template reads
+  jinja_variables     variables that any Jinja text reads
+  template_coverage   parts of a row that a template omits
+  trained_spans     rows → text, trained characters, and token masks
+  turns             start and end of the assistant turns in a text
+  turn_endings      end-of-turn markers that the template writes
+  thinking_marks    markers around thinking
+  rendered          rendered text with its trained spans and special-token text
   encode            text → token ids and masks
   tokenize          rows → tokenized examples in Arrow
-  tokenize_batch    one batch of them
-  parallel_map      batches on several processes
+  tokenize_batch    tokenize one batch of rows
+  parallel_map      run batches in several processes
 
 Count and show:
-  audit             what was read, kept, dropped, and warned about
-  audit_counts      its counts
-  counts            rows by reason
+  audit             report of rows read, kept and dropped, and of warnings
+  audit_counts      the counts of the audit
+  counts            counts by reason, and their texts
   judge_bias        position and length bias of a judge
-  token_view        tokens in colors
-  sample_conversations  conversations to check a template with
+  token_view        colored view of tokens
+  sample_conversations  conversations for checking a template
 
-Rows made one by one:
-  resumable_rows    a file of rows that survives a kill, whole or absent
-  partial_file      the unfinished results beside it
+Rows generated one by one:
+  resumable_rows    a row file that survives interruption: complete or absent
+  partial_file      its unfinished results
 """
 
 from rpo_trainer.data.audit import Audit

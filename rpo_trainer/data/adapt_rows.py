@@ -1,7 +1,7 @@
-"""Raw rows of any known format → internal rows.
+"""Convert raw rows of any known format to internal rows.
 
-A format is named in the recipe (`format:`) or found from the columns; `columns:` renames what is
-called otherwise.
+The format is given in the recipe (`format:`) or detected from the columns; `columns:` maps other column
+names to the expected ones.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs
 
-# Names under which a prompt may stand that is not read; `source` columns and the like are not.
+# Column names that probably hold a prompt, for a prompt that no format reads.
 _PROMPT_NAMES = {name.lower() for name in (*MEANT["prompt"], *PROMPT_COLUMNS)}
 
 
-# ---------------------------------------------------------------- whole sources
+# ---------------------------------------------------------------- entire sources
 
 _REWARDS = frozenset({"chosen_reward", "rejected_reward"})
 
@@ -64,25 +64,25 @@ def adapt(
     model_kwargs: Kwargs | None = None,
     audit: Audit,
 ) -> list[Row]:
-    """Internal rows of one source.
+    """Convert the rows of one source.
 
     Args:
-        raw: rows with their places; a row's id is its own `id` (text or whole number) or
+        raw: rows with their positions; a row's id is its column `id` (text or integer) or
             "<source name>:<place>".
-        columns: {our name: name in the file}.
-        require_rewards: every response must have a finite reward (RPO). Otherwise rewards that
-            are no numbers are left out and counted.
-        keep: other columns that stay in the rows as they are (a verifier's); None: all others, and the row's
-            own `source` in place of the file's name.
-        used: with `keep=None`, those of them that the caller reads; the others are counted as not read.
-        as_given: every row stays, with its responses in their order.
-        unscored: sampled responses without rewards are taken too: nobody reads their order.
-        special_tokens: how text of special tokens is to be read, for `tokenize_rows`.
-        source_kwargs, model_kwargs: variables of the chat template for all rows, and for those of
-            messages; a row's own `chat_template_kwargs` go before the first, and these before the second.
+        columns: {expected name: name in the file}.
+        require_rewards: every response must have a finite reward (RPO). Otherwise rewards that are not
+            numbers are ignored and counted.
+        keep: other columns to keep unchanged (for verifiers); None keeps all of them, and the row's own
+            `source` instead of the file's name.
+        used: with `keep=None`, the columns that the caller reads; the others are reported as not read.
+        as_given: keep every row, with its responses in their order.
+        unscored: accept sampled responses without rewards, for callers that do not use their order.
+        special_tokens: how `tokenize_rows` treats the text of special tokens.
+        source_kwargs, model_kwargs: variables of the chat template for all rows, and for rows of messages. A
+            row's own `chat_template_kwargs` take precedence over the first, and the first over the second.
 
     Raises:
-        DataError, or Problems: how many rows have which fault, and the first three of each.
+        DataError, or Problems: the number of rows with each fault, and the first three of each.
     """
     rows = _renamed(raw, columns or {})
     if raw.untyped:
@@ -95,12 +95,11 @@ def adapt(
         chosen = replace(chosen, sort=False)
     if require_rewards and chosen.may_lack_rewards and not present & _REWARDS:
         raise DataError(
-            "no row has rewards, and RPO needs one for every response",
+            "the rows have no rewards; RPO needs a reward for every response",
             code="data.missing-rewards",
             where=raw.where,
-            why="the gap between the rewards is what RPO learns, and no reward is made up",
-            fix="score the responses (`score:` in the recipe, or rpo-trainer score), name their columns "
-            "with `columns: {chosen_reward: theirs, rejected_reward: theirs}`, or use kind: dpo",
+            fix="score the responses (`score:` in the recipe, or rpo-trainer score), map the columns with "
+            "`columns: {chosen_reward: NAME, rejected_reward: NAME}`, or use `kind: dpo`",
         )
     filled = {column for row in rows for column, value in row.items() if value is not None}
     own = chosen.read(filled)
@@ -112,7 +111,7 @@ def adapt(
         filled - own - set(used if keep is None else kept) - _read_of_common(kind),
         {*COMMON, *chosen.ignored},
     )
-    if kind == "prompt":  # responses are not missed where they are to be sampled
+    if kind == "prompt":  # responses will be sampled
         missed, others = (
             [c for c in missed if c not in _ANSWERS],
             sorted({*others, *(_ANSWERS & {*missed})}),
@@ -120,7 +119,7 @@ def adapt(
     asked = chosen.prompt_column(filled)
     if chosen.prompts and asked is None:
         _check_no_prompt_unread(rows, missed, raw.where)
-    # A column that some rows have is one that all rows need, where the rows make no sense without.
+    # A required column that only some rows have is an error in the others.
     never_null = [c for c in chosen.required if c not in chosen.nullable]
     needed = [*never_null, *(["prompt"] if asked == "prompt" else [])]
     problems = RowProblems(raw.where)
@@ -135,7 +134,7 @@ def adapt(
         try:
             for column in needed:
                 if row.get(column) is None:
-                    raise RowError(f"`{column}` is absent or null", code="data.missing-value")
+                    raise RowError(f"`{column}` is missing or null", code="data.missing-value")
             refuse_media(row)
             new = {"id": row_id, "source": raw.name, **chosen.convert(row), **tools(row)}
             for column in [*new.pop("unread", ()), *unread_system(new, row)]:
@@ -170,14 +169,14 @@ def adapt(
 
 
 def _read_of_common(kind: Kind) -> set[str]:
-    """The columns that are read beside those of a format."""
+    """Columns that are read in addition to those of a format."""
     read = {"id", "system", "tools", COLUMN}
     if kind in ("pair", "prompt"):
         read.add("ground_truth")
     return read | {"truth_chosen"} if kind == "pair" else read
 
 
-# Columns with responses and what is said of them.
+# Columns that hold responses, or something about them.
 _ANSWERS = frozenset(
     {
         "response", "responses", "completion", "completions", "chosen", "rejected", "output",
@@ -188,20 +187,20 @@ _ANSWERS = frozenset(
 
 
 def _no_place(column: str) -> str:
-    """Why a column has no place in the row that is trained."""
+    """Return why a column cannot be used in a training row."""
     if column == "system":
-        return "the row is one text without a prompt, and a system turn goes before a prompt"
+        return "the row is a single text without a prompt"
     if column in PROMPT_COLUMNS:
-        return "the responses are whole conversations that do not contain it"
+        return "the responses are full conversations that do not contain it"
     if column.startswith("input."):
-        return "`input` has `messages` and `tools`"
+        return "only `messages` and `tools` of `input` are read"
     if column == "finished":
-        return "it is a list with one true or false a response"
-    return "each completion has a `completion` and its `rank`"
+        return "it must be a list with one boolean for each response"
+    return "only `completion` and `rank` of each completion are read"
 
 
 def _says(new: Row, value: object) -> bool:
-    """Whether the conversation of a converted row has a turn with this text."""
+    """Whether a turn of a converted row contains this text."""
     turns = new.get("messages", new.get("prompt"))
     return value is None or (
         isinstance(value, str) and isinstance(turns, list) and holds(turns, value)
@@ -209,27 +208,25 @@ def _says(new: Row, value: object) -> bool:
 
 
 def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: str) -> None:
-    """Raises DataError where the prompt would be guessed from texts beside a column that may hold it."""
+    """Raise DataError if the prompt would be guessed although an unread column may hold it."""
     if not any(isinstance(row.get("chosen"), str) for row in rows):
         return
     likely = [c for c in missed if c.lower() in _PROMPT_NAMES]
     if likely:
         raise DataError(
-            f"there is no `prompt`, and the columns {', '.join(missed)} are not read",
+            f"no column `prompt`, and the columns {', '.join(missed)} are not read",
             code="data.missing-prompt",
             where=where,
-            why="one of them may hold the prompt; words that both responses begin with are not taken for it",
-            fix=f"name its column: {mapping_for(['prompt'], likely)}"
-            + (
-                ", or `format: orca` for a question with its system prompt" * ("question" in likely)
-            ),
+            why="one of them may hold the prompt",
+            fix=f"map the column that holds it: {mapping_for(['prompt'], likely)}"
+            + (", or write `format: orca` for `question` with `system`" * ("question" in likely)),
         )
 
 
 def _how_to_fix(
     format: Format, asked: str | None, missed: Sequence[str], rows: Sequence[Row]
 ) -> str:
-    """With a mapping of unread columns to those that some rows lack."""
+    """Return the fix, with a suggested mapping of unread columns to those that some rows lack."""
     needed = [column for column in format.required if column not in format.nullable]
     lacking = [column for column in needed if any(row.get(column) is None for row in rows)]
     if format.prompts and (asked is None or any(row.get(asked) is None for row in rows)):
@@ -237,29 +234,29 @@ def _how_to_fix(
     if not (missed and lacking):
         return "correct or remove these rows"
     return (
-        f"correct or remove these rows; the columns {', '.join(missed)} are not read: name the one that "
-        f"is meant, {mapping_for(lacking, missed)}"
+        f"correct or remove these rows, or map one of the unread columns ({', '.join(missed)}): "
+        f"{mapping_for(lacking, missed)}"
     )
 
 
 def _require_scores(rows: Sequence[Row], where: str) -> None:
     if rows and all(row["rewards"] is None for row in rows):
         raise DataError(
-            "the responses are sampled, and have no rewards",
+            "the rows are sampled responses without rewards",
             code="data.unscored-responses",
             where=where,
-            why="the order in which they were sampled says nothing of which is better",
-            fix="score them (`score:` in the recipe, or rpo-trainer score); where they stand best first, "
-            "name the format: ranked",
+            why="the order of sampling says nothing about which response is better",
+            fix="score them (`score:` in the recipe, or rpo-trainer score); if they are ordered best first, "
+            "write `format: ranked`",
         )
 
 
 def _together(
     rows: Sequence[Row], places: Sequence[int], columns: Sequence[str]
 ) -> tuple[list[Row], list[int]]:
-    """One row for each run of rows with the same prompt, with lists in `columns`; the first's place.
+    """Join consecutive rows with the same prompt into one, with lists in `columns`; keep the first position.
 
-    A column that one of them has not is null, as in a row of its own.
+    A column that one of the rows lacks is null in the joined row.
     """
     joined, firsts = [], []
     same = ("prompt", "system", "tools", "ground_truth", COLUMN)
@@ -282,26 +279,25 @@ def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]
     if columns and all(a in present - known and b in known for a, b in columns.items()):
         turned = ", ".join(f"{ours}: {theirs}" for theirs, ours in columns.items())
         raise DataError(
-            "`columns` is the wrong way round",
+            "`columns` is reversed",
             code="data.reversed-columns",
             where=raw.where,
-            why="it is {our name: name in the file}",
+            why="its form is {expected name: name in the file}",
             fix=f"write `{{{turned}}}`",
         )
     for ours, theirs in columns.items():
         for name, table, what in (
-            (ours, known, "we know"),
-            (theirs, present, "there is"),
+            (ours, known, "which is not a column of any format"),
+            (theirs, present, "which is not a column of the file"),
         ):
             if name not in table:
                 near = difflib.get_close_matches(name, table, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise DataError(
-                    f"`columns` names {name!r}, and {what} no such column{hint}",
+                    f"`columns` contains {name!r}, {what}{hint}",
                     code="data.unknown-column",
                     where=raw.where,
-                    why="it would rename nothing",
-                    fix="`columns` is {our name: name in the file}",
+                    fix="write `columns: {expected name: name in the file}`",
                 )
     renamed = []
     for row in raw.rows:
@@ -318,7 +314,7 @@ def _row_id(row: Raw, source: str, place: int) -> str:
 
 
 def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Audit) -> None:
-    """Adds what does not depend on the format: ground truth, rewards, the order best first."""
+    """Add what all formats share: ground truth, rewards, and the order (best first)."""
     if format.kind in ("sft", "rating"):
         return
     truth = raw.get("ground_truth")
@@ -331,13 +327,13 @@ def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Au
         new |= with_responses(new, order)
     flag = raw.get("truth_chosen")
     if flag is not None and not isinstance(flag, bool):
-        raise RowError("`truth_chosen` is neither true nor false", code="data.wrong-type")
+        raise RowError("`truth_chosen` is not a boolean", code="data.wrong-type")
     is_truth = truth is not None and new["responses"][:1] == [str(truth)]
     new["truth_chosen"] = bool(flag) or is_truth
 
 
 def _decided(given: Sequence[Any] | None, found: list[float] | None) -> list[Any] | None:
-    """The rewards with null for those that are absent; None where another fault is in them."""
+    """Return the rewards with null for absent ones; None if they have another fault."""
     absent_only = given is not None and all(r is None or not reward_fault(r) for r in given)
     return list(given) if given is not None and absent_only else found
 
@@ -349,7 +345,8 @@ def _rewards(new: Row, required: bool, audit: Audit) -> list[float] | None:
         return [float(reward) for reward in rewards]
     if required:
         raise RowError(
-            f"a reward is {faults[0]}, and RPO needs one for every response", code="data.bad-reward"
+            f"a reward is {faults[0]}; RPO needs a number for every response",
+            code="data.bad-reward",
         )
     if any(reward is not None for reward in rewards):
         audit.warn("unusable_rewards", new["id"])

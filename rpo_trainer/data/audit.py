@@ -1,6 +1,6 @@
-"""What happened to the data: rows read and kept, drops and warnings by reason, lengths.
+"""Audit of a data set: rows read and kept, rows dropped and warnings by reason, lengths.
 
-Everything that is dropped is counted here, with up to three row ids a reason, and shown.
+Every dropped row is counted here and reported, with up to three row ids for each reason.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from rpo_trainer.data.counts import (
     percent,
     quantiles,
     rows_word,
+    unread_columns,
 )
 from rpo_trainer.data.duplicates import repeated, shared
 from rpo_trainer.data.judge_bias import bias_lines
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
 
-LONGER = 1.5  # chosen / rejected length, on average, above which a run mostly learns length
-SATURATED = 0.999  # σ(target_gap) beyond which a target is as good as a label
-FLAT = 0.55  # σ(target_gap) below which a target carries almost no information
+LONGER = 1.5  # mean length of chosen / rejected above which training mostly learns length
+SATURATED = 0.999  # σ(target gap) above which a target is practically a label
+FLAT = 0.55  # σ(target gap) below which a target carries almost no information
 
 
 class Audit(AuditCounts):
-    """The counts of one data set, what they say of it, and both in words."""
+    """The counts of one data set, and the messages made from them."""
 
     def leave_out_all(self, reason: str, rows: Sequence[Row], kept: Sequence[Row]) -> None:
-        """Counts those of `rows` that are not among `kept`; prompts that occur again are those of `kept`."""
+        """Count the rows that are not in `kept`, and count repeated prompts again, in `kept` alone."""
         own = {id(row) for row in kept}
         for row in rows:
             if id(row) not in own:
@@ -49,7 +50,7 @@ class Audit(AuditCounts):
             self.observe_prompts(kept)
 
     def observe_prompts(self, rows: Sequence[Row]) -> None:
-        """Counts prompts that occur again, exactly or nearly."""
+        """Count prompts that are equal or nearly equal to an earlier one."""
         same, alike = repeated(rows)
         for row in same:
             self.warn("duplicate_prompt", row["id"])
@@ -57,7 +58,7 @@ class Audit(AuditCounts):
             self.warn("similar_prompt", row["id"])
 
     def observe_pairs(self, rows: Sequence[Row]) -> None:
-        """Counts ties and reversed pairs; compares the lengths (characters) of best and worst."""
+        """Count ties and reversed pairs, and compare the lengths of best and worst response in characters."""
         gaps = sorted(row["rewards"][0] - row["rewards"][-1] for row in rows if row["rewards"])
         best = sum(len(row["responses"][0]) for row in rows) / max(len(rows), 1)
         worst = sum(len(row["responses"][-1]) for row in rows) / max(len(rows), 1)
@@ -72,8 +73,8 @@ class Audit(AuditCounts):
         }
         if best > LONGER * worst:
             self.remark(
-                f"chosen is much longer than rejected on average "
-                f"({best:.0f} against {worst:.0f} characters): the model may learn length"
+                f"chosen responses are much longer than rejected ones "
+                f"({best:.0f} and {worst:.0f} characters on average): the model may learn length"
             )
         if len(gaps) > 1 and gaps[0] == gaps[-1]:
             self.remark(f"all reward gaps are equal ({gaps[0]:g})")
@@ -81,15 +82,16 @@ class Audit(AuditCounts):
     def observe_ratings(
         self, names: Sequence[str], ratings: Sequence[Sequence[float | None]]
     ) -> None:
-        """How often each attribute is rated, and the quantiles of its ratings."""
+        """Count the ratings of each attribute, with quantiles."""
         for number, name in enumerate(names):
             found = sorted(value for row in ratings if (value := row[number]) is not None)
             self.ratings[name] = {"rated": len(found), **quantiles(found)}
 
     def check_target_gaps(self, rows: Sequence[Row], reward_scale: float) -> None:
-        """Remarks on targets σ(η · gap) that are 0 or 1, or ½, for most rows (η = `reward_scale`).
+        """Warn if the targets σ(η · reward gap) of most rows are near 0 or 1, or near ½ (η = `reward_scale`).
 
-        Of all rows; where these are well, of each source: rewards of two units have no common η.
+        All rows are checked together; if they pass, each source separately, since sources whose rewards have
+        different units have no common η.
         """
         sources: dict[str, list[float]] = {}
         for row in rows:
@@ -101,22 +103,20 @@ class Audit(AuditCounts):
                 self._remark_targets(gaps, f"{source}: ")
 
     def _remark_targets(self, gaps: Sequence[float], where: str) -> bool:
-        """Whether most of these target gaps are saturated or flat."""
+        """Whether most of these target gaps are saturated or flat; if so, a remark is added."""
         limit = math.log(SATURATED / (1 - SATURATED))
         wide = sum(abs(gap) > limit for gap in gaps)
         if 2 * wide > len(gaps):
             self.remark(
-                f"{where}the target gap is so wide that its sigmoid is 0 or 1 for {wide} of "
-                f"{len(gaps)} rows: RPO then learns no more than DPO; a smaller reward_scale keeps "
-                f"the gaps"
+                f"{where}the target gap is so large that its sigmoid is 0 or 1 in {wide} of "
+                f"{len(gaps)} rows, where RPO is no different from DPO: use a smaller reward_scale"
             )
         limit = math.log(FLAT / (1 - FLAT))
         flat = sum(abs(gap) < limit for gap in gaps)
         if 2 * flat > len(gaps):
             self.remark(
-                f"{where}the target gap is so small that its sigmoid is within {FLAT - 0.5:g} of 1/2 "
-                f"for {flat} of {len(gaps)} rows: RPO then learns next to nothing; a larger "
-                f"reward_scale shows the gaps"
+                f"{where}the target gap is so small that its sigmoid is within {FLAT - 0.5:g} of 1/2 in "
+                f"{flat} of {len(gaps)} rows, from which RPO learns almost nothing: use a larger reward_scale"
             )
         return 2 * max(wide, flat) > len(gaps)
 
@@ -128,24 +128,24 @@ class Audit(AuditCounts):
         on_overlap: Literal["warn", "error"] = "warn",
         where: str | None = None,
     ) -> int:
-        """Remarks on prompts that are in both; returns how many rows of `evaluation` that is.
+        """Warn about prompts that are in both, and return the number of such rows of `evaluation`.
 
         Args:
-            on_overlap: what such prompts are.
-            where: the field that names the evaluation, if not `data.eval`; several add up in `overlap`.
+            on_overlap: whether such prompts are a warning or an error.
+            where: the field that names the evaluation data, if not `data.eval`; `overlap` is the sum of all.
 
         Raises:
-            DataError: there are some, and `on_overlap` is `error`.
+            DataError: such prompts exist, and `on_overlap` is `error`.
         """
         same, alike = shared(train, evaluation)
         found = [*same, *alike]
-        counts = {"rows": len(evaluation), "exact": len(same), "normalised": len(alike)}
+        counts = {"rows": len(evaluation), "exact": len(same), "normalized": len(alike)}
         self.overlap = {name: self.overlap.get(name, 0) + n for name, n in counts.items()}
         if not found:
             return 0
-        nearly = f", {len(alike)} of them but for case, white space or Unicode form"
+        nearly = f", {len(alike)} of them up to case, white space or Unicode form"
         what = (
-            f"{len(found)} of {len(evaluation)} eval rows have a prompt that is trained on"
+            f"{len(found)} of {len(evaluation)} eval rows have a prompt of the training data"
             f"{nearly if alike else ''} ({', '.join(str(row['id']) for row in found[:EXAMPLES])})"
         )
         if on_overlap == "error":
@@ -153,14 +153,14 @@ class Audit(AuditCounts):
                 what,
                 code="data.eval-overlap",
                 where=where or "data.eval",
-                why="`eval_overlap: error` allows none, and what is measured would look too good",
-                fix="remove these rows from train or eval, or remove `eval_overlap`",
+                why="`eval_overlap: error` does not allow this: metrics on these rows are too optimistic",
+                fix="remove these rows from `train` or `eval`, or set `eval_overlap: warn`",
             )
         self.remark(what if where is None else f"{where}: {what}")
         return len(found)
 
     def drops(self, what: str = "the rows") -> str | None:
-        """How much is dropped and why, in one sentence; None where nothing is."""
+        """Return one sentence with the number of dropped rows by reason; None if none was dropped."""
         dropped = sum(count.count for count in self.dropped.values())
         if not dropped:
             return None
@@ -179,9 +179,10 @@ class Audit(AuditCounts):
         return DROPS.get(reason, reason)
 
     def messages(self, what: str = "the rows") -> list[tuple[int, str]]:
-        """Everything for people, one fact a line, each with its level of `logging`.
+        """Return all messages, one fact each, with their `logging` levels.
 
-        What is dropped, cut, left out or not read is a warning, with its share of the rows.
+        Rows that are dropped, truncated or not used, and columns that are not read, are warnings, with their
+        fraction of the rows.
         """
         info, warn = logging.INFO, logging.WARNING
         told = [(info, line) for line in self._counts()]
@@ -208,7 +209,7 @@ class Audit(AuditCounts):
                 told.append((warn if cut.many else info, f"{source}: {cut.text()}"))
         told += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
-            told.append((warn, f"{source}: columns that are not read: {', '.join(columns)}"))
+            told.append((warn, unread_columns(source, columns)))
         for source, columns in self.extra_columns.items():
             others = [c for c in columns if c not in self.unread_columns.get(source, ())]
             if others:
@@ -216,26 +217,51 @@ class Audit(AuditCounts):
         return told
 
     def summary_lines(self) -> list[str]:
-        """The same as lines, warnings marked as such."""
+        """Return the messages as lines; warnings begin with `warning: `."""
         return [
             f"warning: {text}" if level >= logging.WARNING else text
             for level, text in self.messages()
         ]
 
     def log(self, logger: logging.Logger, what: str, label: str = "") -> None:
-        """Logs everything, warnings as such.
+        """Log the audit in at most two lines: a summary at INFO, and all warnings at WARNING.
+
+        The other messages are logged at DEBUG, one line each.
 
         Args:
-            what: the rows, as a warning names them ("train_dataset").
-            label: goes in front of each line.
+            what: name of the rows in the warnings ("train_dataset").
+            label: prefix of each line.
         """
-        for level, text in self.messages(what):
-            logger.log(level, "%s%s", label, text)
+        messages = self.messages(what)
+        if summary := self.summary():
+            logger.info("%s%s", label, summary)
+        if warnings := [text for level, text in messages if level >= logging.WARNING]:
+            logger.warning("%s%s", label, "; ".join(warnings))
+        for level, text in messages:
+            if level < logging.WARNING:
+                logger.debug("%s%s", label, text)
+
+    def summary(self) -> str:
+        """Return one line: rows read and kept, filter, calibration, judge, and lengths in tokens."""
+        parts = []
+        if self.read:
+            total = sum(self.read.values())
+            several = ", ".join(f"{source} {rows:,}" for source, rows in self.read.items())
+            names = f" ({several})" if len(self.read) > 1 else f" from {next(iter(self.read))}"
+            kept = f", {sum(self.kept.values()):,} kept" if self.kept else ""
+            parts.append(f"{total:,} rows read{names}{kept}")
+        if self.replay:
+            parts.append("{rows:,} rows of stage {stage} replayed".format(**self.replay))
+        parts += self._settings()
+        for name, q in self.lengths().items():
+            if name != TOO_LONG:
+                parts.append(f"{name} tokens: median {q['median']:g}, max {q['max']:g}")
+        return "; ".join(parts)
 
     def _counts(self) -> list[str]:
         lines = []
         for source, n in self.read.items():
-            joined = f", for {self.joined[source]} prompts" if source in self.joined else ""
+            joined = f", joined by prompt to {self.joined[source]}" if source in self.joined else ""
             kept = f", {self.kept[source]} kept" if source in self.kept else ""
             lines.append(f"{source}: {n} rows read{joined}{kept}")
         if self.replay:
@@ -244,19 +270,24 @@ class Audit(AuditCounts):
             )
         return lines
 
-    def _facts(self) -> list[str]:
+    def _settings(self) -> list[str]:
+        """Results of the filter, the calibration and the judge."""
         lines = [filtered(self.filter)] if self.filter else []
         if self.calibration:
             how = {
-                "labels": "the likelihood of {pairs} labels, {against} of them against the rewards"
+                "labels": "maximum likelihood to {pairs} labels, {against} of which contradict the rewards"
             }
-            text = how.get(self.calibration["method"], "the median of {pairs} gaps")
+            text = how.get(self.calibration["method"], "the median of {pairs} reward gaps")
             lines.append(
                 f"reward_scale (η): {self.calibration['reward_scale']:g}, fitted by "
                 + text.format(**self.calibration)
             )
         if self.judge:
             lines += bias_lines(self.judge)
+        return lines
+
+    def _facts(self) -> list[str]:
+        lines = self._settings()
         if self.pairs.get("with_rewards"):
             lines.append("{ties} ties, {reversed} reversed among {rows} rows".format(**self.pairs))
         for name, q in self.ratings.items():

@@ -1,4 +1,4 @@
-"""The counts of an audit: rows read and kept, drops and warnings by reason, lengths."""
+"""Counts of an audit: rows read and kept, rows dropped and warnings by reason, lengths."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from rpo_trainer.data.counts import (
     quantiles,
 )
 
-TOO_LONG = "too long"  # beside prompt and response: the lengths of what max_length drops
+TOO_LONG = "too long"  # key of the lengths of rows that max_length drops
 
 
 class AuditCounts:
-    """The counts of one data set (train or eval of one stage).
+    """Counts of one data set (training or evaluation data of one stage).
 
-    `joined` counts the prompts of a source where several rows of the file made one. `left_out` counts
-    rows by reason and source that are neither used nor dropped. `extra_columns` are all columns that
-    are not read, `unread_columns` those of them that change what is trained.
+    Attributes:
+        joined: number of prompts of a source whose rows are joined by prompt.
+        left_out: rows that are neither used nor dropped, by reason and source.
+        extra_columns: all columns that are not read.
+        unread_columns: those of `extra_columns` that would change what is trained.
     """
 
     def __init__(self) -> None:
@@ -55,10 +57,10 @@ class AuditCounts:
         self.kept[source] = self.kept.get(source, 0) + 1
 
     def leave_out(self, reason: str, source: str, rows: int) -> None:
-        """Counts rows that are not used by request; `reason` is a key of LEFT_OUT.
+        """Count rows that a setting excludes; `reason` is a key of LEFT_OUT.
 
-        `max_rows` is applied to the file. The other reasons choose among rows that were looked at, so
-        the warnings up to here are shares of more rows than are left.
+        `max_rows` is applied to the file. The other reasons select among rows that have been checked, so the
+        warnings counted so far are fractions of more rows than remain.
         """
         if rows:
             for count in self.warnings.values() if reason != MAX_ROWS else ():
@@ -67,15 +69,15 @@ class AuditCounts:
             found[source] = found.get(source, 0) + rows
 
     def drop(self, reason: str, row_id: str | None = None) -> None:
-        """Counts a dropped row; `reason` is a key of DROPS, or words of its own."""
+        """Count a dropped row; `reason` is a key of DROPS, or a text."""
         self.dropped.setdefault(reason, Count()).add(row_id)
 
     def warn(self, reason: str, row_id: str | None = None) -> None:
-        """Counts a row with a warning; `reason` is a key of WARNINGS, or words of its own."""
+        """Count a row with a warning; `reason` is a key of WARNINGS, or a text."""
         self.warnings.setdefault(reason, Count()).add(row_id)
 
     def add_unread(self, source: str, missed: Sequence[str], others: Sequence[str]) -> None:
-        """Columns that are not read: those that change what is trained, and the others."""
+        """Add columns that are not read: those that would change what is trained, and the others."""
         if missed:
             self.unread_columns[source] = sorted({*self.unread_columns.get(source, ()), *missed})
         if missed or others:
@@ -83,45 +85,45 @@ class AuditCounts:
             self.extra_columns[source] = sorted({*known, *missed, *others})
 
     def add_joined(self, source: str, prompts: int) -> None:
-        """Prompts of a source where several rows of the file make one."""
+        """Add the number of prompts of a source whose rows are joined by prompt."""
         self.joined[source] = self.joined.get(source, 0) + prompts
 
     def add_special_text(self, source: str, tokens: set[str]) -> None:
-        """Counts a row that was looked at for the text of control tokens."""
+        """Count a row that was searched for the text of control tokens."""
         found = SpecialText(1, int(bool(tokens)), tokens)
         self.special_text.setdefault(source, SpecialText()).add(found)
 
     def add_generation(
         self, source: str, row_id: str | None, differs: tuple[str, str] | None
     ) -> None:
-        """Counts a row by whether generation has the text that it is trained after.
+        """Count a row whose prompt was rendered for generation and for training.
 
         Args:
-            differs: what generation and training have around the first difference; None: the same.
+            differs: both texts around the first difference (generation, training); None if they are equal.
         """
         self.generation.setdefault(source, Differences()).add(row_id, differs)
 
     def add_cut(self, source: str, finished: Sequence[bool]) -> None:
-        """Counts the responses of an example that were cut before they ended."""
+        """Count the truncated responses of an example."""
         found = CutResponses(sum(not whole for whole in finished), len(finished))
         self.cut.setdefault(source, CutResponses()).add(found)
 
     def remark(self, text: str) -> None:
-        """A warning about the whole data set."""
+        """Add a warning about the entire data set."""
         if text not in self.remarks:
             self.remarks.append(text)
 
     def add_lengths(self, prompt: int, responses: Iterable[int]) -> None:
-        """Lengths in tokens of one example."""
+        """Add the lengths of one example in tokens."""
         self._lengths.setdefault("prompt", []).append(prompt)
         self._lengths.setdefault("response", []).extend(responses)
 
     def add_too_long(self, tokens: int) -> None:
-        """Length of the longest text of a row that max_length drops."""
+        """Add the length of the longest text of a row that max_length drops."""
         self._lengths.setdefault(TOO_LONG, []).append(tokens)
 
     def add_tokenized(self, other: AuditCounts) -> None:
-        """Counts what another audit took of further rows: kept, dropped, warned of, lengths."""
+        """Add the counts of another audit, made while tokenizing further rows of the same data set."""
         for source, rows in other.kept.items():
             self.kept[source] = self.kept.get(source, 0) + rows
         for mine, theirs in ((self.dropped, other.dropped), (self.warnings, other.warnings)):
@@ -137,14 +139,14 @@ class AuditCounts:
             self._lengths.setdefault(name, []).extend(lengths)
 
     def lengths(self) -> dict[str, dict[str, float]]:
-        """Token counts: {"prompt" | "response" | "too long": {min, median, mean, p95, max}}.
+        """Return token counts: {"prompt" | "response" | "too long": {min, median, mean, p95, max}}.
 
-        The first two of the examples kept, the last of the rows longer than max_length.
+        The first two are of the examples kept, the last of the rows longer than max_length.
         """
         return {name: quantiles(sorted(values)) for name, values in self._lengths.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Return all counts as JSON-compatible values."""
         return {
             "read": dict(self.read),
             "joined": dict(self.joined),
@@ -170,13 +172,16 @@ class AuditCounts:
         }
 
     def rows(self) -> int:
-        """Rows that are used or dropped: those that were read, and of a replay, without those left out by
-        request; rows joined to one count once. Percentages are of these, or of `of` of a count."""
+        """Return the number of rows that are used or dropped, the base of percentages.
+
+        These are the rows read, and those of a replay, less those that a setting excludes. Joined rows count
+        once. A count with its own base has it in `of`.
+        """
         found = sum(map(self._available, self.read)) + int(self.replay.get("rows", 0))
         later = (counts for reason, counts in self.left_out.items() if reason != MAX_ROWS)
         return max(0, found - sum(sum(counts.values()) for counts in later))
 
     def _available(self, source: str) -> int:
-        """Rows of a source up to its `max_rows`, rows joined to one counted once."""
+        """Return the rows of a source up to its `max_rows`; joined rows count once."""
         read = self.read.get(source, 0) - self.left_out.get(MAX_ROWS, {}).get(source, 0)
         return self.joined.get(source, read)

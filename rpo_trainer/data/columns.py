@@ -1,4 +1,4 @@
-"""Columns that no format reads: which of them matter for training, and what they may be meant for."""
+"""Columns that no format reads: which of them affect training, and what they probably hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rpo_trainer.data.rows import leaf_texts
 
-# What a column may be called by those who do not know our name for it, the likeliest first.
+# Common names for each of the expected columns, the most likely first.
 MEANT: dict[str, tuple[str, ...]] = {
     "prompt": (
         "question", "instruction", "query", "input", "problem", "user", "context", "history",
@@ -38,7 +38,7 @@ MEANT["chosen_response"] = ("chosen", *MEANT["chosen"])
 MEANT["rejected_response"] = ("rejected", *MEANT["rejected"])
 MEANT["context"] = MEANT["prompt"]
 
-# Where rows come from, what they are about, who made them: not trained on.
+# Names of columns with the origin, topic or author of a row, which do not affect training.
 _QUIET = re.compile(
     r"(?:(?:chosen|rejected|response|prompt|row|example|conversation|parent|message|dataset)[_-])?"
     r"(?:id|idx|index|uuid|guid|hash|key|source|sources|origin|dataset|data_source|subset|split|"
@@ -49,7 +49,7 @@ _QUIET = re.compile(
     r"(?:[_-](?:a|b|[0-9]+|chosen|rejected))?"
     r"|unnamed: \d+|__index_level_\d+__"  # pandas' index
 )
-# Numbers, flags and options that change what is trained, where a trainer reads them.
+# Numbers, flags and options that other trainers read and that change what is trained.
 _TELLING = {
     "weight", "weights", "loss_weight", "sample_weight", "train", "loss", "loss_mask", "loss_scale",
     "mask", "masks", "completion_mask", "assistant_masks", "label", "labels", "margin", "margins",
@@ -60,10 +60,10 @@ _TELLING = {
 def unread(
     rows: Sequence[Mapping[str, Any]], columns: Iterable[str], ignored: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Of columns that are not read: those that matter for training, and the others that hold anything.
+    """Split columns that are not read into those that may affect training and the others.
 
-    The first are texts, at any depth, and flags of what is trained; not names and numbers that say where
-    a row comes from or how good it is. Columns without a value in any row are in neither list.
+    The first are texts, at any depth, and flags that control training; not names and numbers that describe
+    the origin or the quality of a row. Columns without a value in any row are in neither list.
     """
     missed, others = [], []
     for column in sorted(columns):
@@ -80,7 +80,7 @@ def unread(
 
 
 def _all_blank(values: Sequence[Any]) -> bool:
-    """Whether there are only blank texts and empty lists and objects."""
+    """Whether the values are only blank texts, empty lists and empty objects."""
     return all(
         isinstance(value, str | list | tuple | Mapping) and not any(True for _ in _leaves(value))
         for value in values
@@ -98,7 +98,7 @@ def _leaves(value: Any) -> Iterable[Any]:
 
 
 def mapping_for(missing: Sequence[str], unread_columns: Collection[str]) -> str:
-    """An example of the option that names the missing columns: `columns: {prompt: question}`."""
+    """Return an example of the setting that maps the missing columns: `columns: {prompt: question}`."""
     left = list(unread_columns)
     pairs = []
     for ours in missing:

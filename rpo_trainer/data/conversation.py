@@ -1,4 +1,4 @@
-"""Parts of a conversation put together: prompt and answers in every spelling that formats use."""
+"""Build conversations from prompts and responses in the forms that formats use."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from typing import Any
 from rpo_trainer.data.messages import check_conversation, check_prompt_end, is_messages, to_messages
 from rpo_trainer.data.rows import Message, Row, RowError, check_text, fields_beside, is_blank
 
-# How texts of a whole conversation mark where the assistant's turn begins: by a name and a colon at
-# the beginning of a line, a heading, or the tokens of a chat template.
+# Markers of an assistant turn in a conversation stored as one text: a name and a colon at the beginning of a
+# line, a heading, or the tokens of a chat template.
 LAST_TURN = re.compile(
     r"\n[ \t]*(?:Assistant|ASSISTANT|assistant|AI|Bot|GPT):"
     r"|\n#{1,6} ?(?:Assistant|Response):?[ \t]*\n?"
     r"|<\|im_start\|>assistant\n|<\|assistant\|>\n?|<start_of_turn>model\n|\[/INST\]"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<extra_id_1>Assistant\n"
 )
-# Columns that hold the prompt of a pair, the first that a source has; `input` and `history` belong
-# to `instruction`.
+# Columns that may hold the prompt of a pair, in order of precedence; `input` and `history` extend
+# `instruction`.
 PROMPT_COLUMNS = ("prompt", "conversations", "messages", "trajectory", "instruction")
 WITH_INSTRUCTION = ("input", "history")
-# How NVIDIA's data writes the turns of a conversation into one text.
+# Turn markers of NVIDIA's data, which store a conversation as one text.
 MARKED_TURN = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
 
 
 def sharegpt_messages(raw: Mapping[str, Any]) -> list[Message]:
-    """The conversation of a row in ShareGPT's columns.
+    """Return the conversation of a row with ShareGPT columns.
 
-    `mask` is NeMo's: the role that is not trained; the user's turns never are.
+    NeMo's `mask` names the role that is not trained. User turns never are.
     """
     if str(raw.get("mask") or "User").lower() not in ("user", "human"):
         raise RowError(
-            "`mask` is not `User`, and only turns of the assistant can be trained on",
+            "`mask` is not `User`; only assistant turns can be trained on",
             code="data.unsupported-mask",
         )
     return to_messages(raw["conversations"], "`conversations`")
 
 
 def with_system(row: Row, system: str, what: str) -> bool:
-    """Puts the system prompt of a row's own column in front of its conversation, or of its text.
+    """Prepend the system prompt of a row's column `system` to its conversation or prompt text.
 
-    Returns whether it could: a row that is one text without a prompt has no place for it.
+    Returns whether this was possible: a row that is a single text without a prompt has no system prompt.
 
-    Raises RowError: the conversation begins with another one.
+    Raises RowError: the conversation begins with a different system prompt.
     """
     name = "prompt" if "prompt" in row else "messages"
     if isinstance(row[name], str):
@@ -69,7 +69,7 @@ def _words(text: str) -> str:
 
 
 def alpaca_messages(raw: Mapping[str, Any]) -> list[Message]:
-    """History and the question of a row in alpaca's columns; not the answer."""
+    """Return the history and the question of a row with Alpaca columns, without the answer."""
     messages: list[Message] = []
     history = [] if raw.get("history") is None else raw["history"]
     pairs = isinstance(history, list) and all(isinstance(t, list) and len(t) == 2 for t in history)
@@ -85,10 +85,9 @@ def alpaca_messages(raw: Mapping[str, Any]) -> list[Message]:
 
 
 def marked_messages(prompt: object) -> list[Message]:
-    """Messages of a text whose turns begin with `<extra_id_1>User` and the like.
+    """Split a text whose turns begin with `<extra_id_1>User` and similar markers into messages.
 
-    Words in front of the first mark are the user's. An empty system turn, and the mark that a
-    response is to follow, are left out.
+    Text before the first marker is the user's. An empty system turn and a final assistant marker are omitted.
     """
     first, *rest = MARKED_TURN.split(check_text(prompt, "`prompt`"))
     turns = [("User", first)] if first or not rest else []
@@ -100,7 +99,7 @@ def marked_messages(prompt: object) -> list[Message]:
 
 
 def sft_completion(prompt: object, answer: object, name: str) -> Row:
-    """An SFT row of prompt and answer, each a text or messages."""
+    """Return an SFT row of a prompt and an answer, each a text or messages."""
     if isinstance(prompt, str) and isinstance(answer, str):
         return {"prompt": check_text(prompt, "`prompt`"), "response": check_text(answer, name)}
     if isinstance(prompt, str):
@@ -116,9 +115,9 @@ def sft_completion(prompt: object, answer: object, name: str) -> Row:
 
 
 def preference(prompt: object, answers: Sequence[object], names: Sequence[str]) -> Row:
-    """Prompt and responses of a preference row; the prompts that come with the answers agree.
+    """Return prompt and responses of a preference row; prompts contained in the answers must be equal.
 
-    `unread` names a prompt that is text, and that the conversations of the answers do not hold.
+    `unread` names a text prompt that the conversations of the answers do not contain.
 
     Raises RowError.
     """
@@ -128,7 +127,7 @@ def preference(prompt: object, answers: Sequence[object], names: Sequence[str]) 
     first = split[0].prompt
     if any(each.prompt != first for each in split):
         raise RowError(
-            f"the prompts of {names[0]} and of another response differ",
+            f"the prompt of {names[0]} differs from that of another response",
             code="data.different-prompts",
         )
     row: Row = {"prompt": first, "responses": [each.response for each in split]}
@@ -141,7 +140,7 @@ def preference(prompt: object, answers: Sequence[object], names: Sequence[str]) 
 
 @dataclass(frozen=True)
 class _Split:
-    """The prompt of one answer, its text, and what else its message says (thinking, for example)."""
+    """Prompt and text of one answer, and the other fields of its message (thinking, for example)."""
 
     prompt: str | list[Message]
     response: str
@@ -156,24 +155,24 @@ def _split(prompt: object, answer: object, name: str) -> _Split:
             return _Split(check_text(prompt, "`prompt`"), response, fields)
         if prompt is None:
             raise RowError(
-                f"`prompt` is absent, and {name} is text without one", code="data.missing-prompt"
+                f"`prompt` is missing, and {name} is text without one", code="data.missing-prompt"
             )
         before = to_messages(prompt, "`prompt`")
     else:
         turns = to_messages([answer] if isinstance(answer, Mapping) else answer, name)
         if turns[-1]["role"] != "assistant":
             raise RowError(
-                f"{name} does not end with a turn of the assistant", code="data.no-assistant-turn"
+                f"{name} does not end with an assistant turn", code="data.no-assistant-turn"
             )
         if turns[-1].get("tool_calls"):
             raise RowError(
-                f"{name} ends with a call (`tool_calls` or `function_call`), and a response to compare "
-                "is text",
+                f"{name} ends with a tool call (`tool_calls` or `function_call`); chosen and rejected "
+                "responses must be text",
                 code="data.tool-call-response",
             )
         if turns[-1].get("weight") == 0:
             raise RowError(
-                f"the last turn of {name} has the weight 0, and is what is compared",
+                f"the last turn of {name}, which is the response, has weight 0",
                 code="data.untrained-response",
             )
         before, response = _joined(prompt, turns[:-1], name), turns[-1]["content"]
@@ -184,11 +183,11 @@ def _split(prompt: object, answer: object, name: str) -> _Split:
 
 
 def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
-    """The prompt, and what an answer brings in front of its last turn: that may repeat it."""
+    """Join the prompt and the turns before the last turn of an answer, which may repeat the prompt."""
     if prompt is None:
         if not lead:
             raise RowError(
-                f"`prompt` is absent, and {name} has no turn before the last",
+                f"`prompt` is missing, and {name} has only one turn",
                 code="data.missing-prompt",
             )
         return lead
@@ -203,32 +202,32 @@ def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
         return given + lead
     if system and own_system and system != own_system:
         raise RowError(
-            f"the system turns of `prompt` and of {name} differ", code="data.conflicting-system"
+            f"the system turns of `prompt` and {name} differ", code="data.conflicting-system"
         )
     return [*(system or own_system), *own_turns]
 
 
 def _system_apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The system turn, where there is one, and the turns after it."""
+    """Split off the system turn, if there is one."""
     begin = 1 if messages and messages[0]["role"] == "system" else 0
     return messages[:begin], messages[begin:]
 
 
 def has_user(messages: Sequence[Message]) -> bool:
-    """Whether a turn of the user is among them."""
+    """Whether there is a user turn."""
     return any(message["role"] == "user" for message in messages)
 
 
 def holds(messages: Sequence[Message], text: str) -> bool:
-    """Whether a text is one of the turns, or a part of one, whatever its white space."""
+    """Whether one of the turns contains a text, ignoring white space."""
     return any(_words(text) in _words(message["content"]) for message in messages)
 
 
 def pair_prompt(raw: Mapping[str, Any], answers: Sequence[object]) -> tuple[object, list[str]]:
-    """The prompt of a pair (None: the answers bring it), and the columns that stay unread.
+    """Return the prompt of a pair (None: it is in the answers), and the columns that are not read.
 
-    It is in the first of PROMPT_COLUMNS that has a value. Beside answers that are whole
-    conversations only `prompt` is read; another column may repeat what they say.
+    The prompt is the first of PROMPT_COLUMNS that has a value. If the answers are full conversations, only
+    `prompt` is read; the other columns may repeat them.
 
     Raises RowError.
     """
@@ -252,17 +251,17 @@ def pair_prompt(raw: Mapping[str, Any], answers: Sequence[object]) -> tuple[obje
 
 
 def _is_whole(answer: object) -> bool:
-    """Whether an answer is a conversation that begins with the user."""
+    """Whether an answer is a full conversation, with a user turn."""
     return is_messages(answer) and has_user(to_messages(answer, "an answer"))
 
 
 def implicit_text_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two whole texts: the prompt is what they share in front.
+    """Split two texts with a common beginning into (prompt, chosen, rejected).
 
-    It ends where the last turn of the assistant begins that they share: "\n\nAssistant:". Words
-    that both answers happen to begin with are not a prompt.
+    The prompt ends at the last common assistant marker ("\n\nAssistant:"), so that words that both answers
+    happen to begin with are not part of it.
 
-    Raises RowError: the shared part has no such place.
+    Raises RowError: the common beginning contains no marker.
     """
     shared = 0
     for a, b in zip(chosen, rejected, strict=False):
@@ -273,8 +272,8 @@ def implicit_text_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
     ends = [turn.end() for turn in turns if not is_blank(chosen[: turn.start()])]
     if not ends:
         raise RowError(
-            "`prompt` is absent, and `chosen` and `rejected` share no beginning that ends where a turn "
-            "of the assistant begins (`Assistant:`)",
+            "`prompt` is missing, and `chosen` and `rejected` have no common beginning that ends with an "
+            "assistant marker (`Assistant:`)",
             code="data.missing-prompt",
         )
     return chosen[: ends[-1]], chosen[ends[-1] :], rejected[ends[-1] :]

@@ -1,4 +1,4 @@
-"""Counts of rows by reason, and the words for them."""
+"""Counts of rows by reason, and their texts."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EXAMPLES = 3
-MANY_CUT = 0.25  # share of cut responses above which their line is a warning
+MANY_CUT = 0.25  # fraction of truncated responses above which their line is a warning
 
-# reason → its text in messages; the short names are the keys of `Audit.as_dict()`.
+# reason → text in messages; the reasons are keys of `Audit.as_dict()`.
 DROPS = {
-    "empty_response": "a response is empty or blank",
+    "empty_response": "empty or blank response",
     "fewer_than_two_responses": "fewer than two responses",
     "identical_responses": "chosen is the same as rejected",
-    "identical_after_truncation": "chosen is the same as rejected after tokenising and cutting",
+    "identical_after_truncation": "chosen is the same as rejected after truncation",
     "too_long": "longer than max_length",
     "prompt_too_long": "the prompt leaves no room for a response",
-    "no_trained_tokens": "no trained token is left",
-    "no_prompt_tokens": "no token in front of the response",
-    "no_ratings": "no rating of any attribute",
-    "repeated_prompt": "prompt used before (dedup)",
+    "no_trained_tokens": "no trained tokens",
+    "no_prompt_tokens": "no tokens before the response",
+    "no_ratings": "no ratings",
+    "repeated_prompt": "repeated prompt (dedup)",
     "tie": "chosen and rejected have the same reward",
     "reversed": "chosen has a lower reward than rejected",
     "small_gap": "reward gap below min_gap",
     "low_chosen_reward": "chosen reward below min_chosen_reward",
     "chosen_below_quantile": "chosen reward below min_chosen_quantile",
-    "chosen_not_in_top": "chosen reward not in keep_top_fraction",
-    "unreadable": "the row cannot be read",
-    "no_verdict": "the judge gave no consistent verdict",
+    "chosen_not_in_top": "chosen reward outside keep_top_fraction",
+    "unreadable": "unreadable row",
+    "no_verdict": "no consistent verdict of the judge",
 }
-# Reasons that drop prompts to which a policy gives equal, or equally good, responses.
+# Reasons for prompts whose sampled responses are equal or equally good.
 ALIKE = {"fewer_than_two_responses", "tie", "identical_responses", "small_gap"}
 WARNINGS = {
-    "special_token_text": "text of a special token inside the data, tokenised as text",
-    "duplicate_prompt": "prompt seen before",
-    "similar_prompt": "prompt seen before but for case, white space or Unicode form",
-    "duplicate_responses_removed": "the same response more than once; kept once",
-    "blank_response": "a response is blank: it, or the row, will be dropped",
-    "equal_responses": "responses to one prompt are the same: all but the first will be dropped",
-    "truth_not_chosen": "the ground truth is none of the responses; the best is chosen",
-    "undecided_responses_removed": "responses without a consistent verdict removed, the others kept",
-    "blank_responses_removed": "blank responses removed, the others kept",
-    "messages_as_text": "text that is a JSON list of messages, read as text: few values of its column are",
+    "special_token_text": "text of a special token in the data, tokenized as plain text",
+    "duplicate_prompt": "repeated prompt",
+    "similar_prompt": "prompt repeated up to case, white space or Unicode form",
+    "duplicate_responses_removed": "repeated responses removed",
+    "blank_response": "blank response: the response or the row will be dropped",
+    "equal_responses": "equal responses to one prompt: all but the first will be dropped",
+    "truth_not_chosen": "the ground truth is not one of the responses; the best one is chosen",
+    "undecided_responses_removed": "responses without a consistent verdict removed",
+    "blank_responses_removed": "blank responses removed",
+    "messages_as_text": "a JSON list of messages read as text, since few values of the column are one",
     "unusable_rewards": "rewards that are not numbers, ignored by this stage",
-    "tools_not_rendered": "`tools` that are not written: no chat template is used, or it leaves them out",
-    "text_left_out": "assistant text that the chat template leaves out (thinking, ...) or takes for thinking",
+    "tools_not_rendered": "`tools` not rendered: no chat template, or the template omits them",
+    "text_left_out": "assistant text that the chat template leaves out (thinking, ...) or treats as thinking",
     "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
-    "truncated": "cut to max_length",
+    "truncated": "truncated to max_length",
 }
-# Rows that are neither used nor dropped, since a recipe asks for it.
+# Rows that are neither used nor dropped because of a setting of the recipe.
 MAX_ROWS, WEIGHT, HELD_OUT, EVAL_ROWS = "max_rows", "weight", "eval_fraction", "eval_max_rows"
 LEFT_OUT = {
     MAX_ROWS: "not used: max_rows",
@@ -64,20 +64,23 @@ HARMLESS = {*REPEATED, "truth_not_chosen"}
 
 
 def unread_key(key: str) -> str:
-    """The warning about a key of messages that does not reach the tokens."""
-    return (
-        f"the key `{key}` of messages, which the chat template does not write, or not in every turn"
-    )
+    """Return the warning about a key of messages that is not rendered."""
+    return f"message key `{key}`, which the chat template does not render, or not in every turn"
+
+
+def unread_columns(source: str, columns: Sequence[str]) -> str:
+    """Return the warning about columns of a source that are not read."""
+    return f"{source}: columns not read: {', '.join(columns)}"
 
 
 def unread_variable(name: str) -> str:
-    """The warning about a variable of `chat_template_kwargs` that no template reads."""
-    return f"`{name}` of `chat_template_kwargs`, which no chat template reads there"
+    """Return the warning about a variable of `chat_template_kwargs` that no template reads."""
+    return f"`{name}` in `chat_template_kwargs`, which the chat template does not read"
 
 
 @dataclass
 class SpecialText:
-    """Rows of a source that were looked at for the text of control tokens, and what was found."""
+    """Rows of a source searched for the text of control tokens, and the tokens found."""
 
     of: int = 0
     rows: int = 0
@@ -91,26 +94,26 @@ class SpecialText:
 
 @dataclass
 class CutResponses:
-    """Responses of a source that were cut before they ended; `of`: among how many that are trained on."""
+    """Truncated responses of a source, among `of` trained responses."""
 
     count: int = 0
     of: int = 0
 
     def add(self, other: CutResponses) -> None:
-        """Appends further responses."""
+        """Add the counts of further responses."""
         self.count += other.count
         self.of += other.of
 
     @property
     def many(self) -> bool:
-        """Whether they are more than `MANY_CUT` of the responses."""
+        """Whether more than the fraction `MANY_CUT` of the responses are truncated."""
         return self.count > MANY_CUT * self.of
 
     def text(self) -> str:
-        """The line about them."""
+        """Return the message about them."""
         return (
-            f"{self.count} of {self.of} responses ({percent(self.count, self.of)}) were cut before they "
-            "ended, and are trained without an end token"
+            f"{self.count} of {self.of} responses ({percent(self.count, self.of)}) are truncated, and "
+            "trained without an end token"
         )
 
     def as_dict(self) -> dict[str, int]:
@@ -118,7 +121,7 @@ class CutResponses:
 
 
 class Count:
-    """A number of rows and the ids of the first few; `of`: among how many, None: all that are used."""
+    """A number of rows and the ids of the first few; `of`: base of the percentage, None for all used rows."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -131,7 +134,7 @@ class Count:
             self.examples.append(row_id)
 
     def add_all(self, other: Count) -> None:
-        """Appends the rows of another count."""
+        """Add the rows of another count."""
         self.count += other.count
         self.examples = [*self.examples, *other.examples][:EXAMPLES]
 
@@ -141,8 +144,10 @@ class Count:
 
 
 class Differences:
-    """Rows of a source that generation and training render differently, and what the first one has
-    around the first difference: (generation, training)."""
+    """Rows of a source whose prompts are rendered differently for generation and for training.
+
+    `example` has both texts of the first such row, around the first difference: (generation, training).
+    """
 
     def __init__(self) -> None:
         self.of = 0
@@ -156,20 +161,20 @@ class Differences:
             self.example = self.example or differs
 
     def add_all(self, other: Differences) -> None:
-        """Appends the rows of others."""
+        """Add the rows of another count."""
         self.of += other.of
         self.rows.add_all(other.rows)
         self.example = self.example or other.example
 
     def text(self) -> str | None:
-        """The warning; None where there is no difference."""
+        """Return the warning; None if there is no difference."""
         if self.example is None:
             return None
         generation, training = map(repr, self.example)
         return (
-            f"{percent(self.rows.count, self.of)} of its rows ({self.rows.count}) are trained after "
-            f"another text than generation has{examples_of(self.rows)}: generation {generation}, "
-            f"training {training}"
+            f"in {self.rows.count} rows ({percent(self.rows.count, self.of)}) the prompt in training differs "
+            f"from the prompt for generation{examples_of(self.rows)}: generation {generation}, training "
+            f"{training}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -178,7 +183,7 @@ class Differences:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share as text: `83 %`, `0.4 %`; 0 % only of nothing, and 100 % only of all."""
+    """Format a fraction: `83 %`, `0.4 %`; 0 % only if it is zero, and 100 % only if it is one."""
     share = min(1.0, part / whole) if whole else 1.0
     if share > 0.995 and part < whole:
         return "over 99 %"
@@ -187,24 +192,24 @@ def percent(part: int, whole: int) -> str:
 
 
 def filtered(found: dict[str, Any]) -> str:
-    """How many rows pass a filter, and its threshold."""
+    """Return how many rows pass a filter, and its threshold."""
     threshold = found.get("min_chosen_reward")
     at_least = "" if threshold is None else f" (chosen reward at least {threshold:g})"
     return f"filter: {found['passed']} of {found['rows']} rows pass{at_least}"
 
 
 def rows_word(count: Count) -> str:
-    """`row` for one, else `rows`."""
+    """Return `row` or `rows`."""
     return "row" if count.count == 1 else "rows"
 
 
 def examples_of(count: Count) -> str:
-    """The ids of the first few in parentheses."""
+    """Return the ids of the first few rows in parentheses."""
     return f" ({', '.join(count.examples)})" if count.examples else ""
 
 
 def quantiles(ordered: Sequence[float]) -> dict[str, float]:
-    """min, median, mean, p95 and max of ascending numbers; {} for none."""
+    """Return min, median, mean, p95 and max of ascending numbers; {} for none."""
     if not ordered:
         return {}
     last = len(ordered) - 1

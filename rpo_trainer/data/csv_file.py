@@ -1,4 +1,4 @@
-"""Reading CSV, which has no types: digits in a prompt are text, a reward is a number."""
+"""Read CSV files. CSV has no types: digits in a prompt stay text, digits in a reward become a number."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from rpo_trainer.data.json_file import NOT_WHOLE, decode
+from rpo_trainer.data.json_file import decode
 from rpo_trainer.errors import DataError
 
-INDEX = "Unnamed: 0"  # pandas' name of the column without a name that its `to_csv` writes
-_NAMES = "the first line names the columns"
-_OWN_NAMES = "give each column a name of its own in the first line"
+INDEX = "Unnamed: 0"  # pandas' name for the unnamed column that `to_csv` writes
+_OWN_NAMES = "give each column a unique name in the first line"
 _PLAIN = re.compile(r"[^,\r\n]*")
 _END = re.compile(r",|\r\n|\n|\r|\Z")
 
 
 def read_csv(path: Path) -> list[dict[str, str | None]]:
-    """Rows of a CSV file (RFC 4180) whose first line names the columns. Every value is text.
+    """Read the rows of a CSV file (RFC 4180) whose first line names the columns. All values are text.
 
-    An empty field is null, a quoted one (`""`) is an empty text. Lines without anything are skipped. A
-    first column without a name that holds whole numbers is an index, and is named INDEX.
+    An empty field is null, a quoted one (`""`) is an empty text. Empty lines are skipped. A first column
+    without a name that holds integers is an index, and is named INDEX.
 
     Raises:
-        DataError: it is not CSV, not UTF-8, or a column has no name of its own.
+        DataError: not valid CSV, not UTF-8, or column names that are missing or repeated.
     """
     where = str(path)
     text = decode(path.read_bytes(), 0, where)
@@ -34,7 +33,7 @@ def read_csv(path: Path) -> list[dict[str, str | None]]:
     for number, fields in lines:
         if len(fields) != len(names):
             raise _invalid(
-                f"the row has {len(fields)} fields, and the first line names {len(names)} columns",
+                f"the row has {len(fields)} fields, the first line {len(names)}",
                 f"{where}:{number}",
             )
         rows.append(fields)
@@ -45,7 +44,7 @@ def read_csv(path: Path) -> list[dict[str, str | None]]:
 
 
 def parse_numbers(rows: list[dict[str, Any]], columns: Collection[str]) -> list[dict[str, Any]]:
-    """The rows with numbers in place of the digits in these columns; what is not a number stays text."""
+    """Convert the values of these columns to numbers; values that are not numbers stay text."""
     return [
         {name: _number(value) if name in columns else value for name, value in row.items()}
         for row in rows
@@ -64,7 +63,7 @@ def _is_index(values: list[str | None]) -> bool:
 
 
 def _lines(text: str, where: str) -> Iterator[tuple[int, list[str | None]]]:
-    """(line number of its beginning, fields) of each row."""
+    """Yield (number of its first line, fields) for each row."""
     place, number = 0, 1
     while place < len(text):
         begin = place
@@ -75,7 +74,7 @@ def _lines(text: str, where: str) -> Iterator[tuple[int, list[str | None]]]:
                 value, place = _quoted(text, place, where, number)
             else:
                 found = _PLAIN.match(text, place)
-                assert found is not None  # it matches nothing, too
+                assert found is not None  # the pattern matches the empty text
                 value, place = found[0] or None, found.end()
             fields.append(value)
             end = _END.match(text, place)
@@ -91,7 +90,7 @@ def _lines(text: str, where: str) -> Iterator[tuple[int, list[str | None]]]:
 
 
 def _quoted(text: str, place: int, where: str, number: int) -> tuple[str, int]:
-    """The text of the quoted field that begins at `place`, and the place after it."""
+    """Return the text of the quoted field that begins at `place`, and the position after it."""
     begin = end = place + 1
     while (end := text.find('"', end)) >= 0:
         if not text.startswith('"', end + 1):
@@ -105,9 +104,8 @@ def _invalid(what: str, where: str) -> DataError:
         f"not valid CSV ({what})",
         code="data.invalid-csv",
         where=where,
-        why=NOT_WHOLE,
-        fix="every row needs as many fields as the first line has names; put fields with commas, line "
-        'breaks or a quote at their beginning in double quotes, and write a quote inside them twice ("")',
+        fix="write as many fields in every row as there are names in the first line; enclose fields with "
+        'commas, line breaks or a leading quote in double quotes, and double the quotes inside ("")',
     )
 
 
@@ -115,10 +113,9 @@ def _check_names(names: list[str], where: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise DataError(
-            f"the column {twice!r} is there twice",
+            f"the column name {twice!r} occurs twice",
             code="data.duplicate-column",
             where=where,
-            why=_NAMES,
             fix=_OWN_NAMES,
         )
     if any(not name.strip() for name in names):
@@ -126,6 +123,5 @@ def _check_names(names: list[str], where: str) -> None:
             "a column has no name",
             code="data.unnamed-column",
             where=where,
-            why=_NAMES,
             fix=_OWN_NAMES,
         )

@@ -1,4 +1,4 @@
-"""The format of a source: the one that is named, or the first that its columns fit."""
+"""Select the format of a source: the named one, or the first whose required columns are present."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpo_trainer.errors import DataError
 
 @dataclass(frozen=True)
 class _Refused:
-    """Rows that are known, and why nothing here can be made of them."""
+    """A known format that no stage can train on, and the error for it."""
 
     columns: tuple[str, ...]
     what: str
@@ -23,42 +23,42 @@ class _Refused:
     fix: str
 
     def error(self, where: str) -> DataError:
-        """The error for a source with these columns."""
+        """Return the error for a source with these columns."""
         return DataError(self.what, code=self.code, where=where, why=self.why, fix=self.fix)
 
 
-_COMPARED = "preference stages compare responses to the same prompt"
+_COMPARED = "preference stages compare two responses to the same prompt"
 REFUSED = (
     _Refused(
         ("completion", "label"),
-        "unpaired true/false labels (KTO) cannot be trained on here",
+        "unpaired labels (KTO) are not supported",
         code="data.unpaired-labels",
-        why=f"one response with a label has nothing to be compared with; {_COMPARED}",
-        fix="pair each prompt's good completion with a bad one; or, for SFT, keep the rows "
-        "whose label is true and remove the column `label`",
+        why=_COMPARED,
+        fix="pair a good completion with a bad one for each prompt; or, for SFT, keep the rows whose "
+        "`label` is true and remove that column",
     ),
     _Refused(
         ("kto_tag",),
-        "unpaired good/bad labels (KTO, `kto_tag`) cannot be trained on here",
+        "unpaired labels (KTO, `kto_tag`) are not supported",
         code="data.unpaired-labels",
-        why=f"one response with a label has nothing to be compared with; {_COMPARED}",
-        fix="pair each prompt's good output with a bad one; or, for SFT, keep the rows whose kto_tag is true "
-        "and remove the column `kto_tag`",
+        why=_COMPARED,
+        fix="pair a good output with a bad one for each prompt; or, for SFT, keep the rows whose `kto_tag` "
+        "is true and remove that column",
     ),
     _Refused(
         ("completions", "labels"),
-        "labels for the steps of an answer (process rewards) cannot be trained on here",
+        "labels of solution steps (process rewards) are not supported",
         code="data.step-labels",
-        why=f"a label of a step says nothing of whole responses; {_COMPARED}",
-        fix="for SFT, join the steps of right answers to one `completion`",
+        why=_COMPARED,
+        fix="for SFT, join the steps of correct solutions into one `completion`",
     ),
 )
 ONLY_PROMPTS = _Refused(
     ("prompt",),
-    "the rows have prompts and no responses",
+    "the rows have prompts but no responses",
     code="data.no-responses",
     why=_COMPARED,
-    fix="let the stage sample responses: `data: {generate: ..., score: ...}`, or add the responses",
+    fix="add responses, or sample them in the stage: `data: {generate: ..., score: ...}`",
 )
 
 
@@ -66,10 +66,10 @@ _PURPOSE = {"sft": "SFT", "pair": "preferences", "rating": "ratings", "prompt": 
 
 
 def find_format(columns: Collection[str], kind: Kind, name: str | None, where: str) -> Format:
-    """The named format, or the first one whose required columns are all there.
+    """Return the named format, or the first one whose required columns are all present.
 
     Raises:
-        DataError: unknown name, a format of another kind, or columns of no known format.
+        DataError: the name is unknown or of another kind, or no format fits the columns.
     """
     table = PROMPT_FORMATS if kind == "prompt" else FORMATS
     if name is not None:
@@ -78,25 +78,25 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         if set(refused.columns) <= set(columns):
             raise refused.error(where)
     for format in table.values():
-        if format.kind == kind and all(column in columns for column in format.required):
+        if format.kind == kind and format.fits(columns):
             return format
     if kind == "pair" and not set(columns) - {"prompt", *COMMON}:
         raise ONLY_PROMPTS.error(where)
     other = next((n for n, f in FORMATS.items() if all(c in columns for c in f.required)), None)
     raise DataError(
-        f"the columns {', '.join(sorted(columns))} are of no format known for {_PURPOSE[kind]}",
+        f"the columns {', '.join(sorted(columns))} match no format for {_PURPOSE[kind]}",
         code="data.unrecognized-columns",
         where=where,
-        why=f"they look like {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
+        why=f"they match {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
         if other
-        else "which column is the prompt, and which the response, cannot be guessed",
-        fix=f"name the columns with `columns: {{ours: theirs}}`{_nearest(table, kind, columns)}; known: "
+        else None,
+        fix=f"map the columns with `columns: {{ours: theirs}}`{_nearest(table, kind, columns)}; formats: "
         + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
     )
 
 
 def _nearest(table: Mapping[str, Format], kind: Kind, columns: Collection[str]) -> str:
-    """An example of `columns` for the format that lacks least, its names guessed."""
+    """Return an example of `columns` for the format with the fewest missing columns."""
     usual = {"sft": "prompt_response", "pair": "pairs", "rating": "score", "prompt": "prompt"}
     found = []
     for name, format in table.items():
@@ -113,7 +113,7 @@ def _nearest(table: Mapping[str, Format], kind: Kind, columns: Collection[str]) 
 
 
 def kind_of(columns: Collection[str]) -> Kind | None:
-    """The kind of the first format that these columns fit, a row by itself; None: of no format."""
+    """Return the kind of the first format that fits these columns without joining rows; None if none fits."""
     for format in FORMATS.values():
         if not format.together and all(column in columns for column in format.required):
             return format.kind
@@ -128,10 +128,9 @@ def _named_format(table: Mapping[str, Format], name: str, kind: Kind, where: str
         return table["prompt"]
     near = difflib.get_close_matches(name, known, n=1)
     raise DataError(
-        f"no format {name!r} for {_PURPOSE[kind]}"
+        f"unknown format {name!r} for {_PURPOSE[kind]}"
         + (f"; did you mean {near[0]!r}?" if near else ""),
         code="data.unknown-format",
         where=where,
-        why="each format reads other columns, and none is guessed",
-        fix=f"format: {' | '.join(known)}",
+        fix=f"use one of: {', '.join(known)}",
     )

@@ -1,4 +1,4 @@
-"""Prompts that occur again: the same, or the same but for case, white space and Unicode form."""
+"""Repeated prompts: equal, or equal up to case, white space and Unicode form."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Literal
 
 from rpo_trainer.data.rows import Message, Row
 
-Dedup = Literal["exact", "normalised"]
+Dedup = Literal["exact", "normalized"]
 
 
 def prompt_key(row: Row) -> bytes:
-    """A digest of a row's prompt: equal keys, equal prompts."""
+    """Return a digest of a row's prompt: equal prompts have equal keys."""
     prompt = _prompt(row)
     if not isinstance(prompt, str):
         prompt = json.dumps(prompt, sort_keys=True, default=str)
@@ -22,10 +22,10 @@ def prompt_key(row: Row) -> bytes:
 
 
 def loose_prompt_key(row: Row) -> bytes:
-    """The same for prompts that a reader would call the same.
+    """Return a digest of a row's prompt that ignores differences a reader would not notice.
 
-    Unicode in form NFKC, case folded, each run of white space one blank; of messages the words
-    alone, so that a text and the same text as a message are equal.
+    Texts are NFKC-normalized and case-folded, and white space is collapsed. Of messages only the content
+    counts, so that a text and a message with the same text have equal keys.
     """
     prompt = _prompt(row)
     texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
@@ -50,7 +50,7 @@ def _prompt(row: Row) -> str | list[Message]:
 
 
 def repeated(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows whose prompt an earlier one has: exactly; and only when loosely compared."""
+    """Return the rows whose prompt equals an earlier one, and those with only an equal loose key."""
     exact: set[bytes] = set()
     loose: set[bytes] = set()
     same, alike = [], []
@@ -66,7 +66,7 @@ def repeated(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def shared(rows: Iterable[Row], others: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Those of `others` whose prompt is in `rows`: exactly; and only when loosely compared."""
+    """Return those of `others` whose prompt is in `rows`: exactly, and by the loose key only."""
     exact: set[bytes] = set()
     loose: set[bytes] = set()
     for row in rows:

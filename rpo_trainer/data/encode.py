@@ -1,4 +1,4 @@
-"""Rendered texts → token ids and masks, with special-token text of the data kept as text."""
+"""Rendered texts → token ids and masks. Special-token text of the data stays plain text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _Piece = tuple[list[int], list[Span]]  # ids and their character ranges
 
 @dataclass
 class Encoder:
-    """Tokenizes rendered texts by a fast tokenizer.
+    """Tokenizes rendered texts with a fast tokenizer.
 
     Raises:
-        ModelError: the tokenizer cannot tell which characters a token stands for.
+        ModelError: the tokenizer has no character offsets.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,39 +38,39 @@ class Encoder:
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise ModelError(
-                "the tokenizer is a slow one, without character offsets",
+                "the tokenizer is slow and has no character offsets",
                 code="tokenizer.no-offsets",
-                why="response masks are made from the offsets",
-                fix="use the fast tokenizer of the model (tokenizer.json)",
+                why="response masks are computed from the offsets",
+                fix="use the model's fast tokenizer (tokenizer.json)",
             )
         self._special = special_pattern(special_texts(self.tokenizer))
-        # Control tokens that take the white space beside them with them.
+        # Control tokens that absorb adjacent white space.
         added = self.tokenizer.added_tokens_decoder
         self._greedy = {i: t for i, t in added.items() if t.special and (t.rstrip or t.lstrip)}
-        # The begin token, if the tokenizer itself puts it in front of every text.
+        # The BOS token, if the tokenizer prepends it to every text.
         bos = self.tokenizer.bos_token_id
         first = self.tokenizer("a")["input_ids"][:1]
         self.begin = [bos] if bos is not None and list(first) == [bos] else []
 
     def end(self) -> int:
-        """The end token's id. Raises ModelError when there is none."""
+        """Return the id of the EOS token. Raises ModelError if there is none."""
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
-                "the tokenizer has no end token",
+                "the tokenizer has no EOS token",
                 code="tokenizer.no-end-token",
-                why="a response that does not end is never a whole one",
-                fix="set eos_token in tokenizer_config.json",
+                why="a model trained without it never ends a response",
+                fix="set `eos_token` in tokenizer_config.json",
             )
         return int(self.tokenizer.eos_token_id)
 
     def encode(
         self, texts: Sequence[Rendered], apart: Sequence[bool] | None = None
     ) -> list[Encoded]:
-        """Ids and masks. A token is trained when it overlaps a trained span.
+        """Return ids and masks. A token is trained if it overlaps a trained span.
 
         Args:
-            apart: which texts to tokenize piece by piece (see `_in_pieces`), beside those that
-                need it; responses to one prompt must all be, or none.
+            apart: texts to tokenize piece by piece (see `_in_pieces`), in addition to those that require it;
+                either all responses to a prompt must be tokenized so, or none.
         """
         flags = [bool(t.literal) or bool(apart and apart[i]) for i, t in enumerate(texts)]
         whole = [text for text, flag in zip(texts, flags, strict=True) if not flag]
@@ -103,10 +103,10 @@ class Encoder:
     def _cut_blanks(
         self, text: Rendered, ids: list[int], offsets: list[Span]
     ) -> tuple[list[int], list[Span]]:
-        """Ids and ranges with each token of blanks that a trained span begins inside of cut there.
+        """Split white-space tokens at the beginning of a trained span.
 
-        A generation prompt may end with a line break (`<think>\n`), and the turn begin with another:
-        in the prompt to sample after, the first one is a token of its own.
+        A generation prompt may end with a line break (`<think>\n`) and the turn begin with another one. In
+        generation the first line break is a separate token, so that it must be one in training too.
         """
         for start, _ in reversed(text.spans):
             place = bisect_left(offsets, (start, 0)) - 1
@@ -126,8 +126,10 @@ class Encoder:
         return ids, offsets
 
     def _ended(self, ids: list[int], text: str, offsets: list[Span]) -> int:
-        """How many of the tokens there are up to an end token that nothing but white space follows; 0
-        where the text does not end with one."""
+        """Return the number of tokens up to an end token at the end of the text; 0 if there is none.
+
+        White space may follow the end token.
+        """
         last = len(ids)
         while last and not text[slice(*offsets[last - 1])].strip():
             last -= 1
@@ -138,9 +140,9 @@ class Encoder:
         return frozenset(end_token_ids(self.tokenizer))
 
     def _own_text(self, text: str, ids: list[int], offsets: list[Span]) -> list[Span]:
-        """The ranges with those of control tokens narrowed to their own text.
+        """Narrow the ranges of control tokens to their own text.
 
-        One that takes the white space behind it with it would else be trained wherever a response
+        A control token that absorbs the white space after it would otherwise be trained whenever a response
         begins with white space.
         """
         if not self._greedy:
@@ -167,11 +169,11 @@ class Encoder:
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def _in_pieces(self, text: Rendered) -> _Piece:
-        """Stretches of text around the control tokens that the template wrote, each by itself.
+        """Tokenize the stretches of text between the template's control tokens separately.
 
-        A tokenizer cuts a text at its control tokens first, so this gives the same ids as the whole
-        text would, but that nothing of the data is taken for control. (One that marks only the
-        first word of a text marks the first of each stretch.)
+        A tokenizer first splits a text at its control tokens, so the ids are those of the entire text, except
+        that text of the data is never read as a control token. (A tokenizer that marks only the first word of
+        a text marks the first word of each stretch.)
         """
         if text.plain or text.parsed:
             return self._batch([text.text], literal=not text.parsed)[0]
@@ -192,8 +194,11 @@ class Encoder:
         yield from self._literal(text, done, len(text.text))
 
     def _literal(self, text: Rendered, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """A stretch without control tokens. Text of a token that is not special would be taken for
-        the token even so: it is cut behind its first character."""
+        """Yield a stretch without control tokens.
+
+        Text of an added token that is not special would still be read as the token, so it is split after its
+        first character.
+        """
         for a, b in text.literal:
             if start <= a < end and not (self._special and self._special.match(text.text, a, b)):
                 yield start, a + 1, False
@@ -213,7 +218,7 @@ class Encoder:
             place = done = end
 
     def _with_blanks(self, text: str, start: int, end: int) -> Span:
-        """A control token's range with the white space that it takes with it."""
+        """Extend the range of a control token by the white space that it absorbs."""
         for token in self._greedy.values():
             if token.content == text[start:end]:
                 if token.lstrip:
@@ -225,7 +230,7 @@ class Encoder:
 
 
 def _as_letters(text: Rendered) -> bool:
-    """Whether nothing in the text is control."""
+    """Whether the text contains no control tokens."""
     return text.plain and not text.parsed
 
 
@@ -237,13 +242,13 @@ def encode_prompt(
     parsed: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Ids of a prompt to sample a response behind: the same tokens that training puts there.
+    """Tokenize a prompt for sampling: the ids are the same as in training.
 
-    A text goes in as it is, messages through the chat template with its generation prompt; the
-    begin token is there once.
+    A text is tokenized unchanged; messages are rendered by the chat template with its generation prompt. The
+    BOS token occurs once.
 
     Args:
-        parsed: text of special tokens in the prompt is control (`special_tokens: parse`).
+        parsed: read the text of special tokens in the prompt as tokens (`special_tokens: parse`).
         template_kwargs: variables of the chat template.
     """
     renderer = ChatRenderer(tokenizer).using(template_kwargs, parsed=parsed)
@@ -258,15 +263,18 @@ def encode_prompt(
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Ids that end a response: the end token, and those that the chat template ends an answer and a call
-    with, if any (its own marker, or the token that opens the next turn)."""
+    """Return the ids that end a response.
+
+    These are the EOS token, and the tokens with which the chat template ends an answer or a tool call, if any
+    (an end-of-turn marker, or the token that opens the next turn).
+    """
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
         renderer, encoder = ChatRenderer(tokenizer).using(template_kwargs), Encoder(tokenizer)
         for answer in _ANSWERS:
             ids = _trained(renderer, encoder, answer)
             again = _trained(renderer, encoder, _twice(answer)) if "tool_calls" in answer else ids
-            # What stands between two calls does not end a response.
+            # A token between two calls does not end a response.
             last = ids[-1] if ids and ids[-1] not in again[:-1] else None
             if last in tokenizer.added_tokens_decoder and last not in ends:
                 ends.append(last)
@@ -286,7 +294,7 @@ def _twice(message: Message) -> Message:
 
 
 def _trained(renderer: ChatRenderer, encoder: Encoder, answer: Message) -> list[int]:
-    """The trained tokens of an answer; none where the template does not write it, or no end of it."""
+    """Return the trained tokens of an answer; none if the template does not render it."""
     try:
         rendered = renderer.conversation([{"role": "user", "content": "a"}, answer])
     except RowError:

@@ -1,4 +1,4 @@
-"""Filters: preference rows by their rewards, rows of any kind by prompts that occur again."""
+"""Filter preference rows by their rewards, and rows of any kind by repeated prompts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import FilterSpec
 
-REVERSED_LIMIT = 0.005  # above this share of reversed pairs the columns are more likely swapped
+REVERSED_LIMIT = 0.005  # above this fraction of reversed pairs the columns are probably swapped
 
 
 @dataclass(frozen=True)
 class _NoFilter:
-    """What holds where a recipe has no `filter`: the defaults of FilterSpec."""
+    """The defaults of FilterSpec, for a recipe without `filter`."""
 
     min_chosen_reward: float | None = None
     min_chosen_quantile: float | None = None
@@ -31,18 +31,19 @@ class _NoFilter:
 
 
 def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> list[Row]:
-    """The rows that pass; each of the others is counted once, under the first reason that holds.
+    """Return the rows that pass; each of the others is counted once, under the first reason that applies.
 
-    The gap of a row is the reward of its first response less that of its last (best and worst
-    where there are more than two), not scaled by η. A row passes `min_gap` when it is at least as
-    large. The chosen's quality is looked at last, among the rows that pass all else: at least
-    `min_chosen_reward`, or the `min_chosen_quantile` of these rows, or one of their
-    `keep_top_fraction`, of equal ones the earlier; a chosen response that is the ground truth always
-    passes. Rows without rewards pass where no threshold is set. `audit.filter` counts what passes.
+    The reward gap of a row is the reward of its first response minus that of its last (best and worst), not
+    scaled by η. A row passes `min_gap` if its gap is at least as large. The chosen reward is checked last,
+    among
+    the rows that pass everything else: it must be at least `min_chosen_reward`, at least the
+    `min_chosen_quantile` of these rows, or in their `keep_top_fraction` (the earlier row wins a tie). A
+    chosen response that is the ground truth always passes. Rows without rewards pass if no threshold is
+    set. `audit.filter` counts the rows that pass.
 
     Raises:
-        DataError: a threshold is set and rows have no rewards; more than 0.5 % of the rows are
-            reversed (`reversed: error`); no row is left.
+        DataError: a threshold is set and rows have no rewards; more than 0.5 % of the rows are reversed
+            (`reversed: error`); or no row is left.
     """
     used = spec or _NoFilter()
     if used.min_gap is not None or _quality(used) is not None:
@@ -61,10 +62,10 @@ def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> l
         audit.filter |= {"rows": len(rows), "passed": len(kept)}
     if rows and not kept:
         raise DataError(
-            f"the filter leaves none of the {len(rows)} rows",
+            f"`filter` drops all {len(rows)} rows",
             code="data.no-rows-left",
             why="; ".join(audit.summary_lines()),
-            fix="lower the thresholds of `filter`",
+            fix="relax the thresholds of `filter`",
         )
     return kept
 
@@ -82,13 +83,13 @@ def _reason(row: Row, spec: FilterSpec | _NoFilter) -> str | None:
 
 
 def _quality(spec: FilterSpec | _NoFilter) -> float | None:
-    """The one threshold of the chosen reward that is set, in whatever units."""
+    """Return the threshold of the chosen reward that is set; None if there is none."""
     thresholds = (spec.min_chosen_reward, spec.min_chosen_quantile, spec.keep_top_fraction)
     return next((value for value in thresholds if value is not None), None)
 
 
 def _good_enough(rows: list[Row], spec: FilterSpec | _NoFilter, audit: Audit) -> list[Row]:
-    """The rows whose chosen is good enough, or is the ground truth."""
+    """Return the rows whose chosen response reaches the threshold or is the ground truth."""
     if _quality(spec) is None or not rows:
         return rows
     chosen = [row["rewards"][0] for row in rows]
@@ -120,10 +121,10 @@ def _need_rewards(rows: Sequence[Row]) -> None:
     for row in rows:
         if row["rewards"] is None:
             fault = RowError(
-                "the filter needs rewards, and there are none", code="data.missing-rewards"
+                "`filter` needs rewards, and the row has none", code="data.missing-rewards"
             )
             problems.add(fault, row["id"])
-    problems.raise_if_any(len(rows), fix="remove `filter`, or give rewards")
+    problems.raise_if_any(len(rows), fix="add rewards, or remove `filter`")
 
 
 def _refuse_reversed(rows: Sequence[Row]) -> None:
@@ -133,13 +134,13 @@ def _refuse_reversed(rows: Sequence[Row]) -> None:
             f"chosen has a lower reward than rejected: {len(ids)} of {len(rows)} rows, "
             f"first {', '.join(ids[:3])}",
             code="data.reversed-pairs",
-            why=f"above {REVERSED_LIMIT:.1%} it is more likely that the columns are swapped",
-            fix="swap the columns with `columns:`, or set `filter: {reversed: drop}` (or keep)",
+            why=f"with more than {REVERSED_LIMIT:.1%} such rows the columns are probably swapped",
+            fix="swap the columns with `columns:`, or set `filter: {reversed: drop}` (or `keep`)",
         )
 
 
 def drop_duplicates(rows: Sequence[Row], how: Dedup | None, audit: Audit) -> list[Row]:
-    """The first row of each prompt, with the same variables of the chat template; the others are counted."""
+    """Keep the first row of each prompt with the same template variables, and count the others."""
     if how is None:
         return list(rows)
     key = prompt_key if how == "exact" else loose_prompt_key

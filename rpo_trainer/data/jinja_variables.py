@@ -1,4 +1,4 @@
-"""The variables that a Jinja template takes from outside: those read where it has not set them itself."""
+"""Find the external variables of a Jinja template: those that it reads without having set them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _RAISES = "raise_exception"  # a function of chat templates: nothing after it is
 
 @dataclass
 class _Path:
-    """The names that are certainly set at a place of the template.
+    """Names that are definitely set at a point of the template.
 
     Attributes:
-        ended: the place is never reached, as after `raise_exception`, `break` and `continue`.
+        ended: the point is unreachable, as after `raise_exception`, `break` and `continue`.
     """
 
     names: set[str] = field(default_factory=set)
@@ -26,11 +26,10 @@ class _Path:
 
 
 def outer_reads(template: nodes.Template) -> set[str]:
-    """Names of which some read has no assignment before it on its way through the template.
+    """Return the names that are read on some path through the template before they are assigned.
 
-    `jinja2.meta.find_undeclared_variables` also reports names that are set in every branch, or in loops.
-    As when Jinja renders, an `if` shares the names of what surrounds it, and what is set within a loop, a
-    macro, a call block or `with` is known there only.
+    `jinja2.meta.find_undeclared_variables` also reports names that are set in every branch or in loops. As in
+    Jinja, an `if` shares the scope around it; names set in a loop, a macro, a call block or `with` are local.
     """
     reads = _Reads({macro.name for macro in template.find_all(nodes.Macro)})
     reads.body(template.body, _Path())
@@ -40,14 +39,14 @@ def outer_reads(template: nodes.Template) -> set[str]:
 class _Reads:
     def __init__(self, macros: set[str]) -> None:
         self.found: set[str] = set()
-        self.macros = macros  # one may call another that is written after it
+        self.macros = macros  # a macro may call one that is defined after it
 
     def body(self, statements: Iterable[nodes.Node], path: _Path) -> None:
         for statement in statements:
             self.statement(statement, path)
 
     def scope(self, statements: Iterable[nodes.Node], path: _Path, *own: str) -> None:
-        """Statements with names of their own, which are not known after them."""
+        """Visit statements in a new scope with the names `own`."""
         inner = path.copy()
         inner.names |= {*own}
         self.body(statements, inner)
@@ -85,7 +84,7 @@ class _Reads:
             path.ended = any(_raises(call) for call in node.find_all(nodes.Call))
 
     def expression(self, node: nodes.Node, path: _Path) -> None:
-        """The names that an expression reads."""
+        """Add the names that an expression reads."""
         names = [node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name)
         self.found |= {each.name for each in names if each.ctx == "load"} - path.names
 

@@ -1,4 +1,4 @@
-"""Messages and lists that a file holds as text: JSON inside a CSV field, or in a column of texts."""
+"""Decode messages and lists stored as text: JSON in a CSV field or in a text column."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def decode_json_columns(
     where: str,
     audit: Audit,
 ) -> list[Row]:
-    """The rows with messages in place of texts that say them, as JSON or as Python writes them.
+    """Replace texts that are JSON or Python literals of messages with the messages.
 
-    A column is decoded where at least half of its values are such texts; a few among others are texts
-    that a model is to write or to read, and are counted as `messages_as_text`.
+    A column is decoded if at least half of its values are such texts. Otherwise they are assumed to be text
+    that a model reads or writes, and are counted as `messages_as_text`.
 
     Args:
-        types: of the columns that the format reads.
-        ids: of the rows.
+        types: types of the columns that the format reads.
+        ids: row ids.
 
     Raises:
-        DataError, or Problems: some values of a column can be decoded and the others cannot; or the
-            format takes only text there.
+        DataError, or Problems: only some values of a decoded column can be decoded, or the format expects
+            text in the column.
     """
     found = [dict(row) for row in rows]
     for column in [c for c, kind in types.items() if kind in ("list", "answers")]:
@@ -56,7 +56,7 @@ def decode_json_columns(
         for i in those:
             if types[column] == "text":
                 fault = RowError(
-                    f"`{column}` is a list of messages, and its format reads text",
+                    f"`{column}` is a list of messages, but its format reads text",
                     code="data.messages-for-text",
                 )
                 problems.add(fault, ids[i])
@@ -64,20 +64,20 @@ def decode_json_columns(
         for i in set(range(len(found))) - set(those) if those else ():
             if isinstance(found[i].get(column), str):
                 fault = RowError(
-                    f"`{column}` is text that is not JSON, and a list of messages in other rows",
+                    f"`{column}` is text, but a list of messages in other rows",
                     code="data.mixed-column",
                 )
                 problems.add(fault, ids[i])
     fix = (
-        "write the lists themselves in place of their text, or name the column of messages: "
-        "`columns: {messages: theirs}`"
+        "store lists instead of their JSON text, or map the column of messages: "
+        "`columns: {messages: NAME}`"
     )
     problems.raise_if_any(len(rows), fix=fix)
     return found
 
 
 def _decoded(value: Any, turn: bool = False) -> Any:
-    """The value with messages in place of each text that says them; None: no text does."""
+    """Return the value with texts of messages decoded; None if there are none."""
     if isinstance(value, str):
         decoded = _value(value, python=_PYTHON.match(value) is not None)
         turns = [decoded] if turn and isinstance(decoded, Mapping) else decoded
@@ -95,7 +95,7 @@ def _decoded(value: Any, turn: bool = False) -> Any:
 
 
 def _are_turns(value: object) -> bool:
-    """Whether it is a list of turns of known roles, with what they say."""
+    """Whether the value is a list of turns with known roles and content."""
     return is_messages(value) and all(
         str(turn.get("role", turn.get("from"))).lower() in ROLE_NAMES and not _SAID.isdisjoint(turn)
         for turn in value  # type: ignore[attr-defined]
@@ -103,13 +103,13 @@ def _are_turns(value: object) -> bool:
 
 
 def _value(text: object, *, python: bool) -> Any:
-    """The list or object that a text says, as JSON or (`python`) as Python writes it; None: none."""
+    """Decode a list or an object from JSON or (`python`) from a Python literal; None if it is neither."""
     if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{"):
         return None
     for read in (json.loads, ast.literal_eval) if python else (json.loads,):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes in texts
+                warnings.simplefilter("ignore")  # invalid escapes
                 found = read(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue

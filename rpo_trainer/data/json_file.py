@@ -1,6 +1,6 @@
-"""Rows of JSON files: lines of objects, or one list of them.
+"""Read JSON files: one object per line, or one list of objects.
 
-What other readers repair silently is an error with its place.
+Repeated keys, NaN, truncated lines and wrong encodings are errors with their location.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from typing import Any, BinaryIO, NoReturn
 from rpo_trainer.errors import DataError
 
 MAX_LINE_BYTES = 64 * 2**20
-GIVE_ROWS = "give a file with rows"
-NO_ROWS = "without its rows there is nothing to train or measure on"
-LISTED = "a file of this name holds its rows as one list"
-NOT_WHOLE = "a part of the rows would be trained on as if it were all"
+GIVE_ROWS = "use a file with at least one row"
+LISTED = "a .json file contains one list of rows"
 AGAIN = "write or copy the file again"
 
 
 def read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a file with one object a line, and their line numbers.
+    """Read the rows of a file with one object per line, and their line numbers.
 
     Raises DataError.
     """
@@ -36,8 +34,8 @@ def read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[i
                 f"the line is longer than {MAX_LINE_BYTES} bytes",
                 code="data.line-too-long",
                 where=here,
-                why="so long a line is more likely a file without line breaks than a row",
-                fix="one row a line; a file that is one JSON list has the name .json",
+                why="the file probably has no line breaks",
+                fix="write one row per line, or rename a file that is one JSON list to .json",
             )
         text = decode(raw, offset, here)
         offset += len(raw)
@@ -46,12 +44,12 @@ def read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[i
             places.append(number)
     if not rows:
         what = "the file has only blank lines" if offset else "the file is empty"
-        raise DataError(what, code="data.no-rows", where=where, why=NO_ROWS, fix=GIVE_ROWS)
+        raise DataError(what, code="data.no-rows", where=where, fix=GIVE_ROWS)
     return rows, places
 
 
 def _with_last(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
-    """(line number, line, whether it is the last), one line read ahead."""
+    """Yield (line number, line, whether it is the last), reading one line ahead."""
     waiting: bytes | None = None
     number = 0
     for line in lines:
@@ -64,29 +62,28 @@ def _with_last(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def read_json(data: bytes, where: str) -> list[dict[str, Any]]:
-    """The rows of a file that is a list of objects. Raises DataError."""
+    """Read the rows of a file that is a list of objects. Raises DataError."""
     text = decode(data, 0, where)
     if not text.strip():
         raise DataError(
             "the file has only blank lines",
             code="data.no-rows",
             where=where,
-            why=NO_ROWS,
             fix=GIVE_ROWS,
         )
     if text.lstrip().startswith("{"):
         raise DataError(
-            "the file is an object, not a list of objects",
+            "the file contains an object, not a list of objects",
             code="data.not-a-list",
             where=where,
             why=LISTED,
-            fix="rename it to .jsonl if every line is an object, else wrap the rows in [ ]",
+            fix="rename it to .jsonl if every line is an object, otherwise enclose the rows in [ ]",
         )
     value = parse(text, where, last=True)
     if not isinstance(value, list):
-        what = f"the file holds {_json_type(value)}, not a list of objects"
+        what = f"the file contains {_json_type(value)}, not a list of objects"
         raise DataError(
-            what, code="data.not-a-list", where=where, why=LISTED, fix="wrap the rows in [ ]"
+            what, code="data.not-a-list", where=where, why=LISTED, fix="enclose the rows in [ ]"
         )
     return [_row(item, f"{where}, item {index}") for index, item in enumerate(value)]
 
@@ -97,8 +94,7 @@ def _row(value: object, where: str) -> dict[str, Any]:
             f"the row is {_json_type(value)}, not an object",
             code="data.row-not-object",
             where=where,
-            why="without names nothing says which value is the prompt",
-            fix='name the columns: {"prompt": ..., "response": ...}',
+            fix='write rows as objects: {"prompt": ..., "response": ...}',
         )
     return value
 
@@ -109,9 +105,9 @@ def _json_type(value: object) -> str:
 
 
 def decode(raw: bytes, offset: int, where: str) -> str:
-    """Text of the bytes at `offset` of a file, without the byte-order mark at its beginning.
+    """Decode bytes at `offset` of a file as UTF-8, without the byte-order mark at its beginning.
 
-    Raises DataError: not UTF-8, with the place of the first wrong byte.
+    Raises DataError: not UTF-8, with the offset of the first invalid byte.
     """
     if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
         raw, offset = raw[3:], 3
@@ -122,19 +118,18 @@ def decode(raw: bytes, offset: int, where: str) -> str:
             f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}",
             code="data.not-utf8",
             where=where,
-            why="in another encoding the texts would differ",
             fix="convert the file to UTF-8",
         ) from None
 
 
 def parse(text: str, where: str, *, last: bool) -> Any:
-    """The value that `text` says.
+    """Parse JSON strictly.
 
     Args:
-        last: nothing follows it in the file, so what is not whole is cut.
+        last: `text` is the end of the file, so that incomplete JSON means a truncated file.
 
     Raises:
-        DataError: not JSON, NaN or Infinity, a key twice, a lone surrogate.
+        DataError: not JSON, NaN or Infinity, a repeated key, a lone surrogate.
     """
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
@@ -144,37 +139,35 @@ def parse(text: str, where: str, *, last: bool) -> Any:
         found = f"({error.msg}, column {error.colno})"
         if cut:
             raise DataError(
-                f"the last line is cut {found}",
+                f"the last line is truncated {found}",
                 code="data.damaged-file",
                 where=line,
-                why=NOT_WHOLE,
                 fix=AGAIN,
             ) from None
         raise DataError(
             f"not valid JSON {found}",
             code="data.invalid-json",
             where=line,
-            why="rows are never dropped silently",
-            fix="fix the line; each is one JSON object",
+            fix="fix the line; each line must be one JSON object",
         ) from None
-    except DataError as error:  # by the hooks, which do not know the place
+    except DataError as error:  # raised by the hooks, which have no location
         raise error.at(where) from None
-    except ValueError:  # what Python refuses although it is JSON
-        what = "a whole number of thousands of digits"
-        why = "no reward or rating needs so many"
+    except ValueError:  # valid JSON that Python refuses
         raise DataError(
-            what, code="data.huge-number", where=where, why=why, fix="write it as text"
+            "an integer with thousands of digits",
+            code="data.huge-number",
+            where=where,
+            fix="write it as text",
         ) from None
     except RecursionError:
-        why = "JSON readers limit the depth, and rows do not need it"
         raise DataError(
-            "nested too deeply",
+            "JSON nested too deeply",
             code="data.nested-too-deeply",
             where=where,
-            why=why,
-            fix="fix the line",
+            why="JSON readers limit the depth",
+            fix="reduce the depth of the row",
         ) from None
-    # Only an escape can bring a lone surrogate through the UTF-8 decoder.
+    # Only an escape sequence can carry a lone surrogate through the UTF-8 decoder.
     if "\\ud" in text or "\\uD" in text:
         _no_lone_surrogates(value, where)
     return value
@@ -186,10 +179,9 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(
-            f"the key {twice!r} is given twice in one object",
+            f"the key {twice!r} occurs twice in one object",
             code="data.duplicate-key",
-            why="only the last would be read",
-            fix="keep one of them",
+            fix="remove one of them",
         )
     return found
 
@@ -198,8 +190,7 @@ def _no_constant(name: str) -> NoReturn:
     raise DataError(
         f"{name} is not a JSON number",
         code="data.not-finite",
-        why="rewards and losses must be finite",
-        fix="write null where there is no number",
+        fix="write null for a missing number",
     )
 
 
@@ -207,11 +198,11 @@ def _no_lone_surrogates(value: Any, where: str) -> None:
     if isinstance(value, str):
         if re.search("[\ud800-\udfff]", value):
             raise DataError(
-                "a text holds a lone surrogate (\\ud800 to \\udfff)",
+                "a text contains a lone surrogate (\\ud800 to \\udfff)",
                 code="data.lone-surrogate",
                 where=where,
                 why="it is not a valid character, and tokenizers refuse it",
-                fix="write the pair whole, or the character itself",
+                fix="write both surrogates, or the character itself",
             )
     elif isinstance(value, dict):
         for key, item in value.items():

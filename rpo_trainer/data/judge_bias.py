@@ -1,4 +1,4 @@
-"""Position and length bias of a judge, counted from the rows it has judged."""
+"""Position and length bias of a judge, computed from the rows it has judged."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from typing import Any
 
 from rpo_trainer.data.rows import Row
 
-FIRST, SECOND, EQUAL = (
-    "A",
-    "B",
-    "C",
-)  # a single verdict: the answer that was shown first, second, or neither
+# Verdicts: the answer shown first is better, the second, or neither.
+FIRST, SECOND, EQUAL = "A", "B", "C"
 
 
 def biases(rows: Sequence[Row]) -> dict[str, Any]:
-    """Position and length bias of a judge, from its judged rows.
+    """Compute position and length bias of a judge from its judged rows.
 
     Returns:
-        `comparisons`, `consistent`, `equal`: counts; `first_position`: among single verdicts that
-        name a winner, the share for the answer shown first (½ without bias); `longer_wins`: among
-        consistent winners, the share that is the longer answer; None where there are none.
+        `comparisons`, `consistent`, `equal`: counts; `first_position`: the fraction of single verdicts with a
+        winner that prefer the answer shown first (½ without bias); `longer_wins`: the fraction of consistent
+        winners that are the longer answer. Fractions of nothing are None.
     """
     compared = [(row, c) for row in rows for c in row.get("judge") or ()]
     named = [v for _, c in compared for v in c["verdicts"] if v != EQUAL]
@@ -45,7 +42,7 @@ def _share(values: Any) -> float | None:
 
 
 def bias_lines(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
+    """Return the result of `biases` as lines of text."""
     lines = [
         "judge: {consistent} of {comparisons} comparisons consistent, {equal} equal".format(**found)
     ]

@@ -1,4 +1,4 @@
-"""Tool calls, thinking and content in the spellings that chat templates read."""
+"""Tool calls, thinking and content in the forms that chat templates read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _UNOPENED = re.compile(r"(.*?)</think>(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class ThinkingForms:
-    """How thinking inside the content of a turn is recognized.
+    """Forms of thinking in the content of a turn that are moved to a separate key.
 
     Attributes:
-        marked: `<think>...</think>` at the beginning goes into a key of its own.
-        unopened: `...</think>` at the beginning does, without `<think>`: the generation prompt has it.
+        marked: `<think>...</think>` at the beginning.
+        unopened: `...</think>` at the beginning, for generation prompts that end with `<think>`.
     """
 
     marked: bool
     unopened: bool
 
     def apart(self, message: Message) -> Message:
-        """The assistant's turn with its thinking in a key of its own."""
+        """Return an assistant turn with its thinking moved to a separate key."""
         if message["role"] != "assistant" or any(message.get(key) for key in THINKING):
             return message
         found = _MARKED.fullmatch(message["content"]) if self.marked else None
@@ -39,12 +39,13 @@ class ThinkingForms:
         return {**message, "content": found[2].lstrip(), "reasoning_content": found[1].strip()}
 
 
-def learn_thinking(written: Callable[[Message], str | None], *, opened: bool) -> ThinkingForms:
-    """The forms that a template writes differently in the content than in a key that it reads.
+def find_thinking_forms(written: Callable[[Message], str | None], *, opened: bool) -> ThinkingForms:
+    """Find the forms that a template renders differently in the content and in a separate key.
 
     Args:
-        written: a conversation with this turn of the assistant at the end; None where it is refused.
-        opened: the generation prompt ends with a mark that opens the thinking.
+        written: renders a conversation that ends with the given assistant turn; None if the template
+            refuses it.
+        opened: the generation prompt ends with an opening thinking marker.
     """
     every = ThinkingForms(marked=True, unopened=True)
 
@@ -59,21 +60,24 @@ def learn_thinking(written: Callable[[Message], str | None], *, opened: bool) ->
 
 
 def with_thinking(message: Message) -> Message:
-    """The message with its thinking under every name that templates know, as newer transformers do."""
+    """Return the message with its thinking under every key that templates read, like transformers."""
     thought = next((message[key] for key in THINKING if message.get(key)), None)
     return message if thought is None else {**message, **dict.fromkeys(THINKING, thought)}
 
 
 def in_parts(message: Message) -> Message:
-    """The message with its text as a list of one part."""
+    """Return the message with its content as a list of one part."""
     if not isinstance(message.get("content"), str):
         return message
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """The messages as they are, then with every call as `{"type", "function": {...}}`: its arguments an
-    object, as most templates read them, or JSON as text, as OpenAI's messages have them."""
+    """Yield the messages with tool calls in each form that templates read.
+
+    First unchanged, then as `{"type", "function": {...}}` with arguments as an object (the form that most
+    templates read), then with arguments as JSON text (the form of OpenAI's messages).
+    """
     yield messages
     for as_text in (False, True):
         yield [
@@ -85,8 +89,7 @@ def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def writes_python(messages: list[Message], text: str) -> bool:
-    """Whether arguments are in `text` as Python writes an object, which is not JSON: the template
-    expects text."""
+    """Whether `text` contains arguments as a Python literal, because the template expects JSON text."""
     found = [
         call.get("function", call).get("arguments")
         for message in messages

@@ -1,4 +1,4 @@
-"""Messages in any of the known spellings → role and content, in an order that can be trained on."""
+"""Messages in any known spelling → role and content, with roles in a valid order."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from rpo_trainer.data.rows import MEDIA, THINKING, Message, Row, RowError, check_text, is_empty
 
-# What other formats call the four roles. `function_call` is the assistant's own turn, written as
-# text, so it is trained; `observation` is what a tool answered.
+# Names of the four roles in other formats. `function_call` is an assistant turn with a call as text, so it is
+# trained; `observation` is the result of a tool.
 ROLE_NAMES = {
     "system": "system",
     "developer": "system",
@@ -29,29 +29,29 @@ ROLE_NAMES = {
     "ipython": "tool",
 }
 
-# Keys that say whether a turn is trained: OpenAI's, Axolotl's and ms-swift's.
+# Keys that control whether a turn is trained, of OpenAI, Axolotl and ms-swift.
 TRAIN_FLAGS = ("weight", "train", "loss")
 
 
 def is_messages(value: object) -> bool:
-    """A non-empty list of objects, whatever is in them."""
+    """Whether the value is a non-empty list of objects."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) for m in value)
 
 
 def to_messages(value: object, what: str) -> list[Message]:
-    """Messages in any of the known spellings → role and content, order checked.
+    """Convert messages in any known spelling to role and content, and check the order of the roles.
 
     Raises RowError: not a list of messages, unknown role, content that is not text, roles out of order.
     """
     if not is_messages(value):
         raise RowError(f"{what} is not a list of messages", code="data.not-messages")
     assert isinstance(value, list)
-    # Arrow gives every message every key of its column; a null key is an absent key.
+    # In Arrow every message has all keys of the column: a null value is an absent key.
     given = [{key: item for key, item in m.items() if item is not None} for m in value]
     raw_roles = [str(_either(m, "role", "from", what)).lower() for m in given]
     for role in raw_roles:
         if role not in ROLE_NAMES:
-            raise RowError(f"{what} has the unknown role {role!r}", code="data.unknown-role")
+            raise RowError(f"unknown role {role!r} in {what}", code="data.unknown-role")
     _check_order([_order_role(m, r) for m, r in zip(given, raw_roles, strict=True)], what)
     return [
         _to_message(m, ROLE_NAMES[role], what) for m, role in zip(given, raw_roles, strict=True)
@@ -59,16 +59,16 @@ def to_messages(value: object, what: str) -> list[Message]:
 
 
 def _order_role(message: Mapping[str, Any], role: str) -> str:
-    """The role as `_check_order` asks for it: a turn with calls is `function_call`."""
+    """Return the role for `_check_order`: an assistant turn with calls is `function_call`."""
     calls = message.get("tool_calls") or message.get("function_call")
     return "function_call" if calls and ROLE_NAMES[role] == "assistant" else role
 
 
 def _either(message: Mapping[str, Any], ours: str, theirs: str, what: str) -> Any:
-    """The value of a key with two spellings, of which a message has one."""
+    """Return the value of a key that has two spellings."""
     if ours in message and theirs in message and message[ours] != message[theirs]:
         raise RowError(
-            f"a message of {what} has both `{ours}` and `{theirs}`, and they differ",
+            f"`{ours}` and `{theirs}` of a message in {what} differ",
             code="data.conflicting-keys",
         )
     return message.get(ours, message.get(theirs))
@@ -82,8 +82,8 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     if content is None and raw.get("tool_calls"):
         content = ""
     if content is None:
-        said = "`refusal` and no" if raw.get("refusal") else "no"
-        raise RowError(f"a message of {what} has {said} `content`", code="data.missing-content")
+        said = "`refusal` but no" if raw.get("refusal") else "no"
+        raise RowError(f"a message in {what} has {said} `content`", code="data.missing-content")
     if isinstance(content, list):
         content, thought = _joined_parts(content, what)
         if thought:
@@ -92,12 +92,12 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     for key, value in raw.items():
         if key in MEDIA and not is_empty(value):
             raise RowError(
-                f"a message of {what} has `{key}`, and only text can be trained on",
+                f"a message in {what} has `{key}`; only text is supported",
                 code="data.not-text",
             )
         if key == "reasoning_content" and message.get(key, value) != value:
             raise RowError(
-                f"a message of {what} has thinking both in its content and in `{key}`",
+                f"a message in {what} has thinking both in its content and in `{key}`",
                 code="data.conflicting-thinking",
             )
         if key not in ("role", "from", "content", "value", *TRAIN_FLAGS):
@@ -105,24 +105,22 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     thoughts = {str(message[key]): key for key in THINKING if not is_empty(message.get(key))}
     if len(thoughts) > 1:
         names = " and ".join(f"`{key}`" for key in thoughts.values())
-        raise RowError(f"{names} of a message of {what} differ", code="data.conflicting-thinking")
+        raise RowError(f"{names} of a message in {what} differ", code="data.conflicting-thinking")
     if message.get("tool_calls"):
         message["tool_calls"] = _to_calls(message["tool_calls"], what)
     weight = _weight(raw, what)
     if role == "assistant" and weight is not None:
         message["weight"] = weight
-    elif (
-        role != "assistant"
-    ):  # these are never trained: a flag that asks for it is counted as unread
+    elif role != "assistant":  # never trained: a flag that requests it is reported as not read
         message |= {key: raw[key] for key in TRAIN_FLAGS if raw.get(key)}
     return message
 
 
 def _with_call(raw: Mapping[str, Any], what: str) -> Row:
-    """The turn with OpenAI's former `function_call` as the one call of `tool_calls`."""
+    """Convert OpenAI's legacy `function_call` to `tool_calls` with one call."""
     if raw.get("tool_calls"):
         raise RowError(
-            f"a message of {what} has both `function_call` and `tool_calls`",
+            f"a message in {what} has both `function_call` and `tool_calls`",
             code="data.conflicting-calls",
         )
     call = raw["function_call"]
@@ -136,27 +134,31 @@ def _with_call(raw: Mapping[str, Any], what: str) -> Row:
 
 
 def _weight(raw: Mapping[str, Any], what: str) -> Any:
-    """Whether the turn is trained (1) or not (0) by any of the keys that say it; None: none does."""
+    """Return whether the turn is trained (1) or not (0); None without any of the keys."""
     flags = {key: raw[key] for key in TRAIN_FLAGS if key in raw}
     for key, value in flags.items():
         if isinstance(value, str) or value not in (0, 1):
-            raise RowError(f"a `{key}` in {what} is neither 0 nor 1", code="data.bad-train-flag")
+            raise RowError(
+                f"`{key}` of a message in {what} is not 0 or 1", code="data.bad-train-flag"
+            )
     if len({bool(value) for value in flags.values()}) > 1:
         raise RowError(
-            f"{' and '.join(f'`{key}`' for key in flags)} of a message of {what} differ",
+            f"{' and '.join(f'`{key}`' for key in flags)} of a message in {what} differ",
             code="data.conflicting-train-flags",
         )
     return next((int(value) for value in flags.values()), None)
 
 
 def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
-    """(text, thinking) of content that comes in parts, as OpenAI's and Anthropic's messages have it.
+    """Join content in parts (OpenAI, Anthropic) into (text, thinking).
 
-    Raises RowError: a part that is neither, or that has more than its text.
+    Raises RowError: a part that is neither, or that has other fields.
     """
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     if not is_messages(parts):
-        raise RowError(f"the content of {what} is not text but list", code="data.not-text")
+        raise RowError(
+            f"the content of a message in {what} is a list, not text", code="data.not-text"
+        )
     for part in parts:
         given = {key: value for key, value in part.items() if value is not None}
         kind = given.pop("type", None)
@@ -164,8 +166,7 @@ def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
             given, kind = {"thinking" if k == kind else k: v for k, v in given.items()}, "thinking"
         if kind not in texts:
             raise RowError(
-                f"the content of {what} is not text but list, with a part of the type {kind!r}: only "
-                "text can be trained on",
+                f"the content of a message in {what} has a part of type {kind!r}; only text is supported",
                 code="data.not-text",
             )
         if kind == "thinking":
@@ -173,7 +174,7 @@ def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
         text = check_text(given.pop(kind, None), f"a part of the content of {what}")
         if left := [key for key, value in given.items() if not is_empty(value)]:
             raise RowError(
-                f"a part of the content of {what} has `{left[0]}`, which is not read",
+                f"a part of the content in {what} has the unknown field `{left[0]}`",
                 code="data.unread-part",
             )
         texts[kind].append(text)
@@ -181,7 +182,7 @@ def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
 
 
 def _to_calls(calls: object, what: str) -> list[Row]:
-    """Tool calls whose arguments are objects, as templates expect, not JSON inside a text."""
+    """Return tool calls with arguments as objects, which templates expect, instead of JSON text."""
     if isinstance(calls, str):
         try:
             calls = json.loads(calls)
@@ -214,17 +215,17 @@ def _to_function(function: Mapping[str, Any]) -> Row:
 
 
 def check_conversation(messages: Sequence[Message], what: str) -> None:
-    """The order of a conversation put together from checked parts; it starts with the user.
+    """Check the roles of a conversation joined from checked parts; it must start with a user turn.
 
     Raises RowError.
     """
-    # Two assistant turns in a row have been judged in their part, where a call is still known.
+    # Consecutive assistant turns were checked in their part, where calls are still recognizable.
     roles = ["function_call" if m["role"] == "assistant" else str(m["role"]) for m in messages]
     _check_order(roles, what)
     first = next((m["role"] for m in messages if m["role"] != "system"), "nobody")
     if first != "user":
         raise RowError(
-            f"{what} starts with a turn of {first}, not of the user", code="data.role-order"
+            f"{what} starts with a turn of role {first}, not user", code="data.role-order"
         )
 
 
@@ -238,7 +239,7 @@ def _check_order(raw_roles: Sequence[str], what: str) -> None:
             wrong = previous not in ("assistant", "tool")
         elif role == "user":
             wrong = previous == "user"
-        else:  # a call may follow the sentence that announces it; else assistant turns alternate
+        else:  # a call may follow text of the same turn; other assistant turns must alternate
             wrong = previous == role and "function_call" not in (raw, previous_raw)
         if wrong:
             raise RowError(
@@ -249,9 +250,9 @@ def _check_order(raw_roles: Sequence[str], what: str) -> None:
 
 
 def check_prompt_end(messages: Sequence[Message], what: str) -> None:
-    """The turn before a response must be one that a response can follow."""
+    """Check that the last turn of a prompt is one that a response can follow."""
     if messages[-1]["role"] not in ("user", "tool"):
         raise RowError(
-            f"{what} ends with a turn of the {messages[-1]['role']}, not of the user",
+            f"{what} ends with a turn of role {messages[-1]['role']}, not user or tool",
             code="data.role-order",
         )

@@ -1,4 +1,4 @@
-"""Mixtures by weight, and replay of an earlier stage's rows. Pure functions of rows and seed."""
+"""Mixtures by weight, and replay of rows of an earlier stage. Pure functions of rows and seed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def mix_sources(
     seed: int,
     audit: Audit,
 ) -> list[Row]:
-    """One list from several sources.
+    """Mix several sources into one list.
 
-    Weights are relative shares of the blend. Without any, every row is used once. With them the
-    blend is the biggest that has these shares (to one row) and repeats nothing; what it leaves out
-    is sampled by `seed` and counted. Sources, and the rows in them, keep their order.
+    Weights are relative fractions of the mixture. Without weights every row is used once. With weights the
+    mixture is the largest one with these fractions (up to one row) that repeats no row; rows are selected by
+    `seed`, and unused rows are counted. Sources and the rows in them keep their order.
 
     Args:
-        sources: (name, rows) each.
-        weights: one a source, all None or all positive.
+        sources: (name, rows) of each source.
+        weights: one for each source, all None or all positive.
 
     Raises:
-        DataError: some sources have a weight and some have not, or a weight is not positive.
+        DataError: only some sources have a weight, or a weight is not positive.
     """
     if all(weight is None for weight in weights):
         return [row for _, rows in sources for row in rows]
@@ -51,19 +51,17 @@ def mix_sources(
 def _share(name: str, weight: float | None) -> Fraction:
     if weight is None:
         raise DataError(
-            "some sources have a weight and this one has none",
+            "this source has no weight, but others have one",
             code="data.missing-weight",
             where=name,
-            why="a share means nothing unless all sources have one",
-            fix="give every source of the mixture a weight, or none",
+            fix="give a weight to all sources or to none",
         )
     if not 0 < weight < float("inf"):
         raise DataError(
-            f"a weight must be a positive number, not {weight}",
+            f"the weight must be a positive number, got {weight}",
             code="data.bad-weight",
             where=name,
-            why="it is the source's part of all rows",
-            fix="write a number above 0, or leave the source out",
+            fix="write a number greater than 0, or remove the source",
         )
     return exact(weight)
 
@@ -71,13 +69,13 @@ def _share(name: str, weight: float | None) -> Fraction:
 def add_replay(
     rows: Sequence[Row], earlier: Sequence[Row], spec: ReplaySpec, *, seed: int, audit: Audit
 ) -> list[Row]:
-    """`rows`, and after them a sample (without replacement) of an earlier stage's rows.
+    """Append a sample (without replacement) of an earlier stage's rows to `rows`.
 
-    The number of replayed rows, rounded to the nearest: `of: mix` makes them `fraction` of the
-    resulting blend, n·f / (1 − f) for n rows; `of: source` takes `fraction` of `earlier`.
+    The number of replayed rows is rounded to the nearest integer. With `of: mix` they are `fraction` of the
+    resulting mixture, n·f / (1 − f) for n rows; with `of: source`, `fraction` of `earlier`.
 
     Raises:
-        DataError: `earlier` has fewer rows than that.
+        DataError: `earlier` has too few rows.
     """
     fraction = exact(spec.fraction)
     wanted = len(rows) * fraction / (1 - fraction) if spec.of == "mix" else len(earlier) * fraction
@@ -86,8 +84,9 @@ def add_replay(
         raise DataError(
             f"replay needs {count} rows of stage {spec.stage!r}, which has {len(earlier)}",
             code="data.replay-too-large",
-            why=f"{spec.fraction:g} of the blend of {len(rows)} + {count} rows, none used twice",
-            fix="a smaller `fraction`, or `of: source`",
+            why=f"`fraction: {spec.fraction:g}` is relative to the mixture, {len(rows)} + {count} rows, and "
+            "no row is used twice",
+            fix="use a smaller `fraction`, or `of: source`",
         )
     audit.replay = {
         "stage": spec.stage,
@@ -97,18 +96,18 @@ def add_replay(
         "available": len(earlier),
     }
     if count == 0:
-        audit.remark(f"replay of stage {spec.stage!r}: the fraction rounds to no row at all")
+        audit.remark(f"replay of stage {spec.stage!r}: the fraction rounds to 0 rows")
     replayed = sample(earlier, count, f"{seed}:replay:{spec.stage}")
     return [*rows, *replayed]
 
 
 def sample(rows: Sequence[Row], count: int, key: str) -> list[Row]:
-    """`count` different rows in their old order, a pure function of `key`."""
+    """Select `count` different rows as a pure function of `key`, and keep their order."""
     if count == len(rows):
         return list(rows)
     return [rows[i] for i in sorted(random.Random(key).sample(range(len(rows)), count))]
 
 
 def exact(number: float) -> Fraction:
-    """The decimal that was written: 0.02 is one fiftieth, not the nearest binary fraction."""
+    """Return the decimal number as written: 0.02 is 1/50, not the nearest binary fraction."""
     return Fraction(repr(number))

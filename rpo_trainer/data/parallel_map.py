@@ -1,7 +1,7 @@
-"""The same work on many batches, in several processes where it pays and is safe.
+"""Map a function over batches, in several processes if that is faster and safe.
 
-The processes are forks, as those of data loaders are: they begin at once, with the tokenizer as it is,
-and without running the user's script again. They touch no device.
+The processes are forked, like those of data loaders: they start quickly, share the tokenizer, and do not run
+the user's script again. They use no device.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
-MOST = 16  # processes; beyond it the one that collects the results is the slowest
+MOST = 16  # processes; with more, the process that collects the results is the bottleneck
 _work: Callable[[Any], Any] | None = None
 
 
 def processes_for(batches: int) -> int:
-    """How many processes are worth it: one for few batches, else the cores that are ours."""
+    """Return the number of processes to use: one for few batches, otherwise the number of available cores."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     return max(1, min(usable_cores(), batches // 4, MOST))
@@ -37,9 +37,9 @@ def processes_for(batches: int) -> int:
 def map_batches(
     work: Callable[[Batch], Result], batches: Sequence[Batch], processes: int
 ) -> Iterator[Result]:
-    """`work` of each batch, in their order; its errors are raised here.
+    """Yield `work(batch)` for each batch, in order. Exceptions of `work` are raised here.
 
-    Where a process is killed, for want of memory for example, the rest is done in this one.
+    If a worker process is killed, for lack of memory for example, this process does the rest.
     """
     done = 0
     if processes > 1:
@@ -50,19 +50,17 @@ def map_batches(
                     yield result
                     done += 1
             except BrokenProcessPool:
-                logger.warning(
-                    "a process that tokenised was killed; the rest is done in one process"
-                )
+                logger.warning("a tokenizer process was killed; tokenizing the rest in one process")
     yield from map(work, batches[done:])
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    # The parent is told to stop, and it stops these.
+    # The parent handles signals and stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the parent are not here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork does not have the parent's threads
 
 
 def _run(batch: Any) -> Any:

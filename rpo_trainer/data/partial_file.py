@@ -1,6 +1,6 @@
-"""The file beside a file to be, which takes the results of its rows one by one: `FILE.partial`.
+"""Unfinished results of an output file, written row by row: `FILE.partial`.
 
-Each line is by itself: [key of rows and settings, index of the row, its fields, digest of these three].
+Each line is self-contained: [key of rows and settings, index of the row, its fields, digest of these three].
 """
 
 from __future__ import annotations
@@ -21,54 +21,59 @@ logger = logging.getLogger(__name__)
 
 Fields = dict[str, Any]
 
-_SYNC_SECONDS = 1.0  # a kill loses nothing that was written; a power cut at most so much
+_SYNC_SECONDS = 1.0  # results that a power failure may lose; a killed process loses none
 
 
 def partial_path(path: Path, rank: int = 0) -> Path:
-    """Where a process's results for `path` are until it is whole."""
+    """Return the path of a process's results for `path` until the file is complete."""
     return path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
 
 
 def partial_paths(path: Path) -> list[Path]:
-    """The partial files of all processes: while there is one, the work is not finished."""
+    """Return the partial files of all processes; as long as one exists, the output is incomplete."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.partial*"), reverse=True)
 
 
 def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
-    """The results for `path` by index, of all its partial files.
+    """Read the results for `path` by index, from all its partial files.
 
     Args:
-        key: of the rows and settings.
-        total: rows; indices beyond are left out.
+        key: key of the rows and settings.
+        total: number of rows; results with a larger index are ignored.
 
     Raises:
-        RunError: a result of other rows or settings, or something that is not a file.
+        RunError: a partial file has results of other rows or settings, or is not a file.
     """
     found: dict[int, Fields] = {}
     for partial in partial_paths(path):
         if not partial.is_file():
             raise RunError(
-                "this is not a file of unfinished work",
+                "this path is reserved for unfinished results, and is not a file",
                 code="output.partial-not-a-file",
                 where=str(partial),
-                why="the results are kept under this name until all are there",
-                fix="remove it, or name another output",
+                fix="remove it, or choose another output file",
             )
         results, _ = _read(partial)
         if any(own != key for own, _, _ in results):
             raise RunError(
-                "there is unfinished work of other rows or settings",
+                "the file has unfinished results of other rows or settings",
                 code="output.partial-mismatch",
                 where=str(partial),
-                why="continuing would mix the two in one file",
-                fix="give the rows and settings that it began with, remove it, or name another output",
+                fix="use the original rows and settings, remove the file, or choose another output file",
             )
         found |= {index: fields for _, index, fields in results if 0 <= index < total}
     return found
 
 
+def discard_partials(path: Path, key: str) -> None:
+    """Delete the unfinished work for `path` that was made of other rows or settings."""
+    for partial in partial_paths(path):
+        if partial.is_file() and any(own != key for own, _, _ in _read(partial)[0]):
+            partial.unlink()
+
+
 class PartialFile:
-    """The append-only file of one process's results; there is none before the first."""
+    """Append-only file of one process's results, created with the first result."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
@@ -80,17 +85,17 @@ class PartialFile:
         results, damaged = _read(self.path) if self.path.exists() else ([], 0)
         if damaged:
             logger.warning(
-                "%s is damaged: %d of its lines are not used, and their rows made again",
+                "%s: %d damaged lines are ignored, and their rows are computed again",
                 self.path, damaged,
             )  # fmt: skip
-        # Written anew, not cut at the first damaged line: the results after it may have cost hours.
+        # Rewritten, not truncated at the first damaged line: the results after it may be expensive.
         staged = self.path.with_name(f".{self.path.name}")
         staged.write_bytes(b"".join(line(*result) for result in results))
         os.replace(staged, self.path)
         return self.path.open("ab")
 
     def write(self, index: int, fields: Fields) -> None:
-        """One result, out of this process when it returns."""
+        """Write one result and flush it to the operating system."""
         if self._file is None:
             self._file = self._open()
         self._file.write(line(self.key, index, fields))
@@ -100,14 +105,14 @@ class PartialFile:
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """On disk when it returns."""
+        """Flush to disk and close."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
 
 
 def line(key: str, index: int, fields: Fields) -> bytes:
-    """A result as it is written."""
+    """Return a result as a line of the file."""
     digest = _digest(key, index, fields)
     return json.dumps([key, index, fields, digest], ensure_ascii=False).encode() + b"\n"
 
@@ -117,9 +122,9 @@ def _digest(*result: Any) -> str:
 
 
 def _read(path: Path) -> tuple[list[tuple[str, int, Fields]], int]:
-    """The results (key, index, fields) in a file, and how many of its lines are damaged.
+    """Return the results (key, index, fields) in a file, and the number of damaged lines.
 
-    A last line that a kill has cut does not count.
+    An incomplete last line, from a killed process, does not count as damaged.
     """
     with path.open("rb") as file:
         lines = list(file)
@@ -129,7 +134,7 @@ def _read(path: Path) -> tuple[list[tuple[str, int, Fields]], int]:
 
 
 def _read_line(text: bytes) -> tuple[str, int, Fields] | None:
-    """The result that a line holds; None where it is cut or damaged."""
+    """Return the result in a line; None if it is incomplete or damaged."""
     if not text.endswith(b"\n"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""From a recipe's sources, or from a raw data set, to rows and tokenized examples."""
+"""From the sources of a recipe, or from a raw data set, to rows and tokenized examples."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def load_rows(
     audit: Audit,
     seed: int,
 ) -> list[Row]:
-    """Internal rows of all sources, mixed by their weights; nothing is filtered yet.
+    """Return the internal rows of all sources, mixed by weight, without filtering.
 
     Args:
-        kind: `sft`, `pair` (two or more responses a prompt), `rating` or `prompt`.
-        base_dir: relative paths start here.
+        kind: `sft`, `pair` (two or more responses per prompt), `rating` or `prompt`.
+        base_dir: base of relative paths.
         require_rewards: every response must have a finite reward (RPO).
-        dedup: keep the first row of each prompt, compared exactly or normalised; None: keep all.
-        keep: other columns that stay in the rows as they are (a verifier's).
-        unscored: sampled responses without rewards are taken too: they are to be scored.
-        seed: of the mixture's sample, and of tasks without a seed of their own.
+        dedup: keep the first row of each prompt, compared exactly or normalized; None keeps all.
+        keep: other columns to keep unchanged (for verifiers).
+        unscored: accept sampled responses without rewards, which will be scored later.
+        seed: seed of the mixture, and of tasks without their own seed.
 
     Raises:
-        DataError, or Problems: the faults of all sources at once.
+        DataError, or Problems: the errors of all sources together.
     """
     errors: list[DataError] = []
     named: list[tuple[str, list[Row]]] = []
@@ -105,19 +105,19 @@ def prepare_dataset(
     all_end: bool = False,
     audit: Audit | None = None,
 ) -> datasets.Dataset:
-    """Tokenized examples of raw rows in any known format; tokenized ones are returned as they are.
+    """Tokenize raw rows in any known format. Tokenized examples are returned unchanged.
 
     Args:
-        dataset: a map-style `datasets.Dataset`, a list of rows, or anything else that has `len()` and
-            gives rows by number, such as a `torch.utils.data.Dataset`.
-        attributes, rating_range: of ratings, see `rating_targets`.
-        special_tokens: what the text of special tokens in the rows stands for: `text` = letters,
-            `parse` = the tokens, for rows that went through a chat template before. None: `text`, with
-            a warning where rows hold some.
-        chat_template_kwargs: variables of the chat template for all rows of messages; a row's own column of
-            this name goes before them, key by key.
+        dataset: a map-style `datasets.Dataset`, a list of rows, or any object with `len()` and rows by index,
+            such as a `torch.utils.data.Dataset`.
+        attributes, rating_range: for rating rows, see `rating_targets`.
+        special_tokens: how to read the text of special tokens in the rows: `text` as plain text, `parse` as
+            the tokens, for rows that were rendered by a chat template before. None means `text`, with a
+            warning if rows contain such text.
+        chat_template_kwargs: variables of the chat template for all rows of messages. A row's column of this
+            name takes precedence, key by key.
         all_end: see `tokenize_rows`.
-        audit: counts what is dropped; None: the counts are logged.
+        audit: counts rows and warnings; None: the counts are logged.
 
     Raises:
         DataError, Problems, ModelError: as `load_rows`, `filter_rows` and `tokenize_rows`.
@@ -135,8 +135,7 @@ def prepare_dataset(
         raise DataError(
             "the data set has no rows",
             code="data.no-rows",
-            why="there would be no step to train, and nothing to evaluate",
-            fix="look at the split or the filter that it was made with",
+            fix="check the split or the filter that produced it",
         )
     if not isinstance(dataset, datasets.Dataset) and set(TOKENIZED) <= set(raw_rows[0]):
         return datasets.Dataset.from_list(raw_rows)
@@ -175,7 +174,7 @@ def prepare_dataset(
 def _without_duplicates(
     named: Sequence[tuple[str, list[Row]]], dedup: Dedup, audit: Audit
 ) -> list[tuple[str, list[Row]]]:
-    """The sources without prompts that occurred before, there or in an earlier source."""
+    """Remove rows whose prompt occurs earlier in the same or an earlier source."""
     kept = {
         id(row) for row in drop_duplicates([r for _, rows in named for r in rows], dedup, audit)
     }
@@ -183,27 +182,26 @@ def _without_duplicates(
 
 
 def _by_number(dataset: Any) -> list[dict[str, Any]]:
-    """The rows of a list, or of somebody's own map-style data set."""
+    """Return the rows of a list or of a map-style data set."""
     if isinstance(dataset, Sequence):
         return list(dataset)
-    what = f"a {type(dataset).__name__} cannot be trained on"
+    what = f"a {type(dataset).__name__} is not supported as a data set"
     if any(kind.__name__ == "IterableDataset" for kind in type(dataset).__mro__) or not hasattr(
         dataset, "__getitem__"
     ):
         raise DataError(
             what,
             code="data.unsupported-dataset",
-            why="an epoch is a permutation of the rows, and a resumed run finds its place in it: both "
-            "need rows by number, which a stream does not have",
-            fix="make it a list, or datasets.Dataset.from_generator(...), which keeps the rows on disk",
+            why="shuffling and resuming need rows by index, which a stream does not have",
+            fix="convert it to a list, or to a data set on disk with datasets.Dataset.from_generator(...)",
         )
     if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
         raise DataError(
             what,
             code="data.unsupported-dataset",
-            why="rows are taken by their number, from 0 to `len()` - 1, in an order drawn by the seed",
-            fix="give a datasets.Dataset (one split, not streamed), a list of rows, or a data set with "
-            "`len()` and rows by number",
+            why="rows are read by index, from 0 to `len()` - 1",
+            fix="pass a datasets.Dataset (one split, not streaming), a list of rows, or a data set with "
+            "`len()` and rows by index",
         )
     rows = [dataset[number] for number in range(len(dataset))]
     for number, row in enumerate(rows):
@@ -211,15 +209,14 @@ def _by_number(dataset: Any) -> list[dict[str, Any]]:
             raise DataError(
                 f"row {number} of the {type(dataset).__name__} is a {type(row).__name__}",
                 code="data.row-not-object",
-                why="prompt and response are told apart by the names of a row's columns",
-                fix="give rows as dicts in one of the formats, for example "
+                fix="return rows as dicts in one of the known formats, for example "
                 '{"prompt": ..., "chosen": ..., "rejected": ...}',
             )
     return rows
 
 
 def _observe(rows: Sequence[Row], kind: Kind, audit: Audit) -> None:
-    if kind != "rating":  # several responses to a prompt are a row each
+    if kind != "rating":  # each response to a prompt has its own row
         audit.observe_prompts(rows)
     if kind == "pair":
         audit.observe_pairs(rows)

@@ -1,12 +1,12 @@
-"""The quickstart's data and tokenizer, made by the package: nothing is downloaded.
+"""Data and tokenizer of the quickstart, generated without a download.
 
-Two dialects of the same small questions, each with a known answer:
+Two tasks with the same small questions, each with a known answer:
 
 * `quickstart/code`: Python expressions to evaluate, `'abc'[::-1] -> `
 * `quickstart/general`: plain instructions, `reverse abc: `
 
-Code is taught with right answers. The general training rows come from a *weak teacher*, right with
-probability `TEACHER_ACCURACY`: what is left to learn is what preference stages are for.
+The training rows of `code` have correct answers. Those of `general` are written by a *weak teacher*, which is
+correct with probability `TEACHER_ACCURACY`, so that the preference stages have something to improve.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpo_trainer.errors import RecipeError, nearest
+from rpo_trainer.errors import RecipeError, suggestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,16 +25,16 @@ CODE, GENERAL = "quickstart/code", "quickstart/general"
 SPLITS = ("train", "preference", "heldout")
 TEACHER_ACCURACY = 0.6
 
-# A prompt belongs to one split for ever, by a hash of its text: 60 %, 30 %, 10 %.
+# A hash of its text assigns every prompt to one split: 60 %, 30 %, 10 %.
 _SPLIT_OF_BUCKET = ("train",) * 6 + ("preference",) * 3 + ("heldout",)
-# Few letters and small numbers, so that a model of a million weights learns from a few minutes.
+# Few letters and small numbers, so that a model with a million parameters learns in a few minutes.
 _LETTERS = "abcdefghij"
-# Draws in a row without a new prompt, after which a split is taken to be used up.
+# Consecutive draws without a new prompt after which a split counts as exhausted.
 _MISSES = 2000
 
 
 class _Operation(NamedTuple):
-    """One kind of question: how it reads in each dialect, its arguments, its answer."""
+    """One kind of question: its text in each task, its arguments, its answer."""
 
     code: str
     general: tuple[str, ...]
@@ -78,12 +78,12 @@ _OPERATIONS = (
 
 
 def code_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of `quickstart/code`, see `load_task`: Python expressions, taught with right answers."""
+    """Return rows of `quickstart/code` (see `load_task`): Python expressions with correct answers."""
     return _rows(CODE, _expression, None, split, size, seed)
 
 
 def general_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of `quickstart/general`, see `load_task`: instructions, taught by the weak teacher."""
+    """Return rows of `quickstart/general` (see `load_task`): instructions, answered by the weak teacher."""
     return _rows(GENERAL, _instruction, _weak_teacher, split, size, seed)
 
 
@@ -95,15 +95,14 @@ def _rows(
     size: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Rows with prompts by `ask` and, in `train`, responses by `teach` (None: the right ones)."""
+    """Return rows with prompts by `ask` and, in `train`, responses by `teach` (None: correct ones)."""
     require_known("split", split, SPLITS, code="data.unknown-split")
     if size < 1:
         raise RecipeError(
-            f"size is {size}",
+            f"`size` must be at least 1, got {size}",
             code="data.bad-size",
             where=f"task {name}",
-            why="there would be no step to train, and nothing to evaluate",
-            fix="give at least 1 row",
+            fix="write a number of rows",
         )
     rng = Random(f"{name} {split} {seed}")
     rows: list[dict[str, Any]] = []
@@ -112,11 +111,10 @@ def _rows(
     while len(rows) < size:
         if misses == _MISSES:
             raise RecipeError(
-                f"no more than about {len(rows)} different prompts, asked for {size}",
+                f"the split has about {len(rows)} different prompts, but `size` is {size}",
                 code="data.bad-size",
                 where=f"task {name}, split {split}",
-                why="no prompt comes twice, and those of one split never come in another",
-                fix="lower size, and raise num_train_epochs instead",
+                fix="lower `size`, and increase `num_train_epochs` instead",
             )
         operation = rng.choice(_OPERATIONS)
         arguments = operation.draw(rng)
@@ -137,7 +135,7 @@ def _rows(
 
 
 def split_of(prompt: str) -> str:
-    """The split a prompt belongs to: a function of its text alone."""
+    """Return the split of a prompt, a function of its text alone."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return _SPLIT_OF_BUCKET[int.from_bytes(digest[:8], "big") % len(_SPLIT_OF_BUCKET)]
 
@@ -157,7 +155,7 @@ def _weak_teacher(truth: str, arguments: tuple[Any, ...], rng: Random) -> str:
 
 
 def _slips(truth: str, given: str) -> list[str]:
-    """Plausible wrong answers: off by one or ten, two letters swapped, the last lost, the input."""
+    """Return plausible wrong answers: off by 1 or 10, letters swapped, the last one missing, the input."""
     if truth.isdigit():
         number = int(truth)
         found = [str(number + step) for step in (-10, -1, 1, 10) if number + step >= 0]
@@ -170,22 +168,22 @@ def _slips(truth: str, given: str) -> list[str]:
 
 
 def require_known(what: str, name: str, known: tuple[str, ...], *, code: str) -> None:
-    """Raises RecipeError for a name of a task or split that is not known, with this code."""
+    """Raise RecipeError with this code if a task or split is unknown."""
     if name not in known:
         raise RecipeError(
-            f"unknown {what} '{name}' of the built-in data{nearest(name, known)}",
+            f"unknown {what} '{name}' of the built-in data{suggestion(name, known)}",
             code=code,
             where=what,
-            why="its rows are made when they are asked for, and none are made in place of others",
             fix=f"use one of: {', '.join(known)}",
         )
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 100 tokens: printable ASCII and newline, one token a character, and 4 others.
+    """Return a tokenizer with 100 tokens: printable ASCII and newline, one per character, and 4 special
+    tokens.
 
-    `<s>` is put before a text, `</s>` ends a response, `<pad>` fills, any other character is
-    `<unk>`. It has no chat template.
+    `<s>` begins a text, `</s>` ends a response, `<pad>` pads, and any other character is `<unk>`. It has no
+    chat template.
     """
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
@@ -193,7 +191,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: index for index, token in enumerate(special + characters)}
-    # Byte-pair encoding without a merge is one token a character.
+    # Byte-pair encoding without merges yields one token per character.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""Ratings of responses as the targets of a reward model, and rows set aside to test it on."""
+"""Ratings of responses as targets of a reward model, and held-out rows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def rating_targets(
     rating_range: tuple[float, float] | None = None,
     audit: Audit,
 ) -> list[Row]:
-    """The rating rows, `attributes` a list of numbers or None in the order of the names.
+    """Convert `attributes` of rating rows to a list of numbers or None, in the order of the names.
 
-    A row that rates none of them is dropped and counted; so are ratings of other attributes.
+    Rows without a rating of any of them are dropped and counted. Ratings of other attributes are reported.
 
     Args:
-        attributes: names, the heads of the model.
-        rating_range: lowest and highest rating that can be right; None: any finite number.
+        attributes: names of the model's heads.
+        rating_range: lowest and highest valid rating; None allows any finite number.
 
     Raises:
-        DataError, or Problems: ratings out of range; an attribute that no row rates.
+        DataError, or Problems: ratings out of range, or an attribute without ratings.
     """
     problems = RowProblems()
     targets = []
@@ -38,7 +38,7 @@ def rating_targets(
             if value is not None and rating_range and not _within(value, rating_range):
                 low, high = rating_range
                 fault = RowError(
-                    f"the rating `{name}` is not from {low:g} to {high:g}",
+                    f"the rating `{name}` is outside the range {low:g} to {high:g}",
                     code="data.rating-out-of-range",
                 )
                 problems.add(fault, row["id"])
@@ -48,16 +48,15 @@ def rating_targets(
             targets.append({**row, "attributes": values})
     problems.raise_if_any(
         len(rows),
-        why="out of its range it is more likely another column than a rating",
         fix="fix these rows, or change `rating_range`",
     )
     known = {name for row in rows for name, value in row["attributes"].items() if value is not None}
     if missing := [name for name in attributes if name not in known]:
         raise DataError(
-            f"no row rates {', '.join(missing)}",
+            f"no row has a rating of {', '.join(missing)}",
             code="data.unrated-attribute",
-            why=f"the ratings are of {', '.join(sorted(known)) or 'nothing'}",
-            fix="name the attributes as the data does",
+            why=f"the rated attributes are: {', '.join(sorted(known)) or 'none'}",
+            fix="use the attribute names of the data",
         )
     if unused := sorted(known - set(attributes)):
         audit.remark(f"ratings not used: {', '.join(unused)}")
@@ -70,10 +69,10 @@ def _within(value: float, bounds: tuple[float, float]) -> bool:
 
 
 def hold_out(rows: Sequence[Row], fraction: float, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows to test on, without a prompt in both.
+    """Split rows into training rows and held-out rows that share no prompt.
 
-    `fraction` of the prompts (rounded to the nearest, at least one), drawn by `seed`, go with all
-    their rows into the second list. Both keep the order of `rows`.
+    `fraction` of the prompts (rounded to the nearest, at least one), selected by `seed`, are held out with
+    all their rows. Both lists keep the order of `rows`.
 
     Raises:
         DataError: fewer than two different prompts.
@@ -81,11 +80,11 @@ def hold_out(rows: Sequence[Row], fraction: float, *, seed: int) -> tuple[list[R
     prompts = list(dict.fromkeys(map(prompt_key, rows)))
     if len(prompts) < 2:
         raise DataError(
-            f"{len(rows)} rows with {len(prompts)} different prompt: none can be held out",
+            f"cannot hold out rows: {len(rows)} rows with {len(prompts)} different prompt(s)",
             code="data.too-few-prompts",
             where="data.eval_fraction",
-            why="a prompt is never on both sides: what was trained on says nothing of new prompts",
-            fix="give more rows, or held-out rows of their own (data.eval)",
+            why="training and held-out rows must not share a prompt",
+            fix="add rows with other prompts, or use separate held-out data (`data.eval`)",
         )
     count = min(max(1, round(len(prompts) * exact(fraction))), len(prompts) - 1)
     held = set(random.Random(f"{seed}:holdout").sample(prompts, count))

@@ -1,4 +1,4 @@
-"""Rendered texts: which characters are trained, and which are special-token text of the data."""
+"""Rendered texts, with their trained characters and the special-token text of the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpo_trainer.data.turns import Found, Span
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PRIVATE = 0xF0000  # a plane of characters that no text uses
+PRIVATE = 0xF0000  # first code point of a private-use plane
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Rendered:
 
     Attributes:
         spans: trained character ranges of `text`, ascending.
-        literal: character ranges of special-token text that came with the data.
-        plain: no chat template; nothing in it is control, and the end token follows it.
-        cut: the response was cut before it ended: the text ends with its words, and no end token follows.
-        parsed: text of special tokens that came with the data is control all the same.
-        differs: what generation and training have around their first difference in front of a trained
-            turn; None: the turn stands behind its generation prompt.
+        literal: character ranges of special-token text that is part of the data.
+        plain: no chat template is used; the text has no control tokens, and the EOS token is appended.
+        cut: the response is truncated, so that no EOS token is appended.
+        parsed: special-token text of the data is read as control tokens.
+        differs: the texts before a trained turn in generation and in training, around their first
+            difference; None if the turn follows its generation prompt.
     """
 
     text: str
@@ -43,32 +43,32 @@ class Rendered:
 def render_plain(
     prompt: str, response: str, *, parsed: bool = False, cut: bool = False
 ) -> Rendered:
-    """Prompt and response joined as they are; `cut`: the response has no end token."""
+    """Concatenate prompt and response; `cut`: the response is truncated and gets no EOS token."""
     text = prompt + response
     return Rendered(text, ((len(prompt), len(text)),), plain=True, cut=cut, parsed=parsed)
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts that the tokenizer turns into control tokens, longest first."""
+    """Return the texts that the tokenizer reads as control tokens, longest first."""
     texts = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content}
     return longest_first(texts)
 
 
 def longest_first(texts: Iterable[str]) -> list[str]:
-    """The texts in the order in which they are looked for in another one."""
+    """Return the texts in the order in which they must be matched."""
     return sorted(texts, key=lambda text: (-len(text), text))
 
 
 def special_pattern(texts: Sequence[str]) -> re.Pattern[str] | None:
-    """Finds the texts of control tokens; None where there are none."""
+    """Return a pattern that matches the texts of control tokens; None if there are none."""
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
 class StandIns:
-    """Private-use characters in place of the texts of special tokens, while a template renders the data.
+    """Replaces the texts of special tokens by private-use characters while a template renders the data.
 
     Args:
-        names: the texts of the tokens, longest first.
+        names: texts of the tokens, longest first.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -79,15 +79,15 @@ class StandIns:
         self._reserved = re.compile(f"{self._stand_in.pattern}|{SENTINEL}")
 
     def names_in(self, text: str) -> set[str]:
-        """The names that are in a text."""
+        """Return the special-token texts that a text contains."""
         return set() if self._pattern is None else set(self._pattern.findall(text))
 
     def hide(self, value: Any) -> Any:
-        """`value` with the text of special tokens replaced by private-use characters."""
+        """Return `value` with special-token text replaced by private-use characters."""
         if isinstance(value, str):
             if not value.isascii() and self._reserved.search(value):
                 raise RowError(
-                    "the text holds private-use characters that are needed here",
+                    "the text contains private-use characters that are reserved for rendering",
                     code="data.private-use-characters",
                 )
             if self._pattern is None:
@@ -100,7 +100,7 @@ class StandIns:
         return value
 
     def show(self, found: Found) -> Rendered:
-        """The special-token texts put back, with the spans moved to fit."""
+        """Restore the special-token texts, and adjust the spans."""
         text, spans = found.text, found.spans
         pieces, literal, moves, length, done = [], [], [(0, 0)], 0, 0
         for match in self._stand_in.finditer(text):

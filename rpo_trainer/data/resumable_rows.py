@@ -1,8 +1,8 @@
-"""A file of rows that are made one by one: what is done survives a kill; the file is whole or absent.
+"""Compute the rows of a file one by one. Results survive a killed process; the file is complete or absent.
 
-Beside the file to be, `FILE.partial` takes each row's result as it comes, in any order (see `partial_file`).
-Started again with the same rows and settings, only what is missing or damaged is made, and the file is byte
-for byte that of a run that was never stopped.
+Results are appended to `FILE.partial` as they arrive, in any order (see `partial_file`). When the work is
+restarted with the same rows and settings, only missing or damaged results are computed, and the file is
+identical to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rpo_trainer.runtime.ranks import ALONE, Ranks
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 15.0
-_GIVE_UP = 20  # failures in a row, without one success, that speak of the service and not of rows
+_GIVE_UP = 20  # consecutive failures after which the service, not the rows, is at fault
 
 
 class RowFailed(Exception):
-    """A row has no result, and why.
+    """A row has no result.
 
     Args:
-        code: stable name of the reason, as of an `RPOTrainerError`.
-        service: the reason lies with the service asked, not with the row.
+        code: stable identifier of the reason, as for `RPOTrainerError`.
+        service: the service failed, not the row.
     """
 
     def __init__(self, reason: str, *, code: str, service: bool = False) -> None:
@@ -46,7 +46,7 @@ class RowFailed(Exception):
 
 @dataclass(frozen=True)
 class Done:
-    """What became of the row at `index`: the fields it gains, or why there are none."""
+    """Result of the row at `index`: its new fields, or the reason for which there are none."""
 
     index: int
     fields: dict[str, Any] | None
@@ -58,7 +58,7 @@ Work = Callable[[Sequence[int], Shard], Iterator[Done]]
 
 
 def content_key(*parts: Any) -> str:
-    """xxh3-64 of anything JSON can write."""
+    """Return the xxh3-64 digest of JSON-compatible values."""
     return str(xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode()))
 
 
@@ -76,11 +76,11 @@ def map_rows_resumable(
     with_digest: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
-    """`rows` with the fields that `work` makes of each, also written to `path` as JSON lines.
+    """Add the fields that `work` computes to each row, and write the rows to `path` as JSON lines.
 
     Args:
-        rows: plain rows; a result is merged into its row.
-        work, key, what, label, with_digest, ranks: as `write_rows_resumable`.
+        rows: JSON-compatible rows; a result is merged into its row.
+        work, key, what, label, with_digest, ranks: see `write_rows_resumable`.
     """
     ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
 
@@ -113,31 +113,32 @@ def write_rows_resumable(
     with_digest: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
-    """The rows made of the results of all units of work, also written to `path` as JSON lines.
+    """Compute the results of all units of work, assemble rows from them, and write these to `path` as JSON
+    lines.
 
     Args:
-        ids: names the units in messages.
-        work: from the indices of units still to do, and the part of them that is this process's, to
-            their results, in any order.
-        assemble: from the results of all units, in order, to the rows.
-        key: of all that the results depend on; unfinished work under another key is refused.
-        what: names the work in messages ("scored").
-        label: stands before what is logged on the way, such as a stage's.
-        then: called with the rows when they are written, before the unfinished work is removed.
-        with_digest: as `write_rows`.
-        ranks: the processes that share the work; all of them call this.
+        ids: names of the units in messages.
+        work: takes the indices of pending units and this process's shard of them; yields results in any
+            order.
+        assemble: converts the results of all units, in order, to rows.
+        key: digest of everything the results depend on; unfinished results with another key are refused.
+        what: participle that names the work in messages ("scored").
+        label: prefix of log messages, such as the name of a stage.
+        then: called with the rows after they are written, before the unfinished results are removed.
+        with_digest: see `write_rows`.
+        ranks: processes that share the work; all of them must call this function.
 
     Raises:
-        DataError: units have finally failed; those that have not are kept, and tried no more.
-        RunError: unfinished work of other rows or settings lies there, or the service is down.
+        DataError: units have failed; the results of the others are kept.
+        RunError: unfinished results of other rows or settings exist, or the service is down.
     """
     failures = _Failures(what, ids, f"{label} " if label else "")
     with ranks.raise_on_all_ranks():
-        # By all of them before any writes: a run may resume with another number of processes.
+        # All processes read before any of them writes: a run may resume with a different number of processes.
         found = read_partials(path, key, len(ids))
     pending = [i for i in range(len(ids)) if i not in found]
     if found and pending:
-        logger.info("%s%d of %d rows are %s already", failures.label, len(found), len(ids), what)
+        logger.info("%s%d of %d rows already %s", failures.label, len(found), len(ids), what)
     ranks.barrier()
     with ranks.raise_on_all_ranks():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def write_rows_resumable(
         found |= _run_pending(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
     failures.reasons = ranks.all_gather_dict(failures.reasons)
     found = ranks.all_gather_dict(found)
-    with ranks.raise_on_all_ranks():  # all know the same: one of them says it
+    with ranks.raise_on_all_ranks():
         failures.raise_if_any(path)
     rows = assemble([found[i] for i in range(len(ids))])
 
@@ -168,7 +169,7 @@ def _run_pending(
     shard: Shard,
     failures: _Failures,
 ) -> dict[int, dict[str, Any]]:
-    """This process's part of what is pending, noted down as it comes."""
+    """Do this process's shard of the pending work, and write each result as it arrives."""
     found: dict[int, dict[str, Any]] = {}
     if not pending:
         return found
@@ -189,31 +190,31 @@ def _run_pending(
 
 
 def write_rows(path: Path, rows: Iterable[Row], *, with_digest: bool = False) -> None:
-    """JSON lines, whole or not at all; on disk when this returns.
+    """Write rows as JSON lines, atomically and synced to disk.
 
     Args:
-        with_digest: keep the digest of the file beside it, for `is_intact`.
+        with_digest: also write the digest of the file, for `is_intact`.
     """
     write = write_with_digest if with_digest else atomic_write
     write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of `write_rows`."""
-    # Not splitlines(), which also cuts at the line separators that a text may hold.
+    """Read the rows of a file written by `write_rows`."""
+    # Not splitlines(), which also splits at Unicode line separators inside texts.
     with path.open(encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file]
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the rows of `write_rows(with_digest=True)` are there as they were written.
+    """Whether a file written by `write_rows(with_digest=True)` exists and is unchanged.
 
-    Damaged ones are removed with a warning, to be made again.
+    A damaged file is removed with a warning.
     """
     if not path.is_file():
         return False
     if (fault := verify_digest(path)) is not None:
-        logger.warning("%s is damaged (%s): its rows are made again", path, fault)
+        logger.warning("%s is damaged (%s): its rows are computed again", path, fault)
         path.unlink()
         return False
     return True
@@ -221,7 +222,7 @@ def is_intact(path: Path) -> bool:
 
 @dataclass
 class _Failures:
-    """Why units have failed, by index."""
+    """Reasons for failed units, by index."""
 
     what: str
     ids: Sequence[str]
@@ -235,10 +236,10 @@ class _Failures:
         self.in_a_row = self.in_a_row + 1 if failed.service else 0
         if self.in_a_row >= _GIVE_UP:
             raise RunError(
-                f"{self.in_a_row} rows in a row have failed: {failed}",
+                f"{self.in_a_row} consecutive rows failed: {failed}",
                 code="endpoint.failing",
-                why="the service does not answer as it should; what is done is kept",
-                fix="fix it, and run the same command again",
+                why="the results so far are kept",
+                fix="fix the service, and run the same command again",
             )
 
     def show(self, finished: int) -> None:
@@ -258,16 +259,16 @@ class _Failures:
         raise DataError(
             f"{len(self.reasons)} of {len(self.ids)} rows could not be {self.what}\n    "
             + "\n    ".join(lines[:10])
-            + (f"\n    and {len(lines) - 10} reasons more" if len(lines) > 10 else ""),
+            + (f"\n    and {len(lines) - 10} more reasons" if len(lines) > 10 else ""),
             code="rewards.rows-failed",
             where=str(path),
-            why="rows are not skipped; the results of the others are kept",
-            fix="run the same command again for these rows only, or fix or remove them",
+            why="the results of the other rows are kept",
+            fix="run the same command again to retry these rows, or fix or remove them",
         )
 
 
 def one_by_one(make: Callable[[int], dict[str, Any]], workers: int = 1) -> Work:
-    """Work that makes the fields of each row by itself, `workers` of them at a time."""
+    """Return work that computes the fields of each row separately, in `workers` threads."""
 
     def attempt(index: int) -> Done:
         try:
@@ -286,7 +287,7 @@ def one_by_one(make: Callable[[int], dict[str, Any]], workers: int = 1) -> Work:
         try:
             for index in own:
                 waiting.add(executor.submit(attempt, index))
-                if len(waiting) >= 2 * workers:  # never all 300,000 at once
+                if len(waiting) >= 2 * workers:  # bounds the number of pending futures
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
             while waiting:

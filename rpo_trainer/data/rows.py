@@ -1,22 +1,21 @@
-"""The one internal row format, and the checks every row passes whatever file it came from.
+"""The internal row format, and the checks of all rows.
 
-Rows are plain dicts, so that they can be written to JSON as they are:
+Rows are dicts of JSON-compatible values:
 
     SFT row         {"id", "source", "messages": [{"role", "content", ...}]}
                     or {"id", "source", "prompt": str, "response": str}
     preference row  {"id", "source", "prompt": str | messages, "responses": [str] * K (best first),
                      "rewards": [float] * K | None, "ground_truth": str | None,
-                     "truth_chosen": bool}, perhaps "finished": [bool] * K
+                     "truth_chosen": bool}, optionally "finished": [bool] * K
     rating row      {"id", "source", "prompt": str | messages, "responses": [str] (one),
                      "attributes": {name: float | None}}
     prompt row      {"id", "source", "prompt": str | messages, "ground_truth": str | None}
 
-A row with messages may carry "tools" (a list of function descriptions for the chat template). A
-row whose responses came as messages may carry "response_fields": for each response the keys of its
-message beside role and content (thinking, for example). "finished" is false for each response that was
-cut before it ended (by `max_new_tokens`); without it all have ended. "special_tokens" is `text` or
-`parse` where the source says how text of special tokens is read; "chat_template_kwargs" are the variables
-that its chat template gets, those of the row, its source and the model together.
+Optional fields: "tools", a list of function descriptions for the chat template. "response_fields", for each
+response that was a message the fields other than role and content (thinking, for example). "finished", false
+for each truncated response (by `max_new_tokens`); without it all responses are complete. "special_tokens",
+`text` or `parse`, how to read the text of special tokens. "chat_template_kwargs", the variables of the chat
+template, merged from the row, its source and the model.
 """
 
 from __future__ import annotations
@@ -27,28 +26,26 @@ from typing import Any, Literal
 
 from rpo_trainer.errors import DataError, Problems
 
-MOST_REWARD = 1e30  # sums and squares of larger ones do not fit float32
+MOST_REWARD = 1e30  # sums and squares of larger rewards overflow float32
 
 Row = dict[str, Any]
 Message = dict[str, Any]
 Kind = Literal["sft", "pair", "rating", "prompt"]
 SpecialTokens = Literal["text", "parse"]
-Truncation = Literal["drop", "cut"]  # a row longer than max_length, or its end
+Truncation = Literal["drop", "cut"]  # drop rows longer than max_length, or truncate them
 
-NOT_MISSED = "rows are never dropped or guessed silently"
-
-# Keys that hold what an assistant thought before it answered; a chat template reads one of them.
+# Keys of an assistant's thinking; a chat template reads one of them.
 THINKING = ("reasoning_content", "thinking", "reasoning")
-# Keys and columns of what is not text.
+# Keys and columns of content other than text.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class RowError(Exception):
-    """One row cannot be used.
+    """A row cannot be used.
 
     Args:
-        reason: alike for all rows with the same fault.
-        code: of the fault, as of an RPOTrainerError.
+        reason: the same for all rows with the same fault.
+        code: stable identifier of the fault, as for `RPOTrainerError`.
     """
 
     def __init__(self, reason: str, code: str) -> None:
@@ -61,7 +58,7 @@ class RowError(Exception):
 
 
 class RowProblems:
-    """Collects the faults of many rows, to report each kind once: how many, and the first three."""
+    """Collects the faults of rows, to report each kind once, with its count and the first three row ids."""
 
     def __init__(self, where: str | None = None) -> None:
         self.where = where
@@ -71,15 +68,15 @@ class RowProblems:
         self._rows.setdefault((fault.reason, fault.code), []).append(row_id)
 
     def add_all(self, others: RowProblems) -> None:
-        """The faults of further rows."""
+        """Add the faults of further rows."""
         for fault, ids in others._rows.items():
             self._rows.setdefault(fault, []).extend(ids)
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def errors(self, total: int, *, fix: str, why: str = NOT_MISSED) -> list[DataError]:
-        """One error for each fault; its details have the ids of `rows`, and `of` how many they are."""
+    def errors(self, total: int, *, fix: str, why: str | None = None) -> list[DataError]:
+        """Return one error for each kind of fault, with details `rows` (ids) and `of` (number of rows)."""
         return [
             DataError(
                 f"{reason}: {len(ids)} of {total} rows, first {', '.join(ids[:3])}",
@@ -92,13 +89,13 @@ class RowProblems:
             for (reason, code), ids in self._rows.items()
         ]
 
-    def raise_if_any(self, total: int, *, fix: str, why: str = NOT_MISSED) -> None:
-        """Raises DataError, or Problems where there are several kinds."""
+    def raise_if_any(self, total: int, *, fix: str, why: str | None = None) -> None:
+        """Raise DataError for one kind of fault, Problems for several."""
         raise_all(self.errors(total, fix=fix, why=why))
 
 
 def raise_all(errors: Sequence[DataError]) -> None:
-    """Raises nothing, the one error, or all of them together."""
+    """Raise one error as it is and several as Problems; do nothing for none."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -106,27 +103,27 @@ def raise_all(errors: Sequence[DataError]) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Nothing but white space."""
+    """Whether a text is empty or only white space."""
     return not text.strip()
 
 
 def check_text(value: object, what: str) -> str:
-    """`value` when it is text that a tokenizer can take, else RowError."""
+    """Return `value` if it is text that a tokenizer accepts; otherwise raise RowError."""
     if not isinstance(value, str):
-        raise RowError(f"{what} is not text but {type(value).__name__}", code="data.wrong-type")
+        raise RowError(f"{what} is {type(value).__name__}, not text", code="data.wrong-type")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
             raise RowError(
-                f"{what} holds a lone surrogate, which is not valid text",
+                f"{what} contains a lone surrogate, which is not valid text",
                 code="data.lone-surrogate",
             ) from None
     return value
 
 
 def is_empty(value: object) -> bool:
-    """Null, or a text, list or object without anything in it."""
+    """Whether a value is null, or an empty text, list or object at any depth."""
     if value is None or value in ("", b""):
         return True
     if isinstance(value, Mapping):
@@ -135,7 +132,7 @@ def is_empty(value: object) -> bool:
 
 
 def leaf_texts(value: object) -> Iterator[str]:
-    """Every text in a value of any depth, without those that are blank."""
+    """Yield all texts in a value, at any depth, that are not blank."""
     if isinstance(value, str):
         if not is_blank(value):
             yield value
@@ -148,7 +145,7 @@ def leaf_texts(value: object) -> Iterator[str]:
 
 
 def with_responses(row: Row, kept: Sequence[int]) -> Row:
-    """The row with these of its responses, in this order, and what belongs to each of them."""
+    """Return the row with only the responses `kept`, in this order, and their rewards and other fields."""
     chosen = {
         name: [row[name][i] for i in kept]
         for name in ("responses", "rewards", "response_fields", "finished")
@@ -158,33 +155,33 @@ def with_responses(row: Row, kept: Sequence[int]) -> Row:
 
 
 def fields_beside(turn: Message) -> Row:
-    """What the turn of a response says beside its text (thinking, for example): `response_fields`."""
+    """Return the fields of a response's message other than its text, for `response_fields`."""
     text = ("role", "content", "weight", "tool_calls")
     return {key: value for key, value in turn.items() if key not in text}
 
 
 def is_cut(row: Row, number: int) -> bool:
-    """Whether a response was cut before it ended, so that no end token is trained after it."""
+    """Whether a response is truncated, so that no end token is trained after it."""
     return bool(row.get("finished")) and not row["finished"][number]
 
 
 def response_key(row: Row, number: int) -> str:
-    """Equal for responses that are trained alike: text, thinking, and whether it has ended."""
+    """Return a key that is equal for responses with the same text, thinking and truncation."""
     return repr((response_message(row, number), is_cut(row, number)))
 
 
 def response_message(row: Row, number: int) -> Message:
-    """A response as the turn that follows the prompt."""
+    """Return a response as the assistant turn that follows the prompt."""
     fields = row["response_fields"][number] if row.get("response_fields") else {}
     return {"role": "assistant", "content": row["responses"][number], **fields}
 
 
 def reward_fault(value: object) -> str | None:
-    """What keeps `value` from being a reward ("text", "NaN", …); None when it is one."""
+    """Return why `value` is not a reward ("text", "NaN", …); None if it is one."""
     if value is None:
-        return "absent or null"
+        return "missing or null"
     if isinstance(value, bool):
-        return "a bool"
+        return "a boolean"
     if isinstance(value, str):
         return "text"
     if not isinstance(value, int | float):
@@ -197,11 +194,11 @@ def reward_fault(value: object) -> str | None:
         return "NaN"
     if math.isinf(number):
         return "infinite"
-    return f"beyond {MOST_REWARD:g}" if abs(number) > MOST_REWARD else None
+    return f"larger than {MOST_REWARD:g}" if abs(number) > MOST_REWARD else None
 
 
 def row_texts(row: Row) -> Iterable[str]:
-    """Every text of an internal row that ends up in front of the tokenizer."""
+    """Yield every text of an internal row that is tokenized."""
     prompt = row.get("prompt", "")
     messages = [*row.get("messages", ()), *([] if isinstance(prompt, str) else prompt)]
     if isinstance(prompt, str):
@@ -217,5 +214,5 @@ def row_texts(row: Row) -> Iterable[str]:
 
 
 def kwargs_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The variables of each row."""
+    """Return the template variables of each row."""
     return [row.get("chat_template_kwargs") or {} for row in rows]

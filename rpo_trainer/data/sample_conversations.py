@@ -1,4 +1,4 @@
-"""Seven conversations that show what a chat template does to the turns that are trained."""
+"""Seven conversations for checking how a chat template renders trained turns."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rpo_trainer.data.rows import Message
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation as a row has it.
+    """A conversation.
 
     Attributes:
-        name: of what it shows.
-        tools: function descriptions, [] for none.
+        name: the feature that it checks.
+        tools: function descriptions.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Sample:
     tools: tuple[dict[str, Any], ...] = ()
 
     def row(self) -> dict[str, Any]:
-        """An SFT row of it."""
+        """Return it as an SFT row."""
         tools = {"tools": list(self.tools)} if self.tools else {}
         return {"id": self.name, "source": "samples", "messages": list(self.messages), **tools}
 
@@ -36,7 +36,7 @@ def _said(text: str, **more: Any) -> Message:
 
 
 def _call(city: str, number: int) -> dict[str, Any]:
-    # Nine letters and digits: some templates take no other id.
+    # Nine letters and digits: some templates refuse other ids.
     function = {"name": "get_weather", "arguments": {"city": city}}
     return {"id": f"sample00{number}", "type": "function", "function": function}
 

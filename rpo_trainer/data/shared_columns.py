@@ -1,5 +1,4 @@
-"""Parts of a raw row that every format reads, or refuses, alike: tools, system prompt, variables of the
-chat template, media, nulls."""
+"""Columns that all formats read or refuse alike: tools, system prompt, template variables, media, nulls."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ Raw = Mapping[str, Any]
 
 
 def tools(row: Raw) -> Row:
-    """`tools` as a list of {"type": "function", "function": {...}}, the form templates expect.
+    """Return `tools` as a list of {"type": "function", "function": {...}}, which templates expect.
 
-    It may be one tool, and JSON text as a whole or in each of its parts.
+    A single tool and JSON text, of the list or of its items, are also accepted.
     """
     tools = _from_json(row.get("tools"), "tools")
     if not tools:
@@ -34,11 +33,11 @@ def tools(row: Raw) -> Row:
 
 
 def template_kwargs(row: Raw, new: Row, of_source: Kwargs | None, of_model: Kwargs | None) -> Row:
-    """The variables of the chat template that a row is rendered with (`chat_template_kwargs`).
+    """Return the variables of the chat template for a row (`chat_template_kwargs`).
 
     Args:
-        row: its own column, an object or the JSON text of one, goes before the others.
-        new: the converted row; those of the model are for messages, since no template renders a text.
+        row: its column, an object or JSON text of one, takes precedence over the others.
+        new: the converted row; variables of the model apply only to messages, since text is not rendered.
     """
     given = _from_json(row.get(COLUMN), COLUMN)
     if is_empty(given) and not isinstance(given, Mapping):
@@ -63,7 +62,7 @@ def _from_json(value: Any, column: str) -> Any:
 
 
 def unread_system(new: Row, raw: Raw) -> list[str]:
-    """Puts the row's `system` where it belongs; names it where there is no such place."""
+    """Add the row's `system` to its conversation; return its name if that is not possible."""
     system = raw.get("system")
     if is_empty(system):
         return []
@@ -73,18 +72,16 @@ def unread_system(new: Row, raw: Raw) -> list[str]:
 
 
 def refuse_media(row: Raw) -> None:
-    """Raises RowError where a column of images, audio or video is not empty."""
+    """Raise RowError if a column of images, audio or video is not empty."""
     for column in MEDIA:
         if not is_empty(row.get(column)):
-            raise RowError(
-                f"`{column}` is not empty, and only text can be trained on", code="data.not-text"
-            )
+            raise RowError(f"`{column}` is not empty; only text is supported", code="data.not-text")
 
 
 def without_nulls(row: Raw) -> Row:
-    """The row without the null keys that Arrow gives every object of a column.
+    """Remove the null keys that Arrow adds to every object of a column.
 
-    `attributes` stays as it is: there a null says that nobody has rated.
+    In `attributes` a null means "not rated" and is kept.
     """
     return {
         name: _filled(value) if isinstance(value, list | dict) and name != "attributes" else value

@@ -1,4 +1,4 @@
-"""Built-in tasks: rows that the package makes itself, by the name that a recipe gives (`task:`)."""
+"""Built-in tasks: generated rows, selected by name in a recipe (`task:`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from rpo_trainer.data.quickstart import CODE, GENERAL, code_rows, general_rows, require_known
 
-# (split, number of rows, seed) → rows. A new task is a function and an entry.
+# (split, number of rows, seed) → rows. To add a task, write a function and an entry.
 TASKS: dict[str, Callable[[str, int, int], list[dict[str, Any]]]] = {
     CODE: code_rows,
     GENERAL: general_rows,
@@ -15,24 +15,24 @@ TASKS: dict[str, Callable[[str, int, int], list[dict[str, Any]]]] = {
 
 
 def load_task(name: str, split: str, size: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of a built-in task, the same for the same arguments on every machine.
+    """Generate rows of a built-in task; the same arguments yield the same rows on every machine.
 
-    Prompts do not repeat within one call, and a prompt belongs to one split whatever the seed, so
-    that `heldout` and `preference` share no prompt with any `train`.
+    Prompts do not repeat within one call. A prompt belongs to one split for all seeds, so that `heldout` and
+    `preference` share no prompt with `train`.
 
     Args:
         name: one of `TASKS`.
-        split: `train` (rows for SFT; general ones by the weak teacher), `preference` (prompts to
-            sample responses for) or `heldout` (`response` is the right answer).
+        split: `train` (rows for SFT; those of `general` are by the weak teacher), `preference` (prompts for
+            sampling responses) or `heldout` (`response` is the correct answer).
         size: number of rows, at least 1.
-        seed: which rows; another seed gives other questions of the same split.
+        seed: another seed yields other questions of the same split.
 
     Returns:
-        Rows with `id`, `prompt`, `ground_truth` and, but for `preference`, `response`. The prompt
-        ends in a separator and is joined with its response as it is.
+        Rows with `id`, `prompt`, `ground_truth` and, except for `preference`, `response`. The prompt ends
+        with a separator; prompt and response are concatenated.
 
     Raises:
-        RecipeError: unknown task or split, a size below 1 or beyond what there is.
+        RecipeError: unknown task or split, or a size below 1 or above the number of different prompts.
     """
     require_known("task", name, tuple(TASKS), code="data.unknown-task")
     return TASKS[name](split, size, seed)

@@ -1,4 +1,4 @@
-"""What of a row's messages a chat template has written, and what it left out."""
+"""Find the parts of a row's messages that a chat template omits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ CALLS = "the assistant's `tool_calls`"
 
 @dataclass
 class LeftOut:
-    """What does not reach the tokens: `keys` of messages and `tools`, and reasons to warn of the row
-    (keys of WARNINGS)."""
+    """Parts of a row that are not rendered: `keys` of messages, and `warnings` (keys of WARNINGS)."""
 
     keys: set[str] = field(default_factory=set)
     warnings: set[str] = field(default_factory=set)
@@ -27,13 +26,13 @@ class LeftOut:
 def left_out(
     renderer: ChatRenderer, talk: Sequence[Message], tools: Tools, rendered: Rendered
 ) -> LeftOut:
-    """What the template does not write, or not in every turn.
+    """Return the parts of messages that the template does not render, or not in every turn.
 
     Args:
-        rendered: `talk` as `renderer` gives it.
+        rendered: `talk` rendered by `renderer`.
 
     Raises:
-        RowError: tool calls that it does not write, one of them or its arguments.
+        RowError: a tool call, or its arguments, is not rendered.
     """
     text = Written(rendered.text)
     found = LeftOut(set(renderer.unread_keys(talk, tools, rendered)))
@@ -45,27 +44,27 @@ def left_out(
         if number in spans:
             begin, end = spans[number]
             own = Written(rendered.text[begin:end])
-            # The generation prompt may have begun the thinking.
+            # The generation prompt may contain the beginning of the thinking.
             begin = renderer.thought_begins(rendered.text[:begin])
             whole = Written(rendered.text[begin:end])
         calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
         names = Counter(str(called.get("name") or "") for called in calls)
         if not all(map(own.has, names)):
             raise RowError(
-                f"the chat template does not write {CALLS}", code="template.unwritten-tool-calls"
+                f"the chat template does not render {CALLS}", code="template.unwritten-tool-calls"
             )
         texts = [list(leaf_texts(called.get("arguments"))) for called in calls]
         alone = any(own.count(name) < count for name, count in names.items())
         if alone or any(part and not any(map(own.has, part)) for part in texts):
             raise RowError(
-                f"the chat template does not write all of {CALLS}",
+                f"the chat template does not render all of {CALLS}",
                 code="template.unwritten-tool-calls",
             )
         if not all(map(own.has_all, texts)):
             found.keys.add("tool_calls")
         thoughts = [message[key] for key in THINKING if message.get(key)]
         content = list(leaf_texts(message["content"]))
-        # Thinking that the answer repeats is looked for beside the answer.
+        # Search for thinking outside the answer, which may repeat it.
         missed = not whole.has_all(content) or not whole.without(content).has_all(
             leaf_texts(thoughts)
         )
@@ -79,9 +78,9 @@ def left_out(
 
 
 class Written:
-    """What a template has written: whether a text of the data is in it.
+    """A rendered text that is searched for texts of the data.
 
-    Templates trim texts, put thinking on lines of its own, and write some texts as JSON.
+    Templates trim texts, put thinking on separate lines, and write some texts as JSON.
     """
 
     def __init__(self, text: str) -> None:
@@ -97,14 +96,14 @@ class Written:
         return any(_without_blanks(form) in self._dense for form in _forms(text))
 
     def count(self, text: str) -> int:
-        """How many times the text is there, in the form that is there most often."""
+        """Return the number of occurrences of a text, in its most frequent form."""
         return max(self._dense.count(_without_blanks(form)) for form in _forms(text)) if text else 0
 
     def has_all(self, texts: Iterable[str]) -> bool:
         return all(map(self.has, texts))
 
     def without(self, texts: Iterable[str]) -> Written:
-        """The rest, without the last place of each of the texts."""
+        """Return the remainder without the last occurrence of each of the texts."""
         dense = self._dense
         for form in map(_without_blanks, texts):
             before, found, after = dense.rpartition(form)

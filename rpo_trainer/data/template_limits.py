@@ -1,4 +1,4 @@
-"""Limits on chat templates, which are foreign code: time, memory and length of the output."""
+"""Limits on chat templates, which are untrusted code: time, memory and output length."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
 SECONDS = 10.0  # for one conversation; a template usually needs less than a millisecond
 CHARACTERS = 2**26  # for one conversation
 _PROBE_SECONDS = 10.0
-_PROBE_BYTES = 2**31  # on top of what the process uses
+_PROBE_BYTES = 2**31  # in addition to the current size of the process
 _CHECK_EVERY = 0.2
 _MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 class TemplateLimit(Exception):
-    """A template runs too long or writes too much; the message says which."""
+    """A template runs too long or writes too much."""
 
 
 class _Watch(threading.Thread):
-    """Interrupts threads that exceed their time limit. One per process: starting a thread for each
-    conversation would take longer than rendering it."""
+    """Interrupts threads that exceed their time limit.
+
+    There is one per process: starting a thread for each conversation would take longer than rendering it.
+    """
 
     def __init__(self) -> None:
         super().__init__(name="template-limit", daemon=True)
@@ -68,7 +70,7 @@ def _watching() -> _Watch:
 
 @contextmanager
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises TemplateLimit inside where it takes longer; a single call into C is not interrupted."""
+    """Raise TemplateLimit in the block if it takes longer; a single call into C is not interrupted."""
     watch, own = _watching(), threading.get_ident()
     with watch.lock:
         watch.deadlines[own] = time.monotonic() + seconds
@@ -76,19 +78,18 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
     try:
         yield
     except TemplateLimit:
-        raise TemplateLimit(f"it does not end within {seconds:.0f} s") from None
+        raise TemplateLimit(f"it does not terminate within {seconds:.0f} s") from None
     finally:
         with watch.lock:
-            if watch.deadlines.pop(own, None) is None:  # interrupted, perhaps only from here on
+            if watch.deadlines.pop(own, None) is None:  # interrupted, or about to be
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(own), None)
 
 
 def check_template_limits(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Renders a short conversation in a process with limits of its own.
+    """Render a short conversation in a child process with limits.
 
     Raises:
-        ModelError: the chat template does not end, or needs gigabytes of memory, which would also end
-            this process.
+        ModelError: the chat template does not terminate, or needs gigabytes of memory.
     """
     if not tokenizer.chat_template or not hasattr(os, "fork"):
         return
@@ -101,8 +102,8 @@ def check_template_limits(tokenizer: PreTrainedTokenizerBase, where: str) -> Non
             f"the chat template {fault}",
             code="template.exceeds-limits",
             where=where,
-            why="rendering a short conversation should take less than a millisecond and a kilobyte",
-            fix="correct the template, or choose another: chat_template: chatml | plain | a path",
+            why="rendering a short conversation should take less than a millisecond",
+            fix="fix the template, or set `chat_template` to chatml, plain or the path of another one",
         )
 
 
@@ -112,17 +113,17 @@ def _wait(child: int) -> str | None:
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return None if os.waitstatus_to_exitcode(status) == 0 else "takes too much memory"
+            return None if os.waitstatus_to_exitcode(status) == 0 else "needs too much memory"
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
     with suppress(ProcessLookupError):
         os.kill(child, 9)
     os.waitpid(child, 0)
-    return f"does not end within {_PROBE_SECONDS:.0f} s"
+    return f"does not terminate within {_PROBE_SECONDS:.0f} s"
 
 
 def _render_with_limits(tokenizer: Any) -> int:
-    """1 where the memory limit is exceeded. Other errors are reported when rows are rendered."""
+    """Return 1 if the memory limit is exceeded. Other errors are reported when rows are rendered."""
     import resource
 
     try:
@@ -131,7 +132,7 @@ def _render_with_limits(tokenizer: Any) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (held + _PROBE_BYTES, held + _PROBE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError):
-        pass  # not Linux: only the time is time_limit
+        pass  # not Linux: only the time is limited
     for prompt in (False, True):
         try:
             messages = _MESSAGES[:1] if prompt else _MESSAGES

@@ -1,4 +1,4 @@
-"""The variables that a tokenizer's chat template reads, and those of a recipe that it does not."""
+"""Variables that a tokenizer's chat template reads, and check of a recipe's variables against them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The variables that the chat template reads, of several templates any of them; empty without one."""
+    """Return the variables that the chat template, or any of several, reads; empty without a template."""
     given = tokenizer.chat_template
     texts = given.values() if isinstance(given, Mapping) else [given] if given else []
     return frozenset(name for text in texts for name in _variables(str(text)))
@@ -31,16 +31,16 @@ def _variables(template: str) -> frozenset[str]:
         environment = _compile_jinja_template(template).environment
         return frozenset(outer_reads(environment.parse(template)) - set(environment.globals))
     except jinja2.TemplateError:
-        return frozenset()  # rendering says what is wrong with it
+        return frozenset()  # reported when the template is rendered
 
 
 def unread(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Those of `kwargs` that the chat template does not read."""
+    """Return the names in `kwargs` that the chat template does not read."""
     return sorted(set(kwargs or ()) - variables(tokenizer))
 
 
 def check_kwargs(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raises RecipeError: a name that is no variable, or one that the chat template does not read."""
+    """Raise RecipeError for a name that is not a variable, or that the chat template does not read."""
     for problem in problems(kwargs, where):
         raise problem
     names = unread(kwargs, tokenizer)
@@ -48,18 +48,16 @@ def check_kwargs(kwargs: Kwargs | None, tokenizer: PreTrainedTokenizerBase, wher
         return
     if not tokenizer.chat_template:
         raise RecipeError(
-            "the tokenizer has no chat template",
+            "variables of the chat template are set, but the tokenizer has no chat template",
             code="template.missing",
             where=f"{where}.{names[0]}",
-            why="nothing would read these variables",
             fix="remove them, or set `chat_template`",
         )
-    own = _listed(sorted(variables(tokenizer) - set(RESERVED))) or "no variable of its own"
+    own = _listed(sorted(variables(tokenizer) - set(RESERVED))) or "no other variables"
     raise RecipeError(
         f"the chat template does not read {_listed(names)}",
         code="template.unread-variable",
         where=f"{where}.{names[0]}",
-        why="what it writes would be the same without",
         fix=f"remove it; the template reads {own}",
     )
 

@@ -1,4 +1,4 @@
-"""Chat templates that come with the package, setting one on a tokenizer, and stopping its clock."""
+"""Built-in chat templates, setting a template on a tokenizer, and fixing the date that it writes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from rpo_trainer.runtime.files import read_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tool calls given as data, and the tools themselves, are written as JSON: a model that is to call
-# tools must have seen them.
+# Tools and tool calls are written as JSON.
 _CALLS = "{{ (m.tool_calls | tojson) if m.tool_calls else '' }}"
 
 CHATML = (
@@ -28,8 +27,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Plain text needs no tokens of its own but the end token. The blank behind "Assistant:" belongs to
-# the response, since most tokenizers put it into the response's first token.
+# Needs no tokens except EOS. The space after "Assistant:" belongs to the response, since most tokenizers
+# merge it with the first word of the response.
 PLAIN = (
     "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -39,8 +38,8 @@ PLAIN = (
 )
 
 BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
-MAX_BYTES = 2**20  # of a template; the longest published ones have 30,000
-# The date that the first templates with a clock write where there is none.
+MAX_BYTES = 2**20  # of a template file; the longest published templates have 30,000
+# The default date of the first templates that used `strftime_now`.
 DATE = datetime.datetime(2024, 7, 26)
 CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1\s*\)")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -49,14 +48,14 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 def set_chat_template(
     tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path | None
 ) -> PreTrainedTokenizerBase:
-    """Gives `tokenizer` a chat template and returns it.
+    """Set the chat template of `tokenizer` and return the tokenizer.
 
     Args:
-        name_or_path: `chatml`, `plain`, the path of a Jinja file, or None for the tokenizer's own.
+        name_or_path: `chatml`, `plain`, the path of a Jinja file, or None for the tokenizer's own template.
 
     Raises:
-        ModelError: no such name or file; the tokenizer lacks ChatML's tokens, or an end token; a template
-            that does not end.
+        ModelError: no such name or file; the tokenizer lacks ChatML's tokens or an EOS token; or the template
+            does not terminate.
     """
     if name_or_path is None:
         check_template_limits(tokenizer, "the tokenizer's own chat template")
@@ -73,8 +72,7 @@ def set_chat_template(
             f"the chat template {name!r} cannot be read ({error})",
             code="template.unreadable",
             where="model.chat_template",
-            why="without it the turns of a conversation become no text",
-            fix=f"{' | '.join(BUILT_IN)} | the path of a Jinja template",
+            fix=f"use {', '.join(BUILT_IN)}, or the path of a Jinja template",
         ) from None
     check_template_limits(tokenizer, "model.chat_template")
     return tokenizer
@@ -84,31 +82,31 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     if name == "chatml" and not added.issuperset(CHATML_TOKENS):
         raise ModelError(
-            f"the tokenizer has no tokens {' and '.join(CHATML_TOKENS)}",
+            f"the tokenizer lacks the tokens {' and '.join(CHATML_TOKENS)}",
             code="template.missing-tokens",
             where="model.chat_template",
-            why="ChatML would be cut into pieces of words, with no end token",
-            fix="chat_template: plain",
+            why="ChatML markers would be tokenized as words, without an end-of-turn token",
+            fix="use `chat_template: plain`",
         )
     if name == "plain" and tokenizer.eos_token is None:
         raise ModelError(
-            "the tokenizer has no end token",
+            "the tokenizer has no EOS token",
             code="tokenizer.no-end-token",
             where="model.chat_template",
-            why="a response without one never ends",
-            fix="set eos_token in tokenizer_config.json",
+            why="a model trained without it never ends a response",
+            fix="set `eos_token` in tokenizer_config.json",
         )
 
 
 def stop_clock(template: str) -> str:
-    """`template` with a clock that stands still.
+    """Return `template` with a fixed date.
 
-    Otherwise tomorrow's tokens, and with them the reference log-probs, would be others.
+    Otherwise the tokens, and with them the reference log-probs, would change from day to day.
     """
     template = CLOCK.sub(lambda match: repr(DATE.strftime(match[2])), template)
     if "strftime_now(" not in template:
         return template
-    # The form comes from elsewhere: a macro of the same name, which is slower.
+    # The format is not a literal: define a macro of the same name, which is slower.
     parts = "".join(f".replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "AaBbdeHIjMmpSYy")
     clock = "{%- macro strftime_now(form) -%}{{ form" + parts + " }}{%- endmacro -%}"
     return clock + template

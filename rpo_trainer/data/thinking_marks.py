@@ -1,4 +1,4 @@
-"""The marks around an assistant's thinking, in a text and at the end of a generation prompt."""
+"""Markers around an assistant's thinking, in a text and at the end of a generation prompt."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass
 
 from rpo_trainer.data.turn_endings import Controls
 
-# The names of tokens around thinking: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
+# Names of thinking markers: `<think>`, `[/THINK]`, `<|START_THINKING|>`, ...
 THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 CLOSING = re.compile("/|end", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Thoughts:
-    """Finds the marks of thinking of a tokenizer.
+    """Finds the thinking markers of a tokenizer.
 
     Args:
-        pattern: of their texts; None: there are none.
+        pattern: pattern of their texts; None if there are none.
     """
 
     controls: Controls
     pattern: re.Pattern[str] | None
 
     def apart(self, text: str, *, opened: bool) -> tuple[str, str]:
-        """The thinking that a turn begins with, with its marks, and the rest of the turn.
+        """Split a turn into the thinking at its beginning, with markers, and the rest.
 
         Args:
-            opened: the opening mark may be absent, since the generation prompt has it.
+            opened: the opening marker may be missing, since the generation prompt contains it.
         """
         marks = [] if self.pattern is None else list(self.pattern.finditer(text))
         if marks and not text[: marks[0].start()].strip():
@@ -40,18 +40,20 @@ class Thoughts:
         return text[:end], text[end:]
 
     def split(self, text: str) -> list[str]:
-        """The text around the marks; the marks have the odd places."""
+        """Split a text at the markers; markers have odd indices."""
         return [text] if self.pattern is None else re.split(f"({self.pattern.pattern})", text)
 
     def opened_by(self, text: str) -> bool:
-        """Whether a text ends, but for blanks, with a mark that opens thinking."""
+        """Whether a text ends with an opening thinking marker, ignoring white space."""
         text = text.rstrip()
         last = self._marks(text[self.controls.thoughts_at_end(text) :])[-1:]
         return any(not CLOSING.search(mark) for mark in last) or text.endswith("<think>")
 
     def cut(self, written: str, content: Sequence[str]) -> bool:
-        """Whether a part of these words is thinking in `written`, a turn: they mention a closing mark, and
-        an opening one that is not theirs stands in front of them."""
+        """Whether the rendered turn `written` treats a part of the content as thinking.
+
+        That is, if it contains a closing marker, and follows an opening one that is not part of it.
+        """
         dense = "".join(written.split())
         for words in ("".join(text.split()) for text in content):
             begin = dense.find(words)

@@ -1,4 +1,4 @@
-"""Tokens as the model will get them: each in the color of what becomes of it, or between marks."""
+"""Show the tokens that the model receives, colored or marked by how they are used."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import HARMLESS, WARNINGS
 
 PROMPT, UNTRAINED, LOST = "cyan", "yellow", "red strike"
-# Neighboring tokens differ in shade, so that their borders are seen.
+# Adjacent tokens alternate in shade, so that their boundaries are visible.
 TRAINED = ("black on green", "black on bright_green")
-# The same for a terminal without colors, and for files.
+# Marks for terminals without colors, and for files.
 _MARKS = {PROMPT: ("", ""), UNTRAINED: ("", ""), LOST: ("⟨", "⟩"), TRAINED[0]: ("[", "]")}
 _NAMES = (
     ("prompt", PROMPT), ("trained", TRAINED[0]), ("response, not trained", UNTRAINED),
     ("lost to max_length", LOST),
 )  # fmt: skip
-# Around a special token: its name in the data, read as text, looks the same but for them.
+# Around a special token, to distinguish it from the same characters as text.
 SPECIAL = ("⟦", "⟧")
-SHOWN = 400  # tokens of a prompt or a response; of a longer one both ends
-_CONTEXT = 4  # tokens decoded in front of one, since some tokenizers join words by what precedes
+SHOWN = 400  # tokens of a prompt or a response; the middle of a longer one is omitted
+_CONTEXT = 4  # preceding tokens to decode with each token, since decoding may depend on them
 _JOINERS = "\u200c\u200d"  # parts of emoji and of words
 
 
@@ -33,22 +33,22 @@ class TokenView:
     """Shows tokens of one tokenizer.
 
     Args:
-        colors: else marks in the text: `[trained]`, `⟨lost to max_length⟩`.
+        colors: use colors; otherwise marks in the text: `[trained]`, `⟨lost to max_length⟩`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     colors: bool = True
 
     def legend(self, names: Sequence[tuple[str, str]] = _NAMES) -> Text:
-        """What the colors mean.
+        """Return the legend of the colors.
 
         Args:
-            names: of what is shown, each with its style.
+            names: (name, style) of each entry.
         """
         line = Text("   ").join(self._example(name, style) for name, style in names)
         opening, closing = SPECIAL
         return line.append(
-            f"   {opening}special token{closing}: one token; without the marks, letters"
+            f"   {opening}special token{closing}: one token; without the marks, plain text"
         )
 
     def _example(self, name: str, style: str) -> Text:
@@ -56,7 +56,7 @@ class TokenView:
         return self.styled(f"{name} (no marks)" if unmarked else name, style)
 
     def tokens(self, ids: Sequence[int], styles: Sequence[str], most: int = SHOWN) -> Text:
-        """The text of the tokens, each in its style; of more than `most` tokens both ends."""
+        """Return the text of the tokens in their styles; of more than `most` tokens the middle is omitted."""
         line = Text()
         half = most // 2
         parts = [(0, len(ids))]
@@ -71,7 +71,7 @@ class TokenView:
         return line
 
     def _marked(self, ids: Sequence[int], pieces: list[tuple[int, str]]) -> list[tuple[int, str]]:
-        """The pieces with marks around those that are one added token: special ones, and tags."""
+        """Put marks around pieces that are a single added token."""
         added = self.tokenizer.added_tokens_decoder
         opening, closing = SPECIAL
 
@@ -86,12 +86,12 @@ class TokenView:
     def styled(self, text: str, style: str) -> Text:
         if self.colors:
             return Text(visible(text), style)
-        before, behind = _MARKS[TRAINED[0] if style in TRAINED else style]
-        return Text(f"{before}{visible(text)}{behind}")
+        before, after = _MARKS[TRAINED[0] if style in TRAINED else style]
+        return Text(f"{before}{visible(text)}{after}")
 
 
 def warnings_of(audit: Audit) -> list[str]:
-    """The warnings of the audit of one row, without counts: a row says nothing of its source."""
+    """Return the warnings in the audit of one row, without counts."""
     found = [WARNINGS.get(reason, reason) for reason in audit.warnings if reason not in HARMLESS]
     found += [
         different(*each.example) for each in audit.generation.values() if each.example is not None
@@ -101,10 +101,10 @@ def warnings_of(audit: Audit) -> list[str]:
 
 
 def different(generation: str, training: str) -> str:
-    """The warning about a turn that generation and training render differently.
+    """Return the warning about a turn that is rendered differently for generation and for training.
 
     Args:
-        generation, training: what they have around the first difference.
+        generation, training: the texts around the first difference.
     """
     return (
         "a trained turn does not follow its generation prompt: generation has "
@@ -113,14 +113,14 @@ def different(generation: str, training: str) -> str:
 
 
 def trained_styles(mask: Sequence[int], untrained: str = UNTRAINED) -> list[str]:
-    """The style of each token with this mask (1 = trained)."""
+    """Return the style of each token for this mask (1 = trained)."""
     return [TRAINED[i % 2] if trained else untrained for i, trained in enumerate(mask)]
 
 
 def pieces_of(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int, end: int
 ) -> list[tuple[int, str]]:
-    """Each token's number and its text; the tokens of one character come as one, under the last."""
+    """Return index and text of each token; tokens of one character are joined, with the last index."""
     found: list[tuple[int, str]] = []
     done = start
     for number in range(start, end):
@@ -128,14 +128,14 @@ def pieces_of(
         before = _decoded(tokenizer, ids[first:done])
         text = _decoded(tokenizer, ids[first : number + 1])[len(before) :]
         if text.endswith("�") and number + 1 < end and number - done < _CONTEXT:
-            continue  # the bytes of a character so far
+            continue  # the bytes of an incomplete character
         found.append((number, text))
         done = number + 1
     return found
 
 
 def _runs(pieces: list[tuple[int, str]], styles: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Neighbors of one meaning joined: marks around every token would hide the text."""
+    """Join adjacent tokens with the same meaning: marks around every token would hide the text."""
     held: tuple[int, str] | None = None
     for number, text in pieces:
         if held is not None and _meaning(styles[held[0]]) == _meaning(styles[number]):
@@ -161,7 +161,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def visible(text: str) -> str:
-    """Line ends shown and kept; control characters as their pictures: data must not steer a terminal."""
+    """Show line breaks, and replace control characters, which could control the terminal, by symbols."""
     shown = []
     for character in text:
         code = ord(character)

@@ -1,7 +1,7 @@
-"""Internal rows → tokenized examples, in memory as Arrow.
+"""Internal rows → tokenized examples, as an in-memory Arrow table.
 
-One example: prompt ids once, and behind them K responses with their masks (SFT: K = 1). The prompt
-is the longest common token prefix of the K tokenized texts, up to the first trained token.
+An example has the prompt ids once, followed by K responses with their masks (SFT: K = 1). The prompt is the
+longest common token prefix of the K tokenized texts, up to the first trained token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZED = ("prompt_ids", "response_ids", "response_mask")
-BATCH = 500  # rows tokenized at once: the ids of one batch are all that lives as Python integers
+BATCH = 500  # rows tokenized at once; only the ids of one batch exist as Python integers
 
 
 def tokenize_rows(
@@ -41,31 +41,30 @@ def tokenize_rows(
     refuse_special_text: bool = False,
     all_end: bool = False,
 ) -> datasets.Dataset:
-    """Tokenized examples of the rows that can be trained on; the others are counted in `audit`.
+    """Tokenize rows; rows that cannot be trained on are dropped and counted in `audit`.
 
     Columns: `id`, `source`, `prompt_ids` [p] (p ≥ 1), `response_ids` [K][r], `response_mask` [K][r]
-    (1 = trained; at least one in each response), all int32, and `rewards` [K] float64 or null. Rows
-    of ratings have one response, and `attributes` float64, a list with null for what is not rated.
+    (1 = trained; at least one in each response), all int32, and `rewards` [K] float64 or null. Rating rows
+    have one response, and `attributes`, a list of float64 with null for missing ratings.
 
-    SFT trains every assistant turn with its end marker, the others their last response only: with its
-    end marker, but where `finished` says that it was cut before it ended, up to its last word.
-    Blank responses and, of equal ones, all but the first leave the row; a preference row of which
-    fewer than two are left is dropped.
+    SFT trains every assistant turn including its end marker. The other kinds train the response including its
+    end marker, or up to its last word if `finished` marks it as truncated. Blank and repeated responses are
+    removed; a preference row with fewer than two remaining responses is dropped.
 
     Args:
-        max_length: tokens of prompt and one response together.
-        truncation: `drop` a row with a longer text, or `cut` all its texts at this length; a cut
-            response has no end token.
-        processes: None: as many as it pays for; the result is the same.
-        refuse_special_text: most rows of a source with the text of control tokens, and not said how it
-            is to be read (`special_tokens`), are an error; else a remark of the audit.
-        all_end: give every response its end marker, whatever `finished` says: a reward model is trained on
-            what it will score, and scorers read texts.
+        max_length: maximum number of tokens of the prompt and one response.
+        truncation: `drop` rows with a longer text, or `cut` all texts at this length. A truncated response
+            has no end token.
+        processes: number of processes; None selects it automatically. The result does not depend on it.
+        refuse_special_text: raise an error if most rows of a source contain the text of control tokens and
+            `special_tokens` is not set; otherwise add a remark to the audit.
+        all_end: give every response its end marker, regardless of `finished`. Reward models need this, since
+            they score complete texts.
 
     Raises:
-        DataError: no chat template where rows are messages; a template that refuses rows, or in
-            which the turns cannot be found; no row left.
-        ModelError: no end token, or a tokenizer without offsets.
+        DataError: rows are messages and there is no chat template; the template refuses rows, or the turns
+            cannot be found in its output; no row is left.
+        ModelError: the tokenizer has no EOS token or no offsets.
     """
     import datasets
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
@@ -80,18 +79,17 @@ def tokenize_rows(
         problems.add_all(done.problems)
     problems.raise_if_any(
         sum(map(len, batches)),
-        why="the loss is on what the assistant says, so its tokens must be known",
-        fix="correct the rows, or choose another chat_template: chatml | plain | a path",
+        fix="correct the rows, or set `chat_template` to chatml, plain or the path of another template",
     )
     check_special_text(audit, refuse=refuse_special_text)
     audit.max_length = max_length
     table = pa.concat_tables(tables)
     if not table.num_rows:
-        fix = "correct the rows that were dropped, or change what drops them (max_length, filter)"
+        fix = "correct the dropped rows, or change the setting that drops them (max_length, filter)"
         if {"too_long", "prompt_too_long"} & {*audit.dropped}:
-            fix += f"; max_length is {max_length} tokens for prompt and response together"
+            fix += f"; max_length ({max_length}) is the number of tokens of prompt and response"
         if audit.dropped and {*audit.dropped} <= ALIKE:
-            fix += "; of sampled responses take more a prompt, or a higher temperature"
+            fix += "; sample more responses per prompt, or increase the temperature"
         raise DataError(
             "no row is left to train on",
             code="data.no-rows-left",
@@ -108,11 +106,11 @@ def audit_prompts(
     *,
     refuse_special_text: bool,
 ) -> None:
-    """Counts what the chat template leaves out of prompts to sample from, as `tokenize_rows` does.
+    """Count the parts of prompts that the chat template omits, as `tokenize_rows` does, before sampling.
 
     Raises:
-        DataError, or Problems: prompts that the template refuses, or whose tool calls it does not write;
-            see also `check_special_text`.
+        DataError, or Problems: the template refuses prompts, or does not render their tool calls; see also
+            `check_special_text`.
     """
     work = BatchTokenizer(tokenizer, "pair", 0, "drop")
     work.audit = audit
@@ -123,37 +121,36 @@ def audit_prompts(
             work.problems.add(error, row["id"])
     work.problems.raise_if_any(
         len(rows),
-        why="no response can be sampled to them",
-        fix="correct the rows, or choose another chat_template: chatml | plain | a path",
+        fix="correct the rows, or set `chat_template` to chatml, plain or the path of another template",
     )
     check_special_text(audit, refuse=refuse_special_text)
 
 
 def check_special_text(audit: Audit, *, refuse: bool) -> None:
-    """Says where most rows of a source carry the text of control tokens.
-
-    Raises DataError: they do, and `refuse` is set.
-    """
+    """Warn, or raise DataError (`refuse`), if most rows of a source contain the text of control tokens."""
     for source, found in audit.special_text.items():
         if 2 * found.rows <= found.of:
             continue
         names = ", ".join(sorted(found.tokens)[:4])
         what = (
-            f"{found.rows / found.of:.0%} of the rows of {source} ({found.rows} of {found.of}) hold "
+            f"{found.rows / found.of:.0%} of the rows of {source} ({found.rows} of {found.of}) contain "
             f"special tokens as text ({names})"
         )
-        why = "as text they are letters: rows that went through a chat template before train other tokens"
+        why = (
+            "rows that were rendered by a chat template before must be parsed, or the model is trained on "
+            "the characters instead of the tokens"
+        )
         if refuse:
             raise DataError(
                 what,
                 code="data.special-token-text",
                 where=source,
                 why=why,
-                fix="`special_tokens: parse` of the source makes tokens of them, `special_tokens: text` "
-                "keeps the letters; best are rows as messages, before any chat template",
+                fix="set `special_tokens: parse` in the source to read them as tokens, or `special_tokens: "
+                "text` to read them as text; better, use rows of messages, before any chat template",
             )
         audit.remark(
-            f'{what}; {why}. special_tokens="parse" makes tokens of them, "text" keeps the letters'
+            f'{what}: {why}. Set special_tokens="parse" to read them as tokens, "text" as text'
         )
 
 

@@ -1,4 +1,4 @@
-"""One batch of rows → tokenized examples, and the counts of what is not trained."""
+"""Tokenize one batch of rows, and count the rows and fields that are not trained."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 class _Dropped(Exception):
-    """The row cannot be trained on; the text is the audit's reason."""
+    """The row cannot be trained on; the text is the reason for the audit."""
 
 
 def schema(kind: str) -> Any:
-    """The Arrow schema of the examples."""
+    """Return the Arrow schema of tokenized examples."""
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
     ids = pa.list_(pa.int32())
@@ -55,7 +55,7 @@ def schema(kind: str) -> Any:
 
 @dataclass
 class TokenizedBatch:
-    """What became of one batch: examples (an Arrow table), and the counts of the others."""
+    """Result of one batch: examples (an Arrow table), counts, and faults of rows."""
 
     table: Any
     audit: Audit
@@ -63,7 +63,7 @@ class TokenizedBatch:
 
 
 class BatchTokenizer:
-    """Tokenizes batches of rows for `tokenize_rows`; one batch does not change the next."""
+    """Tokenizes batches of rows for `tokenize_rows`; batches are independent."""
 
     def __init__(
         self,
@@ -102,8 +102,8 @@ class BatchTokenizer:
             except RowError as error:
                 self.problems.add(error, row["id"])
         if self.problems:
-            return []  # the end is an error: only more of its kind are of interest
-        # The responses to one prompt are tokenized in one way, so that they share its tokens.
+            return []  # the result is an error: only collect further faults
+        # All responses to a prompt are tokenized in the same way, so that they share its tokens.
         apart = [any(text.literal for text in texts) for _, texts in rendered for _ in texts]
         encoded = iter(self.encoder.encode([t for _, texts in rendered for t in texts], apart))
         examples = []
@@ -141,7 +141,7 @@ class BatchTokenizer:
         return texts
 
     def count_prompt(self, row: Row) -> None:
-        """Counts what a prompt to sample from has that does not reach its tokens."""
+        """Count the parts of a prompt that are not rendered."""
         prompt, tools = row["prompt"], row.get("tools")
         if isinstance(prompt, str):
             self._count(row, {"tools"} if tools else set())
@@ -169,8 +169,7 @@ class BatchTokenizer:
         self.audit.add_special_text(row["source"], found & self.renderer.control_tokens)
 
     def _unread(self, row: Row, texts: Iterable[tuple[list[Message], Rendered]]) -> set[str]:
-        """The keys of a row's conversations that do not reach the tokens; counts the row once for each
-        reason to warn."""
+        """Return the message keys of a row that are not rendered; count the row once for each warning."""
         keys: set[str] = set()
         warnings: set[str] = set()
         for talk, rendered in texts:
@@ -190,7 +189,7 @@ class BatchTokenizer:
         return _usable_sft(row) if self.kind == "sft" else row
 
     def _usable_pair(self, row: Row) -> Row:
-        """The row with its blank and repeated responses left out."""
+        """Return the row without blank and repeated responses."""
         texts = row["responses"]
         filled = [i for i, text in enumerate(texts) if not is_blank(text)]
         if len(filled) < 2:
@@ -246,7 +245,7 @@ class BatchTokenizer:
         return _trimmed(ids[: self.max_length], mask[: self.max_length])
 
     def _distinct(self, row: Row, texts: list[Encoded]) -> tuple[Row, list[Encoded]]:
-        """What became equal by tokenizing or cutting is kept once."""
+        """Remove responses that are equal after tokenization or truncation."""
         first: dict[tuple[int, ...], int] = {}
         for i, (ids, _) in enumerate(texts):
             first.setdefault(tuple(ids), i)
@@ -259,7 +258,7 @@ class BatchTokenizer:
 
 
 def _conversations(row: Row) -> list[list[Message]]:
-    """The conversation of an SFT row, or the prompt with each of the responses."""
+    """Return the conversation of an SFT row, or the prompt with each of the responses."""
     if "messages" in row:
         return [row["messages"]]
     count = len(row["responses"])
@@ -267,7 +266,7 @@ def _conversations(row: Row) -> list[list[Message]]:
 
 
 def _said(row: Row) -> set[str]:
-    """The texts of a row that are the assistant's."""
+    """Return the assistant's texts of a row."""
     talk = row.get("messages") or (row["prompt"] if not isinstance(row.get("prompt"), str) else ())
     turns = {message["content"] for message in talk if message["role"] == "assistant"}
     answers = [row["response"]] if "response" in row else row.get("responses", ())
@@ -286,7 +285,7 @@ def _usable_sft(row: Row) -> Row:
 
 
 def _trimmed(ids: list[int], mask: list[int]) -> Encoded:
-    """Without what follows the last trained token: nothing is predicted there."""
+    """Remove the tokens after the last trained one."""
     if 1 not in mask:
         raise _Dropped("no_trained_tokens")
     end = len(mask) - mask[::-1].index(1)
@@ -294,15 +293,15 @@ def _trimmed(ids: list[int], mask: list[int]) -> Encoded:
 
 
 def _shared_prompt(texts: Sequence[Encoded]) -> int:
-    """Length of the token prefix that all texts share, up to the first trained token of any."""
+    """Return the length of the common token prefix, up to the first trained token of any text."""
     limit = min(mask.index(1) for _, mask in texts)
     first = texts[0][0]
     for ids, _ in texts[1:]:
         limit = next((i for i in range(limit) if ids[i] != first[i]), limit)
     if limit:
         return limit
-    # Nothing stands in front of the first trained token, so nothing predicts it: it becomes the
-    # prompt, where all texts begin with it.
+    # No token precedes the first trained one, so it cannot be predicted: it becomes the prompt if all texts
+    # begin with it.
     if any(ids[0] != first[0] for ids, _ in texts):
         raise _Dropped("no_prompt_tokens")
     return 1

@@ -1,11 +1,11 @@
-"""Rows as text, and exactly which characters of it are trained.
+"""Render rows to text, and determine the trained characters.
 
-A trained span is what the model has to write itself: from the end of the generation prompt to the end
-marker of the turn, with the marker and without the line break after it (`turns.py` finds both).
+A trained span is the text that the model generates: from the end of the generation prompt to the end marker
+of the turn, including the marker but not the line break after it (found by `turns.py`).
 
-Text of special tokens inside the data is hidden while rendering (`rendered.py`), so that what the
-template wrote and what the data holds stay apart; `encode.py` makes text of it again.
-The marks around the thinking of an assistant's turn are control even so: a model writes them itself.
+Special-token text of the data is hidden while a template renders it (`rendered.py`), to distinguish it from
+the template's own tokens; `encode.py` tokenizes it as text. Markers around an assistant's thinking are
+tokens even so, since the model generates them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from rpo_trainer.data.message_forms import (
     ThinkingForms,
     call_forms,
+    find_thinking_forms,
     in_parts,
-    learn_thinking,
     with_thinking,
     writes_python,
 )
@@ -34,7 +34,7 @@ from rpo_trainer.data.rows import Message, RowError
 from rpo_trainer.data.template_limits import CHARACTERS, TemplateLimit, time_limit
 from rpo_trainer.data.templates import stop_clock
 from rpo_trainer.data.thinking_marks import THOUGHT, Thoughts
-from rpo_trainer.data.turn_endings import SENTINEL, USER, Controls, Ending, learn_ending
+from rpo_trainer.data.turn_endings import SENTINEL, USER, Controls, Ending, find_ending
 from rpo_trainer.data.turns import Found, Span, TurnFinder
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe.template_kwargs import kwargs_key
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 
 Tools = list[Any] | None
 
-MOST_RENDERERS = 256  # with variables of their own, kept at once
+MOST_RENDERERS = 256  # maximum number of cached renderers with different variables
 
 
 def _is_control(token: AddedToken) -> bool:
-    """Whether an added token is one of a template's, not a word that a vocabulary was extended by."""
+    """Whether an added token is a marker of a template, not a word added to the vocabulary."""
     return bool(token.special or token.content.lstrip()[:1] in "<[]|{")
 
 
 def trained_turns(messages: Sequence[Message]) -> list[int]:
-    """Places of the assistant's turns, without those that the data gives the weight 0."""
+    """Return the indices of the assistant turns whose `weight` is not 0."""
     return [
         i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0
     ]
@@ -62,11 +62,10 @@ def trained_turns(messages: Sequence[Message]) -> list[int]:
 
 @dataclass
 class ChatRenderer:
-    """Renders conversations by the chat template of `tokenizer`.
+    """Renders conversations with the chat template of `tokenizer`.
 
     Args:
-        template_kwargs: variables that the template gets beside the conversation (`enable_thinking`);
-            see `using` for those of a row.
+        template_kwargs: variables of the template, such as `enable_thinking`; see `using` for those of a row.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,32 +90,34 @@ class ChatRenderer:
     def using(
         self, template_kwargs: Mapping[str, Any] | None, *, parsed: bool = False
     ) -> ChatRenderer:
-        """The renderer with these variables in place of its own.
+        """Return a renderer with these variables instead of its own.
 
         Args:
-            parsed: text of special tokens in them is control, as in `conversation`.
+            parsed: read special-token text in the variables as tokens, as in `conversation`.
         """
         key = kwargs_key(template_kwargs), parsed
         if key[0] == kwargs_key(self.template_kwargs):
             return self
         if key not in self._others:
-            if (
-                len(self._others) >= MOST_RENDERERS
-            ):  # rows with documents have variables of their own
+            if len(self._others) >= MOST_RENDERERS:  # e.g. rows with different `documents`
                 self._others.clear()
             other = ChatRenderer(self.tokenizer, dict(template_kwargs or {}))
-            if not parsed:  # by its own names: with other variables a template writes other tokens
+            if (
+                not parsed
+            ):  # with its own names: the tokens of a template may depend on its variables
                 other.template_kwargs = other._stand_ins.hide(other.template_kwargs)
             self._others[key] = other
         return self._others[key]
 
     def text(self, messages: Sequence[Message], tools: Tools = None) -> str:
-        """What the template writes for a conversation. Raises RowError where it refuses it."""
+        """Render a conversation. Raises RowError if the template refuses it."""
         return self._render(list(messages), tools)
 
     def _marks(self) -> list[str]:
-        """Tokens that the template writes around turns although the tokenizer does not call them
-        special: in the data they are text as well."""
+        """Return added tokens that are not special, but that the template writes around turns.
+
+        In the data they are read as text too.
+        """
         added = [t.content for t in self.tokenizer.added_tokens_decoder.values() if not t.special]
         if not added or not self.tokenizer.chat_template:
             return []
@@ -131,10 +132,10 @@ class ChatRenderer:
         return [n for n in added if n.strip() and n in around and not THOUGHT.search(n)]
 
     def special_texts_in(self, text: str, *, said: bool = False) -> set[str]:
-        """The special tokens, and others that the template writes, whose text is in `text`.
+        """Return the special tokens, and others that the template writes, whose text is in `text`.
 
         Args:
-            said: the assistant's: the marks around its thinking are control, not text.
+            said: the text is the assistant's, in which thinking markers are tokens, not text.
         """
         if said:
             thought, text = self._thoughts.apart(text, opened=self.opens_thought())
@@ -142,21 +143,21 @@ class ChatRenderer:
         return self._stand_ins.names_in(text)
 
     def thought_begins(self, before: str) -> int:
-        """Where the marks of thinking begin that the text in front of a turn ends with."""
+        """Return the start of the thinking markers at the end of the text before a turn."""
         return self._controls.thoughts_at_end(before)
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:
-        """The texts that the tokenizer turns into control tokens."""
+        """Return the texts that the tokenizer reads as control tokens."""
         return frozenset(special_texts(self.tokenizer))
 
     def unread_keys(
         self, messages: Sequence[Message], tools: Tools, rendered: Rendered
     ) -> list[str]:
-        """What the template does not write at all: `tools`, or keys of messages beside their content.
+        """Return what the template does not render at all: `tools`, or keys of messages other than `content`.
 
         Args:
-            rendered: the conversation as `conversation` or `prompt` gives it.
+            rendered: result of `conversation` or `prompt`.
         """
         keys = {
             key
@@ -186,8 +187,11 @@ class ChatRenderer:
             return None
 
     def as_read(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
-        """The messages in the spelling that the template reads: thinking in a key of its own where it
-        would be written as a part of the answer, tool calls in the first form that it writes as JSON."""
+        """Return the messages in the form that the template reads.
+
+        Thinking is moved to a separate key if it would be rendered as part of the answer, and tool calls have
+        the first form that is rendered as JSON.
+        """
         messages = [*map(self._thinking_forms(tools).apart, messages)]
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -202,14 +206,14 @@ class ChatRenderer:
         key = bool(tools)
         if key not in self._thinking:
             asked: Message = {"role": "user", "content": "a"}
-            self._thinking[key] = learn_thinking(
+            self._thinking[key] = find_thinking_forms(
                 lambda turn: self._or_none([asked, turn], tools, False),
                 opened=self.opens_thought(tools),
             )
         return self._thinking[key]
 
     def opens_thought(self, tools: Tools = None) -> bool:
-        """Whether the generation prompt ends with a mark that opens the thinking."""
+        """Whether the generation prompt ends with an opening thinking marker."""
         key = bool(tools)
         if key not in self._opened:
             asked: list[Message] = [{"role": "user", "content": "a"}]
@@ -218,14 +222,16 @@ class ChatRenderer:
         return self._opened[key]
 
     def takes_for_thinking(self, written: str, content: Sequence[str]) -> bool:
-        """Whether the template has made thinking of a part of these words of a turn, which mention a mark
-        that closes it, although generation opens none."""
+        """Whether the template treats a part of the content as thinking.
+
+        The content contains a closing thinking marker, and the generation prompt opens no thinking.
+        """
         return not self.opens_thought() and self._thoughts.cut(written, content)
 
     def prompt(
         self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
     ) -> Rendered:
-        """The text a response is sampled after: the conversation and the generation prompt."""
+        """Render the conversation with the generation prompt, after which a response is sampled."""
         if parsed:
             text = self._render(self.as_read(list(messages), tools), tools, True)
             return Rendered(text, (), parsed=True)
@@ -242,17 +248,16 @@ class ChatRenderer:
         parsed: bool = False,
         cut: bool = False,
     ) -> Rendered:
-        """The whole conversation, every assistant turn trained, or only the last.
+        """Render a conversation, with all assistant turns trained or only the last.
 
         Args:
-            cut: the last turn is a response that was cut before it ended: what the template writes after
-                its words is left out.
-            parsed: text of special tokens in the messages is control, as what the template writes; an
-                end marker that a turn brings is not written twice.
+            cut: the last turn is a truncated response: omit what the template writes after its content.
+            parsed: read special-token text in the messages as tokens. An end marker at the end of a turn is
+                not repeated.
 
         Raises:
-            RowError: the template refuses the conversation, writes no end marker, or rewrites the
-                turns so that no way finds them.
+            RowError: the template refuses the conversation, writes no end marker, or rewrites the turns so
+                that they cannot be found.
             DataError: there is no chat template.
         """
         if parsed:
@@ -277,7 +282,7 @@ class ChatRenderer:
         return replace(shown, cut=cut)
 
     def _without_end(self, message: Message, tools: Tools) -> Message:
-        """The message without an end marker at the end of its content."""
+        """Remove an end marker from the end of a message's content."""
         if message["role"] != "assistant":
             return message
         ending = self.ending(tools)
@@ -296,11 +301,10 @@ class ChatRenderer:
 
         if not self.tokenizer.chat_template:
             raise DataError(
-                "the rows are messages, and the tokenizer has no chat template",
+                "the rows are messages, but the tokenizer has no chat template",
                 code="template.missing",
                 where="model.chat_template",
-                why="how a model is shown its turns is its own, and cannot be guessed",
-                fix="chat_template: chatml | plain | the path of a Jinja template",
+                fix="set `chat_template` to chatml, plain or the path of a Jinja template",
             )
         try:
             with time_limit():
@@ -322,15 +326,14 @@ class ChatRenderer:
         return str(text)
 
     def _shaped(self, message: Message) -> Message:
-        """The message as it is handed to the template."""
+        """Return the message in the form that is passed to the template."""
         message = with_thinking(message)
         if self._parts is None:
-            self._learn_parts()
+            self._detect_parts()
         return in_parts(message) if self._parts else message
 
-    def _learn_parts(self) -> None:
-        """Whether the template takes content as a list of parts only, as those of some models of images
-        do: it refuses a text or does not write it, and writes the text of a part."""
+    def _detect_parts(self) -> None:
+        """Determine whether the template only renders content in parts, as some multimodal templates do."""
         probe: list[Message] = [USER, {"role": "assistant", "content": SENTINEL}]
         for self._parts in (False, True):
             if SENTINEL in (self._or_none(probe, None, False) or ""):
@@ -344,17 +347,16 @@ class ChatRenderer:
         return self._render(probe, None, True) != self._render(probe, None)
 
     def ending(self, tools: Tools = None) -> Ending:
-        """What the template writes after an assistant turn; with tools it may be another template."""
+        """Return what the template writes after an assistant turn, which may depend on tools."""
         key = bool(tools)
         if key not in self._endings:
-            self._endings[key] = learn_ending(
+            self._endings[key] = find_ending(
                 lambda talk, prompt: self._render(talk, tools, prompt), self._controls
             )
         return self._endings[key]
 
     def _hidden(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with the text of special tokens hidden, but for the marks around the
-        assistant's thinking."""
+        """Hide special-token text in the messages, except for markers around the assistant's thinking."""
         return [
             self._hide_said(message)
             if message["role"] == "assistant"
@@ -373,7 +375,7 @@ class ChatRenderer:
 
 
 def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """1 for each token that overlaps a span; a token without characters counts as one character."""
+    """Return 1 for each token that overlaps a span; a token without characters counts as one character."""
     import numpy as np
 
     places = np.array(offsets, dtype=np.int64).reshape(-1, 2)

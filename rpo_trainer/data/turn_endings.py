@@ -1,4 +1,4 @@
-"""What a chat template writes after the assistant's words, and the tokens that it marks turns with."""
+"""Determine what a chat template writes after an assistant's text, and the tokens that mark its turns."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rpo_trainer.data.rows import Message, RowError
 Render = Callable[[list[Message], bool], str]  # messages, with the generation prompt → text
 
 SENTINEL = "\ue00frpo\ue00e"
-UNCLEAR = "the chat template rewrites the conversation so that the assistant's turn cannot be found"
+UNCLEAR = "the chat template rewrites the conversation so that an assistant turn cannot be found"
 USER: Message = {"role": "user", "content": "a"}
 
 
 @dataclass(frozen=True)
 class Controls:
-    """The texts of a tokenizer's added tokens, longest first; `thoughts`: those around thinking."""
+    """Texts of a tokenizer's added tokens, longest first; `thoughts`: the thinking markers among them."""
 
     names: tuple[str, ...]
     thoughts: tuple[str, ...] = ()
 
     def thoughts_at_end(self, text: str) -> int:
-        """Where the marks of thinking begin that `text` ends with, blanks aside; else its length."""
+        """Return the start of thinking markers at the end of `text`, or its length if there are none."""
         place, end = len(text), len(text.rstrip())
         while name := next((n for n in self.thoughts if text.endswith(n, 0, end)), ""):
             place = end - len(name)
@@ -30,7 +30,7 @@ class Controls:
         return place
 
     def starts(self, text: str) -> int:
-        """Where the token ends that `text` begins with, after blanks; 0 for none."""
+        """Return the end of the token at the beginning of `text`, after white space; 0 for none."""
         blank = len(text) - len(text.lstrip())
         return blank + next((len(n) for n in self.names if text.startswith(n, blank)), -blank)
 
@@ -39,16 +39,16 @@ class Controls:
         return text.endswith(self.names)
 
     def common(self, first: str, second: str) -> int:
-        """Length of the common prefix; it does not end inside a token of either text."""
+        """Return the length of the common prefix that does not end inside a token of either text."""
         low, high = 0, min(len(first), len(second))
-        while low < high:  # bisection: slices are compared by the interpreter's own loop
+        while low < high:  # bisection, since slice comparison is fast
             middle = (low + high + 1) // 2
             low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
         cut = [self._inside(text, low) for text in (first, second)]
         return min(cut)
 
     def shared_opener(self, head: str, first: str) -> str:
-        """The token at the end of `head` that is also one of those that `first` begins with."""
+        """Return the token at the end of `head` if it is one of those at the beginning of `first`."""
         head = head.rstrip()
         last = next((name for name in self.names if head.endswith(name)), "")
         while end := self.starts(first):
@@ -58,7 +58,7 @@ class Controls:
         return ""
 
     def _inside(self, text: str, place: int) -> int:
-        """The beginning of the token that `place` is inside of, else `place`."""
+        """Return the start of the token that contains `place`, or `place` if there is none."""
         for name in self.names:
             begin = text.find(name, max(0, place - len(name) + 1), place + len(name) - 1)
             if 0 <= begin < place:
@@ -68,16 +68,16 @@ class Controls:
 
 @dataclass(frozen=True)
 class Ending:
-    """What a template writes after the words of an assistant turn without calls.
+    """What a template writes after the content of an assistant turn without tool calls.
 
     Attributes:
-        last: after a turn that is the last one.
-        between: between it and the words of the user after it; None where that cannot be rendered.
-        marker: of `last`, the part that ends the turn; the rest ends the conversation.
-        heading: what stands between a prompt and the words in a template without generation prompt.
-        opening: what stands between the words of the user and those of the assistant.
-        opener: the token that all turns begin with, in a template that opens the next turn of the
-            assistant after every turn, asked for or not; else none.
+        last: text after the last turn.
+        between: text before the content of a following user turn; None if that cannot be rendered.
+        marker: the part of `last` that ends the turn; the rest ends the conversation.
+        heading: text between a prompt and the content, in a template without a generation prompt.
+        opening: text between the content of a user turn and that of the assistant turn.
+        opener: token at the beginning of all turns, in a template that always opens another assistant turn
+            after every turn; otherwise empty.
     """
 
     last: str
@@ -89,18 +89,18 @@ class Ending:
 
     @property
     def open(self) -> bool:
-        """Whether the token that opens the next turn ends one."""
+        """Whether a turn has no end marker, and is ended by the token that opens the next turn."""
         return not self.last.strip()
 
     def without_opener(self, text: str, place: int) -> int:
-        """`place` in `text`, in front of the token that opens a turn where it stands behind one."""
+        """Move `place` in `text` before a preceding token that opens a turn."""
         head = text[:place].rstrip()
         cut = self.opener and head.endswith(self.opener)
         return len(head) - len(self.opener) if cut else place
 
 
-def learn_ending(render: Render, controls: Controls) -> Ending:
-    """The ending of a template, from conversations of one and two questions."""
+def find_ending(render: Render, controls: Controls) -> Ending:
+    """Determine the ending of a template by rendering conversations with one and two user turns."""
     said = {"role": "assistant", "content": SENTINEL}
     asked = {"role": "user", "content": SENTINEL}
     alone = render([USER, said], False)
@@ -133,12 +133,12 @@ def learn_ending(render: Render, controls: Controls) -> Ending:
 
 
 def with_sentinel(message: Message) -> Message:
-    """The message with SENTINEL as its content."""
+    """Return the message with SENTINEL as its content."""
     return {**message, "content": SENTINEL}
 
 
 def with_last_sentinel(message: Message) -> Message:
-    """The message with SENTINEL as the last of its words: in its last call, where it has one."""
+    """Return the message with SENTINEL as its last text, in its last tool call if it has one."""
     calls = message.get("tool_calls")
     if not calls:
         return with_sentinel(message)

@@ -1,12 +1,12 @@
-"""Where the assistant's turns are in a rendered conversation, and where each of them ends.
+"""Find the start and the end of assistant turns in a rendered conversation.
 
-A turn begins where the generation prompt of the conversation before it ends. Its end is learned from
-renderings that differ in what follows the turn: nothing, a turn of the user, or the answer of a tool.
-What they share after the turn's own words is its end marker (`<|im_end|>`); a template that writes
-nothing of its own there (GLM) ends a turn with the token that opens the next one.
+A turn begins at the end of the generation prompt of the conversation before it. Its end is determined from
+renderings with different continuations: none, a user turn, or the result of a tool. Their common text after
+the content of the turn is the end marker (`<|im_end|>`). A template without end markers (GLM) ends a turn
+with the token that opens the next one.
 
-Where a template renders a turn differently once others follow (it drops thinking, for example), the
-content of the turn or of the next one is replaced by SENTINEL, which is then looked for.
+If a template renders a turn differently when others follow (it drops thinking, for example), the content of
+the turn or of the next one is replaced by SENTINEL, which is then searched for.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from rpo_trainer.data.turn_endings import (
 )
 
 Span = tuple[int, int]
-NO_END = "the chat template writes no end marker after the assistant's turn"
-_AROUND = 40  # characters shown on both sides of a difference
+NO_END = "the chat template writes no end marker after an assistant turn"
+_AROUND = 40  # characters to show on both sides of a difference
 
 
 @dataclass(frozen=True)
 class Found:
     """A rendered conversation and its trained turns.
 
-    `differs` is what generation and training have around their first difference in front of a trained
-    turn; None: training has the generation prompt.
+    `differs` is the text before a trained turn in generation and in training, around the first difference;
+    None if they are equal.
     """
 
     text: str
@@ -49,12 +49,12 @@ class TurnFinder:
     """Finds the assistant's turns of one conversation.
 
     Args:
-        prompt: `messages` are rendered with the generation prompt.
-        cut: the last turn was cut before it ended: its text and span end with its words.
+        prompt: render `messages` with the generation prompt.
+        cut: the last turn is truncated: its text and span end with its content.
 
     Raises (all methods):
-        RowError: the template refuses a part of the conversation, writes no end marker, or rewrites the
-            turns so that no way finds them.
+        RowError: the template refuses a part of the conversation, writes no end marker, or rewrites the turns
+            so that they cannot be found.
     """
 
     render: Render
@@ -70,18 +70,18 @@ class TurnFinder:
         self.text = self.render(self.messages, self.prompt)
 
     def found(self, turns: Sequence[int]) -> Found:
-        """The text to train on, and the spans of these turns.
+        """Return the text to train on and the spans of these turns.
 
-        A turn at the end goes behind its own generation prompt where the template writes the turns
-        before it differently once it is there, but opens it alike: the system prompt may stand in the
-        last turn of the user.
+        If the template renders the turns before the last one differently when it is present, but with the
+        same opening, the last turn is appended to its generation prompt. An example are templates that put
+        the system prompt into the last user turn.
         """
         last = len(self.messages) - 1
-        closed = not self.prompt  # else `text` ends with the generation prompt
+        closed = not self.prompt  # otherwise `text` ends with the generation prompt
         if last > 0 and closed and self.messages[last]["role"] == "assistant":
             start = self._moved(last)
             if start is not None:
-                return self._behind_prompt(turns, start)
+                return self._after_prompt(turns, start)
         spans = [self.span(turn) for turn in turns]
         text = self.text
         if last in turns and self.cut:
@@ -93,10 +93,10 @@ class TurnFinder:
         return Found(text, spans, self._difference(starts))
 
     def span(self, turn: int) -> Span:
-        """Where a turn begins and ends in `text`."""
+        """Return start and end of a turn in `text`."""
         if self._parted(turn):
             raise RowError(
-                "the chat template writes the text of a turn with calls after the results of these calls",
+                "the chat template writes the text of a turn with tool calls after the results of the calls",
                 code="template.text-after-tool-results",
             )
         start = self._start(turn)
@@ -107,7 +107,7 @@ class TurnFinder:
         return start, end
 
     def _parted(self, turn: int) -> bool:
-        """Whether the words of a turn with calls are written after the results of the calls."""
+        """Whether the content of a turn with tool calls is written after the results of the calls."""
         said, *after = self.messages[turn : turn + 2]
         called = said.get("tool_calls") and said["content"].strip()
         if not called or not after or after[0]["role"] != "tool":
@@ -119,17 +119,19 @@ class TurnFinder:
             places.append((self._or_none(marked) or "").find(SENTINEL))
         return 0 <= places[1] < places[0]
 
-    # --- the text that a turn stands behind ---
+    # --- the text before a turn ---
 
     def _prompt(self, turn: int) -> str:
-        """What the turn is generated behind."""
+        """Return the prompt for generating the turn."""
         if turn not in self._prompts:
             self._prompts[turn] = self.render(self.messages[:turn], True)
         return self._prompts[turn]
 
     def _moved(self, last: int) -> int | None:
-        """The start of the last turn where `text` does not begin with its generation prompt, but has the
-        same opening of the turn; else None."""
+        """Return the start of the last turn if it must be moved after its generation prompt; otherwise None.
+
+        That is, if `text` does not begin with the prompt, but has the same opening of the turn.
+        """
         prompt = self._prompt(last)
         if self.text.startswith(prompt):
             return None
@@ -142,7 +144,7 @@ class TurnFinder:
         same = opening[1] and opening[2].strip() and prompt.endswith(opening[2])
         return start if same and self.text[:start].endswith(opening[2]) else None
 
-    def _behind_prompt(self, turns: Sequence[int], start: int) -> Found:
+    def _after_prompt(self, turns: Sequence[int], start: int) -> Found:
         last = len(self.messages) - 1
         before = TurnFinder(
             self.render, self.messages[:last], self.controls, self.ending, self.opens_turn, True
@@ -164,7 +166,7 @@ class TurnFinder:
                 return prompt[view], self.text[view]
         return None
 
-    # --- where a turn begins ---
+    # --- start of a turn ---
 
     def _start(self, turn: int) -> int:
         prompt = self._prompt(turn) if turn else ""
@@ -185,14 +187,14 @@ class TurnFinder:
         return len(before) - len(self._lead(turn, prompt, before))
 
     def _start_after_previous(self, turn: int, *, opened: bool = True) -> int | None:
-        """The start found from the words of the turn before it; None where these are not found.
+        """Return the start of a turn, found from the content of the previous turn; None if that is not found.
 
-        What follows them is the opening of the turn, and the same in the generation prompt; of the
-        thinking that the prompt opens, the text may have another part, or none.
+        The content is followed by the opening of the turn, as in the generation prompt. The text may lack
+        thinking markers with which the prompt ends, or have others.
 
         Args:
-            opened: the text has the opening; else the turn begins where the two part, as a second call
-                does that a template writes without it.
+            opened: the text has the opening; otherwise the turn begins at the first difference, as a second
+                call does that a template writes without an opening.
         """
         marked = [*self.messages]
         marked[turn - 1] = with_sentinel(marked[turn - 1])
@@ -214,7 +216,7 @@ class TurnFinder:
         return len(self.text) - len(after[2]) + length
 
     def _before(self, turn: int) -> str:
-        """What `text` has in front of the turn's words; with calls the turn may have none."""
+        """Return the part of `text` before the content of a turn, which may be empty with tool calls."""
         message = self.messages[turn]
         bare = {"role": "assistant", "content": SENTINEL}
         tries = [(with_sentinel(message), self.messages[turn + 1 :])]
@@ -234,10 +236,10 @@ class TurnFinder:
         return min(found, key=len)
 
     def _lead(self, turn: int, prompt: str, before: str) -> str:
-        """What the model is to write between the prompt and the turn's own words.
+        """Return what the model generates between the prompt and the content of the turn.
 
-        Without a generation prompt that is the blank in front of the words, not a heading: that is
-        the template's.
+        Without a generation prompt this is the white space before the content, but not a heading, which
+        belongs to the template.
         """
         if not turn:
             return ""
@@ -247,14 +249,14 @@ class TurnFinder:
         own = self.opens_turn or not lead.strip()
         return lead if own and before.endswith(lead) else ""
 
-    # --- where a turn ends ---
+    # --- end of a turn ---
 
     def _shared(self, first: str, second: str) -> int:
-        """Length of what two renderings share, without the token that opens the next turn."""
+        """Return the length of the common prefix, without the token that opens the next turn."""
         return self.ending.without_opener(first, self.controls.common(first, second))
 
     def _opener(self) -> str:
-        """The token of the next turn that ends the last one, in a template without end markers."""
+        """Return the token of the next turn that ends the last one, in a template without end markers."""
         if not self.ending.open or self.cut:
             return ""
         following = self._following()
@@ -268,7 +270,7 @@ class TurnFinder:
         return following[place : place + end]
 
     def _following(self) -> str | None:
-        """The conversation with the next turn; None where the template then rewrites the last one."""
+        """Render the conversation with another turn; None if the template then rewrites the last one."""
         message = self.messages[-1]
         following = USER
         if calls := message.get("tool_calls"):
@@ -277,13 +279,13 @@ class TurnFinder:
             if "id" in calls[0]:
                 following["tool_call_id"] = calls[0]["id"]
         text = self._or_none([*self.messages, following])
-        if text in (None, self.text):  # it refuses the next turn, or leaves it out
+        if text in (None, self.text):  # the template refuses the next turn, or omits it
             return None
         place = self._shared(self.text, text)
         return text if self.ending.last.endswith(self.text[place:].rstrip()) else None
 
     def _last_end(self) -> int:
-        """The end of the last turn without what ends the conversation only."""
+        """Return the end of the last turn, without text that only ends the conversation."""
         ending, text = self.ending, self.text.rstrip()
         if self.cut:
             return self._words_end()
@@ -305,7 +307,7 @@ class TurnFinder:
         return len(text)
 
     def _words_end(self) -> int:
-        """The end of the last turn's words, in front of all that the template writes after them."""
+        """Return the end of the last turn's content, before anything that the template writes after it."""
         message = self.messages[-1]
         marked = {**message, "content": message["content"] + SENTINEL}
         _, found, after = self.render([*self.messages[:-1], marked], False).rpartition(SENTINEL)
@@ -317,7 +319,7 @@ class TurnFinder:
         until = self._or_none(self.messages[: turn + 1])
         place = 0 if until is None else self._shared(until, self.text)
         if until and self.ending.opener and until.rstrip().endswith(self.ending.last):
-            # It opens the next turn of the assistant, which may be the one that follows.
+            # The template opens another assistant turn, which may be the next turn.
             place = min(
                 place, len(until.rstrip()) - len(self.ending.last) + len(self.ending.marker)
             )
@@ -327,14 +329,14 @@ class TurnFinder:
         return self._end_after_words(turn) if end is None else end
 
     def _marked_end(self, until: str, place: int, text: str) -> int:
-        """The end of a turn whose words end in front of `place` in `text`.
+        """Return the end of a turn whose content ends before `place` in `text`.
 
         Args:
-            until: the same where the turn is the last one; they share the first `place` characters.
+            until: rendering in which the turn is the last one, with the same first `place` characters.
         """
         shared = until[:place].rstrip()
         if not self.ending.open:
-            # A call may close itself, with its result in the same turn.
+            # A call may have its own end marker, with its result in the same turn.
             closed = shared.endswith(self.ending.marker) or self.controls.ends(shared)
             if closed or not until[place:].strip():
                 return len(shared)
@@ -344,8 +346,10 @@ class TurnFinder:
         return place + end
 
     def _end_before_next(self, turn: int) -> int | None:
-        """The end found from the next turn's words: what stands between these and the end of the turn is
-        the same in a conversation that ends with the next turn. None where it is not."""
+        """Return the end of a turn, found from the content of the next turn; None if that is not possible.
+
+        The text between them must be the same as in a conversation that ends with the next turn.
+        """
         said, following = (
             with_last_sentinel(self.messages[turn]),
             with_sentinel(self.messages[turn + 1]),
@@ -363,11 +367,11 @@ class TurnFinder:
         return len(before) - len(between) if end and before.endswith(between) else None
 
     def _end_in(self, between: str, until: str | None) -> int:
-        """The end of a turn in what follows its words up to those of the next turn; 0: not found.
+        """Return the end of a turn in the text between its content and that of the next turn; 0 if not found.
 
         Args:
-            until: the conversation that ends with the turn, its last words marked; None: the template
-                refuses it, a call without its result for example.
+            until: rendering that ends with the turn, with SENTINEL as its last text; None if the template
+                refuses it, for example a call without its result.
         """
         if until is None:
             place = -1 if self.ending.open else between.find(self.ending.marker)
@@ -392,10 +396,10 @@ class TurnFinder:
         parts = self.render(marked, self.prompt).split(SENTINEL)
         if len(parts) != 2 or not self.text.endswith(parts[1]):
             raise RowError(UNCLEAR, code="template.turn-not-found")
-        behind, marker = parts[1], self.ending.marker
-        place = len(self.text) - len(behind)
-        if self.ending.open or not behind.startswith(marker):
-            end = self.controls.starts(behind)
+        after, marker = parts[1], self.ending.marker
+        place = len(self.text) - len(after)
+        if self.ending.open or not after.startswith(marker):
+            end = self.controls.starts(after)
             if not end:
                 raise RowError(NO_END, code="template.no-end-marker")
             return place + end

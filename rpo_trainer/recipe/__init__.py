@@ -1,16 +1,16 @@
-"""Recipes: the typed schema, loading with errors for people, overrides, and the stages that run.
+"""Recipes: the typed schema, loading with located errors, overrides, and the expanded stages.
 
 schema/           the fields, as pydantic models
 rules/            rules on more than one field
 load              a recipe file → `Recipe`; all mistakes at once, each with its place
   yaml_document     YAML 1.2 → plain values and the line of each key
   overrides         `stages.dpo.beta=0.005` from the command line
-  messages          pydantic's errors in plain words
+  messages          pydantic's errors as `RecipeError`s
   foreign_names     names of TRL, transformers and others → the names here
   where             the file and line, or the override, of a key
 environment       `${NAME}` and secrets
 template_kwargs   variables of a chat template
-expand            rounds and references made concrete: the stages that run; a recipe back to text
+expand            the stages that run, with rounds expanded and references resolved; a recipe as YAML
 shipped           recipes and launch configurations of the package
 """
 

@@ -1,4 +1,4 @@
-"""Secrets stay out of recipes: how one is recognised, and how `${NAME}` reads a variable."""
+"""Secrets in recipes: detection, and `${NAME}` for environment variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.redact import register
 
-# Words in the name of a key whose text is a secret, and token fields that hold no secret.
+# Names of keys with a secret value, and names of tokens of the tokenizer.
 _SECRET_KEY = re.compile(
     r"(^|_)(token|password|passwd|secret|api_?key|access_?key|private_?key|credentials?)$", re.I
 )
@@ -25,7 +25,7 @@ _VARIABLE = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
 
 
 def is_secret(key: str, value: object) -> bool:
-    """True for a text that must not stand in a recipe, which is copied into every run directory."""
+    """Whether a value must not be in a recipe, which is copied into every run directory."""
     if not isinstance(value, str) or not value or _VARIABLE.match(value):
         return False
     named = bool(_SECRET_KEY.search(key)) and not _PLAIN_TOKEN.match(key)
@@ -33,14 +33,16 @@ def is_secret(key: str, value: object) -> bool:
 
 
 def fill_from_environment(fields: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """A copy of `fields` in which a text `${NAME}` is replaced by the variable NAME of the
-    environment.
+    """Return a copy of `fields` with each value `${NAME}` replaced by the environment variable NAME.
 
-    To be used on `training_args` just before they are given to a trainer, so that the value is
-    never written; messages and errors show `[redacted]` in its place.
+    Applied to `training_args` just before they are passed to a trainer, so that the value is never
+    written; messages and errors show `[redacted]` instead.
+
+    Args:
+        where: key of the fields, for errors.
 
     Raises:
-        RecipeError: the variable is not set; `where` says whose fields these are.
+        RecipeError: the variable is not set.
     """
     filled = dict(fields)
     for key, value in fields.items():
@@ -52,7 +54,7 @@ def fill_from_environment(fields: Mapping[str, Any], *, where: str) -> dict[str,
                 f"`{key}` reads the environment variable {match[1]}, which is not set",
                 code="recipe.unset-variable",
                 where=where,
-                why="the recipe leaves the value to the environment, so that it is written nowhere",
+                why="the recipe refers to the variable, so that the value is not written to disk",
                 fix=f"set it: export {match[1]}=...",
             )
         filled[key] = os.environ[match[1]]

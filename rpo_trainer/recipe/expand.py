@@ -1,4 +1,4 @@
-"""A valid recipe to the stages that run, every reference made concrete, and back to text."""
+"""Expand a recipe to the stages that run, with all references resolved; write a recipe as YAML."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rpo_trainer.recipe.yaml_document import dump
 
 
 def expand_stages(recipe: Recipe) -> list[Stage]:
-    """The stages in the order in which they run.
+    """Return the stages in the order in which they run.
 
-    `repeat` is expanded (name-1 to name-n). `init` and `reference` are `model`, the name of a stage
-    that runs earlier, or a path as the recipe has it: `previous` is the stage before that left a
-    policy (`model` where there is none), `init` as a reference is what the stage starts from, and
-    the name of a repeated stage is its last round.
+    `repeat` is expanded (NAME-1 to NAME-n). `init` and `reference` become `model`, the name of an
+    earlier stage, or a path as written: `previous` is the last stage before with a policy as output
+    (`model` if there is none), `init` as a reference is the initial model of the stage, and the name of
+    a repeated stage is its last round.
     """
     stages: list[Stage] = []
     last_round: dict[str, str] = {}
@@ -50,7 +50,7 @@ def expand_stages(recipe: Recipe) -> list[Stage]:
 
 
 def _rewarded(data: DataSpec, number: int, first: str, last_round: dict[str, str]) -> DataSpec:
-    """`data` of one round: the stages it names are those that run, and never again is said so."""
+    """Return `data` of one round, with references to stages resolved and `resample` applied."""
     changes: dict[str, Any] = {"resample": None}
     if number > 0 and data.resample == "once":
         return data.model_copy(
@@ -80,10 +80,10 @@ def _concrete(target: str, previous: str, last_round: dict[str, str]) -> str:
 
 
 def dump_resolved(recipe: Recipe) -> str:
-    """YAML of the recipe as it runs: defaults merged, stages expanded, built-in values written out.
+    """Return YAML of the recipe as it runs: defaults merged, stages expanded, default values written out.
 
-    The text is a recipe again, with the same stages. Paths stay as written: they are relative to
-    the directory of the recipe it came from.
+    The text is a recipe with the same stages. Paths stay as written: relative to the directory of the
+    original recipe.
     """
     fields = recipe.model_dump(exclude_none=True, exclude={"defaults", "stages"})
     fields["stages"] = [_plain(stage) for stage in expand_stages(recipe)]

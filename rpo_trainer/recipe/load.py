@@ -1,4 +1,4 @@
-"""A recipe file to a `Recipe`: all its mistakes at once, each with its place."""
+"""Load a recipe file as a `Recipe`; all mistakes are reported at once, each with its place."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from rpo_trainer.recipe.where import Origins
 from rpo_trainer.recipe.yaml_document import Document, Key, YamlProblem, parse
 from rpo_trainer.runtime.files import kind_of_file
 
-_HIDDEN = "..."  # stands for a secret that must not be shown by other errors
-MAX_BYTES = 2**20  # far above any recipe; keeps a data file given by mistake from being parsed
+_HIDDEN = "..."  # replaces a secret, so that no other error shows it
+MAX_BYTES = 2**20  # far above any recipe: a data file given by mistake is not parsed
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe and where it came from; relative paths in it start at `base_dir`."""
+    """A valid recipe and its origin; relative paths in it start at `base_dir`."""
 
     recipe: Recipe
     path: Path
     base_dir: Path
     source_text: str
-    origins: Origins = field(repr=False, compare=False)  # to say where a value stands
+    origins: Origins = field(repr=False, compare=False)  # file and line of each value
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, override and validate a recipe.
+    """Read a recipe, apply overrides and validate it.
 
     Args:
         path: the YAML file.
-        overrides: words of the command line, `key=value`, or `--key` and its value.
+        overrides: command-line words, `key=value`, or `--key` followed by its value.
 
     Raises:
-        Problems: all that is wrong with it, in the order of the file, the overrides behind.
+        Problems: all errors, those of the file in its order, then those of the overrides.
     """
     path = Path(path)
     parsed, errors = parse_overrides(overrides)
@@ -73,12 +73,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
 
 
 def resolve_path(base_dir: str | Path, path: str | Path) -> Path:
-    """A path of a recipe, ready to open: relative ones start at the recipe's directory."""
+    """Resolve a path of a recipe: relative paths start at the directory of the recipe."""
     return Path(base_dir) / Path(path).expanduser()
 
 
 def _read(path: Path) -> str:
-    """The file's text, without a byte-order mark."""
+    """Return the text of the file, without a byte-order mark."""
     where = str(path)
     if (kind := kind_of_file(path)) is not None:
         raise RecipeError(
@@ -86,7 +86,7 @@ def _read(path: Path) -> str:
             code="recipe.not-a-file",
             where=where,
             why="a run reads its recipe again when it resumes",
-            fix="give the path of a recipe, a YAML file",
+            fix="give the path of a recipe (YAML)",
         )
     try:
         with path.open("rb") as file:
@@ -95,18 +95,18 @@ def _read(path: Path) -> str:
         near = _near_files(path)
         hint = f"; did you mean `{near}`?" if near else ""
         raise RecipeError(
-            f"there is no such file{hint}",
+            f"no such file{hint}",
             code="recipe.no-such-file",
             where=where,
-            why="the recipe says all that is to run",
-            fix="give the path of a recipe, a YAML file",
+            why="relative paths start at the working directory",
+            fix="give the path of a recipe (YAML); `rpo-trainer recipes` lists those of the package",
         ) from error
     except IsADirectoryError as error:
         raise RecipeError(
             "this is a directory, not a recipe",
             code="recipe.not-a-file",
             where=where,
-            why="which of its files is meant cannot be guessed",
+            why="a command reads one recipe",
             fix=_inside(path),
         ) from error
     except OSError as error:
@@ -114,16 +114,16 @@ def _read(path: Path) -> str:
             f"the file cannot be read: {error.strerror or error}",
             code="recipe.unreadable-file",
             where=where,
-            why="the operating system refuses it",
+            why="the operating system denies access",
             fix="check the path and its permissions",
         ) from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(
-            "the file is larger than 1 MiB, too large for a recipe",
+            "the file is larger than 1 MiB, which is too large for a recipe",
             code="recipe.too-large",
             where=where,
-            why="it is most likely a data file given by mistake",
-            fix="give the recipe, a YAML file; data belongs in files that the recipe names",
+            why="it is probably a data file",
+            fix="give the path of a recipe (YAML); the recipe names the data files",
         )
     try:
         return raw.decode("utf-8-sig")
@@ -133,7 +133,7 @@ def _read(path: Path) -> str:
             f"byte {error.start} of the file is not UTF-8",
             code="recipe.not-utf8",
             where=f"{where}:{line}",
-            why="which character was meant cannot be guessed",
+            why="recipes are UTF-8 text",
             fix="save the file as UTF-8",
         ) from error
 
@@ -149,7 +149,11 @@ def _near_files(path: Path) -> str | None:
 
 def _inside(path: Path) -> str:
     names = sorted(str(entry) for entry in path.glob("*.y*ml"))
-    return f"give a file in it: {', '.join(names[:5])}" if names else "give the path of a YAML file"
+    return (
+        f"give one of its files: {', '.join(names[:5])}"
+        if names
+        else "give the path of a YAML file"
+    )
 
 
 def _parse(text: str, path: Path) -> Document:
@@ -168,21 +172,21 @@ def _parse(text: str, path: Path) -> Document:
         return document
     kind = "a list" if isinstance(document.data, list) else "a single value"
     raise RecipeError(
-        f"a recipe is a mapping; this file holds {kind}",
+        f"a recipe must be a mapping, got {kind}",
         code="recipe.not-a-mapping",
         where=f"{path}:1",
-        why="each part of a recipe goes by its name",
-        fix="begin with `model:` and `stages:` at the left edge",
+        why="the top level of a recipe has named fields",
+        fix="start with `model:` and `stages:`, without indentation",
     )
 
 
 def _repeated(entry: tuple[Key, int, int], origins: Origins) -> Located:
     key, line, first = entry
     error = RecipeError(
-        f"the key `{key[-1]}` is given twice, first on line {first}",
+        f"the key `{key[-1]}` is repeated; it is first set on line {first}",
         code="recipe.repeated-key",
         where=f"{origins.file}:{line} ({origins.dotted(key)})",
-        why="which of the two is meant cannot be guessed",
+        why="keys of a mapping are unique",
         fix="keep one of the two",
     )
     return line, error
@@ -191,7 +195,7 @@ def _repeated(entry: tuple[Key, int, int], origins: Origins) -> Located:
 def _apply_all(
     data: dict[str, Any], overrides: Sequence[Override], origins: Origins
 ) -> list[Located]:
-    """Apply the overrides in order; a later one wins."""
+    """Apply the overrides in order; the last one of a key counts."""
     errors: list[Located] = []
     done: set[Key] = set()
     for override in overrides:
@@ -208,7 +212,7 @@ def _apply_all(
 
 
 def _take_out_forbidden(data: Any, key: Key, origins: Origins) -> list[Located]:
-    """Errors for keys that no level may have; taken out, so that each is reported once."""
+    """Return the errors of keys that are forbidden everywhere, and remove these keys from `data`."""
     if isinstance(data, list):
         items = list(enumerate(data))
         found = [e for i, item in items for e in _take_out_forbidden(item, (*key, i), origins)]
@@ -229,7 +233,7 @@ def _take_out_forbidden(data: Any, key: Key, origins: Origins) -> list[Located]:
         else:
             errors.append((origins.find(here)[0], error))
             if _forbidden(name, _HIDDEN, "") is None:
-                data[name] = _HIDDEN  # the field may stand here, with another value
+                data[name] = _HIDDEN  # the field is valid here, with another value
             else:
                 del data[name]
     return errors
@@ -238,20 +242,20 @@ def _take_out_forbidden(data: Any, key: Key, origins: Origins) -> list[Located]:
 def _forbidden(name: str, value: Any, where: str) -> RecipeError | None:
     if name == "rpo_alpha":
         return RecipeError(
-            "`rpo_alpha` is not a field here",
+            "unknown field `rpo_alpha`",
             code="recipe.unknown-key",
             where=where,
-            why="elsewhere it means DPO plus the NLL of the chosen, which has no reward gap and is "
-            "not RPO",
+            why="in TRL it is the weight of an NLL term in DPO, which is not Reward-aware Preference "
+            "Optimization",
             fix=FOREIGN_NAMES[name].recipe,
         )
     if is_secret(name, value):
         return RecipeError(
-            f"`{name}` holds what looks like a secret",
+            f"`{name}` looks like a secret",
             code="recipe.secret",
             where=where,
             why="the recipe is copied into every run directory",
-            fix=f"remove it and set it in the environment (HF_TOKEN, WANDB_API_KEY, ...); under "
+            fix=f"set it as an environment variable (HF_TOKEN, WANDB_API_KEY, ...); under "
             f"`training_args`, `{name}: ${{NAME}}` reads the variable NAME",
         )
     return None

@@ -1,4 +1,4 @@
-"""Pydantic's errors in plain words: where, what, how to fix."""
+"""Pydantic's errors as `RecipeError`s: where, what, how to fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from rpo_trainer.errors import RecipeError, did_you_mean
+from rpo_trainer.errors import RecipeError, did_you_mean, suggestion
 from rpo_trainer.losses import find_loss
 from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, FOREIGN_NAMES, field_of
 from rpo_trainer.recipe.rules.forms import CUSTOM, NOT_CONVERTED, short
@@ -15,7 +15,7 @@ from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS
 from rpo_trainer.recipe.where import Origins, fields_at, places
 from rpo_trainer.recipe.yaml_document import Key, plain_scalar
 
-Located = tuple[int, RecipeError]  # a number to sort by, the error
+Located = tuple[int, RecipeError]  # sort key, error
 
 EXPECTED = {
     "float_type": "a number",
@@ -26,7 +26,7 @@ EXPECTED = {
     "dict_type": "a mapping (`key: value` lines)",
     "model_type": "a mapping (`key: value` lines)",
     "model_attributes_type": "a mapping (`key: value` lines)",
-    "list_type": "a list (lines that begin with `- `)",
+    "list_type": "a list (lines that start with `- `)",
 }
 BOUNDS = {
     "greater_than": ("greater than", "gt"),
@@ -34,39 +34,34 @@ BOUNDS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
-# Why each of these is an error, and nothing is guessed, by what pydantic calls it
+# Reasons that add something to the message, by pydantic's error type
 _WHY = {
-    "missing": "no value is right for every run",
-    "extra_forbidden": "nothing reads it there: it would be ignored in silence",
-    "finite_number": "all that is computed with it would be NaN or infinite",
-    "literal_error": "each choice is another computation, and none is guessed",
-    "union_tag_invalid": "the kind decides what is trained, and which fields there are",
-    "union_tag_not_found": "the kind decides what is trained, and which fields there are",
-    "too_short": "without any there is nothing to do",
-    "string_too_short": "an empty text names nothing",
-    "string_pattern_mismatch": "it is the name of a directory in the run directory",
+    "union_tag_invalid": "the kind determines the loss and the fields of a stage",
+    "union_tag_not_found": "the kind determines the loss and the fields of a stage",
+    "string_pattern_mismatch": "the name is a directory in the run directory",
 }
-_WHY |= dict.fromkeys(
-    BOUNDS, "outside of its range it means nothing, or fails in the middle of a run"
-)
+_CONVERSIONS = (
+    "_type",
+    "_from_float",
+)  # ends of the types of errors of values that are not converted
 
 
 class Words(NamedTuple):
-    """What an error says, without its place."""
+    """The texts of an error, without its place."""
 
     what: str
     fix: str
     code: str
-    why: str | None = None  # None: what `why_of` says
+    why: str | None = None  # None: that of `why_of`
 
 
-def why_of(kind: str) -> str:
-    """Why what pydantic calls `kind` is an error."""
-    return _WHY.get(kind, NOT_CONVERTED)
+def why_of(kind: str) -> str | None:
+    """Return the reason of an error by pydantic's type; None if the message says it all."""
+    return _WHY.get(kind, NOT_CONVERTED if kind.endswith(_CONVERSIONS) else None)
 
 
 def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:
-    """Each error of a validation, once, with its place."""
+    """Return each error of a validation once, with its place."""
     found: dict[tuple[str, str], Located] = {}
     items = [(_without_kind(item["loc"]), item) for item in error.errors(include_url=False)]
     unknown = [key for key, item in items if item["type"] == "extra_forbidden"]
@@ -85,7 +80,7 @@ def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:
 
 
 def _meant_keys(key: Key, origins: Origins) -> Iterator[Key]:
-    """What an unknown key is a misspelling of: that it is missing is not a second mistake."""
+    """Yield the keys that an unknown key may stand for: they are not reported as missing."""
     known = fields_at(key[:-1], origins.data)
     word = str(key[-1])
     meant = field_of(word)
@@ -101,7 +96,7 @@ def _meant_keys(key: Key, origins: Origins) -> Iterator[Key]:
 
 
 def _without_kind(loc: Key) -> Key:
-    """Pydantic puts the kind of a stage behind its index."""
+    """Remove the kind of a stage, which pydantic adds after its index."""
     if len(loc) > 2 and loc[0] == "stages" and loc[2] in STAGE_KINDS:
         return (*loc[:2], *loc[3:])
     return loc
@@ -122,6 +117,9 @@ def _words(item: Mapping[str, Any], key: Key, origins: Origins) -> Words:
         return _unknown_key(key, origins)
     if kind in EXPECTED:
         what = f"`{name}` must be {EXPECTED[kind]}, got {described(value)}"
+        if isinstance(value, str) and "path" in fields_at(key, origins.data):
+            source = f"[{{path: {value}}}]" if kind == "list_type" else f"path: {value}"
+            return Words(what, f"write `{source}`", code="recipe.wrong-type")
         return Words(what, _retype(EXPECTED[kind], value, about), code="recipe.wrong-type")
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
@@ -136,18 +134,18 @@ def _words(item: Mapping[str, Any], key: Key, origins: Origins) -> Words:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _kind_of_stage(value, origins.level(key))
     if kind in ("too_short", "string_too_short"):
-        fix = f"give {'one or more' if kind == 'too_short' else 'a text'}{_of(about)}"
+        fix = f"write {'at least one element' if kind == 'too_short' else 'a value'}{_of(about)}"
         return Words(f"`{name}` is empty", fix, code="recipe.empty-field")
     if kind == "string_pattern_mismatch":
-        what = f"`{name}` must begin with a letter or a digit and hold only these, `.`, `_` and `-`"
+        what = f"`{name}` must start with a letter or digit, followed by letters, digits, `.`, `_` or `-`"
         what = f"{what}; got {described(value)}"
-        return Words(what, "choose a name that can be a directory", code="recipe.invalid-name")
+        return Words(what, "choose another name, for example `dpo-1`", code="recipe.invalid-name")
     what, fix = f"`{name}`: {item['msg']}", f"write another value{_of(about)}"
     return Words(what, fix, code="recipe.invalid-value")
 
 
 def _name(key: Key) -> str:
-    """The last word of a key, with the list where it is an index."""
+    """Return the last part of a key, with the name of the list if it is an index."""
     for end in range(len(key), 0, -1):
         if isinstance(key[end - 1], str):
             return ".".join(str(part) for part in key[end - 1 :])
@@ -155,9 +153,9 @@ def _name(key: Key) -> str:
 
 
 def described(value: object) -> str:
-    """A value in words, for `got ...`."""
+    """Describe a value, for `got ...`."""
     if value is None:
-        return "nothing (null)"
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -168,12 +166,12 @@ def described(value: object) -> str:
 
 
 def _of(about: str) -> str:
-    """A field's description, behind what to write there."""
+    """Return the description of a field in parentheses."""
     return f" ({about})" if about else ""
 
 
 def _retype(expected: str, value: object, about: str) -> str:
-    """How to make the value one of the type that is meant."""
+    """Return the fix for a value of a wrong type."""
     hint = f"write {expected}{_of(about)}"
     if value is None:
         return f"{hint}, or remove the line"
@@ -190,12 +188,12 @@ def _retype(expected: str, value: object, about: str) -> str:
     if expected == "a whole number" and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
     if expected.startswith("a list") and isinstance(value, (str, dict)):
-        return "put `- ` in front of it: a list of one is a list too"
+        return "write it as a list of one: put `- ` before it"
     return hint
 
 
 def not_a_choice(name: str, value: object, expected: str) -> Words:
-    """What is wrong and how to fix it, where a value is none of those that there are."""
+    """Return the error of a value that is not one of the choices."""
     choices = [choice.strip(" '") for choice in expected.replace(" or ", ", ").split(",")]
     listed = ", ".join(f"`{choice}`" for choice in choices)
     near = did_you_mean(value, choices) if isinstance(value, str) else None
@@ -203,9 +201,9 @@ def not_a_choice(name: str, value: object, expected: str) -> Words:
     what = f"`{name}` must be one of {listed}, got {described(value)}{hint}"
     fix = f"write {f'`{near}`' if near else f'one of {listed}'}"
     if name == "loss_type" and FOREIGN_LOSSES.get(str(value)) in choices:
-        fix = f"write `{FOREIGN_LOSSES[str(value)]}`: the same loss under another name"
+        fix = f"write `{FOREIGN_LOSSES[str(value)]}`, the name of this loss here"
     elif name == "loss_type" and (loss := find_loss(value)) is not None:
-        fix = f"`{value}` is a loss of stages of kind {loss.kind}: give it there"
+        fix = f"use it in a stage of kind {loss.kind}"
     return Words(what, fix, code="recipe.invalid-choice")
 
 
@@ -215,9 +213,7 @@ def _kind_of_stage(stage: object, level: str) -> Words:
     if kind is None:
         what, fix = f"`kind` is missing in {level}", f"add `kind: ...`, one of {kinds}"
         return Words(what, fix, code="recipe.missing-field")
-    near = did_you_mean(str(kind), list(STAGE_KINDS))
-    hint = f"; did you mean `{near}`?" if near else ""
-    what = f"{level} has the unknown kind `{kind}`{hint}"
+    what = f"{level} has the unknown kind `{kind}`{suggestion(str(kind), STAGE_KINDS)}"
     return Words(what, f"write one of {kinds}", code="recipe.invalid-choice")
 
 
@@ -228,31 +224,36 @@ def _unknown_key(key: Key, origins: Origins) -> Words:
     instead = FOREIGN_NAMES[name].recipe if name in FOREIGN_NAMES else ""
     if ours not in known and not instead:
         if key[0] == "defaults" and ours in NOT_DEFAULTS:
-            what, fix = f"`{name}` cannot be a default", "give it in each stage"
+            what, fix = f"`{name}` cannot be a default", "write it in each stage"
             return Words(what, fix, code="recipe.misplaced-key")
         if elsewhere:
             renamed = f", as `{ours}`" if ours != name else ""
             what = f"`{name}` does not belong in {level}"
-            fix = f"it belongs in {_listed(elsewhere[:3])}{renamed}"
+            fix = f"move it to {_listed(elsewhere[:3])}{renamed}"
             return Words(what, fix, code="recipe.misplaced-key")
+    if not key[:-1] and name in origins.stage_names():
+        what = f"unknown field `{name}` in the recipe; `{name}` is a stage"
+        override = origins.overrides.get(key, "").removeprefix("override ")
+        fix = f"write `stages.{override}`" if override else "move it to the list `stages`"
+        return Words(what, fix, code="recipe.unknown-key")
     near, fix = (None, instead) if instead else _instead(name, ours, known, key)
     hint = f"; did you mean `{near}`?" if near else ""
-    return Words(f"unknown key `{name}` in {level}{hint}", fix, code="recipe.unknown-key")
+    return Words(f"unknown field `{name}` in {level}{hint}", fix, code="recipe.unknown-key")
 
 
 def _instead(name: str, ours: str, known: Mapping[str, str], key: Key) -> tuple[str | None, str]:
-    """The key that an unknown one is taken for, and what to do."""
+    """Return the nearest known key, if any, and the fix."""
     near = ours if ours in known else did_you_mean(name, list(known))
     if near:
         return near, f"write `{near}`: {known[near]}"
     if (key[0], len(key)) in (("stages", 3), ("defaults", 2)):
         return None, "put fields of `transformers.TrainingArguments` under `training_args`"
-    far = did_you_mean(name, list(places()))
+    far = did_you_mean(name, list(places())) if len(name) > 3 else None
     if far:
-        return far, f"it belongs in {_listed(places()[far][:3])}"
-    return None, f"the keys here are {_listed([f'`{field}`' for field in known], 'and')}"
+        return far, f"write `{far}` in {_listed(places()[far][:3])}"
+    return None, f"use one of {_listed([f'`{field}`' for field in known])}"
 
 
-def _listed(words: Iterable[str], last: str = "or") -> str:
+def _listed(words: Iterable[str]) -> str:
     *first, end = words
-    return f"{', '.join(first)} {last} {end}" if first else end
+    return f"{', '.join(first)} or {end}" if first else end

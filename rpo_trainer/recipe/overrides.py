@@ -1,9 +1,9 @@
 """Overrides from the command line: `stages.dpo.beta=0.005` or `--stages.dpo.beta 0.005`.
 
-A key is the way to a value: field names, names or indexes of stages, indexes of list elements,
-joined by dots. An index one past the end appends; a YAML list replaces the whole list. Values are
-YAML 1.2. What a key or a value may be is left to the schema, so that an override gets the same
-messages as the file.
+A key is the path to a value: field names, names or indices of stages, and indices of list elements,
+joined by dots. An index one past the end appends; a YAML list replaces the entire list. Values are
+YAML 1.2. Keys and values are validated by the schema, so that an override has the same error messages
+as the file.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpo_trainer.errors import RecipeError, did_you_mean
+from rpo_trainer.errors import RecipeError, suggestion
 from rpo_trainer.recipe.environment import is_secret
 from rpo_trainer.recipe.rules.chain import expanded_names
 from rpo_trainer.recipe.schema.stages import LENGTH_FIELDS
 from rpo_trainer.recipe.yaml_document import Key, YamlProblem, parse
 
-_WHY = "each word behind the recipe is one change of it"
+_WHY = "each argument after the recipe overrides one value"
+_WHY_PATH = "the parts of a key lead to a value of the recipe"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Override:
 
 
 def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[RecipeError]]:
-    """Command-line words to overrides, and what is wrong with the words."""
+    """Parse command-line words; return the overrides, and the errors of words that are not valid."""
     overrides: list[Override] = []
     errors: list[RecipeError] = []
     words = list(arguments)
@@ -53,17 +54,22 @@ def _override(key: str, has_value: bool, text: str, word: str) -> Override:
     where = f"override {f'{key}=...' if is_secret(key.rpartition('.')[2], text) else word}"
     if not key or any(not part for part in key.split(".")):
         raise RecipeError(
-            f"`{key}` is not a key", code="option.invalid-key", where=where, why=_WHY, fix=example
+            f"`{key}` is not a valid key",
+            code="option.invalid-key",
+            where=where,
+            why=_WHY,
+            fix=example,
         )
     if not has_value and not word.startswith("--"):
         raise RecipeError(
-            "there is no `=`", code="option.missing-value", where=where, why=_WHY, fix=example
+            "`=` is missing", code="option.missing-value", where=where, why=_WHY, fix=example
         )
     if not text:
-        fix = f"{example}; `null` is a value too"
-        raise RecipeError(
-            "there is no value", code="option.missing-value", where=where, why=_WHY, fix=fix
-        )
+        what, fix = "the value is missing", f"{example}; `null` removes a value"
+        if not has_value and "." not in key:
+            what = "no such option, and no value for an override"
+            fix = f"see --help for the options, or {example}"
+        raise RecipeError(what, code="option.missing-value", where=where, why=_WHY, fix=fix)
     try:
         value = parse(text).data
     except YamlProblem as problem:
@@ -72,18 +78,17 @@ def _override(key: str, has_value: bool, text: str, word: str) -> Override:
             code="option.invalid-yaml",
             where=where,
             why="values of overrides are YAML, as in the file",
-            fix="put quotes around a text with special characters: key='\"...\"'",
+            fix="put quotes around text with special characters: key='\"...\"'",
         ) from problem
     shown = "..." if is_secret(key.rpartition(".")[2], value) else text
     return Override(key, value, f"override {key}={shown}")
 
 
 def apply_override(data: dict[str, Any], override: Override) -> Key:
-    """Set the value in the raw recipe and return its way in it.
+    """Set the value in the raw recipe and return its key.
 
     Raises:
-        RecipeError: the way leads nowhere (no such stage, no such list element, a field of a
-            number).
+        RecipeError: the key leads nowhere (no such stage, no such list element, a field of a number).
     """
     parts = _split(data, override)
     here: Any = data
@@ -104,10 +109,9 @@ def apply_override(data: dict[str, Any], override: Override) -> Key:
 
 
 def drop_other_length(data: Mapping[str, Any], key: Key, overridden: set[Key]) -> None:
-    """`max_steps` on the command line takes the place of the file's `num_train_epochs`, and the
-    reverse.
+    """Let `max_steps` on the command line replace `num_train_epochs` of the file, and vice versa.
 
-    Two overrides, one of each, stay as they are: that is the user's contradiction, and an error.
+    Overrides of both are kept: validation reports the conflict.
     """
     if key[-1] not in LENGTH_FIELDS or len(key) < 2:
         return
@@ -122,7 +126,7 @@ def drop_other_length(data: Mapping[str, Any], key: Key, overridden: set[Key]) -
 
 
 def _split(data: Mapping[str, Any], override: Override) -> list[str]:
-    """The parts of a dotted key; names of stages may hold dots themselves."""
+    """Split a dotted key; names of stages may contain dots."""
     parts = override.key.split(".")
     stages = data.get("stages")
     if parts[0] != "stages" or len(parts) < 2 or not isinstance(stages, list):
@@ -137,17 +141,17 @@ def _split(data: Mapping[str, Any], override: Override) -> list[str]:
 
 
 def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> str | int:
-    """The dictionary key or list index that `parts[depth]` means in `here`."""
+    """Return the key or index that `parts[depth]` stands for in `here`."""
     part, place = parts[depth], ".".join(parts[:depth])
     if isinstance(here, dict):
         return part
     if not isinstance(here, list):
         raise RecipeError(
-            f"`{place}` is not a mapping, it has no `{part}`",
+            f"`{place}` is not a mapping and has no `{part}`",
             code="option.invalid-key",
             where=override.where,
-            why="the parts of the key are the way to a value of the recipe",
-            fix=f"give `{place}` a whole value: `{place}=...`",
+            why=_WHY_PATH,
+            fix=f"override the value itself: `{place}=...`",
         )
     if place == "stages":
         return _stage_index(here, part, override)
@@ -155,10 +159,10 @@ def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> s
         return int(part)
     present = "0" if len(here) == 1 else f"0 to {len(here) - 1}" if here else ""
     raise RecipeError(
-        f"`{place}` is a list of {len(here)}; it has no element `{part}`",
+        f"`{place}` is a list of {len(here)} and has no element `{part}`",
         code="option.invalid-key",
         where=override.where,
-        why="the parts of the key are the way to a value of the recipe",
+        why=_WHY_PATH,
         fix=f"use {present + ', or ' if present else ''}{len(here)} to append",
     )
 
@@ -174,21 +178,20 @@ def _stage_index(stages: Sequence[Any], part: str, override: Override) -> int:
     for _, stage in mappings:
         if isinstance(stage.get("name"), str) and part in expanded_names(stage):
             raise RecipeError(
-                f"`{part}` is one of the rounds that `repeat` makes of `{stage['name']}`",
+                f"`{part}` is a round of the repeated stage `{stage['name']}`",
                 code="option.unknown-stage",
                 where=override.where,
                 why="all rounds have the same fields",
-                fix=f"use `{stage['name']}`, or write the rounds as stages of their own",
+                fix=f"override `{stage['name']}`, or write the rounds as separate stages",
             )
-    near = did_you_mean(part, names)
-    hint = f"; did you mean `{near}`?" if near else ""
     known = ", ".join(f"`{name}`" for name in names)
     raise RecipeError(
-        f"there is no stage `{part}`{hint}",
+        f"there is no stage `{part}`{suggestion(part, names)}",
         code="option.unknown-stage",
         where=override.where,
-        why="an override changes a stage that is there",
-        fix=f"the stages are {known}, or 0 to {len(stages) - 1}",
+        why="an override changes an existing stage",
+        fix=f"use one of {known}"
+        + f", or an index from 0 to {len(stages) - 1}" * (len(stages) > 1),
     )
 
 
@@ -199,7 +202,7 @@ def _child(here: Any, index: str | int) -> Any:
 
 
 def _inherited(data: Mapping[str, Any], walked: Sequence[str | int], index: str | int) -> Any:
-    """A field that a stage takes from `defaults` whole: its copy is what the override changes."""
+    """Return a copy of a field that a stage takes from `defaults`, for the override to change."""
     defaults = data.get("defaults")
     if len(walked) != 2 or walked[0] != "stages" or not isinstance(defaults, dict):
         return None

@@ -1,6 +1,6 @@
-"""`chat_template_kwargs`: variables of a chat template, such as `enable_thinking`, and where they come from.
+"""`chat_template_kwargs`: variables of a chat template, such as `enable_thinking`.
 
-A row's own go before those of its source, and these before those of the model, key by key.
+Those of a row take precedence over those of its source, and these over those of the model, key by key.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from rpo_trainer.errors import RecipeError
 COLUMN = "chat_template_kwargs"
 Kwargs = Mapping[str, Any]
 
-_OF_ROWS = "it comes from the rows"
-_OF_TRAINING = "it is set wherever a conversation is rendered"
-_OF_TOKENIZER = "it comes from the tokenizer"
-# Names that apply_chat_template of transformers takes for itself, and why none of them can be set here.
+_OF_ROWS = "it is set from the rows"
+_OF_TRAINING = "it is set by the trainer"
+_OF_TOKENIZER = "it is set by the tokenizer"
+# Arguments of transformers' `apply_chat_template`, and where each is set instead.
 RESERVED = {
     "messages": _OF_ROWS, "conversation": _OF_ROWS, "tools": _OF_ROWS,
     "add_generation_prompt": _OF_TRAINING, "continue_final_message": _OF_TRAINING,
@@ -26,7 +26,7 @@ RESERVED = {
     "padding": _OF_TRAINING, "truncation": _OF_TRAINING, "max_length": _OF_TRAINING,
     "sanitize_control_tokens": "it is set by `special_tokens` of the source",
     "chat_template": "it is set by `chat_template` of the model",
-    "strftime_now": "templates get a fixed date, so that the tokens stay the same",
+    "strftime_now": "chat templates get a fixed date, so that tokens do not change from day to day",
     "bos_token": _OF_TOKENIZER, "eos_token": _OF_TOKENIZER, "pad_token": _OF_TOKENIZER,
     "unk_token": _OF_TOKENIZER, "sep_token": _OF_TOKENIZER, "cls_token": _OF_TOKENIZER,
     "mask_token": _OF_TOKENIZER,
@@ -34,7 +34,7 @@ RESERVED = {
 
 
 class Fault(NamedTuple):
-    """What keeps a name and its value from being a variable of a chat template, as errors say it."""
+    """The texts of the error of a variable."""
 
     what: str
     why: str
@@ -43,11 +43,11 @@ class Fault(NamedTuple):
 
 
 def fault_of(name: str, value: Any) -> Fault | None:
-    """What is wrong with a variable; None: nothing."""
+    """Return the error of a variable; None if it is valid."""
     if name in RESERVED:
         return Fault(
             f"`{name}` cannot be set here: {RESERVED[name]}",
-            "a second value would contradict the first",
+            "the two values could contradict each other",
             f"remove `{name}`",
             code="template.reserved-variable",
         )
@@ -61,7 +61,7 @@ def fault_of(name: str, value: Any) -> Fault | None:
     if name == "documents" and not _are_documents(value):
         return Fault(
             "`documents` is not a list of objects",
-            "a chat template writes them one by one",
+            "chat templates iterate over them",
             "write a list, such as [{title: ..., text: ...}]",
             code="template.invalid-variable",
         )
@@ -69,11 +69,11 @@ def fault_of(name: str, value: Any) -> Fault | None:
 
 
 def faults(kwargs: object) -> list[str]:
-    """A sentence on each fault of an argument `chat_template_kwargs`; [] for None."""
+    """Return a sentence for each error of an argument `chat_template_kwargs`; [] for None."""
     if kwargs is None:
         return []
     if not isinstance(kwargs, Mapping):
-        return [f"{COLUMN} must be a dict or the JSON text of one, got {kwargs!r}"]
+        return [f"{COLUMN} must be a dict or a JSON object, got {kwargs!r}"]
     found = [fault_of(str(name), value) for name, value in kwargs.items()]
     return [f"{COLUMN}: {fault.what}" for fault in found if fault]
 
@@ -85,7 +85,7 @@ def _are_documents(value: Any) -> bool:
 
 
 def problems(kwargs: Kwargs | None, where: str) -> Iterator[RecipeError]:
-    """An error for each variable that cannot be set."""
+    """Yield an error for each variable that cannot be set."""
     for name, value in (kwargs or {}).items():
         if (fault := fault_of(name, value)) is not None:
             yield RecipeError(
@@ -98,10 +98,10 @@ def problems(kwargs: Kwargs | None, where: str) -> Iterator[RecipeError]:
 
 
 def merged(*levels: Kwargs | None) -> dict[str, Any]:
-    """The variables of all levels; of one that several set, the last."""
+    """Merge the variables of all levels; later levels take precedence."""
     return {name: value for level in levels for name, value in (level or {}).items()}
 
 
 def kwargs_key(kwargs: Kwargs | None) -> str:
-    """A text that is the same for equal variables; empty for none."""
+    """Return a text that is equal for equal variables; empty for none."""
     return json.dumps(kwargs, sort_keys=True, default=str) if kwargs else ""

@@ -1,4 +1,4 @@
-"""Where in the recipe, and in its schema, a key stands: file and line, override, level."""
+"""The place of a key in the recipe (file and line, or override) and in the schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rpo_trainer.recipe.yaml_document import Key
 
 @dataclass
 class Origins:
-    """What gave each value: a line of the file or an override."""
+    """The origin of each value: a line of the file or an override."""
 
     file: str
     data: Any
@@ -23,7 +23,7 @@ class Origins:
     overrides: dict[Key, str] = field(default_factory=dict)
 
     def override(self, key: Key, where: str) -> None:
-        """Note that an override gave the value at `key`, and what the file lacks above it."""
+        """Record an override as the origin of the value at `key`, and of missing levels above it."""
         for table in (self.lines, self.overrides):
             for known in [known for known in table if known[: len(key)] == key]:
                 del table[known]
@@ -32,7 +32,7 @@ class Origins:
                 self.overrides[key[:end]] = where
 
     def find(self, key: Key) -> tuple[int, str]:
-        """A number to sort by and the words for an error."""
+        """Return a sort key and the text for `where` of an error."""
         key = self._own_key(key)
         for end in range(len(key), 0, -1):
             if key[:end] in self.overrides:
@@ -43,7 +43,7 @@ class Origins:
         return 1, f"{self.file}:1"
 
     def _own_key(self, key: Key) -> Key:
-        """The key in `defaults` where a stage has the field from there."""
+        """Return the key in `defaults` if a stage has the field from there."""
         if len(key) < 3 or key[0] != "stages" or not isinstance(self.data, dict):
             return key
         stage, defaults = self.value(key[:2]), self.data.get("defaults")
@@ -53,7 +53,7 @@ class Origins:
         return ("defaults", *key[2:]) if inherited else key
 
     def value(self, key: Key) -> Any:
-        """The raw value at a key, None where there is none."""
+        """Return the raw value at a key, or None."""
         here = self.data
         for part in key:
             try:
@@ -63,9 +63,9 @@ class Origins:
         return here
 
     def locate(self, where: str) -> str:
-        """File and line in place of `stages.NAME...` or `model...`, with what stands behind it.
+        """Replace `stages.NAME...` or `model...` at the start of a text by its file and line.
 
-        Stages go by the names they run under, those of their rounds too.
+        Stages are found by their expanded names, rounds included.
         """
         dotted, colon, rest = where.partition(": ")
         first, _, below = dotted.partition(".")
@@ -84,7 +84,7 @@ class Origins:
         return f"{self.find(key)[1]}{colon}{rest}"
 
     def _stage_of(self, dotted: str) -> tuple[int, str] | None:
-        """The index of the stage that a dotted key begins with, and the name it has there."""
+        """Return the index of the stage at the start of a dotted key, and its name there."""
         stages = self.value(("stages",))
         for index, stage in enumerate(stages if isinstance(stages, list) else ()):
             for name in stage_names([stage]):
@@ -92,20 +92,26 @@ class Origins:
                     return index, name
         return None
 
+    def stage_names(self) -> list[str]:
+        """Return the names of all stages, rounds included."""
+        stages = self.value(("stages",))
+        named = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+        return stage_names([s for s in named if isinstance(s.get("name"), str)])
+
     def stage_name(self, index: str | int) -> str:
-        """The name of a stage, or its index where it has none."""
+        """Return the name of a stage, or its index if it has none."""
         name = self.value(("stages", index, "name"))
         return name if isinstance(name, str) and name else str(index)
 
     def dotted(self, key: Key) -> str:
-        """A key as an override would write it."""
+        """Return a key as it is written in an override."""
         parts = [str(part) for part in key]
         if len(key) > 1 and key[0] == "stages":
             parts[1] = self.stage_name(key[1])
         return ".".join(parts)
 
     def level(self, key: Key) -> str:
-        """Words for the mapping at a key: `stage ...`, `the recipe`, `data.filter`."""
+        """Describe the mapping at a key: "stage `dpo`", "the recipe", "`data.filter`"."""
         if not key:
             return "the recipe"
         if len(key) == 2 and key[0] == "stages":
@@ -114,14 +120,14 @@ class Origins:
 
 
 def specs_in(annotation: Any) -> list[type[Spec]]:
-    """The models that a field's annotation mentions."""
+    """Return the models in the annotation of a field."""
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         return [annotation]
     return [spec for part in typing.get_args(annotation) for spec in specs_in(part)]
 
 
 def fields_at(key: Key, data: Any) -> dict[str, str]:
-    """Names and descriptions of what the mapping at `key` may hold; empty where it is free."""
+    """Return names and descriptions of the fields of the mapping at `key`; empty if any key is valid."""
     if key and key[0] == "defaults":
         if len(key) == 1:
             kinds = STAGE_KINDS.values()
@@ -139,7 +145,7 @@ def fields_at(key: Key, data: Any) -> dict[str, str]:
 def _walk(spec: type[Spec] | None, key: Key) -> type[Spec] | None:
     for part in key:
         if spec is None or isinstance(part, int):
-            continue  # an element of a list has the model of the list's field
+            continue  # elements of a list have the model of the list
         info = spec.model_fields.get(part)
         inside = specs_in(info.annotation) if info else []
         spec = inside[0] if inside else None
@@ -154,7 +160,7 @@ def _described(spec: type[Spec] | None) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def places() -> Mapping[str, list[str]]:
-    """For each field name of the schema, the levels where it belongs, in words."""
+    """Return, for each field name of the schema, descriptions of the levels that have it."""
     table: dict[str, list[str]] = {}
     kinds_of: dict[str, list[str]] = {}
     for kind, stage in STAGE_KINDS.items():
@@ -175,7 +181,7 @@ def places() -> Mapping[str, list[str]]:
 def _add_below(
     owner: type[Spec], way: tuple[str, ...], of: str, table: dict[str, list[str]]
 ) -> None:
-    """Add the fields of the model at the end of `way`, and of all models below it."""
+    """Add the fields of the model at `way`, and of all models below it."""
     for spec in specs_in(owner.model_fields[way[-1]].annotation):
         for inner in spec.model_fields:
             known = table.setdefault(inner, [])

@@ -1,7 +1,7 @@
-"""YAML 1.2 text to plain values, with the line of every key, and back.
+"""Parse YAML 1.2 into plain values with the line of every key; write plain values as YAML.
 
-ruamel composes the nodes. The values are made here because its constructors keep neither the text
-of a key nor a second value of it, and read more than the core schema (`1_000`, dates).
+ruamel composes the nodes. The values are constructed here, because the constructors of ruamel keep neither
+the text of a key nor a repeated key, and read more than the core schema (`1_000`, dates).
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 Key: TypeAlias = tuple[str | int, ...]
 MAX_DEPTH = 40
-_WHY = "a recipe is one document of plain values, with no objects, code or references"
+_WHY = "a recipe is one YAML document of plain values, without objects or references"
 
-# The core schema of YAML 1.2 (section 10.3.2); the lengths keep `int` and `float` within their own
-# limits.
+# The core schema of YAML 1.2 (section 10.3.2); the lengths stay within the limits of `int` and `float`.
 _CORE_SCHEMA: tuple[tuple[str, Callable[[str], Any]], ...] = (
     (r"|~|null|Null|NULL", lambda text: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
@@ -36,15 +35,17 @@ _CORE_SCHEMA: tuple[tuple[str, Callable[[str], Any]], ...] = (
 
 @dataclass
 class Document:
-    """The values of a text, and the line (from 1) of each key and list element."""
+    """The values of a YAML text, and the line (from 1) of each key and list element."""
 
     data: Any = None
     lines: dict[Key, int] = field(default_factory=dict)
-    repeated: list[tuple[Key, int, int]] = field(default_factory=list)  # key, its line, the first's
+    repeated: list[tuple[Key, int, int]] = field(
+        default_factory=list
+    )  # key, its line, line of its first occurrence
 
 
 class YamlProblem(Exception):
-    """Text that cannot be read as one document of plain values."""
+    """A text that is not one document of plain values."""
 
     def __init__(self, what: str, *, line: int, fix: str, why: str = _WHY) -> None:
         super().__init__(what)
@@ -52,7 +53,7 @@ class YamlProblem(Exception):
 
 
 def plain_scalar(text: str) -> Any:
-    """The value of an unquoted YAML 1.2 scalar: null, a boolean, a number or the text itself."""
+    """Return the value of an unquoted YAML 1.2 scalar: null, a boolean, a number or the text itself."""
     for pattern, convert in _CORE_SCHEMA:
         if re.fullmatch(pattern, text):
             return convert(text)
@@ -60,7 +61,7 @@ def plain_scalar(text: str) -> Any:
 
 
 def dump(values: Any) -> str:
-    """Text that `parse` reads: values in their order, written out again wherever they stand a second time."""
+    """Return YAML that `parse` reads: keys in order, no aliases."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -76,13 +77,13 @@ def parse(text: str) -> Document:
     """Read one document.
 
     Raises:
-        YamlProblem: the text is not YAML or empty, or has several documents, tags, anchors, merge
-            keys, tabs in the indentation, keys that are not text, or more than `MAX_DEPTH` levels.
+        YamlProblem: the text is not YAML, is empty, or has several documents, tags, anchors, merge keys,
+            tabs in the indentation, keys that are not text, or more than `MAX_DEPTH` levels.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         content = line.lstrip()
         if content and "\t" in line.removesuffix(content):
-            why = "YAML allows none: how deep a tab is depends on who reads it"
+            why = "YAML does not allow tabs there"
             what, fix = "a tab in the indentation", "indent with spaces"
             raise YamlProblem(what, line=number, fix=fix, why=why)
     yaml = YAML(typ="safe", pure=True)
@@ -93,7 +94,7 @@ def parse(text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         at = int(mark.line) + 1 if mark else 1
         what = f"not valid YAML: {error.problem or error.context}"
-        fix = f"look at indentation, colons and quotes on line {at} and just above"
+        fix = f"check indentation, colons and quotes on line {at} and the lines before it"
         raise YamlProblem(what, line=at, fix=fix) from error
     except YAMLError as error:
         position = getattr(error, "position", 0) or 0
@@ -101,14 +102,14 @@ def parse(text: str) -> Document:
         raise YamlProblem("a control character", line=at, fix="remove it") from error
     if root is None:
         fix = "write at least `model` and `stages`"
-        raise YamlProblem("the file is empty", line=1, fix=fix, why="there is nothing to run")
+        raise YamlProblem("the file is empty", line=1, fix=fix, why="these fields are required")
     document = Document()
     document.data = _value(root, (), document)
     return document
 
 
 class _PlainComposer(Composer):
-    """ruamel's composer, which refuses what a recipe must not hold as soon as it reads it."""
+    """The composer of ruamel, with errors for what a recipe must not contain."""
 
     level = 0
 
@@ -117,10 +118,10 @@ class _PlainComposer(Composer):
         event = self.parser.peek_event()
         if not isinstance(event, StreamEndEvent):
             raise YamlProblem(
-                "a second document begins here",
+                "a second document starts here",
                 line=_line(event),
-                fix="keep one document: remove the `---` and what does not belong",
-                why="one file is one chain; which of the two is meant cannot be guessed",
+                fix="remove the `---` and one of the documents",
+                why="a file has one recipe",
             )
         return root
 
@@ -131,16 +132,18 @@ class _PlainComposer(Composer):
         if event.anchor is not None:
             sign = "*" if isinstance(event, AliasEvent) else "&"
             what = f"anchors and aliases are not allowed: `{sign}{event.anchor}`"
-            fix = "write the value out, or put what stages share in `defaults`; quote a text that "
-            fix += "begins with `&` or `*`"
+            fix = (
+                "repeat the value, or put shared values in `defaults`; quote text that starts with "
+            )
+            fix += "`&` or `*`"
         elif event.tag is not None:
             what = f"the tag `{str(event.tag).replace('tag:yaml.org,2002:', '!!')}` is not allowed"
-            fix = "write a plain value; quotes make text of anything"
+            fix = "write a plain value; quote it if it is text"
         elif is_key and not isinstance(event, ScalarEvent):
-            what, fix = "a key must be a word", "write `word: value`"
+            what, fix = "a key must be text", "write `key: value`"
         elif is_key and event.value == "<<" and event.style is None:
             what = "`<<` (merge keys) is not part of YAML 1.2"
-            fix = "put what stages share in `defaults`"
+            fix = "put shared values in `defaults`"
         elif self.level > MAX_DEPTH:
             what, fix = "nested too deeply", f"use at most {MAX_DEPTH} levels"
         if what:
@@ -152,7 +155,7 @@ class _PlainComposer(Composer):
 
 
 def _value(node: Any, key: Key, document: Document) -> Any:
-    """The plain value of a node; lines and repeated keys below it go into `document`."""
+    """Return the plain value of a node; add lines and repeated keys below it to `document`."""
     if isinstance(node, ScalarNode):
         return node.value if node.style else plain_scalar(node.value)
     if isinstance(node, SequenceNode):
@@ -164,7 +167,7 @@ def _value(node: Any, key: Key, document: Document) -> Any:
         here = (*key, name)
         if name in fields:
             document.repeated.append((here, line, document.lines[here]))
-            _value(value_node, (*here, ""), document)  # for the keys repeated in it
+            _value(value_node, (*here, ""), document)  # for repeated keys in it
         else:
             document.lines[here] = line
             fields[name] = _value(value_node, here, document)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, percent
+from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, percent, unread_columns
 from rpo_trainer.stages.record import AuditRecord, PairsRecord, ReasonRecord
 
 # Fractions of the rows above which a finding is a warning.
@@ -93,7 +93,7 @@ class AuditView:
                 "repeated",
                 f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) repeat an "
                 "earlier prompt",
-                "Set `dedup: exact` or `dedup: normalised` to keep only the first row of each prompt.",
+                "Set `dedup: exact` or `dedup: normalized` to keep only the first row of each prompt.",
             )
         if whole and (cut := rows.get("truncated", 0)) > MANY_CUT * whole:
             yield Concern(
@@ -127,7 +127,7 @@ class AuditView:
         for source, columns in self.unread.items():
             yield Concern(
                 "unread-columns",
-                f"{source}: unused columns: {', '.join(columns)}",
+                unread_columns(source, columns),
                 "To use one of them, map it with `columns: {ours: theirs}`.",
             )
 

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.filters import filter_rows
-from rpo_trainer.data.partial_file import partial_paths
+from rpo_trainer.data.partial_file import discard_partials, partial_paths
 from rpo_trainer.data.resumable_rows import content_key, write_rows, write_rows_resumable
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
@@ -99,12 +99,19 @@ def _locked(out: Path) -> Iterator[None]:
         remove_empty(made)  # where nothing was written
 
 
-def _finished(out: Path, key: str) -> bool:
+def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
     """Whether the output is there, made of the same rows with the same settings.
+
+    Args:
+        overwrite: it is made again, and replaced once the new one is complete. Unfinished work of other
+            rows or settings is deleted.
 
     Raises:
         RunError: another file is there.
     """
+    if overwrite and not out.is_dir():
+        discard_partials(out, key)
+        return False
     if not out.exists() or partial_paths(out):  # the latter are removed last of all
         return False
     report = out.with_name(out.name + REPORT)
@@ -123,7 +130,7 @@ def _finished(out: Path, key: str) -> bool:
         code="output.exists",
         where=str(out),
         why="other rows or settings have made it, and nothing of yours is written over",
-        fix="name another output with -o, or remove it",
+        fix="name another output with -o, or add --overwrite",
     )
 
 
@@ -135,8 +142,13 @@ def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
     atomic_write(out.with_name(out.name + REPORT), json.dumps(content, indent=1))
 
 
-def score_file(source: SourceSpec, out: Path, spec: ScoreSpec) -> list[str]:
+def score_file(
+    source: SourceSpec, out: Path, spec: ScoreSpec, *, overwrite: bool = False
+) -> list[str]:
     """Rewards for every row of a file; resumed where it was interrupted.
+
+    Args:
+        overwrite: replace an output of other rows or settings, and their unfinished work.
 
     Returns:
         A summary, line by line; of several processes, the first one's alone.
@@ -160,7 +172,7 @@ def score_file(source: SourceSpec, out: Path, spec: ScoreSpec) -> list[str]:
             scorer = make_scorer(spec, model=model)
             key = content_key(scorer.key, found.rows)
         with _locked_by_ranks(out, ranks):
-            if ranks.on_main(lambda: _finished(out, key)):
+            if ranks.on_main(lambda: _finished(out, key, overwrite=overwrite)):
                 return _on_first_rank(ranks, [_nothing_to_do(out)])
             with ranks.raise_on_all_ranks():
                 scorer.check(found.rows)
@@ -210,8 +222,12 @@ def generate_file(
     *,
     seed: int,
     chat_template: str | None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Responses for every prompt of a file, from all policies; resumed where it was interrupted.
+
+    Args:
+        overwrite: as for `score_file`.
 
     Returns:
         A summary, as `score_file`.
@@ -246,7 +262,7 @@ def generate_file(
             policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
             key = content_key([policy.key for policy in policies], rows, seed)
         with _locked_by_ranks(out, ranks):
-            if ranks.on_main(lambda: _finished(out, key)):
+            if ranks.on_main(lambda: _finished(out, key, overwrite=overwrite)):
                 return _on_first_rank(ranks, [_nothing_to_do(out)])
             with ranks.raise_on_all_ranks():
                 if ranks.rank() == 0:
@@ -311,8 +327,12 @@ def pairs_file(
     filter: FilterSpec | None,
     *,
     seed: int,
+    overwrite: bool = False,
 ) -> list[str]:
     """Preference rows of a file of scored or ranked responses, as a stage reads them.
+
+    Args:
+        overwrite: replace an existing output.
 
     Returns:
         A summary, line by line.
@@ -320,13 +340,14 @@ def pairs_file(
     Raises:
         DataError, Problems: rows that cannot be read, without rewards, or of which none is left.
     """
-    if out.exists():
+    if out.exists() and (out.is_dir() or not overwrite):
         raise RunError(
-            "the output exists",
+            "the output is a directory" if out.is_dir() else "the output exists",
             code="output.exists",
             where=str(out),
-            why="nothing of yours is written over",
-            fix="name another, or remove it",
+            why="existing files are not replaced by default",
+            fix="name another output with -o"
+            + ("" if out.is_dir() else ", or replace this one with --overwrite"),
         )
     rows, audit = read_pairs(source, keep_all=True)
     made = make_preference_rows(rows, **pairs_arguments(spec), seed=seed, audit=audit)

@@ -15,6 +15,8 @@ import xxhash
 
 from rpo_trainer.data import Audit, filter_rows, hold_out, rating_targets, tokenize_rows
 from rpo_trainer.data.counts import EVAL_ROWS, HELD_OUT
+from rpo_trainer.data.duplicates import prompt_key
+from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import (
     RewardStage,
     RPOStage,
@@ -206,14 +208,39 @@ def with_targets(stage: RewardStage, rows: list[Row], audit: Audit) -> list[Row]
     return rating_targets(rows, stage.attributes, rating_range=bounds, audit=audit)
 
 
+def held_out_prompts(stage: Stage, rows: Sequence[Row], *, seed: int) -> frozenset[bytes] | None:
+    """Keys of the prompts that `data.eval_fraction` holds out; None: it is not set.
+
+    Args:
+        rows: as read, before any is dropped for its rewards: so the same prompts are held out before a
+            run, when their responses are still to be sampled, and whatever the filter is.
+    """
+    fraction = stage.data.eval_fraction
+    if fraction is None or not rows:
+        return None
+    return frozenset(map(prompt_key, hold_out(rows, fraction, seed=seed)[1]))
+
+
 def set_aside(
-    stage: Stage, rows: list[Row], *, seed: int, audit: Audit
+    rows: list[Row], prompts: frozenset[bytes] | None, audit: Audit
 ) -> tuple[list[Row], list[Row] | None]:
-    """Rows to train on, and those that `data.eval_fraction` keeps for the evaluation."""
-    share = stage.data.eval_fraction
-    if share is None:
+    """Rows to train on, and the rows of the held-out prompts; None without any such prompt.
+
+    Raises:
+        DataError: all rows of the held-out prompts have been dropped before.
+    """
+    if prompts is None:
         return rows, None
-    train, held = hold_out(rows, share, seed=seed)
+    train = [row for row in rows if prompt_key(row) not in prompts]
+    held = [row for row in rows if prompt_key(row) in prompts]
+    if rows and not held:
+        raise DataError(
+            f"no row of the {len(prompts)} held-out prompts is left",
+            code="data.no-held-out-rows",
+            where="data.eval_fraction",
+            why="the filter, ties or missing rewards dropped all of them",
+            fix="raise `eval_fraction`, loosen `filter`, or give held-out rows in `data.eval`",
+        )
     audit.leave_out_all(HELD_OUT, rows, train)
     return train, held
 

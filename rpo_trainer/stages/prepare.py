@@ -22,6 +22,7 @@ from rpo_trainer.data import (
     load_rows,
     tokenize_rows,
 )
+from rpo_trainer.data.duplicates import prompt_key
 from rpo_trainer.data.rows import Kind, Row, RowError
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_config, load_tokenizer
@@ -50,6 +51,7 @@ from rpo_trainer.stages.inputs import (
     at_most,
     fitted_stage,
     held_out_filter,
+    held_out_prompts,
     needs_policy,
     needs_rewards,
     row_kind,
@@ -169,12 +171,14 @@ class StagePreparer:
         """
         audit = audit or Audit()
         if made is None and needs_policy(stage.data):
-            return StageInputs(stage, self.prompts(stage, audit), audit)
+            prompts = self.prompts(stage, audit)
+            held_out = held_out_prompts(stage, prompts, seed=self.seed(stage))
+            rows, held = set_aside(prompts, held_out, audit)
+            return StageInputs(stage, rows, audit, held)
         if tokenize and (kept := self._kept.get(stage.name)) is not None:
             del self._kept[stage.name]
             return kept
-        rows = self.rows(stage, audit, made=made, given=given)
-        rows, held = set_aside(stage, rows, seed=self.seed(stage), audit=audit)
+        rows, held = self._split_rows(stage, audit, made=made, given=given)
         train = tokenize_stage(stage, rows, self.tokenizer, audit) if tokenize else None
         inputs = StageInputs(fitted_stage(stage, audit), rows, audit, held, train)
         if tokenize and stage.name in self._kept:
@@ -194,7 +198,8 @@ class StagePreparer:
         if inputs.complete:
             return
         inputs.complete = tokenize
-        if tokenize:
+        sampled_later = inputs.train is None and needs_policy(stage.data)
+        if tokenize and not (sampled_later and inputs.set_aside is not None):
             inputs.held_out = self._held_out(stage, inputs.set_aside)
         on_overlap = stage.data.eval_overlap
         if inputs.held_out is not None:
@@ -208,32 +213,36 @@ class StagePreparer:
                     inputs.rows, found, on_overlap=on_overlap, where=f"eval.{name}"
                 )
 
-    def rows(
-        self,
-        stage: Stage,
-        audit: Audit,
-        *,
-        made: list[Row] | None = None,
-        given: list[Row] | None = None,
-    ) -> list[Row]:
-        """Training rows of a stage, not tokenized and before any is set aside; arguments as of `prepare`."""
+    def rows(self, stage: Stage, audit: Audit, *, made: list[Row] | None = None) -> list[Row]:
+        """Training rows of a stage, not tokenized; arguments as of `prepare`."""
+        return self._split_rows(stage, audit, made=made, given=None)[0]
+
+    def _split_rows(
+        self, stage: Stage, audit: Audit, *, made: list[Row] | None, given: list[Row] | None
+    ) -> tuple[list[Row], list[Row] | None]:
+        """Training rows, and held-out rows where `data.eval_fraction` is set."""
         data, seed = stage.data, self.seed(stage)
         if isinstance(stage, SFTStage):
             rows = self._load(data.train, "sft", audit, seed=seed, dedup=data.dedup)
+            held_out = held_out_prompts(stage, rows, seed=seed)
             if data.replay is not None:
                 earlier = self.rows(self.stage(data.replay.stage), Audit())
                 rows = add_replay(rows, earlier, data.replay, seed=seed, audit=audit)
-            return rows
+            return set_aside(rows, held_out, audit)
         if isinstance(stage, RewardStage) and stage.objective == "regression":
             rows = self._load(data.train, "rating", audit, seed=seed, dedup=data.dedup)
-            return with_targets(stage, rows, audit)
+            rows = with_targets(stage, rows, audit)
+            return set_aside(rows, held_out_prompts(stage, rows, seed=seed), audit)
         rows = self._pairs(stage, audit, given) if made is None else made
-        given_gaps = [] if needs_policy(data) else label_gaps(rows)
+        held_out = held_out_prompts(stage, rows, seed=seed)
+        trained = [row for row in rows if held_out is None or prompt_key(row) not in held_out]
+        given_gaps = [] if needs_policy(data) else label_gaps(trained)
         if made is not None or data.pairs is not None or scored_before_run(data.score):
             rows = make_preference_rows(rows, **pairs_arguments(data.pairs), seed=seed, audit=audit)
         rows = filter_rows(rows, data.filter, audit)
         if stage.trains_reward_model:
             _require_two_responses(stage, rows)
+        rows, held = set_aside(rows, held_out, audit)
         if isinstance(stage, RPOStage) and (gaps := label_gaps(rows)):
             scale = stage.reward_scale
             if scale == "auto":
@@ -241,7 +250,7 @@ class StagePreparer:
                 fit = fit_reward_scale(given_gaps if against else gaps, labelled=against)
                 audit.calibration, scale = asdict(fit), fit.reward_scale
             audit.check_target_gaps(rows, scale)
-        return rows
+        return rows, held
 
     def source_digests(self, stage: Stage, inputs: Sequence[InputRecord] = ()) -> dict[str, str]:
         """Digests of the files that the stage is trained on, see `source_digests`."""

@@ -1,19 +1,20 @@
-"""One training step, in the order in which it runs.
+"""The training step: from examples to log-probs.
 
-    order            which examples meet in which optimizer step
-    packing          examples → one packed row per micro-batch: each prompt once, its responses after it
-    batch            what that is: the inputs of the model, index tensors, and who sees whom in the row
-    attention        the attention function that transformers calls, by who sees whom
-      attention_reach    windows and chunks of each layer, from the masks that the model makes
-      attention_varlen   the whole row in one kernel call, on a GPU in half precision
+    order            assigns examples to optimizer steps, ranks and micro-batches
+    packing          examples → one packed row per micro-batch: each prompt once, followed by its responses
+    batch            types of a micro-batch: model inputs, index tensors, attention plan
+    attention        attention function for packed rows, called by transformers
+      attention_reach    windows and chunks of each layer, determined from the model's masks
+      attention_varlen   an entire row in one kernel call, on a GPU in 16-bit precision
       attention_flex     the same for soft-capped scores and attention sinks
-    forward          one forward of the transformers model, head included
-    head             what the model does between its last hidden states and its logits
-    logprobs         hidden states → log-probability of each trained token, in tiles of the vocabulary
-      head_kernels       softmax and gradient of a tile in Triton
-    router_loss      mixtures of experts: the load-balancing loss of the same forward
+    forward          forward of the transformers model, including the head
+    head             operations between the last hidden states and the logits
+    logprobs         hidden states → log-prob of each trained token, in tiles of the vocabulary
+      head_kernels       Triton kernels for softmax and gradient of a tile
+    router_loss      load-balancing loss of mixtures of experts, from the same forward
+    reference        reference log-probs, computed once and cached on disk
+    layout_probe     selects the fastest exact step layout at the start of training
+    layout_proof     compares a step layout with plain forwards of the model
 
-The log-probabilities go to `rpo_trainer.losses`. Beside the step: `reference` computes the reference's
-log-probabilities once and keeps them on disk; at the start `layout_probe` takes the fastest layout that
-`layout_proof` shows to give what plain forwards of the model give.
+The log-probs are the inputs of `rpo_trainer.losses`.
 """

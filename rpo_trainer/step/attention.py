@@ -1,13 +1,13 @@
-"""Attention of packed rows: one function, registered with transformers as `rpo_packed`.
+"""Attention for packed rows, registered with transformers as `rpo_packed`.
 
-A model set to it stays a whole model: with a packing plan among the keyword arguments the plan is followed,
-without one (generation, evaluation by other code) attention is what transformers does by `sdpa`.
+A model with this implementation can be used as usual: with an attention plan among the keyword arguments, the
+plan is applied; without one (generation, evaluation by other code), attention is that of `sdpa`.
 
-A plan is followed in one of three ways. On a GPU in half precision all of the row goes through one call of
-the variable-length kernel (`attention_varlen.py`). Soft-capped scores and sinks, which that kernel does not
-do, go through FlexAttention on a GPU (`attention_flex.py`), and elsewhere unit by unit with the scores
-written out. The rest goes unit by unit through torch's scaled dot product attention, which picks a kernel
-that fits: any device, float32 and float64, dropout, any head size.
+There are three implementations of a plan. On a GPU in 16-bit precision, the entire row is one call of the
+variable-length kernel (`attention_varlen.py`). Soft-capped scores and sinks, which that kernel does not
+support, use FlexAttention on a GPU (`attention_flex.py`), and explicit scores for each unit elsewhere.
+Everything else (other devices, float32, float64, dropout, any head size) uses torch's scaled dot product
+attention for each unit.
 
 Shapes: query `[1, heads, T, D]`, key and value `[1, kv_heads, T, D]`.
 """
@@ -30,19 +30,21 @@ from rpo_trainer.step.attention_reach import current_recording
 from rpo_trainer.step.batch import AttentionPlan, Reach
 
 ATTENTION_NAME = "rpo_packed"
-REACH_ATTRIBUTE = "_rpo_reach"  # of an attention module: what `reach.recording` has found
+REACH_ATTRIBUTE = (
+    "_rpo_reach"  # attribute of attention modules, set from `attention_reach.recording`
+)
 
 
 @contextmanager
 def packing_masks(plan: AttentionPlan | None = None) -> Iterator[None]:
-    """Within it, transformers builds no mask for models set to `rpo_packed`: the plan stands in for it.
+    """Make transformers build no masks for models with `rpo_packed`, since the plan replaces them.
 
     Args:
-        plan: what it hands to the layers as their mask; None: nothing. For models whose layers do not pass
-            other arguments on to their attention.
+        plan: passed to the layers as their mask, for models whose layers do not pass other arguments to their
+            attention; None passes nothing.
     """
-    # An implementation without a mask function is left alone. With one, transformers would first look
-    # into the position ids for packed sequences, and the host would wait for the device.
+    # transformers builds no mask for implementations without a mask function. With one, it would search the
+    # position ids for packed sequences, which synchronizes with the device.
     masks = AttentionMaskInterface._global_mapping
     known = masks.pop(ATTENTION_NAME, None)
     if plan is not None:
@@ -70,17 +72,18 @@ def packed_attention(
     packing_plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, the signature transformers calls.
+    """Attention of one layer, with the signature that transformers calls.
 
     Args:
-        attention_mask: a tensor for stock attention, the plan itself, or None.
-        sliding_window: tokens seen back, by position; what `reach.recording` has found goes before it.
+        attention_mask: a tensor for regular attention, the plan itself, or None.
+        sliding_window: number of visible positions; a reach found by `attention_reach.recording` takes
+            precedence.
         softcap: scores become `softcap · tanh(scores / softcap)` (Gemma-2).
         s_aux: `[heads]`, attention sinks.
-        packing_plan: who sees whom in the packed row; None for stock attention.
+        packing_plan: attention plan of the packed row; None for regular attention.
 
     Returns:
-        `[1, T, heads, D]`, and None for the weights.
+        `[1, T, heads, D]`, and None instead of attention weights.
     """
     if (recording := current_recording()) is not None:
         recording.note(module, attention_mask, {**kwargs, "packing_plan": packing_plan})
@@ -126,10 +129,10 @@ def packed_attention(
 
     pieces = []
     units = packing_plan.units
-    # Split, not sliced: the gradient of each slice would be a tensor as large as the whole row.
+    # Split, not sliced: the gradient of each slice would be a tensor of the size of the entire row.
     sizes = [unit[-1].stop - unit[0].start for unit in units]
     queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
-    owner = 0  # the unit that holds the prompt of those that follow
+    owner = 0  # the unit with the prompt of the following units
     for number, unit in enumerate(units):
         first = unit[0]
         q, k, v = queries[number], keys[number], values[number]
@@ -160,7 +163,7 @@ def packed_attention(
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """As a product under autocast would take it: a norm may have handed over float32."""
+    """Convert to the autocast dtype, as a matrix product would; a norm may return float32."""
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
@@ -176,13 +179,13 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention written out, for soft-capped scores and sinks where FlexAttention does not apply."""
+    """Attention with explicit scores, for soft-capped scores and sinks without FlexAttention."""
     key, value = _repeat(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # Not −inf: the rows of padding may see nothing at all, and must not become NaN.
+    # Not −inf: rows of padding may see no keys, and must not become NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     at_least_float32 = torch.promote_types(scores.dtype, torch.float32)
     if sinks is not None:
@@ -196,7 +199,7 @@ def _explicit(
 
 
 def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped keys and values, one for each query head."""
+    """Repeat grouped keys and values for each query head."""
     groups = query.shape[1] // key.shape[1]
     if groups == 1:
         return key, value
@@ -204,7 +207,7 @@ def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """transformers leaves a mask out only where it is plainly causal."""
+    """Return the causal mask, which transformers omits."""
     q, k = query.shape[2], key.shape[2]
     mask = torch.ones(q, k, dtype=torch.bool, device=query.device)
     return mask if q == 1 else mask.tril(k - q)

@@ -1,13 +1,13 @@
-"""A packed row through torch's FlexAttention: soft-capped scores and attention sinks, fused.
+"""Attention of a packed row with torch's FlexAttention: fused soft-capped scores and attention sinks.
 
-The scores of a row of `T` tokens are never written to memory, which so grows with `T` and not with `T²`.
+The scores of a row of `T` tokens are never written to memory, so memory is O(T), not O(T²).
 
 Shapes: `T` tokens of the row, `S` segments, `N` blocks of 128 tokens, `D` head size.
 
-A query sees two runs of keys: its own segment up to itself, and the segment's prefix (the shared prompt). A
-sliding window moves the first key of each run. `FlexIndex` computes the runs and, from their bounds over
-each block of queries, which blocks of keys a kernel visits: `N²` steps. torch's `create_block_mask` takes
-`T²` of memory.
+A query sees two ranges of keys: its own segment up to itself, and the segment's prefix (the shared prompt). A
+sliding window moves the first key of each range. `FlexIndex` computes the ranges and, from their bounds
+over each block of queries, which blocks of keys a kernel visits, in O(N²). torch's `create_block_mask`
+needs O(T²) memory.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-_BLOCK = 128  # tokens; the kernels' blocks of queries and keys divide it
+_BLOCK = 128  # tokens; a multiple of the kernels' blocks of queries and keys
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Shared memory of a block of threads on an A100, an H100 has more: what torch's own settings are made for.
+# Shared memory per thread block of an A100 (an H100 has more), for which torch's settings are tuned.
 _LARGE_SHARED_MEMORY = 160 * 1024
 _TUNED_SIZES = (64, 128, 256)
 
 
-# One for each soft-cap and scale, with and without gradients of each tensor, and rows of a single block.
+# One for each combination of soft-cap, scale, tensors with gradients, and rows of a single block.
 _COMPILATIONS = 64
 
 
 @dataclass
 class FlexIndex:
-    """The segments of a row, and what is made of them once a step, on their device.
+    """The segments of a row, and tensors computed from them once per step on their device.
 
     Attributes:
-        spans: `[S, 4]` int32: start, stop, prefix start, prefix stop of each segment; they tile the row.
+        spans: `[S, 4]` int32: start, stop, prefix start, prefix stop of each segment; segments tile the row.
         tokens: T.
     """
 
@@ -50,18 +50,18 @@ class FlexIndex:
 
     @classmethod
     def of(cls, segments: Sequence[tuple[int, int, int, int]]) -> FlexIndex:
-        """From (start, stop, prefix start, prefix stop) of segments that tile the row."""
+        """Create it from (start, stop, prefix start, prefix stop) of segments that tile the row."""
         return cls(torch.tensor(segments, dtype=torch.int32), segments[-1][1])
 
     def map(self, move: Callable[[Tensor], Tensor]) -> FlexIndex:
-        """The same with every tensor moved."""
+        """Return a copy with `move` applied to all tensors."""
         return FlexIndex(move(self.spans), self.tokens)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Who sees whom, made once and used by every layer with this window.
+        """Return the block mask, computed once for all layers with this window.
 
         Args:
-            window: tokens seen back, by position, the query's own included; None: no bound.
+            window: number of visible positions including the query's; None for no limit.
         """
         if window not in self._masks:
             self._masks[window] = _block_mask(*self._runs(window))
@@ -78,11 +78,11 @@ class FlexIndex:
 
     def _by_token(self) -> tuple[Tensor, ...]:
         lengths = self.spans[:, 1] - self.spans[:, 0]
-        # With the size given, the host does not wait for the device.
+        # An explicit size avoids synchronizing with the device.
         return self.spans.repeat_interleave(lengths, dim=0, output_size=self.tokens).unbind(1)
 
     def _runs(self, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each query, `[T]` int32: first key in its segment; first key and end of its prefix."""
+        """Return for each query, `[T]` int32: first key in its segment; first key and end of its prefix."""
         start, _, prefix_start, prefix_stop = self._by_token()
         if window is None:
             return start.contiguous(), prefix_start.contiguous(), prefix_stop.contiguous()
@@ -95,7 +95,7 @@ class FlexIndex:
 
 
 def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
-    """From the runs of keys `own[q] … q` and `prefix[q] … prefix_stop[q] - 1` of each query."""
+    """Create it from the key ranges `own[q] … q` and `prefix[q] … prefix_stop[q] - 1` of each query."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_own = (key >= own[query]) & (key <= query)
@@ -104,8 +104,8 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
     tokens = own.shape[0]
     blocks = -(-tokens // _BLOCK)
     rows = torch.arange(blocks * _BLOCK, dtype=torch.int32, device=own.device)
-    rows = rows.clamp(max=tokens - 1).view(blocks, _BLOCK)  # the last query again, beyond the end
-    # Of each block of keys, its first and last token.
+    rows = rows.clamp(max=tokens - 1).view(blocks, _BLOCK)  # padded with the last query
+    # First and last token of each block of keys.
     low = torch.arange(blocks, dtype=torch.int32, device=own.device) * _BLOCK
     high = low + (_BLOCK - 1)
     own_low, own_high = (x[:, None] for x in own[rows].aminmax(dim=1))
@@ -114,7 +114,7 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
     prefix_high = prefix_rows.amax(1)[:, None]
     stop_low, stop_high = (x[:, None] for x in stop_rows.aminmax(dim=1))
     first, last = low[:, None], high.clamp(max=tokens - 1)[:, None]
-    # A block that some query might see is visited; one that all queries see whole needs no mask.
+    # A block that some query may see is visited; one that all queries see entirely needs no mask.
     visited = (own_low <= high) & (last >= low)
     visited |= (prefix_low <= high) & (stop_high > low)
     whole = (own_high <= low) & (first >= high)
@@ -130,17 +130,17 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N, N]` bool → how many blocks of keys each block of queries has, and these first of all."""
+    """`[N, N]` bool → number of key blocks of each query block, and all key blocks with these first."""
     counts = blocks.sum(-1, dtype=torch.int32)
     order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[None, None], order[None, None]
 
 
 def applies(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> bool:
-    """Whether the kernels compute this. `[1, heads, T, D]`; nothing here looks into a tensor.
+    """Whether the kernels support these tensors, `[1, heads, T, D]`; their values are not read.
 
-    They have no dropout, take halves and float32 of one dtype, and heads from 16 (the least that a matrix
-    product in Triton takes) to 256 (the largest that torch has settings for).
+    The kernels have no dropout, require the same dtype of all tensors (16-bit or float32), and head sizes
+    from 16 (the minimum of a matrix product in Triton) to 256 (the maximum for which torch has settings).
     """
     return (
         dropout == 0.0
@@ -154,10 +154,10 @@ def applies(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernel(device: torch.device) -> bool:
-    """Triton compiles them, for CUDA GPUs from compute capability 8.0 (A100) on."""
+    """Whether Triton can compile the kernels: CUDA GPUs with compute capability 8.0 (A100) or higher."""
     return (
         device.type == "cuda"
-        and torch.version.hip is None  # not tried there
+        and torch.version.hip is None  # not tested
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and has_triton()
     )
@@ -165,10 +165,10 @@ def _has_kernel(device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_options(size: int, itemsize: int, device: torch.device) -> dict[str, Any]:
-    """Settings of the kernels that fit the GPU's shared memory.
+    """Return kernel settings that fit the GPU's shared memory.
 
-    torch has settings for heads of 64, 128 and 256 on an A100, H100 or B200. Elsewhere four tiles of a block
-    of tokens, all that a kernel holds without prefetching, are kept to 64 KiB; consumer GPUs have 99 KiB.
+    torch has settings for head sizes 64, 128 and 256 on an A100, H100 or B200. Otherwise the four tiles of a
+    token block that a kernel holds without prefetching are limited to 64 KiB; consumer GPUs have 99 KiB.
     """
     options: dict[str, Any] = {"BACKEND": "TRITON"}  # one kernel for rows of all lengths
     properties: Any = torch.cuda.get_device_properties(device)
@@ -198,11 +198,11 @@ def attend(
         query: `[1, heads, T, D]`.
         key: `[1, kv_heads, T, D]`.
         value: `[1, kv_heads, T, Dv]`.
-        index: on the same device.
-        scaling: of the scores; None: 1 / √D.
-        sliding_window: tokens seen back, by position, the query's own included.
+        index: index of the row, on the same device.
+        scaling: factor on the scores; None for 1 / √D.
+        sliding_window: number of visible positions including the query's.
         softcap: scores become `softcap · tanh(scores / softcap)` (Gemma-2).
-        sinks: `[heads]`, one more score of each query, whose weight goes to no value (GPT-OSS).
+        sinks: `[heads]`, an additional score of each query without a value (GPT-OSS).
 
     Returns:
         `[1, T, heads, Dv]`.
@@ -223,9 +223,9 @@ def attend(
 
 
 def _constant(number: float | None) -> str | None:
-    """A number as text, which the compiler takes for a constant.
+    """Return a number as text, which the compiler treats as a constant.
 
-    A second value of a float makes it a variable to the compiler, and FlexAttention's functions take none.
+    A float with a second value becomes a symbolic variable, which FlexAttention's functions do not support.
     """
     return None if number is None else repr(float(number))
 
@@ -247,7 +247,7 @@ def _attend(
             score = float(softcap) * torch.tanh(score / float(softcap))
         return score
 
-    attention: Any = flex_attention  # its overloads take no value that may be None
+    attention: Any = flex_attention  # its overloads do not accept Optional values
     result = attention(
         query,
         key,
@@ -263,10 +263,10 @@ def _attend(
     if sinks is None:
         return out
     lse: Tensor = result[1].lse
-    # exp(lse) / (exp(lse) + exp(sink)): the share of the weights that a sink leaves to the keys.
+    # exp(lse) / (exp(lse) + exp(sink)): the fraction of the weights that remains for the keys.
     share = torch.sigmoid(lse - sinks[:, None].to(lse.dtype))
     return (out * share.unsqueeze(-1)).to(out.dtype)
 
 
-# In one graph: what the compiler did not take would write scores out, so it has to be an error.
+# A graph break would materialize the scores, so it must be an error.
 _compiled = torch.compile(_attend, dynamic=True, fullgraph=True)

@@ -1,9 +1,10 @@
-"""How far each layer's attention reaches, learned from the masks that the model itself makes.
+"""Determine how far the attention of each layer reaches, from the masks that the model creates.
 
-In a packed row the plan stands in for the masks of transformers. What a mask says beside "causal" (a sliding
-window, chunks) must not get lost with it, and neither the config nor the arguments of the attention function
-say it reliably: some families have it in the mask alone. So the model runs once on a few tokens, its masks
-are recorded when they are made, and each attention module is told what its mask allows, at any length.
+In a packed row the plan replaces the masks of transformers. Other properties of a mask than "causal" (a
+sliding window, chunks) must be preserved. Neither the config nor the arguments of the attention function
+are reliable, since in some families only the mask has this information. So the model runs once on a few
+tokens, its masks are recorded, and the reach of each mask, for any length, is stored on the attention
+module.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from transformers.masking_utils import sdpa_mask
 
 from rpo_trainer.step.batch import Reach, sees
 
-# Arguments with tensors that an attention function may leave alone.
+# Tensor arguments that an attention function may ignore.
 _NOT_READ = frozenset({"position_ids", "position_embeddings", "cache_position", "packing_plan"})
 
 
 @dataclass
 class Recording:
-    """What the attention modules were called with in one forward.
+    """Arguments of the attention modules in one forward.
 
     Attributes:
-        reaches: of each module.
-        unplanned: modules that the plan does not reach as an argument.
-        problems: what a plan cannot stand in for.
-        selecting: those of them by which tokens are selected for a query, which a few tokens cannot show.
-        masks: what was made in this forward, with the reach of each.
-        counting: modules that number the tokens of a row by themselves, whatever their positions are.
+        reaches: reach of each module.
+        unplanned: modules that did not receive the plan as an argument.
+        problems: properties that a plan cannot represent.
+        selecting: those that select tokens for a query, whose effect may not show with a few tokens.
+        masks: the masks created in this forward, with their reaches.
+        counting: modules that number the tokens of a row themselves, regardless of their position ids.
     """
 
     reaches: dict[nn.Module, Reach] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Recording:
     masks: list[tuple[Tensor, Reach | None]] = field(default_factory=list)
 
     def note(self, module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None:
-        """One call of the attention function."""
+        """Record one call of the attention function."""
         reach = self._reach(mask) if isinstance(mask, Tensor) else None
         name = type(module).__name__
         if reach is None:
@@ -71,20 +72,20 @@ class Recording:
             self.unplanned.append(module)
 
     def _reach(self, mask: Tensor) -> Reach | None:
-        """Of a mask that was made in this forward, or of a view of all of it."""
+        """Return the reach of a mask created in this forward, or of a view of all of it."""
         for made, reach in self.masks:
             if made.data_ptr() == mask.data_ptr() and made.shape == mask.shape:
                 return reach
         return None
 
     def finish(self) -> None:
-        """Adds the problems that only the whole forward shows."""
+        """Add the problems that are known only after the forward."""
         for name in sorted({type(m).__name__ for m in self.counting if m in self.reaches}):
             self.problems.append(f"{name} counts positions from the start of the row")
         self.problems += self.selecting
         if not self.reaches:
             self.problems.append(
-                "its attention does not go through an attention function of transformers"
+                "its attention does not use the attention functions of transformers"
             )
 
 
@@ -92,13 +93,13 @@ _recording: Recording | None = None
 
 
 def current_recording() -> Recording | None:
-    """The recording that is being made, or None."""
+    """Return the active recording, or None."""
     return _recording
 
 
 @contextmanager
 def recording(attention: str) -> Iterator[Recording]:
-    """Within it, masks of models set to the implementation `attention` say how far they reach."""
+    """Record the masks of models with the attention implementation `attention`."""
     global _recording
     masks = AttentionMaskInterface._global_mapping
     known = masks.get(attention)
@@ -118,7 +119,7 @@ def recording(attention: str) -> Iterator[Recording]:
 
 
 class _Counted(TorchFunctionMode):
-    """Notes the modules in whose own forward `torch.arange` is called."""
+    """Records the modules whose own forward calls `torch.arange`."""
 
     def __init__(self, found: list[nn.Module]) -> None:
         super().__init__()
@@ -153,8 +154,8 @@ class _Counted(TorchFunctionMode):
 
 
 def _noted_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tensor:
-    """A mask function of transformers: the dense mask, noted with its reach."""
-    # Shortcuts leave the mask out where a short text cannot tell the difference.
+    """Mask function for transformers: create the dense mask, and record it with its reach."""
+    # With these shortcuts transformers omits masks that make no difference for a short text.
     arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Any = sdpa_mask(mask_function=mask_function, **arguments)
     assert _recording is not None
@@ -163,11 +164,12 @@ def _noted_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tenso
 
 
 def reach_of(mask_function: Callable[..., Any], local_size: int | None = None) -> Reach | None:
-    """What a mask function of transformers allows; None: something else than a causal mask, window or chunk.
+    """Return the reach of a mask function of transformers; None if it is not a causal mask, window or chunk.
 
     Args:
-        mask_function: `(batch, head, query position, key position)` → whether it sees, of broadcast tensors.
-        local_size: the size of its window or chunk, where it has one.
+        mask_function: `(batch, head, query position, key position)` → whether the key is visible, for
+            broadcast tensors.
+        local_size: size of its window or chunk, if any.
     """
     size = local_size or 0
     ends = {1, 64, 1000, 4096, 32768, 131072, size, 2 * size, 3 * size} - {0}
@@ -180,7 +182,7 @@ def reach_of(mask_function: Callable[..., Any], local_size: int | None = None) -
         with _OnCpu():
             seen = mask_function(zero, zero, queries, keys)
     except (IndexError, RuntimeError, TypeError):
-        return None  # a mask of these very tokens
+        return None  # the mask depends on the tokens
     candidates = [Reach()]
     if local_size is not None:
         candidates += [Reach(window=local_size), Reach(chunk=local_size)]
@@ -191,10 +193,10 @@ def reach_of(mask_function: Callable[..., Any], local_size: int | None = None) -
 
 
 class _OnCpu(TorchFunctionMode):
-    """Within it, tensors of another device are read from a copy on the CPU.
+    """Replaces tensors on other devices by copies on the CPU.
 
-    A mask function may hold tensors of the model's device, such as the padding. An index beyond one is an
-    error on a CPU; on a GPU it would end the process.
+    A mask function may use tensors on the model's device, such as the padding mask. An index out of range
+    raises an exception on a CPU, but terminates the process on a GPU.
     """
 
     def __torch_function__(
@@ -207,12 +209,12 @@ class _OnCpu(TorchFunctionMode):
 
 
 class RotaryLimit(NamedTuple):
-    """Where a rotary embedding changes with the longest text of a forward.
+    """Length from which a rotary embedding depends on the longest text of a forward.
 
     Attributes:
-        kind: of the embedding (`longrope`, `dynamic`).
-        positions: of which a longer text changes the angles of all others in its batch.
-        remembers: later forwards too see what a longer one has changed.
+        kind: type of the embedding (`longrope`, `dynamic`).
+        positions: a text with more positions changes the angles of all others in its batch.
+        remembers: the change persists in later forwards.
     """
 
     kind: str
@@ -221,7 +223,7 @@ class RotaryLimit(NamedTuple):
 
 
 def rotary_limit(model: nn.Module) -> RotaryLimit | None:
-    """The limit of a model's rotary embeddings; None: they do not depend on the length of a forward."""
+    """Return the limit of a model's rotary embeddings; None if they do not depend on the text length."""
     found = []
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)

@@ -1,12 +1,13 @@
-"""A packed row through torch's variable-length flash attention: all of its segments in one kernel call.
+"""Attention of a packed row with torch's variable-length flash attention: all segments in one kernel call.
 
 Shapes: `T` tokens of the row, `S` segments, `U` keys of all segments, `D` head size.
 
-The queries of a row lie as the kernel wants them, segment after segment: prompt + response 1, response 2, ...
-So do their keys, until a prompt is shared: a further response needs the prompt's keys in front of its own,
-and keys and values are gathered into [prompt + response 1, prompt + response 2, ...]. The kernel aligns
-queries and keys at the end of a segment. So a response sees its whole prompt and itself causally, and what
-a sliding window counts is a distance in position.
+The queries of a row have the order that the kernel requires: prompt + response 1, response 2, ... So do the
+    keys,
+unless a prompt is shared: a further response needs the prompt's keys before its own, so keys and values are
+gathered into [prompt + response 1, prompt + response 2, ...]. The kernel aligns queries and keys at the end
+of a segment, so that a response sees its entire prompt and, causally, itself, and a sliding window is a
+difference of positions.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# The kernel takes grouped keys as they are. From torch 2.12 on, its wrapper has to be told.
-_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# The kernel supports grouped keys. Since torch 2.12 its wrapper requires an argument for it.
+_HAS_GQA_ARGUMENT = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass
 class VarlenIndex:
-    """Where the segments of a row lie, as the kernel wants to know it. Made once for a micro-batch.
+    """The segments of a row in the form that the kernel requires, computed once for a micro-batch.
 
     Attributes:
-        query_starts: `[S + 1]` int32, where the queries of each segment start, and T.
-        longest_query: tokens.
-        key_starts: `[S + 1]` int32, the same of gathered keys, and U; None where nothing is gathered.
-        longest_key: tokens.
-        keys: `[U]`, the token of the row that each gathered key is; None where nothing is gathered.
+        query_starts: `[S + 1]` int32, start of the queries of each segment, and T.
+        longest_query: number of tokens.
+        key_starts: `[S + 1]` int32, start of the gathered keys of each segment, and U; None without
+            gathering.
+        longest_key: number of tokens.
+        keys: `[U]`, index in the row of each gathered key; None without gathering.
     """
 
     query_starts: Tensor
@@ -47,7 +49,7 @@ class VarlenIndex:
 
     @classmethod
     def of(cls, segments: Sequence[tuple[int, int, int, int]]) -> VarlenIndex:
-        """From (start, stop, prefix start, prefix stop) of segments that tile the row."""
+        """Create it from (start, stop, prefix start, prefix stop) of segments that tile the row."""
         queries = [stop - start for start, stop, _, _ in segments]
         lengths = [
             stop - start + prefix_stop - prefix_start
@@ -61,7 +63,7 @@ class VarlenIndex:
         return cls(_starts(queries), max(queries), key_starts, max(lengths), keys)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> VarlenIndex:
-        """The same with every tensor moved."""
+        """Return a copy with `move` applied to all tensors."""
         return VarlenIndex(
             move(self.query_starts),
             self.longest_query,
@@ -84,10 +86,11 @@ def applies(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
-    """Whether the kernel computes this. `[1, heads, T, D]`; nothing here looks into a tensor.
+    """Whether the kernel supports these tensors, `[1, heads, T, D]`; their values are not read.
 
-    It has no soft-cap, sinks or dropout that torch lets through, takes halves only, and heads of up to 256
-    in steps of 8; some consumer GPUs cannot go backward through heads between 192 and 256.
+    torch exposes no soft-cap, sinks or dropout of the kernel. It requires 16-bit tensors and head sizes up
+    to 256 that are multiples of 8; on some consumer GPUs the backward fails for head sizes between 192 and
+    256.
     """
     size = query.shape[-1]
     return (
@@ -105,10 +108,10 @@ def applies(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernel(device: torch.device) -> bool:
-    """torch's builds for CUDA have it, for GPUs from compute capability 8.0 (A100) on."""
+    """Whether torch has the kernel: CUDA builds, GPUs with compute capability 8.0 (A100) or higher."""
     return (
         device.type == "cuda"
-        and torch.version.hip is None  # other kernels stand behind the same function there
+        and torch.version.hip is None  # a different kernel
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
@@ -129,9 +132,9 @@ def attend(
         query: `[1, heads, T, D]`.
         key: `[1, kv_heads, T, D]`.
         value: `[1, kv_heads, T, D]`.
-        index: on the same device.
-        scaling: of the scores; None: 1 / √D.
-        sliding_window: tokens seen back, by position, the query's own included.
+        index: index of the row, on the same device.
+        scaling: factor on the scores; None for 1 / √D.
+        sliding_window: number of visible positions including the query's.
 
     Returns:
         `[1, T, heads, D]`.
@@ -142,9 +145,9 @@ def attend(
         key_starts = index.key_starts
         k, v = k.index_select(0, index.keys), v.index_select(0, index.keys)
     settings: dict[str, Any] = {"scale": scaling}
-    # (back, forward): causal, which is aligned at the end of a segment; −1 is no bound.
+    # (back, forward): causal, aligned at the end of a segment; −1 means no limit.
     settings["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
-    if _ASKS_FOR_GROUPS and q.shape[1] != k.shape[1]:
+    if _HAS_GQA_ARGUMENT and q.shape[1] != k.shape[1]:
         settings["enable_gqa"] = True
     out: Any = varlen_attn(
         q, k, v, index.query_starts, key_starts, index.longest_query, index.longest_key, **settings

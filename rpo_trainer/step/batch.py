@@ -1,12 +1,12 @@
-"""What a step consumes: one packed row per micro-batch, its index tensors, and who sees whom in it.
+"""Inputs of a step: one packed row per micro-batch, its index tensors, and its attention plan.
 
-`rpo_trainer.step.packing` makes them of tokenised examples; `Layout` names the ways to pack.
+`rpo_trainer.step.packing` creates them from tokenized examples; `Layout` names the step layouts.
 
-Shapes: `B` examples, `R` responses of the micro-batch in order (example 1's, example 2's, ...), `T` tokens of
-the packed row, `N` trained response tokens, `E` experts, `L` longest padded row.
+Shapes: `B` examples, `R` responses of the micro-batch in order (those of example 1, of example 2, ...), `T`
+tokens of the packed row, `N` trained response tokens, `E` experts, `L` length of the longest padded row.
 
-Position ids restart after the prompt for every response, so a response sees its prompt and itself and
-never its siblings; `AttentionPlan` says so to the attention function.
+The position ids of every response continue those of its prompt. A response sees its prompt and itself, but no
+other response, which `AttentionPlan` defines for the attention function.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Layout = Literal["shared", "packed", "padded", "single"]
 
 
 class Reach(NamedTuple):
-    """What a query sees of the positions up to its own: all, the last `window`, or those of its chunk."""
+    """Visible positions up to the query's own: all, the last `window`, or those of its chunk."""
 
     window: int | None = None
     chunk: int | None = None
 
 
 class Segment(NamedTuple):
-    """Queries `[start, stop)` see keys `[prefix_start, prefix_stop)` whole and themselves causally."""
+    """Queries `[start, stop)` see all keys `[prefix_start, prefix_stop)`, and themselves causally."""
 
     start: int
     stop: int
@@ -41,19 +41,19 @@ class Segment(NamedTuple):
     prefix_stop: int = 0
 
 
-# Up to here a dense mask over several short examples costs less than a kernel call for each.
+# Up to this size a dense mask over several short examples is cheaper than a kernel call for each.
 _DENSE_TOKENS = 256
 
 
 @dataclass
 class AttentionPlan:
-    """Which tokens of a packed row see which: segments that tile the row in order.
+    """Visibility of the tokens of a packed row: segments that tile the row in order.
 
     Attributes:
-        segments: for the first response of an example prompt + response; for each further one the
+        segments: prompt + response for the first response of an example; for every further response the
             response alone, with the prompt as its prefix.
-        index: the same for the kernel that takes all segments in one call; None: only units.
-        flex_index: the same for FlexAttention; None: only units.
+        index: the segments for the variable-length kernel; None if only units are used.
+        flex_index: the segments for FlexAttention; None if only units are used.
     """
 
     segments: tuple[Segment, ...]
@@ -63,15 +63,15 @@ class AttentionPlan:
     _chunked: dict[int, VarlenIndex | None] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> AttentionPlan:
-        """The plan with its tensors on the device."""
+        """Return the plan with its tensors on a device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> AttentionPlan:
-        """The plan with its tensors where the device can fetch them by itself; a data loader asks for it."""
+        """Return the plan with its tensors in pinned memory; called by data loaders."""
         return self.map(Tensor.pin_memory)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        """The plan with every tensor moved, and without the masks made so far."""
+        """Return the plan with `move` applied to all tensors, and without cached masks."""
         return replace(
             self,
             index=self.index and self.index.map(move),
@@ -82,7 +82,7 @@ class AttentionPlan:
 
     @cached_property
     def units(self) -> tuple[tuple[Segment, ...], ...]:
-        """Runs of segments that one kernel call does: short examples together, else one alone."""
+        """Groups of segments for one kernel call each: several short examples, or a single segment."""
         examples: list[list[Segment]] = []
         for segment in self.segments:
             if segment.prefix_stop > segment.prefix_start:
@@ -95,7 +95,9 @@ class AttentionPlan:
                 units += [[segment] for segment in example]
             elif (
                 units
-                and not units[-1][0].prefix_stop  # of a long example: its prompt lies elsewhere
+                and not units[-1][
+                    0
+                ].prefix_stop  # part of a long example, with its prompt elsewhere
                 and example[-1].stop - units[-1][0].start <= _DENSE_TOKENS
             ):
                 units[-1] += example
@@ -104,24 +106,24 @@ class AttentionPlan:
         return tuple(map(tuple, units))
 
     def mask(self, number: int, reach: Reach, device: torch.device) -> Tensor:
-        """Who sees whom in unit `number`, made once a step and used by every layer.
+        """Return the mask of unit `number`, computed once per step for all layers.
 
         Args:
-            reach: how far back a query sees, by position.
+            reach: visible positions.
 
         Returns:
-            `[queries, keys]`, True where a query sees a key; the keys are the unit's own tokens, behind
-            the prefix where the unit is a single segment that has one.
+            `[queries, keys]`, True if the key is visible. The keys are the tokens of the unit, preceded by
+            the prefix if the unit is a single segment with a prefix.
         """
         if (number, reach) not in self._masks:
             unit = self.units[number]
-            # On the device itself: a copy from the host would have it wait.
+            # Created on the device: a copy from the host would block.
             make = _dense_mask if len(unit) > 1 else _single_mask
             self._masks[number, reach] = make(unit, reach, device)
         return self._masks[number, reach]
 
     def chunk_index(self, chunk: int, device: torch.device) -> VarlenIndex | None:
-        """`index` of attention in chunks of `chunk` positions: every segment cut where a chunk ends."""
+        """Return the index for attention in chunks of `chunk` positions; segments are split at chunk ends."""
         if chunk not in self._chunked:
             index = VarlenIndex.of(_cut(self.segments, chunk))
             self._chunked[chunk] = index and index.map(lambda tensor: tensor.to(device))
@@ -129,7 +131,7 @@ class AttentionPlan:
 
 
 def _cut(segments: Sequence[Segment], chunk: int) -> list[Segment]:
-    """The segments, cut at multiples of `chunk` positions, each with what its chunk has of the prefix."""
+    """Split the segments at multiples of `chunk` positions, with the part of the prefix in the same chunk."""
     pieces = []
     for start, stop, prefix_start, prefix_stop in segments:
         prefix = prefix_stop - prefix_start
@@ -168,35 +170,35 @@ def _dense_mask(unit: tuple[Segment, ...], reach: Reach, device: torch.device) -
 
 
 def sees(query_position: Tensor, key_position: Tensor, reach: Reach) -> Tensor:
-    """Whether a query sees a key of its own text, by their positions, broadcast against each other."""
-    behind = query_position - key_position
-    seen = behind >= 0
+    """Whether a query sees a key of the same text, given their positions, which are broadcast."""
+    distance = query_position - key_position
+    seen = distance >= 0
     if reach.window is not None:
-        seen = seen & (behind < reach.window)
+        seen = seen & (distance < reach.window)
     if reach.chunk is not None:
         seen = seen & (query_position // reach.chunk == key_position // reach.chunk)
     return seen
 
 
-# --- what a step consumes ---
+# --- inputs of a step ---
 
 M = TypeVar("M", bound="TensorStruct")
 
 
 @dataclass
 class TensorStruct:
-    """A dataclass of tensors and other values, which moves whole; dtypes stay as they are."""
+    """A dataclass of tensors and other values with operations on all tensors; dtypes are kept."""
 
     def map(self: M, move: Callable[[Tensor], Tensor]) -> M:
-        """The same with every tensor moved."""
+        """Return a copy with `move` applied to all tensors."""
         return replace(self, **{f.name: _mapped(getattr(self, f.name), move) for f in fields(self)})
 
     def to(self: M, device: torch.device, non_blocking: bool = True) -> M:
-        """The same with its tensors on the device."""
+        """Return a copy with its tensors on a device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: M) -> M:
-        """The same where the device can fetch it by itself; a data loader asks for it."""
+        """Return a copy in pinned memory; called by data loaders."""
         return self.map(Tensor.pin_memory)
 
 
@@ -212,13 +214,13 @@ def _mapped(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass
 class RouterRequest:
-    """What a forward is to give of its routers beside its answer, see `rpo_trainer.step.router_loss`.
+    """Request for router sums from a forward, see `rpo_trainer.step.router_loss`.
 
     Attributes:
-        top_k: experts that a token chooses.
-        layers: routers that the forward is expected to record.
-        only: whether nothing else is wanted of the forward.
-        sums: what it has given, `[2E + 1]`; None before it.
+        top_k: number of experts per token.
+        layers: expected number of routers.
+        only: return nothing but the sums.
+        sums: result, `[2E + 1]`; None before the forward.
     """
 
     top_k: int
@@ -229,18 +231,18 @@ class RouterRequest:
 
 @dataclass
 class ModelInputs(TensorStruct):
-    """What the model's forward takes, as `model(packed=...)`.
+    """Inputs of the model's forward, `model(packed=...)`.
 
     Attributes:
         input_ids, position_ids: `[1, T]` or `[R, L]`.
-        attention_mask: `[R, L]`; None when packed.
-        plan: who sees whom; None when padded or single.
-        rows: where each response's text starts and stops; None but for single.
-        predict_index: `[N]`, the flat position whose hidden state predicts each trained token.
-        labels: `[N]`, that token.
-        last_index: `[R]`, the flat position of each response's last token.
-        token_uses: as `input_ids`, int64: how many responses use each token, 0 for padding.
-        router: what the forward is to give of its routers; None: nothing.
+        attention_mask: `[R, L]` in layout padded, otherwise None.
+        plan: attention plan in layouts shared and packed, otherwise None.
+        rows: (start, stop) of each prompt + response in layout single, otherwise None.
+        predict_index: `[N]`, flat index of the hidden state that predicts each trained token.
+        labels: `[N]`, the trained tokens.
+        last_index: `[R]`, flat index of each response's last token.
+        token_uses: shape of `input_ids`, int64: number of responses that use each token, 0 for padding.
+        router: request for router sums, or None.
     """
 
     input_ids: Tensor
@@ -260,15 +262,16 @@ class PackedBatch(TensorStruct):
     """One micro-batch.
 
     Attributes:
-        model_inputs: what the model's forward takes.
-        response_index: `[N]`, which of the R responses a token belongs to.
-        response_tokens: `[R]`, trained tokens of each response.
-        groups: `[b, k]` response numbers of the examples that have k responses, one tensor for each k.
-        example_order: example numbers in the order of the groups, B of them.
-        rewards, reference_logps: `[R]` float32, where the examples have them, else None.
-        ids: row ids, B of them.
-        weights: `[B]` in the order of the groups; 0 for the filler of a rank that has no example left.
-        counts: `[2]` float64: examples, and trained tokens of their first (chosen) responses; 0 for a filler.
+        model_inputs: inputs of the model's forward.
+        response_index: `[N]`, response of each trained token.
+        response_tokens: `[R]`, number of trained tokens of each response.
+        groups: `[b, k]` response indices of the examples with k responses, one tensor for each k.
+        example_order: B example indices in the order of the groups.
+        rewards, reference_logps: `[R]` float32 if the examples have them, otherwise None.
+        ids: B row ids.
+        weights: `[B]` in the order of the groups; 0 for the filler of a rank without an example.
+        counts: `[2]` float64: number of examples, and of trained tokens of their first (chosen) responses;
+            0 for a filler.
     """
 
     model_inputs: ModelInputs
@@ -284,14 +287,14 @@ class PackedBatch(TensorStruct):
 
     @property
     def micro_batches(self) -> tuple[PackedBatch, ...]:
-        """Itself alone, as `StepBatch` has several."""
+        """The batch itself, for the interface of `StepBatch`."""
         return (self,)
 
     def num_tokens(self, *, padding: bool) -> int:
-        """Tokens of the forward; on the host, nothing waits for a device.
+        """Return the number of tokens of the forward, computed on the host.
 
         Args:
-            padding: whether padding counts, and a filler.
+            padding: also count padding and fillers.
         """
         inputs = self.model_inputs
         if padding:
@@ -304,11 +307,11 @@ class PackedBatch(TensorStruct):
 
 @dataclass
 class StepBatch(TensorStruct):
-    """All micro-batches of an optimizer step of this rank, and the sum of their counts."""
+    """All micro-batches of an optimizer step on this rank, and the sum of their counts."""
 
     micro_batches: tuple[PackedBatch, ...]
     counts: Tensor
 
     def num_tokens(self, *, padding: bool) -> int:
-        """Tokens of all forwards."""
+        """Return the number of tokens of all forwards."""
         return sum(batch.num_tokens(padding=padding) for batch in self.micro_batches)

@@ -1,11 +1,11 @@
-"""One forward of a packed micro-batch: log-probs of trained tokens, or scores of responses.
+"""Forward of a packed micro-batch: log-probs of trained tokens, or scores of responses.
 
-A causal language model gives the log-probability of each trained token, a sequence classifier the scores of
-each response.
+A causal language model returns the log-prob of each trained token, a sequence classifier the scores of each
+response.
 
-`install(model)` teaches a transformers model to answer `model(packed=inputs)`. The work happens
-inside the model's own `forward`, so whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT) sees a normal call
-and its hooks have the weights whole where they are used, the head's included.
+`install(model)` adds the call `model(packed=inputs)` to a transformers model. It runs inside the model's own
+`forward`, so that wrappers (DDP, FSDP, DeepSpeed, PEFT) see a regular call, and their hooks gather the
+weights where they are used, including those of the head.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ from rpo_trainer.step.attention_reach import Recording, recording
 from rpo_trainer.step.batch import AttentionPlan, Layout, ModelInputs, Segment
 from rpo_trainer.step.head import FORWARD_ERRORS, Head, forward_of, head_of
 from rpo_trainer.step.logprobs import linear_logprobs, logprobs_from_logits
-from rpo_trainer.step.router_loss import apart, asked, beside, only_sums, sums_of
+from rpo_trainer.step.router_loss import only_sums, requested, split_sums, sums_of, with_sums
 
-_RECORDED_TOKENS = 8  # of the forward that attention is learned from
+_RECORDED_TOKENS = 8  # tokens of the forward that records the attention masks
 
 
 def install(
     model: nn.Module, *, layout: Layout = "shared", head: Head | None = None, learn: bool = True
 ) -> Recording:
-    """Teaches the model to answer `model(packed=inputs)`; installing again changes the settings.
+    """Add the call `model(packed=inputs)` to a model. Installing again changes the settings.
 
     Args:
         model: a causal language model or a sequence classifier, wrapped or not.
-        layout: how the rows will come. Padded ones, or one response at a time, leave attention to the model.
-        head: how logits are made; None: as the model itself says.
-        learn: False for a model that cannot run (on the meta device): its head is taken for a plain
-            product, the reach of its attention from the arguments of each call.
+        layout: step layout. Layouts padded and single do not change the model's attention.
+        head: how logits are computed; None determines it from the model.
+        learn: run the model to determine its head and the reach of its attention. If False, for a model on
+            the meta device, the head is a plain product, and the reach is that of the arguments of each
+            call.
 
     Returns:
-        What the attention modules were called with in a forward of the model's own; nothing for layouts that
-        leave attention to the model, and where nothing is learned.
+        Arguments of the attention modules in a forward of the model; empty for layouts padded and single, and
+        without `learn`.
     """
     inner = transformers_model(model)
     uninstall(inner)
@@ -70,7 +71,7 @@ def install(
             return self._rpo_stock[0](*args, **kwargs)
         return packed(self) if callable(packed) else run(self, packed)
 
-    # Bound, so that a deep copy of the model runs its own weights and not these.
+    # Bound method, so that a deep copy of the model uses its own weights.
     inner.forward = types.MethodType(forward, inner)
     if head is None:
         ask = learn and not is_classifier(inner)
@@ -84,7 +85,7 @@ def install(
 
 
 def _within(model: nn.Module, question: Callable[[Any], Any]) -> Any:
-    """`question(inner)`, asked inside the forward of whatever wraps the model, in eval mode."""
+    """Evaluate `question(inner)` inside the forward of the model's wrappers, in eval mode."""
     training = model.training
     model.eval()
     try:
@@ -95,7 +96,7 @@ def _within(model: nn.Module, question: Callable[[Any], Any]) -> Any:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Gives the model its own forward and attention back."""
+    """Restore the model's own forward and attention."""
     inner = transformers_model(model)
     if not hasattr(inner, "_rpo_stock"):
         return
@@ -112,7 +113,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 def _learn_reach(model: nn.Module) -> Recording:
-    """One forward of a few tokens, each attention module told how far the model's mask for it reaches."""
+    """Run a forward of a few tokens, and store the reach of its mask on each attention module."""
     inner = transformers_model(model)
     rows = num_rows(inner.get_input_embeddings().weight)
     ids = torch.arange(_RECORDED_TOKENS, device=device_of(model))[None] % rows
@@ -134,46 +135,46 @@ def _learn_reach(model: nn.Module) -> Recording:
 
 
 def _decoder(inner: Any) -> Any:
-    """`decoder_of` an installed model, which knows it by name: the search looks at every module."""
+    """Return `decoder_of` an installed model by its stored name, without searching all modules."""
     return inner.get_submodule(inner._rpo_decoder)
 
 
 def token_logprobs(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
-    """log π of each trained token of a micro-batch made by `batch.pack`: `[N]`, float32 or better."""
-    return apart(model(packed=model_inputs), model_inputs)
+    """Compute log π of each trained token of a micro-batch (`packing.pack`): `[N]`, at least float32."""
+    return split_sums(model(packed=model_inputs), model_inputs)
 
 
 def response_scores(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
-    """Scores of a sequence classifier at each response's last token: `[R, A]`, float32 or better."""
-    return apart(model(packed=model_inputs), model_inputs)
+    """Compute scores of a sequence classifier at each response's last token: `[R, A]`, at least float32."""
+    return split_sums(model(packed=model_inputs), model_inputs)
 
 
 def router_sums_only(model: nn.Module, model_inputs: ModelInputs) -> Tensor:
-    """Sums of the routers' loss, `[2E + 1]`, of inputs that `router_loss.request` has marked `only`."""
+    """Compute the router sums, `[2E + 1]`, for inputs with `router_loss.request(..., only=True)`."""
     return model(packed=model_inputs)  # type: ignore[no-any-return]
 
 
 def _decoder_inputs(inputs: ModelInputs) -> dict[str, Any]:
-    """Arguments of the decoder. Padded rows come without positions: the model counts its own."""
+    """Return the arguments of the decoder. For padded rows the model computes the positions."""
     decoder_inputs = {"input_ids": inputs.input_ids, "use_cache": False}
     if inputs.plan is not None:
         decoder_inputs |= {"position_ids": inputs.position_ids, "packing_plan": inputs.plan}
     else:
         decoder_inputs["attention_mask"] = inputs.attention_mask
-    if asked(inputs):
+    if requested(inputs):
         decoder_inputs["output_router_logits"] = True
     return decoder_inputs
 
 
 class _Outputs(NamedTuple):
-    """Of a forward: what was wanted of it, `[rows · length, ·]`, and its routers' logits, of each layer."""
+    """Outputs of a forward: the requested tensor, `[rows · length, ·]`, and router logits of each layer."""
 
     wanted: Tensor
     router_logits: Sequence[Tensor]
 
 
 def _run(model: Any, forward: Any, inputs: ModelInputs, wanted: str) -> _Outputs:
-    """One forward; one for each of `rows`, where the inputs have them."""
+    """Run one forward, or one for each of `rows` in layout single."""
     decoder_inputs = _decoder_inputs(inputs)
     rows = inputs.rows
     if rows is None:
@@ -182,7 +183,7 @@ def _run(model: Any, forward: Any, inputs: ModelInputs, wanted: str) -> _Outputs
         with masks if plan is not None else contextlib.nullcontext():
             found = forward(**decoder_inputs)
         return _Outputs(_flat(getattr(found, wanted)), getattr(found, "router_logits", None) or ())
-    # Ranks that share the weights must run them equally often.
+    # Ranks with sharded weights must run the same number of forwards.
     rounds = distributed.all_reduce_max(len(rows)) if has_shards(model) else len(rows)
     pieces, routers = [], []
     for number in range(rounds):
@@ -200,18 +201,18 @@ def _run(model: Any, forward: Any, inputs: ModelInputs, wanted: str) -> _Outputs
 def _packed_scores(model: Any, inputs: ModelInputs) -> Any:
     if not model._rpo_head.fused:
         if inputs.plan is not None:
-            raise ValueError("the model's own forward scores one response a row")
+            raise ValueError("the model's own forward scores one response per row")
         outputs = _run(model, model._rpo_stock[0], inputs, "logits")
         scores: Tensor = outputs.wanted
-        return beside(_at_least_float32(scores), outputs, inputs)
+        return with_sums(_at_least_float32(scores), outputs, inputs)
     outputs = _run(model, _decoder(model), inputs, "last_hidden_state")
     if only_sums(inputs):
         return sums_of(outputs, inputs)
     last = outputs.wanted.index_select(0, inputs.last_index)
-    # Outside autocast: a score of 3.3 in bfloat16 would be right to 0.01 only.
+    # Without autocast: a score of 3.3 in bfloat16 would have an error of 0.01.
     with torch.autocast(last.device.type, enabled=False):
         scores = model.score(last.to(next(model.score.parameters()).dtype))
-    return beside(_at_least_float32(scores), outputs, inputs)
+    return with_sums(_at_least_float32(scores), outputs, inputs)
 
 
 def _packed_logprobs(model: Any, inputs: ModelInputs) -> Any:
@@ -225,9 +226,9 @@ def _packed_logprobs(model: Any, inputs: ModelInputs) -> Any:
     gathered = outputs.wanted.index_select(0, inputs.predict_index)
     if head.fused:
         logps = _run_head(model, gathered, inputs.labels, head)
-    else:  # always right: the model's own forward, all its logits
+    else:  # all logits of the model's own forward
         logps = logprobs_from_logits(gathered, inputs.labels)
-    return beside(logps, outputs, inputs)
+    return with_sums(logps, outputs, inputs)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Calls the head as a module, with the fused log-probs in place of its forward, so that its hooks run."""
+    """Call the head as a module whose forward is replaced by the fused log-probs, so that its hooks run."""
     module: Any = model.get_output_embeddings()
     if head.hidden_multiplier != 1.0:
         hidden = hidden * head.hidden_multiplier
@@ -262,7 +263,10 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """A head that is no plain linear layer (LoRA, quantised): its own forward, recomputed by chunks."""
+    """Log-probs with a head that is not a plain linear layer (LoRA, quantized).
+
+    Its own forward runs in chunks, which are recomputed in the backward.
+    """
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         logits = module(h) * head.logit_scale

@@ -1,9 +1,10 @@
-"""What stands between a model's last hidden states and its logits, learned from the model itself.
+"""Determine the operations between a model's last hidden states and its logits.
 
-The fused head multiplies hidden states and weight by itself, so it has to know what the model does beside
-the product: logits = cap · tanh(scale · ((multiplier · h) Wᵀ + b) / cap). The hidden states, and then the
-head's product, are replaced by known float32 numbers in one forward of a few tokens; the model's own
-arithmetic on them tells the three numbers, to float32's precision in models of any dtype.
+The fused head computes the product of hidden states and weight itself, so it needs the other operations of
+the
+model: logits = cap · tanh(scale · ((multiplier · h) Wᵀ + b) / cap). In a forward of a few tokens the hidden
+states and the head's product are replaced by known float32 numbers. The model's output then yields the three
+numbers, in float32 precision for models of any dtype.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from rpo_trainer.models.multimodal import text_decoder
 from rpo_trainer.models.sharding import device_of, num_rows
 from rpo_trainer.step.logprobs import DEFAULT_LOGITS_CHUNK_BYTES
 
-# What the head's product is replaced by, a number a token: small ones tell the scale, large ones the cap.
+# Replacements of the head's product, one for each token: small values yield the scale, large ones the cap.
 _PRODUCTS = (1e-3, -1e-3, 0.1, -0.1, 1.0, -1.0, 7.0, -7.0, 33.0, -33.0, 500.0, -500.0, 1e6, -1e6)
 _PRECISION = 1e-5
-# How a forward fails that a model cannot do.
+# Exceptions of a forward that a model does not support.
 FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 
 
 @dataclass
 class Head:
-    """What stands between the last hidden state and the logits.
+    """Operations between the last hidden state and the logits.
 
     Attributes:
-        hidden_multiplier: factor on the hidden states in front of the head (MiniCPM3).
+        hidden_multiplier: factor on the hidden states before the head (MiniCPM3).
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma-2).
-        fused: False where only the model's own forward knows; then its logits are taken whole.
-        logits_chunk_bytes: the most that one tile of logits may take.
+        fused: False if the operations are unknown; then the logits of the model's own forward are used.
+        logits_chunk_bytes: maximum size of a tile of logits.
     """
 
     hidden_multiplier: float = 1.0
@@ -47,24 +48,25 @@ class Head:
 
 
 def head_of(model: Any, forward: Callable[..., Any]) -> Head:
-    """The head of a transformers causal language model, by asking it once.
+    """Determine the head of a transformers causal language model by running it once.
 
     Args:
-        model: whole, or within the forward of what wraps it.
-        forward: its own.
+        model: the model with all weights available, for example inside the forward of its wrappers.
+        forward: the model's own forward.
 
-    Not fused: the model has no single head that its logits come from, or does more to them than this.
+    Returns:
+        The head; not fused if the logits are not computed by a single head, or by other operations.
     """
     try:
         return _learned(model, forward) or Head(fused=False)
     except FORWARD_ERRORS:
-        return Head(fused=False)  # it does not run on its own: the probe says why
+        return Head(fused=False)  # the forward fails: reported by the probe
 
 
 @contextmanager
 def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it the module computes `forward`, called as a module, so that its hooks run."""
-    hooked = vars(module).get("forward")  # accelerate's hooks put one here
+    """Replace the forward of a module, whose hooks still run when it is called."""
+    hooked = vars(module).get("forward")  # set by accelerate's hooks
     vars(module)["forward"] = forward
     try:
         yield
@@ -78,7 +80,7 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
     decoder, module = text_decoder(model), model.get_output_embeddings()
     if not isinstance(module, nn.Module) or decoder is model:
         return None
-    # The weight of a quantized head has another shape.
+    # The weight of a quantized head has a different shape.
     vocabulary = getattr(module, "out_features", None) or num_rows(module.weight)
     device = device_of(model)
     products = torch.tensor(_PRODUCTS, device=device)
@@ -87,7 +89,7 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
 
     def replace_hidden(_: nn.Module, __: Any, outputs: Any) -> Any:
         shape = outputs.last_hidden_state.shape
-        # Powers of two: a model that rounds them to its own dtype leaves them as they are.
+        # Powers of two are exact in all floating dtypes.
         exponents = torch.arange(shape.numel(), device=device).reshape(shape) % 5 - 2
         hidden.append(2.0**exponents)
         outputs.last_hidden_state = hidden[-1]
@@ -120,7 +122,7 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
 
 
 def _ratio(x: Tensor, y: Tensor) -> float | None:
-    """The number that y is multiplied by to give x; None: there is none."""
+    """Return the constant ratio x / y; None if it is not constant."""
     ratio = x.double() / y.double()
     middle = ratio.median().item()
     return middle if (ratio - middle).abs().max().item() <= _PRECISION * abs(middle) else None
@@ -145,6 +147,6 @@ def _fitted(multiplier: float, products: Tensor, logits: Tensor) -> Head | None:
 
 
 def _rounded(value: float) -> float:
-    """Without the noise of float32 in the last digits, where few digits are meant."""
+    """Round to 6 digits if that is within the precision of float32."""
     short = float(f"{value:.6g}")
     return short if abs(short - value) <= 1e-7 * abs(value) else value

@@ -1,7 +1,7 @@
-"""Triton kernels of the logit head: each reads a float32 tile of logits once.
+"""Triton kernels for the logit head, each of which reads a float32 tile of logits once.
 
-As torch operations, softmax and gradient take some fifteen passes over the tile, a tenth of a step on a GPU.
-`logprobs` has these too, for all else. Offsets of rows have 64 bits: a tile may hold more than 2³¹ logits.
+As torch operations (the fallback in `logprobs`), softmax and gradient take about fifteen passes over the
+tile, a tenth of the step time on a GPU. Row offsets are 64-bit: a tile may have more than 2³¹ logits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 4096  # logits of a row that one program reads
-_LEAST = torch.finfo(torch.float32).min  # in place of a maximum of −inf
+_BLOCK = 4096  # logits per program
+_LEAST = torch.finfo(torch.float32).min  # replaces a maximum of −inf
 
 
 @functools.cache
 def works_on(device: torch.device) -> bool:
-    """Whether the kernels can be built for `device`, tried once: Triton needs a C compiler."""
+    """Whether the kernels compile for `device`, tried once. Triton requires a C compiler."""
     tile = torch.zeros(1, 1, device=device)
     labels = torch.zeros(1, dtype=torch.long, device=device)
     try:
@@ -30,8 +30,8 @@ def works_on(device: torch.device) -> bool:
     except Exception as error:  # whatever the machine's compiler or driver raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning(
-            "Triton kernels cannot be built for %s (%s): the logit head uses torch operations, "
-            "which take longer; install a C compiler and Python's headers",
+            "Triton kernels cannot be compiled for %s (%s): the logit head uses slower torch operations; "
+            "install a C compiler and the Python headers",
             device,
             reason,
         )
@@ -40,16 +40,16 @@ def works_on(device: torch.device) -> bool:
 
 
 def logsumexp(logits: Tensor, labels: Tensor, v0: int) -> tuple[Tensor, Tensor]:
-    """Log of each row's sum of exponentials, and its label's logit: `[t, w]` → `[t]`, `[t]`, float32.
+    """Compute the logsumexp of each row and the logit of its label: `[t, w]` → `[t]`, `[t]`, float32.
 
     Args:
-        logits: `[t, w]` float32, a slice of the vocabulary from `v0` on; not changed.
-        labels: `[t]`, token ids. The logit is 0 where the label lies outside the slice.
+        logits: `[t, w]` float32, a slice of the vocabulary that starts at `v0`; not modified.
+        labels: `[t]`, token ids. The logit is 0 if the label is outside the slice.
         v0: token id of the first column.
     """
     rows, width = logits.shape
     blocks = triton.cdiv(width, _BLOCK)
-    # Added up in float64: few numbers, whose rounding would count as much as the result's.
+    # Accumulated in float64, since rounding of the partial sums would add to that of the result.
     partial = torch.empty(rows, blocks, dtype=torch.float64, device=logits.device)
     found = torch.empty(rows, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
@@ -62,7 +62,7 @@ def logsumexp(logits: Tensor, labels: Tensor, v0: int) -> tuple[Tensor, Tensor]:
 
 def slope(
     logits: Tensor,
-    normaliser: Tensor,
+    normalizer: Tensor,
     labels: Tensor,
     v0: int,
     grad: Tensor | None,
@@ -70,14 +70,14 @@ def slope(
     softcap: float | None,
     out: Tensor,
 ) -> Tensor:
-    """grad · (1[label] − softmax) of one tile, through cap and scale, into `out`.
+    """Compute grad · (1[label] − softmax) of one tile, times the derivatives of cap and scale, into `out`.
 
     Args:
-        logits: `[t, w]` float32, a slice of the vocabulary from `v0` on.
-        normaliser: `[t]` float32, the logsumexp over the whole vocabulary.
+        logits: `[t, w]` float32, a slice of the vocabulary that starts at `v0`.
+        normalizer: `[t]` float32, logsumexp over the entire vocabulary.
         labels: `[t]`, token ids.
         v0: token id of the first column.
-        grad: `[t]` float32 or None for 1.
+        grad: `[t]` float32, or None for 1.
         logit_scale: factor on the logits before the cap.
         softcap: the cap, or None.
         out: `[t, w]` in any floating dtype; may be `logits`.
@@ -85,7 +85,7 @@ def slope(
     rows, width = logits.shape
     with torch.cuda.device_of(logits):
         _slope_kernel[(rows, triton.cdiv(width, _BLOCK))](
-            logits, out, normaliser.contiguous(), labels.contiguous(),
+            logits, out, normalizer.contiguous(), labels.contiguous(),
             None if grad is None else grad.contiguous(),
             v0, width, logits.stride(0), out.stride(0), float(logit_scale),
             None if softcap is None else float(softcap), BLOCK=_BLOCK,
@@ -93,7 +93,7 @@ def slope(
     return out
 
 
-# Not annotated but for constants: Triton looks the names in annotations up as if they were used.
+# Only constants are annotated: Triton resolves the names in annotations as if they were used.
 @triton.jit(do_not_specialize=["v0"])
 def _logsumexp_kernel(
     logits,
@@ -123,7 +123,7 @@ def _logsumexp_kernel(
 def _slope_kernel(
     logits,
     out,
-    normaliser,
+    normalizer,
     labels,
     grad,
     v0,
@@ -140,7 +140,7 @@ def _slope_kernel(
     x = tl.load(logits + row * stride + columns, mask=inside, other=0.0)
     column = tl.load(labels + row).to(tl.int64) - v0
     column = tl.where((column >= 0) & (column < width), column, -1).to(tl.int32)
-    y = tl.where(columns == column, 1.0, 0.0) - tl.exp(x - tl.load(normaliser + row))
+    y = tl.where(columns == column, 1.0, 0.0) - tl.exp(x - tl.load(normalizer + row))
     if softcap is not None:
         y *= 1.0 - (x / softcap) * (x / softcap)
     factor = logit_scale

@@ -1,11 +1,12 @@
-"""Finds the layout and the head for a model at the start: the fastest that `layout_proof` does not refute.
+"""Select the step layout and the head for a model at the start of training: the fastest that is exact.
 
-Sharing a prompt, packing rows and fusing the head are exact for the families they were written for, and wrong
-for others: state-space layers that carry one text into the next, attention of another kind, a head that does
-more. So each trainer asks the model at hand, once, and takes the first layout that is not refuted.
+Shared prompts, packed rows and the fused head are exact for many model families, and wrong for others:
+state-space layers that carry state from one text to the next, other kinds of attention, additional operations
+in the head. So each trainer tests the given model once (`layout_proof`), and uses the first layout that
+passes.
 
-It is asked in the dtype of its weights, float32 as a rule, where differences show best. On a GPU autocast
-picks other kernels, so there the layout has to hold under the autocast of the training too.
+The test runs in the dtype of the weights, usually float32, where differences are most visible. On a GPU
+autocast selects other kernels, so there the layout is also tested under the autocast of the training.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ _LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded", "single")
 _NAMES = {
     "shared": "shared prompts",
     "packed": "packed rows",
-    "padded": "one response a row",
-    "single": "one response a forward",
+    "padded": "one response per row",
+    "single": "one response per forward",
 }
 _OWN_LOGITS = "the model's own logits"
 _DEPENDS = "a response depends on the other texts of its batch"
@@ -62,22 +63,23 @@ def probe(
     autocast: torch.dtype | None = None,
     whose: str = "the model",
 ) -> tuple[Layout, Head]:
-    """Installs the fastest layout that is proved to give what plain forwards give, and says which.
+    """Install the fastest step layout whose results equal those of plain forwards, and log it.
 
-    Sharded weights are asked by all ranks at once, and the ranks decide alike.
+    With sharded weights all ranks must call this together, and make the same choice.
 
     Args:
         model: a causal language model or a sequence classifier, wrapped or not.
-        layout: the only one to try; None: shared, then packed, padded and single.
-        logits_chunk_bytes: size of the head's tiles; None: the default.
-        longest: tokens of the longest text; None: not known. Some rotary embeddings change with it.
-        autocast: dtype of the autocast that the model is to run under; None: none.
-        whose: what the model is called in messages.
+        layout: the only layout to try; None tries shared, packed, padded and single, in this order.
+        logits_chunk_bytes: size of the head's tiles; None for the default.
+        longest: number of tokens of the longest text, or None if unknown. Some rotary embeddings depend on
+            it.
+        autocast: dtype of the training's autocast, or None.
+        whose: name of the model in messages.
 
     Raises:
-        ModelError: no layout gives it, or the model's own forward fails.
+        ModelError: no layout passes, or the model's own forward fails.
     """
-    shared = has_shards(model)  # asked before a forward, after which a few weights stay whole
+    shared = has_shards(model)  # before a forward, after which a few weights stay gathered
     training = model.training
     model.eval()
     name = type(transformers_model(model)).__name__
@@ -113,21 +115,21 @@ def probe(
     uninstall(model)
     if layout:
         raise ModelError(
-            f"layout={layout!r} does not give what plain forwards of {whose} ({name}) give",
+            f"layout={layout!r} does not reproduce plain forwards of {whose} ({name})",
             code="training.inexact-layout",
             why="; ".join(refused),
-            fix="layout='auto' finds one that does",
+            fix="use layout='auto', which selects an exact one",
         )
     raise ModelError(
-        f"no layout of the step gives what plain forwards of {whose} ({name}) give",
+        f"no step layout reproduces plain forwards of {whose} ({name})",
         code="model.no-exact-layout",
         why="; ".join(refused),
-        fix="report the model's type, or set attn_implementation='sdpa' when loading it",
+        fix="load the model with attn_implementation='sdpa', or report the model type",
     )
 
 
 def probe_on_all_ranks(model: nn.Module, **settings: Any) -> tuple[Layout, Head]:
-    """`probe` on every rank, each of which takes what the first one finds: their batches go by the layout."""
+    """Run `probe` on every rank, and use the result of rank 0 on all of them."""
     found = probe(model, **settings)
     layout, head = broadcast(found)
     if (layout, head) != found:
@@ -138,23 +140,23 @@ def probe_on_all_ranks(model: nn.Module, **settings: Any) -> tuple[Layout, Head]
 def _known_against(
     model: nn.Module, recorded: Recording, longest: int | None
 ) -> dict[Layout, list[str]]:
-    """What speaks against each layout before it is tried."""
+    """Return reasons against each layout that are known without a test."""
     rotary = rotary_limit(model)
     others, alone = [], []
     if rotary is not None and (longest is None or longest > rotary.positions):
         others.append(
-            f"its rotary embedding ({rotary.kind}) changes for all texts of a batch that has one beyond "
+            f"its rotary embedding ({rotary.kind}) changes for all texts of a batch with a text longer than "
             f"{rotary.positions} tokens"
         )
         if rotary.remembers and longest is not None:
             alone.append(
-                f"its rotary embedding ({rotary.kind}) changes with the longest text that it has seen, and "
-                f"the data has one of {longest} tokens, more than {rotary.positions}"
+                f"its rotary embedding ({rotary.kind}) changes permanently with a text longer than "
+                f"{rotary.positions} tokens, and the longest text of the data has {longest}"
             )
     return {
         "shared": [*recorded.problems, *others],
         "packed": [*recorded.problems, *others],
-        # How much is selected of padding depends on the length.
+        # The number of selected padding tokens depends on the length.
         "padded": [*recorded.selecting, *others],
         "single": alone,
     }
@@ -177,17 +179,17 @@ def _report(refused: list[str], layout: Layout, head: Head, whose: str) -> None:
 
 
 def _has_own_kernels(device: torch.device) -> bool:
-    """Whether halves take other kernels than float32 there."""
+    """Whether 16-bit dtypes use other kernels than float32 on this device."""
     return device.type == "cuda"
 
 
 @contextlib.contextmanager
 def _exact_products() -> Iterator[None]:
-    """Within it, float32 products are not rounded to TF32, whatever training will do."""
+    """Disable TF32 for float32 products."""
     products: Any = torch.backends.cuda.matmul
     every: Any = torch.backends
     found = products.fp32_precision
-    own = found if found != every.fp32_precision else "none"  # it goes by the setting of all
+    own = found if found != every.fp32_precision else "none"  # inherits the global setting
     products.fp32_precision = "ieee"
     try:
         yield
@@ -196,10 +198,10 @@ def _exact_products() -> Iterator[None]:
 
 
 class _Proof:
-    """Plain answers of a model, and what they refute.
+    """Results of plain forwards of a model, against which layouts are tested.
 
     Args:
-        autocast: the dtype of the autocast that all answers are given under; None: none.
+        autocast: dtype of the autocast for all forwards, or None.
     """
 
     def __init__(
@@ -219,8 +221,7 @@ class _Proof:
                 f"a forward of {type(transformers_model(model)).__name__} fails",
                 code="model.forward-fails",
                 why=f"{type(error).__name__}: {first_line(error)}",
-                fix="see whether it runs in another dtype (dtype=torch.float32) or with another "
-                "attn_implementation",
+                fix="try another dtype (dtype=torch.float32) or another attn_implementation",
             ) from error
         dtype = min(
             (lowest_precision(model), self.plain.dtype or torch.float32), key=lambda d: d.itemsize
@@ -232,17 +233,17 @@ class _Proof:
             disturbed = self._plain()
         size = 1.0 + self.plain.values.abs().max().item()
         if is_classifier(model):
-            size -= 1.0  # a fresh head's scores are small
+            size -= 1.0  # the scores of a new head are small
         noise = _furthest(disturbed, self.plain)
         eps = torch.finfo(dtype).eps
         self.tolerance = 8.0 * noise + (4.0 if low else 32.0) * eps * size
         self.relative = 0.2 if low else 1e-3
         if autocast is not None:
-            # The gradients of a deep model are rounded more than its values.
+            # Gradients of a deep model have larger rounding errors than its outputs.
             self.relative = max(self.relative, 2.0 * _relative(disturbed, self.plain))
 
     def refusal(self, layout: Layout, head: Head) -> str | None:
-        """Why the layout is not taken; None: nothing speaks against it."""
+        """Return why the layout is not exact; None if it passes."""
         install(self.model, layout=layout, head=head)
         why = None
         try:
@@ -254,11 +255,11 @@ class _Proof:
                 raise
             why = f"{type(error).__name__}: {first_line(error)}"
         if self._agreed(why is not None) and why is None:
-            return "another rank finds it wrong"
+            return "it fails on another rank"
         return why
 
     def _agreed(self, value: float) -> float:
-        """The greatest value of the ranks that share the weights: they must take the same way from here."""
+        """Return the maximum over the ranks that share the weights, so that they make the same choice."""
         return all_reduce_max_float(float(value)) if self.ranks_share_weights else float(value)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
@@ -274,14 +275,14 @@ class _Proof:
         found = self._ask(layout, with_gradients=True)
         off = _furthest(found, self.plain)
         if not off <= self.tolerance:
-            return f"disagrees with plain forwards by {off:.2g} (rounding: {self.tolerance:.2g})"
+            return f"differs from plain forwards by {off:.2g} (tolerance {self.tolerance:.2g})"
         relative = _relative(found, self.plain)
         if not relative <= self.relative:
-            return f"its gradients differ from those of plain forwards by {relative:.1%}"
+            return f"gradients differ from those of plain forwards by {relative:.1%}"
         return None
 
     def _dependence(self, layout: Layout) -> str | None:
-        """What a response's result depends on beside its own text."""
+        """Return whether a response's result depends on anything other than its own text, as a reason."""
         if layout == "single":
             return None
         base = self._ask(layout)
@@ -291,15 +292,14 @@ class _Proof:
             other = self._ask(layout, examples)
             if not torch.equal(base.values[stays], other.values[stays]):
                 off = max(off, _furthest(base, other, stays))
-        if layout == "padded" and not is_classifier(
-            self.model
-        ):  # its own forward ends rows at padding
+        # A classifier's own forward finds the end of a row by its padding.
+        if layout == "padded" and not is_classifier(self.model):
             filled = self._ask(layout, pad_token_id=self.others[0]["prompt_ids"][0])
             if not torch.equal(base.values, filled.values):
                 off = max(off, _furthest(base, filled))
         if (off := self._agreed(off)) == 0.0:
             return None
-        # Rounding alone: experts compute as many tokens as are routed to them.
+        # It may be only rounding: the batch size of an expert depends on the routing.
         if off <= self.tolerance:
             pad = self.pad_token_id
             with self._arithmetic():
@@ -336,7 +336,7 @@ class _Proof:
 
 
 def _relative(found: Answers, expected: Answers) -> float:
-    """Relative distance of two answers' gradients; 0 where there are none."""
+    """Return the relative difference of the gradients; 0 without gradients."""
     if found.gradients is None or expected.gradients is None:
         return 0.0
     norm = expected.gradients.norm().clamp_min(1e-30)
@@ -344,7 +344,7 @@ def _relative(found: Answers, expected: Answers) -> float:
 
 
 def _furthest(found: Answers, expected: Answers, where: torch.Tensor | None = None) -> float:
-    """The largest distance of two answers' values; NaN counts as infinite."""
+    """Return the largest absolute difference of the values; NaN counts as infinite."""
     off = (found.values - expected.values).abs()
     if where is not None:
         off = off[where]

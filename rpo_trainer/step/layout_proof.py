@@ -1,15 +1,17 @@
-"""Proves a layout on a model: its results on a few random texts against those of plain forwards.
+"""Test whether a step layout is exact for a model: compare results on a few random texts with plain forwards.
 
-Three questions, each with its own answer. Does a response's result depend on anything but its own text? The
-other texts of the row are exchanged for others of the same lengths: the result must stay the same to the last
-bit, in any dtype and whatever the weights. Where it does not for a reason that is only rounding (experts
-compute as many tokens as are routed to them), the gradient of the result to all other texts must be exactly
-zero; where an engine has the gradients for itself (ZeRO-3), the order of the other texts must not matter. Is
-the result that of the model's own forward? To the rounding of this very model, which is measured by
-disturbing the last bit of its modules' outputs. And the gradients to the embeddings must be those of plain
-forwards.
+There are three tests.
 
-Shapes: `R` responses, `n` values, `P` places: the tokens of all prompts and responses, each once.
+* The result of a response must not depend on other texts. The other texts of the row are exchanged for
+others of the same lengths, and the result must be bitwise equal, for any dtype and weights. If it is not,
+but the difference may be rounding (the batch size of an expert depends on the routing), the gradient of the
+result with respect to all other texts must be exactly zero; with engines that manage gradients themselves
+(ZeRO-3), the order of the other texts must not matter.
+* The result must equal that of the model's own forward, up to the rounding of this model, which is measured
+by perturbing the last bit of its modules' outputs.
+* The gradients with respect to the embeddings must equal those of plain forwards, with a similar tolerance.
+
+Shapes: `R` responses, `n` values, `P` positions: the tokens of all prompts and responses, each once.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ _LENGTHS = ((5, (4, 3)), (3, (2, 3)))
 
 @dataclass
 class Answers:
-    """What a model says of some examples.
+    """Results of a model for some examples.
 
     Attributes:
         values: `[n]`, log-probs of response tokens in order, or scores.
-        owner: `[n]`, the response that each belongs to.
-        gradients: `[P, H]` of a weighted sum of the values to the embeddings; those of a prompt summed over
-            its responses. None: they cannot be had.
-        dtype: of the embeddings' output: an engine may compute in another than the weights'.
+        owner: `[n]`, the response of each value.
+        gradients: `[P, H]`, gradient of a weighted sum of the values with respect to the embeddings, summed
+            over the responses for prompts; None if not available.
+        dtype: dtype of the embeddings' output, which an engine may change.
     """
 
     values: Tensor
@@ -55,7 +57,7 @@ class Answers:
 
 
 def random_examples(model: nn.Module, seed: int = 0) -> list[Example]:
-    """Two prompts with two responses each, without tokens that the model's config gives a meaning."""
+    """Return two random prompts with two responses each, without special tokens of the model's config."""
     inner = transformers_model(model)
     rows = num_rows(inner.get_input_embeddings().weight)
     known = getattr(inner.config.get_text_config(), "vocab_size", None) or rows
@@ -90,15 +92,15 @@ def _special_tokens(settings: Mapping[str, Any]) -> Iterator[int]:
 def exchanges(
     examples: Sequence[Example], others: Sequence[Example]
 ) -> Iterator[tuple[list[Example], list[int]]]:
-    """The examples with some texts exchanged for those of `others`, and the responses whose text stays."""
+    """Yield the examples with some texts replaced by those of `others`, and the indices of kept responses."""
     counts = [len(example["response_ids"]) for example in examples]
     first = [sum(counts[:i]) for i in range(len(counts))]
-    for kept in range(len(examples)):  # a whole example stays
+    for kept in range(len(examples)):  # one entire example is kept
         yield (
             [e if i == kept else others[i] for i, e in enumerate(examples)],
             list(range(first[kept], first[kept] + counts[kept])),
         )
-    for parity in (0, 1):  # every second response stays, its siblings do not
+    for parity in (0, 1):  # every second response is kept
         changed = []
         for example, other in zip(examples, others, strict=True):
             responses = [
@@ -119,11 +121,11 @@ def exchanges(
         )
 
 
-# --- answers ---
+# --- results ---
 
 
 def plain_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
-    """By one forward of the model's own for each response."""
+    """Compute the results with one plain forward for each response."""
     device, scored = device_of(model), is_classifier(model)
     values, owners = [], []
     with torch.enable_grad(), _embedded(model) as embedded:
@@ -158,7 +160,7 @@ def layout_answers(
     pad_token_id: int,
     with_gradients: bool = False,
 ) -> Answers:
-    """By one packed micro-batch of a model on which the step is installed."""
+    """Compute the results with one packed micro-batch, on a model with `forward.install` applied."""
     with torch.set_grad_enabled(with_gradients), _embedded(model) as embedded:
         values, owner = _run(model, examples, layout, pad_token_id)
         gradients = None
@@ -176,13 +178,13 @@ def layout_answers(
 def sees_others(
     model: nn.Module, examples: Sequence[Example], layout: Layout, *, pad_token_id: int
 ) -> bool | None:
-    """Whether the gradient of any response's values to texts that are not its own is not zero.
+    """Whether the gradient of any response's values with respect to other texts is nonzero.
 
     Returns:
-        None: gradients cannot be had.
+        None if gradients are not available.
     """
     if any(hasattr(p, "ds_id") for p in model.parameters()):
-        return None  # DeepSpeed runs backwards by itself
+        return None  # DeepSpeed runs the backward itself
     with torch.enable_grad(), _embedded(model) as embedded:
         values, owner = _run(model, examples, layout, pad_token_id)
         if len(embedded) != 1:
@@ -210,12 +212,12 @@ def sees_order(
     *,
     pad_token_id: int,
 ) -> bool:
-    """Whether the values of an example change with the order of two others, before or behind it.
+    """Whether the values of an example depend on the order of two others, before or after it.
 
-    Experts compute as many tokens as before, each in its place, so that rounding is the same to the last bit.
+    The batch size of each expert stays the same, so that rounding is bitwise equal.
 
     Args:
-        others: examples of the same lengths as `examples`.
+        others: examples with the same lengths as `examples`.
     """
     for number, kept in enumerate(examples):
         one, two = examples[1 - number], others[1 - number]
@@ -233,13 +235,13 @@ def sees_order(
 
 @contextmanager
 def last_bits_disturbed(model: nn.Module) -> Iterator[None]:
-    """Within it the outputs of all innermost modules are off by their dtype's resolution, up or down."""
+    """Perturb the outputs of all innermost modules by the resolution of their dtype, up or down."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(_: nn.Module, __: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        # A default device of the caller's is not that of the generator.
+        # The caller's default device may differ from that of the generator.
         signs = torch.randint(
             2, output.shape, generator=generator, dtype=torch.int8, device="cpu"
         ).to(output.device, output.dtype)
@@ -262,14 +264,14 @@ def last_bits_disturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _embedded(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the model's embedding gives within it, with gradients."""
+    """Collect the outputs of the model's embedding, with gradients enabled."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not output.requires_grad:
             output = output.detach().requires_grad_(True)
         found.append(output)
-        return output.clone()  # some models change it in place
+        return output.clone()  # some models modify it in place
 
     handle = transformers_model(model).get_input_embeddings().register_forward_hook(keep)
     try:
@@ -282,7 +284,7 @@ def _gradients(
     model: nn.Module, values: Tensor, embedded: Sequence[Tensor], forwards: int
 ) -> list[Tensor] | None:
     if has_shards(model) or len(embedded) != forwards:
-        return None  # an engine wants its gradients for itself
+        return None  # an engine manages the gradients itself
     weights = torch.linspace(-1.0, 1.0, values.numel(), device=values.device, dtype=values.dtype)
     grads = torch.autograd.grad((values * weights).sum(), embedded, allow_unused=True)
     return None if any(grad is None for grad in grads) else list(grads)
@@ -291,10 +293,10 @@ def _gradients(
 def _by_place(
     examples: Sequence[Example], places: Sequence[tuple[Tensor, Tensor]], *, once: bool = False
 ) -> Tensor:
-    """`[P, H]` from the gradients to the prompt and the text of each response.
+    """Combine the gradients of prompt and response of each response to `[P, H]`.
 
     Args:
-        once: the prompt's gradient is already that of all its responses.
+        once: the gradient of a prompt is already summed over its responses.
     """
     pieces, number = [], 0
     for example in examples:
@@ -307,7 +309,7 @@ def _by_place(
 
 
 def _places(examples: Sequence[Example], layout: Layout) -> list[tuple[Tensor, Tensor]]:
-    """Flat places of the prompt and of the text of each response in the rows of a layout."""
+    """Return flat indices of the prompt and the text of each response in the rows of a layout."""
     longest = max(len(prompt) + len(response) for prompt, response in _texts(examples))
     found, start = [], 0
     for example in examples:
@@ -330,7 +332,7 @@ def _texts(examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
 def _run(
     model: nn.Module, examples: Sequence[Example], layout: Layout, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """One packed micro-batch: its values and the owner of each, both `[n]`."""
+    """Run one packed micro-batch; return its values and their owners, both `[n]`."""
     batch = pack(examples, layout, pad_token_id=pad_token_id)
     inputs = batch.model_inputs.to(device_of(model))
     if not is_classifier(model):

@@ -1,20 +1,20 @@
-"""Hidden states → log-probability of each response token, without ever holding all the logits.
+"""Hidden states → log-prob of each response token, without materializing all logits.
 
-Shapes: `N` response tokens, `H` hidden size, `V` vocabulary, `R` responses.
+Shapes: `N` response tokens, `H` hidden size, `V` vocabulary size, `R` responses.
 
-The head is a matrix product with the vocabulary, then a softmax. Its logits `[N, V]` are the largest
-tensor of a language model's step, so they are made in tiles of bounded size: slices of the vocabulary
-outermost, so that each slice of the weight's gradient is written once, and blocks of tokens within. The
-forward keeps the log of each token's normaliser, and the tile too if a single one is enough; otherwise
-the backward makes the tiles again.
+The head is a matrix product with the vocabulary, followed by a softmax. Its logits `[N, V]` are the largest
+tensor of a language model's step, so they are computed in tiles of bounded size: the outer loop is over
+slices of the vocabulary, so that each slice of the weight's gradient is written once, the inner loop over
+blocks of tokens. The forward saves the log-normalizer of each token, and the tile if there is only one;
+otherwise the backward recomputes the tiles.
 
-Tiles are float32 whatever the inputs are. A GPU multiplies halves into float32 at full speed, so there the
-factors stay as they are; on a CPU they are widened first. Autocast has no say in it: it would round the tile.
-Between the products a GPU reads and writes the tile once each, in the kernels of `head_kernels`.
+Tiles are float32 for all input dtypes. A GPU multiplies 16-bit inputs with float32 output at full speed; on a
+CPU the inputs are converted to float32 first. Autocast is disabled, since it would round the tile. On a
+GPU, the kernels of `head_kernels` read and write each tile once between the products.
 
-torch's chunked `linear_cross_entropy(reduction="none", options=…)` (2.13) does not replace it: for bfloat16
-inputs it returns bfloat16, 0.03 to 0.10 nats a token off, where these are float32 and 1e-6 off
-(`benchmarks/head.py`); and it has no soft-cap and no scale.
+torch's chunked `linear_cross_entropy(reduction="none", options=…)` (2.13) is not a replacement: for bfloat16
+inputs it returns bfloat16, with errors of 0.03 to 0.10 nats per token instead of 1e-6 here
+(`benchmarks/head.py`), and it has no soft-cap and no scale.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 DEFAULT_LOGITS_CHUNK_BYTES = 512 * 2**20
-_LEAST_WIDTH = 1024  # of a slice of the vocabulary: narrower products are slow
-# Slices are multiples of it: a GPU's fast kernels take rows that start at multiples of 16 bytes.
+_LEAST_WIDTH = 1024  # minimum width of a vocabulary slice: narrower products are slow
+# Slices are multiples of it: fast GPU kernels require rows aligned to 16 bytes.
 _ALIGNED_WIDTH = 64
-# On a CPU fresh memory costs more than the arithmetic on it, so what is made for a moment stays small enough
-# to be used again: by the allocator, or by the cache.
+# On a CPU allocating memory costs more than the arithmetic, so temporary tensors stay small enough to be
+# reused by the allocator, or to stay in the cache.
 _CPU_CELLS = 2**22
 _CACHED_CELLS = 2**19
 
@@ -46,7 +46,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
 ) -> Tensor:
-    """log softmax(cap(scale · (hidden @ weightᵀ + bias)))[label] of each token.
+    """Compute log softmax(cap(scale · (hidden @ weightᵀ + bias)))[label] of each token.
 
     Args:
         hidden: `[N, H]`.
@@ -55,12 +55,12 @@ def linear_logprobs(
         bias: `[V]` or None.
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma-2).
-        logits_chunk_bytes: the most that one tile of logits may take. The copies that a product in another
-            dtype needs of a slice of the weight, and of its gradient, are held to it too; a soft-cap's slope
-            and halves of a tile's gradient come on top, one of each at a time.
+        logits_chunk_bytes: maximum size of a tile of logits. It also bounds copies of a slice of the weight,
+            and of its gradient, in another dtype. The derivative of a soft-cap and a 16-bit copy of a tile's
+            gradient are additional, one of each at a time.
 
     Returns:
-        `[N]`, nats; float32, or float64 for float64 inputs.
+        `[N]`, in nats; float32, or float64 for float64 inputs.
     """
     if logits_chunk_bytes < 1:
         raise ValueError(f"logits_chunk_bytes must be positive, got {logits_chunk_bytes}")
@@ -73,7 +73,7 @@ def linear_logprobs(
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same from logits that are already there, `[N, V]` → `[N]`."""
+    """Compute log-probs from given logits, `[N, V]` → `[N]`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(dtype).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
@@ -84,9 +84,9 @@ def response_sums(token_logprobs: Tensor, response_index: Tensor, responses: int
 
 
 def _tiles(tokens: int, vocabulary: int, hidden: int, cells: int) -> tuple[int, int]:
-    """Tokens and vocabulary entries of one tile: whole tokens first, since slices write dW once.
+    """Return the tokens and vocabulary entries of a tile, with as many tokens as possible.
 
-    A slice of the weight may have to be copied, in another dtype, so it takes no more than a tile either.
+    A slice of the weight may be copied to another dtype, so its size is bounded by that of a tile.
     """
     block = max(1, min(tokens, cells // min(vocabulary, _LEAST_WIDTH)))
     return block, min(vocabulary, _aligned(max(1, min(cells // block, cells // hidden))))
@@ -102,7 +102,7 @@ def _spans(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """Forward and backward by tiles; see the module's docstring."""
+    """Forward and backward in tiles, see the module docstring."""
 
     @staticmethod
     def forward(
@@ -119,9 +119,9 @@ class _LinearLogProbs(torch.autograd.Function):
         n, v = hidden.shape[0], weight.shape[0]
         cells = max(1, logits_chunk_bytes // dtype.itemsize)
         block, width = _tiles(n, v, hidden.shape[1], cells)
-        normaliser = torch.full((n,), float("-inf"), dtype=dtype, device=hidden.device)
-        target = torch.zeros_like(normaliser)
-        # The backward of a tile that is kept needs a slice of another beside it.
+        normalizer = torch.full((n,), float("-inf"), dtype=dtype, device=hidden.device)
+        target = torch.zeros_like(normalizer)
+        # The backward with a saved tile needs memory for a slice of another one.
         keep = width == v and n * (v + _LEAST_WIDTH) <= cells and any(ctx.needs_input_grad[:3])
         tile = None
         for v0, v1 in _spans(v, width):
@@ -131,20 +131,20 @@ class _LinearLogProbs(torch.autograd.Function):
                 logits = _logits(h, w, b, logit_scale, softcap, dtype)
                 total, found = _logsumexp(logits, labels[t0:t1], v0, in_place=not keep)
                 target[t0:t1] += found
-                normaliser[t0:t1] = torch.logaddexp(normaliser[t0:t1], total)
+                normalizer[t0:t1] = torch.logaddexp(normalizer[t0:t1], total)
                 tile = logits if keep else None
                 del logits  # before the next tile is made
         if keep and n:
             width = min(v, max(1, (cells if hidden.is_cuda else min(cells, _CPU_CELLS)) // n))
             width = min(width, max(_LEAST_WIDTH, cells // n - v))
             width = width if width == v else _aligned(width)
-        ctx.save_for_backward(hidden, weight, bias, labels, normaliser, tile)
+        ctx.save_for_backward(hidden, weight, bias, labels, normalizer, tile)
         ctx.settings = (logit_scale, softcap, block, width, dtype)
-        return target - normaliser
+        return target - normalizer
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, normaliser, tile = ctx.saved_tensors
+        hidden, weight, bias, labels, normalizer, tile = ctx.saved_tensors
         logit_scale, softcap, block, width, dtype = ctx.settings
         n, v = hidden.shape[0], weight.shape[0]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -152,14 +152,14 @@ class _LinearLogProbs(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=dtype) if wants_bias else None
         if d_weight is not None and n == 0:
-            d_weight.zero_()  # nothing below would write it
+            d_weight.zero_()  # the loops below do not write it
         grad = grad.to(dtype)
         for v0, v1 in _spans(v, width):
             w, b = _slice(weight, bias, v0, v1, hidden)
             dw = None
             if d_weight is not None:
-                # Summed over the blocks of tokens in `dtype`, in its place where that is its own. A single
-                # block is one product, which a GPU sums in float32 and rounds once.
+                # Summed over the blocks of tokens in `dtype`, in place if the weight has this dtype. A single
+                # block is one product, which a GPU accumulates in float32 and rounds once.
                 dw = d_weight[v0:v1]
                 at_once = block >= n and dw.dtype == w.dtype
                 dw = dw if at_once or dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
@@ -169,10 +169,10 @@ class _LinearLogProbs(torch.autograd.Function):
                 if logits is None:
                     logits = _logits(h, w, b, logit_scale, softcap, dtype)
                 d_logits = _slope(
-                    logits, normaliser[t0:t1], labels[t0:t1], v0, grad[t0:t1], logit_scale, softcap,
-                    # The sum over tokens takes them before they are rounded.
+                    logits, normalizer[t0:t1], labels[t0:t1], v0, grad[t0:t1], logit_scale, softcap,
+                    # The gradient of the bias is summed before rounding.
                     dtype=w.dtype if d_bias is None else dtype,
-                    # A kept tile stays as it is, for a second backward; one made here is used up.
+                    # A saved tile is needed for a second backward; a recomputed one may be overwritten.
                     in_place=tile is None,
                 )  # fmt: skip
                 if d_bias is not None:
@@ -197,8 +197,11 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
-    """With a frozen head the only gradient is the hidden states'. Per token it is one vector times the
-    upstream gradient, so it is made with the forward's logits, and the backward is a scaling."""
+    """Log-probs with a frozen head.
+
+    The only gradient is that of the hidden states. For each token it is a vector times the upstream gradient,
+    so it is computed in the forward, and the backward only scales it.
+    """
 
     @staticmethod
     def forward(
@@ -214,8 +217,9 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         n, v = hidden.shape[0], weight.shape[0]
         cells = max(1, logits_chunk_bytes // dtype.itemsize)
-        # All logits of a token are needed at once; only a weight that has to be copied is cut. Beside the
-        # logits lie the pieces they are joined from, then what their normaliser is summed over.
+        # All logits of a token are needed at once; the weight is only sliced if it must be copied. Memory
+        # holds the logits, and either the pieces they are concatenated from or the temporary of the
+        # normalizer.
         copied = weight.dtype != _factor_dtype(hidden)
         slices = list(_spans(v, _aligned(max(1, cells // hidden.shape[1])) if copied else v))
         block = max(1, cells // (2 * v))
@@ -229,10 +233,10 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
                 pieces.append(_logits(h, w, b, logit_scale, softcap, dtype))
             logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
             del pieces
-            normaliser, found = _logsumexp(logits, labels[t0:t1], 0, in_place=False)
-            logps[t0:t1] = found - normaliser
+            normalizer, found = _logsumexp(logits, labels[t0:t1], 0, in_place=False)
+            logps[t0:t1] = found - normalizer
             slope = _slope(
-                logits, normaliser, labels[t0:t1], 0, None, logit_scale, softcap,
+                logits, normalizer, labels[t0:t1], 0, None, logit_scale, softcap,
                 dtype=h.dtype, in_place=True,
             )  # fmt: skip
             for v0, v1 in slices:
@@ -251,7 +255,7 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
 
 def _slope(
     logits: Tensor,
-    normaliser: Tensor,
+    normalizer: Tensor,
     labels: Tensor,
     v0: int,
     grad: Tensor | None,
@@ -261,16 +265,19 @@ def _slope(
     dtype: torch.dtype,
     in_place: bool,
 ) -> Tensor:
-    """grad · d log-prob / d (hidden @ weightᵀ) of one tile, in `dtype`: grad · (1[label] − softmax), through
-    cap and scale. In place it may use the tile up."""
+    """Compute grad · d log-prob / d (hidden @ weightᵀ) of one tile, in `dtype`.
+
+    This is grad · (1[label] − softmax), times the derivatives of cap and scale. `in_place` may overwrite the
+    tile.
+    """
     if (kernels := _kernels(logits)) is not None:
         fits = in_place and dtype == logits.dtype
         out = logits if fits else logits.new_empty(logits.shape, dtype=dtype)
         return kernels.slope(  # type: ignore[no-any-return]
-            logits, normaliser, labels, v0, grad, logit_scale, softcap, out
+            logits, normalizer, labels, v0, grad, logit_scale, softcap, out
         )
     cap = None if softcap is None else 1.0 - (logits / softcap).square()
-    slope = torch.sub(logits, normaliser[:, None], out=logits if in_place else None)
+    slope = torch.sub(logits, normalizer[:, None], out=logits if in_place else None)
     slope.exp_().neg_()
     index, inside = _where(labels, v0, v0 + logits.shape[1])
     slope.scatter_add_(1, index, inside[:, None].to(slope.dtype))
@@ -284,20 +291,25 @@ def _slope(
 
 
 def _kernels(logits: Tensor) -> Any:
-    """The module `head_kernels` where it can take this tile, or None. Tensors of other types (fake,
-    distributed) are not plain memory."""
+    """Return the module `head_kernels` if it supports this tile, otherwise None.
+
+    Tensor subclasses (fake, distributed) are not supported.
+    """
     if not logits.is_cuda or logits.dtype != torch.float32 or type(logits) is not Tensor:
         return None
     if not has_triton():
         return None
-    from rpo_trainer.step import head_kernels  # Triton takes long to import
+    from rpo_trainer.step import head_kernels  # importing Triton is slow
 
     return head_kernels if head_kernels.works_on(logits.device) else None
 
 
 def _factor_dtype(hidden: Tensor) -> torch.dtype:
-    """What the factors of a product are held in. A GPU sums the product of two halves in float32 and hands
-    that over; a CPU would round it to half, so there they are widened."""
+    """Return the dtype of the factors of a product.
+
+    A GPU can return the product of two 16-bit matrices in float32; a CPU would round it, so the factors are
+    converted to float32.
+    """
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return hidden.dtype
     return torch.promote_types(hidden.dtype, torch.float32)
@@ -306,13 +318,13 @@ def _factor_dtype(hidden: Tensor) -> torch.dtype:
 def _slice(
     weight: Tensor, bias: Tensor | None, v0: int, v1: int, hidden: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Part of the head as a factor, in the precision of the hidden states (they differ under autocast)."""
+    """Return a slice of the head as a factor, rounded to the dtype of the hidden states (for autocast)."""
     w = weight[v0:v1].to(hidden.dtype).to(_factor_dtype(hidden))
     return w, None if bias is None else bias[v0:v1]
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, a fresh tensor in `dtype`: the factors' own, or float32 for halves on a GPU."""
+    """Return a @ b as a new tensor in `dtype`: that of the factors, or float32 for 16-bit ones on a GPU."""
     if a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     with torch.autocast(a.device.type, enabled=False):
@@ -320,7 +332,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or total = a @ b where it is the first."""
+    """total += a @ b, or total = a @ b if it is the first product."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:
@@ -337,7 +349,7 @@ def _logits(
     softcap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One tile of logits, a fresh tensor in `dtype`."""
+    """Compute one tile of logits as a new tensor in `dtype`."""
     logits = _product(hidden, weight.t(), dtype)
     if bias is not None:
         logits += bias.to(dtype)
@@ -349,9 +361,9 @@ def _logits(
 
 
 def _logsumexp(logits: Tensor, labels: Tensor, v0: int, *, in_place: bool) -> tuple[Tensor, Tensor]:
-    """Of each row, and its label's logit (0 if it lies elsewhere): `[t, w]` → `[t]`, `[t]`.
+    """Compute the logsumexp of each row and the logit of its label (0 if outside): `[t, w]` → `[t]`, `[t]`.
 
-    In place it may use the tile up, where torch's own takes a second one.
+    `in_place` may overwrite the tile; torch.logsumexp would allocate a second one.
     """
     if (kernels := _kernels(logits)) is not None:
         return kernels.logsumexp(logits, labels, v0)  # type: ignore[no-any-return]
@@ -364,13 +376,13 @@ def _logsumexp(logits: Tensor, labels: Tensor, v0: int, *, in_place: bool) -> tu
 
 
 def _rows_logsumexp(logits: Tensor, in_place: bool) -> Tensor:
-    # A slice that is −inf throughout (a vocabulary padded by its bias) must not become −inf − −inf.
+    # Avoid −inf − −inf for a slice of only −inf (a vocabulary padded by its bias).
     top = logits.amax(dim=1).clamp_min_(torch.finfo(logits.dtype).min)
     shifted = torch.sub(logits, top[:, None], out=logits if in_place else None)
     return shifted.exp_().sum(dim=1).log_().add_(top)
 
 
 def _where(labels: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
-    """Column of each label within the slice (0 if it lies elsewhere), and whether it lies there."""
+    """Return the column of each label in the slice (0 if outside), and whether it is inside."""
     inside = (labels >= v0) & (labels < v1)
     return torch.where(inside, labels - v0, labels.new_zeros(()))[:, None], inside

@@ -1,9 +1,10 @@
-"""Which examples meet in which optimizer step: a pure function of seed, epoch and step.
+"""Assignment of examples to optimizer steps, ranks and micro-batches: a pure function of seed, epoch and
+step.
 
-An epoch is a permutation, or the order of the data, cut into global batches. Within one, examples are
-dealt by cost, longest first and in snake order, into ranks × accumulation bins of equal count, or into as
-many bins as a token budget needs: a permutation inside one optimizer step, so the update is that of any
-other order, and no rank waits long for another.
+An epoch is a permutation of the data, or its order, divided into global batches. Within a global batch,
+examples are dealt by cost, longest first and in snake order, into ranks × accumulation steps bins of equal
+count, or into as many bins as a token budget requires. This only permutes examples within an optimizer
+step, so it does not change the update, and balances the load of the ranks.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ Order = Literal["random", "data", "longest"]
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of `range(examples)`; a function of its arguments alone, on every machine."""
+    """Return a permutation of `range(examples)` that only depends on the arguments, on any machine."""
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(examples)
 
 
 def deal(batch: Sequence[int], costs: Sequence[int], bins: int) -> list[list[int]]:
-    """Deals a global batch into bins whose counts differ by one at most.
+    """Deal a global batch into bins whose sizes differ by at most one.
 
     Args:
         batch: example indices.
         costs: cost of every example of the data set, by index.
-        bins: number of bins; with fewer examples than bins some stay empty.
+        bins: number of bins; with fewer examples than bins, some stay empty.
     """
     dealt: list[list[int]] = [[] for _ in range(bins)]
     by_cost = sorted(batch, key=lambda i: (-costs[i], i))
@@ -40,7 +41,7 @@ def deal(batch: Sequence[int], costs: Sequence[int], bins: int) -> list[list[int
 
 @dataclass
 class _Bin:
-    """Examples of one forward: `rows` rows, each as long as the longest."""
+    """Examples of one forward: `rows` rows of the length of the longest."""
 
     items: list[int] = field(default_factory=list)
     rows: int = 0
@@ -58,17 +59,17 @@ class _Bin:
 def deal_within(
     batch: Sequence[int], shapes: Sequence[tuple[int, int]], budget: int, ranks: int = 1
 ) -> list[list[int]]:
-    """Deals a global batch into as few bins as first fit finds for a budget, then as evenly as may be.
+    """Deal a global batch into the bins that first fit needs for a budget, then balance them.
 
     Args:
         batch: example indices.
-        shapes: (rows, length) of every example of the data set, by index: a bin costs Σ rows × its
-            greatest length. Where examples share one packed row, each of their tokens is a row of one.
-        budget: the most that a bin may cost; an example that costs more is a bin of its own.
-        ranks: the number of bins is a multiple of it; some may be empty.
+        shapes: (rows, length) of every example of the data set, by index. A bin costs Σ rows × its maximum
+            length. In packed rows every token counts as a row of length one.
+        budget: maximum cost of a bin; an example that costs more has its own bin.
+        ranks: the number of bins is a multiple of it; some bins may be empty.
 
     Returns:
-        Bins of indices, the dearest first, so that neighbours cost about the same.
+        Bins of indices, the most expensive first, so that adjacent bins have similar costs.
     """
     order = sorted(batch, key=lambda i: (-shapes[i][1], -shapes[i][0], i))
     bins: list[_Bin] = []
@@ -87,14 +88,14 @@ def deal_within(
 
 
 class GlobalBatches:
-    """The optimizer steps of an epoch, each a list of example indices, over all ranks.
+    """The optimizer steps of an epoch, each a list of example indices over all ranks.
 
     Args:
-        costs: cost of every example, such as its tokens.
-        global_batch_size: examples of one optimizer step, over all ranks.
-        order: `random`: a new permutation in each epoch; `data`: as the examples are given; `longest`:
-            the longest first, for evaluation and reference passes.
-        drop_last: leave out the last global batch of an epoch if it is not full.
+        costs: cost of every example, such as its number of tokens.
+        global_batch_size: number of examples per optimizer step, over all ranks.
+        order: `random`, a new permutation in each epoch; `data`, the order of the data; `longest`, longest
+            first, for evaluation and reference passes.
+        drop_last: drop the last global batch of an epoch if it is incomplete.
     """
 
     def __init__(
@@ -118,11 +119,11 @@ class GlobalBatches:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation of the next iteration."""
+        """Set the epoch, and with it the permutation."""
         self.epoch = epoch
 
     def global_batches(self) -> list[list[int]]:
-        """The epoch's optimizer steps, each a list of example indices."""
+        """Return the optimizer steps of the epoch, each a list of example indices."""
         order = list(range(len(self.costs)))
         if self.order == "random":
             order = epoch_order(len(self.costs), self.seed, self.epoch).tolist()
@@ -136,14 +137,14 @@ class GlobalBatches:
 
 
 class StepBatchSampler(GlobalBatches):
-    """Micro-batches of one rank, epoch after epoch, as lists of example indices.
+    """Micro-batches of one rank as lists of example indices.
 
-    Every rank gets the same number of micro-batches; where a last batch has fewer examples than ranks,
-    some are empty lists, and the collator puts in an example of weight zero.
+    All ranks have the same number of micro-batches. If a global batch has fewer examples than ranks, some
+    lists are empty, for which the collator inserts an example with weight zero.
 
     Args:
         costs, settings: see `GlobalBatches`.
-        micro_batch_size: the most examples of one forward of one rank.
+        micro_batch_size: maximum number of examples per forward and rank.
     """
 
     def __init__(self, costs: Sequence[int], *, micro_batch_size: int, **settings: Any) -> None:
@@ -166,14 +167,14 @@ class StepBatchSampler(GlobalBatches):
 
 
 class TokenBudgetSampler(GlobalBatches):
-    """Whole optimizer steps of one rank: lists of micro-batches, as many as the lengths need.
+    """Optimizer steps of one rank, each a list of micro-batches within a token budget.
 
-    Every rank gets the same number of micro-batches in each step, the dearest first; some are empty where
+    All ranks have the same number of micro-batches in each step, the most expensive first; some are empty if
     there are more ranks than micro-batches.
 
     Args:
         shapes: (rows, length) of every example, see `deal_within`.
-        budget: the most tokens of one forward of one rank, for every example that fits.
+        budget: maximum number of tokens per forward and rank; a longer example has its own forward.
         settings: see `GlobalBatches`.
     """
 

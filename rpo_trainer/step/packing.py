@@ -1,14 +1,14 @@
-"""Tokenised examples → one packed row per micro-batch, with the index tensors the step needs.
+"""Tokenized examples → one packed row per micro-batch, with the index tensors for the step.
 
-Shapes: as in `rpo_trainer.step.batch`, whose types these functions make.
+Types and shapes are defined in `rpo_trainer.step.batch`.
 
-A tokenised example is a mapping with `prompt_ids` `[p]`, `response_ids` K lists, `response_mask` K lists
-(1 = trained), and for preferences `rewards` and `reference_logps`, K numbers each. Four layouts:
+A tokenized example is a mapping with `prompt_ids` `[p]`, `response_ids` (K lists), `response_mask` (K lists,
+1 = trained), and for preferences `rewards` and `reference_logps` (K numbers each). There are four layouts:
 
     shared   [1, T]  prompt, response 1, ..., response K, next example      (the prompt once per example)
-    packed   [1, T]  prompt, response 1, prompt, response 2, ...            (nothing shared)
+    packed   [1, T]  prompt, response 1, prompt, response 2, ...            (prompts repeated)
     padded   [R, L]  one row per response, padded on the right              (any model that ignores padding)
-    single   [1, T]  as packed, but each response goes through the model in a forward of its own
+    single   [1, T]  as packed, but with a separate forward for each response
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rpo_trainer.step.batch import AttentionPlan, Layout, ModelInputs, PackedBat
 
 
 def forward_tokens(example: Mapping[str, Any], layout: Layout) -> int:
-    """Number of tokens the model has to process for an example: its cost, up to attention."""
+    """Return the number of tokens that the model processes for an example: its cost except for attention."""
     responses = example["response_ids"]
     prompts = 1 if layout == "shared" else len(responses)
     return prompts * len(example["prompt_ids"]) + sum(map(len, responses))
@@ -39,10 +39,10 @@ def pack(
     pad_token_id: int = 0,
     filler: bool = False,
 ) -> PackedBatch:
-    """One micro-batch of tokenised examples as tensors.
+    """Pack tokenized examples into the tensors of one micro-batch.
 
     Args:
-        filler: whether the examples only keep the forwards of the ranks alike, and have weight 0.
+        filler: the examples have weight 0, and only keep the number of forwards equal on all ranks.
     """
     if not examples:
         raise ValueError("a micro-batch needs at least one example")
@@ -124,7 +124,7 @@ def _packed(examples: Sequence[Mapping[str, Any]], layout: Layout) -> _Rows:
             uses += [1] * len(response)
             if len(tokens) > start:
                 segments.append(Segment(start, len(tokens), *prefix))
-            # The token before the first one of a response is its prompt's last, wherever that lies.
+            # The first token of a response is predicted by the last token of its prompt, wherever that is.
             for j, trained in enumerate(example["response_mask"][k]):
                 if trained:
                     predict.append(first + j - 1 if j else prompt_stop - 1)
@@ -185,7 +185,7 @@ def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> _Rows:
 
 
 def _groups(examples: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Examples by their number of responses, so that each loss call sees a full `[b, k]`."""
+    """Group examples by number of responses, so that each loss call receives a dense `[b, k]`."""
     by_k: dict[int, list[tuple[int, list[int]]]] = {}
     number = 0
     for i, example in enumerate(examples):
@@ -198,11 +198,11 @@ def _groups(examples: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, ...], 
 
 
 def _check(example: Mapping[str, Any]) -> None:
-    """An example that does not fit itself would be packed into something else without a word."""
+    """Raise ValueError for inconsistent examples, which would be packed incorrectly."""
     responses = example["response_ids"]
     fault = None
     if not example["prompt_ids"]:
-        fault = "an empty prompt, so nothing predicts the first token"
+        fault = "an empty prompt, so that the first token cannot be predicted"
     elif [*map(len, responses)] != [*map(len, example["response_mask"])]:
         fault = "response_ids and response_mask of different lengths"
     for column in ("rewards", "reference_logps"):

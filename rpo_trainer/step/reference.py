@@ -1,12 +1,12 @@
-"""Reference log-probabilities: computed once by the policy's own code path, kept on disk by content.
+"""Reference log-probs, computed once by the same code as those of the policy, and cached on disk by content.
 
-A stored value belongs to what it was made from and nothing else: the weights (adapter included), the dtype
-of the arithmetic, and the tokens of prompt and response. So it serves again when the learning rate, the
-output directory, the order or the mix of the data change, and never when one of the former does.
+A cached value depends on the weights (including adapters), the dtype of the arithmetic, and the tokens of
+prompt and response. It is reused when the learning rate, the output directory, or the order or mixture of
+the data change, and is not reused when any of these dependencies does.
 
     CACHE/<model key>/part-*.safetensors    keys [n, 2] int64, values [n] float32
 
-Each part is written whole or not at all.
+Each part is written atomically.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rpo_trainer.step.packing import forward_tokens, pack
 
 logger = logging.getLogger(__name__)
 
-# Counts up whenever the same weights and tokens would give other values.
+# Incremented whenever the same weights and tokens yield different values.
 _VERSION = "1"
 _ROWS_PER_PART = 2048
 _VERIFIED_ROWS = 4
@@ -46,10 +46,10 @@ Key = tuple[int, int]
 
 
 def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
-    """Content key of a model: every parameter and buffer, the config that changes its output, the dtype.
+    """Return the content key of a model: all parameters and buffers, the relevant config, and the dtype.
 
     Args:
-        arithmetic: what else decides rounding, such as the autocast dtype.
+        arithmetic: further settings that affect rounding, such as the autocast dtype.
     """
     digest = xxhash.xxh3_128()
     inner = transformers_model(model)
@@ -61,11 +61,11 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
         if weight.numel() and weight.is_meta:
             raise ModelError(
-                "a weight is on the meta device, without values",
+                "a weight is on the meta device and has no values",
                 code="model.no-values",
                 where=name,
-                why="reference log-probs are kept under a hash of all weights, to be found again",
-                fix="load the model whole, without offloading (device_map) or init_empty_weights",
+                why="reference log-probs are cached under a hash of all weights",
+                fix="load all weights, without offloading (device_map) or init_empty_weights",
             )
         with whole(weight) as tensor:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -75,13 +75,13 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
 
 
 def _adapter_settings(model: nn.Module) -> dict[str, Any]:
-    """What decides an adapter's output beside its weights, such as its scale."""
+    """Return the settings that affect an adapter's output, such as its scale."""
     adapters = getattr(model, "peft_config", None) or {}
     settings = {name: dict(config.to_dict()) for name, config in sorted(adapters.items())}
     for values in settings.values():
         for name in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
             values.pop(name, None)
-        # Sets have no order of their own.
+        # Sets are not ordered.
         values.update({k: sorted(v) for k, v in values.items() if isinstance(v, set)})
     return settings
 
@@ -89,7 +89,7 @@ def _adapter_settings(model: nn.Module) -> dict[str, Any]:
 def response_key(
     prompt_ids: Sequence[int], response_ids: Sequence[int], mask: Sequence[int]
 ) -> Key:
-    """Content key of one response behind its prompt, as two signed 64-bit numbers."""
+    """Return the content key of a response and its prompt, as two signed 64-bit integers."""
     digest = xxhash.xxh3_128()
     for part in (prompt_ids, response_ids, mask):
         digest.update(len(part).to_bytes(4, "little"))
@@ -99,7 +99,7 @@ def response_key(
 
 
 def _digest(keys: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> int:
-    """Of the content of a part, with the shapes and dtypes that its header gives."""
+    """Return the digest of a part's content, including shapes and dtypes."""
     digest = xxhash.xxh3_64()
     for array in (keys, values):
         digest.update(f"{array.dtype} {array.shape}".encode())
@@ -108,7 +108,7 @@ def _digest(keys: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> int:
 
 
 class ReferenceCache:
-    """Values by key in one folder. A part that cannot be read is left out, loudly, and computed again."""
+    """Values by key in a directory. Damaged parts are removed with a warning, and computed again."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -130,7 +130,7 @@ class ReferenceCache:
             self.values[(low, high)] = value
 
     def add(self, new: Mapping[Key, float], *, on_disk: bool = True) -> None:
-        """Keeps values, on disk too where there is a folder."""
+        """Add values, also on disk if the cache has a directory."""
         self.values.update(new)
         if self.folder is None or not new or not on_disk:
             return
@@ -150,7 +150,7 @@ class ReferenceCache:
         )
 
     def forget(self) -> None:
-        """Drops every value, on disk too."""
+        """Delete all values, also on disk."""
         self.values.clear()
         for part in self.folder.glob("part-*.safetensors") if self.folder else ():
             part.unlink(missing_ok=True)
@@ -169,20 +169,21 @@ def dataset_logprobs(
     progress: bool = False,
     tolerance: float = 1e-3,
 ) -> list[list[float]]:
-    """Σ log π over the trained tokens of each response of each example; values are kept by content.
+    """Compute Σ log π over the trained tokens of each response, using cached values where available.
 
     Args:
-        model: the reference or any other policy, installed for `layout`; it is put in eval mode and back.
-        examples: tokenised examples.
-        cache: values already known; new ones are added to it.
-        batch_tokens: tokens of one forward, no gradient is kept.
-        shard: (rank, world size): which part of what is missing this process computes.
-        gather: joins the values of all ranks.
-        progress: shows a bar.
-        tolerance: nats per token that a stored value may differ from a new one when it is checked.
+        model: the reference model or another policy, with `forward.install` applied for `layout`. It is in
+            eval mode during the pass.
+        examples: tokenized examples.
+        cache: known values; new ones are added.
+        batch_tokens: number of tokens per forward, without gradient.
+        shard: (rank, world size): the part of the missing values that this process computes.
+        gather: merges the values of all ranks.
+        progress: show a progress bar.
+        tolerance: allowed difference between a cached and a recomputed value, in nats per token.
 
     Returns:
-        One list of K numbers for each example.
+        A list of K numbers for each example.
     """
     keys = [
         [
@@ -211,7 +212,7 @@ def dataset_logprobs(
         )
         unsaved: dict[Key, float] = {}
         waiting = 0
-        # In each round every rank has a batch, a copy where none is left: sharded weights need all of them.
+        # In each round every rank runs a batch, repeating one if none is left: sharded weights require it.
         for start in range(0, len(batches), world):
             batch = batches[min(start + rank, len(batches) - 1)]
             sums = run([examples[i] for i in batch])
@@ -230,7 +231,7 @@ def dataset_logprobs(
 
 
 class _Pass:
-    """One forward without gradient: examples → `[R]` sums."""
+    """A forward without gradient: examples → `[R]` sums."""
 
     def __init__(
         self, model: nn.Module, layout: Layout, pad_token_id: int, device: torch.device
@@ -252,7 +253,7 @@ class _Pass:
 def _batches(
     order: Sequence[int], examples: Sequence[Mapping[str, Any]], layout: Layout, batch_tokens: int
 ) -> list[list[int]]:
-    """Consecutive examples, as many as fit the token budget, at least one."""
+    """Group consecutive examples into batches within the token budget, with at least one example each."""
     batches: list[list[int]] = []
     room = 0
     for index in order:
@@ -272,7 +273,7 @@ def _verify(
     cache: ReferenceCache,
     tolerance: float,
 ) -> None:
-    """Computes a few stored rows again; if one differs, the whole cache is stale and is forgotten."""
+    """Recompute a few cached rows; if one differs, the cache is stale and is cleared."""
     known = [i for i, row in enumerate(keys) if all(key in cache.values for key in row)]
     if not known:
         return
@@ -286,8 +287,8 @@ def _verify(
     worst = max(abs(a - b) / n for a, b, n in zip(fresh, stored, tokens, strict=True))
     if not worst <= tolerance:
         logger.warning(
-            "reference cache %s is stale: %d stored rows were computed again and differ by up to "
-            "%.2g nats per token. All of it is computed again",
+            "reference log-prob cache %s is stale: %d rows differ by up to %.2g nats per token when "
+            "recomputed. All of it is computed again",
             cache.folder, len(rows), worst,
         )  # fmt: skip
         cache.forget()

@@ -1,14 +1,15 @@
-"""The load-balancing loss of a mixture of experts, from the sums of a micro-batch.
+"""Load-balancing loss of a mixture of experts, computed from sums over micro-batches.
 
     loss = E · Σ_e f_e · P_e
 
-f_e is the mean number of times that a token chooses expert e, P_e its mean probability, both over all tokens
-and layers (Switch Transformer, arXiv 2101.03961, equations 4 to 6, as `load_balancing_loss_func` of
-transformers computes it). Both means are over the whole global batch, so a micro-batch gives sums; the
-trainer adds them up over micro-batches and ranks. A token of a shared prompt counts once for each response.
+f_e is the mean number of times that a token is routed to expert e, P_e the mean router probability of e, both
+over all tokens and layers (Switch Transformer, arXiv 2101.03961, equations 4 to 6, as computed by
+`load_balancing_loss_func` of transformers). Both means are over the global batch, so a micro-batch yields
+sums, which the trainer adds over micro-batches and ranks. A token of a shared prompt counts once for each
+response.
 
-Shapes: `E` experts, `T` tokens of a micro-batch. Sums are `[2E + 1]`: choices of each expert, probability of
-each expert, and the number of tokens times layers.
+Shapes: `E` experts, `T` tokens of a micro-batch. Sums are `[2E + 1]`: number of tokens routed to each expert,
+probability of each expert, and number of tokens times layers.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from rpo_trainer.errors import ModelError
 from rpo_trainer.models.multimodal import CLASSIFIER, decoder_of
 from rpo_trainer.step.batch import ModelInputs, RouterRequest
 
-# Names of the coefficients of routers' losses in the configs of transformers and of checkpoints' own code.
+# Names of coefficients of router losses in the configs of transformers and of custom model code.
 _COEFFICIENT = re.compile(r"(aux|router_z|moe|balanc).*(coef|alpha|loss_weight)")
 _OWN = ("router_aux_loss_coef", "aux_loss_coef")  # attributes of causal language models
 
 
 class NoRouterLoss(Exception):
-    """The model has no load-balancing loss that can be computed; the message is the reason."""
+    """The load-balancing loss of the model cannot be computed; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """How a model's load-balancing loss is computed.
+    """Parameters of a model's load-balancing loss.
 
     Attributes:
-        coefficient: the model's own.
-        top_k: experts that a token chooses.
+        coefficient: coefficient in the model's config.
+        top_k: number of experts per token.
         experts: E.
-        layers: routers that a forward records.
+        layers: number of routers whose logits a forward returns.
     """
 
     coefficient: float
@@ -56,18 +57,19 @@ class RouterLoss:
 
 
 def router_sums(logits: Sequence[Tensor], uses: Tensor, top_k: int) -> Tensor:
-    """Sums of a micro-batch, `[2E + 1]`, float32 or better; the gradient flows through the probabilities.
+    """Compute the sums of a micro-batch, `[2E + 1]`, at least float32; the gradient is that of the
+    probabilities.
 
     Args:
-        logits: of each layer, `[T, E]` or `[rows, length, E]`.
-        uses: responses that use each token, 0 for padding; T numbers in any shape.
+        logits: router logits of each layer, `[T, E]` or `[rows, length, E]`.
+        uses: number of responses that use each token, 0 for padding; T values in any shape.
     """
     experts, device = logits[0].shape[-1], uses.device
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
     weights = uses.reshape(-1, 1).to(dtype)
     chosen = torch.zeros(experts, dtype=dtype, device=device)
     probability = torch.zeros(experts, dtype=dtype, device=device)
-    # Sums of bfloat16 products would be right to three digits.
+    # Sums of bfloat16 products would only have three correct digits.
     with torch.autocast(device.type, enabled=False):
         for layer in logits:
             p = layer.to(device, dtype).reshape(-1, experts).softmax(-1)
@@ -78,11 +80,11 @@ def router_sums(logits: Sequence[Tensor], uses: Tensor, top_k: int) -> Tensor:
 
 
 def balance(total: Tensor, part: Tensor) -> Tensor:
-    """The share of a micro-batch in the loss of its global batch, a scalar; the shares add up to it.
+    """Return the contribution of a micro-batch to the loss of its global batch, a scalar.
 
     Args:
         total: sums of the global batch, constants.
-        part: sums of the micro-batch, of which the probabilities count, with their gradient.
+        part: sums of the micro-batch; only the probabilities are used, with their gradient.
     """
     experts = len(total) // 2
     fraction = total[:experts] / total[-1]
@@ -93,46 +95,46 @@ def balance(total: Tensor, part: Tensor) -> Tensor:
 
 
 def request(model_inputs: ModelInputs, loss: RouterLoss, *, only: bool = False) -> None:
-    """Has the next forward of these inputs give the sums too; `only`: the sums and nothing else."""
+    """Make the next forward of these inputs also return the sums; `only`: return nothing else."""
     model_inputs.router = RouterRequest(top_k=loss.top_k, layers=loss.layers, only=only)
 
 
-def asked(model_inputs: ModelInputs) -> bool:
-    """Whether the forward of these inputs is to give the sums."""
+def requested(model_inputs: ModelInputs) -> bool:
+    """Whether the forward of these inputs returns the sums."""
     return model_inputs.router is not None
 
 
 def only_sums(model_inputs: ModelInputs) -> bool:
-    """Whether the forward of these inputs is to give nothing but the sums."""
+    """Whether the forward of these inputs returns only the sums."""
     return model_inputs.router is not None and model_inputs.router.only
 
 
 def sums_of(outputs: Any, model_inputs: ModelInputs) -> Tensor:
-    """Sums from a decoder's outputs.
+    """Compute the sums from a decoder's outputs.
 
     Raises:
-        ModelError: the forward has recorded other router logits than the one at the start.
+        ModelError: the number of router logits differs from that of the forward at the start of training.
     """
     logits, wanted = getattr(outputs, "router_logits", None) or (), model_inputs.router
     assert wanted is not None
     if len(logits) != wanted.layers:
         raise ModelError(
-            f"the forward gave the router logits of {len(logits)} layers, where "
-            f"{wanted.layers} have a router",
+            f"the forward returned router logits of {len(logits)} layers, but {wanted.layers} layers "
+            "have a router",
             code="model.router-logits-missing",
-            why="the load-balancing loss would be of some layers alone",
-            fix="set router_aux_loss_coef to 0, or leave torch_compile out",
+            why="the load-balancing loss would omit the other layers",
+            fix="disable `torch_compile`, or set `router_aux_loss_coef` to 0",
         )
     return router_sums(logits, model_inputs.token_uses, wanted.top_k)
 
 
-def beside(answer: Tensor, outputs: Any, model_inputs: ModelInputs) -> Any:
-    """The answer of a forward, with the sums where they were asked for."""
-    return (answer, sums_of(outputs, model_inputs)) if asked(model_inputs) else answer
+def with_sums(answer: Tensor, outputs: Any, model_inputs: ModelInputs) -> Any:
+    """Return the result of a forward, together with the sums if they were requested."""
+    return (answer, sums_of(outputs, model_inputs)) if requested(model_inputs) else answer
 
 
-def apart(answer: Any, model_inputs: ModelInputs) -> Tensor:
-    """The answer of a forward without the sums, which are kept in `model_inputs.router.sums`."""
+def split_sums(answer: Any, model_inputs: ModelInputs) -> Tensor:
+    """Return the result of a forward, and move the sums to `model_inputs.router.sums`."""
     if model_inputs.router is None:
         return answer  # type: ignore[no-any-return]
     answer, model_inputs.router.sums = answer
@@ -143,15 +145,15 @@ def apart(answer: Any, model_inputs: ModelInputs) -> Tensor:
 
 
 def asked_by_config(config: Any) -> dict[str, float]:
-    """Coefficients of routers' losses in a config that asks for them, by name; empty: it does not."""
+    """Return the router loss coefficients of a config that enables these losses, by name; otherwise empty."""
     text = config.get_text_config()
-    # Checkpoints' own code adds the loss without the switch that transformers' classes have.
+    # Custom model code adds the loss without the switch `output_router_logits` of transformers' classes.
     asks = getattr(text, "output_router_logits", getattr(config, "output_router_logits", True))
     return dict(_coefficients(text.to_dict())) if asks else {}
 
 
 def has_switch(config: Any) -> bool:
-    """Whether a config has the switch for routers' logits and a coefficient, whatever they are set to."""
+    """Whether a config has `output_router_logits` and a coefficient, regardless of their values."""
     text = config.get_text_config()
     return hasattr(text, "output_router_logits") and any(_coefficients(text.to_dict()))
 
@@ -171,15 +173,15 @@ def _coefficients(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
-    """The load-balancing loss that the model's own family computes.
+    """Return the parameters of the load-balancing loss that the model's family computes.
 
-    A forward of a few tokens, some of them padding, proves that the loss computed here is the family's.
+    A forward of a few tokens, including padding, checks that both losses are equal.
 
     Args:
         inner: a transformers causal language model or sequence classifier.
 
     Raises:
-        NoRouterLoss: the family has none, its routers' logits cannot be had, or the losses differ.
+        NoRouterLoss: the family has no such loss, router logits are not available, or the losses differ.
     """
     text = inner.config.get_text_config()
     ids = torch.arange(1, 13, device=device).reshape(2, 6) % text.vocab_size
@@ -194,7 +196,7 @@ def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
             outputs = decoder(**inputs, output_router_logits=True)
             logits = getattr(outputs, "router_logits", None) or ()
             if not logits:
-                raise NoRouterLoss(f"{type(decoder).__name__} gives no router logits")
+                raise NoRouterLoss(f"{type(decoder).__name__} returns no router logits")
             family = inner if causal else _causal_twin(inner)
             top_k = getattr(family, "num_experts_per_tok", None) or text.num_experts_per_tok
             expected = (
@@ -203,7 +205,7 @@ def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
                 else _family_function(inner)(logits, logits[0].shape[-1], top_k, mask)
             )
             if not isinstance(expected, Tensor):
-                raise NoRouterLoss(f"{type(inner).__name__} computes no load-balancing loss")
+                raise NoRouterLoss(f"{type(inner).__name__} has no load-balancing loss")
             sums = router_sums(logits, mask, top_k)
             found = balance(sums, sums)
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
@@ -214,8 +216,8 @@ def router_loss_of(inner: Any, device: torch.device) -> RouterLoss:
     tolerance = 1e-4 if logits[0].dtype in (torch.float32, torch.float64) else 2e-2
     if not torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=0.0):
         raise NoRouterLoss(
-            f"{type(inner).__name__} computes another load-balancing loss: {expected.item():.6g}, where "
-            f"E · Σ f · P is {found.item():.6g}"
+            f"{type(inner).__name__} computes a different load-balancing loss: {expected.item():.6g} instead "
+            f"of E · Σ f · P = {found.item():.6g}"
         )
     return RouterLoss(_own_coefficient(family, text), top_k, logits[0].shape[-1], len(logits))
 
@@ -231,15 +233,17 @@ def _own_coefficient(family: Any, text: Any) -> float:
 def _family_function(inner: nn.Module) -> Any:
     found = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
     if found is None:
-        raise NoRouterLoss(f"the family of {type(inner).__name__} computes no load-balancing loss")
+        raise NoRouterLoss(f"the family of {type(inner).__name__} has no load-balancing loss")
     return found
 
 
 def _causal_twin(classifier: Any) -> Any:
-    """The family's causal language model, without weights: it knows how the family's loss is computed."""
+    """Return the family's causal language model without weights, whose settings define the loss."""
     name = type(classifier).__name__.removesuffix(CLASSIFIER) + "ForCausalLM"
     cls = getattr(sys.modules[type(classifier).__module__], name, None)
     if cls is None:
-        raise NoRouterLoss(f"there is no {name}, which would compute a load-balancing loss")
+        raise NoRouterLoss(
+            f"transformers has no {name}, which would define the load-balancing loss"
+        )
     with torch.device("meta"):
         return cls(classifier.config)

@@ -455,7 +455,7 @@ def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tiny.tiny_recipe()
     data = tiny.stage_of(recipe, "code")["data"]
-    data |= {"train": [{"path": "rows.jsonl"}], "dedup": "normalised"}
+    data |= {"train": [{"path": "rows.jsonl"}], "dedup": "normalized"}
     del data["eval"]
     lines = check(tmp_path, recipe, only={"code"})
     dropped = f"2 rows, {DROPS['repeated_prompt']} (rows.jsonl:2, rows.jsonl:3)"

@@ -22,6 +22,7 @@ from rpo_trainer.stages.inputs import (
     at_most,
     dataset_fingerprint,
     fitted_stage,
+    held_out_prompts,
     needs_policy,
     set_aside,
     source_digests,
@@ -166,7 +167,7 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
         lines = [{k: v for k, v in r.items() if k != "responses"} for r in given]
         path.write_text("".join(json.dumps(r) + "\n" for r in (lines if sampled_file else given)))
         counts = {}
-        for dedup in (None, "exact", "normalised", None):
+        for dedup in (None, "exact", "normalized", None):
             recipe = tiny.tiny_recipe()
             data = tiny.stage_of(recipe, name)["data"]
             data |= {"train": [{"path": "rows.jsonl"}], "dedup": dedup}
@@ -179,7 +180,7 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
             assert own is not None
             counts.setdefault(dedup, []).append([row["id"] for row in own])
         assert counts == {
-            None: [["r0", "r1", "r2"]] * 2, "exact": [["r0", "r1"]], "normalised": [["r0"]],
+            None: [["r0", "r1", "r2"]] * 2, "exact": [["r0", "r1"]], "normalized": [["r0"]],
         }  # fmt: skip
         kind = "generated" if sampled_file else "scored"
         assert len(list((tmp_path / stage.name).glob(f"{kind}-*.jsonl"))) == 3
@@ -432,5 +433,5 @@ def test_rows_that_are_held_out_are_not_of_the_training_rows() -> None:
     stage: Any = SimpleNamespace(data=SimpleNamespace(eval_fraction=0.3))
     audit = Audit()
     audit.add_read("a", 10)
-    train, held = set_aside(stage, rows, seed=0, audit=audit)
+    train, held = set_aside(rows, held_out_prompts(stage, rows, seed=0), audit)
     assert held is not None and (len(train), len(held), audit.rows()) == (7, 3, 7)

@@ -46,7 +46,7 @@ EVERYTHING: dict[str, Any] = {
             "filter": {"rows": 10, "passed": 9}, "calibration": {"reward_scale": 2.0},
             "judge": {"comparisons": 3, "consistent": 2, "equal": 0, "first_position": None,
                       "longer_wins": 0.5},
-            "replay": {}, "ratings": {}, "overlap": {"rows": 3, "exact": 0, "normalised": 1},
+            "replay": {}, "ratings": {}, "overlap": {"rows": 3, "exact": 0, "normalized": 1},
             "max_length": None, "lengths": {"prompt": {"min": 1, "mean": 2.5}},
         },
     },

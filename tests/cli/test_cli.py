@@ -13,24 +13,9 @@ import pytest
 from rpo_trainer import errors
 from rpo_trainer.cli import commands as cli
 from tests.chain import tiny
+from tests.cli.helpers import call, one_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def call(*words: str | Path) -> int:
-    """The exit code of the command line, in this process."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
-    code = end.value.code
-    assert isinstance(code, int)
-    return code
-
-
-def one_stage() -> tiny.Recipe:
-    recipe = tiny.tiny_recipe()
-    recipe["stages"] = recipe["stages"][:1]
-    recipe["stages"][0].update(max_steps=2, data={"train": [tiny.task("code", "train", 8)]})
-    return recipe
 
 
 @pytest.fixture
@@ -105,7 +90,7 @@ def test_overrides_reach_the_recipe(
 
     seen: list[Any] = []
 
-    def spy(loaded: Any, run_dir: Any, *, only: Any = None, allow_changed: Any = ()) -> Path:
+    def spy(loaded: Any, run_dir: Any, *, only: Any = None, **_: Any) -> Path:
         seen.append((loaded.recipe, run_dir, only))
         raise errors.RunError("far enough", code="run.test")
 

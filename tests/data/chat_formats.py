@@ -1,4 +1,4 @@
-"""The chat formats of well-known model families, in templates written for these tests.
+"""Chat formats of well-known model families, as templates written for these tests.
 
 Each format is what the family documents: its tokens, its blanks, its treatment of system prompts,
 tools and thinking. `Format.text` is the same format a second time, in Python, to check the template.
@@ -47,7 +47,7 @@ def split_system(chat: Chat) -> tuple[str | None, Chat]:
 
 # ---------------------------------------------------------------- Llama 2
 
-# The system prompt is part of the first turn of the user; each exchange has a begin token.
+# The system prompt is part of the first user turn; each exchange begins with a BOS token.
 _LLAMA2 = (
     "{% set sys = '' %}{% set turns = messages %}"
     "{% if messages[0].role == 'system' %}"
@@ -94,7 +94,7 @@ def _llama3(chat: Chat) -> str:
     return "<|begin_of_text|>" + "".join(turns)
 
 
-# A system turn with two dates is always written; tools stand in the first turn of the user.
+# A system turn with two dates is always written; tools are in the first user turn.
 _LLAMA31 = (
     "{{ bos_token }}{% set sys = '' %}{% set turns = messages %}"
     "{% if messages[0].role == 'system' %}{% set sys = messages[0].content | trim %}"
@@ -139,13 +139,13 @@ _QWEN_CALLS = (
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
     "\n</tool_call>{% endfor %}"
 )
-# What tools answer stands in a turn of the user; answers in a row share one.
+# Tool results are in a user turn; consecutive results share one.
 _QWEN_ANSWER = (
     "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
     "\n<tool_response>\n{{ m.content }}\n</tool_response>"
     "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
 )
-# Qwen 2.5 puts a line break in front of a call without words, Qwen 3 does not.
+# Qwen 2.5 writes a line break before a call without text, Qwen 3 does not.
 _QWEN25_CALLS = _QWEN_CALLS.replace("CALLED", "true")
 _QWEN3_CALLS = _QWEN_CALLS.replace("CALLED", "not loop.first")
 _QWEN_END = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -156,7 +156,7 @@ _QWEN25 = (
     " and m.role == 'system') %}<|im_start|>{{ m.role }}{{ '\\n' ~ m.content if m.content }}"
     "" + _QWEN25_CALLS + "<|im_end|>\n{% endif %}{% endfor %}" + _QWEN_END
 )
-# Thinking stays only behind the last question; the last turn has a block for it in any case.
+# Thinking is only kept after the last user turn; the last turn always has a thinking block.
 _QWEN3 = (
     "{% set at = namespace(question=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set at.question = loop.index0 %}{% endif %}{% endfor %}"
@@ -222,7 +222,7 @@ def _gemma(chat: Chat) -> str:
 
 # ---------------------------------------------------------------- Mistral
 
-# The system prompt stands in the last turn of the user, so it moves as a conversation grows.
+# The system prompt is in the last user turn, so it moves as a conversation grows.
 _MISTRAL = (
     "{% set sys = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
     "{% set sys = messages[0].content ~ '\\n\\n' %}{% set turns = messages[1:] %}{% endif %}"
@@ -248,7 +248,7 @@ def _mistral(chat: Chat) -> str:
 
 # ---------------------------------------------------------------- Phi-3, Zephyr, Vicuna
 
-# The end of the whole conversation has the end token too, behind the marker of the turn.
+# At the end of the conversation the EOS token follows the end-of-turn marker.
 _PHI3 = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
@@ -345,5 +345,5 @@ FORMATS: dict[str, ChatFormat] = {
 
 
 def call_text(name: str, arguments: dict[str, Any], key: str = "arguments") -> str:
-    """A call as these templates write it."""
+    """A tool call as these templates write it."""
     return f'{{"name": "{name}", "{key}": {json.dumps(arguments)}}}'

@@ -1,4 +1,4 @@
-"""The smallest template of each shape that published chat templates have, with its tokens.
+"""A minimal template for each structure found in published chat templates, with its tokens.
 
 `CASES` are conversations: what each shape must train of them stands in `test_chat_shapes.py`.
 """
@@ -16,7 +16,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def said(text: str, thought: str = "", city: str = "") -> dict[str, Any]:
-    """A turn of the assistant, with its thinking and a call, if any."""
+    """An assistant turn, optionally with thinking and a tool call."""
     turn: dict[str, Any] = {"role": "assistant", "content": text}
     if thought:
         turn["reasoning_content"] = thought
@@ -50,7 +50,7 @@ CASES: dict[str, Chat] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A template, its control tokens, and those that the tokenizer does not call special."""
+    """A template, its control tokens, and those that are not marked as special in the tokenizer."""
 
     template: str
     specials: tuple[str, ...]
@@ -59,11 +59,11 @@ class Shape:
     bos: str | None = None
 
 
-_LAST = (  # the place of the last question
+_LAST = (  # index of the last user turn
     "{% set at = namespace(question=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set at.question = loop.index0 %}{% endif %}{% endfor %}"
 )
-_SPLIT = (  # thinking and words of a turn
+_SPLIT = (  # thinking and text of a turn
     "{% set words = m.content %}{% set thought = m.reasoning_content or '' %}"
     "{% if '</think>' in words %}{% set thought = words.split('</think>')[0].split('<think>')[-1] %}"
     "{% set words = words.split('</think>')[-1] %}{% endif %}"
@@ -83,7 +83,7 @@ _TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 def _chatml(assistant: str, opened: str, before: str = "") -> str:
-    """ChatML; results of tools stand in a turn of the user."""
+    """ChatML with tool results in a user turn."""
     return (
         _LAST + before + "{% for m in messages %}{% if m.role == 'assistant' %}"
         "<|im_start|>assistant\n" + assistant + "<|im_end|>\n{% elif m.role == 'tool' %}"
@@ -97,7 +97,7 @@ _BLOCK = "<think>\n{{ thought }}\n</think>\n\n"
 _RECENT = _SPLIT + "{% if loop.index0 > at.question %}" + _BLOCK + "{% endif %}{{ words }}"
 _EMPTY = "<think>\n\n</think>\n\n"
 
-# The call and its result stand in one turn of the model; the call at the end opens the result.
+# A call and its result are in one model turn; a call at the end opens the result.
 _FOLDED = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}"
     "response:{{ m.content }}<end_function_response>"
@@ -109,7 +109,7 @@ _FOLDED = (
     "{{ '<start_function_response>' if m.tool_calls else '<end_of_turn>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt and messages[-1].role != 'tool' %}<start_of_turn>model\n{% endif %}"
 )
-# The same without a token that opens a result: a call at the end ends the turn.
+# The same without a token that opens the result: a call at the end ends the turn.
 _JOINED = (
     "{% for m in messages %}{% if m.role == 'tool' %}\n[result]{{ m.content }}[/result]\n"
     "{% else %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}"
@@ -120,7 +120,7 @@ _JOINED = (
 
 
 def _deepseek(words: str, opened: str) -> str:
-    """Arguments are text; the answer follows the results without a heading of its own."""
+    """Arguments are text; the answer follows the results without a heading."""
     return (
         "{{ bos_token }}{% set ns = namespace(tool=false) %}"
         "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
@@ -149,7 +149,7 @@ _DS = (
     *("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
 )
 
-# The system prompt stands in the question at the very end: with an answer behind it, nowhere.
+# The system prompt is in the user turn at the end of the conversation, and omitted if an answer follows.
 _MISTRAL = (
     "{{ bos_token }}{% set system = '' %}{% set turns = messages %}"
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content ~ '\n\n' %}"
@@ -159,7 +159,7 @@ _MISTRAL = (
     "{% elif m.tool_calls %}[TOOL_CALLS][" + _EACH + _CALL + "{% endfor %}]{{ eos_token }}"
     "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# Thinking has control tokens of its own.
+# Thinking has its own control tokens.
 _MAGISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]"
@@ -189,10 +189,10 @@ _COHERE = (
     + _TURN
     + "<|CHATBOT_TOKEN|>{% endif %}"
 )
-# The next turn of the model is opened after every conversation, asked for or not.
+# The next model turn is always opened at the end of the conversation.
 _OPENED = _COHERE.replace("{% if add_generation_prompt %}", "")
 _OPENED = _OPENED.removesuffix("{% endif %}")
-# Thinking is left out of a call that an answer follows; the answer at the end has an end of its own.
+# Thinking is omitted from a call that is followed by an answer; the final answer has a different end marker.
 _HARMONY = (
     "{% set ns = namespace(final=-1) %}{% for m in messages %}"
     "{% if m.role == 'assistant' and not m.tool_calls %}{% set ns.final = loop.index0 %}{% endif %}"
@@ -226,7 +226,7 @@ _GRANITE = (
     + "{% endfor %}]{% endif %}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
 )
-# The end of the whole conversation has a token too.
+# A further token ends the conversation.
 _PHI4_MINI = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.tool_calls %}<|tool_call|>["
     + _EACH
@@ -234,7 +234,7 @@ _PHI4_MINI = (
     + "{% endfor %}]<|/tool_call|>{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% else %}<|endoftext|>{% endif %}"
 )
-# No end markers: the next role's token ends a turn.
+# No end markers: the token of the next role ends a turn.
 _GLM4 = (
     "[gMASK]<sop>{% for m in messages %}{% if m.tool_calls %}<|assistant|>"
     "{{ m.tool_calls[0].function.name }}\n{{ m.tool_calls[0].function.arguments | tojson }}"
@@ -252,7 +252,7 @@ _GLM45 = (
     "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )  # fmt: skip
-# The template's own system prompt names the marks of thinking; they are no control tokens.
+# The template's own system prompt mentions the thinking markers, which are not control tokens.
 _NAMED = "{% if messages[0].role != 'system' %}<|im_start|>system\nWrite <think> thoughts </think>"
 _NAMED += "<|im_end|>\n{% endif %}"
 

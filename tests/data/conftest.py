@@ -1,4 +1,4 @@
-"""Small real tokenizers, trained on the spot, and stand-ins for the recipe's specs."""
+"""Small tokenizers trained at run time, and substitutes for the recipe's specs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def shaped(make_tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
-    """A tokenizer with the template and the tokens of a shape."""
+    """A tokenizer with the template and the tokens of one structure."""
 
     def make(name: str) -> Any:
         from tokenizers import AddedToken
@@ -90,7 +90,7 @@ def chatml(make_tokenizer: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def plain_text(make_tokenizer: Callable[..., Any]) -> Any:
-    """No chat template; `<s>` in front by itself, `</s>` at the end."""
+    """A tokenizer without a chat template, which prepends `<s>` and ends responses with `</s>`."""
     return make_tokenizer(["<s>", "</s>"], bos="<s>", eos="</s>", adds_begin=True)
 
 
@@ -101,7 +101,7 @@ def audit() -> Audit:
 
 @pytest.fixture(scope="session")
 def source() -> Callable[..., Any]:
-    """A stand-in for the recipe's SourceSpec."""
+    """A substitute for the recipe's SourceSpec."""
 
     def make(path: str | None = None, **fields: Any) -> Any:
         names = ["task", "split", "format", "columns", "weight", "max_rows", "size", "seed"]
@@ -113,7 +113,7 @@ def source() -> Callable[..., Any]:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows and returns the file's name in `tmp_path`."""
+    """Write rows to a file in `tmp_path`, and return its name."""
 
     def write(rows: list[Any], name: str = "rows.jsonl") -> str:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -124,7 +124,7 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
 
 
 def trained_texts(tokenizer: Any, ids: list[int], mask: list[int]) -> list[str]:
-    """The text of each unbroken run of trained tokens."""
+    """The text of each contiguous range of trained tokens."""
     runs: list[list[int]] = []
     previous = 0
     for token, trained in zip(ids, mask, strict=True):

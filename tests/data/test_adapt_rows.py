@@ -1,4 +1,4 @@
-"""Every known format becomes the one internal row; every bad row is named."""
+"""Every known format is converted to internal rows; errors name bad rows."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def test_helpsteer2_rows_in_a_row_are_a_pair(audit: Audit) -> None:
     assert (second["id"], second["responses"], second["rewards"]) == ("src:3", ["z", "w"], [0, 0])
     assert audit.dropped["fewer_than_two_responses"].examples == ["src:5"]
     audit.add_read("src", 5)
-    assert "src: 5 rows read, for 3 prompts" in audit.summary_lines()
+    assert audit.joined == {"src": 3}
 
 
 def test_helpsteer2_rows_with_faults() -> None:
@@ -332,7 +332,7 @@ def test_calls_in_openais_layout() -> None:
     assert found[1]["tool_calls"][0]["id"] == "c1"
     assert found[1]["content"] == ""
     assert found[2:] == [messages[2], {**A, "weight": 0}]
-    # Text that is no object is left as it is: the template writes it.
+    # Text that is not an object is kept: the template writes it.
     call["function"]["arguments"] = "{broken"  # type: ignore[index]
     found = one({"messages": messages}, "sft")["messages"]
     assert found[1]["tool_calls"][0]["function"]["arguments"] == "{broken"
@@ -420,7 +420,7 @@ def test_unknown_columns_and_formats() -> None:
 
 
 def bad_rows(make: Callable[[int], dict[str, Any]], n: int = 10) -> list[dict[str, Any]]:
-    """Good rows, of which every second, from the first, is updated by `make`."""
+    """Good rows, of which every second one, starting with the first, is updated by `make`."""
     base = {"prompt": "p", "chosen": "x", "rejected": "y", "chosen_reward": 2, "rejected_reward": 1}
     return [{**base, "id": f"r{i}", **({} if i % 2 else make(i))} for i in range(n)]
 
@@ -428,7 +428,7 @@ def bad_rows(make: Callable[[int], dict[str, Any]], n: int = 10) -> list[dict[st
 REWARDS = {
     "null": None,
     "text": "3",
-    "a bool": True,
+    "a boolean": True,
     "NaN": math.nan,
     "infinite": -math.inf,
     "list": [1],
@@ -442,9 +442,9 @@ def test_rewards_that_rpo_cannot_use(fault: str, column: str) -> None:
     bad = [f"r{i}" for i in range(0, 10, 2)]
     with raises("data.bad-reward", DataError, where="file.jsonl", rows=bad, of=10) as error:
         adapted(rows, "pair", require_rewards=True)
-    assert f" {fault}," in error.value.what
+    assert f" {fault};" in error.value.what
     audit = Audit()
-    found = adapted(rows, "pair", audit)  # DPO does without
+    found = adapted(rows, "pair", audit)  # DPO needs no rewards
     assert [row["rewards"] for row in found[:2]] == [None, [2.0, 1.0]]
     assert audit.warnings["unusable_rewards"].count == 5
 
@@ -458,13 +458,13 @@ def test_rewards_absent_altogether() -> None:
     assert audit.warnings == {}
 
 
-# A change of good rows, the code of the error, and what it names.
+# A change to good rows, the error code, and a token of the message.
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "chosen": ({"chosen": None}, "data.missing-value", "`chosen`"),
     "prompt": ({"prompt": None}, "data.missing-value", "`prompt`"),
     "number": ({"chosen": 3}, "data.not-messages", "`chosen`"),
     "content": ({"chosen": [{"role": "assistant", "content": 3}]}, "data.wrong-type", "int"),
-    "parts": ({"chosen": [{"role": "assistant", "content": [{}]}]}, "data.not-text", "list"),
+    "parts": ({"chosen": [{"role": "assistant", "content": [{}]}]}, "data.not-text", "`chosen`"),
     "role": ({"chosen": [{"role": "narrator", "content": "x"}]}, "data.unknown-role", "'narrator'"),
     "no answer": ({"chosen": [Q]}, "data.no-assistant-turn", "`chosen`"),
     "calls": (

@@ -1,4 +1,4 @@
-"""A row with anything in any place is taken or refused by name; it never breaks the program."""
+"""A row with any value in any field is accepted or refused with its id; it never crashes the program."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ ROWS = [
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_a_row_with_anything_in_any_place(
+def test_a_row_with_any_value_in_any_field(
     format: Format, case: str, row: dict[str, Any], data: st.DataObject
 ) -> None:
     path = data.draw(st.sampled_from(list(places(row))))
     bad = spoiled(row, path, data.draw(LIKELY | ANYTHING), data.draw(st.integers(0, 5)) == 0)
-    # A good row before it has all the columns, so that the format stays the one that is meant.
+    # A good row before it has all columns, so that the format is detected.
     raw = RawSource("src", [copy.deepcopy(row), bad], [1, 2], "file.jsonl")
     table = PROMPT_FORMATS if format.kind == "prompt" else FORMATS
     name = next(name for name, known in table.items() if known is format)
@@ -63,7 +63,7 @@ def test_a_row_with_anything_in_any_place(
         refusal = "src:2"
         json.dumps(found, allow_nan=False)
         assert all(isinstance(text, str) for new in found for text in new.get("responses", []))
-    assert re.search("src:[12]", refusal)  # rows that are joined have the id of the first
+    assert re.search("src:[12]", refusal)  # joined rows have the id of the first one
 
 
 def test_every_format_is_spoiled() -> None:

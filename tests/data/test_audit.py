@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -69,19 +70,19 @@ def test_sources_whose_rewards_have_another_unit(audit: Audit) -> None:
     rows.append({**pair(0, "0", None), "source": "none"})
     audit.check_target_gaps(rows, 1.0)
     wide, small = audit.remarks
-    assert wide.startswith("hundreds: ") and " wide " in wide and "3 of 3 rows" in wide
+    assert wide.startswith("hundreds: ") and " large " in wide and "3 of 3 rows" in wide
     assert small.startswith("hundredths: ") and " small " in small and "3 of 3 rows" in small
     audit.remarks.clear()
-    audit.check_target_gaps(rows, 100.0)  # of most rows: said once
+    audit.check_target_gaps(rows, 100.0)  # most rows: one remark
     (remark,) = audit.remarks
     assert (
-        ":" not in remark.partition(" is ")[0] and " wide " in remark and "9 of 12 rows" in remark
+        ":" not in remark.partition(" is ")[0] and " large " in remark and "9 of 12 rows" in remark
     )
 
 
 @pytest.mark.parametrize("table", [DROPS, WARNINGS])
 def test_reasons_are_used(table: dict[str, str]) -> None:
-    """No reason in the tables that the package never gives."""
+    """All reasons in the tables are used."""
     from pathlib import Path
 
     import rpo_trainer.data.audit as module
@@ -91,3 +92,43 @@ def test_reasons_are_used(table: dict[str, str]) -> None:
     code += Path(module.__file__).read_text().split("class Audit")[1]
     code += (Path(module.__file__).parents[1] / "rewards" / "pairs.py").read_text()
     assert [reason for reason in table if f'"{reason}"' not in code] == []
+
+
+def test_a_data_set_is_logged_in_two_lines(audit: Audit, caplog: pytest.LogCaptureFixture) -> None:
+    audit.max_length = 40
+    audit.add_read("a.jsonl", 1500)
+    audit.add_read("b.jsonl", 500)
+    for i in range(1900):
+        audit.keep("a.jsonl" if i < 1400 else "b.jsonl")
+        audit.add_lengths(20, [10, 12])
+    for i in range(100):
+        audit.drop("too_long", f"r{i}")
+    audit.warn("duplicate_prompt", "r7")
+    audit.warn("blank_responses_removed", "r8")
+    audit.add_unread("a.jsonl", ["notes"], ["model"])
+    audit.remark("all reward gaps are equal (1)")
+    logger = logging.getLogger("test")
+    with caplog.at_level(logging.DEBUG, "test"):
+        audit.log(logger, "train_dataset", "train data: ")
+    shown = [(r.levelno, r.getMessage()) for r in caplog.records if r.levelno >= logging.INFO]
+    (info, summary), (warning, warned) = shown
+    assert (info, warning) == (logging.INFO, logging.WARNING)
+    assert summary.startswith("train data: 2,000 rows") and warned.startswith(
+        "train data: 5.0 % of"
+    )
+    for part in ("a.jsonl 1,500", "b.jsonl 500", "1,900", "median 20", "max 12"):
+        assert part in summary
+    for part in ("100 rows", "max_length 40", "r0, r1, r2", "(r8)", "notes", "gaps are equal"):
+        assert part in warned
+    details = [r.getMessage() for r in caplog.records if r.levelno == logging.DEBUG]
+    assert any("(r7)" in line for line in details) and any("model" in line for line in details)
+
+
+def test_a_data_set_without_warnings_is_one_line(
+    audit: Audit, caplog: pytest.LogCaptureFixture
+) -> None:
+    audit.add_read("a.jsonl", 3)
+    with caplog.at_level(logging.INFO, "test"):
+        audit.log(logging.getLogger("test"), "the rows")
+        Audit().log(logging.getLogger("test"), "the rows")
+    assert caplog.messages == [audit.summary()] and "3 rows" in audit.summary()

@@ -1,4 +1,4 @@
-"""What each bad row must get: an error that names it, a counted drop, or a warning."""
+"""Each bad row is refused with its id, dropped and counted, or reported in a warning."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.raising import codes_of, problems_of, raises
 
 from .conftest import trained_texts
 
-HALF = [f"r{i}" for i in range(0, 10, 2)]  # the bad ones of `mixed`
+HALF = [f"r{i}" for i in range(0, 10, 2)]  # the bad rows of `mixed`
 USER = {"role": "user", "content": "q"}
 
 
 class Run:
-    """Rows written to a file, loaded, filtered and tokenised as a stage does it."""
+    """Rows written to a file, loaded, filtered and tokenized as in a stage."""
 
     def __init__(self, folder: Path, source: Any, tokenizer: Any) -> None:
         self.folder, self.source, self.tokenizer = folder, source, tokenizer
@@ -42,7 +42,7 @@ class Run:
     def refused(
         self, code: str, rows: list[Any], kind: Any = "pair", *, bad: list[str], **options: Any
     ) -> str:
-        """What is wrong: an error with this code about the rows `bad`."""
+        """Return the message of the error with this code about the rows `bad`."""
         fields = {"where": f"{self.folder}/rows.jsonl", "rows": bad, "of": len(rows)}
         with raises(code, DataError, exit_code=3, **fields) as error:
             self.load(rows, kind, **options)
@@ -69,7 +69,7 @@ def scored(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
 
 
 def mixed(good: Any, bad: Any, n: int = 10) -> list[Any]:
-    """Every second row is bad, the first as well."""
+    """Rows of which every second one is bad, starting with the first."""
     return [good if i % 2 else bad for i in range(n)]
 
 
@@ -92,9 +92,9 @@ def test_a_column_absent_in_some_rows(run: Run, column: str, null: bool) -> None
 
 @pytest.mark.parametrize(
     ("value", "fault"),
-    [(None, "null"), ("4", " text,"), (True, "a bool"), ([1], "type list")],
+    [(None, "null"), ("4", " text;"), (True, "a boolean"), ([1], "type list")],
 )
-def test_rewards_that_are_no_numbers(run: Run, value: Any, fault: str) -> None:
+def test_rewards_that_are_not_numbers(run: Run, value: Any, fault: str) -> None:
     rows = mixed(scored(2, 1), scored(value, 1))
     assert fault in run.refused("data.bad-reward", rows, bad=HALF, require_rewards=True)
 
@@ -103,12 +103,12 @@ def test_a_reward_that_is_not_there(run: Run) -> None:
     bad = scored(2, 1)
     del bad["rejected_reward"]
     rows = mixed(scored(2, 1), bad)
-    assert "absent" in run.refused("data.bad-reward", rows, bad=HALF, require_rewards=True)
+    assert "missing" in run.refused("data.bad-reward", rows, bad=HALF, require_rewards=True)
 
 
 @pytest.mark.parametrize(("number", "fault"), [("1e999", "infinite"), ("-1e999", "infinite")])
 def test_rewards_that_are_not_finite(run: Run, number: str, fault: str, tmp_path: Path) -> None:
-    """Written as JSON allows; NaN as a word is refused with the file."""
+    """Infinite numbers in valid JSON; the literal NaN is refused with the file."""
     line = json.dumps(scored(2, 1)).replace(": 2,", f": {number},")
     (tmp_path / "rows.jsonl").write_text(line)
     with raises("data.bad-reward", DataError) as error:
@@ -116,11 +116,11 @@ def test_rewards_that_are_not_finite(run: Run, number: str, fault: str, tmp_path
             [run.source("rows.jsonl")], kind="pair", base_dir=tmp_path, require_rewards=True,
             audit=Audit(), seed=0,
         )  # fmt: skip
-    assert f" {fault}," in error.value.what
+    assert f" {fault};" in error.value.what
 
 
 def test_nan_rewards_in_parquet(run: Run, tmp_path: Path) -> None:
-    """Where a file can hold them, the row is named."""
+    """In a file format with NaN, the row is named."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -132,7 +132,7 @@ def test_nan_rewards_in_parquet(run: Run, tmp_path: Path) -> None:
             [run.source("rows.parquet")], kind="pair", base_dir=tmp_path, require_rewards=True,
             audit=Audit(), seed=0,
         )  # fmt: skip
-    assert " NaN," in error.value.what
+    assert " NaN;" in error.value.what
 
 
 def test_without_rpo_such_rewards_are_left_out_and_counted(run: Run) -> None:
@@ -156,7 +156,7 @@ def test_chosen_and_rejected_whose_prompts_differ(run: Run) -> None:
 def test_content_that_is_not_text(run: Run, content: Any, code: str, kind: str) -> None:
     bad = pair(chosen=[{"role": "assistant", "content": content}])
     what = run.refused(code, mixed(pair(), bad), bad=HALF)
-    assert "`chosen`" in what and f" {kind}:" in what
+    assert "`chosen`" in what and kind in what
 
 
 def test_content_that_is_null(run: Run) -> None:
@@ -189,7 +189,7 @@ def test_an_unknown_role(run: Run) -> None:
 
 
 def test_half_a_surrogate_pair_from_a_list_of_rows(chatml: Any) -> None:
-    """No file can bring it so far, a program can."""
+    """Possible only for rows passed by a program."""
     from rpo_trainer.data import prepare_dataset
 
     with raises(
@@ -211,7 +211,7 @@ def test_several_faults_come_at_once(run: Run) -> None:
         ("data.bad-reward", ["r2"], 5),
         ("data.not-messages", ["r3"], 5),
     ]
-    named = ("absent", "`chosen`", " text,", "`chosen`")
+    named = ("missing", "`chosen`", " text;", "`chosen`")
     assert all(word in each.what for word, each in zip(named, found, strict=True))
     assert codes_of(error.value)[0] == error.value.code
 
@@ -244,12 +244,12 @@ def test_chosen_the_same_as_rejected(run: Run) -> None:
     assert run.counts() == {"identical_responses": counted(1, "r1")}
 
 
-def test_chosen_the_same_as_rejected_once_cut(run: Run) -> None:
+def test_chosen_equal_to_rejected_after_truncation(run: Run) -> None:
     long = "word " * 80
     data = run.train([pair(), pair(long + "a", long + "b")], truncation="cut", max_length=40)
     assert data["id"][:] == ["r0"]
     assert run.counts() == {"identical_after_truncation": counted(1, "r1")}
-    # Without the cut the row is dropped for its length.
+    # Without truncation the row is dropped for its length.
     other = Run(run.folder, run.source, run.tokenizer)
     other.train([pair(), pair(long + "a", long + "b")], max_length=40)
     assert other.counts() == {"too_long": counted(1, "r1")}
@@ -264,8 +264,8 @@ def test_a_prompt_that_leaves_no_room(run: Run, truncation: str) -> None:
 
 
 @pytest.mark.parametrize("truncation", ["drop", "cut"])
-def test_a_pair_cut_so_that_no_response_token_is_left(run: Run, truncation: str) -> None:
-    """The prompt fills the length to its last token."""
+def test_a_pair_truncated_before_the_response(run: Run, truncation: str) -> None:
+    """The prompt has exactly `max_length` tokens."""
     (whole,) = run.train([pair("a b", "c d")], max_length=1000)
     prompt, longest = len(whole["prompt_ids"]), max(map(len, whole["response_ids"]))
     fits = Run(run.folder, run.source, run.tokenizer)
@@ -275,7 +275,7 @@ def test_a_pair_cut_so_that_no_response_token_is_left(run: Run, truncation: str)
         full.train([pair("a b", "c d")], truncation=truncation, max_length=prompt)
     assert full.counts() == {"prompt_too_long": counted(1, "r0")}
     assert "(r0)" in str(error.value.why) and f"longest {prompt + longest}" in str(error.value.why)
-    assert "max_length" in str(error.value.fix) and f" {prompt} tokens" in str(error.value.fix)
+    assert "max_length" in str(error.value.fix) and f"({prompt})" in str(error.value.fix)
 
 
 def test_reversed_pairs_above_half_a_percent(run: Run) -> None:
@@ -320,7 +320,7 @@ def test_ties_by_policy(run: Run, choice: Any, left: int) -> None:
 def test_extra_columns(run: Run) -> None:
     run.load([pair(topic="a"), pair(author="b")])
     assert run.audit.extra_columns == {"rows.jsonl": ["author", "topic"]}
-    assert run.audit.unread_columns == {}  # nobody misses them
+    assert run.audit.unread_columns == {}  # no warning
 
 
 def test_duplicate_prompts(run: Run) -> None:
@@ -363,7 +363,7 @@ def test_special_tokens_in_the_text(run: Run) -> None:
     assert run.tokenizer.decode(data[0]["response_ids"][0]) == "a<|im_end|>b<|im_end|>"
 
 
-# ---------------------------------------------------------------- what must work
+# ---------------------------------------------------------------- accepted rows
 
 
 @pytest.mark.parametrize(
@@ -395,8 +395,8 @@ def test_long_rows_are_dropped_by_default_whichever_side_is_long(run: Run, side:
     assert run.counts() == {"too_long": counted(1, "r1")}
 
 
-def test_both_sides_are_cut_by_one_rule(run: Run) -> None:
-    """At `max_length` tokens of prompt and response together, the prompt kept whole."""
+def test_both_responses_are_truncated_alike(run: Run) -> None:
+    """Truncated to `max_length` tokens of prompt and response, with the entire prompt."""
     data = run.train(
         [pair("word " * 80, "cat " * 90), pair("cat " * 90, "word " * 80)],
         truncation="cut", max_length=40,

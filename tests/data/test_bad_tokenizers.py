@@ -1,4 +1,4 @@
-"""What each tokenizer and template that cannot be used must get, and those that must work."""
+"""Unusable tokenizers and templates are refused; unusual ones work."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def trained(row: dict[str, Any], tokenizer: Any) -> list[str]:
 def test_no_chat_template_where_messages_need_one(plain_text: Any) -> None:
     with raises("template.missing", DataError, where="model.chat_template", exit_code=3) as error:
         tokenized(CHAT, plain_text)
-    assert "chatml | plain" in str(error.value.fix)
-    assert trained(TEXT, plain_text) == ["yes</s>"]  # texts do without
+    assert "chatml, plain" in str(error.value.fix)
+    assert trained(TEXT, plain_text) == ["yes</s>"]  # text needs no template
 
 
 def test_no_end_token(make_tokenizer: Callable[..., Any]) -> None:
@@ -59,7 +59,7 @@ def test_a_chat_template_that_is_not_there(plain_text: Any) -> None:
     with raises("template.unreadable", ModelError, where="model.chat_template") as error:
         set_chat_template(plain_text, "absent.jinja")
     assert "'absent.jinja'" in error.value.what and "[Errno 2]" in error.value.what
-    assert "chatml | plain" in str(error.value.fix)
+    assert "chatml, plain" in str(error.value.fix)
 
 
 TEMPLATES = {
@@ -109,7 +109,7 @@ def test_a_slow_tokenizer() -> None:
     assert "tokenizer.json" in str(error.value.fix)
 
 
-# ---------------------------------------------------------------- what must work
+# ---------------------------------------------------------------- accepted tokenizers
 
 
 def test_no_pad_token(make_tokenizer: Callable[..., Any]) -> None:
@@ -119,7 +119,7 @@ def test_no_pad_token(make_tokenizer: Callable[..., Any]) -> None:
 
 
 def test_pad_token_equal_to_the_end_token(make_tokenizer: Callable[..., Any]) -> None:
-    """The end is trained all the same: the mask does not come from the ids."""
+    """The end token is trained even so: the mask is not derived from the ids."""
     for specials, end, row in ((CHATML_SPECIALS, "<|im_end|>", CHAT), (["</s>"], "</s>", TEXT)):
         tokenizer = make_tokenizer(specials, eos=end)
         tokenizer.pad_token = end

@@ -1,4 +1,4 @@
-"""The text of the trained tokens is what the assistant wrote, and its end marker: nothing else."""
+"""The trained tokens are exactly the assistant's text and its end marker."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LLAMA3 = (
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-# Thinking is dropped in all turns but the last, where an empty one is written if there is none.
+# Thinking is dropped in all turns except the last, which has an empty block if there is none.
 THINKING = (
     "{% for m in messages %}{% set text = m.content %}{% set thought = '' %}"
     "{% if m.role == 'assistant' and '</think>' in text %}"
@@ -40,7 +40,7 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# A count in front: no rendering of a part is the beginning of the whole.
+# Begins with a count, so that the rendering of a part is never a prefix of the entire rendering.
 COUNTING = (
     "{{ messages | length }}\n{% for m in messages %}{{ m.role }}> {{ m.content }} ##\n{% endfor %}"
 )
@@ -60,7 +60,7 @@ CHAT = [
 
 @pytest.fixture
 def tokenizers(make_tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
-    """A tokenizer with the special tokens that the named template needs."""
+    """A tokenizer with the special tokens of the named template."""
     l3 = ["<|bot|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eos|>"]
     kinds: dict[str, Any] = {
         "chatml": (CHATML_SPECIALS, {"eos": "<|im_end|>"}, None),
@@ -94,7 +94,7 @@ TURNS = {
     "plain": [" Four.</s>", " Yes, it is 4 🙂</s>"],
     "llama2": [" Four. </s>", " Yes, it is 4 🙂 </s>"],
     "llama3": ["Four.<|eot_id|>", "Yes, it is 4 🙂<|eot_id|>"],
-    # What the model is to write behind its generation prompt, so the empty thought too.
+    # Everything that the model generates after the generation prompt, including the empty thinking block.
     "thinking": ["Four.<|im_end|>", "<think>\n\n</think>\n\nYes, it is 4 🙂<|im_end|>"],
     "counting": ["Four. ##", "Yes, it is 4 🙂 ##"],
     "harmony": ["Four.<|end|>", "Yes, it is 4 🙂<|return|>"],
@@ -136,7 +136,7 @@ def test_thinking_is_trained_where_it_is_rendered(tokenizers: Callable[[str], An
 
 @pytest.mark.parametrize("kind", ["plain", "llama2", "llama3"])
 def test_one_begin_token(tokenizers: Callable[[str], Any], kind: str) -> None:
-    """Llama 2 and 3 write it in the template, the plain template leaves it to the tokenizer."""
+    """Llama 2 and 3 write it in the template; with the plain template the tokenizer adds it."""
     tokenizer = tokenizers(kind)
     ids, mask = encoded(tokenizer, CHAT[:2])
     assert ids[0] == tokenizer.bos_token_id
@@ -162,7 +162,7 @@ def test_no_begin_token_where_nobody_writes_one(
     ("kind", "end"), [("chatml", 1), ("plain", 1), ("llama3", 2), ("harmony", 1), ("counting", 1)]
 )
 def test_end_token_ids(tokenizers: Callable[[str], Any], kind: str, end: int) -> None:
-    """The template's marker is an end beside the end token where it is another special token."""
+    """A template's end marker that is not the EOS token also ends a response."""
     tokenizer = tokenizers(kind)
     ends = end_token_ids(tokenizer)
     assert len(ends) == end
@@ -178,7 +178,7 @@ def test_special_token_text_stays_text(tokenizers: Callable[[str], Any]) -> None
     ]
     ids, mask = encoded(tokenizer, messages)
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in CHATML_SPECIALS[:2])
-    assert (ids.count(start), ids.count(end)) == (2, 2)  # those of the template
+    assert (ids.count(start), ids.count(end)) == (2, 2)  # those of the template alone
     text = f"<|im_start|>user\n{attack}<|im_end|>\n<|im_start|>assistant\n"
     answer = "<|im_start|> is a token<|im_end|>.<|im_end|>"
     assert tokenizer.decode(ids) == text + answer + "\n"
@@ -200,7 +200,7 @@ def test_begin_token_text_in_front_is_not_the_begin_token(
     assert tokenizer.decode(ids) == "<s><s> hi</s>Four.</s>"
 
 
-def test_pieces_give_the_ids_of_the_whole(tokenizers: Callable[[str], Any]) -> None:
+def test_pieces_have_the_ids_of_the_entire_text(tokenizers: Callable[[str], Any]) -> None:
     for kind in ("chatml", "llama2", "llama3", "plain"):
         tokenizer = tokenizers(kind)
         rendered = ChatRenderer(tokenizer).conversation(CHAT)
@@ -244,12 +244,12 @@ def test_templates_that_cannot_be_used(make_tokenizer: Callable[..., Any]) -> No
     fails(COUNTING.replace("m.content", "m.content | upper"), "template.turn-not-found")
     said = fails("{{ raise_exception('roles must alternate') }}", "template.refuses-row")
     assert "(roles must alternate)" in said
-    # the end marker only behind the last turn
+    # the end marker only after the last turn
     last = "{% for m in messages %}{{ m.content }}\n{% endfor %}{{ eos_token }}"
     fails(last, "template.no-end-marker")
 
 
-def test_a_clock_in_the_template_stands_still(make_tokenizer: Callable[..., Any]) -> None:
+def test_the_date_of_a_template_is_fixed(make_tokenizer: Callable[..., Any]) -> None:
     template = (
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     )
@@ -265,7 +265,7 @@ def test_set_chat_template(tmp_path: Path, make_tokenizer: Callable[..., Any]) -
     assert set_chat_template(tokenizer, path).chat_template == "{# é #}"
     with raises("template.unreadable", ModelError) as error:
         set_chat_template(tokenizer, "chatlm")
-    assert "'chatlm'" in error.value.what and "chatml | plain" in str(error.value.fix)
+    assert "'chatlm'" in error.value.what and "chatml, plain" in str(error.value.fix)
     with raises("template.missing-tokens", ModelError) as error:
         set_chat_template(tokenizer, "chatml")
     assert "<|im_start|>" in error.value.what
@@ -277,7 +277,7 @@ def test_plain_text_rows(plain_text: Any) -> None:
     encoder = Encoder(plain_text)
     ids, mask = encoder.encode([render_plain("add 1 and 2: ", "</s> 3")])[0]
     assert plain_text.decode(ids) == "<s>add 1 and 2: </s> 3</s>"
-    assert ids.count(plain_text.eos_token_id) == 1  # the text of it in the data is text
+    assert ids.count(plain_text.eos_token_id) == 1  # in the data it is plain text
     assert trained_texts(plain_text, ids, mask)[0].strip() == "</s> 3</s>"
     assert ids[: len(encode_prompt(plain_text, "add 1 and 2:"))] == encode_prompt(
         plain_text, "add 1 and 2:"
@@ -313,7 +313,7 @@ def test_reserved_characters_are_refused(chatml: Any) -> None:
 
 
 def test_a_real_sentencepiece_like_tokenizer(shared_dir: Path) -> None:
-    """One whose normalizer puts a mark in front of each stretch of text."""
+    """A tokenizer whose normalizer prepends a marker to each stretch of text."""
     from transformers import AutoTokenizer
 
     folder = shared_dir / "data/fixtures/models/stories260K"

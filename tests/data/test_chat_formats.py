@@ -1,4 +1,4 @@
-"""The response mask under the chat formats of well-known families, and what their quirks do to it."""
+"""The response mask under the chat formats of well-known model families and their quirks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="session")
 def tokenizers(make_tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
-    """A tokenizer with the template and the control tokens of a family."""
+    """A tokenizer with the template and the control tokens of one family."""
     return lru_cache(lambda name: make(make_tokenizer, FORMATS[name]))
 
 
@@ -97,10 +97,10 @@ def test_the_answers_and_their_end_markers_are_trained(
     turns = wanted_turns(form, chat)
     assert [rendered.text[a:b] for a, b in rendered.spans] == turns
     ids, mask = Encoder(tokenizer).encode([rendered])[0]
-    if form.swallows and case == "blanks around":  # they are in the token in front of the answer
+    if form.swallows and case == "blanks around":  # part of the token before the answer
         turns = [turn.lstrip() for turn in turns]
     assert trained_texts(tokenizer, ids, mask) == turns
-    # In pieces around the control tokens: the same ids.
+    # Tokenized in pieces between control tokens, with the same ids.
     assert Encoder(tokenizer).encode([rendered], [True])[0] == (ids, mask)
     last = ChatRenderer(tokenizer).conversation(chat, last_only=True)
     only_last = trained_texts(tokenizer, *Encoder(tokenizer).encode([last])[0])
@@ -111,7 +111,7 @@ def test_the_answers_and_their_end_markers_are_trained(
 def test_prompts_begin_what_is_trained_on(
     tokenizers: Callable[[str], Any], name: str, case: str
 ) -> None:
-    """What a response is sampled behind is token by token what it was trained behind."""
+    """The prompts for sampling and training have the same tokens."""
     form, chat = FORMATS[name], CHATS[case]
     tokenizer = tokenizers(name)
     ids, mask = Encoder(tokenizer).encode([ChatRenderer(tokenizer).conversation(chat)])[0]
@@ -139,7 +139,7 @@ def test_one_begin_token_whoever_writes_it(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_marks_in_the_text_are_no_control_tokens(
+def test_markers_in_the_text_are_not_control_tokens(
     tokenizers: Callable[[str], Any], name: str
 ) -> None:
     tokenizer = tokenizers(name)
@@ -175,7 +175,7 @@ def test_gemma_takes_no_system_prompt(tokenizers: Callable[[str], Any]) -> None:
     with raises("template.refuses-row", DataError, rows=["r1"], of=2) as error:
         tokenize(rows, tokenizer)
     assert "(System role not supported)" in error.value.what
-    assert "chat_template: chatml | plain" in str(error.value.fix)
+    assert "chatml, plain" in str(error.value.fix)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma"])
@@ -211,7 +211,7 @@ def row(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
 def test_thinking_of_earlier_turns_is_left_out_and_counted(
     tokenizers: Callable[[str], Any],
 ) -> None:
-    """Qwen 3 writes it behind the last question only; the turn is trained as it is written."""
+    """Qwen 3 only writes it after the last user turn; the turn is trained as rendered."""
     tokenizer = tokenizers("qwen3")
     early = assistant("<think>\n2 + 2\n</think>\n\nFour.")
     late = assistant("<think>\nagain\n</think>\n\nYes.")
@@ -226,12 +226,12 @@ def test_thinking_of_earlier_turns_is_left_out_and_counted(
     assert audit.warnings == {}
 
 
-def test_thinking_in_a_key_of_its_own(tokenizers: Callable[[str], Any]) -> None:
+def test_thinking_in_a_separate_key(tokenizers: Callable[[str], Any]) -> None:
     thought = assistant("Yes.", reasoning_content="again")
     found, audit = trained_of([row(user("a"), thought)], tokenizers("qwen3"))
     assert found == ["<think>\nagain\n</think>\n\nYes.<|im_end|>"]
     assert audit.warnings == {}
-    # A template that knows no such key leaves it out.
+    # A template that does not read the key omits it.
     found, audit = trained_of([row(user("a"), thought)], tokenizers("chatml"))
     assert found == ["Yes.<|im_end|>"]
     assert audit.warnings["text_left_out"].count == 1
@@ -287,11 +287,11 @@ def test_calls_that_the_template_does_not_write_are_refused(
     tokenizer = tokenizers(name)
     with raises("template.unwritten-tool-calls", DataError, rows=["r0"], of=1) as error:
         tokenize([row(*CALLING)], tokenizer)
-    assert "chat_template: chatml | plain" in str(error.value.fix)
+    assert "chatml, plain" in str(error.value.fix)
 
 
 def test_turns_of_weight_0_are_not_trained(tokenizers: Callable[[str], Any]) -> None:
-    """As in OpenAI's fine-tuning files."""
+    """Format of OpenAI's fine-tuning files."""
     tokenizer = tokenizers("chatml")
     chat = [user("a"), assistant("bad", weight=0), user("b"), assistant("good", weight=1)]
     assert trained_of([row(*chat)], tokenizer)[0] == ["good<|im_end|>"]
@@ -324,7 +324,7 @@ def test_a_real_sentencepiece_like_tokenizer(shared_dir: Path, name: str) -> Non
         rendered = ChatRenderer(tokenizer).conversation(chat)
         ids, mask = Encoder(tokenizer).encode([rendered])[0]
         found = trained_texts(tokenizer, ids, mask)
-        # This one writes a blank in front of the first word of a stretch, and drops it again.
+        # It prepends a space to the first word of a stretch when encoding, and removes it when decoding.
         assert [t.strip() for t in found] == [t.strip() for t in wanted_turns(form, chat)]
 
 
@@ -349,7 +349,7 @@ def test_a_real_byte_level_tokenizer(shared_dir: Path, name: str) -> None:
 
 
 def test_a_token_across_the_border_is_trained(make_tokenizer: Callable[..., Any]) -> None:
-    """A tokenizer may join the end of a prompt and the beginning of a response in one token.
+    """A tokenizer may merge the end of a prompt and the beginning of a response into one token.
 
     The prompt's tokens are then no prefix of the whole; the offsets still find every token of the
     response, and the token that holds characters of both is one of them.
@@ -371,7 +371,8 @@ def test_a_token_across_the_border_is_trained(make_tokenizer: Callable[..., Any]
 
 
 def test_marks_of_turns_that_are_not_called_special(make_tokenizer: Callable[..., Any]) -> None:
-    """Some tokenizers hold the marks of ChatML as plain added tokens: in the data they are text."""
+    """In some tokenizers the markers of ChatML are added tokens but not special: in the data they are
+    text."""
     tokenizer = make_tokenizer(["<|endoftext|>"], eos="<|endoftext|>")
     tokenizer.add_tokens(
         [
@@ -390,7 +391,7 @@ def test_marks_of_turns_that_are_not_called_special(make_tokenizer: Callable[...
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == rendered.text
     assert trained_texts(tokenizer, ids, mask) == ["b <|im_end|> <tool><|im_end|>"]
-    # A token that the template does not write is the data's own.
+    # A token that the template does not write is part of the data.
     assert tokenizer.convert_tokens_to_ids("<tool>") in ids
     assert ids[: mask.index(1)] == encode_prompt(tokenizer, chat[:1])
     _, audit = trained_of([row(*chat)], tokenizer)
@@ -400,7 +401,7 @@ def test_marks_of_turns_that_are_not_called_special(make_tokenizer: Callable[...
 def test_a_sentence_and_the_call_after_it_are_both_trained(
     tokenizers: Callable[[str], Any],
 ) -> None:
-    """OpenAI's messages may have them as two turns."""
+    """In OpenAI's messages they may be two turns."""
     tokenizer = tokenizers("qwen25")
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     chat = [user("Hi?"), assistant("I look."), assistant("", tool_calls=[call])]

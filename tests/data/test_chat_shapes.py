@@ -1,4 +1,5 @@
-"""What is trained under each shape of chat template: what the model must write itself, with its end."""
+"""Trained text under each structure of chat templates: the text that the model generates, with its end
+marker."""
 
 from __future__ import annotations
 
@@ -83,7 +84,7 @@ def final(words: str, end: str = "<|return|>") -> str:
 
 
 def opened(call: str) -> Trained:
-    """Where the generation prompt opens the thinking, and it is left out of turns before a question."""
+    """The generation prompt opens the thinking, which is omitted from turns before the last user turn."""
     close = "\n</think>\n\n"
     return {
         "plain": [f"{close}Four.<|im_end|>"],
@@ -247,7 +248,7 @@ NO_THINKING = {
     *("folded result", "joined result", "cut thought", "deepseek r1"),
 }
 EARLY = ("qwen3", "opened thought", "xml call", "empty thought", "harmony", "glm45")
-# Shapes that leave something out, and where.
+# Structures that omit text, and the cases in which they do.
 LEFT_OUT = {
     **{name: {"thought", "thoughts", "early thoughts"} for name in NO_THINKING},
     **{name: {"early thoughts"} for name in EARLY},
@@ -256,7 +257,7 @@ for _name in ("cut thought", "deepseek r1"):
     LEFT_OUT[_name].add("inside")
 for _name in ("mistral", "glm4"):
     LEFT_OUT[_name].add("text, call")
-# Shapes whose generation has another text in front of a turn, and where; `*`: in front of the last one.
+# Structures whose prompt for generation differs from training, and the cases; `*`: before the last turn.
 QUESTIONS = {"turns", "question", "early thoughts"}
 DIFFERS = {
     **{name: {"early thoughts"} for name in ("qwen3", "harmony", "glm45")},
@@ -311,7 +312,7 @@ def test_exactly_what_the_model_writes_is_trained(
     ids, mask = whole(example)
     assert trained_texts(tokenizer, ids, mask) == TRAINED[name][case]
     differs = DIFFERS.get(name, set())
-    # What a response is sampled after is what it is trained after, or said to differ.
+    # The prompts for sampling and training are equal, or the difference is reported.
     same = ids[: last_start(mask)] == encode_prompt(tokenizer, chat[:-1])
     assert same != (f"{case}*" in differs)
     assert ("text_left_out" in audit.warnings) == (case in LEFT_OUT.get(name, ()))
@@ -324,7 +325,7 @@ def test_exactly_what_the_model_writes_is_trained(
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_last_turn_alone(shaped: Callable[[str], Any], name: str) -> None:
-    """Of a pair, the last turn is trained as in SFT, and its end is one that ends a response."""
+    """The response of a pair is trained as the last turn in SFT, and its end marker ends a response."""
     tokenizer = shaped(name)
     ends = end_token_ids(tokenizer)
     assert tokenizer.convert_ids_to_tokens(ends) == ENDS.get(name, ["<|im_end|>"])

@@ -1,4 +1,4 @@
-"""Thinking inside the content of a turn, marks that an answer only mentions, and calls that are missing."""
+"""Thinking in the content of a turn, markers that an answer only mentions, and missing tool calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .conftest import trained_texts
 from .test_chat_shapes import TRAINED, last_start, prepared, whole
 
 MENTIONED = "Close it with </think> at the end."
-# A template that opens the thinking in its generation prompt, reads it from a key, and does not split words.
+# A template that opens thinking in its generation prompt, and reads it from a key but not from the content.
 OPENING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n"
@@ -32,7 +32,7 @@ def trained(tokenizer: Any, *turns: dict[str, Any]) -> tuple[list[str], Any]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_an_answer_that_mentions_a_closing_mark_is_no_thinking(
+def test_an_answer_with_a_closing_marker_is_not_thinking(
     shaped: Callable[[str], Any], name: str
 ) -> None:
     """It is trained as an answer, or a warning says that the template itself cuts it in two; only a
@@ -46,7 +46,7 @@ def test_an_answer_that_mentions_a_closing_mark_is_no_thinking(
 
 
 def test_a_closing_mark_that_is_special_is_text_in_an_answer(shaped: Callable[[str], Any]) -> None:
-    """Only behind an opening mark, in the turn or in the generation prompt, it is control."""
+    """It is a control token only after an opening marker, in the turn or in the generation prompt."""
     tokenizer = shaped("magistral")
     turn = said("Close it with [/THINK].")
     example, audit = prepared(tokenizer, {"messages": [USER, turn]})
@@ -55,7 +55,7 @@ def test_a_closing_mark_that_is_special_is_text_in_an_answer(shaped: Callable[[s
 
 
 def test_thinking_that_the_prompt_has_opened(make_tokenizer: Callable[..., Any]) -> None:
-    """`thought</think>answer`, as it is sampled, is trained behind the same prompt as a key."""
+    """`thought</think>answer`, as sampled, is trained after the same prompt as thinking in a key."""
     tokenizer = make_tokenizer(
         ["<|im_start|>", "<|im_end|>"], eos="<|im_end|>", chat_template=OPENING
     )
@@ -69,7 +69,7 @@ def test_thinking_that_the_prompt_has_opened(make_tokenizer: Callable[..., Any])
 
 
 def test_a_template_that_writes_one_call_of_several(shaped: Callable[[str], Any]) -> None:
-    """The row is refused, whatever tells the calls apart: names, arguments, or nothing."""
+    """The row is refused whether the calls differ in names, in arguments, or not at all."""
     call = said("", city="Rome")
     (first,) = call["tool_calls"]
     for function in (

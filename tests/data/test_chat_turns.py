@@ -1,4 +1,4 @@
-"""Parts of turns: marks of thinking, spellings of calls, borders, and what training and generation share."""
+"""Parts of turns: thinking markers, forms of calls, boundaries, and equality of training and generation."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_what_differs_is_a_warning_with_an_example(shaped: Callable[[str], Any])
     assert training.endswith("<｜Assistant｜>Four.<｜end▁of▁sentence｜>")
     (told,) = [text for _, text in audit.messages() if repr(generation) in text]
     assert repr(training) in told and "r0" in told
-    # `check` and the report warn of it where it is most rows.
+    # `check` and the report warn if it affects most rows.
     assert [
         c.text for c in read_audit(AuditRecord.from_json(audit.as_dict())).concerns("rows")
     ] == [told]
 
 
 def test_marks_of_thinking_in_an_answer_are_tokens(shaped: Callable[[str], Any]) -> None:
-    """Special or not, named by the template's own words or not; in a question, special ones are text."""
+    """Special or not, and mentioned by the template or not; in a user turn special ones are text."""
     for name, opening, closing in (
         ("named marks", "<think>", "</think>"),
         ("magistral", "[THINK]", "[/THINK]"),
@@ -60,7 +60,9 @@ def test_marks_of_thinking_in_an_answer_are_tokens(shaped: Callable[[str], Any])
     assert not of[0][1].warnings
 
 
-def test_a_blank_token_across_the_border_is_cut(make_tokenizer: Callable[..., Any]) -> None:
+def test_a_white_space_token_across_the_boundary_is_split(
+    make_tokenizer: Callable[..., Any],
+) -> None:
     """The generation prompt ends with a line break, and the turn begins with one."""
     shape = SHAPES["opened thought"]
     tokenizer = make_tokenizer(list(shape.specials), eos=shape.eos, chat_template=shape.template)
@@ -72,7 +74,8 @@ def test_a_blank_token_across_the_border_is_cut(make_tokenizer: Callable[..., An
 
 
 def test_calls_in_every_spelling(shaped: Callable[[str], Any]) -> None:
-    """Arguments as an object or as JSON, in `function` or not, are the same to every template."""
+    """Arguments as an object or as JSON, with or without `function`, are rendered equally by all
+    templates."""
     for name in ("hermes", "deepseek", "llama", "cohere"):
         tokenizer = shaped(name)
         function = {"name": "weather", "arguments": {"city": "Rome"}}
@@ -82,7 +85,7 @@ def test_calls_in_every_spelling(shaped: Callable[[str], Any]) -> None:
             assert trained_texts(tokenizer, *whole(example)) == TRAINED[name]["answer"]
 
 
-def test_the_system_prompt_stands_where_generation_has_it(shaped: Callable[[str], Any]) -> None:
+def test_the_system_prompt_is_where_generation_has_it(shaped: Callable[[str], Any]) -> None:
     tokenizer = shaped("mistral")
     chat = [{"role": "system", "content": "Be brief."}, *CASES["turns"]]
     example, audit = prepared(tokenizer, {"messages": chat})
@@ -91,7 +94,7 @@ def test_the_system_prompt_stands_where_generation_has_it(shaped: Callable[[str]
     assert tokenizer.decode(ids) == (
         "<s>[INST]Hi?[/INST]Four.</s>[INST]Be brief.\n\nSure?[/INST]Yes.</s>"
     )
-    # The first answer is generated after the system prompt too, and one text has it once.
+    # The first answer is also generated after the system prompt, but a rendering contains it only once.
     generation, training = audit.generation["s"].example or ("", "")
     assert generation.startswith("<s>[INST]Be brief.") and training.startswith("<s>[INST]Hi?")
 
@@ -108,7 +111,7 @@ def test_ends_that_the_data_brings_are_not_written_twice(shaped: Callable[[str],
 def test_a_call_that_the_template_writes_without_opening_a_turn(
     make_tokenizer: Callable[..., Any],
 ) -> None:
-    """After a result generation has a token that the template writes in front of answers only."""
+    """After a tool result, generation has a token that the template writes only before answers."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
         "{% elif m.role == 'tool' %}<|result|>{{ m.content }}{% elif m.tool_calls %}"
@@ -141,7 +144,7 @@ def test_what_two_texts_share_does_not_end_inside_a_token() -> None:
 
 
 def test_outputs_end_where_turns_end(shaped: Callable[[str], Any]) -> None:
-    """What `eos_token_id` of an output holds: ends of answers and of calls, not what follows them."""
+    """`eos_token_id` of an output contains the end markers of answers and calls, not what follows them."""
     for name, ends in (
         ("glm4", {"<|user|>", "<|observation|>"}),
         ("harmony", {"<|return|>", "<|call|>"}),
@@ -175,7 +178,7 @@ def test_a_template_that_refuses_a_call_without_its_result(
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_turns_of_the_assistant_at_the_end(shaped: Callable[[str], Any], name: str) -> None:
-    """The first of them ends with its own end, not with what opens the second."""
+    """The first turn ends with its end marker, not with the opening of the second."""
     tokenizer = shaped(name)
     chat = [USER, said("Four."), said("Yes.")]
     example, _ = prepared(tokenizer, {"messages": chat})
@@ -191,7 +194,7 @@ def test_two_turns_of_the_assistant_at_the_end(shaped: Callable[[str], Any], nam
     assert "Four." not in second
 
 
-def test_words_that_are_written_after_the_result_of_their_call(
+def test_text_written_after_the_result_of_its_call(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     template = (
@@ -216,7 +219,7 @@ def test_words_that_are_written_after_the_result_of_their_call(
 def test_templates_that_take_content_in_parts_only(
     refused: bool, make_tokenizer: Callable[..., Any]
 ) -> None:
-    """As those of some models of images: a text is refused, or is not written."""
+    """As in templates of some multimodal models: text content is refused, or not rendered."""
     part = "{{ part.text.strip() }}" if refused else "{{ part.text }}"
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"

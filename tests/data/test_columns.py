@@ -1,4 +1,4 @@
-"""Where the prompt of a pair is: read from its column, or asked for; never guessed."""
+"""The prompt of a pair is read from its column, or an error asks for a mapping; it is never guessed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.columns import mapping_for, unread
 from rpo_trainer.data.sources import RawSource
 from rpo_trainer.errors import DataError
+from rpo_trainer.report.audits import read_audit
+from rpo_trainer.stages.record import AuditRecord
 from tests.raising import raises
 
 Row = dict[str, Any]
@@ -49,10 +51,22 @@ def test_layouts_of_pairs(columns: Row, prompt: Any) -> None:
     assert not audit.extra_columns and not audit.warnings
 
 
-def test_orca_by_name() -> None:
+def test_orca_pairs() -> None:
     row = {"system": "s", "question": "q", **PAIR}
-    assert adapted(row, format="orca")["prompt"] == [SYSTEM, Q]
-    assert adapted({**row, "system": ""}, format="orca")["prompt"] == [Q]
+    for options in ({}, {"format": "orca"}):
+        audit = Audit()
+        assert adapted(row, audit=audit, **options)["prompt"] == [SYSTEM, Q]
+        assert not audit.extra_columns and not audit.warnings
+        assert adapted({**row, "system": ""}, **options)["prompt"] == [Q]
+    rewards = {"chosen_reward": 2, "rejected_reward": 1}
+    assert adapted({**row, **rewards}, require_rewards=True)["rewards"] == [2.0, 1.0]
+
+
+def test_a_question_with_another_prompt_column_is_not_an_orca_pair() -> None:
+    audit = Audit()
+    row = {"system": "s", "question": "other", "prompt": "q", **PAIR}
+    assert adapted(row, audit=audit)["prompt"] == "s\n\nq"
+    assert audit.unread_columns == {"src": ["question"]}
 
 
 @pytest.mark.parametrize(
@@ -119,11 +133,11 @@ def test_which_columns_are_missed() -> None:
     assert unread(rows, ["notes"], ("notes",)) == ([], ["notes"])
 
 
-def test_missed_columns_are_warnings_and_others_are_told() -> None:
+def test_relevant_unread_columns_are_warnings_and_others_info() -> None:
     audit = Audit()
     adapted({"prompt": "q", **PAIR, "notes": "x", "model": "m"}, audit=audit)
     levels = {text: level for level, text in audit.messages()}
-    assert levels["src: columns that are not read: notes"] == logging.WARNING
+    assert levels["src: columns not read: notes"] == logging.WARNING
     assert levels["src: unused columns: model"] == logging.INFO
 
 
@@ -131,3 +145,12 @@ def test_names_are_guessed_once() -> None:
     assert mapping_for(["prompt", "context"], ["question"]) == (
         "`columns: {prompt: question, context: NAME}`"
     )
+
+
+def test_the_report_has_the_same_text_about_unread_columns() -> None:
+    """`check` shows a finding of the report once, and not also as a message of the audit."""
+    audit = Audit()
+    adapted({"prompt": "q", "notes": "x", **PAIR}, audit=audit)
+    found = read_audit(AuditRecord.from_json(audit.as_dict())).concerns("the rows")
+    texts = {concern.text for concern in found if concern.key == "unread-columns"}
+    assert texts and texts <= {text for _, text in audit.messages()}

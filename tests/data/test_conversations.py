@@ -1,4 +1,4 @@
-"""Conversations in the spellings that exports and other trainers give them."""
+"""Conversations in the forms of data exports and other trainers."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_a_system_prompt_is_repeated_where_a_line_ends_with_it(prompt: str, foun
 
 @pytest.mark.parametrize("column", ["prompt", "question", "Instruction"])
 def test_a_prompt_that_the_messages_hold_is_not_missed(column: str) -> None:
-    """UltraChat's and no_robots' rows."""
+    """Rows of UltraChat and no_robots."""
     rows: list[Row] = [{column: "q", "prompt_id": "x", "messages": [Q, A]} for _ in range(2)]
     audit = Audit()
     adapted(rows, "sft", audit)

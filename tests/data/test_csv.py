@@ -1,4 +1,4 @@
-"""CSV files: fields as RFC 4180 has them, numbers by the names that formats know."""
+"""CSV files: fields as in RFC 4180, and numbers in the columns that formats define."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_fields_are_those_of_the_standard_library(tmp_path: Path) -> None:
 
 
 def test_an_index_without_a_name_is_not_read(tmp_path: Path, source: Any) -> None:
-    """What pandas' `to_csv` writes, and its `read_csv` reads back."""
+    """The index column that pandas' `to_csv` writes."""
     for name in ("", "Unnamed: 0"):
         audit = Audit()
         (row,) = load(tmp_path, source, f"{name},prompt,response\n7,q,a\n", audit, kind="sft")

@@ -1,4 +1,4 @@
-"""A response that was cut before it ended trains no end token, whatever its template and its way here."""
+"""A truncated response trains no end token, for any template and data source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = ["one two", "three", "four.", "five "]
 
 @pytest.fixture
 def styled(make_tokenizer: Callable[..., Any]) -> Callable[[str], tuple[Any, Any]]:
-    """A tokenizer and a prompt of a style."""
+    """A tokenizer and a prompt for one kind of template."""
 
     def make(style: str) -> tuple[Any, Any]:
         if style == "characters":
@@ -56,7 +56,7 @@ def trained(example: Any, number: int) -> list[int]:
 def test_the_sampled_tokens_and_no_more(
     shaped: Callable[[str], Any], name: str, case: str, less: int
 ) -> None:
-    """Cut in front of the end token, and in front of the last token of the words."""
+    """Truncated before the end token, and before the last token of the text."""
     tokenizer, chat = shaped(name), CASES[case]
     own = last_turn(tokenizer, chat)
     sample, reader = read(tokenizer, chat[:-1], own[:-less])
@@ -68,7 +68,7 @@ def test_the_sampled_tokens_and_no_more(
     assert reader.changed == (less == 1 and name in ("cohere", "always opened"))
     assert trained(example, 0) == own[: -less - reader.changed]
     assert example["response_ids"][1][-1] in end_token_ids(tokenizer)
-    (whole,), _ = tokenized([row], tokenizer)  # without the column all have ended
+    (whole,), _ = tokenized([row], tokenizer)  # without the column all responses are complete
     assert whole["response_ids"][0][-1] in end_token_ids(tokenizer)
 
 
@@ -103,7 +103,9 @@ def test_every_maker_of_preference_rows_says_it(
     assert audit.as_dict()["cut"] == {"s": {"count": cut, "of": of}}
 
 
-def test_a_cut_and_a_whole_response_of_one_text_are_two(styled: Callable[[str], Any]) -> None:
+def test_a_truncated_and_a_complete_response_with_equal_text_differ(
+    styled: Callable[[str], Any],
+) -> None:
     tokenizer, prompt = styled("chatml")
     row = {
         "id": "r", "source": "s", "prompt": prompt, "responses": ["a", "a", "a"], "ground_truth": "a",
@@ -119,7 +121,7 @@ def test_a_cut_and_a_whole_response_of_one_text_are_two(styled: Callable[[str], 
             for ids, mask in zip(example["response_ids"], example["response_mask"], strict=True)
         }
         assert len(keys) == 2
-    # A reward model is trained on what it scores: texts, each with its end.
+    # A reward model is trained on complete texts, which it will score.
     (example,), _ = tokenized([{**made, "responses": ["a", "b"]}], tokenizer, all_end=True)
     assert {ids[-1] for ids in example["response_ids"]} == {tokenizer.eos_token_id}
 
@@ -135,7 +137,7 @@ def test_a_cut_and_a_whole_response_of_one_text_are_two(styled: Callable[[str], 
     ids=["responses", "ranked", "pairs", "margin"],
 )
 def test_the_column_is_read(columns: dict[str, Any], flags: list[bool]) -> None:
-    """In the order of the file's responses; a list that does not fit them is an error."""
+    """In the order of the responses in the file; a list of another length is an error."""
 
     def adapted(finished: Any) -> tuple[Any, Audit]:
         audit, row = Audit(), {"prompt": "q", "finished": finished, **columns}
@@ -151,13 +153,15 @@ def test_the_column_is_read(columns: dict[str, Any], flags: list[bool]) -> None:
         with raises("data.wrong-type", DataError) as caught:
             adapted(wrong)
         assert "`finished`" in caught.value.what
-    row, audit = adapted("2024-05-01")  # a column of another meaning
+    row, audit = adapted("2024-05-01")  # a column with another meaning
     assert "finished" not in row and audit.warnings
 
 
 @pytest.mark.parametrize(("cut", "level"), [(0, None), (1, logging.INFO), (2, logging.WARNING)])
-def test_cut_responses_are_counted(styled: Callable[[str], Any], cut: int, level: Any) -> None:
-    """A warning, and a concern of the report, where they are more than a quarter."""
+def test_truncated_responses_are_counted(
+    styled: Callable[[str], Any], cut: int, level: Any
+) -> None:
+    """A warning, and a finding of the report, if they are more than a quarter."""
     tokenizer, prompt = styled("chatml")
     row = {"id": "r", "source": "s", "prompt": prompt, "responses": TEXTS, "rewards": None}
     _, audit = tokenized([{**row, "finished": [False] * cut + [True] * (4 - cut)}, row], tokenizer)

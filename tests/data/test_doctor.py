@@ -1,4 +1,4 @@
-"""The data doctor: what is wrong with a file, and what a model would learn from it untold."""
+"""Audit of files: faults, and properties that a model would learn unnoticed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_duplicates_overlap_and_texts(tmp_path: Path) -> None:
     counts = {reason: count.count for reason, count in found.audit.warnings.items()}
     assert counts["duplicate_prompt"] == 1 and counts["similar_prompt"] == 1
     assert counts["equal_responses"] == 1 and counts["blank_response"] == 1
-    assert found.audit.overlap == {"rows": 1, "exact": 1, "normalised": 0}
+    assert found.audit.overlap == {"rows": 1, "exact": 1, "normalized": 0}
 
 
 def test_rows_that_no_stage_would_read_are_named_and_the_rest_looked_over(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_ratings_and_their_length_bias(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found.as_dict()))["ratings"]["good"]["histogram"]
 
 
-def test_what_is_no_data(tmp_path: Path) -> None:
+def test_values_that_are_not_a_data_set(tmp_path: Path) -> None:
     with raises("data.unrecognized-columns", DataError):
         look(tmp_path / "x.jsonl", [{"a": 1}])
     with raises("data.no-such-file", DataError):

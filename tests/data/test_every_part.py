@@ -1,4 +1,4 @@
-"""Whatever a row holds reaches the tokens, is counted under its name as not read, or is refused by name."""
+"""Every field of a row is rendered, reported as not read, or refused by name."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ COLUMNS = (
 TALK = [{"role": "user", "content": MARK}]
 TOOLS = [{"type": "function", "function": {"name": MARK, "parameters": {}}}]
 CALLS = [{"id": "1", "type": "function", "function": {"name": MARK, "arguments": {"a": MARK}}}]
-# Values that are of use under a name; elsewhere a text.
+# Valid values for some names; others get a text.
 VALUES: dict[str, Any] = {
     "tools": TOOLS, "tool_calls": CALLS, "function_call": CALLS[0]["function"], "weight": 0,
     "train": False, "loss": False, "prefix": True, "images": [MARK], "audio": MARK,
     "history": [[MARK, MARK]], "messages": TALK, "conversations": TALK, "trajectory": TALK,
     "label": True, "chat_template_kwargs": {"mode": MARK},
 }  # fmt: skip
-# Read, and not as text: they are checked where each is used.
+# Read, but not as text: tested elsewhere.
 READ_AS_VALUES = {
     "pair": ("id", "ground_truth", "truth_chosen", "chosen_reward", "rejected_reward", "ranks"),
     "prompt": ("id", "ground_truth"),
@@ -67,19 +67,19 @@ LAYOUTS: list[tuple[str, str, Row]] = [
 
 
 def name_of(kind: str, case: str) -> str | None:
-    """The format where it is only known by name."""
+    """The format if it is selected only by name."""
     found = case.split(",")[0].split()[0]
     return found if found in ("orca", "margin", "helpsteer2_pairs") else None
 
 
 def outcome(row: Row, kind: Any, case: str, tokenizer: Any, arrow: bool) -> tuple[str, list[Any]]:
-    """The text of the tokens, and what is said beside it: (level, text)."""
+    """The text of the tokens, and the messages: (level, text)."""
     audit = Audit()
     rows = [{**copy.deepcopy(row), "id": "a"}, {**copy.deepcopy(row), "id": "b"}]
-    if case == "helpsteer2_pairs":  # consecutive rows of one prompt are a pair
+    if case == "helpsteer2_pairs":  # consecutive rows with the same prompt are a pair
         rows[1]["response"] = "another"
     if arrow:
-        # A struct of a column has the keys of all of them; JSON has what each was given.
+        # Structs in an Arrow column have all keys; JSON objects have their own.
         rows = pa.Table.from_pylist(rows).to_pylist()
     raw = RawSource("src", rows, list(range(len(rows))), "file", arrow)
     options = {"kind": kind, "format": name_of(kind, case), "audit": audit}
@@ -102,7 +102,7 @@ def outcome(row: Row, kind: Any, case: str, tokenizer: Any, arrow: bool) -> tupl
 
 
 def accounted_for(name: str, row: Row, kind: Any, case: str, tokenizer: Any, arrow: bool) -> str:
-    """How the part of a row that has this name, or holds the mark, came out."""
+    """What happened to the field of a row with this name, or that contains the marker."""
     try:
         text, said = outcome(row, kind, case, tokenizer, arrow)
     except (DataError, Problems) as error:
@@ -145,7 +145,7 @@ def test_every_column(kind: str, case: str, row: Row, arrow: bool, tokenizer: An
 
 
 def messages_in(row: Row) -> Iterator[tuple[str, list[Row]]]:
-    """Every list of messages in a row, with the column that it is in."""
+    """Every list of messages in a row, with its column."""
     for column, value in row.items():
         if isinstance(value, dict) and ("role" in value or "from" in value):
             yield column, [value]
@@ -177,7 +177,7 @@ def test_every_key_of_messages(kind: str, case: str, row: Row, arrow: bool, toke
                     continue
                 if case.startswith("ultrafeedback") and column == "messages":
                     continue
-                # All that a `chosen` and a `rejected` share is their prompt.
+                # The common part of `chosen` and `rejected` is the prompt.
                 for other in ("chosen", "rejected"):
                     if column in ("chosen", "rejected") and place < len(talk) - 1:
                         changed[other][place] = copy.deepcopy(own[place])
@@ -190,7 +190,7 @@ def test_every_key_of_messages(kind: str, case: str, row: Row, arrow: bool, toke
 def test_thinking_of_responses_is_trained(
     key: str, arrow: bool, make_tokenizer: Callable[..., Any]
 ) -> None:
-    """By whatever name the data calls it, and in every layout of preferences."""
+    """Under each name, and in each layout of preferences."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -235,7 +235,7 @@ def test_two_thoughts_of_one_turn_are_refused(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("key", ["weight", "train", "loss"])
 def test_flags_of_turns(key: str, tokenizer: Any) -> None:
-    """They are honored in SFT, and refused where the turn is a response that is compared."""
+    """They apply in SFT, and are refused if the turn is a chosen or rejected response."""
     user, first, last = (
         {"role": r, "content": c}
         for r, c in (("user", "q"), ("assistant", "first"), ("assistant", "last"))
@@ -252,7 +252,7 @@ def test_flags_of_turns(key: str, tokenizer: Any) -> None:
         talk[1][key] = wrong
         with raises("data.bad-train-flag", DataError) as error:
             prepare_dataset([{"messages": talk}], tokenizer, kind="sft", max_length=200)
-        assert f"`{key}` in `messages`" in error.value.what
+        assert f"`{key}` of a message in `messages`" in error.value.what
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_content_in_parts(parts: list[Row], text: str, tokenizer: Any) -> None:
     assert text in tokenizer.decode(data[0]["prompt_ids"])
 
 
-def test_parts_that_are_no_text_are_refused(tokenizer: Any) -> None:
+def test_parts_that_are_not_text_are_refused(tokenizer: Any) -> None:
     for part, code, named in (
         ({"type": "image_url", "image_url": {"url": "x"}}, "data.not-text", "'image_url'"),
         ({"type": "input_audio", "input_audio": {"data": "x"}}, "data.not-text", "'input_audio'"),
@@ -291,7 +291,7 @@ def test_two_system_prompts_are_refused(tokenizer: Any) -> None:
 
 
 def test_arrow_adds_no_null_arguments(tokenizer: Any) -> None:
-    """In a table every call has the arguments of all calls."""
+    """In an Arrow table every call has the arguments of all calls."""
 
     def talk(**arguments: Any) -> Row:
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}

@@ -50,7 +50,7 @@ def test_ties(audit: Audit) -> None:
 def test_reversed_pairs(audit: Audit) -> None:
     one_in_200 = [row(i, 2, 1) for i in range(199)] + [row(199, 1, 2)]
     assert len(filter_rows(one_in_200, spec(), audit)) == 199
-    assert len(filter_rows(one_in_200, None, audit)) == 199  # no filter: the same default
+    assert len(filter_rows(one_in_200, None, audit)) == 199  # the default without a filter
     assert audit.dropped["reversed"].count == 2
     more = [row(i, 2, 1) for i in range(198)] + [row(198, 1, 2)]
     with raises("data.reversed-pairs", DataError) as error:
@@ -81,11 +81,11 @@ def chosen_rows(*rewards: float, truth: int | None = None) -> list[dict[str, Any
     ("fields", "kept", "threshold"),
     [
         ({"min_chosen_reward": 3.0}, "r0 r2 r3", 3.0),
-        ({"min_chosen_quantile": 0.75}, "r2 r3", 4.0),  # what equals the last of the best quarter
+        ({"min_chosen_quantile": 0.75}, "r2 r3", 4.0),  # equal to the last of the best quarter
         ({"min_chosen_quantile": 0.0}, "r0 r1 r2 r3", 1.0),
-        ({"keep_top_fraction": 0.25}, "r2", 4.0),  # of equal ones the earlier
+        ({"keep_top_fraction": 0.25}, "r2", 4.0),  # the earlier of equal ones
         ({"keep_top_fraction": 0.5}, "r2 r3", 4.0),
-        ({"keep_top_fraction": 0.01}, "r2", 4.0),  # never none
+        ({"keep_top_fraction": 0.01}, "r2", 4.0),  # at least one
         ({"keep_top_fraction": 1.0}, "r0 r1 r2 r3", 1.0),
     ],
 )

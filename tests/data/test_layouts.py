@@ -1,4 +1,4 @@
-"""Real rows, laid out as each known format lays them out, all become the same rows."""
+"""The same real rows, in the layout of each known format, are converted to the same internal rows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def rows_of(dev: Path, name: str, source: Any) -> list[Raw]:
     return load_source(source(f"{name}.jsonl"), dev, 0).rows
 
 
-def adapted(rows: list[Raw], kind: Any, **options: Any) -> list[Any]:
-    raw = RawSource("s", rows, list(range(len(rows))), "file")
+def adapted(rows: list[Raw], kind: Any, *, untyped: bool = False, **options: Any) -> list[Any]:
+    raw = RawSource("s", rows, list(range(len(rows))), "file", untyped=untyped)
     return adapt(raw, kind=kind, audit=Audit(), **options)
 
 
@@ -35,7 +35,7 @@ def answer(text: str) -> Raw:
 
 
 def marked(messages: list[Raw]) -> str:
-    """A prompt as HelpSteer2 writes it."""
+    """A prompt in HelpSteer2's format."""
     first, *rest = messages
     later = [f"\n<extra_id_1>{m['role'].capitalize()}\n{m['content']}" for m in rest]
     return first["content"] + "".join(later)
@@ -51,6 +51,10 @@ def nemo(row: Raw) -> Raw:
         "chosen_reward": row["chosen_reward"],
         "rejected_reward": row["rejected_reward"],
     }
+
+
+def _exchanges(turns: list[Raw]) -> list[list[Raw]]:
+    return [turns[i : i + 2] for i in range(0, len(turns), 2)]
 
 
 PAIR_LAYOUTS: dict[str, Callable[[Raw], Raw]] = {
@@ -88,6 +92,30 @@ PAIR_LAYOUTS: dict[str, Callable[[Raw], Raw]] = {
         "chosen_reward": row["chosen_reward"],
         "rejected_reward": row["rejected_reward"],
     },
+    "LLaMA-Factory": lambda row: {
+        "system": "",
+        "history": [[m["content"] for m in turns] for turns in _exchanges(row["prompt"][:-1])],
+        "instruction": row["prompt"][-1]["content"],
+        "input": "",
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+        "chosen_reward": row["chosen_reward"],
+        "rejected_reward": row["rejected_reward"],
+    },
+    "Axolotl": lambda row: {
+        "messages": row["prompt"],
+        "chosen": answer(row["chosen"]),
+        "rejected": answer(row["rejected"]),
+        "chosen_reward": row["chosen_reward"],
+        "rejected_reward": row["rejected_reward"],
+    },
+    "CSV": lambda row: {
+        "prompt": json.dumps(row["prompt"]),
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+        "chosen_reward": str(row["chosen_reward"]),
+        "rejected_reward": str(row["rejected_reward"]),
+    },
     "responses": lambda row: {
         "prompt": row["prompt"],
         "responses": [row["chosen"], row["rejected"]],
@@ -97,7 +125,7 @@ PAIR_LAYOUTS: dict[str, Callable[[Raw], Raw]] = {
 
 
 def speaking(rows: list[Raw]) -> Iterator[Raw]:
-    """Rows of user and assistant alone: some layouts have no place for other roles."""
+    """Rows with only user and assistant turns: some layouts do not support other roles."""
     for row in rows:
         if all(m["role"] in ("user", "assistant") and m["content"] for m in row["prompt"]):
             yield row
@@ -108,7 +136,8 @@ def speaking(rows: list[Raw]) -> Iterator[Raw]:
 def test_scored_pairs(dev: Path, source: Any, name: str, layout: str) -> None:
     given = list(speaking(rows_of(dev, name, source)))
     assert len(given) > 800
-    found = adapted([PAIR_LAYOUTS[layout](row) for row in given], "pair", require_rewards=True)
+    rows = [PAIR_LAYOUTS[layout](row) for row in given]
+    found = adapted(rows, "pair", require_rewards=True, untyped=layout == "CSV")
     for row, raw in zip(found, given, strict=True):
         assert row["prompt"] == raw["prompt"]
         assert row["responses"] == [raw["chosen"], raw["rejected"]]
@@ -137,7 +166,7 @@ def helpsteer3(row: Raw) -> Raw:
 def test_ranked_responses(dev: Path, source: Any) -> None:
     given = rows_of(dev, "pref_ranked_oasst_zh", source)
     plain = adapted(given, "pair")
-    # The same ranks, in NeMo-RL's layout and with the order of the list turned round.
+    # The same ranks in NeMo-RL's layout, with the list in reverse order.
     nemo_rl = [
         {
             "context": row["prompt"],
@@ -186,7 +215,7 @@ def test_sft_rows(dev: Path, source: Any) -> None:
 
 
 def test_calls_in_openais_layout_from_real_rows(dev: Path, source: Any) -> None:
-    """The calls of the real rows are text; as objects with JSON arguments they say the same."""
+    """Calls of the real rows are text; they are equal to objects with JSON arguments."""
     given = [row for row in rows_of(dev, "general_sft_mixed", source) if row.get("tools")]
     calls = 0
     for row in given:

@@ -62,7 +62,7 @@ def test_two_percent_of_the_mix_is_two_percent_exactly(audit: Audit) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 24, 25, 73, 74, 1344, 7319])
-def test_replayed_rows_are_the_nearest_whole_number(n: int, audit: Audit) -> None:
+def test_replayed_rows_are_rounded_to_the_nearest(n: int, audit: Audit) -> None:
     replayed = len(replay(n, 1000, 0.02, "mix", audit)) - n
     wanted = n * 2 / 98
     assert abs(replayed - wanted) <= 0.5
@@ -86,7 +86,7 @@ def test_too_few_rows_to_replay(audit: Audit) -> None:
     assert all(word in error.value.what for word in (" 20 ", "'code'", " 19"))
 
 
-def test_a_fraction_of_nothing_is_said(audit: Audit) -> None:
+def test_a_fraction_that_rounds_to_zero_is_reported(audit: Audit) -> None:
     assert len(replay(10, 100, 0.02, "mix", audit)) == 10
     (remark,) = audit.remarks
-    assert "replay" in remark and "no row" in remark
+    assert "replay" in remark and "0 rows" in remark

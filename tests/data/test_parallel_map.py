@@ -1,4 +1,4 @@
-"""Several processes give the result of one, in its order, with its counts and its errors."""
+"""Several processes yield the same results, order, counts and errors as one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def where(_: int) -> int:
 
 
 def rows(n: int, **bad: Any) -> list[dict[str, Any]]:
-    """Every fifth row is dropped, every seventh is worth a look, one in three is longer."""
+    """Rows of which every fifth is dropped, every seventh has a warning, and every third is longer."""
     found = []
     for i in range(n):
         answer = "" if i % 5 == 0 else f"answer {i} " * (1 + i % 3)
@@ -62,7 +62,7 @@ def test_the_same_examples_and_counts(chatml: Any, processes: int) -> None:
     assert others.as_dict() == counts.as_dict()
     assert others.summary_lines() == counts.summary_lines()
     assert counts.dropped["empty_response"].as_dict() == {
-        "count": 17,  # of 20, those without the text of a token
+        "count": 17,  # of 20, without those with special-token text
         "examples": ["r5", "r10", "r15"],
     }
 
@@ -83,8 +83,8 @@ def test_the_same_errors(chatml: Any) -> None:
     assert messages[0] == messages[1]
 
 
-def test_an_error_of_the_work_arrives_whole(plain_text: Any) -> None:
-    """Where, why and fix too, though it was raised elsewhere."""
+def test_an_error_of_the_work_is_raised_unchanged(plain_text: Any) -> None:
+    """All parts of an error survive the process boundary."""
     found = []
     for processes in (1, 2):
         with raises("template.missing", DataError, where="model.chat_template") as error:

@@ -57,7 +57,7 @@ def test_sources_are_mixed_counted_and_named(
 def test_shares_are_of_the_rows_that_are_used(
     tmp_path: Path, source: Any, jsonl: Callable[..., str], chatml: Any, way: str
 ) -> None:
-    """Nine rows of ten are too long, whatever is not used beside them."""
+    """Nine of ten rows are too long, regardless of unused rows."""
     kind: Any = "pair" if way == "joined" else "sft"
 
     def row(i: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_shares_are_of_the_rows_that_are_used(
 def test_warnings_are_shares_of_the_rows_that_they_count(
     tmp_path: Path, source: Any, jsonl: Callable[..., str], reason: str
 ) -> None:
-    """Three of 40 rows have rewards that are not used, every prompt is there twice; four are left."""
+    """Three of 40 rows have unusable rewards, every prompt occurs twice, and four rows remain."""
     pairs = [{**PAIR, "prompt": f"q{i // 2}"} for i in range(40)]
     for pair in pairs[:3]:
         pair["chosen_reward"] = "x"
@@ -124,7 +124,7 @@ def test_warnings_are_shares_of_the_rows_that_they_count(
     }
     lines = audit.summary_lines()
     assert any(f"3 rows ({percent(3, read)}), rewards" in line for line in lines)
-    assert any(f"({percent(again, len(rows))}), prompt seen" in line for line in lines)
+    assert any(f"({percent(again, len(rows))}), repeated prompt" in line for line in lines)
     assert not any("rewards" in concern.text for concern in record.concerns("the rows"))
 
 
@@ -155,12 +155,12 @@ def test_faults_of_all_sources_come_at_once(
     with pytest.raises(Problems) as error:
         load_rows(specs, kind="sft", base_dir=tmp_path, audit=audit, seed=0)
     assert codes_of(error.value) == ["data.wrong-type", "data.no-such-file"]
-    assert "`text`" in str(error.value) and " int:" in str(error.value)
+    assert "`text`" in str(error.value) and " int," in str(error.value)
     assert error.value.exit_code == 3
 
 
 def test_the_recipes_own_spec(tmp_path: Path, jsonl: Callable[..., str], audit: Audit) -> None:
-    """The stand-in that the other tests use has the fields of the real one."""
+    """The substitute that the other tests use has the fields of the real SourceSpec."""
     schema = pytest.importorskip("rpo_trainer.recipe.schema")
     specs = [schema.SourceSpec(path=jsonl([PAIR, PAIR]), max_rows=1)]
     rows = load_rows(specs, kind="pair", base_dir=tmp_path, audit=audit, seed=0)
@@ -168,7 +168,7 @@ def test_the_recipes_own_spec(tmp_path: Path, jsonl: Callable[..., str], audit: 
     assert audit.read == {"rows.jsonl": 2}
 
 
-def test_prepare_dataset_takes_rows_datasets_and_tokenised_data(chatml: Any) -> None:
+def test_prepare_dataset_takes_rows_datasets_and_tokenized_data(chatml: Any) -> None:
     import datasets
 
     rows = [{"prompt": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}] * 2
@@ -198,7 +198,7 @@ def test_prepare_dataset_refuses(chatml: Any) -> None:
 
 
 class Own(torch.utils.data.Dataset):
-    """Somebody's own map-style data set."""
+    """A custom map-style data set."""
 
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
@@ -217,8 +217,8 @@ def test_prepare_dataset_takes_somebodys_own_by_number(chatml: Any) -> None:
     made = prepare_dataset(theirs, chatml, **options)
     expected = prepare_dataset(rows, chatml, **options)
     assert [{**row, "id": ""} for row in made] == [{**row, "id": ""} for row in expected]
-    tokenised: Any = Own(expected.to_list())
-    assert prepare_dataset(tokenised, chatml, **options).to_list() == expected.to_list()
+    tokenized: Any = Own(expected.to_list())
+    assert prepare_dataset(tokenized, chatml, **options).to_list() == expected.to_list()
     with raises("data.row-not-object", DataError) as error:
         prepare_dataset(Own([PAIR, ("a", "b")]), chatml, **options)  # type: ignore[arg-type]
     assert error.value.what.startswith("row 1 ") and "tuple" in error.value.what
@@ -314,7 +314,7 @@ def test_known_oddities_of_real_pairs_are_counted(
     dropped = {reason: count.count for reason, count in audit.dropped.items()}
     assert dropped.pop("identical_responses") == identical
     assert dropped.pop("empty_response", 0) == empty
-    # characters that the tokenizer does not know can make two texts alike
+    # unknown characters may make the tokens of two texts equal
     assert len(data) == rows - identical - empty - sum(dropped.values())
     assert sum(dropped.values()) <= 2
 
@@ -355,7 +355,9 @@ def test_real_tool_conversations(dev: Path, source: Any, stories: Any) -> None:
         ("eval_ifeval", "prompt", False),
     ],
 )
-def test_real_files_load_whole(dev: Path, source: Any, name: str, kind: Any, rewards: bool) -> None:
+def test_real_files_load_completely(
+    dev: Path, source: Any, name: str, kind: Any, rewards: bool
+) -> None:
     audit = Audit()
     rows = load_rows(
         [source(f"{name}.jsonl")],

@@ -1,4 +1,4 @@
-"""The built-in data: right answers, splits that never meet, and the character tokenizer."""
+"""The built-in data: correct answers, disjoint splits, and the character tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_code_prompts_evaluate_to_their_ground_truth(split: str) -> None:
 
 
 def _general_answer(question: str) -> str:
-    """The answer read out of the words, without the code that made the question."""
+    """Derive the answer from the text of the question, without the code that generates it."""
     match question.removesuffix(": ").split():
         case ["reverse", word] | [word, "backwards"]:
             return "".join(reversed(word))
@@ -61,12 +61,12 @@ def _general_answer(question: str) -> str:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_general_ground_truth_is_the_answer_to_the_words(split: str) -> None:
+def test_general_ground_truth_answers_the_text(split: str) -> None:
     for row in load_task(GENERAL, split, ROWS, seed=3):
         assert _general_answer(row["prompt"]) == row["ground_truth"]
 
 
-def test_the_weak_teacher_is_right_as_often_as_said_and_its_slips_are_plausible() -> None:
+def test_the_weak_teacher_has_its_accuracy_and_plausible_errors() -> None:
     rows = load_task(GENERAL, "train", 6000, seed=0)
     wrong = [row for row in rows if row["response"] != row["ground_truth"]]
     share = 1 - len(wrong) / len(rows)
@@ -120,7 +120,7 @@ def _root() -> Path:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_splits_share_no_prompt_whatever_the_seed(task: str) -> None:
+def test_splits_share_no_prompt_for_any_seed(task: str) -> None:
     prompts = {
         split: {
             row["prompt"] for seed in range(3) for row in load_task(task, split, ROWS, seed=seed)
@@ -168,7 +168,7 @@ def test_unknown_names_are_named_with_the_nearest_known() -> None:
     assert "'heldout'" in error.value.what
     with raises("data.bad-size", RecipeError) as error:
         load_task(CODE, "train", 0, 0)
-    assert "size is 0" in error.value.what
+    assert "`size`" in error.value.what
 
 
 def test_tokenizer_is_one_token_a_character_and_loses_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Rated rows: their formats, their targets, and rows set aside by prompt."""
+"""Rating rows: formats, targets, and rows held out by prompt."""
 
 from __future__ import annotations
 
@@ -151,9 +151,7 @@ def test_prepared_rows_have_their_ratings_and_blank_responses_are_dropped() -> N
     assert data["attributes"][:] == [[4.0, None], [1.0, 2.0]]
     assert [len(responses) for responses in data["response_ids"]] == [1, 1]
     assert list(audit.dropped) == ["empty_response"]
-    assert (
-        "duplicate_prompt" not in audit.warnings
-    )  # several responses to a prompt are as it should be
+    assert "duplicate_prompt" not in audit.warnings  # several responses to a prompt are expected
 
 
 # ---------------------------------------------------------------- held-out prompts
@@ -175,7 +173,7 @@ def test_some_prompt_is_held_out_and_some_is_left() -> None:
     assert [len(part) for part in hold_out(rows, 0.99, seed=0)] == [1, 2]
     with raises("data.too-few-prompts", DataError, where="data.eval_fraction") as error:
         hold_out([row_of(1), row_of(1)], 0.5, seed=0)
-    assert error.value.what.startswith("2 rows with 1 ")
+    assert "2 rows with 1 " in error.value.what
 
 
 # ---------------------------------------------------------------- real rows

@@ -1,4 +1,4 @@
-"""Rows made one by one: killed anywhere, failed anywhere, the file comes out the same."""
+"""Rows computed one by one: the file is the same after a kill or a failure at any point."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_order_is_kept_and_nothing_else_is_left(workers: int, tmp_path: Path) ->
     assert [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
 
 
-def test_no_more_at_once_than_asked_for(tmp_path: Path) -> None:
+def test_concurrency_is_bounded(tmp_path: Path) -> None:
     lock, now, most = threading.Lock(), 0, 0
 
     def make(index: int) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def test_stopped_anywhere_it_resumes_and_makes_only_what_is_missing(
     assert path.read_bytes() == whole.read_bytes()
 
 
-def test_a_cut_line_is_made_again(tmp_path: Path) -> None:
+def test_a_truncated_line_is_recomputed(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     for cut in (b'[1, {"n"', line(1)[:-1], b"\x00\x00\x00\n", b"\n"):
         partial_path(path).write_bytes(line(0) + cut)
@@ -108,7 +108,7 @@ def test_unfinished_work_of_something_else_is_refused_and_left(tmp_path: Path) -
     assert not path.exists()
 
 
-def test_unfinished_work_without_a_whole_result_does_not_block(tmp_path: Path) -> None:
+def test_unfinished_work_without_a_result_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     partial_path(path).write_bytes(line(0, "other")[:-9])
     assert run(path) == EXPECTED
@@ -138,7 +138,7 @@ def test_work_that_fails_before_its_first_result_leaves_nothing(tmp_path: Path) 
 def test_a_byte_changed_anywhere_costs_its_row_only(
     at: int, place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the key, the index, the result or the digest; mostly still JSON."""
+    """In the key, the index, the result or the digest; the line is usually still valid JSON."""
     path = tmp_path / "out.jsonl"
     lines = [bytearray(line(i, n=7)) for i in range(11)]
     lines[place][at] ^= 1
@@ -146,7 +146,7 @@ def test_a_byte_changed_anywhere_costs_its_row_only(
     made: list[int] = []
     assert run(path, lambda i: made.append(i) or {"n": 7}) == [{**row, "n": 7} for row in ROWS]
     assert made == [place, 11]
-    assert "1 of its lines" in caplog.text and partial_path(path).name in caplog.text
+    assert "1 damaged line" in caplog.text and partial_path(path).name in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_failed_rows_are_reported_and_the_others_kept(tmp_path: Path) -> None:
     assert sorted(made) == [2, 5, 6, 7, 8]
 
 
-def test_a_service_that_is_down_is_not_asked_for_every_row(
+def test_a_service_that_is_down_is_not_called_for_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resumable_rows, "_GIVE_UP", 4)
@@ -213,7 +213,7 @@ def test_a_service_that_is_down_is_not_asked_for_every_row(
     assert run(tmp_path / "out.jsonl") == EXPECTED
 
 
-def test_rows_that_fail_by_themselves_are_no_sign_of_that(
+def test_failures_of_rows_do_not_count_as_failures_of_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resumable_rows, "_GIVE_UP", 4)
@@ -227,7 +227,7 @@ def test_rows_that_fail_by_themselves_are_no_sign_of_that(
 
 
 class Group:
-    """Some ranks as threads, with what `rpo_trainer.runtime.distributed` has."""
+    """Ranks as threads, with the interface of `rpo_trainer.runtime.distributed`."""
 
     def __init__(self, size: int) -> None:
         self.size = size

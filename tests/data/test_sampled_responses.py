@@ -1,4 +1,4 @@
-"""Sampled tokens are trained as the same tokens, or counted."""
+"""Sampled responses are trained with the same tokens, or counted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_what_was_sampled_is_trained(shaped: Callable[[str], Any], name: str, ca
     sample, reader = read(tokenizer, chat[:-1], own)
     assert sample.finished
     again = last_turn(tokenizer, [*chat[:-1], said(sample.text)])
-    # The tokens that end an answer and a call may be different ones.
+    # An answer and a call may end with different tokens.
     assert (again[:-1] == own[:-1]) == (reader.changed == 0)
     assert not reader.changed or "call" in case
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_trained_as_sampled_is_one_warning(
 
 
 def test_text_of_control_tokens_is_not_taken_for_them(shaped: Callable[[str], Any]) -> None:
-    """A model may write `[THINK]` as letters."""
+    """A model may write `[THINK]` as plain text."""
     tokenizer = shaped("magistral")
     letters = tokenizer("[THINK]a[/THINK]b", add_special_tokens=False, split_special_tokens=True)
     sample, reader = read(tokenizer, [USER], [*letters["input_ids"], tokenizer.eos_token_id])
@@ -91,7 +91,7 @@ def test_text_of_control_tokens_is_not_taken_for_them(shaped: Callable[[str], An
 
 
 def test_control_tokens_of_rows_that_are_parsed(shaped: Callable[[str], Any]) -> None:
-    """`special_tokens: parse`: their text is the token, in a chat and behind a text."""
+    """`special_tokens: parse`: their text is read as the token, in messages and in text."""
     tokenizer = shaped("magistral")
     row = tokenizer("a[THINK]b</s>", add_special_tokens=False)["input_ids"]
     for prompt in ("q", [USER]):

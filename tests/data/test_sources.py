@@ -49,13 +49,13 @@ def test_saved_dataset_with_and_without_splits(tmp_path: Path, source: Any) -> N
     assert load(tmp_path / "two", source, split="test").rows == ROWS[1:]
     with raises("data.unknown-split", DataError) as error:
         load(tmp_path / "two", source, split="dev")
-    assert "'dev'" in error.value.what and "train | test" in str(error.value.fix)
+    assert "'dev'" in error.value.what and "train, test" in str(error.value.fix)
     (tmp_path / "other").mkdir()
     with raises("data.not-a-data-set", DataError):
         load(tmp_path / "other", source)
 
 
-def test_hub_name_goes_to_the_hub_and_its_failure_is_explained(
+def test_a_hub_name_is_loaded_and_its_failure_is_explained(
     tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets

@@ -1,4 +1,4 @@
-"""Text of special tokens in the data: letters, or tokens, or a question that must be answered."""
+"""Special-token text in the data is read as text or as tokens, or an error requires a setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module", params=["<|im_end|>", "</s>"])
 def tokenizer(request: pytest.FixtureRequest, make_tokenizer: Callable[..., Any]) -> Any:
-    """Its begin token comes by itself; the template's end marker is its end token, or another one."""
+    """A tokenizer that prepends BOS; the template's end marker is the EOS token or another token."""
     specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     return make_tokenizer(
         specials, bos="<s>", eos=request.param, adds_begin=True, chat_template=TEMPLATE
@@ -36,7 +36,7 @@ def prepared(rows: list[Any], tokenizer: Any, kind: Any, **options: Any) -> list
 
 
 def test_parsed_rows_are_those_of_the_messages(tokenizer: Any) -> None:
-    """Prompt and response that went through the template give the tokens of the messages."""
+    """Prompt and response that were rendered before have the same tokens as the messages."""
     (wanted,) = prepared([{"messages": TALK}], tokenizer, "sft")
     whole = wanted["prompt_ids"] + wanted["response_ids"][0]
     for end in ("<|im_end|>", "<|im_end|>\n"):
@@ -51,7 +51,7 @@ def test_parsed_rows_are_those_of_the_messages(tokenizer: Any) -> None:
     (open_end,) = prepared(
         [{"prompt": MARKED, "response": "Yes."}], tokenizer, "sft", special_tokens="parse"
     )
-    assert open_end["response_ids"][0][-1] == tokenizer.eos_token_id  # it ends in any case
+    assert open_end["response_ids"][0][-1] == tokenizer.eos_token_id  # added if missing
 
 
 def test_parsed_pairs(tokenizer: Any) -> None:
@@ -73,7 +73,7 @@ def test_parsed_prompts_to_sample_from(tokenizer: Any) -> None:
     assert encode_prompt(tokenizer, MARKED) != wanted
 
 
-def test_letters_by_default(tokenizer: Any) -> None:
+def test_text_by_default(tokenizer: Any) -> None:
     for how in (None, "text"):
         (found,) = prepared([{"text": MARKED + "Yes."}], tokenizer, "sft", special_tokens=how)
         ids = found["prompt_ids"] + found["response_ids"][0]
@@ -119,8 +119,8 @@ def test_in_the_library_it_is_a_warning(tokenizer: Any) -> None:
     assert "100%" in said and "<|im_end|>" in said
 
 
-def test_thinking_tags_are_no_control_tokens(make_tokenizer: Callable[..., Any]) -> None:
-    """Most rows of a reasoning model have them, and no template wrote them."""
+def test_thinking_tags_are_not_control_tokens(make_tokenizer: Callable[..., Any]) -> None:
+    """Most rows of a reasoning model contain them, although no template wrote them."""
     tokenizer = make_tokenizer(["</s>"], eos="</s>", chat_template=TEMPLATE)
     tokenizer.add_tokens(["<think>", "</think>"])
     rows = [{"text": "<think>so</think> yes"}] * 3

@@ -1,4 +1,4 @@
-"""Variables of a chat template: where they come from, what they reach, and what is said of unread ones."""
+"""Variables of a chat template: sources, precedence, effect, and warnings about unread ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rpo_trainer.recipe import Recipe
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from tests.raising import raises
 
-# `mode` opens the prompt, `mark` ends a turn, and documents stand before all.
+# `mode` begins the prompt, `mark` ends a turn, and documents come first.
 TEMPLATE = (
     "{% for d in documents or [] %}{{ d.text }}\n{% endfor %}"
     "{% if not mode is defined %}{% set mode = 'none' %}{% endif %}[{{ mode }}]"
@@ -84,7 +84,7 @@ def test_training_and_sampling_see_the_same_prompt(tokenizer: Any) -> None:
         )
         ids = encode_prompt(tokenizer, TALK, parsed=parsed, template_kwargs=given)
         assert example["prompt_ids"] == ids
-        # Text of special tokens in a document is letters, or a token: as in the messages.
+        # Special-token text in a document is read as in the messages.
         assert ids.count(tokenizer.eos_token_id) == 1 + parsed
         assert "of <|im_end|> a document" in tokenizer.decode(ids)
 
@@ -140,7 +140,7 @@ def test_variables_that_nothing_reads(tokenizer: Any, make_tokenizer: Any, tmp_p
     bare = make_tokenizer(["</s>"], eos="</s>")
     with raises("template.missing", RecipeError):
         prepared([{"prompt": "a", "response": "b"}], bare, chat_template_kwargs={"mode": 1})
-    # By row they are counted, and so is every variable of a row of text; those of the model are for messages.
+    # Variables of rows are counted, including all of text rows; those of the model apply to messages only.
     rows = [{**ROWS["sft"], COLUMN: {"mod": n, "mode": n}} for n in range(3)]
     text = {"prompt": "a", "response": "b"}
     audit = Audit()
@@ -185,7 +185,7 @@ def test_a_recipe_hands_its_variables_to_every_source(jsonl: Any, tmp_path: Path
         rows = load_rows([spec], kind="pair", base_dir=tmp_path, audit=Audit(), seed=0)
         modes = [(row[COLUMN]["mode"], row[COLUMN]["mark"]) for row in rows]
         assert modes == [(wanted.get(key, "model"), True), ("row", True)]
-    assert recipe.model_dump()["eval"]["preferences"][0][COLUMN] is None  # said once in a recipe
+    assert recipe.model_dump()["eval"]["preferences"][0][COLUMN] is None  # set once in a recipe
 
 
 def test_equal_prompts_with_other_variables_are_two(tokenizer: Any) -> None:
@@ -249,7 +249,7 @@ def test_a_name_is_a_variable_where_its_value_can_change_the_text(
         tokenizer.apply_chat_template(TALK, tokenize=False, yes=True, no=False, **given)
         for given in ({}, {"x": 1.5}, {"x": 1})
     }
-    assert (len(texts) > 1) == read  # what Jinja does
+    assert (len(texts) > 1) == read  # behavior of Jinja
     assert ("x" in variables(tokenizer)) == read
     assert variables(tokenizer) <= {"x", "yes", "no"}
 

@@ -51,11 +51,11 @@ def test_columns_and_types(chatml: Any) -> None:
     assert data[1]["rewards"] is None
 
 
-def test_prompt_is_stored_once_and_responses_behind_it(chatml: Any) -> None:
+def test_prompt_is_stored_once_before_its_responses(chatml: Any) -> None:
     data, audit = tokenized([pair(0, "Yes, I am", "Yes, it is", "No")], chatml, "pair")
     example = data[0]
     text = "<|im_start|>user\nHi, who are you?<|im_end|>\n<|im_start|>assistant\n"
-    assert chatml.decode(example["prompt_ids"]) == text  # not "Yes" too: it is trained
+    assert chatml.decode(example["prompt_ids"]) == text  # without "Yes", which is trained
     responses = [chatml.decode(ids) for ids in example["response_ids"]]
     assert responses == ["Yes, I am<|im_end|>", "Yes, it is<|im_end|>", "No<|im_end|>"]
     assert all(all(mask) for mask in example["response_mask"])
@@ -67,7 +67,7 @@ def test_sft_trains_every_turn_and_nothing_between(chatml: Any) -> None:
     example = data[0]
     (ids,), (mask,) = example["response_ids"], example["response_mask"]
     assert trained_texts(chatml, ids, mask) == ["two<|im_end|>", "four<|im_end|>"]
-    assert mask[-1] == 1  # what follows the last trained token is not kept
+    assert mask[-1] == 1  # tokens after the last trained one are removed
     assert chatml.decode(example["prompt_ids"]).endswith("<|im_start|>assistant\n")
 
 
@@ -105,7 +105,7 @@ def test_drops_by_reason(chatml: Any) -> None:
     assert audit.dropped["prompt_too_long"].examples == ["r3"]
 
 
-def test_cut_responses_do_not_train_an_end_token(chatml: Any) -> None:
+def test_truncated_responses_do_not_train_an_end_token(chatml: Any) -> None:
     end = chatml.eos_token_id
     rows = [pair(0, "a " * 80, "b"), pair(1, "cat " * 80, "cat " * 90), pair(2, "a", "b")]
     data, audit = tokenized(rows, chatml, "pair", max_length=50, truncation="cut")
@@ -115,11 +115,11 @@ def test_cut_responses_do_not_train_an_end_token(chatml: Any) -> None:
     assert end not in long
     assert short[-1] == end
     assert audit.warnings["truncated"].examples == ["r0", "r1"]
-    # equal once cut: nothing to prefer
+    # equal after truncation
     assert audit.dropped["identical_after_truncation"].examples == ["r1"]
 
 
-def test_cut_sft_row_ends_with_a_trained_token(chatml: Any) -> None:
+def test_truncated_sft_row_ends_with_a_trained_token(chatml: Any) -> None:
     row = sft(0, "one", "two", "a long question " * 20, "never seen")
     data, _ = tokenized([row], chatml, "sft", max_length=40, truncation="cut")
     (ids,), (mask,) = data[0]["response_ids"], data[0]["response_mask"]
@@ -173,7 +173,7 @@ def test_special_token_text_is_text_and_counted(chatml: Any) -> None:
     assert audit.warnings["special_token_text"].examples == ["r0"]
     first, second = data[0]["response_ids"]
     assert first.count(chatml.eos_token_id) == second.count(chatml.eos_token_id) == 1
-    assert data[0]["prompt_ids"] == data[1]["prompt_ids"]  # tokenised alike in both ways
+    assert data[0]["prompt_ids"] == data[1]["prompt_ids"]  # tokenized alike in both ways
 
 
 def test_tools_that_the_template_ignores(make_tokenizer: Callable[..., Any]) -> None:
@@ -206,7 +206,7 @@ def test_nothing_left(chatml: Any) -> None:
         tokenized([pair(0, "a", "b" * 999)], chatml, "pair", max_length=8)
     assert "temperature" not in str(error.value)
     assert "max_length: median 10" in str(error.value.why)
-    assert "max_length is 8" in str(error.value.fix)
+    assert "max_length (8)" in str(error.value.fix)
 
 
 def test_lengths_of_what_is_too_long(chatml: Any) -> None:

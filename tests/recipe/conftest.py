@@ -63,7 +63,7 @@ def problems(
             load(text, overrides)
         assert caught.value.exit_code == 2
         for problem in caught.value.problems:
-            assert problem.where and problem.what and problem.why and problem.fix, problem
+            assert problem.where and problem.what and problem.fix, problem
             assert problem.code.startswith(("recipe.", "option.", "template.", "rewards.")), problem
             problem.at(problem.where.replace(f"{tmp_path}/", ""))
         return list(caught.value.problems)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from rpo_trainer.errors import RPOTrainerError
-from rpo_trainer.recipe import DPOStage, LoadedRecipe, RPOStage
+from rpo_trainer.recipe import DPOStage, LoadedRecipe, RPOStage, load_recipe
+from tests.raising import raises, with_code
 
 Load = Callable[..., LoadedRecipe]
 Show = Callable[..., list[RPOTrainerError]]
@@ -130,3 +132,22 @@ def test_errors_of_the_file_come_first(problems: Show, valid: str) -> None:
     found = problems(valid.replace("beta: 0.01", "beta: 0"), ["seed=x", "oops"])
     places = [str(problem.where).split(" ")[0] for problem in found]
     assert places == ["chain.yaml:22", "override", "override"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fix"),
+    [
+        (["sft.max_steps=3"], "recipe.unknown-key", "`stages.sft.max_steps=3`"),
+        (["--dry-run"], "option.missing-value", "--help"),
+        (["stages.sft.data.train.0=x.jsonl"], "recipe.wrong-type", "`path: x.jsonl`"),
+        (["stages.sft.data.train=x.jsonl"], "recipe.wrong-type", "`[{path: x.jsonl}]`"),
+    ],
+    ids=["a stage without `stages`", "an option that does not exist", "a path as a source", "as a list"],
+)  # fmt: skip
+def test_the_fix_of_a_typical_mistake(
+    words: list[str], code: str, fix: str, valid: str, tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(valid)
+    with raises(code) as error:
+        load_recipe(tmp_path / "r.yaml", words)
+    assert fix in str(with_code(error.value, code).fix)

@@ -180,7 +180,7 @@ BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
         ":10 (stages.rm.data.eval_fraction)",
         ["`eval`"],
     ),
-    "a share of 1": (
+    "a fraction of 1": (
         "eval_fraction: 0.1}",
         "eval_fraction: 1.0}",
         "recipe.out-of-range",
@@ -193,13 +193,6 @@ BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
         "recipe.unused-field",
         ":16 (stages.rm-more.data.filter)",
         ["bradley_terry"],
-    ),
-    "held-out share of sft": (
-        "sft.jsonl}]}",
-        "sft.jsonl}], eval_fraction: 0.1}",
-        "recipe.unused-field",
-        ":6 (stages.sft.data.eval_fraction)",
-        [],
     ),
     "replay": (
         "ratings.jsonl}]}",

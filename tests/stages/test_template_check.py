@@ -50,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 def test_what_is_trained_is_what_the_trainer_trains(save: Any, capsys: Any) -> None:
     folder = save(TEMPLATE)
     code, out, _ = run(capsys, folder, "--json")
-    found: Json = json.loads(out)
+    found: Json = json.loads(out)["conversations"]
     assert code == 0 and [one["name"] for one in found] == [sample.name for sample in SAMPLES]
     assert {one["status"] for one in found} == {"right"} and len(found) == 7
     assert all(one["follows_generation_prompt"] for one in found)
@@ -101,7 +101,7 @@ CLOSED = (
 @pytest.mark.parametrize("template", [TEMPLATE, CLOSED])
 def test_wrong_is_what_training_warns_about(template: str, save: Any, capsys: Any) -> None:
     code, out, _ = run(capsys, save(template), "--json")
-    status = {one["name"]: one["status"] for one in json.loads(out)}
+    status = {one["name"]: one["status"] for one in json.loads(out)["conversations"]}
     assert (code == 5) == (template == CLOSED) == (status["several turns"] == "wrong")
     assert status["plain"] == "right"
     tokenizer = load_checked(save(template), None, None)
@@ -118,7 +118,7 @@ def test_wrong_is_what_training_warns_about(template: str, save: Any, capsys: An
 def test_a_template_that_takes_arguments_as_text(save: Any, capsys: Any) -> None:
     text = TEMPLATE.replace("c.function | tojson", "c.function.name + c.function.arguments")
     code, out, _ = run(capsys, save(text), "--json")
-    found: Json = json.loads(out)
+    found: Json = json.loads(out)["conversations"]
     assert code == 0 and {one["status"] for one in found} == {"right"}
     assert '"city": "Oslo"' in found[4]["trained"][0]
 
@@ -126,7 +126,7 @@ def test_a_template_that_takes_arguments_as_text(save: Any, capsys: Any) -> None
 def test_variables_change_what_is_shown(save: Any, capsys: Any) -> None:
     folder = save(TEMPLATE)
     code, out, _ = run(capsys, folder, "--kwargs", "quiet=true", "--json")
-    found: Json = json.loads(out)
+    found: Json = json.loads(out)["conversations"]
     assert code == 0 and "<think>" not in out
     left_out = [one["name"] for one in found if any("leaves out" in w for w in one["warnings"])]
     assert left_out == [sample.name for sample in SAMPLES if "thinking" in sample.name]
@@ -139,7 +139,7 @@ def test_variables_change_what_is_shown(save: Any, capsys: Any) -> None:
 def test_a_generation_prompt_that_training_does_not_have(save: Any, capsys: Any) -> None:
     words = (save(TEMPLATE), "--kwargs", "open=true", "--kwargs", "quiet=true")
     code, out, err = run(capsys, *words, "--json")
-    found: Json = json.loads(out)
+    found: Json = json.loads(out)["conversations"]
     assert code == 5 and "[template.wrong-conversations]" in err and "7 of 7" in err
     assert all(one["status"] == "wrong" and not one["follows_generation_prompt"] for one in found)
     assert "<think>" in found[0]["reasons"][0]
@@ -154,7 +154,7 @@ def test_what_a_template_does_not_support_is_not_wrong(save: Any, capsys: Any) -
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     code, out, _ = run(capsys, save(strict), "--json")
-    found: Json = json.loads(out)
+    found: Json = json.loads(out)["conversations"]
     by = {one["name"]: one for one in found}
     assert code == 0 and by["plain"]["status"] == by["thinking"]["status"] == "right"
     assert "only two roles" in by["system"]["reasons"][0]
@@ -167,13 +167,13 @@ def test_what_a_template_does_not_support_is_not_wrong(save: Any, capsys: Any) -
 def test_turns_that_cannot_be_found_are_wrong(save: Any, capsys: Any) -> None:
     shouting = "{% for m in messages %}{{ m.content | upper }} {% endfor %}"
     code, out, _ = run(capsys, save(shouting), "--json")
-    (plain, *_) = json.loads(out)
+    (plain, *_) = json.loads(out)["conversations"]
     assert code == 5 and plain["status"] == "wrong" and plain["reasons"] and not plain["tokens"]
 
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["r.yaml", "--kwargs", "a=1"], ["r.yaml", "--json"], ["r.yaml", "--template", "t"]],
+    [[], ["r.yaml", "--kwargs", "a=1"], ["r.yaml", "--template", "t"]],
     ids=str,
 )
 def test_options_that_do_not_go_together(words: list[str], capsys: Any) -> None:
@@ -199,7 +199,7 @@ def test_a_template_that_writes_words_after_the_result_of_their_call(
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     code, out, _ = run(capsys, save(late), "--json")
-    status = {one["name"]: one["status"] for one in json.loads(out)}
+    status = {one["name"]: one["status"] for one in json.loads(out)["conversations"]}
     assert code == 0
     assert [name for name, one in status.items() if one == "not supported"] == [
         "tool call with text, result and answer"

@@ -1,4 +1,4 @@
-"""The packed attention function against attention written out token by token."""
+"""The packed attention function compared with explicit attention for each token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADS, KV_HEADS, T, D = 4, 2, 15, 8
 
 
 def sees(query: int, key: int) -> bool:
-    """Who sees whom, from the plan's meaning alone."""
+    """Visibility derived from the definition of the plan."""
     if key > query:
         return False
     if query < 7:
@@ -69,7 +69,7 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Matrices this small are slower on several."""
+    """Small matrices are slower with several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -96,7 +96,7 @@ SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 )
 @pytest.mark.parametrize("dense", [0, 3, 11, 12, 256])
 def test_plan_is_followed(dense: int, settings: dict[str, Any], tensors, monkeypatch):
-    """However the plan is cut into kernel calls: each segment alone, by example, all together."""
+    """For every division into kernel calls: by segment, by example, all together."""
     monkeypatch.setattr(batch, "_DENSE_TOKENS", dense)
     names = {"window": "sliding_window", "sinks": "s_aux"}
     out, weights = packed_attention(

@@ -1,4 +1,4 @@
-"""FlexAttention's runs of keys and lists of blocks, and what it computes, against scores written out.
+"""FlexAttention's key ranges, block lists and results, compared with explicit scores.
 
 On a CPU torch runs it in dense form, forward and backward, and refuses gradients in one private check that
 is lifted here; that form reads masks and no lists of blocks. Those are read by the kernel that a C++ compiler
@@ -32,7 +32,7 @@ from tests.step.test_forward import compare, random_examples
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SIZE = 16  # the smallest heads that FlexAttention takes
+SIZE = 16  # the smallest head size that FlexAttention supports
 
 
 def indexed(segments: tuple[Segment, ...] = PLAN) -> AttentionPlan:
@@ -40,7 +40,7 @@ def indexed(segments: tuple[Segment, ...] = PLAN) -> AttentionPlan:
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, compiled: Any = attention_flex._attend) -> list[int]:
-    """Takes FlexAttention on a CPU for every dtype, uncompiled. Returns its calls, the tokens of each."""
+    """Use uncompiled FlexAttention on a CPU for every dtype; return its calls (number of tokens)."""
     calls: list[int] = []
 
     def called(query: Tensor, *args: Any) -> Tensor:
@@ -89,13 +89,13 @@ def test_mask_is_who_sees_whom(window):
         for i in range(T)
     ]
     assert mask.tolist() == expected
-    assert index.block_mask(window) is index.block_mask(window)  # made once for all layers
+    assert index.block_mask(window) is index.block_mask(window)  # computed once for all layers
 
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("window", [None, 1, 40, 128, 300])
 def test_no_block_is_missed_and_none_goes_unmasked(seed, window):
-    """Against torch's lists, from the mask of all pairs; ours may visit more, and mask more."""
+    """Compared with torch's lists from the full mask; ours may visit and mask more blocks."""
     segments = random_segments(seed)
     ours = FlexIndex.of(segments).block_mask(window)
     tokens = segments[-1].stop
@@ -186,15 +186,17 @@ MODELS = {
 def test_a_model_equals_plain_forwards(name, layout, monkeypatch):
     model = MODELS[name]()
     calls = emulate(monkeypatch)
-    exact = next(model.parameters()).dtype == torch.float64  # torch's grouped experts have none
+    exact = (
+        next(model.parameters()).dtype == torch.float64
+    )  # not supported by torch's grouped experts
     rtol, atol = (1e-9, 1e-10) if exact else (1e-4, 1e-5)
     compare(model, random_examples(0), layout, rtol=rtol, atol=atol)
     assert len(calls) == 2  # layers
 
 
 @pytest.mark.parametrize("change", [{"dropout": 0.5}, {"s_aux": None}, {"index": False}])
-def test_what_flex_attention_is_not_for_goes_by_units(change, monkeypatch):
-    """Dropout; attention that needs no such scores, which faster kernels do; plans without an index."""
+def test_cases_without_flex_attention_use_units(change, monkeypatch):
+    """Dropout; attention for which faster kernels exist; plans without an index."""
     calls = emulate(monkeypatch)
     settings = {"s_aux": SINKS, **change}
     plan = indexed() if settings.pop("index", True) else AttentionPlan(PLAN)
@@ -283,8 +285,8 @@ def shared_prompt(tokens: int) -> tuple[Segment, ...]:
 
 
 @pytest.mark.slow
-def test_traced_whole_once_for_rows_of_all_lengths(monkeypatch):
-    """Also for a second soft-cap and scale, which torch would take for variables."""
+def test_traced_once_without_breaks_for_all_lengths(monkeypatch):
+    """Also for a second soft-cap and scale, which torch would treat as variables."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -340,7 +342,7 @@ def test_a_fused_kernel_reads_the_lists_of_blocks(monkeypatch):
     ],
 )
 def test_on_a_gpu_against_scores_in_float64(settings, size, dtype):
-    """Rows of less than a block, and of several; gradients of sinks too."""
+    """Rows shorter than a block, and of several blocks; with gradients of sinks."""
     for tokens in (60, 700):
         segments = shared_prompt(tokens)
         torch.manual_seed(0)
@@ -369,7 +371,7 @@ def test_memory_on_a_gpu_grows_with_length_not_its_square(settings):
         outputs_and_gradients(tensors, indexed(segments).to(torch.device("cuda")), settings)
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak(16384) < 5 * peak(4096)  # 16 times, were scores written out
+    assert peak(16384) < 5 * peak(4096)  # 16 times with explicit scores
 
 
 @needs_gpu

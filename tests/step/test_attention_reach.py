@@ -1,4 +1,4 @@
-"""How far attention reaches is read off the model's own masks, at any length."""
+"""The reach of attention is determined from the model's own masks, for any length."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
         (lambda size: chunked_causal_mask_function(size, NO_PADDING), "chunk"),
     ],
 )
-def test_windows_and_chunks_are_told_apart_at_any_size(make, name, size):
-    # A window and a chunk of one are the same.
+def test_windows_and_chunks_are_distinguished_at_any_size(make, name, size):
+    # A window of one equals a chunk of one.
     wanted = Reach(window=1) if size == 1 else Reach(**{name: size})
     assert reach_of(make(size), size) == wanted
     assert reach_of(make(size), size + 1) is None
@@ -45,7 +45,7 @@ def test_windows_and_chunks_are_told_apart_at_any_size(make, name, size):
         bidirectional_mask_function,
         or_masks(causal_mask_function, lambda b, h, q, kv: kv < 3),
         and_masks(causal_mask_function, lambda b, h, q, kv: q - kv != 4097),
-        lambda b, h, q, kv: torch.tensor([1, 1, 0])[q] == kv,  # of these tokens alone
+        lambda b, h, q, kv: torch.tensor([1, 1, 0])[q] == kv,  # depends on the tokens
     ],
 )
 def test_another_mask_is_none_of_them(mask_function):
@@ -55,7 +55,7 @@ def test_another_mask_is_none_of_them(mask_function):
 
 
 def test_what_a_mask_function_holds_on_another_device_is_read_on_the_cpu(monkeypatch):
-    """On a GPU an index beyond a tensor ends the process, and tensors of two devices do not mix."""
+    """On a GPU an index out of range terminates the process, and devices cannot be mixed."""
     moved = []
     elsewhere = torch.zeros(1, dtype=torch.long).as_subclass(_Elsewhere)
     monkeypatch.setattr(_Elsewhere, "cpu", lambda self: moved.append(self) or NO_PADDING)
@@ -72,7 +72,7 @@ def test_mask_functions_that_hold_tensors_of_a_gpu():
     assert reach_of(chunked_causal_mask_function(6, NO_PADDING.cuda()), 6) == Reach(chunk=6)
     few = torch.tensor([1, 1, 0]).cuda()
     assert reach_of(lambda b, h, q, kv: few[q] == kv) is None
-    assert few.sum() == 2  # the device still answers
+    assert few.sum() == 2  # the device still works
 
 
 def _model(family: str, **settings):
@@ -125,7 +125,7 @@ SLIDING = ["full_attention", "sliding_attention"] * 2
     ],
     ids=["full", "window", "both", "mask-alone", "chunks"],
 )  # fmt: skip
-def test_each_layer_is_told_what_the_model_gives_it(model, wanted):
+def test_each_layer_has_the_reach_of_its_mask(model, wanted):
     model = model()
     recorded = install(model)
     assert recorded.problems == [] and reaches(model) == wanted

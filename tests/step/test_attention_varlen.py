@@ -1,4 +1,4 @@
-"""The variable-length kernel's indices and arguments, with a stand-in for it where there is no GPU."""
+"""Indices and arguments of the variable-length kernel, with a substitute for it without a GPU."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_nothing_is_gathered_where_nothing_is_shared():
 )  # fmt: skip
 @pytest.mark.parametrize("asks_for_groups", [True, False])
 def test_equals_attention_by_hand(asks_for_groups, settings, tensors, monkeypatch):
-    """Grouped keys are handed over as they are, with a word about it (torch 2.12) or without (2.11)."""
+    """Grouped keys are passed unchanged, with an argument for it (torch 2.12) or without (2.11)."""
     calls = emulate(monkeypatch)
-    monkeypatch.setattr(attention_varlen, "_ASKS_FOR_GROUPS", asks_for_groups)
+    monkeypatch.setattr(attention_varlen, "_HAS_GQA_ARGUMENT", asks_for_groups)
     names = {"window": "sliding_window"}
     out, _ = packed_attention(
         nn.Module(), *tensors, None, packing_plan=indexed(),
@@ -74,7 +74,7 @@ def test_equals_attention_by_hand(asks_for_groups, settings, tensors, monkeypatc
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_kernel_is_told_that_keys_are_queries_only_where_they_are(shared, tensors, monkeypatch):
+def test_shared_starts_are_passed_only_if_keys_equal_queries(shared, tensors, monkeypatch):
     """torch 2.15 takes one tensor of starts for both as leave to align masks otherwise."""
     calls = emulate(monkeypatch)
     plan = indexed() if shared else indexed((Segment(0, 7), Segment(7, 15)))
@@ -99,7 +99,7 @@ def test_gradients_equal_those_of_units(tensors, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"softcap": 1.5}, {"s_aux": SINKS}, {"dropout": 0.5}])
-def test_what_the_kernel_does_not_do_goes_by_units(settings, tensors, monkeypatch):
+def test_cases_without_the_kernel_use_units(settings, tensors, monkeypatch):
     calls = emulate(monkeypatch)
     packed_attention(nn.Module(), *tensors, None, packing_plan=indexed(), **settings)
     packed_attention(nn.Module(), *tensors, None, packing_plan=AttentionPlan(PLAN))
@@ -149,7 +149,7 @@ def test_where_the_kernel_applies(change: dict[str, Any], applies: bool, monkeyp
 
 
 def test_the_real_kernel_takes_our_arguments_without_looking_into_a_tensor():
-    """On tensors without content: shapes of the forward and the backward, and nothing read by the host."""
+    """On fake tensors: shapes of forward and backward, without reading values on the host."""
     q, k, v = (
         torch.empty(1, T, n, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
         for n in (HEADS, KV_HEADS, KV_HEADS)
@@ -165,7 +165,7 @@ def test_the_real_kernel_takes_our_arguments_without_looking_into_a_tensor():
 
 
 def test_autocast_has_the_kernel_see_halves(tensors, monkeypatch):
-    """A norm of queries and keys hands over float32, their projection bfloat16."""
+    """Norms of queries and keys return float32, their projections bfloat16."""
     calls = emulate(monkeypatch)
     q, k, v = tensors
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -250,7 +250,7 @@ def test_compiled_without_a_break_and_not_again_for_every_length(monkeypatch):
         out = layer(q, k, v, plan)
         expected = packed_attention(module, q, k, v, None, packing_plan=plan, sliding_window=5)[0]
         assert torch.equal(out, expected)
-    assert counter.frame_count == 2  # as it first came, and for any length
+    assert counter.frame_count == 2  # for the first length, and for any length
 
 
 @needs_gpu

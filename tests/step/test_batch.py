@@ -1,4 +1,4 @@
-"""Packing by hand: what every index tensor of a tiny micro-batch is."""
+"""Index tensors of tiny micro-batches, compared with values by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rpo_trainer.step import batch as batch_module
 from rpo_trainer.step.batch import AttentionPlan, Reach, Segment, sees
 from rpo_trainer.step.packing import forward_tokens, pack
 
-# Two responses of two and one token behind a prompt of three; then one response with a hole.
+# Two responses of two and one tokens after a prompt of three; then one response with an untrained token.
 FIRST: dict[str, Any] = {
     "id": "first",
     "prompt_ids": [10, 11, 12],
@@ -43,7 +43,7 @@ def test_shared():
         "attention_mask": None,
         "plan": AttentionPlan((Segment(0, 5), Segment(5, 6, 0, 3), Segment(6, 10))),
         "rows": None,
-        # 30 is predicted by the prompt's last token, not by 21 that lies before it.
+        # 30 is predicted by the prompt's last token, not by 21, which precedes it in the row.
         "predict_index": [2, 3, 2, 6, 8],
         "labels": [20, 21, 30, 40, 42],
         "last_index": [4, 5, 9],
@@ -65,7 +65,7 @@ def test_packed():
     }
 
 
-def test_single_is_packed_rows_cut_at_each_response():
+def test_single_is_packed_rows_split_at_each_response():
     packed, single = inputs_of("packed"), inputs_of("single")
     assert single == {**packed, "plan": None, "rows": ((0, 5), (5, 9), (9, 13))}
 
@@ -150,7 +150,7 @@ def test_short_examples_are_one_unit_and_long_ones_go_by_segment(monkeypatch):
         assert list(AttentionPlan(plan).units) == units, most
 
 
-def test_mask_of_one_segment_is_causal_behind_its_whole_prefix(monkeypatch):
+def test_mask_of_one_segment_is_causal_after_its_prefix(monkeypatch):
     monkeypatch.setattr(batch_module, "_DENSE_TOKENS", 0)
     plan = AttentionPlan(TWO)
     assert seen(plan, 0) == [[int(j <= i) for j in range(5)] for i in range(5)]
@@ -178,7 +178,7 @@ def test_mask_of_several_segments():
         [0, 0, 0, 0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 0, 0, 1, 1],
     ]
-    # A window of two: the second response's first token is right behind the prompt's last.
+    # With a window of two, the first token of the second response directly follows the prompt.
     assert seen(plan, 0, 2)[3:7] == [
         [0, 0, 1, 1, 0, 0, 0, 0, 0],
         [0, 0, 0, 1, 1, 0, 0, 0, 0],
@@ -214,8 +214,8 @@ def test_an_empty_micro_batch_is_refused():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 100])
-def test_segments_are_cut_where_chunks_end(chunk):
-    """The cut segments, each causal in itself, see what chunks by position allow."""
+def test_segments_are_split_at_chunk_ends(chunk):
+    """Segments split at chunk ends have the visibility of chunks by position."""
     plan = AttentionPlan(
         (Segment(0, 7), Segment(7, 12, 0, 5), Segment(12, 16, 0, 5), Segment(16, 18))
     )

@@ -1,5 +1,5 @@
-"""A step whose tensors lie on a GPU, without one: tensors without content, where two devices in one operation
-are an error as they are there."""
+"""A step with tensors on a GPU, tested without one: fake tensors raise the same error for two devices in one
+operation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EXAMPLES = [
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`with on_gpu() as move`: `move(value)` is the same on the GPU, without content."""
+    """`with on_gpu() as move`: `move(value)` returns fake tensors on the GPU."""
     monkeypatch.setattr(attention_varlen, "_has_kernel", lambda device: device.type == "cuda")
     made: dict[int, Any] = {}
 

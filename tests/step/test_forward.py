@@ -1,4 +1,4 @@
-"""The packed step against one plain, unpacked, full-logits forward per response."""
+"""The packed step compared with a plain, unpacked forward with full logits for each response."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tests.small_models import FAMILIES, VOCABULARY, make_model
 
 
 def random_examples(seed: int, ks=(2, 1, 4), *, spans: bool = False, vocabulary=VOCABULARY):
-    """Examples of mixed lengths and K; with `spans` the masks have holes, as in multi-turn SFT."""
+    """Examples of various lengths and K; with `spans` the masks have untrained tokens, as in multi-turn
+    SFT."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low, high):
@@ -39,7 +40,7 @@ def random_examples(seed: int, ks=(2, 1, 4), *, spans: bool = False, vocabulary=
 
 
 def plain_logprobs(model, examples):
-    """Each response in a forward of its own, all logits, no packing."""
+    """A separate forward for each response, with all logits."""
     pieces = []
     for example in examples:
         for response, mask in zip(example["response_ids"], example["response_mask"], strict=True):
@@ -53,7 +54,7 @@ def plain_logprobs(model, examples):
 
 
 class Float64Inside(TorchFunctionMode):
-    """Norms, softmaxes and rotary angles that transformers pins to float32 are float64 within it."""
+    """Compute norms, softmaxes and rotary angles, which transformers pins to float32, in float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def widen(x):
@@ -65,7 +66,7 @@ class Float64Inside(TorchFunctionMode):
 
 
 def compare(model, examples, layout, *, rtol, atol, **settings):
-    """Log-probs and every parameter's gradient of a weighted sum, packed against plain."""
+    """Compare log-probs, and the gradients of a weighted sum for all parameters, packed and plain."""
     exact = next(model.parameters()).dtype == torch.float64
     with Float64Inside() if exact else contextlib.nullcontext():
         _compare(model, examples, layout, rtol, atol, settings)
@@ -202,7 +203,7 @@ def test_saved_config_does_not_name_the_attention(tmp_path):
     assert "rpo_packed" not in (tmp_path / "config.json").read_text()
 
 
-def test_a_model_that_is_no_transformers_model_is_refused():
+def test_a_model_not_from_transformers_is_refused():
     with raises("model.not-transformers", ModelError) as error:
         transformers_model(torch.nn.Linear(2, 2))
     assert "Linear" in error.value.what

@@ -1,4 +1,5 @@
-"""The head is learned from the model: scale, cap and multiplier, in any dtype; what is more is noticed."""
+"""Scale, cap and multiplier of the head are determined from the model in any dtype; other operations are
+detected."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.small_models import make_model
         ("gemma2", {"final_logit_softcapping": None}, Head()),
     ],
 )
-def test_known_ways_are_learned_whatever_the_weights(family, extra, wanted, dtype):
+def test_known_operations_are_found_for_any_weights(family, extra, wanted, dtype):
     model = make_model(family, dtype=dtype, **extra)
     head = head_of(model, model.forward)
     assert head.fused and (head.softcap is None) == (wanted.softcap is None)
@@ -43,7 +44,7 @@ def test_known_ways_are_learned_whatever_the_weights(family, extra, wanted, dtyp
     ],
 )
 def test_what_happens_in_front_of_the_head(change, wanted):
-    """A multiplier is learned; anything else leaves the logits to the model."""
+    """A multiplier is determined; with any other operation the model's own logits are used."""
     model = make_model("llama")
     run = model.forward
 

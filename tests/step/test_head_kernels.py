@@ -1,5 +1,5 @@
-"""The head's Triton kernels against float64: in Triton's interpreter on a CPU, compiled for a GPU without
-one, and on a GPU."""
+"""The head's Triton kernels compared with float64: in Triton's interpreter on a CPU, compiled for a GPU
+without one, and on a GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_in_the_interpreter():
 
 
 def tile(rows: int, width: int, *, v0: int, spread: float = 8.0):
-    """Logits amid a wider tensor, labels in the slice and on both sides, normaliser, gradient."""
+    """Logits as a slice of a wider tensor, labels inside and outside the slice, normalizer, gradient."""
     generator = torch.Generator().manual_seed(rows + width)
     whole = spread * torch.randn(rows, width + 3, generator=generator)
     labels = torch.randint(0, 2 * v0 + width, (rows,), generator=generator)
@@ -85,7 +85,7 @@ def test_a_bad_logit_is_not_lost(value):
 def test_slope(rows, width, v0, scale, softcap, grad, dtype):
     from rpo_trainer.step import head_kernels
 
-    whole, logits, labels, normaliser, upstream = tile(rows, width, v0=v0)
+    whole, logits, labels, normalizer, upstream = tile(rows, width, v0=v0)
     if softcap is not None:
         whole.clamp_(-softcap, softcap)
     before, label_column = whole.clone(), labels - v0
@@ -94,17 +94,17 @@ def test_slope(rows, width, v0, scale, softcap, grad, dtype):
     for row, column in enumerate(label_column.tolist()):
         if 0 <= column < width:
             wanted[row, column] = 1.0
-    wanted -= (logits.double() - normaliser.double()[:, None]).exp()
+    wanted -= (logits.double() - normalizer.double()[:, None]).exp()
     if softcap is not None:
         wanted *= 1.0 - (logits.double() / softcap).square()
     wanted *= scale * (1.0 if upstream is None else upstream.double()[:, None])
     out = torch.empty(rows, width, dtype=dtype)
-    settings = (normaliser, labels, v0, upstream, scale, softcap)
+    settings = (normalizer, labels, v0, upstream, scale, softcap)
     assert head_kernels.slope(logits, *settings, out) is out
     eps = max(torch.finfo(dtype).eps, 2e-6)
     torch.testing.assert_close(out.double(), wanted, rtol=eps, atol=1e-6)
     assert torch.equal(whole, before)
-    if dtype == torch.float32:  # in its own place: to the last bit the same
+    if dtype == torch.float32:  # in place: bitwise equal
         head_kernels.slope(logits, *settings, logits)
         assert torch.equal(logits, out) and torch.equal(whole[:, 0], before[:, 0])
 
@@ -129,7 +129,7 @@ def test_the_head_takes_them(kind, logits_chunk_bytes, monkeypatch):
         once, again = (
             torch.autograd.grad(logps, leaves, upstream, retain_graph=True) for _ in "12"
         )
-        assert all(map(torch.equal, once, again))  # a kept tile is not changed
+        assert all(map(torch.equal, once, again))  # a saved tile is not modified
         return logps.detach(), *once
 
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +184,7 @@ def test_they_compile_for_a_gpu(arch, half, full, monkeypatch, tmp_path):
     constants = {"LEAST": head_kernels._LEAST, "BLOCK": head_kernels._BLOCK}
     pointers = {
         "logits": "*fp32", "labels": "*i64", "partial": "*fp64", "found": "*fp32",
-        "normaliser": "*fp32", "out": f"*{half}",
+        "normalizer": "*fp32", "out": f"*{half}",
     }  # fmt: skip
     given = {"grad": "*fp32", "softcap": "fp32"}
     for kernel in (head_kernels._logsumexp_kernel, head_kernels._slope_kernel):
@@ -233,6 +233,6 @@ def test_on_a_gpu_as_torch_operations(kind, rows, vocabulary, logits_chunk_bytes
     expected, wanted = run()
     torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6)
     for grad, want in zip(grads, wanted, strict=True):
-        # The same but for the rounding of single elements of d_logits.
+        # Equal up to rounding of single elements of d_logits.
         bound = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 4
         assert (grad.double() - want.double()).norm() < bound * want.double().norm()

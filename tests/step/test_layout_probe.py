@@ -1,4 +1,4 @@
-"""The start-up probe: it takes the fastest layout that it cannot refute, and says what refutes the others."""
+"""The probe selects the fastest layout that passes, and reports why faster ones fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.raising import raises
 from tests.small_models import FAMILIES, VOCABULARY, make_model
 from tests.varlen_kernel import emulate, reference
 
-# State-space layers, linear attention, convolutions, ALiBi: what goes from one text of a row into the next.
+# State-space layers, linear attention, convolutions, ALiBi: texts of a row affect the next one.
 PADDED = probe_module._NAMES["padded"]
 LEAKING = (
     "bamba", "bloom", "falcon", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear",
@@ -47,7 +47,7 @@ def test_known_families_share_prompts(family, dtype):
 
 @pytest.mark.parametrize("leaks", [False, True])
 def test_kernels_that_only_autocast_takes_are_proved_too(leaks, monkeypatch, caplog):
-    """As on a GPU: float32 goes by units and would not notice."""
+    """As on a GPU: float32 uses units, and would not show the error."""
 
     def kernel(*args: Any, **settings: Any) -> Tensor:
         out = reference(*args, **settings)
@@ -63,8 +63,8 @@ def test_kernels_that_only_autocast_takes_are_proved_too(leaks, monkeypatch, cap
 
 
 @pytest.mark.parametrize("set_for", ["all", "products", "nothing"])
-def test_tf32_is_off_while_the_model_is_asked_and_as_it_was_after(set_for, monkeypatch):
-    """torch_compile turns it on; products would be right to three digits, and the layouts refused."""
+def test_tf32_is_off_during_the_probe_and_restored_after(set_for, monkeypatch):
+    """torch_compile enables TF32, with three correct digits, for which the layouts would be refused."""
     every, products = torch.backends, torch.backends.cuda.matmul
     before = every.fp32_precision, products.fp32_precision
     seen = []
@@ -81,7 +81,7 @@ def test_tf32_is_off_while_the_model_is_asked_and_as_it_was_after(set_for, monke
         assert (every.fp32_precision, products.fp32_precision) == found
         if set_for == "all":
             every.fp32_precision = "ieee"
-            assert products.fp32_precision == "ieee"  # it still goes by the setting of all
+            assert products.fp32_precision == "ieee"  # it still inherits the global setting
     finally:
         products.fp32_precision, every.fp32_precision = "none", before[0]
     assert (every.fp32_precision, products.fp32_precision) == before
@@ -92,12 +92,12 @@ def test_tf32_is_off_while_the_model_is_asked_and_as_it_was_after(set_for, monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", LEAKING)
 def test_no_layout_that_leaks_is_taken(family, dtype, weights):
-    """Nor with the small weights of a fresh model, where a leak is lost in what bfloat16 rounds away."""
+    """Nor with the small weights of a new model, for which a leak is smaller than bfloat16 rounding."""
     model = tiny_model(family)
     if weights == "fresh":
         torch.manual_seed(0)
         model = type(model)(model.config).eval()
-    if (family, dtype) == ("xlstm", torch.bfloat16):  # nor does it run in a stock forward
+    if (family, dtype) == ("xlstm", torch.bfloat16):  # its own forward fails too
         with raises("model.forward-fails", ModelError) as error:
             probe(model.to(dtype))
         assert "xLSTMForCausalLM" in error.value.what
@@ -106,8 +106,8 @@ def test_no_layout_that_leaks_is_taken(family, dtype, weights):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_experts_that_round_by_what_is_routed_to_them_are_no_leak(family):
-    """Neighbors change how many tokens an expert computes at once, and with it the last bit."""
+def test_rounding_of_experts_is_not_a_leak(family):
+    """Other texts change the batch size of an expert, and with it the last bit."""
     layout, head = probe(tiny_model(family))
     assert layout == "shared" and head.fused
 
@@ -123,10 +123,8 @@ def test_experts_that_round_by_what_is_routed_to_them_are_no_leak(family):
         ("qwen3_next", True),
     ],
 )
-def test_where_there_are_no_gradients_the_order_of_the_other_texts_tells(
-    family, leaks, dtype, monkeypatch
-):
-    """As under ZeRO-3: the same tokens are routed, so that an expert rounds alike; a state does not."""
+def test_without_gradients_the_order_of_other_texts_is_tested(family, leaks, dtype, monkeypatch):
+    """As under ZeRO-3: the routing is the same, so that rounding is equal for experts, but not for states."""
     model = tiny_model(family).to(dtype)
     monkeypatch.setattr("rpo_trainer.step.layout_probe.sees_others", lambda *_, **__: None)
     assert probe(model)[0] == ("padded" if leaks else "shared")
@@ -157,7 +155,7 @@ def test_families_that_used_to_fall_back_share_prompts_with_a_fused_head(family,
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "doge"])
 def test_attention_that_selects_tokens_gets_one_response_a_forward(family, caplog):
-    """How much it selects of padding is not seen in a few tokens."""
+    """The effect of padding on the selection does not show with a few tokens."""
     with caplog.at_level(logging.WARNING):
         layout, _ = probe(tiny_model(family))
     assert layout == "single"
@@ -200,7 +198,7 @@ def test_state_space_model_is_padded_with_a_log_line(caplog):
 
 
 class Blind(nn.Module):
-    """An attention function that follows no plan, as a stock one: the siblings are in plain sight."""
+    """An attention function that ignores the plan, so that other responses are visible."""
 
     def forward(self, module, query, key, value, mask, packing_plan=None, **kwargs):
         stock = attention.packed_attention
@@ -218,7 +216,7 @@ def test_attention_that_ignores_the_plan_is_padded(monkeypatch, caplog):
 
 @pytest.mark.parametrize("size", [1e-7, 1e-3])
 def test_the_smallest_leak_is_seen(size):
-    """Of what no tolerance would tell from rounding: a layer that adds a little of the row's mean."""
+    """A layer that adds a small multiple of the row's mean, below any rounding tolerance."""
     model = make_model("llama")
 
     def leak(module, args, output):
@@ -226,7 +224,7 @@ def test_the_smallest_leak_is_seen(size):
 
     model.model.layers[0].mlp.register_forward_hook(leak)
     layout, _ = probe(model)
-    assert layout == "single"  # padding is a part of the mean too
+    assert layout == "single"  # padding is part of the mean
 
 
 def test_a_head_that_is_learned_wrongly_is_refuted(monkeypatch, caplog):
@@ -282,7 +280,7 @@ def _long_rope(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_a_rotary_embedding_that_changes_with_the_longest_text(kind):
-    """Beside a text beyond its limit a short one would be read with other angles, in one row or one batch."""
+    """With a text beyond the limit, a short one has other angles, in the same row or batch."""
     model = _long_rope(kind)
     limit = rotary_limit(model)
     assert limit is not None and (limit.kind, limit.positions) == (kind, 16)
@@ -313,7 +311,7 @@ def test_single_rows_of_longrope_are_right_at_any_length():
 # --- odd models and settings ---
 
 
-def test_a_layout_that_is_asked_for_and_wrong_says_so():
+def test_an_inexact_requested_layout_is_refused():
     with raises("training.inexact-layout", ModelError) as error:
         probe(tiny_model("mamba"), layout="shared")
     assert "layout='shared'" in error.value.what
@@ -336,7 +334,7 @@ def test_the_head_of_a_model_that_rounds_in_front_of_it_is_fused():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["jamba", "lfm2", "qwen3_next", "mixtral"])
 def test_shards_with_halves_take_no_leaking_layout(family, tmp_path):
-    """FSDP2 computes in bfloat16: the last bit tells, or else the gradient."""
+    """FSDP2 computes in bfloat16: the difference shows in the last bit, or in the gradient."""
     script = tmp_path / "sharded.py"
     script.write_text(
         "import sys, torch, torch.distributed as dist\n"

@@ -1,4 +1,4 @@
-"""The fused head against a dense float64 one: values and gradients, for every tile shape."""
+"""The fused head compared with a dense float64 head: values and gradients, for every tile shape."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_equals_dense_float64(logits_chunk_bytes, scale, softcap, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_inputs_are_summed_in_float32(dtype):
     hidden, weight, labels, _, upstream, leaves = tensors(dtype)
-    # The reference sees the very same rounded inputs, in float64.
+    # The dense head has the same rounded inputs, in float64.
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = dense(exact[0], exact[1], labels, None, 1.0, None)
     wanted = torch.autograd.grad(expected, exact, upstream)
@@ -100,7 +100,7 @@ def test_frozen_head_gets_no_gradient_and_hidden_the_same_one(
 
 
 def test_frozen_head_costs_two_products_in_all():
-    """Logits and dH, nothing recomputed: the backward multiplies no matrices."""
+    """Logits and dH are computed once: the backward has no matrix products."""
     hidden, weight, labels, *_ = tensors(torch.float64)
     products = []
 
@@ -126,7 +126,7 @@ def test_extreme_logits_stay_finite():
 
 
 def peak_bytes(run) -> int:
-    """Most memory that what `run` allocates takes at once."""
+    """Peak memory of the allocations of `run`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _results = run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -142,7 +142,7 @@ def peak_bytes(run) -> int:
     ("dtype", "softcap"), [("float32", None), ("float32", 3.0), ("bfloat16", None)]
 )
 def test_memory_grows_with_neither_tokens_times_vocabulary(dtype, softcap, frozen):
-    """Beyond the gradients: tiles of bounded size and a few numbers a token."""
+    """In addition to the gradients: tiles of bounded size, and a few numbers for each token."""
     h, tile, dtype = 32, 2**18, getattr(torch, dtype)
 
     def beyond(n: int, v: int) -> int:
@@ -162,8 +162,9 @@ def test_memory_grows_with_neither_tokens_times_vocabulary(dtype, softcap, froze
 
     beyond(8, 8)
     sizes = [beyond(n, v) for n, v in ((512, 2048), (512, 8192), (1024, 8192))]
-    per_token = 512 * (64 + 2 * h)  # normalisers, labels, d_hidden in its own dtype
-    # A soft-cap's slope takes two on the way; a bfloat16 weight is widened and its gradient summed apart.
+    per_token = 512 * (64 + 2 * h)  # normalizers, labels, d_hidden in its own dtype
+    # A soft-cap's derivative needs two temporaries; a bfloat16 weight is converted, with a separate
+    # gradient sum.
     tiles = 1 if dtype == torch.float32 and softcap is None else 3
     assert sizes[0] <= tiles * tile + per_token
     assert sizes[1] <= tiles * tile + per_token
@@ -172,7 +173,7 @@ def test_memory_grows_with_neither_tokens_times_vocabulary(dtype, softcap, froze
 
 
 def test_the_forward_holds_one_tile():
-    """The last one is gone before the next is made, and nothing of its size beside it."""
+    """A tile is freed before the next one is computed, and there is no other tensor of its size."""
     n, v, h, tile = 512, 8192, 32, 2**18
     hidden, weight = torch.randn(n, h), torch.randn(v, h, requires_grad=True)
     labels = torch.randint(v, (n,))
@@ -200,7 +201,7 @@ def test_autocast_does_not_round_the_tiles():
 
 @pytest.fixture
 def halves_as_on_a_gpu(monkeypatch):
-    """The GPU's way with halves: factors stay half, and their product is summed and returned in float32."""
+    """Products of a GPU with 16-bit factors: summed and returned in float32."""
     products = []
     mm = torch.mm
 
@@ -242,20 +243,20 @@ def test_halves_multiplied_into_float32(
         softcap=softcap,
         logits_chunk_bytes=logits_chunk_bytes,
     )
-    # No rounding but the inputs' own on the way forward ...
+    # In the forward only the inputs are rounded ...
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(actual, leaves, upstream.float())
     assert halves_as_on_a_gpu and set(halves_as_on_a_gpu) == {dtype}
     for grad, leaf, want in zip(grads, leaves, wanted, strict=False):
         assert grad.dtype == leaf.dtype
-        # ... and on the way back that of d_logits, and of the result.
+        # ... and in the backward d_logits and the result.
         error = (grad.double() - want).norm() / want.norm()
         assert error < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_torch_has_the_product_of_halves(frozen, monkeypatch):
-    """Shapes and dtypes of the real one, on tensors without content."""
+    """Shapes and dtypes of the real function on fake tensors."""
     monkeypatch.setattr(logprobs, "_factor_dtype", lambda hidden: hidden.dtype)
     hidden, weight = (
         torch.empty(n, H, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (N, V)
@@ -312,7 +313,7 @@ def test_no_token_at_all():
 
 
 def test_a_vocabulary_padded_by_its_bias():
-    """Slices that are −inf throughout add nothing."""
+    """Slices of only −inf add nothing."""
     hidden, weight, labels, _, upstream, leaves = tensors(torch.float64)
     bias = torch.zeros(V, dtype=torch.float64)
     bias[20:] = float("-inf")
@@ -341,7 +342,7 @@ def test_response_sums():
 
 @pytest.mark.parametrize("tokens", [1, 2000, 2401, 5000, 16384])
 def test_slices_are_aligned_for_the_fast_kernels(tokens):
-    """A row of halves that starts off a multiple of 16 bytes costs a GPU the product's speed."""
+    """Rows of 16-bit numbers that are not aligned to 16 bytes make a GPU's products slow."""
     for vocabulary, hidden in ((128256, 2048), (49152, 576), (1000, 64)):
         _, width = logprobs._tiles(
             tokens, vocabulary, hidden, logprobs.DEFAULT_LOGITS_CHUNK_BYTES // 4

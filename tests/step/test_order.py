@@ -21,7 +21,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert (epoch_order(50, 1, 0) != epoch_order(50, 1, 1)).any()
     assert (epoch_order(50, 1, 0) != epoch_order(50, 2, 0)).any()
     assert sorted(epoch_order(50, 3, 4)) == list(range(50))
-    # Pinned: a new version must not reorder somebody's half-finished run.
+    # Pinned: a new version must not change the order of an unfinished run.
     assert epoch_order(8, 0, 0).tolist() == PINNED
 
 
@@ -67,7 +67,7 @@ def test_epochs_differ_and_drop_last():
     assert list(sampler) != first and len(first) == len(sampler) == 2
 
 
-def test_evaluation_goes_longest_first():
+def test_evaluation_order_is_longest_first():
     sampler = StepBatchSampler(
         [3, 9, 1, 7], global_batch_size=2, micro_batch_size=2, order="longest"
     )
@@ -129,14 +129,14 @@ def test_padded_bins_hold_examples_of_like_length():
     assert sorted(map(sorted, deal_within(range(6), shapes, 200))) == [[0, 2], [1, 3, 4, 5]]
 
 
-def test_what_is_beyond_the_budget_goes_alone():
+def test_examples_beyond_the_budget_are_alone():
     shapes = [(n, 1) for n in (3, 50, 4, 60)]
     assert deal_within(range(4), shapes, 10) == [[3], [1], [2, 0]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_budgeted_steps_are_the_global_batches_and_alike_on_every_rank(world, drop_last):
+def test_budgeted_steps_are_the_global_batches_on_every_rank(world, drop_last):
     lengths = np.random.default_rng(0).integers(1, 100, size=31).tolist()
     common = {"global_batch_size": 12, "seed": 7, "drop_last": drop_last}
     whole = StepBatchSampler(lengths, micro_batch_size=1, **common)

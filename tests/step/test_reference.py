@@ -1,4 +1,4 @@
-"""Reference log-probs: what they are, when a stored one serves again, and when it never does."""
+"""Reference log-probs: values, and when a cached value is used or not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model() -> Any:
 
 @pytest.fixture
 def computed(monkeypatch) -> list[int]:
-    """How many responses each forward of the reference pass computed."""
+    """The number of responses in each forward of the reference pass."""
     counts: list[int] = []
     own = reference._Pass.__call__
 
@@ -98,7 +98,7 @@ def test_forwards_keep_to_the_token_budget(model, computed):
     assert len(computed) > 3 and sum(computed) == RESPONSES
 
 
-# --- what is stored serves again ---
+# --- cached values are used ---
 
 
 def test_stored_values_are_the_same_and_nothing_is_computed(model, tmp_path, computed):
@@ -147,7 +147,7 @@ def test_every_token_and_mask_counts():
     assert response_key([1, 2], [3, 4], [1, 1]) in keys
 
 
-def test_a_killed_pass_goes_on_where_it_was(model, tmp_path, computed, monkeypatch):
+def test_a_killed_pass_resumes(model, tmp_path, computed, monkeypatch):
     monkeypatch.setattr(reference, "_ROWS_PER_PART", 4)
     own, calls = reference.token_logprobs, []
 
@@ -192,7 +192,7 @@ def test_shards_split_what_is_missing_and_join_to_the_same_bits(budget, model, c
     assert joined == expected
 
 
-# --- what is damaged or stale does not ---
+# --- damaged and stale values are not used ---
 
 
 def parts(folder: Path) -> list[Path]:
@@ -217,7 +217,7 @@ def test_a_damaged_part_is_computed_again(harm, model, tmp_path, computed, caplo
     assert compute(model, ROWS, tmp_path) == first
     assert sum(computed) == RESPONSES
     assert "is damaged" in caplog.text and "computed again" in caplog.text
-    assert compute(model, ROWS, tmp_path) == first  # and stored anew
+    assert compute(model, ROWS, tmp_path) == first  # and cached again
     assert sum(computed) == RESPONSES
 
 
@@ -250,7 +250,7 @@ def test_leftovers_of_a_write_are_ignored(model, tmp_path, computed):
     assert compute(model, ROWS, tmp_path) == first and computed == []
 
 
-def test_values_that_are_whole_but_wrong_are_found_on_load(model, tmp_path, caplog):
+def test_wrong_values_are_found_on_load(model, tmp_path, caplog):
     first = compute(model, ROWS, tmp_path)
     cache = ReferenceCache(tmp_path)
     wrong = {key: value + 1.0 for key, value in cache.values.items()}
@@ -291,7 +291,7 @@ def lora(model: Any, **settings: Any) -> Any:
 def test_key_is_of_the_content():
     a, b = make_model(), make_model()
     assert model_key(a) == model_key(b)
-    install(a)  # how the step runs is no content
+    install(a)  # does not change the key
     a.train()
     a.config._name_or_path = "elsewhere"
     assert model_key(a) == model_key(b)
@@ -301,7 +301,7 @@ def test_key_is_of_the_content():
 
 
 @pytest.mark.parametrize("part", ["dtype", "config", "arithmetic", "adapter", "buffer"])
-def test_key_changes_with_whatever_changes_the_values(part):
+def test_key_changes_with_everything_that_changes_the_values(part):
     model = make_model()
     key = model_key(model)
     if part == "dtype":
@@ -327,7 +327,8 @@ def test_key_changes_with_whatever_changes_the_values(part):
 
 @pytest.fixture
 def train(tmp_path, computed):
-    """Trains one step with a common cache, and says how many responses the reference computed."""
+    """Train one step with a shared cache; return the number of responses that the reference model
+    computed."""
     from rpo_trainer.data.quickstart import character_tokenizer
     from rpo_trainer.trainers import DPOConfig, DPOTrainer
 

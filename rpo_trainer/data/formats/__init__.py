@@ -1,4 +1,4 @@
-"""The known formats. A new one is a function and an entry in the table of its kind."""
+"""Known formats. To add one, write a function and an entry in the table of its kind."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rpo_trainer.data.formats.spec import COLUMN_TYPES, COMMON, Format, Raw
 
 __all__ = ["COMMON", "FORMATS", "NUMBERS", "PROMPT_FORMATS", "Format", "Raw"]
 
-# By name, in the order in which they are tried; rows of prompts have a table of their own, since
-# formats of other rows have the same names.
+# By name, in the order of detection. Prompt formats have a separate table, since they share names with
+# formats of other kinds.
 FORMATS: dict[str, Format] = {**PREFERENCE_FORMATS, **RATING_FORMATS, **SFT_FORMATS}
 
-# Columns that hold numbers in some format: in CSV their digits are read as such.
+# Columns that hold numbers in some format, converted when read from CSV.
 NUMBERS = frozenset(
     column
     for types in (COLUMN_TYPES, *(f.types for t in (FORMATS, PROMPT_FORMATS) for f in t.values()))

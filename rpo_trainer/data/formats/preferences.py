@@ -1,4 +1,4 @@
-"""Formats of preference rows: two or more responses to a prompt, best first or with rewards."""
+"""Preference formats: two or more responses to a prompt, best first or with rewards."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rpo_trainer.data.shared_columns import tools
 
 
 def _finished(raw: Raw, count: int) -> Row:
-    """Which of the responses have ended, as `generate` writes it; none where the column is absent."""
+    """Return the flags of complete (not truncated) responses, written by `generate`; empty if absent."""
     flags = raw.get("finished")
     if flags is None:
         return {}
-    if not isinstance(flags, list):  # it says another thing of the row
+    if not isinstance(flags, list):  # a column of the same name with another meaning
         return {"unread": ["finished"]}
     if len(flags) != count or not all(isinstance(flag, bool) for flag in flags):
         raise RowError(
-            "`finished` is not a list with one true or false a response", code="data.wrong-type"
+            "`finished` is not a list with one boolean for each response", code="data.wrong-type"
         )
     return {"finished": flags}
 
@@ -44,7 +44,7 @@ def _pairs(raw: Raw) -> Row:
 
 
 def _margin(raw: Raw) -> Row:
-    # The gap is the margin; as in HelpSteer3 neither reward means anything alone.
+    # Only the reward gap is given; the rewards themselves are arbitrary, as in HelpSteer3.
     half = None if reward_fault(raw["margin"]) else raw["margin"] / 2
     return {**_pairs(raw), "rewards": [half, None if half is None else -half]}
 
@@ -77,7 +77,7 @@ def _nemo_rl(raw: Raw) -> Row:
     if not is_messages(given):
         raise RowError("`completions` is not a list of objects", code="data.wrong-type")
     if any(reward_fault(one.get("rank")) for one in given):
-        raise RowError("the `rank` of `completions` are not all numbers", code="data.bad-rank")
+        raise RowError("a `rank` in `completions` is not a number", code="data.bad-rank")
     best_first = sorted(given, key=lambda one: one["rank"])
     names = [f"`completions` of rank {one['rank']}" for one in best_first]
     row = preference(raw["context"], [one.get("completion") for one in best_first], names)
@@ -102,7 +102,7 @@ def _openai_preference(raw: Raw) -> Row:
 
 
 def _strength(prompt: object, raw: Raw, first: str, second: str, column: str) -> Row:
-    """Two responses and a preference from -3 (the first) to 3; the gap is its strength."""
+    """Two responses and a preference from -3 (first is better) to 3; its absolute value is the reward gap."""
     value = raw[column]
     if reward_fault(value) or not -3 <= value <= 3:
         raise RowError(f"`{column}` is not a number from -3 to 3", code="data.rating-out-of-range")
@@ -142,7 +142,9 @@ def _responses(raw: Raw) -> Row:
 def _scored_responses(raw: Raw) -> Row:
     row, rewards = _responses(raw), raw["rewards"]
     if not isinstance(rewards, list) or len(rewards) != len(row["responses"]):
-        raise RowError("`rewards` is not a list with one reward a response", code="data.wrong-type")
+        raise RowError(
+            "`rewards` is not a list with one reward for each response", code="data.wrong-type"
+        )
     return {**row, "rewards": list(rewards)}
 
 
@@ -151,9 +153,11 @@ def _ranked(raw: Raw) -> Row:
     ranks = raw.get("ranks")
     if ranks is not None:
         if not isinstance(ranks, list) or len(ranks) != len(row["responses"]):
-            raise RowError("`ranks` is not a list with one rank a response", code="data.wrong-type")
+            raise RowError(
+                "`ranks` is not a list with one rank for each response", code="data.wrong-type"
+            )
         if any(reward_fault(rank) for rank in ranks):
-            raise RowError("`ranks` are not all numbers", code="data.bad-rank")
+            raise RowError("a value of `ranks` is not a number", code="data.bad-rank")
         row = with_responses(row, sorted(range(len(ranks)), key=lambda i: ranks[i]))
     return {**row, "rewards": [None] * len(row["responses"])}
 
@@ -162,7 +166,7 @@ _REWARDS = ("chosen_reward", "rejected_reward")
 _ENDED = ("finished",)
 _PROMPTS = (*PROMPT_COLUMNS, *WITH_INSTRUCTION, "mask")
 
-# In the order in which they are tried: the more telling columns first.
+# In the order of detection, the most specific columns first.
 PREFERENCE_FORMATS: dict[str, Format] = {
     "responses": Format(
         "pair", ("prompt", "responses", "rewards"), _ENDED, _scored_responses, sort=True
@@ -220,6 +224,15 @@ PREFERENCE_FORMATS: dict[str, Format] = {
         prompts=PROMPT_COLUMNS,
         ignored=("prompt_id", "messages"),
     ),
+    # By name alone without `system`: a question may need a template of its own.
+    "orca": Format(
+        "pair",
+        ("question", "chosen", "rejected"),
+        (*_REWARDS, *_ENDED),
+        _orca,
+        detected_by=("system", "question", "chosen", "rejected"),
+        may_lack_rewards=True,
+    ),
     "pairs": Format(
         "pair",
         ("chosen", "rejected"),
@@ -228,7 +241,7 @@ PREFERENCE_FORMATS: dict[str, Format] = {
         prompts=PROMPT_COLUMNS,
         may_lack_rewards=True,
     ),
-    # Only by name: `pairs` has the same columns.
+    # Selected only by name, since `pairs` has the same columns.
     "margin": Format(
         "pair",
         ("chosen", "rejected", "margin"),
@@ -236,6 +249,4 @@ PREFERENCE_FORMATS: dict[str, Format] = {
         _margin,
         prompts=PROMPT_COLUMNS,
     ),
-    # Only by name: a question may be asked with a template of its own.
-    "orca": Format("pair", ("question", "chosen", "rejected"), (*_REWARDS, *_ENDED), _orca),
 }

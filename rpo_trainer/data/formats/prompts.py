@@ -1,4 +1,4 @@
-"""Formats of prompts, whose responses are to be sampled."""
+"""Prompt formats, for stages that sample the responses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _helpsteer2_prompt(raw: Raw) -> Row:
 
 
 def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]:
-    """The prompt of a conversation: all of it, without the assistant's turns that it ends with."""
+    """Return a converter whose prompt is the conversation without its final assistant turns."""
 
     def convert(raw: Raw) -> Row:
         found = messages(raw)
@@ -41,13 +41,13 @@ def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]
 
 def _open_conversation(messages: list[Message]) -> list[Message]:
     if not messages:
-        raise RowError("there is no turn in front of the response", code="data.missing-prompt")
+        raise RowError("no turn before the response", code="data.missing-prompt")
     check_conversation(messages, "the prompt")
     check_prompt_end(messages, "the prompt")
     return messages
 
 
-# In the order in which they are tried: the more telling columns first.
+# In the order of detection, the most specific columns first.
 PROMPT_FORMATS: dict[str, Format] = {
     "helpsteer2": Format(
         "prompt",

@@ -1,4 +1,4 @@
-"""Formats of rating rows: one response and its ratings."""
+"""Rating formats: one response and its ratings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _rated(raw: Raw, prompt: object, ratings: Mapping[str, Any]) -> Row:
 def _attributes(raw: Raw) -> Row:
     ratings = raw["attributes"]
     if not isinstance(ratings, Mapping) or not ratings:
-        raise RowError("`attributes` is not an object of ratings by name", code="data.wrong-type")
+        raise RowError("`attributes` is not an object of name: rating", code="data.wrong-type")
     return _rated(raw, raw["prompt"], ratings)
 
 
@@ -42,7 +42,7 @@ def _helpsteer2(raw: Raw) -> Row:
 
 _RATED = ("prompt", "response")
 
-# In the order in which they are tried: the more telling columns first.
+# In the order of detection, the most specific columns first.
 RATING_FORMATS: dict[str, Format] = {
     "attributes": Format("rating", (*_RATED, "attributes"), (), _attributes),
     "helpsteer2": Format(

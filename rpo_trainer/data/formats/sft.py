@@ -1,4 +1,4 @@
-"""Formats of SFT rows."""
+"""SFT formats."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from rpo_trainer.data.rows import Message, Row, RowError, check_text
 def _whole(messages: list[Message], what: str) -> Row:
     check_conversation(messages, what)
     if all(message["role"] != "assistant" for message in messages):
-        raise RowError(
-            f"{what} has no turn of the assistant to train on", code="data.no-assistant-turn"
-        )
+        raise RowError(f"{what} has no assistant turn to train on", code="data.no-assistant-turn")
     return {"messages": messages}
 
 
@@ -55,7 +53,7 @@ def _sharegpt(raw: Raw) -> Row:
 
 _RATED = ("prompt", "response")
 
-# In the order in which they are tried: the more telling columns first.
+# In the order of detection, the most specific columns first.
 SFT_FORMATS: dict[str, Format] = {
     "messages": Format("sft", ("messages",), (), _messages),
     "sharegpt": Format("sft", ("conversations",), ("mask",), _sharegpt),

@@ -1,5 +1,5 @@
-"""Rules of a recipe that concern more than one field.
+"""Rules of a recipe on more than one field.
 
-`forms`: how a rule is stated. `parts`: rules within one part. `chain`: rules between stages. The models of
-`rpo_trainer.recipe.schema` list the rules that hold for them.
+`forms`: general forms of rules. `parts`: rules within one part. `chain`: rules between stages. Each model of
+`rpo_trainer.recipe.schema` lists its rules.
 """

@@ -1,4 +1,4 @@
-"""Rules between the stages of a recipe: names, what refers to what, and which adapter is trained further."""
+"""Rules between the stages of a recipe: names, references, evaluations and adapters."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpo_trainer.errors import did_you_mean
+from rpo_trainer.errors import suggestion
 from rpo_trainer.recipe.rules.forms import At, Errors, Raw, wrong
 
 PREFERENCE_KINDS = ("dpo", "rpo")
 _POLICIES = ("sft", *PREFERENCE_KINDS)
 _KINDS = (*_POLICIES, "reward")
-_ANY_PLACE = ("previous", "model")  # words that `init` and `reference` always understand
+_ANY_PLACE = ("previous", "model")  # always valid for `init` and `reference`
 _RESERVED = (
     *_ANY_PLACE, "init",
     "recipe.yaml", "chain.json", "metrics.jsonl", "report.html", "reference-cache", "evaluation",
@@ -25,12 +25,12 @@ _HALVES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def looks_like_path(text: str) -> bool:
-    """Tell a path from the name of a stage, which holds no slash."""
+    """Whether the text is a path; names of stages have no slash."""
     return "/" in text or "\\" in text or text.startswith("~")
 
 
 def expanded_names(stage: Raw) -> list[str]:
-    """The names that a raw stage has after `repeat` is expanded."""
+    """Return the names of a raw stage after `repeat` is expanded."""
     name, repeat = stage["name"], stage.get("repeat", 1)
     if not isinstance(repeat, int) or not 1 < repeat <= 100:
         return [name]
@@ -38,17 +38,17 @@ def expanded_names(stage: Raw) -> list[str]:
 
 
 def stage_names(stages: Sequence[Raw]) -> list[str]:
-    """Every name of raw stages, those of their rounds too."""
+    """Return all names of raw stages, rounds included."""
     return [name for stage in stages for name in [stage["name"], *expanded_names(stage)]]
 
 
 def _named(stages: Sequence[Any]) -> list[Raw]:
-    """The raw stages that have a name; others have errors of their own."""
+    """Return the raw stages with a name; the others have an error already."""
     return [s for s in stages if isinstance(s, dict) and isinstance(s.get("name"), str)]
 
 
 def _stages(raw: Raw) -> list[tuple[int, Raw, list[Raw]]]:
-    """The raw stages of a recipe, each with its index and the named ones before it."""
+    """Return the raw stages of a recipe, each with its index and the named stages before it."""
     stages = raw.get("stages")
     if not isinstance(stages, list):
         return []
@@ -56,7 +56,7 @@ def _stages(raw: Raw) -> list[tuple[int, Raw, list[Raw]]]:
 
 
 def names_are_unique(raw: Raw) -> Errors:
-    """Each stage has a name of its own, which means nothing else."""
+    """Names of stages are unique and not reserved."""
     taken: set[str] = set()
     for i, stage, _ in _stages(raw):
         for name in dict.fromkeys(stage_names(_named([stage]))):
@@ -65,22 +65,22 @@ def names_are_unique(raw: Raw) -> Errors:
                     ("stages", i, "name"),
                     f"two stages have the name `{name}`",
                     code="recipe.duplicate-stage",
-                    why="a stage is known by its name, and has a directory of that name",
-                    fix="give each stage a name of its own; `repeat` makes name-1, name-2, ...",
+                    why="the name is the directory of the stage",
+                    fix="rename one of them; note that `repeat` makes NAME-1, NAME-2, ...",
                 )
                 break
             taken.add(name)
         if stage.get("name") in _RESERVED:
             yield wrong(
                 ("stages", i, "name"),
-                f"`{stage['name']}` cannot be the name of a stage: it has another meaning",
+                f"`{stage['name']}` is a reserved name",
                 code="recipe.reserved-name",
-                why="`init`, `reference` or a file of the run directory goes by it",
+                why="it is a value of `init` and `reference`, or a file of the run directory",
                 fix="choose another name",
             )
 
 
-# --- arithmetic ---
+# --- dtype ---
 
 
 def arithmetic_of_the_model(raw: Raw) -> Errors:
@@ -95,11 +95,11 @@ def arithmetic_of_the_model(raw: Raw) -> Errors:
         if len(on) == 1 and _HALVES[on[0]] != dtype:
             yield wrong(
                 ("stages", i, "training_args", on[0]),
-                f"`{on[0]}` is on, and `model.dtype` is {dtype}",
+                f"`{on[0]}: true` contradicts `model.dtype: {dtype}`",
                 code="recipe.conflicting-fields",
-                why="the arithmetic is in one of them",
-                fix=f"remove `{on[0]}`, and write `dtype: {_HALVES[on[0]]}` under `model` if that "
-                "is meant",
+                why="both set the dtype of autocast",
+                fix=f"remove `{on[0]}`; for {_HALVES[on[0]]}, write `dtype: {_HALVES[on[0]]}` under "
+                "`model`",
             )
 
 
@@ -111,12 +111,12 @@ class _Reference:
     """A field of a stage that names an earlier one.
 
     Attributes:
-        path: the field; each element of a list that it leads to.
-        by: kinds of stage that have it.
-        to: kinds of stage that it may name, by the stage that names it.
-        unfit: the error of a stage of another kind, from the key, the name and the kind.
-        words: what may stand there besides.
-        or_path: so may a path.
+        path: the field; if it is a list, each of its elements.
+        by: kinds of stage that have the field.
+        to: kinds of stage that it may refer to, as a function of the stage.
+        unfit: the errors of a reference to a stage of another kind.
+        words: other valid values.
+        or_path: whether paths are valid.
     """
 
     path: tuple[str, ...]
@@ -132,8 +132,8 @@ def _not_a_policy(at: At, name: str, kind: str, kinds: Sequence[str]) -> Errors:
         at,
         f"`{at[-1]}` refers to `{name}`, a reward stage",
         code="recipe.wrong-stage-kind",
-        why="it leaves a model that gives scores, and no policy",
-        fix="name a stage of another kind; `previous` is the policy before the reward stage",
+        why="the output of a reward stage is a reward model, not a policy",
+        fix="use a stage of another kind; `previous` is the policy before the reward stage",
     )
 
 
@@ -142,8 +142,8 @@ def _not_sft(at: At, name: str, kind: str, kinds: Sequence[str]) -> Errors:
         at,
         f"`replay.stage` must be an sft stage; `{name}` is {kind}",
         code="recipe.wrong-stage-kind",
-        why="rows of other kinds have no single response to train on",
-        fix="name an earlier sft stage",
+        why="rows of other kinds do not have one response to train on",
+        fix="use an earlier sft stage",
     )
 
 
@@ -152,13 +152,13 @@ def _of_another_sort(at: At, name: str, kind: str, kinds: Sequence[str]) -> Erro
         at,
         f"`{'.'.join(map(str, at[3:]))}` cannot be `{name}`, a stage of kind {kind}",
         code="recipe.wrong-stage-kind",
-        why="its output is of another sort than what is needed here",
-        fix=f"name an earlier stage of kind {' or '.join(kinds)}",
+        why="its output cannot be used here",
+        fix=f"use an earlier stage of kind {' or '.join(kinds)}",
     )
 
 
 def _starts_as(stage: Raw) -> Sequence[str]:
-    """What a stage may start from: a reward model from another, unless it samples."""
+    """Return the kinds a stage can start from; only reward stages start from reward models."""
     data = stage.get("data")
     samples = isinstance(data, dict) and data.get("generate") is not None
     return _KINDS if stage.get("kind") == "reward" and not samples else _POLICIES
@@ -185,7 +185,7 @@ _REFERENCES = (
 
 
 def references_are_earlier(raw: Raw) -> Errors:
-    """What a stage names is earlier in the chain, and of a kind that serves."""
+    """References lead to earlier stages of a suitable kind."""
     stages = _stages(raw)
     every = _named([stage for _, stage, _ in stages])
     for i, stage, earlier in stages:
@@ -206,15 +206,15 @@ def references_are_earlier(raw: Raw) -> Errors:
                 elif key[-1] == "responses_from" and not _makes_rows(found):
                     yield wrong(
                         at,
-                        f"`responses_from` refers to `{target}`, which samples no responses",
+                        f"`responses_from` refers to `{target}`, which does not sample responses",
                         code="recipe.wrong-stage-kind",
-                        why="rows that were given can be named under `train` here too",
-                        fix="name a stage with `data: {generate: ..., score: ...}`",
+                        why="given rows can be listed under `train` of this stage too",
+                        fix="use a stage with `data: {generate: ..., score: ...}`",
                     )
 
 
 def _texts(part: Any, path: Sequence[str]) -> Iterator[tuple[At, str]]:
-    """The texts at the end of a path in a raw part, each with its key."""
+    """Yield the texts at a path in a raw part, each with its key."""
     for field in path:
         part = part.get(field) if isinstance(part, dict) else None
     found = [((), part)] if not isinstance(part, list) else [((i,), p) for i, p in enumerate(part)]
@@ -231,22 +231,21 @@ def _makes_rows(stage: Raw) -> bool:
 def _known_stage(
     at: At, target: str, earlier: Sequence[Raw], every: Sequence[Raw], words: Sequence[str]
 ) -> Errors:
-    """An error unless `target` is the name of an earlier stage."""
+    """Yield an error unless `target` is the name of an earlier stage."""
     before = stage_names(earlier)
     if target in before:
         return
     field = re.sub(r"^stages\.\d+\.(data\.)?", "", ".".join(map(str, at)))
     choices = ", ".join(f"`{name}`" for name in dict.fromkeys([*words, *before]))
-    fix = f"use one of {choices}" if choices else "there is no earlier stage: remove it"
+    fix = f"use one of {choices}" if choices else f"remove `{field}`: there is no earlier stage"
     if words:
         fix += ", or a path with a slash (./name)"
-    why = "a stage can only use what is there when it starts"
+    why = "a stage can only use the output of earlier stages"
     if target in stage_names(every):
-        what = f"`{field}` refers to `{target}`, which is not earlier in the chain"
+        what = f"`{field}` refers to `{target}`, which is not an earlier stage"
         yield wrong(at, what, code="recipe.later-stage", fix=fix, why=why)
         return
-    near = did_you_mean(target, [*words, *before])
-    hint = f"; did you mean `{near}`?" if near else ""
+    hint = suggestion(target, [*words, *before])
     what = f"`{field}` refers to `{target}`, which is not a stage{hint}"
     yield wrong(at, what, code="recipe.unknown-stage", fix=fix, why=why)
 
@@ -255,12 +254,12 @@ def _known_stage(
 
 
 def evaluations_are_possible(raw: Raw) -> Errors:
-    """What `eval` names is there when it is done, and of a kind that serves."""
+    """References of `eval` lead to stages that are finished by then, of a suitable kind."""
     stages = raw.get("stages")
     if not isinstance(stages, list):
         return
     every = _rounds(stages)
-    # The recipe's own is done after each policy that has none: it can use what is before them all.
+    # `eval` of the recipe runs after every policy without its own: it can use stages before all of these.
     first = next((s for s in every if s["kind"] != "reward" and s["eval"] is None), None)
     before = every[: every.index(first)] if first is not None else every
     yield from _evaluation(("eval",), raw, every, before, every)
@@ -271,7 +270,7 @@ def evaluations_are_possible(raw: Raw) -> Errors:
 
 
 def _rounds(stages: list[Any]) -> list[dict[str, Any]]:
-    """Stages as they run, with what matters here: a baseline is one round, not a repeated stage."""
+    """Return the expanded stages with the fields used here: a baseline is one round."""
     return [
         {"name": name, "kind": s.get("kind"), "eval": s.get("eval")}
         for s in _named(stages)
@@ -282,12 +281,12 @@ def _rounds(stages: list[Any]) -> list[dict[str, Any]]:
 def _evaluation(
     at: At, owner: Raw, policies: Sequence[Raw], finished: Sequence[Raw], every: Sequence[Raw]
 ) -> Errors:
-    """The references of an `eval`.
+    """Check the references of an `eval`.
 
     Args:
         owner: the recipe or stage that has it.
-        policies: stages that a baseline may be.
-        finished: stages that are finished whenever it is done.
+        policies: stages that can be the baseline.
+        finished: stages that are finished whenever the evaluation runs.
     """
     for _, baseline in _texts(owner, ("eval", "baseline")):
         if baseline != "model" and not looks_like_path(baseline):
@@ -300,10 +299,10 @@ def _evaluation(
         if model in [s["name"] for s in every] and model not in [s["name"] for s in finished]:
             yield wrong(
                 key,
-                f"`score.model` is stage `{model}`, which comes after a stage that it is to score",
+                f"`score.model` is stage `{model}`, which runs after a stage to be evaluated",
                 code="recipe.later-stage",
-                why="there would be no reward model yet",
-                fix="put the reward stage first, or give `eval` to later stages alone",
+                why="the reward model does not exist yet",
+                fix="move the reward stage to the front, or set `eval` in later stages only",
             )
             continue
         rewards = [s for s in finished if s.get("kind") == "reward"]
@@ -312,11 +311,11 @@ def _evaluation(
 
 # --- adapters ---
 
-_AT_THE_END = ("between_stages", "merge")  # may differ between stages that one adapter goes through
+_AT_THE_END = ("between_stages", "merge")  # can differ between stages that train one adapter
 
 
 def adapters_go_on(raw: Raw) -> Errors:
-    """An adapter fits what its stage starts from."""
+    """The adapter of a stage fits its initial weights."""
     for i, stage, earlier in _stages(raw):
         peft = stage.get("peft")
         if not isinstance(peft, dict):
@@ -329,24 +328,24 @@ def adapters_go_on(raw: Raw) -> Errors:
         if not peft.get("quantization"):
             continue
         if _merges(peft) and isinstance(stage.get("repeat"), int) and stage["repeat"] > 1:
-            yield _rounded_away((*at, "between_stages"), "each round")
+            yield _rounded_away((*at, "between_stages"), "the update of each round")
         model = raw.get("model")
         random = isinstance(model, dict) and model.get("from_config") is not None
         target = stage.get("init", "previous")
         if random and source is None and (target == "model" or (target == "previous" and i == 0)):
             yield wrong(
                 (*at, "quantization"),
-                "`quantization` of a model with random weights",
+                "`quantization` requires a pretrained model",
                 code="recipe.quantized-random-weights",
-                why="there is nothing in them worth keeping in 4 bits",
-                fix="remove it, or start from a model with `name_or_path`",
+                why="`from_config` has random weights",
+                fix="remove `quantization`, or use a model with `name_or_path`",
             )
 
 
 def _after_an_adapter(at: At, peft: Raw, before: Raw, name: str) -> Errors:
     if _merges(before):
         if before.get("quantization") and peft.get("quantization"):
-            yield _rounded_away((*at, "quantization"), f"what stage {name} has learnt")
+            yield _rounded_away((*at, "quantization"), f"the update of stage {name}")
         return
     for field in dict.fromkeys([*before, *peft]):
         old, new = before.get(field), peft.get(field)
@@ -354,22 +353,21 @@ def _after_an_adapter(at: At, peft: Raw, before: Raw, name: str) -> Errors:
             continue
         yield wrong(
             (*at, field) if field in peft else at,
-            f"this stage trains the adapter of stage {name} further, with `{field}: {_text(old)}`, "
-            f"not `{_text(new)}`",
+            f"`{field}` is `{_text(new)}` here, but `{field}: {_text(old)}` in stage {name}, whose adapter "
+            "this stage continues to train",
             code="recipe.changed-adapter",
             why=f"stage {name} has `between_stages: keep`",
-            fix=f"give both stages the same `peft`, or write `between_stages: merge` in {name}",
+            fix=f"use the same `peft` in both stages, or write `between_stages: merge` in {name}",
         )
 
 
 def _rounded_away(at: At, what: str) -> Any:
     return wrong(
         at,
-        f"4-bit weights that come from merged 4-bit weights: {what} would be rounded away",
+        f"merged weights are quantized to 4 bits again: {what} would be mostly lost to rounding",
         code="recipe.requantized-weights",
-        why="merged weights lie close to the levels of the 4-bit grid they came from, and quantising "
-        "them again moves most of them back to those",
-        fix="write `between_stages: keep` in the stage before (and here): the adapter is then not merged",
+        why="merged weights are close to the 4-bit levels that they were quantized to before",
+        fix="write `between_stages: keep` in the stage before and here, so that the adapter is not merged",
     )
 
 
@@ -382,7 +380,7 @@ def _text(value: object) -> str:
 
 
 def _start(stage: Raw, earlier: Sequence[Raw]) -> Raw | None:
-    """The stage that a stage starts from; None: a model, or something wrong that is reported elsewhere."""
+    """Return the stage that a stage starts from; None for a model, or an error reported elsewhere."""
     target = stage.get("init", "previous")
     policies = [s for s in earlier if s.get("kind") != "reward"]
     if target == "previous":

@@ -1,8 +1,7 @@
-"""How a rule on several fields of a part is stated, and the error that it gives.
+"""General forms of rules on several fields of a part, and their errors.
 
-A rule reads the raw mapping, before validation, so that it is reported beside wrong types and ranges; a
-value of a wrong type is left to its field's own error. It yields a pydantic error at the key to go to.
-The models of the schema list their rules.
+A rule reads the raw mapping before validation, so that its errors are reported together with those of
+types and ranges; it skips values of a wrong type. It yields a pydantic error located at a key.
 """
 
 from __future__ import annotations
@@ -17,67 +16,64 @@ Errors: TypeAlias = Iterator[InitErrorDetails]
 Rule: TypeAlias = Callable[[Raw], Errors]
 At: TypeAlias = tuple[str | int, ...]
 
-CUSTOM = "recipe_rule"  # the error type of what pydantic has no type for
-LARGEST = 2**31 - 1  # a larger number is a mistake: it would take all memory, or never end
+CUSTOM = "recipe_rule"  # pydantic error type of errors of this package
+LARGEST = 2**31 - 1  # a larger number is a mistake
 
-NOT_CONVERTED = "what is written is taken as it is, and never converted"
-NOT_READ = "nothing would read it"
+NOT_CONVERTED = "values are not converted from one type to another"
+NOT_READ = "the setting would have no effect"
 KEEP_ONE = "keep one of the two"
 
 
 def wrong_value(
     what: str, fix: str, why: str | None = NOT_CONVERTED, *, code: str
 ) -> PydanticCustomError:
-    """An error that keeps code, what, why and fix apart."""
+    """Return a pydantic error with code, what, why and fix."""
     context = {"what": what, "fix": fix, "why": why, "code": code}
     return PydanticCustomError(CUSTOM, "{what}; {fix}", context)
 
 
 def wrong(at: At, what: str, *, code: str, why: str, fix: str) -> InitErrorDetails:
-    """The same for a rule, at the key `at` below the part."""
+    """Return the error of a rule, at the key `at` below the part."""
     return InitErrorDetails(type=wrong_value(what, fix, why, code=code), loc=at, input=None)
 
 
 def unread(at: At, what: str, fix: str | None = None, why: str = NOT_READ) -> InitErrorDetails:
-    """The error of a field that has no effect beside the others."""
+    """Return the error of a field that has no effect with the values of other fields."""
     return wrong(at, what, code="recipe.unused-field", why=why, fix=fix or f"remove `{at[-1]}`")
 
 
 def given(raw: Raw, fields: Collection[str]) -> list[str]:
-    """Those of the fields that have a value; an empty list is none."""
+    """Return the fields that have a value; an empty list does not count."""
     return [field for field in fields if raw.get(field) not in (None, [])]
 
 
 def is_mapping(value: object) -> bool:
-    """Whether the value is a mapping; another one is left to its field's own error."""
+    """Whether the value is a mapping."""
     return isinstance(value, dict)
 
 
 def short(number: float) -> str:
-    """A number as people write it: without `.0`."""
+    """Format a number without a trailing `.0`."""
     return str(int(number)) if float(number).is_integer() else str(number)
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a number, which true and false are not."""
+    """Whether the value is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def at_most_one(*fields: str, both: str, why: str, within: str | None = None) -> Rule:
-    """Fields that exclude each other.
+def at_most_one(*fields: str, both: str, why: str) -> Rule:
+    """Make a rule: at most one of the fields.
 
     Args:
         both: the error, with `{first}` and `{other}`.
-        within: the part below this one that has the fields.
     """
 
     def rule(raw: Raw) -> Errors:
-        part = raw if within is None else raw.get(within)
-        there = given(part, fields) if isinstance(part, Mapping) else []
+        there = given(raw, fields)
         for other in there[1:]:
-            at = (other,) if within is None else (within, other)
             what = both.format(first=there[0], other=other)
-            yield wrong(at, what, code="recipe.conflicting-fields", why=why, fix=KEEP_ONE)
+            yield wrong((other,), what, code="recipe.conflicting-fields", why=why, fix=KEEP_ONE)
 
     return rule
 
@@ -85,7 +81,7 @@ def at_most_one(*fields: str, both: str, why: str, within: str | None = None) ->
 def at_least_one(
     *fields: str, at: At, none: str, why: str, fix: str, of_lists: bool = False
 ) -> Rule:
-    """Fields of which one must be given, else the error `none`.
+    """Make a rule: at least one of the fields, else the error `none`.
 
     Args:
         of_lists: an empty list counts as absent.
@@ -99,18 +95,18 @@ def at_least_one(
 
 
 def exactly_one(first: str, second: str, owner: str) -> tuple[Rule, Rule]:
-    """One of two fields, which say where something comes from."""
+    """Make the rules for two alternative sources of something, of which exactly one is required."""
     return (
         at_most_one(
             first, second,
             both=f"{owner} has both `{{first}}` and `{{other}}`",
-            why="which of the two is meant cannot be guessed",
+            why="they are alternatives",
         ),
         at_least_one(
             first, second,
             at=(first,),
-            none=f"{owner} needs `{first}` or `{second}`",
-            why="nothing says where it comes from",
+            none=f"{owner} requires `{first}` or `{second}`",
+            why="one of them is required",
             fix=f"add `{first}: ...` or `{second}: ...`",
         ),
     )  # fmt: skip
@@ -124,11 +120,11 @@ def requires(
     what: str | None = None,
     when: Callable[[Any], bool] = lambda value: True,
 ) -> Rule:
-    """A field that needs one of others beside it.
+    """Make a rule: a field requires at least one of the others.
 
     Args:
-        what: the error, if not `field` without the first of the others.
-        when: the values that need it.
+        what: the error; by default "`field` without `other`".
+        when: selects the values for which the rule holds.
     """
 
     def rule(raw: Raw) -> Errors:
@@ -145,13 +141,13 @@ def belongs(
     what: str,
     fixes: Mapping[str, str] | None = None,
 ) -> Rule:
-    """Fields that have an effect only beside the alternative that they belong to.
+    """Make a rule: fields that have an effect with some of several alternatives only.
 
     Args:
-        alternatives: fields of which one is given.
-        owners: the alternatives that each field belongs to.
+        alternatives: fields of which exactly one is set.
+        owners: for each field, the alternatives with which it has an effect.
         what: the error, with `{field}`, `{owners}` and `{given}`.
-        fixes: what to do, if not to remove the field.
+        fixes: the fix by field; by default to remove the field.
     """
 
     def rule(raw: Raw) -> Errors:
@@ -166,10 +162,10 @@ def belongs(
 
 
 def sizes(raw: Raw, bounded: Collection[str]) -> Errors:
-    """Whole numbers above `LARGEST`.
+    """Yield errors for integers above `LARGEST`.
 
     Args:
-        bounded: fields whose own upper bound says so.
+        bounded: fields with an upper bound, which are skipped.
     """
     for key, value in raw.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -178,6 +174,6 @@ def sizes(raw: Raw, bounded: Collection[str]) -> Errors:
                 (key,),
                 f"must be at most {LARGEST}",
                 code="recipe.out-of-range",
-                why="what it asks for would take all memory, or never end",
+                why="it would exceed the memory, or take too long",
                 fix="write a smaller number",
             )

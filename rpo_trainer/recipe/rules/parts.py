@@ -1,4 +1,4 @@
-"""Rules on the fields of one part of a recipe that no form of `forms` states."""
+"""Rules on the fields of one part of a recipe, other than those made by `forms`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rpo_trainer.recipe.rules.forms import (
 from rpo_trainer.recipe.template_kwargs import COLUMN, fault_of
 
 _OF_PAIRS = "dpo, rpo or reward (bradley_terry)"
-# Parts of `data` that only some kinds of stage read, and which these are.
+# Fields of `data` that only some kinds of stage use, and these kinds.
 _KINDS_OF_DATA = {
     "filter": _OF_PAIRS, "generate": _OF_PAIRS, "score": _OF_PAIRS, "pairs": _OF_PAIRS,
-    "resample": _OF_PAIRS, "responses_from": _OF_PAIRS, "replay": "sft", "eval_fraction": "reward",
+    "resample": _OF_PAIRS, "responses_from": _OF_PAIRS, "replay": "sft",
 }  # fmt: skip
 
 
 def template_variables(raw: Raw) -> Errors:
-    """Names in `chat_template_kwargs` that can be variables of a chat template."""
+    """`chat_template_kwargs` has valid names and values."""
     variables = raw.get(COLUMN)
     for name, value in variables.items() if isinstance(variables, dict) else ():
         if isinstance(name, str) and (fault := fault_of(name, value)) is not None:
@@ -39,7 +39,7 @@ def template_variables(raw: Raw) -> Errors:
 
 
 def weights_for_all(field: str) -> Any:
-    """A source without a weight has no defined share among others that have one."""
+    """Make a rule: all sources of a mixture have a weight, or none."""
 
     def rule(raw: Raw) -> Errors:
         sources = raw.get(field)
@@ -49,29 +49,29 @@ def weights_for_all(field: str) -> Any:
         if any(weighted) and not all(weighted):
             yield wrong(
                 (field, weighted.index(False)),
-                "this source has no `weight`, others of the mixture have one",
+                "this source has no `weight`, but others of the mixture have one",
                 code="recipe.missing-weight",
-                why="its share beside theirs is not defined",
-                fix="give every source of the mixture a weight, or none",
+                why="weights are relative to each other",
+                fix="set `weight` for every source of the mixture, or for none",
             )
 
     return rule
 
 
 def policies_to_sample_from(raw: Raw) -> Errors:
-    """There is one, here or at an endpoint."""
+    """There is at least one policy or endpoint."""
     if raw.get("policies") == [] and not raw.get("endpoints"):
         yield wrong(
             ("policies",),
-            "`policies` is empty, and there are no `endpoints`",
+            "`policies` and `endpoints` are both empty",
             code="recipe.empty-field",
-            why="there is nobody to sample from",
-            fix="name one under `policies` or `endpoints`",
+            why="sampling requires a policy",
+            fix="add one to `policies` or `endpoints`",
         )
 
 
 def two_responses(raw: Raw) -> Errors:
-    """Sampled responses are compared, which takes two of them."""
+    """At least two responses are sampled per prompt."""
     generate = raw.get("generate")
     if not isinstance(generate, dict):
         return
@@ -81,15 +81,15 @@ def two_responses(raw: Raw) -> Errors:
     if generate.get("responses") == 1 and sampled < 2:
         yield wrong(
             ("generate", "responses"),
-            "one response for each prompt",
+            "only one response per prompt is sampled",
             code="recipe.too-few-responses",
-            why="a preference takes two, to be compared",
-            fix="write 2 or more",
+            why="a preference compares two responses",
+            fix="set `responses` to 2 or more",
         )
 
 
 def rows_from_one_place(raw: Raw) -> Errors:
-    """Rows are made here, from `train`, or taken from another stage."""
+    """Rows come either from `train` or from `responses_from`."""
     if raw.get("responses_from") is None:
         if "train" not in raw:
             yield {"type": "missing", "loc": ("train",), "input": raw}
@@ -98,15 +98,15 @@ def rows_from_one_place(raw: Raw) -> Errors:
         if raw.get(field) is not None:
             yield wrong(
                 (field,),
-                f"`{field}` beside `responses_from`",
+                f"`{field}` and `responses_from` cannot be combined",
                 code="recipe.conflicting-fields",
-                why="`responses_from` takes another stage's prompts with their scored responses",
+                why="`responses_from` uses the prompts and scored responses of another stage",
                 fix="keep one of the two",
             )
 
 
 def code_execution_allowed(raw: Raw) -> Errors:
-    """The verifier `asserts` runs code, which must be allowed; no other one does."""
+    """`allow_code_execution` is set for the verifier `asserts`, and for no other."""
     verifier, allowed = raw.get("verifier"), raw.get("allow_code_execution")
     if verifier is None or len(given(raw, ("verifier", "model", "endpoint", "judge"))) != 1:
         return
@@ -115,8 +115,8 @@ def code_execution_allowed(raw: Raw) -> Errors:
             ("verifier",),
             "the verifier `asserts` runs code that a model has written",
             code="recipe.code-execution-not-allowed",
-            why="that code can do harm; it runs with limits, which are no wall",
-            fix="add `allow_code_execution: true`, and best run it inside a container",
+            why="that code can do harm; its limits (time, memory) are not a sandbox",
+            fix="add `allow_code_execution: true`, preferably in a container",
         )
     if verifier != "asserts" and allowed is True:
         what = f"`allow_code_execution` with the verifier `{verifier}`"
@@ -124,42 +124,43 @@ def code_execution_allowed(raw: Raw) -> Errors:
 
 
 def sampled_from_the_policy(raw: Raw) -> Errors:
-    """An evaluation samples from the policy of its stage alone."""
+    """An evaluation samples only from the policy of its stage."""
     own = {"policies": ["init"], "endpoints": [], "with_ground_truth": False}
     generate = raw.get("generate")
     said = generate if isinstance(generate, dict) else {}
     for field in [f for f, only in own.items() if said.get(f) not in (None, only)][:1]:
-        what = f"an evaluation samples from the policy that the stage has made, not from `{field}`"
-        yield unread(("generate", field), what, why="what others say tells nothing of this stage")
+        what = f"`{field}` cannot be set in an evaluation"
+        why = "an evaluation samples from the output of its stage"
+        yield unread(("generate", field), what, why=why)
 
 
 # --- stages of every kind ---
 
 
 def warmup_fits(raw: Raw) -> Errors:
-    """The warm-up ends within the stage, and the schedule has one."""
+    """The warmup ends within the stage, and the schedule has a warmup."""
     warmup, steps = raw.get("warmup_steps"), raw.get("max_steps")
     if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup <= 0:
         return
     if isinstance(steps, int) and not isinstance(steps, bool) and warmup > steps:
         yield wrong(
             ("warmup_steps",),
-            f"`warmup_steps` is {warmup}, longer than the stage, whose `max_steps` is {steps}",
+            f"`warmup_steps` ({warmup}) is greater than `max_steps` ({steps})",
             code="recipe.warmup-too-long",
             why="the learning rate would never reach its peak",
-            fix=f"write at most {steps}, or raise `max_steps`",
+            fix=f"set `warmup_steps` to at most {steps}, or increase `max_steps`",
         )
     if raw.get("lr_scheduler_type", "constant") == "constant":
         yield unread(
             ("warmup_steps",),
-            "`lr_scheduler_type: constant` has no warm-up; `warmup_steps` would be ignored",
+            "`lr_scheduler_type: constant` ignores `warmup_steps`",
             "write `lr_scheduler_type: constant_with_warmup`",
-            why="transformers has a schedule of its own for a constant rate behind a warm-up",
+            why="in transformers, a constant learning rate after a warmup is a separate schedule",
         )
 
 
 def batches_divide(raw: Raw) -> Errors:
-    """The global batch is a number of micro-batches, unless these are of any size."""
+    """The global batch is a multiple of the micro-batch, unless `micro_batch_tokens` is set."""
     total, micro = raw.get("global_batch_size"), raw.get("micro_batch_size", 1)
     if raw.get("micro_batch_tokens") is not None:
         return
@@ -172,13 +173,13 @@ def batches_divide(raw: Raw) -> Errors:
             ("global_batch_size",),
             f"`global_batch_size` {total} is not a multiple of `micro_batch_size` {micro}",
             code="recipe.batch-not-divisible",
-            why="every forward pass of every process holds the same number of examples",
-            fix=f"write {nearest}, or another `micro_batch_size`",
+            why="all forward passes of all processes have the same number of examples",
+            fix=f"write {nearest}, or change `micro_batch_size`",
         )
 
 
 def training_args_are_others(raw: Raw, own: Collection[str]) -> Errors:
-    """`training_args` has none of the settings that the recipe has a field for.
+    """`training_args` has no setting that is a field of the recipe.
 
     Args:
         own: the fields of this kind of stage.
@@ -189,37 +190,37 @@ def training_args_are_others(raw: Raw, own: Collection[str]) -> Errors:
     for key in arguments:
         foreign = FOREIGN_NAMES[key].training_args if key in FOREIGN_NAMES else ""
         if foreign or key in own:
-            place = "instead" if foreign else "of the stage, not under `training_args`"
+            place = "instead" if foreign else "of the stage instead"
             yield wrong(
                 ("training_args", key),
-                f"`{key}` does not belong in `training_args`: the recipe has its own field for it",
+                f"`{key}` cannot be set in `training_args`: it is a field of the recipe",
                 code="recipe.misplaced-key",
-                why="one setting in two places could not say which of them holds",
+                why="the two values could contradict each other",
                 fix=f"use {foreign or f'`{key}`'} {place}",
             )
     if arguments.get("bf16") is True and arguments.get("fp16") is True:
         yield wrong(
             ("training_args", "fp16"),
-            "`bf16` and `fp16` are both on",
+            "`bf16` and `fp16` are both true",
             code="recipe.conflicting-fields",
-            why="the arithmetic is in one of them",
-            fix="keep `bf16: true` where the hardware has it, else `fp16: true`",
+            why="autocast has one dtype",
+            fix="keep `bf16: true` if the hardware supports it, else `fp16: true`",
         )
 
 
 def skipped_steps(raw: Raw) -> Errors:
-    """`max_skipped_steps` goes with a stage that skips."""
+    """`max_skipped_steps` is set only with `on_nonfinite: skip`."""
     if raw.get("max_skipped_steps") is not None and raw.get("on_nonfinite", "stop") == "stop":
         yield unread(
             ("max_skipped_steps",),
-            "`max_skipped_steps` with `on_nonfinite: stop`",
-            "write `on_nonfinite: skip`, or remove it",
-            why="the stage stops at the first such step, so none is left out",
+            "`max_skipped_steps` requires `on_nonfinite: skip`",
+            "write `on_nonfinite: skip`, or remove `max_skipped_steps`",
+            why="otherwise the stage stops at the first non-finite step",
         )
 
 
 def data_of_the_kind(raw: Raw) -> Errors:
-    """`data` has no part that stages of this kind do not read."""
+    """`data` has no field that stages of this kind do not use."""
     data, kind = raw.get("data"), raw.get("kind")
     if not isinstance(data, dict):
         return
@@ -227,7 +228,7 @@ def data_of_the_kind(raw: Raw) -> Errors:
     for field, kinds in _KINDS_OF_DATA.items():
         read = of_pairs if kinds == _OF_PAIRS else kind == kinds
         if not read and data.get(field) is not None:
-            what = f"`data.{field}` is for stages of kind {kinds}; this one is {kind}"
+            what = f"`data.{field}` requires a stage of kind {kinds}; this one is {kind}"
             yield unread(("data", field), what)
 
 
@@ -235,20 +236,20 @@ def data_of_the_kind(raw: Raw) -> Errors:
 
 
 def smoothing_of_the_loss(raw: Raw) -> Errors:
-    """Label smoothing goes with losses that are likelihoods of labels."""
+    """Label smoothing is set only with losses that support it."""
     smoothing, loss = raw.get("label_smoothing"), find_loss(raw.get("loss_type"))
     without = loss is not None and loss.kind == "dpo" and not loss.label_smoothing
     if without and isinstance(smoothing, float) and smoothing > 0:
         yield unread(
             ("label_smoothing",),
-            f"`label_smoothing` with `loss_type: {raw['loss_type']}`",
+            f"`loss_type: {raw['loss_type']}` does not support `label_smoothing`",
             f"remove it, or use `loss_type: {smoothed()}`",
-            why="it is the share of wrong labels in a likelihood of labels, which this loss is not",
+            why="this loss is not a likelihood of preference labels",
         )
 
 
 def responses_of_the_loss(raw: Raw) -> Errors:
-    """More than two responses a prompt go with losses that take them."""
+    """More than two responses per prompt are used only with losses that support them."""
     data, kind = raw.get("data"), raw.get("kind")
     pairs = data.get("pairs") if isinstance(data, dict) else None
     if not isinstance(pairs, dict) or pairs.get("select") != "all_responses":
@@ -261,10 +262,10 @@ def responses_of_the_loss(raw: Raw) -> Errors:
     if pairs_only and (kind != "rpo" or responses not in (None, 2)):
         yield wrong(
             ("data", "pairs", "select"),
-            f"`select: all_responses` with the loss `{name}`",
+            f"the loss `{name}` does not support `select: all_responses`",
             code="recipe.too-many-responses",
-            why="that gives more than two responses a prompt, and this loss takes two",
-            fix="write `select: best_worst`, or train with a loss of more responses: "
+            why="it compares two responses, and rows would have more",
+            fix="write `select: best_worst`, or use a loss that supports more responses: "
             + ", ".join(f"`{name}`" for name in more_than_pairs()),
         )
 
@@ -273,45 +274,45 @@ def responses_of_the_loss(raw: Raw) -> Errors:
 
 
 def fields_of_the_objective(raw: Raw) -> Errors:
-    """Each objective has fields of its own."""
+    """The fields of the objective are set, and no others."""
     objective = raw.get("objective")
     if objective == "regression" and raw.get("attributes") is None:
         yield wrong(
             ("attributes",),
-            "`objective: regression` without `attributes`",
+            "`objective: regression` requires `attributes`",
             code="recipe.missing-companion",
-            why="they name what is rated, a head of the model for each",
-            fix="add for example `attributes: [helpfulness]`",
+            why="each attribute is one output of the model",
+            fix="add `attributes: [...]`, for example `attributes: [helpfulness]`",
         )
     foreign = {"regression": ["margin_scale"], "bradley_terry": ["attributes", "rating_range"]}
     for field in foreign.get(str(objective), ()):
         if raw.get(field) not in (None, 0):
-            yield unread((field,), f"`{field}` has no meaning for `objective: {objective}`")
+            yield unread((field,), f"`{field}` cannot be set with `objective: {objective}`")
 
 
 def no_fields_of_a_policy(raw: Raw) -> Errors:
-    """A reward stage has no evaluation of a policy, no adapter and no rounds."""
+    """A reward stage has no `eval`, no adapter and no rounds."""
     if raw.get("eval") is not None:
         yield unread(
             ("eval",),
-            "`eval` in a reward stage",
-            "remove it; `data.eval` or `data.eval_fraction` test the rewards",
-            why="it measures a policy, and a reward model is none",
+            "`eval` cannot be set in a reward stage",
+            "remove it; use `data.eval` or `data.eval_fraction` for held-out rows",
+            why="`eval` evaluates policies",
         )
     if raw.get("peft") is not None:
-        what, why = "`peft` in a reward stage", "a reward stage trains all weights"
+        what, why = "`peft` cannot be set in a reward stage", "reward stages train all weights"
         yield unread(("peft",), what, why=why)
     if isinstance(raw.get("repeat"), int) and raw["repeat"] > 1:
         yield unread(
             ("repeat",),
-            "`repeat` of a reward stage",
-            "remove it, and raise `num_train_epochs`",
+            "`repeat` cannot be set in a reward stage",
+            "remove it, and increase `num_train_epochs`",
             why="every round would start from the same policy",
         )
 
 
 def weights_of_the_attributes(raw: Raw) -> Errors:
-    """What `resolve_weights` would say later, where the attributes are known."""
+    """Check `reward_weights` with `resolve_weights`, if the attributes are known."""
     weights, names = raw.get("reward_weights"), raw.get("attributes")
     known = [str(name) for name in names] if isinstance(names, list) else []
     if isinstance(weights, str):
@@ -330,12 +331,12 @@ def weights_of_the_attributes(raw: Raw) -> Errors:
 
 
 def merge_agrees(raw: Mapping[str, Any]) -> Errors:
-    """What is merged between stages is merged at the end of this one."""
+    """`merge` agrees with `between_stages`."""
     if raw.get("between_stages", "merge") == "merge" and raw.get("merge") is False:
         yield wrong(
             ("merge",),
             "`merge: false` contradicts `between_stages: merge`",
             code="recipe.conflicting-fields",
             why="the next stage starts from the merged model",
-            fix="remove it, or write `between_stages: keep`",
+            fix="remove `merge`, or write `between_stages: keep`",
         )

@@ -1,7 +1,7 @@
-"""What a recipe may hold: one typed model for each level of the YAML file.
+"""The fields of a recipe: one pydantic model for each level of the YAML file.
 
-Values are strict (a number in quotes is text), unknown keys are errors, and every model reports the errors
-of its rules (`rules`) together with those of its fields, so that a recipe shows all its mistakes at once.
+Values are strict (a number in quotes is text) and unknown keys are errors. Every model reports the errors of
+its rules (`rules`) together with those of its fields, so that all mistakes of a recipe are shown at once.
 Paths are kept as written; they are relative to the recipe file (`resolve_path`).
 """
 

@@ -1,4 +1,4 @@
-"""The `data` part of a stage: its sources, replay, filters, and where responses come from."""
+"""`data` of a stage: sources, replay, filters, and where responses come from."""
 
 from __future__ import annotations
 
@@ -22,109 +22,109 @@ class SourceSpec(Spec):
             ("path", "task"),
             {"size": ("task",), "seed": ("task",)}
             | dict.fromkeys(("format", "columns", "special_tokens"), ("path",)),
-            "`{field}` is for sources with `{owners}`; this one has `{given}`",
+            "`{field}` requires a source with `{owners}`; this one has `{given}`",
             {"size": "use `max_rows`"},
         ),
     )
 
     path: Text | None = Field(
         None,
-        description="`.jsonl`, `.json`, `.jsonl.gz`, `.parquet` or `.csv` file, `datasets` directory, or "
-        "hub name",
+        description="file (`.jsonl`, `.json`, `.jsonl.gz`, `.parquet`, `.csv`), directory of `datasets`, "
+        "or hub name",
     )
     task: Text | None = Field(
-        None, description="built-in procedural data, for example `quickstart/code`"
+        None, description="built-in synthetic data, for example `quickstart/code`"
     )
     split: Text | None = Field(
         None, description="split of the dataset or task, for example `train`"
     )
-    format: Text | None = Field(
-        None, description="name of the format adapter; by default found from the columns"
-    )
+    format: Text | None = Field(None, description="data format; default: detected from the columns")
     columns: dict[str, str] | None = Field(
-        None, description="our column name for each column of the file that bears another"
+        None, description="column names of the file, as `expected name: name in the file`"
     )
     special_tokens: Literal["text", "parse"] | None = Field(
         None,
-        description="what the text of special tokens in the rows stands for: `text` = letters, `parse` = "
-        "the tokens, for rows that went through a chat template before; by default `text`, and an error "
-        "where most rows hold some",
+        description="special tokens in the text of rows: `text`: read as plain text; `parse`: read as "
+        "tokens, for rows that were rendered by a chat template; default: `text`, and an error if most "
+        "rows have some",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None,
-        description="variables of the chat template for the rows of this source; a row's own column of "
-        "this name goes before them, and they go before `model.chat_template_kwargs`, key by key",
+        description="variables of the chat template for this source; they take precedence over "
+        "`model.chat_template_kwargs`, and a column of this name over both, key by key",
     )
     weight: float | None = Field(
-        None, gt=0, description="share of this source in the mixture, relative to the other sources"
+        None,
+        gt=0,
+        description="weight of this source in the mixture, relative to the other sources",
     )
-    max_rows: int | None = Field(None, ge=1, description="use at most so many rows")
-    size: int | None = Field(None, ge=1, le=10**7, description="number of rows that a task makes")
-    seed: int | None = Field(None, ge=0, lt=2**32, description="seed of a task's rows")
+    max_rows: int | None = Field(None, ge=1, description="maximum number of rows")
+    size: int | None = Field(None, ge=1, le=10**7, description="number of rows of a task")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="seed of the rows of a task")
     _model_kwargs: dict[str, Any] | None = PrivateAttr(None)
 
     @property
     def model_kwargs(self) -> dict[str, Any] | None:
-        """`model.chat_template_kwargs` of the recipe that the source is part of."""
+        """`model.chat_template_kwargs` of the recipe."""
         return self._model_kwargs
 
     def inherit(self, model_kwargs: dict[str, Any] | None) -> None:
-        """Takes over `model.chat_template_kwargs`; the recipe does it for its sources."""
+        """Set `model_kwargs`; the recipe calls this for each of its sources."""
         self._model_kwargs = model_kwargs
 
 
 class ReplaySpec(Spec):
-    """Rows of an earlier SFT stage mixed into this one, against forgetting."""
+    """Replay: rows of an earlier SFT stage mixed into this one."""
 
-    stage: Text = Field(description="name of the earlier sft stage whose data is replayed")
-    fraction: float = Field(gt=0, lt=1, description="how much of it, between 0 and 1")
+    stage: Text = Field(description="name of the earlier sft stage whose rows are replayed")
+    fraction: float = Field(gt=0, lt=1, description="fraction to replay, between 0 and 1")
     of: Literal["mix", "source"] = Field(
         "mix",
-        description="what the fraction is of: `mix` = of this stage's blend, `source` = of the "
-        "earlier stage's rows",
+        description="`mix`: fraction of the mixture of this stage; `source`: fraction of the rows of the "
+        "earlier stage",
     )
 
 
 class FilterSpec(Spec):
-    """Which preference rows are good enough to train on; what is dropped is counted."""
+    """Filter of preference rows; dropped rows are counted."""
 
     rules = (
         at_most_one(
             "min_chosen_reward", "min_chosen_quantile", "keep_top_fraction",
             both="`filter` has both `{first}` and `{other}`",
-            why="each of them says which chosen responses are good enough",
+            why="each of them is a threshold on the reward of the chosen response",
         ),
     )  # fmt: skip
 
     min_chosen_reward: float | None = Field(
         None,
-        description="drop rows whose chosen reward is lower; a chosen that is ground truth always "
-        "passes",
+        description="drop rows with a lower reward of the chosen response; ground truth as chosen "
+        "response always passes",
     )
     min_chosen_quantile: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="the same with the threshold at this quantile of all chosen rewards; 0.75 keeps "
-        "the best quarter, and what equals its last",
+        description="the same with a quantile of the rewards of all chosen responses as threshold; 0.75 "
+        "keeps the best quarter, ties included",
     )
     keep_top_fraction: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="keep this share of the rows, those with the best chosen rewards, and beside "
-        "them every chosen that is ground truth",
+        description="keep this fraction of the rows, those with the best rewards of the chosen response, "
+        "and all rows with ground truth as chosen response",
     )
     min_gap: float | None = Field(
         None,
         ge=0,
-        description="drop rows whose reward gap (chosen minus rejected, not scaled) is lower",
+        description="drop rows with a smaller reward gap (chosen − rejected, before η)",
     )
-    ties: Literal["keep", "drop"] = Field("keep", description="rows whose rewards are equal")
+    ties: Literal["keep", "drop"] = Field("keep", description="rows with equal rewards")
     reversed: Literal["error", "drop", "keep"] = Field(
         "error",
-        description="rows whose chosen reward is below the rejected: `error` stops above 0.5 % of "
-        "the rows and drops them otherwise",
+        description="rows whose chosen response has the lower reward: `error` stops if they are more than "
+        "0.5 % of the rows, and drops them otherwise",
     )
 
 
@@ -134,22 +134,27 @@ class DataSpec(Spec):
     rules = (
         parts.weights_for_all("train"),
         parts.weights_for_all("eval"),
+        at_most_one(
+            "eval", "eval_fraction",
+            both="`data` has both `{first}` and `{other}`",
+            why="each of them defines the held-out rows",
+        ),
         requires(
-            "eval_overlap", "eval", when=lambda value: value == "error",
-            what="`eval_overlap: error` without `eval`",
-            why="there are no rows that it says this of",
+            "eval_overlap", "eval", "eval_fraction", when=lambda value: value == "error",
+            what="`eval_overlap: error` without `eval` or `eval_fraction`",
+            why="the stage has no held-out rows to compare with",
             fix="add `eval`, or remove `eval_overlap`",
         ),
         requires(
             "generate", "score", when=is_mapping,
-            why="sampled responses would have no rewards, so that none is better than another",
-            fix="add `score: {verifier: ...}` beside `generate`",
+            why="sampled responses have no rewards",
+            fix="add `score: {verifier: ...}` next to `generate`",
         ),
         parts.two_responses,
         parts.rows_from_one_place,
         requires(
             "resample", "generate",
-            why="the same rows are read in each round anyway",
+            why="without sampling, every round reads the same rows",
             fix="remove `resample`",
         ),
     )  # fmt: skip
@@ -157,52 +162,50 @@ class DataSpec(Spec):
     train: list[SourceSpec] = Field(
         [],
         min_length=1,
-        description="sources to train on, mixed; absent only where `responses_from` is given",
+        description="training sources, mixed; required unless `responses_from` is set",
     )
     eval: list[SourceSpec] = Field(
-        [], description="held-out sources for the loss during training (`eval_steps`)"
+        [],
+        description="held-out sources, for the loss before, during (`eval_steps`) and after training",
     )
     eval_fraction: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="set this share of the prompts aside, with all their rows, and evaluate on them "
-        "in place of `eval` (reward only)",
+        description="fraction of the prompts to hold out, with all their rows, and evaluate on in "
+        "place of `eval`; drawn by the seed of the stage",
     )
     replay: ReplaySpec | None = Field(
-        None, description="rows of an earlier sft stage mixed in (sft only)"
+        None, description="mix in rows of an earlier sft stage (sft only)"
     )
-    dedup: Literal["exact", "normalised"] | None = Field(
+    dedup: Literal["exact", "normalized"] | None = Field(
         None,
-        description="keep the first training row of each prompt and count the others; `normalised` "
-        "compares without regard to case, white space and Unicode form",
+        description="keep only the first training row of each prompt; `normalized` ignores case, white "
+        "space and Unicode form",
     )
     eval_overlap: Literal["warn", "error"] = Field(
         "warn",
-        description="a prompt of `eval`, or of the recipe's, that is trained on, exactly or normalised: "
-        "`warn` or `error`",
+        description="what to do if a held-out prompt, of the stage or the recipe, is also trained on "
+        "(compared exactly and normalized)",
     )
-    filter: FilterSpec | None = Field(
-        None, description="quality filter for preference rows (not of sft)"
-    )
+    filter: FilterSpec | None = Field(None, description="filter of preference rows (not for sft)")
     generate: GenerateSpec | None = Field(
         None,
-        description="sample the responses from the policy that seeds the stage (of pairs only: dpo, rpo, "
-        "Bradley-Terry)",
+        description="sample the responses from a policy (dpo, rpo and bradley_terry only)",
     )
     score: ScoreSpec | None = Field(
-        None, description="give rewards to the responses (of pairs only)"
+        None, description="score the responses (dpo, rpo and bradley_terry only)"
     )
     pairs: PairsSpec | None = Field(
-        None, description="make pairs from scored responses (of pairs only)"
+        None, description="make pairs from scored responses (dpo, rpo and bradley_terry only)"
     )
     resample: Literal["every_round", "once"] | None = Field(
         None,
-        description="with `repeat` and `generate`: `every_round` samples from the policy that seeds "
-        "it (the default), or `once`: only the first, whose responses all rounds use",
+        description="with `repeat` and `generate`: `every_round` samples from the initial policy of each "
+        "round (default); `once` samples in the first round, for all rounds",
     )
     responses_from: Text | None = Field(
         None,
-        description="use the sampled and scored responses of this earlier stage, in place of "
-        "`generate` and `score`",
+        description="name of an earlier stage whose sampled and scored responses are used, in place of "
+        "`train`, `generate` and `score`",
     )

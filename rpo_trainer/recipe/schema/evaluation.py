@@ -1,4 +1,4 @@
-"""The `eval` part of a recipe or a stage."""
+"""`eval` of a recipe or a stage."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from rpo_trainer.recipe.schema.spec import Spec, Text
 
 
 class LmEvalSpec(Spec):
-    """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`)."""
+    """Tasks of lm-evaluation-harness (extra `eval`)."""
 
     tasks: list[Text] = Field(
         min_length=1, description="tasks or groups of tasks, for example `ifeval` or `gsm8k`"
     )
-    limit: int | None = Field(None, ge=1, description="use at most so many examples of each task")
+    limit: int | None = Field(None, ge=1, description="maximum number of examples per task")
     num_fewshot: int | None = Field(
-        None, ge=0, description="solved examples before each; by default as many as the task says"
+        None, ge=0, description="few-shot examples; default: as set by the task"
     )
-    batch_size: int = Field(8, ge=1, description="sequences in a forward pass")
+    batch_size: int = Field(8, ge=1, description="sequences per forward pass")
     chat_template: bool = Field(
-        False, description="put the questions through the chat template, as instruct models expect"
+        False, description="apply the chat template to the questions, for instruct models"
     )
-    include_path: Text | None = Field(None, description="directory with task files of your own")
+    include_path: Text | None = Field(None, description="directory with your own task files")
     allow_code_execution: bool = Field(
-        False, description="let tasks such as `humaneval` run code that the model has written"
+        False, description="allow tasks such as `humaneval` to run code that the model has written"
     )
 
 
 class EvalSpec(Spec):
-    """What is measured with the policy after a stage."""
+    """The evaluation of a policy after a stage."""
 
     rules = (
         parts.weights_for_all("data"),
@@ -41,61 +41,57 @@ class EvalSpec(Spec):
         at_least_one(
             "data", "preferences", "nll", "lm_eval",
             at=(),
-            none="`eval` measures nothing",
+            none="`eval` is empty",
             of_lists=True,
-            why="a stage would be evaluated by nothing, and nobody would notice",
-            fix="give at least one of `data`, `preferences`, `nll`, `lm_eval`",
+            why="nothing would be evaluated",
+            fix="add at least one of `data`, `preferences`, `nll`, `lm_eval`",
         ),
         parts.sampled_from_the_policy,
         requires(
             "score", "generate",
             what="`score` without `generate`: there are no responses to score",
-            why="an evaluation scores what the policy says itself",
-            fix="add `generate: {max_new_tokens: ...}` beside `score`",
+            why="an evaluation scores sampled responses",
+            fix="add `generate: {max_new_tokens: ...}` next to `score`",
         ),
         requires(
             "generate", "score",
-            what="`generate` without `score`: nobody would look at the responses",
-            why="sampling takes time, and nothing would come of it",
-            fix="add `score: {verifier: ...}` beside `generate`",
+            what="`generate` without `score`",
+            why="the sampled responses would not be used",
+            fix="add `score: {verifier: ...}` next to `generate`",
         ),
         requires(
             "generate", "data",
-            what="`generate` without `data`: there are no prompts to respond to",
-            why="held-out prompts cannot be guessed",
-            fix="add `data: [{path: ...}]` beside `generate`",
+            what="`generate` without `data`: there are no prompts",
+            why="`data` has the held-out prompts",
+            fix="add `data: [{path: ...}]` next to `generate`",
         ),
         requires(
             "baseline", "preferences", "generate",
-            what="`baseline`, and nothing is compared with it",
-            why="win rates need sampled responses, margins need held-out pairs",
+            what="`baseline` without `generate` or `preferences`",
+            why="a baseline is compared by sampled responses or held-out pairs",
             fix="add `generate` and `score`, or `preferences`; or remove `baseline`",
         ),
     )  # fmt: skip
 
-    data: list[SourceSpec] = Field([], description="held-out prompts to sample responses to")
-    generate: GenerateSpec | None = Field(None, description="sample responses to the prompts")
-    score: ScoreSpec | None = Field(
-        None, description="give rewards to the sampled responses, or let a judge compare them"
-    )
-    greedy: bool = Field(True, description="decode greedily too, beside sampling")
+    data: list[SourceSpec] = Field([], description="held-out prompts")
+    generate: GenerateSpec | None = Field(None, description="sampling of responses to `data`")
+    score: ScoreSpec | None = Field(None, description="scorer of the sampled responses")
+    greedy: bool = Field(True, description="also decode greedily")
     preferences: list[SourceSpec] = Field(
         [],
-        description="held-out pairs: how often, and by how many nats, the policy prefers the chosen "
-        "response more than the baseline does",
+        description="held-out pairs: pair accuracy and implicit reward gap (nats) against the baseline",
     )
     nll: list[SourceSpec] = Field(
-        [], description="held-out SFT rows: negative log-likelihood a token, for each source"
+        [], description="held-out SFT rows: negative log-likelihood per token, by source"
     )
     lm_eval: LmEvalSpec | None = Field(
         None, description="tasks of lm-evaluation-harness (extra `eval`)"
     )
     baseline: Text | None = Field(
         None,
-        description="what responses and preferences are compared with: `model`, a stage, or a path "
-        "(with a slash); by default what the first preference stage starts from. Stages before it "
-        "are compared with nothing",
+        description="baseline of responses and preferences: `model`, a stage, or a path (with a slash); "
+        "default: the initial model of the first preference stage. Earlier stages have no baseline",
     )
     max_rows: int | None = Field(
-        None, ge=1, description="use at most so many rows of each of `data`, `preferences`, `nll`"
+        None, ge=1, description="maximum number of rows of each of `data`, `preferences`, `nll`"
     )

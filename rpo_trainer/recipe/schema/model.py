@@ -1,4 +1,4 @@
-"""The `model` part of a recipe, and the `peft` part of a stage."""
+"""`model` of a recipe, and `peft` of a stage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def _with_model_type(config: dict[str, Any] | None) -> dict[str, Any] | None:
     if config is not None and "model_type" not in config:
         raise wrong_value(
             "`from_config` has no `model_type`",
-            "add for example `model_type: llama`",
-            "it says which of transformers' model classes is made",
+            "add `model_type: ...`, for example `model_type: llama`",
+            "it selects the model class of transformers",
             code="recipe.missing-field",
         )
     return config
@@ -30,7 +30,7 @@ class ModelSpec(Spec):
         *exactly_one("name_or_path", "from_config", "`model`"),
         requires(
             "from_config", "tokenizer", when=is_mapping,
-            why="a model with random weights brings none, as a directory or a name on the hub does",
+            why="a model with random weights has no tokenizer",
             fix="add `tokenizer: ...` under `model`: a path, a hub name, or `characters`",
         ),
     )  # fmt: skip
@@ -40,56 +40,55 @@ class ModelSpec(Spec):
     )
     from_config: Annotated[dict[str, Any] | None, AfterValidator(_with_model_type)] = Field(
         None,
-        description="start from random weights: fields of the model's configuration, with "
-        "`model_type`",
+        description="configuration of a model with random weights, with `model_type`; in place of "
+        "`name_or_path`",
     )
     tokenizer: Text | None = Field(
         None,
-        description="directory or hub name of the tokenizer, or `characters` (the built-in one of "
-        "the quickstart); by default that of `name_or_path`",
+        description="directory or hub name of the tokenizer, or `characters` (built in, for the "
+        "quickstart); default: that of `name_or_path`",
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "bfloat16",
-        description="data type of the arithmetic (autocast); weights stay float32, since small steps "
-        "are lost in bfloat16 weights. `auto`: bfloat16 on a GPU that has it, else float32",
+        description="dtype of the computation (autocast); trained weights stay float32, because small "
+        "updates are lost in bfloat16. `auto`: bfloat16 on a GPU that supports it, else float32",
     )
     chat_template: Text | None = Field(
         None,
-        description="path of a Jinja chat template, or a built-in one (`chatml`, `plain`); by "
-        "default the tokenizer's own",
+        description="path of a Jinja chat template, or a built-in one (`chatml`, `plain`); default: "
+        "the tokenizer's own",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None,
-        description="variables of the chat template, such as `enable_thinking: false`, wherever a "
-        "conversation is rendered; those of a source and of a row go before these, key by key",
+        description="variables of the chat template, such as `enable_thinking: false`; those of a source "
+        "or a row take precedence, key by key",
     )
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(
         False,
-        description="run code that comes with the model; off, because it is somebody else's code",
+        description="run Python code that comes with the model",
     )
 
 
 class PeftSpec(Spec):
-    """An adapter in place of all weights; every other key is a field of `peft.LoraConfig`."""
+    """An adapter that is trained in place of all weights; other keys are fields of `peft.LoraConfig`."""
 
     model_config = ConfigDict(extra="allow")
     rules = (parts.merge_agrees,)
 
     between_stages: Literal["merge", "keep"] = Field(
         "merge",
-        description="`merge`: the adapter is merged into the weights at the end of the stage, and the "
-        "next one starts from those; `keep`: the next stage trains the adapter itself further",
+        description="`merge`: merge the adapter into the weights at the end of the stage; the next stage "
+        "starts from the merged model. `keep`: the next stage continues to train the adapter",
     )
     merge: bool | None = Field(
         None,
-        description="with `between_stages: keep`: write the merged model too, to `merged` beside the "
-        "adapter",
+        description="with `between_stages: keep`: also write the merged model, to `merged`",
     )
     quantization: Literal["nf4"] | None = Field(
-        None, description="hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes"
+        None, description="keep the frozen base weights in 4 bits (QLoRA); requires bitsandbytes"
     )
 
     def lora_fields(self) -> dict[str, Any]:
-        """What is `peft.LoraConfig`'s."""
+        """Return the fields of `peft.LoraConfig`."""
         return dict(self.model_extra or {})

@@ -1,4 +1,4 @@
-"""The whole of a recipe, and its JSON schema."""
+"""The top level of a recipe, and the JSON schema."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rpo_trainer.recipe.schema.model import ModelSpec
 from rpo_trainer.recipe.schema.spec import Spec, Text, details_of
 from rpo_trainer.recipe.schema.stages import LENGTH_FIELDS, STAGE_KINDS, Stage, StageBase
 
-NOT_DEFAULTS = ("name", "kind")  # what makes a stage that stage cannot come from `defaults`
+NOT_DEFAULTS = ("name", "kind")  # fields that identify a stage
 
 
 def with_defaults(stage: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw stage with the defaults of its kind; its own fields, null too, come first."""
+    """Return a raw stage with the defaults of its kind; its own fields, null included, take precedence."""
     kind = STAGE_KINDS.get(str(stage.get("kind")))
     if kind is None:
         return stage
@@ -31,7 +31,7 @@ def with_defaults(stage: dict[str, Any], defaults: Mapping[str, Any]) -> dict[st
 
 
 def defaults_are_fields(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-    """Each default is a field of some kind of stage, with a value that one of them takes."""
+    """Each default is a field of at least one kind of stage, with a valid value for one of them."""
     defaults = raw.get("defaults")
     if not isinstance(defaults, dict):
         return
@@ -48,7 +48,7 @@ def defaults_are_fields(raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
 def _default_errors(
     kind: type[Stage], key: str, defaults: Mapping[str, Any]
 ) -> Iterator[InitErrorDetails]:
-    """What is wrong with one default, beside the others that stages of this kind get."""
+    """Yield the errors of one default in a stage of this kind, validated with the other defaults."""
     try:
         kind.model_validate({k: v for k, v in defaults.items() if k in kind.model_fields})
     except ValidationError as error:
@@ -58,7 +58,7 @@ def _default_errors(
 
 
 class Recipe(Spec):
-    """A chain of training stages, each seeded by the one before it."""
+    """A chain of training stages; by default each starts from the output of the previous one."""
 
     rules = (
         defaults_are_fields,
@@ -69,28 +69,28 @@ class Recipe(Spec):
         chain.adapters_go_on,
     )
 
-    model: ModelSpec = Field(description="the model that the first stage starts from")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of all that is random")
+    model: ModelSpec = Field(description="model that the first stage starts from")
+    seed: int = Field(0, ge=0, lt=2**32, description="random seed of the run")
     run_dir: Text | None = Field(
-        None, description="where the run is written; the command line's `--run-dir` comes first"
+        None, description="run directory; `--run-dir` on the command line takes precedence"
     )
     defaults: dict[str, Any] = Field(
         {},
-        description="stage fields that hold for every stage that has them and does not give its "
-        "own; a field is taken whole, never merged",
+        description="values of stage fields for every stage that has the field and does not set it; a "
+        "field is taken as it is, not merged",
     )
-    eval: EvalSpec | None = Field(None, description="what is measured after every stage")
+    eval: EvalSpec | None = Field(None, description="evaluation after every stage")
     stages: list[Annotated[Stage, Field(discriminator="kind")]] = Field(
-        min_length=1, description="the stages, in order"
+        min_length=1, description="stages, in the order in which they run"
     )
 
     def model_post_init(self, _: Any) -> None:
-        """The sources get the model's `chat_template_kwargs`."""
+        """Pass `model.chat_template_kwargs` to the sources."""
         for _, source in self.sources():
             source.inherit(self.model.chat_template_kwargs)
 
     def sources(self) -> Iterator[tuple[str, SourceSpec]]:
-        """All sources of data, each with its key in the recipe."""
+        """Yield all sources of data, each with its key in the recipe."""
         parts: list[tuple[str, EvalSpec | None]] = [("eval", self.eval)]
         for stage in self.stages:
             own = f"stages.{stage.name}"
@@ -103,7 +103,7 @@ class Recipe(Spec):
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """Stages as mappings, each with the defaults that belong to its kind."""
+        """Return stages as mappings, each with the defaults of its kind."""
         stages, defaults = raw.get("stages"), raw.get("defaults")
         if not isinstance(stages, list):
             return raw
@@ -118,10 +118,10 @@ def _numbered(key: str, sources: list[SourceSpec]) -> Iterator[tuple[str, Source
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of a recipe file.
+    """Return the JSON schema (2020-12) of a recipe file.
 
-    A stage needs only `name` and `kind` here, because `defaults` may give the rest, and `defaults`
-    has the fields of all kinds of stage.
+    A stage requires only `name` and `kind` here, because `defaults` may set the rest; `defaults` has the
+    fields of all kinds of stage.
     """
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"

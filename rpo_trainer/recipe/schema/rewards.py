@@ -1,4 +1,4 @@
-"""Responses and their rewards: endpoints, judges, sampling, scoring, pairs."""
+"""`generate`, `score` and `pairs` of a stage; endpoints and judges."""
 
 from __future__ import annotations
 
@@ -16,69 +16,70 @@ class EndpointSpec(Spec):
 
     rules = (parts.template_variables,)
 
-    url: Url = Field(description="base url, for example http://localhost:8000/v1")
-    model: Text = Field(description="the model's name there")
+    url: Url = Field(description="base URL, for example http://localhost:8000/v1")
+    model: Text = Field(description="name of the model at the endpoint")
     api_key_env: Text = Field(
         "OPENAI_API_KEY",
-        description="environment variable that holds the key; it is written nowhere",
+        description="environment variable with the API key; the key is never written to disk",
     )
-    concurrency: int = Field(8, ge=1, le=1024, description="requests at a time")
-    timeout: float = Field(
-        60.0, gt=0, le=86_400, description="seconds for a whole answer before the next try"
-    )
+    concurrency: int = Field(8, ge=1, le=1024, description="number of concurrent requests")
+    timeout: float = Field(60.0, gt=0, le=86_400, description="timeout of a request, in seconds")
     retries: int = Field(
         6,
         ge=0,
         le=100,
-        description="further tries of a request, each after a longer wait (Retry-After)",
+        description="number of retries per request, with exponential backoff (Retry-After is obeyed)",
     )
 
     chat_template_kwargs: dict[str, Any] | None = Field(
         None,
-        description="variables of the chat template of the model there (vLLM, SGLang), sent with each "
-        "chat request; by default those of the row, and for a judge none. `{}`: none are sent",
+        description="variables of the chat template, sent with each chat request (vLLM, SGLang); default: "
+        "those of the row, and none for a judge; `{}`: none",
     )
 
 
 class JudgeSpec(EndpointSpec):
-    """An LLM that says which of two responses is better, asked in both orders."""
+    """An LLM judge that compares two responses, in both orders."""
 
     template: Text | None = Field(
         None,
-        description="file with the prompt, with {prompt}, {first} and {second} in it; it must ask "
-        "for [[A]], [[B]] or [[C]]",
+        description="file with the prompt of the judge, with {prompt}, {first} and {second}; it must "
+        "request [[A]], [[B]] or [[C]]",
     )
-    max_tokens: int = Field(1024, ge=1, le=10_000_000, description="longest answer, in tokens")
+    max_tokens: int = Field(
+        1024, ge=1, le=10_000_000, description="maximum length of an answer, in tokens"
+    )
     temperature: float = Field(0.0, ge=0, description="sampling temperature of the judge")
 
 
 class GenerateSpec(Spec):
-    """Responses sampled from the policy as it is when the stage starts, or from other policies."""
+    """Sampling of responses, from the initial policy of the stage or from others."""
 
     rules = (parts.policies_to_sample_from,)
 
     responses: int = Field(
-        4, ge=1, le=10_000, description="responses for each prompt, from each policy"
+        4, ge=1, le=10_000, description="number of responses per prompt and policy"
     )
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 turns it off")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     top_k: int = Field(
-        0, ge=0, le=10_000_000, description="sample from the k likeliest tokens; 0 turns it off"
+        0, ge=0, le=10_000_000, description="sample from the k most likely tokens; 0: off"
     )
-    max_new_tokens: int = Field(ge=1, le=10_000_000, description="longest response, in tokens")
-    batch_size: int = Field(64, ge=1, le=100_000, description="sequences generated at once")
+    max_new_tokens: int = Field(
+        ge=1, le=10_000_000, description="maximum length of a response, in tokens"
+    )
+    batch_size: int = Field(64, ge=1, le=100_000, description="sequences per generation batch")
     policies: list[Text] = Field(
         ["init"],
-        description="what is sampled from: `init` (the policy that seeds the stage), an earlier "
-        "stage, or a path (with a slash); several are mixed",
+        description="policies to sample from: `init` (the initial weights of the stage), `model`, an "
+        "earlier stage, or a path (with a slash); several are mixed",
     )
     endpoints: list[EndpointSpec] = Field(
-        [], description="policies behind OpenAI-compatible endpoints, beside `policies`"
+        [], description="OpenAI-compatible endpoints to sample from, in addition to `policies`"
     )
     with_ground_truth: bool = Field(
         False,
-        description="add the row's `ground_truth`, where there is one, behind the sampled responses, to "
-        "be scored like them",
+        description="add the `ground_truth` of the row, if any, to the sampled responses",
     )
 
 
@@ -90,20 +91,20 @@ VerifierName = Literal[
 
 
 class ScoreSpec(Spec):
-    """Where the rewards of the responses come from; one of the first four."""
+    """The scorer of the responses: exactly one of the first four fields."""
 
     rules = (
         at_least_one(
             *_SCORERS,
             at=("verifier",),
-            none="`score` names no scorer",
-            why="nothing says where the rewards come from",
-            fix=f"give one of {', '.join(f'`{name}`' for name in _SCORERS)}",
+            none="`score` has no scorer",
+            why="the rewards must come from one of them",
+            fix=f"add one of {', '.join(f'`{name}`' for name in _SCORERS)}",
         ),
         at_most_one(
             *_SCORERS,
             both="`score` has both `{first}` and `{other}`",
-            why="each of them gives the rewards",
+            why="rewards of different scorers have different units",
         ),
         belongs(
             _SCORERS,
@@ -112,58 +113,55 @@ class ScoreSpec(Spec):
                 "batch_tokens": ("model",),
                 "allow_code_execution": ("verifier",),
             },
-            "`{field}` belongs to `{owners}`, not to `{given}`",
+            "`{field}` requires `{owners}`; this `score` has `{given}`",
         ),
         parts.code_execution_allowed,
     )
 
     verifier: VerifierName | None = Field(
-        None, description="built-in verifier: rewards from what a row says about right answers"
+        None, description="built-in verifier, which compares responses with the answer in the row"
     )
     model: Text | None = Field(
         None,
-        description="reward model: the name of an earlier reward stage, or a path (with a slash)",
+        description="reward model: name of an earlier reward stage, or path (with a slash)",
     )
     endpoint: EndpointSpec | None = Field(
-        None, description="reward model behind an endpoint that answers with scores by attribute"
+        None, description="reward endpoint, which returns scores by attribute"
     )
-    judge: JudgeSpec | None = Field(None, description="LLM that compares the responses in pairs")
+    judge: JudgeSpec | None = Field(
+        None, description="LLM judge, which compares the responses in pairs"
+    )
     weights: dict[str, float] | Text | None = Field(
         None,
         description="weight of each attribute of a reward model, or the name of published weights; "
-        "by default the model's own, else the mean",
+        "default: those of the model, else the mean",
     )
     batch_tokens: int | None = Field(
         None,
         ge=1,
         le=100_000_000,
-        description="tokens in a forward pass of a reward model, padding counted where there is any; "
-        "by default 16384",
+        description="tokens per forward pass of a reward model, padding included; default: 16384",
     )
     allow_code_execution: bool = Field(
-        False, description="let the verifier `asserts` run code that a model has written"
+        False, description="allow the verifier `asserts` to run code that a model has written"
     )
 
 
 class PairsSpec(Spec):
-    """How scored responses become preference rows."""
+    """Selection of preference rows from scored responses."""
 
     select: Literal["best_worst", "best_random", "all_pairs", "all_responses"] = Field(
         "best_worst",
-        description="`best_worst`, `best_random` (best against a random worse one) and `all_pairs` "
-        "make pairs, `all_responses` keeps the row with all its responses",
+        description="`best_worst`, `best_random` (best and a random worse response) and `all_pairs` make "
+        "pairs; `all_responses` keeps all responses in one row",
     )
     chosen: Literal["best", "ground_truth"] = Field(
         "best",
-        description="`ground_truth`: the chosen is the response that is the row's ground truth, "
-        "where there is one, else the best",
+        description="chosen response: the `best`, or the `ground_truth` of the row (else the best)",
     )
-    ties: Literal["drop", "keep"] = Field(
-        "drop", description="rows (or pairs) whose rewards are all equal"
-    )
+    ties: Literal["drop", "keep"] = Field("drop", description="rows (or pairs) with equal rewards")
     min_gap: float = Field(
         0.0,
         ge=0,
-        description="drop rows (or pairs) whose gap between best and worst reward is not larger; "
-        "they are counted",
+        description="drop rows (or pairs) whose gap between best and worst reward is not larger",
     )

@@ -1,4 +1,4 @@
-"""The base of every model of the recipe schema, and the types that its fields share."""
+"""The base class of the models of the recipe schema, and the types that their fields share."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 class Spec(BaseModel):
-    """Base of all models here: strict, frozen, no unknown keys, all errors at once."""
+    """Base class: strict, frozen, no unknown keys, all errors at once."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    rules: ClassVar[tuple[Rule, ...]] = ()  # those that concern more than one field
+    rules: ClassVar[tuple[Rule, ...]] = ()  # on more than one field
 
     @model_validator(mode="wrap")
     @classmethod
     def _all_errors(cls, value: Any, handler: ModelWrapValidatorHandler[Spec]) -> Spec:
-        """Errors of fields and of rules in one exception; pydantic alone stops at the former."""
+        """Report errors of fields and rules in one exception; pydantic alone stops at the fields."""
         if not isinstance(value, dict):
             return handler(value)
         value = cls.prepare(value)
@@ -60,7 +60,7 @@ class Spec(BaseModel):
 
     @classmethod
     def _bounded(cls) -> set[str]:
-        """Fields with an upper bound of their own."""
+        """Return the fields that have an upper bound."""
         return {
             name
             for name, field in cls.model_fields.items()
@@ -69,18 +69,18 @@ class Spec(BaseModel):
 
     @classmethod
     def prepare(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """The raw mapping with what follows from it filled in, before validation."""
+        """Return the raw mapping with derived values filled in, before validation."""
         return raw
 
     @classmethod
     def cross_checks(cls, raw: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        """Errors of the rules; `raw` is not validated yet."""
+        """Yield the errors of the rules; `raw` is not validated yet."""
         for rule in cls.rules:
             yield from rule(raw)
 
 
 def details_of(error: ValidationError) -> list[InitErrorDetails]:
-    """The errors of an exception, in the form that a new one is made of."""
+    """Return the errors of an exception in the form that a new exception is made from."""
     details = []
     for item in error.errors(include_url=False):
         context = item.get("ctx", {})
@@ -94,7 +94,7 @@ def details_of(error: ValidationError) -> list[InitErrorDetails]:
 
 
 def one_message(fits: Callable[[Any], bool], error: PydanticCustomError) -> BeforeValidator:
-    """One error for a value of a union; pydantic alone gives one for each member."""
+    """Report one error for a value of a union; pydantic alone reports one for each member."""
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -106,7 +106,7 @@ def one_message(fits: Callable[[Any], bool], error: PydanticCustomError) -> Befo
 
 @dataclass(frozen=True)
 class LossOf:
-    """The type of `loss_type`: a `Literal` of the names, with the losses that are registered later.
+    """The type of `loss_type`: one of the registered losses, those registered later included.
 
     Attributes:
         kind: the kind of stage.
@@ -132,7 +132,7 @@ class LossOf:
 
 
 def _address(url: str) -> str:
-    """`http` or `https`, and a host."""
+    """Validate a URL: `http` or `https`, and a host."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -140,9 +140,9 @@ def _address(url: str) -> str:
         good = False
     if not good or not url.isprintable() or " " in url:
         raise wrong_value(
-            f"{redact(url)!r} is not the address of an endpoint",
-            "give its base url, for example http://localhost:8000/v1",
-            "it must begin with http:// or https:// and name a host",
+            f"{redact(url)!r} is not a valid URL of an endpoint",
+            "write the base URL, for example http://localhost:8000/v1",
+            "it must start with http:// or https:// and name a host",
             code="recipe.invalid-url",
         )
     return url

@@ -1,4 +1,4 @@
-"""The stages of a recipe: what every kind has, and what each kind adds."""
+"""The stages of a recipe: the fields of all kinds, and those of each kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rpo_trainer.recipe.schema.evaluation import EvalSpec
 from rpo_trainer.recipe.schema.model import PeftSpec
 from rpo_trainer.recipe.schema.spec import LossOf, Spec, Text, one_message
 
-LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # one setting, two spellings
+LENGTH_FIELDS = ("num_train_epochs", "max_steps")  # at most one of them
 
 
 Names: TypeAlias = Annotated[
@@ -27,7 +27,7 @@ Names: TypeAlias = Annotated[
         ),
         wrong_value(
             "must be a name or a list of names",
-            "write for example `tensorboard`",
+            "write a name, for example `tensorboard`",
             code="recipe.wrong-type",
         ),
     ),
@@ -37,8 +37,8 @@ ScaleOrAuto: TypeAlias = Annotated[
     one_message(
         lambda value: value == "auto" or (is_number(value) and value > 0),
         wrong_value(
-            "must be a number above 0, or `auto`",
-            "write for example `1.0`",
+            "must be a number greater than 0, or `auto`",
+            "write a number, for example `1.0`",
             code="recipe.invalid-value",
         ),
     ),
@@ -46,11 +46,11 @@ ScaleOrAuto: TypeAlias = Annotated[
 
 
 class StageBase(Spec):
-    """What stages of every kind have.
+    """Fields of stages of every kind.
 
     Attributes:
-        trains_reward_model: the output is a reward model; else it is a policy.
-        needs_reference: the loss compares the policy with a `reference`.
+        trains_reward_model: the output is a reward model; otherwise it is a policy.
+        needs_reference: the loss compares the policy with a reference model.
     """
 
     trains_reward_model: ClassVar[bool] = False
@@ -59,8 +59,8 @@ class StageBase(Spec):
     rules: ClassVar[tuple[Rule, ...]] = (
         at_most_one(
             *LENGTH_FIELDS,
-            both="`{first}` and `{other}` are both given",
-            why="each of them says how long the stage is",
+            both="`{first}` and `{other}` cannot be combined",
+            why="each of them sets the length of the stage",
         ),
         parts.warmup_fits,
         parts.batches_divide,
@@ -72,105 +72,107 @@ class StageBase(Spec):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
-        description="unique name of the stage; its directory in the run directory",
+        description="unique name of the stage, and of its directory in the run directory",
     )
     init: Text = Field(
         "previous",
-        description="where the weights come from: `previous`, `model`, the name of an earlier "
-        "stage, or a path (with a slash)",
+        description="initial weights: `previous` (stage), `model`, the name of an earlier stage, or a "
+        "path (with a slash)",
     )
-    data: DataSpec = Field(description="what the stage trains on")
-    max_length: int = Field(2048, ge=2, description="longest prompt + response, in tokens")
+    data: DataSpec = Field(description="data of the stage")
+    max_length: int = Field(
+        2048, ge=2, description="maximum length of prompt + response, in tokens"
+    )
     truncation: Literal["drop", "cut"] = Field(
-        "drop", description="longer examples are dropped or cut; both are counted"
+        "drop", description="drop or truncate longer examples; both are counted"
     )
     global_batch_size: int = Field(
-        ge=1, le=10**7, description="examples for each optimizer step, over all processes"
+        ge=1, le=10**7, description="examples per optimizer step, over all processes"
     )
     micro_batch_size: int = Field(
         1,
         ge=1,
-        description="examples for each forward pass of a process; changes memory and speed, not "
-        "the result",
+        description="examples per forward pass of a process; affects memory and speed, not the result",
     )
     micro_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens of each forward pass of a process in training, in place of "
-        "`micro_batch_size`, which then holds for evaluation alone: each global batch is dealt into "
-        "as many forward passes as its lengths need; changes memory and speed, not the result",
+        description="tokens per forward pass of a process in training, in place of `micro_batch_size` "
+        "(then for evaluation only); each global batch is split into as many forward passes as needed",
     )
     num_train_epochs: float | None = Field(
-        None, gt=0, le=1e6, description="passes over the data; 1 if `max_steps` is not given either"
+        None,
+        gt=0,
+        le=1e6,
+        description="passes over the data; default: 1, unless `max_steps` is set",
     )
     max_steps: int | None = Field(
         None, ge=1, description="optimizer steps, in place of `num_train_epochs`"
     )
     learning_rate: float = Field(gt=0, le=10, description="peak learning rate, for example 3e-7")
     lr_scheduler_type: Text = Field(
-        "constant", description="learning rate schedule, a name that `transformers` knows"
+        "constant", description="learning rate schedule, by its name in `transformers`"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warmup")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm clip; 0 turns it off")
-    optim: Text = Field("adamw_torch", description="optimizer, a name that `transformers` knows")
+    max_grad_norm: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
+    optim: Text = Field("adamw_torch", description="optimizer, by its name in `transformers`")
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+        False, description="recompute activations in the backward pass, to save memory"
     )
-    logging_steps: int = Field(10, ge=1, description="steps in a logging window")
+    logging_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
     save_steps: int | None = Field(
         None,
         ge=1,
-        description="steps between checkpoints; without it a stage that is killed begins again",
+        description="optimizer steps between checkpoints; without it, a stage that is killed starts again",
     )
-    save_total_limit: int = Field(1, ge=1, description="checkpoints kept")
+    save_total_limit: int = Field(1, ge=1, description="number of checkpoints to keep")
     eval_steps: int | None = Field(
-        None, ge=1, description="steps between evaluations of the loss on `data.eval`"
+        None, ge=1, description="optimizer steps between evaluations on held-out data (`data.eval`)"
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**32, description="seed of the stage; by default the recipe's"
+        None, ge=0, lt=2**32, description="random seed of the stage; default: `seed` of the recipe"
     )
     report_to: Names = Field(
-        "none", description="trackers, as in `transformers`: `none`, `tensorboard`, `wandb`, ..."
+        "none",
+        description="experiment trackers, as in `transformers`: `none`, `tensorboard`, `wandb`, ...",
     )
     router_aux_loss_coef: float | None = Field(
         None,
         ge=0,
-        description="weight of the load-balancing loss of a mixture of experts' routers; 0: none; by "
-        "default what the model's config asks for (`output_router_logits`)",
+        description="weight of the load-balancing loss of mixture-of-experts models; 0: none; default: as "
+        "in the config of the model (`output_router_logits`)",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="a loss or gradient that is NaN or infinite: `stop` before the weights move, or "
-        "`skip`: leave such steps out, up to `max_skipped_steps` in the stage",
+        description="on a NaN or infinite loss or gradient: `stop` before the update, or `skip` the step, "
+        "up to `max_skipped_steps` times in the stage",
     )
     max_skipped_steps: int | None = Field(
         None,
         ge=1,
         le=10**9,
-        description="with `on_nonfinite: skip`, how many steps may be left out before the stage "
-        "stops; by default 3",
+        description="with `on_nonfinite: skip`: skipped steps before the stage stops; default: 3",
     )
     peft: PeftSpec | None = Field(
         None,
-        description="train an adapter: fields of `peft.LoraConfig`, and what becomes of it",
+        description="train an adapter: fields of `peft.LoraConfig`, and its use in the next stage",
     )
     training_args: dict[str, Any] = Field(
         {},
-        description="other fields of `transformers.TrainingArguments`, those without a name of "
-        "their own here",
+        description="fields of `transformers.TrainingArguments` that are not fields of the stage",
     )
     eval: EvalSpec | None = Field(
-        None, description="what is measured after this stage, in place of the recipe's `eval`"
+        None, description="evaluation after this stage, in place of `eval` of the recipe"
     )
     repeat: int = Field(
         1,
         ge=1,
         le=100,
-        description="run the stage so many times, as name-1, name-2, ...; each starts from the "
-        "one before",
+        description="number of rounds: run the stage repeatedly, as NAME-1, NAME-2, ...; each round "
+        "starts from the previous one",
     )
 
     @classmethod
@@ -186,12 +188,12 @@ class StageBase(Spec):
 
     @property
     def models_read(self) -> dict[str, str]:
-        """The models that the training reads, by the field that names them: the start, the reference."""
+        """The models that training reads, by field: initial weights and reference model."""
         return {"init": self.init}
 
     @property
     def own_reference(self) -> str | None:
-        """The reference where it is another model than the start; None: it is the same, or not needed."""
+        """The reference model; None if it is the initial model or not needed."""
         reference = self.models_read.get("reference")
         return None if reference == self.init else reference
 
@@ -203,35 +205,36 @@ class SFTStage(StageBase):
 
 
 class PreferenceStage(StageBase):
-    """What DPO and RPO have in common."""
+    """Fields of DPO and RPO stages."""
 
     needs_reference = True
 
     reference: Text = Field(
         "init",
-        description="the reference policy: `init` (the weights the stage starts from), "
-        "`previous`, `model`, the name of an earlier stage, or a path (with a slash)",
+        description="reference model: `init` (the initial weights of the stage), `previous`, `model`, "
+        "the name of an earlier stage, or a path (with a slash)",
     )
     beta: float = Field(
-        gt=0, description="β, the strength of the tie to the reference, for example 0.01"
+        gt=0,
+        description="β, strength of the KL penalty towards the reference model, for example 0.01",
     )
     sft_loss_weight: float = Field(
         0.0, ge=0, description="weight of the SFT loss on the chosen response"
     )
     sft_reduction: Literal["sum", "token_mean", "sequence_mean"] = Field(
         "sum",
-        description="`sum` over a response's tokens then mean over examples, `token_mean` over "
-        "all tokens of the batch, or `sequence_mean`",
+        description="reduction of the SFT loss: `sum` over tokens, then mean over examples; `token_mean` "
+        "over all tokens of the batch; `sequence_mean`: mean over tokens, then over examples",
     )
     average_logps: bool = Field(
-        False, description="use the mean log-probability of a response's tokens in place of the sum"
+        False, description="use the mean log-prob of the tokens of a response in place of the sum"
     )
     step0_check: bool = Field(
-        True, description="check the loss before the first update against its known constant"
+        True, description="compare the loss before the first update with its known value"
     )
     disable_dropout: bool = Field(
         True,
-        description="turn the model's noise in training off: dropout, layer drop, router jitter",
+        description="turn off dropout, layer drop and router jitter of the model",
     )
 
     @property
@@ -240,37 +243,40 @@ class PreferenceStage(StageBase):
 
 
 class DPOStage(PreferenceStage):
-    """Direct preference optimisation, with an optional SFT term."""
+    """Direct Preference Optimization, with an optional SFT term."""
 
     rules = (*PreferenceStage.rules, parts.smoothing_of_the_loss)
 
-    kind: Literal["dpo"] = Field("dpo", description="`dpo`: direct preference optimisation")
-    loss_type: Annotated[str, LossOf("dpo")] = Field("dpo", description="the preference loss")
+    kind: Literal["dpo"] = Field("dpo", description="`dpo`: Direct Preference Optimization")
+    loss_type: Annotated[str, LossOf("dpo")] = Field("dpo", description="preference loss")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="probability that a pair's label is wrong (cDPO)"
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="assumed probability that the label of a pair is wrong (cDPO)",
     )
 
 
 class RPOStage(PreferenceStage):
-    """Reward-aware preference optimisation: the implicit gap learns the gap of given rewards."""
+    """Reward-aware Preference Optimization: the implicit reward gap is trained to match the target gap."""
 
-    kind: Literal["rpo"] = Field("rpo", description="`rpo`: reward-aware preference optimisation")
+    kind: Literal["rpo"] = Field("rpo", description="`rpo`: Reward-aware Preference Optimization")
     loss_type: Annotated[str, LossOf("rpo")] = Field(
-        "rpo_bwd_kl", description="the preference loss; `rpo_bwd_kl` is the paper's"
+        "rpo_bwd_kl", description="preference loss; the paper uses `rpo_bwd_kl`"
     )
     reward_scale: ScaleOrAuto = Field(
         1.0,
-        description="η, the scale of the given rewards; `auto` fits it to the training rows: to "
-        "their preference labels where these do not follow the rewards, else to the median gap",
+        description="η, scale of the given rewards; `auto` fits it to the training rows: to the preference "
+        "labels if some disagree with the rewards, else to the median gap",
     )
 
 
 def _unique(names: list[str] | None) -> list[str] | None:
     if names is not None and len(set(names)) < len(names):
         raise wrong_value(
-            "an attribute is named twice",
-            "name each once",
-            "each is one head of the model",
+            "an attribute is listed twice",
+            "list each attribute once",
+            "each attribute is one output of the model",
             code="recipe.repeated-attribute",
         )
     return names
@@ -279,18 +285,18 @@ def _unique(names: list[str] | None) -> list[str] | None:
 def _ascending(bounds: list[float] | None) -> list[float] | None:
     if bounds is not None and not bounds[0] < bounds[1]:
         raise wrong_value(
-            f"`rating_range` goes from {short(bounds[0])} to {short(bounds[1])}",
+            f"`rating_range` is empty: from {short(bounds[0])} to {short(bounds[1])}",
             "write the lowest rating first",
-            "no rating can be between them",
+            None,
             code="recipe.empty-range",
         )
     return bounds
 
 
 class RewardStage(StageBase):
-    """A reward model: a sequence classifier whose score at the end of a response is its reward.
+    """A reward model: a sequence classifier whose output at the end of a response is the reward.
 
-    It is no policy: `previous` in a later stage is the policy before it.
+    It is not a policy: `previous` in a later stage is the policy before it.
     """
 
     trains_reward_model = True
@@ -299,44 +305,39 @@ class RewardStage(StageBase):
         parts.fields_of_the_objective,
         parts.weights_of_the_attributes,
         parts.no_fields_of_a_policy,
-        at_most_one(
-            "eval", "eval_fraction", within="data",
-            both="`data` has both `{first}` and `{other}`",
-            why="each of them says which rows are held out",
-        ),
-    )  # fmt: skip
+    )
 
     kind: Literal["reward"] = Field("reward", description="`reward`: a reward model")
     objective: Literal["bradley_terry", "regression"] = Field(
-        description="`bradley_terry`: pairs, −log σ(r_c − r_r − margin); `regression`: rated "
-        "responses, the mean squared error over all ratings"
+        description="`bradley_terry`: −log σ(r_chosen − r_rejected − margin) on pairs; `regression`: mean "
+        "squared error on rated responses"
     )
     attributes: Annotated[list[Text] | None, Field(min_length=1), AfterValidator(_unique)] = Field(
         None,
-        description="what is rated, a head of the model for each (regression); a missing rating is "
+        description="rated attributes, one output of the model each (regression); missing ratings are "
         "masked",
     )
     reward_weights: dict[str, float] | Text | None = Field(
         None,
-        description="weight of each attribute in the reward, by name, or published weights "
-        "(`nemotron-4-340b-reward`, `llama3-70b-steerlm-rm`); by default those of the model it "
-        "starts from, else the mean",
+        description="weight of each attribute in the reward, or the name of published weights "
+        "(`nemotron-4-340b-reward`, `llama3-70b-steerlm-rm`); default: those of the initial model, else "
+        "the mean",
     )
     rating_range: Annotated[
         list[float] | None, Field(min_length=2, max_length=2), AfterValidator(_ascending)
     ] = Field(
         None,
-        description="lowest and highest rating that can be right (regression); others are errors",
+        description="lowest and highest valid rating (regression); other ratings are errors",
     )
     margin_scale: float = Field(
         0.0,
         ge=0,
-        description="the margin is this times the gap of the given rewards (bradley_terry); 0: no "
-        "margin, and no rewards are needed",
+        description="margin as a multiple of the reward gap (bradley_terry); 0: no margin, no rewards "
+        "needed",
     )
     disable_dropout: bool = Field(
         True,
-        description="turn the model's noise in training off: dropout, layer drop, router jitter",
+        description="turn off dropout, layer drop and router jitter of the model",
     )
 
 

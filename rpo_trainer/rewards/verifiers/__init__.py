@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rpo_trainer.data.rows import Row, RowError, RowProblems
-from rpo_trainer.errors import RecipeError, nearest
+from rpo_trainer.errors import RecipeError, suggestion
 from rpo_trainer.rewards.verifiers.asserts import ASSERTS
 from rpo_trainer.rewards.verifiers.base import FailedChecks, Verifier
 from rpo_trainer.rewards.verifiers.instructions import INSTRUCTION_CHECKS
@@ -36,7 +36,7 @@ def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
     """
     if name not in VERIFIERS:
         raise RecipeError(
-            f"unknown verifier '{name}'{nearest(name, VERIFIERS)}",
+            f"unknown verifier '{name}'{suggestion(name, VERIFIERS)}",
             code="verifier.unknown",
             why="each decides by another rule what is right, and none is taken in place of another",
             fix=f"use one of: {', '.join(VERIFIERS)}",
