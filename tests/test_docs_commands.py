@@ -29,6 +29,7 @@ from tests.real_data import write_local
 _CHECKOUT = (
     "sets up or tests the checkout: what CI and a fresh clone do; the target is looked up below"
 )
+_COMPARES = "needs two runs: tests/report/test_compare.py has them"
 _INSTALLS = "installs from a package index"
 NOT_RUN = {
     "make quickstart": _CHECKOUT,
@@ -45,6 +46,8 @@ NOT_RUN = {
     "pip install -c constraints.txt '.[report]'": _INSTALLS,
     "pip install pre-commit && pre-commit install": _INSTALLS,
     "pip install 'rpo-trainer[report]'": _INSTALLS,
+    "rpo-trainer compare runs/a runs/b --html comparison.html": _COMPARES,
+    "rpo-trainer compare RUN RUN": _COMPARES,
     "python -m benchmarks.models --write": "of all families; tests/sweep/test_models_page.py has some",
     "torchrun --max-restarts N": "an option; tests/distributed/test_chain.py kills ranks under it",
 }

@@ -16,6 +16,8 @@ run               `run_chain`: runs the stages in order, and resumes a run that 
   same_examples     compares a stage's examples between processes and with its last start
   data_log          log lines on the data of each stage, once per data set
   evaluation        evaluates an output on held-out data: responses, pairs, likelihoods, lm-eval tasks
+  response_figures  held-out responses tokenized, for their lengths and log-probs
+  system            the hardware and software that a stage trains on
   card              the model card of an output
 check             `check_recipe`: everything that can be checked before training
   check_models      models without their weights: configs, adapters, tokenizers, embeddings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rpo_trainer.chain.response_figures import response_examples
 from rpo_trainer.data import Audit
 from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.data.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
@@ -173,12 +174,37 @@ class Evaluation:
         else:
             found = self._scored(rows, scorer, mine, theirs, label)
         found["scorer"] = _name(spec.score)
+        self._add_figures(found["samples"], rows, mine, stage.name, baseline)
+        if theirs is not None:
+            self._add_figures(found["of_baseline"]["samples"], rows, theirs, str(baseline), None)
         # Metrics are comparable if this is equal: prompts, sampling settings and scorer.
         assert spec.generate is not None  # the schema
         settings = [sampling_settings(spec.generate), spec.greedy, self.recipe.seed]
         found["measure"] = content_key("measure", scorer.key, rows, settings)
         self._keep_samples(stage, "samples", found.pop("samples"))
         return found
+
+    def _add_figures(
+        self,
+        samples: Sequence[dict[str, Any]],
+        rows: list[Row],
+        answers: list[dict[str, Any]],
+        source: str,
+        baseline: str | None,
+    ) -> None:
+        """Adds `tokens` of the sampled responses, and their `log_ratios` to a baseline's policy."""
+        examples = response_examples(rows, answers, self.tokenizer)
+        flat = [one for row in examples for one in row if one is not None]
+        ratios: Iterator[float] | None = None
+        if baseline is not None and flat:
+            own, other = self._logps(source, flat), self._logps(baseline, flat)
+            ratios = iter([a[0] - b[0] for a, b in zip(own, other, strict=True)])
+        for sample, row in zip(samples, examples, strict=True):
+            sample["tokens"] = [
+                None if one is None else sum(one["response_mask"][0]) for one in row
+            ]
+            if ratios is not None:
+                sample["log_ratios"] = [None if one is None else next(ratios) for one in row]
 
     def _keep_samples(self, stage: Stage, name: str, samples: Sequence[dict[str, Any]]) -> None:
         """Write some responses for people to read."""

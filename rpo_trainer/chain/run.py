@@ -28,6 +28,7 @@ from rpo_trainer.chain.same_examples import check_same_examples
 from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics, now, plain, write_recipe
 from rpo_trainer.chain.stop_signal import StopOnSignal
+from rpo_trainer.chain.system import system_record
 from rpo_trainer.chain.time_left import TimeLeft
 from rpo_trainer.chain.training import (
     agreement_of,
@@ -57,7 +58,7 @@ from rpo_trainer.stages.record import (
     StepZeroRecord,
 )
 from rpo_trainer.stages.scored_rows import ScoredRows
-from rpo_trainer.stages.settings import check_warmup, make_trainer
+from rpo_trainer.stages.settings import arithmetic, check_warmup, make_trainer
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import verify_manifest
 from rpo_trainer.trainers.preference import PreferenceTrainer
@@ -285,6 +286,7 @@ class _Chain:
     def _train(self, stage: Stage, record: StageRecord, inputs: StageInputs) -> None:
         folder = self.run_dir / stage.name
         trainer = self._trainer(inputs)
+        record.system = system_record(trainer, arithmetic(self.recipe.model))
 
         def begin(step: int, evaluated: bool) -> None:
             if step >= 0:

@@ -3,6 +3,7 @@
 commands          `main` and the commands on runs
 inspect_recipe    `check`, `plan`, `preview`
   template          `check --template`
+compare           `compare`
 rewards           the commands on rewards
 arguments         arguments and options that several commands share
 options           options made from the fields of a recipe

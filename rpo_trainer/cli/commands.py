@@ -23,6 +23,7 @@ from rpo_trainer.cli.arguments import (
     run_argument,
     run_dir_option,
 )
+from rpo_trainer.cli.compare import compare
 from rpo_trainer.cli.convert import convert
 from rpo_trainer.cli.init import init
 from rpo_trainer.cli.inspect_recipe import COMMANDS as RECIPE_COMMANDS
@@ -170,7 +171,7 @@ def recipes(name: str | None, copy: Path | None, overwrite: bool) -> None:
         _list(shipped.shipped())
 
 
-for _command in (init, convert, *RECIPE_COMMANDS, *REWARD_COMMANDS):
+for _command in (init, convert, *RECIPE_COMMANDS, compare, *REWARD_COMMANDS):
     cli.add_command(_command)
 
 

@@ -1,4 +1,4 @@
-"""The data audit of a stage for people: what was read, dropped and noticed, and what deserves attention."""
+"""Data audit of a stage: rows that were read, dropped or flagged, and findings about them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 from rpo_trainer.data.counts import ALIKE, DROPS, MANY_CUT, WARNINGS, percent, unread_columns
 from rpo_trainer.stages.record import AuditRecord, PairsRecord, ReasonRecord
 
-# Shares of the rows above which something deserves attention.
+# Fractions of the rows above which a finding is a warning.
 MANY_DROPPED = 0.25
 MANY_TIED = 0.25
 MANY_REPEATED = 0.25
 MANY_REVERSED = 0.1
-MANY_UNREAD = 0.5  # of what a chat template leaves out of the rows
+MANY_UNREAD = 0.5  # of rows with content that the chat template does not render
 
 
 @dataclass(frozen=True)
 class Concern:
-    """A finding about data, its key, and what to change; `minor`: reported without a warning."""
+    """A finding about data, its key, and what to change; `minor`: not a warning."""
 
     key: str
     text: str
@@ -28,9 +28,14 @@ class Concern:
 
 @dataclass(frozen=True)
 class Reason:
-    """Rows that were dropped or noticed for one reason: its text, their number, first ids, short name.
+    """Rows that were dropped or flagged for one reason.
 
-    `of`: among how many rows, where these are more than the rows that are used.
+    Attributes:
+        text: the reason.
+        rows: number of rows.
+        examples: ids of the first rows.
+        key: stable name of the reason.
+        of: number of rows that were examined, if more than the rows that are used.
     """
 
     text: str
@@ -42,7 +47,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class AuditView:
-    """Row counts of a data set; `rows` as in `Audit.rows`, the most frequent reasons come first."""
+    """Row counts of a data set; `rows` as in `Audit.rows`. The most frequent reasons come first."""
 
     rows: int | None = None
     kept: int | None = None
@@ -57,12 +62,12 @@ class AuditView:
     cut: list[str] = field(default_factory=list)
 
     def concerns(self, what: str, *, sampled: bool = False) -> Iterator[Concern]:
-        """What a reader should know before, or after, training on these rows.
+        """Yield the findings about these rows.
 
         Args:
-            what: the rows, as a sentence names them.
-            sampled: their responses come from a policy. A confident policy gives K equal responses, and
-                such prompts are expected among the dropped.
+            what: the name of the rows in a sentence.
+            sampled: whether a policy sampled the responses. A confident policy often returns K equal
+                responses, so that dropped prompts are expected.
         """
         if self.dropped:
             yield self._dropped(what, sampled)
@@ -72,29 +77,29 @@ class AuditView:
             yield Concern(
                 "ties",
                 f"{percent(self.ties, self.pairs)} of {what} ({self.ties:,} of {self.pairs:,}) are tied: "
-                "chosen and rejected have the same reward",
-                "`filter: {ties: drop}` leaves them out; without it DPO learns an arbitrary order from them.",
+                "chosen and rejected response have the same reward",
+                "Drop them with `filter: {ties: drop}`; otherwise DPO trains on an arbitrary order.",
             )
         if self.pairs and self.reversed > MANY_REVERSED * self.pairs:
             yield Concern(
                 "reversed",
                 f"{percent(self.reversed, self.pairs)} of {what} ({self.reversed:,} of {self.pairs:,}) "
-                "are reversed: chosen has the lower reward",
-                "Check whether chosen and rejected are swapped.",
+                "are reversed: the chosen response has the lower reward",
+                "Check whether chosen and rejected responses are swapped.",
             )
         repeated = rows.get("duplicate_prompt", 0) + rows.get("similar_prompt", 0)
         if self.rows and repeated > MANY_REPEATED * self.rows:
             yield Concern(
                 "repeated",
-                f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) have a prompt "
-                "that was seen before",
-                "`dedup: exact` or `normalized` keeps the first row of each prompt.",
+                f"{percent(repeated, self.rows)} of {what} ({repeated:,} of {self.rows:,}) repeat an "
+                "earlier prompt",
+                "Set `dedup: exact` or `dedup: normalized` to keep only the first row of each prompt.",
             )
         if whole and (cut := rows.get("truncated", 0)) > MANY_CUT * whole:
             yield Concern(
                 "truncated",
-                f"{percent(cut, whole)} of {what} ({cut:,} of {whole:,}) are cut to max_length",
-                "Raise max_length: a cut response has no end.",
+                f"{percent(cut, whole)} of {what} ({cut:,} of {whole:,}) are truncated to max_length",
+                "Raise max_length: a truncated response has no end token.",
             )
         for reason in self.noticed:
             left_out = reason.key not in _COUNTED_ELSEWHERE
@@ -108,14 +113,14 @@ class AuditView:
             yield Concern(
                 "cut",
                 text,
-                "Raise max_new_tokens: where few responses end, little is learned of where to end.",
+                "Raise max_new_tokens: the policy learns where to end only from responses that end.",
             )
         for text in self.generation:
             yield Concern(
                 "generation",
                 text,
-                "A model should be sampled after the same text that it is trained after: choose another "
-                "chat_template, or use rows that this one renders so.",
+                "Sampling and training should render a prompt the same way: choose another "
+                "chat_template, or use rows that this one renders consistently.",
             )
         for remark in self.remarks:
             yield Concern("remark", remark)
@@ -123,21 +128,22 @@ class AuditView:
             yield Concern(
                 "unread-columns",
                 unread_columns(source, columns),
-                "Name one that is meant with `columns: {ours: theirs}`.",
+                "To use one of them, map it with `columns: {ours: theirs}`.",
             )
 
     def _drops(self, key: str) -> bool:
         return any(reason.key == key for reason in self.dropped)
 
     def _dropped(self, what: str, sampled: bool) -> Concern:
-        share, main = self.dropped_share(), self.dropped[0]
+        fraction, main = self.dropped_fraction(), self.dropped[0]
         alike = sampled and main.key in ALIKE
-        many = share is not None and share > MANY_DROPPED and not alike
+        many = fraction is not None and fraction > MANY_DROPPED and not alike
         part = f"{percent(self.dropped_rows, self.total)} of {what}" if self.total else what
         return Concern(
             "dropped",
-            f"{part} ({self.dropped_rows:,} rows) are dropped; most often: {main.text} ({main.rows:,})",
-            "More responses a prompt, or a higher temperature, leave fewer such prompts."
+            f"{part} ({self.dropped_rows:,} rows) were dropped; "
+            f"most frequent reason: {main.text} ({main.rows:,})",
+            "To drop fewer prompts, sample more responses per prompt or raise the temperature."
             if alike
             else None,
             minor=not many,
@@ -148,17 +154,17 @@ class AuditView:
         """All dropped rows."""
         return sum(reason.rows for reason in self.dropped)
 
-    def dropped_share(self) -> float | None:
-        """Dropped rows as a share of `total`, in [0, 1]; None where that is not known."""
+    def dropped_fraction(self) -> float | None:
+        """Dropped rows as a fraction of `total`, in [0, 1]; None if unknown."""
         return min(1.0, self.dropped_rows / self.total) if self.total else None
 
     @property
     def total(self) -> int:
-        """All rows that are used or dropped; 0 where that is not known."""
+        """All rows, used or dropped; 0 if unknown."""
         return self.rows or (self.dropped_rows + self.kept if self.kept else 0)
 
 
-# Reasons that `concerns` handles separately, or that do not change what is trained.
+# Reasons that `concerns` handles separately, or that do not affect training.
 _COUNTED_ELSEWHERE = {
     "truncated", "duplicate_prompt", "similar_prompt", "unusable_rewards", "truth_not_chosen",
     "special_token_text", "equal_responses", "duplicate_responses_removed",
@@ -166,7 +172,7 @@ _COUNTED_ELSEWHERE = {
 
 
 def read_audit(record: AuditRecord) -> AuditView:
-    """The counts of an audit, with the texts of their reasons."""
+    """Return the counts of an audit, with the text of each reason."""
     pairs, dropped = record.pairs or PairsRecord(), _reasons(record.dropped, DROPS)
     if record.max_length is not None:
         dropped = [
@@ -199,7 +205,7 @@ def _total(by_source: Mapping[str, int]) -> int | None:
 
 
 def _reasons(records: Mapping[str, ReasonRecord], words: Mapping[str, str]) -> list[Reason]:
-    """`words` has the texts by reason; other reasons are words themselves."""
+    """Sort the reasons by count; `words` has their texts, an unknown reason is shown as its key."""
     found = [
         Reason(
             words.get(key, key if " " in key else key.replace("_", " ")),

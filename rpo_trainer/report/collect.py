@@ -1,7 +1,7 @@
-"""Run directory → what the tables, plots and verdicts are made from.
+"""Read a run directory into `RunResults`, the input of tables, plots and verdicts.
 
-A run that is unfinished, was killed in the middle of a line or lacks a file still gives `RunResults`; what
-could not be read is named in its `notes`.
+An unfinished run, a truncated line or a missing file is not an error: `RunResults.notes` names whatever
+could not be read.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ LineRecord = TypeVar("LineRecord", bound=JsonRecord)
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over optimizer steps; only finite values, `steps` rising."""
+    """One metric over optimizer steps: finite values only, `steps` increasing."""
 
     steps: list[int]
     values: list[float]
 
     def __bool__(self) -> bool:
-        """Whether there is anything to draw."""
+        """Whether there is at least one value."""
         return bool(self.values)
 
     def start(self) -> float:
@@ -52,22 +52,22 @@ class Curve:
         return sum(head) / len(head)
 
     def end(self) -> float:
-        """Mean of the last tenth of the logged values (at least one); less noisy than the last."""
+        """Mean of the last tenth of the logged values (at least one)."""
         tail = self.values[-max(1, len(self.values) // 10) :]
         return sum(tail) / len(tail)
 
 
 @dataclass
 class StageResults:
-    """All that a run directory tells about one stage.
+    """The results of one stage.
 
     Attributes:
-        record: what chain.json says of it.
-        settings: the recipe's fields for it.
+        record: its entry in chain.json.
+        settings: the recipe's fields for the stage, defaults included.
         metrics: its log lines.
-        samples: held-out prompts and its answers.
-        gaps: of some training examples, at its end.
-        before: the baseline, where no stage of the run made it.
+        samples: held-out prompts with the responses of its policy.
+        gaps: implicit reward gap and target gap of some training examples, after the stage.
+        before: the baseline, if it is a model from before the run.
     """
 
     record: StageRecord
@@ -84,28 +84,28 @@ class StageResults:
 
     @property
     def name(self) -> str:
-        """The stage's name."""
+        """Name of the stage."""
         return self.record.name
 
     @property
     def kind(self) -> str:
-        """`sft`, `dpo`, `rpo` or `reward`; `before`: a baseline from before the run."""
+        """`sft`, `dpo`, `rpo` or `reward`; `before` for a baseline from before the run."""
         return self.record.kind
 
     @property
     def is_preference(self) -> bool:
-        """Whether the stage trains on preferences, so that it has a reference and gaps."""
+        """Whether the stage trains on preferences."""
         return self.kind in PREFERENCE_KINDS
 
     @property
     def samples_data(self) -> bool:
-        """Whether its responses were sampled in the run."""
+        """Whether its training responses were sampled in the run."""
         data = self.settings.get("data")
         given = data if isinstance(data, Mapping) else {}
         return any(given.get(field) is not None for field in ("generate", "responses_from"))
 
     def curve(self, name: str) -> Curve:
-        """The finite values of the metric `name`, by step; empty where it was never logged."""
+        """Return the finite values of the metric `name` by step; empty if it was never logged."""
         points: dict[int, float] = {}
         for row in self.metrics:
             value, step = _number(row.get(name)), row.get("step")
@@ -115,9 +115,9 @@ class StageResults:
         return Curve(steps, [points[step] for step in steps])
 
     def delta(self, which: str) -> Curve:
-        """Log-prob of the `chosen` or `rejected` responses minus the reference's, nats per response.
+        """Return log π − log π_ref of the `chosen` or `rejected` responses, nats per response.
 
-        Where it was not logged, from their implicit reward, which is β times it; may be empty.
+        If it was not logged, it is the implicit reward divided by β; may be empty.
         """
         if logged := self.curve(f"logps/{which}_delta"):
             return logged
@@ -127,7 +127,7 @@ class StageResults:
         return Curve(rewards.steps, [value / beta for value in rewards.values])
 
     def non_finite_step(self) -> int | None:
-        """The first logged step whose loss is NaN or infinite."""
+        """Return the first logged step with a NaN or infinite loss."""
         for row in self.metrics:
             loss = row.get("loss")
             if isinstance(loss, float) and not math.isfinite(loss):
@@ -135,13 +135,13 @@ class StageResults:
         return None
 
     def setting(self, name: str) -> float | None:
-        """A number that the recipe gives this stage, e.g. `beta`."""
+        """Return a numeric recipe field of the stage, e.g. `beta`."""
         return _number(self.settings.get(name))
 
 
 @dataclass
 class RunResults:
-    """A whole run: its stages in order, the recipe's text, and what could not be read."""
+    """A run: its stages in order, the text of the recipe, and notes on what could not be read."""
 
     name: str
     stages: list[StageResults]
@@ -149,11 +149,11 @@ class RunResults:
     notes: list[str]
 
     def stage(self, name: str | None) -> StageResults | None:
-        """The stage of that name, or None."""
+        """Return the stage of that name, or None."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
     def parent(self, stage: StageResults) -> StageResults | None:
-        """The stage whose output seeded `stage`; None where that was the model or a path."""
+        """Return the stage that `stage` started from; None if it started from the model or a path."""
         position, init = self.stages.index(stage), stage.record.init
         if init in (None, "previous"):
             return self.stages[position - 1] if position else None
@@ -161,7 +161,7 @@ class RunResults:
         return next((other for other in self.stages[:position] if other.name == head), None)
 
     def seed(self, stage: StageResults) -> StageResults | None:
-        """What seeded `stage`, with its figures: another stage, or a baseline from before the run."""
+        """Return what `stage` started from: another stage, or a measured baseline from before the run."""
         init = stage.record.init
         init = "model" if init in (None, "previous") else init
         own = stage.before if init == stage.scores.baseline else None
@@ -169,7 +169,7 @@ class RunResults:
 
     @property
     def compared(self) -> list[StageResults]:
-        """What the stages are compared with, where no stage made it, and all stages."""
+        """Baselines from before the run, followed by all stages."""
         found = {s.before.name: s.before for s in reversed(self.stages) if s.before is not None}
         return [*found.values(), *self.stages]
 
@@ -190,8 +190,7 @@ def collect_run(run_dir: Path) -> RunResults:
             "not a run directory: it has no chain.json and no metrics.jsonl",
             code="run.not-a-run-directory",
             where=str(run_dir),
-            why="what is shown is read from them",
-            fix="name the directory that `rpo-trainer run` wrote (its --run-dir)",
+            fix="pass a directory written by `rpo-trainer run` (its --run-dir)",
         )
     notes: list[str] = []
     recipe_text, recipe = _read_recipe(run_dir / RECIPE_FILE, notes)
@@ -218,18 +217,18 @@ def collect_run(run_dir: Path) -> RunResults:
 
 def _read_chain(path: Path, notes: list[str]) -> list[StageRecord]:
     if not path.is_file():
-        notes.append("chain.json is absent: the stages are those found in metrics.jsonl")
+        notes.append("chain.json is missing; the stages are taken from metrics.jsonl")
         return []
     try:
         chain = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         notes.append(
-            f"chain.json cannot be read ({error}): the stages are those found in metrics.jsonl"
+            f"chain.json cannot be read ({error}); the stages are taken from metrics.jsonl"
         )
         return []
     content = dict(chain) if isinstance(chain, dict) else {}
     if content.pop("digest", None) not in (None, json_digest(content)):
-        notes.append("chain.json is damaged: its content does not match its digest")
+        notes.append("chain.json is corrupt: its content does not match its digest")
     entries = content.get("stages")
     return [
         StageRecord.from_json(entry if isinstance(entry, dict) else {}, lenient=True)
@@ -238,7 +237,7 @@ def _read_chain(path: Path, notes: list[str]) -> list[StageRecord]:
 
 
 def _before(evaluation: EvaluationRecord | None) -> StageResults | None:
-    """The baseline as a stage that has nothing but its figures."""
+    """The baseline as a stage that has only held-out figures."""
     if evaluation is None or evaluation.of_baseline is None or evaluation.baseline is None:
         return None
     name = f"{Path(evaluation.baseline).name}, before"
@@ -252,14 +251,14 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
         found = YAML(typ="safe", pure=True).load(text)
         return text, found if isinstance(found, Mapping) else {}
     except FileNotFoundError:
-        notes.append("recipe.yaml is absent: settings are not shown")
+        notes.append("recipe.yaml is missing; settings are not shown")
     except (YAMLError, ValueError, OSError) as error:
-        notes.append(f"recipe.yaml cannot be read ({type(error).__name__}): settings are not shown")
+        notes.append(f"recipe.yaml cannot be read ({type(error).__name__}); settings are not shown")
     return "", {}
 
 
 def _stage_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The recipe's fields for a stage; `rpo-2` of a repeated stage `rpo` has those of `rpo`."""
+    """Recipe fields of a stage; `rpo-2` of a repeated stage `rpo` has the fields of `rpo`."""
     entries, defaults = recipe.get("stages"), recipe.get("defaults")
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, Mapping):
@@ -272,7 +271,7 @@ def _stage_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _read_records(kind: type[LineRecord], path: Path, notes: list[str]) -> list[LineRecord]:
-    """The lines of a file of a stage, which not every stage has; those of another shape are left out."""
+    """Records of an optional JSONL file of a stage; lines that do not fit are skipped."""
 
     def read() -> Iterator[LineRecord]:
         for row in _read_lines(path, notes, optional=True):
@@ -285,22 +284,22 @@ def _read_records(kind: type[LineRecord], path: Path, notes: list[str]) -> list[
 
 
 def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; lines that are not JSON objects are counted in `notes`."""
+    """Objects of a JSONL file; lines that are not JSON objects are counted in `notes`."""
     if not path.is_file():
         if not optional:
-            notes.append(f"{path.name} is absent")
+            notes.append(f"{path.name} is missing")
         return []
     rows: list[dict[str, Any]] = []
     bad = 0
     if digest_path(path).is_file() and (fault := verify_digest(path)) is not None:
-        notes.append(f"{path.parent.name}/{path.name} is damaged ({fault}) and left out")
+        notes.append(f"{path.parent.name}/{path.name} is corrupt ({fault}) and was skipped")
         return []
     for line in path.read_bytes().splitlines():
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # a cut last line, or bytes that are not UTF-8
+        except (ValueError, RecursionError):  # a truncated last line, or bytes that are not UTF-8
             bad += 1
             continue
         if isinstance(row, dict):
@@ -309,19 +308,19 @@ def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[di
             bad += 1
     if bad:
         place = f"{path.parent.name}/{path.name}" if optional else path.name
-        notes.append(f"{place}: {bad} line{'s' if bad > 1 else ''} could not be read and left out")
+        notes.append(f"{place}: {bad} line{'s' if bad > 1 else ''} could not be read")
     return rows
 
 
 def _number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else (text, bool, NaN, infinite)."""
+    """`value` as a finite float; None for anything else (text, bool, NaN, infinity)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def _kind_of_metrics(row: Mapping[str, Any]) -> str:
-    """The kind of a stage that only metrics.jsonl knows."""
+    """Guess the kind of a stage from its metrics."""
     if "loss/bradley_terry" in row or "loss/regression" in row:
         return "reward"
     if "rewards/target_gap" in row:

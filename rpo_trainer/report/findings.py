@@ -1,4 +1,4 @@
-"""What a verdict is made of, and the findings about a preference stage's held-out figures and likelihoods."""
+"""Findings about a preference stage: held-out figures, and log-probs of chosen and rejected responses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rpo_trainer.report.formatting import short, signed
 from rpo_trainer.report.scores import MAIN_FIGURES
 
 Level = Literal["good", "info", "warn", "bad"]
-# A fall of the chosen log-prob by less than this many nats per response, or than this share of its
-# size, is noise.
+# A decrease of the chosen log-prob below this number of nats per response, or below this fraction of
+# its magnitude, is treated as noise.
 DECLINE_NATS = 0.5
-DECLINE_SHARE = 0.02
-_NOISE = "The intervals overlap: it may be noise."
+DECLINE_FRACTION = 0.02
+_NOISE = "The intervals overlap, so this may be noise."
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Finding:
     """One statement about a stage.
 
     Attributes:
-        key: what it is about; the text may change, the key does not.
+        key: stable name of the finding; the wording may change.
         advice: what to change.
     """
 
@@ -36,14 +36,14 @@ class Finding:
 
 
 def judge_outcome(run: RunResults, stage: StageResults) -> Iterator[Finding]:
-    """Its main figure against the stage before it, against those before that, and the baseline."""
+    """Compare the main figure with the previous stage, with all earlier stages, and with the baseline."""
     yield from _change(run, stage)
     yield from _decline(run, stage)
     yield from _wins(stage)
 
 
 def _change(run: RunResults, stage: StageResults) -> Iterator[Finding]:
-    """The held-out figure against that of the stage which seeded this one."""
+    """Compare the main figure with that of the stage this one started from."""
     main, parent = stage.scores.main(), run.seed(stage)
     before = parent.scores.main() if parent is not None else None
     if main is None or before is None or parent is None or main[0] != before[0]:
@@ -53,22 +53,22 @@ def _change(run: RunResults, stage: StageResults) -> Iterator[Finding]:
             stage.name,
             "figures-do-not-compare",
             "info",
-            f"Its figures do not compare with those of {parent.name}: the prompts, the sampling or the "
-            "scorer were others.",
+            f"The figures are not comparable with those of {parent.name}: prompts, sampling or "
+            "scorer differ.",
         )
         return
-    name, after = MAIN_FIGURES[main[0]], main[1]
+    after = main[1]
     change = after.value - before[1].value
     values = f"from {short(before[1].value)} to {short(after.value)}"
-    on = "what it was before the run" if parent.kind == "before" else parent.name
-    text = f"{name.capitalize()} {{}} {values} ({signed(change)} on {on})."
+    start = "the start of the run" if parent.kind == "before" else parent.name
+    text = f"{_main_name(main[0])} {{}} {values} ({signed(change)} relative to {start})."
     if after.overlaps(before[1]):
         yield Finding(
             stage.name,
             "figure-unclear",
             "info",
-            f"{text.format('went')} {_NOISE}",
-            "More held-out prompts would tell.",
+            f"{text.format('changed')} {_NOISE}",
+            "Use more held-out prompts to narrow the intervals.",
         )
     elif change > 0:
         yield Finding(stage.name, "figure-rose", "good", text.format("rose"))
@@ -78,13 +78,13 @@ def _change(run: RunResults, stage: StageResults) -> Iterator[Finding]:
             "figure-fell",
             "bad",
             text.format("fell"),
-            "Raise β or lower the learning rate; sample the responses from the policy that seeds "
-            "the stage.",
+            "Raise β or lower the learning rate, and sample the responses from the policy that the "
+            "stage starts from.",
         )
 
 
 def _decline(run: RunResults, stage: StageResults) -> Iterator[Finding]:
-    """Small falls that may each be noise, one behind the other, are none."""
+    """Several small decreases in a row are unlikely to be noise, even if each one may be."""
     main = stage.scores.main()
     if main is None:
         return
@@ -103,20 +103,19 @@ def _decline(run: RunResults, stage: StageResults) -> Iterator[Finding]:
         stage.name,
         "figure-keeps-falling",
         "warn",
-        f"{MAIN_FIGURES[main[0]].capitalize()} has fallen in each of the last {falls} stages: {shown}.",
-        f"Take the output of {line[-1 - falls].name}. Where a reward model gives the rewards of the "
-        "training rows, train it anew on what the policy says now; else raise β or lower the "
-        "learning rate.",
+        f"{_main_name(main[0])} fell in each of the last {falls} stages: {shown}.",
+        f"Use the output of {line[-1 - falls].name}. If a reward model scores the training rows, "
+        "retrain it on responses of the current policy; otherwise raise β or lower the learning rate.",
     )
 
 
 def _wins(stage: StageResults) -> Iterator[Finding]:
-    """Against a baseline that most likely is no better: the interval should lie above one half."""
+    """Win rate against the baseline: the whole interval should be above one half."""
     wins = stage.scores.win_rate
     if wins is None or wins.low is None or wins.high is None:
         return
     text = (
-        f"Its responses win {wins.value:.0%} of the time against {stage.scores.baseline} "
+        f"Win rate against {stage.scores.baseline}: {wins.value:.0%} "
         f"({wins.low:.0%} to {wins.high:.0%})."
     )
     if wins.low > 0.5:
@@ -124,11 +123,11 @@ def _wins(stage: StageResults) -> Iterator[Finding]:
     elif wins.high < 0.5:
         yield Finding(stage.name, "loses", "bad", text, "Raise β or lower the learning rate.")
     else:
-        yield Finding(stage.name, "wins-unclear", "info", f"{text} That may be noise.")
+        yield Finding(stage.name, "wins-unclear", "info", f"{text} This may be noise.")
 
 
 def whole_change(run: RunResults) -> str:
-    """The main figure after the last stage, against the seed of the first preference stage."""
+    """The main figure after the last stage, against the start of the first preference stage."""
     first = next((stage for stage in run.stages if stage.is_preference), None)
     base = run.seed(first) if first is not None else None
     scored = [stage for stage in run.stages if stage.is_preference and stage.scores.main()]
@@ -139,16 +138,22 @@ def whole_change(run: RunResults) -> str:
     assert start is not None and end is not None  # they compare
     change = end[1].value - start[1].value
     noise = end[1].overlaps(start[1])
-    moved = "went" if noise or not change else "rose" if change > 0 else "fell"
+    moved = "changed" if noise or not change else "rose" if change > 0 else "fell"
     since = "before the run" if base.kind == "before" else f"after {base.name}"
     best = max(scored, key=lambda stage: _main_value(stage, end[0]))
     better = _main_value(best, end[0]) > end[1].value
     return (
-        f" {MAIN_FIGURES[start[0]].capitalize()} {moved} from {short(start[1].value)} {since} "
+        f" {_main_name(start[0])} {moved} from {short(start[1].value)} {since} "
         f"to {short(end[1].value)} after {scored[-1].name} ({signed(change)})."
         + (f" {_NOISE}" if noise else "")
-        + (f" It was best after {best.name}: {short(_main_value(best, end[0]))}." * better)
+        + (f" It was highest after {best.name}: {short(_main_value(best, end[0]))}." * better)
     )
+
+
+def _main_name(key: str) -> str:
+    """The name of a main figure, at the start of a sentence."""
+    name = MAIN_FIGURES[key]
+    return name[0].upper() + name[1:]
 
 
 def _main_value(stage: StageResults, key: str) -> float:
@@ -157,27 +162,25 @@ def _main_value(stage: StageResults, key: str) -> float:
 
 
 def judge_likelihood(stage: StageResults) -> Iterator[Finding]:
-    """Likelihood decline: the chosen response became less likely than under the reference."""
+    """Likelihood decline: the chosen responses became less likely than under the reference model."""
     delta = stage.delta("chosen")
     if not delta:
         return
     change, level_of_logps = delta.end(), stage.curve("logps/chosen")
     falling = stage.curve("logps/chosen_falling")
-    share = f"; it fell in {falling.end():.0%} of the examples" if falling else ""
+    share = f"; it decreased in {falling.end():.0%} of the examples" if falling else ""
     bound = max(
-        DECLINE_NATS, DECLINE_SHARE * abs(level_of_logps.start()) if level_of_logps else 0.0
+        DECLINE_NATS, DECLINE_FRACTION * abs(level_of_logps.start()) if level_of_logps else 0.0
     )
     if change >= 0:
         text = f"The log-prob of chosen responses rose by {short(change)} nats per response{share}."
         yield Finding(stage.name, "likelihood-rose", "good", text)
     elif -change <= bound:
-        text = (
-            f"The log-prob of chosen responses hardly fell, by {short(-change)} nats per response"
-        )
+        text = f"The log-prob of chosen responses is nearly unchanged: {short(change)} nats per response"
         yield Finding(stage.name, "likelihood-held", "good", f"{text}{share}.")
     else:
         size = abs(level_of_logps.start()) if level_of_logps else 0.0
-        relative = f" ({-change / size:.0%} of its size)" if size else ""
+        relative = f" ({-change / size:.0%} of its magnitude)" if size else ""
         text = (
             f"Likelihood decline: the log-prob of chosen responses fell by {short(-change)} nats "
             f"per response{relative}{share}. {_rejected_too(stage, change)}"
@@ -186,24 +189,24 @@ def judge_likelihood(stage: StageResults) -> Iterator[Finding]:
 
 
 def _rejected_too(stage: StageResults, chosen_change: float) -> str:
-    """Where the margin came from, if the chosen log-prob fell."""
+    """What happened to the rejected responses, given that the chosen log-prob fell."""
     rejected = stage.delta("rejected")
     if not rejected:
-        return "A margin then comes from pushing rejected responses down, not chosen ones up."
+        return "Any gap then comes from lowering the rejected responses, not from raising the chosen ones."
     fall = short(-rejected.end())
     if rejected.end() < chosen_change:
-        return f"Rejected ones fell by {fall}: the margin comes from pushing them down alone."
-    return "Rejected ones did not fall by more, so that there is no margin either."
+        return f"That of rejected responses fell by {fall}: the whole gap comes from lowering them."
+    return "That of rejected responses did not fall further, so there is no gap either."
 
 
 def _decline_advice(stage: StageResults) -> str:
     weight, beta = stage.setting("sft_loss_weight"), stage.setting("beta")
     advice = []
     if not weight:
-        advice.append("set sft_loss_weight above 0 (it is 0), which holds the chosen log-prob up")
+        advice.append("set sft_loss_weight above 0 (now 0) to keep the chosen log-prob up")
     else:
-        advice.append(f"raise sft_loss_weight (it is {weight:g}; try three times as much)")
-    advice.append(f"raise β (it is {beta:g})" if beta else "raise β")
+        advice.append(f"raise sft_loss_weight (now {weight:g}; try {3 * weight:g})")
+    advice.append(f"raise β (now {beta:g})" if beta else "raise β")
     advice.append("lower the learning rate or train fewer steps")
     text = "; or ".join(advice) + "."
     return text[0].upper() + text[1:]

@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Formatting of numbers."""
 
 from __future__ import annotations
 
 
 def short(value: float | None, digits: int = 2) -> str:
-    """A number for people: `digits` decimals, small ones as 1e-05; an en dash for None."""
+    """Format with `digits` decimals, small values as 1e-05; an en dash for None."""
     if value is None:
         return "–"
     if value != 0 and abs(value) < 10**-digits:
@@ -13,13 +13,13 @@ def short(value: float | None, digits: int = 2) -> str:
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """Like `short`, with a plus sign where the value is not negative."""
+    """Like `short`, with a plus sign for values that are not negative."""
     text = short(value, digits)
     return text if value is None or value < 0 else f"+{text}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as `42 s`, `3:20 min` or `5:07 h`."""
+    """Format seconds as `42 s`, `3:20 min` or `5:07 h`."""
     if seconds is None:
         return "–"
     whole = round(seconds)
@@ -31,7 +31,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(number_of_bytes: int | None) -> str:
-    """Bytes as MiB or GiB."""
+    """Format bytes as MiB or GiB."""
     if number_of_bytes is None:
         return "–"
     mib = number_of_bytes / 2**20

@@ -1,9 +1,9 @@
-"""The page: everything that was collected and judged, in one self-contained HTML file."""
+"""The page: one self-contained HTML file with tables, findings, figures and samples."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,27 +15,32 @@ from markupsafe import Markup
 from rpo_trainer.report.audits import AuditView, read_audit
 from rpo_trainer.report.collect import RunResults, StageResults, collect_run
 from rpo_trainer.report.findings import Finding
-from rpo_trainer.report.formatting import duration, short, size
-from rpo_trainer.report.plots import Plot, scores_plot, stage_plots
+from rpo_trainer.report.formatting import short
+from rpo_trainer.report.paths import without_absolute_paths
+from rpo_trainer.report.plots import Plot, scores_plot
+from rpo_trainer.report.samples import browse_samples
 from rpo_trainer.report.scores import one_measure
+from rpo_trainer.report.stage_plots import distribution_plots, stage_plots
+from rpo_trainer.report.system import system_views, totals
 from rpo_trainer.report.table import comparison
 from rpo_trainer.report.verdict import Verdict, judge
-from rpo_trainer.stages.record import AuditRecord, DataRecord, SampleRecord, StageRecord
+from rpo_trainer.stages.record import AuditRecord, DataRecord, StageRecord
 
-_OPEN_SAMPLES = 4
 _SETTINGS = {
     "loss_type": "loss",
     "beta": "β",
     "reward_scale": "η",
     "sft_loss_weight": "SFT weight",
     "learning_rate": "learning rate",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
     "global_batch_size": "batch",
 }
 
 
 @dataclass(frozen=True)
 class StageView:
-    """What the page shows of a stage."""
+    """A stage as the page shows it."""
 
     record: StageRecord
     anchor: str
@@ -44,60 +49,37 @@ class StageView:
     settings: list[tuple[str, str]]
     findings: list[Finding]
     plots: list[Plot]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the policy after one stage answers to a prompt."""
-
-    stage: str
-    sample: SampleRecord
-
-    def right(self, text: str | None) -> bool:
-        """Whether `text` is the known answer, but for spaces around it."""
-        truth = self.sample.ground_truth
-        return text is not None and truth is not None and text.strip() == truth.strip()
-
-
-@dataclass(frozen=True)
-class PromptView:
-    """A fixed prompt and the answers after each stage, in the chain's order."""
-
-    prompt: str
-    ground_truth: str | None
-    answers: list[Answer]
+    distributions: list[Plot]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` (complete or not at all) and return its path.
+    """Write `run_dir/report.html` atomically and return its path.
 
     Raises:
         RunError: `run_dir` is not a run directory.
     """
-    page = render(collect_run(run_dir))
-    target = run_dir / "report.html"
-    staged = target.with_suffix(".html.tmp")
-    staged.write_text(
-        page, encoding="utf-8", errors="replace"
-    )  # a lone surrogate in a row is no reason to fail
+    return write_page(run_dir / "report.html", render(collect_run(run_dir), run_dir))
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Write a page atomically and return its path."""
+    staged = target.with_name(f"{target.name}.tmp")
+    # A row may contain a lone surrogate, which UTF-8 cannot encode.
+    staged.write_text(page, encoding="utf-8", errors="replace")
     os.replace(staged, target)
     return target
 
 
-def render(run: RunResults) -> str:
-    """The page of a run, as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rpo_trainer.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(short=short, svg=_svg)
+def render(run: RunResults, run_dir: Path) -> str:
+    """Return the page of a run.
+
+    Args:
+        run_dir: the directory that paths are shown relative to.
+    """
     verdict = judge(run)
-    samples = _prompts(run)
     views = [_stage_view(run, stage, number, verdict) for number, stage in enumerate(run.stages, 1)]
-    return environment.get_template("template.html.j2").render(
+    return environment(run_dir).get_template("page.html.j2").render(
+        title=run.name,
         run=run,
         verdict=verdict,
         columns=comparison(run),
@@ -105,14 +87,31 @@ def render(run: RunResults) -> str:
         stages=views,
         audits=[audit for stage in run.stages for audit in _audits(stage.record)],
         anchors={view.record.name: view.anchor for view in views},
-        open_prompts=samples[:_OPEN_SAMPLES],
-        more_prompts=samples[_OPEN_SAMPLES:],
-        total_time=duration(sum(stage.record.seconds or 0.0 for stage in run.stages)),
-        peak_memory=size(
-            max((stage.record.peak_memory_bytes or 0 for stage in run.stages), default=0) or None
-        ),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        browser=browse_samples(run),
+        systems=system_views(run),
+        totals=totals(run),
+        written=now(),
+    )  # fmt: skip
+
+
+def environment(run_dir: Path) -> jinja2.Environment:
+    """The templates, with the filters `short`, `svg` and `path` (without absolute paths)."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("rpo_trainer.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    made.filters.update(
+        short=short, svg=_svg, path=lambda text: without_absolute_paths(str(text), run_dir)
+    )
+    return made
+
+
+def now() -> str:
+    """The current time, for the foot of a page."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _audits(record: StageRecord) -> Iterator[tuple[str, AuditView]]:
@@ -122,7 +121,7 @@ def _audits(record: StageRecord) -> Iterator[tuple[str, AuditView]]:
 
 
 def _svg(plot: Plot) -> Markup:
-    # Made by this package from numbers; labels that come from the user were escaped by matplotlib.
+    # Drawn by this package; matplotlib escaped the labels, which may come from the user.
     return Markup(plot.svg)
 
 
@@ -133,9 +132,10 @@ def _stage_view(run: RunResults, stage: StageResults, number: int, verdict: Verd
         anchor=f"stage-{number}",
         parent=parent.name if parent else _origin(stage.record.init),
         reference=_reference(stage, parent),
-        settings=_settings(stage),
+        settings=_settings(stage.settings),
         findings=verdict.of_stage(stage.name),
         plots=stage_plots(stage),
+        distributions=distribution_plots(run, stage),
     )
 
 
@@ -144,7 +144,7 @@ def _origin(init: str | None) -> str:
 
 
 def _reference(stage: StageResults, parent: StageResults | None) -> str | None:
-    """The reference by the name of the stage that made it; None for stages without one."""
+    """Name of the stage that the reference model comes from; None for stages without a reference."""
     if not stage.is_preference:
         return None
     record = stage.record
@@ -153,14 +153,16 @@ def _reference(stage: StageResults, parent: StageResults | None) -> str | None:
     return str(record.reference).removesuffix("/final")
 
 
-def _settings(stage: StageResults) -> list[tuple[str, str]]:
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     def text(value: Any) -> str:
         return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
+    # With max_steps, the number of epochs has no effect.
+    unused = {"num_train_epochs"} if settings.get("max_steps") is not None else set()
     return [
-        (label, text(stage.settings[key]))
+        (label, text(settings[key]))
         for key, label in _SETTINGS.items()
-        if stage.settings.get(key) is not None
+        if settings.get(key) is not None and key not in unused
     ]
 
 
@@ -184,21 +186,3 @@ def _overview(run: RunResults) -> list[Plot]:
         ),
     )
     return [plot for plot in plots if plot is not None]
-
-
-def _prompts(run: RunResults) -> list[PromptView]:
-    """The prompts in the order they first appear, with the answers before the run and after every stage."""
-    found: dict[str, PromptView] = {}
-    for stage in run.compared:
-        for sample in stage.samples:
-            prompt = _prompt_text(sample.prompt)
-            view = found.setdefault(prompt, PromptView(prompt, sample.ground_truth, []))
-            view.answers.append(Answer(stage.name, sample))
-    return list(found.values())
-
-
-def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt as text, of a conversation a line for each message."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn.get('role', '?')}: {turn.get('content', '')}" for turn in prompt)

@@ -1,4 +1,4 @@
-"""The held-out figures of a stage, with their intervals and names for people."""
+"""Held-out figures of a stage, with their intervals and display names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rpo_trainer.stages.record import EstimateRecord, EvaluationRecord, PreferencesRecord
 
 _Z95 = 1.959964  # the 0.975 quantile of the normal distribution
-# By what a preference stage is judged, the best first.
+# The figures that a preference stage is judged by, in order of preference.
 MAIN_FIGURES = {
     "reward_sampled": "mean reward of sampled responses",
     "reward_greedy": "mean reward of greedy responses",
@@ -20,14 +20,14 @@ MAIN_FIGURES = {
 
 @dataclass(frozen=True)
 class Measure:
-    """A mean, with the bounds of its 95 % interval where there is one."""
+    """A mean, with the bounds of its 95% interval if there is one."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
     def overlaps(self, other: Measure) -> bool:
-        """Whether the two intervals share a value; False where one of them has no interval."""
+        """Whether the two intervals overlap; False if either has no interval."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
             return False
         return self.low <= other.high and other.low <= self.high
@@ -35,7 +35,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure, its key and its name; `higher` says whether more of it is better, None: nobody knows."""
+    """A measure with its key and name; `higher`: whether higher is better, None if unknown."""
 
     key: str
     name: str
@@ -46,10 +46,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class EvalScores:
-    """Held-out figures after a stage; None for what was not measured.
+    """Held-out figures after a stage; None if not measured.
 
-    Rewards are in the verifier's units, exact matches are shares in [0, 1], `unfinished` is the
-    share of sampled responses cut by `max_new_tokens`, `nll` is in nats.
+    Rewards are in the verifier's units, exact matches are fractions in [0, 1], `unfinished` is the
+    fraction of sampled responses truncated at `max_new_tokens`, `nll` is in nats per token.
     """
 
     exact_greedy: Measure | None = None
@@ -61,11 +61,11 @@ class EvalScores:
     prompts: int | None = None
     baseline: str | None = None
     win_rate: Measure | None = None
-    measure: str | None = None  # figures of responses compare where this is the same
-    others: tuple[Figure, ...] = ()  # held-out pairs, NLL by source, tasks of lm-eval
+    measure: str | None = None  # key of prompts, sampling and scorer
+    others: tuple[Figure, ...] = ()  # held-out pairs, NLL by source, lm-eval tasks
 
     def all(self) -> list[Figure]:
-        """Everything that was measured, in reading order."""
+        """Return all figures that were measured, in display order."""
         named = [
             Figure("exact_greedy", "exact match, greedy", self.exact_greedy),
             Figure("exact_sampled", "exact match, sampled", self.exact_sampled),
@@ -79,20 +79,20 @@ class EvalScores:
         return [figure for figure in (*named, *self.others) if figure.measure is not None]
 
     def compares(self, other: EvalScores) -> bool:
-        """Whether both have the same main figure, of the same prompts, sampling and scorer."""
+        """Whether both have the same main figure, measured with the same prompts, sampling and scorer."""
         mine, theirs = self.main(), other.main()
         if mine is None or theirs is None:
             return False
         return mine[0] == theirs[0] and self.measure == other.measure
 
     def main(self) -> tuple[str, Measure] | None:
-        """The figure that tells best whether a preference stage helped, by its key in MAIN_FIGURES."""
+        """The first measured figure of MAIN_FIGURES, with its key."""
         found = ((key, getattr(self, key)) for key in MAIN_FIGURES)
         return next(((key, measure) for key, measure in found if measure is not None), None)
 
 
 def one_measure(scores: Iterable[EvalScores]) -> bool:
-    """Whether all figures of responses are of the same prompts, sampling and scorer."""
+    """Whether all response figures were measured with the same prompts, sampling and scorer."""
     return len({own.measure for own in scores if own.main() is not None}) < 2
 
 
@@ -101,9 +101,9 @@ class Agreement:
     """Held-out figures of a reward model; empty for other stages.
 
     Attributes:
-        accuracy: share of pairs whose better response has the higher reward.
-        correlations: Pearson's, by attribute; `gap` of pairs, `reward` of the weighted sum.
-        calibration: by attribute, (mean prediction, what it was on average) of each bin.
+        accuracy: pair accuracy, the fraction of pairs whose chosen response has the higher reward.
+        correlations: Pearson correlation by attribute; `gap` for pairs, `reward` for the weighted sum.
+        calibration: by attribute, (mean prediction, mean observation) of each bin.
     """
 
     accuracy: Measure | None = None
@@ -111,7 +111,7 @@ class Agreement:
     calibration: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def correlation(self) -> float | None:
-        """The one that stands for all: of the reward, else of the gap, else of the only attribute."""
+        """The main correlation: of the reward, else of the gap, else of the first attribute."""
         for name in ("reward", "gap", *self.correlations):
             if name in self.correlations:
                 return self.correlations[name]
@@ -119,10 +119,10 @@ class Agreement:
 
 
 def read_agreement(record: EvaluationRecord) -> Agreement:
-    """How a reward model agrees with held-out rows."""
+    """Read how a reward model agrees with held-out rows."""
     tables = record.calibration or {}
     return Agreement(
-        accuracy=_share(record.accuracy, sum(row.count for row in tables.get("pairs", ()))),
+        accuracy=_fraction(record.accuracy, sum(row.count for row in tables.get("pairs", ()))),
         correlations={
             name.removeprefix("pearson/"): value
             for name, value in record.agreement.items()
@@ -137,10 +137,10 @@ def read_agreement(record: EvaluationRecord) -> Agreement:
 
 
 def read_scores(record: EvaluationRecord) -> EvalScores:
-    """The figures of responses, pairs and rows."""
+    """Read the figures of held-out responses, pairs and rows."""
     return EvalScores(
-        exact_greedy=_share(record.greedy_exact, record.prompts),
-        exact_sampled=_share(record.exact, record.prompts),
+        exact_greedy=_fraction(record.greedy_exact, record.prompts),
+        exact_sampled=_fraction(record.exact, record.prompts),
         reward_greedy=_measure(record.greedy_reward_mean),
         reward_sampled=_measure(record.reward_mean, record.reward_low, record.reward_high),
         nll=_measure(record.nll),
@@ -157,10 +157,10 @@ def _others(record: EvaluationRecord) -> Iterator[Figure]:
     pairs = record.preferences or PreferencesRecord()
     against = f"against {record.baseline or 'the baseline'}"
     of_pairs = (
-        ("ranked", "pairs: chosen likelier", pairs.ranked, 3),
-        ("accuracy", f"pairs right {against}", pairs.accuracy, 3),
-        ("margin", f"margin {against}, nats", pairs.margin, 2),
-        ("chosen_delta", f"log-prob of chosen {against}, nats", pairs.chosen_delta, 2),
+        ("ranked", "held-out pairs: chosen has the higher log-prob", pairs.ranked, 3),
+        ("accuracy", f"held-out pair accuracy {against}", pairs.accuracy, 3),
+        ("margin", f"log-ratio gap {against}, nats", pairs.margin, 2),
+        ("chosen_delta", f"log-prob change of chosen {against}, nats", pairs.chosen_delta, 2),
     )
     for key, name, estimate, digits in of_pairs:
         if estimate is not None:
@@ -183,11 +183,11 @@ def _measure(
     return None if value is None else Measure(value, low, high)
 
 
-def _share(value: float | None, prompts: int | None) -> Measure | None:
-    """A share with Wilson's interval for one trial per prompt, or pair.
+def _fraction(value: float | None, prompts: int | None) -> Measure | None:
+    """A fraction with the Wilson interval for one trial per prompt, or pair.
 
-    For several responses a prompt it is too wide rather than too narrow: the responses to one
-    prompt are not independent, but their mean varies no more than one of them does.
+    With several responses per prompt the interval is conservative: the mean over the responses to a
+    prompt varies no more than a single response.
     """
     if value is None or not prompts:
         return _measure(value)

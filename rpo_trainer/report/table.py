@@ -1,4 +1,4 @@
-"""The comparison of all stages, once for the terminal and once for the page."""
+"""Table of all stages, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpo_trainer.report.collect import RunResults, StageResults, collect_run
 from rpo_trainer.report.formatting import duration, short, size
 from rpo_trainer.report.scores import EvalScores, Measure, one_measure
 
-# Figures of responses: key, head, brief head, digits.
+# Response figures: key, head, short head, digits.
 _RESPONSES = (
     ("exact_greedy", "exact match, greedy", "exact\ngreedy", 3),
     ("exact_sampled", "exact match, sampled", "exact\nsampled", 3),
@@ -22,20 +22,20 @@ _RESPONSES = (
     ("reward_sampled", "mean reward, sampled", "reward\nsampled", 2),
 )
 _BRIEF = {
-    "pairs: chosen likelier": "chosen\nlikelier",
-    "pairs right": "pairs\nright",
-    "margin": "margin,\nnats",
-    "log-prob of chosen": "Δchosen,\nnats",
+    "held-out pairs: chosen has": "chosen\nhigher",
+    "held-out pair accuracy": "pair\naccuracy",
+    "log-ratio gap": "gap,\nnats",
+    "log-prob change of chosen": "Δchosen,\nnats",
 }
 _TERMINAL = 80
-# What is left out first where it cannot hold all: the rest says as much.
+# Columns that are left out first if the table is too wide.
 _LEAST = ("memory", "exact\ngreedy", "reward\ngreedy", "exact\nsampled", "time")
-_SHOWN_WARNINGS = 4  # the last ones: a status is one screen
+_SHOWN_WARNINGS = 4  # the last ones, so that a status fits one screen
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure and its interval, both as text; `best` marks the best stage of the column."""
+    """A figure and its interval as text; `best`: the best stage of the column."""
 
     text: str
     interval: str = ""
@@ -47,9 +47,9 @@ class Column:
     """A column's key and head, and one cell per stage.
 
     Attributes:
-        key: what it holds; the head may change, the key does not.
-        brief: its head where room is scarce; None: for the page alone.
-        held_out: measured on rows that no stage was trained on.
+        key: stable name; the head may change.
+        brief: the head in the terminal; None: not shown there.
+        held_out: whether the figure was measured on held-out data.
     """
 
     key: str
@@ -60,10 +60,10 @@ class Column:
 
 
 def comparison(run: RunResults) -> list[Column]:
-    """The columns that at least one stage has something for, in reading order; a cell for each `compared`."""
+    """Return the columns with at least one value, in display order; one cell per stage of `run.compared`."""
     stages = run.compared
     scores = [stage.scores for stage in stages]
-    # Of figures that do not compare none is the best.
+    # Without comparable figures there is no best stage.
     best = max if one_measure(scores) else None
     measured = [
         *(
@@ -75,8 +75,8 @@ def comparison(run: RunResults) -> list[Column]:
         *_others(scores),
         _measures(
             "reward_accuracy",
-            "better response has the higher reward",
-            "pairs\nright",
+            "held-out pair accuracy",
+            "pair\naccuracy",
             [stage.agreement.accuracy for stage in stages],
             3,
         ),
@@ -115,7 +115,7 @@ def _has_something(column: Column) -> bool:
 
 
 def status_view(run_dir: Path) -> Group:
-    """One screen: the table of the stages, and below it what was warned of while they trained.
+    """Return the table of all stages, followed by the last early warnings.
 
     Raises:
         RunError: `run_dir` is not a run directory.
@@ -124,7 +124,7 @@ def status_view(run_dir: Path) -> Group:
     given = [(stage.name, early) for stage in run.stages for early in stage.record.warnings or ()]
     lines = [
         Text(
-            f"{name}, step {warning.step}: {warning.text}. To try: {warning.advice}.",
+            f"{name}, step {warning.step}: {warning.text}. Try: {warning.advice}.",
             style="yellow",
             overflow="fold",
         )
@@ -132,13 +132,13 @@ def status_view(run_dir: Path) -> Group:
     ]
     if left := len(given) - len(lines):
         lines.insert(
-            0, Text(f"{left} earlier warning{'s' if left > 1 else ''} (rpo-trainer report)")
+            0, Text(f"{left} earlier warning{'s' if left > 1 else ''} (see rpo-trainer report)")
         )
     return Group(_table(run), *([Text()] if lines else []), *lines)
 
 
 def summary_table(run_dir: Path) -> Table:
-    """The comparison of all stages, for a terminal of 80 columns; intervals are left to the page.
+    """Return the table of all stages for a terminal of 80 columns, without intervals.
 
     Raises:
         RunError: `run_dir` is not a run directory.
@@ -155,7 +155,7 @@ def _table(run: RunResults) -> Table:
             columns = [column for column in columns if column.brief != brief]
     table = Table(title=run.name, title_justify="left", box=None, pad_edge=False)
     if left_out:
-        table.caption = f"no room for: {'; '.join(left_out)} (rpo-trainer report)"
+        table.caption = f"not shown: {'; '.join(left_out)} (see rpo-trainer report)"
         table.caption_justify = "left"
     table.add_column("after", no_wrap=True)
     for column in columns:
@@ -167,7 +167,7 @@ def _table(run: RunResults) -> Table:
 
 
 def _width(names: Sequence[str], columns: Sequence[Column]) -> int:
-    """Of a table in characters, with two between its columns."""
+    """Width of a table in characters, with two between columns."""
     widths = [max(map(len, ["after", *names]))]
     for column in columns:
         heads = (column.brief or "").split("\n")
@@ -184,7 +184,7 @@ def _measures(
     best: Callable[[list[float]], float] | None = max,
 ) -> Column:
     values = [measure.value for measure in found if measure is not None]
-    # With one value, or the same throughout, there is nothing to compare.
+    # A single value, or equal values, have no best.
     winner = best(values) if best is not None and len(set(values)) > 1 else None
     cells = []
     for measure in found:
@@ -199,13 +199,13 @@ def _measures(
 
 
 def _wins(scores: Sequence[EvalScores]) -> Column:
-    """Stages may have baselines of their own: the cell says which, where they do."""
+    """Win rates; if the stages have different baselines, each cell names its baseline."""
     names = {score.baseline for score in scores if score.win_rate is not None}
     head = f"win rate against {names.pop()}" if len(names) == 1 else "win rate"
-    # A terminal has room for it where nothing else tells the responses apart, as with a judge.
+    # In the terminal only if there are no rewards, as with a judge.
     brief = None if any(score.reward_sampled for score in scores) else "win\nrate"
     column = _measures("win_rate", head, brief, [score.win_rate for score in scores], 3)
-    if not names:  # one baseline for all: the head says which
+    if not names:  # a single baseline, named in the head
         return column
     cells = [
         replace(cell, interval=f"{cell.interval} against {score.baseline}")
@@ -217,9 +217,9 @@ def _wins(scores: Sequence[EvalScores]) -> Column:
 
 
 def _others(scores: Sequence[EvalScores]) -> list[Column]:
-    """Held-out pairs, NLL by source, tasks: a column for each that some stage has.
+    """Held-out pairs, NLL by source, lm-eval tasks: one column per figure.
 
-    They are the page's alone where rewards fill the terminal; else pairs are shown there as well.
+    The terminal shows pairs only if there are no rewards.
     """
     room = not any(score.reward_sampled or score.reward_greedy for score in scores)
     by_stage = [{figure.name: figure for figure in score.others} for score in scores]
@@ -236,7 +236,7 @@ def _others(scores: Sequence[EvalScores]) -> list[Column]:
 
 
 def _nll(stages: Sequence[StageResults]) -> Column:
-    """Each SFT stage's held-out loss: on rows of its own kind, so that none of them is the best."""
+    """Held-out loss of each SFT stage. Each is measured on the stage's own data, so there is no best."""
     measured = [stage.scores.nll for stage in stages]
     if not any(measured):
         curves = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
@@ -245,24 +245,24 @@ def _nll(stages: Sequence[StageResults]) -> Column:
 
 
 def _of_training(stages: Sequence[StageResults]) -> list[Column]:
-    """Where nothing was held out: how training ended, on its own rows, so that no stage is the best."""
+    """Without held-out data: training metrics at the end of each stage. There is no best stage."""
     curves = [
-        ("loss", "training loss, at the end", "loss", [stage.curve("loss") for stage in stages]),
+        ("loss", "training loss, end", "loss", [stage.curve("loss") for stage in stages]),
         (
             "gap",
-            "implicit gap, at the end",
+            "implicit reward gap, end",
             "gap",
             [stage.curve("rewards/margins") for stage in stages],
         ),
         (
             "preferred",
-            "preferred in training, at the end",
-            "chosen\npreferred",
+            "pair accuracy in training, end",
+            "pair\naccuracy",
             [stage.curve("rewards/accuracies") for stage in stages],
         ),
         (
             "chosen_delta",
-            "log-prob of chosen, change",
+            "log-prob change of chosen",
             "Δchosen,\nnats",
             [x.delta("chosen") for x in stages],
         ),
@@ -281,10 +281,10 @@ def _step_zero(stage: StageResults) -> str:
 
 
 def _time(stage: StageResults) -> str:
-    """What is not done has taken no time yet: in its place stands how far it is."""
+    """Time of a finished stage; the state of an unfinished one."""
     state = stage.record.state
     if state == "running" and stage.metrics and "step" in stage.metrics[-1]:
-        return f"step {stage.metrics[-1]['step']}"  # running or stopped: the file does not tell
+        return f"step {stage.metrics[-1]['step']}"  # running or stopped
     return duration(stage.record.seconds) if state == "done" else state
 
 

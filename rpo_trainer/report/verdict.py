@@ -1,4 +1,4 @@
-"""Plain words: did each stage do its job, and what to change where it did not."""
+"""Verdict of a run: whether each stage reached its goal, and what to change where it did not."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from rpo_trainer.report.findings import (
 )
 from rpo_trainer.report.formatting import short
 
-# More than this share of sampled responses without an end makes their rewards doubtful.
-MANY_CUT = 0.05
-# σ(target_gap) beyond these bounds asks for a gap that no finite training reaches.
+# If more than this fraction of the sampled responses is truncated, their rewards are unreliable.
+MANY_TRUNCATED = 0.05
+# A target gap whose sigmoid is beyond this bound carries no more information than a label.
 SATURATED = 0.99
+# An RPO stage should end between these fractions of its target gap.
+GAP_SHORT, GAP_OVERSHOOTS = 0.5, 1.5
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The first thing a reader sees, then the findings of each stage in order."""
+    """The headline of the page, and the findings of all stages in order."""
 
     level: Level
     headline: str
@@ -37,11 +39,11 @@ class Verdict:
 
     @property
     def warnings(self) -> list[Finding]:
-        """What a reader should look at."""
+        """The findings that need attention."""
         return [finding for finding in self.findings if finding.level in ("warn", "bad")]
 
     def grouped_warnings(self) -> list[Finding]:
-        """The same, those that several stages share once, with all their names."""
+        """The same findings; one that several stages share is listed once, with all stage names."""
         stages: dict[Finding, list[str]] = {}
         for finding in self.warnings:
             stages.setdefault(replace(finding, stage=""), []).append(finding.stage)
@@ -49,7 +51,7 @@ class Verdict:
 
 
 def judge(run: RunResults) -> Verdict:
-    """All findings of a run, and its headline."""
+    """Return the headline and all findings of a run."""
     findings = [finding for stage in run.stages for finding in judge_stage(run, stage)]
     levels = {finding.level for finding in findings}
     level: Level = "bad" if "bad" in levels else "warn" if "warn" in levels else "good"
@@ -59,19 +61,19 @@ def judge(run: RunResults) -> Verdict:
 
 
 def judge_stage(run: RunResults, stage: StageResults) -> list[Finding]:
-    """The findings of one stage, its state first."""
+    """Return the findings of one stage; its state comes first."""
     return list(_judge_stage(run, stage))
 
 
 def _judge_stage(run: RunResults, stage: StageResults) -> Iterator[Finding]:
     if stage.record.state == "pending":
-        yield Finding(stage.name, "not-started", "info", "Has not started.")
+        yield Finding(stage.name, "not-started", "info", "Not started.")
         return
     if stage.record.state != "done":
         step = stage.metrics[-1].get("step") if stage.metrics else None
         reached = f"; last logged step: {step}" if step is not None else ""
         of = f" of {stage.record.steps}" if step is not None and stage.record.steps else ""
-        text = f"Not finished{reached}{of}. What follows is how it stands."
+        text = f"Not finished{reached}{of}. The findings below are preliminary."
         yield Finding(stage.name, "not-finished", "info", text)
     bad_step = stage.non_finite_step()
     if bad_step is not None:
@@ -80,7 +82,7 @@ def _judge_stage(run: RunResults, stage: StageResults) -> Iterator[Finding]:
             "loss-not-finite",
             "bad",
             f"The loss was not finite at step {bad_step}.",
-            "Lower the learning rate or max_grad_norm, and look at the rows of that step.",
+            "Lower the learning rate or max_grad_norm, and inspect the rows of that step.",
         )
     if stage.is_preference:
         yield from _step_zero(stage)
@@ -88,7 +90,7 @@ def _judge_stage(run: RunResults, stage: StageResults) -> Iterator[Finding]:
         yield from _gap(stage)
         yield from judge_likelihood(stage)
         yield from _saturation(stage)
-        yield from _cut_responses(stage)
+        yield from _truncated_responses(stage)
         yield from _early_warnings(stage)
     elif stage.kind == "reward":
         yield from _reward_model(stage)
@@ -99,16 +101,21 @@ def _judge_stage(run: RunResults, stage: StageResults) -> Iterator[Finding]:
 
 
 def _nll(stage: StageResults) -> Iterator[Finding]:
-    """SFT: the negative log-likelihood should have fallen, best seen on held-out rows."""
+    """SFT: the negative log-likelihood should decrease, preferably on held-out data."""
     held_out = stage.curve("eval_loss")
     before, after, where = None, None, "Held-out NLL"
     if len(held_out.values) >= 2:
         before, after = held_out.values[0], held_out.values[-1]
     elif len(stage.curve("loss").values) >= 2:
         before, after = stage.curve("loss").start(), stage.curve("loss").end()
-        where = "Training loss (there is no held-out NLL)"
+        where = "Training loss (no held-out NLL was measured)"
     if before is None or after is None:
-        yield Finding(stage.name, "nll-unknown", "info", "Too little was logged to judge it.")
+        yield Finding(
+            stage.name,
+            "nll-unknown",
+            "info",
+            "Not enough was logged to tell whether the loss decreased.",
+        )
         return
     if after < before:
         text = f"{where} fell from {short(before, 3)} to {short(after, 3)}."
@@ -119,21 +126,21 @@ def _nll(stage: StageResults) -> Iterator[Finding]:
             "nll-did-not-fall",
             "bad",
             f"{where} did not fall: {short(before, 3)} before, {short(after, 3)} after.",
-            "Try a higher learning rate or more steps; if it rose at once, a lower one.",
+            "Raise the learning rate or train more steps. If the loss rose from the start, lower it.",
         )
     yield from _overfitting(stage, held_out, "NLL")
 
 
 def _reward_model(stage: StageResults) -> Iterator[Finding]:
-    """A reward model should order held-out responses as the given rewards do, better than chance."""
+    """A reward model should rank held-out responses better than chance."""
     accuracy, correlation = stage.agreement.accuracy, stage.agreement.correlation()
     if accuracy is None and correlation is None:
         yield Finding(
             stage.name,
             "agreement-unknown",
             "info",
-            "Nothing was held out, so nobody knows how well it scores.",
-            "Give `data.eval`, or set some prompts aside with `data.eval_fraction`.",
+            "No held-out data, so the accuracy of the reward model is unknown.",
+            "Set `data.eval`, or hold out prompts with `data.eval_fraction`.",
         )
         return
     if accuracy is not None:
@@ -142,9 +149,9 @@ def _reward_model(stage: StageResults) -> Iterator[Finding]:
             stage.name,
             "reward-accuracy",
             "good" if better else "bad",
-            f"Of held-out pairs {short(100 * accuracy.value, 1)} % have the higher reward on the "
-            "better response." + ("" if better else " That is no better than chance."),
-            None if better else "More data, more steps or another learning rate.",
+            f"Held-out pair accuracy: {short(100 * accuracy.value, 1)}%"
+            + ("." if better else ", which is not better than chance."),
+            None if better else "Use more data, more steps or another learning rate.",
         )
     if correlation is not None:
         named = ", ".join(f"{n} {short(v)}" for n, v in stage.agreement.correlations.items())
@@ -152,7 +159,7 @@ def _reward_model(stage: StageResults) -> Iterator[Finding]:
             stage.name,
             "reward-correlation",
             "info" if correlation > 0 else "bad",
-            f"Correlation with held-out ratings: {named}.",
+            f"Pearson correlation with held-out ratings: {named}.",
         )
     yield from _overfitting(stage, stage.curve("eval_loss"), "loss")
 
@@ -167,8 +174,8 @@ def _overfitting(stage: StageResults, held_out: Curve, what: str) -> Iterator[Fi
             stage.name,
             "overfitting",
             "warn",
-            f"Held-out {what} was lowest at step {step} ({short(lowest, 3)}) and rose again.",
-            "Train for fewer epochs, or on more data.",
+            f"Held-out {what} was lowest at step {step} ({short(lowest, 3)}) and rose afterwards.",
+            "Train for fewer epochs or on more data.",
         )
 
 
@@ -182,54 +189,93 @@ def _step_zero(stage: StageResults) -> Iterator[Finding]:
             stage.name,
             "step0-passed",
             "good",
-            f"Step-0 check passed ({numbers}): the reference is what it starts from.",
+            f"Step-0 check passed ({numbers}): the policy starts equal to the reference model.",
         )
     else:
         yield Finding(
             stage.name,
             "step0-failed",
             "bad",
-            f"Step-0 check failed ({numbers}): policy and reference differ before any update.",
-            "Look for a wrong reference, a stale reference cache, dropout left on, or another "
-            "chat template.",
+            f"Step-0 check failed ({numbers}): policy and reference model differ before the first update.",
+            "Check for a wrong reference model, stale reference log-probs, active dropout, or a "
+            "different chat template.",
         )
 
 
 def _gap(stage: StageResults) -> Iterator[Finding]:
-    margin, target = stage.curve("rewards/margins"), stage.curve("rewards/target_gap")
-    accuracy = stage.curve("rewards/accuracies")
-    if not margin:
+    """The implicit reward gap at the end of training, against the target gap where there is one."""
+    margins = stage.curve("rewards/margins")
+    if not margins:
         return
-    reached = margin.end()
+    reached, target = margins.end(), stage.curve("rewards/target_gap")
+    if stage.kind == "rpo" and target and target.end() > 0 and reached > 0:
+        yield _against_target(stage, reached, target.end())
+        return
+    accuracy = stage.curve("rewards/accuracies")
+    text = f"The implicit reward gap ended at {short(reached)}"
     if stage.kind == "rpo" and target:
-        aim = target.end()
-        share = f" ({reached / aim:.0%} of it)" if aim > 0 else ""
-        level: Level = "good" if reached > 0 else "bad"
-        text = f"The implicit gap ended at {short(reached)}, the target gap is {short(aim)}{share}."
-        if aim > 0 and reached > 1.5 * aim:
-            yield Finding(
-                stage.name,
-                "gap-overshoots",
-                "warn",
-                text,
-                "The policy overshoots: raise β or lower the learning rate.",
-            )
-            return
+        text += f"; the target gap is {short(target.end())}"
+    elif accuracy:
+        text += f", with a pair accuracy of {accuracy.end():.0%} on the training rows"
+    if reached > 0:
+        yield Finding(stage.name, "gap", "good", f"{text}.")
     else:
-        right = (
-            f", and the chosen response won in {accuracy.end():.0%} of the pairs"
-            if accuracy
-            else ""
+        yield Finding(
+            stage.name,
+            "gap",
+            "bad",
+            f"{text}. The policy did not learn the preferences.",
+            "Check that chosen and rejected are not swapped, then raise the learning rate.",
         )
-        level = "good" if reached > 0 else "bad"
-        text = f"The implicit gap ended at {short(reached)}{right}."
-    advice = None
-    if level == "bad":
-        advice = (
-            "It did not learn the preferences: check which response is the chosen one, then raise "
-            "the learning rate."
+
+
+def _against_target(stage: StageResults, reached: float, target: float) -> Finding:
+    """How much of the target gap an RPO stage reached: short of it, about right, or beyond it."""
+    fraction, beta = reached / target, stage.setting("beta")
+    text = (
+        f"The implicit reward gap reached {_percent(fraction)} of the target gap "
+        f"({short(reached)} of {short(target)}"
+    )
+    if beta and beta != 1:
+        text += f"; as a log-ratio gap, {short(reached / beta)} of {short(target / beta)} nats"
+    text += ")."
+    if fraction > GAP_OVERSHOOTS:
+        return Finding(
+            stage.name,
+            "gap-overshoots",
+            "warn",
+            f"{text} The policy overshoots.",
+            "Raise β or lower the learning rate.",
         )
-    yield Finding(stage.name, "gap", level, text, advice)
+    if fraction >= GAP_SHORT:
+        return Finding(stage.name, "gap", "good", text)
+    return Finding(
+        stage.name,
+        "gap-short",
+        # The gap of a stage that is still training is expected to grow.
+        "warn" if stage.record.state == "done" else "info",
+        text,
+        _short_advice(stage),
+    )
+
+
+def _short_advice(stage: StageResults) -> str:
+    """What moves an RPO stage closer to its target, with the values it was run with."""
+
+    def now(name: str) -> str:
+        value = stage.setting(name)
+        return "" if value is None else f" (now {value:g})"
+
+    return (
+        f"Raise learning_rate{now('learning_rate')} or num_train_epochs{now('num_train_epochs')}, or "
+        f"lower the log-ratio gap that the target requires: raise beta{now('beta')} or lower "
+        f"reward_scale{now('reward_scale')}."
+    )
+
+
+def _percent(fraction: float) -> str:
+    """A fraction as a percentage; small ones keep a digit."""
+    return f"{100 * fraction:.0f}%" if fraction >= 0.01 else f"{100 * fraction:.1f}%"
 
 
 def _saturation(stage: StageResults) -> Iterator[Finding]:
@@ -244,28 +290,28 @@ def _saturation(stage: StageResults) -> Iterator[Finding]:
             "targets-saturated",
             "warn",
             f"σ(target gap) is above {SATURATED} or below {1 - SATURATED:.2f} for {share:.0%} of "
-            "the examples: there RPO asks for no more than DPO does.",
-            "Lower reward_scale (η), so that rewards tell small gaps from large ones.",
+            "the examples: for these, the target carries no more information than a label.",
+            "Lower η (`reward_scale`), so that small and large reward gaps differ.",
         )
 
 
-def _cut_responses(stage: StageResults) -> Iterator[Finding]:
+def _truncated_responses(stage: StageResults) -> Iterator[Finding]:
     share = stage.scores.unfinished
-    if share is not None and share > MANY_CUT:
+    if share is not None and share > MANY_TRUNCATED:
         yield Finding(
             stage.name,
-            "responses-cut",
+            "responses-truncated",
             "warn",
-            f"{share:.0%} of the sampled responses were cut by max_new_tokens before they ended.",
-            "Raise max_new_tokens, or look whether responses grow longer stage by stage.",
+            f"{share:.0%} of the sampled responses were truncated at max_new_tokens.",
+            "Raise max_new_tokens, and check whether responses grow longer from stage to stage.",
         )
 
 
 def _early_warnings(stage: StageResults) -> Iterator[Finding]:
-    """What was warned of while the stage trained, as it was then."""
+    """The early warnings that were logged during training."""
     for early in stage.record.warnings or ():
-        when = "In training" if early.step is None else f"In training, at step {early.step}"
-        advice = f"To try: {early.advice}." if early.advice else None
+        when = "In training" if early.step is None else f"In training, step {early.step}"
+        advice = f"Try: {early.advice}." if early.advice else None
         key = f"warned-{early.name or 'in-training'}"
         yield Finding(stage.name, key, "warn", f"{when}: {early.text}.", advice)
 
@@ -279,24 +325,24 @@ def _data(stage: StageResults) -> Iterator[Finding]:
 
 
 def _hub(stage: StageResults) -> Iterator[Finding]:
-    """Where the output was to be uploaded."""
+    """Whether the output was pushed to the hub."""
     hub = stage.record.hub
     if hub is not None and hub.error:
         yield Finding(
             stage.name,
             "hub-failed",
             "warn",
-            f"The output is not on the hub ({hub.repo}): {hub.error}.",
-            f"It is complete in `{stage.name}/final`: hf upload {hub.repo} {stage.name}/final",
+            f"Pushing the output to {hub.repo} failed: {hub.error}.",
+            f"The output is complete. To upload it: hf upload {hub.repo} {stage.name}/final",
         )
     elif hub is not None:
-        yield Finding(stage.name, "hub-pushed", "info", f"The output is on the hub: {hub.repo}.")
+        yield Finding(stage.name, "hub-pushed", "info", f"Pushed to the hub: {hub.repo}.")
 
 
 def _headline(run: RunResults) -> str:
     done = sum(stage.record.state == "done" for stage in run.stages)
     if not run.stages:
-        return "Nothing has run yet."
+        return "No stage has run yet."
     plural = "s" if len(run.stages) > 1 else ""
     text = (
         f"The chain finished: {done} stage{plural}."

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe import GenerateSpec
 
 _RESAMPLES = 1000
+SHOWN_SAMPLES = 200  # prompts in samples.jsonl: enough for histograms, and a page of a few MB
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class EvalSample:
-    """One prompt to show: the first sampled response, and the greedy one if there is one."""
+    """One prompt: its first sampled response, the greedy one if any, and all sampled rewards."""
 
     id: str
     prompt: Any
@@ -72,6 +73,7 @@ class EvalSample:
     reward: float | None
     greedy: str | None
     greedy_reward: float | None
+    rewards: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def summarise(
     *,
     maximum: float | None,
     seed: int,
-    samples: int = 8,
+    samples: int = SHOWN_SAMPLES,
 ) -> EvalResult:
     """Compute the metrics of a policy's responses.
 
@@ -221,14 +223,12 @@ def unfinished(answers: Sequence[Mapping[str, Any]]) -> float:
 def samples_of(
     rows: Sequence[Row],
     answers: Sequence[Mapping[str, Any]],
-    wanted: int = 8,
+    wanted: int = SHOWN_SAMPLES,
     rewards: Sequence[Sequence[float]] | None = None,
 ) -> tuple[EvalSample, ...]:
-    """Return evenly spaced rows to show, the same for every policy."""
-    n = len(rows)
-    places = [i * n // wanted for i in range(wanted)] if n > wanted else list(range(n))
+    """The samples of at most `wanted` rows, evenly spaced: the same rows for every policy."""
     found = []
-    for i in places:
+    for i in shown_rows(len(rows), wanted):
         answer, own = answers[i], None if rewards is None else rewards[i]
         likeliest = answer["greedy"]
         found.append(
@@ -240,9 +240,17 @@ def samples_of(
                 reward=None if own is None else float(own[0]),
                 greedy=likeliest,
                 greedy_reward=None if own is None or likeliest is None else float(own[-1]),
+                rewards=None
+                if own is None
+                else [float(x) for x in own[: len(answer["responses"])]],
             )
         )
     return tuple(found)
+
+
+def shown_rows(count: int, wanted: int = SHOWN_SAMPLES) -> list[int]:
+    """Indices of at most `wanted` of `count` rows, evenly spaced."""
+    return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 
 def win_rate(

@@ -272,7 +272,13 @@ class EvaluationRecord(JsonRecord):
 
 @dataclass
 class SampleRecord(JsonRecord):
-    """A held-out prompt and responses to it, a line of `samples.jsonl`; `reward` is that of `sampled`."""
+    """A held-out prompt and responses to it, a line of `samples.jsonl`. `reward` is that of `sampled`.
+
+    Attributes:
+        rewards, tokens, log_ratios: of all sampled responses: reward, trained tokens, and
+            log π − log π_baseline in nats, whose mean estimates the KL divergence from the baseline;
+            None for a response that cannot be tokenized.
+    """
 
     prompt: str | list[dict[str, Any]] = ""
     id: str | None = None
@@ -281,6 +287,35 @@ class SampleRecord(JsonRecord):
     reward: float | None = None
     greedy: str | None = None
     greedy_reward: float | None = None
+    rewards: list[float | None] | None = None
+    tokens: list[float | None] | None = None
+    log_ratios: list[float | None] | None = None
+
+
+@dataclass
+class SystemRecord(JsonRecord):
+    """The hardware and software that trained a stage.
+
+    Attributes:
+        devices: accelerators of all processes, or the CPU, with the number of each.
+        cores: CPU cores of a process; `threads`: CPU threads that torch used.
+        memory_bytes: memory of the host.
+        launcher: what started the processes, such as torchrun.
+        engine: how the processes share the work, such as DDP.
+        precision: dtype of the arithmetic.
+        libraries: versions by name.
+    """
+
+    devices: dict[str, int] = field(default_factory=dict)
+    cores: int | None = None
+    threads: int | None = None
+    memory_bytes: int | None = None
+    platform: str | None = None
+    launcher: str | None = None
+    engine: str | None = None
+    world_size: int | None = None
+    precision: str | None = None
+    libraries: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -306,6 +341,7 @@ class StageRecord(JsonRecord):
         spec: the stage in the recipe, as plain data.
         sources: digest of each data file, by its path in the recipe.
         reward_scale: the fitted η, if `reward_scale` is `auto`.
+        system: hardware and software of the last start of its training.
         eval_before, eval_after: metrics on the stage's own held-out examples.
         steps: optimizer steps, set when training is complete.
     """
@@ -324,6 +360,7 @@ class StageRecord(JsonRecord):
     sources: dict[str, str] | None = None
     data: DataRecord | None = None
     reward_scale: float | None = None
+    system: SystemRecord | None = None
     step0: StepZeroRecord | None = None
     warnings: list[WarningRecord] | None = None
     skipped: list[SkippedStepRecord] | None = None

@@ -58,11 +58,12 @@ def recipe_with(folder: Path, **spec: Any) -> dict[str, Any]:
     return recipe
 
 
-def logp(model: Any, prompt: str, response: str) -> float:
+def logp(model: Any, prompt: str, response: str, *, end: bool = True) -> float:
     """Of the response's tokens and its end token, by a plain forward."""
     tokenizer = character_tokenizer()
     before = tokenizer(prompt)["input_ids"]
-    after = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    after = tokenizer(response, add_special_tokens=False)["input_ids"]
+    after += [tokenizer.eos_token_id] * end
     ids = torch.tensor([before + after])
     with torch.no_grad():
         logps = model(ids).logits.double().log_softmax(-1)
@@ -103,6 +104,43 @@ def test_responses_are_scored_and_compared_with_the_baseline(measured: Path) -> 
     assert not (
         measured / "rpo-2" / "baseline-samples.jsonl"
     ).exists()  # of a stage, which has its own
+
+
+def test_samples_have_lengths_and_log_ratios_of_plain_forwards(measured: Path) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(measured / "rpo-2" / "final")
+    base = AutoModelForCausalLM.from_pretrained(measured / "general" / "final")
+    answers = [
+        {row["id"]: row for row in map(json.loads, file.open())}
+        for file in (measured / "evaluation").glob("responses-*.jsonl")
+    ]
+    checked = 0
+    for line in (measured / "rpo-2" / "samples.jsonl").open():
+        sample = json.loads(line)
+        assert len(sample["rewards"]) == len(sample["tokens"]) == len(sample["log_ratios"]) == 2
+        assert sample["rewards"][0] == sample["reward"]
+        (answer,) = [
+            own[sample["id"]] for own in answers if own[sample["id"]]["greedy"] == sample["greedy"]
+            and own[sample["id"]]["responses"][0] == sample["sampled"]
+        ][:1]  # fmt: skip
+        for k, text in enumerate(answer["responses"]):
+            if not text.strip():
+                assert sample["tokens"][k] is None and sample["log_ratios"][k] is None
+                continue
+            if text != text.strip():
+                continue  # a truncated response is trained up to its last word
+            ended = answer["finished"][k]
+            own, other = (logp(m, sample["prompt"], text, end=ended) for m in (policy, base))
+            assert sample["tokens"][k] == len(text) + ended
+            assert sample["log_ratios"][k] == pytest.approx(own - other, abs=1e-4)
+            checked += 1
+    assert checked >= 3
+
+
+def test_the_system_of_a_stage_is_recorded(measured: Path) -> None:
+    system = tiny.records(measured)["rpo-2"]["system"]
+    assert system["devices"] == {"CPU": 1} and system["world_size"] == 1
+    assert system["precision"] == "float32" and system["launcher"] == "rpo-trainer"
+    assert system["libraries"]["torch"] == torch.__version__
 
 
 def test_pairs_and_rows_are_those_of_plain_forwards(measured: Path) -> None:

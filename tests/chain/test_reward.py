@@ -146,8 +146,8 @@ def test_metrics_are_logged(finished: Path) -> None:
 def test_status_shows_them(finished: Path) -> None:
     table = summary_table(finished)
     heads = [str(column.header).replace("\n", " ") for column in table.columns]
-    assert "pairs right" in heads
-    (column,) = [c for c in table.columns if str(c.header).replace("\n", " ") == "pairs right"]
+    assert "pair accuracy" in heads
+    (column,) = [c for c in table.columns if str(c.header).replace("\n", " ") == "pair accuracy"]
     cells = [str(cell) for cell in column.cells]
     assert [cell == "–" for cell in cells] == [True, False, False, True]
 

@@ -11,8 +11,8 @@ import pytest
 
 from rpo_trainer.report.collect import collect_run
 from rpo_trainer.report.html import render
-from rpo_trainer.report.plots import stage_plots
 from rpo_trainer.report.scores import read_agreement
+from rpo_trainer.report.stage_plots import stage_plots
 from rpo_trainer.report.verdict import judge
 from rpo_trainer.stages.record import EvaluationRecord
 from tests.report.conftest import about, cells
@@ -82,7 +82,7 @@ def test_words_table_and_plots_of_pairs(make_reward_run: Callable[[Stage], Path]
         about(run, "rm", "reward-accuracy"),
         about(run, "rm", "reward-correlation"),
     )
-    assert accuracy.level == "good" and "90.0 %" in accuracy.text
+    assert accuracy.level == "good" and "90.0%" in accuracy.text
     assert correlation.level == "info" and "gap 0.50." in correlation.text
     overfitting = about(run, "rm", "overfitting")
     assert overfitting.level == "warn" and "step 5 (0.300)" in overfitting.text
@@ -93,7 +93,7 @@ def test_words_table_and_plots_of_pairs(make_reward_run: Callable[[Stage], Path]
     assert "nll" not in texts
     plots = stage_plots(run.stages[1])
     assert {"rm-calibration-pairs", "rm-accuracy"} <= {plot.key for plot in plots}
-    page = render(run)
+    page = render(run, Path("run"))
     assert all(plot.svg in page for plot in plots)
 
 

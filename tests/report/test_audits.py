@@ -16,7 +16,7 @@ def test_an_audit_is_read_back_in_words() -> None:
     audit.warn("duplicate_prompt", "a.jsonl:8")
     audit.remark("a remark (1)")
     found = read_audit(AuditRecord.from_json(audit.as_dict()))
-    assert (found.rows, found.dropped_rows, found.dropped_share()) == (10, 4, 0.4)
+    assert (found.rows, found.dropped_rows, found.dropped_fraction()) == (10, 4, 0.4)
     assert [(reason.text, reason.rows) for reason in found.dropped] == [
         (DROPS["tie"], 3),
         (DROPS["too_long"], 1),
@@ -30,9 +30,9 @@ def test_unknown_reasons_are_kept() -> None:
     dropped = {"made_up_reason": ReasonRecord(7), "none": ReasonRecord(0)}
     found = read_audit(AuditRecord(dropped=dropped, kept={"a": 3}))
     assert [(reason.text, reason.rows) for reason in found.dropped] == [("made up reason", 7)]
-    assert found.dropped_share() == 0.7
+    assert found.dropped_fraction() == 0.7
 
 
-def test_an_empty_audit_has_no_share() -> None:
-    assert read_audit(AuditRecord()).dropped_share() is None
+def test_an_empty_audit_has_no_fraction() -> None:
+    assert read_audit(AuditRecord()).dropped_fraction() is None
     assert read_audit(AuditRecord()).dropped == []

@@ -169,3 +169,67 @@ def test_the_look_finds_what_it_looks_for(make_run: Any, page_of: Any) -> None:
     assert any("cut" in line for line in found["cut"])
     assert len(found["overlapping_labels"]) >= 1
     assert len(found["empty"]) >= 2  # the paragraph and the figure
+
+
+SAMPLES = {
+    "sft": [
+        {"prompt": f"prompt {n}", "sampled": f"first {n}", "reward": float(n % 7)}
+        for n in range(60)
+    ],
+    "rpo-1": [{"prompt": f"prompt {n}", "sampled": f"later {n}", "reward": 3.0} for n in range(60)],
+}
+VISIBLE = """() => [...document.querySelectorAll('.sample')].filter((e) => e.checkVisibility())
+  .map((e) => [e.querySelector('.change').textContent, e.querySelector('summary .text').textContent])"""
+
+
+def test_samples_are_searched_and_ordered(make_run: Any, page_of: Any) -> None:
+    page = page_of(build_report(make_run(samples=SAMPLES)), 1280, 900, "light")
+    shown = page.evaluate(VISIBLE)
+    assert len(shown) == 40 and shown[0] == ["−3.00", "prompt 6"]  # 3 − 6
+    page.click("#more")
+    assert len(page.evaluate(VISIBLE)) == 60
+    page.select_option("#order", "better")
+    assert page.evaluate(VISIBLE)[0] == ["+3.00", "prompt 0"]
+    page.select_option("#order", "given")
+    assert [text for _, text in page.evaluate(VISIBLE)][:3] == ["prompt 0", "prompt 1", "prompt 2"]
+    page.select_option("#from", label="rpo-1")
+    page.select_option("#order", "worse")
+    assert {change for change, _ in page.evaluate(VISIBLE)} == {"0.00"}
+    page.fill("#search", "LATER 17")  # in a response, in any case
+    assert [text for _, text in page.evaluate(VISIBLE)] == ["prompt 17"]
+    assert page.inner_text("#count") == "1 of 60 prompts"
+
+
+def test_without_scripts_the_samples_are_a_plain_list(make_run: Any, browser: Any) -> None:
+    report = build_report(make_run(samples=SAMPLES))
+    page = browser.new_context(java_script_enabled=False, offline=True).new_page()
+    page.goto(report.resolve().as_uri())
+    assert page.locator(".sample").count() == 60 and page.locator("#search").is_hidden()
+    assert page.locator(".sample summary").first.inner_text().split()[-2:] == ["prompt", "6"]
+    page.locator(".sample summary").nth(50).click()
+    assert page.locator(".sample").nth(50).locator(".answers").is_visible()
+    page.context.close()
+
+
+def test_on_a_phone_tables_scroll_and_their_first_column_stays(
+    make_run: Any, make_stage: Any, make_evaluation: Any, page_of: Any
+) -> None:
+    page = page_of(build_report(full_run(make_run, make_stage, make_evaluation)), 390, 844, "light")
+    tables = page.evaluate(
+        """() => [...document.querySelectorAll('.scroll')].map((box) => {
+          const first = box.querySelector('td'), second = first.nextElementSibling;
+          const left = (cell) => cell.getBoundingClientRect().left;
+          const before = [left(first), left(second)];
+          box.scrollLeft = 60;
+          return {
+            scrolls: box.scrollWidth > box.clientWidth,
+            first: left(first) - before[0],
+            second: left(second) - before[1],
+            width: first.getBoundingClientRect().width / box.clientWidth,
+          };
+        })"""
+    )
+    assert len(tables) == 3
+    for table in tables:
+        assert table["scrolls"] and table["first"] == 0 and table["second"] < 0
+        assert table["width"] < 0.45

@@ -54,7 +54,8 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
+        if self._open[-1:] not in (["style"], ["script"]):
+            self.text.append(data)
 
     def words(self) -> str:
         return " ".join(" ".join(self.text).split())
@@ -91,8 +92,8 @@ def test_the_verdict_comes_first(make_run: Make, make_preference_rows: Make) -> 
     words, run = page_of(run_dir).words(), collect_run(run_dir)
     verdict = words.index(judge(run).headline)
     decline = words.index(about(run, "dpo", "likelihood-decline").text)
-    assert verdict < decline < words.index("All stages") < words.index("The chain 1.")
-    assert "1 thing to look at" in words
+    assert verdict < decline < words.index("All stages") < words.index("Chain 1.")
+    assert "1 finding needs attention" in words
 
 
 def test_lineage_names_seed_and_reference(make_run: Make, make_stage: Make) -> None:
@@ -121,7 +122,10 @@ def test_samples_of_all_stages_stand_together(make_run: Make) -> None:
 
     run_dir = make_run(samples={"sft": answer("acb"), "rpo-1": answer("cba")})
     words = page_of(run_dir).words()
-    assert "right answer: cba after greedy sampled sft acb (5.00) cab (1.50) rpo-1 cba" in words
+    assert (
+        "known answer: cba after greedy sampled mean reward sft acb (5.00) cab (1.50) 1.50 rpo-1 cba"
+        in words
+    )
     markup = (run_dir / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'class="text right">([^<]*)<', markup) == ["cba"]
 
@@ -148,7 +152,7 @@ def test_samples_from_before_the_run_come_first(
         (run_dir / name / "baseline-samples.jsonl").write_text(text)
     words = page_of(run_dir).words()
     assert "model, before" in words and "1.50" in words  # in the table, without a link
-    assert "after greedy sampled model, before zzz (2.00) – dpo acb (2.00)" in words
+    assert "mean reward model, before zzz (2.00) – – dpo acb (2.00)" in words
     assert words.count("zzz") == 1
 
 
@@ -162,7 +166,7 @@ def test_row_text_is_escaped(make_run: Make, make_stage: Make) -> None:
         samples={"sft": [{"prompt": nasty, "ground_truth": nasty, "greedy": nasty}]},
     )
     page = page_of(run_dir)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # the one of the sample browser
     assert "img" not in page.tags
     assert "<script>alert(1)</script>" in page.words()
     assert "{{ 7 * 7 }}" in page.words()
@@ -170,12 +174,14 @@ def test_row_text_is_escaped(make_run: Make, make_stage: Make) -> None:
 
 def test_the_page_needs_nothing_from_elsewhere(make_run: Make) -> None:
     gaps = [{"id": str(n), "implicit_gap": n / 10, "target_gap": n / 20} for n in range(30)]
-    run_dir = make_run(gaps={"rpo-1": gaps})
+    run_dir = make_run(gaps={"rpo-1": gaps}, samples={"sft": [{"prompt": "a", "sampled": "b"}]})
     page = page_of(run_dir)
     markup = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "http" not in markup
     assert "@import" not in markup
-    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    assert not {"link", "iframe", "object", "img"} & set(page.tags)
+    assert page.tags.count("script") == 1 and "<script src" not in markup
+    assert not re.search(r"\b(fetch|XMLHttpRequest|import|WebSocket|sendBeacon)\b", markup)
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
@@ -184,7 +190,54 @@ def test_the_page_needs_nothing_from_elsewhere(make_run: Make) -> None:
     assert 'name="viewport"' in markup
 
 
-def test_every_colour_of_the_figures_is_defined(make_run: Make) -> None:
+def test_a_sent_report_has_no_absolute_path_and_no_user_name(
+    make_run: Make, make_stage: Make
+) -> None:
+    home = "/home/jdoe/projects/secret"
+    audit = {
+        "dropped": {"tie": {"count": 9, "examples": [f"{home}/rows.jsonl:3"]}},
+        "remarks": [f"{home}/rows.jsonl has no rewards"],
+        "unread_columns": {f"{home}/rows.jsonl": ["a"]},
+    }
+    stage = make_stage(
+        "sft", "sft", init=f"{home}/model", sources={f"{home}/rows.jsonl": "ab" * 16},
+        data={"audit": audit}, hub={"repo": "me/it", "error": f"cannot read {home}/token"},
+    )  # fmt: skip
+    run_dir = make_run(stages=[stage], metrics=[])
+    recipe = (
+        f"run_dir: {run_dir}\nmodel: {{name_or_path: {home}/model}}\nother: C:\\Users\\jdoe\\x\n"
+    )
+    (run_dir / "recipe.yaml").write_text(recipe)
+    build_report(run_dir)
+    markup = (run_dir / "report.html").read_text()
+    for part in ("jdoe", "secret", str(run_dir), str(run_dir.parent)):
+        assert part not in markup
+    assert "…/rows.jsonl:3" in markup and "…/model" in markup and "run_dir: ." in markup
+
+
+def test_the_system_panel_groups_stages(make_run: Make, make_stage: Make) -> None:
+    gpu = {
+        "devices": {"NVIDIA H100": 8}, "launcher": "torchrun", "world_size": 8,
+        "precision": "bfloat16", "engine": "FSDP", "libraries": {"torch": "2.9.0"},
+    }  # fmt: skip
+    cpu = {"devices": {"CPU": 1}, "launcher": "rpo-trainer", "world_size": 1, "cores": 1}
+    stages = [
+        make_stage("sft", "sft", system=gpu),
+        make_stage("dpo", "dpo", system=gpu),
+        make_stage("rpo", "rpo", system=cpu),
+    ]
+    words = page_of(make_run(stages=stages, metrics=[])).words()
+    panel = words[words.index("System sft, dpo") :]
+    for text in ("8 × NVIDIA H100", "torchrun", "processes 8", "bfloat16", "FSDP", "torch 2.9.0"):
+        assert text in panel[: panel.index("rpo devices")]
+    assert "1 × CPU" in panel and "total time 4:09 min" in panel and "3.0 GiB" in panel
+
+
+def test_without_a_system_record_there_is_no_panel(make_run: Make) -> None:
+    assert "System" not in page_of(make_run()).words()
+
+
+def test_every_color_of_the_figures_is_defined(make_run: Make) -> None:
     markup = build_report(make_run()).read_text(encoding="utf-8")
     used, defined = set(re.findall(r"var\((--\w+)\)", markup)), set(re.findall(r"(--\w+):", markup))
     assert used <= defined
@@ -206,7 +259,7 @@ def test_an_unfinished_run_has_a_report(make_run: Make, make_stage: Make) -> Non
 def test_a_missing_file_is_named(make_run: Make, missing: str) -> None:
     run_dir = make_run()
     (run_dir / missing).unlink()
-    assert f"{missing} is absent" in page_of(run_dir).words()
+    assert f"{missing} is missing" in page_of(run_dir).words()
 
 
 def test_a_run_without_stages_has_a_report(make_run: Make) -> None:

@@ -21,8 +21,8 @@ def test_likelihood_decline_is_called_out_with_what_to_change(
         assert figure in finding.text
     assert finding.level == "warn"
     assert finding.advice is not None
-    assert "sft_loss_weight" in finding.advice and "(it is 0)" in finding.advice
-    assert "β (it is 0.5)" in finding.advice
+    assert "sft_loss_weight" in finding.advice and "(now 0)" in finding.advice
+    assert "β (now 0.5)" in finding.advice
     assert judge(run).level == "warn"
 
 
@@ -30,7 +30,7 @@ def test_a_weight_that_is_set_should_be_raised(make_run: Make, make_preference_r
     rows = make_preference_rows("rpo-1", delta=-8.0, rejected=-12.0, beta=0.25)
     advice = about(collect_run(make_run(metrics=rows)), "rpo-1", "likelihood-decline").advice
     assert advice is not None
-    assert "sft_loss_weight (it is 0.005" in advice
+    assert "sft_loss_weight (now 0.005" in advice
 
 
 def test_a_small_fall_is_no_warning(make_run: Make, make_preference_rows: Make) -> None:

@@ -23,7 +23,7 @@ def test_a_change_within_the_intervals_is_called_noise(
     run = collect_run(make_run(stages=stages))
     assert about(run, "dpo", "figure-unclear").level == "info"
     headline = judge(run).headline
-    assert "went from 3.00 after sft to 3.10 after dpo (+0.10)." in headline
+    assert "changed from 3.00 after sft to 3.10 after dpo (+0.10)." in headline
     assert "rose" not in headline and "fell" not in headline
 
 
@@ -34,7 +34,7 @@ def test_a_reward_that_fell_is_bad(make_run: Make, make_stage: Make, make_evalua
     ]
     run = collect_run(make_run(stages=stages))
     finding = about(run, "dpo", "figure-fell")
-    assert finding.level == "bad" and "3.00 to 2.00 (−1.00 on sft)" in finding.text
+    assert finding.level == "bad" and "3.00 to 2.00 (−1.00 relative to sft)" in finding.text
 
 
 def test_a_win_rate_is_judged_by_its_interval(
@@ -94,7 +94,7 @@ def test_a_chain_that_begins_with_preferences_is_compared_with_its_model(
     rose = about(run, "dpo", "figure-rose")
     assert rose.level == "good" and "2.00 to 3.00 (+1.00" in rose.text and "sft" not in rose.text
     rose = about(run, "rpo", "figure-rose")
-    assert rose.level == "good" and "3.00 to 4.00 (+1.00 on dpo)" in rose.text
+    assert rose.level == "good" and "3.00 to 4.00 (+1.00 relative to dpo)" in rose.text
     headline = judge(run).headline
     assert "rose from 2.00" in headline and "to 4.00 after rpo (+2.00)." in headline
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 
 from rpo_trainer.report.collect import collect_run
-from rpo_trainer.report.plots import running_mean, scores_plot, stage_plots
+from rpo_trainer.report.plots import bin_edges, running_mean, scores_plot
 from rpo_trainer.report.scores import Measure
+from rpo_trainer.report.stage_plots import distribution_plots, stage_plots
 
 Make = Callable[..., Any]
 
@@ -23,6 +25,66 @@ def test_figures_of_each_kind(make_run: Make) -> None:
     assert keys["rpo-1"] == [f"rpo-1-{name}" for name in names]
 
 
+def test_held_out_values_are_markers_that_no_line_connects(make_run: Make) -> None:
+    run = collect_run(make_run())
+    (plot,) = stage_plots(run.stages[0])
+    root = ElementTree.fromstring(plot.svg)
+    lines = [
+        group
+        for group in root.iter("g")
+        if re.search(r"line2d_\d+$", group.get("id", ""))
+        and "--second" in ElementTree.tostring(group, "unicode")
+    ]
+    in_axes = [group for group in lines if len(list(group.iter("use"))) == 3]
+    assert len(in_axes) == 1  # the three held-out losses
+    assert not any(
+        "stroke-linecap" in path.get("style", "") and path.get("clip-path") for path in in_axes[0]
+    )
+
+
+def samples(*rewards: float, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"p{n}", "sampled": "x", "reward": reward, "rewards": [reward, None], **more}
+        for n, reward in enumerate(rewards)
+    ]
+
+
+def test_distributions_before_and_after_a_stage(
+    make_run: Make, make_stage: Make, make_evaluation: Make
+) -> None:
+    stages = [
+        make_stage("sft", "sft", init="model", eval=make_evaluation(2.0)),
+        make_stage("dpo", "dpo", eval={**make_evaluation(2.0), "baseline": "sft"}),
+    ]
+    found = {
+        "sft": samples(1.0, 2.0, tokens=[3, None]),
+        "dpo": samples(3.0, 5.0, tokens=[4, 6], log_ratios=[1.0, 2.0]),
+    }
+    run = collect_run(make_run(stages=stages, metrics=[], samples=found))
+    plots = {plot.key: plot for plot in distribution_plots(run, run.stages[1])}
+    assert [*plots] == ["dpo-rewards", "dpo-lengths", "dpo-kl"]
+    assert "before: mean 1.5, after: mean 4" in plots["dpo-rewards"].alt
+    assert "before: mean 3, after: mean 5" in plots["dpo-lengths"].alt
+    assert "sft" in plots["dpo-kl"].title and "mean 1.5" in plots["dpo-kl"].alt
+    first = {plot.key: plot for plot in distribution_plots(run, run.stages[0])}
+    assert [*first] == ["sft-rewards", "sft-lengths"] and "before" not in first["sft-rewards"].alt
+
+
+def test_other_prompts_are_no_before(make_run: Make, make_stage: Make) -> None:
+    other = [{**sample, "prompt": f"other {n}"} for n, sample in enumerate(samples(1.0, 2.0))]
+    run = collect_run(make_run(metrics=[], samples={"sft": other, "dpo": samples(3.0, 5.0)}))
+    (plot,) = distribution_plots(run, run.stages[1])
+    assert "before" not in plot.alt
+
+
+def test_integers_have_bins_of_integer_width() -> None:
+    assert bin_edges(1, 3, whole=True) == [0.5, 1.5, 2.5, 3.5]
+    wide = bin_edges(1, 100, whole=True)
+    assert {b - a for a, b in itertools.pairwise(wide)} == {5.0} and wide[-1] >= 100
+    assert bin_edges(0.0, 2.4, whole=False)[:2] == [0.0, pytest.approx(0.1)]
+    assert bin_edges(2.0, 2.0, whole=False) == [1.5, 2.5]
+
+
 def test_svg_stands_alone_in_a_page(make_run: Make) -> None:
     run = collect_run(make_run())
     plots = [plot for stage in run.stages for plot in stage_plots(stage)]
@@ -31,7 +93,7 @@ def test_svg_stands_alone_in_a_page(make_run: Make) -> None:
         ElementTree.fromstring(plot.svg)
         assert plot.svg.startswith("<svg viewBox=")
         assert "http" not in plot.svg
-        # Every colour is a variable of the page, so that dark pages work.
+        # Every color is a variable of the page, so that dark pages work.
         assert not re.search(r"(fill|stroke): #", plot.svg)
         own = re.findall(r'\bid="([^"]+)"', plot.svg)
         assert set(re.findall(r'(?:url\(|href=")#([^")]+)', plot.svg)) <= set(own)

@@ -40,7 +40,7 @@ def test_what_80_columns_cannot_hold_is_named(
     assert "…" not in text and "0.938" in text and "22:59 min" in text and "GiB" not in text
     heads = {column.key: column.head for column in comparison(collect_run(run_dir))}
     left_out = [heads[key] for key in ("peak_memory", "exact_greedy", "reward_greedy")]
-    assert f"{'; '.join(left_out)} (rpo-trainer report)" in " ".join(text.split())
+    assert f"{'; '.join(left_out)} (see rpo-trainer report)" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -70,7 +70,7 @@ def test_where_nothing_was_held_out_the_table_says_how_training_ended(
     # The last tenth of 40 steps: on average 0.9625 of the way.
     assert [cell.text for cell in columns["chosen_delta"]] == ["–", "−3.850"]
     page = build_report(run_dir).read_text(encoding="utf-8")
-    assert "Nothing was measured on held-out rows" in page and "Bold: the best stage" not in page
+    assert "Nothing was measured on held-out data" in page and "Bold: the best stage" not in page
     text = printed(run_dir)
     assert "Δchosen" in text and max(map(len, text.splitlines())) <= 80
 
@@ -81,7 +81,7 @@ def test_where_something_was_held_out_training_is_left_to_its_curves(
     keys = set(cells(collect_run(make_run())))
     assert keys and not keys & {"loss", "gap", "preferred", "chosen_delta"}
     page = build_report(tmp_path / "my run").read_text(encoding="utf-8")
-    assert "Bold: the best stage" in page and "Nothing was measured on held-out rows" not in page
+    assert "Bold: the best stage" in page and "Nothing was measured on held-out data" not in page
 
 
 def test_an_unfinished_chain_fits_80_columns_too(
@@ -166,7 +166,7 @@ def test_held_out_pairs_are_in_the_terminal_where_no_reward_is(
     text = printed(make_run(stages=stages, metrics=[]))
     row = next(line for line in text.splitlines() if line.startswith("dpo"))
     assert "3.25" in row and "…" not in text
-    assert "right" in text and "margin," in text
+    assert "accuracy" in text and "gap," in text
 
 
 def test_a_status_is_one_screen_with_the_last_warnings(make_run: Make, make_stage: Make) -> None:
@@ -175,8 +175,8 @@ def test_a_status_is_one_screen_with_the_last_warnings(make_run: Make, make_stag
 
     stages = [make_stage("dpo", "dpo", warnings=[warning(step) for step in range(10, 70, 10)])]
     text = printed(make_run(stages=stages, metrics=[]), view=status_view)
-    assert "2 earlier warnings (rpo-trainer report)" in text
-    assert "dpo, step 60: margins are 60. To try: raise beta." in text
+    assert "2 earlier warnings (see rpo-trainer report)" in text
+    assert "dpo, step 60: margins are 60. Try: raise beta." in text
     assert "margins are 30" in text and "margins are 20" not in text
     assert len(text.splitlines()) < 24
 

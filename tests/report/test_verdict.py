@@ -24,7 +24,7 @@ def test_a_good_run_is_called_good_with_its_figures(make_run: Make) -> None:
     )
     for stage, key, figures in (
         ("sft", "nll-fell", "2.700 to 1.500"),
-        ("dpo", "figure-rose", "2.79 to 3.41 (+0.62 on sft)"),
+        ("dpo", "figure-rose", "2.79 to 3.41 (+0.62 relative to sft)"),
         ("dpo", "likelihood-rose", "1.44 nats"),  # 0.9625 of 1.5
     ):
         finding = about(run, stage, key)
@@ -78,6 +78,35 @@ def test_overshooting_the_target_is_a_warning(make_run: Make, make_preference_ro
     )  # ends near 4.8 of 2.5
     finding = about(collect_run(make_run(metrics=rows)), "rpo-1", "gap-overshoots")
     assert finding.level == "warn" and "2.50" in finding.text
+
+
+def test_a_gap_far_below_its_target_is_amber_with_what_to_change(
+    make_run: Make, make_preference_rows: Make
+) -> None:
+    # Ends at 0.9625 of 0.25 · (1 + 3) = 0.9625, with a target of 2.5; 2.4 times that is enough.
+    rows = make_preference_rows("rpo-1", delta=1.0, rejected=-3.0, beta=0.25)
+    run = collect_run(make_run(metrics=rows))
+    finding = about(run, "rpo-1", "gap-short")
+    assert finding.level == "warn" and "38%" in finding.text and "0.96 of 2.50" in finding.text
+    assert "3.85 of 10.00 nats" in finding.text  # divided by β
+    advice = str(finding.advice)
+    for key in ("learning_rate (now 3e-05)", "num_train_epochs", "beta (now 0.25)", "reward_scale"):
+        assert key in advice
+    assert judge(run).level == "warn"
+
+
+def test_half_of_the_target_gap_is_good(make_run: Make, make_preference_rows: Make) -> None:
+    rows = make_preference_rows("rpo-1", delta=2.0, rejected=-4.0, beta=0.25)
+    finding = about(collect_run(make_run(metrics=rows)), "rpo-1", "gap")
+    assert finding.level == "good" and "58%" in finding.text
+
+
+def test_a_gap_that_is_still_growing_is_no_warning(
+    make_run: Make, make_stage: Make, make_preference_rows: Make
+) -> None:
+    rows = make_preference_rows("rpo-1", delta=0.1, rejected=-0.1, beta=0.25)
+    run = collect_run(make_run(stages=[make_stage("rpo-1", "rpo", state="running")], metrics=rows))
+    assert about(run, "rpo-1", "gap-short").level == "info"
 
 
 def test_no_margin_is_bad(make_run: Make, make_preference_rows: Make) -> None:

@@ -1,0 +1,29 @@
+"""`rpo-trainer compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run_dirs", metavar="RUN RUN [RUN ...]", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--html",
+    "target",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the comparison as an HTML page with overlaid curves (extra `report`).",
+)
+def compare(run_dirs: tuple[Path, ...], target: Path | None) -> None:
+    """Compare runs: final figures with intervals, and differing settings."""
+    if len(run_dirs) < 2:
+        raise click.UsageError("Give at least two run directories.")
+    from rich.console import Console
+
+    from rpo_trainer.report import build_comparison, compare_view
+
+    Console().print(compare_view(run_dirs))
+    if target is not None:
+        click.echo(f"comparison: {build_comparison(run_dirs, target)}")
