@@ -16,10 +16,13 @@ Configs:
   argument_status   what becomes of a training argument
   argument_table    that, for each argument
   argument_page     docs/training-arguments.md, written from the table
-  unknown_arguments   what to write in place of an unknown argument
+  unknown_arguments   arguments of other libraries: other names, and answers
+  trl_arguments     arguments of TRL's configs that ours accept
+  trl_table         what becomes of each of them
 
 Parts of a trainer:
   setup             model and tokenizer, as the constructor makes them ready
+  given_rows        rows of a formatting function, of plain text, tokenized rows
   data_sets         the rows that a trainer is given, tokenized and checked against the model
   examples          tokenized examples, and the collator that packs them
   fits              whether the examples fit the model: vocabulary, positions, end tokens

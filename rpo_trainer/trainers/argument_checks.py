@@ -23,6 +23,7 @@ _FILES = ("accelerator_config", "fsdp_config")  # which may name a JSON file
 # Which cannot name a file
 _DICTS = (
     "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs", "derived",
+    "model_init_kwargs", "dataset_kwargs",
 )  # fmt: skip
 _SHOWN = 100  # characters of a value in a message
 # What transformers adds to the metrics of an evaluation

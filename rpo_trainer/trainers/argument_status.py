@@ -111,14 +111,14 @@ def refusals(
         value = values[name]
         if row.status == "refused":
             wrong = not any(_same(value, taken) for taken in row.taken or (defaults.get(name),))
-            why = f"{row.text}; {row.instead}"
+            why = f" ({row.text}): {row.instead}"
         else:
             parts = value if isinstance(value, list) else [value]
             wrong = any(_same(part, other) for part in parts for other in row.not_taken)
-            why = row.instead
+            why = f": {row.instead}"
         if wrong:
             yield Problem(
-                f"{prefix}{name}={_shown(value)} is not supported: {why}",
+                f"{prefix}{name}={_shown(value)} is not supported{why}",
                 code="training.unsupported-setting",
                 setting=prefix + name,
             )

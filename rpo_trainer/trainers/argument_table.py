@@ -94,13 +94,17 @@ TRAINING: tuple[Setting, ...] = (
         "torch_compile torch_compile_backend torch_compile_mode",
         "the decoder's layers are compiled one by one; modes that record CUDA graphs are refused",
     ),
-    refused(
+    harmless(
         "use_liger_kernel",
-        "its kernels would be put into the model after the packed layout was checked and the reference "
-        "computed without them",
-        "remove it: the logits are never held in memory here, with or without it",
+        "the loss never holds all logits in memory, with or without it; Liger's kernels for layers are not "
+        "installed, and a warning says so",
     ),
-    refused("liger_kernel_config", "use_liger_kernel is not supported", "remove it"),
+    refused(
+        "liger_kernel_config",
+        "Liger's kernels are not installed: the packed layout is checked, and the reference log-probs are "
+        "computed, without them",
+        "remove it",
+    ),
     refused(
         "use_cache",
         "training and evaluation never keep a key-value cache",

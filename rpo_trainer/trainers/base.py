@@ -113,6 +113,7 @@ class BaseTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="trainer_output")
         setup.require_config(self, args)
@@ -137,6 +138,7 @@ class BaseTrainer(Trainer):
                 processing_class=tokenizer,
                 callbacks=[*trackers, *(callbacks or [])],
                 optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
         self.neftune_noise_alpha = None  # transformers' noise takes a packed row for one example
         # Our loss is already divided by the counts of the whole accumulated global batch.

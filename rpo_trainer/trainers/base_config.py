@@ -25,7 +25,8 @@ from rpo_trainer.trainers.argument_checks import (
 from rpo_trainer.trainers.argument_status import Problem
 from rpo_trainer.trainers.config_checks import accumulation_of, config_problems
 from rpo_trainer.trainers.engine import load_in_float32
-from rpo_trainer.trainers.unknown_arguments import instead_of
+from rpo_trainer.trainers.trl_arguments import TrlArguments
+from rpo_trainer.trainers.unknown_arguments import known_arguments
 
 C = TypeVar("C", bound=TrainingArguments)
 
@@ -70,16 +71,7 @@ def config(made_of: type[C]) -> type[C]:
 
     @functools.wraps(made)
     def init(self: C, *args: Any, **given: Any) -> None:
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise RecipeError(
-                f"there is no argument {' or '.join(unknown)}",
-                code="training.unknown-argument",
-                where=made_of.__name__,
-                why="it would have no effect",
-                fix="; ".join(instead_of(name, list(known)) for name in unknown),
-            )
-        made(self, *args, **given)
+        made(self, *args, **known_arguments(made_of.__name__, list(known), given))
 
     made_of.__init__ = init  # type: ignore[assignment, method-assign]
     return made_of
@@ -103,7 +95,7 @@ def _with_fields(config: type[C]) -> str:
 
 @config
 @dataclass
-class BaseConfig(TrainingArguments):
+class BaseConfig(TrlArguments):
     """Fields that all our trainers share."""
 
     # Fields whose default differs from TRL's, other differences, and whether the log says so.
@@ -124,7 +116,7 @@ class BaseConfig(TrainingArguments):
     }
     unlike_trl: ClassVar[tuple[str, ...]] = ()
     compared_with_trl: ClassVar[bool] = True
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "derived", "chat_template_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrlArguments._VALID_DICT_FIELDS, "derived", "chat_template_kwargs"]  # noqa: RUF012
 
     max_length: int | None = described(
         "Longest prompt + response, in tokens; None: no limit.", 1024
@@ -207,6 +199,8 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         require_readable_settings(self)
         self._forget_derived()
+        if self.truncation_mode == "keep_start":
+            self.truncation = "cut"
         names = [name for name in _DERIVED if hasattr(self, name)]
         given = {name: getattr(self, name) for name in names}
         self._set_defaults()
@@ -222,6 +216,10 @@ class BaseConfig(TrainingArguments):
             for name in names
             if (now := getattr(self, name)) != given[name]
         }
+        self.note_trl_arguments()
+        self.use_liger_kernel = (
+            False  # the head is fused in any case; the layers keep their own kernels
+        )
 
     def _forget_derived(self) -> None:
         """In a copy, fields that were filled in are as they were given, unless the copy has another value."""
@@ -347,7 +345,7 @@ class BaseConfig(TrainingArguments):
 
     def _problems(self) -> list[Problem]:
         """What does not fit; a subclass adds the problems of its own fields."""
-        return list(config_problems(self))
+        return [*config_problems(self), *self.trl_problems()]
 
     @property
     def allowed_skips(self) -> int:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
 from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, LOSS_SETTINGS, RPO_ALPHA
-from rpo_trainer.trainers.argument_status import Problem
+from rpo_trainer.trainers.argument_status import Problem, Setting
 from rpo_trainer.trainers.base_config import BaseConfig, TrlDefault, config, described
 from rpo_trainer.trainers.config_checks import noise_problems
+from rpo_trainer.trainers.trl_arguments import TrlPreference, TrlReward, TrlSFT
+from rpo_trainer.trainers.trl_table import PREFERENCE, REWARD, SFT
 
 
 def _described_losses(kind: str) -> str:
@@ -20,9 +22,11 @@ def _described_losses(kind: str) -> str:
 
 @config
 @dataclass
-class SFTConfig(BaseConfig):
+class SFTConfig(TrlSFT, BaseConfig):
     """Supervised fine-tuning: the mean over trained tokens of the global batch of −log π."""
 
+    trl_table: ClassVar[tuple[Setting, ...]] = SFT
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "dataset_kwargs"]  # noqa: RUF012
     unlike_trl: ClassVar[tuple[str, ...]] = (
         "only assistant turns are trained (TRL trains all tokens of conversations)",
     )
@@ -32,10 +36,11 @@ class SFTConfig(BaseConfig):
 
 @config
 @dataclass
-class PreferenceConfig(BaseConfig):
+class PreferenceConfig(TrlPreference, BaseConfig):
     """Fields that DPO and RPO share."""
 
     _kind: ClassVar[str] = ""  # of the losses
+    trl_table: ClassVar[tuple[Setting, ...]] = PREFERENCE
 
     learning_rate: float = described("Peak learning rate.", 1e-6)
     beta: float = described("β: strength of the implicit reward.", 0.1)
@@ -65,6 +70,19 @@ class PreferenceConfig(BaseConfig):
     rpo_alpha: float | None = described(
         "Refused: elsewhere it is what sft_loss_weight is here.", None
     )
+
+    def __post_init__(self) -> None:
+        given: Any = self.loss_type
+        if isinstance(given, (list, tuple)) and len(given) == 1:  # TRL's is a list
+            (given,) = given
+        if (
+            isinstance(given, str)
+            and given in FOREIGN_LOSSES
+            and FOREIGN_LOSSES[given] in losses_of(self._kind)
+        ):
+            given = FOREIGN_LOSSES[given]
+        self.loss_type = given
+        super().__post_init__()
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()
@@ -200,9 +218,10 @@ class RPOConfig(PreferenceConfig):
 
 @config
 @dataclass
-class RewardConfig(BaseConfig):
+class RewardConfig(TrlReward, BaseConfig):
     """Reward models: regression on attributes (arXiv 2406.08673), or Bradley-Terry on pairs."""
 
+    trl_table: ClassVar[tuple[Setting, ...]] = REWARD
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "reward_weights"]  # noqa: RUF012
 
     learning_rate: float = described("Peak learning rate.", 1e-4)

@@ -17,6 +17,7 @@ from rpo_trainer.trainers import fits
 from rpo_trainer.trainers.argument_checks import require_best_metric
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.given_rows import is_plain_text, tokenized_rows
 
 if TYPE_CHECKING:
     from rpo_trainer.data import Audit
@@ -109,17 +110,25 @@ def tokenized(
     from rpo_trainer.data import Audit, prepare_dataset
 
     audit = audits[name] = Audit()
-    rows = prepare_dataset(
-        dataset,
-        tokenizer,
-        kind=kind,
-        max_length=sys.maxsize if args.max_length is None else args.max_length,
-        truncation=args.truncation,  # type: ignore[arg-type]
-        special_tokens=args.special_tokens,  # type: ignore[arg-type]
-        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-        **options,
-        audit=audit,
+    max_length = sys.maxsize if args.max_length is None else args.max_length
+    rows = tokenized_rows(
+        dataset, kind, max_length=max_length, truncation=args.truncation, audit=audit
     )
+    if rows is None:
+        special_tokens = args.special_tokens
+        if special_tokens is None and kind == "sft" and is_plain_text(dataset):
+            special_tokens = "parse"
+        rows = prepare_dataset(
+            dataset,
+            tokenizer,
+            kind=kind,
+            max_length=max_length,
+            truncation=args.truncation,  # type: ignore[arg-type]
+            special_tokens=special_tokens,  # type: ignore[arg-type]
+            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+            **options,
+            audit=audit,
+        )
     if args.process_index == 0:
         audit.log(logger, f"{name}_dataset", f"{name} data: ")
     if not len(rows):

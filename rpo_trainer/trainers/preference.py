@@ -29,6 +29,7 @@ from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.preference_terms import preference_terms
+from rpo_trainer.trainers.setup import loading_settings
 from rpo_trainer.trainers.step_result import StepResult
 from rpo_trainer.trainers.step_zero import StepZero
 
@@ -75,7 +76,7 @@ class PreferenceTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         if isinstance(ref_model, str):
-            ref_model = load_model_named(ref_model)
+            ref_model = load_model_named(ref_model, settings=loading_settings(ref_model, self.args))
         elif ref_model is not None and ref_model is not model:
             ref_model = unwrap_prepared_model(ref_model)
         if ref_model is not model and any(ref_model is part for part in self.model.modules()):

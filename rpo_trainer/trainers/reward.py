@@ -33,7 +33,7 @@ from rpo_trainer.trainers.reward_data import (
 )
 from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
-from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
+from rpo_trainer.trainers.setup import loading_settings, tokenizer_in, tokenizer_of
 from rpo_trainer.trainers.step_result import StepOutputs, StepResult, Term
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class RewardTrainer(BaseTrainer):
         model: a causal language model, which gets a new head, a sequence classifier, or a name or
             path to load one from.
         args: a `RewardConfig`.
-        train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers: see
-            `SFTTrainer`.
+        train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers,
+            optimizer_cls_and_kwargs: see `SFTTrainer`.
     """
 
     config_class = RewardConfig
@@ -72,15 +72,23 @@ class RewardTrainer(BaseTrainer):
         peft_config: Any = None,
         callbacks: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = RewardConfig(output_dir="trainer_output") if args is None else args
         if isinstance(args, RewardConfig):  # else the base says what is wrong
             regression = args.objective == "regression"
             self.row_kind: Literal["pair", "rating"] = "rating" if regression else "pair"
             self.needs_rewards = args.margin_scale > 0
-            start = load_model_named(model, reward=True) if isinstance(model, str) else model
+            loading = loading_settings(model, args)
+            start = (
+                load_model_named(model, reward=True, settings=loading)
+                if isinstance(model, str)
+                else model
+            )
             processing_class = tokenizer_in(processing_class) or (
-                load_tokenizer_named(model) if isinstance(model, str) else tokenizer_of(model)
+                load_tokenizer_named(model, loading)
+                if isinstance(model, str)
+                else tokenizer_of(model, loading)
             )
             reward_model: nn.Module = as_reward_model(
                 start, attributes=args.attributes, weights=args.reward_weights, seed=args.seed
@@ -98,6 +106,7 @@ class RewardTrainer(BaseTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.attributes = attributes_of(self.model)
         self.weights = weights_of(self.model)

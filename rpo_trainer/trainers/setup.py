@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 
+from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapters
 from rpo_trainer.models.adapter_methods import is_adapted, require_supported_adapter
@@ -18,7 +20,7 @@ from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
 from rpo_trainer.models.quantization import disable_bnb_cpu_bf16
 from rpo_trainer.models.sharding import whole_on_every_rank
-from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
+from rpo_trainer.models.unwrap import is_classifier, transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
@@ -68,13 +70,61 @@ def prepare_model(
         model: the model, or the name or path of one.
         tokenizer: the trainer's `processing_class`; None: the one that the model was loaded with.
     """
+    made_here = isinstance(model, nn.Module) and is_classifier(model)  # by `RewardTrainer`
+    settings = {} if made_here else loading_settings(model, args)
     if isinstance(model, str):
-        tokenizer = tokenizer or load_tokenizer_named(model)
-        model = load_model_named(model)
+        tokenizer = tokenizer or load_tokenizer_named(model, settings)
+        model = load_model_named(model, settings=settings)
     model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
-    tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model)
+    tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model, settings)
+    set_tokens(tokenizer, args)
     set_checkpointing(model, args)
     return model, tokenizer
+
+
+def loading_settings(model: str | nn.Module, args: BaseConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for what a trainer loads itself.
+
+    Raises:
+        RecipeError: `model_init_kwargs` for a model that is loaded already.
+    """
+    given: Any = args.model_init_kwargs  # a dict, once the config has read it
+    settings: dict[str, Any] = dict(given or {})
+    if args.model_init_kwargs and not isinstance(model, str):
+        raise RecipeError(
+            "model_init_kwargs has no effect: the model is loaded already",
+            code="training.no-effect",
+            details={"settings": ["model_init_kwargs"]},
+            where=type(args).__name__,
+            fix="pass the name of the model as `model`, or remove model_init_kwargs",
+        )
+    if args.trust_remote_code is not None:
+        settings["trust_remote_code"] = args.trust_remote_code
+    return settings
+
+
+def set_tokens(tokenizer: Any, args: BaseConfig) -> None:
+    """Sets the tokens and the chat template that the config names on the tokenizer.
+
+    Raises:
+        RecipeError: the tokenizer has no such token.
+        ModelError: the template cannot be read.
+    """
+    for name in ("pad_token", "eos_token"):
+        token = getattr(args, name, None)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise RecipeError(
+                f"{name}={token!r} is not a token of the tokenizer",
+                code="training.unknown-token",
+                details={"settings": [name]},
+                where=type(args).__name__,
+                fix=f"use one of its tokens, or add the token to tokenizer and model and remove {name}",
+            )
+        setattr(tokenizer, name, token)
+    if (path := getattr(args, "chat_template_path", None)) is not None:
+        set_chat_template(tokenizer, path)
 
 
 def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
@@ -244,8 +294,12 @@ def tokenizer_in(processing_class: Any) -> Any:
     return inside
 
 
-def tokenizer_of(model: nn.Module) -> Any:
-    """The tokenizer of the name or path that the model was loaded from."""
+def tokenizer_of(model: nn.Module, settings: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer of the name or path that the model was loaded from.
+
+    Args:
+        settings: see `loading_settings`.
+    """
     name = getattr(getattr(model, "config", None), "name_or_path", "")
     if not name:
         raise ModelError(
@@ -254,7 +308,7 @@ def tokenizer_of(model: nn.Module) -> Any:
             why="the model does not know from where it was loaded, so its own cannot be found",
             fix="pass processing_class=tokenizer",
         )
-    return load_tokenizer_named(name)
+    return load_tokenizer_named(name, settings)
 
 
 def proved_layout(model: nn.Module, args: BaseConfig, longest: int | None) -> Layout:

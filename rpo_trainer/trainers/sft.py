@@ -9,7 +9,8 @@ Shapes: `T` tokens of a packed row, `R` rows of length `L` when padded, `H` hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import SFTConfig
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.given_rows import formatted_rows, text_rows
 from rpo_trainer.trainers.step_result import StepResult, Term
 
 
@@ -40,15 +42,50 @@ class SFTTrainer(BaseTrainer):
         peft_config: trains an adapter in place of the weights.
         callbacks: `transformers.TrainerCallback`s.
         optimizers: (optimizer, scheduler) in place of those of `args`.
+        optimizer_cls_and_kwargs: class and arguments of an optimizer in place of that of `args`.
+        formatting_func: called with each row of the data sets; returns a text to train on, a list of messages,
+            or a row in any format.
     """
 
     config_class = SFTConfig
     row_kind: Literal["sft", "pair"] = "sft"
     _noise: NeftuneNoise | None = None
+    _formatting: Callable[[Any], Any] | None = None
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        formatting_func: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._formatting = formatting_func
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
 
     def _examples(
         self, dataset: Any, tokenizer: Any, args: BaseConfig, name: str
     ) -> Examples | None:
+        if dataset is not None and not isinstance(dataset, Examples):
+            assert isinstance(args, SFTConfig)
+            dataset = text_rows(dataset, args.dataset_text_field)
+            if self._formatting is not None:
+                dataset = formatted_rows(dataset, self._formatting)
         examples = super()._examples(dataset, tokenizer, args, name)
         if examples is not None and (wrong := int((examples.response_counts() != 1).sum())):
             raise DataError(
@@ -87,9 +124,14 @@ class SFTTrainer(BaseTrainer):
 # --- noise on the embeddings ---
 
 
-def example_lengths(inputs: ModelInputs) -> Tensor:
-    """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response."""
+def example_lengths(inputs: ModelInputs) -> Tensor | None:
+    """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response.
+
+    None: each forward of the model has one example (layout `single`).
+    """
     ids = inputs.input_ids
+    if inputs.rows is not None:
+        return None
     if inputs.plan is None:
         assert inputs.attention_mask is not None
         return inputs.attention_mask.sum(-1, keepdim=True).expand(ids.shape)
@@ -123,10 +165,13 @@ class NeftuneNoise:
             handle.remove()
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if not module.training or self.lengths is None:
+        if not module.training:
             return output
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        if self.lengths is None:
+            length, width = output.shape[-2:]
+            return output + noise * (self.alpha / math.sqrt(length * width))
         size = (
             self.alpha / (self.lengths * output.shape[-1]).float().sqrt()
         )  # too large for float16
-        noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * size[..., None].to(output.dtype)
