@@ -11,6 +11,7 @@
     head             what the model does between its last hidden states and its logits
     logprobs         hidden states → log-probability of each trained token, in tiles of the vocabulary
       head_kernels       softmax and gradient of a tile in Triton
+      token_stats        accuracy, entropy and mean logit of each token, from the same tiles
     router_loss      mixtures of experts: the load-balancing loss of the same forward
 
 The log-probabilities go to `rpo_trainer.losses`. Beside the step: `reference` computes the reference's

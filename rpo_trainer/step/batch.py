@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rpo_trainer.step.attention_flex import FlexIndex
 from rpo_trainer.step.attention_varlen import VarlenIndex
+from rpo_trainer.step.token_stats import TokenStats
 
 Layout = Literal["shared", "packed", "padded", "single"]
 
@@ -241,6 +242,7 @@ class ModelInputs(TensorStruct):
         last_index: `[R]`, the flat position of each response's last token.
         token_uses: as `input_ids`, int64: how many responses use each token, 0 for padding.
         router: what the forward is to give of its routers; None: nothing.
+        stats: gets the statistics of the trained tokens' distributions; None: none are computed.
     """
 
     input_ids: Tensor
@@ -253,6 +255,7 @@ class ModelInputs(TensorStruct):
     last_index: Tensor
     token_uses: Tensor
     router: RouterRequest | None = None
+    stats: TokenStats | None = None
 
 
 @dataclass

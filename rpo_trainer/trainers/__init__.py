@@ -33,6 +33,7 @@ Parts of a trainer:
   preference_terms  the preference loss and the weighted SFT term of a micro-batch, and their metrics
   step_result       terms of a loss → the loss of a micro-batch
   metrics           sums of terms and metrics, their means in the log
+  token_metrics     token accuracy, entropy, mean logits, tokens seen
   router_term       the load-balancing loss of a mixture of experts
   guards            NaN and infinite losses or gradients: stop, or leave the step out
   step_zero         the loss before the first update against its closed form

@@ -50,6 +50,7 @@ class PreferenceTrainer(BaseTrainer):
 
     config_class: type[PreferenceConfig] = PreferenceConfig
     row_kind: Literal["sft", "pair"] = "pair"
+    token_metrics: Literal["tokens", "preferences"] | None = "preferences"
     args: PreferenceConfig
     no_noise = "the reference has none"
 
@@ -269,7 +270,7 @@ class PreferenceTrainer(BaseTrainer):
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
         """The metrics of an evaluation."""
-        names = {"loss", "loss/preference", "loss/sft", *_METRICS}
+        names = super().metric_names(args, examples) | {"loss/preference", "loss/sft", *_METRICS}
         return names | {*_TARGET_METRICS} if cls.needs_rewards else names
 
     # --- the step ---

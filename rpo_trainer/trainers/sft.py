@@ -49,6 +49,7 @@ class SFTTrainer(BaseTrainer):
 
     config_class = SFTConfig
     row_kind: Literal["sft", "pair"] = "sft"
+    token_metrics: Literal["tokens", "preferences"] | None = "tokens"
     _noise: NeftuneNoise | None = None
     _formatting: Callable[[Any], Any] | None = None
 
@@ -100,7 +101,7 @@ class SFTTrainer(BaseTrainer):
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
         """The metrics of an evaluation."""
-        return {"loss", "loss/sft"}
+        return super().metric_names(args, examples) | {"loss/sft"}
 
     def before_forward(self, inputs: PackedBatch) -> None:
         """Noise on the embeddings is scaled by the examples of this forward."""
