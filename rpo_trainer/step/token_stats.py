@@ -88,8 +88,8 @@ class Running:
         """Adds a tile of the tokens `t0` to `t1`.
 
         Args:
-            before, tile, after: `[t]`, log of the sum of exponentials of the slices before, of this one, and of
-                all of them together.
+            before, tile, after: `[t]`, log of the sum of exponentials of the slices before, of this one, and
+                of all of them together.
         """
         old, new = ((x - after).exp().nan_to_num(0.0) for x in (before, tile))
         self.expected[t0:t1] = self.expected[t0:t1] * old + part.expected * new

@@ -1,6 +1,7 @@
 """The settings of `TrainingArguments`, `accelerator_config` and `fsdp_config`, field by field.
 
-Each row was checked against transformers' `trainer.py` and `training_args.py`, and against the methods that our
+Each row was checked against transformers' `trainer.py` and `training_args.py`, and against the methods that
+our
 trainers override: data loaders, loss, evaluation and checkpoints.
 """
 
@@ -10,9 +11,7 @@ from rpo_trainer.trainers.argument_status import Setting, harmless, read, refuse
 
 _NO_PREDICTIONS = "metrics come from log-probabilities, without logits, labels or `compute_metrics`"
 _OWN_LOADER = "the trainer creates its own data loaders, which accelerate does not prepare"
-_METRICS = (
-    "the loss and its metrics are logged; for other metrics subclass the trainer and extend `evaluate`"
-)
+_METRICS = "the loss and its metrics are logged; for other metrics subclass the trainer and extend `evaluate`"
 _HUB = "transformers: used with `push_to_hub`"
 
 TRAINING: tuple[Setting, ...] = (
@@ -61,22 +60,22 @@ TRAINING: tuple[Setting, ...] = (
     ),
     refused(
         "average_tokens_across_devices",
-        "a loss over tokens is always divided by the tokens of the entire global batch, so that the number of "
-        "processes does not change the update",
+        "a loss over tokens is always divided by the tokens of the entire global batch, so that the number "
+        "of processes does not change the update",
         "remove it",
         True,
     ),
     read(
         "neftune_noise_alpha",
-        "SFT: noise on the embeddings, scaled by the length of each example as in the paper, in every layout; "
-        "refused by DPO, RPO and reward models",
+        "SFT: noise on the embeddings, scaled by the length of each example as in the paper, in every "
+        "layout; refused by DPO, RPO and reward models",
     ),
     # --- arithmetic ---
-    read("bf16 fp16", "accelerate: autocast of every forward; weights keep the dtype that they were loaded with"),
+    read("bf16 fp16", "accelerate: autocast of every forward; weights keep their dtype"),
     refused(
         "bf16_full_eval fp16_full_eval",
-        "transformers casts the weights for an evaluation and does not cast them back, so that rounded weights "
-        "are trained and saved",
+        "transformers casts the weights for an evaluation and does not cast them back, so that rounded "
+        "weights are trained and saved",
         "remove it; with bf16 or fp16 evaluation uses the same autocast as training",
     ),
     read("tf32", "transformers: TF32 matrix products on CUDA"),
@@ -273,7 +272,8 @@ ACCUMULATION: tuple[Setting, ...] = (
         1,
     ),
     read(
-        "sync_each_batch", "gradients are reduced after every forward instead of once per optimizer step"
+        "sync_each_batch",
+        "gradients are reduced after every forward instead of once per optimizer step",
     ),
     refused(
         "adjust_scheduler sync_with_dataloader",

@@ -391,7 +391,7 @@ class BaseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Loss of a micro-batch, scaled so that the sum over micro-batches and ranks is the loss of the batch."""
+        """Loss of a micro-batch, scaled so that the sum over micro-batches and ranks is the total loss."""
         self.before_forward(inputs)
         if self.router is not None:
             self.router.request(inputs)

@@ -100,9 +100,7 @@ class BaseConfig(TrlArguments):
 
     # Fields whose default differs from TRL's, other differences, and whether to log them.
     trl_defaults: ClassVar[Mapping[str, TrlDefault]] = {
-        "truncation": TrlDefault(
-            "truncates", "Truncated responses teach the model to stop early."
-        ),
+        "truncation": TrlDefault("truncates", "Truncated responses teach the model to stop early."),
         "gradient_checkpointing": TrlDefault(
             "", "On by default as in TRL, but only for models that support it."
         ),
@@ -161,8 +159,8 @@ class BaseConfig(TrlArguments):
         None,
     )
     on_nonfinite: str = described(
-        "If a loss or gradient is NaN or infinite: `stop` before the weights are updated, or `skip` the step, "
-        "at most `max_skipped_steps` times.",
+        "If a loss or gradient is NaN or infinite: `stop` before the weights are updated, or `skip` the "
+        "step, at most `max_skipped_steps` times.",
         "stop",
     )
     max_skipped_steps: int | None = described(
@@ -171,8 +169,8 @@ class BaseConfig(TrlArguments):
         None,
     )
     shuffle: bool | None = switch(
-        "Whether each epoch is a new permutation of the examples; False: the order of the data. None: follows "
-        "train_sampling_strategy (random: True, sequential: False)."
+        "Whether each epoch is a new permutation of the examples; False: the order of the data. None: "
+        "follows train_sampling_strategy (random: True, sequential: False)."
     )
     bf16: bool | None = switch(  # type: ignore[assignment]
         "bfloat16 autocast. None: on if fp16 is off and the GPU supports bfloat16; off on a CPU, where it "
@@ -182,9 +180,7 @@ class BaseConfig(TrlArguments):
         "Recompute activations in the backward pass. None: on if the model supports it and FSDP does not do "
         "it."
     )
-    remove_unused_columns: bool = described(
-        "Only False: the collator selects the columns.", False
-    )
+    remove_unused_columns: bool = described("Only False: the collator selects the columns.", False)
     logging_nan_inf_filter: bool = described("Only False: see on_nonfinite.", False)
     logging_steps: float = described("Number of optimizer steps between log lines.", 10)
     derived: dict[str, Any] | str | None = field(
@@ -192,8 +188,8 @@ class BaseConfig(TrlArguments):
         repr=False,
         compare=False,
         metadata={
-            "help": "Internal: fields that the config has filled in, with the given and the derived value, so "
-            "that a copy (dataclasses.replace, to_dict) derives them again."
+            "help": "Internal: fields that the config has filled in, with the given and the derived value, "
+            "so that a copy (dataclasses.replace, to_dict) derives them again."
         },
     )
 

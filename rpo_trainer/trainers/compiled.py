@@ -1,8 +1,8 @@
 """`torch_compile`: the decoder layers are compiled one by one, for packed rows of any length.
 
-The length of packed rows varies, and their plan is a Python object: compiling the entire model would recompile it
-in every step. The layers are alike and do nearly all of the work, so they share one compiled function with
-dynamic lengths. Attention, which reads the plan, is not compiled.
+The length of packed rows varies, and their plan is a Python object: compiling the entire model would
+recompile it in every step. The layers are alike and do nearly all of the work, so they share one compiled
+function with dynamic lengths. Attention, which reads the plan, is not compiled.
 """
 
 from __future__ import annotations

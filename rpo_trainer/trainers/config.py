@@ -45,9 +45,7 @@ class PreferenceConfig(TrlPreference, BaseConfig):
     learning_rate: float = described("Peak learning rate.", 1e-6)
     beta: float = described("β: scale of the implicit reward.", 0.1)
     loss_type: str = described("Preference loss.", "dpo")
-    sft_loss_weight: float = described(
-        "Weight of the SFT loss on the chosen responses.", 0.0
-    )
+    sft_loss_weight: float = described("Weight of the SFT loss on the chosen responses.", 0.0)
     sft_reduction: str = described(
         "SFT loss: `sum` over the tokens of a response, then mean over examples; `token_mean`: mean over all "
         "chosen tokens of the global batch; `sequence_mean`: mean over the tokens of a response, then over "
@@ -63,15 +61,16 @@ class PreferenceConfig(TrlPreference, BaseConfig):
     )
     step0_check: bool = described(
         "Stop before the first update if the log-probs of policy and reference differ although the models "
-        "are the same.", True
+        "are the same.",
+        True,
     )
     reference_cache_dir: str | None = described(
         "Directory of the cached reference log-probs; None: `reference-cache` in output_dir.", None
     )
-    reference_batch_tokens: int = described("Tokens per forward when reference log-probs are computed.", 8192)
-    rpo_alpha: float | None = described(
-        "Refused: use sft_loss_weight.", None
+    reference_batch_tokens: int = described(
+        "Tokens per forward when reference log-probs are computed.", 8192
     )
+    rpo_alpha: float | None = described("Refused: use sft_loss_weight.", None)
 
     def __post_init__(self) -> None:
         given: Any = self.loss_type
@@ -88,9 +87,7 @@ class PreferenceConfig(TrlPreference, BaseConfig):
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()
-        problems += noise_problems(
-            self, "the reference model has no noise"
-        )
+        problems += noise_problems(self, "the reference model has no noise")
         if self.rpo_alpha is not None:
             problems.append(
                 Problem(
@@ -177,7 +174,8 @@ class DPOConfig(PreferenceConfig):
         if self.label_smoothing and loss is not None and not loss.label_smoothing:
             problems.append(
                 Problem(
-                    f"label_smoothing has no effect with loss_type {self.loss_type}: use {smoothed()}, or remove it",
+                    f"label_smoothing has no effect with loss_type {self.loss_type}: use {smoothed()}, or "
+                    "remove it",
                     code="training.no-effect",
                     setting="label_smoothing",
                 )
@@ -247,8 +245,8 @@ class RewardConfig(TrlReward, BaseConfig):
         metavar="RATING",
     )
     margin_scale: float = described(
-        "Bradley-Terry: −log σ(r_c − r_r − margin) with margin = margin_scale · (reward gap of the row). 0: no "
-        "margin, and rows need no rewards.",
+        "Bradley-Terry: −log σ(r_c − r_r − margin) with margin = margin_scale · (reward gap of the row). 0: "
+        "no margin, and rows need no rewards.",
         0.0,
     )
 

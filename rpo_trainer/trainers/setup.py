@@ -217,8 +217,8 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
     }
     if halves and is_main():
         logger.warning(
-            "the trained weights are %s: small updates are lost to rounding (bfloat16 has 8 significant bits, "
-            "float16 11). Load the model with dtype=torch.float32, and set bf16=True for autocast",
+            "the trained weights are %s: small updates are lost to rounding (bfloat16 has 8 significant "
+            "bits, float16 11). Load the model with dtype=torch.float32, and set bf16=True for autocast",
             " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
         )  # fmt: skip
     return model

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning on assistant turns only, with NEFTune's noise where it is asked for.
+"""Supervised fine-tuning on assistant turns, optionally with NEFTune noise.
 
-NEFTune (arXiv 2310.05914) adds U(−1, 1) · α / √(L·H) to the embedding of a token, L the length of its example
-and H the hidden size. transformers takes the length of the whole row for L, which is many examples where rows
-are packed.
+NEFTune (arXiv 2310.05914) adds U(−1, 1) · α / √(L·H) to the embedding of a token, where L is the length of
+its example and H the hidden size. transformers uses the length of the row for L, which is wrong for packed
+rows.
 
 Shapes: `T` tokens of a packed row, `R` rows of length `L` when padded, `H` hidden size.
 """
@@ -28,23 +28,23 @@ from rpo_trainer.trainers.step_result import StepResult, Term
 
 
 class SFTTrainer(BaseTrainer):
-    """−log π of the trained tokens, averaged over all of them in the global batch.
+    """Minimizes −log π of the trained tokens, averaged over all of them in the global batch.
 
-    Rows: `messages`, or `prompt` and `response` (or `completion`), or tokenised already. Every assistant
-    turn is trained, its end token included, and nothing else.
+    Rows: `messages`, or `prompt` and `response` (or `completion`), or tokenized rows. All assistant turns are
+    trained, with their end tokens, and nothing else.
 
     Args:
-        model: a causal language model, or a name or path to load one from.
+        model: a causal language model, or its name or path.
         args: an `SFTConfig`.
         train_dataset: a `datasets.Dataset` or a list of rows.
         eval_dataset: the same, or a dict of them by name.
-        processing_class: the tokenizer; None: the one the model was loaded with.
-        peft_config: trains an adapter in place of the weights.
+        processing_class: the tokenizer; None: the tokenizer of the model's name or path.
+        peft_config: trains an adapter instead of the weights.
         callbacks: `transformers.TrainerCallback`s.
-        optimizers: (optimizer, scheduler) in place of those of `args`.
-        optimizer_cls_and_kwargs: class and arguments of an optimizer in place of that of `args`.
-        formatting_func: called with each row of the data sets; returns a text to train on, a list of messages,
-            or a row in any format.
+        optimizers: (optimizer, scheduler) instead of those of `args`.
+        optimizer_cls_and_kwargs: class and arguments of an optimizer instead of that of `args`.
+        formatting_func: called with each row of the data sets; returns a text to train on, a list of
+            messages, or a row in any format.
     """
 
     config_class = SFTConfig
@@ -90,11 +90,11 @@ class SFTTrainer(BaseTrainer):
         examples = super()._examples(dataset, tokenizer, args, name)
         if examples is not None and (wrong := int((examples.response_counts() != 1).sum())):
             raise DataError(
-                f"{wrong} rows of the {name} data have more or less than one response",
+                f"{wrong} rows of the {name} data do not have exactly one response",
                 code="data.response-count",
                 details={"data": name, "rows": wrong},
-                why="supervised fine-tuning takes one response a row",
-                fix="give rows with messages, or with prompt and response",
+                why="supervised fine-tuning uses one response per row",
+                fix="use rows with messages, or with prompt and response",
             )
         return examples
 
@@ -104,12 +104,12 @@ class SFTTrainer(BaseTrainer):
         return super().metric_names(args, examples) | {"loss/sft"}
 
     def before_forward(self, inputs: PackedBatch) -> None:
-        """Noise on the embeddings is scaled by the examples of this forward."""
+        """Sets the lengths of the examples for NEFTune noise."""
         if self._noise is not None:
             self._noise.lengths = example_lengths(inputs.model_inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`BaseTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
+        """`BaseTrainer.train`, with NEFTune noise if `neftune_noise_alpha` is set."""
         alpha = self.args.neftune_noise_alpha
         if alpha is None:
             return super().train(*args, **kwargs)
@@ -128,7 +128,7 @@ class SFTTrainer(BaseTrainer):
 def example_lengths(inputs: ModelInputs) -> Tensor | None:
     """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response.
 
-    None: each forward of the model has one example (layout `single`).
+    None: each forward of the model is one example (layout `single`).
     """
     ids = inputs.input_ids
     if inputs.rows is not None:
@@ -138,15 +138,15 @@ def example_lengths(inputs: ModelInputs) -> Tensor | None:
         return inputs.attention_mask.sum(-1, keepdim=True).expand(ids.shape)
     counts = torch.tensor([s.stop - s.start for s in inputs.plan.segments])
     counts = counts.to(ids.device, non_blocking=True)
-    # With the size given, the host does not wait for the device.
+    # `output_size` avoids a host sync.
     return counts.repeat_interleave(counts, output_size=ids.shape[1])[None]
 
 
 class NeftuneNoise:
-    """Adds the noise to the output of an embedding while its module trains.
+    """Adds NEFTune noise to the output of an embedding in train mode.
 
     Args:
-        alpha: α of the paper; 5, 10 and 15 are its values.
+        alpha: α of the paper, which uses 5, 10 and 15.
 
     Attributes:
         lengths: of the rows of the next forward, see `example_lengths`.
@@ -158,7 +158,7 @@ class NeftuneNoise:
 
     @contextmanager
     def on(self, embeddings: nn.Module) -> Iterator[None]:
-        """The noise is added while it is entered."""
+        """Context in which the noise is added."""
         handle = embeddings.register_forward_hook(self._add)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Metrics of single tokens under TRL's names: accuracy, entropy, mean logits, and the number of tokens seen."""
+"""Metrics of tokens under TRL's names: accuracy, entropy, mean logits, and the number of tokens seen."""
 
 from __future__ import annotations
 

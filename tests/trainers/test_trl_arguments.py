@@ -267,8 +267,13 @@ def test_tokenized_rows_of_sft(
     assert (made["response_ids"], made["response_mask"]) == ([response], [mask])
 
 
-@pytest.mark.parametrize("names", [("prompt_ids", "chosen_ids", "rejected_ids"),
-                                   ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("prompt_ids", "chosen_ids", "rejected_ids"),
+        ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
+    ],
+)
 def test_tokenized_pairs_train_as_the_same_examples(
     names: Any, start: Any, make_trainer: Any
 ) -> None:
