@@ -150,3 +150,11 @@ def test_what_would_change_the_result_stops_with_one_line(run: Run) -> None:
 
 def test_the_scripts_data_is_as_they_say(hub: dict[str, str]) -> None:
     assert len(datasets.load_dataset(hub["org/pairs"], split="train")) == 16
+
+
+@pytest.mark.parametrize("name", ["ModelConfig", "TrlParser", "DataCollatorForCompletionOnlyLM"])
+def test_other_names_of_trl_are_answered(name: str) -> None:
+    with pytest.raises(ImportError, match=name):
+        exec(f"from rpo_trainer import {name}", {})
+    with pytest.raises(ImportError, match="cannot import"):
+        exec("from rpo_trainer import Nowhere", {})
