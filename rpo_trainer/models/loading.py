@@ -177,7 +177,7 @@ def load_model_named(
     A file's own dtype would round the steps; bf16 of the arguments is the arithmetic.
 
     Args:
-        settings: further arguments of `from_pretrained`; a `dtype` among them replaces float32.
+        settings: further arguments of `from_pretrained`; a `dtype` that is not None replaces float32.
 
     Raises:
         ModelError: it cannot be loaded whole, from safetensors and without code of its own.
@@ -189,7 +189,8 @@ def load_model_named(
         config = load_pretrained(AutoConfig, name, **source)
         _refuse_kernel(config, name)
         factory = auto_class(config, reward=reward, where=name)
-        dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
+        older = given.pop("torch_dtype", None)
+        dtype = given.pop("dtype", None) or older or torch.float32
         model: PreTrainedModel = load_complete(factory, name, dtype=dtype, **given)
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, name) from error

@@ -62,14 +62,14 @@ from rpo_trainer.trainers.checkpoint import (
     keep_hyperparameters_on_load,
     load_into_wrapped,
 )
-from rpo_trainer.trainers.compiled import compile_if_asked
+from rpo_trainer.trainers.compiled import compile_layers
 from rpo_trainer.trainers.data_sets import DataSets, tokenized
 from rpo_trainer.trainers.engine import Engine
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import Metrics, MetricSums
-from rpo_trainer.trainers.noise import disable_noise, say_noise
+from rpo_trainer.trainers.noise import disable_noise, log_noise
 from rpo_trainer.trainers.outputs import OutputWriter
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
@@ -168,9 +168,9 @@ class BaseTrainer(Trainer):
         if getattr(self.args, "disable_dropout", False):
             disable_noise(self.model, self.no_noise)
         else:
-            say_noise(self.model)
+            log_noise(self.model)
         self._proved = True
-        compile_if_asked(self.model, self.accelerator)
+        compile_layers(self.model, self.accelerator)
 
     # --- hooks for subclasses ---
 
@@ -223,7 +223,7 @@ class BaseTrainer(Trainer):
         """
         # With a loss scaler (float16) infinite gradients are normal: it skips the step itself.
         scaled = self.accelerator.scaler is not None
-        taken = self.step_guard.judge(
+        taken = self.step_guard.check(
             0.0 if scaled else self._grad_norm,
             step=self.state.global_step + 1,
             reduce=self._reduce,
@@ -505,6 +505,12 @@ class BaseTrainer(Trainer):
         ):  # in a checkpoint the engine saves them
             weights = self.engine.full_weights(self.model, keep=self.args.should_save)
             self._save(output_dir, state_dict=weights)
+
+    def create_model_card(self, *args: Any, dataset_name: Any = None, **kwargs: Any) -> None:
+        """`transformers.Trainer.create_model_card`, with TRL's name for `dataset`."""
+        if dataset_name is not None:
+            kwargs["dataset"] = dataset_name
+        super().create_model_card(*args, **kwargs)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

@@ -21,7 +21,7 @@ from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.attention import ATTENTION_NAME, packed_attention
 
 
-def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:
+def compile_layers(model: nn.Module, accelerator: Accelerator) -> None:
     """Compiles the layers in place of accelerate, which would compile the entire model.
 
     Raises:

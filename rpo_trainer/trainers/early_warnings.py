@@ -28,13 +28,13 @@ from rpo_trainer.losses import LOSSES
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 64  # log lines are averaged until they cover this many examples
-FALLING_NATS, FALLING_SHARE = 2.0, 0.1
-UNLEARNED_NATS, UNLEARNED_SHARE = 0.5, 0.02
+FALLING_NATS, FALLING_FRACTION = 2.0, 0.1
+UNLEARNED_NATS, UNLEARNED_FRACTION = 0.5, 0.02
 ALWAYS_RIGHT = 0.99
 SATURATED_GAP = math.log(0.99 / 0.01)  # σ of it is 0.99
-SATURATED_SHARE = 0.5
+SATURATED_FRACTION = 0.5
 EXPLODED = 10.0  # σ(10) = 0.99995: the DPO loss is close to 0
-EXPLODED_TIMES = 3.0  # of the target gap
+EXPLODED_FACTOR = 3.0  # of the target gap
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
     delta, level = means.get("logps/chosen_delta"), means.get("logps/chosen")
     fall = -delta if delta is not None else 0.0
     size = abs(level - delta) if level is not None and delta is not None else 0.0  # the reference's
-    if fall > max(FALLING_NATS, FALLING_SHARE * size):
+    if fall > max(FALLING_NATS, FALLING_FRACTION * size):
         yield EarlyWarning(
             "chosen_falling",
             f"chosen log-probs are {_below(fall, size)}: the chosen responses become less likely, in favor "
             "of text that is in no example",
-            f"{_hold_up(args)}, or lower learning_rate",
+            f"{_chosen_advice(args)}, or lower learning_rate",
         )
-    saturated = means.get("rewards/target_saturated", 0.0) > SATURATED_SHARE
+    saturated = means.get("rewards/target_saturated", 0.0) > SATURATED_FRACTION
     if saturated and LOSSES[args.loss_type].saturates:
         yield EarlyWarning(
             "targets_saturated",
@@ -72,7 +72,7 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
             f"lower reward_scale (now {args.reward_scale:g}), or use `reward_scale: auto`",
         )
     margin, target = means.get("rewards/margins", 0.0), means.get("rewards/target_gap")
-    limit = EXPLODED if target is None else max(EXPLODED, EXPLODED_TIMES * abs(target))
+    limit = EXPLODED if target is None else max(EXPLODED, EXPLODED_FACTOR * abs(target))
     if margin > limit:
         asked = "" if target is None else f" (target: {target:.3g})"
         yield EarlyWarning(
@@ -82,21 +82,21 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
             f"lower learning_rate, raise beta (now {args.beta:g}), or train fewer steps",
         )
     accuracy = means.get("rewards/accuracies", 0.0)
-    if accuracy >= ALWAYS_RIGHT and fall > max(UNLEARNED_NATS, UNLEARNED_SHARE * size):
+    if accuracy >= ALWAYS_RIGHT and fall > max(UNLEARNED_NATS, UNLEARNED_FRACTION * size):
         yield EarlyWarning(
             "chosen_unlearned",
             f"rewards/accuracies is {accuracy:.3g}, and chosen log-probs are {_below(fall, size)}: pairs are "
             "already ranked correctly, and further steps only make both responses less likely",
-            f"{_hold_up(args)}, or stop earlier (num_train_epochs, max_steps)",
+            f"{_chosen_advice(args)}, or stop earlier (num_train_epochs, max_steps)",
         )
 
 
 def _below(fall: float, size: float) -> str:
-    share = f" ({fall / size:.0%})" if size else ""
-    return f"{fall:.3g} nats per response below the reference's{share}"
+    percent = f" ({fall / size:.0%})" if size else ""
+    return f"{fall:.3g} nats per response below the reference's{percent}"
 
 
-def _hold_up(args: Any) -> str:
+def _chosen_advice(args: Any) -> str:
     """Advice to keep the chosen responses likely."""
     weight = "set" if not args.sft_loss_weight else "raise"
     return (

@@ -23,7 +23,7 @@ from rpo_trainer.trainers.examples import Examples
 logger = logging.getLogger(__name__)
 
 # Fraction of trained spans, or of the occurrences of a token; rarer ones may be due to truncation.
-_SHARE = 0.01
+_MIN_FRACTION = 0.01
 _OFFSETS = 8  # maximum offset of position tables: 2 in OPT and BART
 _ROWS = 256  # rows of a data set that are read at once
 
@@ -122,8 +122,8 @@ def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
             tokens = ids[chosen]
             found, times = np.unique(tokens[np.isin(tokens, candidates)], return_counts=True)
             counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
-    often = [t for t, n in ends.most_common() if t in known or n >= _SHARE * spans]
-    continued = [t for t in often if inside[t] > _SHARE * (inside[t] + ends[t])]
+    often = [t for t, n in ends.most_common() if t in known or n >= _MIN_FRACTION * spans]
+    continued = [t for t in often if inside[t] > _MIN_FRACTION * (inside[t] + ends[t])]
     if (unsaid := [t for t in continued if t in known]) and is_main():
         logger.warning(
             "%s: not added to the saved eos_token_id, because trained tokens follow it",

@@ -48,11 +48,11 @@ class StepGuard:
         self.skipped: list[dict[str, Any]] = []
         self.note: Callable[[list[dict[str, Any]]], None] | None = None
         self._losses: list[tuple[Tensor, Sequence[str]]] = []
-        self._steps = self._left_out = 0  # since the last log line
+        self._steps = self._skipped_since_log = 0  # since the last log line
 
     def begin(self, checkpoint: str | None) -> None:
         """Starts a run, or resumes it from a checkpoint."""
-        self._losses, self._steps, self._left_out = [], 0, 0
+        self._losses, self._steps, self._skipped_since_log = [], 0, 0
         path = Path(checkpoint or "") / _FILE
         self.skipped = json.loads(path.read_text()) if checkpoint and path.is_file() else []
         if self.skipped and self.note is not None:
@@ -67,7 +67,7 @@ class StepGuard:
         """Adds the loss of a micro-batch of the current step, and the ids of its rows."""
         self._losses.append((loss, rows))
 
-    def judge(
+    def check(
         self, grad_norm: Tensor | float, *, step: int, reduce: Callable[[Tensor], Tensor]
     ) -> bool:
         """Checks that all losses and the gradient of a step are finite; the only host sync of a step.
@@ -100,10 +100,10 @@ class StepGuard:
             for row in ids
         ]
         rows = [row for _, part in sorted(all_gather_dict({rank(): own}).items()) for row in part]
-        self._leave_out(step, "loss" if wrong_losses else "gradient", rows)
+        self._skip(step, "loss" if wrong_losses else "gradient", rows)
         return False
 
-    def _leave_out(self, step: int, what: str, rows: list[str]) -> None:
+    def _skip(self, step: int, what: str, rows: list[str]) -> None:
         shown = ", ".join(rows[:_ROWS_SHOWN]) + (" …" if len(rows) > _ROWS_SHOWN else "")
         if len(self.skipped) >= self.limit:
             before = ", ".join(str(one["step"]) for one in self.skipped)
@@ -122,7 +122,7 @@ class StepGuard:
                 + "weights have not been updated, and the last checkpoint is valid",
                 fix="check these rows; lower learning_rate or beta, or use bfloat16 instead of float16",
             )
-        self._left_out += 1
+        self._skipped_since_log += 1
         self.skipped.append({"step": step, "what": what, "rows": rows})
         logger.warning(
             "the %s is not finite at step %d: step skipped, %d of at most %d (rows %s)",
@@ -133,8 +133,8 @@ class StepGuard:
 
     def correct_log(self, logs: dict[str, float]) -> None:
         """Corrects the means of a log line of transformers, which include skipped steps."""
-        taken, all_steps = self._steps - self._left_out, self._steps
-        if self._left_out:
+        taken, all_steps = self._steps - self._skipped_since_log, self._steps
+        if self._skipped_since_log:
             if taken:
                 logs["loss"] *= all_steps / taken
             else:
@@ -143,7 +143,7 @@ class StepGuard:
                 del logs["grad_norm"]
         if self.skipped:
             logs["nonfinite/skipped"] = len(self.skipped)
-        self._steps = self._left_out = 0
+        self._steps = self._skipped_since_log = 0
 
 
 def _not_finite(value: Tensor | float, device: torch.device) -> Tensor:

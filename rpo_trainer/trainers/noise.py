@@ -120,15 +120,15 @@ def disable_noise(model: nn.Module, why: str) -> None:
         why: reason for the warning.
     """
     found = noise_in(model)
-    undo = _silence(model, found)
+    undo = _set_noise_to_zero(model, found)
     if found:
-        silent = _forward(model, 0, training=False)
+        without = _forward(model, 0, training=False)
         _restore(undo)
-        if not _same(silent, lambda: _forward(model, 0, training=False)):
-            for name in [name for name in found if _matters(model, name)]:
+        if not _same(without, lambda: _forward(model, 0, training=False)):
+            for name in [name for name in found if _matters_in_eval(model, name)]:
                 del found[name]
-        _silence(model, found)
-    held = _hold(model)
+        _set_noise_to_zero(model, found)
+    kept = _keep_in_eval(model)
     left = is_noisy(model)
     if not is_main():
         return
@@ -136,10 +136,10 @@ def disable_noise(model: nn.Module, why: str) -> None:
         logger.warning(
             "the model has noise in training (%s): set to 0, because %s", text_of(found), why
         )
-    if held:
+    if kept:
         logger.warning(
             "the model draws random numbers in %s: these modules are kept in eval mode, because %s",
-            ", ".join(held),
+            ", ".join(kept),
             why,
         )
     if left:
@@ -153,7 +153,7 @@ def disable_noise(model: nn.Module, why: str) -> None:
 _Undo = list[tuple[Any, str, Any]]
 
 
-def _silence(model: nn.Module, names: Collection[str]) -> _Undo:
+def _set_noise_to_zero(model: nn.Module, names: Collection[str]) -> _Undo:
     """Sets noise of these names to 0; returns the previous values."""
     inner, undo = transformers_model(model), []
     for path, module in model.named_modules():
@@ -163,7 +163,7 @@ def _silence(model: nn.Module, names: Collection[str]) -> _Undo:
         for config, read in _configs(module):
             if module is not inner and (hidden := tuple(name for name in read if name in names)):
                 attribute = next(name for name, value in vars(module).items() if value is config)
-                changes[attribute] = _quiet(config, hidden)
+                changes[attribute] = _zeroed_view(config, hidden)
         undo += [(module, name, getattr(module, name)) for name in changes]
         for name, value in changes.items():
             setattr(module, name, value)
@@ -175,22 +175,22 @@ def _restore(undo: _Undo) -> None:
         setattr(module, name, value)
 
 
-def _matters(model: nn.Module, name: str) -> bool:
+def _matters_in_eval(model: nn.Module, name: str) -> bool:
     """Whether noise of this name changes what the model computes in eval mode."""
     before = _forward(model, 0, training=False)
-    undo = _silence(model, [name])
+    undo = _set_noise_to_zero(model, [name])
     same = _same(before, lambda: _forward(model, 0, training=False))
     _restore(undo)
     return not same
 
 
-def _quiet(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig:
+def _zeroed_view(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig:
     """A view of a config in which some fields are 0; later changes of the config are visible."""
     cls = type(config)
     fields: dict[str, Any] = {
         "__class__": property(lambda self: cls),
         # A copy of the model gets a view of its own config.
-        "__reduce_ex__": lambda self, protocol: (_quiet, (config, names)),
+        "__reduce_ex__": lambda self, protocol: (_zeroed_view, (config, names)),
         **{name: property(lambda self: 0.0) for name in names},
     }
     view: PreTrainedConfig = object.__new__(type(cls.__name__, (cls,), fields))
@@ -198,7 +198,7 @@ def _quiet(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig
     return view
 
 
-def say_noise(model: nn.Module) -> None:
+def log_noise(model: nn.Module) -> None:
     """Logs the noise of a model in training."""
     found = noise_in(model)
     if found and is_main():
@@ -253,19 +253,19 @@ def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
     return logits.float()
 
 
-def _hold(model: nn.Module) -> list[str]:
+def _keep_in_eval(model: nn.Module) -> list[str]:
     """Keeps modules that draw random numbers in eval mode; returns the names of their classes."""
-    held = set()
+    kept = set()
     for module in _drawing(model):
         # These recompute their activations only if `training` is set.
         if not any(isinstance(part, GradientCheckpointingLayer) for part in module.modules()):
             module.eval()
-            module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
-            held.add(type(module).__name__)
-    return sorted(held)
+            module.train = types.MethodType(_ignore_train, module)  # type: ignore[method-assign]
+            kept.add(type(module).__name__)
+    return sorted(kept)
 
 
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+def _ignore_train(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 

@@ -168,7 +168,7 @@ class PreferenceTrainer(BaseTrainer):
         if self._policy_key is None:
             self._policy_key = self._key_of(self.model)
         key = self._policy_key
-        silent = self.ref_model is not None and starts_as(self.model, self.ref_model)
+        same_start = self.ref_model is not None and starts_as(self.model, self.ref_model)
         if self.ref_model is not None:
             key = self._key_of(self.ref_model)
             model = shard_reference(self.ref_model, self.accelerator)
@@ -188,11 +188,11 @@ class PreferenceTrainer(BaseTrainer):
         self._reference_key = key
         if self.ref_model is not None:
             self.ref_model = self.ref_model.to("cpu") if whole_on_every_rank(model) else None
-            if key != self._policy_key and not silent:
+            if key != self._policy_key and not same_start:
                 logger.info(
                     "step-0 check: off, because the reference model is not the initial policy"
                 )
-        self._reference_is_policy = silent or key == self._policy_key
+        self._reference_is_policy = same_start or key == self._policy_key
 
     def _key_of(self, model: nn.Module) -> str:
         """A key of the weights, equal on all ranks; computed on the main one unless the model is sharded."""

@@ -92,12 +92,12 @@ class RouterTerm:
         Args:
             metrics: the training metrics; None in evaluation, see `evaluated`.
         """
-        term, share = self._share(batch, training=metrics is not None)
+        term, fraction = self._fraction(batch, training=metrics is not None)
         if metrics is not None:
-            metrics.add_ratio(NAME, term, share)
+            metrics.add_ratio(NAME, term, fraction)
         return loss + self.coefficient * term.to(loss.dtype)
 
-    def _share(self, batch: PackedBatch, *, training: bool) -> tuple[Tensor, Tensor]:
+    def _fraction(self, batch: PackedBatch, *, training: bool) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch, and its fraction of the tokens of the global batch.
 
         Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In
@@ -146,7 +146,7 @@ def router_term(
     inner, given = transformers_model(model), args.router_aux_loss_coef
     wanted = asked_by_config(inner.config)
     if given == 0.0 or (given is None and not wanted):
-        _say_off(inner.config, given)
+        _log_off(inner.config, given)
         return None
     try:
         kwargs = args.gradient_checkpointing_kwargs
@@ -183,7 +183,7 @@ def router_term(
     return RouterTerm(loss, coefficient, reduce)
 
 
-def _say_off(config: Any, given: float | None) -> None:
+def _log_off(config: Any, given: float | None) -> None:
     if has_switch(config) and is_main():
         why = (
             "the model's config does not enable it (output_router_logits is false); to add it, set "

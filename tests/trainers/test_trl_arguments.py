@@ -158,7 +158,10 @@ def test_a_model_by_name_is_loaded_as_asked(
 ) -> None:
     make_model(vocab_size=100).save_pretrained(tmp_path / "m")
     rows = make_rows(0, (1,) * 4)
-    for kwargs, dtype in ({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16):
+    for kwargs, dtype in (
+        ({}, torch.float32), ({"dtype": None}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
+    ):  # fmt: skip
         args = make_config("sft", model_init_kwargs=kwargs)
         trainer = SFTTrainer(str(tmp_path / "m"), args, rows, processing_class=tokenizer)
         assert next(trainer.model.parameters()).dtype is dtype
@@ -185,6 +188,15 @@ def test_tokens_are_set_on_the_tokenizer(
     args = make_config("sft", **{name: "<nowhere>"})
     with raises("training.unknown-token", RecipeError, settings=[name]):
         SFTTrainer(copy.deepcopy(start), args, rows, processing_class=own)
+
+
+def test_a_model_card_names_the_data_set(
+    start: Any, make_config: Any, tokenizer: Any, tmp_path: Any
+) -> None:
+    rows = make_rows(0, (1,) * 4)
+    trainer = SFTTrainer(copy.deepcopy(start), make_config("sft"), rows, processing_class=tokenizer)
+    trainer.create_model_card(model_name="m", dataset_name="org/rows")
+    assert "org/rows" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 # --- rows ---
