@@ -68,12 +68,15 @@ def prepare_model(
         model: the model, or its name or path.
         tokenizer: the trainer's `processing_class`; None: the tokenizer of the model's name or path.
     """
-    made_here = isinstance(model, nn.Module) and is_classifier(model)  # by `RewardTrainer`
-    settings = {} if made_here else loading_settings(model, args)
     if isinstance(model, str):
+        settings = loading_settings(model, args)
         tokenizer = tokenizer or load_tokenizer_named(model, settings)
         model = load_model_named(model, settings=settings)
-    model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
+    else:
+        model = unwrap_prepared_model(model)
+        # `RewardTrainer` may have loaded a classifier itself.
+        settings = {} if is_classifier(model) else loading_settings(model, args)
+    model = with_adapter(model, peft_config, args.seed)
     tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model, settings)
     set_tokens(tokenizer, args)
     set_checkpointing(model, args)
