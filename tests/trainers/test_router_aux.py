@@ -216,7 +216,7 @@ def test_the_start_says_which(
     said = [(r.levelname, r.getMessage()) for r in caplog.records if "router" in r.getMessage()]
     assert len(said) == (level is not None)
     assert level is None or (said[0][0] == level and text in said[0][1])
-    assert (trainer.router is not None) == bool(said and "times" in said[0][1])
+    assert (trainer.router is not None) == bool(said and "weight" in said[0][1])
 
 
 @pytest.mark.parametrize(
