@@ -156,7 +156,7 @@ class Models:
             dtype = self._frozen_dtype(stage)
             base = self._load(left.base.place, dtype, stage.peft.quantization)
             return adapters.load_adapter(base, left.folder, trainable=True)
-        if not self._brings_base(stage):
+        if not self._writes_base(stage):
             return self._fresh(stage, self._frozen_dtype(stage))
         own = self.run_dir / stage.name / _BASE
         distributed.on_main(lambda: self._write_base(stage, own))

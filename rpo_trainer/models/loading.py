@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from rpo_trainer.recipe import ModelSpec
 
 logger = logging.getLogger(__name__)
+
+# Arguments of `from_pretrained` that configurations and tokenizers take too
+_OF_A_REPOSITORY = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 @reads("the tokenizer", lambda spec, base_dir: f"model: {spec.tokenizer or spec.name_or_path}")
@@ -169,7 +173,11 @@ def load_weights(
 
 @reads("the model", lambda name, **_: name)
 def load_model_named(
-    name: str, *, dtype: torch.dtype = torch.float32, reward: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    reward: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the model of a name or path that a trainer was given.
 
@@ -177,26 +185,34 @@ def load_model_named(
         dtype: of the weights, whatever the dtype of the files; float32 where they are trained, because
             lower dtypes round small steps away. `bf16` of the arguments is the arithmetic.
         reward: accept a reward model too (see `auto_class`).
+        settings: further arguments of `from_pretrained`; a `dtype` that is not None replaces `dtype`.
 
     Raises:
         ModelError: it cannot be loaded completely, from safetensors and without remote code.
     """
     refuse_adapter(name)
     try:
-        config = load_pretrained(AutoConfig, name)
+        given = dict(settings or {})
+        source = {key: given[key] for key in _OF_A_REPOSITORY if key in given}
+        config = load_pretrained(AutoConfig, name, **source)
         _refuse_kernel(config, name)
         factory = auto_class(config, reward=reward, where=name)
-        model: PreTrainedModel = load_complete(factory, name, dtype=dtype)
+        older = given.pop("torch_dtype", None)
+        chosen = given.pop("dtype", None) or older or dtype
+        model: PreTrainedModel = load_complete(factory, name, dtype=chosen, **given)
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, name) from error
     model._rpo_complete = True  # type: ignore[assignment]
     return model
 
 
-def load_tokenizer_named(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer_named(
+    name: str, settings: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a name or path that a trainer was given; ModelError if there is none."""
+    source = {key: value for key, value in (settings or {}).items() if key in _OF_A_REPOSITORY}
     try:
-        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name)
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, **source)
     except LOADING_ERRORS as error:
         raise _not_loaded("tokenizer", error, name) from error
     return tokenizer

@@ -22,6 +22,7 @@ from torch import Tensor
 from rpo_trainer.runtime.devices import move
 from rpo_trainer.step.attention_flex import FlexIndex
 from rpo_trainer.step.attention_varlen import VarlenIndex
+from rpo_trainer.step.token_stats import TokenStats
 
 Layout = Literal["shared", "packed", "padded", "single"]
 
@@ -244,6 +245,7 @@ class ModelInputs(TensorStruct):
         last_index: `[R]`, flat index of each response's last token.
         token_uses: shape of `input_ids`, int64: number of responses that use each token, 0 for padding.
         router: request for router sums, or None.
+        stats: receives the statistics of the trained tokens' distributions; None: none are computed.
     """
 
     input_ids: Tensor
@@ -256,6 +258,7 @@ class ModelInputs(TensorStruct):
     last_index: Tensor
     token_uses: Tensor
     router: RouterRequest | None = None
+    stats: TokenStats | None = None
 
 
 @dataclass
