@@ -86,17 +86,25 @@ def peak(shape: Any, adapter: Any, engine: Any, devices: int, folder: Path) -> f
         stage["peft"] = adapter
     recipe = {
         "model": {
-            "from_config": shape, "tokenizer": "characters", "chat_template": "plain",
+            "name_or_path": "./model", "tokenizer": "characters", "chat_template": "plain",
             "dtype": "bfloat16",
         },
         "stages": [stage],
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    _save_model_without_weights(shape, folder / "model")
     plan = plan_recipe(
         load_recipe(folder / "recipe.yaml"), folder / "run", engine=engine, devices=devices, nodes=1,
         measure=False, arguments=[],
     )  # fmt: skip
     return plan.stages[0].memory.peak / GIB
+
+
+def _save_model_without_weights(shape: Any, folder: Path) -> None:
+    """A directory with a config: planning reads no weights."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(**shape).save_pretrained(folder)
 
 
 def row_of(name: str) -> str:
