@@ -64,9 +64,16 @@ def overrides(recipe: Path, folder: Path) -> list[str]:
     family = FAMILIES[recipe.stem]
     reads_thinking = "enable_thinking" in recipe.read_text(encoding="utf-8")
     save_model(folder / "model", family, template=THINKING if reads_thinking else CHATML)
-    train, heldout = ultrafeedback(folder / "train.jsonl", 16), ultrafeedback(folder / "eval.jsonl", 4)
+    train, heldout = (
+        ultrafeedback(folder / "train.jsonl", 16),
+        ultrafeedback(folder / "eval.jsonl", 4),
+    )
     words = [f"model.name_or_path={folder / 'model'}", "defaults.warmup_steps=1"]
-    words += ["defaults.global_batch_size=8", "defaults.num_train_epochs=null", "defaults.max_steps=2"]
+    words += [
+        "defaults.global_batch_size=8",
+        "defaults.num_train_epochs=null",
+        "defaults.max_steps=2",
+    ]
     for stage in load_recipe(recipe).recipe.stages:
         words.append(f"stages.{stage.name}.data.train=[{{path: {train}}}]")
         words.append(f"stages.{stage.name}.data.eval=[{{path: {heldout}}}]")

@@ -113,7 +113,12 @@ def command_page() -> str:
 
 def python_page() -> str:
     """Every public name of the package, rendered by mkdocstrings from its docstring."""
-    lines = ["# Python API", "", "All names are imported from `rpo_trainer`. [As a library](../library.md) is the guide.", ""]
+    lines = [
+        "# Python API",
+        "",
+        "All names are imported from `rpo_trainer`. [As a library](../library.md) is the guide.",
+        "",
+    ]
     for name in rpo_trainer.__all__:
         if name == "__version__":
             continue
