@@ -1,4 +1,4 @@
-"""The recipes of recipes/models: each is checked and trained for two steps with a shrunk model of its family."""
+"""Each recipe of recipes/models is checked and trained for two steps, with a shrunk model of its family."""
 
 from __future__ import annotations
 

@@ -45,11 +45,13 @@ COLUMNS: dict[str, tuple[Any, str, int]] = {
 }
 HEAD = """# Hardware: what fits where
 
-**Computed by `rpo-trainer plan`, not measured.** [Memory](scale.md) compares the estimate with measurements where there are any.
+**Computed by `rpo-trainer plan`, not measured.** [Memory](scale.md) compares estimates with
+measurements.
 
-Peak memory of each device in GiB, for DPO or RPO on one pair per micro-batch: a prompt of 1,024 tokens with two responses of 512, bfloat16
-computation, AdamW, gradient checkpointing, LoRA of rank 16 on all linear layers. The CUDA context, the libraries and what the allocator keeps
-of freed memory (a few GiB together) come on top.
+Peak memory of each device in GiB, for DPO or RPO on one pair per micro-batch: a prompt of 1,024 tokens
+with two responses of 512, bfloat16 computation, AdamW, gradient checkpointing, LoRA of rank 16 on all
+linear layers. The CUDA context, the libraries and freed memory that the allocator keeps (a few GiB
+together) come on top.
 
 """
 TAIL = """
@@ -57,8 +59,8 @@ For your own recipe, data and model:
 
     rpo-trainer plan RECIPE
 
-`--engine` and `--devices` distribute the model, `--measure` times a step on the device at hand. If a case does not fit,
-[less memory](scale.md#less-of-it) lists the settings that help.
+`--engine` and `--devices` distribute the model, `--measure` times a step on the device at hand. If a
+case does not fit, [less memory](scale.md#less-of-it) lists the settings that help.
 
 This page is generated: `python docs/tools/hardware.py --write`.
 """

@@ -30,7 +30,7 @@ def field_page(schema: Schema) -> str:
     lines = [
         "# Recipe fields",
         "",
-        "Generated from the JSON schema that `rpo-trainer schema` prints. A field without a default is required.",
+        "Generated from the JSON schema that `rpo-trainer schema` prints.",
         "",
         *_section("Recipe", schema, "the whole file"),
     ]
@@ -83,9 +83,11 @@ def _type(value: Schema) -> str:
 
 
 def _default(field: str, value: Schema, required: set[str]) -> str:
-    if "default" in value:
-        return "–" if value["default"] is None else f"`{_cell(_plain(value['default']))}`"
-    return "required" if field in required else "–"
+    if field in required:
+        return "required"
+    if "default" not in value:  # of a stage: `defaults` may have it
+        return "required, here or in `defaults`"
+    return "–" if value["default"] is None else f"`{_cell(_plain(value['default']))}`"
 
 
 def _plain(value: Any) -> str:
