@@ -409,6 +409,7 @@ def test_every_block_is_known() -> None:
                 ("docs/getting-started.md", "json"), ("docs/adding-a-loss.md", "python"),
                 ("docs/adding-a-data-format.md", "python"), ("docs/adding-a-verifier.md", "python"),
                 ("docs/tutorial.md", "python"), ("README.md", "python"),
+                ("docs/rewards.md", "jsonc"), ("docs/data.md", "json"),
             }  # fmt: skip
             if not (picture or piece or all_commands or tested or block.kind == "yaml"):
                 unknown.append(block)
