@@ -47,6 +47,7 @@ NOT_RUN = {
     "pip install -c constraints.txt '.[report]'": _INSTALLS,
     "pip install pre-commit && pre-commit install": _INSTALLS,
     "pip install 'rpo-trainer[report]'": _INSTALLS,
+    "rpo-trainer compare runs/a runs/b --html comparison.html": "tests/report/test_compare.py does",
     "python -m benchmarks.models --write": "of all families; tests/sweep/test_models_page.py has some",
     "python docs/tools/hardware.py --write": "takes minutes; tests/test_docs_site.py computes a part",
     "torchrun --max-restarts N": "an option; tests/distributed/test_chain.py kills ranks under it",
