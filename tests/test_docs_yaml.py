@@ -47,7 +47,7 @@ NOT_OURS = {
 def pieces(path: Path) -> Iterator[str]:
     """Spans with a key, or in braces, and blocks that are no whole recipe."""
     for span in spans(path):
-        if re.match(r"\w+:( |$)|\{(?!%)", span) and span not in NOT_OURS:
+        if re.match(r"\w+:( |$)|\{(?![%'])", span) and span not in NOT_OURS:
             yield span
     for block in code(path):
         whole = re.search(r"^stages:", block.text, flags=re.MULTILINE)
