@@ -145,7 +145,7 @@ QUICK = (
     )
 )
 # A small model and data in place of those on the hub.
-SMALL_MODEL = "model.name_or_path={here}/base-model" + "".join(
+SMALL_MODEL = "model.name_or_path={here}/base-model defaults.warmup_steps=1" + "".join(
     f" stages.{stage}.data.{part}.0.path={{here}}/ultrafeedback.jsonl stages.{stage}.data.{part}.0.split=null"
     for stage in ("dpo", "rpo")
     for part in ("train", "eval")
@@ -168,7 +168,7 @@ MORE = {
     "rpo-trainer check recipes/models/": SMALL_MODEL,
     "rpo-trainer plan recipes/models/": SMALL_MODEL,
     "rpo-trainer preview recipes/models/": SMALL_MODEL,
-    "rpo-trainer run recipes/models/": f"{SMALL_MODEL} defaults.warmup_steps=1",
+    "rpo-trainer run recipes/models/": SMALL_MODEL,
     "rpo-trainer run recipes/sft.yaml": "stages.sft.warmup_steps=1",
     "rpo-trainer run recipes/dpo.yaml": "stages.dpo.warmup_steps=1",
     "rpo-trainer run recipes/examples/real_chain.yaml": "defaults.max_steps=2",
