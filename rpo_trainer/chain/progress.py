@@ -168,7 +168,8 @@ class StageProgress(TrainerCallback):
             return
         rate = self.chain.time_left.steps_a_second()
         if rate:
-            shown.append(f"{rate * args.examples_per_step():.3g} examples/s")
+            unit = "examples/s" if self.chain.live is None else "ex/s"
+            shown.append(f"{rate * args.examples_per_step():.3g} {unit}")
         if self.chain.live is not None:
             self.chain.metrics = "  ".join(shown)
             self.chain.draw()

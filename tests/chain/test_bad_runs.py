@@ -311,7 +311,7 @@ def test_a_finished_run_is_done(
     assert tiny.content(tmp_path / "run") == before
 
 
-# --- mended, loudly ---
+# --- repaired, with a warning ---
 
 
 def cut(folder: Path) -> None:

@@ -102,7 +102,7 @@ def test_in_a_terminal_it_is_two_bars_that_fit_80_columns(
     stage, whole, figures = (text.rstrip() for text in texts)
     assert re.fullmatch(r"stage-3 \S{40,} step 20/40, 00:10 left", stage)
     assert re.fullmatch(r"chain   \S{40,} stage 3/6, 01:10 left", whole)
-    assert figures == "loss 0.5  gap 0.25  acc 0.75  64 examples/s"
+    assert figures == "loss 0.5  gap 0.25  acc 0.75  64 ex/s"
     assert "step 20/40, 00:10 left" in screen.getvalue()
     assert caplog.messages == []
 

@@ -243,7 +243,7 @@ def test_a_stage_alone_needs_what_it_starts_from(tmp_path: Path) -> None:
     with raises("run.stage-not-finished", RunError) as error:
         tiny.run(tmp_path, recipe, only={"dpo"})
     assert "general" in error.value.what and "set eval.baseline to" in str(error.value.fix)
-    # The refusal has not begun the stage: its recipe may still be mended as the message says.
+    # The stage has not begun: its recipe may still be changed as the message says.
     assert not (tmp_path / "run" / "dpo").exists()
     assert "dpo" not in str(tiny.content(tmp_path / "run"))
 
