@@ -71,12 +71,12 @@ def prepare_model(
     if isinstance(model, str):
         settings = loading_settings(model, args)
         tokenizer = tokenizer or load_tokenizer_named(model, settings)
-        model = load_model_named(model, settings=settings)
+        plain: nn.Module = load_model_named(model, settings=settings)
     else:
-        model = unwrap_prepared_model(model)
+        plain = unwrap_prepared_model(model)
         # `RewardTrainer` may have loaded a classifier itself.
-        settings = {} if is_classifier(model) else loading_settings(model, args)
-    model = with_adapter(model, peft_config, args.seed)
+        settings = {} if is_classifier(plain) else loading_settings(plain, args)
+    model = with_adapter(plain, peft_config, args.seed)
     tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model, settings)
     set_tokens(tokenizer, args)
     set_checkpointing(model, args)

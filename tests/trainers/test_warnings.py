@@ -78,7 +78,7 @@ def test_what_to_try_names_recipe_keys_and_their_values() -> None:
         assert "raise sft_loss_weight (now 0.005), raise beta (now 0.1)" in warning.advice
     assert "near 0 or 1 for 90% of the examples" in saturated.text
     assert "lower reward_scale (now 2)" in saturated.advice
-    assert "the implicit gap is 30, and 2 is asked for" in exploding.text
+    assert "the implicit reward gap is 30 (target: 2)" in exploding.text
     assert "lower learning_rate, raise beta (now 0.1)" in exploding.advice
     assert "set sft_loss_weight (now 0)" in next(find_warnings(bad, config())).advice
     fields = set(RPOConfig.__dataclass_fields__) | set(DPOConfig.__dataclass_fields__)
