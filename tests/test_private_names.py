@@ -305,7 +305,8 @@ class Use(NamedTuple):
 _TRAINER = "transformers.Trainer"
 USES = [
     Use("transformers.TrainingArguments", "_VALID_DICT_FIELDS",
-        "trainers/argument_checks.py trainers/config.py trainers/base_config.py",
+        "trainers/argument_checks.py trainers/config.py trainers/base_config.py "
+        "trainers/trl_arguments.py",
         exists("transformers.TrainingArguments._VALID_DICT_FIELDS", list)),
     Use(_TRAINER, "_determine_best_metric", "trainers/reward.py",
         overridden("_determine_best_metric", lambda result: isinstance(result, bool))),

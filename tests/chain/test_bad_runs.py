@@ -391,8 +391,7 @@ def test_a_tracker_that_fails(
     run_dir = tiny.run(tmp_path, recipe)
     assert tiny.weights(run_dir) == tiny.weights(straight)
     assert (
-        caplog.text.count("the tracker Tracker has failed (ConnectionError: the service is gone)")
-        == 1
+        caplog.text.count("the tracker Tracker failed (ConnectionError: the service is gone)") == 1
     )
     assert tiny.metric_steps(run_dir, "rpo") == tiny.metric_steps(straight, "rpo")
 

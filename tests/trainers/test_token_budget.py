@@ -82,8 +82,8 @@ def test_the_number_of_forwards_follows_the_lengths(trainer_of, caplog):
     longer = [cost for cost in costs.values() if cost > 35]
     assert longer, "the case is not tried"
     (line,) = [r.getMessage() for r in caplog.records if r.name == "rpo_trainer.trainers.loaders"]
-    assert f"{len(longer)} of 10 examples alone take more than micro_batch_tokens (35)" in line
-    assert f"the longest {max(longer)}" in line
+    assert f"{len(longer)} of 10 examples are longer than micro_batch_tokens (35)" in line
+    assert f"the longest has {max(longer)}" in line
     assert len(steps) == len(trainer.get_train_dataloader()) == 3
     assert len({len(step.micro_batches) for step in steps}) > 1
     seen = []

@@ -75,12 +75,12 @@ def test_what_to_try_names_recipe_keys_and_their_values() -> None:
     falling, saturated, exploding, unlearned = find_warnings(bad, config(sft_loss_weight=0.005))
     assert "20 nats per response below the reference's (50%)" in falling.text
     for warning in (falling, unlearned):
-        assert "raise sft_loss_weight (it is 0.005), raise beta (it is 0.1)" in warning.advice
+        assert "raise sft_loss_weight (now 0.005), raise beta (now 0.1)" in warning.advice
     assert "near 0 or 1 for 90% of the examples" in saturated.text
-    assert "lower reward_scale (it is 2)" in saturated.advice
-    assert "the implicit gap is 30, and 2 is asked for" in exploding.text
-    assert "lower learning_rate, raise beta (it is 0.1)" in exploding.advice
-    assert "set sft_loss_weight (it is 0)" in next(find_warnings(bad, config())).advice
+    assert "lower reward_scale (now 2)" in saturated.advice
+    assert "the implicit reward gap is 30 (target: 2)" in exploding.text
+    assert "lower learning_rate, raise beta (now 0.1)" in exploding.advice
+    assert "set sft_loss_weight (now 0)" in next(find_warnings(bad, config())).advice
     fields = set(RPOConfig.__dataclass_fields__) | set(DPOConfig.__dataclass_fields__)
     assert {"sft_loss_weight", "beta", "reward_scale", "learning_rate", "max_steps"} <= fields
 
