@@ -334,7 +334,7 @@ def _show_calibration(name: str, found: Calibration) -> None:
 )
 @click.option(
     "--truncation",
-    type=click.Choice(["drop", "cut"]),
+    type=click.Choice(["drop", "truncate"]),
     default="drop",
     show_default=True,
     help="Drop or truncate longer rows.",
@@ -349,7 +349,7 @@ def audit(
     chat_template: str | None,
     kwargs: Sequence[str],
     max_length: int | None,
-    truncation: Literal["drop", "cut"],
+    truncation: Literal["drop", "truncate"],
     as_json: bool,
 ) -> None:  # fmt: skip
     """Count dropped rows and likely problems of a data file.

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 Kind = Literal["sft", "pair", "rating", "prompt"]
 SpecialTokens = Literal["text", "parse"]
-Truncation = Literal["drop", "cut"]  # drop rows longer than max_length, or truncate them
+Truncation = Literal["drop", "truncate"]  # drop rows longer than max_length, or truncate them
 
 # Keys of an assistant's thinking; a chat template reads one of them.
 THINKING = ("reasoning_content", "thinking", "reasoning")

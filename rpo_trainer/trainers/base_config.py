@@ -120,7 +120,7 @@ class BaseConfig(TrlArguments):
         "Maximum number of tokens of prompt + response; None: no limit.", 1024
     )
     truncation: str = described(
-        "Longer rows: `drop` them, or `cut` (truncate) their responses.",
+        "Longer rows: `drop` them, or `truncate` their responses.",
         "drop",
     )
     special_tokens: str | None = described(
@@ -197,7 +197,7 @@ class BaseConfig(TrlArguments):
         require_readable_settings(self)
         self._forget_derived()
         if self.truncation_mode == "keep_start":
-            self.truncation = "cut"
+            self.truncation = "truncate"
         names = [name for name in _DERIVED if hasattr(self, name)]
         given = {name: getattr(self, name) for name in names}
         self._set_defaults()

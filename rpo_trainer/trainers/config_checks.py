@@ -28,7 +28,7 @@ def config_problems(args: Any) -> Iterator[Problem]:
             code="training.conflicting-settings",
             setting="train_sampling_strategy",
         )
-    if args.truncation not in ("drop", "cut"):
+    if args.truncation not in ("drop", "truncate"):
         yield Problem(
             f"truncation must be drop or cut, got {args.truncation!r}",
             code="training.invalid-value",

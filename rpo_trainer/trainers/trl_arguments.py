@@ -53,7 +53,7 @@ class TrlArguments(TrainingArguments):
         "Whether a model or tokenizer that is given by name may bring code of its own."
     )
     pad_token: str | None = trl("Padding token, set on the tokenizer.")
-    truncation_mode: str | None = trl("`keep_start` is truncation=cut.")
+    truncation_mode: str | None = trl("`keep_start` is truncation=truncate.")
     dataset_num_proc: int | None = trl("No effect: the number of processes is chosen by size.")
     pad_to_multiple_of: str | None = trl("No effect: rows are packed.")
     padding_free: bool | None = trl_switch("No effect: rows are packed wherever possible.")

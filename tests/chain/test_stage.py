@@ -45,7 +45,7 @@ def config(folder: Path, name: str, dtype: str = "float32", **fields: Any) -> An
 
 
 OTHER: dict[str, Any] = {
-    "max_length": 33, "truncation": "cut", "global_batch_size": 24, "micro_batch_size": 4,
+    "max_length": 33, "truncation": "truncate", "global_batch_size": 24, "micro_batch_size": 4,
     "micro_batch_tokens": 96,
     "max_steps": 9, "learning_rate": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 2,
     "weight_decay": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.75, "max_grad_norm": 3.0,

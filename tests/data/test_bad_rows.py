@@ -246,7 +246,7 @@ def test_chosen_the_same_as_rejected(run: Run) -> None:
 
 def test_chosen_equal_to_rejected_after_truncation(run: Run) -> None:
     long = "word " * 80
-    data = run.train([pair(), pair(long + "a", long + "b")], truncation="cut", max_length=40)
+    data = run.train([pair(), pair(long + "a", long + "b")], truncation="truncate", max_length=40)
     assert data["id"][:] == ["r0"]
     assert run.counts() == {"identical_after_truncation": counted(1, "r1")}
     # Without truncation the row is dropped for its length.
@@ -255,7 +255,7 @@ def test_chosen_equal_to_rejected_after_truncation(run: Run) -> None:
     assert other.counts() == {"too_long": counted(1, "r1")}
 
 
-@pytest.mark.parametrize("truncation", ["drop", "cut"])
+@pytest.mark.parametrize("truncation", ["drop", "truncate"])
 def test_a_prompt_that_leaves_no_room(run: Run, truncation: str) -> None:
     bad = {**pair(), "prompt": [{"role": "user", "content": "word " * 80}]}
     data = run.train([pair(), bad], truncation=truncation, max_length=40)
@@ -263,13 +263,13 @@ def test_a_prompt_that_leaves_no_room(run: Run, truncation: str) -> None:
     assert run.counts() == {"prompt_too_long": counted(1, "r1")}
 
 
-@pytest.mark.parametrize("truncation", ["drop", "cut"])
+@pytest.mark.parametrize("truncation", ["drop", "truncate"])
 def test_a_pair_truncated_before_the_response(run: Run, truncation: str) -> None:
     """The prompt has exactly `max_length` tokens."""
     (whole,) = run.train([pair("a b", "c d")], max_length=1000)
     prompt, longest = len(whole["prompt_ids"]), max(map(len, whole["response_ids"]))
     fits = Run(run.folder, run.source, run.tokenizer)
-    assert len(fits.train([pair("a b", "c d")], truncation="cut", max_length=prompt + 1)) == 1
+    assert len(fits.train([pair("a b", "c d")], truncation="truncate", max_length=prompt + 1)) == 1
     full = Run(run.folder, run.source, run.tokenizer)
     with raises("data.no-rows-left", DataError) as error:
         full.train([pair("a b", "c d")], truncation=truncation, max_length=prompt)
@@ -379,7 +379,7 @@ def test_characters_that_must_work(run: Run, words: str) -> None:
 
 
 def test_a_truncated_response_does_not_train_its_end_token(run: Run) -> None:
-    data = run.train([pair("word " * 80, "short")], truncation="cut", max_length=40)
+    data = run.train([pair("word " * 80, "short")], truncation="truncate", max_length=40)
     long, short = data[0]["response_ids"]
     end = run.tokenizer.eos_token_id
     assert (end in long, short[-1]) == (False, end)
@@ -399,7 +399,7 @@ def test_both_responses_are_truncated_alike(run: Run) -> None:
     """Truncated to `max_length` tokens of prompt and response, with the entire prompt."""
     data = run.train(
         [pair("word " * 80, "cat " * 90), pair("cat " * 90, "word " * 80)],
-        truncation="cut", max_length=40,
+        truncation="truncate", max_length=40,
     )  # fmt: skip
     lengths = [[len(ids) for ids in row["response_ids"]] for row in data]
     room = 40 - len(data[0]["prompt_ids"])

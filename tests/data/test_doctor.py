@@ -103,7 +103,9 @@ def test_truncation_and_lengths_need_a_tokenizer(tmp_path: Path, tokenizer: str)
     rows = [pair(0), pair(1, "x" * 50, "y"), pair(2, chosen="same", rejected="same")]
     found = look(tmp_path / "p.jsonl", rows, tokenizer=tokenizer, max_length=30)
     assert found.audit.dropped["too_long"].count == 1 and "truncated" not in found.audit.warnings
-    found = look(tmp_path / "p.jsonl", rows, tokenizer=tokenizer, max_length=30, truncation="cut")
+    found = look(
+        tmp_path / "p.jsonl", rows, tokenizer=tokenizer, max_length=30, truncation="truncate"
+    )
     assert found.audit.warnings["truncated"].count == 1
     assert found.audit.dropped["identical_responses"].count == 1
     assert found.audit.lengths()["response"]["max"] > 4

@@ -108,7 +108,7 @@ def test_drops_by_reason(chatml: Any) -> None:
 def test_truncated_responses_do_not_train_an_end_token(chatml: Any) -> None:
     end = chatml.eos_token_id
     rows = [pair(0, "a " * 80, "b"), pair(1, "cat " * 80, "cat " * 90), pair(2, "a", "b")]
-    data, audit = tokenized(rows, chatml, "pair", max_length=50, truncation="cut")
+    data, audit = tokenized(rows, chatml, "pair", max_length=50, truncation="truncate")
     assert data["id"][:] == ["r0", "r2"]
     long, short = data[0]["response_ids"]
     assert len(data[0]["prompt_ids"]) + len(long) == 50
@@ -121,7 +121,7 @@ def test_truncated_responses_do_not_train_an_end_token(chatml: Any) -> None:
 
 def test_truncated_sft_row_ends_with_a_trained_token(chatml: Any) -> None:
     row = sft(0, "one", "two", "a long question " * 20, "never seen")
-    data, _ = tokenized([row], chatml, "sft", max_length=40, truncation="cut")
+    data, _ = tokenized([row], chatml, "sft", max_length=40, truncation="truncate")
     (ids,), (mask,) = data[0]["response_ids"], data[0]["response_mask"]
     assert trained_texts(chatml, ids, mask) == ["two<|im_end|>"]
     assert mask[-1] == 1

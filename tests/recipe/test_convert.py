@@ -153,7 +153,7 @@ def test_llama_factory_dpo(convert: Convert) -> None:
     stage = stage_of(converted)
     assert (stage["kind"], stage["beta"], stage["max_length"]) == ("dpo", 0.2, 512)
     assert (stage["sft_loss_weight"], stage["sft_reduction"]) == (0.5, "sequence_mean")
-    assert stage["truncation"] == "cut"
+    assert stage["truncation"] == "truncate"
     assert (stage["global_batch_size"], stage["micro_batch_size"]) == (8, 2)
     assert stage["learning_rate"] == 5e-6
     assert stage["peft"] == {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}

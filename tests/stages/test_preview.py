@@ -89,7 +89,7 @@ def test_neighboring_tokens_differ_in_shade(tmp_path: Path) -> None:
     )  # three letters, the end
 
 
-@pytest.mark.parametrize("truncation", ["drop", "cut"])
+@pytest.mark.parametrize("truncation", ["drop", "truncate"])
 def test_what_is_beyond_max_length_is_shown_as_lost(tmp_path: Path, truncation: str) -> None:
     long = {"prompt": "abc", "response": "defghij"}
     path = recipe(tmp_path, {"kind": "sft", "max_length": 6, "truncation": truncation}, [long])

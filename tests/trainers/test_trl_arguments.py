@@ -114,7 +114,7 @@ def test_an_argument_that_is_set_afterwards_is_looked_at_too(start: Any, tokeniz
         (SFTConfig, {"max_seq_length": 77}, "max_length", 77),
         (SFTConfig, {"warmup_ratio": 0.1}, "warmup_steps", 0.1),
         (DPOConfig, {"evaluation_strategy": "no"}, "eval_strategy", "no"),
-        (DPOConfig, {"truncation_mode": "keep_start"}, "truncation", "cut"),
+        (DPOConfig, {"truncation_mode": "keep_start"}, "truncation", "truncate"),
         (DPOConfig, {"max_prompt_length": None}, "max_length", 1024),
     ],
 )
@@ -325,11 +325,11 @@ def test_long_tokenized_rows_are_dropped_or_truncated(
     start: Any, make_config: Any, tokenizer: Any
 ) -> None:
     rows = [{"input_ids": [1, *range(5, 5 + n)]} for n in (4, 9, 4)]
-    for truncation, lengths in ("drop", [4, 4]), ("cut", [4, 5, 4]):
+    for truncation, lengths in ("drop", [4, 4]), ("truncate", [4, 5, 4]):
         args = make_config("sft", max_length=6, truncation=truncation)
         trainer = SFTTrainer(copy.deepcopy(start), args, rows, processing_class=tokenizer)
         found = [len(row["response_ids"][0]) for row in trainer.train_dataset]
         assert found == lengths
         counted = trainer.audits["train"]
         assert bool(counted.dropped) == (truncation == "drop")
-        assert bool(counted.warnings) == (truncation == "cut")
+        assert bool(counted.warnings) == (truncation == "truncate")

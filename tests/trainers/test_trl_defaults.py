@@ -50,7 +50,7 @@ def test_what_differs_is_a_warning_once_where_it_has_its_default(
         ["--output_dir=x", "--use_cpu", "--report_to=none", "--max_steps=1", "--save_strategy=no"]
     )
     for args, truncation in (
-        (make_config("sft"), True), (make_config("sft", truncation="cut"), False), (from_parser, None),
+        (make_config("sft"), True), (make_config("sft", truncation="truncate"), False), (from_parser, None),
     ):  # fmt: skip
         caplog.clear()
         SFTTrainer(

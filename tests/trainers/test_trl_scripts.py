@@ -128,7 +128,7 @@ def test_tokenized_rows_train_as_they_are(run: Run) -> None:
 
 def test_dpo_with_a_reference_model(run: Run) -> None:
     trainer = run("dpo_pairs")["trainer"]
-    assert trainer.args.loss_type == "dpo" and trainer.args.truncation == "cut"
+    assert trainer.args.loss_type == "dpo" and trainer.args.truncation == "truncate"
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
     assert any("eval_rewards/margins" in line for line in trainer.state.log_history)
 

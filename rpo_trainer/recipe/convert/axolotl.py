@@ -117,9 +117,11 @@ def convert_axolotl(config: ForeignConfig, paths: Paths, draft: Draft, devices: 
     draft.put((*STAGE, "max_length"), int(config.number("sequence_len", 512)), source)
     strategy = config.take("excess_length_strategy", "drop")
     if strategy == "truncate":
-        draft.put((*STAGE, "truncation"), "cut", "excess_length_strategy")
+        draft.put((*STAGE, "truncation"), "truncate", "excess_length_strategy")
     elif strategy != "drop":
-        config.leave_out("excess_length_strategy", "longer rows are dropped, or truncated (`cut`)")
+        config.leave_out(
+            "excess_length_strategy", "longer rows are dropped, or truncated (`truncate`)"
+        )
     _batch_size(config)
     Arguments(config, draft, STAGE, _DEFAULTS, devices, _NAMES).convert(files, sft=kind == "sft")
     _trackers(config, draft)

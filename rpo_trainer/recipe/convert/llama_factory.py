@@ -113,7 +113,9 @@ def convert_llama_factory(
     length = int(config.number("cutoff_len", 2048))
     source = "cutoff_len" if config.has("cutoff_len") else "default of LLaMA-Factory"
     draft.put((*STAGE, "max_length"), length, source)
-    draft.put((*STAGE, "truncation"), "cut", "LLaMA-Factory truncates; `drop` drops longer rows")
+    draft.put(
+        (*STAGE, "truncation"), "truncate", "LLaMA-Factory truncates; `drop` drops longer rows"
+    )
     Arguments(config, draft, STAGE, _DEFAULTS, devices).convert(files, sft=kind == "sft")
     if config.take("disable_gradient_checkpointing") is True:
         draft.remove((*STAGE, "gradient_checkpointing"))

@@ -96,7 +96,7 @@ def convert_trl(
     source = key if config.has(key) else "default of TRL"
     draft.put((*STAGE, "max_length"), int(config.number(key, 1024)), source)
     config.take("truncation_mode")
-    draft.put((*STAGE, "truncation"), "cut", "TRL truncates; `drop` drops longer rows")
+    draft.put((*STAGE, "truncation"), "truncate", "TRL truncates; `drop` drops longer rows")
     defaults = Defaults(learning_rate=_RATES[kind], gradient_checkpointing=True)
     Arguments(config, draft, STAGE, defaults, devices).convert(files, sft=kind == "sft")
     _adapter(config, draft, kind)

@@ -84,7 +84,7 @@ class StageBase(Spec):
     max_length: int = Field(
         2048, ge=2, description="maximum length of prompt + response, in tokens"
     )
-    truncation: Literal["drop", "cut"] = Field(
+    truncation: Literal["drop", "truncate"] = Field(
         "drop", description="drop or truncate longer examples; both are counted"
     )
     global_batch_size: int = Field(
