@@ -30,7 +30,7 @@ def config_problems(args: Any) -> Iterator[Problem]:
         )
     if args.truncation not in ("drop", "truncate"):
         yield Problem(
-            f"truncation must be drop or cut, got {args.truncation!r}",
+            f"truncation must be drop or truncate, got {args.truncation!r}",
             code="training.invalid-value",
             setting="truncation",
         )

@@ -27,7 +27,7 @@ FSDP = {"version": 2, "activation_checkpointing": True}
 WRITTEN: list[tuple[type, str, dict[str, Any]]] = [
     (SFTConfig, "--shuffle --bf16 --gradient_checkpointing", {
         "shuffle": True, "bf16": True, "gradient_checkpointing": True}),
-    (SFTConfig, "--shuffle false --truncation cut", {"shuffle": False, "truncation": "truncate"}),
+    (SFTConfig, "--shuffle false --truncation truncate", {"shuffle": False, "truncation": "truncate"}),
     (SFTConfig, '--lr_scheduler_kwargs {"num_cycles":2}', {"lr_scheduler_kwargs": {"num_cycles": 2}}),
     (DPOConfig, "--beta 0.3 --no_disable_dropout", {"beta": 0.3, "disable_dropout": False}),
     (RPOConfig, "--reward-scale 2 --micro_batch_tokens 99", {"reward_scale": 2, "micro_batch_tokens": 99}),
