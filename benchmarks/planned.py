@@ -3,41 +3,36 @@
     python benchmarks/planned.py                                   # 42 M weights, all trained
     python benchmarks/planned.py --size 1b --dtype bfloat16
     python benchmarks/planned.py --size 8b --dtype bfloat16 --lora 16 --checkpointing
-    python benchmarks/planned.py --size 8b --dtype bfloat16 --lora 16 --frozen bfloat16
+    python benchmarks/planned.py --size 8b --dtype bfloat16 --lora 16 --frozen float32
 
 It writes a recipe of one stage of DPO, plans it with the functions of the command, and trains a few steps by
-those of `rpo-trainer run`. `--frozen bfloat16` is not in a recipe, whose weights are float32: it is a model
-loaded in bfloat16 that a trainer is given with an adapter in float32, planned in the same way. Measured is
-what torch has allocated on a GPU, and on a CPU what the process holds beyond what it held before it had a
-model.
+those of `rpo-trainer run`. Weights below an adapter have the dtype of the arithmetic, or float32 with
+`--frozen float32`. Measured is what torch has allocated on a GPU, and on a CPU what the process holds beyond
+what it held before it had a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import record
 import torch
 from common import DEVICE, SIZES, lengths_of, make_rows, make_tokenizer, quiet
-from torch import nn
 from transformers import TrainerCallback
 
 from rpo_trainer.models.adapters import with_adapter
-from rpo_trainer.models.loading import load_config, load_model
-from rpo_trainer.models.multimodal import random_model
-from rpo_trainer.plan import DeviceMemory, estimate, plan_recipe
+from rpo_trainer.models.loading import load_model
+from rpo_trainer.plan import DeviceMemory, plan_recipe
 from rpo_trainer.recipe import LoadedRecipe, expand_stages, load_recipe
 from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.stages.prepare import StagePreparer
-from rpo_trainer.stages.settings import lora_config, make_trainer
+from rpo_trainer.stages.settings import frozen_dtype, lora_config, make_trainer
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "reference", "peak")
 
@@ -51,9 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora", type=int, metavar="R", help="an adapter on all linear layers")
     parser.add_argument(
         "--frozen",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of the weights below the adapter",
+        choices=["auto", "float32"],
+        default="auto",
+        help="dtype of the weights below the adapter, as in a recipe",
     )
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
     parser.add_argument("--optim", default="adamw_torch")
@@ -66,8 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
     args = parser.parse_args()
     args.vocabulary = args.vocabulary or SIZES[args.size].vocabulary
-    if args.frozen != "float32" and args.lora is None:
-        parser.error("--frozen is of the weights below an adapter: give --lora too")
+    if args.frozen != "auto" and args.lora is None:
+        parser.error("--frozen is the dtype of the weights below an adapter: give --lora too")
     return args
 
 
@@ -98,7 +93,9 @@ def write_recipe(args: argparse.Namespace, folder: Path) -> Path:
         "gradient_checkpointing": args.checkpointing,
     }  # fmt: skip
     if args.lora is not None:
-        stage["peft"] = {"r": args.lora, "target_modules": "all-linear"}
+        stage["peft"] = {
+            "r": args.lora, "target_modules": "all-linear", "frozen_dtype": args.frozen
+        }  # fmt: skip
     recipe = {
         "model": {
             "from_config": {
@@ -122,34 +119,9 @@ def write_recipe(args: argparse.Namespace, folder: Path) -> Path:
 # --- planned ---
 
 
-def planned(args: argparse.Namespace, loaded: LoadedRecipe) -> DeviceMemory:
+def planned(loaded: LoadedRecipe) -> DeviceMemory:
     """What the command computes."""
-    frozen = 0
-
-    def unread(*given: Any) -> nn.Module:
-        nonlocal frozen
-        model = estimate_unread(*given)
-        frozen = in_half(model)
-        return model
-
-    estimate_unread = estimate.unread_model
-    run_dir = loaded.base_dir / "run"
-    if args.frozen == "float32":
-        return plan_recipe(loaded, run_dir).stages[0].memory
-    with mock.patch.object(estimate, "unread_model", unread):
-        memory = plan_recipe(loaded, run_dir).stages[0].memory
-    # A plan counts every weight as float32.
-    return dataclasses.replace(
-        memory, weights=memory.weights - 2 * frozen, reference=memory.reference - 2 * frozen
-    )
-
-
-def in_half(model: nn.Module) -> int:
-    """Casts the frozen weights to bfloat16; how many there are."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    for parameter in frozen:
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return sum(p.numel() for p in frozen)
+    return plan_recipe(loaded, loaded.base_dir / "run").stages[0].memory
 
 
 # --- measured ---
@@ -184,7 +156,7 @@ class Peaks(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
 
-def measured(args: argparse.Namespace, loaded: LoadedRecipe) -> tuple[dict[str, int], list[float]]:
+def measured(loaded: LoadedRecipe) -> tuple[dict[str, int], list[float]]:
     """Bytes by part, and the losses of the steps."""
     preparer, peaks = StagePreparer(loaded), Peaks()
     (stage,) = preparer.stages
@@ -195,7 +167,7 @@ def measured(args: argparse.Namespace, loaded: LoadedRecipe) -> tuple[dict[str, 
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     before = record.memory_now()
-    model = start(args, loaded, preparer.seed(stage), len(preparer.tokenizer))
+    model = start(loaded, preparer.seed(stage), len(preparer.tokenizer))
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(stage, config, model, None, preparer.tokenizer, inputs, [peaks])
@@ -219,21 +191,14 @@ def measured(args: argparse.Namespace, loaded: LoadedRecipe) -> tuple[dict[str, 
     return parts, losses
 
 
-def start(args: argparse.Namespace, loaded: LoadedRecipe, seed: int, vocabulary: int) -> Any:
+def start(loaded: LoadedRecipe, seed: int, vocabulary: int) -> Any:
     """The stage's model, its random weights made where they are used."""
     spec, (stage,) = loaded.recipe.model, expand_stages(loaded.recipe)
-    adapter = lora_config(stage)
+    adapter, dtype = lora_config(stage), frozen_dtype(stage, loaded.recipe.model)
     with torch.device(DEVICE):
-        if args.frozen == "float32":
-            model: Any = load_model(spec, loaded.base_dir, seed=seed, vocabulary=vocabulary)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            model = random_model(
-                AutoModelForCausalLM,
-                load_config(spec, loaded.base_dir, None, vocabulary),
-                dtype=torch.bfloat16,
-            )
+        model: Any = load_model(
+            spec, loaded.base_dir, seed=seed, vocabulary=vocabulary, dtype=dtype
+        )
         return model if adapter is None else with_adapter(model, adapter)
 
 
@@ -248,8 +213,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_recipe(write_recipe(args, Path(folder)))
         with quiet():
-            found, losses = measured(args, loaded)
-            memory = planned(args, loaded)
+            found, losses = measured(loaded)
+            memory = planned(loaded)
     expected = {name: getattr(memory, name) for name in PARTS}
     ratio = found["peak"] / expected["peak"]
     print(f"{'MiB':12} {'planned':>10} {'measured':>10}")

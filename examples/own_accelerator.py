@@ -1,8 +1,8 @@
-"""Inside a program that has made its own Accelerator, and prepared the model with it.
+"""Training within a program that has its own Accelerator and has prepared the model with it.
 
-The trainer makes an Accelerator of its own from its arguments, and prepares the model again: so it is the
-arguments that say bf16, the batch and the accumulation. What the program's own Accelerator is used for before
-and after (logging, one process at a time, evaluation) goes on as it was.
+The trainer creates its own Accelerator from its arguments and prepares the model again, so set bf16, batch
+size and accumulation in the arguments. The Accelerator of the program can still be used before and after
+training.
 
     python examples/own_accelerator.py        or: accelerate launch examples/own_accelerator.py
 """
@@ -22,7 +22,9 @@ trainer = DPOTrainer(policy, args=args, train_dataset=ROWS, processing_class=TOK
 trainer.train()
 
 accelerator.wait_for_everyone()
-margins = [row["rewards/margins"] for row in trainer.state.log_history if "loss" in row]
-accelerator.print(f"margin {margins[0]:.3f} → {margins[-1]:.3f}, step 0: {trainer.step_zero}")
+gaps = [row["rewards/margins"] for row in trainer.state.log_history if "loss" in row]
+accelerator.print(
+    f"implicit reward gap {gaps[0]:.3f} → {gaps[-1]:.3f}, step 0: {trainer.step_zero}"
+)
 if accelerator.is_main_process:
     accelerator.unwrap_model(trainer.model).save_pretrained("out/model")

@@ -1,6 +1,7 @@
-"""A callback of one's own: any `transformers.TrainerCallback`, with the metrics of preference training.
+"""A custom `transformers.TrainerCallback` that uses the metrics of preference training.
 
-This one ends the run when the known fault of DPO shows: chosen responses become less likely than they were.
+It stops training when chosen responses become less likely than under the reference model, a common problem of
+DPO.
 
     python examples/own_callback.py
 """
@@ -16,10 +17,10 @@ from rpo_trainer import DPOConfig, DPOTrainer
 
 
 class StopWhenChosenFalls(TrainerCallback):
-    """Ends training once more than a share of the chosen responses has fallen below the reference."""
+    """Stops training when too many chosen responses are less likely than under the reference model."""
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def __init__(self, fraction: float) -> None:
+        self.fraction = fraction
 
     def on_log(
         self,
@@ -29,13 +30,13 @@ class StopWhenChosenFalls(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Reads what has just been logged; after the first step, since at the start nothing can fall."""
-        if state.global_step > 1 and (logs or {}).get("logps/chosen_falling", 0.0) > self.share:
+        """Checks the log line, except that of the first step, where policy and reference are the same."""
+        if state.global_step > 1 and (logs or {}).get("logps/chosen_falling", 0.0) > self.fraction:
             control.should_training_stop = True
 
 
-# Rejected responses that differ from the chosen ones in their last token alone: what pushes one down
-# pushes the other down too.
+# Rejected responses only differ in the last token, so that lowering their likelihood lowers that of the
+# chosen responses too.
 rows = [
     {**row, "chosen": f"it is {row['chosen']}", "rejected": f"it is {row['chosen']}0"}
     for row in ROWS

@@ -1,9 +1,9 @@
-"""A data set object of one's own: `len()` and rows by number, such as a `torch.utils.data.Dataset`.
+"""A custom data set with `len()` and integer indexing, such as a `torch.utils.data.Dataset`.
 
-It is read once, before training. Rows are dicts in any format of the README's table, or tokenised already
-(`prompt_ids`, `response_ids`, `response_mask`). Streams (`IterableDataset`, generators) are refused: an epoch
-is a permutation of the rows, and a resumed run finds its place in it. `datasets.Dataset.from_generator`
-turns one into rows on disk.
+It is read once, before training. Rows are dicts in any format of `docs/data.md`, or tokenized (`prompt_ids`,
+`response_ids`, `response_mask`). Streams (`IterableDataset`, generators) are refused: an epoch is a
+permutation of the rows, which a resumed run must reproduce. `datasets.Dataset.from_generator` stores a stream
+on disk.
 
     python examples/own_dataset.py
 """

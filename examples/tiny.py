@@ -1,4 +1,4 @@
-"""A model, a tokenizer and preference rows small enough for seconds on a CPU: put yours in their place."""
+"""A model, a tokenizer and preference rows that train in seconds on a CPU: replace them with yours."""
 
 from __future__ import annotations
 

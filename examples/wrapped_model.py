@@ -1,8 +1,8 @@
-"""A model that PEFT has wrapped already: trained as it is, and its own reference.
+"""A model that is already wrapped by PEFT: its adapter is trained, and it is its own reference model.
 
-`ref_model=None` means the policy as it starts, adapter included: so an adapter that has learnt something in
-one run is what the next one starts from *and* is compared with. (Other trainers take the model without its
-adapter there.) Its log-probs are computed once, before the first step; no second adapter is held in memory.
+`ref_model=None` means the policy at the start of training, including its adapter: an adapter from one run is
+both the start and the reference of the next one. (In TRL the reference is the model without adapter.)
+Reference log-probs are computed once, before the first step; no second adapter is kept in memory.
 
     python examples/wrapped_model.py
 """
@@ -25,6 +25,6 @@ trainer = RPOTrainer(policy, args=args, train_dataset=ROWS, processing_class=TOK
 trainer.train()
 print("step 0:", trainer.step_zero)
 
-trainer.save_model("out/adapter")  # the adapter alone
+trainer.save_model("out/adapter")  # only the adapter
 again = PeftModel.from_pretrained(model(), "out/adapter")
 again.merge_and_unload().save_pretrained("out/merged")

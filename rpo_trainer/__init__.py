@@ -1,6 +1,6 @@
-"""Preference fine-tuning: two-stage SFT, DPO with an SFT term, RPO, and the chain of them.
+"""Preference fine-tuning: SFT, DPO with an SFT loss, RPO, reward models, and recipes that chain them.
 
-The names below are imported on first use, so that `rpo-trainer --help` does not wait for torch.
+The names below are imported on first use, so that `rpo-trainer --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ _EXPORTS = {
     "run_chain": "rpo_trainer.chain",
 }
 
-# It shows nothing; first of all handlers, it removes keys from what the others show.
+# Names that scripts import from TRL together with a trainer
+_OF_TRL = (
+    "DatasetMixtureConfig", "ModelConfig", "ScriptArguments", "TrlParser", "get_dataset",
+    "get_kbit_device_map", "get_peft_config", "get_quantization_config",
+)  # fmt: skip
+_INSTEAD = {
+    "DataCollatorForCompletionOnlyLM": "remove it: only responses are trained",
+    "setup_chat_format": "set the chat template of the tokenizer",
+}
+
+# Logs nothing itself: as the first handler it removes keys from the records that others show.
 logging.getLogger(__name__).addHandler(RedactingHandler())
 
 shorten_waits()  # before torch is loaded, if it is not yet
@@ -68,6 +78,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_TRL:
+        raise ImportError(f"{name} is not part of {__name__}: keep `from trl import {name}`")
+    if name in _INSTEAD:
+        raise ImportError(f"{name} is not part of {__name__}: {_INSTEAD[name]}")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

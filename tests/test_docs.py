@@ -17,6 +17,8 @@ from rpo_trainer.data.detect import kind_of
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.recipe import load_recipe
 from tests.documents import DOCUMENTS, ROOT, blocks, name_of, page
+from tests.documents_data import save_base_model
+from tests.test_model_recipes import ultrafeedback
 
 PACKAGE = Path(rpo_trainer.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,11 +38,50 @@ def test_a_recipe_in_a_document_loads(block: str, path: Path, tmp_path: Path) ->
     assert load_recipe(file).recipe.stages
 
 
-def test_the_readme_has_a_recipe_and_says_what_every_line_of_it_is() -> None:
-    found = [param for param in RECIPES if param.values[1].name == "README.md"]
-    assert any(param.values[1] == ROOT / "README.md" for param in found)
-    (block,) = [b for b in blocks(README, "yaml") if "stages:" in b]
+def test_the_readme_is_short_and_has_a_recipe() -> None:
+    assert len(README.split()) <= 900
+    assert any(param.values[1] == ROOT / "README.md" for param in RECIPES)
+
+
+def test_every_line_of_the_complete_recipe_has_a_comment() -> None:
+    (block,) = [b for b in blocks(page("recipes"), "yaml") if "stages:" in b]
     assert [line for line in block.splitlines() if " # " not in line] == []
+
+
+@pytest.mark.slow
+def test_the_program_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is printed, with a small model in place of the one on the hub, and small data."""
+    import datasets
+
+    (program,) = blocks(README, "python")
+    above_the_fold = README[: README.index(program)]
+    assert above_the_fold.count("\n") < 12 and "RPOTrainer(" in program
+    monkeypatch.chdir(tmp_path)
+    save_base_model(tmp_path / "model")
+    rows = ultrafeedback(tmp_path / "rows.jsonl", 8)
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        assert (name, split) == ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")
+        return datasets.Dataset.from_json(str(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub_name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert program.count(hub_name) == 1
+    run_program(program.replace(hub_name, str(tmp_path / "model")), "README")
+    assert list((tmp_path / "smollm2-rpo").glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_program_of_the_tutorial_prints_a_reply(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_base_model(tmp_path / "model")
+    (program,) = blocks(page("tutorial"), "python")
+    output = "runs/first/rpo-2/final"
+    assert program.count(output) == 1 and f"`{output}`" in page("tutorial")
+    program = program.replace(output, str(tmp_path / "model")).replace("=100", "=3")
+    run_program(program, "tutorial")
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_librarys_program_runs_and_logs_the_metrics_it_names(
@@ -114,13 +155,13 @@ def test_every_loss_is_in_the_table_with_the_responses_it_takes() -> None:
     assert [(name, more == "–") for name, _, more in rows] == pairs_only
 
 
-def test_the_readme_and_the_command_line_know_the_same_commands() -> None:
-    named = set(re.findall(r"`rpo-trainer ([a-z]+)", README))
-    assert named == set(cli.commands)
+def test_the_table_of_commands_has_all_commands() -> None:
+    table = page("commands").split("| command | description |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`rpo-trainer ([a-z]+)", table)) == set(cli.commands)
 
 
 def test_the_data_flow_names_every_module_and_nothing_else() -> None:
-    (picture,) = [block for block in blocks(README, "") if "recipe YAML" in block]
+    (picture,) = [block for block in blocks(page("architecture"), "") if "recipe YAML" in block]
     drawn = re.findall(r"^[^\w]*(\w+\.py|\w+/)\s{2,}\S", picture, flags=re.MULTILINE)
     modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
     modules |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
@@ -171,7 +212,7 @@ def test_every_format_is_in_the_table() -> None:
 def test_exit_codes_are_those_of_the_errors() -> None:
     from rpo_trainer import errors
 
-    table = README.split("| exit code | means |")[1].split("\n\n")[0]
+    table = page("commands").split("| exit code | meaning |")[1].split("\n\n")[0]
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)}
     raised = {
         value.exit_code

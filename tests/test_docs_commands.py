@@ -23,6 +23,7 @@ from tests.distributed import launch
 from tests.documents import ROOT, SHIPPED, TOLD, code, commands, name_of, spans
 from tests.documents_data import rows, save_base_model, save_policy, save_reward_model, write
 from tests.real_data import write_local
+from tests.test_model_recipes import ultrafeedback
 
 # ---------------------------------------------------------------- which are run, and which not
 
@@ -35,11 +36,11 @@ NOT_RUN = {
     "make quickstart": _CHECKOUT,
     "make real-small": _CHECKOUT,
     "make test": _CHECKOUT,
-    "make test-fast": _CHECKOUT,
     "make test-all": _CHECKOUT,
     "make lint": _CHECKOUT,
     "make audit": _CHECKOUT,
     "make format": _CHECKOUT,
+    "make docs": _CHECKOUT,
     "make PYTHON=python3.12 …": _CHECKOUT,
     ".ci/run": _CHECKOUT,
     ". .venv/bin/activate": "of the environment that make has made",
@@ -49,6 +50,7 @@ NOT_RUN = {
     "rpo-trainer compare runs/a runs/b --html comparison.html": _COMPARES,
     "rpo-trainer compare RUN RUN": _COMPARES,
     "python -m benchmarks.models --write": "of all families; tests/sweep/test_models_page.py has some",
+    "python docs/tools/hardware.py --write": "takes minutes; tests/test_docs_site.py computes a part",
     "torchrun --max-restarts N": "an option; tests/distributed/test_chain.py kills ranks under it",
 }
 # Launchers with a chain: tests/distributed/test_chain.py takes these lines from the page and runs them.
@@ -60,7 +62,8 @@ def pages() -> dict[str, list[str]]:
     """The commands set apart, by page; each once, where it stands first."""
     seen: set[str] = set()
     found: dict[str, list[str]] = {}
-    for path in [*TOLD, *SHIPPED]:
+    shipped = [path for path in SHIPPED if path.parent.name != "models"]  # test_model_recipes.py
+    for path in [*TOLD, *shipped]:
         for block in code(path):
             if block.kind == "sh":  # run as they stand by test_docs_run.py
                 continue
@@ -85,7 +88,7 @@ def is_whole(span: str) -> bool:
     name = re.fullmatch(r"rpo-trainer(?: (\w+))?|torchrun|accelerate launch|deepspeed|make", span)
     if name is None:
         return True
-    if not name[1]:
+    if not name[1] or name[1] not in cli.commands:
         return False
     # `check` takes a recipe or `--template`.
     return not any(p.required or p.name == "recipe" for p in cli.commands[name[1]].params)
@@ -107,6 +110,10 @@ IN_TEXT = [command for command in in_text() if command not in NOT_RUN]
 
 # {here} is the directory.
 OWN = {
+    "init RECIPE --model M --data FILE": "init new.yaml --model {here}/base-model --data pairs.jsonl",
+    "convert FILE -o RECIPE": "convert llama_factory.yaml -o converted.yaml",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "{here}/base-model",
+    "model.name_or_path=FOLDER": "",
     "RECIPE": "mine.yaml",
     "RUN": "runs/mine",
     "KEY": "stages.dpo.beta",
@@ -138,6 +145,12 @@ QUICK = (
         for stage in ("code-sft", "general-sft")
     )
 )
+# A small model and data in place of those on the hub.
+SMALL_MODEL = "model.name_or_path={here}/base-model defaults.warmup_steps=1" + "".join(
+    f" stages.{stage}.data.{part}.0.path={{here}}/ultrafeedback.jsonl stages.{stage}.data.{part}.0.split=null"
+    for stage in ("dpo", "rpo")
+    for part in ("train", "eval")
+)
 # Words behind a command that begins so: what it leaves to the reader, or what makes it small.
 MORE = {
     "rpo-trainer check --template": "--chat-template plain",
@@ -153,6 +166,10 @@ MORE = {
     "rpo-trainer reward recipes/reward/helpsteer2.yaml": (
         "'stages.helpsteer2.data={train: [{path: {here}/ratings.jsonl}]}'"
     ),
+    "rpo-trainer check recipes/models/": SMALL_MODEL,
+    "rpo-trainer plan recipes/models/": SMALL_MODEL,
+    "rpo-trainer preview recipes/models/": SMALL_MODEL,
+    "rpo-trainer run recipes/models/": SMALL_MODEL,
     "rpo-trainer run recipes/sft.yaml": "stages.sft.warmup_steps=1",
     "rpo-trainer run recipes/dpo.yaml": "stages.dpo.warmup_steps=1",
     "rpo-trainer run recipes/examples/real_chain.yaml": "defaults.max_steps=2",
@@ -199,6 +216,19 @@ stages:
   - {name: dpo, kind: dpo, beta: 0.1, data: {train: [{path: pairs.jsonl}]}}
   - {name: rpo, kind: rpo, beta: 0.1, data: {train: [{path: pairs.jsonl}]}}
 """
+LLAMA_FACTORY = """
+model_name_or_path: ./base-model
+stage: sft
+do_train: true
+finetuning_type: full
+dataset: sums
+dataset_dir: .
+template: chatml
+cutoff_len: 64
+per_device_train_batch_size: 1
+learning_rate: 1.0e-5
+output_dir: out
+"""
 
 
 def as_typed(command: str, here: Path) -> str:
@@ -231,7 +261,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in re.findall(r"path: (\S+\.jsonl)", path.read_text(encoding="utf-8")):
             kind = next(kind for pattern, kind in KINDS.items() if re.search(pattern, name))
             write(path.parent / name, rows(kind))
+    ultrafeedback(folder / "ultrafeedback.jsonl", 16)
     (folder / "mine.yaml").write_text(MINE, encoding="utf-8")
+    (folder / "llama_factory.yaml").write_text(LLAMA_FACTORY, encoding="utf-8")
+    (folder / "dataset_info.json").write_text('{"sums": {"file_name": "alpaca.json"}}', "utf-8")
+    (folder / "alpaca.json").write_text('[{"instruction": "1 + 1 =", "output": "2"}]', "utf-8")
     return folder
 
 
@@ -352,8 +386,11 @@ def test_a_name_of_a_command_is_one() -> None:
 
 # Blocks that are no code: pictures, formulas, a table.
 PICTURES = {
-    ("README.md", "recipe YAML"), ("README.md", "exact"), ("docs/running.md", "RUN/"),
-    ("docs/architecture.md", "cli"), ("docs/rpo.md", "implicit gap"), ("docs/rpo.md", "dpo: "),
+    ("README.md", "exact"), ("docs/running.md", "RUN/"), ("docs/architecture.md", "recipe YAML"),
+    ("docs/architecture.md", "cli"), ("docs/rpo.md", "implicit reward gap"), ("docs/rpo.md", "dpo: "),
+    # The Slurm script is run by test_docs_site.py; Docker and W&B need a service.
+    ("docs/clusters.md", "RECIPE=mine.yaml sbatch"), ("docs/clusters.md", "docker build"),
+    ("docs/clusters.md", "WANDB_PROJECT="),
 }  # fmt: skip
 
 
@@ -373,6 +410,8 @@ def test_every_block_is_known() -> None:
                 ("docs/library.md", "python"), ("docs/getting-started.md", "sh"),
                 ("docs/getting-started.md", "json"), ("docs/adding-a-loss.md", "python"),
                 ("docs/adding-a-data-format.md", "python"), ("docs/adding-a-verifier.md", "python"),
+                ("docs/tutorial.md", "python"), ("README.md", "python"),
+                ("docs/rewards.md", "jsonc"), ("docs/data.md", "json"),
             }  # fmt: skip
             if not (picture or piece or all_commands or tested or block.kind == "yaml"):
                 unknown.append(block)

@@ -61,7 +61,7 @@ def test_the_oldest_and_newest_python_are_tested() -> None:
 @pytest.mark.slow
 @pytest.mark.extras("build", "hatchling")
 def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
-    """Built by `python -m build`, installed without the checkout; dependencies are those of this environment."""
+    """`python -m build`, then an installation without the checkout, on the packages of this environment."""
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ROOT],
         check=True,

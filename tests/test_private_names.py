@@ -147,6 +147,15 @@ def peft_loaded() -> None:
     )
 
 
+def kept_in_float32() -> None:
+    """Loading upcasts these, the first for float16 alone."""
+    model = tiny()
+    assert model._keep_in_fp32_modules == set() == model._keep_in_fp32_modules_strict
+    source = source_of("transformers.PreTrainedModel")
+    assert "self._keep_in_fp32_modules is not None and dtype == torch.float16" in source
+    assert "self._keep_in_fp32_modules_strict is not None and dtype in (" in source
+
+
 def running_loss() -> None:
     assert isinstance(worked()._tr_loss, torch.Tensor)
     assert worked()._tr_loss.ndim == 0
@@ -224,6 +233,7 @@ def dispatch_mode() -> None:
 def tree() -> None:
     pytree = found("torch.utils._pytree")
     assert pytree.tree_leaves(((1, [2]), {"a": 3})) == [1, 2, 3]
+    assert pytree.tree_map(abs, ((-1, [2]), {"a": -3})) == ((1, [2]), {"a": 3})
     assert pytree.tree_map_only(int, str, [1, "b", 2.0]) == ["1", "b", 2.0]
 
 
@@ -328,6 +338,8 @@ USES = [
     Use("transformers.PreTrainedModel", "_hf_peft_config_loaded", "models/from_pretrained.py", peft_loaded),
     Use("transformers.PreTrainedModel", "_init_weights", "trainers/setup.py", initialized),
     Use("transformers.PreTrainedModel", "_is_hf_initialized", "trainers/setup.py", initialized),
+    *(Use("transformers.PreTrainedModel", name, "models/dtypes.py", kept_in_float32)
+      for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")),
     Use("transformers.PreTrainedModel", "_no_split_modules", "trainers/engine.py",
         layers),
     Use("transformers.PreTrainedModel", "_weight_conversions", "models/from_pretrained.py", conversions),
@@ -345,7 +357,7 @@ USES = [
     Use("torch.distributed.distributed_c10d", "_world", "runtime/distributed.py", process_groups),
     Use("torch.optim.lr_scheduler.LambdaLR", "_last_lr", "trainers/checkpoint.py", learning_rates),
     Use("torch.utils", "_python_dispatch", "plan/memory.py", dispatch_mode),
-    Use("torch.utils", "_pytree", "plan/memory.py step/attention_reach.py", tree),
+    Use("torch.utils", "_pytree", "models/dtypes.py plan/memory.py step/attention_reach.py", tree),
     Use("torch.utils", "_triton", "step/attention_flex.py step/logprobs.py",
         has_triton),
     Use("datasets.Dataset", "_data_files", "data/sources.py", data_files),

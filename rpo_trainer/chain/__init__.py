@@ -1,24 +1,28 @@
-"""The chain: the stages of a recipe run one after the other, each on the output of one before it.
+"""The chain: the stages of a recipe, run in order, each from the output of an earlier one.
 
-run               `run_chain`: the stages in order; a run that was stopped resumes
-  run_dir           the run directory: checked, made, locked
-  state             chain.json: what a run knows of its stages
+run               `run_chain`: runs the stages in order, and resumes a run that was stopped
+  run_dir           the run directory: checked, created, locked
+  state             chain.json: the state of a run and its stages
   changes           recipe settings that differ from the last start: refused, or allowed by key
   input_files       the files and hub commits that stages read, and their digests
-  finished          before a run resumes: outputs are intact, and what a stage starts from is there
-  models            models loaded for a stage (start, reference), and its output written
-  training          one stage trained from its last checkpoint to its end
+  finished          before a run resumes: outputs are intact, and the models that stages start from exist
+  models            loads the models of a stage (initial policy, reference model) and writes its output
+  outputs           what a stage delivers, and the exact weights beside it
+  training          trains one stage, from its last checkpoint
   callbacks         metrics.jsonl, and the step-0 result
-  stop_signal       SIGTERM and SIGINT: a stop after a complete checkpoint
+  stop_signal       SIGTERM and SIGINT: stop after a complete checkpoint
   progress          progress bars, or plain lines
-  evaluation        held-out figures of an output: responses, pairs, likelihoods, lm-eval tasks
+  time_left         estimates the time left of a stage and of the chain
+  same_examples     compares a stage's examples between processes and with its last start
+  data_log          log lines on the data of each stage, once per data set
+  evaluation        evaluates an output on held-out data: responses, pairs, likelihoods, lm-eval tasks
   response_figures  held-out responses tokenized, for their lengths and log-probs
   system            the hardware and software that a stage trains on
   card              the model card of an output
-check             `check_recipe`: all that can be known before training
-  check_models      models without their weights: configurations, adapters, tokenizers, embeddings
-  check_data        the data, prepared as for training and counted
-  findings          errors and lines of a check, collected
+check             `check_recipe`: everything that can be checked before training
+  check_models      models without their weights: configs, adapters, tokenizers, embeddings
+  check_data        the data: prepared as for training, and counted
+  findings          collects the errors and lines of a check
 selection         the run directory and the stage that a command works on
 """
 

@@ -1,4 +1,4 @@
-"""What a stage notes down while it trains."""
+"""Callbacks that record metrics and check results while a stage trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLog(TrainerCallback):
-    """Every log line of a stage as one JSON line."""
+    """Appends each log entry of a stage to a file, as one JSON line."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class MetricsLog(TrainerCallback):
 
 
 class EvaluateBefore(TrainerCallback):
-    """Evaluates the held-out examples before the first step, the model ready to be trained."""
+    """Evaluates the held-out examples before the first step."""
 
     def __init__(self, trainer: Any, note: Callable[[dict[str, Any]], None]) -> None:
         self.trainer = trainer
@@ -42,7 +42,7 @@ class EvaluateBefore(TrainerCallback):
 
 
 class StepZeroLog(TrainerCallback):
-    """Hands on what the step-0 check measured, as soon as it is known: a resumed stage has none."""
+    """Reports the result of the step-0 check after the first step; a resumed stage has none."""
 
     def __init__(self, trainer: Any, note: Callable[[StepZeroRecord], None]) -> None:
         self.trainer = trainer

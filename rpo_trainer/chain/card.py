@@ -1,4 +1,4 @@
-"""The model card of a stage's output: where it comes from, how it was trained, what was measured."""
+"""The model card of a stage's output: lineage, settings and evaluation."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from rpo_trainer.trainers.checkpoint import MANIFEST
 CARD = "README.md"
 _KINDS = {
     "sft": "Supervised fine-tuning",
-    "dpo": "Direct preference optimisation with an SFT term",
-    "rpo": "Reward-aware preference optimisation",
-    "reward": "A reward model",
+    "dpo": "Direct preference optimization with an SFT term",
+    "rpo": "Reward-aware preference optimization",
+    "reward": "Reward model",
 }
 _SETTINGS = {
     "loss_type": "loss", "objective": "objective", "beta": "β", "reward_scale": "η",
     "sft_loss_weight": "SFT weight", "learning_rate": "learning rate",
-    "lr_scheduler_type": "schedule", "global_batch_size": "examples a step",
-    "num_train_epochs": "epochs", "max_steps": "steps", "max_length": "longest example, tokens",
+    "lr_scheduler_type": "schedule", "global_batch_size": "global batch size",
+    "num_train_epochs": "epochs", "max_steps": "steps", "max_length": "maximum length, tokens",
 }  # fmt: skip
 
 
@@ -43,12 +43,12 @@ def write_card(
     recipe: Recipe,
     base_dir: Path,
 ) -> None:
-    """`README.md` of an output, and its place in the manifest.
+    """Writes `README.md` of an output and adds it to the manifest.
 
-    The same run gives the same card: a run that resumes here changes nothing.
+    The card depends on the run only: writing it again when a run resumes changes nothing.
 
     Args:
-        records: of all stages, by name.
+        records: the records of all stages, by name.
     """
     text = card(final, stage, stages, records, recipe, base_dir)
     path = final / CARD
@@ -69,7 +69,7 @@ def card(
     recipe: Recipe,
     base_dir: Path,
 ) -> str:
-    """The text of the card."""
+    """Return the text of the card."""
     record = records.get(stage.name, StageRecord())
     names = [other.name for other in stages]
     line = _lineage(stage, {other.name: other for other in stages})
@@ -77,15 +77,15 @@ def card(
     parts = [
         f"---\n{_metadata(final, stage, recipe, base_dir)}\n---\n",
         f"# {stage.name}\n",
-        f"{_KINDS[stage.kind]}: stage {names.index(stage.name) + 1} of {len(names)} of a "
-        f"chain trained with rpo-trainer, {way} → **{stage.name}**.\n",
+        f"{_KINDS[stage.kind]}, stage {names.index(stage.name) + 1} of {len(names)} of a "
+        f"chain trained with rpo-trainer: {way} → **{stage.name}**.\n",
         "## Lineage\n",
         _table(
-            ("stage", "kind", "starts from", "reference", "data", "examples", "weights"),
+            ("stage", "kind", "initialized from", "reference model", "data", "examples", "weights"),
             [_descent(other, records.get(other.name, StageRecord())) for other in line],
         ),
-        "Data files by the start of their xxh3-128; `data` alone is that of the examples as they were "
-        "trained on. Weights by the start of the hashes of their files.\n",
+        "Data files are listed with the first digits of their xxh3-128 digests; `data` is the digest of "
+        "the tokenized examples. Weights are identified by the hashes of their files.\n",
         "## Settings\n",
         _table(
             ("", ""),
@@ -94,7 +94,7 @@ def card(
         *_measured(record.eval or EvaluationRecord()),
         "## Recipe of this stage\n",
         f"```yaml\n{_excerpt(stage)}```\n",
-        "Built-in values are left out.\n",
+        "Fields with default values are omitted.\n",
         "## Versions\n",
         ", ".join(f"{name} {version}" for name, version in library_versions().items()) + "\n",
     ]
@@ -115,7 +115,7 @@ def _metadata(final: Path, stage: Stage, recipe: Recipe, base_dir: Path) -> str:
 
 
 def looks_like_local(name: str, base_dir: Path) -> bool:
-    """Whether a model's name is a directory here, which nobody else has."""
+    """Whether a model's name is a local directory, which is of no use on the hub."""
     path = resolve_path(base_dir, name)
     return path.exists() or name.startswith((".", "~", "/"))
 
@@ -130,7 +130,7 @@ def _start(recipe: Recipe, first: Stage) -> str:
 
 
 def _lineage(stage: Stage, by_name: Mapping[str, Stage]) -> list[Stage]:
-    """The stages that the weights went through, the first one first."""
+    """The stages that produced the weights, in order."""
     line = [stage]
     while (before := by_name.get(line[0].init)) is not None:
         line.insert(0, before)
@@ -165,15 +165,17 @@ def _settings(stage: Stage, record: StageRecord) -> list[list[str]]:
             found.append([label, f"{record.reward_scale:g} (fitted)"])
         elif value is not None:
             found.append([label, f"{value:g}" if isinstance(value, float) else str(value)])
+    if record.output is not None and record.output.dtype is not None:
+        found.append(["saved weights", record.output.dtype])
     return found
 
 
 def _template(stage: Stage, recipe: Recipe) -> list[list[str]]:
-    """The variables that conversations were rendered with, for whoever prompts the model."""
-    levels = [("chat template", recipe.model.chat_template_kwargs)]
+    """The chat template variables that conversations were rendered with."""
+    levels = [("chat template variables", recipe.model.chat_template_kwargs)]
     for source in stage.data.train:
         name = Path(source.path).name if source.path else source.task
-        levels.append((f"chat template, rows of {name}", source.chat_template_kwargs))
+        levels.append((f"chat template variables, rows of {name}", source.chat_template_kwargs))
     return [[label, f"`{kwargs_key(given)}`"] for label, given in levels if given]
 
 
@@ -181,9 +183,7 @@ def _measured(record: EvaluationRecord) -> list[str]:
     figures = read_scores(record).all()
     accuracy = read_agreement(record).accuracy
     if accuracy is not None:
-        figures.insert(
-            0, Figure("reward_accuracy", "better response has the higher reward", accuracy)
-        )
+        figures.insert(0, Figure("reward_accuracy", "pair accuracy", accuracy))
     if not figures:
         return []
     rows = []
@@ -196,11 +196,11 @@ def _measured(record: EvaluationRecord) -> list[str]:
                 f"{short(measure.low, figure.digits)} to {short(measure.high, figure.digits)}"
             )
         rows.append([figure.name, short(measure.value, figure.digits), interval])
-    by = f" Rewards and wins are by {record.scorer}." if record.scorer else ""
+    by = f" Rewards and win rates are given by {record.scorer}." if record.scorer else ""
     return [
-        "## Measured on held-out data\n",
+        "## Evaluation on held-out data\n",
         _table(("", "value", "95 % interval"), rows),
-        f"Intervals are over prompts and rows, not over training seeds.{by}\n",
+        f"Confidence intervals are over prompts and rows, not over training seeds.{by}\n",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What may change between two starts of a run: told apart, shown, allowed on purpose."""
+"""Changes between two starts of a run: which are safe, and which need `--allow-changed`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rpo_trainer.recipe.rules.chain import expanded_names
 if TYPE_CHECKING:
     from rpo_trainer.recipe import Stage
 
-# Stage fields that say how a stage runs, not what it computes: these may change when a run resumes.
+# Stage fields that do not affect what a stage computes: they may change when a run resumes.
 SAFE_FIELDS = frozenset(
     {
         "micro_batch_size",
@@ -32,10 +32,10 @@ SAFE_FIELDS = frozenset(
 )
 
 
-# A run cannot resume with a change of these: what a checkpoint holds has another shape.
+# A run cannot resume with a change of these: its checkpoints would not fit.
 _FIXED_FIELDS = frozenset({"kind", "peft", "optim"})
 
-# Training arguments that say what is logged, kept and loaded, not what is computed.
+# Training arguments that affect logging, storage and loading, not what is computed.
 SAFE_ARGUMENTS = frozenset(
     {
         "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
@@ -49,7 +49,7 @@ SAFE_ARGUMENTS = frozenset(
 
 
 class Change(NamedTuple):
-    """A leaf of the recipe that differs from what a run has computed with."""
+    """A value of the recipe that differs from the one that the run was computed with."""
 
     key: str
     old: Any
@@ -60,7 +60,7 @@ class Change(NamedTuple):
 
 
 def differences(key: str, old: Any, new: Any) -> list[Change]:
-    """Every leaf that differs."""
+    """Return every value that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = [*old, *(name for name in new if name not in old)]
         return [
@@ -72,7 +72,7 @@ def differences(key: str, old: Any, new: Any) -> list[Change]:
 
 
 def data_changed(what: str, stage: str, run_dir: Path, *, why: str, undo: str) -> RunError:
-    """The refusal of data that is not what a stage began with."""
+    """Return the error for data that changed after a stage began."""
     return RunError(
         what,
         code="run.data-changed",
@@ -83,7 +83,7 @@ def data_changed(what: str, stage: str, run_dir: Path, *, why: str, undo: str) -
 
 
 def ways_out(undo: str, keys: Sequence[str]) -> str:
-    """What to do about a change, the keys to allow among it."""
+    """Return the fix for a change: undo it, start anew, or allow these keys."""
     ways = [undo, "start in a new directory (--run-dir)"]
     if keys:
         ways.append("resume with the change: " + " ".join(f"--allow-changed {key}" for key in keys))
@@ -91,7 +91,7 @@ def ways_out(undo: str, keys: Sequence[str]) -> str:
 
 
 def computed_with(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a stage's spec that its results depend on."""
+    """Return the part of a stage's spec that its results depend on."""
     fields = {name: value for name, value in spec.items() if name not in SAFE_FIELDS}
     arguments = fields.get("training_args")
     if isinstance(arguments, Mapping):
@@ -100,12 +100,12 @@ def computed_with(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def covers(allowed: Sequence[str], key: str) -> bool:
-    """Whether a key, or one above it, is among those allowed."""
+    """Whether a key or one of its parents is allowed."""
     return any(key == one or key.startswith(f"{one}.") for one in allowed)
 
 
 def is_fixed(key: str, stage: str | None = None) -> bool:
-    """Whether a change cannot be allowed; `stage`: whose field it is."""
+    """Whether a change of the key (of a field of `stage`) can never be allowed."""
     if stage is None:
         return key == "model.from_config" or key.startswith("model.from_config.")
     return key.removeprefix(f"stages.{stage}.").split(".")[0] in _FIXED_FIELDS

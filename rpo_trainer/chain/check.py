@@ -1,4 +1,4 @@
-"""Everything that can be known before training: arguments, models, data, room on disk, the run directory."""
+"""Checks before training: arguments, models, data, disk space and the run directory."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ def check_recipe(
     only: Collection[str] | None = None,
     preparer: StagePreparer | None = None,
 ) -> list[str]:
-    """Prepares the data of every stage, and checks all else that needs no weights.
+    """Prepare the data of every stage, and check everything else that needs no weights.
 
     Args:
-        only: names of the stages to check; None: all, and the run directory. A run, which has its
-            directory, names them.
-        preparer: of the recipe; None: a new one.
+        only: names of the stages to check; None: all stages and the run directory.
+        preparer: the recipe's preparer; None: create one.
 
     Returns:
-        Lines to show: what each stage will train on.
+        Lines that say what each stage will train on.
 
     Raises:
-        Problems: all errors that were found.
+        Problems: all errors found.
     """
     preparer, findings = preparer or StagePreparer(loaded), Findings()
     models = ModelChecks(preparer, findings)
@@ -50,7 +49,7 @@ def check_recipe(
             lora_config(stage)
         models.check_stage(stage)
         data.check_stage(stage)
-    # Else the size of the model is not known, or what is kept of it.
+    # After other errors, the size of the model or of its checkpoints is unknown.
     if all(isinstance(problem, DataError) for problem in findings.problems):
         with findings.collected():
             check_disk(preparer, run_dir, stages, data.responses)
@@ -62,12 +61,12 @@ def check_recipe(
 
 
 def count_warnings(lines: Sequence[str]) -> int:
-    """How many lines of `check_recipe` are warnings."""
+    """Return how many lines of `check_recipe` are warnings."""
     return sum(line.lstrip().startswith(WARNING) for line in lines)
 
 
 def _check_resumable(preparer: StagePreparer, run_dir: Path) -> None:
-    """Raises RunError where the run directory holds something that this recipe cannot resume."""
+    """Raise RunError if the run in this directory cannot be resumed with this recipe."""
     check_run_dir(run_dir)
     if not run_dir.is_dir():
         return

@@ -1,4 +1,4 @@
-"""The data of a recipe, prepared as for training and counted: rows, prompts, scorers, evaluations."""
+"""Checks of a recipe's data, prepared as for training: rows, prompts, scorers, evaluation data."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Row = dict[str, Any]
 
 
 class DataChecks:
-    """Checks what the stages are trained on, and what their outputs are measured with.
+    """Checks the training data of the stages and the data that their outputs are evaluated on.
 
     Attributes:
-        responses: how many tokenized responses a stage has, by its name; sampled ones are not known.
+        responses: number of tokenized responses by stage name; absent where they are sampled later.
     """
 
     def __init__(self, preparer: StagePreparer, findings: Findings, models: ModelChecks) -> None:
@@ -34,10 +34,10 @@ class DataChecks:
         self.models = models
         self.tokenize = models.tokenizer is not None
         self.responses: dict[str, int] = {}
-        self._evaluated: set[str] = set()  # parts of the recipe whose rows have been looked at
+        self._evaluated: set[str] = set()  # parts of the recipe whose rows are already checked
 
     def check_stage(self, stage: Stage) -> None:
-        """The evaluation of a stage, then its data, which are compared with it."""
+        """Check the evaluation data of a stage, then its training data, which must not overlap."""
         if (measured := evaluation_of(stage, self.preparer.recipe)) is not None:
             self._check_evaluation(*measured)
         with self.findings.collected(f"stages.{stage.name}"):
@@ -46,7 +46,7 @@ class DataChecks:
             else:
                 self._check_rows(stage)
 
-    # --- what a stage trains on ---
+    # --- training data ---
 
     def _check_rows(self, stage: Stage) -> None:
         audit, given = Audit(), None
@@ -65,29 +65,29 @@ class DataChecks:
     def _check_prompts(self, stage: Stage) -> None:
         inputs = self.preparer.prepare(stage)
         if stage.data.responses_from is not None:
-            self.findings.add(f"the responses of stage {stage.data.responses_from}")
+            self.findings.add(f"uses the responses of stage {stage.data.responses_from}")
         else:
             self._check_sampling(stage, inputs)
         self._check_held_out(inputs)
 
     def _check_sampling(self, stage: Stage, inputs: StageInputs) -> None:
-        """The scorer, the policies, and room for the responses."""
+        """Check the scorer, the policies, and that prompt and response fit the context."""
         held = inputs.set_aside or []  # they are sampled and scored like the others
         rows, spec = inputs.rows + held, sampling_spec(stage.data, self.preparer.stages).generate
         self._check_stage_scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
         assert spec is not None  # the schema
         where = f"stages.{stage.name}.data.generate"
-        for policy in sorted({*spec.policies} - {"init"}):  # which has been looked at
+        for policy in sorted({*spec.policies} - {"init"}):  # checked already
             with self.findings.collected():
                 self.models.check_source(f"{where}.policies", policy)
         self._check_room(rows, spec, where, inputs.audit)
         policies = [stage.init if p == "init" else p for p in spec.policies]
         policies += [endpoint.model for endpoint in spec.endpoints]
         counted = f"{len(rows)} prompts" + (f" ({len(held)} held out)" if held else "")
-        self.findings.add(f"{counted}; the responses come from {', '.join(policies)}")
+        self.findings.add(f"{counted}; responses are sampled from {', '.join(policies)}")
 
     def _check_held_out(self, inputs: StageInputs) -> None:
-        """The rows that the stage is evaluated on, and that none of them is trained on."""
+        """Check the held-out rows of the stage, and that none of their prompts is trained on."""
         stage = inputs.stage
         self.preparer.prepare_held_out(inputs, tokenize=self.tokenize)
         if (held_out := inputs.held_out) is not None:
@@ -99,7 +99,7 @@ class DataChecks:
         self.findings.add_audit(inputs.audit, what, sampled=sampled)
 
     def _check_room(self, rows: list[Row], spec: GenerateSpec, where: str, audit: Audit) -> None:
-        """The prompts as tokens, with room for a response in the context of the recipe's model."""
+        """Tokenize the prompts, and check that a response fits in the model's context after each."""
         if self.models.tokenizer is None:
             return
         encoded = self.preparer.prompt_ids(rows)
@@ -116,7 +116,7 @@ class DataChecks:
             self._check_scorer(stage.data.score, rows, f"stages.{stage.name}.data.score")
 
     def _check_scorer(self, score: ScoreSpec, rows: list[Row], where: str) -> None:
-        """What can be known of a scorer; a reward model of the run is not there yet."""
+        """Check a scorer; a reward model that the run itself trains does not exist yet."""
         if any(score.model == stage.name for stage in self.preparer.stages):
             return
 
@@ -125,11 +125,10 @@ class DataChecks:
             there = (folder / "config.json").is_file()
             if looks_like_path(name) and not there:
                 raise ModelError(
-                    "there is no reward model here",
+                    "no reward model found here",
                     code="model.no-reward-model",
                     where=f"{where}.model: {folder}",
-                    why="the responses could not be scored",
-                    fix="give a directory with config.json and weights in safetensors, or a stage",
+                    fix="give a directory with config.json and safetensors weights, or a reward stage",
                 )
             if there:
                 check_scorer(folder, f"{where}.model: {folder}")

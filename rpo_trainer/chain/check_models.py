@@ -1,4 +1,4 @@
-"""The models of a recipe, checked without their weights: configurations, adapters, tokenizers, embeddings."""
+"""Checks of a recipe's models without their weights: configs, adapters, tokenizers, embeddings."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from rpo_trainer.trainers.noise import noise_of
 
 
 class ModelChecks:
-    """Checks the tokenizer, and what the stages start from and are compared with.
+    """Checks the tokenizer, and the initial policies and reference models of the stages.
 
     Attributes:
-        tokenizer, config: of the recipe's model; None: they cannot be read, which is among the findings.
+        tokenizer, config: of the recipe's model; None if they cannot be read (reported as a finding).
     """
 
     def __init__(self, preparer: StagePreparer, findings: Findings) -> None:
@@ -44,7 +44,7 @@ class ModelChecks:
         self.findings = findings
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.config: Any = None
-        self._rows: dict[str, int] = {}  # of the embeddings, by stage
+        self._rows: dict[str, int] = {}  # embedding rows by stage
         self._configs: dict[str, Any] = {}  # by source
         with findings.collected():
             self.tokenizer = preparer.tokenizer
@@ -56,7 +56,7 @@ class ModelChecks:
                     check_kwargs(source.chat_template_kwargs, self.tokenizer, f"{key}.{COLUMN}")
 
     def check_stage(self, stage: Stage) -> None:
-        """What a stage starts from and its reference: that they are there and go together."""
+        """Check that the initial policy and the reference model of a stage exist and are compatible."""
         self._check_dropout(stage)
         rows = {"init": 0, "reference": 0}
         sources = {"init": stage.init}
@@ -76,30 +76,30 @@ class ModelChecks:
         self._rows[stage.name] = rows["init"]
 
     def check_source(self, key: str, source: str, *, reward: bool = False) -> int:
-        """Checks the model that a source is or extends.
+        """Check the model at a source, or the base model of an adapter.
 
         Args:
-            key: of the recipe, where the source is named.
+            key: key of the recipe that names the source.
 
         Returns:
-            The rows of its embeddings, 0 where not known.
+            The number of embedding rows; 0 if unknown.
 
         Raises:
-            ModelError: it cannot be trained or compared with.
+            ModelError: the model cannot be trained or used as a reference model.
         """
         if source in self._rows:
             return self._rows[source]
         if any(source == stage.name for stage in self.preparer.stages):
-            return 0  # finished: its output has been looked at
+            return 0  # the output of an earlier stage
         trusted = self.recipe.model.trust_remote_code
-        cached = None  # where the hub keeps its files
+        cached = None  # directory in the hub cache
         if source == "model":
             name = self.recipe.model.name_or_path
             cached = local_folder(name, self.recipe.model.revision) if name else None
             folder = self.preparer.path(name or "")
             where = f"model: {name}" if name else "model"
             config = self.config
-            if config is None:  # among the findings already
+            if config is None:  # already reported
                 return 0
             local = folder if name and folder.is_dir() else None
         else:
@@ -136,7 +136,7 @@ class ModelChecks:
         return rows
 
     def _check_adapter(self, folder: Path, config: Any, where: str, *, reward: bool) -> None:
-        """The adapter's file has the tensors that its configuration and its base ask for."""
+        """Check that the adapter's file has the tensors that its config and base model require."""
         factory = auto_class(config, reward=reward, where=where)
         try:
             with torch.device("meta"):
@@ -144,11 +144,11 @@ class ModelChecks:
                     factory, config, trust_remote_code=self.recipe.model.trust_remote_code
                 )
         except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError):
-            return  # no model can be made of the configuration: said where one is made
+            return  # the config gives no model: reported when it is loaded
         check_adapter(folder, base, where)
 
     def _check_context(self, source: str, length: int, where: str) -> None:
-        """The longest examples have places in the model that a source is made of."""
+        """Check that examples of this length fit in the model's context."""
         stages = {stage.name: stage for stage in self.preparer.stages}
         while source in stages:
             source = stages[source].init
@@ -163,6 +163,6 @@ class ModelChecks:
         found = noise_of(self.config)
         if found and stage.disable_dropout:
             self.findings.warn(
-                f"the model's config has noise in training ({found}): it is set to 0 in this "
-                "stage, since the reference has none"
+                f"the model's config has dropout or other noise in training ({found}): it is set to 0 in "
+                "this stage, because the reference log-probs are computed without it"
             )

@@ -1,7 +1,7 @@
-"""What is measured with a stage's output: held-out responses, pairs and rows, and lm-eval tasks.
+"""Evaluation of a stage's output: held-out responses, pairs and rows, and lm-eval tasks.
 
-What costs time is kept under `evaluation/` of the run by content: the baseline's responses and log-probs
-are made once for all stages, and an evaluation that was stopped resumes.
+Expensive results are cached by content in `evaluation/` of the run directory: the baseline's responses and
+log-probs are computed once for all stages, and an interrupted evaluation resumes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from rpo_trainer.recipe import Stage
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.policies import sampling_settings
 from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.devices import empty_cache
 from rpo_trainer.runtime.files import write_with_digest
 from rpo_trainer.stages.inputs import evaluation_of
 from rpo_trainer.stages.lm_eval_tasks import run_tasks
+from rpo_trainer.stages.record import EvaluationRecord
 from rpo_trainer.stages.settings import arithmetic
 from rpo_trainer.step.forward import uninstall
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
@@ -48,14 +50,14 @@ FOLDER = "evaluation"
 
 
 def baseline_of(spec: EvalSpec, stages: Sequence[Stage]) -> str | None:
-    """What the outputs of the stages are compared with; None: nothing is."""
+    """Return the policy that the outputs of the stages are compared with, if any."""
     if spec.baseline is not None:
         return spec.baseline
     return next((stage.init for stage in stages if stage.needs_reference), None)
 
 
 def _name(score: ScoreSpec) -> str:
-    """Where the rewards come from, for people."""
+    """Describe the source of the rewards."""
     if score.judge is not None:
         return f"judge {score.judge.model}"
     if score.endpoint is not None:
@@ -66,11 +68,11 @@ def _name(score: ScoreSpec) -> str:
 
 
 class Evaluation:
-    """Measures the outputs of one run.
+    """Evaluates the outputs of one run.
 
     Args:
-        models: load policies by their source (a stage, `model`, a path).
-        scored_rows: find the scorer of a recipe's `score`.
+        models: loads policies by source (a stage, `model`, a path).
+        scored_rows: makes the scorer of a recipe's `score`.
     """
 
     def __init__(
@@ -83,23 +85,24 @@ class Evaluation:
         self.tokenizer: Any = preparer.tokenizer
         self.models = models
         self.scored_rows = scored_rows
-        # The log-probs are computed as in training.
+        # Log-probs are computed in the dtype of training.
         self.dtype: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
         self._policies: dict[str, Any] = {}
+        self._logged: set[str] = set()  # data whose audit is logged
 
-    def measure(self, stage: Stage, label: str) -> dict[str, Any]:
-        """The figures that the stage's `eval` names, as plain data.
+    def measure(self, stage: Stage, label: str) -> EvaluationRecord:
+        """Compute the metrics that the stage's `eval` names.
 
-        `samples.jsonl` is written beside it, and `baseline-samples.jsonl` where the baseline is a policy
-        from before the run.
+        Also writes `samples.jsonl` into the stage's directory, and `baseline-samples.jsonl` if no stage of
+        the run made the baseline.
         """
         measured = evaluation_of(stage, self.recipe)
         if measured is None:
-            return {}
+            return EvaluationRecord()
         _, spec = measured
         baseline = self._baseline(spec, stage)
         found: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
-        # Of one from before the run nothing else tells how good it was: no stage made it.
+        # A baseline that no stage made is evaluated here too: it has no record of its own.
         before = None if baseline in [other.name for other in self.stages] else baseline
         of_before: dict[str, Any] = {}
         try:
@@ -138,12 +141,11 @@ class Evaluation:
         finally:
             self._policies.clear()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        return found | ({"of_baseline": of_before} if of_before else {})
+            empty_cache()
+        return EvaluationRecord.from_json(found | ({"of_baseline": of_before} if of_before else {}))
 
     def _baseline(self, spec: EvalSpec, stage: Stage) -> str | None:
-        """The stage's baseline, where that is another policy and is there already."""
+        """Return the stage's baseline if it is another policy that exists already."""
         baseline = baseline_of(spec, self.stages)
         names = [other.name for other in self.stages]
         later = names[names.index(stage.name) :]
@@ -152,7 +154,9 @@ class Evaluation:
     def _policy(self, source: str) -> Any:
         if source not in self._policies:
             with loading_whole():
-                self._policies[source] = self.models.output(source).to(distributed.device())
+                self._policies[source] = self.models.output(source, delivered=True).to(
+                    distributed.device()
+                )
         return self._policies[source]
 
     # --- sampled responses ---
@@ -173,7 +177,7 @@ class Evaluation:
         self._add_figures(found["samples"], rows, mine, stage.name, baseline)
         if theirs is not None:
             self._add_figures(found["of_baseline"]["samples"], rows, theirs, str(baseline), None)
-        # Figures compare where this is the same: prompts, sampling and what gives the rewards.
+        # Metrics are comparable if this is equal: prompts, sampling settings and scorer.
         assert spec.generate is not None  # the schema
         settings = [sampling_settings(spec.generate), spec.greedy, self.recipe.seed]
         found["measure"] = content_key("measure", scorer.key, rows, settings)
@@ -203,17 +207,19 @@ class Evaluation:
                 sample["log_ratios"] = [None if one is None else next(ratios) for one in row]
 
     def _keep_samples(self, stage: Stage, name: str, samples: Sequence[dict[str, Any]]) -> None:
-        """Some answers, for people to read."""
+        """Write some responses for people to read."""
         if samples and distributed.is_main():
             text = "".join(json.dumps(sample) + "\n" for sample in samples)
             write_with_digest(self.run_dir / stage.name / f"{name}.jsonl", text)
 
     def _answers(self, source: str, rows: list[Row], spec: EvalSpec) -> list[dict[str, Any]]:
-        """What a policy says to the prompts, of which the responses are kept."""
+        """Sample a policy's responses to the prompts; cached on disk."""
         assert spec.generate is not None
         seed = self.recipe.seed
         settings = [sampling_settings(spec.generate), spec.greedy, seed]
-        key = content_key("answers", self.models.weights_key(source), rows, settings)
+        key = content_key(
+            "answers", self.models.weights_key(source, delivered=True), rows, settings
+        )
         path = self.run_dir / FOLDER / f"responses-{key}.jsonl"
         if distributed.on_main(lambda: is_intact(path)):
             return read_rows(path)
@@ -226,7 +232,7 @@ class Evaluation:
         return answers
 
     def _rewarded(self, rows: list[Row], scorer: Scorer, label: str) -> list[Row]:
-        """The rows with `rewards` of their responses, and what else the scorer says."""
+        """Return the rows with `rewards` and the scorer's other fields; cached on disk."""
         key = content_key(scorer.key, rows)
         path = self.run_dir / FOLDER / f"rewards-{key}.jsonl"
         if distributed.on_main(lambda: is_intact(path)):
@@ -276,7 +282,7 @@ class Evaluation:
         theirs: list[dict[str, Any]] | None,
         label: str,
     ) -> dict[str, Any]:
-        """A judge has no rewards, but a winner for each prompt; what is the same is not asked for."""
+        """Compare responses by a judge, which gives a winner per prompt; equal ones are not sent to it."""
 
         def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
             return {
@@ -325,12 +331,15 @@ class Evaluation:
         audit = Audit()
         with distributed.raise_on_all_ranks():
             examples = self.preparer.evaluation_rows(spec, field, audit)
-        audit.log(logger, f"the rows of {what}", f"{what}: ")
+        data = f"{field}: {spec.model_dump_json()}"
+        if data not in self._logged:  # all stages share the recipe's `eval`
+            self._logged.add(data)
+            audit.log(logger, f"the rows of {what}", f"{what}: ")
         return examples
 
     def _logps(self, source: str, examples: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        """Σ log π over the trained tokens of each response, computed as in training."""
-        key = content_key("logps", self.models.weights_key(source), str(self.dtype))
+        """Return Σ log π over the trained tokens of each response, computed as in training."""
+        key = content_key("logps", self.models.weights_key(source, delivered=True), str(self.dtype))
         cache = distributed.on_main(lambda: ReferenceCache(self.run_dir / FOLDER / f"logps-{key}"))
         known = [
             [cache.values.get(response_key(e["prompt_ids"], ids, mask)) for ids, mask in

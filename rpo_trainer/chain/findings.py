@@ -1,4 +1,4 @@
-"""What a check finds: errors, all of them before any is raised, and lines to show."""
+"""The findings of a check: all errors, raised together, and lines to print."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rpo_trainer.stages.record import AuditRecord
 if TYPE_CHECKING:
     from rpo_trainer.recipe.where import Origins
 
-WARNING = "WARNING: "  # begins each line that deserves attention, after its indentation
+WARNING = "WARNING: "  # begins each warning line, after its indentation
 
 
 class Findings:
     """Errors and lines of one check.
 
     Attributes:
-        problems: the errors, each once: the rounds of a repeated stage find the same faults, and replay
-            finds those of the stage before.
-        lines: for people, in their order.
+        problems: the errors, without duplicates: the rounds of a repeated stage find the same ones, and
+            replay finds those of the replayed stage.
+        lines: lines to print, in order.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Findings:
 
     @contextmanager
     def collected(self, part: str | None = None) -> Iterator[None]:
-        """Errors raised inside are kept, those of data with their place in the recipe (`part`)."""
+        """Collect errors raised inside; errors of data get their place in the recipe (`part`)."""
         try:
             yield
         except RPOTrainerError as error:
@@ -49,15 +49,15 @@ class Findings:
                 self.problems.append(one)
 
     def add(self, text: str) -> None:
-        """A line about the stage at hand."""
+        """Add a line about the current stage."""
         self.lines.append(f"  {text}")
 
     def warn(self, text: str) -> None:
-        """A line that deserves attention."""
+        """Add a warning line."""
         self.add(f"{WARNING}{text}")
 
     def add_audit(self, audit: Audit, what: str, *, sampled: bool = False, label: str = "") -> None:
-        """What an audit counts, and a warning about each thing that deserves attention."""
+        """Add the lines of an audit, and a warning for each of its concerns."""
         found = read_audit(AuditRecord.from_json(audit.as_dict())).concerns(what, sampled=sampled)
         concerns = [concern for concern in found if not concern.minor]
         warned = {concern.text for concern in concerns}
@@ -69,7 +69,7 @@ class Findings:
             self.warn(f"{label}{concern.text}.{advice}")
 
     def raise_problems(self, origins: Origins) -> None:
-        """Raises Problems where errors were found: each with its line, and in the order of the lines."""
+        """Raise Problems if errors were found, each with its line in the recipe and in line order."""
         if not self.problems:
             return
         for problem in self.problems:

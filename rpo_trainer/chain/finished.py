@@ -1,4 +1,4 @@
-"""What a run finds when it resumes: finished stages and all inputs must be as they were."""
+"""Checks when a run resumes: finished outputs and all inputs must be unchanged."""
 
 from __future__ import annotations
 
@@ -7,44 +7,56 @@ from pathlib import Path
 
 from rpo_trainer.chain.evaluation import baseline_of
 from rpo_trainer.chain.input_files import InputFiles, check_input_files
+from rpo_trainer.chain.outputs import output_fingerprint
 from rpo_trainer.chain.state import ChainState
-from rpo_trainer.chain.training import output_fingerprint
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe import Recipe, Stage
 from rpo_trainer.stages.inputs import evaluation_of, sources_of_rows
+from rpo_trainer.stages.output_dtype import EXACT, exact_is_needed
+from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import StageRecord
 from rpo_trainer.trainers.checkpoint import verify_manifest
 
 
 def check_finished(
-    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, *, run_dir: Path
+    preparer: StagePreparer, state: ChainState, inputs: InputFiles, *, run_dir: Path
 ) -> None:
-    """Raises RunError where an input of a stage that has begun, or an output, is not what it was.
+    """Raise RunError if an output, or an input of a stage that has begun, has changed.
 
-    Inputs that may have changed (`ChainState.adopt`) are taken over, and the change is kept.
+    Allowed changes of inputs (`ChainState.adopt`) are recorded.
     """
+    stages = preparer.stages
     check_input_files(stages, state, inputs, run_dir)
+    done = {record.name for record in state.stages if record.state == "done"}
     for stage in stages:
         record = state.stage(stage.name)
         if record is not None and record.state == "done":
-            _check_output(run_dir / stage.name / "final", stage.name, record)
+            exact = record.output is not None and record.output.exact is not None
+            needed = exact and exact_is_needed(preparer, stage.name, done)
+            _check_output(run_dir / stage.name / "final", stage.name, record, exact=needed)
 
 
-def _check_output(final: Path, name: str, record: StageRecord) -> None:
-    base = final.with_name("base")
+def _check_output(final: Path, name: str, record: StageRecord, *, exact: bool) -> None:
+    base, kept_exact = final.with_name("base"), final.with_name(EXACT)
     fault = verify_manifest(final)
     if fault is None and base.is_dir() and (fault := verify_manifest(base)) is not None:
         fault = f"base: {fault}"
     kept = record.output.fingerprint if record.output is not None else None
     if fault is None and output_fingerprint(final) != kept:
-        fault = "these are other weights than the stage has written"
+        fault = "the weights are not those that the stage wrote"
+    seed = record.output.exact if record.output is not None and exact else None
+    if fault is None and seed is not None:
+        if (fault := verify_manifest(kept_exact)) is not None:
+            fault = f"{EXACT}: {fault}"
+        elif output_fingerprint(kept_exact) != seed:
+            fault = f"{EXACT}: the weights are not those that the stage wrote"
     if fault is not None:
         raise RunError(
             f"the output of the finished stage {name} is damaged: {fault}",
             code="run.damaged-output",
             where=str(final),
             why="later stages start from it",
-            fix="restore it from a copy, or start in a new directory (--run-dir)",
+            fix="restore it from a backup, or start in a new directory (--run-dir)",
         )
 
 
@@ -55,7 +67,7 @@ def check_starts(
     state: ChainState,
     run_dir: Path,
 ) -> None:
-    """Raises RunError unless every stage that a wanted one needs is finished, or will be."""
+    """Raise RunError unless every stage that a wanted stage depends on is finished or also wanted."""
     there = {stage.name for stage in wanted}
     for stage in wanted:
         sources = {f"stages.{stage.name}.{field}": s for field, s in stage.models_read.items()}
@@ -67,16 +79,15 @@ def check_starts(
             if record is not None and record.state != "done" and source not in there:
                 short = field.removeprefix(f"stages.{stage.name}.")
                 raise RunError(
-                    f"the {short} of stage {stage.name} is stage {source}, which is not finished",
+                    f"stage {stage.name} needs stage {source} ({short}), which is not finished",
                     code="run.stage-not-finished",
                     where=str(run_dir),
-                    why="a stage starts from what is there, and is measured with it",
-                    fix=f"run the whole chain first (rpo-trainer run), or set {field} to model or a path",
+                    fix=f"run the chain first (rpo-trainer run), or set {field} to model or a path",
                 )
 
 
 def _measured_with(stage: Stage, stages: Sequence[Stage], recipe: Recipe) -> dict[str, str]:
-    """Sources that the evaluation of a stage needs, by the recipe's key."""
+    """Sources that the evaluation of a stage needs, by key of the recipe."""
     measured = evaluation_of(stage, recipe)
     if measured is None:
         return {}

@@ -1,9 +1,9 @@
-"""The files outside a run that its stages read: which they are, and whether they are still the same.
+"""The files outside the run directory that stages read, and whether they have changed.
 
-When a stage begins, the digests of its inputs are kept in its record in chain.json, and they are compared
-at every start of the run: weights, configs, tokenizers and chat templates of every directory that the
-recipe names (with the base below an adapter), data, prompts of judges, task files, engine configs. For a
-model or a data set of the hub the commit is kept.
+When a stage begins, the digests of its inputs are recorded in chain.json; every start of the run compares
+them: weights, configs, tokenizers and chat templates of every directory in the recipe (including the base
+model of an adapter), data, judge templates, task files, engine configs. For a model or data set on the hub,
+the commit is recorded.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class Input:
-    """Something that a stage reads.
+    """A file, directory or hub repository that a stage reads.
 
     Attributes:
-        key: of the recipe, where it is named; what `--allow-changed` takes.
-        name: as the recipe names it.
-        path: where it is; None: on the hub.
+        key: the recipe key that names it, as `--allow-changed` takes it.
+        name: its name in the recipe.
+        path: its path; None: on the hub.
         reach: which files of a directory are read.
-        repo, revision, kind: of the repository on the hub.
+        repo, revision, kind: the hub repository.
     """
 
     key: str
@@ -70,7 +70,7 @@ class InputFiles:
     """The inputs of the stages of a recipe.
 
     Args:
-        stages: all stages, in their order.
+        stages: all stages, in order.
     """
 
     def __init__(self, recipe: Recipe, stages: Sequence[Stage], base_dir: Path) -> None:
@@ -80,7 +80,7 @@ class InputFiles:
         self.order = list(stages)
 
     def of(self, stage: Stage) -> list[Input]:
-        """What a stage reads, each once; of a model that is both read whole and for its tokenizer, all."""
+        """Return the inputs of a stage without duplicates; `model` reach includes `tokenizer` reach."""
         found: dict[tuple[str, str], Input] = {}
         for one in self._all(stage):
             before = found.get((one.key, one.name))
@@ -105,7 +105,7 @@ class InputFiles:
             yield from self._evaluation(*measured)
 
     def _weights(self, key: str, source: str) -> Iterator[Input]:
-        """The files behind a source: `model`, a directory, or below the adapter that a stage keeps."""
+        """Yield the inputs of a source: `model`, a directory, or the base of a stage's kept adapter."""
         if source == "model":
             yield from self._model("model")
         elif (stage := self.stages.get(source)) is None:
@@ -157,7 +157,7 @@ class InputFiles:
 
     def _policies(self, key: str, spec: GenerateSpec) -> Iterator[Input]:
         for number, name in enumerate(spec.policies):
-            if name != "init":  # which is an input already
+            if name != "init":  # an input already
                 yield from self._weights(f"{key}.policies.{number}", name)
 
     def _scorer(self, key: str, spec: ScoreSpec) -> Iterator[Input]:
@@ -187,10 +187,10 @@ def _is_local(name: str, path: Path) -> bool:
 
 
 class Digests:
-    """Digests of inputs; a file is not read again while nothing has been written to it.
+    """Computes digests of inputs; a file is read again only if it has been modified.
 
     Args:
-        known: inputs of earlier starts.
+        known: inputs recorded by earlier starts.
     """
 
     def __init__(self, known: Iterable[InputRecord] = ()) -> None:
@@ -202,10 +202,10 @@ class Digests:
         self._commits: dict[tuple[str, str | None, RepoKind], str | None] = {}
 
     def of(self, inputs: Sequence[Input]) -> list[InputRecord]:
-        """What is kept of inputs; those that are not there are left out.
+        """Return the records of the inputs that exist.
 
         Raises:
-            RunError: a file that cannot be read.
+            RunError: a file cannot be read.
         """
         found = []
         for one in inputs:
@@ -216,7 +216,7 @@ class Digests:
         return found
 
     def _local(self, one: Input, path: Path | None) -> dict[str, FileRecord]:
-        assert path is not None  # what is not on the hub
+        assert path is not None  # not on the hub
         try:
             names = sorted(_files(path, one.reach))
             with ThreadPoolExecutor(_READERS) as readers:
@@ -226,7 +226,7 @@ class Digests:
                 f"an input cannot be read: {error.strerror or error}",
                 code="run.unreadable-input",
                 where=f"{one.key}: {error.filename or path}",
-                why="a change could not be detected on resume",
+                why="its digest is recorded, so that a change is detected on resume",
                 fix="check the file and its permissions",
             ) from error
         return dict(zip(names, files, strict=True))
@@ -249,7 +249,7 @@ class Digests:
 
 
 def _files(path: Path, reach: Reach) -> Iterator[str]:
-    """Names of the files that are read, relative to a directory; of a file its own."""
+    """Yield the names of the files that are read, relative to the directory."""
     if path.is_file():
         yield path.name
     if not path.is_dir():
@@ -272,12 +272,12 @@ def _is_weights(name: str) -> bool:
 def check_input_files(
     stages: Sequence[Stage], state: ChainState, inputs: InputFiles, run_dir: Path
 ) -> None:
-    """Compares the inputs of the stages that have begun with what is kept of them.
+    """Compare the inputs of the stages that have begun with their recorded digests.
 
-    A change that is allowed is taken over, and kept in the history of the run.
+    Allowed changes are recorded in the history of the run.
 
     Raises:
-        RunError: something else has changed.
+        RunError: an input has changed that may not change.
     """
     begun = [
         (stage, record)
@@ -285,13 +285,13 @@ def check_input_files(
         if (record := state.stage(stage.name)) is not None and record.state != "pending"
     ]
     digests = Digests(entry for _, record in begun for entry in record.inputs or ())
-    refused: dict[str, dict[str, None]] = {}  # by key: what has changed
+    refused: dict[str, dict[str, None]] = {}  # changed files by key
     allowed: dict[tuple[str, str], tuple[Any, Any]] = {}
     for stage, record in begun:
         now = {(entry.key, entry.name): entry for entry in digests.of(inputs.of(stage))}
         kept = []
         for before in record.inputs or ():
-            # Where the recipe names another one by now, that is compared with the recipe.
+            # If the recipe now names another input, `ChainState.adopt` has compared that.
             entry = now.get((before.key, before.name), before)
             changed = changed_parts(before, entry)
             if changed and not _may_change(state, stage, entry.key):
@@ -314,12 +314,12 @@ def check_input_files(
 
 
 def changed_parts(before: InputRecord, now: InputRecord) -> dict[str, tuple[Any, Any]]:
-    """What differs between two records of one input: the old and the new digest by name."""
+    """Return the old and new digests that differ between two records of one input, by name."""
     if before.commit is not None or now.commit is not None:
         old, new = before.commit, now.commit
         return {f"{now.name} (commit)": (old, new)} if old != new else {}
     files = [entry.files or {} for entry in (before, now)]
-    if before.reach != now.reach:  # what only one of them has looked at
+    if before.reach != now.reach:  # only one of them has digests of the weights
         files = [{n: f for n, f in each.items() if not _is_weights(n)} for each in files]
     old_files, new_files = files
     found = {}
@@ -334,7 +334,7 @@ def changed_parts(before: InputRecord, now: InputRecord) -> dict[str, tuple[Any,
 
 
 def _joined(before: InputRecord, now: InputRecord) -> InputRecord:
-    """What is kept of both: weights that were looked at stay known."""
+    """Return the new record, with the weights of the old one if only that has them."""
     if before.reach == "model" and now.reach == "tokenizer" and before.files is not None:
         weights = {n: f for n, f in before.files.items() if _is_weights(n)}
         return replace(before, files={**weights, **(now.files or {})})
@@ -347,7 +347,7 @@ def _may_change(state: ChainState, stage: Stage, key: str) -> bool:
 
 
 def _short(key: str) -> str:
-    """The key to allow: of one source among several, that of all of them."""
+    """Return the key to allow: for one data source, the key of all of them."""
     return re.sub(r"(\.train|\.eval)?\.\d+$", "", key)
 
 

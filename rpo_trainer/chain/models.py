@@ -1,14 +1,15 @@
-"""The models of a chain: what a stage starts from, what it is compared with, and its output.
+"""The models of a chain: initial policies, reference models and outputs of the stages.
 
-A stage without `peft` leaves a whole model in `final`. One with `between_stages: merge` leaves the merged
-model there, and the adapter by itself in `adapter`; one with `keep` leaves the adapter in `final`, and the
-next stage trains it further over the same base. `base` is there where an adapter's base is nowhere else:
-random weights, or weights that the start of the adapter has changed.
+A stage without `peft` writes a full model to `final`. With `between_stages: merge`, it writes the merged
+model there and the adapter to `adapter`; with `keep`, it writes the adapter to `final`, and the next stage
+continues to train it on the same base model. `base` is written if the base model exists nowhere else:
+random weights, or weights changed by the initialization of the adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,45 +19,63 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from rpo_trainer.chain.training import output_fingerprint
+from rpo_trainer.chain.outputs import cast_output, commit_output, output_fingerprint
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.models import adapter_files, adapters
 from rpo_trainer.models.adapter_methods import changes_base
+from rpo_trainer.models.dtypes import (
+    cast_weights,
+    dtype_name,
+    kept_in_float32,
+    round_weights,
+    warn_of_rounding,
+)
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
 from rpo_trainer.models.saved_files import set_ends, write_beside
 from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.models.weight_files import local_folder
 from rpo_trainer.recipe import Stage
 from rpo_trainer.runtime import distributed
+from rpo_trainer.stages.output_dtype import (
+    needs_exact,
+    output_dtype,
+    saves_whole,
+    training_folder,
+)
 from rpo_trainer.stages.scored_rows import source_key
-from rpo_trainer.stages.settings import arithmetic, lora_config
+from rpo_trainer.stages.settings import arithmetic, frozen_dtype, lora_config
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import verify_manifest, write_manifest
+from rpo_trainer.trainers.engine import asks_for_deepspeed
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from rpo_trainer.stages.prepare import StagePreparer
 
+logger = logging.getLogger(__name__)
+
 _BASE, _START = "base", "start"
 
 
 @dataclass(frozen=True)
 class _Base:
-    """Weights below an adapter: where they are, and what the adapter is to call them."""
+    """The base model of an adapter."""
 
     place: Path | str | None  # a directory, a hub name, or None: the recipe's model
-    name: str  # absolute directory or hub name, for PEFT and others
+    name: str  # absolute directory or hub name, as written in the adapter's config
     way: str | None = None  # its path relative to the adapter, so that a run can be moved
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """An adapter that a stage, or somebody else, has left."""
+    """An adapter on disk, of a stage or from elsewhere."""
 
     folder: Path
     base: _Base
     quantization: str | None
+    dtype: torch.dtype | None  # of the weights below it; None: not of this run
 
 
 class Models:
@@ -68,38 +87,58 @@ class Models:
         self.run_dir = run_dir
         self.stages = {stage.name: stage for stage in preparer.stages}
         self.vocabulary = len(preparer.tokenizer)
-        # Of the products of 4-bit weights.
+        # The dtype of matrix products with 4-bit weights.
         self.compute: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
         self.trusted = self.recipe.model.trust_remote_code
+        # DeepSpeed needs one dtype for all weights: frozen ones are rounded, and held in float32.
+        self.one_dtype = any(asks_for_deepspeed(s.training_args) for s in self.stages.values())
 
-    # --- what there is ---
+    # --- loading ---
 
-    def output(self, source: str) -> Any:
-        """The policy that a source is: `model`, the output of a finished stage, or a directory."""
+    def output(
+        self, source: str, dtype: torch.dtype = torch.float32, *, delivered: bool = False
+    ) -> Any:
+        """Load the policy of a source: `model`, the output of a finished stage, or a directory.
+
+        Args:
+            dtype: of the weights; below the adapter of a stage they have the dtype of its training.
+            delivered: a stage's output as it is delivered, not its exact weights.
+        """
         left = self._adapter(source)
         if left is None:
-            return self._load(self._place(source).place)
-        base = self._load(left.base.place, left.quantization)
+            whole = delivered and source in self.stages
+            place = self._final(source) if whole else self._place(source).place
+            return self._load(place, dtype)
+        base = self._load(left.base.place, left.dtype or dtype, left.quantization)
         return adapters.load_adapter(base, left.folder, trainable=False)
+
+    def reference(self, stage: Stage) -> Any:
+        """Load the reference model of a stage in the dtype of its start; None: the start itself."""
+        source = stage.own_reference
+        return None if source is None else self.output(source, self._frozen_dtype(stage))
+
+    def _frozen_dtype(self, stage: Stage) -> torch.dtype:
+        return frozen_dtype(stage, self.recipe.model)
 
     def sampling_policy(
         self, stage: Stage, source: str
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """What a stage samples from: its start (`init`), or another source."""
+        """Load a policy that a stage samples from: its initial policy (`init`), or another source."""
         with loading_whole():
             if source != "init":
                 model = self.output(source)
-            # A reward stage trains something else: the pairs come from what it is made of.
+            # A reward stage samples its pairs from the policy that it is initialized from.
             elif stage.trains_reward_model:
                 model = self.output(stage.init)
             else:
                 model = self.start(stage)
             return model.to(distributed.device()), self.preparer.tokenizer
 
-    def weights_key(self, source: str) -> str:
-        """A key of the weights behind a source."""
+    def weights_key(self, source: str, *, delivered: bool = False) -> str:
+        """Return a content key of the weights of a source; `delivered` as for `output`."""
         if source in self.stages:
-            return output_fingerprint(self._final(source))
+            final = self._final(source)
+            return output_fingerprint(final if delivered else training_folder(self.run_dir, source))
         if source != "model":
             return source_key(self.preparer.path(source), source)
         name = self.recipe.model.name_or_path
@@ -107,28 +146,30 @@ class Models:
         return content_key(self.recipe.model.model_dump(mode="json"), self.recipe.seed, own)
 
     def start(self, stage: Stage) -> Any:
-        """The model that a stage starts from, ready to be trained: a policy, or a reward model."""
+        """Load the model that a stage trains, with its adapter if any: a policy, or a reward model."""
         left = self._adapter(stage.init)
         if stage.peft is None:
             return self._whole(stage) if left is None else self._merged(left)
         if left is not None:
-            if stage.init not in self.stages:  # of stages the recipe is checked
+            if stage.init not in self.stages:  # for stages, the recipe is checked
                 adapter_files.require_same_config(left.folder, stage.peft.lora_fields())
-            base = self._load(left.base.place, stage.peft.quantization)
+            dtype = self._frozen_dtype(stage)
+            base = self._load(left.base.place, dtype, stage.peft.quantization)
             return adapters.load_adapter(base, left.folder, trainable=True)
-        if not self._brings_base(stage):
-            return self._fresh(stage)
+        if not self._writes_base(stage):
+            return self._fresh(stage, self._frozen_dtype(stage))
         own = self.run_dir / stage.name / _BASE
         distributed.on_main(lambda: self._write_base(stage, own))
-        return adapters.load_adapter(self._load(own), own / _START, trainable=True)
+        base = self._load(own, self._frozen_dtype(stage))
+        return adapters.load_adapter(base, own / _START, trainable=True)
 
     def _adapter(self, source: str) -> _Adapter | None:
-        """The adapter at a source, if there is one."""
+        """Return the adapter at a source, if any."""
         stage = self.stages.get(source)
         if stage is not None:
             if stage.peft is None or stage.peft.between_stages == "merge":
                 return None
-            return _Adapter(self._final(source), self._base(stage), stage.peft.quantization)
+            return self._adapter_of(stage, self._final(source))
         if source == "model":
             return None
         folder = self.preparer.path(source)
@@ -137,19 +178,36 @@ class Models:
         name = adapter_files.base_of(folder)
         here = Path(name)
         base = self._local(here) if here.is_dir() else _Base(name, name)
-        return _Adapter(folder, base, None)
+        return _Adapter(folder, base, None, None)
+
+    def _adapter_of(self, stage: Stage, folder: Path) -> _Adapter:
+        """The adapter of a stage, in `folder`."""
+        assert stage.peft is not None
+        quantization = stage.peft.quantization
+        return _Adapter(folder, self._base(stage), quantization, self._frozen_dtype(stage))
 
     def _base(self, stage: Stage) -> _Base:
-        """The base of a stage's adapter."""
+        """Return the base model of a stage's adapter."""
         left = self._adapter(stage.init)
         if left is not None:
             return left.base
-        if self._brings_base(stage):
+        if self._writes_base(stage):
             return self._in_run(stage.name, _BASE)
-        return self._place(stage.init)
+        base = self._place(stage.init)
+        if stage.init not in self.stages or base.place == self._final(stage.init):
+            return base
+        final = self._in_run(stage.init, "final")
+        if self.delivered_dtype(self.stages[stage.init]) == self._frozen_dtype(stage):
+            return final  # the same weights
+        # The exact weights go when they are merged; what is delivered stays.
+        return dataclasses.replace(final, place=base.place) if saves_whole(stage) else base
 
-    def _brings_base(self, stage: Stage) -> bool:
-        """Whether the weights below the adapter that a stage begins are nowhere else."""
+    def delivered_dtype(self, stage: Stage) -> torch.dtype:
+        """The dtype of the whole model that a stage delivers."""
+        return output_dtype(self.preparer, stage)
+
+    def _writes_base(self, stage: Stage) -> bool:
+        """Whether the stage must write the base model of its new adapter, which exists nowhere else."""
         assert stage.peft is not None
         config = lora_config(stage)
         random = stage.init == "model" and self.recipe.model.from_config is not None
@@ -164,7 +222,7 @@ class Models:
                 return _Base(None, name)
             return dataclasses.replace(self._local(here, Path(name).is_absolute()), place=None)
         if source in self.stages:
-            return self._in_run(source, "final")
+            return self._in_run(source, training_folder(self.run_dir, source).name)
         here = self.preparer.path(source)
         return self._local(here, Path(source).is_absolute())
 
@@ -172,32 +230,44 @@ class Models:
         return self._local(self.run_dir / stage / folder)
 
     def _local(self, here: Path, fixed: bool = False) -> _Base:
-        """A directory; a `fixed` one does not move with the run."""
+        """Return the base in a directory; a `fixed` one does not move with the run."""
         return _Base(here, os.path.abspath(here), None if fixed else self._way_to(here))
 
     def _way_to(self, folder: Path) -> str:
-        """A directory as it is seen from an adapter, so that a run can be moved with what it needs."""
+        """Return the path of a directory relative to an adapter, so that a run can be moved."""
         return os.path.relpath(folder, self.run_dir / "stage" / "final")
 
     def _final(self, name: str) -> Path:
         return self.run_dir / name / "final"
 
     def _load(
-        self, place: Path | str | None, quantization: str | None = None, *, reward: bool = False
+        self,
+        place: Path | str | None,
+        dtype: torch.dtype = torch.float32,
+        quantization: str | None = None,
+        *,
+        reward: bool = False,
     ) -> PreTrainedModel:
         held = None if quantization is None else nf4(self.compute)
+        kept = torch.float32 if self.one_dtype else dtype
         if isinstance(place, Path):
             model = load_weights(
-                place, quantization=held, reward=reward, trust_remote_code=self.trusted
+                place, dtype=kept, quantization=held, reward=reward, trust_remote_code=self.trusted
             )
             check_vocabulary(model, self.vocabulary)
         else:
-            model = self._load_named(place, held, reward)
+            model = self._load_named(place, kept, held, reward)
+        if kept != dtype and held is None:
+            round_weights(model, dtype)
         disable_bnb_cpu_bf16(model)
         return model
 
     def _load_named(
-        self, name: str | None, quantization: BitsAndBytesConfig | None, reward: bool
+        self,
+        name: str | None,
+        dtype: torch.dtype,
+        quantization: BitsAndBytesConfig | None,
+        reward: bool,
     ) -> PreTrainedModel:
         spec = self.recipe.model
         if name is not None:
@@ -209,39 +279,56 @@ class Models:
             self.preparer.loaded.base_dir,
             seed=self.recipe.seed,
             vocabulary=self.vocabulary,
+            dtype=dtype,
             quantization=quantization,
             reward=reward,
         )
 
     # --- adapters ---
 
-    def _whole(self, stage: Stage) -> PreTrainedModel:
-        """What a stage starts from, where that is not an adapter."""
+    def _whole(self, stage: Stage, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Load the initial model of a stage, if it is not an adapter."""
         quantization = None if stage.peft is None else stage.peft.quantization
-        return self._load(
-            self._place(stage.init).place, quantization, reward=stage.trains_reward_model
-        )
+        place = self._place(stage.init).place
+        if stage.init in self.stages and place == self._final(stage.init):
+            self._warn_of_missing_exact(self.stages[stage.init], stage.name)
+        return self._load(place, dtype, quantization, reward=stage.trains_reward_model)
 
-    def _fresh(self, stage: Stage) -> Any:
-        base = self._whole(stage)
-        set_seed(self.preparer.seed(stage))  # a resumed run needs the same random start
+    def _warn_of_missing_exact(self, before: Stage, name: str) -> None:
+        if needs_exact(self.preparer, before) and distributed.is_main():
+            logger.warning(
+                "%s: the exact weights of stage %s were removed: it starts from `final`, saved in %s",
+                name, before.name, dtype_name(self.delivered_dtype(before)),
+            )  # fmt: skip
+
+    def _fresh(self, stage: Stage, dtype: torch.dtype) -> Any:
+        base = self._whole(stage, dtype)
+        self._warn_of_rounding(stage, dtype)
+        set_seed(self.preparer.seed(stage))  # a resumed run needs the same initialization
         config = lora_config(stage)
         assert config is not None
         return adapters.with_adapter(base, config)
 
+    def _warn_of_rounding(self, stage: Stage, dtype: torch.dtype) -> None:
+        place = self._place(stage.init).place or self.recipe.model.name_or_path
+        if place is not None and distributed.is_main():
+            here = self.preparer.path(str(place))
+            folder = here if here.is_dir() else local_folder(place)
+            warn_of_rounding(folder, dtype, stage.name, held_in_float32=self.one_dtype)
+
     def _write_base(self, stage: Stage, own: Path) -> None:
-        """`base`: the weights below a fresh adapter and its `start`; complete or absent."""
+        """Write `base`, the base model of a new adapter, with the initial adapter in `start`; atomic."""
         if verify_manifest(own) is None:
             return
         staged = own.with_name(f".{own.name}")
         shutil.rmtree(staged, ignore_errors=True)
         with loading_whole():
-            model = self._fresh(stage)
+            model = self._fresh(stage, torch.float32)
         model.save_pretrained(staged / _START)
         adapter_files.write_base(
             staged / _START, os.path.abspath(own), relative="..", plain_start=True
         )
-        plain = model.unload()
+        plain = cast_weights(model.unload(), self._frozen_dtype(stage))
         set_ends(plain)
         plain.save_pretrained(staged)
         write_beside(plain, staged)
@@ -250,13 +337,15 @@ class Models:
         os.replace(staged, own)
 
     def _merged(self, left: _Adapter) -> PreTrainedModel:
-        """Base and adapter in one."""
+        """Merge base and adapter in float32: the model that was trained, its base rounded as it was there."""
         with loading_whole():
-            base = dequantized(self._load(left.base.place, left.quantization))
+            dtype = left.dtype or torch.float32
+            base = dequantized(self._load(left.base.place, dtype, left.quantization))
+            base = cast_weights(base, torch.float32)
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: BaseTrainer, stage: Stage) -> None:
-        """`final` of a stage with an adapter, complete or absent; `adapter` or `merged` beside it."""
+        """Write `final` of a stage with an adapter, atomically, and `adapter` or `merged` beside it."""
         assert stage.peft is not None
         folder = self.run_dir / stage.name
         staged = folder / ".final"
@@ -267,14 +356,19 @@ class Models:
     def _finish(self, trainer: BaseTrainer, stage: Stage, folder: Path, staged: Path) -> None:
         spec = stage.peft
         assert spec is not None
-        base = self._base(stage)
+        left = self._adapter_of(stage, staged)
+        base = left.base
         changed = isinstance(base.place, Path) and base.place.name == _BASE
         adapter_files.write_base(staged, base.name, relative=base.way, plain_start=changed)
-        left = _Adapter(staged, base, spec.quantization)
+        dtype = self.delivered_dtype(stage)
+        kept = kept_in_float32(trainer.model, dtype)
         if spec.between_stages == "keep":
             if spec.merge:
                 self._write_merged(left, trainer, folder / ".merged")
+                cast_output(folder / ".merged", dtype, kept)
                 _replace(folder / ".merged", folder / "merged")
+            write_manifest(staged)
+            _replace(staged, folder / "final")
         else:
             alone = folder / "adapter"
             shutil.rmtree(alone, ignore_errors=True)
@@ -284,11 +378,11 @@ class Models:
                     os.replace(staged / name, alone / name)
             shutil.rmtree(staged)
             self._write_merged(dataclasses.replace(left, folder=alone), trainer, staged)
-        write_manifest(staged)
-        _replace(staged, folder / "final")
+            keep_exact = needs_exact(self.preparer, stage)
+            commit_output(staged, folder, dtype, keep_exact=keep_exact, kept=kept)
 
     def _write_merged(self, left: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
-        """Merged from what is on disk, as every reader would: whole, whatever the engine has sharded."""
+        """Merge and save the adapter on disk, so that sharded weights of the trainer play no part."""
         shutil.rmtree(folder, ignore_errors=True)
         model = self._merged(left)
         set_ends(model, trainer.output.written.ends)

@@ -1,152 +1,184 @@
-"""What a person sees while a chain runs: a bar for the chain and one for the stage, else plain lines."""
+"""Progress of a chain: in a terminal, a bar for the stage and one for the chain; else plain lines."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
+from rpo_trainer.chain.time_left import TimeLeft
 from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.terminal import console, handlers_redirected, is_interactive
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = {
     "loss": "loss",
-    "rewards/margins": "margin",
+    "rewards/margins": "gap",
     "rewards/target_gap": "target",
     "rewards/accuracies": "acc",
     "accuracy": "acc",
     "logps/chosen_delta": "Δchosen",
 }
-_CHAIN = "{desc} {percentage:3.0f}% |{bar}| {elapsed}"
-_STAGE = "{desc} {percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+_LABEL = 20  # columns of a stage's name
+_REDRAWN = 0.1  # seconds between two drawings
 
 
-def _has_width(stream: TextIO) -> bool:
-    """False for a terminal without columns, as some job runners have: a bar would not be drawn."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns > 0
-    except (OSError, ValueError):  # not a terminal of the system
-        return True
+def duration(seconds: float) -> str:
+    """Format seconds as `03:07`, or as `1:03:07` from one hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"
 
 
 class ChainProgress:
-    """The bars of one run, in a terminal and on the first rank alone.
+    """The progress display of one run, on the first rank and in a terminal only.
+
+    The training thread draws it. A separate thread could hold the console's lock while a data loader worker
+    is forked.
 
     Args:
-        stages: how many the chain has.
+        stages: number of stages of the chain.
+        time_left: estimates how long they take.
     """
 
-    def __init__(self, stages: int) -> None:
+    def __init__(self, stages: int, time_left: TimeLeft) -> None:
         self.stages = stages
-        self.bar: Any = None
-        self.stage_bar: Any = None
+        self.time_left = time_left
+        self.live: Live | None = None
+        self.metrics = ""
+        self._number, self._name, self._phase = 0, "", ""
+        self._steps: tuple[int, int] | None = None  # done and planned, while a stage trains
+        self._trained = 0.0  # fraction of the stage's steps
+        self._drawn = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """The chain's bar while it is entered; messages scroll above it."""
-        if not (distributed.is_main() and sys.stderr.isatty() and _has_width(sys.stderr)):
+        """Show the display inside the context; lines that are logged or printed appear above it."""
+        if not (distributed.is_main() and is_interactive(sys.stderr)):
             yield
             return
-        self.bar = tqdm(total=self.stages, bar_format=_CHAIN, position=0, dynamic_ncols=True)
+        from rich.live import Live
+
+        live = Live(
+            console=console(), auto_refresh=False, transient=True,
+            redirect_stdout=sys.stdout.isatty(), get_renderable=self.render,
+        )  # fmt: skip
+        self.live = live
         try:
-            with logging_redirect_tqdm([logging.getLogger("rpo_trainer")]):
+            with live, handlers_redirected():
                 yield
         finally:
-            self.end_stage()
-            self.bar.close()
-            self.bar = None
+            self.live = None
 
-    def end_stage(self) -> None:
-        """Takes the stage's bar away."""
-        if self.stage_bar is not None:
-            self.stage_bar.close()
-            self.stage_bar = None
-
-    def at(self, stage: int, part: float) -> None:
-        """Moves the chain's bar.
+    def begin(self, number: int, name: str) -> None:
+        """Start a stage.
 
         Args:
-            stage: its number, from 1.
-            part: how much of it is done, in [0, 1].
+            number: its position in the chain, from 1.
         """
-        if self.bar is not None:
-            self.bar.n = stage - 1 + part
-            self.bar.set_description_str(f"chain, stage {stage} of {self.stages}")
+        self._number, self._name, self._trained = number, name, 0.0
+        self.time_left.begin(name)
+        self.phase("preparing data")
 
-    def callback(self, label: str, stage: int) -> StageProgress:
-        """The progress of a stage, for its trainer."""
-        return StageProgress(label, self, stage)
+    def phase(self, text: str) -> None:
+        """Show what the stage does now, other than training."""
+        self._phase, self._steps, self.metrics = text, None, ""
+        self.draw()
+
+    def step(self, done: int, planned: int) -> None:
+        """Move the stage's bar."""
+        self._steps, self._trained = (done, planned), done / max(1, planned)
+        if time.monotonic() - self._drawn > _REDRAWN:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the current state."""
+        if self.live is not None:
+            self._drawn = time.monotonic()
+            self.live.refresh()
+
+    def callback(self, label: str) -> StageProgress:
+        """Return the callback for the trainer of a stage; `label` begins each plain line."""
+        return StageProgress(label, self)
+
+    def render(self) -> RenderableType:
+        """Return the bars, and a line of metrics below them."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        if not self._number:
+            return Text("checking", "dim")
+        state = self._phase
+        if self._steps is not None:
+            state = "step {}/{}".format(*self._steps) + _left(self.time_left.of_training())
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(no_wrap=True, overflow="ellipsis", max_width=_LABEL)
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        grid.add_row(self._name, ProgressBar(1, self._trained), state)
+        if self.stages > 1:
+            chain = f"stage {self._number}/{self.stages}{_left(self.time_left.of_chain())}"
+            part = self._number - 1 + self._trained
+            grid.add_row("chain", ProgressBar(self.stages, part), chain)
+        figures = Text(self.metrics, "dim", no_wrap=True, overflow="ellipsis")
+        return Group(grid, figures) if self.metrics else grid
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f", {duration(seconds)} left"
 
 
 class StageProgress(TrainerCallback):
-    """Loss, margin, examples a second and time left: in a bar under the chain's, else line by line."""
+    """Shows a stage's steps, metrics, examples per second and time left: as a bar, or line by line."""
 
-    def __init__(self, label: str, chain: ChainProgress, stage: int) -> None:
+    def __init__(self, label: str, chain: ChainProgress) -> None:
         self.label = label
         self.chain = chain
-        self.stage = stage
-        self._begun: tuple[float, int] | None = None  # (time, step) when the first step began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.chain.bar is not None:
-            self._move_chain(state)
-            self.chain.stage_bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.label,
-                bar_format=_STAGE,
-                position=1,
-                leave=False,
-                dynamic_ncols=True,
-            )
+        self.chain.step(state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._begun is None:
-            self._begun = time.monotonic(), state.global_step
+        self.chain.time_left.step_begins(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        bar = self.chain.stage_bar
-        if bar is not None:
-            bar.update(state.global_step - bar.n)
-            self._move_chain(state)
+        self.chain.time_left.step_ended(state.global_step, state.max_steps)
+        self.chain.step(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        shown = [f"{short} {logs[name]:.4g}" for name, short in _SHOWN.items() if name in logs]
+        digits = 4 if self.chain.live is None else 3  # in a terminal, all of them fit 80 columns
+        shown = [
+            f"{short} {logs[name]:.{digits}g}" for name, short in _SHOWN.items() if name in logs
+        ]
         if not shown:
             return
-        rate = self._steps_a_second(state)
+        rate = self.chain.time_left.steps_a_second()
         if rate:
             shown.append(f"{rate * args.examples_per_step():.3g} examples/s")
-        if self.chain.stage_bar is not None:
-            self.chain.stage_bar.set_postfix_str("  ".join(shown))
+        if self.chain.live is not None:
+            self.chain.metrics = "  ".join(shown)
+            self.chain.draw()
             return
-        if rate:
-            shown.append(
-                f"{tqdm.format_interval((state.max_steps - state.global_step) / rate)} left"
-            )
+        if (seconds := self.chain.time_left.of_training()) is not None:
+            shown.append(f"{duration(seconds)} left")
+        if self.chain.stages > 1 and (seconds := self.chain.time_left.of_chain()) is not None:
+            shown.append(f"chain {duration(seconds)} left")
         text = "  ".join(shown)
         logger.info("%s step %d/%d  %s", self.label, state.global_step, state.max_steps, text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.chain.end_stage()
-
-    def _steps_a_second(self, state: Any) -> float:
-        """Since this process began the stage; 0 before there is anything to measure."""
-        if self._begun is None:
-            return 0.0
-        seconds, steps = time.monotonic() - self._begun[0], state.global_step - self._begun[1]
-        return steps / seconds if seconds > 0 else 0.0
-
-    def _move_chain(self, state: Any) -> None:
-        self.chain.at(self.stage, state.global_step / max(1, state.max_steps))
+        self.chain.phase("saving")

@@ -1,4 +1,4 @@
-"""The stages of a recipe as a resumable state machine."""
+"""Runs the stages of a recipe in order; a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from rpo_trainer.chain.callbacks import MetricsLog
 from rpo_trainer.chain.card import write_card
-from rpo_trainer.chain.changes import data_changed, with_rounds
+from rpo_trainer.chain.changes import with_rounds
 from rpo_trainer.chain.check import check_recipe
+from rpo_trainer.chain.data_log import DataLog
 from rpo_trainer.chain.evaluation import Evaluation
 from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
-from rpo_trainer.chain.progress import ChainProgress
+from rpo_trainer.chain.outputs import output_record, remove_exact, write_output
+from rpo_trainer.chain.progress import ChainProgress, duration
 from rpo_trainer.chain.run_dir import ReplacedRun, locked, open_run_dir
+from rpo_trainer.chain.same_examples import check_same_examples
 from rpo_trainer.chain.selection import default_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics, now, plain, write_recipe
 from rpo_trainer.chain.stop_signal import StopOnSignal
 from rpo_trainer.chain.system import system_record
+from rpo_trainer.chain.time_left import TimeLeft
 from rpo_trainer.chain.training import (
     agreement_of,
     light_collections,
-    output_fingerprint,
     train_stage,
     write_gaps,
-    write_output,
 )
 from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
 from rpo_trainer.plan.disk import check_disk, raise_if_refused
 from rpo_trainer.recipe import LoadedRecipe, Stage, dump_resolved, fill_from_environment
 from rpo_trainer.runtime import distributed
-from rpo_trainer.runtime.cores import limit_threads
+from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
+from rpo_trainer.runtime.devices import empty_cache, has_accelerator
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.inputs import StageInputs
+from rpo_trainer.stages.output_dtype import needs_exact
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import (
     METRICS_FILE,
     AuditRecord,
     CalibrationBin,
     DataRecord,
-    EvaluationRecord,
     HubRecord,
-    OutputRecord,
     StageRecord,
     StepZeroRecord,
 )
@@ -74,23 +75,24 @@ def run_chain(
     allow_changed: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Runs the stages that are not finished; run again, it resumes where it stopped.
+    """Run the stages that are not finished. Called again, resumes where the run stopped.
 
     Args:
-        loaded: a recipe of `load_recipe`.
-        run_dir: where to; None: `default_run_dir`.
-        only: names of the stages to run, the others are left as they are; None: all.
-        allow_changed: keys of the recipe that may differ from what the run has computed with; what
-            has changed is kept in chain.json.
-        overwrite: start from the beginning, and delete the run that is in the directory once the new
-            one has passed its checks.
+        loaded: a recipe from `load_recipe`.
+        run_dir: the run directory; None: `default_run_dir`.
+        only: names of the stages to run; None: all.
+        allow_changed: keys of the recipe that may differ from those the run was computed with; the
+            changes are recorded in chain.json.
+        overwrite: start from the beginning, and delete the run in the directory once the new one has
+            passed its checks.
 
     Returns:
         The run directory.
 
     Raises:
-        RPOTrainerError: what is wrong; all that can be known, before the first stage.
-        StoppedBySignal: by SIGTERM or SIGINT, after a complete checkpoint.
+        RPOTrainerError: an error in the recipe, data or environment; wherever possible, raised before
+            the first stage.
+        StoppedBySignal: after SIGTERM or SIGINT, with a complete checkpoint on disk.
     """
     run_dir = default_run_dir(loaded) if run_dir is None else run_dir
     distributed.start()
@@ -140,11 +142,14 @@ class _Chain:
         self.inputs = InputFiles(self.recipe, self.stages, loaded.base_dir)
         self.digests = Digests()
         self.stop = StopOnSignal()
-        self.progress = ChainProgress(len(self.stages))
+        self.time_left = TimeLeft(self.stages, self.preparer.steps)
+        self.progress = ChainProgress(len(self.stages), self.time_left)
+        self.data_log = DataLog()
+        self.others = OtherProcesses()
 
     def run(self, only: Collection[str] | None) -> Path:
         def finished() -> None:
-            check_finished(self.stages, self.state, self.inputs, run_dir=self.run_dir)
+            check_finished(self.preparer, self.state, self.inputs, run_dir=self.run_dir)
 
         distributed.on_main(finished)
         wanted = [
@@ -155,8 +160,8 @@ class _Chain:
         ]
         if not wanted:
             if self.state.allowed:
-                self._save()  # what has changed on purpose
-            logger.info("done: there is nothing left to run in %s", self.run_dir)
+                self._save()  # the allowed changes
+            logger.info("all stages in %s are finished", self.run_dir)
             return self.run_dir
         pending = {stage.name for stage, record in wanted if record.state == "pending"}
         check_starts(
@@ -164,9 +169,9 @@ class _Chain:
         )
 
         def begin() -> None:
-            # All stages are checked before the first one trains, so that an error in the last one shows
-            # at once, not after hours. So their data are prepared twice, to be checked and to be trained
-            # on; those of the first stage, which stay in memory, once.
+            # All stages are checked before the first one trains, so that an error in the last one is
+            # found at once. Data is therefore prepared twice, for the check and for training, except for
+            # the first stage, whose data stays in memory.
             if pending:
                 first, record = wanted[0]
                 if first.name in pending:
@@ -180,9 +185,14 @@ class _Chain:
             self.state.save()
             write_recipe(self.run_dir, dump_resolved(self.recipe))
 
+        for record in self.state.stages:
+            if record.state == "done" or all(record is not one for _, one in wanted):
+                self.time_left.end(record.name, steps=record.steps, seconds=record.seconds)
         with self.stop.installed(), self.progress.shown():
             self._start_engines([stage for stage, _ in wanted])
             distributed.on_main(begin)
+            if distributed.is_main() and not has_accelerator():
+                self.others.report()
             for stage, record in wanted:
                 with (
                     light_collections(),
@@ -192,7 +202,7 @@ class _Chain:
         return self.run_dir
 
     def _start_engines(self, stages: list[Stage]) -> None:
-        """DeepSpeed joins its processes when arguments are made for it: all must make them."""
+        """Create the training arguments on every rank: DeepSpeed starts its process group there."""
         if distributed.world_size() == 1:
             return
         with distributed.raise_on_all_ranks():
@@ -214,17 +224,19 @@ class _Chain:
     # --- one stage ---
 
     def _run_stage(self, stage: Stage, record: StageRecord) -> None:
+        self.progress.begin(self.preparer.number(stage), stage.name)
         with self._timed(record):
             self._keep_digests(stage, record)
             if not self._is_trained(stage, record):
                 self._train(stage, record, self._prepare(stage, record))
+            self.progress.phase("evaluating")
             self._evaluate(stage, record)
             self._publish(stage, record)
         self._finish(stage, record)
 
     @contextmanager
     def _timed(self, record: StageRecord) -> Iterator[None]:
-        """Adds the time inside to the record, which counts all starts of the run."""
+        """Add the time spent inside to the record, which sums over all starts of the run."""
         began, before = time.monotonic(), record.seconds or 0.0
         try:
             yield
@@ -235,7 +247,7 @@ class _Chain:
         record.seconds = before + time.monotonic() - began
 
     def _keep_digests(self, stage: Stage, record: StageRecord) -> None:
-        """Before anything of the stage is read, so that no change in between goes unnoticed."""
+        """Record digests of the inputs before the stage reads them, so that later changes are detected."""
         (self.run_dir / stage.name).mkdir(exist_ok=True)
         if record.state == "pending":
             record.inputs = distributed.on_main(
@@ -250,12 +262,15 @@ class _Chain:
         record.state = "done"
         record.finished = now()
         self._save()
-        logger.info("%s finished", self.preparer.label(stage))
+        distributed.on_main(lambda: remove_exact(self.preparer, self.state, self.run_dir))
+        took = duration(record.seconds or 0.0)
+        logger.info("%s finished in %s", self.preparer.label(stage), took)
+        self.time_left.end(stage.name, steps=record.steps, seconds=record.seconds)
 
     def _publish(self, stage: Stage, record: StageRecord) -> None:
-        """The output's card, and the output on the hub where that is asked for."""
+        """Write the model card, and push the output to the hub if `push_to_hub` is set."""
         final = self._final(stage.name)
-        record.output = OutputRecord(output_fingerprint(final))
+        record.output = output_record(final)
         records = {each.name: each for each in self.state.stages}
         arguments = fill_from_environment(
             stage.training_args, where=f"stages.{stage.name}.training_args"
@@ -274,10 +289,13 @@ class _Chain:
         record.system = system_record(trainer, arithmetic(self.recipe.model))
 
         def begin(step: int, evaluated: bool) -> None:
-            record.skipped = None  # the checkpoint knows what was skipped before it
+            if step >= 0:
+                logger.info("%s resuming from step %d", self.preparer.label(stage), step)
+            record.skipped = None  # the checkpoint has those before it
             if distributed.is_main():
                 forget_metrics(self.run_dir / METRICS_FILE, stage.name, step, evaluated=evaluated)
 
+        self.progress.phase("reference log-probs" if stage.needs_reference else "starting")
         try:
             finished = train_stage(trainer, folder, begin=begin, record=record, save=self._save)
         except StepZeroError as error:
@@ -290,14 +308,14 @@ class _Chain:
                 f"the training of stage {stage.name} ended before its last step",
                 code="training.ended-early",
                 where=str(folder),
-                why="something stopped it, and later stages need a complete one",
-                fix="look for a callback that sets `should_training_stop`, and run the same command again: "
-                "it resumes from the last checkpoint",
+                why="a callback may have set `should_training_stop`",
+                fix="run the same command again: it resumes from the last checkpoint",
             )
         if isinstance(trainer, PreferenceTrainer):
             write_gaps(trainer, folder / "gaps.jsonl")
         if stage.peft is None:
-            write_output(trainer, folder)
+            dtype, keep = self.models.delivered_dtype(stage), needs_exact(self.preparer, stage)
+            write_output(trainer, folder, dtype, keep_exact=keep)
         else:
             self.models.write_output(trainer, stage)
         if isinstance(trainer, RewardTrainer):
@@ -310,18 +328,17 @@ class _Chain:
         self.stop.output_written()
         del trainer
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def _trainer(self, inputs: StageInputs) -> BaseTrainer:
         stage, label = inputs.stage, self.preparer.label(inputs.stage)
         assert inputs.train is not None
         with distributed.raise_on_all_ranks():
-            # The number of sampled examples is not known before.
+            # For sampled examples, the number is known only now.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
-        source = stage.own_reference
-        reference = None if source is None else self.models.output(source)
+        self.progress.phase("loading model")
+        reference = self.models.reference(stage)
         trainer = make_trainer(
             stage,
             config,
@@ -331,7 +348,7 @@ class _Chain:
             inputs,
             [
                 MetricsLog(self.run_dir / METRICS_FILE, stage.name),
-                self.progress.callback(label, self.preparer.number(stage)),
+                self.progress.callback(label),
                 self.stop,
             ],
         )
@@ -347,30 +364,9 @@ class _Chain:
             self.preparer.prepare_held_out(inputs)
         audit, held_out, train = inputs.audit, inputs.held_out, inputs.train
         assert train is not None
-        audit.log(logger, f"the rows of stage {stage.name}", f"{label} data: ")
-        if held_out is not None:
-            held_out.audit.log(logger, "the held-out rows", f"{label} held-out data: ")
+        self.data_log.log(stage, audit, held_out.audit if held_out is not None else None, label)
         fingerprint = inputs.fingerprint()
-        made_here = distributed.all_gather_dict({distributed.rank(): fingerprint})
-        with distributed.raise_on_all_ranks():
-            if len(set(made_here.values())) > 1:
-                raise RunError(
-                    f"the processes have made different examples of stage {stage.name}",
-                    code="run.different-examples",
-                    why="each reads the data for itself, and the hosts do not have the same files",
-                    fix="give every host the same data, tokenizer and library versions",
-                )
-            known = record.data.fingerprint if record.data is not None else None
-            if known not in (None, fingerprint):
-                if not self.state.allows_other_data(stage.name):
-                    raise data_changed(
-                        f"the examples of stage {stage.name} are not those it began with",
-                        stage.name,
-                        self.run_dir,
-                        why="a data source, the tokenizer or its template has changed",
-                        undo="undo the change",
-                    )
-                self.state.note(f"stages.{stage.name}.data: examples", known, fingerprint)
+        check_same_examples(stage, fingerprint, record, self.state)
         sources = distributed.on_main(
             lambda: self.preparer.source_digests(stage, record.inputs or ())
         )
@@ -389,13 +385,11 @@ class _Chain:
         return inputs
 
     def _evaluate(self, stage: Stage, record: StageRecord) -> None:
-        """Held-out rows of the stage itself, and what the recipe's `eval` names."""
+        """Record the loss on the stage's held-out rows, and the metrics of the recipe's `eval`."""
         if stage.trains_reward_model:
             record.eval = agreement_of(record)
             return
-        scores = EvaluationRecord.from_json(
-            self.evaluation.measure(stage, self.preparer.label(stage))
-        )
+        scores = self.evaluation.measure(stage, self.preparer.label(stage))
         if record.eval_after is not None:
             scores.nll = record.eval_after.get("eval_loss/sft")
             scores.nll_before = (record.eval_before or {}).get("eval_loss/sft")

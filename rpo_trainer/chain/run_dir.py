@@ -1,4 +1,4 @@
-"""The run directory: checked, made, and locked for one run."""
+"""The run directory: checked, created, and locked for one run."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ _REPLACED = ".replaced"  # added to the name of a run directory while another ta
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Checks that the directory is a run, or that there is none yet.
+    """Check that the directory is a run directory, empty, or absent.
 
     Raises:
-        RunError: it holds something else, or cannot be read.
+        RunError: it contains something else, or cannot be read.
     """
     try:
         if run_dir.exists() and not run_dir.is_dir():
             raise RunError(
-                "this is a file, not a directory",
+                "the run directory is a file",
                 code="run.not-a-directory",
                 where=str(run_dir),
-                why="a run is a directory of its own",
-                fix="name another --run-dir",
+                fix="choose another --run-dir",
             )
         others = (
             [p for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
@@ -49,32 +48,30 @@ def check_run_dir(run_dir: Path) -> None:
         raise _unusable("read", error, run_dir) from error
     if others and not ours:
         raise RunError(
-            f"this is not an rpo-trainer run directory: it contains {others[0].name}",
+            f"not an rpo-trainer run directory: contains {others[0].name}",
             code="run.not-a-run-directory",
             where=str(run_dir),
-            why="a run does not share its directory with other files",
-            fix="name an empty or new directory with --run-dir",
+            fix="give an empty or new directory with --run-dir",
         )
 
 
 def _unusable(how: str, error: Exception, run_dir: Path) -> RunError:
     return RunError(
-        f"the directory cannot be {how}: {getattr(error, 'strerror', None) or error}",
+        f"the run directory cannot be {how}: {getattr(error, 'strerror', None) or error}",
         code="run.unusable-directory",
         where=str(run_dir),
-        why="checkpoints and outputs could not be written either",
-        fix="name another --run-dir, or change its permissions",
+        fix="choose another --run-dir, or change its permissions",
     )
 
 
 def open_run_dir(run_dir: Path) -> list[Path]:
-    """Makes the directory, or checks that it is a run.
+    """Create the directory, or check that it is a run directory.
 
     Returns:
-        The directories that are new, the innermost first.
+        The directories that were created, innermost first.
 
     Raises:
-        RunError: it holds something else, or cannot be written.
+        RunError: it contains something else, or is not writable.
     """
     check_run_dir(run_dir)
     new: list[Path] = []
@@ -91,10 +88,10 @@ def open_run_dir(run_dir: Path) -> list[Path]:
 
 @contextmanager
 def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
-    """Holds the run directory; the lock goes with the process, however it ends.
+    """Hold the lock of the run directory; it is released however the process ends.
 
     Args:
-        new: directories that were made for this: they are removed if nothing was written into them.
+        new: directories created for this run: removed if nothing was written into them.
     """
     lock = FileLock(run_dir / _LOCK)
     holder = run_dir / HOLDER_FILE
@@ -107,19 +104,18 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
             code="run.locked",
             where=str(run_dir),
             why="two runs in one directory would mix their checkpoints",
-            fix="wait for it, stop it, or name another --run-dir",
+            fix="wait until it ends, stop it, or choose another --run-dir",
         ) from error
     except OSError as error:
         raise RunError(
-            f"the lock of the run directory cannot be taken: {error.strerror or error}",
+            f"the run directory cannot be locked: {error.strerror or error}",
             code="run.unusable-lock",
             where=str(run_dir / _LOCK),
-            why="two runs in one directory would mix their checkpoints",
-            fix="remove what is there under this name, or name another --run-dir",
+            fix="remove this file or directory, or choose another --run-dir",
         ) from error
     if holder.is_file():
         logger.warning(
-            "the previous process of %s (%s) died; taking over its lock",
+            "previous process of %s (%s) died; taking over its lock",
             run_dir,
             read_holder(run_dir),
         )
@@ -134,9 +130,7 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
             holder.unlink(missing_ok=True)
         with suppress(OSError):  # the directory may be gone
             if {path.name for path in run_dir.iterdir()} <= {_LOCK}:  # nothing was done
-                (run_dir / _LOCK).unlink(
-                    missing_ok=True
-                )  # while it is held: nobody else can hold it
+                (run_dir / _LOCK).unlink(missing_ok=True)  # safe: the lock is still held
         lock.release()
         remove_empty(new)
 

@@ -1,4 +1,4 @@
-"""What a command selects: where a recipe runs, and which of its stages."""
+"""The run directory and the stage that a command works on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rpo_trainer.recipe import LoadedRecipe, expand_stages
 
 
 def default_run_dir(loaded: LoadedRecipe) -> Path:
-    """`run_dir` of the recipe, else `runs/` and the recipe's folder or file name."""
+    """Return the recipe's `run_dir`, else `runs/` plus the recipe's directory or file name."""
     if loaded.recipe.run_dir is not None:
         return Path(loaded.recipe.run_dir).expanduser()
     name = loaded.path.stem if loaded.path.stem != "chain" else loaded.base_dir.name
@@ -17,10 +17,10 @@ def default_run_dir(loaded: LoadedRecipe) -> Path:
 
 
 def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
-    """The stage that `rpo-trainer sft | dpo | rpo | reward` means.
+    """Return the name of the stage that `rpo-trainer sft | dpo | rpo | reward` runs.
 
     Raises:
-        RecipeError: there is none, or several and no name.
+        RecipeError: no such stage, or several and no name.
     """
     stages = [stage for stage in expand_stages(loaded.recipe) if stage.kind == kind]
     names = [stage.name for stage in stages]
@@ -30,23 +30,20 @@ def select_stage(loaded: LoadedRecipe, kind: str, name: str | None) -> str:
             f"the recipe has no {kind} stage",
             code="option.no-stage-of-kind",
             where=str(loaded.path),
-            why="there is nothing for this command to run",
-            fix=f"it has stages of {there}; `rpo-trainer run` runs all of them",
+            fix=f"its stages are of kind {there}; `rpo-trainer run` runs all of them",
         )
     if name is not None and name not in names:
         raise RecipeError(
             f"there is no {kind} stage {name!r}",
             code="option.unknown-stage",
             where=str(loaded.path),
-            why="which of them is meant cannot be guessed",
-            fix=f"one of: {', '.join(names)}",
+            fix=f"give one of: {', '.join(names)}",
         )
     if name is None and len(names) > 1:
         raise RecipeError(
             f"the recipe has {len(names)} {kind} stages",
             code="option.ambiguous-stage",
             where=str(loaded.path),
-            why="which of them is meant cannot be guessed",
-            fix=f"choose with --stage: {', '.join(names)}",
+            fix=f"choose one with --stage: {', '.join(names)}",
         )
     return name or names[0]

@@ -1,4 +1,4 @@
-"""The state of a run, chain.json: its stages, and what may change between two starts."""
+"""chain.json: the state of a run and its stages, and the changes allowed between two starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
-# What the examples of a stage are made with
+# The examples of a stage depend on these.
 _EXAMPLE_FIELDS = (
     "data", "max_length", "truncation", "seed", "init", "attributes", "rating_range",
 )  # fmt: skip
@@ -46,11 +46,11 @@ _LIBRARIES = ("rpo-trainer", "torch", "transformers", "accelerate", "peft", "dat
 
 
 class ChainState:
-    """chain.json: one record for each stage, written whole at every change.
+    """chain.json: one record per stage, rewritten at every change.
 
     Attributes:
         stages: the records, in order.
-        changes: what was changed on purpose between starts, the oldest first.
+        changes: the changes allowed between starts, oldest first.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -67,12 +67,12 @@ class ChainState:
         try:
             content = json.loads(self.path.read_text())
             if content["version"] != _VERSION:
-                raise ValueError(f"its version is {content['version']}, not {_VERSION}")
+                raise ValueError(f"version {content['version']}, expected {_VERSION}")
             if content.pop("digest", None) not in (None, json_digest(content)):
-                raise ValueError("its checksum does not match its content")
+                raise ValueError("checksum mismatch")
             for entry in content["stages"]:
                 if not {"name", "state", "spec"} <= entry.keys():
-                    raise ValueError("a stage lacks its name, state or spec")
+                    raise ValueError("a stage has no name, state or spec")
                 self.stages.append(StageRecord.from_json(entry))
             self.model, self.seed = dict(content["model"]), int(content["seed"])
             self.changes = [ChangeRecord.from_json(entry) for entry in content.get("changes", ())]
@@ -83,12 +83,11 @@ class ChainState:
                 f"the state of the run cannot be read: {error!r}",
                 code="run.unreadable-state",
                 where=str(self.path),
-                why="it records what has been computed, and from what",
-                fix="restore the file, or start in another directory (--run-dir)",
+                fix="restore the file from a backup, or start in another directory (--run-dir)",
             ) from error
 
     def save(self) -> None:
-        """Writes the file whole or not at all."""
+        """Write the file atomically."""
         content: dict[str, Any] = {
             "version": _VERSION,
             "model": self.model,
@@ -101,7 +100,7 @@ class ChainState:
         atomic_write(self.path, json.dumps(content, indent=1))
 
     def stage(self, name: str) -> StageRecord | None:
-        """The record of a stage by name."""
+        """Return the record of a stage by name."""
         return next((record for record in self.stages if record.name == name), None)
 
     def adopt(
@@ -113,16 +112,16 @@ class ChainState:
         *,
         allowed: Collection[str] = (),
     ) -> None:
-        """Takes over a recipe's stages; records of stages that have begun are kept.
+        """Set the stages of a recipe, keeping the records of stages that have begun.
 
         Args:
-            stages: the specs of all stages as plain data, `name` among them.
+            stages: the specs of all stages as plain data, including `name`.
             evaluation: the recipe's `eval`, whose files may be allowed to change.
-            allowed: keys of the recipe that may have changed, with all that is below them.
+            allowed: keys of the recipe that may have changed, with everything below them.
 
         Raises:
-            RecipeError: an allowed key is none of the recipe.
-            RunError: something that has already been computed with has changed.
+            RecipeError: an allowed key is not in the recipe.
+            RunError: a value that finished or running stages depend on has changed.
         """
         begun = [record for record in self.stages if record.state != "pending"]
         before = [record.spec for record in begun]  # a key that was removed can be allowed too
@@ -148,7 +147,7 @@ class ChainState:
         model: dict[str, Any],
         seed: int,
     ) -> None:
-        """Notes the changes that are allowed; refuses all others at once."""
+        """Record allowed changes; raise one error for all others."""
         changes = differences("model", self.model, model)
         changes += differences("seed", self.seed, seed)
         fixed = [change for change in changes if is_fixed(change.key)]
@@ -157,7 +156,7 @@ class ChainState:
         for record in begun:
             name = record.name
             if name not in specs:
-                lines.append(f"stages.{name}: has begun, and is no longer in the recipe")
+                lines.append(f"stages.{name}: has begun, but is no longer in the recipe")
                 continue
             old, new = computed_with(record.spec), computed_with(specs[name])
             found = differences(f"stages.{name}", old, new)
@@ -168,23 +167,22 @@ class ChainState:
         if lines:
             keys = [change.key for change in refused if change not in fixed]
             raise RunError(
-                "the recipe has changed where this run has already computed:\n    "
-                + "\n    ".join(lines),
+                "the recipe has changed for stages that have begun:\n    " + "\n    ".join(lines),
                 code="run.recipe-changed",
                 where=str(self.path.parent),
-                why="resuming would mix two recipes in one run",
+                why="resuming would mix results of two recipes in one run",
                 fix=ways_out("undo the change", keys),
             )
         for change in changes:
             self.note(*change)
 
     def note(self, key: str, old: Any, new: Any) -> None:
-        """Keeps a change that was allowed in the history of the run; it is saved with the next save."""
-        logger.warning("allowed: %s. Existing results are kept", Change(key, old, new))
+        """Record an allowed change in the history of the run; written by the next `save`."""
+        logger.warning("change allowed, existing results are kept: %s", Change(key, old, new))
         self.changes.append(ChangeRecord(now(), key, old, new))
 
     def allows_other_data(self, stage: str) -> bool:
-        """Whether the examples of a stage may be others: by its data, or anything they are made with."""
+        """Whether the examples of a stage may change: its data, or anything else they depend on."""
         own = f"stages.{stage}"
         made_with = [f"{own}.{field}" for field in _EXAMPLE_FIELDS]
         made_with += [f"model.{field}" for field in _TOKENIZER_FIELDS]
@@ -196,16 +194,16 @@ class ChainState:
 
 
 def now() -> str:
-    """The time as the files of a run have it."""
+    """Return the current time in UTC, as written in the files of a run."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def plain(
     recipe: Recipe, stages: Sequence[Stage], base_dir: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any], int, dict[str, Any] | None]:
-    """Of a recipe what `ChainState.adopt` takes: the specs of its stages, its model, seed and `eval`.
+    """Return the arguments of `ChainState.adopt`: specs of the stages, model, seed and `eval`.
 
-    Where the chat template is a file, its name is followed by a digest of its text.
+    A chat template file is given by its name and a digest of its text.
     """
     specs = [stage.model_dump(mode="json") for stage in stages]
     model = recipe.model.model_dump(mode="json")
@@ -218,10 +216,10 @@ def plain(
 
 
 def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool = True) -> None:
-    """Drops the lines of a stage beyond the step it resumes from, so that no step is there twice.
+    """Drop the lines of a stage after the step it resumes from, so that no step is logged twice.
 
     Args:
-        evaluated: keep the evaluation at that step; False: it will be done again.
+        evaluated: keep the evaluation at that step; False: it will be repeated.
     """
     if not path.is_file():
         return
@@ -230,19 +228,19 @@ def forget_metrics(path: Path, stage: str, after_step: int, *, evaluated: bool =
         try:
             row = dict(json.loads(line))
         except (ValueError, TypeError):
-            unread += 1  # cut by a kill, or harmed since
+            unread += 1  # truncated by a kill, or damaged
             continue
         step = row.get("step", 0)
         again = step > after_step or (step == after_step and not evaluated and "eval_loss" in row)
         if row.get("stage") != stage or not again:
             kept.append(line + "\n")
     if unread:
-        logger.warning("%d lines of %s could not be read and were left out", unread, path)
+        logger.warning("%d unreadable lines of %s were dropped", unread, path)
     atomic_write(path, "".join(kept))
 
 
 def library_versions() -> dict[str, str]:
-    """What computes here, by name; libraries that are not installed are left out."""
+    """Return the versions of the installed libraries that results depend on."""
     found = {}
     for name in _LIBRARIES:
         try:
@@ -253,6 +251,6 @@ def library_versions() -> dict[str, str]:
 
 
 def write_recipe(run_dir: Path, resolved: str) -> None:
-    """`recipe.yaml`: the recipe as it runs, under the versions of the libraries."""
+    """Write `recipe.yaml`: the resolved recipe, with library versions as comments."""
     versions = [f"# {name} {version}\n" for name, version in library_versions().items()]
     atomic_write(run_dir / RECIPE_FILE, "".join(versions) + resolved)

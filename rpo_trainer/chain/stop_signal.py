@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run stops after a complete checkpoint."""
+"""SIGTERM and SIGINT: stop a run after a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGINT: the step in hand is finished, a checkpoint written, the exit code is 75.
+    """On SIGTERM or SIGINT, finishes the current step, writes a checkpoint, and exits with code 75.
 
-    While a stage trains (`busy`), the first signal is only noted; after the last step the output
-    is still written. At any other time nothing would be lost, and the first signal ends the run at
-    once, as the second always does.
+    While a stage trains (`busy`), the first signal is only recorded; after the last step the output is
+    still written. At any other time nothing would be lost, and the first signal ends the run
+    immediately, as a second one always does.
 
-    Of several processes one may get the signal alone: they tell each other at every step's end, so
-    that all save the same step; outside of training, at the next point where they meet.
+    Of several processes, only one may get the signal: they exchange it at the end of every step, so
+    that all save the same step, and outside of training at the next synchronization.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles the signals while it is entered; only the main thread of a process can."""
+        """Handle the signals inside the context; only possible in the main thread of a process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -49,17 +49,18 @@ class StopOnSignal(TrainerCallback):
 
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
-            return  # a loader's worker, which has inherited this handler: its parent decides
+            return  # a data loader worker that inherited this handler
         again = self.received is not None
         self.received = signal.Signals(number)
         if again or not (self.busy or distributed.world_size() > 1):
             self._raise_if_stopped()
         logger.warning(
-            "%s: finishing the step and saving (once more to stop at once)", self.received.name
+            "%s: finishing this step and saving a checkpoint (repeat to stop immediately)",
+            self.received.name,
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # What a signal raised may have been swallowed (in a finalizer, by a library).
+        # An exception raised by the handler may have been swallowed (in a finalizer, by a library).
         self.raise_if_stopped()
         self.busy = True
 
@@ -69,12 +70,12 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def output_written(self) -> None:
-        """The stage is safe on disk: a signal that came meanwhile ends the run now."""
+        """Stop now if a signal has come: the stage is complete on disk."""
         self.busy = False
         self.raise_if_stopped()
 
     def raise_if_stopped(self) -> None:
-        """StoppedBySignal if a signal has come, to any process; all of them call it."""
+        """Raise StoppedBySignal if any process has received a signal; called by all of them."""
         self._agreed()
         self._raise_if_stopped()
 
@@ -88,6 +89,6 @@ class StopOnSignal(TrainerCallback):
             raise StoppedBySignal(
                 f"stopped by {self.received.name}",
                 code="run.stopped-by-signal",
-                why="what was finished before it is on disk: checkpoints, sampled rows, outputs of stages",
-                fix="run the same command again: it resumes where it stopped",
+                why="checkpoints, sampled rows and outputs of stages are on disk",
+                fix="run the same command again to resume",
             )

@@ -1,12 +1,10 @@
-"""Training one stage to its end, from its last checkpoint on, and its output."""
+"""Trains one stage, from its last checkpoint, and writes its output."""
 
 from __future__ import annotations
 
 import gc
 import json
-import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +14,10 @@ from typing import Any
 import torch
 
 from rpo_trainer.chain.callbacks import EvaluateBefore, StepZeroLog
+from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.files import write_with_digest
+from rpo_trainer.runtime.harmless_lines import tied_keys_hidden
 from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.stages.record import (
     EvaluationRecord,
@@ -26,10 +26,8 @@ from rpo_trainer.stages.record import (
     WarningRecord,
 )
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.checkpoint import MANIFEST, checkpoints, last_complete, write_manifest
+from rpo_trainer.trainers.checkpoint import checkpoints, last_complete
 from rpo_trainer.trainers.early_warnings import EarlyWarnings
-
-logger = logging.getLogger(__name__)
 
 _GAPS_SHOWN = 512  # examples of the scatter in the report
 _AGREEMENT = ("pearson/", "spearman/", "rmse/", "bias/", "calibration/")
@@ -43,16 +41,16 @@ def train_stage(
     record: StageRecord,
     save: Callable[[], None],
 ) -> bool:
-    """Trains, or resumes from the last complete checkpoint.
+    """Train the stage, or resume from its last complete checkpoint.
 
     Args:
-        begin: called before training, with the step it starts from (-1: from nothing) and whether
-            the held-out examples were already evaluated at that step.
-        record: of the stage; what training finds out is written into it.
+        begin: called before training with the step it starts from (-1: no checkpoint) and whether the
+            held-out examples were already evaluated at that step.
+        record: the stage's record, updated during training.
         save: writes the record to disk.
 
     Returns:
-        Whether training has come to its end.
+        Whether training reached its last step.
     """
 
     def note(**values: Any) -> None:
@@ -65,7 +63,6 @@ def train_stage(
         begin(-1, False)
     else:
         step = int(checkpoint.name.split("-")[1])
-        logger.info("resuming from step %d", step)
         begin(step, _evaluation_at(step, _history(checkpoint)) is not None)
     held_out = trainer.eval_dataset is not None
     if held_out and checkpoint is None:
@@ -80,13 +77,16 @@ def train_stage(
     trainer.step_guard.note = lambda skipped: note(
         skipped=[SkippedStepRecord.from_json(one) for one in skipped]
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with tied_keys_hidden(
+        getattr(transformers_model(trainer.model), "all_tied_weights_keys", None) or ()
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if state.global_step < state.max_steps:
         return False
     if held_out:
-        # With eval_steps, the last step may have been evaluated within training; but the weights may
-        # be those of an earlier one by now.
+        # With eval_steps, the last step may have been evaluated already; but with
+        # load_best_model_at_end the weights may be those of an earlier one.
         reloaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint
         known = None if reloaded else _evaluation_at(state.global_step, state.log_history)
         record.eval_after = _finite(trainer.evaluate() if known is None else known)
@@ -99,7 +99,7 @@ def _resume_from(folder: Path) -> Path | None:
     for later in checkpoints(folder):
         if later == found:
             break
-        shutil.rmtree(later)  # damaged: it must not outlive the good ones that are written now
+        shutil.rmtree(later)  # damaged: must not remain beside newer checkpoints
     return found
 
 
@@ -110,12 +110,12 @@ def _history(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def _evaluation_at(step: int, history: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The log line of the evaluation at a step, if there is one."""
+    """Return the log entry of the evaluation at a step, if any."""
     return next((e for e in history if e.get("step") == step and "eval_loss" in e), None)
 
 
 def agreement_of(record: StageRecord) -> EvaluationRecord:
-    """How a reward model agrees with its held-out rows: the metrics, and the tables of calibration."""
+    """Return a reward model's agreement metrics and calibration tables on its held-out rows."""
     after = {k.removeprefix("eval_"): v for k, v in (record.eval_after or {}).items()}
     return EvaluationRecord(
         accuracy=after.get("accuracy"),
@@ -132,29 +132,8 @@ def _finite(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def write_output(trainer: BaseTrainer, folder: Path) -> None:
-    """`final/` of a stage that trains all weights: model and tokenizer, complete or absent."""
-    final, staged = folder / "final", folder / ".final"
-    distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
-    trainer.save_model(str(staged))
-
-    def commit() -> None:
-        write_manifest(staged)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(staged, final)
-
-    distributed.on_main(commit)
-
-
-def output_fingerprint(final: Path) -> str:
-    """Short content key of a stage's output: the hashes of its weights."""
-    files = json.loads((final / MANIFEST).read_text())["files"]
-    weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
-    return "+".join(digest[:16] for digest in weights)
-
-
 def write_gaps(trainer: BaseTrainer, path: Path) -> None:
-    """Implicit and target gap of some training examples after the stage, one JSON line each."""
+    """Write the implicit and target reward gaps of some training examples, one JSON line each."""
     examples = trainer.train_dataset
     rows = [examples[i] for i in range(min(len(examples), _GAPS_SHOWN))]
     size = trainer.args.per_device_train_batch_size
@@ -168,22 +147,22 @@ def write_gaps(trainer: BaseTrainer, path: Path) -> None:
             gaps = {name: float(values[number]) for name, values in outputs.gaps.items()}
             lines.append(json.dumps({"id": batch.ids[i], **gaps}) + "\n")
     trainer.metrics.evaluation.drain()
-    if distributed.is_main():  # all have computed them: sharded weights need every process
+    if distributed.is_main():  # every process computes them: sharded weights require it
         write_with_digest(path, "".join(lines))
 
 
 @contextmanager
 def light_collections() -> Iterator[None]:
-    """What is there already is left out of Python's garbage collections inside.
+    """Exclude the objects that exist already from garbage collection inside the context.
 
-    transformers, accelerate and the chain collect several times a stage, and each time a million objects
-    of the libraries would be looked through: a tenth of the time where stages are short. Nothing is
-    done where the process that calls has frozen its objects itself.
+    transformers, accelerate and the chain collect several times per stage, and each time a million
+    objects of the libraries would be traversed: a tenth of the time of short stages. Does nothing if the
+    calling process has frozen its objects itself.
     """
     if gc.get_freeze_count():
         yield
         return
-    gc.collect()  # what is frozen is not freed before the end
+    gc.collect()  # frozen objects are not freed before the end
     gc.freeze()
     try:
         yield

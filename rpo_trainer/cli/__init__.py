@@ -7,7 +7,8 @@ compare           `compare`
 rewards           the commands on rewards
 arguments         arguments and options that several commands share
 options           options made from the fields of a recipe
-wrap              errors wrapped at words, in a terminal
+convert           `convert`: configs of other tools
+init              `init`: a new recipe from a model and data
 watch             `status --watch`
 json_output       `--json`: one object, errors included
 """

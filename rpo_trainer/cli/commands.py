@@ -24,6 +24,8 @@ from rpo_trainer.cli.arguments import (
     run_dir_option,
 )
 from rpo_trainer.cli.compare import compare
+from rpo_trainer.cli.convert import convert
+from rpo_trainer.cli.init import init
 from rpo_trainer.cli.inspect_recipe import COMMANDS as RECIPE_COMMANDS
 from rpo_trainer.cli.json_output import (
     JsonState,
@@ -34,7 +36,6 @@ from rpo_trainer.cli.json_output import (
 )
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.cli.watch import watch
-from rpo_trainer.cli.wrap import wrap
 from rpo_trainer.errors import RPOTrainerError, RunError, error_text
 from rpo_trainer.recipe import json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
@@ -45,6 +46,8 @@ from rpo_trainer.redact import (
     redacted_traceback,
 )
 from rpo_trainer.runtime.files import refusal
+from rpo_trainer.runtime.harmless_lines import hide_harmless_lines
+from rpo_trainer.runtime.terminal import TerminalHandler, fitted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -168,7 +171,7 @@ def recipes(name: str | None, copy: Path | None, overwrite: bool) -> None:
         _list(shipped.shipped())
 
 
-for _command in (*RECIPE_COMMANDS, compare, *REWARD_COMMANDS):
+for _command in (init, convert, *RECIPE_COMMANDS, compare, *REWARD_COMMANDS):
     cli.add_command(_command)
 
 
@@ -219,8 +222,8 @@ def _run(
     if with_report:
         try:
             click.echo(f"report: {build_report(folder)}")
-        except RunError as error:  # such as a missing extra: the run itself has succeeded
-            click.echo(f"no report: {error}", err=True)
+        except RunError as error:  # the chain is done, also where the report's extra is missing
+            click.echo(fitted(f"no report: {error}", sys.stderr), err=True)
 
 
 def _list(found: Mapping[str, str]) -> None:
@@ -249,7 +252,9 @@ def _table(run_dir: Path) -> None:
 
 
 def _show_messages(verbose: bool) -> None:
-    handler = logging.StreamHandler()
+    handler = TerminalHandler()
+    if not verbose:
+        hide_harmless_lines()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("rpo_trainer")
     package.handlers = [RedactingHandler(), handler]
@@ -309,7 +314,7 @@ def _show_error(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         text = io.StringIO()
         error.show(file=text)
-        click.echo(wrap(redact(text.getvalue().rstrip("\n"))), err=True)
+        click.echo(fitted(redact(text.getvalue().rstrip("\n")), sys.stderr), err=True)
         return error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
         click.echo("stopped", err=True)

@@ -155,6 +155,8 @@ def score(
         fields["judge"] = {**service_fields(fields["judge"], name, service), **judged, **own}
         rendered = ()
     spec = valid(ScoreSpec, fields)
+    if "model" in fields:
+        _hide_weight_bars()
     source = source_spec(data, format_, columns, special_tokens, rendered)
     _show(score_file(source, output, spec, overwrite=overwrite))
 
@@ -207,6 +209,7 @@ def generate(
     """
     from rpo_trainer.rewards.commands import generate_file
 
+    _hide_weight_bars()
     if len(endpoints) != len(names):
         raise RecipeError(
             f"{len(endpoints)} --endpoint and {len(names)} --name",
@@ -374,6 +377,13 @@ def audit(
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:
         _show(found.lines())
+
+
+def _hide_weight_bars() -> None:
+    """Turns off transformers' progress bar for each model that is loaded."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 COMMANDS = (score, generate, pairs, calibrate, audit)

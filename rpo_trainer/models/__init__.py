@@ -1,18 +1,30 @@
-"""Models: loaded whole or refused, adapted, unwrapped, written.
+"""Models: loading, adapters, unwrapping, saving.
 
 loading           models and tokenizers of a recipe, a directory or a name
-  from_pretrained   the only calls of from_pretrained: complete, from safetensors, no code of others
+  from_pretrained   all calls of from_pretrained: complete, from safetensors, no remote code
   from_config       configurations and random weights
   weight_files      the safetensors files of a directory, and their headers
   preload_checks    whether a model fits, before its weights are read
 quantization      frozen weights in 4 bits (QLoRA), and back
 multimodal        checkpoints with towers, trained on text
 reward_model      a language model with another head: a sequence classifier that scores responses
-adapters          PEFT adapters: begun, loaded, merged
+adapters          PEFT adapters: created, loaded, merged
   adapter_methods   which methods can be trained
-  adapter_parts     what an adapter must train and save whole: new heads
-  adapter_files     adapters on disk: their base, and whether they are complete
-sharding          weights of which a process holds a part: gathered, named, written whole
+  adapter_parts     modules that an adapter must train and save in full: new heads
+  adapter_files     adapters on disk: their base model, and whether they are complete
+sharding          sharded weights: gathering, naming and saving them in full
+dtypes            frozen weights in the dtype of the arithmetic, trained ones in float32
 unwrap            the transformers model inside DDP, FSDP, DeepSpeed and PEFT
-saved_files       what is written beside the weights: end tokens, generation config, tokenizer, processor
+delivered         a model directory copied in another dtype
+saved_files       files saved beside the weights: end tokens, generation config, tokenizer, processor
 """
+
+import logging
+
+
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """False for bitsandbytes' advice to install a CPU kernel, logged whenever it (or PEFT) is imported."""
+    return "gemm_4bit_forward" not in str(record.msg)
+
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)

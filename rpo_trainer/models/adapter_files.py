@@ -1,4 +1,4 @@
-"""PEFT adapters on disk: what they belong to, and whether their files are whole."""
+"""PEFT adapters on disk: their base model, and whether their files are complete."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ BASE = "adapter_base.json"  # path of the base relative to the adapter, so that 
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether an adapter lies there, and no whole model; its base's config may be beside it."""
+    """Whether a directory holds an adapter and no full model; the base's config may be beside it."""
     return (folder / CONFIG).is_file() and not has_weights(folder)
 
 
 def write_base(
     folder: Path, base: str, *, relative: str | None = None, plain_start: bool = False
 ) -> None:
-    """Writes into a saved adapter what it is an adapter of.
+    """Write the base model into a saved adapter.
 
     Args:
-        base: absolute directory or hub name, which PEFT and others find from wherever they run.
-        relative: the directory relative to the adapter's, which counts first here: both may have been moved.
-        plain_start: the base is what the adapter's start made of it, so loading must not do so again.
+        base: absolute directory or hub name, for PEFT and other tools.
+        relative: the directory relative to the adapter's, which is tried first: both may have been moved.
+        plain_start: the saved base already includes the changes of the adapter's initialization.
     """
     path = folder / CONFIG
     settings = json.loads(path.read_text())
@@ -50,10 +50,10 @@ def write_base(
 
 @reads("the adapter", str)
 def base_of(folder: Path) -> str:
-    """Directory or hub name of the model that a saved adapter belongs to.
+    """Return the directory or hub name of a saved adapter's base model.
 
     Raises:
-        ModelError: it does not say.
+        ModelError: the adapter does not name it.
     """
     if (folder / BASE).is_file():
         near = folder / str(json.loads((folder / BASE).read_text())["base"])
@@ -65,8 +65,8 @@ def base_of(folder: Path) -> str:
             "the adapter does not name its base model",
             code="adapter.no-base",
             where=str(folder / CONFIG),
-            why="it is only valid for that base",
-            fix="write the model's directory or hub name there as base_model_name_or_path",
+            why="an adapter is only valid for its base",
+            fix="set base_model_name_or_path to the model's directory or hub name",
         )
     for local in (folder / Path(name).expanduser(), Path(name).expanduser()):
         if local.is_dir():
@@ -75,7 +75,7 @@ def base_of(folder: Path) -> str:
 
 
 def make_base_absolute(folder: Path) -> None:
-    """PEFT writes the base as it was named, which from elsewhere is another directory or none."""
+    """Make the base's path absolute, since PEFT saves a relative one as it was given."""
     path = folder / CONFIG
     if not path.is_file():
         return
@@ -87,7 +87,7 @@ def make_base_absolute(folder: Path) -> None:
 
 
 def require_weights(folder: Path, where: str) -> None:
-    """Raises ModelError where a directory has no adapter weights in safetensors."""
+    """Raise ModelError if a directory has no adapter weights in safetensors."""
     if (folder / WEIGHTS).is_file():
         try:
             tensors_in([folder / WEIGHTS])
@@ -101,13 +101,13 @@ def require_weights(folder: Path, where: str) -> None:
         f"the adapter cannot be loaded: {what}",
         code="adapter.unusable-weights",
         where=where,
-        why="weights are read from safetensors alone: a pickle can hold code",
-        fix="copy the adapter again, or load it with PEFT where you trust its origin, and `save_pretrained`",
+        why="weights are read only from safetensors, because a pickle can contain code",
+        fix="copy the adapter again; or, if you trust its origin, load it with PEFT and `save_pretrained`",
     )
 
 
 def require_complete(model: Any, folder: Path) -> None:
-    """Raises ModelError where the adapter's file lacks tensors or has others; PEFT only warns."""
+    """Raise ModelError if the adapter's file has missing or unexpected tensors; PEFT only warns."""
     from peft import get_peft_model_state_dict
 
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -128,19 +128,19 @@ def require_complete(model: Any, folder: Path) -> None:
         if names
     ]
     raise ModelError(
-        f"the adapter's file does not fit its configuration and base; {'; '.join(parts)}",
+        f"the adapter's file does not match its configuration and base; {'; '.join(parts)}",
         code="adapter.tensor-mismatch",
         details={"missing": missing, "other_shape": other, "unknown": unknown},
         where=str(folder / WEIGHTS),
         why="PEFT would initialize missing tensors and ignore the others",
-        fix="copy the adapter again, or name the base that it was trained on",
+        fix="copy the adapter again, or set the base that it was trained on",
     )
 
 
 def _as_loaded(model: Any, stored: Mapping[str, tuple[str, list[int]]]) -> dict[str, list[int]]:
-    """Shapes of an adapter's tensors under the names that PEFT loads them with.
+    """Shapes of an adapter's tensors under the names that PEFT gives them when loading.
 
-    Adapters of mixtures of experts have one pair for each expert where they are from transformers 4.
+    Adapters of mixtures of experts made with transformers 4 have one pair for each expert.
     """
     from peft.utils.transformers_weight_conversion import (
         convert_peft_adapter_state_dict_for_transformers as convert,
@@ -156,11 +156,11 @@ def _as_loaded(model: Any, stored: Mapping[str, tuple[str, list[int]]]) -> dict[
 
 @reads("the adapter", lambda folder, wanted: str(folder))
 def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises RecipeError where a saved adapter is not what a recipe says of it."""
+    """Raise RecipeError if a saved adapter differs from a recipe's `peft`."""
     saved = json.loads((folder / CONFIG).read_text())
     for name, value in wanted.items():
         if name == "init_lora_weights" or name not in saved or value == "all-linear":
-            continue  # it has started already; PEFT writes names in place of `all-linear`
+            continue  # already initialized; PEFT replaces `all-linear` by names
         old, new = saved[name], value
         if isinstance(old, list) and isinstance(new, list):
             old, new = sorted(old, key=str), sorted(new, key=str)
@@ -169,6 +169,6 @@ def require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
                 f"the recipe continues this adapter, whose {name} is {saved[name]}, not {value}",
                 code="adapter.config-mismatch",
                 where=str(folder),
-                why="its weights were trained with its own settings",
-                fix=f"write {name}: {saved[name]}, or merge the adapter first",
+                why="its weights were trained with these settings",
+                fix=f"set {name}: {saved[name]}, or merge the adapter first",
             )

@@ -1,4 +1,4 @@
-"""Which PEFT methods the packed step can train, and how their adapters may start."""
+"""PEFT methods that the packed step can train, and supported initializations."""
 
 from __future__ import annotations
 
@@ -11,65 +11,65 @@ from rpo_trainer.errors import ModelError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# Methods that are no change of weights, by `peft_type`.
+# Methods that do not modify weights, by `peft_type`.
 _NOT_WEIGHTS = {
-    "ADAPTION_PROMPT": "it puts a prompt of its own into the attention of every row",
-    "ADALORA": "its rank schedule and its regulariser need calls from a training loop made for it",
+    "ADAPTION_PROMPT": "it adds a prompt to the attention of every row",
+    "ADALORA": "its rank schedule and regularizer require a dedicated training loop",
     "XLORA": "it runs the model twice to mix adapters row by row",
-    "POLY": "it needs a task id with every row",
+    "POLY": "it requires a task id for every row",
 }
-# Starts of LoRA that PEFT makes from data, in a step of its own before or after the adapter is added.
+# LoRA initializations that PEFT computes from data in a separate step.
 _FROM_DATA = ("eva", "corda", "lora_ga")
-# Starts that take from the base what they put into the adapter.
+# Initializations that subtract the adapter from the base weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def require_supported_method(config: PeftConfig) -> None:
-    """Raises ModelError for methods that the packed step cannot be right for."""
+    """Raise ModelError for methods that are incorrect with the packed step."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning:
         why = (
-            "its virtual tokens stand before a row, and a row here holds many examples, "
+            "its virtual tokens precede a row, and a packed row holds many examples, "
             "of which only the first would see them"
         )
     elif kind in _NOT_WEIGHTS:
         why = _NOT_WEIGHTS[kind]
     elif getattr(config, "alora_invocation_tokens", None) is not None:
-        kind, why = "activated LoRA", "it is switched on by tokens of a row, which here is packed"
+        kind, why = "activated LoRA", "it is activated by tokens of a row, and rows are packed"
     elif getattr(config, "monteclora_config", None) is not None:
-        kind, why = "MonteCLoRA", "it adds a term of its own to the loss, which nobody would add"
+        kind, why = "MonteCLoRA", "it requires a loss term that is not computed here"
     else:
         return
     raise ModelError(
-        f"the adapter method {kind} cannot be trained here",
+        f"the adapter method {kind} is not supported",
         code="adapter.unsupported-method",
         why=why,
-        fix="use LoRA (with DoRA or rsLoRA if you like), or another method that changes weights",
+        fix="use LoRA (DoRA and rsLoRA included), or another method that modifies weights",
     )
 
 
 def require_plain_start(config: PeftConfig) -> None:
-    """Raises ModelError where a fresh adapter would need data that a config does not bring."""
+    """Raise ModelError if a new adapter's initialization requires data, or is random."""
     start = getattr(config, "init_lora_weights", True)
     if start is False:
         raise ModelError(
-            "init_lora_weights=False starts the adapter at random",
+            "init_lora_weights=False initializes the adapter at random",
             code="adapter.random-start",
-            why="the policy would not start as the model it is made from",
-            fix="leave init_lora_weights out",
+            why="the policy would not start as its base model",
+            fix="omit init_lora_weights",
         )
     if isinstance(start, str) and start in _FROM_DATA:
         raise ModelError(
-            f"init_lora_weights={start!r} is made from data, in a step that is not part of a trainer",
+            f"init_lora_weights={start!r} is computed from data in a step that trainers do not have",
             code="adapter.data-start",
-            why="without that step PEFT starts with other weights, or not at all",
+            why="without that step PEFT uses other weights or fails",
             fix="wrap the model yourself as PEFT's documentation says and pass the wrapped model, "
-            "or take another start (pissa, olora, orthogonal)",
+            "or use another initialization (pissa, olora, orthogonal)",
         )
 
 
 def changes_base(config: PeftConfig) -> bool:
-    """Whether the start of the adapter changes the weights below it."""
+    """Whether the adapter's initialization changes the base weights."""
     start = getattr(config, "init_lora_weights", True)
     return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
 
@@ -82,15 +82,15 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def require_supported_adapter(model: nn.Module) -> None:
-    """The same as `require_supported_method` for a model that somebody else has wrapped."""
+    """Check the method of an adapter that the caller has created, see `require_supported_method`."""
     from peft import PeftMixedModel
 
     if isinstance(model, PeftMixedModel):
         raise ModelError(
-            "a PeftMixedModel cannot be trained here",
+            "PeftMixedModel is not supported",
             code="adapter.unsupported-method",
             why="PEFT cannot save one",
-            fix="take a PeftModel with one adapter",
+            fix="use a PeftModel with one adapter",
         )
     if is_adapted(model):
         for config in model.peft_config.values():  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Parts of a model that an adapter must train and save whole: new heads, and weights that no file has."""
+"""Modules that an adapter must train and save in full: new heads, and weights that are in no file."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
-    """The config, extended by what the adapter has to train and save whole; a copy where it changes.
+    """Add the modules that the adapter must train and save in full to its config; a copy if it changes.
 
-    These are the head of a classifier, which PEFT includes for task type SEQ_CLS alone, and modules that
-    the model's files do not have.
+    These are the head of a classifier, which PEFT includes only for task type SEQ_CLS, and modules that are
+    missing from the model's files.
     """
     heads = _heads(model) if is_classifier(model) else []
     missing, resized = fresh_parameters(transformers_model(model))
@@ -39,7 +39,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
         raise ModelError(
             f"the adapter method {config.peft_type} cannot also train {', '.join(parts)}",
             code="adapter.cannot-save-parts",
-            why="these parts are new, or the head of a reward model: frozen, they would stay random",
+            why="these modules are new, or the head of a reward model: frozen, they would stay random",
             fix="use LoRA",
         )
     asked = getattr(config.task_type, "value", config.task_type)
@@ -50,7 +50,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
         changed.task_type = "SEQ_CLS"
     if (asked != changed.task_type or changed.modules_to_save != given) and is_main():
         logger.warning(
-            "the adapter trains and saves %s whole (modules_to_save)%s",
+            "the adapter trains and saves %s in full (modules_to_save)%s",
             ", ".join(parts),
             f"; its task_type is SEQ_CLS, not {asked}" if heads and asked != "SEQ_CLS" else "",
         )
@@ -58,7 +58,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
 
 
 def _heads(classifier: Any) -> list[str]:
-    """Names of a classifier's parts beside its decoder."""
+    """Names of a classifier's modules beside its decoder."""
     return [
         name
         for name, part in classifier.named_children()
@@ -67,9 +67,9 @@ def _heads(classifier: Any) -> list[str]:
 
 
 def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
-    """Parameters that the files a model was loaded from do not have, or have in another shape.
+    """Return parameters that are missing from a model's files, and those of another shape.
 
-    Of models that are not from a directory or the hub's cache nothing is known.
+    Both are empty for models that are neither from a directory nor in the hub's cache.
     """
     made = list(getattr(inner, "_rpo_made", ()))  # by this package
     if getattr(inner, "_rpo_complete", False):  # loaded by this package, with all of its weights
@@ -90,13 +90,13 @@ def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
 
 
 def warn_of_random(model: nn.Module) -> None:
-    """A WARNING where a model that somebody else has loaded has weights that its files lack."""
+    """Log a WARNING if a model that the caller has loaded has weights that are missing from its files."""
     inner = transformers_model(model)
     heads = _heads(inner) if is_classifier(inner) else []
     missing = [n for n in fresh_parameters(inner)[0] if n.split(".")[0] not in heads]
     if missing and is_main():
         logger.warning(
-            "%d weights of the model are not in the files that it was loaded from (%s): they start at random",
+            "%d weights are missing from the files of the model (%s): they start at random",
             len(missing), ", ".join(missing[:4]),
         )  # fmt: skip
 
@@ -106,14 +106,14 @@ def _warn_resized(resized: list[str], config: Any) -> None:
     frozen = [name for name in resized if not names & {*name.split(".")}]
     if frozen and not getattr(config, "trainable_token_indices", None) and is_main():
         logger.warning(
-            "%s were resized after loading: the adapter leaves their new rows as they are. To train them, "
+            "%s were resized after loading: the adapter does not train their new rows. To train them, "
             "set trainable_token_indices to the new tokens, or add the modules to modules_to_save",
             ", ".join(frozen),
         )
 
 
 def warn_of_fused_experts(wrapped: Any, config: Any) -> None:
-    """A WARNING where an adapter leaves experts as they are, whose weights are no linear layers.
+    """Log a WARNING if an adapter does not train experts whose weights are not linear layers.
 
     PEFT's `target_modules` names modules; families that hold all experts of a layer in one parameter need
     `target_parameters`.
@@ -139,8 +139,8 @@ def warn_of_fused_experts(wrapped: Any, config: Any) -> None:
                 left[short] = left.get(short, 0) + p.numel()
     if left and is_main():
         logger.warning(
-            "the adapter leaves the experts as they are: %s (%.3g weights) are parameters, and "
-            "target_modules names linear layers alone. To train them, set target_parameters: [%s]",
+            "the adapter does not train the experts: %s (%.3g weights) are parameters, and "
+            "target_modules covers only linear layers. To train them, set target_parameters: [%s]",
             ", ".join(left), sum(left.values()), ", ".join(left),
         )  # fmt: skip
 
@@ -162,9 +162,9 @@ def _targets(config: Any) -> set[str]:
 
 
 def require_trained_parts(model: nn.Module) -> None:
-    """Raises ModelError where an adapter that somebody else has begun leaves random parts frozen.
+    """Raise ModelError if an adapter of the caller leaves random modules frozen.
 
-    Frozen heads of classifiers whose weights may have been trained are a WARNING.
+    A frozen classifier head, which may have been trained before, is a WARNING.
     """
     inner = transformers_model(model)
     trained = {_plain_name(name) for name, p in inner.named_parameters() if p.requires_grad}
@@ -172,7 +172,7 @@ def require_trained_parts(model: nn.Module) -> None:
     frozen = [name for name in missing if name not in trained]
     if frozen:
         raise ModelError(
-            f"{', '.join(frozen[:4])} are new and random, and the adapter neither trains nor saves them",
+            f"{', '.join(frozen[:4])} are newly initialized, and the adapter neither trains nor saves them",
             code="adapter.frozen-random-parts",
             why="the files that the model was loaded from do not have them",
             fix='name their modules in modules_to_save of the adapter\'s config (task_type="SEQ_CLS" '
@@ -196,6 +196,6 @@ def _trains(inner: nn.Module, part: str) -> bool:
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without what an adapter that trains a module whole puts into it."""
+    """A parameter's name without the prefix of `modules_to_save`."""
     before, mark, after = name.partition(".modules_to_save.")
     return before + "." + after.partition(".")[2] if mark else name

@@ -1,7 +1,7 @@
-"""PEFT adapters: begun, loaded and merged, each time with the answers that the model had before.
+"""PEFT adapters: created, loaded and merged without a change of the model's outputs.
 
-Both are tested on the model itself: a fresh adapter must leave the model's answers as they are, and a
-merged model must answer as the adapted one does, on a few random tokens.
+This is verified on a few random tokens: a new adapter must not change the log-probs, and a merged model must
+give those of the adapted one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rpo_trainer.models.adapter_methods import (
     require_supported_method,
 )
 from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_parts
+from rpo_trainer.models.dtypes import LOW, adapter_in_float32
 from rpo_trainer.models.multimodal import without_towers
 from rpo_trainer.models.saved_files import read_generation
 from rpo_trainer.models.sharding import whole_on_every_rank
@@ -33,34 +34,31 @@ from rpo_trainer.runtime.file_errors import device_failed, reads
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_LOW = (torch.bfloat16, torch.float16)
 
-
-# --- beginning ---
+# --- new adapters ---
 
 
 def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
-    """The model with a fresh adapter, which leaves its answers as they are.
+    """Add a new adapter, which does not change the model's outputs.
 
     Raises:
-        ModelError: the model has an adapter already, or the method does not fit, or the model would
-            start as another one.
+        ModelError: the model already has an adapter, the method is not supported, or the outputs change.
     """
     from peft import get_peft_model
 
     if is_adapted(model):
         raise ModelError(
-            "peft_config was given for a model that has an adapter already",
+            "peft_config was given for a model that already has an adapter",
             code="adapter.already-adapted",
-            why="which of the two is to be trained cannot be guessed",
-            fix="leave peft_config out, or merge the adapter first (model.merge_and_unload())",
+            why="only one adapter is trained",
+            fix="omit peft_config, or merge the adapter first (model.merge_and_unload())",
         )
     if getattr(transformers_model(model), "_rpo_text_part", False):
         raise ModelError(
-            "a reward model of the text part of a multimodal checkpoint cannot be trained by an adapter",
+            "a reward model of the text part of a multimodal checkpoint cannot be trained with an adapter",
             code="adapter.text-part",
-            why="the adapter's base would be the whole checkpoint, which has no sequence classifier",
-            fix="train it whole: leave peft_config (`peft` in a recipe) out",
+            why="the base of the adapter would be the full checkpoint, which has no sequence classifier",
+            fix="train all weights: omit peft_config (`peft` in a recipe)",
         )
     require_supported_method(config)
     require_plain_start(config)
@@ -70,37 +68,38 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         wrapped: Any = get_peft_model(model, config)
     except (ValueError, TypeError, ImportError) as error:
         raise ModelError(
-            f"PEFT makes no adapter of this: {error}",
+            f"PEFT rejects the adapter's settings: {error}",
             code="adapter.bad-config",
             where="peft",
-            why="the settings do not fit together, or not this model",
-            fix="fix them: target_modules name layers of the model, r and lora_alpha are numbers",
+            why="the settings conflict with each other or with this model",
+            fix="correct them: target_modules names layers of the model, r and lora_alpha are numbers",
         ) from error
+    adapter_in_float32(wrapped)
     try:
         _require_same(
             wrapped, before,
-            what="the adapter changes the model before anything is learnt",
+            what="the adapter changes the model before training",
             code="adapter.changes-model",
-            fix="take a start that leaves the model as it is (init_lora_weights: true, pissa, olora, ...)",
+            fix="use another initialization (init_lora_weights: true, pissa, olora, ...)",
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if device_failed(error):
             raise
         odd = ", ".join(_odd_targets(wrapped))
         raise ModelError(
-            "the model cannot run with this adapter"
-            + (f": the targets {odd} do not compute what a linear layer does" if odd else ""),
+            "the forward pass fails with this adapter"
+            + (f": the targets {odd} do not compute a plain linear layer" if odd else ""),
             code="adapter.forward-fails",
             where="peft",
             why=first_line(error),
-            fix="leave these modules out: list them in exclude_modules, or the others in target_modules",
+            fix="exclude these modules with exclude_modules, or list only the others in target_modules",
         ) from error
     warn_of_fused_experts(wrapped, config)
     return wrapped  # type: ignore[no-any-return]
 
 
 def _odd_targets(wrapped: nn.Module) -> list[str]:
-    """Last names of adapted linear layers whose class has a forward of its own."""
+    """Names of adapted linear layers whose class overrides forward."""
     layers = ((name, getattr(part, "base_layer", None)) for name, part in wrapped.named_modules())
     return sorted(
         {
@@ -115,7 +114,7 @@ def _odd_targets(wrapped: nn.Module) -> list[str]:
 
 @contextmanager
 def randomized_zero_init(model: nn.Module) -> Iterator[None]:
-    """Within it an adapter's parameters that start at zero do not, so that a test of paths can see them."""
+    """Give zero-initialized adapter parameters random values inside, so that they have an effect."""
     zeros = [
         p
         for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())
@@ -134,12 +133,13 @@ def randomized_zero_init(model: nn.Module) -> Iterator[None]:
 
 
 def starts_as(model: nn.Module, other: nn.Module) -> bool:
-    """Whether an adapted model is another one below its adapter, and the adapter does nothing yet."""
+    """Whether an adapted model has the weights of another one below an adapter without effect."""
     if not is_adapted(model) or is_adapted(other) or not whole_on_every_rank(model):
         return False
     below, theirs = _base_state(model), other.state_dict()
     if below.keys() != theirs.keys() or not all(
-        torch.equal(t.to(theirs[n].device), theirs[n]) for n, t in below.items()
+        t.dtype == theirs[n].dtype and torch.equal(t.to(theirs[n].device), theirs[n])
+        for n, t in below.items()
     ):
         return False
     with model.disable_adapter():  # type: ignore[operator]
@@ -148,7 +148,7 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Weights below the adapter, under the names that they have without one."""
+    """Base weights under their names without the adapter."""
     kept = {}
     for name, tensor in transformers_model(model).state_dict().items():
         plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".original_module.", ".")
@@ -157,20 +157,20 @@ def _base_state(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-# --- asking a model ---
+# --- outputs of a model ---
 
 
 def lowest_precision(model: nn.Module) -> torch.dtype:
-    """The dtype that decides how closely two ways to the same answer can agree."""
+    """Return the dtype that limits how closely two computations of an output can agree."""
     for module in model.modules():
         compute = getattr(module, "compute_dtype", None)  # of bitsandbytes' linear layers
-        if compute in _LOW:
+        if compute in LOW:
             return compute  # type: ignore[no-any-return]
     return next(model.parameters()).dtype
 
 
 def _answers(model: nn.Module) -> Tensor | None:
-    """Log-probs (scores, of a classifier) on a few random tokens; None: the weights are not here whole."""
+    """Log-probs (scores of a classifier) on a few random tokens; None if the weights are sharded."""
     if not whole_on_every_rank(model):
         return None
     inner = transformers_model(model)
@@ -199,7 +199,7 @@ def _require_same(
     model: nn.Module, expected: Tensor | None, *, what: str, code: str, fix: str
 ) -> None:
     off = _largest_difference(model, expected)
-    if not off <= (0.25 if lowest_precision(model) in _LOW else 1e-3):
+    if not off <= (0.25 if lowest_precision(model) in LOW else 1e-3):
         raise ModelError(what, code=code, why=f"its log-probs change by {off:.2g} nats", fix=fix)
 
 
@@ -208,26 +208,30 @@ def _require_same(
 
 @reads("the adapter", lambda base, folder, **_: str(folder))
 def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
-    """The model with a saved adapter; its weights are float32.
+    """Load a saved adapter in float32 onto its base.
 
     Raises:
-        ModelError: the adapter does not belong to this model, or its method is not taken.
+        ModelError: the adapter does not belong to this model, or its method is not supported.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     require_weights(folder, str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         require_supported_method(config)
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        if adapter_in_float32(
+            model
+        ):  # they were read into the dtype of the base, which rounds them
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         require_complete(model, folder)
-    except KeyError as error:  # of a module that is saved whole, PEFT looks its tensors up
+    except KeyError as error:  # from PEFT, for a module that is saved in full
         raise ModelError(
-            f"the adapter's file does not fit its configuration; missing: {error.args[0]}",
+            f"the adapter's file does not match its configuration; missing: {error.args[0]}",
             code="adapter.tensor-mismatch",
             details={"missing": [str(error.args[0])]},
             where=str(folder / WEIGHTS),
-            why="the adapter would not be the one that was saved",
+            why="the loaded adapter would differ from the saved one",
             fix="copy the adapter again",
         ) from error
     except (OSError, ValueError, RuntimeError, TypeError) as error:
@@ -247,10 +251,10 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
 
 
 def check_unread(folder: Path, base: nn.Module, where: str) -> None:
-    """Raises ModelError where `load_adapter` would, from the headers of the adapter's file.
+    """Raise ModelError if `load_adapter` would, from the headers of the adapter's file.
 
     Args:
-        base: the model that the adapter belongs to, its weights on the meta device; it is changed.
+        base: the model that the adapter belongs to, on the meta device; modified in place.
     """
     from peft import PeftConfig, get_peft_model
 
@@ -258,7 +262,7 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
         config = PeftConfig.from_pretrained(str(folder))
         require_supported_method(config)
         if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # the start is in the file
+            config.init_lora_weights = True  # the file has the weights
         with torch.device("meta"):
             model: Any = get_peft_model(base, config)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -276,12 +280,12 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """The model with its adapter merged in; answers as before, and can be trained.
+    """Merge the adapter into the model, which stays trainable and gives the same outputs.
 
-    Embeddings and head that shared a weight come apart where the adapter has changed one of them alone.
+    Tied embeddings and head are untied if the adapter has changed only one of them.
 
     Raises:
-        ModelError: the method cannot be merged, or the merged model is another one.
+        ModelError: the method cannot be merged, or the merged model gives other outputs.
     """
     before = _answers(model)
     tied = _untie(model.get_base_model())
@@ -292,21 +296,21 @@ def merged(model: Any) -> PreTrainedModel:
             "the adapter cannot be merged",
             code="adapter.cannot-merge",
             why=str(error),
-            fix="write `between_stages: keep` without `merge`, or take a method that can be merged",
+            fix="use `between_stages: keep` without `merge`, or a method that can be merged",
         ) from error
     if tied:
         _tie_again(plain)
     _require_same(
         plain, before,
-        what="the merged model is not the adapted one",
+        what="merging the adapter changes the model's outputs",
         code="adapter.merge-changes-model",
-        fix="write `between_stages: keep` without `merge`, or report the method",
+        fix="use `between_stages: keep` without `merge`, or report the method",
     )  # fmt: skip
     return plain.requires_grad_()  # type: ignore[no-any-return]
 
 
 def _untie(model: Any) -> bool:
-    """Gives the head a weight of its own: merging into a shared one would change the embeddings too."""
+    """Untie the head, because merging into a shared weight would change the embeddings too."""
     head = model.get_output_embeddings()
     shared = {id(p) for p in model.get_input_embeddings().parameters()}
     found = False

@@ -1,4 +1,4 @@
-"""Models of a configuration alone: its class, its fields as transformers takes them, random weights."""
+"""Models created from a configuration: class, fields, random weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from rpo_trainer.errors import ModelError, last_line
+from rpo_trainer.models.dtypes import cast_weights
 from rpo_trainer.models.multimodal import (
     CLASSIFIER,
     language_model_class,
@@ -21,37 +22,37 @@ from rpo_trainer.runtime.file_errors import device_failed, require_sizes
 
 NEEDED = "nothing can be trained or measured without it"
 _CONFIGURATION_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, AttributeError)
-# Fields that configurations take beside those they write.
+# Fields that configurations accept but do not save.
 _ALSO_TAKEN = frozenset({"attn_implementation", "rope_scaling", "rope_theta"})
 
 
 def auto_class(config: Any, *, reward: bool, where: str) -> Any:
-    """The class to load a checkpoint with: sequence classifiers are reward models, all others policies.
+    """Return the class to load a checkpoint with: sequence classifiers are reward models, others policies.
 
     Args:
         config: the checkpoint's.
-        reward: whether a reward model is wanted, or a policy to make one of.
+        reward: accept a reward model, or a policy to make one from.
 
     Raises:
-        ModelError: a reward model where a policy is wanted; its language head would be random. A model
-            that text alone does not suffice for (see `language_model_class`).
+        ModelError: a reward model where a policy is needed (its language head would be random), or a model
+            that cannot run on text alone (see `language_model_class`).
     """
     names = map(str, getattr(config, "architectures", None) or ())
     if not any(name.endswith(CLASSIFIER) for name in names):
         return language_model_class(config, where)
     if not reward:
         raise ModelError(
-            "this is a reward model (a sequence classifier), and no policy",
+            "this is a reward model (a sequence classifier), not a policy",
             code="model.not-a-policy",
             where=where,
-            why="it cannot say how likely a token is",
+            why="it has no language head, so it gives no log-probs",
             fix="start from a causal language model",
         )
     return AutoModelForSequenceClassification
 
 
 def make_config(settings: dict[str, Any]) -> Any:
-    """A configuration of these fields; ModelError where one is unknown or the values do not fit."""
+    """Create a configuration from its fields; ModelError if one is unknown or the values do not fit."""
     where = "model.from_config"
     try:
         known = AutoConfig.for_model(settings["model_type"])
@@ -60,11 +61,11 @@ def make_config(settings: dict[str, Any]) -> Any:
         # Of an unknown model_type, what follows is the list of all known ones.
         what = last_line(error).split(" Should contain one of")[0]
         raise ModelError(
-            f"this is no configuration of a model: {type(error).__name__}: {what}",
+            f"this is not a model configuration: {type(error).__name__}: {what}",
             code="model.bad-config",
             where=where,
             why=NEEDED,
-            fix="write its fields as transformers has them, `model_type` among them",
+            fix="use the fields of the transformers configuration, including `model_type`",
         ) from error
     for name in settings:
         if name in _ALSO_TAKEN or name in known.to_dict() or hasattr(known, name):
@@ -80,24 +81,27 @@ def make_config(settings: dict[str, Any]) -> Any:
     return require_sizes(config, where)
 
 
-def make_random_model(settings: dict[str, Any], seed: int) -> Any:
-    """A model of this configuration, in float32, its weights drawn by `seed`."""
+def make_random_model(
+    settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Make a model of this configuration with weights drawn by `seed`, the same ones in every dtype."""
     config = make_config(settings)
     set_seed(seed)
     factory = auto_class(config, reward=False, where="model.from_config")
     try:
-        with loading_whole():  # in parts, each rank would draw other numbers
+        with loading_whole():  # sharded, each rank would draw different numbers
             model = random_model(factory, config, dtype=torch.float32)
+            model = cast_weights(model, dtype)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:
         if device_failed(error):
             raise
         raise ModelError(
-            f"no model can be made of this configuration: {type(error).__name__}: "
+            f"no model can be created from this configuration: {type(error).__name__}: "
             f"{last_line(error).split(' Model type should be one of')[0]}",
             code="model.bad-config",
             where="model.from_config",
             why=NEEDED,
-            fix="fix the field named above, or take the configuration of a model that exists",
+            fix="fix the field named above, or use the configuration of an existing model",
         ) from error
     require_text_forward(model, "model.from_config")
     return model

@@ -1,7 +1,7 @@
 """The only module that calls `from_pretrained` of models and tokenizers.
 
-Weights come from safetensors, code from a repository runs only where the caller allows it, and a model is
-complete: transformers fills tensors that are missing from the files with random numbers and only logs it.
+Weights are read from safetensors, and code from a repository runs only if the caller allows it. Models must
+be complete: transformers fills missing tensors with random numbers and only logs it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ _HEAD = re.compile(r"^lm_head\.")
 def load_pretrained(
     factory: Any, source: str | Path, *, trust_remote_code: bool = False, **settings: Any
 ) -> Any:
-    """A tokenizer or a configuration; transformers would ask on stdin whether to run a repository's code.
+    """Load a tokenizer or a configuration without the prompt on stdin about remote code.
 
-    A tokenizer without a chat template gets the one that its processor has in a file of its own.
+
+    A tokenizer without a chat template gets that of its processor's `chat_template.json`.
     """
     made = factory.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
     if factory is AutoTokenizer and not made.chat_template:
@@ -63,7 +64,7 @@ def load_pretrained(
 def load_complete(
     factory: Any, source: str | Path, *, trust_remote_code: bool = False, **settings: Any
 ) -> Any:
-    """A model with all of its weights, each of them from safetensors.
+    """Load a model with all of its weights from safetensors.
 
     Args:
         factory: one of transformers' Auto classes for models.
@@ -71,8 +72,8 @@ def load_complete(
         settings: further arguments of `from_pretrained`.
 
     Raises:
-        ModelError: tensors that are missing, left over or of another shape; an adapter beside the model; a
-            damaged generation config.
+        ModelError: missing, unexpected or mismatched tensors; an adapter beside the model; a damaged
+            generation config.
         OSError, ValueError, ...: see `LOADING_ERRORS`.
     """
     where = str(source)
@@ -105,9 +106,9 @@ def load_complete(
 
 
 def _keep_used_conversions(model: Any) -> None:
-    """Leaves only those conversions of tensor names to the model that its loading has used.
+    """Keep only the tensor-name conversions that loading has used.
 
-    Saving reverts them. transformers does so itself, except under DeepSpeed ZeRO-3.
+    Saving reverts them. transformers drops unused ones itself, except under DeepSpeed ZeRO-3.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions and all(hasattr(conversion, "was_used") for conversion in conversions):
@@ -126,21 +127,21 @@ def _complete_multimodal(
     )
     if not files and not Path(source).is_dir() and is_main():
         logger.warning(
-            "%s: no files of a processor were found (%s): the output will have none, and needs them "
-            "before it can be given images or sound",
+            "%s: no processor files were found (%s): the output will have none, and needs them to "
+            "accept images or sound",
             where, ", ".join(PROCESSOR_FILES),
         )  # fmt: skip
     remember_processor(model, files)
 
 
 _FIX = (
-    "copy or download the model's files again; or load them with transformers, read its report, and "
-    "`save_pretrained` what you want to train"
+    "copy or download the model's files again; or load them with transformers, check its report, and "
+    "save the model to train with `save_pretrained`"
 )
 
 
 def refuse_adapter(where: str) -> None:
-    """Raises ModelError where a directory holds a PEFT adapter, alone or beside a model."""
+    """Raise ModelError if a directory holds a PEFT adapter, alone or beside a model."""
     folder = Path(where)
     if (folder / ADAPTER_CONFIG).is_file():
         raise _adapter_there(where, beside=has_weights(folder))
@@ -148,11 +149,11 @@ def refuse_adapter(where: str) -> None:
 
 def _adapter_there(where: str, *, beside: bool) -> ModelError:
     return ModelError(
-        f"this directory holds a PEFT adapter{' beside a model' if beside else ', not a whole model'}",
+        f"this directory holds a PEFT adapter{' beside a model' if beside else ', not a full model'}",
         code="model.adapter-in-directory",
         where=where,
-        why="whether it is to be merged, trained further or left out cannot be guessed",
-        fix="move the adapter to a directory of its own"
+        why="it could be merged, trained further or left out",
+        fix="move the adapter to a separate directory"
         if beside
         else "load its base, then PeftModel.from_pretrained(base, directory, is_trainable=True), and pass "
         "the wrapped model; in a recipe, name the adapter's directory as `init` of a stage",
@@ -165,7 +166,7 @@ def _require_complete(
     where: str,
     headers: Callable[[], dict[str, tuple[str, list[int]]]],
 ) -> None:
-    """Raises ModelError where transformers' loading report is not empty."""
+    """Raise ModelError if transformers' loading report is not empty."""
     lacking = {
         "missing": sorted(info["missing_keys"]),
         "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
@@ -176,7 +177,7 @@ def _require_complete(
         return
     parts = [f"{what}: {_named(names)}" for what, names in found.items() if names]
     raise ModelError(
-        f"the files of the model do not fit a {type(model).__name__}: {'; '.join(parts)}",
+        f"the model's files do not match a {type(model).__name__}: {'; '.join(parts)}",
         code="model.tensor-mismatch",
         details={
             "missing": lacking["missing"],
@@ -184,10 +185,10 @@ def _require_complete(
             "unknown": more,
         },
         where=where,
-        why="transformers would fill what is missing with random numbers and ignore the others"
+        why="transformers would initialize missing tensors at random and ignore the others"
         if any(lacking.values())
-        else "the files hold more than this model, such as the other parts of a composite one, which would "
-        "be ignored and not saved again",
+        else "the files hold more than this model, such as other parts of a composite model, which would "
+        "be ignored and not saved",
         fix=_FIX,
     )
 
@@ -202,9 +203,9 @@ def _left_over(
     unexpected: Collection[str],
     headers: Callable[[], dict[str, tuple[str, list[int]]]],
 ) -> list[str]:
-    """Tensors that hold weights the model has no place for.
+    """Return tensors that hold weights the model has no parameter for.
 
-    Masks, constants and buffers that the class computes itself, as old releases saved them, hold none.
+    Masks, constants and computed buffers, which old releases saved, do not count.
     """
     if not unexpected:
         return []
@@ -228,10 +229,10 @@ def _left_over(
 def check_stored(
     factory: Any, config: Any, folder: Path, where: str, *, trust_remote_code: bool = False
 ) -> None:
-    """Raises ModelError where `load_complete` would, from the headers of the files alone.
+    """Raise ModelError if `load_complete` would, from the headers of the files alone.
 
     transformers loads tensors of these names and shapes without values, so that its renamings, ties and
-    exceptions count. Weights that are quantized in the files are left to the loading itself.
+    exceptions apply. Quantized files are checked when they are loaded.
     """
     if getattr(config, "quantization_config", None) is not None:
         return
@@ -245,7 +246,7 @@ def check_stored(
 def loading_report(
     factory: Any, config: Any, folder: Path, where: str, *, trust_remote_code: bool = False
 ) -> tuple[Any, Mapping[str, Collection[Any]]]:
-    """A model whose weights are not read, and its loading report; None: it cannot be told.
+    """Return a model without values and its loading report; None if no model can be created.
 
     Args:
         factory: an Auto class, or the model's own class.
@@ -275,13 +276,13 @@ def loading_report(
             raise
         raise _other_tensors(error, where) from error
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
-        return None, {}  # no model can be made of the configuration: said where one is made
+        return None, {}  # reported where the model is created
     return model, info
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keeps transformers' loading report and progress bar from the screen."""
+    """Suppress transformers' loading report and progress bar."""
     from transformers.utils import logging as theirs
 
     log = logging.getLogger("transformers")
@@ -298,7 +299,7 @@ def quiet_loading() -> Iterator[None]:
 
 def _other_tensors(error: RuntimeError, where: str) -> ModelError:
     return ModelError(
-        "the model cannot be loaded: its files do not hold the tensors of its class",
+        "the model cannot be loaded: its files do not match its class",
         code="model.tensor-mismatch",
         where=where,
         why=last_line(error),

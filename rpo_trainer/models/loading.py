@@ -1,9 +1,10 @@
-"""Models and tokenizers from a recipe: safetensors only, no code of strangers, clear errors."""
+"""Load models and tokenizers: safetensors only, no remote code unless allowed, clear errors."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Arguments of `from_pretrained` that configurations and tokenizers take too
+_OF_A_REPOSITORY = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+
 
 @reads("the tokenizer", lambda spec, base_dir: f"model: {spec.tokenizer or spec.name_or_path}")
 def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer, with its chat template."""
+    """Load the recipe's tokenizer and set its chat template."""
     if spec.tokenizer == "characters":
         from rpo_trainer.data.quickstart import character_tokenizer
 
@@ -53,11 +57,11 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
         name = spec.tokenizer or spec.name_or_path
         if name is None:
             raise ModelError(
-                "a model made by from_config brings no tokenizer",
+                "a model created by from_config has no tokenizer",
                 code="tokenizer.missing",
                 where="model.tokenizer",
-                why="without one no text becomes tokens",
-                fix="name one: a directory, a hub name, or `characters`",
+                why="text cannot be tokenized without one",
+                fix="set it to a directory, a hub name, or `characters`",
             )
         tokenizer = _load(AutoTokenizer, name, base_dir, spec, what="tokenizer")
     template = spec.chat_template
@@ -65,13 +69,13 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
         template = str(path)
     made = set_chat_template(tokenizer, template)
     check_kwargs(spec.chat_template_kwargs, made, f"model.{COLUMN}")
-    made("a")  # what its settings do not let it do is noticed here
+    made("a")  # raises here if its settings prevent tokenization
     if made.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end token",
             code="tokenizer.no-end-token",
             where=f"model: {spec.tokenizer or spec.name_or_path}",
-            why="a response without one never ends, neither in the data nor when it is sampled",
+            why="without one, a response has no end, in the data or when it is sampled",
             fix="set eos_token in tokenizer_config.json",
         )
     return made
@@ -84,20 +88,20 @@ def load_model(
     *,
     seed: int,
     vocabulary: int,
+    dtype: torch.dtype = torch.float32,
     quantization: BitsAndBytesConfig | None = None,
     reward: bool = False,
 ) -> PreTrainedModel:
-    """The model that the first stage starts from.
-
-    Weights are kept in float32 whatever `dtype` says: steps of 1e-7 are lost in bfloat16 weights.
-    `dtype` is the arithmetic (autocast) of the stages.
+    """Load the model that the first stage starts from.
 
     Args:
-        quantization: how its linear layers are held, where they are frozen.
-        reward: a reward model will do too (see `auto_class`).
+        dtype: of the weights. Weights that are trained must be float32 whatever `spec.dtype` (the dtype of
+            the arithmetic) says, because steps of 1e-7 are lost in bfloat16 weights.
+        quantization: how the linear layers are held, if they are frozen.
+        reward: accept a reward model too (see `auto_class`).
     """
     if spec.from_config is not None:
-        model: Any = make_random_model(with_vocabulary(spec.from_config, vocabulary), seed)
+        model: Any = make_random_model(with_vocabulary(spec.from_config, vocabulary), seed, dtype)
     else:
         assert spec.name_or_path is not None  # the schema
         config = _load(AutoConfig, spec.name_or_path, base_dir, spec, what="model's configuration")
@@ -107,7 +111,7 @@ def load_model(
             base_dir,
             spec,
             what="model",
-            dtype=torch.float32,
+            dtype=dtype,
             **_quantized(quantization),
         )
     check_vocabulary(model, vocabulary)
@@ -118,7 +122,7 @@ def load_model(
 
 @reads("the model's configuration", lambda spec, *_, **__: f"model: {spec.name_or_path}")
 def load_config(spec: ModelSpec, base_dir: Path, source: str | None, vocabulary: int) -> Any:
-    """The configuration alone: of the recipe's model, or of `source`, a directory or hub name."""
+    """Load the configuration of the recipe's model, or of `source`, a directory or hub name."""
     if source is None and spec.from_config is not None:
         return make_config(with_vocabulary(spec.from_config, vocabulary))
     name = spec.name_or_path
@@ -137,17 +141,20 @@ def _quantized(config: BitsAndBytesConfig | None) -> dict[str, Any]:
 def load_weights(
     folder: Path,
     *,
+    dtype: torch.dtype = torch.float32,
     quantization: BitsAndBytesConfig | None = None,
     reward: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A stage's output, or any local model directory; float32, or its linear layers quantised.
+    """Load a stage's output, or any local model directory.
 
     Args:
-        reward: a reward model will do too (see `auto_class`).
+        dtype: of the weights; float32 where they are trained.
+        quantization: how the linear layers are held, if they are frozen.
+        reward: accept a reward model too (see `auto_class`).
 
     Raises:
-        ModelError: there is no model, none in safetensors, or an incomplete one.
+        ModelError: no model, none in safetensors, or an incomplete one.
     """
     config = saved_config(folder, str(folder), trust_remote_code=trust_remote_code)
     try:
@@ -155,7 +162,7 @@ def load_weights(
             auto_class(config, reward=reward, where=str(folder)),
             folder,
             trust_remote_code=trust_remote_code,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             **_quantized(quantization),
         )
@@ -165,40 +172,57 @@ def load_weights(
 
 
 @reads("the model", lambda name, **_: name)
-def load_model_named(name: str, *, reward: bool = False) -> PreTrainedModel:
-    """The model of a name or path that a trainer was given, in float32.
+def load_model_named(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    reward: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load the model of a name or path that a trainer was given.
 
-    A file's own dtype would round the steps; bf16 of the arguments is the arithmetic.
+    Args:
+        dtype: of the weights, whatever the dtype of the files; float32 where they are trained, because
+            lower dtypes round small steps away. `bf16` of the arguments is the arithmetic.
+        reward: accept a reward model too (see `auto_class`).
+        settings: further arguments of `from_pretrained`; a `dtype` that is not None replaces `dtype`.
 
     Raises:
-        ModelError: it cannot be loaded whole, from safetensors and without code of its own.
+        ModelError: it cannot be loaded completely, from safetensors and without remote code.
     """
     refuse_adapter(name)
     try:
-        config = load_pretrained(AutoConfig, name)
+        given = dict(settings or {})
+        source = {key: given[key] for key in _OF_A_REPOSITORY if key in given}
+        config = load_pretrained(AutoConfig, name, **source)
         _refuse_kernel(config, name)
         factory = auto_class(config, reward=reward, where=name)
-        model: PreTrainedModel = load_complete(factory, name, dtype=torch.float32)
+        older = given.pop("torch_dtype", None)
+        chosen = given.pop("dtype", None) or older or dtype
+        model: PreTrainedModel = load_complete(factory, name, dtype=chosen, **given)
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, name) from error
     model._rpo_complete = True  # type: ignore[assignment]
     return model
 
 
-def load_tokenizer_named(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a name or path that a trainer was given; ModelError where there is none."""
+def load_tokenizer_named(
+    name: str, settings: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a name or path that a trainer was given; ModelError if there is none."""
+    source = {key: value for key, value in (settings or {}).items() if key in _OF_A_REPOSITORY}
     try:
-        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name)
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, **source)
     except LOADING_ERRORS as error:
         raise _not_loaded("tokenizer", error, name) from error
     return tokenizer
 
 
 def _refuse_kernel(config: Any, where: str) -> None:
-    """A config can name an attention kernel on the hub, which is code that runs here."""
+    """Refuse a config that names an attention kernel on the hub, which is remote code."""
     if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
         raise ModelError(
-            f"the model's configuration asks for attention code from the hub ({name})",
+            f"the model's configuration names attention code on the hub ({name})",
             code="model.hub-kernel",
             where=where,
             why="that code would run here with your permissions",
@@ -208,10 +232,10 @@ def _refuse_kernel(config: Any, where: str) -> None:
 
 @reads("the model's configuration", lambda folder, where, **_: where)
 def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a local model; ModelError where there is none, or none that can be read."""
+    """Load the configuration of a local model; ModelError if it is missing or unreadable."""
     if not (folder / "config.json").is_file():
         raise ModelError(
-            "there is no model here",
+            "this directory contains no model",
             code="model.not-found",
             where=where,
             why=NEEDED,
@@ -232,12 +256,12 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
 def _not_loaded(what: str, error: Exception, where: str, *, fix: str | None = None) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"the {what} cannot be loaded: it needs code from its repository",
+            f"the {what} cannot be loaded: it requires code from its repository",
             code="model.needs-remote-code",
             where=where,
             why="that code would run here with your permissions",
             fix=fix
-            or "take a model that transformers knows by itself; or read the code, and set "
+            or "use a model that transformers supports itself; or review the code and set "
             "`trust_remote_code: true` under `model`",
         )
     return ModelError(
@@ -250,26 +274,26 @@ def _not_loaded(what: str, error: Exception, where: str, *, fix: str | None = No
 
 
 def _named(model: Any, name: str) -> PreTrainedModel:
-    """The model, told to have come from `name`, a hub name or an absolute path: an adapter writes it."""
+    """Set where a model comes from, a hub name or an absolute path; adapters save it as their base."""
     model.name_or_path = model.config.name_or_path = name
     model._rpo_complete = True  # see `adapter_parts.fresh_parameters`
     return model  # type: ignore[no-any-return]
 
 
 def check_vocabulary(model: Any, tokens: int) -> None:
-    """Raises ModelError where the tokenizer has more tokens than the model has embeddings."""
+    """Raise ModelError if the tokenizer has more tokens than the model has embeddings."""
     check_tokens(num_rows(model.get_input_embeddings().weight), tokens, "model")
 
 
 def check_tokens(rows: int, tokens: int, where: str) -> None:
-    """Raises ModelError where a tokenizer has more tokens than a model has embeddings."""
+    """Raise ModelError if a tokenizer has more tokens than a model has embeddings."""
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens, the model {rows} embeddings",
             code="tokenizer.too-many-tokens",
             where=where,
-            why="a token beyond the table cannot be embedded",
-            fix="take the model's own tokenizer, or resize the model's embeddings first",
+            why="token ids beyond the embedding table cannot be embedded",
+            fix="use the model's own tokenizer, or resize the model's embeddings first",
         )
 
 
@@ -278,9 +302,9 @@ def _load(
 ) -> Any:
     local = base_dir / Path(name).expanduser()
     where = str(local) if local.exists() else name
-    if not local.exists() and name.startswith((".", "/", "~")):  # no hub name begins so
+    if not local.exists() and name.startswith((".", "/", "~")):  # never a hub name
         raise ModelError(
-            f"the {what} cannot be loaded: there is no such directory",
+            f"the {what} cannot be loaded: no such directory",
             code="model.not-found",
             where=f"model: {name}",
             why=NEEDED,
@@ -307,19 +331,19 @@ def _load(
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:
         offline = (
-            f"give a directory with the model's files (safetensors); or try again with a network, or run "
-            f"`hf download {name}` where there is one: its cache is read without"
+            f"give a directory with the model's files (safetensors), or retry online, or run "
+            f"`hf download {name}` on a machine that has one: the cache is used offline"
         )
         fix = None if known else offline
         raise _not_loaded(what, error, f"model: {name}", fix=fix) from error
 
 
 def _hub_answers(name: str, revision: str) -> bool:
-    """Whether the hub can be asked; transformers would try for 45 s before it reads its cache alone."""
+    """Whether the hub can be reached; transformers would retry for 45 s before it falls back to its cache."""
     try:
         HfApi().file_exists(name, "config.json", revision=revision)
     except (HfHubHTTPError, HFValidationError):
-        return True  # an answer, which transformers has the words for
-    except Exception:  # no network, in the words of whichever client the hub's library has
+        return True  # an answer; transformers reports it
+    except Exception:  # no network; the type depends on the hub library's client
         return False
     return True

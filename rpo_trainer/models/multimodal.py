@@ -1,8 +1,8 @@
-"""Checkpoints with vision or audio towers, trained on text: their class, their decoder, their towers.
+"""Checkpoints with vision or audio towers, trained on text: their class, decoder and towers.
 
-The class is the checkpoint's own conditional one, so that what is written can be read again as it was. Its
-text decoder, embeddings and head are trained; the towers and projectors take no part in a forward of text and
-are frozen.
+The class is the checkpoint's own conditional one, so that outputs load as the checkpoint did. Its text
+decoder, embeddings and head are trained; towers and projectors are not used in a forward of text and are
+frozen.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of these classes
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 _FIX = (
-    "take a causal language model, or a multimodal one whose forward takes text alone in this "
+    "use a causal language model, or a multimodal one whose forward accepts text only in this "
     "release of transformers"
 )
 
@@ -45,7 +45,7 @@ _FIX = (
 def random_model(
     factory: Any, config: Any, *, trust_remote_code: bool = False, **settings: Any
 ) -> Any:
-    """A model of random weights.
+    """Create a model with random weights.
 
     Args:
         factory: what `language_model_class` gives, or another Auto class.
@@ -69,14 +69,14 @@ def is_multimodal(config: Any) -> bool:
 
 
 def language_model_class(config: Any, where: str) -> Any:
-    """What loads the language model of a configuration: an Auto class, or the class that it names itself.
+    """Return the class that loads a configuration's language model: an Auto class, or the one it names.
 
     `architectures` decides; without a class that transformers knows, a composite configuration means the
     conditional class and any other one the causal class. See `random_model` for `from_config`.
 
     Raises:
-        ModelError: transformers has no language model for the configuration, or one that text alone does
-            not suffice for.
+        ModelError: transformers has no language model for the configuration, or one that cannot run on text
+            alone.
     """
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     known = {
@@ -95,7 +95,7 @@ def language_model_class(config: Any, where: str) -> Any:
         return chosen
     code = getattr(config, "auto_map", None) or {}
     if (own := next((name for name in _OWN_CODE if name in code), None)) is not None:
-        return getattr(transformers, own)  # which asks for `trust_remote_code`
+        return getattr(transformers, own)  # requires `trust_remote_code`
     for kind in (getattr(transformers, name, None) for name in named):
         if isinstance(kind, type) and getattr(kind, "config_class", None) is type(config):
             _require_text(kind, config, where)
@@ -111,7 +111,7 @@ def language_model_class(config: Any, where: str) -> Any:
 
 
 def whole_config(model: Any) -> Any:
-    """The composite configuration by which an Auto class loads a text part; None: its own is known."""
+    """Return the composite configuration that lets an Auto class load a text part; None if not needed."""
     config, name = model.config, type(model).__name__
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or is_multimodal(config):
         return None
@@ -135,9 +135,9 @@ def _a(config: Any) -> str:
 
 
 def _require_text(kind: Any, config: Any, where: str) -> None:
-    """Raises ModelError where a class cannot compute log-probs of text alone, by its signature."""
+    """Raise ModelError if a class cannot compute log-probs of text alone, by its signature."""
     if getattr(config, "is_encoder_decoder", False) and is_multimodal(config):
-        why = "it is an encoder-decoder: its decoder reads what the encoder makes of an image"
+        why = "it is an encoder-decoder, whose decoder requires the encoder's output for an image"
     elif getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
         why = "its text attention is bidirectional: each token would see the one that it predicts"
     elif not inspect.isfunction(kind.forward) or kind.forward.__name__ != "forward":
@@ -170,9 +170,9 @@ def _not_on_text(name: str, why: str, where: str | None) -> ModelError:
 
 
 def require_text_forward(model: Any, where: str | None = None) -> None:
-    """Raises ModelError where a composite model refuses a few tokens without an image or sound.
+    """Raise ModelError if a composite model rejects a few tokens without an image or sound.
 
-    Weights may be on the meta device; a forward that needs their values is then no answer.
+    Weights may be on the meta device; a forward that needs their values is then inconclusive.
     """
     if not is_multimodal(model.config):
         return
@@ -191,7 +191,7 @@ def require_text_forward(model: Any, where: str | None = None) -> None:
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
     except (ValueError, TypeError, AttributeError) as error:
-        raise _not_on_text(name, f"its forward says: {first_line(error)}", where) from error
+        raise _not_on_text(name, f"its forward fails: {first_line(error)}", where) from error
     except (RuntimeError, IndexError):
         if device.type != "meta":
             raise
@@ -206,7 +206,7 @@ def _tokens_of(config: Any) -> set[int]:
 
 
 def with_vocabulary(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """The settings with the tokenizer's size; of a composite configuration it is the text part's."""
+    """Add the tokenizer's size to the settings, in the text part of a composite configuration."""
     name = str(settings.get("model_type"))
     # Not `get`, which does not look among the classes that are still to be imported.
     if name not in CONFIG_MAPPING or "text_config" not in CONFIG_MAPPING[name].sub_configs:
@@ -219,10 +219,11 @@ def with_vocabulary(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]
 
 
 def text_decoder(model: Any) -> Any:
-    """The module that makes hidden states of tokens: `[B, T]` → `last_hidden_state [B, T, H]`.
+    """Return the module that maps tokens to hidden states: `[B, T]` → `last_hidden_state [B, T, H]`.
 
     It holds the embeddings and not the head. `get_decoder` of some classes is a language model with its head,
-    the head, or the model itself; then it is searched for inside. The model itself: there is none.
+    the head, or the model itself; then the modules inside are searched. Returns the model itself if there is
+    none.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
 
@@ -239,16 +240,16 @@ def text_decoder(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """What gives the hidden states of a language model, or of a sequence classifier."""
+    """Return the module that gives the hidden states of a language model or sequence classifier."""
     whole = type(model).__name__.endswith(CLASSIFIER) and not is_composite(model.config)
     return model.base_model if whole else text_decoder(model)
 
 
 def tower_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Parameters of a transformers model that a forward of text does not use, by name.
+    """Return the parameters of a transformers model that a forward of text does not use, by name.
 
-    They are those outside decoder, embeddings and head, and inside of the decoder its cross-attention layers
-    and models of another configuration. A model of text alone has none.
+    They are those outside decoder, embeddings and head, and, inside the decoder, cross-attention layers and
+    models of another configuration. Text-only models have none.
     """
     decoder, head = text_decoder(model), model.get_output_embeddings()
     unused = list(_cross_attention(model, decoder))
@@ -282,7 +283,7 @@ def _cross_attention(model: Any, decoder: Any) -> Iterator[nn.Module]:
 
 
 def _tower_names(model: nn.Module) -> list[str]:
-    """The largest modules that hold nothing but what text does not use, and single parameters."""
+    """The largest modules that text does not use, and single parameters."""
     unused = {id(p) for p in tower_parameters(model).values()}
 
     def walk(prefix: str, module: nn.Module) -> Iterator[str]:
@@ -300,14 +301,14 @@ def _tower_names(model: nn.Module) -> list[str]:
 
 
 def freeze_towers(model: Any) -> None:
-    """Takes the gradient from the towers of a transformers model; an adapter's parameters keep theirs."""
+    """Freeze the towers of a transformers model; adapter parameters stay trainable."""
     for name, parameter in tower_parameters(model).items():
         if "lora_" not in name:
             parameter.requires_grad_(False)
 
 
 def towers_line(model: Any) -> str | None:
-    """What is frozen of a multimodal model; None: it has no towers."""
+    """Describe what is frozen of a multimodal model; None if it has no towers."""
     found = tower_parameters(model)
     if not found:
         return None
@@ -323,7 +324,7 @@ def _numel(parameter: Any) -> int:
 
 
 def _grouped(names: list[str]) -> str:
-    """Names, the numbers of layers of one list together."""
+    """Join names; layer numbers of one list are joined too."""
     lists: dict[str, list[str]] = {}
     for name in names:
         before, _, last = name.rpartition(".")
@@ -339,7 +340,7 @@ def _grouped(names: list[str]) -> str:
 
 
 def without_towers(model: Any, config: PeftConfig) -> PeftConfig:
-    """The config, which leaves the towers without an adapter; a copy where it changes."""
+    """Exclude the towers from an adapter's config; a copy if it changes."""
     names = _tower_names(model)
     if not names or not hasattr(config, "exclude_modules"):
         return config

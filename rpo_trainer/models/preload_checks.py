@@ -1,4 +1,4 @@
-"""Checks of a model before its weights are loaded: whether it fits, and can be read."""
+"""Checks of a model before its weights are loaded: whether it fits and is readable."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 @reads("the model's configuration", lambda config, length, where, **_: where)
 def check_context(config: Any, max_length: int, where: str, *, whose: str = "the model's") -> None:
-    """Raises ModelError where `max_length` tokens are more than the model has positions for.
+    """Raise ModelError if `max_length` tokens are more than the model has positions for.
 
-    A rope that is stretched (yarn, linear) reaches its factor times the length it was trained at.
+    A scaled RoPE (yarn, linear) reaches its factor times the length it was trained at.
     """
     limit = positions_of(config)
     if limit is not None and max_length > limit:
         raise ModelError(
-            f"max_length {max_length} is beyond {whose} context of {limit} tokens",
+            f"max_length {max_length} exceeds {whose} context of {limit} tokens",
             code="model.context-exceeded",
             details={"limit": limit},
             where=where,
-            why="the model was not trained on positions beyond this, and may not have them",
+            why="the model was not trained on later positions, and may have no embeddings for them",
             fix=f"max_length: {limit}, or less",
         )
 
 
 def positions_of(config: Any) -> int | None:
-    """Positions that a model is made for, stretched ropes included; None: its config has no limit."""
+    """Return the context length of a model, scaled RoPE included; None if its config has no limit."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and limit < 1:  # XLNet's -1
@@ -102,10 +102,10 @@ def check_unread(
 def check_towers(
     config: Any, *, reward: bool, where: str, trust_remote_code: bool = False
 ) -> str | None:
-    """What is frozen of a multimodal model, from its configuration; None: nothing, or it cannot be told.
+    """Describe what is frozen of a multimodal model, from its configuration; None if nothing or not known.
 
     Raises:
-        ModelError: its forward does not take text alone.
+        ModelError: its forward does not accept text alone.
     """
     if not is_multimodal(config):
         return None
@@ -114,13 +114,13 @@ def check_towers(
         with torch.device("meta"):
             model = random_model(factory, config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError, ImportError):
-        return None  # no model can be made of the configuration: said where one is made
+        return None  # reported where the model is created
     require_text_forward(model, where)
     return towers_line(model)
 
 
 def check_scorer(folder: Path, where: str) -> None:
-    """Raises ModelError where a directory is not a reward model that can be loaded whole."""
+    """Raise ModelError if a directory does not contain a complete reward model."""
     config = saved_config(folder, where)
     check_safetensors(folder, where, config)
     check_stored(AutoModelForSequenceClassification, config, folder, where)
@@ -129,13 +129,13 @@ def check_scorer(folder: Path, where: str) -> None:
 def check_written(
     config: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> str | None:
-    """Saves what is written beside the weights of a stage that starts from this model.
+    """Test-save the files that a stage which starts from this model saves beside the weights.
 
     Args:
-        folder: of the model; None: it has no generation config to read.
+        folder: of the model; None if it has no generation config.
 
     Returns:
-        A warning about fields of the generation config that are left out, or None.
+        A warning about fields of the generation config that are not saved, or None.
 
     Raises:
         ModelError: the config, the generation config or the tokenizer cannot be saved.
@@ -150,20 +150,20 @@ def check_written(
 
 
 def check_same_vocabulary(policy: int, reference: int, where: str | None = None) -> None:
-    """Raises RecipeError where a reference has other numbers of embeddings than the policy."""
+    """Raise RecipeError if the reference model and the policy have different numbers of embeddings."""
     if policy != reference:
         raise RecipeError(
-            f"the reference has {reference} tokens, the policy {policy}",
+            f"the reference model has {reference} tokens, the policy {policy}",
             code="tokenizer.mismatch",
             where=where,
-            why="their log-probs would be of different tokens",
-            fix="take a reference with the policy's tokenizer",
+            why="their log-probs would refer to different tokens",
+            fix="use a reference model with the policy's tokenizer",
         )
 
 
 @reads("the model's tokenizer", lambda tokenizer, folder, where: where)
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> None:
-    """Raises ModelError where a model's own tokenizer gives tokens other numbers than the recipe's does."""
+    """Raise ModelError if a model's tokenizer assigns other ids to tokens than the recipe's."""
     if not (folder / "tokenizer.json").is_file():
         return  # nothing to compare with
     text = (folder / "tokenizer.json").read_text(encoding="utf-8", errors="replace")
@@ -177,20 +177,20 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where
     other = next((t for t, i in own.items() if known.get(t, i) != i), None)
     if other is not None:
         raise ModelError(
-            f"the model's tokenizer is another one: {other!r} is token {own[other]} there, and "
-            f"{known[other]} of the recipe's",
+            f"the model has a different tokenizer: {other!r} has id {own[other]} there, and "
+            f"{known[other]} in the recipe's",
             code="tokenizer.mismatch",
             details={"token": other, "ids": (own[other], known[other])},
             where=where,
-            why="the tokens of the recipe's tokenizer would mean other words to it",
-            fix="take a model with the tokenizer of `model`, or set `model.tokenizer`",
+            why="token ids of the recipe's tokenizer have another meaning for this model",
+            fix="use a model with the tokenizer of `model`, or set `model.tokenizer`",
         )
 
 
 def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
-    """Raises ModelError where a directory has no weights in safetensors, or damaged ones.
+    """Raise ModelError if a directory has no safetensors weights, or damaged ones.
 
-    Only the files that transformers reads are judged (see `weight_files`).
+    Only files that transformers reads are checked (see `weight_files`).
     """
     files = sorted(path.name for path in folder.iterdir())
     name = "the index of its weights"
@@ -200,7 +200,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
             name = path.name
             if name not in files and path.parent == folder:
                 raise ValueError("it is missing")
-            with safe_open(path, "pt"):  # reads its head, and knows its length
+            with safe_open(path, "pt"):  # reads the header and checks the length
                 pass
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(
@@ -208,7 +208,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
             f"({first_line(error)})",
             code="model.damaged-weights",
             where=where,
-            why="a part of its weights would be missing",
+            why="some weights would be missing",
             fix="copy or download the model's files again (from git: `git lfs pull`)",
         ) from error
     if weights:
@@ -219,16 +219,16 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
             f"the model cannot be loaded: its weights are pickled ({pickles[0]})",
             code="model.pickled-weights",
             where=where,
-            why="a pickle can hold code, which runs when it is read",
-            fix="take the model's safetensors, or convert them where you trust their origin: "
-            "load them with transformers, then `save_pretrained`",
+            why="a pickle can contain code, which runs when it is loaded",
+            fix="use safetensors weights; or, if you trust their origin, convert them: load them with "
+            "transformers, then `save_pretrained`",
         )
     others = [name for name in files if name.endswith(".safetensors")]
     found = f", only {others[0]}, which transformers does not read" if others else ""
     raise ModelError(
-        f"the model cannot be loaded: there are no weights beside its configuration{found}",
+        f"the model cannot be loaded: no weights beside its configuration{found}",
         code="model.no-weights",
         where=where,
-        why="the stage could not begin",
-        fix="give a directory with the model's files, its weights as safetensors",
+        why="the stage could not start",
+        fix="give a directory with the model's files and safetensors weights",
     )

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits (QLoRA): how they are held, kept to one arithmetic, and turned back."""
+"""Frozen weights in 4 bits (QLoRA): configuration, consistent arithmetic, dequantization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
-    """How a frozen base is held in 4 bits (QLoRA, arXiv 2305.14314): NF4, its constants quantised too.
+    """Return the configuration of a frozen 4-bit base (QLoRA, arXiv 2305.14314): NF4, double quantization.
 
     Args:
         compute: dtype of the products.
@@ -29,7 +29,7 @@ def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
             "`quantization: nf4` needs bitsandbytes, which is not installed",
             code="recipe.missing-library",
             where="quantization",
-            why="transformers keeps weights in 4 bits by its kernels, and has none of its own",
+            why="transformers uses its 4-bit kernels",
             fix="pip install 'rpo-trainer[qlora]'",
         )
     from transformers import BitsAndBytesConfig
@@ -43,10 +43,10 @@ def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def disable_bnb_cpu_bf16(model: nn.Module) -> None:
-    """Keeps bitsandbytes from another arithmetic in eval mode.
+    """Disable a bitsandbytes conversion that changes the arithmetic in eval mode.
 
-    On a CPU with bfloat16 instructions its 4-bit layers turn, at the first forward without gradient, into a
-    bfloat16 form that is less exact and has no backward: the reference would not be the policy's.
+    On a CPU with bfloat16 instructions, 4-bit layers convert at the first forward without gradients to a
+    bfloat16 form that is less exact and has no backward, so reference and policy would differ.
     """
     name = "support_avx512bf16_for_cpu"
     for module in model.modules():
@@ -55,7 +55,7 @@ def disable_bnb_cpu_bf16(model: nn.Module) -> None:
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """A 4-bit model as the float32 model that it stands for; any other one as it is."""
+    """Dequantize a 4-bit model to float32; other models are returned unchanged."""
     if getattr(model, "hf_quantizer", None) is None:
         return model
     whole: Any = model.dequantize(torch.float32)  # type: ignore[no-untyped-call]

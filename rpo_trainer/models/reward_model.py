@@ -1,8 +1,8 @@
-"""Reward models: transformers' sequence classifiers, one head for each attribute.
+"""Reward models: sequence classifiers of transformers, one score per attribute.
 
-Any tool loads them with `AutoModelForSequenceClassification.from_pretrained`, and reads the same scores. What
-turns the scores into one reward lies in their config: `id2label`, the names of the attributes, and
-`reward_weights`, by name.
+Other tools load them with `AutoModelForSequenceClassification.from_pretrained` and get the same scores. The
+config says how scores become one reward: `id2label` has the names of the attributes, and `reward_weights`
+their weights by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rpo_trainer.models.unwrap import is_classifier, transformers_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ONE_REWARD = ("reward",)  # the only head where nothing else is asked for
+ONE_REWARD = ("reward",)  # the default
 
 
 def as_reward_model(
@@ -40,20 +40,20 @@ def as_reward_model(
     weights: str | Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Any:
-    """A reward model with these attributes, made of a causal language model or of a reward model.
+    """Create a reward model with these attributes from a causal language model or a reward model.
 
-    A language model is taken apart: its decoder gets a new head, drawn by `seed`, and its own head is
-    left out. Of a multimodal model without a classifier of its own, the text decoder alone becomes one, of
-    the text configuration. A sequence classifier stays what it is.
+    The decoder of a language model gets a new head, initialized with `seed`, in place of its own. For a
+    multimodal model without a classifier class, only the text decoder is used, with the text configuration. A
+    sequence classifier is kept as it is.
 
     Args:
-        attributes: names of the heads, in order; None: those of the classifier, or one reward.
+        attributes: names of the scores, in order; None: those of the classifier, or one reward.
         weights: see `resolve_weights`; None: those of the classifier, else the mean.
 
     Raises:
         ModelError: a family without a sequence classifier; a classifier with other attributes; a
             language model inside a wrapper.
-        RecipeError: weights that do not fit the attributes.
+        RecipeError: weights that do not match the attributes.
     """
     if is_classifier(model):
         names = _names_of(transformers_model(model), attributes)
@@ -77,11 +77,11 @@ def _names_of(classifier: Any, attributes: Sequence[str] | None) -> tuple[str, .
         return ONE_REWARD if unnamed and len(own) == 1 else own
     if len(own) != len(attributes) or (own != tuple(attributes) and not unnamed):
         raise ModelError(
-            f"the reward model scores {', '.join(own)}, asked for are {', '.join(attributes)}",
+            f"the reward model scores {', '.join(own)}, not {', '.join(attributes)}",
             code="model.attribute-mismatch",
             where="attributes",
-            why="each head was trained for one attribute: under another name it gets another's weight",
-            fix="name its attributes in its order, or start from a language model",
+            why="each score was trained for one attribute, and names decide its weight in the reward",
+            fix="list its attributes in its order, or start from a language model",
         )
     return tuple(attributes)
 
@@ -90,29 +90,29 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     source = transformers_model(model)
     if source is not model:
         raise ModelError(
-            f"a {type(model).__name__} around a language model cannot become a reward model",
+            f"a language model inside a {type(model).__name__} cannot become a reward model",
             code="model.wrapped-language-model",
-            why="its head would be another one",
-            fix="pass the language model itself (an adapter is given as peft_config)",
+            why="the head is replaced, which the wrapper does not support",
+            fix="pass the language model itself, and an adapter as peft_config",
         )
     factory: Any = AutoModelForSequenceClassification
     config, decoder = source.config, source.base_model
     text_part = (
         is_composite(config) and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     )
-    if text_part:  # its text decoder alone may have a classifier
+    if text_part:  # its text decoder may have a classifier class
         config, decoder = config.get_text_config(), text_decoder(source)
     config.num_labels = len(names)
     try:
-        # The decoder is there already, and what stands in for it must not be handed out to the ranks.
+        # The decoder exists already; its placeholder must not be distributed to the ranks.
         with loading_whole(), init_empty_weights(include_buffers=False):
             made = factory.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(
             f"transformers has no sequence classifier for {config.model_type} models",
             code="model.no-sequence-classifier",
-            why="a reward model is one",
-            fix="take a model of another family",
+            why="reward models are sequence classifiers",
+            fix="use a model of another family",
         ) from error
     parameter = next(decoder.parameters())
     setattr(made, made.base_model_prefix, decoder)
@@ -123,10 +123,10 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     ]
     if missing != ["score"]:
         raise ModelError(
-            f"the sequence classifier of {config.model_type} models is no decoder with a head",
+            f"the sequence classifier of {config.model_type} models is not a decoder with a head",
             code="model.no-sequence-classifier",
             why=f"the language model has nothing for {', '.join(missing)}",
-            fix="take a model of another family",
+            fix="use a model of another family",
         )
     made.score.to_empty(device=parameter.device).to(parameter.dtype)
     set_seed(seed)
@@ -142,11 +142,11 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:
-    """A tokenizer whose pad token ends no response, and the model told of it.
+    """Choose a pad token that is not an end token, and set it in the model's config.
 
-    transformers' classifiers read their scores at the last token that is not padding: where a
-    response ends with the pad token, that would be the token before its end. So the pad token, if
-    there is none or if it is an end token, becomes the unknown or the begin token.
+    Classifiers of transformers read their scores at the last token that is not padding. If responses end with
+    the pad token, that is the token before the end. So a missing pad token, or one that is an end token,
+    becomes the unknown or the begin token.
 
     Returns:
         `tokenizer` itself, or a copy.
@@ -161,10 +161,10 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreT
         free = [t for t in others if t and tokenizer.convert_tokens_to_ids(t) not in ends]
         if not free:
             raise ModelError(
-                "the tokenizer has no pad token, or one that ends responses",
+                "the tokenizer has no pad token, or one that is an end token",
                 code="tokenizer.no-pad-token",
                 why="a classifier reads its scores at the last token that is not padding",
-                fix="set pad_token in tokenizer_config.json to a token that ends nothing",
+                fix="set pad_token in tokenizer_config.json to a token that is not an end token",
             )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = free[0]
@@ -173,13 +173,13 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreT
 
 
 def attributes_of(model: nn.Module) -> tuple[str, ...]:
-    """Names of a reward model's heads, in their order."""
+    """Return the attributes of a reward model, in the order of its scores."""
     labels = transformers_model(model).config.id2label
     return tuple(str(labels[number]) for number in sorted(labels))
 
 
 def weights_of(model: nn.Module) -> Tensor:
-    """`[A]`, float64: the weight of each head in the reward; the mean where the config has none."""
+    """`[A]`, float64: the weight of each score in the reward; equal weights if the config has none."""
     names = attributes_of(model)
     known = getattr(transformers_model(model).config, "reward_weights", None)
     weights = resolve_weights(known, names)

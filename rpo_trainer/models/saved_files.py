@@ -1,4 +1,4 @@
-"""What is written beside the weights: end tokens, generation config, tokenizer, and whether it can be."""
+"""Files saved beside the weights: end tokens, generation config, tokenizer, processor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 _OLD_TEMPLATE = "chat_template.json"  # of processors
-# Without it: it would hide the template that the tokenizer writes.
+# Not saved: it would take precedence over the tokenizer's template.
 PROCESSOR_FILES = (
     PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME
 )  # fmt: skip
@@ -51,17 +51,14 @@ _PROBE = (
 
 
 def listed(tokens: Any) -> list[int]:
-    """`eos_token_id` of a config as a list; it may be a number, a list or None."""
+    """Return `eos_token_id` of a config (a number, a list or None) as a list."""
     if tokens is None:
         return []
     return [int(t) for t in tokens] if isinstance(tokens, list | tuple) else [int(tokens)]
 
 
 def joined_ends(trained: Sequence[int], known: Any) -> Any:
-    """`eos_token_id` with the ends that training used first and those of the base after them.
-
-    Whatever ended a text for the base still does: it is kept.
-    """
+    """Combine end tokens: those of the training first, then those of the base, which stay valid."""
     base = listed(known)
     ends = [*trained, *(token for token in base if token not in trained)]
     if not trained or ends == base:
@@ -72,11 +69,11 @@ def joined_ends(trained: Sequence[int], known: Any) -> Any:
 def output_tokenizer(
     tokenizer: PreTrainedTokenizerBase, trained: Sequence[int]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is written: its end token is one that training ended responses with.
+    """Return the tokenizer to save, whose end token is one that training ended responses with.
 
-    It is the same tokenizer where training ended a response with its end token, where another end token
-    would change what it or its chat template writes, or where the template ends a turn with the token that
-    opens the next one (GLM): a row of text would then end with `<|user|>`. The pad token stays what it is.
+    It is unchanged if training used its end token, if another end token would change its output or that of
+    its chat template, or if the template ends a turn with the token that opens the next one (GLM): plain
+    text would then end with `<|user|>`. The pad token is not changed.
     """
     if not trained or tokenizer.eos_token_id in trained or _ends_with_openers(tokenizer):
         return tokenizer
@@ -116,13 +113,13 @@ def _writes(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 
 def repair_generation(config: Any, where: str | None = None) -> list[str]:
-    """Unsets fields of a generation config that have no effect, and that transformers refuses to write.
+    """Unset fields of a generation config that have no effect and that transformers refuses to save.
 
     Returns:
-        `field=value` of what was unset.
+        `field=value` of the fields that were unset.
 
     Raises:
-        ModelError: it cannot be written for another reason.
+        ModelError: it cannot be saved for another reason.
     """
     plain = GenerationConfig()  # type: ignore[no-untyped-call]
     removed: list[str] = []
@@ -143,21 +140,21 @@ def repair_generation(config: Any, where: str | None = None) -> list[str]:
 
 
 def warn_repaired(removed: Sequence[str], where: str | None = None) -> str | None:
-    """The WARNING about a repaired generation config; None: it was right."""
+    """Return the warning about a repaired generation config; None if nothing was changed."""
     if not removed:
         return None
     return (
         f"{where + ': ' if where else ''}the generation config has {', '.join(removed)}, which have no "
-        "effect (with greedy decoding, for example), and transformers refuses to save it so: these fields "
-        "are left out of what is written"
+        "effect (with greedy decoding, for example) and which transformers refuses to save: these fields "
+        "are not saved"
     )
 
 
 def read_generation(folder: Path, where: str) -> GenerationConfig | None:
-    """The generation config of a directory; None: it has none.
+    """Load the generation config of a directory; None if it has none.
 
     Raises:
-        ModelError: it cannot be read. transformers would take another in its place, without a word.
+        ModelError: it is unreadable; transformers would silently use a default.
     """
     path = folder / GENERATION
     if not path.is_file():
@@ -170,7 +167,7 @@ def read_generation(folder: Path, where: str) -> GenerationConfig | None:
             f"{GENERATION} cannot be read: {first_line(error)}",
             code="model.unreadable-generation-config",
             where=where,
-            why="the model would generate, and be written, with other settings",
+            why="the model would generate and be saved with other settings",
             fix="repair the file, or remove it",
         ) from error
 
@@ -180,26 +177,26 @@ def _not_written(what: str, error: Exception, where: str | None) -> ModelError:
         f"the {what} cannot be saved: {first_line(error)}",
         code="model.cannot-save",
         where=where,
-        why="the trained model could not be written at the end",
-        fix="correct it (load it, change what the message names, save it again)",
+        why="the trained model could not be saved at the end",
+        fix="load it, correct what the message names, and save it again",
     )
 
 
-# --- whether all of it can be written ---
+# --- test saves ---
 
 
 def check_savable(
     parts: dict[str, Any], folder: Path | None = None, where: str | None = None
 ) -> None:
-    """Saves configs and tokenizers to a temporary directory, as the end of training will.
+    """Save configs and tokenizers to a temporary directory, as at the end of training.
 
     Args:
         parts: by name, objects with `save_pretrained`; None is skipped.
-        folder: the directory to test: that of the outputs; None: any.
+        folder: the directory to test, that of the outputs; None: the system's temporary directory.
 
     Raises:
         ModelError: one of them cannot be saved.
-        RunError: the directory cannot be written to.
+        RunError: the directory is not writable.
     """
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".save-test-") as place:
@@ -214,18 +211,18 @@ def check_savable(
                     raise _not_written(what, error, where) from error
     except OSError as error:
         raise RunError(
-            f"nothing can be written here: {error.strerror or error}",
+            f"the directory is not writable: {error.strerror or error}",
             code="run.unusable-directory",
             where=str(folder or tempfile.gettempdir()),
-            why="checkpoints and the trained model are written here",
-            fix="name another output directory, or free disk space or fix the permissions",
+            why="checkpoints and the trained model are saved here",
+            fix="use another output directory, free disk space, or fix the permissions",
         ) from error
 
 
 def check_unshared(model: Any) -> None:
-    """Raises ModelError where parameters share memory and the model's class does not declare it.
+    """Raise ModelError if parameters share memory and the model's class does not declare it.
 
-    safetensors holds no such tensors, and transformers refuses to save them.
+    safetensors does not support shared tensors, and transformers refuses to save them.
     """
     known = getattr(model, "all_tied_weights_keys", None) or {}
     declared = {*known, *known.values()} if isinstance(known, dict) else set(known)
@@ -239,18 +236,18 @@ def check_unshared(model: Any) -> None:
                 f"{type(model).__name__} does not declare (`_tied_weights_keys`)",
                 code="model.undeclared-shared-tensors",
                 why="transformers refuses to save them, at the end of training",
-                fix="give each its own tensor: module.weight = nn.Parameter(module.weight.detach().clone())",
+                fix="copy the tensor: module.weight = nn.Parameter(module.weight.detach().clone())",
             )
 
 
 class Written:
-    """How a trainer writes its model: the config as it was given, with the ends of the training.
+    """How a trainer saves its model: with the given config and the end tokens of the training.
 
-    `transformers.Trainer` aligns special tokens with the tokenizer for the time of the training.
+    `transformers.Trainer` aligns special tokens with the tokenizer during training.
 
     Args:
         model: the transformers model.
-        ends: what training ends responses with; none: as the model has it.
+        ends: end tokens of the training; empty: those of the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> None:
@@ -260,9 +257,31 @@ class Written:
         self._given: dict[tuple[int, str], Any] = {}
 
     def remember(self) -> None:
-        """Keeps the special tokens as they are now, before the Trainer aligns them; the first call counts."""
+        """Store the special tokens before the Trainer aligns them; only the first call has an effect."""
         if not self._given:
             self._given = {(k, name): getattr(o, name, _MISSING) for k, o, name in self._fields()}
+
+    def align(self, tokenizer: Any) -> None:
+        """Gives the configs the tokenizer's special tokens for the time of the training.
+
+        `transformers.Trainer.train` would do the same, with a warning; outputs keep what `remember` has kept.
+        """
+        config = self.model.config.get_text_config()
+        generation = getattr(self.model, "generation_config", None)
+        for name in _TOKENS:
+            if (token := getattr(tokenizer, name, None)) is None:
+                continue
+            owners = [config] if generation is None else [config, generation]
+            values = [getattr(owner, name, None) for owner in owners]
+            if all(token in (v if isinstance(v, list) else [v]) for v in values):
+                continue
+            for owner, value in zip(owners, values, strict=True):
+                # Every end token in a list stops a generation: none is removed.
+                several = name == "eos_token_id" and (
+                    owner is generation or isinstance(value, list)
+                )
+                others = [other for other in listed(value) if other != token] if several else []
+                setattr(owner, name, [token, *others] if several else token)
 
     def _fields(self) -> Iterator[tuple[int, Any, str]]:
         config = self.model.config
@@ -273,7 +292,7 @@ class Written:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model's configs are those to be written."""
+        """Set the configs to save on the model inside."""
         self.remember()
         missing = _MISSING
         changed: list[tuple[Any, str, Any]] = []
@@ -297,7 +316,7 @@ class Written:
 
 
 def set_ends(model: Any, ends: Sequence[int] = ()) -> None:
-    """Ends of the training in a model's configs, for a model that is written as it stands."""
+    """End of the training in a model's configs, for a model that is written as it stands."""
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         repair_generation(generation)
@@ -309,7 +328,7 @@ def set_ends(model: Any, ends: Sequence[int] = ()) -> None:
 
 
 def ends_line(model: Any, written: Written, tokenizer: Any) -> str | None:
-    """What differs from the base in how the output ends; None: nothing."""
+    """Describe how the output's end tokens differ from the base's; None if they do not."""
     generation = getattr(model, "generation_config", None)
     if generation is None or not written.ends:
         return None
@@ -342,7 +361,7 @@ def ends_line(model: Any, written: Written, tokenizer: Any) -> str | None:
 def processor_files(
     source: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> dict[str, bytes]:
-    """Contents of the processor's files of a directory or hub name, by name; absent ones are left out."""
+    """Return the contents of the processor's files of a directory or hub name, by file name."""
     read = ((name, _file_of(source, name, revision, local_files_only)) for name in PROCESSOR_FILES)
     return {name: content for name, content in read if content is not None}
 
@@ -350,7 +369,7 @@ def processor_files(
 def processor_template(
     source: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> str | None:
-    """The chat template of the processor's `chat_template.json`, which tokenizers do not read; None: none."""
+    """Return the template of `chat_template.json`, which tokenizers do not read; None if there is none."""
     content = _file_of(source, _OLD_TEMPLATE, revision, local_files_only)
     try:
         found = json.loads(content or b"{}")["chat_template"]
@@ -370,16 +389,16 @@ def _file_of(
 
 
 def remember_processor(model: Any, files: Mapping[str, bytes]) -> None:
-    """Notes on a model what `write_beside` is to write."""
+    """Attach the processor's files to a model for `write_beside`."""
     model._rpo_processor_files = dict(files)
 
 
 def write_beside(model: Any, folder: Path) -> None:
-    """Completes what `save_pretrained` has written of a model, for those who read it by an Auto class.
+    """Add the files that Auto classes need to a model saved by `save_pretrained`.
 
-    A multimodal model gets the processor's files of where it was loaded from: noted by the loader, or else in
-    that directory or the hub's cache. A text part whose configuration no Auto class knows (Emu3, Mllama) gets
-    the whole configuration that stands for it.
+    A multimodal model gets the processor's files of its source: attached by the loader, or from that
+    directory or the hub's cache. A text part whose configuration has no Auto class (Emu3, Mllama) gets the
+    composite configuration.
     """
     if (config := whole_config(model)) is not None:
         config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Weights that no rank has whole: sharded by FSDP2 or ZeRO-3, or still to be handed out by the first rank."""
+"""Sharded weights: FSDP2, ZeRO-3, or loaded by the first rank only and not yet distributed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rpo_trainer.runtime import distributed
 
 
 def whole_on_every_rank(model: nn.Module) -> bool:
-    """False where weights are sharded, or loaded by one rank alone until the model is wrapped."""
+    """False if weights are sharded, or loaded by one rank only until the model is wrapped."""
     if is_fsdp_enabled():  # its name notwithstanding: memory-saving loading is on
         return False
     return not has_shards(model) and not any(p.is_meta for p in model.parameters())
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether each rank holds a part of the weights."""
+    """Whether each rank holds a shard of the weights."""
     return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of what FSDP2 keeps whole after a forward for the backward that follows."""
+    """Free the weights that FSDP2 keeps gathered after a forward for the backward."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -36,18 +36,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes; sharded weights may rest elsewhere."""
+    """Return the device that the model computes on; sharded weights may be stored elsewhere."""
     return distributed.device() if has_shards(model) else next(model.parameters()).device
 
 
 def num_rows(weight: Any) -> int:
-    """Rows of a matrix, also where a rank holds none of them."""
+    """Return the number of rows of a matrix, also if it is sharded."""
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 @contextmanager
 def whole(tensor: Any) -> Iterator[Tensor]:
-    """The whole of a parameter; all ranks must ask for it."""
+    """Gather a parameter; all ranks must call it."""
     if hasattr(tensor, "full_tensor"):
         yield tensor.detach().full_tensor()
     elif hasattr(tensor, "ds_id"):
@@ -61,7 +61,7 @@ def whole(tensor: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """Models that are loaded inside have all their weights on every rank, whatever the engine."""
+    """Load models inside with all weights on every rank, whatever the engine."""
     from transformers.integrations import deepspeed as integration
 
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -78,12 +78,12 @@ def loading_whole() -> Iterator[None]:
 def full_state_dict(
     model: nn.Module, *, keep: bool, trained_only: bool = False
 ) -> dict[str, Tensor]:
-    """All weights in float32 on the CPU, one after the other; all ranks must call it.
+    """Gather all weights in float32 on the CPU, one at a time; all ranks must call it.
 
     Args:
-        keep: False gathers for the others' sake, and gives nothing.
-        trained_only: leaves out frozen weights and buffers, but for what PEFT writes beside an adapter of
-            the embeddings or the head: the weights below it.
+        keep: False takes part in the gathering and returns nothing.
+        trained_only: leave out frozen weights and buffers, except the base weights that PEFT saves beside an
+            adapter of the embeddings or the head.
     """
     found: dict[str, Tensor] = {}
     below = _below_adapters(model)
@@ -101,7 +101,7 @@ def full_state_dict(
 
 
 def _below_adapters(model: nn.Module) -> tuple[str, ...]:
-    """How the names of weights begin that lie below an adapter of the embeddings or the head."""
+    """Name prefixes of the base weights below an adapter of the embeddings or the head."""
     ends = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
     layers = [getattr(end(), "base_layer", None) for end in ends if end is not None]
     return tuple(
@@ -110,7 +110,7 @@ def _below_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def _full_precision(tensor: Any) -> Tensor:
-    """A weight as the optimizer has it: DeepSpeed's module has a copy in the dtype of the arithmetic."""
+    """Return the optimizer's copy of a weight; DeepSpeed's module has one in the dtype of the arithmetic."""
     if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):
         from deepspeed.utils import safe_get_full_fp32_param
 

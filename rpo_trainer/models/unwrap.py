@@ -15,7 +15,7 @@ from rpo_trainer.models.multimodal import CLASSIFIER
 
 
 def transformers_model(model: nn.Module) -> Any:
-    """The transformers model inside whatever wraps it."""
+    """Return the transformers model inside its wrappers."""
     seen: Any = model
     while not isinstance(seen, PreTrainedModel):
         inner = getattr(seen, "module", None)
@@ -23,7 +23,7 @@ def transformers_model(model: nn.Module) -> Any:
             inner = seen.get_base_model()
         if not isinstance(inner, nn.Module):
             raise ModelError(
-                f"{type(model).__name__} holds no transformers model",
+                f"{type(model).__name__} contains no transformers model",
                 code="model.not-transformers",
                 why="the step runs inside a PreTrainedModel's forward",
                 fix="pass a transformers causal language model, wrapped by PEFT or not",
@@ -33,12 +33,12 @@ def transformers_model(model: nn.Module) -> Any:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether it is a sequence classifier, the class of reward models, and no language model."""
+    """Whether it is a sequence classifier (the class of reward models), not a language model."""
     return type(transformers_model(model)).__name__.endswith(CLASSIFIER)
 
 
 def unwrap_prepared_model(model: Any) -> Any:
-    """The model as it was before `accelerator.prepare`; the trainer prepares it by its own arguments.
+    """Return the model as it was before `accelerator.prepare`; the trainer prepares it itself.
 
     Raises:
         ModelError: its weights are sharded already.
@@ -47,19 +47,19 @@ def unwrap_prepared_model(model: Any) -> Any:
         (getattr(model, "tp_size", None) or 1) > 1
     ):
         raise ModelError(
-            "the model was loaded in parts (tp_plan or distributed_config)",
+            "the model is sharded (tp_plan or distributed_config)",
             code="model.sharded",
-            why="each process computes examples of its own, which takes the whole model",
+            why="each process computes different examples with the full model",
             fix="load it without tp_plan and distributed_config; FSDP2 and DeepSpeed ZeRO shard it",
         )
     if type(model).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") or isinstance(
         model, FSDPModule
     ):
         raise ModelError(
-            f"the model is prepared for an engine already (a {type(model).__name__})",
+            f"the model is already prepared for an engine (a {type(model).__name__})",
             code="model.already-prepared",
-            why="the trainer prepares it by its own arguments, reference and checkpoints included",
-            fix="pass the model as it is before accelerator.prepare",
+            why="the trainer prepares it according to its arguments",
+            fix="pass the model before accelerator.prepare",
         )
     if "_original_forward" in vars(model) or isinstance(model, DistributedDataParallel):
         return extract_model_from_parallel(model, keep_fp32_wrapper=False)

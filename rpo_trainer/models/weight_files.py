@@ -1,12 +1,14 @@
-"""The safetensors files of a model: which of a directory's are read, and what their headers say."""
+"""The safetensors files of a model: which ones are read, and their headers."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -17,9 +19,13 @@ from transformers.utils import (
 
 from rpo_trainer.errors import first_line
 
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+
 
 def weight_files(folder: Path, config: Any = None) -> list[Path]:
-    """The safetensors files of a directory that transformers reads, and no others that lie there.
+    """Return the safetensors files of a directory that transformers reads.
 
     They are `model.safetensors`, or else the parts that `model.safetensors.index.json` names, or else none.
 
@@ -70,8 +76,20 @@ def stored_tensors(folder: Path, config: Any = None) -> dict[str, tuple[str, lis
     return tensors_in(weight_files(folder, config))
 
 
+def stored_dtype(folder: Path, config: Any = None) -> torch.dtype | None:
+    """The floating-point dtype of most weights in a directory's safetensors files; None: it has none.
+
+    Dtypes of less than 16 bits are those of quantized weights, and are not counted.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for name, shape in stored_tensors(folder, config).values():
+        if name in _DTYPES:
+            sizes[_DTYPES[name]] = sizes.get(_DTYPES[name], 0) + math.prod(shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
 def local_folder(source: str | Path, revision: str | None = None) -> Path | None:
-    """The directory that a model is in, or the one in the hub's cache; None: neither is there."""
+    """Return the directory of a model, or that of the hub's cache; None if neither exists."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import try_to_load_from_cache

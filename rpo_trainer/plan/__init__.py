@@ -1,10 +1,10 @@
-"""What a recipe will need before it runs: memory by part, steps, tokens, disk, the launch line.
+"""Estimates of what a recipe needs: memory by part, steps, tokens, disk space, launch command.
 
 estimate      `plan_recipe`: examples, steps, tokens, memory and disk of each stage; a measured time
-memory        memory of a step and of the reference pass, by running them on tensors without content
+memory        memory of a step and of the reference pass, simulated on fake tensors
   nf4           4-bit weights there, without bitsandbytes
-engines       what each device holds under DDP, FSDP2 and ZeRO; the launch line
-disk          bytes that a run writes, whether there is room, and errors of the file system
+engines       memory per device under DDP, FSDP2 and ZeRO; the launch command
+disk          bytes that a run writes, free space, and file system errors
 show          a plan as text
 """
 

@@ -1,4 +1,4 @@
-"""Disk space: what a run writes, whether there is room for it, and errors of the file system."""
+"""Disk space: what a run writes, whether it fits, and file system errors."""
 
 from __future__ import annotations
 
@@ -21,48 +21,77 @@ from rpo_trainer.recipe import RewardStage, Stage
 from rpo_trainer.report.formatting import size
 from rpo_trainer.runtime.file_errors import UNREADABLE, reading
 from rpo_trainer.runtime.files import refusal
+from rpo_trainer.stages.output_dtype import (
+    EXACT,
+    exact_until,
+    most_exact,
+    needs_exact,
+    output_dtype,
+    saves_whole,
+)
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import lora_config
 
-SAVING = "saving"  # the part that is there only while a checkpoint is written
+SAVING = "saving"  # the part that exists only while something is saved
 _CELL = 60  # bytes of one reference log-prob in the cache, its key and file overhead included
 
 
 def stage_disk(
-    stage: Stage, *, parameters: int, trained: int, optimizer: int, responses: int
+    preparer: StagePreparer,
+    stage: Stage,
+    *,
+    parameters: int,
+    trained: int,
+    optimizer: int,
+    responses: int,
 ) -> dict[str, int]:
-    """Bytes by what is kept of a stage: output, checkpoints, cache; and `saving`, for a moment.
+    """Return the bytes that a stage keeps, by kind, and `saving`: temporary bytes while it saves.
 
     Args:
-        parameters, trained, optimizer: bytes of all weights, of the trained ones, of their state.
-        responses: how many there are of which the reference's log-probs are kept.
+        parameters, trained, optimizer: bytes of all weights in float32, of the trained ones, of their state.
+        responses: number of responses whose reference log-probs are kept.
     """
     spec = stage.peft
-    parts = {"output": parameters}
+    dtype = output_dtype(preparer, stage)
+    delivered = parameters * dtype.itemsize // 4
+    parts = {"output": delivered}
+    whole = saves_whole(stage) or (spec is not None and bool(spec.merge))
     if spec is not None:
-        merged = spec.between_stages == "merge" or spec.merge
-        parts["output"] = trained + (parameters if merged else 0)
+        parts["output"] = trained + (delivered if whole else 0)
+    if needs_exact(preparer, stage):
+        parts[EXACT] = parameters
     if stage.save_steps:
         parts[SAVING] = (parameters if spec is None else trained) + optimizer
         parts["checkpoints"] = parts[SAVING] * stage.save_total_limit
+    if whole and dtype != torch.float32 and EXACT not in parts:  # the copy that is cast
+        parts[SAVING] = max(parts.get(SAVING, 0), parameters)
     if stage.needs_reference:
         parts["reference cache"] = responses * _CELL
     return parts
 
 
-def together(stages: Sequence[Mapping[str, int]]) -> int:
-    """Bytes that several stages take when most is there: one of them writes a checkpoint at a time."""
-    kept = sum(n for parts in stages for name, n in parts.items() if name != SAVING)
-    return kept + max((parts.get(SAVING, 0) for parts in stages), default=0)
+def together(stages: Mapping[str, Mapping[str, int]], until: Mapping[str, str]) -> int:
+    """Return the peak bytes of several stages.
+
+    One stage writes a checkpoint at a time, and exact weights are removed when no stage will read them.
+
+    Args:
+        stages: `stage_disk` of each, in order, by name.
+        until: see `exact_until`.
+    """
+    momentary = (SAVING, EXACT)
+    kept = sum(n for parts in stages.values() for name, n in parts.items() if name not in momentary)
+    exact = most_exact([(name, parts.get(EXACT, 0)) for name, parts in stages.items()], until)
+    return kept + exact + max((parts.get(SAVING, 0) for parts in stages.values()), default=0)
 
 
 def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> nn.Module:
-    """The model that a stage trains, adapter included, without content.
+    """Create the model that a stage trains, adapter included, without values.
 
-    To be called under `torch.device("meta")`.
+    Call it under `torch.device("meta")`.
 
     Raises:
-        ModelError: there is no configuration, or none that a causal language model can be made of.
+        ModelError: there is no configuration, or no causal language model can be created from it.
     """
     recipe, source = preparer.recipe, stage.init
     by_name = {other.name: other for other in preparer.stages}
@@ -80,11 +109,11 @@ def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> n
         )
     except (RuntimeError, *UNREADABLE) as error:  # on `meta`: not memory, and not a device
         raise ModelError(
-            f"no model can be made of its configuration: {error}",
+            f"no model can be created from its configuration: {error}",
             code="model.bad-config",
             where="model",
-            why="its fields do not fit together",
-            fix="correct them, or take a causal language model that transformers knows",
+            why="its fields conflict with each other",
+            fix="correct them, or use a causal language model that transformers supports",
         ) from error
     if isinstance(stage, RewardStage):
         names, weights = stage.attributes, stage.reward_weights
@@ -100,26 +129,26 @@ def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> n
 def check_disk(
     preparer: StagePreparer, run_dir: Path, wanted: Sequence[Stage], responses: Mapping[str, int]
 ) -> None:
-    """Raises RunError where stages that are still to run will write more than there is room for.
+    """Raise RunError if the remaining stages need more disk space than is free.
 
     Args:
-        wanted: the stages to run; what they have written already is subtracted.
-        responses: of each stage by name, where known.
+        wanted: the stages to run; what they have already written is subtracted.
+        responses: number of responses of each stage by name, if known.
     """
     needs = {stage.name: _of_stage(preparer, stage, responses) for stage in wanted}
     there = sum(_size(run_dir / name) for name in needs)
-    needed = together(list(needs.values())) - there
+    needed = together(needs, exact_until(preparer)) - there
     free = shutil.disk_usage(existing(run_dir)).free
     if needed <= free:
         return
     largest = sorted(needs, key=lambda name: -sum(needs[name].values()))[:3]
     raise RunError(
-        f"the run needs about {size(needed)} of disk, {size(free)} are free",
+        f"the run needs about {size(needed)} of disk space, {size(free)} are free",
         code="run.disk-full",
         where=str(run_dir),
-        why="it would stop in the middle of a save; most is written by "
+        why="it would stop while saving; the largest stages are "
         + ", ".join(f"{name} ({_parts(needs[name])})" for name in largest),
-        fix="make room, lower save_total_limit, or name a --run-dir on another disk",
+        fix="free disk space, lower save_total_limit, or use a --run-dir on another disk",
     )
 
 
@@ -129,6 +158,7 @@ def _of_stage(
     with torch.device("meta"):
         model = unread_model(preparer, stage, torch.float32)
     return stage_disk(
+        preparer,
         stage,
         parameters=_held(model.parameters()),
         trained=_held(p for p in model.parameters() if p.requires_grad),
@@ -144,25 +174,25 @@ def _held(weights: Any) -> int:
 def _state(model: nn.Module, stage: Stage) -> int:
     try:
         return optimizer_bytes(model, stage.optim)
-    except RecipeError:  # of a library that is not here: at least nothing is refused for it
+    except RecipeError:  # a library is not installed: not counted
         return 0
 
 
 def raise_if_refused(error: Exception, run_dir: Path) -> None:
-    """RunError where an error of a run is what the file system has refused: a full disk, no rights."""
+    """Raise RunError if an error comes from the file system: a full disk, missing permissions."""
     said = refusal(error)
     if said is not None:
         raise RunError(
-            f"the file system refuses: {said}",
+            f"file system error: {said}",
             code="run.file-system",
             where=str(getattr(error, "filename", None) or run_dir),
-            why="what was written to its end is kept: finished stages, and complete checkpoints",
-            fix="free disk space or fix the permissions, and run the same command again: it resumes",
+            why="finished stages and complete checkpoints are kept",
+            fix="free disk space or fix the permissions, then run the same command to resume",
         ) from error
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or its nearest existing parent."""
     path = path.absolute()
     return path if path.exists() else existing(path.parent)
 

@@ -1,14 +1,16 @@
-"""How each engine spreads what a step holds over the devices, and how it is started.
+"""How each engine distributes the memory of a step over devices, and how it is launched.
 
 `n` weights on `W` devices. Weights, their gradients and Adam's state are 4 + 4 + 8 bytes each on one device.
 
-    ddp            all of it on every device, and the gradients once more in the buckets they travel in
-    fsdp2          1/W of it; in turn the gathered weights of two layers and of what lies outside the layers
-    zero2          weights whole; 1/W of gradients, of the optimizer and of a copy of the weights for it; in
-                   turn a bucket of gradients on their way
-    zero3          1/W of everything, that copy too; such a bucket, and as many gathered weights as DeepSpeed
-                   keeps live
-    zero3_offload  as zero3, with optimizer, its copy of the weights and weights at rest in the host's memory
+    ddp            everything on every device; the gradients once more in communication buckets
+    fsdp2          1/W of everything; gathered weights of two layers and of modules outside the layers
+    zero2          all weights; 1/W of gradients, optimizer state and its copy of the weights; plus
+                   a bucket of gradients
+    zero3          1/W of everything, that copy included; plus a bucket, and as many gathered weights as
+                   DeepSpeed keeps live
+    zero3_offload  as zero3, with optimizer state, its copy of the weights and sharded weights on the host
+
+Frozen weights take 2 bytes each in half precision, except under DeepSpeed, and have no gradients or state.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ _LIVE, _BUCKET = 10**9, 5 * 10**8
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device while a stage trains, by part; `host` is what its process holds besides.
+    """Bytes on one device while a stage trains, by part; `host` is memory of the host.
 
     Attributes:
-        gathered: weights that a sharding engine holds whole for a moment; the buckets of DDP.
-        reference: peak of the reference pass, which comes before gradients and optimizer exist.
+        gathered: weights that a sharding engine gathers temporarily; buckets of DDP.
+        reference: peak of the reference pass, which runs before gradients and optimizer state exist.
     """
 
     weights: int
@@ -58,22 +60,22 @@ class DeviceMemory:
 
 
 def check_devices(engine: Engine, devices: int, nodes: int) -> None:
-    """Raises RecipeError where the engine cannot be on so many devices."""
+    """Raise RecipeError if the engine does not support the number of devices."""
     if engine == "single" and max(devices, nodes) > 1:
         raise RecipeError(
-            f"one process is planned for {devices} devices",
+            f"--engine single uses one device, not {devices}",
             code="plan.single-process",
             where="--engine single",
-            why="a process trains on one device: the others would stay idle",
-            fix=f"name what spreads it: --engine {' | '.join(ENGINES[1:])}",
+            why="a process trains on one device, so the others would be idle",
+            fix=f"choose a distributed engine: --engine {' | '.join(ENGINES[1:])}",
         )
 
 
 def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) -> DeviceMemory:
-    """Spreads a simulated step over `devices`.
+    """Spread a simulated step over `devices`.
 
     Args:
-        half: the arithmetic is bfloat16, so that gathered weights take 2 bytes each.
+        half: the arithmetic is bfloat16, so gathered weights take 2 bytes each.
     """
 
     def share(size: int) -> int:
@@ -81,7 +83,7 @@ def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) 
 
     fixed = memory.unsharded
     weights, gradients, optimizer = memory.parameters - fixed, memory.gradients, memory.optimizer
-    # Sharded layers are gathered one ahead of the one at work; what lies outside stays whole.
+    # The next layer is gathered while one computes; modules outside the layers stay gathered.
     unsharded = (memory.root + 2 * memory.layer) // (2 if half else 1)
     parts = {"gathered": 0, "host": 0}
     if engine == "ddp":
@@ -112,10 +114,10 @@ def per_device(memory: StepMemory, engine: Engine, devices: int, *, half: bool) 
 
 
 def launch_line(words: Sequence[str], engine: Engine, devices: int, nodes: int) -> str:
-    """The command that starts the chain so.
+    """Return the command that launches the chain with an engine.
 
     Args:
-        words: the recipe, and what else was given beside it: overrides, --run-dir.
+        words: the recipe and further arguments: overrides, --run-dir.
     """
     run = f"run {shlex.join(words)}"
     if engine == "single":

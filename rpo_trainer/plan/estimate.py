@@ -1,4 +1,4 @@
-"""A plan of every stage: examples, steps, tokens, memory, disk, and the time of a measured step."""
+"""The plan of every stage: examples, steps, tokens, memory, disk, and time from a measured step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rpo_trainer.models.dtypes import dtype_name
 from rpo_trainer.models.loading import load_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.disk import stage_disk, together, unread_model
@@ -24,10 +25,12 @@ from rpo_trainer.recipe import (
     RewardStage,
     Stage,
 )
+from rpo_trainer.runtime.devices import best_device
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.inputs import sampling_spec
+from rpo_trainer.stages.output_dtype import exact_until
 from rpo_trainer.stages.prepare import StagePreparer
-from rpo_trainer.stages.settings import arithmetic
+from rpo_trainer.stages.settings import arithmetic, frozen_dtype
 from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.packing import forward_tokens, pack
@@ -40,15 +43,16 @@ from rpo_trainer.trainers.loaders import train_loader
 
 @dataclass
 class StagePlan:
-    """What one stage will need.
+    """Estimates of one stage.
 
     Attributes:
         examples: of one pass over the data.
-        tokens: that forwards and backwards go through in the whole stage.
-        assumed: the responses are not there yet and were taken to be as long as they may get.
+        tokens: processed in forwards and backwards over the entire stage.
+        assumed: responses are not sampled yet and were counted at their maximum length.
         memory: bytes on one device by part.
-        disk: bytes by what is kept, and `saving`: of a checkpoint while it is written.
-        seconds: of the whole stage on this machine's one device; None: not measured.
+        disk: bytes by kind, and `saving`: temporary bytes while a checkpoint is saved.
+        frozen: dtype that weights below an adapter are held in; None: all are trained.
+        seconds: of the entire stage on one device of this machine; None: not measured.
     """
 
     name: str
@@ -59,28 +63,30 @@ class StagePlan:
     assumed: bool
     memory: DeviceMemory
     disk: dict[str, int]
+    frozen: str | None = None
     seconds: float | None = None
 
 
 @dataclass
 class Plan:
-    """The stages in order, the engine they were planned for, and how to start it."""
+    """The stages in order, the engine, and the launch command."""
 
     stages: list[StagePlan]
     engine: Engine
     devices: int
     parameters: int
     launch: str
+    exact_until: dict[str, str] = field(default_factory=dict)  # of `stages.output_dtype`
 
     @property
     def peak(self) -> int:
-        """Bytes on one device, of the stage that needs most."""
+        """Peak bytes on one device over all stages."""
         return max(stage.memory.peak for stage in self.stages)
 
     @property
     def disk(self) -> int:
-        """Bytes of the whole run directory."""
-        return together([stage.disk for stage in self.stages])
+        """Peak bytes of the run directory."""
+        return together({stage.name: stage.disk for stage in self.stages}, self.exact_until)
 
 
 def plan_recipe(
@@ -93,15 +99,15 @@ def plan_recipe(
     measure: bool = False,
     arguments: Sequence[str] = (),
 ) -> Plan:
-    """Plans every stage of a recipe. Reads and tokenizes the data; loads weights only to measure.
+    """Plan every stage of a recipe. Data are read and tokenized; weights are loaded only to measure.
 
     Args:
-        devices: of all nodes together.
-        arguments: what the recipe was loaded with, and the run is to be started with.
+        devices: total over all nodes.
+        arguments: command-line arguments for the launch command.
         measure: time one forward and backward of an average micro-batch with the real model.
 
     Raises:
-        DataError, ModelError, RecipeError, Problems: of the tokenizer, or of a stage, with its place.
+        DataError, ModelError, RecipeError, Problems: with the place in the recipe.
     """
     check_devices(engine, devices, nodes)
     with errors_located_in(loaded.origins):
@@ -116,6 +122,7 @@ def plan_recipe(
         devices=devices,
         parameters=planner.parameters,
         launch=launch_line([str(loaded.path), *arguments], engine, devices, nodes),
+        exact_until=exact_until(planner.preparer),
     )
     if measure:
         planner.measure(plan)
@@ -154,6 +161,7 @@ class _Planner:
             autocast=config.mixed_precision_dtype(),
             # Engines that shard the weights gather them in half precision.
             half_weights=self.half and self.engine not in ("single", "ddp", "zero2"),
+            frozen=self._frozen_dtype(stage),
             accumulation=-(-stage.global_batch_size // per_step),
             checkpointing=stage.gradient_checkpointing,
             logits_chunk_bytes=config.logits_chunk_bytes,
@@ -168,7 +176,9 @@ class _Planner:
             tokens=tokens,
             assumed=assumed,
             memory=per_device(memory, self.engine, self.devices, half=self.half),
+            frozen=None if stage.peft is None else dtype_name(self._frozen_dtype(stage)),
             disk=stage_disk(
+                self.preparer,
                 stage,
                 parameters=4 * self.parameters,  # whatever holds them in training
                 trained=memory.gradients,
@@ -177,8 +187,13 @@ class _Planner:
             ),
         )
 
+    def _frozen_dtype(self, stage: Stage) -> torch.dtype:
+        if self.engine.startswith("zero"):  # one dtype for all weights
+            return torch.float32
+        return frozen_dtype(stage, self.recipe.model)
+
     def _model(self, stage: Stage, dtype: torch.dtype) -> nn.Module:
-        """The stage's model, a frozen base held as in training."""
+        """Create the stage's model, 4-bit layers replaced by stand-ins."""
         model = unread_model(self.preparer, stage, dtype)
         self.parameters = max(self.parameters, sum(p.numel() for p in model.parameters()))
         if stage.peft is not None and stage.peft.quantization is not None:
@@ -186,7 +201,7 @@ class _Planner:
         return model
 
     def _examples(self, stage: Stage) -> tuple[Examples, bool]:
-        """Training examples, and whether their responses are only assumed: none has been sampled yet."""
+        """Training examples, and whether their responses are assumed because none are sampled yet."""
         inputs = self.preparer.prepare(stage)
         if inputs.train is not None:
             return Examples(inputs.train), False
@@ -209,10 +224,10 @@ class _Planner:
         ), True
 
     def measure(self, plan: Plan) -> None:
-        """Fills in `seconds`: one forward and backward of a middling micro-batch, on this device."""
+        """Set `seconds` from one forward and backward of a median micro-batch on this device."""
         base_dir = self.preparer.loaded.base_dir
         start: Any = load_model(self.recipe.model, base_dir, seed=0, vocabulary=self.vocabulary)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
         start.to(device).train()
         for stage in plan.stages:
             spec, examples = self.typical[stage.name]
@@ -232,7 +247,7 @@ class _Planner:
 
 
 def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> float:
-    """Seconds of one forward and backward, the better of two after a warm-up."""
+    """Seconds of one forward and backward, the faster of two after a warm-up."""
     seconds = []
     for _ in range(3):
         model.zero_grad()
@@ -242,6 +257,8 @@ def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> 
         torch.autograd.backward(logps.sum())
         if device.type == "cuda":
             torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 
@@ -261,7 +278,7 @@ def _micro_batches(examples: Examples, config: BaseConfig) -> list[list[int]]:
 def _reference_batch(
     config: BaseConfig, examples: Examples, costs: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The longest examples, as many as one forward of the reference pass takes."""
+    """The longest examples, as many as fit in one forward of the reference pass."""
     if not isinstance(config, PreferenceConfig):
         return []
     longest = sorted(range(len(examples)), key=lambda i: -costs[i])

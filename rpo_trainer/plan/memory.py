@@ -1,8 +1,8 @@
-"""Memory of one optimizer step and of the reference pass, by running them on tensors without content.
+"""Memory of one optimizer step and of the reference pass, simulated on fake tensors.
 
-The real model class, the real packed step, head and optimizer run under `FakeTensorMode`: every tensor has
-its shape and takes no memory, and what would be held is added up as tensors come and go. So the estimate
-follows any architecture, adapter or checkpointing, and 340 billion parameters take seconds.
+The real model class, packed step, head and optimizer run under `FakeTensorMode`: tensors have shapes but no
+memory, and their sizes are summed as they are allocated and freed. The estimate therefore covers any
+architecture, adapter or checkpointing, and 340 billion parameters take seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rpo_trainer.errors import RecipeError
+from rpo_trainer.models.dtypes import cast_frozen
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime import distributed
 from rpo_trainer.step.batch import Layout, ModelInputs, PackedBatch
@@ -27,7 +28,7 @@ from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.step.packing import pack
 
-# Bytes of state per trained parameter, for optimizers that need a library or a device to be made.
+# Bytes of state per trained parameter, for optimizers that require a library or a device.
 _STATE_BYTES = {
     "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw": 8,
     "ademamix_8bit": 3, "lion_8bit": 1, "paged_lion_8bit": 1, "rmsprop_bnb_8bit": 1,
@@ -37,18 +38,18 @@ _STATE_BYTES = {
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one device that holds everything, by part, at the moment most is held.
+    """Peak bytes by part on one device without sharding.
 
     Attributes:
-        parameters: all weights, trained or not, and buffers.
-        gradients: of all trained weights, once a backward has gone through.
+        parameters: all weights, trained and frozen, and buffers.
+        gradients: of all trained weights after a backward.
         optimizer: the optimizer's state.
-        activations: what is held beyond all of these when most is held: what the forward keeps for the
-            backward, and what both use for a moment, logit tiles included.
-        reference: what the reference pass holds for a moment beyond the weights.
-        root, layer: weights outside the decoder's layers, and of its largest layer: what a sharding
-            engine gathers at once.
-        unsharded: those of `parameters` that are held in 4 bits, which no engine shards.
+        activations: everything else at the peak: activations saved for the backward and temporaries, logit
+            tiles included.
+        reference: peak of the reference pass beyond the weights.
+        root, layer: weights outside the decoder's layers, and of its largest layer, in float32: what a
+            sharding engine gathers at once.
+        unsharded: the part of `parameters` in 4 bits, which no engine shards.
     """
 
     parameters: int
@@ -70,19 +71,21 @@ def step_memory(
     optim: str = "adamw_torch",
     autocast: torch.dtype | None = None,
     half_weights: bool = False,
+    frozen: torch.dtype = torch.float32,
     accumulation: int = 1,
     checkpointing: bool = False,
     logits_chunk_bytes: int | None = None,
 ) -> StepMemory:
-    """Simulates a step on `micro_batch` and the reference pass on `reference_batch`.
+    """Simulate a step on `micro_batch` and the reference pass on `reference_batch`.
 
     Args:
-        make_model: makes the model in a dtype, its adapter included; called under `torch.device("meta")`.
+        make_model: creates the model in a dtype, adapter included; called under `torch.device("meta")`.
         micro_batch: tokenized examples of the costliest forward.
-        autocast: the arithmetic; None: float32.
-        half_weights: the weights themselves come in `autocast`, so that no copies in it are kept; what is
-            reported of weights and gradients is float32 all the same.
-        accumulation: micro-batches of an optimizer step: from 2 on, gradients are held all along.
+        autocast: dtype of the arithmetic; None: float32.
+        half_weights: simulate with all weights in `autocast`, as sharding engines gather them, so that no
+            copies in it are kept. Trained weights and their gradients are still reported as float32.
+        frozen: dtype that weights below an adapter are held in.
+        accumulation: micro-batches of an optimizer step. From 2 on, gradients are held throughout.
 
     Raises:
         RecipeError: the optimizer's size is not known.
@@ -91,6 +94,8 @@ def step_memory(
     as_float32 = 4 // dtype.itemsize
     with torch.device("meta"):
         model: Any = make_model(dtype)
+        if dtype == torch.float32:
+            cast_frozen(model, frozen)
     with _fake() as mode:
         _give_fake_weights(model)
         if checkpointing:
@@ -107,7 +112,7 @@ def step_memory(
             with _autocast(autocast):
                 logps = token_logprobs(model, _inputs(mode, batch.model_inputs))
             if is_classifier(model):
-                return logps  # a reward model's: scores
+                return logps  # scores of a reward model
             index = mode.from_tensor(batch.response_index)
             return response_sums(logps, index, len(batch.response_tokens))
 
@@ -121,7 +126,7 @@ def step_memory(
         if optimizer is not None:
             optimizer.step()
             state = sum(map(_bytes_in_float32, _state(optimizer)))
-            with _Held() as held:  # its temporaries may be more than the activations were
+            with _Held() as held:  # its temporaries may exceed the activations
                 optimizer.step()
             activations = max(activations, held.peak * as_float32)
         reference = 0
@@ -134,7 +139,7 @@ def step_memory(
         layers = _layers(inner)
         unsharded = sum(_bytes(p) for p in model.parameters() if not p.is_floating_point())
         return StepMemory(
-            parameters=_held(model) + unsharded,
+            parameters=_held(model, frozen) + unsharded,
             gradients=sum(map(_bytes_in_float32, trained)),
             optimizer=state,
             activations=activations,
@@ -146,7 +151,7 @@ def step_memory(
 
 
 def optimizer_bytes(model: nn.Module, optim: str) -> int:
-    """Bytes of the optimizer's state once it has taken a step; the model is on `meta`, in float32.
+    """Return the bytes of the optimizer's state after a step; the model is on `meta`, in float32.
 
     Raises:
         RecipeError: the optimizer's size is not known.
@@ -165,13 +170,13 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
 
 @contextmanager
 def _fake() -> Iterator[FakeTensorMode]:
-    """Tensors made within have no content; the plan's own small tensors may be real."""
+    """Tensors created inside have no values; small tensors of the plan may be real."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
 
 def _give_fake_weights(model: nn.Module) -> None:
-    """From `meta`, where models and adapters are made without content, to tensors that pass for the CPU's."""
+    """Replace `meta` tensors of a model by fake CPU tensors."""
     made: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for module in model.modules():
         held = [
@@ -188,7 +193,7 @@ def _give_fake_weights(model: nn.Module) -> None:
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors that are made within and still there, and the most there ever were."""
+    """Track the bytes of live tensors created inside, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -206,7 +211,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, storage: torch.UntypedStorage, before: set[int]) -> None:
         key = storage._cdata
         if key in before or key in self._known:
-            return  # a view, or done in place
+            return  # a view, or an in-place operation
         self._known.add(key)
         size = storage.nbytes()
         self.now += size
@@ -227,7 +232,7 @@ def _autocast(dtype: torch.dtype | None) -> Any:
 
 
 def _inputs(mode: FakeTensorMode, inputs: ModelInputs) -> ModelInputs:
-    """The inputs as fake tensors; those of the plan stay real."""
+    """Convert the inputs to fake tensors; those of the attention plan stay real."""
     tensors = {name: value for name, value in vars(inputs).items() if isinstance(value, Tensor)}
     fake: Any = {name: mode.from_tensor(value) for name, value in tensors.items()}
     return replace(inputs, **fake)
@@ -238,18 +243,24 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _bytes_in_float32(tensor: Tensor) -> int:
-    """As it is reported: halves as float32, what is float32 (PEFT's adapters on halves are) as it is."""
+    """Bytes as reported: half precision counts as float32."""
     return max(4, tensor.element_size()) * tensor.numel()
 
 
-def _held(module: nn.Module) -> int:
-    """Bytes of weights and buffers in float32, tied ones once, those in 4 bits left out."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(_bytes_in_float32(tensor) for tensor in tensors if tensor.is_floating_point())
+def _held(module: nn.Module, frozen: torch.dtype = torch.float32) -> int:
+    """Bytes of weights and buffers, tied ones once, those in 4 bits left out.
+
+    Trained weights and buffers count as float32, frozen weights as `frozen`.
+    """
+    floats = [p for p in module.parameters() if p.is_floating_point()]
+    held: list[Tensor] = [p for p in floats if p.requires_grad]
+    held += [b for b in module.buffers() if b.is_floating_point()]
+    below = [p for p in floats if not p.requires_grad]
+    return sum(map(_bytes_in_float32, held)) + frozen.itemsize * sum(p.numel() for p in below)
 
 
 def _checkpoint_activations(model: Any) -> None:
-    # transformers has renamed it; the old name warns where the new one is known.
+    # Renamed in transformers; the old name warns in new releases.
     new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
     getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
     if hasattr(model, "peft_config"):
@@ -263,17 +274,17 @@ def _layers(model: Any) -> list[nn.Module]:
 
 
 def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
-    """The optimizer by the name transformers has for it; None where only the size of its state is known.
+    """Create an optimizer by its name in transformers; None if only the size of its state is known.
 
     Raises:
-        RecipeError: neither can it be made here, nor is its size known.
+        RecipeError: it cannot be created here, and its size is not known.
     """
     if optim in _STATE_BYTES:
         return None
     from transformers import Trainer, TrainingArguments
 
     try:
-        with distributed.preserve_process_state():  # the rest of the process may compute on a GPU
+        with distributed.preserve_process_state():  # the process itself may use a GPU
             args = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
         factory, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         return factory(weights, **settings)
@@ -282,8 +293,8 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
             f"the memory of optimizer {optim!r} cannot be estimated here",
             code="plan.unknown-optimizer",
             where="optim",
-            why=f"it is measured on one that is made here, and making it fails: {error}",
-            fix="install what it needs, or plan with another optimizer",
+            why=f"the optimizer cannot be created: {error}",
+            fix="install its library, or plan with another optimizer",
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Frozen weights in 4 bits, for a plan: what they and their products hold, without bitsandbytes.
+"""Frozen 4-bit weights in a plan, without bitsandbytes.
 
-bitsandbytes cannot run on tensors without content. The stand-in holds as many bytes, and makes for each
-product what it makes: the whole weight, in float32 and in the dtype of the product, for a moment.
+bitsandbytes cannot run on fake tensors. The stand-in takes as many bytes and allocates the same temporaries
+for each product: the full weight in float32 and in the dtype of the product.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from rpo_trainer.models.unwrap import is_classifier, transformers_model
 
 
 def nf4_bytes(weights: int) -> int:
-    """Half a byte a weight, a byte for 64 of them, four for 64 × 256 (arXiv 2305.14314, section 3)."""
+    """Return the bytes of NF4 weights: 1/2 each, 1 for each 64, 4 for each 64 × 256 (arXiv 2305.14314)."""
     return -(-weights // 2) + -(-weights // 64) + 4 * -(-weights // (64 * 256))
 
 
 def hold_in_nf4(model: nn.Module, compute: torch.dtype) -> None:
-    """Puts stand-ins in place of the frozen linear layers that transformers would quantize: all but the head.
+    """Replace frozen linear layers, all but the head, by stand-ins, as transformers would quantize them.
 
     Args:
         compute: dtype of the products.
@@ -45,7 +45,7 @@ class _Nf4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, made for the moment."""
+        """The dequantized weight, a temporary."""
         return torch.empty(self.shape).to(self.compute)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _Nf4Linear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x · Wᵀ that keeps neither x nor W for the backward."""
+    """x · Wᵀ without saving x or W for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: _Nf4Linear) -> Tensor:

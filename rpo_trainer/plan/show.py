@@ -1,4 +1,4 @@
-"""A plan as text for a terminal."""
+"""Terminal view of a plan."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rich.table import Table
 
 from rpo_trainer.plan.estimate import Plan
 from rpo_trainer.report.formatting import duration, size
+from rpo_trainer.stages.output_dtype import EXACT
 
-# Parts of memory and their heads, for a terminal of 80 columns.
+# Parts of memory and their column heads, for 80 columns.
 _HEADS = {
     "weights": "weights",
     "gradients": "grads",
@@ -27,7 +28,7 @@ _HEADS = {
 
 
 def plan_view(plan: Plan, run_dir: Path) -> Any:
-    """Two tables, what to bear in mind, and the launch line; for `rich`."""
+    """Return two tables, notes, and the launch command, for `rich`."""
     return Group(_work(plan), _memory(plan), *_lines(plan, run_dir))
 
 
@@ -63,17 +64,25 @@ def _memory(plan: Plan) -> Table:
 
 
 def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
-    yield f"parameters: {plan.parameters:,}; peak: {size(plan.peak)} a device; disk: {size(plan.disk)}"
+    yield f"parameters: {plan.parameters:,}; peak: {size(plan.peak)} per device; disk: {size(plan.disk)}"
     yield (
-        "activ: activations of the costliest micro-batch, logit tiles included. Not counted: the process "
-        "and its libraries, and what the allocator keeps of what was freed."
+        "activ: activations of the costliest micro-batch, logit tiles included. Not counted: the process, "
+        "its libraries, and freed memory that the allocator caches."
     )
     if any(stage.memory.reference for stage in plan.stages):
-        yield "ref pass: peak of the reference pass, before gradients and optimizer are there."
+        yield "ref pass: peak of the reference pass, before gradients and optimizer state exist."
+    for dtype in sorted({stage.frozen for stage in plan.stages if stage.frozen is not None}):
+        names = ", ".join(stage.name for stage in plan.stages if stage.frozen == dtype)
+        why = (
+            ": DeepSpeed needs one dtype for all weights" if plan.engine.startswith("zero") else ""
+        )
+        yield f"frozen base weights: {dtype} ({names}){why}."
+    if any(EXACT in stage.disk for stage in plan.stages):
+        yield "exact: float32 weights that the next stage starts from; removed after it."
     if any(stage.assumed for stage in plan.stages):
-        yield "≤: responses still to be sampled, taken at their full max_new_tokens."
+        yield "≤: responses are not sampled yet and count as max_new_tokens."
     folder = run_dir.absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if plan.disk > free:
-        yield f"DISK: {size(plan.disk)} are needed, {size(free)} are free at {run_dir}"
-    yield f"start it with:\n  {plan.launch}"
+        yield f"DISK: {size(plan.disk)} needed, {size(free)} free at {run_dir}"
+    yield f"start the run with:\n  {plan.launch}"

@@ -8,6 +8,7 @@ load              a recipe file → `Recipe`; all mistakes at once, each with it
   messages          pydantic's errors as `RecipeError`s
   foreign_names     names of TRL, transformers and others → the names here
   where             the file and line, or the override, of a key
+convert/          config files of other trainers → recipes
 environment       `${NAME}` and secrets
 template_kwargs   variables of a chat template
 expand            the stages that run, with rounds expanded and references resolved; a recipe as YAML
@@ -34,6 +35,7 @@ from rpo_trainer.recipe.schema import (
     PreferenceStage,
     Recipe,
     ReplaySpec,
+    RewardEndpointSpec,
     RewardStage,
     RPOStage,
     ScoreSpec,
@@ -60,6 +62,7 @@ __all__ = [
     "RPOStage",
     "Recipe",
     "ReplaySpec",
+    "RewardEndpointSpec",
     "RewardStage",
     "SFTStage",
     "ScoreSpec",

@@ -23,15 +23,13 @@ class ForeignName(NamedTuple):
     trainer: str = ""
 
 
-_TOGETHER = "set max_length, the maximum length of prompt + response, instead"
-_PACKED = "remove it: rows are packed without padding if the model supports it (see layout)"
-_ALWAYS = "remove it: reference log-probs are always computed once, before training, and cached"
-_ASSISTANT = "remove it: only tokens of assistant turns are trained, in all data formats"
-_TEMPLATE = "set it on the tokenizer that is passed as processing_class instead"
-_ROUNDS = "train in rounds instead: pass the output of one as `model` and `ref_model` of the next"
-_NOT_OFFERED = "remove it: it is not supported"
-_PROCESSES = "remove it: the number of tokenization processes is chosen automatically"
-_ROWS = "use rows with `prompt` and `response`, or with `messages`"
+_TOGETHER = "remove it; max_length limits prompt and response together"
+_PACKED = "remove it; rows are packed without padding wherever the model allows it (layout)"
+_ASSISTANT = "remove it; only the assistant's responses are trained"
+_TEMPLATE = "set it on the tokenizer that is passed as processing_class"
+_NOT_OFFERED = "remove it; it is not supported"
+_PROCESSES = "remove it; the number of processes follows from the size of the data set"
+_ROWS = "use rows of `text`, of `prompt` and `completion`, or of `messages`"
 _LOADED = "load the model with from_pretrained(...) and pass it as `model`"
 _IN_CONFIG = "set it in the config"
 
@@ -55,7 +53,6 @@ FOREIGN_NAMES = {
     "warmup": ForeignName("warmup_steps"),
     "warmup_ratio": ForeignName("warmup_steps", training_args="`warmup_steps`"),
     "activation_checkpointing": ForeignName(training_args="`gradient_checkpointing`"),
-    "activation_offloading": ForeignName(config=_NOT_OFFERED),
     "optimizer_cls_and_kwargs": ForeignName(
         trainer="set optim and optim_args in the config, or pass optimizers=(optimizer, None)"
     ),
@@ -65,96 +62,96 @@ FOREIGN_NAMES = {
     "save_strategy": ForeignName(training_args="`save_steps`"),
     "logging_strategy": ForeignName(training_args="`logging_steps`"),
     "compute_metrics": ForeignName(
-        trainer="subclass the trainer and extend `evaluate`: an evaluation returns the loss, margins and "
-        "accuracies"
+        trainer="remove it; loss, accuracies and margins are logged anyway. For other metrics subclass the "
+        "trainer and extend `evaluate`"
     ),
     "preprocess_logits_for_metrics": ForeignName(
-        trainer="remove it: the logits are never materialized"
+        trainer="remove it; all logits are never held in memory"
     ),
     # --- losses ---
     "beta": ForeignName(trainer=_IN_CONFIG),
-    "ref_policy_kl_penalty": ForeignName("beta", config="write beta"),
+    "ref_policy_kl_penalty": ForeignName("beta", config="use beta"),
     "eta": ForeignName("reward_scale"),
-    "gt_reward_scale": ForeignName("reward_scale", config="write reward_scale (of RPOConfig)"),
+    "gt_reward_scale": ForeignName("reward_scale", config="use reward_scale (of RPOConfig)"),
     "loss": ForeignName("loss_type"),
-    "loss_weights": ForeignName(
-        config="write sft_loss_weight: the weight of the SFT term; the weight of the preference loss is 1"
-    ),
     "compute_loss_func": ForeignName(
-        trainer="subclass the trainer and return the losses from `losses`"
+        trainer="subclass the trainer and override `losses`, or add a loss to rpo_trainer.losses.LOSSES"
     ),
     "rpo_alpha": ForeignName(
-        recipe="use `sft_loss_weight` for the NLL term; `kind: rpo` for Reward-aware Preference "
-        "Optimization",
+        recipe="use `sft_loss_weight` for the NLL term; `kind: rpo` for reward-aware optimization",
     ),
-    "ld_alpha": ForeignName(config=_NOT_OFFERED),
-    "f_divergence_type": ForeignName(config=_NOT_OFFERED),
-    "f_alpha_divergence_coef": ForeignName(config=_NOT_OFFERED),
-    "use_weighting": ForeignName(config=_NOT_OFFERED),
-    "discopop_tau": ForeignName(config=_NOT_OFFERED),
     "center_rewards_coefficient": ForeignName(config=_NOT_OFFERED),
     # --- the reference ---
     "ref_model": ForeignName("reference"),
-    "reference_free": ForeignName(
-        config="remove it: losses without a reference model are not supported"
-    ),
-    "precompute_ref_log_probs": ForeignName(config=_ALWAYS),
-    "precompute_ref_batch_size": ForeignName(config="write reference_batch_tokens"),
-    "sync_ref_model": ForeignName(config=_ROUNDS),
-    "ref_model_mixup_alpha": ForeignName(config=_ROUNDS),
-    "ref_model_sync_steps": ForeignName(config=_ROUNDS),
+    "precompute_ref_batch_size": ForeignName(config="use reference_batch_tokens"),
     # --- the model ---
     "model_name_or_path": ForeignName("name_or_path"),
     "lora": ForeignName("peft"),
     "peft_config": ForeignName("peft"),
     "model_init": ForeignName(trainer="pass the model itself as `model`"),
-    "model_init_kwargs": ForeignName(config=_LOADED),
-    "trust_remote_code": ForeignName(config=_LOADED),
-    "quantization_config": ForeignName(trainer="load the model with it and pass it as `model`"),
+    "model_init_kwargs": ForeignName(trainer=_IN_CONFIG),
+    "trust_remote_code": ForeignName(trainer=_IN_CONFIG),
+    "quantization_config": ForeignName(
+        config="use model_init_kwargs={'quantization_config': ...}",
+        trainer="load the model with it and pass it as `model`",
+    ),
+    "torch_dtype": ForeignName(config=_LOADED),
     "model_adapter_name": ForeignName(config="pass the model with its adapter active"),
+    "ref_adapter_name": ForeignName(config="pass the reference model as `ref_model`"),
     # --- the tokenizer ---
-    "tokenizer": ForeignName(trainer="write processing_class"),
-    "reward_processing_class": ForeignName(trainer="write processing_class"),
+    "reward_processing_class": ForeignName(trainer="use processing_class"),
     "chat_template_path": ForeignName(config=_TEMPLATE),
     "eos_token": ForeignName(config=_TEMPLATE),
-    "pad_token": ForeignName(config=_TEMPLATE),
     # --- the length of rows ---
-    "max_seq_length": ForeignName(
-        "max_length", config="write max_length", trainer="set max_length in the config"
-    ),
+    "max_seq_length": ForeignName("max_length", trainer="set max_length in the config"),
     "max_length": ForeignName(trainer=_IN_CONFIG),
     "max_prompt_length": ForeignName(config=_TOGETHER),
     "max_completion_length": ForeignName(config=_TOGETHER),
     "max_target_length": ForeignName(config=_TOGETHER),
-    "truncation_mode": ForeignName(config="write truncation: `drop` or `cut`"),
-    "padding_free": ForeignName(config=_PACKED),
     "packing": ForeignName(config=_PACKED, trainer=_PACKED),
     "eval_packing": ForeignName(config=_PACKED),
     "packing_strategy": ForeignName(config=_PACKED),
-    "pad_to_multiple_of": ForeignName(config=_PACKED),
     # --- the data ---
     "assistant_only_loss": ForeignName(config=_ASSISTANT),
     "completion_only_loss": ForeignName(config=_ASSISTANT),
     "shuffle": ForeignName(
-        recipe="set it under `training_args`; by default each epoch is a new permutation"
+        recipe="set it under `training_args`; without it each epoch is a new permutation"
     ),
     "shuffle_dataset": ForeignName(
-        config="remove it, or set shuffle: each epoch is a new permutation unless shuffle=False"
+        config="remove it; each epoch is a new permutation unless shuffle=False"
     ),
-    "dataset_num_proc": ForeignName(config=_PROCESSES, trainer=_PROCESSES),
+    "dataset_num_proc": ForeignName(trainer=_PROCESSES),
     "dataset_text_field": ForeignName(config=_ROWS, trainer=_ROWS),
     "dataset_kwargs": ForeignName(config=_NOT_OFFERED),
     "data_collator": ForeignName(
-        trainer="remove it: rows are packed by the collator of the trainer"
+        trainer="remove it; the trainer packs rows itself, and only responses are trained"
     ),
     "formatting_func": ForeignName(
-        trainer="map the dataset to rows with `messages`, or with `prompt` and `response`"
+        trainer="map the data set to rows of `prompt`, `chosen` and `rejected` first"
     ),
     # --- sampling ---
-    "rollout_func": ForeignName(trainer="remove it: these trainers do not sample"),
+    "rollout_func": ForeignName(trainer="remove it; these trainers do not sample"),
     "reward_funcs": ForeignName(trainer="score rows before training (`rpo-trainer score`)"),
 }
-FOREIGN_LOSSES = {"sigmoid": "dpo"}  # other name of the loss → its name here
+# Names of older versions of transformers and TRL
+FOREIGN_NAMES |= {
+    "overwrite_output_dir": ForeignName(config="remove it; use another output_dir for a new run"),
+    "save_safetensors": ForeignName(config="remove it; weights are always saved as safetensors"),
+    "group_by_length": ForeignName(
+        config="remove it; rows are packed, so that sorting by length saves nothing"
+    ),
+    "logging_dir": ForeignName(config="remove it; use the environment variable TENSORBOARD_LOGGING_DIR"),
+    "no_cuda": ForeignName(config="use use_cpu"),
+    "generate_during_eval": ForeignName(config="remove it; sample from the model after training"),
+    "label_pad_token_id": ForeignName(config=_PACKED, trainer=_PACKED),
+    "padding_value": ForeignName(config=_PACKED, trainer=_PACKED),
+    "is_encoder_decoder": ForeignName(config="remove it; models are decoder-only", trainer="remove it"),
+    "force_use_ref_model": ForeignName(config="remove it; ref_model is always used where it is passed"),
+    "neftune_noise_alpha": ForeignName(trainer=_IN_CONFIG),
+    "label_smoothing": ForeignName(trainer=_IN_CONFIG),
+    "loss_type": ForeignName(trainer=_IN_CONFIG),
+}  # fmt: skip
+FOREIGN_LOSSES = {"sigmoid": "dpo"}  # the same loss under another name
 RPO_ALPHA = (
     "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference Optimization"
 )

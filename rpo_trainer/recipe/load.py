@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rpo_trainer.errors import Problems, RecipeError
+from rpo_trainer.recipe.convert.recognize import TORCHTUNE, foreign_tool
 from rpo_trainer.recipe.environment import is_secret
 from rpo_trainer.recipe.foreign_names import FOREIGN_NAMES
 from rpo_trainer.recipe.messages import Located, recipe_errors
@@ -168,6 +169,15 @@ def _parse(text: str, path: Path) -> Document:
             why=problem.why,
             fix=problem.fix,
         ) from problem
+    if (tool := foreign_tool(document.data)) is not None:
+        raise RecipeError(
+            f"this is a config of {tool}, not a recipe",
+            code="recipe.foreign-file",
+            where=str(path),
+            fix="write a recipe from a model and data files with `rpo-trainer init`"
+            if tool == TORCHTUNE
+            else f"convert it to a recipe: rpo-trainer convert {path}",
+        )
     if isinstance(document.data, dict):
         return document
     kind = "a list" if isinstance(document.data, list) else "a single value"

@@ -1,10 +1,11 @@
-"""Responses are sampled and scored, made into preference rows, and the scale of the rewards is fitted.
+"""Sample and score responses, build preference rows from them, and fit the scale of the rewards.
 
-- Sample: `policies` (rows of prompts to rows of responses, from models here and behind endpoints), `sample`
-  (one model here, batch by batch), `drawing` (how a token is drawn), `sampled_text` (tokens to text).
-- Score: `scorers` (one class for each way), `verifiers/` (the table `VERIFIERS`), `reward_model`, `judge`;
-  `endpoint` asks a server, with `endpoint_messages` (what it is told) and `http_client`.
-- Pair and calibrate: `pairs`, `calibrate`. `evaluate` turns rewards and log-probs into figures.
-- Commands: `commands` is what the commands on rewards do, `row_files` the rows as they read and write them.
-  Long work goes through `data.resumable_rows`, so that what is done survives a kill.
+- Sample: `policies` (prompt rows → response rows, from local models and endpoints), `sample` (one local
+  model, batch by batch), `drawing` (how a token is drawn), `sampled_text` (tokens → text).
+- Score: `scorers` (one class for each source of rewards), `verifiers/` (the table `VERIFIERS`),
+  `reward_model`, `judge`; `endpoint` sends requests, with `endpoint_messages` and `vllm_scores` (what
+  they contain) and `http_client`.
+- Pair and calibrate: `pairs`, `calibrate`. `evaluate` computes metrics of rewards and log-probs.
+- Commands: `commands` implements the commands on rewards, `row_files` reads and writes their rows.
+  Long work goes through `data.resumable_rows`, so that finished rows survive a kill.
 """

@@ -1,7 +1,7 @@
-"""η, the scale between rewards and log-odds: what a given one does to the gaps, and one that fits.
+"""η, the scale of the rewards: how a given η maps reward gaps to targets, and how to fit one.
 
-RPO's target for a pair is the probability σ(η · gap). An η too large makes every target 1, and RPO
-learns no more than DPO; one too small makes every target ½, and it learns nothing.
+RPO's target for a pair is the probability σ(η · reward gap). If η is too large, every target is 1 and RPO
+becomes DPO; if it is too small, every target is ½ and there is nothing to learn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rpo_trainer.data.counts import quantiles
 from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError
 
-QUANTILE, TARGET = 0.5, 0.9  # without labels: half of the (unequal) pairs get at least this target
+QUANTILE, TARGET = 0.5, 0.9  # without labels: the median nonzero gap gets this target
 BINS = 12
 _STEPS = 200
 
@@ -28,10 +28,11 @@ class Fit:
     """A fitted η.
 
     Attributes:
-        method: `labels`: maximum likelihood of the labels under σ(η · gap), where some labels go
-            against the rewards; `quantile`: σ(η · gap) is 0.9 for the median gap that is not 0.
-        pairs: how many gaps it is fitted to.
-        against: labels that go against the rewards.
+        reward_scale: η.
+        method: `labels`: maximum likelihood of the labels under σ(η · gap), where some labels contradict
+            the rewards; `quantile`: σ(η · gap) is 0.9 for the median nonzero gap.
+        pairs: number of gaps used.
+        against: number of labels that contradict the rewards.
     """
 
     reward_scale: float
@@ -40,17 +41,17 @@ class Fit:
     against: int
 
     def line(self) -> str:
-        """For people."""
+        """A sentence for the log."""
         how = (
-            f"by the likelihood of {self.pairs} labels, {self.against} of them against the rewards"
+            f"by the likelihood of {self.pairs} labels, {self.against} of which contradict the rewards"
             if self.method == "labels"
-            else f"so that σ(η · gap) is {TARGET:g} for the median of {self.pairs} gaps"
+            else f"so that σ(η · gap) is {TARGET:g} at the median of {self.pairs} gaps"
         )
         return f"reward_scale (η): {self.reward_scale:g}, fitted {how}"
 
 
 def label_gaps(rows: Sequence[Row]) -> list[float]:
-    """Reward of the first response less that of the last, for rows with rewards."""
+    """Return the reward of the first response minus that of the last, for rows with rewards."""
     return [row["rewards"][0] - row["rewards"][-1] for row in rows if _has_rewards(row)]
 
 
@@ -60,15 +61,15 @@ def _has_rewards(row: Row) -> bool:
 
 
 def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
-    """η for these gaps, rounded to four digits.
+    """Fit η to these gaps, rounded to four digits.
 
     Args:
-        gaps: rewards of chosen less rejected, where a label says which is which; negative where
-            label and rewards disagree. Without any such, labels tell nothing of η.
-        labelled: False: the order of the responses is no label.
+        gaps: reward(chosen) − reward(rejected); negative where the preference label contradicts the
+            rewards. If none is negative, the labels carry no information about η.
+        labelled: whether the order of the responses is a preference label.
 
     Raises:
-        DataError: no gaps, all of them 0, or labels that go against the rewards more than with them.
+        DataError: there are no gaps, all are 0, or most labels contradict the rewards.
     """
     found = np.asarray(gaps, dtype=np.float64)
     unequal = found[found != 0]
@@ -77,8 +78,7 @@ def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
         raise DataError(
             f"{what}: η cannot be fitted",
             code="rewards.no-gaps",
-            why="η scales the gaps between the rewards of a prompt's responses, and 0 stays 0",
-            fix="give reward_scale a number",
+            fix="set reward_scale to a number",
             details={"gaps": len(found)},
         )
     against = int((found < 0).sum())
@@ -89,7 +89,7 @@ def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
 
 
 def _likeliest(gaps: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """The η > 0 that maximises Σ log σ(η · gap), a concave function, by bisection of its slope."""
+    """Return the η > 0 that maximizes Σ log σ(η · gap), a concave function, by bisection on its slope."""
     unit = float(np.abs(gaps).max())
     scaled = gaps / unit
 
@@ -98,10 +98,10 @@ def _likeliest(gaps: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
     if slope(0.0) <= 0:
         raise DataError(
-            "the labels go against the rewards more than with them: no η above 0 fits",
+            "most labels contradict the rewards: no η above 0 fits",
             code="rewards.contradict-labels",
-            why="more often than not a column is swapped, or a lower reward is the better one",
-            fix="look at the rewards, and at what the columns are called",
+            why="usually two columns are swapped, or lower rewards are better",
+            fix="check the rewards and the names of their columns",
         )
     low, high = 0.0, 1.0
     while slope(high) > 0:
@@ -120,21 +120,24 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-# ---------------------------------------------------------------- what a given η does
+# ---------------------------------------------------------------- the effect of a given η
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The gaps of some rows, and what η makes of them.
+    """The reward gaps of some rows, and the targets that η gives them.
 
     Attributes:
-        without: further rows, which have no rewards (a judge may leave them undecided).
+        rows: number of rows with rewards.
+        without: number of rows without (those that a judge left undecided, for example).
+        ties: rows whose gap is 0.
+        against: rows whose chosen response has the lower reward.
         gap: min, median, mean, p95, max.
         histogram: (lower edge, upper edge, count) of each bin.
-        reward_scale: the η looked at.
-        saturated, flat: shares of the rows whose target is above 0.999 (or below 0.001), or within
-            0.05 of ½.
-        fit: an η that fits, None where none does; `unfit` then says why.
+        reward_scale: the η that was used.
+        saturated, flat: fraction of rows whose target is above 0.999 (or below 0.001), and within 0.05
+            of ½.
+        fit: the fitted η; None if none fits, with the reason in `unfit`.
     """
 
     rows: int
@@ -150,29 +153,30 @@ class Calibration:
     unfit: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def warning(self) -> str | None:
-        """What is wrong with η, if most targets are saturated or flat."""
+        """Return a warning if most targets are saturated or flat, else None."""
         if self.saturated > 0.5:
             return (
-                f"{self.saturated:.0%} of the targets are saturated: RPO has become DPO; "
-                "a smaller reward_scale keeps the gaps"
+                f"{self.saturated:.0%} of the targets are saturated, so that RPO becomes DPO: "
+                "use a smaller reward_scale"
             )
         if self.flat > 0.5:
             return (
-                f"{self.flat:.0%} of the targets are within 0.05 of 1/2: RPO learns next to "
-                "nothing; a larger reward_scale shows the gaps"
+                f"{self.flat:.0%} of the targets are within 0.05 of 1/2, so that there is little to "
+                "learn: use a larger reward_scale"
             )
         return None
 
 
 def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibration:
-    """What η does to the gaps of preference rows with rewards.
+    """Compute the targets that η gives to the gaps of preference rows.
 
     Args:
-        reward_scale: None: the fitted one, or 1 where none fits.
+        rows: preference rows, the chosen response first.
+        reward_scale: η; None: the fitted one, or 1 if none fits.
 
     Raises:
         DataError: no row has rewards.
@@ -182,8 +186,7 @@ def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibra
         raise DataError(
             "no row has rewards",
             code="data.missing-rewards",
-            why="η is judged by what it makes of the gaps between rewards",
-            fix="score the rows first (rpo-trainer score)",
+            fix="score the rows first (`rpo-trainer score`)",
         )
     fit, unfit = None, None
     try:
@@ -212,7 +215,7 @@ def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibra
 
 
 def by_source(rows: Sequence[Row], reward_scale: float | None = None) -> dict[str, Calibration]:
-    """The same for each source, and as `all` for all together, at one η."""
+    """Calibrate each source, and all rows together under `all`, at one η."""
     whole = calibrate(rows, reward_scale)
     sources: dict[str, list[Row]] = {}
     for row in rows:

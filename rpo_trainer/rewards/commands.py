@@ -1,7 +1,7 @@
-"""What the commands `score`, `generate`, `pairs` and `calibrate` do, apart from their arguments.
+"""Implementation of the commands `score`, `generate`, `pairs` and `calibrate`.
 
-`score` and `generate` also run as several processes of a launcher: these share the rows, and the first writes
-the file.
+`score` and `generate` also run under a launcher: its processes share the rows, and the first one writes the
+file.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT = ".report.json"  # added to the name of the output: how it was made
+REPORT = ".report.json"  # suffix of the file with the settings of an output
 
 
 @contextmanager
 def _processes() -> Iterator[Ranks]:
-    """Those that a launcher has started for this command."""
+    """Yield the processes that a launcher started for this command."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
@@ -59,7 +59,7 @@ def _processes() -> Iterator[Ranks]:
 
 @contextmanager
 def _locked_by_ranks(out: Path, ranks: Ranks) -> Iterator[None]:
-    """The output belongs to these processes until the end."""
+    """Hold the lock of the output for all processes."""
     with ExitStack() as held:
         with ranks.raise_on_all_ranks():
             if ranks.rank() == 0:
@@ -79,8 +79,8 @@ def _locked(out: Path) -> Iterator[None]:
             "another process is writing this file",
             code="output.locked",
             where=str(out),
-            why="the rows of two processes would be mixed in it",
-            fix="wait for it, or stop it",
+            why="the rows of both would be mixed",
+            fix="wait until it ends, or stop it",
         ) from None
     except OSError as error:
         remove_empty(made)
@@ -88,15 +88,15 @@ def _locked(out: Path) -> Iterator[None]:
             f"the output cannot be written: {error.strerror or error}",
             code="output.not-writable",
             where=str(out),
-            why="the rows could not be kept",
-            fix="name another output with -o, or check the path and its permissions",
+            why="the rows could not be saved",
+            fix="check the path and its permissions, or give another output with -o",
         ) from error
     try:
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-        remove_empty(made)  # where nothing was written
+        remove_empty(made)  # if nothing was written
 
 
 def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
@@ -107,12 +107,12 @@ def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
             rows or settings is deleted.
 
     Raises:
-        RunError: another file is there.
+        RunError: it exists and was not.
     """
     if overwrite and not out.is_dir():
         discard_partials(out, key)
         return False
-    if not out.exists() or partial_paths(out):  # the latter are removed last of all
+    if not out.exists() or partial_paths(out):  # partial files are removed last
         return False
     report = out.with_name(out.name + REPORT)
     try:
@@ -126,16 +126,16 @@ def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
     ):
         return True
     raise RunError(
-        "the output exists, and was not made by this command",
+        "the output exists, and was made from other rows or with other settings",
         code="output.exists",
         where=str(out),
-        why="other rows or settings have made it, and nothing of yours is written over",
-        fix="name another output with -o, or add --overwrite",
+        why="existing files are not overwritten",
+        fix="give another output with -o, or add --overwrite",
     )
 
 
 def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
-    """What the output was made with; written after it, and what makes it finished."""
+    """Write the settings of an output; an output without this file is not finished."""
     content = {
         "key": key, "xxh3_128": file_digest(out), "rows": rows, "settings": redact_values(settings),
     }  # fmt: skip
@@ -145,17 +145,17 @@ def _report(out: Path, key: str, rows: int, settings: dict[str, Any]) -> None:
 def score_file(
     source: SourceSpec, out: Path, spec: ScoreSpec, *, overwrite: bool = False
 ) -> list[str]:
-    """Rewards for every row of a file; resumed where it was interrupted.
+    """Score every row of a file; resumes after an interruption.
 
     Args:
         overwrite: replace an output of other rows or settings, and their unfinished work.
 
     Returns:
-        A summary, line by line; of several processes, the first one's alone.
+        The lines of a summary; empty on all processes but the first.
 
     Raises:
-        DataError, Problems: rows that cannot be read or scored.
-        RunError: the output is another file, or unfinished work of other settings lies there.
+        DataError, Problems: rows cannot be read or scored.
+        RunError: the output is another file, or unfinished with other settings.
     """
     from rpo_trainer.data.judge_bias import bias_lines, biases
     from rpo_trainer.rewards.scorers import make_scorer, weights_key
@@ -164,7 +164,7 @@ def score_file(
         return path, weights_key(Path(path)) if Path(path).is_dir() else path
 
     settings: dict[str, Any] = {"score": spec.model_dump(exclude_none=True)}
-    rewards: list[float | None] = []  # of all responses; None: a judge has not decided
+    rewards: list[float | None] = []  # of all responses; None: the judge gave no consistent verdict
     with _processes() as ranks:
         with ranks.raise_on_all_ranks():
             found = read_responses(source)
@@ -207,11 +207,11 @@ def _spread(ordered: Sequence[float]) -> str:
 
 
 def _nothing_to_do(out: Path) -> str:
-    return f"{out} is finished already: nothing to do"
+    return f"{out} is already finished: nothing to do"
 
 
 def _on_first_rank(ranks: Ranks, lines: list[str]) -> list[str]:
-    """The lines on the first process, none on the others, which would only repeat them."""
+    """Return the lines on the first process, and none on the others."""
     return [] if ranks.rank() else lines
 
 
@@ -224,17 +224,17 @@ def generate_file(
     chat_template: str | None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Responses for every prompt of a file, from all policies; resumed where it was interrupted.
+    """Sample responses from all policies for every prompt of a file; resumes after an interruption.
 
     Args:
         overwrite: as for `score_file`.
 
     Returns:
-        A summary, as `score_file`.
+        The lines of a summary, as `score_file`.
 
     Raises:
-        DataError, Problems: prompts that cannot be read, or finally have no response.
-        ModelError: a policy that cannot be loaded.
+        DataError, Problems: prompts cannot be read, or got no response after all retries.
+        ModelError: a policy cannot be loaded.
         RunError: as `score_file`.
     """
     from rpo_trainer.rewards.policies import (
@@ -274,7 +274,7 @@ def generate_file(
             )  # fmt: skip
     count = sum(len(row["responses"]) for row in made)
     cut = sum(not flag for row in made for flag in row["finished"])
-    line = f"{count} responses to {len(made)} prompts, {cut} cut by max_new_tokens: {out}"
+    line = f"{count} responses to {len(made)} prompts, {cut} truncated by max_new_tokens: {out}"
     return _on_first_rank(ranks, [line])
 
 
@@ -287,11 +287,11 @@ def _model_spec(name: str, chat_template: str | None) -> ModelSpec:
 def _audit_template(
     rows: Sequence[Row], name: str, chat_template: str | None, source: SourceSpec
 ) -> None:
-    """Logs what the chat template of a policy leaves out of the prompts.
+    """Log what the chat template of a policy omits from the prompts.
 
     Raises:
         DataError, Problems: as `audit_prompts`.
-        RecipeError: `--kwargs` that the chat template does not read.
+        RecipeError: the chat template does not read a variable of `--kwargs`.
     """
     from rpo_trainer.data.template_variables import check_kwargs
     from rpo_trainer.data.tokenize import audit_prompts
@@ -309,12 +309,13 @@ def _loader(name: str, chat_template: str | None) -> Callable[[], Any]:
         import torch
 
         from rpo_trainer.models.loading import load_model, load_tokenizer
+        from rpo_trainer.runtime.devices import best_device, bfloat16_supported
 
-        cuda = torch.cuda.is_available()
         spec = _model_spec(name, chat_template)
         tokenizer = load_tokenizer(spec, Path())
         model: Any = load_model(spec, Path(), seed=0, vocabulary=len(tokenizer))
-        model = model.to(device="cuda", dtype=torch.bfloat16) if cuda else model
+        half = torch.bfloat16 if bfloat16_supported() else None
+        model = model.to(device=best_device(), dtype=half)
         return model, tokenizer
 
     return load
@@ -329,23 +330,24 @@ def pairs_file(
     seed: int,
     overwrite: bool = False,
 ) -> list[str]:
-    """Preference rows of a file of scored or ranked responses, as a stage reads them.
+    """Build preference rows from a file of scored or ranked responses, as a stage does.
 
     Args:
         overwrite: replace an existing output.
 
     Returns:
-        A summary, line by line.
+        The lines of a summary.
 
     Raises:
-        DataError, Problems: rows that cannot be read, without rewards, or of which none is left.
+        DataError, Problems: rows cannot be read, have no rewards, or were all dropped.
+        RunError: the output exists.
     """
     if out.exists() and (out.is_dir() or not overwrite):
         raise RunError(
             "the output is a directory" if out.is_dir() else "the output exists",
             code="output.exists",
             where=str(out),
-            why="existing files are not replaced by default",
+            why="existing files are not overwritten",
             fix="name another output with -o"
             + ("" if out.is_dir() else ", or replace this one with --overwrite"),
         )
@@ -359,7 +361,7 @@ def pairs_file(
             code="data.no-rows-left",
             where=str(source.path),
             why="; ".join(audit.summary_lines()),
-            fix="lower --min-gap and the thresholds, or take other rows",
+            fix="lower --min-gap and the thresholds, or use other rows",
         )
     write_rows(out, written_pairs(made))
     lines = audit.summary_lines()
@@ -371,10 +373,10 @@ def pairs_file(
 def calibrate_file(
     sources: Sequence[SourceSpec], reward_scale: float | None
 ) -> dict[str, Calibration]:
-    """Calibrations of the rows of some files, by source and for all.
+    """Calibrate the rows of several files, by source and for all.
 
     Raises:
-        DataError, Problems: rows that cannot be read, or have no rewards.
+        DataError, Problems: rows cannot be read, or have no rewards.
     """
     from rpo_trainer.rewards.calibrate import by_source
 

@@ -1,6 +1,6 @@
-"""How a token is drawn: each response has random numbers of its own, one for every token.
+"""Token sampling: each response has its own random numbers, one for every token.
 
-They follow from the seed, the prompt's name and the response's number alone.
+They depend only on the seed, the prompt's name and the number of the response.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rpo_trainer.runtime.devices import move, widest
+
 
 @dataclass(frozen=True)
 class Drawing:
-    """The draws of all responses.
+    """The random numbers and the sampling settings of all responses.
 
     Args:
-        names: of the random numbers of each prompt.
-        count: numbers for each response.
-        temperature, top_p, top_k: 1, 1 and 0 draw from the distribution as it is.
+        names: name of each prompt, which determines its random numbers.
+        seed: seed of the random numbers.
+        count: random numbers per response.
+        temperature, top_p, top_k: 1, 1 and 0 sample from the unchanged distribution.
     """
 
     names: Sequence[str]
@@ -38,12 +41,12 @@ class Drawing:
     top_k: int = 0
 
     def processors(self, batch: Sequence[int], copies: int, width: int) -> list[LogitsProcessor]:
-        """What shapes the logits of a batch, and at last leaves the drawn token alone.
+        """Return the logits processors of a batch; the last one masks all but the drawn token.
 
         Args:
             batch: indices of its prompts.
-            copies: responses for each prompt.
-            width: tokens of the prompts, with their padding.
+            copies: responses per prompt.
+            width: length of the prompts in tokens, padding included.
         """
         found: list[Any] = []
         if self.temperature != 1:
@@ -61,18 +64,18 @@ class Drawing:
 
 
 def _numbers(key: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Uniform numbers in [0, 1), a pure function of the key."""
+    """Return uniform numbers in [0, 1), a pure function of the key."""
     return np.random.default_rng(xxhash.xxh3_128_intdigest(key.encode())).random(count)
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token of each row possible: the one at which its number falls.
+    """Mask all tokens of each row but the one that its random number selects (inverse transform sampling).
 
-    The likeliest token of what is left is then a sample of the distribution that came in.
+    Greedy decoding after this processor samples from the distribution before it.
 
     Args:
         numbers: [rows, steps] in [0, 1).
-        width: tokens of the prompts, with their padding.
+        width: length of the prompts in tokens, padding included.
     """
 
     def __init__(self, numbers: np.ndarray[Any, np.dtype[np.float64]], width: int) -> None:
@@ -80,9 +83,9 @@ class Draw(LogitsProcessor):
         self.width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.numbers = self.numbers.to(scores.device)  # once: the host would wait for each copy
+        self.numbers = move(self.numbers, scores.device)  # once: each copy blocks the host
         step = input_ids.shape[1] - self.width
-        filled = scores.float().softmax(-1).double().cumsum(-1)  # [rows, V]
+        filled = widest(scores.float().softmax(-1)).cumsum(-1)  # [rows, V]
         total = filled[:, -1:]
         level = self.numbers[:, step : step + 1] * total
         level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))

@@ -1,10 +1,10 @@
-"""OpenAI-compatible endpoints: requests that are repeated until their answer can be read.
+"""OpenAI-compatible endpoints: requests with retries until the answer can be read.
 
-The `openai` client sends them, waits between tries (longer each time, or as long as `Retry-After`
-says) and gives up one whose whole answer is not there after `timeout` seconds, see `http_client`.
-An answer that cannot be read is requested again as often, and so is one that the server puts off
-for longer than the client waits. What fails after that fails its row, with the reason, and no other
-row. The key, where an answer repeats it, is replaced by `[redacted]`.
+The `openai` client sends requests, waits between retries (with increasing delays, or as long as `Retry-After`
+requires) and aborts a request whose complete answer has not arrived after `timeout` seconds, see
+`http_client`. Answers that cannot be read, and delays longer than the client waits, are retried as often. A
+request that fails after all retries fails its row only, with the reason. If an answer contains the API key,
+`[redacted]` replaces it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _SHOWN = 200  # characters of an unreadable answer
-_CLIENT_WAITS = 120.0  # seconds: beyond that the client gives up at once
-_LONGEST_WAIT = 3600.0  # a limit by the day is left to whoever runs the command again
+_CLIENT_WAITS = 120.0  # seconds: the client does not wait longer
+_LONGEST_WAIT = 3600.0  # for longer limits (per day), the command must be run again
 
 
 class Unreadable(Exception):
-    """An answer that is not what was asked for; `code` is that of the row that finally fails by it."""
+    """An answer that cannot be read; `code` is the error code of a row that fails because of it."""
 
     def __init__(self, reason: str, *, code: str = "endpoint.unreadable") -> None:
         super().__init__(reason)
@@ -48,24 +48,28 @@ class Endpoint:
     """One model at one endpoint.
 
     Raises:
-        RecipeError: the library `openai` is not installed, or a key that cannot be sent.
+        RecipeError: the library `openai` is not installed, or the key cannot be sent.
     """
 
     def __init__(self, spec: EndpointSpec) -> None:
         self.spec = spec
         key = os.environ.get(spec.api_key_env) or None
         register(key)
-        # All secrets that this server gets, and so all that it can repeat.
+        # All secrets that this server receives, which its answers may contain.
         self._sent = [each for each in (key,) if each and len(each) >= 8] + register_url(spec.url)
         self._told = False
         self.client = _client(spec, key, self._clean)
 
     def ask(self, send: Callable[[OpenAI], Any], read: Callable[[Any], T]) -> T:
-        """What `read` makes of the answer to `send`.
+        """Send a request, and return the result of `read` on the answer.
+
+        Args:
+            send: sends the request with the client it gets.
+            read: converts the answer; raises Unreadable to retry.
 
         Raises:
-            RowFailed: no answer, a refusal of this request, or none that could be read.
-            RunError: the endpoint refuses every request (no such model, no permission, a redirect).
+            RowFailed: there is no answer, the request is refused, or no answer could be read.
+            RunError: the endpoint refuses every request (unknown model, no permission, a redirect).
         """
         import openai
 
@@ -82,11 +86,11 @@ class Endpoint:
                 openai.NotFoundError,
             ) as error:
                 raise RunError(
-                    f"the endpoint refuses: {_reason(error)}",
+                    f"the endpoint refuses the request: {_reason(error)}",
                     code="endpoint.refused",
                     where=self.spec.url,
-                    why="it would refuse every further request too",
-                    fix=f"check the url, the model's name, and the key in {self.spec.api_key_env}",
+                    why="it would refuse all other requests too",
+                    fix=f"check the url, the name of the model, and the key in {self.spec.api_key_env}",
                 ) from None
             except openai.APIStatusError as error:
                 if 300 <= error.status_code < 400:
@@ -94,12 +98,12 @@ class Endpoint:
                 served = error.status_code >= 500 or error.status_code in (408, 409, 429)
                 wait = _asked_wait(error.response.headers)
                 if served and tries_left and _CLIENT_WAITS < wait <= _LONGEST_WAIT:
-                    logger.info("%s asks to wait %.0f s", self.spec.url, wait)
+                    logger.info("%s requires a wait of %.0f s", self.spec.url, wait)
                     time.sleep(wait)
                     unreadable = _reason(error)
                     continue
                 raise RowFailed(
-                    f"the endpoint refuses: {_reason(error)}",
+                    f"the endpoint refuses the request: {_reason(error)}",
                     code="endpoint.refused",
                     service=served,
                 ) from None
@@ -120,12 +124,12 @@ class Endpoint:
                     service=True,
                 ) from None
             except RecursionError:
-                unreadable = "JSON that is nested too deeply"
+                unreadable = "the JSON is nested too deeply"
                 continue
             except (openai.OpenAIError, ValueError) as error:  # too large, or not JSON
                 unreadable = _short(str(error))
                 continue
-            if isinstance(answer, str):  # what the client makes of another content type
+            if isinstance(answer, str):  # the client returns text for other content types
                 unreadable = f"not JSON: {_short(answer)!r}"
                 continue
             try:
@@ -133,7 +137,7 @@ class Endpoint:
             except Unreadable as error:
                 unreadable, code = _short(str(error)), error.code
             except RecursionError:
-                unreadable = "JSON that is nested too deeply"
+                unreadable = "the JSON is nested too deeply"
             except (
                 ArithmeticError,
                 AttributeError,
@@ -145,14 +149,14 @@ class Endpoint:
         raise RowFailed(f"the answer cannot be read: {unreadable}", code=code)
 
     def _clean(self, content: bytes) -> bytes:
-        """The bytes of an answer without the key."""
+        """Remove the key from the bytes of an answer."""
         clean = hide(content.decode("latin-1"), self._sent).encode("latin-1")
         if clean != content:
             self._tell()
         return clean
 
     def _without_key(self, found: T) -> T:
-        """The same for what was read: in JSON, a key can be written so that its bytes are others."""
+        """Remove the key from parsed content: escapes in JSON can hide it from `_clean`."""
         clean = _hide_in(found, self._sent) if self._sent else found
         if clean != found:
             self._tell()
@@ -162,12 +166,16 @@ class Endpoint:
         if not self._told:
             self._told = True
             logger.warning(
-                "%s repeats the key in its answers; [redacted] replaces it in the rows",
+                "%s returns the API key in its answers; [redacted] replaces it in the rows",
                 self.spec.url,
             )
 
+    def post(self, address: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """Like `ask`, for a POST request with a JSON body; `read` gets the parsed JSON."""
+        return self.ask(lambda client: client.post(address, body=dict(body), cast_to=object), read)
+
     def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
-        """The same for one chat completion."""
+        """Like `ask`, for one chat completion."""
         given: Any = list(messages)
         return self.ask(
             lambda client: client.chat.completions.create(
@@ -184,30 +192,30 @@ def _client(spec: EndpointSpec, key: str | None, clean: Callable[[bytes], bytes]
         import openai
     except ImportError:
         raise RecipeError(
-            "endpoints need the library openai",
+            "endpoints require the library openai, which is not installed",
             code="recipe.missing-library",
             where=spec.url,
-            why="it is needed for remote endpoints only",
+            why="only remote endpoints use it",
             fix="pip install 'rpo-trainer[endpoint]'",
         ) from None
     if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
         raise RecipeError(
-            f"the key in {spec.api_key_env} has a line break, a space at an end, or "
+            f"the key in {spec.api_key_env} has a line break, a leading or trailing space, or "
             "non-ASCII characters",
             code="endpoint.invalid-key",
             where=spec.url,
-            why="an HTTP header cannot carry it",
-            fix=f"set {spec.api_key_env} to the key only",
+            why="an HTTP header cannot contain it",
+            fix=f"set {spec.api_key_env} to the key alone",
         )
     from rpo_trainer.rewards.http_client import BoundedClient
 
     redact_logs_of("openai", "httpx", "httpcore", "httpx2", "httpcore2")
     parts = urlsplit(spec.url)
     return openai.OpenAI(
-        # The client appends paths to its base url, and would do so after a query.
+        # The client appends paths to its base url, even after a query.
         base_url=urlunsplit(parts._replace(query="", fragment="")),
         default_query=dict(parse_qsl(parts.query)),
-        # A server without keys does not read it, and the client needs some text.
+        # The client requires a text; servers without keys ignore it.
         api_key=key or "none",
         timeout=spec.timeout,
         max_retries=spec.retries,
@@ -217,14 +225,14 @@ def _client(spec: EndpointSpec, key: str | None, clean: Callable[[bytes], bytes]
 
 def _redirected(url: str, error: Any) -> RunError:
     target = urljoin(str(error.response.request.url), error.response.headers.get("location", ""))
-    # Its query may hold a token that the server has issued for this request.
+    # Its query may contain a token that the server issued for this request.
     target = _short(redact(target.partition("?")[0]))
     return RunError(
         f"the endpoint redirects ({error.status_code}) to {target}",
         code="endpoint.redirect",
         where=url,
-        why="prompts and the key are sent only to the host that is named",
-        fix="if that is the right address, set it as `url`",
+        why="prompts and the key are sent only to the configured host",
+        fix="if the new address is correct, set it as `url`",
     )
 
 
@@ -239,7 +247,7 @@ def _hide_in(value: Any, secrets: Sequence[str]) -> Any:
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float:
-    """The seconds of `Retry-After`; 0 without any, or where it is a date."""
+    """Return the seconds of `Retry-After`; 0 if it is absent or a date."""
     try:
         wait = float(headers.get("retry-after", 0))
     except ValueError:
@@ -253,7 +261,7 @@ def _reason(error: Any) -> str:
 
 
 def _short(text: str) -> str:
-    """For messages: one line, without secrets (before it is cut, or a part would be left)."""
+    """Shorten a text to one line without secrets (removed first: truncation could leave part of one)."""
     text = " ".join(redact(text).split())
     text = "".join(char if char.isprintable() else "\ufffd" for char in text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
@@ -263,9 +271,9 @@ def _short(text: str) -> str:
 
 
 def message_of(answer: Any) -> str:
-    """The text of a chat completion. Raises Unreadable where there is none."""
+    """Return the text of a chat completion. Raises Unreadable if there is none."""
     message = answer.choices[0].message
-    if isinstance(message, list):  # as some reward endpoints have it
+    if isinstance(message, list):  # of some reward endpoints
         message = message[0]
     content = message.get("content") if isinstance(message, Mapping) else message.content
     if isinstance(content, str) and content.strip():
@@ -277,10 +285,10 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def encodable(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which UTF-8 files cannot hold."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
     text, count = _LONE_SURROGATE.subn("\ufffd", text)
     if count:
-        logger.warning("an answer holds %d lone surrogates: each is replaced by U+FFFD", count)
+        logger.warning("an answer contains %d lone surrogates, replaced by U+FFFD", count)
     return text
 
 
@@ -290,8 +298,10 @@ _SCORE = re.compile(_NUMBER)
 
 
 def _pair(text: str) -> tuple[str, float] | None:
-    """`name: number`, or `name = number`. Split before it is matched: one pattern for both would
-    take a time that is quadratic in the length of a run of blanks."""
+    """Parse `name: number` or `name = number`.
+
+    Split before matching: a single pattern takes quadratic time on long runs of blanks.
+    """
     name, *value = (part.strip() for part in re.split("[:=]", text, maxsplit=1))
     if not value or not _NAME.fullmatch(name) or not _SCORE.fullmatch(value[0]):
         return None
@@ -299,14 +309,14 @@ def _pair(text: str) -> tuple[str, float] | None:
 
 
 def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
-    """The scores by attribute that a reward endpoint answers with, and the answer as it came.
+    """Return the scores by attribute in the answer of a reward endpoint, and its text.
 
-    Two forms are in use: `helpfulness:1.6,correctness:1.7` as the text of the message (NIM), and
-    the attributes as the tokens of `logprobs`, each with its score as the log-prob (the hosted
-    Nemotron reward models).
+    Two formats exist: `helpfulness:1.6,correctness:1.7` as the text of the message (NIM), and the
+    attributes as the tokens of `logprobs`, with each score as the log-prob (the hosted Nemotron reward
+    models).
 
     Raises:
-        Unreadable: neither is there, or a score is not finite.
+        Unreadable: the answer has neither format, or a score is not finite.
     """
     tokens = getattr(getattr(answer.choices[0], "logprobs", None), "content", None)
     try:

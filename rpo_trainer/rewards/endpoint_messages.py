@@ -1,4 +1,4 @@
-"""Rows as a server gets them: messages of OpenAI's chat interface, or text for a judge."""
+"""Convert rows to requests: messages of OpenAI's chat API, or text for a judge."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SENT = ("role", "content", "name", "tool_call_id")  # as they are
-# Flags of training say nothing to a server.
+_SENT = ("role", "content", "name", "tool_call_id")  # unchanged
+# Training flags are meaningless to a server.
 _KNOWN = frozenset({*_SENT, "tool_calls", *THINKING, *TRAIN_FLAGS})
 
 
 def chat_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages with the keys of OpenAI's interface, and thinking as `reasoning_content`.
+    """Convert messages to the keys of OpenAI's API, with thinking as `reasoning_content`.
 
-    The arguments of tool calls are JSON text. Calls without an id get one, and so do the turns of the
-    tools that answer them, in their order.
+    The arguments of tool calls become JSON text. Calls without an id get one, and so do the tool turns
+    that answer them, in order.
     """
     sent = []
     calls = 0
@@ -50,9 +50,9 @@ def chat_messages(messages: Sequence[Message]) -> list[Message]:
 
 
 def scored_conversation(row: Row, number: int) -> tuple[list[Message], dict[str, Any]]:
-    """Prompt and one response of a row as messages, and its tools as options of the request.
+    """Return prompt and one response of a row as messages, and the request options for its tools.
 
-    The answer to it is a score, so no tool may be called.
+    The answer is a score, so tool calls are disabled.
     """
     prompt = row["prompt"]
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -61,10 +61,11 @@ def scored_conversation(row: Row, number: int) -> tuple[list[Message], dict[str,
 
 
 def template_options(spec: EndpointSpec, row: Row | None) -> dict[str, Any]:
-    """`chat_template_kwargs` as vLLM and SGLang take them: options of a chat request, {} for none.
+    """Return `chat_template_kwargs` as options of a chat request to vLLM or SGLang; {} for none.
 
     Args:
-        row: its own are sent where the endpoint has none of its own; None: it has none.
+        spec: the endpoint, whose own variables take precedence.
+        row: its variables are sent if the endpoint has none; None: no row.
     """
     given = spec.chat_template_kwargs
     if given is None:
@@ -73,7 +74,7 @@ def template_options(spec: EndpointSpec, row: Row | None) -> dict[str, Any]:
 
 
 def prompt_text(row: Row) -> str:
-    """The prompt of a row as a judge reads it, after the tools it has."""
+    """Return the prompt of a row as text, preceded by its tools."""
     prompt, tools = row["prompt"], row.get("tools")
     turns = [prompt] if isinstance(prompt, str) else map(_turn, prompt)
     listed = ["\n".join(["Tools:", *map(_json, tools)])] if tools else []
@@ -81,7 +82,7 @@ def prompt_text(row: Row) -> str:
 
 
 def response_text(row: Row, number: int) -> str:
-    """A response of a row as a judge reads it."""
+    """Return a response of a row as text."""
     return _said(response_message(row, number))
 
 
@@ -91,15 +92,23 @@ def warn_unsent(
     *,
     completions: bool = False,
     documents: bool = True,
+    tools: bool = True,
+    variables: bool = True,
 ) -> None:
-    """One warning about what rows say and a server is not told, with counts of rows.
+    """Log one warning that lists the content of rows that is not sent, with counts.
 
     Args:
-        completions: prompts that are text go to the completions interface, which takes neither tools
-            nor variables of a chat template.
-        documents: `documents` among the variables of a row are sent.
+        rows: the rows.
+        where: the endpoint.
+        completions: whether text prompts go to the completions API, which accepts neither tools nor variables
+            of a chat template.
+        documents: whether `documents` among a row's variables are sent.
+        tools: whether a row's tools are sent.
+        variables: whether a row's variables of the chat template are sent.
     """
     counts = Counter(name for row in rows for name in _unsent(row, completions, documents))
+    counts += Counter("`tools`" for row in rows if row.get("tools") and not tools)
+    counts += Counter(f"`{COLUMN}`" for row in rows if row.get(COLUMN) and not variables)
     if counts:
         logger.warning(
             "%s: not sent to the server: %s (of %d rows)",
@@ -121,12 +130,12 @@ def _unsent(row: Row, completions: bool, documents: bool) -> set[str]:
     if row.get("special_tokens"):
         found.add("`special_tokens`")
     if text and completions and row.get("tools"):
-        found.add("`tools` of a prompt that is text")
+        found.add("`tools` of a text prompt")
     given = row.get(COLUMN) or {}
     if given.get("documents") and not documents:
         found.add(f"`documents` of `{COLUMN}`")
     if given and text and completions:
-        found.add(f"`{COLUMN}` of a prompt that is text")
+        found.add(f"`{COLUMN}` of a text prompt")
     return found
 
 
@@ -151,7 +160,7 @@ def _thinking(message: Message) -> str:
 
 
 def _call(call: Mapping[str, Any]) -> tuple[str, str]:
-    """Name and arguments of a tool call, the latter as JSON."""
+    """Return the name of a tool call and its arguments as JSON."""
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     return str(function.get("name", "")), (

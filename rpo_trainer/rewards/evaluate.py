@@ -1,7 +1,7 @@
-"""What a policy says to held-out prompts and thinks of held-out responses, in figures with intervals.
+"""Metrics of a policy on held-out prompts and responses, with confidence intervals.
 
-Every interval is a 95 % bootstrap over prompts (or rows): it tells of their choice and of sampling,
-not of the training seed.
+Intervals are 95 % bootstraps over prompts (or rows): they cover the choice of the prompts and sampling,
+not the training seed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN_SAMPLES = 200  # prompts in samples.jsonl: enough for histograms, and a pa
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the bounds of its interval."""
+    """A mean and the bounds of its 95 % interval."""
 
     value: float
     low: float
@@ -40,11 +40,12 @@ class Estimate:
 def estimate(
     values: Sequence[float], seed: int, weights: Sequence[float] | None = None
 ) -> Estimate:
-    """Σ value / Σ weight with its interval: 2.5 % and 97.5 % points over rows drawn with replacement.
+    """Estimate Σ value / Σ weight, with the 2.5 and 97.5 percentiles over rows drawn with replacement.
 
     Args:
-        values: [n], one a row.
-        weights: [n]; None: 1 each, so that it is the mean.
+        values: [n], one per row.
+        seed: of the bootstrap.
+        weights: [n]; None: 1 each, which gives the mean.
     """
     numerators = np.asarray(values, dtype=np.float64)
     counts = np.ones_like(numerators) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -77,10 +78,10 @@ class EvalSample:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Rewards of a policy's responses, in the scorer's units; shares are in [0, 1].
+    """Rewards of a policy's responses, in the scorer's units; fractions are in [0, 1].
 
-    `reward_low` and `reward_high` bound the interval of `reward_mean`. `exact` counts responses with
-    the verifier's largest reward (None where the scorer has none), `unfinished` those cut by
+    `reward_low` and `reward_high` bound the interval of `reward_mean`. `exact` is the fraction of responses
+    with the verifier's largest reward (None if the scorer has none), `unfinished` the fraction truncated by
     `max_new_tokens`.
     """
 
@@ -96,7 +97,7 @@ class EvalResult:
     samples: tuple[EvalSample, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, texts, lists and dicts, for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "samples": [asdict(sample) for sample in self.samples]}
 
 
@@ -110,24 +111,30 @@ def respond(
     seed: int,
     ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
-    """What a policy says to each row's prompt.
+    """Sample responses to the prompt of each row.
 
     Args:
+        model: the policy.
+        tokenizer: with its chat template.
+        rows: with `prompt`.
+        generate: the sampling settings.
+        greedy: whether to decode greedily too.
+        seed: of the sampling.
         ranks: the processes that share the prompts; each gets all responses.
 
     Returns:
-        For each row its `id`, K `responses`, whether each is `finished`, and the `greedy` one or None.
+        For each row its `id`, K `responses`, K flags `finished`, and the `greedy` response or None.
 
     Raises:
-        DataError: no rows, or a prompt that cannot be written.
-        RecipeError: sampling arguments out of range.
+        DataError: there are no rows, or a prompt cannot be rendered.
+        RecipeError: sampling arguments are out of range.
     """
     if not rows:
         raise DataError(
             "there are no rows to evaluate on",
             code="data.no-rows",
             where="eval.data",
-            why="an evaluation is a mean over responses, and over none there is no mean",
+            why="an evaluation is a mean over responses",
             fix="give sources with rows",
         )
     prompts = [row["prompt"] for row in rows]
@@ -158,7 +165,7 @@ def respond(
 
 
 def to_score(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The rows with all responses of a policy, the greedy one last."""
+    """Return the rows with all responses of a policy, the greedy one last."""
     made = []
     for row, answer in zip(rows, answers, strict=True):
         likeliest = [] if answer["greedy"] is None else [answer["greedy"]]
@@ -175,12 +182,15 @@ def summarise(
     seed: int,
     samples: int = SHOWN_SAMPLES,
 ) -> EvalResult:
-    """The figures of a policy's responses.
+    """Compute the metrics of a policy's responses.
 
     Args:
-        answers: of `respond`.
-        rewards: of the responses of `to_score`.
-        maximum: the reward of a right answer and of nothing else; None: there is none.
+        rows: the evaluated rows.
+        answers: result of `respond`.
+        rewards: of the responses of `to_score`, in their order.
+        maximum: the reward of a correct response, which no other response gets; None: there is none.
+        seed: of the bootstrap.
+        samples: number of prompts to show.
     """
     k = len(answers[0]["responses"])
     table = np.array([row[:k] for row in rewards])  # [prompts, K]
@@ -206,7 +216,7 @@ def summarise(
 
 
 def unfinished(answers: Sequence[Mapping[str, Any]]) -> float:
-    """The share of sampled responses that were cut by `max_new_tokens`."""
+    """Return the fraction of sampled responses that were truncated by `max_new_tokens`."""
     return float(np.mean([not end for answer in answers for end in answer["finished"]]))
 
 
@@ -246,10 +256,11 @@ def shown_rows(count: int, wanted: int = SHOWN_SAMPLES) -> list[int]:
 def win_rate(
     mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int
 ) -> Estimate:
-    """How often a response of mine has the higher reward than one of theirs; equal ones count ½.
+    """Estimate how often a response of `mine` has a higher reward than one of `theirs`; ties count ½.
 
     Args:
         mine, theirs: [prompts][K] rewards of responses to the same prompts; all K × K are compared.
+        seed: of the bootstrap.
     """
     shares = []
     for own, others in zip(mine, theirs, strict=True):
@@ -264,15 +275,17 @@ def win_rate(
 def preference_figures(
     policy: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]] | None, seed: int
 ) -> dict[str, Any]:
-    """How a policy ranks held-out responses.
+    """Compute how a policy ranks held-out responses.
 
     Args:
-        policy, baseline: [rows][K] log-probs, nats, the chosen response's first.
+        policy, baseline: [rows][K] log-probs in nats, the chosen response first.
+        seed: of the bootstrap.
 
     Returns:
-        `pairs`, a count; `ranked`, how often the chosen is the likelier one; and against the baseline
-        `accuracy` (the chosen gained more than the rejected), `margin` (by how many nats) and
-        `chosen_delta` (what the chosen gained). Further responses of a row count as rejected ones.
+        `pairs`, a count; `ranked`, the fraction of pairs whose chosen response is more likely; and
+        relative to the baseline `accuracy` (the fraction of pairs whose chosen log-prob rose by more
+        than the rejected), `margin` (by how many nats) and `chosen_delta` (the rise of the chosen).
+        Further responses of a row count as rejected.
     """
     own = [np.asarray(row) for row in policy]
     found: dict[str, Any] = {"pairs": len(own)}
@@ -294,7 +307,7 @@ def _first_above(values: Any) -> float:
 def nll_figures(
     logps: Sequence[float], tokens: Sequence[int], sources: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """Negative log-likelihood a trained token, in nats, of each source, with its number of `rows`."""
+    """Return the negative log-likelihood per trained token, in nats, and the number of `rows` by source."""
     found = {}
     for source in dict.fromkeys(sources):
         rows = [i for i, own in enumerate(sources) if own == source]

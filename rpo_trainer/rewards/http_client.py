@@ -1,6 +1,6 @@
-"""The HTTP client of endpoints: one deadline and one size limit for a whole answer, no redirects.
+"""HTTP client for endpoints: one deadline and one size limit for the entire answer, and no redirects.
 
-Imported only where the library `openai` is installed.
+Import it only if the library `openai` is installed.
 """
 
 from __future__ import annotations
@@ -15,55 +15,55 @@ from typing import Any
 
 import openai
 
-MAX_BYTES = 16 * 2**20  # of an answer; the longest responses of models are some 100 KB
-_PIECE = 2**14  # bytes sent before the clock is read again
+MAX_BYTES = 16 * 2**20  # of an answer; the longest model responses have about 100 KB
+_PIECE = 2**14  # bytes sent between checks of the deadline
 _PLAIN = ("", "identity")
 
-# openai 2 is built on httpx, openai 3 on httpx2, which has the same names.
+# openai 2 uses httpx, openai 3 uses httpx2, which has the same names.
 _httpx: Any = sys.modules[openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
 _httpcore: Any = importlib.import_module(_httpx.__name__.replace("httpx", "httpcore"))
-_request = threading.local()  # `deadline` of the request that this thread waits for
+_request = threading.local()  # `deadline` of this thread's request
 
 
 class TooLarge(openai.OpenAIError):
-    """An answer that is larger than an answer may be, or compressed, so that its size is unknown."""
+    """An answer that exceeds the size limit, or is compressed, so that its size is unknown."""
 
 
 class BoundedClient(openai.DefaultHttpxClient):
-    """An HTTP client that reads each answer whole, within `timeout` seconds from its request.
+    """HTTP client that reads each answer completely, within `timeout` seconds from its request.
 
-    The timeouts of the library begin anew with every address that is tried and every byte that arrives.
-    Here each connection, read, write and TLS handshake gets the seconds that are left, so that a server
-    cannot extend them. Looking up the addresses of a host is the system's, and has its own limits.
+    The library's timeouts restart with every address and every received byte. Here each connection,
+    read, write and TLS handshake gets the remaining seconds, so that a server cannot extend them. DNS
+    lookups have the limits of the operating system.
 
     Args:
         timeout: seconds for connecting, sending, headers and body together.
-        clean: removes keys from a body, and from values of headers, before anything reads them: the
-            exceptions of the client keep both.
+        clean: removes keys from bodies and header values before anything reads them; the client's exceptions
+            keep both.
         max_bytes: the largest body.
     """
 
     def __init__(
         self, timeout: float, clean: Callable[[bytes], bytes], max_bytes: int = MAX_BYTES
     ) -> None:
-        # A redirect would send prompts and key to a host that nobody has named.
+        # A redirect would send prompts and key to another host than the configured one.
         super().__init__(timeout=timeout, follow_redirects=False)
         self.seconds = timeout
         self.clean = clean
         self.max_bytes = max_bytes
-        # The library has no argument for it, and one `transport` of ours would replace the proxies.
+        # There is no argument for it, and a custom `transport` would disable the proxies.
         transports: list[Any] = [self._transport, *self._mounts.values()]
         for transport in transports:
-            if transport is not None:  # a host without a proxy
+            if transport is not None:  # hosts without a proxy
                 pool = transport._pool
                 pool._network_backend = _Network(pool._network_backend)
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-        """The response with its whole body.
+        """Send a request and return the response with its complete body.
 
         Raises:
             TooLarge: the body is too large or compressed.
-            TimeoutException: of the HTTP library; the deadline has passed.
+            TimeoutException: (of the HTTP library) the deadline has passed.
         """
         _request.deadline = time.monotonic() + self.seconds
         request.headers["accept-encoding"] = "identity"
@@ -75,7 +75,7 @@ class BoundedClient(openai.DefaultHttpxClient):
         headers = type(response.headers)(
             [(name, self.clean(value)) for name, value in response.headers.raw]
         )
-        # JSON is UTF-8, whatever charset the server names.
+        # JSON is UTF-8, regardless of the declared charset.
         headers["content-type"] = headers.get("content-type", "").partition(";")[0].strip()
         return type(response)(
             response.status_code, headers=headers, content=self.clean(body), request=request
@@ -84,7 +84,7 @@ class BoundedClient(openai.DefaultHttpxClient):
     def _body(self, response: Any) -> bytes:
         encoding = response.headers.get("content-encoding", "").strip().lower()
         if encoding not in _PLAIN:
-            raise TooLarge(f"the answer is compressed ({encoding}), which was not asked for")
+            raise TooLarge(f"the answer is compressed ({encoding}), which was not requested")
         body = bytearray()
         for piece in response.iter_raw():
             body += piece
@@ -94,7 +94,7 @@ class BoundedClient(openai.DefaultHttpxClient):
 
 
 class _Network:
-    """The network of a connection pool, whose connections have the deadline of their request."""
+    """Network backend of a connection pool; its connections have the deadline of their request."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -102,10 +102,10 @@ class _Network:
     def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, **options: Any
     ) -> _Stream:
-        """A connection to the first address of a host that accepts one.
+        """Connect to the first address of a host that accepts a connection.
 
-        An address gets its share of the seconds that are left, so that one that does not answer
-        leaves time for the others.
+        The remaining time is divided among the remaining addresses, so that one that does not respond leaves
+        time for the others.
         """
         addresses = _addresses(host, port)
         while True:
@@ -125,7 +125,7 @@ class _Network:
 
 
 def _addresses(host: str, port: int) -> list[str]:
-    """The numeric addresses of a host, in the order of the system."""
+    """Return the numeric addresses of a host, in the system's order."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -135,7 +135,7 @@ def _addresses(host: str, port: int) -> list[str]:
 
 
 class _Stream:
-    """A connection, each of whose calls has the seconds that are left."""
+    """Connection whose operations are limited to the remaining time."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -164,5 +164,5 @@ class _Stream:
 def _left(timed_out: type[Exception]) -> float:
     left: float = _request.deadline - time.monotonic()
     if left <= 0:
-        raise timed_out("the deadline of the whole answer has passed")
+        raise timed_out("the deadline of the answer has passed")
     return left

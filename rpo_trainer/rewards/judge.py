@@ -1,4 +1,4 @@
-"""An LLM as the judge of two responses: asked twice, in both orders; only a verdict that stays is kept."""
+"""LLM judge of two responses: queried in both orders; only a consistent verdict counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, message_of
 from rpo_trainer.rewards.endpoint_messages import prompt_text, response_text
 from rpo_trainer.runtime.files import read_text
 
-# {prompt}, {first} and {second} are filled in; the answer must end with one of [[A]], [[B]], [[C]].
+# {prompt}, {first} and {second} are replaced; the answer must end with [[A]], [[B]] or [[C]].
 TEMPLATE = """\
 Two assistants have answered the same conversation. Say which answer serves the user better: is it \
 right, does it do what was asked, is it clear? Neither the order in which the answers stand nor \
@@ -42,10 +42,10 @@ _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
 def read_template(path: Path | None) -> str:
-    """The template of that file, or ours.
+    """Return the prompt template in a file, or the built-in one.
 
     Raises:
-        RecipeError: it cannot be read, or one of its three places is missing.
+        RecipeError: the file cannot be read, or a placeholder is missing.
     """
     if path is None:
         return TEMPLATE
@@ -57,7 +57,7 @@ def read_template(path: Path | None) -> str:
             code="judge.template-not-readable",
             where=str(path),
             why=str(error),
-            fix="give a text file in UTF-8, or leave it out: then ours is used",
+            fix="give a text file in UTF-8, or remove `template` to use the built-in one",
         ) from None
     missing = [place for place in _PLACES if place not in text]
     if missing:
@@ -65,25 +65,25 @@ def read_template(path: Path | None) -> str:
             f"the judge's template has no {', '.join(missing)}",
             code="judge.missing-placeholder",
             where=str(path),
-            why="the judge would not see what it is to compare",
-            fix=f"write {', '.join(_PLACES)} where they belong, and ask for [[A]], [[B]] or [[C]]",
+            why="the judge would not see what it compares",
+            fix=f"add {', '.join(_PLACES)}, and request the verdict [[A]], [[B]] or [[C]]",
         )
     return text
 
 
 def fill_template(template: str, prompt: str, first: str, second: str) -> str:
-    """The template with its places filled; what looks like a place inside of a text stays text."""
+    """Fill the placeholders of a template; text that looks like a placeholder in a value is kept."""
     texts = dict(zip(_PLACES, (prompt, first, second), strict=True))
     pattern = "|".join(map(re.escape, _PLACES))
     return re.sub(pattern, lambda match: texts[match[0]], template)
 
 
 def read_verdict(answer: Any) -> tuple[str, str]:
-    """(A, B or C; the whole text). The last verdict counts. Raises Unreadable without one."""
+    """Return the last verdict (A, B or C) and the text of an answer. Raises Unreadable without a verdict."""
     text = message_of(answer)
     found = _VERDICT.findall(text)
     if not found:
-        # Redacted before it is cut, or a part of a key would be left.
+        # Redacted before truncation: part of a key could be left otherwise.
         raise Unreadable(
             f"no verdict in {' '.join(redact(text).split())[-80:]!r}", code="judge.no-verdict"
         )
@@ -91,16 +91,16 @@ def read_verdict(answer: Any) -> tuple[str, str]:
 
 
 def judge_row(endpoint: Endpoint, template: str, row: Row, **options: Any) -> dict[str, Any]:
-    """Rewards of a row's responses: the mean of their comparisons, 1 won, ½ equal, 0 lost.
+    """Score a row's responses by comparison: the mean over comparisons of 1 (won), ½ (equal) and 0 (lost).
 
-    Every pair of responses is judged, in both orders: K (K − 1) requests.
+    Every pair of responses is compared in both orders: K (K − 1) requests for K responses.
 
     Returns:
-        `rewards`, None for a response without any consistent comparison; and `judge`, each
-        comparison with both answers as they came.
+        `rewards`, None for a response without a consistent comparison; and `judge`, the comparisons with
+        both unchanged answers.
 
     Raises:
-        RowFailed: a request has finally failed.
+        RowFailed: a request failed after all retries.
     """
     prompt = prompt_text(row)
     responses = [response_text(row, number) for number in range(len(row["responses"]))]
@@ -126,7 +126,7 @@ def judge_row(endpoint: Endpoint, template: str, row: Row, **options: Any) -> di
 
 
 def _consistent(straight: str, swapped: str) -> float | None:
-    """What response a of (a, b) gets; None where the two orders disagree."""
+    """Return the points of response a of (a, b); None if the two orders disagree."""
     if straight == swapped == EQUAL:
         return 0.5
     if (straight, swapped) == (FIRST, SECOND):

@@ -1,4 +1,4 @@
-"""Scored responses made into preference rows: pairs for DPO, K responses for RPO."""
+"""Build preference rows from scored responses: pairs for DPO, K responses for RPO."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Select = Literal["best_worst", "best_random", "all_pairs", "all_responses"]
 
 
 class Scored(NamedTuple):
-    """A response, its reward, and its number in the row; of ranked rows the reward is only an order."""
+    """A response, its reward, and its index in the row; in ranked rows the reward is only an order."""
 
     text: str
     reward: float
@@ -34,29 +34,30 @@ def make_preference_rows(
     seed: int = 0,
     audit: Audit,
 ) -> list[dict[str, Any]]:
-    """Preference rows, chosen response first, from rows with K scored responses.
+    """Build preference rows, chosen response first, from rows with K scored responses.
 
-    Of responses with the same text the first is kept, and blank ones are left out, so that K may
-    differ between rows. A row is dropped, and counted in `audit` by reason, where fewer than two
-    responses are left, all rewards are equal, the chosen has the lowest reward, or the gap is not
-    above `min_gap` (of `all_pairs`: in every pair). Of equal rewards the earlier goes first.
+    Duplicate and blank responses are removed, so that K may differ between rows. A row is dropped, and
+    counted in `audit` by reason, if fewer than two responses remain, all rewards are equal, the chosen
+    response has the lowest reward, or the reward gap is not above `min_gap` (with `all_pairs`: in every
+    pair). Of equal rewards the earlier response comes first.
 
-    Rows without any reward are ranked: their responses stand best first (format `ranked`), and so
-    do those of what is made of them, without rewards. Responses on which a judge has no consistent
-    verdict have no reward, and are left out.
+    Rows without rewards are ranked: their responses are in order, best first (format `ranked`), and the
+    rows made of them have no rewards either. Responses without a consistent verdict of a judge have no
+    reward and are removed.
 
     Args:
-        rows: with `id`, `source`, `prompt`, `responses` (K texts), `rewards` (K numbers) and
-            perhaps `ground_truth`, `tools`, `finished` (K flags; absent: all have ended).
-        select: what to reject: the worst, a random one that is worse, each in turn; or
-            `all_responses` keeps K.
-        chosen: the best; or the response that is the row's ground truth, where there is one.
-        ties: what becomes of equal rewards; `keep` is of use to RPO alone.
-        min_gap: in units of the rewards; not read for ranked rows.
-        seed: of `best_random`; what is drawn depends on it and on the row's id.
+        rows: with `id`, `source`, `prompt`, `responses` (K texts), `rewards` (K numbers), and optionally
+            `ground_truth`, `tools`, `finished` (K flags; by default all are finished).
+        select: the rejected response: the worst, a random worse one, or each in turn; `all_responses` keeps
+            all K.
+        chosen: the best response, or the one that equals the row's ground truth, if any.
+        ties: whether rows with equal rewards are kept; useful for RPO only.
+        min_gap: in units of the rewards; ignored for ranked rows.
+        seed: of `best_random`; the draw depends on it and on the row's id.
+        audit: counts what is removed and dropped.
 
     Raises:
-        DataError: some rows have rewards and others not, or not one finite number a response.
+        DataError: only some rows have rewards, or not one finite number per response.
     """
     ranked = bool(rows) and all(_is_ranked(row) for row in rows)
     if not ranked:
@@ -87,12 +88,12 @@ def make_preference_rows(
 
 
 def pairs_arguments(spec: PairsSpec | None) -> dict[str, Any]:
-    """The arguments that a recipe's `pairs` stands for."""
+    """Return the arguments of `make_preference_rows` for `pairs` of a recipe."""
     return {} if spec is None else spec.model_dump()
 
 
 def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
-    """Responses that say something and have a reward, each once, in their order."""
+    """Return the responses that are not blank and have a reward, each once, in order."""
     texts = row["responses"]
     rewards = [-float(i) for i in range(len(texts))] if ranked else row["rewards"]
     decided = [
@@ -102,7 +103,7 @@ def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
     ]
     said = [scored for scored in decided if scored.text.strip()]
     found: dict[str, Scored] = {}
-    # Two responses with other thinking are two, and so are a cut and a whole one.
+    # Responses that differ in thinking are distinct, and so are a truncated and a complete one.
     for scored in said:
         found.setdefault(response_key(row, scored.number), scored)
     for left, before, warning in (
@@ -118,11 +119,11 @@ def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
 def _in_order(
     responses: list[Scored], row: dict[str, Any], chosen: str
 ) -> tuple[list[Scored], bool]:
-    """Best first, or the ground truth first and the others after it; whether the truth is first."""
+    """Sort best first, or ground truth first; also return whether the ground truth is first."""
     ordered = sorted(responses, key=lambda scored: -scored.reward)  # stable
     truth = str(row.get("ground_truth") or "").strip()
     found = [scored for scored in ordered if truth and scored.text.strip() == truth]
-    found.sort(key=lambda scored: is_cut(row, scored.number))  # the whole one first
+    found.sort(key=lambda scored: is_cut(row, scored.number))  # complete ones first
     if chosen == "ground_truth" and found:
         ordered = [found[0], *(scored for scored in ordered if scored is not found[0])]
     return ordered, bool(found) and ordered[0] is found[0]
@@ -195,8 +196,8 @@ def _check_rewards(rows: Sequence[dict[str, Any]]) -> None:
             f"{len(bad)} of {len(rows)} rows do not have one finite reward for each response",
             code="rewards.incomplete",
             where=f"rows {', '.join(map(str, bad[:3]))}",
-            why="which of its responses is better is known from their rewards alone",
-            fix="score the responses first, or leave these rows out",
+            why="the rewards decide which response is chosen",
+            fix="score the responses first, or remove these rows",
         )
 
 

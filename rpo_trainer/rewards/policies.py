@@ -1,4 +1,4 @@
-"""Rows of prompts to rows of responses: from policies on this machine and behind endpoints, mixed."""
+"""Sample responses to rows of prompts, from local policies and from endpoints."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rpo_trainer.data.rows import THINKING, Row, is_empty, kwargs_of
 from rpo_trainer.errors import DataError
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, encodable
 from rpo_trainer.rewards.endpoint_messages import chat_messages, template_options, warn_unsent
+from rpo_trainer.runtime.devices import empty_cache
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ Loaded = Callable[[], "tuple[PreTrainedModel, PreTrainedTokenizerBase]"]
 
 
 class Policy(Protocol):
-    """What responses are sampled from; `key` is of all that they depend on beside the rows."""
+    """A source of responses; `key` identifies everything but the rows that they depend on."""
 
     name: str
     key: str
@@ -44,16 +45,18 @@ class Policy(Protocol):
     def sample(
         self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
     ) -> Iterator[Done]:
-        """`responses` and `finished` (not cut by the limit) of the pending rows."""
+        """Yield `responses` and `finished` (not truncated) of the pending rows."""
 
 
 class LocalPolicy:
-    """A model of transformers, loaded when the first row needs it.
+    """A local transformers model, loaded for the first row.
 
     Args:
-        load: gives model and tokenizer.
+        name: written into the rows.
+        load: returns model and tokenizer.
+        spec: the sampling settings.
         weights: a key of the weights.
-        seed: of the random numbers, with the key of each row.
+        seed: of the random numbers, together with the key of each row.
     """
 
     def __init__(
@@ -68,7 +71,6 @@ class LocalPolicy:
     def sample(
         self, rows: Sequence[Row], pending: Sequence[int], keys: Sequence[str], shard: Shard
     ) -> Iterator[Done]:
-        import torch
 
         from rpo_trainer.rewards.sample import iter_responses
 
@@ -88,12 +90,11 @@ class LocalPolicy:
             yield Done(index, _fields(texts, [sample.finished for sample in samples]))
         del model, found
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
 
 class EndpointPolicy:
-    """A model behind an OpenAI-compatible endpoint; each response is a request with its own seed."""
+    """A model behind an OpenAI-compatible endpoint; each response is one request with its own seed."""
 
     def __init__(self, endpoint: EndpointSpec, spec: GenerateSpec, *, seed: int) -> None:
         self.name = endpoint.model
@@ -110,7 +111,7 @@ class EndpointPolicy:
         spec = self.endpoint.spec
         own = spec.chat_template_kwargs is not None
         warn_unsent(rows, spec.url, completions=True, documents=not own)
-        left_out: list[str] = []  # one entry a response; all threads add to it
+        left_out: list[str] = []  # one entry per response; all threads append to it
 
         def make(index: int) -> dict[str, Any]:
             texts, finished = [], []
@@ -126,7 +127,7 @@ class EndpointPolicy:
         finally:
             for names, count in sorted(Counter(left_out).items()):
                 logger.warning(
-                    "%s: %d responses came with %s, which is left out: a response is its text",
+                    "%s: %d responses have %s, which is discarded: only the text is kept",
                     self.endpoint.spec.url, count, names,
                 )  # fmt: skip
 
@@ -139,7 +140,7 @@ class EndpointPolicy:
             "top_p": spec.top_p,
             "seed": xxhash.xxh3_64_intdigest(key.encode()) % 2**31,
         }
-        if spec.top_k:  # not in OpenAI's own interface; vLLM and most servers know it
+        if spec.top_k:  # not part of OpenAI's API; vLLM and most servers accept it
             options["extra_body"] = {"top_k": spec.top_k}
         prompt = row["prompt"]
         if not isinstance(prompt, str) and (variables := template_options(self.endpoint.spec, row)):
@@ -157,7 +158,7 @@ class EndpointPolicy:
 
 
 def _response(answer: Any) -> tuple[str, bool, str]:
-    """A response, whether it is whole, and the names of what its message has beside the text."""
+    """Return the text, whether it is complete, and the names of other content of the message."""
     choice = answer.choices[0]
     message = getattr(choice, "message", None)
     text = choice.text if message is None else message.content
@@ -173,25 +174,25 @@ def _fields(texts: list[str], finished: list[bool]) -> dict[str, Any]:
 
 
 def sampling_settings(spec: GenerateSpec) -> dict[str, Any]:
-    """What of a spec shapes the responses, as it is kept in the rows."""
+    """Return the sampling settings that are written into the rows."""
     names = ("responses", "temperature", "top_p", "top_k", "max_new_tokens")
     truth = {"with_ground_truth": True} if spec.with_ground_truth else {}
     return {**{name: getattr(spec, name) for name in names}, **truth}
 
 
 def check_truths(rows: Sequence[Row], spec: GenerateSpec) -> None:
-    """Raises DataError where the ground truth is to be among the responses, and no row has one."""
+    """Raise DataError if the ground truth is to be added to the responses and no row has one."""
     if spec.with_ground_truth and rows and not any(row.get("ground_truth") for row in rows):
         raise DataError(
             "no row has a `ground_truth`",
             code="data.missing-ground-truth",
-            why="`with_ground_truth` puts it among the responses of each row",
-            fix="name its column with `columns: {ground_truth: theirs}`, or remove `with_ground_truth`",
+            why="`with_ground_truth` adds it to the responses of each row",
+            fix="name its column with `columns: {ground_truth: NAME}`, or remove `with_ground_truth`",
         )
 
 
 def row_keys(rows: Sequence[Row], prefix: str = "") -> list[str]:
-    """A name for the random numbers of each row: its id, numbered where others have it too."""
+    """Return a unique name for the random numbers of each row: its id, numbered if it repeats."""
     seen: Counter[str] = Counter()
     keys = []
     for row in rows:
@@ -214,16 +215,20 @@ def sample_rows(
     with_digest: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
-    """The rows with `responses` of all policies, one after the other, also written to `path`.
+    """Sample `responses` from all policies, in order, and write the rows to `path`.
 
-    Beside them each row gains `finished` and `policies` (one entry a response) and `sampling`. Behind
-    them stands the row's ground truth, if that is asked for, as of a policy `ground_truth`.
-    Responses depend on the seed, the policy's place, `prefix` and the row's id alone.
+    Each row also gets `finished` and `policies` (one entry per response) and `sampling`. With
+    `with_ground_truth` the row's ground truth is the last response, with `ground_truth` as its policy.
+    Responses depend only on the seed, the index of the policy, `prefix` and the row's id.
 
     Args:
-        path: resumed where it was interrupted, see `resumable_rows`.
-        prefix: of the keys; two rounds with different ones sample different numbers.
-        label, then, with_digest, ranks: as `write_rows_resumable`.
+        path: resumes after an interruption, see `resumable_rows`.
+        rows: with `prompt`.
+        policies: what is sampled from.
+        spec: the sampling settings.
+        seed: of the random numbers.
+        prefix: of the keys; rounds with different prefixes use different random numbers.
+        label, then, with_digest, ranks: as in `write_rows_resumable`.
 
     Raises:
         DataError, RunError: as `write_rows_resumable` and `iter_responses`.

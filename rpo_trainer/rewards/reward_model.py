@@ -1,4 +1,4 @@
-"""Rewards of responses from a reward model on this machine: the packed step, in batches of like length."""
+"""Score responses with a local reward model: packed forwards, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rpo_trainer.errors import DataError, ModelError, first_line
 from rpo_trainer.models.from_pretrained import LOADING_ERRORS, load_complete, load_pretrained
 from rpo_trainer.models.reward_model import attributes_of
 from rpo_trainer.recipe.template_kwargs import COLUMN
+from rpo_trainer.runtime.devices import best_device, has_accelerator, widest
 from rpo_trainer.runtime.file_errors import reads
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import response_scores
@@ -35,20 +36,20 @@ logger = logging.getLogger(__name__)
 
 
 class RewardModel:
-    """A sequence classifier: one score for each of its labels, weighted to one reward.
+    """Sequence classifier with one score per label; the reward is their weighted sum.
 
-    A response is read as the policy is trained on it: after its prompt, through the chat template,
-    with its end marker. The scores are those at the last token. A row's prompt is computed once for
-    all its responses, and no token is padding, if the model allows it (see `probe`).
+    A response is rendered as in training: after its prompt, with the chat template and its end marker.
+    Scores are read at the last token. A prompt is computed once for all its responses, without padding,
+    if the model allows it (see `probe`).
 
     Args:
-        path: a directory, or a hub name.
-        weights: see `resolve_weights`; None: `reward_weights` of its config, else the mean.
-        layout: the only one to try; None: the fastest that agrees with plain forwards.
+        path: a directory or hub name.
+        weights: see `resolve_weights`; None: `reward_weights` of the model's config, else the mean.
+        layout: the only step layout to try; None: the fastest one that agrees with plain forwards.
 
     Raises:
-        ModelError: it cannot be loaded, is not a decoder with a score head, or agrees with no layout.
-        RecipeError: weights that do not fit its labels.
+        ModelError: the model cannot be loaded, is not a decoder with a score head, or agrees with no layout.
+        RecipeError: the weights do not match its labels.
     """
 
     def __init__(
@@ -72,15 +73,17 @@ class RewardModel:
     def score(
         self, rows: Sequence[Row], pending: Sequence[int], batch_tokens: int, shard: Shard = (0, 1)
     ) -> Iterator[Done]:
-        """`rewards` and `scores` (by label) of the responses of the pending rows.
+        """Yield `rewards` and `scores` (by label) of the responses of the pending rows.
 
-        The batches depend on all rows, not on what is pending, so that rounding is the same
-        whenever a run is taken up again. The longest come first: memory runs out at once or never.
+        The batches depend on all rows, not only on the pending ones, so that rounding is the same in a
+        resumed run. The longest batches come first, so that running out of memory shows immediately.
 
         Args:
-            shard: (rank, ranks): which of the batches this process computes.
-            batch_tokens: at most so many tokens in a forward pass, padding counted where there is
-                any; a row's responses are never parted.
+            rows: all rows.
+            pending: indices of the rows to score.
+            batch_tokens: maximum number of tokens in a forward pass, padding included; the responses of a row
+                stay together.
+            shard: (rank, ranks): the batches that this process computes.
         """
         wanted = set(pending)
         rank, world = shard
@@ -103,7 +106,7 @@ class RewardModel:
                     yield Done(index, self._fields(own))
 
     def _warn_unread(self, rows: Sequence[Row]) -> None:
-        """One warning about variables of rows that its chat template does not read."""
+        """Log a warning about variables of rows that the chat template does not read."""
         counts = Counter(
             name
             for row in rows
@@ -112,12 +115,12 @@ class RewardModel:
         )
         for name, count in sorted(counts.items()):
             logger.warning(
-                "%s: its chat template does not read `%s` of `%s` (%d of %d rows)",
+                "%s: the chat template does not read `%s` of `%s` (%d of %d rows)",
                 self.path, name, COLUMN, count, len(rows),
             )  # fmt: skip
 
     def encode(self, row: Row) -> list[list[int]]:
-        """Token ids of the prompt with each response. Raises RowError: longer than the context."""
+        """Return the token ids of the prompt with each response; RowError beyond the context length."""
         prompt, tools = row["prompt"], row.get("tools")
         parsed = row.get("special_tokens") == "parse"
         renderer = self._renderer.using(row.get(COLUMN), parsed=parsed)
@@ -142,7 +145,7 @@ class RewardModel:
         return found
 
     def _forward(self, examples: list[_Example]) -> list[list[float]]:
-        """[responses][labels] scores, read at each response's last token."""
+        """Return [responses][labels] scores, read at the last token of each response."""
         if not examples:
             return []
         device = next(self.model.parameters()).device
@@ -151,30 +154,30 @@ class RewardModel:
         ]
         inputs = pack(untrained, self.layout).model_inputs.to(device)
         with torch.no_grad():
-            # Not the classifier's own pooling, which looks for the last token that is not the pad
-            # token: where that is the end token too, it finds the one before.
-            found: list[list[float]] = response_scores(self.model, inputs).double().tolist()
+            # Not the classifier's own pooling at the last token that is not padding: if the pad token is
+            # also the end token, it reads one token early.
+            found: list[list[float]] = widest(response_scores(self.model, inputs)).tolist()
         return found
 
     def _fields(self, scores: list[list[float]]) -> dict[str, Any]:
         rewards = [sum(w * s for w, s in zip(self.weights, each, strict=True)) for each in scores]
         if not all(reward == reward and abs(reward) != float("inf") for reward in rewards):
             raise ModelError(
-                "the reward model gives a score that is not finite",
+                "the reward model returns a score that is not finite",
                 code="model.non-finite-scores",
                 where=self.path,
-                why="its weights are damaged, or overflow in their dtype; other scores may be as wrong",
-                fix="load it elsewhere and look at its weights, or save it in bfloat16 or float32",
+                why="its weights are damaged or overflow in their dtype; other scores may be wrong too",
+                fix="check its weights, or save the model in bfloat16 or float32",
             )
         named = [dict(zip(self.attributes, each, strict=True)) for each in scores]
         return {"rewards": rewards, "scores": named}
 
 
-_Example = dict[str, Any]  # of `batch.pack`, without its masks
+_Example = dict[str, Any]  # as for `pack`, without masks
 
 
 def _examples(texts: list[list[int]]) -> list[_Example]:
-    """Texts of one row after the tokens that they share; each by itself where they share none."""
+    """Split the texts of one row into shared prompt and responses; separate examples if nothing is shared."""
     columns = enumerate(zip(*texts, strict=False))
     shortest = min(map(len, texts), default=0)
     shared = next((i for i, column in columns if len({*column}) > 1), shortest)
@@ -186,7 +189,7 @@ def _examples(texts: list[list[int]]) -> list[_Example]:
 def _batches(
     examples: Mapping[int, list[_Example]], layout: Layout, batch_tokens: int
 ) -> Iterator[list[int]]:
-    """Rows of like length, the longest first; a batch of one row may have more tokens."""
+    """Yield batches of rows of similar length, the longest first; a single row may exceed the limit."""
 
     def longest(index: int) -> int:
         found = examples[index]
@@ -213,18 +216,17 @@ def _batches(
 
 
 def _until_end(ids: list[int], mask: list[int]) -> list[int]:
-    """Up to the response's last token: what a template writes after it is not part of it."""
+    """Return the ids up to the last token of the response, without what the template writes after it."""
     if 1 not in mask:
-        raise RowError("a response without a token", code="rewards.empty-response")
+        raise RowError("a response has no tokens", code="rewards.empty-response")
     return ids[: len(mask) - mask[::-1].index(1)]
 
 
 @reads("the reward model", str)
 def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     factory: Any = AutoModelForSequenceClassification
-    cuda = torch.cuda.is_available()
     try:
-        model = load_complete(factory, path, dtype="auto" if cuda else torch.float32)
+        model = load_complete(factory, path, dtype="auto" if has_accelerator() else torch.float32)
         tokenizer = load_pretrained(AutoTokenizer, path)
     except LOADING_ERRORS as error:
         raise ModelError(
@@ -239,15 +241,15 @@ def _load(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
             f"a {type(model).__name__} has no score head on a decoder",
             code="model.no-score-head",
             where=path,
-            why="rewards are read by a head named `score`, at the last token of a response",
-            fix="give a decoder saved as AutoModelForSequenceClassification",
+            why="rewards are computed by a head named `score` at the last token of a response",
+            fix="give a decoder saved with AutoModelForSequenceClassification",
         )
-    model.to("cuda" if cuda else "cpu").eval()
+    model.to(best_device()).eval()
     return model, tokenizer
 
 
 def check_template(model: RewardModel, rows: Sequence[Row]) -> None:
-    """Raises DataError where rows are messages and the reward model has no chat template."""
+    """Raise DataError if rows are messages and the reward model has no chat template."""
     if model.tokenizer.chat_template is None and any(
         not isinstance(r["prompt"], str) for r in rows
     ):
@@ -255,6 +257,6 @@ def check_template(model: RewardModel, rows: Sequence[Row]) -> None:
             "the rows are messages, and the reward model's tokenizer has no chat template",
             code="template.missing",
             where=model.path,
-            why="a reward model means little on text in another form than it was trained on",
-            fix="give it the template it was trained with (chat_template.jinja beside its files)",
+            why="scores are only meaningful for text in the format of its training",
+            fix="add the template it was trained with (chat_template.jinja in its directory)",
         )

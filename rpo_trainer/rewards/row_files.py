@@ -1,4 +1,4 @@
-"""Rows of a file as scorers and policies see them, and back to a file that stages read."""
+"""Read rows for scorers and policies from files, and write them in formats that stages read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rpo_trainer.recipe import SourceSpec
 from rpo_trainer.rewards.verifiers import VERIFIERS
 
 Shape = Literal["pair", "responses", "single"]
-# What verifiers read, and what `generate` and `score` write beside the columns of a format.
+# Columns that verifiers read, and those that `generate` and `score` add.
 _COLUMNS = {column for verifier in VERIFIERS.values() for column in verifier.columns} | {
     "answers", "finished", "judge", "policies", "rewards", "sampling", "scores",
     "special_tokens",
@@ -38,8 +38,9 @@ class Responses:
     """Rows with responses to score.
 
     Attributes:
-        rows: internal rows with `prompt` and `responses`, each with the file's other columns.
-        shape: how they are written again: `pair` (chosen, rejected), `responses` (K), or `single`.
+        rows: internal rows with `prompt`, `responses` and the other columns of the file.
+        shape: the format they are written in: `pair` (chosen, rejected), `responses` (K), or `single`.
+        audit: counts of what was read.
     """
 
     rows: list[Row]
@@ -47,7 +48,7 @@ class Responses:
     audit: Audit
 
     def written(self, rows: Sequence[Row]) -> list[Row]:
-        """The scored rows as they are written, in the columns of a known format."""
+        """Return scored rows in the columns of a known format."""
         return [_WRITTEN[self.shape](row) for row in rows]
 
 
@@ -58,7 +59,7 @@ def source_of(
     special_tokens: SpecialTokens | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> SourceSpec:
-    """A source as a recipe would name it."""
+    """Return the source of a recipe for a file."""
     return SourceSpec.model_validate(
         {
             "path": str(path),
@@ -71,7 +72,7 @@ def source_of(
 
 
 def _adapted(raw: RawSource, kind: Kind, source: SourceSpec, audit: Audit, **how: Any) -> list[Row]:
-    """The rows of a file with all its columns, and in the audit those that nothing here reads."""
+    """Return the rows of a file with all columns; unread columns are counted in the audit."""
     audit.add_read(raw.name, len(raw.rows))
     return adapt(
         raw, kind=kind, format=source.format, columns=source.columns, keep=None, used=_COLUMNS,
@@ -81,10 +82,10 @@ def _adapted(raw: RawSource, kind: Kind, source: SourceSpec, audit: Audit, **how
 
 
 def read_responses(source: SourceSpec) -> Responses:
-    """Every row of a file of pairs, K responses, ratings or SFT, in its order, none left out.
+    """Read every row of a file of pairs, K responses, ratings or SFT rows, in order.
 
     Raises:
-        DataError, or Problems: columns of no known format, rows that cannot be read.
+        DataError, or Problems: the columns match no known format, or rows cannot be read.
     """
     raw = load_source(source, None, 0)
     present = {column for row in raw.rows for column in row}
@@ -95,12 +96,14 @@ def read_responses(source: SourceSpec) -> Responses:
     else:
         kind = kind_of(present)
     if kind is None:
-        kind = find_format(present, "pair", source.format, raw.where).kind  # says what is known
+        kind = find_format(
+            present, "pair", source.format, raw.where
+        ).kind  # its error lists the formats
     audit = Audit()
     rows = _adapted(raw, kind, source, audit, as_given=True, unscored=True)
     if kind == "pair":
         found = find_format(present, "pair", source.format, raw.where)
-        # Two of K responses are no chosen and rejected: nobody has said which is better.
+        # K = 2 responses are not a labeled pair.
         labelled = not found.sort and "responses" not in found.required
         pairs = labelled and all(len(row["responses"]) == 2 for row in rows)
         return Responses(rows, "pair" if pairs else "responses", audit)
@@ -108,7 +111,7 @@ def read_responses(source: SourceSpec) -> Responses:
 
 
 def _singles(rows: Sequence[Row], where: str) -> list[Row]:
-    """Rows of one response. Raises DataError: one that is a tool call, not text."""
+    """Return rows with one response each. Raises DataError if one is a tool call."""
     problems = RowProblems(where)
     found = []
     for row in rows:
@@ -118,14 +121,14 @@ def _singles(rows: Sequence[Row], where: str) -> list[Row]:
             problems.add(error, row["id"])
     problems.raise_if_any(
         len(rows),
-        why="a reward is for an answer in text",
-        fix="remove these rows, or let them end with the answer that follows the call",
+        why="only text can be scored",
+        fix="remove these rows, or end them with the answer after the call",
     )
     return found
 
 
 def _single(row: Row) -> Row:
-    """A row of one response: what stands before the last assistant turn is its prompt."""
+    """Return a row with one response: the last assistant turn; the turns before it are the prompt."""
     if "messages" not in row:
         return row if "responses" in row else {**row, "responses": [row["response"]]}
     messages = row["messages"]
@@ -133,7 +136,7 @@ def _single(row: Row) -> Row:
     turn = messages[last]
     if turn.get("tool_calls"):
         raise RowError(
-            "the last turn of the assistant has `tool_calls`; what is scored must be text",
+            "the last assistant turn has `tool_calls`; only text can be scored",
             code="data.tool-call-response",
         )
     found = {**row, "prompt": messages[:last], "responses": [turn["content"]]}
@@ -159,7 +162,7 @@ _OF_RESPONSES = ("responses", "response_fields")
 
 
 def _written_responses(row: Row) -> list[Any]:
-    """The responses as they are read again: texts, or messages where they say more than a text."""
+    """Return the responses as texts, or as messages if they have more fields than their text."""
     if not row.get("response_fields"):
         return list(row["responses"])
     return [response_message(row, number) for number in range(len(row["responses"]))]
@@ -183,7 +186,7 @@ _WRITTEN: dict[Shape, Any] = {"pair": _pair, "responses": _responses, "single": 
 
 
 def written_pairs(rows: Sequence[Row]) -> list[Row]:
-    """Preference rows as pairs where each has two responses, else as K responses."""
+    """Return preference rows as pairs if all have two responses, else as K responses."""
     two = all(len(row["responses"]) == 2 for row in rows)
     ranked = all(row["rewards"] is None for row in rows)
     made = [_pair(row) for row in rows] if two else [_responses(row) for row in rows]
@@ -194,11 +197,12 @@ def written_pairs(rows: Sequence[Row]) -> list[Row]:
 
 
 def read_pairs(source: SourceSpec, *, keep_all: bool = False) -> tuple[list[Row], Audit]:
-    """Preference rows of a file.
+    """Read the preference rows of a file.
 
     Args:
-        keep_all: every row and column, responses in their order and without rewards where a judge
-            gave none; else as a stage reads them, best first.
+        source: the file.
+        keep_all: keep every row and column, responses in their order, and responses without a reward (of a
+            judge); else read them as a stage does, best first.
     """
     raw = load_source(source, None, 0)
     audit = Audit()
@@ -206,21 +210,21 @@ def read_pairs(source: SourceSpec, *, keep_all: bool = False) -> tuple[list[Row]
 
 
 def read_prompts(source: SourceSpec) -> tuple[list[Row], Audit]:
-    """Prompts of a file, with its other columns.
+    """Read the prompts of a file, with its other columns.
 
     Raises:
-        DataError: it has responses already.
+        DataError: the rows already have responses.
     """
     raw = load_source(source, None, 0)
     taken = {"responses", "finished", "policies", "sampling"}
     found = sorted({column for row in raw.rows for column in row} & taken)
     if found:
         raise DataError(
-            f"the rows have {', '.join(found)} already",
+            f"the rows already have {', '.join(found)}",
             code="data.has-responses",
             where=raw.where,
-            why="the sampled ones are written under these names, and would take their place",
-            fix="take the file of prompts, or remove these columns",
+            why="sampled responses are written to these columns and would replace them",
+            fix="use the file of prompts, or remove these columns",
         )
     audit = Audit()
     return _adapted(raw, "prompt", source, audit), audit

@@ -1,12 +1,12 @@
-"""Responses sampled from a policy with transformers' own `generate`.
+"""Sample responses from a policy with `generate` of transformers.
 
-Each response has random numbers of its own, one for every token, that follow from the seed, the
-prompt's key and the response's number alone: what else is in the batch, and where a run was
-interrupted, does not matter. (It does to the last bit of the logits, on hardware whose sums depend
-on the shape of a batch: a number would have to fall into that bit to give another token.)
+Each response has its own random numbers, one per token, which depend only on the seed, the prompt's key and
+the number of the response: not on the rest of the batch, nor on interruptions. (On hardware whose sums
+depend on the shape of a batch, the last bit of the logits may differ, which almost never changes a
+token.)
 
-What a checkpoint says about decoding (a temperature, a repetition penalty, a top-k) is set aside:
-the responses come from the policy itself, as the caller's arguments shape it.
+The checkpoint's decoding settings (temperature, repetition penalty, top-k) are ignored: only the
+caller's arguments apply.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def sample_responses(
     template_kwargs: TemplateKwargs | None = None,
     ranks: Ranks = ALONE,
 ) -> list[list[Sample]]:
-    """K sampled responses for each prompt, in the prompts' order; arguments as `iter_responses`.
+    """Sample K responses for each prompt, in the order of the prompts; arguments as `iter_responses`.
 
     Args:
-        ranks: the processes that share the work; all of them call this, and get all responses.
+        ranks: the processes that share the work; all of them call this function and get all responses.
     """
     found = ranks.all_gather_dict(
         dict(
@@ -89,32 +89,36 @@ def iter_responses(
     template_kwargs: TemplateKwargs | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """(index of a wanted prompt, its K sampled responses), a batch at a time.
+    """Yield (index of a wanted prompt, its K sampled responses), batch by batch.
 
-    The same seed and keys give the same responses, whatever the state of the global generators,
-    which are not used. The model's mode and its configs are left as they were.
+    The same seed and keys give the same responses; the global random generators are not used. The
+    model's mode and configs are restored.
 
     Args:
+        model: the policy.
+        tokenizer: with its chat template.
         prompts: texts, or lists of messages for the tokenizer's chat template.
-        wanted: indices of the prompts to sample for. Batches are those of all prompts: a run that
-            resumes computes with the shapes, and so the rounding, of one that was never stopped.
+        wanted: indices of the prompts to sample for. Batches are built from all prompts, so that a
+            resumed run
+            has the same shapes and rounding as an uninterrupted one.
         responses: K, at least 1.
-        max_new_tokens: limit of a response, its end token included.
-        temperature: above 0; 1 samples from the policy as it is.
-        top_p: the smallest set of tokens with this probability in all; 1 is every token.
-        top_k: the k likeliest tokens; 0 is every token.
-        batch_size: responses decoded at once; a prompt's K are never parted.
-        keys: names the random numbers of each prompt; None: its index. Prompts with one key get the
-            same numbers.
-        tools: function descriptions of each prompt, for the chat template.
-        parsed: whether text of special tokens in each prompt stands for the tokens.
+        max_new_tokens: maximum length of a response, end token included.
+        temperature: above 0; 1 samples from the unchanged distribution.
+        top_p: sample from the smallest set of tokens with this total probability; 1: all tokens.
+        top_k: sample from the k most likely tokens; 0: all tokens.
+        batch_size: responses decoded at once; the K of a prompt stay together.
+        seed: of the random numbers.
+        keys: name the random numbers of each prompt; None: its index. Prompts with the same key get the same
+            numbers.
+        tools: function descriptions for each prompt, for the chat template.
+        parsed: whether the text of special tokens in each prompt is converted to the tokens.
         template_kwargs: variables of the chat template for each prompt.
-        shard: (rank, world size): which of the batches this process decodes.
+        shard: (rank, world size): the batches that this process decodes.
 
     Raises:
-        RecipeError: an argument out of its range, or longer than the model's context.
-        ModelError: no end token.
-        DataError: a prompt without a token, messages that the chat template refuses, or without one.
+        RecipeError: an argument is out of range, or prompt and response exceed the context length.
+        ModelError: there is no end token.
+        DataError: a prompt has no tokens, or the chat template refuses it or is missing.
     """
     if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0 or responses < 1:
         raise RecipeError(
@@ -122,8 +126,8 @@ def iter_responses(
             f"top_p {top_p} and top_k {top_k}",
             code="recipe.out-of-range",
             where="generate",
-            why="logits are divided by the temperature, and at least one token must be left to draw",
-            fix="responses >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0",
+            why="logits are divided by the temperature, and at least one token must remain",
+            fix="use responses >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0",
         )
     names = keys if keys is not None else [str(index) for index in range(len(prompts))]
     drawing = Drawing(names, seed, max_new_tokens, temperature, top_p, top_k)
@@ -145,7 +149,7 @@ def greedy_responses(
     template_kwargs: TemplateKwargs | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Sample]:
-    """The likeliest next token at every step: one response a prompt; else as `sample_responses`."""
+    """Decode one response per prompt greedily; otherwise as `sample_responses`."""
     own = _generate(
         model, tokenizer, prompts, range(len(prompts)), None, 1, max_new_tokens, batch_size,
         tools, parsed, template_kwargs, (ranks.rank(), ranks.world_size()),
@@ -168,19 +172,19 @@ def _generate(
     template_kwargs: TemplateKwargs | None,
     shard: tuple[int, int],
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Batches of prompts of like length, longest first: memory runs out at once or never.
+    """Generate in batches of similar length, longest first, so that running out of memory shows immediately.
 
     Args:
-        drawing: None: the likeliest token each time.
-        copies: responses for each prompt.
+        drawing: the random numbers; None: greedy decoding.
+        copies: responses per prompt.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise RecipeError(
             f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}",
             code="recipe.out-of-range",
             where="generate",
-            why="a response has at least its end token, and a batch at least one prompt",
-            fix="give at least 1 for both",
+            why="a response has at least an end token, and a batch at least one prompt",
+            fix="set both to at least 1",
         )
     asked = [
         _prompt_tokens(
@@ -227,19 +231,19 @@ def _generate_batch(
     choice: list[LogitsProcessor],
     device: torch.device,
 ) -> list[list[int]]:
-    """The new tokens after each of the encoded prompts."""
+    """Return the new tokens after each encoded prompt."""
     width = max(map(len, encoded))
     pad = config.pad_token_id
     ids = [[pad] * (width - len(row)) + row for row in encoded]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in encoded]
-    # Not inference_mode: a buffer that the model caches here would be unusable in training.
+    # Not inference_mode: buffers that the model caches here could not be used in training.
     with torch.no_grad():
         output = model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
             logits_processor=LogitsProcessorList(choice),
-            synced_gpus=False,  # each process has the whole model, and batches of its own
+            synced_gpus=False,  # each process has the full model and its own batches
         )
     rows: list[list[int]] = output[:, width:].tolist()
     return rows
@@ -263,16 +267,16 @@ def _prompt_tokens(
             str(error),
             code=error.code,
             where=f"prompt {index}",
-            why="no response can be sampled to it",
-            fix="fix the row, or give the tokenizer another chat template",
+            why="no response to it can be sampled",
+            fix="correct the row, or set another chat template",
         ) from error
     if not ids:
         raise DataError(
-            "the prompt has no token",
+            "the prompt has no tokens",
             code="data.empty-prompt",
             where=f"prompt {index}",
-            why="the first token of a response is drawn from what the model predicts after the prompt",
-            fix="leave the row out, or give its prompt some text",
+            why="the first token of a response is predicted from the last token of the prompt",
+            fix="remove the row, or add text to its prompt",
         )
     given = prompt if isinstance(prompt, str) else list(prompt)
     return PromptTokens(given, ids, tools, parsed, template_kwargs)
@@ -283,10 +287,10 @@ def _end_tokens(
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Iterable[Mapping[str, Any]],
 ) -> list[int]:
-    """What ends a response in training, and the end tokens of the checkpoint, often several."""
+    """Return the tokens that end a response in training, and the end tokens of the checkpoint."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     listed = named if isinstance(named, list) else [named]
-    # One short rendering for each set of variables: they may change what ends a turn.
+    # One short rendering per set of variables: they may change the end of a turn.
     distinct = {kwargs_key(each): each for each in ({}, *template_kwargs)}
     trained = [token for each in distinct.values() for token in end_token_ids(tokenizer, each)]
     ends = {*trained, *(token for token in listed if token is not None)}
@@ -294,7 +298,7 @@ def _end_tokens(
         raise ModelError(
             "the tokenizer has no end token",
             code="tokenizer.no-end-token",
-            why="a response would never end",
+            why="responses would never end",
             fix="set eos_token in the tokenizer's files",
         )
     return sorted(ends)
@@ -313,34 +317,34 @@ def _generation_config(
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
         use_cache=True,
-        do_sample=False,  # the draw is in the logits processors, see `drawing`
+        do_sample=False,  # the logits processors draw, see `drawing`
     )
 
 
 def check_room(
     config: Any, encoded: Sequence[Sequence[int]], max_new_tokens: int, *, where: str = "generate"
 ) -> None:
-    """RecipeError where a prompt and its response are longer than a model of `config` has positions."""
+    """Raise RecipeError if a prompt and its response exceed the context length of the model."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise RecipeError(
-            f"the longest prompt has {longest} tokens, and with max_new_tokens {max_new_tokens} "
-            f"goes beyond the model's context of {limit}",
+            f"the longest prompt has {longest} tokens, which with max_new_tokens {max_new_tokens} "
+            f"exceeds the model's context of {limit}",
             code="model.context-exceeded",
             where=where,
-            why="the model was not trained on positions beyond it, and its output there is noise",
-            fix="lower max_new_tokens, or leave the longest prompts out",
+            why="the model was not trained on positions beyond its context",
+            fix="lower max_new_tokens, or remove the longest prompts",
         )
 
 
 @contextmanager
 def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and an empty generation config; each module's mode is put back after."""
+    """Set evaluation mode and an empty generation config, and restore both afterwards."""
     from transformers import GenerationConfig
 
     modes = [(module, module.training) for module in model.modules()]
-    # An adapter hands its generation config to the model inside it.
+    # An adapter passes its generation config to the model it wraps.
     inner = getattr(model, "get_base_model", lambda: model)()
     configs = [(owner, owner.generation_config) for owner in (model, inner)]
     model.eval()  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
-"""Sampled tokens as the text of a response that is trained as those very tokens.
+"""Convert sampled tokens to the text that training renders back to these tokens.
 
-The text of a response goes through the chat template again before it is trained. What the template writes
-itself around it (a line break, the marks of thinking or of a channel) must not be in the text, and what it
-does not write must be. So each response is rendered and tokenised as training does it, in a few forms, and
-the first form that gives back the sampled text with the same control tokens is kept.
+Training renders the text of a response with the chat template again. Text that the template adds around it (a
+line break, the tags of thinking or of a channel) must be removed, and all other text must be kept. Each
+response is therefore rendered and tokenized as in training, in several candidate forms, and the first
+form that gives back the sampled text with the same control tokens is kept.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Stand in for the words and the thinking of an answer, to see what a template writes around them.
+# Placeholders for text and thinking, which show what a template writes around them.
 WORDS, THOUGHT = "rpo0words", "rpo0thought"
 SHOWN = 200  # characters of an example
 
 
 class Sample(NamedTuple):
-    """One response; `finished` is False where it was cut by `max_new_tokens`."""
+    """One response; `finished` is False if `max_new_tokens` truncated it."""
 
     text: str
     finished: bool
@@ -38,11 +38,14 @@ class Sample(NamedTuple):
 
 @dataclass
 class PromptTokens:
-    """A prompt that responses were sampled to.
+    """A prompt whose responses were sampled.
 
     Args:
+        prompt: text or messages.
         ids: its tokens.
-        tools, parsed, template_kwargs: as for `iter_responses`.
+        tools, parsed, template_kwargs: as in `iter_responses`.
+        frames: the template's text around thinking and response, and around the response alone; None: not
+            rendered yet.
     """
 
     prompt: str | list[Message]
@@ -50,16 +53,15 @@ class PromptTokens:
     tools: list[dict[str, Any]] | None = None
     parsed: bool = False
     template_kwargs: Mapping[str, Any] | None = None
-    frames: list[tuple[str, ...]] | None = (
-        None  # what is around thinking and words, and around words
-    )
+    frames: list[tuple[str, ...]] | None = None
 
 
 @dataclass
 class ResponseReader:
-    """Reads sampled tokens; counts the responses that no text gives back.
+    """Converts sampled tokens to text, and counts the responses that no text reproduces.
 
     Args:
+        tokenizer: with its chat template.
         ends: tokens that end a response.
     """
 
@@ -83,10 +85,10 @@ class ResponseReader:
         return frozenset(number for number, token in added if token.special)
 
     def read(self, asked: PromptTokens, row: list[int]) -> Sample:
-        """The response in `row`, the tokens sampled behind a prompt up to the end token or a limit.
+        """Convert `row`, the tokens sampled after a prompt, up to the end token or the limit.
 
-        Where no form gives back the tokens, it is the text without control tokens; of a response that was
-        cut, the form that gives back most of them up to the cut.
+        If no form reproduces the tokens, the result is the text without control tokens; for a truncated
+        response, the form that reproduces the longest prefix.
         """
         stop = next((place for place, token in enumerate(row) if token in self.ends), None)
         aside = self._special & {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
@@ -106,7 +108,7 @@ class ResponseReader:
                 second = text if second is None else second
             elif not finished and len(trained) > most and trained == ids[: len(trained)]:
                 kept, most = text, len(trained)
-        if second is not None:  # training says itself that its prompt is another one
+        if second is not None:  # training warns about the different prompt
             return Sample(second, finished)
         self.changed += 1
         if self.example is None:
@@ -118,12 +120,12 @@ class ResponseReader:
         return Sample(kept, finished)
 
     def warn(self) -> None:
-        """One WARNING of the responses that are trained as another text than was sampled."""
+        """Log one warning about responses whose trained text differs from the sampled one."""
         if self.changed:
             sampled, trained = self.example or ("", "")
             logger.warning(
-                "%d of %d sampled responses would be trained as another text: the chat template does not "
-                "write them as they were sampled (cut thinking, calls, white space, a control token); the "
+                "%d of %d sampled responses would be trained as a different text: the chat template does not "
+                "reproduce them (truncated thinking, tool calls, white space, a control token); the "
                 "first: sampled %r, trained %r",
                 self.changed, self.checked, sampled[:SHOWN], trained[:SHOWN],
             )  # fmt: skip
@@ -143,8 +145,10 @@ class ResponseReader:
             yield plain
 
     def _inside(self, asked: PromptTokens, raw: str) -> Iterator[str]:
-        """Thinking and words, or the words, inside what the template writes around them. `<think>` is read
-        with every template that reads thinking, that of a reward model too."""
+        """Yield the text without what the template writes around it, thinking as `<think>` tags.
+
+        Every template that renders thinking reads `<think>`, that of a reward model too.
+        """
         if asked.frames is None:
             asked.frames = [*self._frames(asked)]
         for lead, *inner, tail in asked.frames:
@@ -185,8 +189,7 @@ class ResponseReader:
         )
 
     def _trained(self, asked: PromptTokens, text: str, *, cut: bool) -> tuple[bool, list[int]]:
-        """Whether a response is trained behind the tokens of the prompt, and its tokens; none where the
-        template refuses it."""
+        """Return whether training renders the same prompt, and the trained tokens ([] if refused)."""
         try:
             ids, mask = self._encoder.encode([self._rendered(asked, text, cut=cut)])[0]
         except RowError:
@@ -197,8 +200,10 @@ class ResponseReader:
         return ids[:start] == asked.ids, ids[start:end]
 
     def _same(self, trained: list[int], ids: list[int]) -> bool:
-        """Whether two responses are the same text with the same control tokens. (A text may have been
-        sampled as other tokens than a tokenizer makes of it.)"""
+        """Whether two responses have the same text and control tokens.
+
+        (The sampled tokens may differ from the tokenization of their text.)
+        """
         last = [place for place, token in enumerate(trained) if token in self.ends][-1:]
         body = trained[: last[0]] if last else trained
         if body == ids:
@@ -215,8 +220,10 @@ class ResponseReader:
         )
 
     def _text(self, asked: PromptTokens, ids: list[int], *, skip: bool) -> str:
-        """The text of a response. To a text it is what it adds to that text: decoded alone, a
-        SentencePiece tokenizer would lose the space it begins with."""
+        """Decode a response. After a text prompt it is decoded with the prompt.
+
+        Decoded alone, a SentencePiece tokenizer drops the leading space.
+        """
         if not isinstance(asked.prompt, str):
             return self._decoded(ids, skip=skip)
         before = self._decoded(asked.ids, skip=skip)

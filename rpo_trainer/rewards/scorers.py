@@ -1,7 +1,7 @@
-"""Where rewards come from: a verifier, a reward model here, one behind an endpoint, or an LLM judge.
+"""Scorers: a verifier, a local reward model, a reward endpoint, or an LLM judge.
 
-Every scorer works alike: it looks at all rows before time is spent, and then gives each row, one by
-one, the fields `rewards` (one a response) and, where there is more to tell, `scores`, `answers` or `judge`.
+Every scorer first checks all rows, and then yields for each row the fields `rewards` (one per response) and,
+depending on the scorer, `scores`, `answers` or `judge`.
 """
 
 from __future__ import annotations
@@ -14,35 +14,44 @@ from rpo_trainer.attributes import PRESETS, resolve_weights
 from rpo_trainer.data.resumable_rows import Done, RowFailed, Shard, Work, content_key, one_by_one
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.rewards.endpoint import Endpoint, Unreadable, attribute_scores
 from rpo_trainer.rewards.endpoint_messages import scored_conversation, template_options, warn_unsent
 from rpo_trainer.rewards.judge import judge_row, read_template
 from rpo_trainer.rewards.verifiers import FailedChecks, Verifier, check_rows, get_verifier
+from rpo_trainer.rewards.vllm_scores import (
+    address,
+    api_of,
+    classify_request,
+    read_heads,
+    read_scores,
+    score_request,
+)
 from rpo_trainer.runtime.cores import usable_cores
 from rpo_trainer.runtime.files import file_digest
 
 if TYPE_CHECKING:
-    from rpo_trainer.recipe import EndpointSpec, JudgeSpec, ScoreSpec
+    from rpo_trainer.recipe import JudgeSpec, RewardEndpointSpec, ScoreSpec
 
 BATCH_TOKENS = 16384
 
 
 class Scorer(Protocol):
-    """Gives rewards to the responses of rows.
+    """Scores the responses of rows.
 
     Attributes:
-        columns: what it reads of a row beside its prompt and responses.
-        key: of all that the rewards depend on, beside the rows.
+        columns: the columns it reads besides prompt and responses.
+        key: identifies everything but the rows that the rewards depend on.
     """
 
     columns: tuple[str, ...]
     key: str
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raises DataError, or Problems, where rows cannot be scored, before any is."""
+        """Raise DataError or Problems if rows cannot be scored; called before any row is scored."""
 
     def work(self, rows: Sequence[Row]) -> Work:
-        """What `map_rows_resumable` needs."""
+        """Return the work for `map_rows_resumable`."""
 
 
 def make_scorer(
@@ -51,16 +60,16 @@ def make_scorer(
     base_dir: Path | None = None,
     model: Callable[[str], tuple[str, str]] | None = None,
 ) -> Scorer:
-    """The scorer that a recipe's `score` describes.
+    """Create the scorer of a recipe's `score`.
 
     Args:
-        base_dir: where relative paths start.
-        model: from what the spec calls a reward model to its directory or hub name, and a key of its
-            weights.
+        spec: which scorer, and its settings.
+        base_dir: the directory of relative paths.
+        model: maps the name of a reward model to its directory or hub name and a key of its weights.
 
     Raises:
-        RecipeError: a library that is not installed, a template without its places, code that may
-            not be run, no such weights.
+        RecipeError: a library is not installed, a template lacks placeholders, code may not be executed, or
+            weights do not exist.
     """
     if spec.verifier is not None:
         return _ByVerifier(
@@ -94,7 +103,7 @@ class _ByVerifier:
             except RowError as error:
                 raise RowFailed(str(error), code=error.code) from None
 
-        # Code waits for another process; the rest is faster without threads.
+        # Code runs in another process; the other verifiers are faster without threads.
         each = one_by_one(make, workers=usable_cores() if self.verifier.runs_code else 1)
 
         def run(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
@@ -131,41 +140,88 @@ class _ByModel:
 
 
 class _ByEndpoint:
-    """Without weights, the endpoint must answer with one attribute called `reward`."""
+    """A reward endpoint. Without `weights` its answers must have one attribute named `reward`."""
 
     columns: tuple[str, ...] = ()
 
-    def __init__(self, spec: EndpointSpec, weights: dict[str, float] | str | None) -> None:
+    def __init__(self, spec: RewardEndpointSpec, weights: dict[str, float] | str | None) -> None:
         by_name = PRESETS.get(weights, {}) if isinstance(weights, str) else weights
         names = list(by_name) if by_name is not None else ["reward"]
         self.weights = resolve_weights(weights, names)
+        self.api = api_of(spec)
+        if self.api == "vllm_score" and len(self.weights) != 1:
+            raise RecipeError(
+                f"`weights` names {len(self.weights)} attributes; `/score` returns one score per response",
+                code="recipe.too-many-attributes",
+                where=spec.url,
+                fix="remove `weights`, or use `/classify`, which returns a score for each label",
+            )
         self.endpoint = Endpoint(spec)
-        own = () if spec.chat_template_kwargs is None else (spec.chat_template_kwargs,)
+        own: tuple[Any, ...] = () if self.api == "rewards" else (self.api,)
+        own += () if spec.chat_template_kwargs is None else (spec.chat_template_kwargs,)
         self.key = content_key("endpoint", spec.url, spec.model, self.weights, *own)
 
     def check(self, rows: Sequence[Row]) -> None:
         own = self.endpoint.spec.chat_template_kwargs is not None
-        warn_unsent(rows, self.endpoint.spec.url, documents=not own)
+        scored = self.api == "vllm_score"
+        warn_unsent(
+            rows, self.endpoint.spec.url, documents=not own or scored,
+            tools=self.api != "vllm_classify", variables=not scored,
+        )  # fmt: skip
 
     def work(self, rows: Sequence[Row]) -> Work:
+        ask = {"vllm_score": self._score, "vllm_classify": self._classify}.get(self.api, self._chat)
+
         def make(index: int) -> dict[str, Any]:
-            row = rows[index]
-            found, variables = [], template_options(self.endpoint.spec, row)
-            for number in range(len(row["responses"])):
-                messages, tools = scored_conversation(row, number)
-                found.append(self.endpoint.chat(messages, self._read, **tools, **variables))
-            scores = [by_name for by_name, _ in found]
-            rewards = [sum(w * each[name] for name, w in self.weights.items()) for each in scores]
-            return {"rewards": rewards, "scores": scores, "answers": [text for _, text in found]}
+            found = ask(rows[index])
+            rewards = [
+                sum(w * each[name] for name, w in self.weights.items()) for each in found["scores"]
+            ]
+            return {"rewards": rewards, **found}
 
         return one_by_one(make, workers=self.endpoint.spec.concurrency)
+
+    def _chat(self, row: Row) -> dict[str, Any]:
+        """Return `scores` by attribute and `answers`, one for each response."""
+        found, variables = [], template_options(self.endpoint.spec, row)
+        for number in range(len(row["responses"])):
+            messages, tools = scored_conversation(row, number)
+            found.append(self.endpoint.chat(messages, self._read, **tools, **variables))
+        return {"scores": [scores for scores, _ in found], "answers": [text for _, text in found]}
+
+    def _score(self, row: Row) -> dict[str, Any]:
+        """Return `scores` from `/score`: one request for all responses."""
+        (name,) = self.weights
+        count, spec = len(row["responses"]), self.endpoint.spec
+        found = self.endpoint.post(
+            address(spec.url, self.api),
+            score_request(spec.model, row),
+            lambda answer: read_scores(answer, count),
+        )
+        return {"scores": [{name: score} for score in found]}
+
+    def _classify(self, row: Row) -> dict[str, Any]:
+        """Return `scores` from `/classify`: one request per response."""
+        spec, names = self.endpoint.spec, list(self.weights)
+        variables = template_options(spec, row).get("extra_body", {}).get(COLUMN)
+        url = address(spec.url, self.api)
+        return {
+            "scores": [
+                self.endpoint.post(
+                    url,
+                    classify_request(spec.model, row, number, variables),
+                    lambda answer: read_heads(answer, names),
+                )
+                for number in range(len(row["responses"]))
+            ]
+        }
 
     def _read(self, answer: Any) -> tuple[dict[str, float], str]:
         scores, text = attribute_scores(answer)
         if missing := [name for name in self.weights if name not in scores]:
             raise Unreadable(
-                f"no score for {', '.join(missing)}, but for {', '.join(scores)}; "
-                "`weights` says which attributes make the reward",
+                f"no score for {', '.join(missing)}, only for {', '.join(scores)}; "
+                "`weights` selects the attributes of the reward",
                 code="endpoint.missing-scores",
             )
         return scores, text
@@ -195,8 +251,8 @@ class _ByJudge:
                 f"{len(single)} of {len(rows)} rows have one response",
                 code="judge.single-response",
                 where=f"rows {', '.join(single[:3])}",
-                why="the judge compares responses in pairs",
-                fix="score single responses with a verifier, a reward model or a reward endpoint",
+                why="the judge compares pairs of responses",
+                fix="use a verifier, a reward model or a reward endpoint for single responses",
             )
 
     def work(self, rows: Sequence[Row]) -> Work:
@@ -207,18 +263,18 @@ class _ByJudge:
 
 
 def weights_key(path: Path) -> str:
-    """A key of the model files in a directory: of their hashes, by name.
+    """Return a key of the weights in a directory, from the names and hashes of the files.
 
     Raises:
-        RecipeError: there are none.
+        RecipeError: the directory has no weights.
     """
     files = sorted(p for p in path.glob("*.safetensors")) if path.is_dir() else []
     if not files:
         raise RecipeError(
-            "there are no weights (safetensors) here",
+            "the directory has no weights (safetensors)",
             code="model.no-weights",
             where=str(path),
-            why="what a model has made is kept under a hash of its weights, to be found again",
-            fix="name the directory of a model; of a run that is RUN/STAGE/final",
+            why="results are stored under a hash of the model's weights",
+            fix="give the directory of a model; in a run that is RUN/STAGE/final",
         )
     return content_key([(file.name, file_digest(file)) for file in files])

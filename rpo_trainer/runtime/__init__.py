@@ -1,11 +1,14 @@
-"""What every part stands on: processes, files, memory, threads.
+"""Basics for every part: processes, devices, files, memory, threads.
 
 distributed     ranks: barriers, gathers, one error for all of them
-ranks           `Ranks`: the processes that share a piece of work, for code that imports no torch
+ranks           `Ranks`: processes that share work, for code that does not import torch
 cores           CPU cores and threads of a process
-memory          peak memory; freed blocks kept for the next step
+devices         the device of this process: CUDA, MPS or CPU, and its dtypes
+memory          peak memory; freed blocks reused in the next step
 lock_holder     the process that runs in a run directory
-files           files written whole or not at all, and their digests
-file_errors     what libraries raise about a damaged file, as a ModelError
-json_records    dataclasses in JSON files, with their types checked
+files           atomic writes and digests
+file_errors     library errors about damaged files, as a ModelError
+terminal        the console that log lines and progress bars share; lines wrapped at words
+harmless_lines  lines of other libraries that are hidden, by logger and text
+json_records    dataclasses in JSON files, with type checks
 """

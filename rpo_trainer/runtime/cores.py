@@ -1,11 +1,10 @@
-"""CPU cores: how many this process may use, how its threads wait, and how many others keep busy.
+"""CPU cores: how many this process may use, how its threads wait, and how many are busy.
 
-No torch at import: how threads wait is fixed once torch is loaded.
+torch is not imported here, because the wait policy of threads is fixed once it is loaded.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
@@ -24,18 +23,18 @@ _SHORTEST = 0.5  # seconds: /proc/stat counts in hundredths
 
 
 def shorten_waits() -> None:
-    """Lets threads spin only briefly while they wait for each other, if the user has not said how they wait.
+    """Shorten the spinning of OpenMP threads, unless the user has set a wait policy.
 
-    By default GNU OpenMP's threads spin for long at the end of each operation. Where another process takes
-    turns on one of the cores, that keeps the core from the thread that is waited for. They spin as often
-    here as that library lets them where it knows of more threads than cores. Results do not change.
+    By default threads of GNU OpenMP spin for long at the end of each operation. If another process shares a
+    core, the spinning threads keep it from the thread that they wait for. The count here is the library's own
+    for more threads than cores. Results do not change.
     """
     if not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def usable_cores() -> int:
-    """Cores for this process: its affinity, at most its control groups' quota, shared by local ranks."""
+    """Return the cores for this process: its affinity, limited by cgroup quotas, divided by local ranks."""
     cores = float(_affinity())
     if quotas := _quotas():
         cores = min(cores, *quotas)
@@ -44,67 +43,69 @@ def usable_cores() -> int:
 
 
 def limit_threads() -> None:
-    """Lowers torch's thread count to the cores of this process.
+    """Lower torch's thread count to the cores of this process.
 
-    torch counts the cores that it may run on, not the share of them that a container is granted, nor the
-    other ranks. What others use at the moment plays no part: a resumed run must compute with as many
-    threads as one that was never stopped. A count that the user has set, by a variable or in torch, stays.
+    torch counts the cores that it may run on, without container quotas and other ranks. The current load is
+    ignored, because a resumed run must use as many threads as one that was never stopped. A count set by the
+    user, in the environment or in torch, is kept.
     """
     import torch
 
     cores, of_torch, affinity = usable_cores(), torch.get_num_threads(), _affinity()
-    # One for each core, or for two hardware threads.
+    # One per core, or one per two hardware threads.
     automatic = of_torch in (affinity, affinity // 2)
     if of_torch > cores and automatic and not any(name in os.environ for name in _COUNTS):
         torch.set_num_threads(cores)
-        logger.info("CPU threads: %d instead of %d, for the cores granted here", cores, of_torch)
+        logger.info(
+            "CPU threads: %d instead of %d, the cores available to this process", cores, of_torch
+        )
 
 
 class OtherProcesses:
-    """How many cores other processes use, from the time when it is made."""
+    """Measures how many cores other processes use since its creation."""
 
     def __init__(self) -> None:
         self._start = _busy_seconds()
 
     def cores(self) -> float | None:
-        """The mean number, of those this process may run on; None where it cannot be measured."""
+        """Return the mean number, of the cores this process may use; None if it cannot be measured."""
         end = _busy_seconds()
         if self._start is None or end is None or (passed := end[0] - self._start[0]) < _SHORTEST:
             return None
         return max(0.0, (end[1] - self._start[1]) / passed)
 
     def report(self) -> None:
-        """A line on the threads, once in a process; a WARNING where others need the same cores.
+        """Log the thread count once per process; a WARNING if other processes need the same cores.
 
-        A single thread waits for none: it is only slowed down by its share of a core.
+        A single thread never waits for others, so it gets no warning.
         """
         import torch
 
         threads, affinity, others = torch.get_num_threads(), _affinity(), self.cores()
-        line = f"CPU threads: {threads} on {affinity} cores"
         if threads > 1 and others is not None and threads + others > affinity + 0.5:
-            logger.warning(
-                "%s, of which other processes use %.1f: steps take longer%s",
-                line,
-                others,
-                _advice(),
+            _say_once(
+                logging.WARNING,
+                f"{threads} CPU threads, but other processes keep {others:.1f} of {affinity} cores busy: "
+                f"training is slower. Stop them, or set OMP_NUM_THREADS={max(1, int(affinity - others))}"
+                f"{_advice()}",
             )
         else:
-            _say_once(line)
+            _say_once(logging.INFO, f"CPU threads: {threads} on {affinity} cores")
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.info("%s", line)
+_said: set[int] = set()  # levels
+
+
+def _say_once(level: int, line: str) -> None:
+    if all(level > said for said in _said):
+        _said.add(level)
+        logger.log(level, "%s", line)
 
 
 def _advice() -> str:
     if any(name in os.environ for name in _WAITING):
         return ""
-    return (
-        ", several times as long where threads spin while they wait; "
-        f"set GOMP_SPINCOUNT={_SPINS} before Python starts"
-    )
+    return f" and GOMP_SPINCOUNT={_SPINS} before Python starts"
 
 
 def _affinity() -> int:
@@ -114,7 +115,7 @@ def _affinity() -> int:
 
 
 def _quotas() -> list[float]:
-    """Cores' worth of time that the control groups of this process grant, version 2 or 1."""
+    """CPU quotas of the process's cgroups (version 2 or 1), in cores."""
     found = []
     for line in _lines(_MEMBERSHIP):
         _, controllers, path = line.split(":", 2)
@@ -122,7 +123,7 @@ def _quotas() -> list[float]:
             continue
         root = _CGROUPS / controllers
         group = root / path.lstrip("/")
-        # A container may see its own group as the root, under the path that it has outside.
+        # A container may see its own cgroup as the root, under the path of the host.
         for folder in (group, *group.parents):
             if not folder.is_relative_to(root):
                 break
@@ -137,7 +138,7 @@ def _quotas() -> list[float]:
 
 
 def _busy_seconds() -> tuple[float, float] | None:
-    """Now, and the seconds that all but this process have computed on the cores of this one."""
+    """The time, and the CPU seconds that other processes have used on this process's cores."""
     if sys.platform != "linux":
         return None
     mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}

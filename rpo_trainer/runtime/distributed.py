@@ -1,7 +1,7 @@
-"""One program on several ranks: who writes, where they meet, one error for all of them.
+"""Distributed processes: the main rank, barriers, gathers, errors raised on all ranks.
 
-A thin layer over accelerate's `PartialState`, which knows whatever launcher has started the ranks. Everything
-here does nothing special in a single process.
+A thin layer over accelerate's `PartialState`, which supports all launchers. In a single process, functions
+here have no communication.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from rpo_trainer.errors import RPOTrainerError
+from rpo_trainer.runtime.devices import has_accelerator, widest_float
 from rpo_trainer.runtime.ranks import Ranks
 
 T = TypeVar("T")
 
-# The ranks wait this long for one that writes a large model, say; a dead one is noticed by the launcher.
+# Ranks wait this long, for one that saves a large model for example; launchers detect dead ones.
 _TIMEOUT = timedelta(hours=2)
 LONG_TIMEOUT = timedelta(days=30)  # of `on_main`, for work that may take hours
 _END_SECONDS = 30.0
@@ -40,22 +41,22 @@ _waits = itertools.count()
 
 
 def start() -> None:
-    """Joins the ranks that a launcher has started, each on its own device."""
+    """Join the ranks that a launcher has started, each on its device."""
     gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {}
     if "LOCAL_RANK" in os.environ:
         settings["timeout"] = _TIMEOUT
         if gpu:
-            settings["backend"] = "cuda:nccl,cpu:gloo"  # small things are agreed on without the GPU
+            settings["backend"] = "cuda:nccl,cpu:gloo"  # small exchanges do not use the GPU
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             _meet_again(settings.get("backend", "gloo"))
-    PartialState(cpu=not gpu and not torch.backends.mps.is_available(), **settings)
+    PartialState(cpu=not has_accelerator(), **settings)
 
 
 def _meet_again(backend: str) -> None:
-    """Joins the ranks that torchrun has restarted.
+    """Join ranks that torchrun has restarted.
 
-    It keeps one store for all its attempts, in which a rank may find the address of one that has died.
+    torchrun keeps one store for all attempts, which may hold the address of a dead rank.
     """
     store, own_rank, ranks = next(rendezvous("env://"))
     torch.distributed.init_process_group(
@@ -68,29 +69,29 @@ def _meet_again(backend: str) -> None:
 
 
 def rank() -> int:
-    """Number of this process among all, from 0."""
+    """Return the rank of this process, from 0."""
     return int(PartialState().process_index)
 
 
 def world_size() -> int:
-    """How many processes there are; a signal may ask while the state is being made."""
+    """Return the number of processes; safe in signal handlers while the state is created."""
     known = PartialState._shared_state.get("num_processes")
     return int(os.environ.get("WORLD_SIZE", 1) if known is None else known)
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is the main process, which writes files."""
     return bool(PartialState().is_main_process)
 
 
 def device() -> torch.device:
-    """The device of this process."""
+    """Return the device of this process."""
     return torch.device(PartialState().device)
 
 
 @contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """Arguments of transformers made inside, for another device, do not change this process's own."""
+    """Keep the process state unchanged by TrainingArguments created inside for another device."""
     states: list[dict[str, Any]] = [PartialState._shared_state, AcceleratorState._shared_state]
     found = [dict(state) for state in states]
     try:
@@ -102,13 +103,13 @@ def preserve_process_state() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Wait for all processes."""
     PartialState().wait_for_everyone()
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """An error of one process inside becomes the error of all; what is done inside must not communicate."""
+    """Raise an error of one process inside on all processes; code inside must not communicate."""
     error: RPOTrainerError | None = None
     try:
         yield
@@ -125,10 +126,10 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def on_main(do: Callable[[], T], *, timeout: timedelta | None = None) -> T:
-    """What `do` gives, or the error it raises, on every process; it runs on the main one alone.
+    """Run `do` on the main process only; its result or error is that of every process.
 
     Args:
-        timeout: how long the others wait for it; None: as long as an exchange of the processes may take.
+        timeout: how long other processes wait; None: the timeout of the process group.
     """
     if timeout is not None and world_size() > 1:
         do = _waited_for(do, timeout)
@@ -140,7 +141,7 @@ def on_main(do: Callable[[], T], *, timeout: timedelta | None = None) -> T:
 
 
 def _waited_for(do: Callable[[], T], timeout: timedelta) -> Callable[[], T]:
-    """Runs `do` on the main process while the others wait at the store they met at; its result again."""
+    """Run `do` on the main process while the others wait at the store; returns a getter of its result."""
     store, key = _get_default_store(), f"rpo_trainer/on_main/{next(_waits)}"
     found: list[T] = []
     error: RPOTrainerError | None = None
@@ -163,7 +164,7 @@ def _waited_for(do: Callable[[], T], timeout: timedelta) -> Callable[[], T]:
 
 
 def broadcast(value: T) -> T:
-    """The main process's value."""
+    """Return the main process's value on all processes."""
     if world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -172,14 +173,14 @@ def broadcast(value: T) -> T:
 
 
 def all_gather_dict(values: dict[Any, T]) -> dict[Any, T]:
-    """The entries of all processes, on each of them."""
+    """Merge the dicts of all processes on each of them."""
     if world_size() == 1:
         return values
     return {key: value for part in gather_object([values]) for key, value in part.items()}
 
 
 class _AllRanks(Ranks):
-    """The functions of this module, for work that takes either all ranks or one process."""
+    """The functions of this module as `Ranks`."""
 
     rank = staticmethod(rank)
     world_size = staticmethod(world_size)
@@ -193,7 +194,7 @@ ALL_RANKS = _AllRanks()
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest of all processes' values; one small exchange, off the GPU where gloo is there."""
+    """Return the maximum over all processes; the exchange uses gloo if available."""
     return int(all_reduce_max_float(value))
 
 
@@ -202,26 +203,27 @@ def all_reduce_max_float(value: float) -> float:
     if world_size() == 1:
         return value
     on_cpu = "gloo" in torch.distributed.get_backend_config()
-    found = torch.tensor([value], dtype=torch.float64, device="cpu" if on_cpu else device())
+    place = torch.device("cpu") if on_cpu else device()
+    found = torch.tensor([value], dtype=widest_float(place), device=place)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return float(found.item())
 
 
 def end(seconds: float = _END_SECONDS) -> bool:
-    """Leaves the process group, for good: it cannot be joined again in this process.
+    """Leave the process group permanently.
 
-    The threads of a process group (gloo's, NCCL's watchdog) end with its last reference. One that is still
-    running while Python shuts down is ended inside C++ code when it next asks for the interpreter lock, and
-    that aborts the process (exit code -6, "terminate called without an active exception").
+    Threads of a process group (gloo's, NCCL's watchdog) end with its last reference. A thread that still runs
+    while Python shuts down is terminated in C++ code when it next takes the interpreter lock, which aborts
+    the process (exit code -6, "terminate called without an active exception").
 
-    SIGTERM and SIGINT are ignored from here on. The process is ending with an exit code of its own, and a
-    launcher that sees one rank end with an error sends SIGTERM to the others.
+    SIGTERM and SIGINT are ignored from here on: the process exits with its own code, and a launcher that sees
+    one rank fail sends SIGTERM to the others.
 
     Args:
-        seconds: limit for a group that cannot be left, such as with a process that hangs.
+        seconds: time limit, for example if another process hangs.
 
     Returns:
-        Whether nothing is left of the group. If False, `exit_at_once` ends the process safely.
+        Whether the group was destroyed. If False, use `exit_at_once` to end the process safely.
     """
     if not torch.distributed.is_initialized():
         return True
@@ -248,10 +250,10 @@ def end(seconds: float = _END_SECONDS) -> bool:
 
 
 def _drop_defaults(groups: list[Any]) -> None:
-    """Takes process groups out of the default arguments of functions.
+    """Remove process groups from default arguments of functions.
 
-    Modules of torch and DeepSpeed write `group=group.WORLD`. Imported while there is a group, as DDP imports
-    one of them, they hold it until Python shuts down.
+    Modules of torch and DeepSpeed have `group=group.WORLD`. If imported while a group exists, they keep it
+    alive until Python shuts down.
     """
     held = set(map(id, groups))
     for function in gc.get_objects():
@@ -267,7 +269,7 @@ def _drop_defaults(groups: list[Any]) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends the process with what is registered for its end, without Python's own shutdown after it."""
+    """Run the registered exit functions and end the process without Python's shutdown."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed, or nobody reads it

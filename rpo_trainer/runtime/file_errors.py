@@ -1,4 +1,4 @@
-"""Files of others, such as a model's: what a library raises about a damaged one becomes a ModelError."""
+"""Damaged files of a model or tokenizer: library errors become a ModelError."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rpo_trainer.runtime.files import kind_of_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What Python and the libraries raise when a file does not hold what they expect. Not RuntimeError: that may
-# be the device, or memory.
+# Raised by Python and libraries for unexpected file content. Not RuntimeError, which may come from the
+# device or a lack of memory.
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
     ImportError, AssertionError, NotImplementedError,
@@ -23,16 +23,16 @@ _MOST = {
     "num_hidden_layers": 10**4, "hidden_size": 10**7, "intermediate_size": 10**8, "vocab_size": 10**8,
     "num_attention_heads": 10**5,
 }  # fmt: skip
-_BY_NAME = ("StrictDataclassError", "SafetensorError", "PanicException")  # no class that is public
+_BY_NAME = ("StrictDataclassError", "SafetensorError", "PanicException")  # not public classes
 
 
 @contextmanager
 def reading(what: str, where: str) -> Iterator[None]:
-    """Within it, an error of a library about a file becomes a ModelError, and so does a lack of memory.
+    """Turn library errors about files, and a lack of memory, into a ModelError.
 
     Args:
-        what: is read, such as `the tokenizer`.
-        where: it is.
+        what: what is read, such as `the tokenizer`.
+        where: its place, for the error.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def reading(what: str, where: str) -> Iterator[None]:
             f"{what} cannot be read: {type(error).__name__}: {first_line(error)}",
             code="model.unreadable",
             where=where,
-            why="a file of it is damaged, or does not hold what its name says",
+            why="a file is damaged or has unexpected content",
             fix="copy or download the files again",
         ) from error
 
@@ -69,16 +69,16 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def device_failed(error: BaseException) -> bool:
-    """Whether memory or an accelerator has failed, so that nothing is wrong with what was loaded."""
+    """Whether memory or an accelerator has failed, not the loaded files."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return lacks_memory(error) or "AcceleratorError" in names or "CUDA error" in str(error)
 
 
 def reads(what: str, where: Callable[..., str]) -> Callable[[F], F]:
-    """`reading` around a function.
+    """Decorate a function with `reading`.
 
     Args:
-        where: from the function's arguments to the place.
+        where: maps the function's arguments to the place.
     """
 
     def decorate(function: F) -> F:
@@ -93,7 +93,7 @@ def reads(what: str, where: Callable[..., str]) -> Callable[[F], F]:
 
 
 def require_files(folder: Path, where: str) -> None:
-    """Raises ModelError where something else than files and directories is in a directory.
+    """Raise ModelError if a directory contains anything but files and directories.
 
     Reading from a pipe would wait for its writer, and a device may never end.
     """
@@ -104,7 +104,7 @@ def require_files(folder: Path, where: str) -> None:
             f"the directory cannot be read: {error.strerror or error}",
             code="model.unreadable",
             where=where,
-            why="the model's files are there",
+            why="it contains the model's files",
             fix="check the path and its permissions",
         ) from error
     for path, kind in found:
@@ -118,7 +118,7 @@ def require_files(folder: Path, where: str) -> None:
 
 
 def require_sizes(config: Any, where: str) -> Any:
-    """The configuration; ModelError where making its model would never end, or take all memory."""
+    """Return the configuration; ModelError if its sizes are implausibly large."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, most in _MOST.items():
             value = getattr(part, name, None)
@@ -127,7 +127,7 @@ def require_sizes(config: Any, where: str) -> Any:
                     f"{name} is {value}",
                     code="model.size-out-of-range",
                     where=where,
-                    why=f"no model has more than {most}",
+                    why=f"the limit is {most}",
                     fix="correct the model's configuration",
                 )
     return config

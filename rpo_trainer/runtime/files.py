@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and what tells their content."""
+"""Atomic file writes, digests, and file system errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 import xxhash
 
 _REFUSALS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EACCES, errno.EPERM,
+    errno.EROFS, errno.EIO,
 )  # fmt: skip
 TRUNCATED = "a file could not be written to its end"
 # Of torch, which writes archives through C++ streams.
@@ -26,7 +27,7 @@ _TIME_STEP_NS = 2 * 10**9
 
 
 def atomic_write(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a text, or its pieces, whole or not at all; it is on disk when this returns."""
+    """Write a text, or its pieces, atomically; it is on disk when this returns."""
     os.replace(_staged(path, text), path)
 
 
@@ -44,7 +45,7 @@ def _staged(path: Path, text: str | Iterable[str]) -> Path:
 def write_with_digest(path: Path, text: str | Iterable[str]) -> None:
     """`atomic_write`, with the digest of the content in a file beside it (`digest_path`).
 
-    The digest is written first: a file without one was not written to its end.
+    The digest is written first, so a file without one is incomplete.
     """
     staged = _staged(path, text)
     atomic_write(digest_path(path), file_digest(staged) + "\n")
@@ -52,12 +53,12 @@ def write_with_digest(path: Path, text: str | Iterable[str]) -> None:
 
 
 def digest_path(path: Path) -> Path:
-    """Where the digest of a file of `write_with_digest` is kept."""
+    """Return the path of the digest of a file of `write_with_digest`."""
     return path.with_name(path.name + DIGEST_SUFFIX)
 
 
 def verify_digest(path: Path) -> str | None:
-    """What is wrong with a file of `write_with_digest`; None: its content is as it was written."""
+    """Describe what is wrong with a file of `write_with_digest`; None if it is unchanged."""
     kept = digest_path(path)
     try:
         expected = kept.read_text(encoding="utf-8", errors="replace").strip()
@@ -70,10 +71,10 @@ def verify_digest(path: Path) -> str | None:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The text of a file in UTF-8, without a byte-order mark.
+    """Read a UTF-8 text file without its byte-order mark.
 
     Raises:
-        OSError: it cannot be read, or is a pipe, a device or the like (see `kind_of_file`).
+        OSError: it is unreadable, or a pipe, a device or the like (see `kind_of_file`).
         ValueError: not UTF-8, or more than `limit` bytes.
     """
     if (kind := kind_of_file(path)) is not None:
@@ -86,21 +87,21 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Makes a directory with those above it; the new ones, the innermost first."""
+    """Create a directory and its parents; returns the new ones, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Removes directories, the innermost first, up to one that is not empty."""
+    """Remove directories in order until one is not empty."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def file_digest(path: Path) -> str:
-    """xxh3-128 of a file's content."""
+    """Return the xxh3-128 of a file's content."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -109,13 +110,13 @@ def file_digest(path: Path) -> str:
 
 
 def json_digest(content: Mapping[str, Any]) -> str:
-    """xxh3-128 of what JSON can write, whatever the order of its keys."""
+    """Return the xxh3-128 of JSON content, independent of key order."""
     plain = json.loads(json.dumps(content))  # as it will be read: keys are text
     return str(xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode()))
 
 
 def tree_digest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """xxh3-128 of the names and contents of all files below a directory.
+    """Return the xxh3-128 of the names and contents of all files below a directory.
 
     Args:
         known: results of `known_digest`, by the files' names relative to the directory.
@@ -129,11 +130,10 @@ def tree_digest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = No
 
 
 def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The digest of a file as `digest`, and as `stat` what tells that the file is still the same.
+    """Return the digest of a file as `digest`, and its size, inode and times as `stat`.
 
-    `known`, an earlier result, is returned where nothing has been written to the file since: size, inode
-    and both times are the same. A program can set the time of the last write, but not that of the last
-    change (ctime), so other content of the same size and time is noticed. All others are read.
+    `known`, an earlier result, is returned if `stat` is the same. Programs can set the modification time but
+    not the change time (ctime), so replaced content is detected. Otherwise the file is read.
     """
     found = path.stat()
     now = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
@@ -146,15 +146,15 @@ def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def refusal(error: BaseException) -> str | None:
-    """What the file system has said where it has refused to write or read; None: this is another error."""
+    """Return the file system's message if it has refused to read or write; None for other errors."""
     seen: BaseException | None = error
-    while seen is not None:  # an error of closing a file hides the one of writing it
+    while seen is not None:  # an error on close hides the error on write
         number = seen.errno if isinstance(seen, OSError) else None
         named = isinstance(seen, OSError) and seen.filename is not None
         if number is not None and (number in _REFUSALS or named):
             return os.strerror(number)
         seen = seen.__cause__ or seen.__context__
-    # safetensors and torch pass on what the system has said as a text alone, or not at all.
+    # safetensors and torch pass the system's message on as text only, or not at all.
     text = str(error)
     said = next((words for words in map(os.strerror, _REFUSALS) if words in text), None)
     if said is None and isinstance(error, RuntimeError) and any(w in text for w in _NOT_WRITTEN):
@@ -163,7 +163,7 @@ def refusal(error: BaseException) -> str | None:
 
 
 def kind_of_file(path: Path) -> str | None:
-    """What a path is where it is not a file or a directory, such as `a pipe`; None: one of these, or absent.
+    """Return the kind of a path that is neither file nor directory, such as `a pipe`; else None.
 
     Opening a pipe waits for a writer, and a device may never end.
     """

@@ -1,4 +1,4 @@
-"""Dataclasses that stand in a JSON file: read with their types checked, written without what is None."""
+"""Dataclasses in JSON files: types are checked when read, None is not written."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ RecordT = TypeVar("RecordT", bound="JsonRecord")
 
 
 class JsonRecord:
-    """Base of dataclasses that stand in a JSON file.
+    """Base of dataclasses in a JSON file.
 
-    Metadata of fields: `key`, its name in the file; `absent`, what stands there where it is None (without
-    it the key is left out); `rest`, it holds the entries that no other field names.
+    Metadata of fields: `key`, the name in the file; `absent`, the value written for None (without it the key
+    is omitted); `rest`, the field for entries that no other field names.
     """
 
     @classmethod
     def from_json(cls: type[RecordT], value: Any, *, lenient: bool = False) -> RecordT:
-        """The record of what `json.loads` has read.
+        """Create a record from the result of `json.loads`.
 
         Args:
-            lenient: what does not have its type, or is not finite, is left out.
+            lenient: omit entries of a wrong type or that are not finite.
 
         Raises:
-            ValueError: an entry does not have its type, or a required one is missing.
+            ValueError: an entry has a wrong type, or a required one is missing.
         """
         found: RecordT = _read(cls, value, cls.__name__, lenient)
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Dicts, lists, texts and numbers, for `json.dumps`."""
+        """Return dicts, lists, strings and numbers for `json.dumps`."""
         plain: dict[str, Any] = _plain(self)
         return plain
 
@@ -44,14 +44,14 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 def _keys(kind: Any) -> Iterator[tuple[str, Any]]:
-    """Of each field but `rest` its key in the file."""
+    """Yield each field but `rest` with its key in the file."""
     for one in fields(kind):
         if not one.metadata.get("rest"):
             yield one.metadata.get("key", one.name), one
 
 
 def _read(hint: Any, value: Any, place: str, lenient: bool) -> Any:
-    """`value` where it is what `hint` says; raises ValueError where it is not."""
+    """Return `value` if it matches `hint`; else raise ValueError."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -89,7 +89,7 @@ def _read_union(args: tuple[Any, ...], value: Any, place: str, lenient: bool) ->
 
 
 def _try(hint: Any, value: Any, place: str, lenient: bool) -> tuple[bool, Any]:
-    """Whether `value` fits, and what was read; what does not fit is an error unless `lenient`."""
+    """Return whether `value` matches, and the result; a mismatch is an error unless `lenient`."""
     try:
         return True, _read(hint, value, place, lenient)
     except ValueError:

@@ -1,10 +1,9 @@
-"""Memory of this process: its peak, and freed blocks kept for the next step on a CPU under glibc."""
+"""Memory of this process: its peak, and freed blocks reused by the next step (CPU, glibc)."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,31 +20,36 @@ _AS_USUAL = {_MMAP_THRESHOLD: 32 * _MIB, _TRIM_THRESHOLD: 64 * _MIB, _MMAP_MAX: 
 
 
 def peak_memory() -> int:
-    """Most bytes held since the process began: on the GPU where there is one, else by the process."""
+    """Return the peak bytes since the process started: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     if _STATUS.exists():  # unlike ru_maxrss not raised by the process that started this one
         (line,) = [x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM")]
         return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        import psutil  # type: ignore[import-untyped]  # of accelerate
+
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 @contextmanager
 def keeping_freed_memory() -> Iterator[None]:
-    """Inside, large blocks that are freed stay with the process; at the end they are given back.
+    """Keep large freed blocks in the process inside, and return them to the system at the end.
 
-    As it comes, glibc asks the system for every large block anew and hands it back when freed, and the
-    system clears each page once more: the tensors of a training step are of this size, and come again in
-    every step. Nothing is done without glibc, or where the user has set an option of malloc
-    (`MALLOC_*`, `GLIBC_TUNABLES`).
+    By default glibc requests every large block from the system and returns it when freed, and the system
+    clears each page again. Tensors of a training step have this size and recur in every step. Without glibc,
+    or if the user has set a malloc option (`MALLOC_*`, `GLIBC_TUNABLES`), nothing is done.
     """
     libc = _glibc()
     if libc is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         yield
         return
     libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # an int; what lies beyond is given back
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # the largest int
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""The processes that share a piece of work: this one alone, or all that a launcher has started.
+"""Processes that share work: a single one, or all that a launcher has started.
 
-Imports no torch, so that work of one process needs none; `runtime.distributed.ALL_RANKS` stands for all.
+torch is not imported here; `runtime.distributed.ALL_RANKS` has the implementation for all ranks.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """What work needs of the processes that share it; as it stands here, for one process."""
+    """Interface to the processes that share work; this class is for a single process."""
 
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Return the rank of this process, from 0."""
         return 0
 
     def world_size(self) -> int:
-        """How many processes there are."""
+        """Return the number of processes."""
         return 1
 
     def barrier(self) -> None:
-        """Waits until every process is here."""
+        """Wait for all processes."""
 
     def raise_on_all_ranks(self) -> AbstractContextManager[None]:
-        """An error of one process inside becomes the error of all."""
+        """Raise an error of one process inside on all processes."""
         return nullcontext()
 
     def on_main(self, do: Callable[[], T]) -> T:
-        """What `do` gives on the main process, on each of them."""
+        """Return the result of `do` on the main process, on all processes."""
         return do()
 
     def all_gather_dict(self, values: dict[Any, T]) -> dict[Any, T]:
-        """The entries of all processes, on each of them."""
+        """Merge the dicts of all processes on each of them."""
         return values
 
 

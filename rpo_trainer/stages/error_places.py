@@ -1,4 +1,4 @@
-"""Errors of a stage say where in the recipe they come from: part, file and line."""
+"""Adds the place in the recipe (key, file and line) to errors of a stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def errors_located_in(origins: Origins, part: str | None = None) -> Iterator[None]:
-    """Errors raised inside get file and line, and errors of data the part of the recipe that names the data.
+    """Add file and line to errors raised inside, and to errors of data the key that names the data.
 
     Args:
         part: `stages.NAME`, or its `eval`; None: no data is read inside.
@@ -30,12 +30,12 @@ def errors_located_in(origins: Origins, part: str | None = None) -> Iterator[Non
 
 
 def each(error: RPOTrainerError) -> list[RPOTrainerError]:
-    """The errors that are one, or several at once."""
+    """Return the single errors of an error that may combine several."""
     return error.problems if isinstance(error, Problems) else [error]
 
 
 def name_part(error: RPOTrainerError, part: str) -> None:
-    """Puts the part of the recipe that names the data before the place that an error of data has."""
+    """Prefix the place of an error of data with the key of the recipe that names the data."""
     if not isinstance(error, DataError):
         return
     where = error.where or ""
@@ -47,6 +47,6 @@ def name_part(error: RPOTrainerError, part: str) -> None:
 
 
 def locate(error: RPOTrainerError, origins: Origins) -> None:
-    """Puts file and line in place of a key of the recipe."""
+    """Add file and line to the key of the recipe that an error names."""
     if error.where is not None:
         error.at(origins.locate(error.where))

@@ -1,4 +1,4 @@
-"""The hub: outputs that go there (`push_to_hub` and its companions in `training_args`), commits of inputs."""
+"""The hub: pushes outputs (`push_to_hub` and related `training_args`), and finds commits of inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _STRATEGIES = ("end", "every_save")
 RepoKind = Literal["model", "dataset"]
-# Files that loading brings into the cache of the hub
+# Files that loading always puts into the hub cache
 _CACHED: dict[RepoKind, tuple[str, ...]] = {
     "model": ("config.json", "tokenizer_config.json", "adapter_config.json"),
     "dataset": ("README.md",),
@@ -23,7 +23,7 @@ _SECONDS = 10.0
 
 
 def hub_commit(name: str, revision: str | None, kind: RepoKind = "model") -> str | None:
-    """The commit of a revision of a model or data set on the hub; None: the hub and the cache have none.
+    """Return the commit of a model or data set on the hub; None if neither the hub nor the cache has it.
 
     Args:
         revision: None: `main`.
@@ -35,12 +35,12 @@ def hub_commit(name: str, revision: str | None, kind: RepoKind = "model") -> str
         api = HfApi()
         info = api.dataset_info if kind == "dataset" else api.model_info
         return info(name, revision=revision, timeout=_SECONDS).sha
-    except Exception:  # no network, or no such repository: the cache is read, as in loading
+    except Exception:  # no network, or no such repository: read the cache, as loading does
         pass
     for file in _CACHED[kind]:
         try:
             cached = try_to_load_from_cache(name, file, revision=revision, repo_type=kind)
-        except ValueError:  # not a name of the hub
+        except ValueError:  # not a repository name
             return None
         if isinstance(cached, str):
             return Path(cached).parent.name
@@ -48,30 +48,29 @@ def hub_commit(name: str, revision: str | None, kind: RepoKind = "model") -> str
 
 
 def check_strategy(arguments: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError where checkpoints are to be pushed: a chain pushes finished outputs alone."""
+    """Raise RecipeError if `hub_strategy` pushes checkpoints: a chain pushes finished outputs only."""
     strategy = str(getattr(s := arguments.get("hub_strategy", "end"), "value", s))
     if arguments.get("push_to_hub") and strategy not in _STRATEGIES:
         raise RecipeError(
-            f"hub_strategy {strategy}: a run pushes the finished output of a stage, not its checkpoints",
+            f"hub_strategy {strategy} is not supported: a run pushes outputs of stages, not checkpoints",
             code="hub.strategy",
             where=where,
             why="the output is pushed with its model card and metrics, which checkpoints lack",
-            fix="leave hub_strategy out",
+            fix="remove hub_strategy",
         )
 
 
 def push_output(
     final: Path, arguments: Mapping[str, Any], *, stage: str, run: str
 ) -> dict[str, Any] | None:
-    """Uploads a stage's output where `push_to_hub` asks for it; a push that fails is a WARNING.
+    """Upload a stage's output if `push_to_hub` is set; a failed push is logged as a WARNING.
 
     Args:
-        arguments: `training_args` of the stage: `push_to_hub`, `hub_model_id` (by default `run`-`stage`,
-            in the namespace of the token's owner), `hub_token`, `hub_private_repo`,
-            `hub_revision`.
+        arguments: `training_args` of the stage: `push_to_hub`, `hub_model_id` (default `run`-`stage`, in the
+            namespace of the token's owner), `hub_token`, `hub_private_repo`, `hub_revision`.
 
     Returns:
-        `repo`, and the `commit` or the `error`; None: nothing was asked for.
+        `repo`, and the `commit` or the `error`; None if `push_to_hub` is not set.
     """
     if not arguments.get("push_to_hub"):
         return None
@@ -89,23 +88,23 @@ def push_output(
             revision=arguments.get("hub_revision"),
         )  # fmt: skip
     except RPOTrainerError:
-        raise  # a signal that came meanwhile
-    except Exception as error:  # the network, the token, the hub: the output is on disk
-        # It is also written into the record of the stage.
+        raise  # stopped by a signal
+    except Exception as error:  # network, token or hub: the output is on disk
+        # Also written into the record of the stage.
         first = first_line(error)
         logger.warning(
-            "the output of stage %s is not on the hub (%s): %s. It is complete in its `final`; "
-            "`hf upload %s %s` pushes it by hand",
+            "the output of stage %s could not be pushed to the hub (%s): %s. It is complete on disk; "
+            "to push it, run `hf upload %s %s`",
             stage, repo, first, repo, final,
         )  # fmt: skip
         return {"repo": repo, "error": first}
-    logger.info("the output of stage %s is on the hub: %s", stage, repo)
+    logger.info("pushed the output of stage %s to the hub: %s", stage, repo)
     config = final / "adapter_config.json"
     base = json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else ""
     if Path(base).is_absolute():
         logger.warning(
-            "the adapter on the hub belongs to %s, a directory of this machine: push the base too, and set "
-            "base_model_name_or_path in its adapter_config.json, or others cannot load it",
+            "the base model of the pushed adapter is a local directory, %s: others can load the adapter only "
+            "after you push the base model and set base_model_name_or_path in adapter_config.json",
             base,
         )
     return {"repo": repo, "commit": str(commit.oid)}

@@ -1,6 +1,6 @@
-"""What one stage trains on, and the rules of its kind: which rows it needs and how they become examples.
+"""The inputs of one stage, and the rules of each kind: which rows it needs and how they become examples.
 
-`StagePreparer` reads the data and makes a `StageInputs` of them.
+`StagePreparer` reads the data and returns a `StageInputs`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class HeldOut:
-    """What a stage is evaluated on: tokenized examples, their rows, and what became of the others."""
+    """Held-out data of a stage: tokenized examples, their rows, and the audit of both."""
 
     examples: datasets.Dataset
     rows: list[Row] = field(repr=False)
@@ -49,16 +49,16 @@ class HeldOut:
 
 @dataclass
 class StageInputs:
-    """What a stage trains on, and what became of the rest.
+    """The data that a stage trains on.
 
     Attributes:
-        stage: with the `reward_scale` that was fitted to the rows, where it is `auto`.
-        rows: the training rows, not tokenized; the prompts, where their responses are still to be sampled.
-        set_aside: rows that `data.eval_fraction` keeps for the evaluation; None: it is not set.
+        stage: the stage; with `reward_scale: auto`, its value is the fitted one.
+        rows: the training rows before tokenization; prompts, if responses are still to be sampled.
+        set_aside: rows held out by `data.eval_fraction`; None: it is not set.
         train: tokenized examples; None: not tokenized, or without responses yet.
-        held_out: for the evaluation in training; None: the stage has none, or it is not prepared.
-        complete: whether `held_out` is prepared, and the remarks on it are in `audit`.
-        audit: what was read, dropped and noticed.
+        held_out: data for the evaluation during training; None: none, or not prepared.
+        complete: whether `held_out` is prepared and its warnings are in `audit`.
+        audit: counts of rows read and dropped, and warnings.
     """
 
     stage: Stage
@@ -70,13 +70,13 @@ class StageInputs:
     complete: bool = False
 
     def fingerprint(self) -> str:
-        """Content key of the training examples, in their order."""
+        """Return a content key of the training examples, in order."""
         assert self.train is not None
         return dataset_fingerprint(self.train)
 
 
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
-    """xxh3-128 over tokens, masks, and rewards or ratings."""
+    """Return the xxh3-128 digest of tokens, masks, and rewards or ratings."""
     digest = xxhash.xxh3_128()
     columns = ["prompt_ids", "response_ids", "response_mask", "rewards"]
     columns += [name for name in ("attributes",) if name in dataset.column_names]
@@ -89,11 +89,11 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
 def source_digests(
     sources: Sequence[SourceSpec], folder: Path, inputs: Sequence[InputRecord] = ()
 ) -> dict[str, str]:
-    """xxh3-128 of each local file, or directory, that a stage reads, by its path as written.
+    """Return the xxh3-128 digest of each local data file or directory, by its path in the recipe.
 
     Args:
-        folder: of the recipe, where relative paths start.
-        inputs: of the stage's record; a file is not read again while nothing has been written to it.
+        folder: the directory of the recipe, to which paths are relative.
+        inputs: the inputs in the stage's record; a file is read again only if it has been modified.
     """
     known = {entry.name: entry.to_json().get("files", {}) for entry in inputs}
     found: dict[str, str] = {}
@@ -106,18 +106,18 @@ def source_digests(
     return found
 
 
-# --- rules of a stage's kind ---
+# --- rules by kind of stage ---
 
 
 def stage_seed(stage: Stage, recipe: Recipe) -> int:
-    """The stage's own seed, else the recipe's."""
+    """Return the stage's seed, else the recipe's."""
     return recipe.seed if stage.seed is None else stage.seed
 
 
 def evaluation_of(stage: Stage, recipe: Recipe) -> tuple[str, EvalSpec] | None:
-    """The recipe's key of what is measured after a stage, and this; None: nothing.
+    """Return the evaluation after a stage, preceded by its key in the recipe; None: there is none.
 
-    A reward model is not measured so, but by its held-out pairs and ratings.
+    A reward model is evaluated on its held-out pairs and ratings instead.
     """
     if stage.trains_reward_model:
         return None
@@ -127,44 +127,44 @@ def evaluation_of(stage: Stage, recipe: Recipe) -> tuple[str, EvalSpec] | None:
 
 
 def row_kind(stage: Stage) -> Literal["sft", "pair", "rating"]:
-    """What the rows of a stage are."""
+    """Return the kind of rows that a stage trains on."""
     if isinstance(stage, RewardStage) and stage.objective == "regression":
         return "rating"
     return "sft" if isinstance(stage, SFTStage) else "pair"
 
 
 def needs_rewards(stage: Stage) -> bool:
-    """Whether the loss of a stage reads a reward of every response."""
+    """Whether the loss of a stage needs a reward for every response."""
     margin = isinstance(stage, RewardStage) and stage.margin_scale > 0
     return isinstance(stage, RPOStage) or margin
 
 
 def needs_policy(data: DataSpec) -> bool:
-    """Whether there are no responses before the run has sampled them."""
+    """Whether responses are sampled during the run."""
     return data.generate is not None or data.responses_from is not None
 
 
 def scored_before_run(score: ScoreSpec | None) -> bool:
-    """Whether the rewards cost nothing and touch nothing: rows can be scored before a run."""
+    """Whether the rows can be scored before a run: by a verifier that is fast and runs no code."""
     return score is not None and score.verifier not in (None, "asserts")
 
 
 def scorer_columns(score: ScoreSpec | None) -> tuple[str, ...]:
-    """What scoring reads of a row beside its prompt and responses."""
+    """Return the columns that scoring reads besides prompt and responses."""
     if score is None or score.verifier is None:
         return ()
     return VERIFIERS[score.verifier].columns
 
 
 def sampling_spec(data: DataSpec, stages: Sequence[Stage]) -> DataSpec:
-    """`data` itself, or that of the stage whose sampled responses it takes (`responses_from`)."""
+    """Return `data`, or the data of the stage whose responses it uses (`responses_from`)."""
     while data.responses_from is not None:
         data = next(stage.data for stage in stages if stage.name == data.responses_from)
     return data
 
 
 def sources_of_rows(data: DataSpec) -> dict[str, str]:
-    """What a stage's rows are made with, by field: stages, words or paths, as `init` has them."""
+    """Return the sources that a stage's rows depend on, by field, in the form of `init`."""
     found = {}
     if data.responses_from is not None:
         found["responses_from"] = data.responses_from
@@ -175,11 +175,11 @@ def sources_of_rows(data: DataSpec) -> dict[str, str]:
     return found
 
 
-# --- steps of the preparation that read no file ---
+# --- preparation steps that read no files ---
 
 
 def fitted_stage(stage: Stage, audit: Audit) -> Stage:
-    """The stage with the η that was fitted to its rows, where it is to be fitted."""
+    """Return the stage with the fitted η, if `reward_scale` is `auto`."""
     if not audit.calibration:
         return stage
     return stage.model_copy(update={"reward_scale": audit.calibration["reward_scale"]})
@@ -188,7 +188,7 @@ def fitted_stage(stage: Stage, audit: Audit) -> Stage:
 def tokenize_stage(
     stage: Stage, rows: list[Row], tokenizer: PreTrainedTokenizerBase, audit: Audit
 ) -> datasets.Dataset:
-    """The rows as tokenized examples."""
+    """Tokenize the rows of a stage."""
     return tokenize_rows(
         rows,
         tokenizer,
@@ -202,7 +202,7 @@ def tokenize_stage(
 
 
 def with_targets(stage: RewardStage, rows: list[Row], audit: Audit) -> list[Row]:
-    """Rated rows with the ratings that the stage is trained on."""
+    """Return rated rows with the ratings that the stage is trained on."""
     assert stage.attributes is not None  # the schema
     bounds = None if stage.rating_range is None else (stage.rating_range[0], stage.rating_range[1])
     return rating_targets(rows, stage.attributes, rating_range=bounds, audit=audit)
@@ -246,9 +246,9 @@ def set_aside(
 
 
 def held_out_filter(stage: Stage, rows: list[Row], audit: Audit) -> list[Row]:
-    """Held-out pairs without what `filter` says of ties and of reversed pairs.
+    """Apply the `filter` settings for ties and reversed pairs to held-out pairs.
 
-    Its thresholds choose what is trained on.
+    The thresholds of `filter` apply to training rows only.
     """
     spec: FilterSpec | None = stage.data.filter
     if spec is not None:
@@ -257,7 +257,7 @@ def held_out_filter(stage: Stage, rows: list[Row], audit: Audit) -> list[Row]:
 
 
 def at_most(rows: list[Row], limit: int | None, audit: Audit | None = None) -> list[Row]:
-    """The rows, or `limit` of them at even distances, so that each source has its share."""
+    """Return at most `limit` rows, evenly spaced, so that each source is represented."""
     if limit is None or len(rows) <= limit:
         return rows
     kept = [rows[i * len(rows) // limit] for i in range(limit)]

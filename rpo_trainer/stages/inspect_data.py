@@ -1,4 +1,4 @@
-"""One data set looked over: what a stage would drop, refuse or train on."""
+"""Audit of one data set: what a stage would drop, refuse or train on."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _BAR = 30
 
 @dataclass
 class Findings:
-    """What was found.
+    """The findings of an audit.
 
     Attributes:
         kind: `sft`, `pair` or `rating`.
         audit: counts of rows, drops and warnings, with the first ids of each.
-        faults: rows that no stage would read or render, by reason.
-        rewards: quantiles and histogram of single rewards; {} without any.
-        gaps: the same of chosen less rejected.
-        length: the share of pairs whose chosen is longer, and the correlation, inside of a row, of
-            length (characters) and reward; of ratings, that of length and mean rating; None where
-            there is nothing to compare.
+        faults: errors of rows that cannot be read or rendered, by reason.
+        rewards: quantiles and histogram of the rewards; {} without any.
+        gaps: the same for the reward gaps.
+        length: for pairs, the fraction whose chosen response is longer, and the within-row correlation
+            of length (characters) and reward; for ratings, the correlation of length and mean rating; None
+            if undefined.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Findings:
     length: dict[str, float | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the findings as JSON-compatible data."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -63,7 +63,7 @@ class Findings:
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the findings as lines of text."""
         lines = [f"{self.name}: rows of kind {self.kind}", *self.audit.summary_lines()]
         lines += [f"fault: {fault}" for fault in self.faults]
         for what, value in self.length.items():
@@ -78,9 +78,9 @@ class Findings:
 
 
 _LENGTH = {
-    "chosen_longer": "the chosen response is the longer one in {:.0%} of the pairs",
-    "rating_correlation": "length and mean rating correlate by {:+.2f}",
-    "reward_correlation": "length and reward correlate by {:+.2f} among responses to one prompt",
+    "chosen_longer": "the chosen response is longer in {:.0%} of the pairs",
+    "rating_correlation": "correlation of length and mean rating: {:+.2f}",
+    "reward_correlation": "correlation of length and reward among responses to one prompt: {:+.2f}",
 }
 
 
@@ -93,18 +93,18 @@ def audit_file(
     max_length: int | None = None,
     truncation: Truncation = "drop",
 ) -> Findings:
-    """Findings on one file or data set.
+    """Audit one file or data set.
 
     Args:
-        against: rows held out, whose prompts should not be among these.
-        tokenizer: directory or hub name; with it rows are rendered and tokenized as in training.
-        max_length: tokens of prompt and response; None: no limit.
-        truncation: what becomes of longer rows, as of a stage.
+        against: held-out rows, whose prompts should not occur in the data set.
+        tokenizer: directory or hub name; if given, rows are rendered and tokenized as in training.
+        max_length: limit of prompt + response, in tokens; None: no limit.
+        truncation: how longer rows are handled, as in a stage.
 
     Raises:
-        DataError: the source is absent, damaged, or of no known format.
+        DataError: the source is missing, damaged, or of unknown format.
         ModelError: the tokenizer cannot be used.
-        RecipeError: `--kwargs` that its chat template does not read.
+        RecipeError: `--kwargs` that the chat template does not read.
     """
     found, rows = _read(source)
     audit = found.audit
@@ -120,8 +120,8 @@ def audit_file(
                 other.faults[0],
                 code="data.unreadable-held-out",
                 where=str(against),
-                why="prompts that are in both files are only found where all of both can be read",
-                fix=f"fix it first: rpo-trainer audit {against} shows all of its faults",
+                why="common prompts can be found only if both files can be read completely",
+                fix=f"fix the file; `rpo-trainer audit {against}` shows all errors in it",
             )
         audit.check_overlap(rows, held_out)
     if tokenizer is not None and rows:
@@ -138,7 +138,9 @@ def _read(source: SourceSpec) -> tuple[Findings, list[Row]]:
     kind = kind_of(present) if source.format is None else _kind_of_format(source.format)
     if kind is None:
         kind = "pair"
-        find_format(present, kind, source.format, raw.where)  # says what is known, and what not
+        find_format(
+            present, kind, source.format, raw.where
+        )  # raises the error that lists the known formats
     found = Findings(raw.name, kind, Audit())
     found.audit.add_read(raw.name, len(raw.rows))
     try:
@@ -149,7 +151,7 @@ def _read(source: SourceSpec) -> tuple[Findings, list[Row]]:
     audit.add_read(raw.name, len(raw.rows))
     found.audit = audit
     rows: list[Row] = []
-    for row, place in zip(raw.rows, raw.places, strict=True):  # those that are sound
+    for row, place in zip(raw.rows, raw.places, strict=True):  # one by one, to keep the valid ones
         try:
             rows += _adapt(replace(raw, rows=[row], places=[place]), source, kind, audit)
         except (DataError, Problems):
@@ -200,7 +202,7 @@ def _look_at_ratings(found: Findings, rows: Sequence[Row]) -> None:
 
 
 def _correlation(rows: Sequence[Row]) -> float | None:
-    """Of length and reward, each less its mean over the row's responses."""
+    """Return the correlation of length and reward, both centered on the mean of their row."""
     lengths: list[float] = []
     rewards: list[float] = []
     for row in rows:
@@ -230,7 +232,7 @@ def _bars(histogram: Sequence[Sequence[float]]) -> list[str]:
 
 
 def _look_at_texts(row: Row, audit: Audit) -> None:
-    """What tokenizing would drop whatever the tokenizer."""
+    """Count responses that tokenization would drop with any tokenizer."""
     if "messages" in row:
         turns = [m for m in row["messages"] if m["role"] == "assistant"]
         texts = [m["content"] for m in turns if not m.get("tool_calls")]

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a model in memory."""
+"""Runs tasks of EleutherAI's lm-evaluation-harness on a model in memory."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ if TYPE_CHECKING:
 _Z95 = 1.959964  # the 0.975 quantile of the normal distribution
 _RESAMPLES = 1000  # for metrics whose standard error has no formula
 _INDEXES: dict[str | None, Any] = {}
-_MAY_RUN_CODE = "HF_ALLOW_CODE_EVAL"  # asked for by the metrics that run code
+_MAY_RUN_CODE = "HF_ALLOW_CODE_EVAL"  # required by metrics that run code
 
 
 def check_tasks(spec: LmEvalSpec, base_dir: Path, *, where: str = "eval.lm_eval") -> None:
-    """That the tasks are there and may be run; their data is not looked for.
+    """Check that the tasks exist and are allowed; their data is not checked.
 
     Raises:
         RecipeError: the extra `eval` is not installed, no such task or directory, or a task that runs
-            the model's code without leave.
+            code written by the model is not allowed.
     """
     index = _manager(spec, base_dir, where).task_index
     for name in spec.tasks:
         if name not in index:
             near = did_you_mean(name, list(index))
             raise RecipeError(
-                f"lm-eval knows no task {name!r}",
+                f"lm-eval has no task {name!r}",
                 code="recipe.unknown-task",
                 where=f"{where}.tasks",
-                why=f"there are {len(index):,} by other names",
-                fix=f"did you mean {near}?" if near else "`lm-eval ls tasks` lists them; files of your own "
-                "are found with include_path",
+                fix=f"did you mean {near}?" if near else "list the tasks with `lm-eval ls tasks`, or set "
+                "include_path for your own task files",
             )  # fmt: skip
         runs_code = (index[name].cfg or {}).get("unsafe_code")
         if runs_code and not spec.allow_code_execution:
             raise RecipeError(
-                f"the task {name} runs code that the model has written",
+                f"task {name} runs code written by the model",
                 code="recipe.code-execution-not-allowed",
                 where=f"{where}.tasks",
-                why="that code can do harm, and lm-eval runs it without a sandbox",
+                why="lm-eval runs that code without a sandbox",
                 fix="add `allow_code_execution: true`, and run it inside a container",
             )
 
@@ -60,16 +59,16 @@ def run_tasks(
     seed: int,
     template_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Figures by task, then by metric: `value`, with `low` and `high` where there is a standard error.
+    """Return results by task and metric: `value`, with `low` and `high` if there is a standard error.
 
-    Of a group its own figures are given, not those of its tasks.
+    For a group, its own results are returned, not those of its tasks.
 
     Args:
-        template_kwargs: variables of the chat template, where the tasks go through it.
+        template_kwargs: variables of the chat template, if the tasks use it.
 
     Raises:
         RecipeError: as `check_tasks`.
-        RunError: a task whose data cannot be had, or that fails.
+        RunError: a task fails, or its data cannot be loaded.
     """
     manager = _manager(spec, base_dir, "eval.lm_eval")
     import lm_eval
@@ -92,14 +91,14 @@ def run_tasks(
                 random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )  # fmt: skip
-    except Exception as error:  # whatever a task, its data set or the network comes up with
+    except Exception as error:  # any error of a task, its data set or the network
         raise RunError(
             f"lm-eval failed: {type(error).__name__}: {first_line(error)}",
             code="run.lm-eval-failed",
             where=f"eval.lm_eval.tasks: {', '.join(spec.tasks)}",
-            why="the tasks fetch their data from the hub when they begin",
-            fix="fetch it first where there is a network, or take the task out of `lm_eval`; the stage is "
-            "trained, and the same command resumes here",
+            why="tasks download their data from the hub when they start",
+            fix="download the data where there is a network, or remove the task from `lm_eval`, and run the "
+            "same command again: training is complete, and the run resumes here",
         ) from error  # fmt: skip
     return _figures(found)
 
@@ -109,25 +108,23 @@ def _manager(spec: LmEvalSpec, base_dir: Path, where: str) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise RecipeError(
-            f"lm_eval needs the library lm-eval ({error})",
+            f"lm_eval requires the package lm-eval ({error})",
             code="recipe.missing-library",
             where=where,
-            why="its tasks are run through its Python interface",
             fix="pip install 'rpo-trainer[eval]'",
         ) from error
     own = None if spec.include_path is None else resolve_path(base_dir, spec.include_path)
     if own is not None and not own.is_dir():
         raise RecipeError(
-            "there is no such directory",
+            "no such directory",
             code="recipe.no-such-directory",
             where=f"{where}.include_path: {own}",
-            why="its task files would be missing",
-            fix="give the directory that holds the YAML files of your tasks",
+            fix="give the directory with the YAML files of your tasks",
         )
     for name in ("lm_eval", "evaluate", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     key = None if own is None else str(own)
-    if key not in _INDEXES:  # it reads thousands of files
+    if key not in _INDEXES:  # reads thousands of files
         _INDEXES[key] = TaskManager(include_path=key)
     return _INDEXES[key]
 

@@ -1,7 +1,7 @@
-"""`StagePreparer`: reads, mixes, filters and tokenizes what the stages of a recipe train on.
+"""`StagePreparer`: reads, mixes, filters and tokenizes the data of a recipe's stages.
 
-`run`, `check`, `plan` and `preview` share it, so that what is checked, planned and shown is what is trained
-on. It knows the recipe's directory: whoever has it needs no other place where relative paths start.
+`run`, `check`, `plan` and `preview` share it, so that they all use the same data. It resolves paths relative
+to the recipe's directory.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from rpo_trainer.stages.inputs import (
     with_targets,
 )
 from rpo_trainer.stages.record import InputRecord
-from rpo_trainer.stages.settings import StageConfig, training_config
+from rpo_trainer.stages.settings import StageConfig, steps_of, training_config
 
 _EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": "sft"}
 
@@ -73,17 +73,19 @@ _EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": 
 class StagePreparer:
     """Prepares the inputs of a recipe's stages.
 
-    Each call reads the data again, except for the stage of `keep`. A store of prepared inputs, on disk and
-    for all ranks, belongs in `prepare`.
+    Every call reads the data again, except for the stage given to `keep`.
 
     Attributes:
-        stages: all stages, in their order; repeated ones expanded.
+        stages: all stages, in order; repeated ones expanded.
+        steps: optimizer steps of the stages prepared so far, by name; for prompts whose responses are still
+            to be sampled, an upper bound.
     """
 
     def __init__(self, loaded: LoadedRecipe) -> None:
         self.loaded = loaded
         self.recipe = loaded.recipe
         self.stages = expand_stages(loaded.recipe)
+        self.steps: dict[str, int] = {}
         self._kept: dict[str, StageInputs | None] = {}  # by the stage's name
 
     @cached_property
@@ -96,52 +98,52 @@ class StagePreparer:
         return load_tokenizer(self.recipe.model, self.loaded.base_dir)
 
     def path(self, name: str) -> Path:
-        """A path of the recipe, ready to open."""
+        """Resolve a path of the recipe."""
         return resolve_path(self.loaded.base_dir, name)
 
     def model_config(self, source: str | None = None, *, vocabulary: int | None = None) -> Any:
-        """The configuration of the recipe's model, or of another source, see `load_config`.
+        """Load the config of the recipe's model, or of another source, see `load_config`.
 
         Args:
-            vocabulary: tokens that it must have; None: those of the tokenizer.
+            vocabulary: minimum size of the vocabulary; None: that of the tokenizer.
         """
         tokens = len(self.tokenizer) if vocabulary is None else vocabulary
         return load_config(self.recipe.model, self.loaded.base_dir, source, tokens)
 
     def scorer(self, score: ScoreSpec, model: Callable[[str], tuple[str, str]]) -> Scorer:
-        """What gives the rewards, see `make_scorer`."""
+        """Return the scorer of a `score` field, see `make_scorer`."""
         return make_scorer(score, base_dir=self.loaded.base_dir, model=model)
 
     def stage(self, name: str) -> Stage:
-        """The stage of a name."""
+        """Return the stage with this name."""
         return next(stage for stage in self.stages if stage.name == name)
 
     def seed(self, stage: Stage) -> int:
-        """The stage's own seed, else the recipe's."""
+        """Return the stage's seed, else the recipe's."""
         return stage_seed(stage, self.recipe)
 
     def number(self, stage: Stage) -> int:
-        """Its place among the stages, from 1."""
+        """Return the position of a stage, from 1."""
         return 1 + [other.name for other in self.stages].index(stage.name)
 
     def label(self, stage: Stage) -> str:
-        """`[1/3 NAME]`, in front of what is logged of a stage."""
+        """Return the prefix of a stage's log lines, `[1/3 NAME]`."""
         return f"[{self.number(stage)}/{len(self.stages)} {stage.name}]"
 
     def settings(self, stage: Stage, run_dir: Path) -> StageConfig:
-        """The config of the stage's trainer, see `training_config`."""
+        """Return the config of the stage's trainer, see `training_config`."""
         return training_config(
             stage, self.recipe.model, seed=self.seed(stage), folder=run_dir / stage.name,
             run_dir=run_dir,
         )  # fmt: skip
 
-    # --- what a stage trains on ---
+    # --- training data ---
 
     def keep(self, stage: Stage) -> None:
-        """The inputs of this stage are prepared once and returned twice: to be checked, and to be trained on.
+        """Prepare the inputs of this stage once and return them twice: for the check and for training.
 
-        They stay in memory in between, so this is meant for the stage that trains first. Rows that are
-        sampled or scored by a run are not kept: a check cannot make them.
+        They stay in memory in between, so use this for the stage that trains first. Rows that a run samples
+        or scores are not kept: a check cannot make them.
         """
         if stage.data.score is None and not needs_policy(stage.data):
             self._kept[stage.name] = None
@@ -155,14 +157,13 @@ class StagePreparer:
         audit: Audit | None = None,
         tokenize: bool = True,
     ) -> StageInputs:
-        """Training rows of a stage, and their examples.
+        """Prepare the training rows and tokenized examples of a stage.
 
         Args:
-            made: the rows that `ScoredRows` has sampled and scored; None: before a run. Then a verifier
-                scores here and now, other scorers leave the rows as they are, and of a stage whose
-                responses are still to be sampled the prompts are read.
-            given: rows of `given_rows`, where they have been read; None: they are read here.
-            audit: counts what is read and dropped.
+            made: rows sampled and scored by `ScoredRows`; None: before a run. Then only verifiers score
+                rows, and for a stage whose responses are still to be sampled, prompts are returned.
+            given: rows from `given_rows`, if already read; None: read them.
+            audit: counts rows read and dropped.
             tokenize: False: rows only.
 
         Raises:
@@ -174,22 +175,24 @@ class StagePreparer:
             prompts = self.prompts(stage, audit)
             held_out = held_out_prompts(stage, prompts, seed=self.seed(stage))
             rows, held = set_aside(prompts, held_out, audit)
+            self.steps[stage.name] = steps_of(stage, len(rows))
             return StageInputs(stage, rows, audit, held)
         if tokenize and (kept := self._kept.get(stage.name)) is not None:
             del self._kept[stage.name]
             return kept
         rows, held = self._split_rows(stage, audit, made=made, given=given)
         train = tokenize_stage(stage, rows, self.tokenizer, audit) if tokenize else None
+        self.steps[stage.name] = steps_of(stage, len(rows if train is None else train))
         inputs = StageInputs(fitted_stage(stage, audit), rows, audit, held, train)
         if tokenize and stage.name in self._kept:
             self._kept[stage.name] = inputs
         return inputs
 
     def prepare_held_out(self, inputs: StageInputs, *, tokenize: bool = True) -> None:
-        """Adds `held_out` to the inputs, and remarks on prompts that are both trained on and measured with.
+        """Add `held_out` to the inputs, and warn about prompts that are both trained and evaluated on.
 
         Args:
-            tokenize: False: the held-out rows of `data` are not read.
+            tokenize: False: do not read the held-out rows of `data`.
 
         Raises:
             DataError: as `prepare`; or there are such prompts, and `data.eval_overlap` is `error`.
@@ -204,7 +207,7 @@ class StagePreparer:
         on_overlap = stage.data.eval_overlap
         if inputs.held_out is not None:
             inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, on_overlap=on_overlap)
-        # Not `evaluation_of`: a reward model is not measured so, but it may give the rewards there.
+        # Not `evaluation_of`: a reward model may give the rewards of an evaluation.
         spec = stage.eval or self.recipe.eval
         for name, kind in _EVAL_KINDS.items():
             if spec is not None and (sources := getattr(spec, name)):
@@ -214,7 +217,7 @@ class StagePreparer:
                 )
 
     def rows(self, stage: Stage, audit: Audit, *, made: list[Row] | None = None) -> list[Row]:
-        """Training rows of a stage, not tokenized; arguments as of `prepare`."""
+        """Return the training rows of a stage before tokenization; arguments as in `prepare`."""
         return self._split_rows(stage, audit, made=made, given=None)[0]
 
     def _split_rows(
@@ -253,15 +256,15 @@ class StagePreparer:
         return rows, held
 
     def source_digests(self, stage: Stage, inputs: Sequence[InputRecord] = ()) -> dict[str, str]:
-        """Digests of the files that the stage is trained on, see `source_digests`."""
+        """Return digests of the stage's training files, see `source_digests`."""
         return source_digests(stage.data.train, self.loaded.base_dir, inputs)
 
-    # --- rows whose responses or rewards are made by the run ---
+    # --- rows whose responses or rewards are made during the run ---
 
     def prompts(self, stage: Stage, audit: Audit) -> list[Row]:
-        """The prompts of a stage that samples, or of the stage whose responses it takes.
+        """Return the prompts of a stage that samples, or of the stage whose responses it uses.
 
-        They hold what the scorer reads of them.
+        They include the columns that the scorer reads.
         """
         data = sampling_spec(stage.data, self.stages)
         rows = self._load(
@@ -273,10 +276,10 @@ class StagePreparer:
         return rows
 
     def prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
-        """The tokens of each prompt, as a policy gets them.
+        """Return the token ids of each prompt, as a policy gets them.
 
         Raises:
-            DataError: a prompt that the chat template refuses, or that it cannot be written with.
+            DataError: the chat template cannot render a prompt.
         """
         found = []
         for row in rows:
@@ -292,23 +295,23 @@ class StagePreparer:
                     str(error),
                     code=error.code,
                     where=f"row {row['id']}",
-                    why="no response can be sampled to it",
+                    why="no response to it can be sampled",
                     fix="correct the rows, or choose another chat_template: chatml | plain | a path",
                 ) from error
         return found
 
     def given_rows(self, stage: Stage, audit: Audit) -> list[Row]:
-        """The rows of a stage that scores responses which are there; their own rewards do not count."""
+        """Return the rows of a stage that scores given responses; rewards in the file are ignored."""
         data: DataSpec = stage.data
         return self._load(
             data.train, "pair", audit, seed=self.seed(stage), dedup=data.dedup,
             keep=scorer_columns(data.score), unscored=True,
         )  # fmt: skip
 
-    # --- what a policy is measured with after a stage ---
+    # --- evaluation data ---
 
     def evaluation_prompts(self, spec: EvalSpec, audit: Audit | None = None) -> list[Row]:
-        """Prompts to sample responses to, at most `max_rows` of them."""
+        """Return the prompts to sample responses to, at most `max_rows`."""
         audit = audit or Audit()
         rows = self._load(spec.data, "prompt", audit, keep=scorer_columns(spec.score))
         return at_most(rows, spec.max_rows, audit)
@@ -316,10 +319,9 @@ class StagePreparer:
     def evaluation_rows(
         self, spec: EvalSpec, field: str, audit: Audit, *, tokenize: bool = True
     ) -> list[Mapping[str, Any]]:
-        """Examples of `preferences` or `nll`, or their rows where they are not to be tokenized.
+        """Return the examples of `preferences` or `nll`, or with `tokenize=False` their rows.
 
-        They are cut to no length but that of the longest stage, so that all stages are measured with the
-        same ones.
+        The longest `max_length` of all stages applies, so that all are evaluated on the same examples.
         """
         kind = _EVAL_KINDS[field]
         rows = self._load(getattr(spec, field), kind, audit)
@@ -343,14 +345,14 @@ class StagePreparer:
         seed: int | None = None,
         **more: Any,
     ) -> list[Row]:
-        """`load_rows`; without a stage's seed by the recipe's."""
+        """Call `load_rows` with the recipe's directory and, by default, its seed."""
         return load_rows(
             sources, kind=kind, base_dir=self.loaded.base_dir, audit=audit,
             seed=self.recipe.seed if seed is None else seed, **more,
         )  # fmt: skip
 
     def _pairs(self, stage: Stage, audit: Audit, given: list[Row] | None) -> list[Row]:
-        """Rows that come with their responses; `score` gives these rewards, in place of any of their own."""
+        """Return rows with given responses; if `score` is set, its rewards replace those in the file."""
         data = stage.data
         if data.score is not None:
             rows = self.given_rows(stage, audit) if given is None else given
@@ -363,7 +365,7 @@ class StagePreparer:
         )  # fmt: skip
 
     def _held_out(self, stage: Stage, rows: list[Row] | None) -> HeldOut | None:
-        """The rows that were set aside, else those of `data.eval`, as examples; None without any."""
+        """Tokenize the rows that were set aside, else those of `data.eval`; None without any."""
         audit = Audit()
         if rows is None:
             if not stage.data.eval:
@@ -387,6 +389,6 @@ def _require_two_responses(stage: Stage, rows: Sequence[Row]) -> None:
             f"{len(wide)} of {len(rows)} rows have more than two responses, first {wide[0]['id']}",
             code="data.more-than-two-responses",
             where=f"stages.{stage.name}",
-            why="Bradley-Terry is a loss of pairs",
+            why="the Bradley-Terry loss is defined on pairs",
             fix="add `pairs: {select: best_worst}` to `data`",
         )

@@ -1,4 +1,4 @@
-"""Examples as the model will get them: every token, colored by whether it is trained."""
+"""Training examples token by token, colored by whether each token is trained."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _LONG = 2**30  # tokens: longer than any text
 def preview(
     loaded: LoadedRecipe, count: int, *, stage: str | None = None, colors: bool = True
 ) -> Iterator[Text]:
-    """Some examples of each stage, evenly spread over its rows, and the longest one.
+    """Show evenly spaced examples of each stage, and the longest one.
 
     Args:
-        count: examples of a stage; the longest comes on top.
-        stage: its name; None: all. A stage with the data of one before it is only named.
-        colors: else marks in the text: `[trained]`, `⟨lost to max_length⟩`.
+        count: examples per stage, in addition to the longest.
+        stage: name of the only stage to show; None: all. Data shared with an earlier stage is shown once.
+        colors: False: mark tokens in the text instead: `[trained]`, `⟨lost to max_length⟩`.
 
     Raises:
         RecipeError: no such stage.
-        DataError, ModelError, Problems: of its data or tokenizer.
+        DataError, ModelError, Problems: the data or the tokenizer cannot be read.
     """
     with errors_located_in(loaded.origins):
         shown = _Preview(loaded, colors)
@@ -52,8 +52,8 @@ def preview(
             f"there is no stage {stage!r}",
             code="option.unknown-stage",
             where=str(loaded.path),
-            why="it is not taken for another; the rounds of a repeated stage have numbers (rpo-1, rpo-2)",
-            fix=f"one of: {', '.join(names)}",
+            why="the rounds of a repeated stage are numbered (rpo-1, rpo-2)",
+            fix=f"give one of: {', '.join(names)}",
         )
     yield shown.view.legend()
     for each in shown.preparer.stages:
@@ -69,18 +69,18 @@ class _Preview:
         self._seen: dict[str, str] = {}
 
     def stage(self, stage: Stage, count: int) -> Iterator[Text]:
-        """Its head and its examples."""
+        """Yield the heading and the examples of a stage."""
         yield Text(f"\n{stage.name} ({stage.kind})", "bold")
         data = stage.data.model_dump_json() + stage.kind + str(stage.max_length)
         if (before := self._seen.setdefault(data, stage.name)) != stage.name:
-            yield Text(f"the same data as {before}")
+            yield Text(f"same data as {before}")
             return
         if stage.data.responses_from is not None:
-            yield Text(f"the responses of stage {stage.data.responses_from}")
+            yield Text(f"uses the responses of stage {stage.data.responses_from}")
             return
         rows = self.preparer.prepare(stage, tokenize=False).rows
         if needs_policy(stage.data):
-            yield Text(f"{len(rows):,} prompts; their responses are sampled when the stage runs")
+            yield Text(f"{len(rows):,} prompts; responses are sampled when the stage runs")
             for row, note in _spread(rows, count):
                 yield from self._prompt(row, note)
         else:
@@ -115,19 +115,19 @@ class _Preview:
             yield self.view.tokens(ids, _lost_after(trained_styles(mask), room))
 
     def _tokenized(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
-        """The example, or why there is none, and what an audit says of it."""
+        """Return the example, or None and the reason, and the warnings about it."""
         audit = Audit()
         try:
             (example,) = tokenize_stage(stage, [row], self.preparer.tokenizer, audit)
             return example, "", warnings_of(audit)
         except DataError:
-            if not audit.dropped:  # a fault, not a row to leave out
+            if not audit.dropped:  # an error, not a dropped row
                 raise
             return None, ", ".join(DROPS[name] for name in audit.dropped), []
 
 
 def _spread(rows: Sequence[Row], count: int) -> Iterator[tuple[Row, str]]:
-    """`count` rows at even distances, then the longest with a note, where it is not among them."""
+    """Yield `count` evenly spaced rows, then the longest with a note, if it is not among them."""
     count = min(count, len(rows))
     chosen = [number * len(rows) // count for number in range(count)] if count else []
     for number in chosen:
@@ -138,7 +138,7 @@ def _spread(rows: Sequence[Row], count: int) -> Iterator[tuple[Row, str]]:
 
 
 def _title(row: Row, note: str, tokens: int) -> str:
-    """The row, the tokens of its prompt, and the variables that its template gets."""
+    """Return the heading of a row: its id, prompt length and chat template variables."""
     given = f", {COLUMN} {kwargs_key(row[COLUMN])}" if row.get(COLUMN) else ""
     return f"\nrow {row['id']}{note}: prompt of {tokens:,} tokens{visible(given)}"
 

@@ -1,7 +1,7 @@
-"""The record of a stage in chain.json: what the chain writes, and what resume, card and report read.
+"""The record of a stage in chain.json, written by the chain and read by resume, model card and report.
 
-`StageRecord.from_json(entry)` refuses an entry that does not have these types; with `lenient=True`, for the
-report of a damaged file, whatever does not fit is left out. `to_json` leaves out what is None.
+`StageRecord.from_json(entry)` raises if a value has another type; with `lenient=True`, for the report of a
+damaged file, such values are skipped. `to_json` omits values that are None.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EMPTY: dict[str, Any] = {"absent": {}}
 
 @dataclass
 class FileRecord(JsonRecord):
-    """A file as it was read: its digest, and what tells that it is still the same (`known_digest`)."""
+    """A file that was read: its digest, and its stat, by which a change is detected (`known_digest`)."""
 
     digest: str
     stat: list[int] | None = None
@@ -36,8 +36,8 @@ class InputRecord(JsonRecord):
     """An input of a stage: its files by name, or its commit on the hub.
 
     Attributes:
-        key: of the recipe, where it is named.
-        name: as the recipe names it.
+        key: the recipe key that names it.
+        name: its name in the recipe.
     """
 
     key: str
@@ -49,7 +49,7 @@ class InputRecord(JsonRecord):
 
 @dataclass
 class ReasonRecord(JsonRecord):
-    """Rows of one reason, and the ids of the first; `of`: among how many, None: those that are used."""
+    """Count of rows with one reason, and the first ids; `of`: total rows, None: the rows used."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class ReasonRecord(JsonRecord):
 
 @dataclass
 class DifferencesRecord(ReasonRecord):
-    """Rows of a source that generation and training render differently."""
+    """Rows of a source whose prompts generation and training render differently."""
 
     example: list[str] | None = None
     text: str | None = None
@@ -66,7 +66,7 @@ class DifferencesRecord(ReasonRecord):
 
 @dataclass
 class PairsRecord(JsonRecord):
-    """Rewards and lengths of the pairs, best and worst response of each."""
+    """Rewards and lengths of the best and worst response of each row."""
 
     rows: int = 0
     with_rewards: int = 0
@@ -79,7 +79,7 @@ class PairsRecord(JsonRecord):
 
 @dataclass
 class JudgeRecord(JsonRecord):
-    """How consistent a judge is, see `data.judge_bias.biases`."""
+    """Consistency of a judge, see `data.judge_bias.biases`."""
 
     comparisons: int = 0
     consistent: int = 0
@@ -90,7 +90,7 @@ class JudgeRecord(JsonRecord):
 
 @dataclass
 class AuditRecord(JsonRecord):
-    """The counts of a data set, `Audit.as_dict()`: by source, or by reason."""
+    """Counts of a data set by source or reason, as in `Audit.as_dict()`."""
 
     read: dict[str, int] = field(default_factory=dict)
     joined: dict[str, int] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class AuditRecord(JsonRecord):
 
 @dataclass
 class DataRecord(JsonRecord):
-    """The examples of a stage; `held_out`: the audit of those it is evaluated with."""
+    """The examples of a stage; `held_out` is the audit of its held-out data."""
 
     fingerprint: str | None = None
     audit: AuditRecord = field(default_factory=AuditRecord)
@@ -129,7 +129,7 @@ class DataRecord(JsonRecord):
 
 @dataclass
 class StepZeroRecord(JsonRecord):
-    """The loss before the first update, and the constant that policy = reference must give."""
+    """The loss before the first update, and its expected value for policy = reference model."""
 
     loss: float | None = None
     expected: float | None = None
@@ -140,7 +140,7 @@ class StepZeroRecord(JsonRecord):
 
 @dataclass
 class WarningRecord(JsonRecord):
-    """A warning given while the stage trained."""
+    """A warning during training."""
 
     text: str
     step: int | None = None
@@ -150,7 +150,7 @@ class WarningRecord(JsonRecord):
 
 @dataclass
 class SkippedStepRecord(JsonRecord):
-    """A step that was left out: what was not finite, and the ids of its rows."""
+    """A skipped optimizer step: what was not finite, and the ids of its rows."""
 
     step: int
     what: str
@@ -159,7 +159,7 @@ class SkippedStepRecord(JsonRecord):
 
 @dataclass
 class CalibrationBin(JsonRecord):
-    """Predictions of a reward model that are near each other, and what was observed."""
+    """A calibration bin of a reward model: mean prediction and mean observation."""
 
     predicted: float
     observed: float
@@ -171,14 +171,21 @@ Calibration = dict[str, list[CalibrationBin]]
 
 @dataclass
 class OutputRecord(JsonRecord):
-    """What a stage has written into `final`."""
+    """The output of a stage in `final`.
+
+    Attributes:
+        dtype: of its weights, such as `bfloat16`.
+        exact: fingerprint of the float32 weights that later stages start from; None: those of `final`.
+    """
 
     fingerprint: str
+    dtype: str | None = None
+    exact: str | None = None
 
 
 @dataclass
 class HubRecord(JsonRecord):
-    """Where the output was to be uploaded, and its commit, or why it is not there."""
+    """The upload of an output to the hub: its commit, or the error."""
 
     repo: str
     commit: str | None = None
@@ -190,7 +197,7 @@ class HubRecord(JsonRecord):
 
 @dataclass
 class EstimateRecord(JsonRecord):
-    """A mean and the bounds of its 95 % interval."""
+    """A mean and the bounds of its 95 % confidence interval."""
 
     value: float
     low: float | None = None
@@ -199,7 +206,7 @@ class EstimateRecord(JsonRecord):
 
 @dataclass
 class SourceNLLRecord(EstimateRecord):
-    """Negative log-likelihood a token of a source, in nats."""
+    """Negative log-likelihood per token of a data source, in nats."""
 
     rows: int | None = None
 
@@ -224,17 +231,17 @@ class PreferencesRecord(JsonRecord):
 
 @dataclass
 class EvaluationRecord(JsonRecord):
-    """Held-out figures after a stage; None for what was not measured.
+    """Metrics on held-out data after a stage; None where not measured.
 
     Attributes:
-        nll, nll_before: of the stage's own held-out rows, after and before it, in nats.
-        baseline: what its responses are compared with; `of_baseline` has the figures of one from before
-            the run.
-        exact: share of sampled responses with the verifier's largest reward.
-        unfinished: share of sampled responses cut by `max_new_tokens`.
-        measure: figures of responses compare where this is the same.
-        accuracy: of a reward model, the share of pairs whose better response has the higher reward.
-        agreement: of a reward model, `pearson/NAME` and others by metric.
+        nll, nll_before: loss on the stage's own held-out rows after and before it, in nats per token.
+        baseline: the policy that responses are compared with; `of_baseline` has its metrics if no stage of
+            the run made it.
+        exact: fraction of sampled responses with the verifier's maximum reward.
+        unfinished: fraction of sampled responses truncated by `max_new_tokens`.
+        measure: metrics of responses are comparable if this is equal.
+        accuracy: pair accuracy of a reward model.
+        agreement: metrics of a reward model by name, such as `pearson/NAME`.
     """
 
     nll: float | None = None
@@ -265,7 +272,7 @@ class EvaluationRecord(JsonRecord):
 
 @dataclass
 class SampleRecord(JsonRecord):
-    """A held-out prompt and a policy's answers; a line of `samples.jsonl`. `reward` is of `sampled`.
+    """A held-out prompt and responses to it, a line of `samples.jsonl`. `reward` is that of `sampled`.
 
     Attributes:
         rewards, tokens, log_ratios: of all sampled responses: reward, trained tokens, and
@@ -313,7 +320,7 @@ class SystemRecord(JsonRecord):
 
 @dataclass
 class GapRecord(JsonRecord):
-    """A training example after the stage: β times the difference of log-ratios, and its target gap.
+    """The implicit reward gap (β · log-ratio gap) and target gap of a training example after the stage.
 
     A line of `gaps.jsonl`.
     """
@@ -328,15 +335,15 @@ class GapRecord(JsonRecord):
 
 @dataclass
 class StageRecord(JsonRecord):
-    """Everything that chain.json says of a stage; None for what has not come yet.
+    """The record of a stage in chain.json; None for values not known yet.
 
     Attributes:
-        spec: the stage of the recipe as plain data.
-        sources: digest of each data file, by its path as written.
-        reward_scale: where it was fitted to the data.
-        system: of the last start of its training.
-        eval_before, eval_after: metrics of the stage's own held-out examples.
-        steps: where it has trained to its end.
+        spec: the stage in the recipe, as plain data.
+        sources: digest of each data file, by its path in the recipe.
+        reward_scale: the fitted η, if `reward_scale` is `auto`.
+        system: hardware and software of the last start of its training.
+        eval_before, eval_after: metrics on the stage's own held-out examples.
+        steps: optimizer steps, set when training is complete.
     """
 
     name: str = "?"
@@ -369,7 +376,7 @@ class StageRecord(JsonRecord):
 
 @dataclass
 class ChangeRecord(JsonRecord):
-    """A change of the recipe, or of an input, that was allowed."""
+    """An allowed change of the recipe or of an input."""
 
     when: str
     key: str

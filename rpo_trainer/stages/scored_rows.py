@@ -1,8 +1,8 @@
-"""Rows that a run makes itself: responses sampled from policies, and rewards given to them.
+"""Rows made during a run: responses sampled from policies, and their rewards.
 
-Both are written under the stage, and are there again when the run resumes: `responses-KEY.jsonl` and
-`generated-KEY.jsonl` (the same with rewards), or `scored-KEY.jsonl` where the responses were given.
-KEY stands for all that they depend on, the weights too.
+They are written into the stage's directory and reused when the run resumes: `responses-KEY.jsonl` and
+`generated-KEY.jsonl` (with rewards), or `scored-KEY.jsonl` if the responses were given. KEY is a digest of
+everything they depend on, including the weights.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Policies(Protocol):
     """The policies that responses are sampled from."""
 
     def sampling_policy(self, stage: Stage, source: str) -> Loaded:
-        """What a stage samples from: its start (`init`), or another source."""
+        """Load a policy that a stage samples from: its initial policy (`init`), or another source."""
 
     def weights_key(self, source: str) -> str:
-        """A key of the weights behind a source (a stage, `model`, a path)."""
+        """Return a content key of the weights of a source (a stage, `model`, a path)."""
 
 
 class ScoredRows:
-    """Makes the rows of the stages of one run whose rewards, or responses too, are not given.
+    """Samples and scores the rows of the stages of one run.
 
     Args:
-        ranks: the processes of the run; all of them call `rows`.
+        ranks: the processes of the run; all of them must call `rows`.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class ScoredRows:
         self.ranks = ranks
 
     def rows(self, stage: Stage, audit: Audit) -> list[Row] | None:
-        """Rows with responses and rewards; None for a stage whose rows are all given.
+        """Return rows with responses and rewards; None for a stage whose rows are given.
 
         Raises:
-            DataError, Problems: rows that cannot be read, sampled for or scored.
-            ModelError: a policy or a reward model that cannot be loaded.
-            RunError: an endpoint that refuses, or does not answer.
+            DataError, Problems: rows cannot be read, or responses cannot be sampled or scored.
+            ModelError: a policy or a reward model cannot be loaded.
+            RunError: an endpoint refuses requests or does not answer.
         """
         data = stage.data
         if data.responses_from is not None:
@@ -83,7 +83,7 @@ class ScoredRows:
         return rows
 
     def scorer(self, score: ScoreSpec) -> Scorer:
-        """The scorer of a stage, its reward model found in the run where it is a stage's."""
+        """Return the scorer of a `score` field; its reward model may be the output of a stage."""
         return self.preparer.scorer(score, self._reward_model)
 
     def _reward_model(self, name: str) -> tuple[str, str]:
@@ -92,7 +92,7 @@ class ScoredRows:
         else:
             path = self.preparer.path(name)
             if not path.is_dir():
-                return name, name  # of the hub
+                return name, name  # on the hub
         return str(path), weights_key(path)
 
     def _sampled(self, stage: Stage, rows: list[Row]) -> list[Row]:
@@ -110,7 +110,7 @@ class ScoredRows:
             for source in spec.policies
         ]  # fmt: skip
         policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
-        # The stage's name is in the numbers: each round samples others.
+        # The stage's name is part of the seeds, so that each round samples other responses.
         prefix = f"{stage.name}/"
         key = content_key([policy.key for policy in policies], rows, seed, prefix)
         path = self.run_dir / stage.name / f"responses-{key}.jsonl"
@@ -132,5 +132,5 @@ class ScoredRows:
 
 
 def source_key(path: Path, name: str) -> str:
-    """A key of the weights at a path, or the name of a model of the hub."""
+    """Return a content key of the weights at a path, or the name of a model on the hub."""
     return weights_key(path) if path.is_dir() else name

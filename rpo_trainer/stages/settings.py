@@ -1,4 +1,4 @@
-"""One stage: its training arguments, its adapter and its trainer, from its recipe."""
+"""The training arguments, LoRA config and trainer of a stage, from the recipe."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from rpo_trainer.recipe import (
 )
 from rpo_trainer.recipe.rules.forms import NOT_READ
 from rpo_trainer.recipe.schema import STAGE_KINDS
+from rpo_trainer.runtime.devices import bfloat16_supported, has_accelerator
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
 from rpo_trainer.stages.hub import check_strategy
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 StageConfig = SFTConfig | DPOConfig | RPOConfig | RewardConfig
 
-# The config and the trainer of each kind of stage.
+# The config and trainer classes by kind of stage.
 _TRAINERS: dict[str, tuple[type[StageConfig], type[BaseTrainer]]] = {
     "sft": (SFTConfig, SFTTrainer),
     "dpo": (DPOConfig, DPOTrainer),
@@ -65,46 +66,53 @@ _TRAINERS: dict[str, tuple[type[StageConfig], type[BaseTrainer]]] = {
     "reward": (RewardConfig, RewardTrainer),
 }
 
-_FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # which may name a JSON file
+_FILE_ARGUMENTS = ("deepspeed", "fsdp_config", "accelerator_config")  # may name a JSON file
 
 
-# Stage fields that a config has under the same name, but with a value made of them: see `training_config`.
+# Stage fields that `training_config` converts, although the config has a field of the same name.
 _CONVERTED = {
     "num_train_epochs", "max_steps", "save_steps", "eval_steps", "seed", "gradient_checkpointing",
 }  # fmt: skip
 
 
 def copied_fields(kind: str) -> set[str]:
-    """The fields of a kind of stage whose values its config takes as they are."""
+    """Return the fields of a kind of stage that are copied to its config unchanged."""
     config, _ = _TRAINERS[kind]
     return {*STAGE_KINDS[kind].model_fields} & _parameters(config) - _CONVERTED
 
 
 def _parameters(config: type[StageConfig]) -> set[str]:
-    """What may be given to a config; `derived` it writes itself."""
+    """Return the arguments of a config class, without `derived`, which it sets itself."""
     return set(inspect.signature(config).parameters) - {"derived"}
 
 
 def arithmetic(model: ModelSpec) -> str:
-    """The dtype of a recipe's arithmetic; `auto` is bfloat16 on a GPU that has it, else float32."""
+    """Return the dtype of computation; `auto` is bfloat16 on GPUs that support it, else float32."""
     if model.dtype != "auto":
         return model.dtype
-    has = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bfloat16" if has else "float32"
+    return "bfloat16" if bfloat16_supported() else "float32"
+
+
+def frozen_dtype(stage: Stage, model: ModelSpec) -> torch.dtype:
+    """The dtype of the frozen base weights of a stage; float32 where it trains all weights."""
+    if stage.peft is None or stage.peft.frozen_dtype == "float32":
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, arithmetic(model))
+    return dtype
 
 
 def training_config(
     stage: Stage, model: ModelSpec, *, seed: int, folder: Path, run_dir: Path
 ) -> StageConfig:
-    """The trainer's config of a stage.
+    """Return the trainer config of a stage.
 
     Raises:
-        RecipeError: a name or value that transformers does not know or take, in `training_args` or
-            elsewhere; a tracker that is not installed.
+        RecipeError: a name or value that transformers does not accept, in `training_args` or elsewhere, or
+            a tracker that is not installed.
     """
     settings: dict[str, Any] = {name: getattr(stage, name) for name in copied_fields(stage.kind)}
     if settings.get("reward_scale") == "auto":
-        del settings["reward_scale"]  # before the data is read; see `fitted_stage`
+        del settings["reward_scale"]  # not known before the data is read, see `fitted_stage`
     settings |= {
         "output_dir": str(folder),
         "per_device_train_batch_size": stage.micro_batch_size,
@@ -116,9 +124,7 @@ def training_config(
         "seed": seed,
         "bf16": arithmetic(model) == "bfloat16",
         "fp16": arithmetic(model) == "float16",
-        "use_cpu": not torch.cuda.is_available()
-        and not torch.backends.mps.is_available()
-        and not asks_for_shards(stage.training_args),
+        "use_cpu": not has_accelerator() and not asks_for_shards(stage.training_args),
         "disable_tqdm": True,
         "log_level": "warning",
         "logging_nan_inf_filter": False,
@@ -131,7 +137,7 @@ def training_config(
     given = fill_from_environment(stage.training_args, where=where)
     check_strategy(given, where)
     _check_files(given, where)
-    # The chain pushes outputs itself, with their cards: see `push_output`.
+    # The chain pushes outputs itself, with their model cards: see `push_output`.
     settings |= {**given, "push_to_hub": False}
     config, trainer_class = _TRAINERS[stage.kind]
     known = _parameters(config)
@@ -165,13 +171,13 @@ def training_config(
     except RecipeError as error:
         _, _, field = (error.where or "").partition(".")
         raise error.at(f"stages.{stage.name}" + (f".{field}" if field else "")) from None
-    except (RuntimeError, *UNREADABLE) as error:  # what a file of them holds, too
+    except (RuntimeError, *UNREADABLE) as error:  # including errors in a JSON file
         raise RecipeError(
             str(error) or type(error).__name__,
             code="recipe.bad-training-arguments",
             where=f"stages.{stage.name}",
-            why="transformers does not take these arguments together, or not on this machine",
-            fix="see transformers.TrainingArguments for what it takes",
+            why="transformers does not accept this combination of arguments, or not on this machine",
+            fix="see transformers.TrainingArguments for the accepted values",
         ) from error
     made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
@@ -182,20 +188,19 @@ def training_config(
     try:
         trackers: Any = get_reporting_integration_callbacks
         for tracker in trackers(made.report_to):
-            tracker()  # says here, not when training starts, that it is not installed
+            tracker()  # raises now, not when training starts, if it is not installed
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(
-            f"a tracker cannot start: {error}",
+            f"a tracker of `report_to` cannot start: {error}",
             code="recipe.tracker-cannot-start",
             where=f"stages.{stage.name}.report_to",
-            why="nothing would be sent to it, and nobody would know before the end",
-            fix="install its package, or take it out; metrics.jsonl has everything all the same",
+            fix="install its package, or remove it from `report_to`; metrics.jsonl always has all metrics",
         ) from error
     return made
 
 
 def named_files(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The `training_args` that name a JSON file, and its name; a text that begins with `{` is JSON itself."""
+    """Yield the `training_args` that name a JSON file, with the name; text that begins with `{` is JSON."""
     for name in _FILE_ARGUMENTS:
         value = arguments.get(name)
         if isinstance(value, str) and not value.startswith("{"):
@@ -203,15 +208,15 @@ def named_files(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _check_files(arguments: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError where an argument names a pipe, a device or the like for a JSON file."""
+    """Raise RecipeError if an argument names a pipe, a device or the like as a JSON file."""
     for name, file in named_files(arguments):
         if kind := kind_of_file(Path(file).expanduser()):
             raise RecipeError(
                 f"this is {kind}, not a file",
                 code="recipe.not-a-file",
                 where=f"{where}.{name}: {file}",
-                why="reading it could wait forever",
-                fix="give a JSON file, or write its content here",
+                why="reading it could block forever",
+                fix="give a JSON file, or its content",
             )
 
 
@@ -223,7 +228,6 @@ def _unknown_names(stage: Stage) -> Iterator[RecipeError]:
                 f"transformers has no {field} {value}",
                 code="recipe.unknown-name",
                 where=f"stages.{stage.name}.{field}",
-                why="none is taken in place of another",
                 fix=_or_see(did_you_mean(value, known), "transformers.TrainingArguments"),
             )
 
@@ -233,7 +237,7 @@ def _or_see(near: str | None, place: str) -> str:
 
 
 def steps_of(stage: Stage, examples: int) -> int:
-    """Optimizer steps of a stage."""
+    """Return the number of optimizer steps of a stage."""
     if stage.max_steps is not None:
         return stage.max_steps
     per_epoch = -(-examples // stage.global_batch_size)
@@ -241,24 +245,24 @@ def steps_of(stage: Stage, examples: int) -> int:
 
 
 def check_warmup(stage: Stage, examples: int) -> None:
-    """Raises RecipeError where the warm-up is longer than the stage."""
+    """Raise RecipeError if the warmup is longer than the stage."""
     steps = steps_of(stage, examples)
     if stage.warmup_steps > steps:
         raise RecipeError(
-            f"`warmup_steps` is {stage.warmup_steps}, longer than the stage, which has {steps} steps",
+            f"`warmup_steps` is {stage.warmup_steps}, but the stage has only {steps} steps",
             code="recipe.warmup-too-long",
             where=f"stages.{stage.name}.warmup_steps",
             why="the learning rate would never reach its peak",
-            fix=f"write at most {steps}, or raise `num_train_epochs`",
+            fix=f"set it to at most {steps}, or increase `num_train_epochs`",
         )
 
 
 def lora_config(stage: Stage) -> LoraConfig | None:
-    """The adapter that a stage would begin; None: it trains all weights.
+    """Return the LoRA config of a stage; None: it trains all weights.
 
     Raises:
-        RecipeError: a field of `peft` that LoraConfig does not know or take, or an adapter that cannot be
-            trained here.
+        RecipeError: a field or value of `peft` that LoraConfig does not accept, or an adapter that is not
+            supported.
     """
     if stage.peft is None:
         return None
@@ -291,18 +295,17 @@ def lora_config(stage: Stage) -> LoraConfig | None:
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     except (TypeError, ValueError, ImportError) as error:
-        why = "PEFT makes no adapter of these settings"
         raise RecipeError(
-            str(error), code="recipe.bad-peft", where=where, why=why, fix="see peft.LoraConfig"
+            str(error), code="recipe.bad-peft", where=where, fix="see peft.LoraConfig"
         ) from error
     if stage.peft.quantization is not None and changes_base(config):
         raise RecipeError(
-            f"init_lora_weights: {config.init_lora_weights} changes the weights below the adapter, "
-            "which are in 4 bits",
+            f"init_lora_weights: {config.init_lora_weights} changes the base weights, which are quantized "
+            "to 4 bits",
             code="recipe.quantized-base-changes",
             where=where,
-            why="what it takes from them would be rounded away",
-            fix="leave out init_lora_weights, or quantization",
+            why="the change would be lost by rounding",
+            fix="remove init_lora_weights or quantization",
         )
     return config
 
@@ -317,12 +320,13 @@ def _require_lora(kind: str, where: str) -> None:
     methods = {str(name.value): method for name, method in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     prompt = issubclass(methods.get(kind, LoraConfig), PromptLearningConfig)
     raise RecipeError(
-        f"peft_type {kind}: a recipe trains LoRA adapters",
+        f"peft_type {kind} is not supported in a recipe",
         code="recipe.unsupported-peft-type",
         where=where,
-        why="the virtual tokens of a prompt-learning method stand before a row, and a row here holds many "
-        "examples" if prompt else "the stages of a chain hand over LoRA adapters and no others",
-        fix="leave peft_type out" + ("" if prompt else "; a trainer takes other methods (peft_config)"),
+        why="the virtual tokens of prompt learning precede a row, and a packed row holds several examples"
+        if prompt
+        else "stages pass on LoRA adapters only",
+        fix="remove peft_type" + ("" if prompt else ", or use a trainer with peft_config in Python"),
     )  # fmt: skip
 
 
@@ -335,7 +339,7 @@ def make_trainer(
     inputs: StageInputs,
     callbacks: list[TrainerCallback],
 ) -> BaseTrainer:
-    """The trainer of a stage, with the settings of the stage and no others."""
+    """Create the trainer of a stage."""
     common: dict[str, Any] = {
         "model": model,
         "args": config,

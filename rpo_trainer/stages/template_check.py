@@ -1,4 +1,4 @@
-"""What a tokenizer's chat template makes of seven sample conversations: what is trained, and after what."""
+"""Checks a chat template on seven sample conversations: which tokens are trained, and after what."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ Status = Literal["right", "wrong", "not supported"]
 
 @dataclass(frozen=True)
 class Checked:
-    """One sample conversation under a chat template.
+    """One sample conversation rendered by a chat template.
 
     Attributes:
-        status: `right`; `not supported`: the template refuses it, or leaves out its tool calls; `wrong`:
-            its trained turns cannot be found, or one does not follow its generation prompt.
-        reasons: why it is not right.
-        warnings: what the template leaves out, and the like.
-        ids, mask: tokens of the whole conversation, and 1 for each that is trained; [] where there are
-            none.
-        follows: whether every trained turn follows its generation prompt; None where the turns cannot be
-            found.
+        status: `right`; `not supported`: the template refuses it, or omits its tool calls; `wrong`: its
+            trained turns cannot be located, or one does not follow its generation prompt.
+        reasons: why the status is not `right`.
+        warnings: for example, text that the template omits.
+        ids, mask: token ids of the conversation, and 1 for each trained token; [] if not available.
+        follows: whether every trained turn follows its generation prompt; None if the turns cannot be
+            located.
     """
 
     name: str
@@ -62,15 +61,15 @@ class Checked:
 def load_checked(
     tokenizer: str, chat_template: str | None, kwargs: Mapping[str, Any] | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with the template that is to be checked.
+    """Load the tokenizer with the chat template to check.
 
     Args:
         tokenizer: directory or hub name.
-        chat_template: `chatml`, `plain`, or the path of a Jinja file; None: its own.
+        chat_template: `chatml`, `plain`, or the path of a Jinja file; None: the tokenizer's own.
         kwargs: variables of the template.
 
     Raises:
-        ModelError: it cannot be loaded, it has no chat template, or one that does not end.
+        ModelError: the tokenizer cannot be loaded, or has no chat template that can be rendered.
         RecipeError: variables that the template does not read.
     """
     spec = ModelSpec.model_validate({"name_or_path": tokenizer, "chat_template": chat_template})
@@ -80,8 +79,7 @@ def load_checked(
             "the tokenizer has no chat template",
             code="template.missing",
             where=tokenizer,
-            why="there is none to check",
-            fix="--chat-template chatml | plain | the path of a Jinja template",
+            fix="add --chat-template: chatml | plain | the path of a Jinja file",
         )
     check_kwargs(kwargs, loaded, "--kwargs")
     return loaded
@@ -90,7 +88,7 @@ def load_checked(
 def check_samples(
     tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None
 ) -> list[Checked]:
-    """Each of the seven conversations as it would be trained."""
+    """Check each of the seven conversations as it would be trained."""
     renderer = ChatRenderer(tokenizer).using(kwargs)
     return [_checked(sample, tokenizer, renderer, kwargs) for sample in SAMPLES]
 
@@ -130,7 +128,7 @@ def _checked(
 
 
 def _writes_calls(text: str, messages: Sequence[Message]) -> bool:
-    """Whether the arguments of all calls are in the text; the turns' own words may have them too."""
+    """Whether the text contains the arguments of all calls, not counting the content of the turns."""
     said = "".join(message["content"] for message in messages)
     calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
     values = {value for call in calls for value in call["arguments"].values()}
@@ -148,10 +146,10 @@ def _reasons(error: RPOTrainerError) -> list[str]:
 def shown(
     found: list[Checked], tokenizer: PreTrainedTokenizerBase, *, colors: bool
 ) -> Iterator[Text]:
-    """The conversations for people, as `preview` shows examples.
+    """Yield the conversations as text, in the format of `preview`.
 
     Args:
-        colors: else marks in the text around what is trained: `[trained]`.
+        colors: False: mark trained tokens in the text instead: `[trained]`.
     """
     view = TokenView(tokenizer, colors)
     yield view.legend((("not trained", PROMPT), ("trained", TRAINED[0])))
@@ -168,7 +166,7 @@ def shown(
 
 
 def as_dict(one: Checked, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A conversation for JSON, with the text of each run of trained tokens."""
+    """Return a conversation as JSON-compatible data, with the text of each trained span."""
     runs: list[list[int]] = []
     for place, (token, trained) in enumerate(zip(one.ids, one.mask, strict=True)):
         if trained and not (place and one.mask[place - 1]):
@@ -188,14 +186,13 @@ def as_dict(one: Checked, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def raise_if_wrong(found: list[Checked]) -> None:
-    """Raises TemplateError where a conversation that the template supports is not right."""
+    """Raise TemplateError if a conversation is rendered wrongly."""
     wrong = [one.name for one in found if one.status == "wrong"]
     if not wrong:
         return
     raise TemplateError(
-        f"{len(wrong)} of {len(found)} conversations are not right: {', '.join(wrong)}",
+        f"{len(wrong)} of {len(found)} conversations are rendered wrongly: {', '.join(wrong)}",
         code="template.wrong-conversations",
-        why="what is trained would not be what the model writes when it is sampled",
-        fix="choose another template (--chat-template) or other variables (--kwargs), or leave rows of "
-        "this kind out",
+        why="training and generation would use different text",
+        fix="choose another template (--chat-template) or other variables (--kwargs), or drop such rows",
     )

@@ -11,6 +11,7 @@
     head             operations between the last hidden states and the logits
     logprobs         hidden states → log-prob of each trained token, in tiles of the vocabulary
       head_kernels       Triton kernels for softmax and gradient of a tile
+      token_stats        accuracy, entropy and mean logit of each token, from the same tiles
     router_loss      load-balancing loss of mixtures of experts, from the same forward
     reference        reference log-probs, computed once and cached on disk
     layout_probe     selects the fastest exact step layout at the start of training

@@ -19,8 +19,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from rpo_trainer.runtime.devices import move
 from rpo_trainer.step.attention_flex import FlexIndex
 from rpo_trainer.step.attention_varlen import VarlenIndex
+from rpo_trainer.step.token_stats import TokenStats
 
 Layout = Literal["shared", "packed", "padded", "single"]
 
@@ -64,7 +66,7 @@ class AttentionPlan:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> AttentionPlan:
         """Return the plan with its tensors on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: move(tensor, device, non_blocking))
 
     def pin_memory(self) -> AttentionPlan:
         """Return the plan with its tensors in pinned memory; called by data loaders."""
@@ -195,7 +197,7 @@ class TensorStruct:
 
     def to(self: M, device: torch.device, non_blocking: bool = True) -> M:
         """Return a copy with its tensors on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: move(tensor, device, non_blocking))
 
     def pin_memory(self: M) -> M:
         """Return a copy in pinned memory; called by data loaders."""
@@ -243,6 +245,7 @@ class ModelInputs(TensorStruct):
         last_index: `[R]`, flat index of each response's last token.
         token_uses: shape of `input_ids`, int64: number of responses that use each token, 0 for padding.
         router: request for router sums, or None.
+        stats: receives the statistics of the trained tokens' distributions; None: none are computed.
     """
 
     input_ids: Tensor
@@ -255,6 +258,7 @@ class ModelInputs(TensorStruct):
     last_index: Tensor
     token_uses: Tensor
     router: RouterRequest | None = None
+    stats: TokenStats | None = None
 
 
 @dataclass

@@ -36,6 +36,7 @@ from rpo_trainer.step.batch import AttentionPlan, Layout, ModelInputs, Segment
 from rpo_trainer.step.head import FORWARD_ERRORS, Head, forward_of, head_of
 from rpo_trainer.step.logprobs import linear_logprobs, logprobs_from_logits
 from rpo_trainer.step.router_loss import only_sums, requested, split_sums, sums_of, with_sums
+from rpo_trainer.step.token_stats import TokenStats
 
 _RECORDED_TOKENS = 8  # tokens of the forward that records the attention masks
 
@@ -225,9 +226,11 @@ def _packed_logprobs(model: Any, inputs: ModelInputs) -> Any:
         return sums_of(outputs, inputs)
     gathered = outputs.wanted.index_select(0, inputs.predict_index)
     if head.fused:
-        logps = _run_head(model, gathered, inputs.labels, head)
+        logps = _run_head(model, gathered, inputs.labels, head, inputs.stats)
     else:  # all logits of the model's own forward
         logps = logprobs_from_logits(gathered, inputs.labels)
+        if inputs.stats is not None:
+            inputs.stats.set_from_logits(gathered, inputs.labels)
     return with_sums(logps, outputs, inputs)
 
 
@@ -239,13 +242,15 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def _run_head(
+    model: Any, hidden: Tensor, labels: Tensor, head: Head, stats: TokenStats | None
+) -> Tensor:
     """Call the head as a module whose forward is replaced by the fused log-probs, so that its hooks run."""
     module: Any = model.get_output_embeddings()
     if head.hidden_multiplier != 1.0:
         hidden = hidden * head.hidden_multiplier
     if type(module) is not nn.Linear:
-        return _generic_head(module, hidden, labels, head)
+        return _generic_head(module, hidden, labels, head, stats)
 
     def fused(x: Tensor) -> Tensor:
         return linear_logprobs(
@@ -256,28 +261,37 @@ def _run_head(model: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             logits_chunk_bytes=head.logits_chunk_bytes,
+            stats=stats,
         )
 
     with forward_of(module, fused):
         return module(hidden)  # type: ignore[no-any-return]
 
 
-def _generic_head(module: nn.Module, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def _generic_head(
+    module: nn.Module, hidden: Tensor, labels: Tensor, head: Head, stats: TokenStats | None
+) -> Tensor:
     """Log-probs with a head that is not a plain linear layer (LoRA, quantized).
 
     Its own forward runs in chunks, which are recomputed in the backward.
     """
 
-    def chunk(h: Tensor, y: Tensor) -> Tensor:
+    def chunk(h: Tensor, y: Tensor, own: TokenStats | None) -> Tensor:
         logits = module(h) * head.logit_scale
         if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
+        if own is not None and own.entropy is None:  # not again when it is recomputed
+            own.set_from_logits(logits, y)
         return logprobs_from_logits(logits, y)
 
     vocabulary = getattr(module, "out_features", None) or 2**17
     size = max(1, head.logits_chunk_bytes // (4 * vocabulary))
+    parts = list(zip(torch.split(hidden, size), torch.split(labels, size), strict=True))
+    of_parts = [None if stats is None else TokenStats(stats.with_mean) for _ in parts]
     pieces = [
-        torch.utils.checkpoint.checkpoint(chunk, h, y, use_reentrant=False)
-        for h, y in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+        torch.utils.checkpoint.checkpoint(chunk, h, y, own, use_reentrant=False)
+        for (h, y), own in zip(parts, of_parts, strict=True)
     ]
+    if stats is not None:
+        stats.set_joined([own for own in of_parts if own is not None])
     return torch.cat(pieces)

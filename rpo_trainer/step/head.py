@@ -115,15 +115,15 @@ def _learned(model: Any, forward: Callable[..., Any]) -> Head | None:
     if logits.shape != (1, len(_PRODUCTS), vocabulary):
         return None
     multiplier = _ratio(seen[0], hidden[0])
-    rows = logits[0].double()
+    rows = logits[0].cpu().double()
     if multiplier is None or (rows - rows[:, :1]).abs().max() > 0:
         return None
-    return _fitted(multiplier, products.double(), rows[:, 0])
+    return _fitted(multiplier, products.cpu().double(), rows[:, 0])
 
 
 def _ratio(x: Tensor, y: Tensor) -> float | None:
     """Return the constant ratio x / y; None if it is not constant."""
-    ratio = x.double() / y.double()
+    ratio = x.cpu().double() / y.cpu().double()
     middle = ratio.median().item()
     return middle if (ratio - middle).abs().max().item() <= _PRECISION * abs(middle) else None
 

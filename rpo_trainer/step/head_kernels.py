@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rpo_trainer.step.token_stats import SliceStats
+
 logger = logging.getLogger(__name__)
 
 _BLOCK = 4096  # logits per program
@@ -58,6 +60,27 @@ def logsumexp(logits: Tensor, labels: Tensor, v0: int) -> tuple[Tensor, Tensor]:
             LEAST=_LEAST, BLOCK=_BLOCK,
         )  # fmt: skip
     return partial.logsumexp(dim=1).float(), found
+
+
+def logsumexp_and_stats(
+    logits: Tensor, labels: Tensor, v0: int
+) -> tuple[Tensor, Tensor, SliceStats]:
+    """`logsumexp`, and of each row what `token_stats.slice_stats` has, from the same pass over the tile."""
+    rows, width = logits.shape
+    blocks = triton.cdiv(width, _BLOCK)
+    # Of each block: log of the sum of exponentials, largest logit, mean under the block's softmax, sum
+    partial = torch.empty(4, rows, blocks, dtype=torch.float64, device=logits.device)
+    found = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    with torch.cuda.device_of(logits):
+        _logsumexp_and_stats_kernel[(rows, blocks)](
+            logits, labels.contiguous(), partial, found, v0, width, logits.stride(0), rows * blocks,
+            LEAST=_LEAST, BLOCK=_BLOCK,
+        )  # fmt: skip
+    lse = partial[0].logsumexp(dim=1)
+    weights = (partial[0] - lse[:, None]).exp().nan_to_num(0.0)
+    expected = (weights * partial[2]).sum(dim=1).float()
+    stats = SliceStats(partial[1].amax(dim=1).float(), expected, partial[3].sum(dim=1).float())
+    return lse.float(), found, stats
 
 
 def slope(
@@ -117,6 +140,42 @@ def _logsumexp_kernel(
         column = tl.load(labels + row).to(tl.int64) - v0
         inside = (column >= 0) & (column < width)
         tl.store(found + row, tl.load(logits + row * stride + column, mask=inside, other=0.0))
+
+
+@triton.jit(do_not_specialize=["v0"])
+def _logsumexp_and_stats_kernel(
+    logits,
+    labels,
+    partial,
+    found,
+    v0,
+    width,
+    stride,
+    cells,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(logits + row * stride + columns, mask=inside, other=float("-inf"))
+    largest = tl.max(x, axis=0)
+    top = tl.maximum(largest, LEAST)
+    e = tl.exp(x - top)
+    total = tl.sum(e, axis=0)
+    # Where e is 0 its logit may be −inf, and 0 · −inf is NaN.
+    weighted = tl.sum(tl.where(e > 0, e * (x - top), 0.0), axis=0)
+    mean = tl.where(total > 0, top + weighted / tl.where(total > 0, total, 1.0), 0.0)
+    place = partial + row * tl.num_programs(1) + block
+    tl.store(place, top.to(tl.float64) + tl.log(total))
+    tl.store(place + cells, largest.to(tl.float64))
+    tl.store(place + 2 * cells, mean.to(tl.float64))
+    tl.store(place + 3 * cells, tl.sum(tl.where(inside, x, 0.0), axis=0).to(tl.float64))
+    if block == 0:
+        column = tl.load(labels + row).to(tl.int64) - v0
+        within = (column >= 0) & (column < width)
+        tl.store(found + row, tl.load(logits + row * stride + column, mask=within, other=0.0))
 
 
 @triton.jit(do_not_specialize=["v0"])

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
+from rpo_trainer.step.token_stats import SliceStats, TokenStats, slice_stats
+
 DEFAULT_LOGITS_CHUNK_BYTES = 512 * 2**20
 _LEAST_WIDTH = 1024  # minimum width of a vocabulary slice: narrower products are slow
 # Slices are multiples of it: fast GPU kernels require rows aligned to 16 bytes.
@@ -45,6 +47,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
+    stats: TokenStats | None = None,
 ) -> Tensor:
     """Compute log softmax(cap(scale · (hidden @ weightᵀ + bias)))[label] of each token.
 
@@ -58,6 +61,7 @@ def linear_logprobs(
         logits_chunk_bytes: maximum size of a tile of logits. It also bounds copies of a slice of the weight,
             and of its gradient, in another dtype. The derivative of a soft-cap and a 16-bit copy of a tile's
             gradient are additional, one of each at a time.
+        stats: receives the statistics of the tokens' distributions; None: none are computed.
 
     Returns:
         `[N]`, in nats; float32, or float64 for float64 inputs.
@@ -68,7 +72,7 @@ def linear_logprobs(
     learns = torch.is_grad_enabled() and hidden.requires_grad
     function: Any = _FrozenHeadLogProbs if frozen and learns else _LinearLogProbs
     return function.apply(  # type: ignore[no-any-return]
-        hidden, weight, bias, labels, logit_scale, softcap, logits_chunk_bytes
+        hidden, weight, bias, labels, logit_scale, softcap, logits_chunk_bytes, stats
     )
 
 
@@ -114,6 +118,7 @@ class _LinearLogProbs(torch.autograd.Function):
         logit_scale: float,
         softcap: float | None,
         logits_chunk_bytes: int,
+        stats: TokenStats | None,
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         n, v = hidden.shape[0], weight.shape[0]
@@ -123,15 +128,22 @@ class _LinearLogProbs(torch.autograd.Function):
         target = torch.zeros_like(normalizer)
         # The backward with a saved tile needs memory for a slice of another one.
         keep = width == v and n * (v + _LEAST_WIDTH) <= cells and any(ctx.needs_input_grad[:3])
+        running = None if stats is None else stats.begin(n, dtype, hidden.device)
         tile = None
         for v0, v1 in _spans(v, width):
             w, b = _slice(weight, bias, v0, v1, hidden)
             for t0, t1 in _spans(n, block):
                 h = hidden[t0:t1].to(w.dtype)
                 logits = _logits(h, w, b, logit_scale, softcap, dtype)
-                total, found = _logsumexp(logits, labels[t0:t1], v0, in_place=not keep)
+                total, found, part = _logsumexp(
+                    logits, labels[t0:t1], v0, in_place=not keep, stats=stats
+                )
                 target[t0:t1] += found
-                normalizer[t0:t1] = torch.logaddexp(normalizer[t0:t1], total)
+                before = normalizer[t0:t1]
+                after = torch.logaddexp(before, total)
+                if running is not None and part is not None:
+                    running.add(t0, t1, part, before, total, after)
+                normalizer[t0:t1] = after
                 tile = logits if keep else None
                 del logits  # before the next tile is made
         if keep and n:
@@ -140,6 +152,8 @@ class _LinearLogProbs(torch.autograd.Function):
             width = width if width == v else _aligned(width)
         ctx.save_for_backward(hidden, weight, bias, labels, normalizer, tile)
         ctx.settings = (logit_scale, softcap, block, width, dtype)
+        if stats is not None:
+            stats.finish(normalizer, target, v)
         return target - normalizer
 
     @staticmethod
@@ -193,6 +207,7 @@ class _LinearLogProbs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -213,6 +228,7 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         logit_scale: float,
         softcap: float | None,
         logits_chunk_bytes: int,
+        stats: TokenStats | None,
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         n, v = hidden.shape[0], weight.shape[0]
@@ -224,6 +240,8 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         slices = list(_spans(v, _aligned(max(1, cells // hidden.shape[1])) if copied else v))
         block = max(1, cells // (2 * v))
         logps = torch.empty(n, dtype=dtype, device=hidden.device)
+        target, normalizer_of_all = torch.empty_like(logps), torch.empty_like(logps)
+        running = None if stats is None else stats.begin(n, dtype, hidden.device)
         unscaled = torch.empty(n, hidden.shape[1], dtype=dtype, device=hidden.device)
         for t0, t1 in _spans(n, block):
             h = hidden[t0:t1].to(_factor_dtype(hidden))
@@ -233,7 +251,13 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
                 pieces.append(_logits(h, w, b, logit_scale, softcap, dtype))
             logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
             del pieces
-            normalizer, found = _logsumexp(logits, labels[t0:t1], 0, in_place=False)
+            normalizer, found, part = _logsumexp(
+                logits, labels[t0:t1], 0, in_place=False, stats=stats
+            )
+            if running is not None and part is not None:
+                nothing = torch.full_like(normalizer, float("-inf"))
+                running.add(t0, t1, part, nothing, normalizer, normalizer)
+                target[t0:t1], normalizer_of_all[t0:t1] = found, normalizer
             logps[t0:t1] = found - normalizer
             slope = _slope(
                 logits, normalizer, labels[t0:t1], 0, None, logit_scale, softcap,
@@ -245,12 +269,14 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
                 _add_product(unscaled[t0:t1], slope[:, v0:v1], w, first=v0 == 0)
             del logits, slope
         ctx.save_for_backward(unscaled.to(hidden.dtype))
+        if stats is not None:
+            stats.finish(normalizer_of_all, target, v)
         return logps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (unscaled,) = ctx.saved_tensors
-        return (unscaled * grad[:, None].to(unscaled.dtype), *[None] * 6)
+        return (unscaled * grad[:, None].to(unscaled.dtype), *[None] * 7)
 
 
 def _slope(
@@ -360,19 +386,32 @@ def _logits(
     return logits
 
 
-def _logsumexp(logits: Tensor, labels: Tensor, v0: int, *, in_place: bool) -> tuple[Tensor, Tensor]:
-    """Compute the logsumexp of each row and the logit of its label (0 if outside): `[t, w]` → `[t]`, `[t]`.
+def _logsumexp(
+    logits: Tensor, labels: Tensor, v0: int, *, in_place: bool, stats: TokenStats | None = None
+) -> tuple[Tensor, Tensor, SliceStats | None]:
+    """Compute for each row the logsumexp, the logit of its label (0 if outside), and the statistics.
 
-    `in_place` may overwrite the tile; torch.logsumexp would allocate a second one.
+    Shapes: `[t, w]` → `[t]` each. `in_place` may overwrite the tile; torch.logsumexp allocates another.
+
+    Args:
+        stats: which statistics to compute; None: none.
     """
     if (kernels := _kernels(logits)) is not None:
-        return kernels.logsumexp(logits, labels, v0)  # type: ignore[no-any-return]
+        if stats is None:
+            return (*kernels.logsumexp(logits, labels, v0), None)
+        return kernels.logsumexp_and_stats(logits, labels, v0)  # type: ignore[no-any-return]
     index, inside = _where(labels, v0, v0 + logits.shape[1])
     found = logits.gather(1, index).squeeze(1)
     found = torch.where(inside, found, found.new_zeros(()))
     rows = len(logits) if logits.is_cuda else max(1, _CACHED_CELLS // logits.shape[1])
-    parts = [_rows_logsumexp(part, in_place) for part in torch.split(logits, max(1, rows))]
-    return torch.cat(parts), found
+    blocks = torch.split(logits, max(1, rows))
+    if stats is None:
+        return torch.cat([_rows_logsumexp(part, in_place) for part in blocks]), found, None
+    of_blocks = [slice_stats(part, with_mean=stats.with_mean, in_place=in_place) for part in blocks]
+    tops, means, totals = zip(*(part for part, _ in of_blocks), strict=True)
+    total = torch.cat(totals) if stats.with_mean else None
+    joined = SliceStats(torch.cat(tops), torch.cat(means), total)
+    return torch.cat([lse for _, lse in of_blocks]), found, joined
 
 
 def _rows_logsumexp(logits: Tensor, in_place: bool) -> Tensor:

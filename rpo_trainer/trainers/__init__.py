@@ -9,34 +9,38 @@ reward            `RewardTrainer`
   reward_metrics    accuracy, correlation, calibration
 
 Configs:
-  base_config       `BaseConfig`: the fields that all share
+  base_config       `BaseConfig`: the shared fields
   config            the configs of the trainers
-  config_checks     which settings of a config contradict each other
-  argument_checks   which training arguments are accepted, and together with which
-  argument_status   what becomes of a training argument
-  argument_table    that, for each argument
+  config_checks     checks of the fields of a config
+  argument_checks   checks of the arguments of transformers and accelerate
+  argument_status   read, refused or harmless
+  argument_table    status of each argument
   argument_page     docs/training-arguments.md, written from the table
-  unknown_arguments   what to write in place of an unknown argument
+  unknown_arguments   arguments of other libraries: other names, and answers
+  trl_arguments     arguments of TRL's configs that ours accept
+  trl_table         status of each of them
 
 Parts of a trainer:
-  setup             model and tokenizer, as the constructor makes them ready
-  data_sets         the rows that a trainer is given, tokenized and checked against the model
+  setup             preparation of model and tokenizer in the constructor
+  given_rows        rows of a formatting function, of plain text, tokenized rows
+  data_sets         the data sets of a trainer, tokenized and checked against the model
   examples          tokenized examples, and the collator that packs them
-  fits              whether the examples fit the model: vocabulary, positions, end tokens
+  fits              checks of examples against the model: vocabulary, positions, end tokens
   loaders           data loaders of training and evaluation
   engine            DDP, FSDP2, DeepSpeed ZeRO
   compiled          `torch_compile`, layer by layer
-  noise             dropout and other noise, turned off
-  preference_terms  the preference loss and the weighted SFT term of a micro-batch, and their metrics
-  step_result       terms of a loss → the loss of a micro-batch
-  metrics           sums of terms and metrics, their means in the log
+  noise             turning off dropout and other noise
+  preference_terms  preference loss and weighted SFT loss of a micro-batch, with metrics
+  step_result       the loss of a micro-batch from its terms
+  metrics           means of metrics for log lines and evaluations
+  token_metrics     token accuracy, entropy, mean logits, tokens seen
   router_term       the load-balancing loss of a mixture of experts
-  guards            NaN and infinite losses or gradients: stop, or leave the step out
-  step_zero         the loss before the first update against its closed form
-  early_warnings    signs that preference training goes wrong
-  checkpoint        checkpoints: staged, hashed, complete or absent
-  outputs           what is written beside the weights
-  trackers          trackers that may fail without the run
+  guards            NaN and infinite losses or gradients: stop, or skip the step
+  step_zero         check of the loss before the first update against its closed form
+  early_warnings    warnings of common problems of preference training
+  checkpoint        atomic checkpoints with hashes
+  outputs           files besides the weights
+  trackers          fault-tolerant trackers
 """
 
 from rpo_trainer.trainers.base_config import BaseConfig

@@ -1,4 +1,4 @@
-"""Which training arguments a config accepts: the tables of settings, and what must agree with what."""
+"""Checks of training arguments: against the tables of settings, and against each other."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from rpo_trainer.errors import RecipeError, did_you_mean
 from rpo_trainer.trainers.argument_status import Problem, Setting, by_name, defaults_of, refusals
 from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 
-_FILES = ("accelerator_config", "fsdp_config")  # which may name a JSON file
-# Which cannot name a file
+_FILES = ("accelerator_config", "fsdp_config")  # may be the path of a JSON file
+# Cannot be the path of a file
 _DICTS = (
     "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs", "derived",
+    "model_init_kwargs", "dataset_kwargs",
 )  # fmt: skip
 _SHOWN = 100  # characters of a value in a message
-# What transformers adds to the metrics of an evaluation
+# Metrics that transformers adds to an evaluation
 _SPEED = ("runtime", "samples_per_second", "steps_per_second")
-_MEMORY = "mem_"  # of its memory figures, with `skip_memory_metrics=False`
-# Parts of metric names of which the lowest value is the best, beside those that end with "loss".
+_MEMORY = "mem_"  # prefix of its memory metrics, with `skip_memory_metrics=False`
+# Parts of names of metrics that are better the lower they are, besides those that end with "loss"
 _LOWEST_IS_BEST = ("loss/", "rmse/", "calibration/", "gap_error", "saturated", "chosen_falling")
 
 
 def setting_problems(args: TrainingArguments) -> Iterator[Problem]:
-    """A problem for each setting of transformers and accelerate that would not act, or act wrongly."""
+    """Problems of settings of transformers and accelerate that would have no effect, or a wrong one."""
     yield from refusals(TRAINING, vars(args), defaults_of(TrainingArguments))
     yield from _accelerator_problems(args.accelerator_config)
     yield from _fsdp_problems(args)
@@ -41,10 +42,10 @@ def setting_problems(args: TrainingArguments) -> Iterator[Problem]:
 
 
 def require_readable_settings(args: TrainingArguments) -> None:
-    """Raises RecipeError where a setting that may be JSON, or the name of a JSON file, cannot be read.
+    """Raises RecipeError if a setting that is JSON, or the path of a JSON file, cannot be read.
 
-    transformers takes a text that begins with `{` for JSON. Other texts are file names in `_FILES` (DeepSpeed
-    reads its own), and nothing elsewhere.
+    transformers parses a string that starts with `{` as JSON. Other strings are paths for the settings of
+    `_FILES` (DeepSpeed reads its own file), and invalid for those of `_DICTS`.
     """
     for name in args._VALID_DICT_FIELDS:
         value = getattr(args, name, None)
@@ -53,7 +54,7 @@ def require_readable_settings(args: TrainingArguments) -> None:
         elif value.startswith("{") or name in _FILES:
             content = _read_json(name, value)
         elif name in _DICTS:
-            raise _unreadable(name, value, "it is neither a dict nor JSON", "give a dict")
+            raise _unreadable(name, value, "it is neither a dict nor JSON", "pass a dict")
         else:
             continue
         if name == "accelerator_config" and isinstance(content, Mapping):
@@ -74,10 +75,10 @@ def _read_json(name: str, value: str) -> Any:
     try:
         content = json.loads(value if inline else Path(value).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        fix = "correct the JSON" if inline else "give a dict, JSON, or the path of a JSON file"
+        fix = "correct the JSON" if inline else "pass a dict, JSON, or the path of a JSON file"
         raise _unreadable(name, value, error, fix) from error
     if not isinstance(content, dict):
-        raise _unreadable(name, value, "it does not hold a dict", "write {...} into the file")
+        raise _unreadable(name, value, "it is not a JSON object", "write {...} to the file")
     return content
 
 
@@ -87,13 +88,12 @@ def _unreadable(name: str, value: str, reason: object, fix: str) -> RecipeError:
         f"{name}: {shown} cannot be read: {reason}",
         code="training.unreadable-setting",
         where=name,
-        why="its settings would not act",
         fix=fix,
     )
 
 
 def require_one_checkpointing(args: TrainingArguments) -> None:
-    """Raises RecipeError where the two names of gradient checkpointing have different values."""
+    """Raises RecipeError if the two names of gradient checkpointing have different values."""
     if problems := list(_checkpointing_conflicts(args)):
         raise RecipeError(
             "; ".join(problem.text for problem in problems),
@@ -111,7 +111,7 @@ def _checkpointing_conflicts(args: TrainingArguments) -> Iterator[Problem]:
         old, new = (getattr(args, name, None) for name in names)
         if old is not None and new is not None and old != new:
             yield Problem(
-                f"{names[0]}={old} and {names[1]}={new} contradict each other",
+                f"{names[0]}={old} and {names[1]}={new} conflict",
                 code="training.conflicting-settings",
                 setting=names[1],
             )
@@ -133,7 +133,7 @@ def _fsdp_problems(args: TrainingArguments) -> Iterator[Problem]:
         return
     if not args.fsdp:
         yield Problem(
-            "fsdp_config is only read where fsdp is on: write fsdp=True, or remove it",
+            "fsdp_config has no effect without fsdp: set fsdp=True, or remove it",
             code="training.no-effect",
             setting="fsdp_config",
         )
@@ -158,11 +158,11 @@ def _unknown(
 
 
 def _companion_problems(args: TrainingArguments) -> Iterator[Problem]:
-    """Settings that only act beside another one."""
+    """Problems of settings that depend on another one."""
     if args.lr_scheduler_type == "constant" and args.warmup_steps:
         yield (
             Problem(
-                f"warmup_steps={args.warmup_steps} has no effect with lr_scheduler_type constant: write "
+                f"warmup_steps={args.warmup_steps} has no effect with lr_scheduler_type constant: use "
                 "constant_with_warmup",
                 code="training.no-effect",
                 setting="warmup_steps",
@@ -173,7 +173,7 @@ def _companion_problems(args: TrainingArguments) -> Iterator[Problem]:
         yield (
             Problem(
                 "gradient_checkpointing and fsdp_config.activation_checkpointing are both on: remove one "
-                "(FSDP's own communicates less)",
+                "(FSDP's communicates less)",
                 code="training.conflicting-settings",
                 setting="gradient_checkpointing",
             )
@@ -182,32 +182,32 @@ def _companion_problems(args: TrainingArguments) -> Iterator[Problem]:
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if getattr(args, name):
                 yield Problem(
-                    f"{name} needs dataloader_num_workers above 0",
+                    f"{name} requires dataloader_num_workers above 0",
                     code="training.no-effect",
                     setting=name,
                 )
     if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
         yield Problem(
-            "save_strategy=best needs eval_strategy: no checkpoint would be written",
+            "save_strategy=best requires eval_strategy: no checkpoint would be written",
             code="training.no-effect",
             setting="save_strategy",
         )
 
 
 def lowest_is_best(metric: str) -> bool:
-    """Whether of two values of an evaluation's metric the lower one is the better."""
+    """Whether lower values of an evaluation metric are better."""
     return metric.endswith("loss") or any(part in metric for part in _LOWEST_IS_BEST)
 
 
 def require_best_metric(
     args: Any, metrics: Mapping[str | None, Collection[str]], *, asked: bool = False
 ) -> None:
-    """Raises RecipeError where `metric_for_best_model` names no metric of the evaluation.
+    """Raises RecipeError if `metric_for_best_model` is not a metric of the evaluation.
 
     Args:
         args: a config.
-        metrics: names that an evaluation has, without the prefix, by eval set; None: one without a name.
-        asked: whether the model's config asks for the loss of its routers, which is then a metric too.
+        metrics: names of the metrics of each eval set, without prefix; the key of an unnamed set is None.
+        asked: whether the model's config enables the load-balancing loss, which is then a metric too.
     """
     wanted = args.metric_for_best_model
     if wanted is None or args.eval_strategy == IntervalStrategy.NO:
@@ -229,14 +229,14 @@ def require_best_metric(
         code="training.unknown-metric",
         where="metric_for_best_model",
         why="with several eval sets, metric names include the set's name" if named else None,
-        fix=f"write one of its metrics, such as {', '.join(near)}",
+        fix=f"use one of its metrics, such as {', '.join(near)}",
     )
 
 
 def bfloat16_by_default(args: TrainingArguments) -> bool:
-    """Whether a run that says nothing of its arithmetic has bfloat16: on devices that compute in it.
+    """Whether bfloat16 is the default: on devices that support it.
 
-    TRL turns it on everywhere. On a CPU it saves nothing, and on an older GPU TRL's default is an error.
+    TRL always turns it on. On a CPU it saves nothing, and on older GPUs it is an error.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.fp16 or launched != "no":
@@ -245,7 +245,7 @@ def bfloat16_by_default(args: TrainingArguments) -> bool:
 
 
 def checkpointing_by_default(args: TrainingArguments) -> bool:
-    """Whether a run that says nothing of gradient checkpointing has it: not beside FSDP's own.
+    """Whether gradient checkpointing is on by default: unless FSDP does it.
 
     Args:
         args: after transformers has read the file of `fsdp_config`.
@@ -260,5 +260,5 @@ def _fsdp_checkpointing(args: TrainingArguments) -> bool:
 
 
 def _is_true(value: Any) -> bool:
-    """As accelerate reads a switch of FSDP."""
+    """Parses a flag as accelerate does for FSDP."""
     return str(value).lower() in ("y", "yes", "t", "true", "on", "1")

@@ -8,16 +8,17 @@ from collections.abc import Iterable
 from rpo_trainer.trainers.argument_status import Setting, defaults_of
 from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 from rpo_trainer.trainers.config import DPOConfig, RewardConfig, RPOConfig, SFTConfig
+from rpo_trainer.trainers.trl_table import ALL, PREFERENCE, REWARD, SFT
 
 _HEAD = """# Training arguments
 
 The configs of the trainers have all fields of `transformers.TrainingArguments`, and `training_args` of a
 recipe's stage takes them too. A value that would have no effect is refused when the config is made
-(`rpo-trainer check` reports it before anything is trained). All problems are reported at once.
+(`rpo-trainer check` reports it before training). All problems are reported at once.
 
-- **read**: it takes effect, as the right column says.
-- **refused**: only the value that changes nothing is accepted.
-- **harmless**: no result depends on it.
+- **read**: the setting takes effect, as the right column says.
+- **refused**: only values that change nothing are accepted.
+- **harmless**: no result depends on the setting.
 
 This page is generated: `python -m rpo_trainer.trainers.argument_page > docs/training-arguments.md`.
 """
@@ -31,7 +32,21 @@ def page() -> str:
             *_section("`TrainingArguments`", TRAINING),
             *_section("`accelerator_config`", ACCELERATOR),
             *_section("`accelerator_config.gradient_accumulation_kwargs`", ACCUMULATION),
-            *_section("`fsdp_config`", FSDP, " Other keys are refused."),
+            *_section("`fsdp_config`", FSDP, "Other keys are refused."),
+            *_section(
+                "Arguments of TRL",
+                ALL,
+                "In Python, the configs also take the arguments that TRL's configs have (1.16), so "
+                "that scripts written for TRL run. Those that ask for what is done in any case are "
+                "listed in one warning. This table is for all configs, the next ones for one each.",
+            ),
+            *_section("Arguments of TRL's `SFTConfig`", SFT[len(ALL) :]),
+            *_section(
+                "Arguments of TRL's `DPOConfig`",
+                PREFERENCE[len(ALL) :],
+                "`RPOConfig` takes them too.",
+            ),
+            *_section("Arguments of TRL's `RewardConfig`", REWARD[len(ALL) :]),
             *_defaults(),
         ]
     )
@@ -40,13 +55,14 @@ def page() -> str:
 def _section(title: str, table: Iterable[Setting], more: str = "") -> list[str]:
     lines = [f"## {title}", ""]
     if more:
-        lines += [more.strip(), ""]
-    lines += ["| setting | | what becomes of it |", "|---|---|---|"]
+        lines += [more, ""]
+    lines += ["| setting | status | effect, or reason |", "|---|---|---|"]
     for row in table:
         names = ", ".join(f"`{name}`" for name in row.names)
         text = row.text
         if row.taken:
-            text += f". Accepted: {_values(row.taken)}"
+            shown = [value for value in row.taken if value is not None] or row.taken
+            text += f". Accepted: {_values(shown)}"
         if row.not_taken:
             text += f". Refused: {_values(row.not_taken)}"
         if row.instead:

@@ -1,7 +1,7 @@
-"""What becomes of every setting of `transformers.TrainingArguments`: read, refused, or without effect.
+"""Status of each setting of `transformers.TrainingArguments`: read, refused, or harmless.
 
-`argument_table.py` has the rows. A refused setting may only have the values that change nothing; a config
-raises on any other. `docs/training-arguments.md` is generated from the same rows.
+The rows are in `argument_table.py`. A refused setting only accepts values that change nothing; a config
+raises for any other. `docs/training-arguments.md` is generated from the same rows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Status = Literal["read", "refused", "harmless"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A setting of a config that cannot be taken; all of a config are reported by one error.
+    """A setting of a config that is refused; one error reports all of a config.
 
     Attributes:
-        text: a sentence.
-        code: of the kind of mistake.
-        setting: its name, dotted within another one.
+        text: the message.
+        code: code of the error.
+        setting: name of the setting, dotted if it is nested.
     """
 
     text: str
@@ -33,15 +33,15 @@ class Setting:
     """One row of a table of settings.
 
     Attributes:
-        names: the fields that the row is about.
-        status: `read`: it acts; `refused`: only the values of `taken` are accepted; `harmless`: no result
-            depends on it.
-        text: who reads it and what it does, why it is refused, or why nothing depends on it.
-        instead: for refused values, what to write.
-        taken: the values that are accepted; empty: the default of transformers alone, for a refused field.
-        not_taken: of a field that is read, the values that are refused.
-        recipe: why `training_args` of a recipe cannot have it, where a trainer takes it.
-        some_versions: the field is missing in some supported versions of transformers.
+        names: the fields of this row.
+        status: `read`: it takes effect; `refused`: only the values of `taken` are accepted; `harmless`: no
+            result depends on it.
+        text: what it does, why it is refused, or why no result depends on it.
+        instead: what to use instead of refused values.
+        taken: accepted values of a refused field; empty: only the default of transformers.
+        not_taken: refused values of a field that is read.
+        recipe: why a recipe's `training_args` cannot contain it although trainers accept it.
+        some_versions: whether some supported versions of transformers lack the field.
     """
 
     names: tuple[str, ...]
@@ -63,19 +63,19 @@ def read(
     recipe: str = "",
     some_versions: bool = False,
 ) -> Setting:
-    """Settings that act; `names` are separated by blanks."""
+    """Settings that take effect; `names` are separated by spaces."""
     return Setting(
         tuple(names.split()), "read", text, instead, (), not_taken, recipe, some_versions
     )
 
 
 def refused(names: str, text: str, instead: str, *taken: Any) -> Setting:
-    """Settings of which only the values of `taken` (by default transformers' own default) are accepted."""
+    """Settings that only accept the values of `taken` (if empty, the default of transformers)."""
     return Setting(tuple(names.split()), "refused", text, instead, taken)
 
 
 def harmless(names: str, text: str) -> Setting:
-    """Settings on which nothing depends."""
+    """Settings that change no result."""
     return Setting(tuple(names.split()), "harmless", text)
 
 
@@ -102,8 +102,8 @@ def refusals(
 
     Args:
         values: the settings by name.
-        defaults: what each is where nobody has set it.
-        prefix: what stands before the name of a setting in a sentence.
+        defaults: their defaults.
+        prefix: put before the name of a setting in messages.
     """
     for name, row in by_name(table).items():
         if name not in values or row.status == "harmless":
@@ -111,14 +111,14 @@ def refusals(
         value = values[name]
         if row.status == "refused":
             wrong = not any(_same(value, taken) for taken in row.taken or (defaults.get(name),))
-            why = f"{row.text}; {row.instead}"
+            why = f" ({row.text}): {row.instead}"
         else:
             parts = value if isinstance(value, list) else [value]
             wrong = any(_same(part, other) for part in parts for other in row.not_taken)
-            why = row.instead
+            why = f": {row.instead}"
         if wrong:
             yield Problem(
-                f"{prefix}{name}={_shown(value)} is not supported: {why}",
+                f"{prefix}{name}={_shown(value)} is not supported{why}",
                 code="training.unsupported-setting",
                 setting=prefix + name,
             )

@@ -1,18 +1,18 @@
-"""`BaseTrainer`: what every trainer does alike, on `transformers.Trainer`.
+"""`BaseTrainer`: the training loop that all trainers share, on `transformers.Trainer`.
 
-What `train()` does, in order, and the method of each line. (T): of `transformers.Trainer`, not overridden;
-[hook]: what a subclass may say or extend.
+The steps of `train()` in order, each with its method. (T): method of `transformers.Trainer`, not overridden;
+[hook]: method for subclasses to override or extend.
 
-    __init__                      config, model, tokenizer and rows are made and checked; (T) makes the rest
-      DataSets, tokenized           rows to token ids; what is dropped is counted
-      Engine, OutputWriter          DDP, FSDP2 or DeepSpeed is set up; the output can be written
-      _prove_layout                 the fastest packing that gives what plain forwards give
+    __init__                      config, model, tokenizer and rows are prepared and checked; (T) the rest
+      DataSets, tokenized           rows to token ids; dropped rows are counted
+      Engine, OutputWriter          DDP, FSDP2 or DeepSpeed is set up; output is checked to be writable
+      _prove_layout                 the fastest layout that gives the results of plain forwards
     train
       checkpoints.to_resume         a complete checkpoint of this engine
-      before_training        [hook] the model as it was given
+      before_training        [hook] the model as it was passed
       get_train_dataloader          packed micro-batches of this rank
       _prepare_for_training         model, optimizer and schedule are wrapped; a checkpoint is loaded
-        policy_ready         [hook] reference log-probs, with the weights that training starts from
+        policy_ready         [hook] reference log-probs, with the initial weights
       for each optimizer step:
         get_batch_samples           its micro-batches, and the counts of the global batch
         training_step               for each micro-batch:
@@ -21,17 +21,17 @@ What `train()` does, in order, and the method of each line. (T): of `transformer
             before_forward   [hook]
             outputs          [hook]   log-probs or scores of the responses
             losses           [hook]   terms of the loss, and metrics
-            StepResult.total          divided by the counts of the global batch
+            StepResult.total          the terms divided by the counts of the global batch
           (T) backward              gradients; reduced over ranks with the last micro-batch
         (T) clipping, _get_grad_norm
-        before_update        [hook] guards: stop, or leave the step out, before a weight moves
+        before_update        [hook] guards: stop or skip the step before weights are updated
         (T) optimizer, scheduler
         log                         means of the metrics over all ranks, every `logging_steps`
         evaluate, evaluation_loop   every `eval_steps`; for each batch `prediction_step`, `evaluated` [hook]
         _save_checkpoint            every `save_steps`: staged, then moved to its place
 
-The engine, the guards, the files and the loss of routers are objects of their own: `engine`, `step_guard`,
-`checkpoints` and `output`, `router`.
+Engine, guards, files and the load-balancing loss are separate objects: `engine`, `step_guard`, `checkpoints`
+and `output`, `router`.
 """
 
 from __future__ import annotations
@@ -50,26 +50,27 @@ from transformers.trainer_utils import EvalLoopOutput
 from rpo_trainer.models.sharding import has_shards, reshard, whole_on_every_rank
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
+from rpo_trainer.runtime.devices import move, widest
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.runtime.memory import keeping_freed_memory
 from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
-from rpo_trainer.trainers import setup
+from rpo_trainer.trainers import setup, token_metrics
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.checkpoint import (
     Checkpoints,
     keep_hyperparameters_on_load,
     load_into_wrapped,
 )
-from rpo_trainer.trainers.compiled import compile_if_asked
+from rpo_trainer.trainers.compiled import compile_layers
 from rpo_trainer.trainers.data_sets import DataSets, tokenized
 from rpo_trainer.trainers.engine import Engine
 from rpo_trainer.trainers.examples import Examples, PackingCollator
 from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import Metrics, MetricSums
-from rpo_trainer.trainers.noise import disable_noise, say_noise
+from rpo_trainer.trainers.noise import disable_noise, log_noise
 from rpo_trainer.trainers.outputs import OutputWriter
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
@@ -82,14 +83,15 @@ if TYPE_CHECKING:
 
 
 class BaseTrainer(Trainer):
-    """Base of the trainers; a subclass says what the losses are and what its rows look like."""
+    """Base class of the trainers; a subclass defines the losses and the kind of rows."""
 
     config_class: type[BaseConfig] = BaseConfig
     row_kind: Literal["sft", "pair", "rating"] = "sft"
     needs_rewards = False
-    no_noise = ""  # with `disable_dropout`: why there can be none
+    token_metrics: Literal["tokens", "preferences"] | None = None  # which of `token_metrics`
+    no_noise = ""  # reason for `disable_dropout`
     args: BaseConfig
-    # transformers types these as unions with None and with data sets we never hold.
+    # transformers types these as unions with None and with other data sets.
     model: Any
     train_dataset: Any
     eval_dataset: Any
@@ -113,6 +115,7 @@ class BaseTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="trainer_output")
         setup.require_config(self, args)
@@ -137,9 +140,10 @@ class BaseTrainer(Trainer):
                 processing_class=tokenizer,
                 callbacks=[*trackers, *(callbacks or [])],
                 optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-        self.neftune_noise_alpha = None  # transformers' noise takes a packed row for one example
-        # Our loss is already divided by the counts of the whole accumulated global batch.
+        self.neftune_noise_alpha = None  # transformers' noise treats a packed row as one example
+        # The loss is already divided by the counts of the entire accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.engine = Engine(self.model, args, self.accelerator, self._run_guards)
@@ -155,75 +159,78 @@ class BaseTrainer(Trainer):
         self.pad_token_id = setup.pad_token_id_of(tokenizer)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)
         self.metrics = Metrics()
+        self.tokens_seen = token_metrics.TokensSeen(self._reduce, args.device)
         self.step_guard = StepGuard(args.allowed_skips)
 
     def _prove_layout(self) -> None:
-        """Which layout gives what plain forwards give; weights that are not whole are asked once wrapped."""
+        """Chooses the layout; for sharded weights this happens after they are wrapped."""
         self.layout = setup.proved_layout(self.model, self.args, self.data.longest)
         self.router = router_term(self.model, self.args, self._reduce)
         if getattr(self.args, "disable_dropout", False):
             disable_noise(self.model, self.no_noise)
         else:
-            say_noise(self.model)
+            log_noise(self.model)
         self._proved = True
-        compile_if_asked(self.model, self.accelerator)
+        compile_layers(self.model, self.accelerator)
 
-    # --- hooks: what a subclass says ---
+    # --- hooks for subclasses ---
 
     @abstractmethod
     def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
         """Terms and metrics from `outputs` and a batch of `PackingCollator`."""
 
     def outputs(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
-        """What the losses are made of, for each response: `[R]` summed log-probs."""
+        """Inputs of the losses, for each response: `[R]` summed log-probs."""
         logps = token_logprobs(model, inputs.model_inputs)
         return response_sums(logps, inputs.response_index, len(inputs.response_tokens))
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
-        """The metrics of an evaluation, without the prefix: what `metric_for_best_model` may name.
+        """Names of the metrics of an evaluation, without prefix, for `metric_for_best_model`.
 
-        A subclass with further terms of the loss or metrics adds their names.
+        A subclass with additional terms or metrics adds their names.
 
         Args:
-            examples: what is evaluated on; None: not known yet.
+            examples: the evaluation data; None: not known yet.
         """
-        return {"loss"}
+        kind = cls.token_metrics
+        own = set() if kind is None else token_metrics.names(preferences=kind == "preferences")
+        return {"loss", *own}
 
     def data_options(self, args: BaseConfig) -> dict[str, Any]:
-        """Further arguments of `prepare_dataset`."""
+        """Additional arguments of `prepare_dataset`."""
         return {}
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
-        """Runs before the loop starts, the model as it was given."""
+        """Called before the loop starts, with the model as it was passed."""
 
     def policy_ready(self, resume_from_checkpoint: str | None) -> None:
-        """Runs before the loop starts, the model on its device and, where it is sharded, wrapped.
+        """Called before the loop starts, with the model on its device and, if it is sharded, wrapped.
 
-        Its weights still are those it was given with; a checkpoint is loaded afterwards.
+        The weights are still the initial ones; a checkpoint is loaded afterwards.
         """
 
     def before_forward(self, inputs: PackedBatch) -> None:
-        """Runs before the forward of a micro-batch, in training and evaluation."""
+        """Called before the forward of a micro-batch, in training and evaluation."""
 
     def evaluated(self, batch: PackedBatch, outputs: StepOutputs) -> None:
-        """Called with each evaluation micro-batch and what `compute_loss` has found for it."""
+        """Called with each evaluation micro-batch and its results from `compute_loss`."""
 
     def before_update(self) -> bool:
-        """Runs before each optimizer step, gradients in place; raises to keep the optimizer still.
+        """Called before each optimizer step, when gradients are final; raises to prevent the step.
 
         Returns:
-            Whether the step is taken; False: it is left out, and there is no gradient any more.
+            Whether the step is taken; False: it is skipped, and gradients are cleared.
         """
-        # A loss scaler (float16) meets infinite gradients by design, and skips the step itself.
+        # With a loss scaler (float16) infinite gradients are normal: it skips the step itself.
         scaled = self.accelerator.scaler is not None
-        taken = self.step_guard.judge(
+        taken = self.step_guard.check(
             0.0 if scaled else self._grad_norm,
             step=self.state.global_step + 1,
             reduce=self._reduce,
         )
         if not taken:
-            self.model.zero_grad(set_to_none=True)  # optimizers pass over weights without one
+            self.model.zero_grad(set_to_none=True)  # optimizers skip weights without a gradient
             self.metrics.undo_step(self._tr_loss)
         return taken
 
@@ -243,9 +250,9 @@ class BaseTrainer(Trainer):
         return PackingCollator(self.layout, self.pad_token_id, examples)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches of this rank; the sampler itself shards, so accelerate must not."""
+        """Micro-batches of this rank; the sampler shards, so accelerate must not."""
         if self.train_dataset is None:
-            raise ValueError("training needs a train_dataset")
+            raise ValueError("training requires a train_dataset")
         examples = self.train_dataset
         return train_loader(examples, self.args, self._collator(examples), self._train_batch_size)
 
@@ -255,7 +262,7 @@ class BaseTrainer(Trainer):
         return eval_loader(examples, self.args, self._collator(examples))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """For `predict`, which gives the metrics of other data and no predictions."""
+        """For `predict`, which returns metrics and no predictions."""
         return self.get_eval_dataloader(test_dataset)
 
     def _eval_examples(self, eval_dataset: Any) -> Examples:
@@ -264,7 +271,7 @@ class BaseTrainer(Trainer):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         examples = self._examples(given, self.processing_class, self.args, "eval")
         if examples is None:
-            raise ValueError("evaluation needs an eval_dataset")
+            raise ValueError("evaluation requires an eval_dataset")
         checked = given is examples
         self.data.require_fit(self.model, examples, self.layout, checked=checked)
         return examples
@@ -276,7 +283,7 @@ class BaseTrainer(Trainer):
     ) -> Any:
         """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint.
 
-        None: from `args.resume_from_checkpoint`, where that is set.
+        None: see `args.resume_from_checkpoint`.
         """
         wanted = resume_from_checkpoint
         resume = self.checkpoints.to_resume(
@@ -285,8 +292,10 @@ class BaseTrainer(Trainer):
         self._flops_per_token = setup.flops_per_token(self.model)
         setup.note_defaults(self.args)
         self.output.written.remember()
+        self.output.written.align(self.processing_class)
         self.metrics.training = MetricSums()
         self.step_guard.begin(resume)
+        self.tokens_seen.begin(resume)
         self.before_training(resume)
         if not self.engine.wraps_late:
             self.policy_ready(resume)
@@ -299,8 +308,8 @@ class BaseTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        """transformers', with a pause between wrapping a model and loading its checkpoint."""
-        # A checkpoint brings the intervals it was made with; those that are asked for now count.
+        """As in transformers, but with hooks between wrapping the model and loading a checkpoint."""
+        # Use the current intervals for logging and saving, not those of the checkpoint.
         self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
         setup.stop_input_gradients(self.model, self.args)
         if not self.engine.wraps_late:
@@ -309,7 +318,7 @@ class BaseTrainer(Trainer):
             )
         model, _ = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
         self.engine.guard_optimizer(self.optimizer)
-        if not self._proved:  # the loader was dealt by the costs of a guess
+        if not self._proved:  # the loader was balanced by the costs of an assumed layout
             self._prove_layout()
             self.data_collator = self._collator(self.train_dataset)
             train_dataloader = self.get_train_dataloader()
@@ -331,9 +340,9 @@ class BaseTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch | StepBatch], Tensor | None]:
-        """The micro-batches of one optimizer step, and the counts of the whole global batch `[2]`."""
+        """The micro-batches of one optimizer step, and the counts of the global batch, `[2]`."""
         if self.state.global_step >= self.state.max_steps:
-            # Resumed from the last step of all: transformers would notice one step too late.
+            # Resumed from the last step: transformers would stop one step too late.
             self.control.should_training_stop = True
             return [], None
         if self.step_guard.limit:
@@ -345,13 +354,14 @@ class BaseTrainer(Trainer):
             return batches, None
         if self.router is not None:
             self.router.begin_step(batches)
+        self.tokens_seen.add(batches)
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        return batches, self._reduce(counts.to(device, non_blocking=True))
+        return batches, self._reduce(move(counts, device, non_blocking=True))
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: PackedBatch | StepBatch, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of a micro-batch; with a token budget of all those of the step."""
+        """Forward and backward of a micro-batch; with a token budget, of all micro-batches of the step."""
         if self.router is not None:
             model.train()
             self.router.prepare(lambda batch: self._router_sums(model, batch))
@@ -365,7 +375,7 @@ class BaseTrainer(Trainer):
         return total
 
     def _router_sums(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        """Sums of the routers' loss of a micro-batch, from a forward of nothing else."""
+        """Sums for the load-balancing loss of a micro-batch, from a forward without the head."""
         assert self.router is not None
         inputs = self._prepare_inputs(batch)
         self.before_forward(inputs)
@@ -373,7 +383,7 @@ class BaseTrainer(Trainer):
             return self.router.sums_only(model, inputs)
 
     def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:  # type: ignore[override]
-        """Moves tensors, and leaves their dtype: rewards and log-probs stay float32 under DeepSpeed."""
+        """Moves tensors and keeps their dtype: rewards and log-probs stay float32 with DeepSpeed."""
         return inputs.to(self.args.device)
 
     def compute_loss(  # type: ignore[override]
@@ -383,10 +393,12 @@ class BaseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Loss of one micro-batch, scaled so that the sum over micro-batches and ranks is the batch's."""
+        """Loss of a micro-batch, scaled so that the sum over micro-batches and ranks is the total loss."""
         self.before_forward(inputs)
         if self.router is not None:
             self.router.request(inputs)
+        if self.token_metrics is not None:
+            token_metrics.request(inputs, preferences=self.token_metrics == "preferences")
         sums = self.outputs(model, inputs)
         result = self.losses(sums, inputs)
         training = num_items_in_batch is not None
@@ -394,6 +406,7 @@ class BaseTrainer(Trainer):
         metrics = self.metrics.training if training else self.metrics.evaluation
         loss = result.total(inputs, counts, metrics, sums.dtype)
         self.metrics.coefficients = result.coefficients
+        token_metrics.add_to(metrics, inputs)
         if self.router is not None:
             loss = self.router.add_to(loss, inputs, metrics if training else None)
             self.metrics.coefficients[ROUTER_AUX] = self.router.coefficient
@@ -414,9 +427,10 @@ class BaseTrainer(Trainer):
     # --- log lines and evaluation ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds our metrics to a training log line: means over all examples since the last one."""
+        """Adds metrics to a training log line: means over all examples since the last one."""
         if "loss" in logs:
             logs.update(self.metrics.training.drain(self._reduce))
+            logs["num_tokens"] = self.tokens_seen.total()
             self.step_guard.correct_log(logs)
         super().log(logs, start_time)
 
@@ -426,19 +440,19 @@ class BaseTrainer(Trainer):
         return self.accelerator.reduce(sums, reduction="sum")  # type: ignore[no-any-return]
 
     def _track_num_input_tokens(self, inputs: PackedBatch | StepBatch) -> None:
-        """Adds the tokens of a training forward, or of all those of a step, of all ranks."""
+        """Adds the tokens of a training forward, or of all forwards of a step, over all ranks."""
         wanted = self.args.include_num_input_tokens_seen
         if wanted != "no":
             tokens = inputs.num_tokens(padding=wanted == "all")
-            seen = self._reduce(torch.tensor(float(tokens), device=self.args.device).double())
+            seen = self._reduce(widest(torch.tensor(float(tokens), device=self.args.device)))
             self.state.num_input_tokens_seen += int(seen)
 
     def floating_point_ops(self, inputs: PackedBatch | StepBatch) -> int:  # type: ignore[override]
-        """An estimate of the operations of a training forward and backward on this rank."""
+        """Estimated FLOPs of a training forward and backward on this rank."""
         return self._flops_per_token * inputs.num_tokens(padding=True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`; FSDP and DeepSpeed can only evaluate what they train."""
+        """`transformers.Trainer.evaluate`; with FSDP and DeepSpeed only after training has started."""
         self.engine.require_wrapped()
         return super().evaluate(*args, **kwargs)
 
@@ -449,7 +463,7 @@ class BaseTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """Loss of one evaluation micro-batch; its metrics go to the sums."""
+        """Loss of an evaluation micro-batch; its metrics are added to the sums."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -457,7 +471,7 @@ class BaseTrainer(Trainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """transformers' loop, with means over all examples of all ranks in place of its loss."""
+        """As in transformers, but metrics are means over all examples of all ranks."""
         self.metrics.evaluation.drain()
         output = super().evaluation_loop(*args, **kwargs)
         router = {} if self.router is None else {ROUTER_AUX: self.router.evaluated()}
@@ -479,20 +493,26 @@ class BaseTrainer(Trainer):
         return str(staging) if staging else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a complete checkpoint: a staged one moves while it would be read."""
+        """Pushes a complete checkpoint: a staged one would be moved during the upload."""
         if self.checkpoints.staging is None:
             with self.output.pushed(self):
                 super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`transformers.Trainer.save_model`; sharded weights are written whole, and in float32."""
+        """`transformers.Trainer.save_model`; sharded weights are gathered and saved in float32."""
         if not self.engine.wraps_late:
             super().save_model(output_dir, _internal_call)
         elif not (
             _internal_call and has_shards(self.model)
-        ):  # in a checkpoint the engine keeps them
+        ):  # in a checkpoint the engine saves them
             weights = self.engine.full_weights(self.model, keep=self.args.should_save)
             self._save(output_dir, state_dict=weights)
+
+    def create_model_card(self, *args: Any, dataset_name: Any = None, **kwargs: Any) -> None:
+        """`transformers.Trainer.create_model_card`, with TRL's name for `dataset`."""
+        if dataset_name is not None:
+            kwargs["dataset"] = dataset_name
+        super().create_model_card(*args, **kwargs)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -506,7 +526,9 @@ class BaseTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        tokens = self.tokens_seen.total()
         if self.args.should_save:
+            self.tokens_seen.write(Path(output_dir), tokens)
             self.engine.write(Path(output_dir))
             self.step_guard.write(Path(output_dir))
 

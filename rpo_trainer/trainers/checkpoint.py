@@ -1,6 +1,6 @@
-"""Checkpoints that are complete or absent: staged, a manifest with hashes written last, then renamed.
+"""Atomic checkpoints: written to a staging directory, then a manifest with hashes, then renamed.
 
-A trainer has one `Checkpoints`, which stages what the trainer saves and chooses what it resumes from.
+A trainer has one `Checkpoints`, which stages checkpoints and finds the one to resume from.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"
-# Of one process and DDP, of FSDP2, of DeepSpeed
+# Of a single process or DDP, of FSDP2, of DeepSpeed
 _OPTIMIZER = re.compile(r"^(optimizer\.pt|optimizer\.bin|optimizer_\d+|global_step\d+)$")
 _RNG = re.compile(r"^rng_state(_\d+)?\.pth$")
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
 class Checkpoints:
-    """Writes the checkpoints of a trainer, and finds the one that it resumes from.
+    """Writes the checkpoints of a trainer, and finds the one to resume from.
 
     Attributes:
-        staging: the folder that a checkpoint is being written to; None: none is being written.
+        staging: the directory that a checkpoint is being written to; None: no checkpoint is being written.
     """
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
@@ -48,7 +48,7 @@ class Checkpoints:
 
     @contextmanager
     def staged(self, output: Path, state: TrainerState) -> Iterator[None]:
-        """Within it a checkpoint is written to `staging`; at the end it moves to `output`, complete."""
+        """Context in which a checkpoint is written to `staging`; it is moved to `output` when complete."""
         name = f"checkpoint-{state.global_step}"
         staging = output / STAGING
         if self.args.should_save:
@@ -61,8 +61,8 @@ class Checkpoints:
         finally:
             self.staging = None
         self.accelerator.wait_for_everyone()
-        # transformers asks the disk, where each rank finds what the others have written by then, or
-        # have not; at the end all of them load from it, or wait for those that do.
+        # transformers checks whether the directory exists, which is a race between ranks; but at the end all
+        # ranks must load the best model from it.
         is_best = state.best_global_step == state.global_step
         if is_best:
             state.best_model_checkpoint = str(output / name)
@@ -75,14 +75,14 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def to_resume(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint that `train(resume_from_checkpoint=wanted)` means; None: it begins.
+        """The checkpoint for `train(resume_from_checkpoint=wanted)`; None: start from scratch.
 
         Args:
-            wanted: a directory, or whether to resume from the newest complete checkpoint; as text, too, as a
-                command line has it.
+            wanted: a directory, or whether to resume from the newest complete checkpoint (a bool, or a string
+                from a command line).
 
         Raises:
-            RunError: there is none, it is damaged or has no optimizer, or another engine has written it.
+            RunError: there is none, it is damaged or lacks state, or another engine wrote it.
         """
         if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
             wanted = wanted.lower() == "true"
@@ -96,8 +96,8 @@ class Checkpoints:
                     "there is no complete checkpoint to resume from",
                     code="run.no-complete-checkpoint",
                     where=self.args.output_dir,
-                    why="checkpoints that lack files or have changed ones are not used",
-                    fix="leave resume_from_checkpoint out to begin, or name another output_dir",
+                    why="checkpoints with missing or changed files are not used",
+                    fix="remove resume_from_checkpoint to start from scratch, or set another output_dir",
                 )
         else:
             found = folder = Path(str(wanted))
@@ -119,16 +119,15 @@ class Checkpoints:
 
 @contextmanager
 def keep_hyperparameters_on_load(optimizer: Any, scheduler: Any) -> Iterator[None]:
-    """A checkpoint that is loaded within brings its state, not its learning rate, betas or weight decay.
+    """Context in which loading a checkpoint keeps learning rate, betas and weight decay of the config.
 
-    They are in the file, and would silently take the place of those that a run is started with. Of an
-    unchanged run they are the same.
+    Otherwise the values in the checkpoint would replace them.
     """
     before = [
         {name: value for name, value in group.items() if name not in ("params", "lr")}
         for group in optimizer.param_groups
     ]
-    inner = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds the real one
+    inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
     rates = list(getattr(inner, "base_lrs", ()))
     yield
     for group, own in zip(optimizer.param_groups, before, strict=True):
@@ -142,7 +141,7 @@ def keep_hyperparameters_on_load(optimizer: Any, scheduler: Any) -> Iterator[Non
 
 
 def load_into_wrapped(trainer: Any, folder: str) -> None:
-    """Loads a checkpoint into a trainer whose model an engine has wrapped."""
+    """Loads a checkpoint into a trainer whose model is wrapped by an engine."""
     with keep_hyperparameters_on_load(trainer.optimizer, trainer.lr_scheduler):
         if trainer.engine.uses_deepspeed:
             deepspeed_load_checkpoint(  # type: ignore[no-untyped-call]
@@ -157,7 +156,7 @@ def load_into_wrapped(trainer: Any, folder: str) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Sizes and hashes of every file of the folder, to its `manifest.json`, on disk when it returns."""
+    """Writes sizes and hashes of all files of the directory to its `manifest.json`, synced to disk."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
         for path in sorted(folder.rglob("*"))
@@ -167,10 +166,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path) -> str | None:
-    """What is wrong with a folder that has to agree with its manifest; None: nothing."""
+    """How a directory differs from its manifest; None: not at all."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return f"no {MANIFEST}: it was not written to its end"
+        return f"no {MANIFEST}: it was not written completely"
     try:
         files = [
             (str(name), int(entry["size"]), str(entry["xxh3_128"]))
@@ -194,7 +193,7 @@ def verify_manifest(folder: Path) -> str | None:
 
 
 def commit(staged: Path, final: Path) -> None:
-    """Turns a staged folder into a complete checkpoint at `final`."""
+    """Turns a staged directory into a complete checkpoint at `final`."""
     write_manifest(staged)
     if final.exists():
         shutil.rmtree(final)
@@ -202,7 +201,7 @@ def commit(staged: Path, final: Path) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, the newest first."""
+    """Checkpoint directories, newest first."""
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if _NAME.match(path.name)]
@@ -210,39 +209,38 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def last_complete(output_dir: Path) -> Path | None:
-    """The newest checkpoint that agrees with its manifest; damaged ones are skipped with a WARNING."""
+    """The newest checkpoint that matches its manifest; damaged ones are skipped with a WARNING."""
     for path in checkpoints(output_dir):
         fault = verify_manifest(path)
         if fault is None:
             return path
-        logger.warning("checkpoint %s is damaged (%s): the previous one is used", path, fault)
+        logger.warning("checkpoint %s is damaged (%s): using the previous one", path, fault)
     return None
 
 
 def require_complete(folder: Path) -> None:
-    """Raises RunError where there is no checkpoint, or one that does not agree with its manifest."""
+    """Raises RunError if there is no checkpoint, or it does not match its manifest."""
     if not folder.is_dir():
         raise RunError(
             "there is no such checkpoint directory",
             code="run.no-such-checkpoint",
             where=str(folder),
-            why="the run was to resume from it",
-            fix="name the directory of a checkpoint, or write True for the newest one in output_dir",
+            fix="use the directory of a checkpoint, or True for the newest one in output_dir",
         )
     if (folder / MANIFEST).is_file() and (fault := verify_manifest(folder)) is not None:
         raise RunError(
             f"the checkpoint is damaged: {fault}",
             code="run.damaged-checkpoint",
             where=str(folder),
-            why="a run that resumes from it would differ from the run that was stopped",
+            why="the resumed run would differ from the stopped run",
             fix="resume from an earlier checkpoint (resume_from_checkpoint=True finds one)",
         )
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raises RunError where the weights of a checkpoint are pickled: a pickle can hold code.
+    """Raises RunError if the weights of a checkpoint are pickled: loading a pickle can run code.
 
-    accelerate's file of FSDP (pytorch_model_fsdp*.bin) is read with `weights_only=True`.
+    accelerate's file for FSDP (pytorch_model_fsdp*.bin) is loaded with `weights_only=True`.
     """
     found = [*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")]
     pickled = [path for path in found if not path.name.startswith("pytorch_model_fsdp")]
@@ -251,20 +249,20 @@ def refuse_pickles(folder: Path) -> None:
             f"the weights of the checkpoint are pickled ({pickled[0].name})",
             code="run.pickled-weights",
             where=str(folder),
-            why="a pickle can hold code, which runs when it is read",
-            fix="convert it where you trust its origin: load it with transformers, then save_pretrained",
+            why="loading a pickle can run code",
+            fix="if you trust its origin, convert it: load it with transformers, then save_pretrained",
         )
 
 
 def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int) -> None:
-    """Raises RunError where a checkpoint lacks a part of the state that an exact resume needs.
+    """Raises RunError if a checkpoint lacks state that an exact resume needs.
 
-    transformers would start with a new optimizer, schedule or random state in its place.
+    transformers would continue with a new optimizer, schedule or RNG state.
 
     Args:
         scaler: whether the run scales its losses (float16).
-        own_scheduler: whether the schedule has a file of its own; DeepSpeed may keep it with the optimizer.
-        ranks: processes of the run.
+        own_scheduler: whether the schedule has its own file; DeepSpeed may save it with the optimizer.
+        ranks: number of processes.
     """
     present = {path.name for path in folder.iterdir()}
     missing: dict[str, str] = {}
@@ -273,30 +271,30 @@ def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int
     if not any(_OPTIMIZER.match(name) for name in present):
         missing["optimizer"] = "the state of the optimizer"
     if own_scheduler and "scheduler.pt" not in present:
-        missing["scheduler"] = "the state of the learning rate's schedule"
+        missing["scheduler"] = "the state of the learning rate schedule"
     if scaler and "scaler.pt" not in present:
-        missing["scaler"] = "the scale of the float16 losses"
+        missing["scaler"] = "the scale of float16 losses"
     if not any(_RNG.match(name) for name in present):
-        missing["rng"] = "the random state"
+        missing["rng"] = "the RNG state"
     if missing:
         raise RunError(
             f"the checkpoint lacks {', '.join(missing.values())}",
             code="run.incomplete-checkpoint",
             details={"missing": list(missing)},
             where=str(folder),
-            why="training would resume with a new one (save_only_model writes such checkpoints)",
+            why="it would be replaced by a new one (save_only_model writes such checkpoints)",
             fix="start a new run from its weights (from_pretrained), or resume from a full checkpoint",
         )
     wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{r}.pth" for r in range(ranks)]
     if not present.issuperset(wanted):
         logger.warning(
-            "the checkpoint %s was written by another number of processes: dropout and other noise are "
-            "drawn anew", folder,
+            "the checkpoint %s was written by a different number of processes: dropout and other noise will "
+            "differ", folder,
         )  # fmt: skip
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`, never the newest nor the one at `keep`."""
+    """Removes the oldest checkpoints beyond `limit`, but neither the newest nor the one at `keep`."""
     if not limit or limit < 1:
         return
     found = checkpoints(output_dir)

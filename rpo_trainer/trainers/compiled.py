@@ -1,8 +1,8 @@
-"""`torch_compile`: the decoder's layers compiled one by one, for packed rows of any length.
+"""`torch_compile`: the decoder layers are compiled one by one, for packed rows of any length.
 
-A packed row is as long as its examples make it, and its plan is a Python object: a model compiled whole
-would be compiled again in every step. The layers are alike and hold nearly all of the work, so one of
-them is compiled, with lengths as variables, and all take it. Attention follows the plan outside.
+The length of packed rows varies, and their plan is a Python object: compiling the entire model would
+recompile it in every step. The layers are alike and do nearly all of the work, so they share one compiled
+function with dynamic lengths. Attention, which reads the plan, is not compiled.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.attention import ATTENTION_NAME, packed_attention
 
 
-def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:
-    """Takes the compiling over from accelerate, which would compile the model whole.
+def compile_layers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Compiles the layers in place of accelerate, which would compile the entire model.
 
     Raises:
-        ModelError: the model has no layers that transformers marks as such.
+        ModelError: no layers were found in the model.
         RecipeError: the backend does not work on this machine.
     """
     plugin = accelerator.state.dynamo_plugin
@@ -45,15 +45,15 @@ def compile_if_asked(model: nn.Module, accelerator: Accelerator) -> None:
         raise ModelError(
             f"torch_compile: no layers to compile were found in {type(transformers_model(model)).__name__}",
             code="model.not-compilable",
-            why="layers are compiled one by one, so that rows of all lengths share the result",
-            fix="leave torch_compile out for this model",
+            why="only layers are compiled, so that rows of all lengths share the result",
+            fix="remove torch_compile for this model",
         )
     for layer in layers:
         layer.compile(**settings)
 
 
 def _require_compiler(settings: dict[str, Any], device: torch.device) -> None:
-    """A backend may need a compiler of the machine's: better known before the data is prepared."""
+    """Tries the backend early: it may need a compiler that is not installed."""
     try:
         torch.compile(torch.sin, **settings)(torch.zeros(2, device=device))
     except Exception as error:
@@ -61,5 +61,5 @@ def _require_compiler(settings: dict[str, Any], device: torch.device) -> None:
             f"torch_compile: the backend {settings['backend']} does not work on this machine",
             code="training.compiler-fails",
             why=str(error).strip().splitlines()[0],
-            fix="install what it names, or leave torch_compile out",
+            fix="install what is missing, or remove torch_compile",
         ) from error

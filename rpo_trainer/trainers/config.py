@@ -1,4 +1,4 @@
-"""The configs of the trainers: what each takes beside the fields of `BaseConfig` and of transformers."""
+"""The configs of the trainers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 from rpo_trainer.losses import LOSSES, find_loss, losses_of, smoothed
 from rpo_trainer.recipe.foreign_names import FOREIGN_LOSSES, LOSS_SETTINGS, RPO_ALPHA
-from rpo_trainer.trainers.argument_status import Problem
+from rpo_trainer.trainers.argument_status import Problem, Setting
 from rpo_trainer.trainers.base_config import BaseConfig, TrlDefault, config, described
 from rpo_trainer.trainers.config_checks import noise_problems
+from rpo_trainer.trainers.trl_arguments import TrlPreference, TrlReward, TrlSFT
+from rpo_trainer.trainers.trl_table import PREFERENCE, REWARD, SFT
 
 
 def _described_losses(kind: str) -> str:
@@ -20,9 +22,11 @@ def _described_losses(kind: str) -> str:
 
 @config
 @dataclass
-class SFTConfig(BaseConfig):
+class SFTConfig(TrlSFT, BaseConfig):
     """Supervised fine-tuning: the mean over trained tokens of the global batch of −log π."""
 
+    trl_table: ClassVar[tuple[Setting, ...]] = SFT
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "dataset_kwargs"]  # noqa: RUF012
     unlike_trl: ClassVar[tuple[str, ...]] = (
         "only assistant turns are trained (TRL trains all tokens of conversations)",
     )
@@ -32,56 +36,69 @@ class SFTConfig(BaseConfig):
 
 @config
 @dataclass
-class PreferenceConfig(BaseConfig):
+class PreferenceConfig(TrlPreference, BaseConfig):
     """Fields that DPO and RPO share."""
 
     _kind: ClassVar[str] = ""  # of the losses
+    trl_table: ClassVar[tuple[Setting, ...]] = PREFERENCE
 
     learning_rate: float = described("Peak learning rate.", 1e-6)
-    beta: float = described("β: strength of the implicit reward.", 0.1)
-    loss_type: str = described("Which preference loss.", "dpo")
-    sft_loss_weight: float = described(
-        "Weight of the SFT term on the chosen (best) responses.", 0.0
-    )
+    beta: float = described("β: scale of the implicit reward.", 0.1)
+    loss_type: str = described("Preference loss.", "dpo")
+    sft_loss_weight: float = described("Weight of the SFT loss on the chosen responses.", 0.0)
     sft_reduction: str = described(
-        "SFT term: `sum` over a response's tokens, then mean over examples; `token_mean` over all "
-        "chosen tokens of the global batch; `sequence_mean` over a response's tokens, then examples.",
+        "SFT loss: `sum` over the tokens of a response, then mean over examples; `token_mean`: mean over all "
+        "chosen tokens of the global batch; `sequence_mean`: mean over the tokens of a response, then over "
+        "examples.",
         "sum",
     )
     average_logps: bool = described(
-        "Divide each response's log-prob by its number of tokens.", False
+        "Divide the log-prob of each response by its number of tokens.", False
     )
     disable_dropout: bool = described(
-        "Turn all noise in training off (dropout, layer drop, router jitter): the reference has none.",
+        "Turn off all noise in training (dropout, layer drop, router jitter): the reference has none.",
         True,
     )
     step0_check: bool = described(
-        "Stop before the first update if policy and reference disagree where they must not.", True
+        "Stop before the first update if the log-probs of policy and reference differ although the models "
+        "are the same.",
+        True,
     )
     reference_cache_dir: str | None = described(
-        "Where reference log-probs are kept; None: `reference-cache` in output_dir.", None
+        "Directory of the cached reference log-probs; None: `reference-cache` in output_dir.", None
     )
-    reference_batch_tokens: int = described("Tokens of one forward of the reference pass.", 8192)
-    rpo_alpha: float | None = described(
-        "Refused: elsewhere it is what sft_loss_weight is here.", None
+    reference_batch_tokens: int = described(
+        "Tokens per forward when reference log-probs are computed.", 8192
     )
+    rpo_alpha: float | None = described("Refused: use sft_loss_weight.", None)
+
+    def __post_init__(self) -> None:
+        given: Any = self.loss_type
+        if isinstance(given, (list, tuple)) and len(given) == 1:  # TRL's is a list
+            (given,) = given
+        if (
+            isinstance(given, str)
+            and given in FOREIGN_LOSSES
+            and FOREIGN_LOSSES[given] in losses_of(self._kind)
+        ):
+            given = FOREIGN_LOSSES[given]
+        self.loss_type = given
+        super().__post_init__()
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()
-        problems += noise_problems(
-            self, "the policy would be compared with a reference that has no noise"
-        )
+        problems += noise_problems(self, "the reference model has no noise")
         if self.rpo_alpha is not None:
             problems.append(
                 Problem(
-                    "rpo_alpha is not taken: elsewhere it means DPO plus NLL and has no reward gap. "
+                    "rpo_alpha is not supported: in other libraries it is the weight of an NLL term of DPO. "
                     f"Use {RPO_ALPHA}",
                     code="training.unsupported-setting",
                     setting="rpo_alpha",
                 )
             )
         known = losses_of(self._kind)
-        if self.loss_type not in known:  # a list of losses, as elsewhere, would have no hash
+        if self.loss_type not in known:  # it may be a list, which is not hashable
             elsewhere = {**FOREIGN_LOSSES, **LOSS_SETTINGS}
             named = ", its ".join(f"{theirs} is {ours}" for theirs, ours in elsewhere.items())
             hint = f"; TRL's {named}" if "dpo" in known else ""
@@ -140,7 +157,7 @@ class DPOConfig(PreferenceConfig):
 
     loss_type: str = described(_described_losses("dpo"), "dpo")
     label_smoothing: float = described(
-        f"Share of labels taken to be wrong: cDPO (loss_type {smoothed()}).", 0.0
+        f"Assumed fraction of wrong labels: cDPO (loss_type {smoothed()}).", 0.0
     )
 
     def _problems(self) -> list[Problem]:
@@ -157,7 +174,8 @@ class DPOConfig(PreferenceConfig):
         if self.label_smoothing and loss is not None and not loss.label_smoothing:
             problems.append(
                 Problem(
-                    f"label_smoothing belongs to {smoothed()}, not to {self.loss_type}",
+                    f"label_smoothing has no effect with loss_type {self.loss_type}: use {smoothed()}, or "
+                    "remove it",
                     code="training.no-effect",
                     setting="label_smoothing",
                 )
@@ -173,7 +191,7 @@ class RPOConfig(PreferenceConfig):
     _kind: ClassVar[str] = "rpo"
 
     loss_type: str = described(_described_losses("rpo"), "rpo_bwd_kl")
-    reward_scale: float = described("η: scale of the given rewards.", 1.0)
+    reward_scale: float = described("η: scale of the rewards.", 1.0)
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()
@@ -181,8 +199,8 @@ class RPOConfig(PreferenceConfig):
         if scale == "auto":
             problems.append(
                 Problem(
-                    "reward_scale must be a positive number, got 'auto', which recipes take: `rpo-trainer "
-                    "calibrate` shows what fits",
+                    "reward_scale must be a positive number, got 'auto', which only recipes accept: use "
+                    "`rpo-trainer calibrate` to choose a value",
                     code="training.invalid-value",
                     setting="reward_scale",
                 )
@@ -200,40 +218,41 @@ class RPOConfig(PreferenceConfig):
 
 @config
 @dataclass
-class RewardConfig(BaseConfig):
+class RewardConfig(TrlReward, BaseConfig):
     """Reward models: regression on attributes (arXiv 2406.08673), or Bradley-Terry on pairs."""
 
+    trl_table: ClassVar[tuple[Setting, ...]] = REWARD
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "reward_weights"]  # noqa: RUF012
 
     learning_rate: float = described("Peak learning rate.", 1e-4)
     disable_dropout: bool = described(
-        "Turn all noise in training off (dropout, layer drop, router jitter).", True
+        "Turn off all noise in training (dropout, layer drop, router jitter).", True
     )
     objective: str = described(
         "`bradley_terry` (pairs) or `regression` (ratings of attributes).", "bradley_terry"
     )
     attributes: list[str] | None = described(  # noqa: RUF009
-        "Regression: what is rated, in the order of the model's heads.", None
+        "Regression: names of the rated attributes, in the order of the outputs of the head.", None
     )
     reward_weights: Mapping[str, float] | str | None = described(
-        "Weight of each attribute in the reward, by name; or a published set: "
-        "nemotron-4-340b-reward, llama3-70b-steerlm-rm. None: what the model has, else the mean.",
+        "Weight of each attribute in the reward, by name; or a published set: nemotron-4-340b-reward, "
+        "llama3-70b-steerlm-rm. None: the weights of the model, or else the mean.",
         None,
     )
     rating_range: list[float] | None = described(  # noqa: RUF009
-        "Regression: lowest and highest rating that can be right; None: any number.",
+        "Regression: lowest and highest valid rating; None: any number.",
         None,
         metavar="RATING",
     )
     margin_scale: float = described(
-        "Bradley-Terry: −log σ(r_c − r_r − margin) with margin = this times the gap of the given "
-        "rewards. 0: no margin, and no rewards are needed.",
+        "Bradley-Terry: −log σ(r_c − r_r − margin) with margin = margin_scale · (reward gap of the row). 0: "
+        "no margin, and rows need no rewards.",
         0.0,
     )
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems()
-        problems += noise_problems(self, "the scores of a pair would differ by noise alone")
+        problems += noise_problems(self, "noise would change the scores of a pair")
         if self.objective not in ("bradley_terry", "regression"):
             problems.append(
                 Problem(
@@ -247,7 +266,7 @@ class RewardConfig(BaseConfig):
             if not names or len(set(names)) < len(names):
                 problems.append(
                     Problem(
-                        "regression needs attributes, each named once",
+                        "regression requires attributes, each named once",
                         code="training.invalid-value",
                         setting="attributes",
                     )
@@ -255,7 +274,7 @@ class RewardConfig(BaseConfig):
             if self.margin_scale:
                 problems.append(
                     Problem(
-                        "margin_scale belongs to bradley_terry, not to regression",
+                        "margin_scale has no effect with objective regression: remove it",
                         code="training.no-effect",
                         setting="margin_scale",
                     )
@@ -264,7 +283,7 @@ class RewardConfig(BaseConfig):
             given = ("attributes", self.attributes), ("rating_range", self.rating_range)
             problems += [
                 Problem(
-                    f"{name} belongs to regression, not to {self.objective}",
+                    f"{name} has no effect with objective {self.objective}: remove it",
                     code="training.no-effect",
                     setting=name,
                 )
@@ -276,7 +295,7 @@ class RewardConfig(BaseConfig):
             if len(bounds) != 2 or not bounds[0] < bounds[1]:
                 problems.append(
                     Problem(
-                        f"rating_range must rise from one number to another, got {bounds}",
+                        f"rating_range must be two ascending numbers, got {bounds}",
                         code="training.invalid-value",
                         setting="rating_range",
                     )

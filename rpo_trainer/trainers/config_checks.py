@@ -1,6 +1,6 @@
-"""Which values of a config's own fields fit, alone and together; the config is any `BaseConfig`.
+"""Checks of the fields of a `BaseConfig`.
 
-`argument_checks` has the same for the settings of transformers and accelerate.
+The settings of transformers and accelerate are checked by `argument_checks`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 def config_problems(args: Any) -> Iterator[Problem]:
-    """A problem for each value of a `BaseConfig` that does not fit."""
+    """A problem for each invalid value of a `BaseConfig`."""
     yield from setting_problems(args)
     if args.shuffle and args.train_sampling_strategy == "sequential":
         yield Problem(
-            "shuffle=True and train_sampling_strategy='sequential' contradict each other: remove one",
+            "shuffle=True and train_sampling_strategy='sequential' conflict: remove one",
             code="training.conflicting-settings",
             setting="train_sampling_strategy",
         )
@@ -80,29 +80,29 @@ def config_problems(args: Any) -> Iterator[Problem]:
         )
     if args.torch_compile_mode in _CUDA_GRAPHS:
         yield Problem(
-            f"torch_compile_mode {args.torch_compile_mode} records a CUDA graph for every length of "
-            "a row, and rows have all lengths: leave it out, or take max-autotune-no-cudagraphs",
+            f"torch_compile_mode {args.torch_compile_mode} records a CUDA graph for each length of "
+            "a row, and lengths vary: remove it, or use max-autotune-no-cudagraphs",
             code="training.unsupported-setting",
             setting="torch_compile_mode",
         )
 
 
 def noise_problems(args: Any, why: str) -> Iterator[Problem]:
-    """A problem where NEFTune's noise is set, which only SFT has.
+    """A problem if NEFTune noise is set, which only SFT supports.
 
     Args:
-        why: another trainer cannot have it.
+        why: the reason.
     """
     if args.neftune_noise_alpha is not None:
         yield Problem(
-            f"neftune_noise_alpha is for SFT: {why}; remove it",
+            f"neftune_noise_alpha is only for SFT ({why}): remove it",
             code="training.unsupported-setting",
             setting="neftune_noise_alpha",
         )
 
 
 def _nonfinite_problems(args: Any) -> Iterator[Problem]:
-    """At most one: each makes the next ones meaningless."""
+    """Problems of on_nonfinite; at most one, because each makes the next ones meaningless."""
     if args.on_nonfinite not in ("stop", "skip"):
         yield Problem(
             f"on_nonfinite must be stop or skip, got {args.on_nonfinite!r}",
@@ -112,8 +112,8 @@ def _nonfinite_problems(args: Any) -> Iterator[Problem]:
     elif args.on_nonfinite == "stop":
         if args.max_skipped_steps is not None:
             yield Problem(
-                f"max_skipped_steps={args.max_skipped_steps} has no effect with on_nonfinite stop, which "
-                "ends the run at the first such step: write on_nonfinite skip, or remove it",
+                f"max_skipped_steps={args.max_skipped_steps} has no effect with on_nonfinite=stop, which "
+                "ends the run at the first such step: set on_nonfinite=skip, or remove it",
                 code="training.no-effect",
                 setting="max_skipped_steps",
             )
@@ -125,25 +125,25 @@ def _nonfinite_problems(args: Any) -> Iterator[Problem]:
         )
     elif asks_for_deepspeed({"deepspeed": args.deepspeed}):
         yield Problem(
-            "on_nonfinite: skip does not work under DeepSpeed, which moves the weights within the "
-            "backward pass: write stop, or take DDP or FSDP2",
+            "on_nonfinite=skip does not work with DeepSpeed, which updates the weights within the backward "
+            "pass: use stop, or DDP or FSDP2",
             code="training.unsupported-setting",
             setting="on_nonfinite",
         )
     elif args.fp16 and not args.max_grad_norm:
         yield Problem(
-            "on_nonfinite: skip with float16 needs max_grad_norm above 0: the loss scaler looks at "
-            "the gradient when it is clipped",
+            "on_nonfinite=skip with float16 requires max_grad_norm above 0: the loss scaler checks the "
+            "gradient when it is clipped",
             code="training.conflicting-settings",
             setting="max_grad_norm",
         )
 
 
 def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
-    """Forwards of each rank in one optimizer step.
+    """Forwards per rank and optimizer step.
 
     Raises:
-        RecipeError: the global batch does not divide by them.
+        RecipeError: the global batch size is not a multiple of ranks × `per_device`.
     """
     micro = ranks * per_device
     if batch < 1 or batch % micro:
@@ -151,11 +151,11 @@ def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
         smaller = [m for m in range(per_device, 0, -1) if batch > 0 and not batch % (ranks * m)]
         size = f"a micro-batch size of {smaller[0]}" if smaller else "another number of ranks"
         raise RecipeError(
-            f"global_batch_size {batch} does not divide by {ranks} rank(s) × "
+            f"global_batch_size {batch} is not a multiple of {ranks} rank(s) × "
             f"per_device_train_batch_size {per_device}",
             code="training.indivisible-batch",
             where=where,
-            why="every micro-batch of every rank holds the same number of examples",
-            fix=f"take {' or '.join(map(str, nearest))}, or {size}",
+            why="each micro-batch of each rank has the same number of examples",
+            fix=f"use {' or '.join(map(str, nearest))}, or {size}",
         )
     return batch // micro

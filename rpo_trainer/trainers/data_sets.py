@@ -1,4 +1,4 @@
-"""The data sets of a trainer: tokenized, and checked against its model."""
+"""The data sets of a trainer, tokenized and checked against its model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rpo_trainer.trainers import fits
 from rpo_trainer.trainers.argument_checks import require_best_metric
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.given_rows import is_plain_text, tokenized_rows
 
 if TYPE_CHECKING:
     from rpo_trainer.data import Audit
@@ -25,20 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 class DataSets:
-    """The data sets that a trainer is made with; it may get others later to evaluate on.
+    """The data sets passed to a trainer's constructor; `evaluate` may get others.
 
     Args:
-        model: as it is trained.
-        train, evaluation: rows, or examples; `evaluation` may be several by name.
-        prepare: such rows and a name (`train`, `eval` or `eval_NAME`) → examples; None → None.
+        model: the model that is trained.
+        train, evaluation: rows or examples; `evaluation` may be a dict of several by name.
+        prepare: maps rows and a name (`train`, `eval` or `eval_NAME`) to examples, and None to None.
 
     Attributes:
         train, evaluation: the examples.
-        longest: tokens of their longest text; None where the model's layout does not depend on it.
+        longest: tokens of the longest text; None if the layout of the model does not depend on it.
 
     Raises:
         DataError: see `tokenized`.
-        ModelError: the model has no weights for a token or a position of the examples.
+        ModelError: the model has no weights for a token or position of the examples.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class DataSets:
     def require_best_metric(
         self, model: nn.Module, args: Any, names: Callable[[Any, Examples], set[str]]
     ) -> None:
-        """Raises RecipeError where `metric_for_best_model` names no metric of the evaluation.
+        """Raises RecipeError if `metric_for_best_model` is not a metric of the evaluation.
 
         Args:
-            names: config and examples → the metrics of their evaluation.
+            names: maps config and examples to the names of their metrics.
         """
         if self.evaluation is None:
             return
@@ -75,10 +76,10 @@ class DataSets:
     def require_fit(
         self, model: nn.Module, examples: Examples, layout: Layout, *, checked: bool
     ) -> None:
-        """Checks examples that are to be evaluated on against the model and the layout.
+        """Checks evaluation examples against the model and the layout.
 
         Args:
-            checked: whether the model was found to have the weights for them before.
+            checked: whether they were checked against the weights of the model before.
         """
         if not checked:
             fits.check_fit(model, examples, "eval")
@@ -95,31 +96,39 @@ def tokenized(
     audits: dict[str, Audit],
     **options: Any,
 ) -> Examples:
-    """The rows of a data set as tokenized examples; what was dropped is counted and logged.
+    """Tokenizes the rows of a data set; dropped rows are counted and logged.
 
     Args:
         name: `train`, `eval` or `eval_NAME`, for messages.
-        kind: of the rows.
-        audits: gets what was dropped, under the name.
+        kind: kind of the rows.
+        audits: the audit is added under `name`.
         options: further arguments of `prepare_dataset`.
 
     Raises:
-        DataError: a row cannot be used, or none is left.
+        DataError: a row is invalid, or no row is left.
     """
     from rpo_trainer.data import Audit, prepare_dataset
 
     audit = audits[name] = Audit()
-    rows = prepare_dataset(
-        dataset,
-        tokenizer,
-        kind=kind,
-        max_length=sys.maxsize if args.max_length is None else args.max_length,
-        truncation=args.truncation,  # type: ignore[arg-type]
-        special_tokens=args.special_tokens,  # type: ignore[arg-type]
-        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-        **options,
-        audit=audit,
+    max_length = sys.maxsize if args.max_length is None else args.max_length
+    rows = tokenized_rows(
+        dataset, kind, max_length=max_length, truncation=args.truncation, audit=audit
     )
+    if rows is None:
+        special_tokens = args.special_tokens
+        if special_tokens is None and kind == "sft" and is_plain_text(dataset):
+            special_tokens = "parse"
+        rows = prepare_dataset(
+            dataset,
+            tokenizer,
+            kind=kind,
+            max_length=max_length,
+            truncation=args.truncation,  # type: ignore[arg-type]
+            special_tokens=special_tokens,  # type: ignore[arg-type]
+            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+            **options,
+            audit=audit,
+        )
     if args.process_index == 0:
         audit.log(logger, f"{name}_dataset", f"{name} data: ")
     if not len(rows):

@@ -1,14 +1,15 @@
-"""Early warnings: what goes wrong in preference training, said in one line while there is time to act.
+"""Early warnings: one-line warnings of common problems of preference training while it runs.
 
-As a mean over the last 64 examples or more,
+They compare means over at least the last 64 examples with thresholds:
 
-- `chosen_falling`: chosen log-probs are below the reference's by 10 % of their size and by 2 nats a response;
+- `chosen_falling`: chosen log-probs are below the reference's by 10 % of their absolute value and by 2 nats
+  per response;
 - `targets_saturated`: σ(target gap) is below 0.01 or above 0.99 for half of the examples (RPO's KL losses);
-- `margins_exploding`: the implicit gap is above 10 and, with given rewards, above 3 times their target gap;
-- `chosen_unlearned`: rewards/accuracies are 0.99 or more while chosen log-probs are below the reference's by
-  2 % of their size and by 0.5 nats a response.
+- `margins_exploding`: the implicit reward gap is above 10 and, with rewards, above 3 times the target gap;
+- `chosen_unlearned`: pair accuracy is at least 0.99 while chosen log-probs are below the reference's by 2 %
+  of their absolute value and by 0.5 nats per response.
 
-Each is given once a run. They follow from the log lines alone, so a resumed run gives none twice.
+Each is logged once per run. They only depend on the log lines, so a resumed run does not repeat them.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from rpo_trainer.losses import LOSSES
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = 64  # fewer say little: log lines are put together until they hold so many
-FALLING_NATS, FALLING_SHARE = 2.0, 0.1
-UNLEARNED_NATS, UNLEARNED_SHARE = 0.5, 0.02
+EXAMPLES = 64  # log lines are averaged until they cover this many examples
+FALLING_NATS, FALLING_FRACTION = 2.0, 0.1
+UNLEARNED_NATS, UNLEARNED_FRACTION = 0.5, 0.02
 ALWAYS_RIGHT = 0.99
 SATURATED_GAP = math.log(0.99 / 0.01)  # σ of it is 0.99
-SATURATED_SHARE = 0.5
-EXPLODED = 10.0  # σ(10) = 0.99995: DPO has nothing left to ask for
-EXPLODED_TIMES = 3.0  # of the target gap
+SATURATED_FRACTION = 0.5
+EXPLODED = 10.0  # σ(10) = 0.99995: the DPO loss is close to 0
+EXPLODED_FACTOR = 3.0  # of the target gap
 
 
 @dataclass(frozen=True)
 class EarlyWarning:
-    """What was seen and what it means (`text`), and what to try (`advice`, with names of recipe keys)."""
+    """A warning: the observation (`text`), and what to try (`advice`, with names of recipe keys)."""
 
     name: str
     text: str
@@ -46,70 +47,72 @@ class EarlyWarning:
 
 
 def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarning]:
-    """The warnings that these metrics deserve.
+    """The warnings for these metrics.
 
     Args:
-        means: training metrics of a preference trainer by name; what is missing is not judged.
+        means: training metrics of a preference trainer by name; missing ones are not checked.
         args: its `PreferenceConfig`.
     """
     delta, level = means.get("logps/chosen_delta"), means.get("logps/chosen")
     fall = -delta if delta is not None else 0.0
     size = abs(level - delta) if level is not None and delta is not None else 0.0  # the reference's
-    if fall > max(FALLING_NATS, FALLING_SHARE * size):
+    if fall > max(FALLING_NATS, FALLING_FRACTION * size):
         yield EarlyWarning(
             "chosen_falling",
-            f"chosen log-probs are {_below(fall, size)}: the policy unlearns the responses it should "
-            "prefer, and what it says instead is in no example",
-            f"{_hold_up(args)}, or lower learning_rate",
+            f"chosen log-probs are {_below(fall, size)}: the chosen responses become less likely, in favor "
+            "of text that is in no example",
+            f"{_chosen_advice(args)}, or lower learning_rate",
         )
-    saturated = means.get("rewards/target_saturated", 0.0) > SATURATED_SHARE
+    saturated = means.get("rewards/target_saturated", 0.0) > SATURATED_FRACTION
     if saturated and LOSSES[args.loss_type].saturates:
         yield EarlyWarning(
             "targets_saturated",
             f"σ(target gap) is near 0 or 1 for {means['rewards/target_saturated']:.0%} of the "
-            "examples: their rewards say no more than a label does, and RPO becomes DPO",
-            f"lower reward_scale (it is {args.reward_scale:g}), or let `reward_scale: auto` fit it",
+            "examples: their rewards have no more information than labels, and RPO becomes DPO",
+            f"lower reward_scale (now {args.reward_scale:g}), or use `reward_scale: auto`",
         )
     margin, target = means.get("rewards/margins", 0.0), means.get("rewards/target_gap")
-    limit = EXPLODED if target is None else max(EXPLODED, EXPLODED_TIMES * abs(target))
+    limit = EXPLODED if target is None else max(EXPLODED, EXPLODED_FACTOR * abs(target))
     if margin > limit:
-        asked = "" if target is None else f", and {target:.3g} is asked for"
+        asked = "" if target is None else f" (target: {target:.3g})"
         yield EarlyWarning(
             "margins_exploding",
-            f"the implicit gap is {margin:.3g}{asked}: the policy runs away from the reference, and "
-            "its samples soon fall apart",
-            f"lower learning_rate, raise beta (it is {args.beta:g}), or train fewer steps",
+            f"the implicit reward gap is {margin:.3g}{asked}: the policy moves far from the reference model, "
+            "and its samples may degrade",
+            f"lower learning_rate, raise beta (now {args.beta:g}), or train fewer steps",
         )
     accuracy = means.get("rewards/accuracies", 0.0)
-    if accuracy >= ALWAYS_RIGHT and fall > max(UNLEARNED_NATS, UNLEARNED_SHARE * size):
+    if accuracy >= ALWAYS_RIGHT and fall > max(UNLEARNED_NATS, UNLEARNED_FRACTION * size):
         yield EarlyWarning(
             "chosen_unlearned",
-            f"rewards/accuracies are {accuracy:.3g}, and chosen log-probs are {_below(fall, size)}: "
-            "every pair is in order already, and further steps only push both responses down",
-            f"{_hold_up(args)}, or stop earlier (num_train_epochs, max_steps)",
+            f"rewards/accuracies is {accuracy:.3g}, and chosen log-probs are {_below(fall, size)}: pairs are "
+            "already ranked correctly, and further steps only make both responses less likely",
+            f"{_chosen_advice(args)}, or stop earlier (num_train_epochs, max_steps)",
         )
 
 
 def _below(fall: float, size: float) -> str:
-    share = f" ({fall / size:.0%} of their size)" if size else ""
-    return f"{fall:.3g} nats a response below the reference's{share}"
+    percent = f" ({fall / size:.0%})" if size else ""
+    return f"{fall:.3g} nats per response below the reference's{percent}"
 
 
-def _hold_up(args: Any) -> str:
-    """What keeps the chosen response likely."""
+def _chosen_advice(args: Any) -> str:
+    """Advice to keep the chosen responses likely."""
     weight = "set" if not args.sft_loss_weight else "raise"
-    return f"{weight} sft_loss_weight (it is {args.sft_loss_weight:g}), raise beta (it is {args.beta:g})"
+    return (
+        f"{weight} sft_loss_weight (now {args.sft_loss_weight:g}), raise beta (now {args.beta:g})"
+    )
 
 
 class EarlyWarnings(TrainerCallback):
-    """Says each warning once, when it first holds; every preference trainer has one.
+    """Logs each warning once, when its condition is first met; added by every preference trainer.
 
     Args:
-        note: called with all warnings so far, as plain data with their `step`: when training begins
-            and whenever there is a new one.
+        note: called with all warnings so far, as dicts with their `step`, when training begins and after each
+            new warning.
 
     Attributes:
-        found: the same.
+        found: all warnings so far.
     """
 
     def __init__(self, note: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
@@ -122,7 +125,7 @@ class EarlyWarnings(TrainerCallback):
         self._step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run knows its log lines: what they have given is not said again."""
+        """Finds the warnings of earlier log lines of a resumed run, so that they are not repeated."""
         self._forget()
         for line in state.log_history:
             self._look(args, line["step"], line)
@@ -142,7 +145,7 @@ class EarlyWarnings(TrainerCallback):
             self.note(self.found)
 
     def _look(self, args: Any, step: int, logs: Mapping[str, Any]) -> list[EarlyWarning]:
-        """The warnings that are new with this log line."""
+        """New warnings after this log line."""
         if "loss" not in logs or "rewards/margins" not in logs:
             return []
         self._lines.append(((step - self._step) * args.examples_per_step(), logs))

@@ -1,9 +1,9 @@
-"""What differs between the engines that accelerate wraps around a model: none, DDP, FSDP2, DeepSpeed ZeRO.
+"""Differences between the engines of accelerate: none, DDP, FSDP2, DeepSpeed ZeRO.
 
 none, ddp      every rank holds all weights; transformers loads a checkpoint before it wraps the model
-fsdp2, zero1–3 the model is placed, cast and sharded when it is wrapped; a checkpoint is loaded after that
+fsdp2, zero1–3 wrapping moves, casts and shards the model; a checkpoint is loaded afterwards
 
-A trainer has one `Engine`, which sets accelerate up and calls the guards before a weight moves.
+A trainer has one `Engine`, which configures accelerate and calls the guards before weights are updated.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ ENGINE_FILE = "engine.json"
 
 
 class Engine:
-    """Sets up what wraps a trainer's model, and calls the guards at the right moment.
+    """Configures the engine that wraps the model of a trainer, and calls the guards before each step.
 
     Args:
-        model: as it is before it is wrapped.
+        model: the model before it is wrapped.
         args: the trainer's config.
-        before_update: the guards; called before each optimizer step with the norm of the gradient, where
-            the engine knows it and transformers does not, else with None.
+        before_update: the guards; called before each optimizer step with the gradient norm if only the engine
+            has it, else with None.
 
     Attributes:
-        wraps_late: whether the model is placed on its device when it is wrapped, not before.
-        uses_deepspeed: whether it is DeepSpeed.
+        wraps_late: whether the model is moved to its device when it is wrapped, not before.
+        uses_deepspeed: whether the engine is DeepSpeed.
 
     Raises:
-        RecipeError: accelerate has not started what was asked for, or would do something else.
+        RecipeError: accelerate has not started the requested engine, or has conflicting settings.
     """
 
     def __init__(
@@ -64,41 +64,41 @@ class Engine:
         self._deepspeed_guard: DeepSpeedGuard | None = None
 
     def guard_optimizer(self, optimizer: Any) -> None:
-        """Has the guards called from within DeepSpeed's step; once, when it has wrapped the model."""
+        """Makes DeepSpeed call the guards within its step; called once, after wrapping the model."""
         if self.uses_deepspeed:
             self._deepspeed_guard = DeepSpeedGuard(optimizer, self._before_update)
 
     def require_wrapped(self) -> None:
-        """Raises RecipeError for an evaluation that FSDP or DeepSpeed have not wrapped the model for."""
+        """Raises RecipeError for an evaluation before FSDP or DeepSpeed have wrapped the model."""
         if self.wraps_late and not self.accelerator._models:
             raise RecipeError(
-                "evaluate() came before train()",
+                "evaluate() was called before train()",
                 code="training.evaluate-before-train",
-                why="FSDP and DeepSpeed wrap the model together with its optimizer",
+                why="FSDP and DeepSpeed wrap model and optimizer together when training starts",
                 fix="set eval_on_start=True, or evaluate after training",
             )
 
     def before_optimizer_step(self) -> None:
-        """Where transformers' loop has the gradients and calls its optimizer next."""
+        """Called when the loop of transformers has the gradients, before its optimizer step."""
         if self._deepspeed_guard is None:
             self._before_update(None)
         else:
             self._deepspeed_guard.after_step()
 
     def full_weights(self, model: nn.Module, *, keep: bool) -> dict[str, Any]:
-        """Sharded weights in one piece and in float32, of an adapter its own; on all ranks at once.
+        """Gathered weights in float32 (with an adapter, only its weights); called on all ranks.
 
         Args:
-            keep: whether this rank is to have them.
+            keep: whether this rank gets them.
         """
         return full_state_dict(model, keep=keep, trained_only=hasattr(model, "peft_config"))
 
     def accumulating(
         self, model: nn.Module, *, last: bool
     ) -> contextlib.AbstractContextManager[Any]:
-        """Around one of several backward passes of a step: gradients are reduced with the last one alone.
+        """Context of one of several backward passes of a step: only the last one reduces gradients.
 
-        For steps whose micro-batches transformers' loop does not count.
+        Used for steps whose micro-batches the loop of transformers does not count.
         """
         self.accelerator.sync_gradients = last
         # DeepSpeed counts its backward passes itself.
@@ -111,7 +111,7 @@ class Engine:
         return self.accelerator.no_sync(model)  # type: ignore[no-any-return]
 
     def write(self, folder: Path) -> None:
-        """Notes in a checkpoint which engine, of how many ranks, has written it."""
+        """Writes engine and number of ranks to a checkpoint."""
         write_engine(folder, self.accelerator)
 
 
@@ -126,20 +126,20 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def wraps_late(accelerator: Accelerator) -> bool:
-    """Whether the model is placed on its device when it is wrapped, not before."""
+    """Whether the model is moved to its device when it is wrapped, not before."""
     return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 def check_engine(args: Any, accelerator: Accelerator) -> None:
-    """Raises RecipeError where accelerate has not started what was asked for, or would do something else."""
+    """Raises RecipeError if accelerate has not started the requested engine, or has conflicting settings."""
     kind, started = accelerator.distributed_type, accelerator.num_processes
     wanted = int(os.environ.get("WORLD_SIZE", 1))
     if started != wanted:
         raise RecipeError(
-            f"{wanted} processes were launched, and accelerate has joined {started}",
+            f"{wanted} processes were launched, but accelerate has connected {started}",
             code="training.processes-not-joined",
-            why="each would train alone, on the same data",
-            fix="FSDP and DeepSpeed need a GPU for each process; without GPUs leave them out (DDP)",
+            why="each process would train separately on the same data",
+            fix="FSDP and DeepSpeed require a GPU per process; without GPUs use DDP",
         )
     asked = {
         DistributedType.DEEPSPEED: bool(args.deepspeed) or _set("ACCELERATE_USE_DEEPSPEED"),
@@ -148,65 +148,66 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
     for engine, name in ((DistributedType.DEEPSPEED, "DeepSpeed"), (DistributedType.FSDP, "FSDP")):
         if asked[engine] and kind != engine:
             raise RecipeError(
-                f"{name} was asked for and has not started",
+                f"{name} was requested but has not started",
                 code="training.engine-not-started",
                 details={"engine": name},
-                why="accelerate takes it only where each process has a GPU, under a launcher",
-                fix="start with `accelerate launch`, `torchrun` or `deepspeed` on GPUs, or leave it out",
+                why="accelerate only starts it with a launcher and a GPU per process",
+                fix="start with `accelerate launch`, `torchrun` or `deepspeed` on GPUs, or remove it",
             )
     if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise RecipeError(
-            "FSDP 1 is not taken",
+            "FSDP 1 is not supported",
             code="training.unsupported-engine",
-            why="it flattens weights that the head needs whole",
+            why="it flattens weights that the head needs unflattened",
             fix="set fsdp_version: 2",
         )
     if kind == DistributedType.DEEPSPEED and args.fp16:
         raise RecipeError(
-            "float16 under DeepSpeed is not taken",
+            "float16 is not supported with DeepSpeed",
             code="training.unsupported-engine",
-            why="DeepSpeed rounds the weights to it before it copies them to float32",
-            fix="take bfloat16, or DDP or FSDP2",
+            why="DeepSpeed rounds the weights to float16 before it copies them to float32",
+            fix="use bfloat16, or DDP or FSDP2",
         )
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise RecipeError(
-            "the launcher asks for a parallelism_config",
+            "the launcher sets a parallelism_config",
             code="training.unsupported-engine",
-            why="each process trains on examples of its own; tensor, context and sequence parallelism would "
-            "give parts of one example to several",
-            fix="use DDP, FSDP2 or DeepSpeed ZeRO, and remove parallelism_config from the launcher's file",
+            why="each process trains on its own examples; tensor, context and sequence parallelism split "
+            "examples between processes",
+            fix="use DDP, FSDP2 or DeepSpeed ZeRO, and remove parallelism_config from the launcher's config "
+            "file",
         )
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched.isdigit() and int(launched) not in (1, args.gradient_accumulation_steps):
         raise RecipeError(
-            f"the launcher asks for {launched} gradient accumulation steps, the run for "
+            f"the launcher sets {launched} gradient accumulation steps, the config "
             f"{args.gradient_accumulation_steps}",
             code="training.launcher-conflict",
             where="gradient_accumulation_steps",
-            why="the launcher's figure would have no effect",
-            fix="set global_batch_size or gradient_accumulation_steps in the config, and 1 or none in the "
-            "launcher's file",
+            why="the launcher's value would have no effect",
+            fix="set global_batch_size or gradient_accumulation_steps in the config, and remove it from the "
+            "launcher's config file",
         )
     arithmetic = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if args.mixed_precision != arithmetic:
         raise RecipeError(
-            f"the launcher asks for mixed precision {args.mixed_precision}, the run for {arithmetic}",
+            f"the launcher sets mixed precision {args.mixed_precision}, the config {arithmetic}",
             code="training.launcher-conflict",
             where="mixed_precision",
-            why="the launcher's would win, and the losses be rounded otherwise than the run says",
-            fix="set the dtype of the model in the recipe (bf16 or fp16 of the config), and "
-            "mixed_precision: 'no' in the launcher's file",
+            why="the launcher's value would override the config",
+            fix="set the dtype of the model in the recipe (bf16 or fp16 in the config), and "
+            "mixed_precision: 'no' in the launcher's config file",
         )
 
 
 def asks_for_shards(arguments: Mapping[str, Any]) -> bool:
-    """Whether training arguments, or the launcher, ask for FSDP or DeepSpeed."""
+    """Whether training arguments or the launcher turn on FSDP or DeepSpeed."""
     launched = _set("ACCELERATE_USE_DEEPSPEED") or _set("ACCELERATE_USE_FSDP")
     return launched or bool(arguments.get("deepspeed") or arguments.get("fsdp"))
 
 
 def asks_for_deepspeed(arguments: Mapping[str, Any]) -> bool:
-    """Whether training arguments, or the launcher, ask for DeepSpeed."""
+    """Whether training arguments or the launcher turn on DeepSpeed."""
     return _set("ACCELERATE_USE_DEEPSPEED") or bool(arguments.get("deepspeed"))
 
 
@@ -215,60 +216,59 @@ def _set(name: str) -> bool:
 
 
 def load_in_float32(args: Any) -> None:
-    """Lets models that ZeRO-3 hands out while they are loaded keep their float32; when arguments are made.
+    """Keeps weights in float32 that are sharded by ZeRO-3 while they are loaded; called by the config.
 
-    DeepSpeed's own bfloat16 rounds the weights first and copies them to float32 then: what a stage has
-    learnt in steps of 1e-7 would be lost when the next one starts. See `apply_engine_overrides`.
+    DeepSpeed's bfloat16 mode rounds the weights before it copies them to float32, so that small updates of
+    one stage would be lost when the next one starts. See `apply_engine_overrides`.
     """
     plugin = args.deepspeed_plugin
     if plugin is None or not args.bf16:
         return
     plugin.deepspeed_config.pop("bf16", None)
-    if (
-        getattr(plugin, "dschf", None) is not None
-    ):  # made by the launcher: a copy is what loading sees
+    if getattr(plugin, "dschf", None) is not None:  # created by the launcher: loading uses a copy
         plugin.set_deepspeed_weakref()
 
 
 def apply_engine_overrides(args: Any, accelerator: Accelerator) -> None:
-    """Corrects settings of the engine that would change the mathematics, before it wraps the model."""
+    """Corrects settings of the engine that would change results, before it wraps the model."""
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
-            # accelerate rounds outputs to bfloat16, and ours are log-probs; sums over ranks stay float32.
+            # accelerate would round the outputs, which are log-probs, to bfloat16; reduce in float32.
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
             )
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.hf_ds_config.config
         if args.bf16:
-            # Autocast, as everywhere else. What ZeRO-3 gathers comes in bfloat16, by DeepSpeed's list of safe
-            # modules: autocast would keep a copy of it all. Elsewhere gradients are summed in float32.
+            # Use autocast, as with other engines. ZeRO-3 gathers weights in bfloat16 for DeepSpeed's list of
+            # safe modules: autocast would keep a copy of all of them. Otherwise gradients are reduced in
+            # float32.
             config["bf16"] = {"enabled": False}
             zero3 = config["zero_optimization"]["stage"] == 3
             safe: dict[str, Any] = {} if zero3 else {"lower_precision_safe_modules": []}
             given = config.get("torch_autocast", {})
             config["torch_autocast"] = {"dtype": "bfloat16", **safe, **given, "enabled": True}
-            accelerator.native_amp = True  # `accelerator.autocast` would be none under DeepSpeed
-        # DeepSpeed clips by its own setting; left out, it would not clip at all.
+            accelerator.native_amp = True  # `accelerator.autocast` would do nothing with DeepSpeed
+        # DeepSpeed only clips if its own setting is given.
         clipping = config.get("gradient_clipping")
         if clipping in (None, "auto"):
             config["gradient_clipping"] = args.max_grad_norm
         elif float(clipping) != float(args.max_grad_norm):
             raise RecipeError(
-                f"gradient_clipping is {clipping} in the DeepSpeed config, and max_grad_norm "
+                f"gradient_clipping is {clipping} in the DeepSpeed config, but max_grad_norm is "
                 f"{args.max_grad_norm}",
                 code="training.conflicting-settings",
                 where="gradient_clipping",
-                why="DeepSpeed clips by its own figure, and nothing would read the other",
+                why="DeepSpeed would ignore max_grad_norm",
                 fix='set gradient_clipping to "auto"',
             )
 
 
 def wrap_present_layers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Has FSDP shard by those of the class's layers that the model has, where no others are asked for.
+    """By default, makes FSDP wrap those layer classes of the model class that the model contains.
 
-    Classes of multimodal models also name layers of towers that a checkpoint does not have.
+    Classes of multimodal models also name layers of towers that a checkpoint may not have.
     """
     plugin = (
         accelerator.state.fsdp_plugin
@@ -282,13 +282,13 @@ def wrap_present_layers(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def set_find_unused_parameters(model: nn.Module, args: Any, accelerator: Accelerator) -> None:
-    """Has DDP look for weights without a gradient only where there may be some: each time ranks must meet."""
+    """Makes DDP search for unused weights only if there may be some, because the search is slow."""
     if accelerator.ddp_handler is not None and args.ddp_find_unused_parameters is None:
         accelerator.ddp_handler.find_unused_parameters = may_be_unused(model)
 
 
 def may_be_unused(model: nn.Module) -> bool:
-    """Whether a packed step may leave a trained weight out: beside decoder and head, or a list of experts."""
+    """Whether a step may not use a trained weight: outside decoder and head, or in a list of experts."""
     inner = transformers_model(model)
     parts = (
         (inner.base_model, inner.score)
@@ -299,7 +299,7 @@ def may_be_unused(model: nn.Module) -> bool:
     if any(p.requires_grad and id(p) not in used for p in model.parameters()):
         return True
     if is_multimodal(inner.config) and not is_composite(inner.config):
-        return True  # projections of images stand inside the decoder
+        return True  # image projections are inside the decoder
     lists = [module for module in inner.modules() if isinstance(module, nn.ModuleList)]
     inside = {id(part) for one in lists for part in one.modules() if part is not one}
     return any(id(one) in inside for one in lists)
@@ -309,9 +309,10 @@ def may_be_unused(model: nn.Module) -> bool:
 
 
 class DeepSpeedGuard:
-    """Calls the guards inside DeepSpeed's step, the gradient's norm known and no weight moved yet.
+    """Calls the guards within DeepSpeed's step, when the gradient norm is known, before weights are updated.
 
-    accelerate steps DeepSpeed within backward, so transformers' callback before the step comes too late.
+    accelerate calls DeepSpeed's step within backward, so the callback of transformers before the step is too
+    late.
     """
 
     def __init__(self, optimizer: Any, guards: Callable[[float | None], None]) -> None:
@@ -322,18 +323,18 @@ class DeepSpeedGuard:
         self._hook = inner.register_step_pre_hook(self._before)
 
     def _before(self, *args: Any) -> None:
-        if not self.called:  # once a step, which moves the weights by groups
+        if not self.called:  # once per step, which has a call for each group of weights
             self.called = True
             self.guards(float(getattr(self.zero, "_global_grad_norm", None) or 0.0))
 
     def after_step(self) -> None:
-        """The guards, where DeepSpeed has left the step out because of what the gradient was."""
+        """Calls the guards if DeepSpeed has skipped the step because of its gradient."""
         if not self.called:
             self.guards(float("inf"))
         self.called = False
 
     def remove(self) -> None:
-        """Takes the hook off."""
+        """Removes the hook."""
         self._hook.remove()
 
 
@@ -341,13 +342,13 @@ class DeepSpeedGuard:
 
 
 def write_engine(folder: Path, accelerator: Accelerator) -> None:
-    """Notes which engine, of how many ranks, has written a checkpoint."""
+    """Writes engine and number of ranks to a checkpoint."""
     content = {"engine": engine_name(accelerator), "world_size": accelerator.num_processes}
     (folder / ENGINE_FILE).write_text(json.dumps(content))
 
 
 def check_same_engine(folder: Path, accelerator: Accelerator) -> None:
-    """Raises RunError where a checkpoint cannot be read by this engine, or by so many ranks."""
+    """Raises RunError if this engine or this number of ranks cannot load a checkpoint."""
     path = folder / ENGINE_FILE
     if not path.is_file():
         return
@@ -358,20 +359,20 @@ def check_same_engine(folder: Path, accelerator: Accelerator) -> None:
     if same and (before["world_size"] == ranks or not engine.startswith("zero")):
         return
     raise RunError(
-        f"the checkpoint was written by {before['engine']} on {before['world_size']} ranks, "
-        f"and this is {engine} on {ranks}",
+        f"the checkpoint was written by {before['engine']} on {before['world_size']} rank(s), "
+        f"but this run uses {engine} on {ranks}",
         code="run.other-engine",
         details={"before": before, "now": {"engine": engine, "world_size": ranks}},
         where=str(folder),
-        why="DeepSpeed resumes with as many ranks as it had"
+        why="DeepSpeed only resumes with the same number of ranks"
         if same
-        else "each engine keeps its optimizer in files of its own",
-        fix="start as before, or remove the checkpoints to begin the stage again",
+        else "each engine has its own format of optimizer files",
+        fix="start as before, or remove the checkpoints to restart the stage",
     )
 
 
 def shard_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A reference beside the policy, sharded as the policy is."""
+    """Shards a reference model like the policy."""
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model

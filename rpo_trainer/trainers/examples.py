@@ -1,10 +1,10 @@
-"""Tokenised examples as a data set, and the collators that pack them."""
+"""Tokenized examples as a data set, and collators that pack them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +13,14 @@ from torch.utils.data import Dataset
 from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
 from rpo_trainer.step.packing import forward_tokens, pack
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Rows of a tokenised data set, with columns computed later laid beside them.
+    """Rows of a tokenized data set, with additional columns that are computed later.
 
     Args:
-        rows: a `datasets.Dataset` or any sequence of tokenised examples (see `rpo_trainer.step.packing`).
+        rows: a `datasets.Dataset` or any sequence of tokenized examples (see `rpo_trainer.step.packing`).
     """
 
     def __init__(self, rows: Any) -> None:
@@ -40,11 +37,11 @@ class Examples(Dataset[dict[str, Any]]):
         return row
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
-        """Rows of a micro-batch, or of each micro-batch of a step: lists of indices as lists of rows."""
+        """Rows of a micro-batch; nested lists of indices (micro-batches of a step) give nested lists."""
         return [self.__getitems__(i) if isinstance(i, list) else self[i] for i in indices]
 
     def without(self, column: str) -> np.ndarray:
-        """Numbers of the examples whose `column` is missing or null."""
+        """Indices of the examples whose `column` is missing or null."""
         if column in self.extra:
             values: Any = self.extra[column]
         elif not hasattr(self.rows, "with_format"):
@@ -61,7 +58,7 @@ class Examples(Dataset[dict[str, Any]]):
         return np.array([len(lengths) for lengths in self._response_lengths()], dtype=np.int64)
 
     def costs(self, layout: Layout) -> list[int]:
-        """Tokens that one forward of each example takes."""
+        """Number of tokens of a forward of each example."""
         if not hasattr(self.rows, "with_format"):
             return [forward_tokens(self.rows[i], layout) for i in range(len(self.rows))]
         prompts = self._lengths("prompt_ids")
@@ -71,9 +68,10 @@ class Examples(Dataset[dict[str, Any]]):
         ]
 
     def shapes(self, layout: Layout) -> list[tuple[int, int]]:
-        """(rows, length) of each example: a forward costs Σ rows × its greatest length, in tokens.
+        """(rows, length) of each example: a forward costs Σ rows × maximum length, in tokens.
 
-        Padded, an example is K rows as long as its longest; packed, each of its tokens is a row of one.
+        In the padded layout an example is K rows of the length of the longest; otherwise each token is a row
+        of length 1.
         """
         if layout != "padded":
             return [(cost, 1) for cost in self.costs(layout)]
@@ -106,7 +104,7 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class PackingCollator:
-    """A list of examples → one packed micro-batch; an empty list → a filler of weight 0."""
+    """Packs a list of examples into a micro-batch; an empty list gives a filler of weight 0."""
 
     def __init__(self, layout: Layout, pad_token_id: int, examples: Examples | None = None) -> None:
         self.layout = layout
@@ -119,12 +117,12 @@ class PackingCollator:
 
     def _filler(self) -> Sequence[Mapping[str, Any]]:
         if self.examples is None:
-            raise ValueError("an empty micro-batch needs a data set to take its filler from")
+            raise ValueError("an empty micro-batch requires a data set for its filler")
         return [self.examples[0]]
 
 
 class StepCollator:
-    """The micro-batches of a whole optimizer step, each collated, with the counts of them all."""
+    """Collates the micro-batches of an optimizer step, and adds up their counts."""
 
     def __init__(self, collate: PackingCollator) -> None:
         self.collate = collate

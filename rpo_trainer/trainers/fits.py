@@ -1,4 +1,4 @@
-"""What tokenized examples ask of a model: rows of the embedding table, positions, end tokens."""
+"""Checks of tokenized examples against a model: vocabulary, positions, end tokens."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from rpo_trainer.trainers.examples import Examples
 
 logger = logging.getLogger(__name__)
 
-# Of trained spans, or of a token's occurrences; rarer ones may be where a response was cut.
-_SHARE = 0.01
-_OFFSETS = 8  # rows that a table may have before its first position: 2 in OPT and BART
-_ROWS = 256  # of a data set that are read at once
+# Fraction of trained spans, or of the occurrences of a token; rarer ones may be due to truncation.
+_MIN_FRACTION = 0.01
+_OFFSETS = 8  # maximum offset of position tables: 2 in OPT and BART
+_ROWS = 256  # rows of a data set that are read at once
 
 
 def check_fit(
     model: nn.Module, examples: Examples | None, name: str, *, whose: str = "the model"
 ) -> None:
-    """Raises ModelError where examples have tokens or positions that a model has no weights for.
+    """Raises ModelError if examples have tokens or positions that a model has no weights for.
 
-    Every response restarts at its prompt's length, so an example is as long as its prompt and its longest
-    response, however rows are packed. Where positions are computed (rotary, ALiBi) or a model has none, there
-    is only a WARNING beyond the length that it was trained with.
+    Positions of each response start at the length of the prompt, so an example has the length of its prompt
+    and longest response in every layout. If positions are computed (rotary, ALiBi) or not used, exceeding the
+    length of pretraining is only a WARNING.
     """
     if examples is None or not len(examples):
         return
@@ -44,39 +44,36 @@ def check_fit(
     rows = num_rows(inner.get_input_embeddings().weight)
     if largest >= rows or smallest < 0:
         raise ModelError(
-            f"the {name} data has token {largest if largest >= rows else smallest}, {whose} has {rows} "
-            "embeddings",
+            f"the {name} data has token id {largest if largest >= rows else smallest}, but {whose} has "
+            f"{rows} embeddings",
             code="model.missing-embeddings",
             details={
                 "data": name,
                 "token": largest if largest >= rows else smallest,
                 "embeddings": rows,
             },
-            why="a token outside of the table cannot be embedded",
-            fix="use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) "
-            "before the model is passed",
+            fix="use the tokenizer of the model, or call model.resize_token_embeddings(len(tokenizer)) first",
         )
     limit = positions_of(inner.config)
     if limit is None or longest <= limit:
         return
     if not _has_table(inner, limit):
         logger.warning(
-            "the longest example of the %s data has %d tokens; %s was trained for %d positions; later "
+            "the longest example of the %s data has %d tokens, but %s was trained with %d positions: later "
             "positions are extrapolated",
             name, longest, whose, limit,
         )  # fmt: skip
         return
     raise ModelError(
-        f"the longest example of the {name} data has {longest} tokens, {whose} has {limit} positions",
+        f"the longest example of the {name} data has {longest} tokens, but {whose} has {limit} positions",
         code="model.missing-positions",
         details={"data": name, "model": whose, "tokens": longest, "positions": limit},
-        why="there are no weights for positions beyond its table",
-        fix=f"set max_length={limit}, or less",
+        fix=f"set max_length to at most {limit}",
     )
 
 
 def _has_table(inner: Any, positions: int) -> bool:
-    """Whether a model looks its positions up in a table: an embedding or a buffer of about as many rows."""
+    """Whether a model has a table of positions: an embedding or buffer with about as many rows."""
     parts = list(inner.modules())
     if any("Rotary" in type(part).__name__ for part in parts):
         return False
@@ -94,7 +91,7 @@ def _has_table(inner: Any, positions: int) -> bool:
 
 
 def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
-    """`check_fit` of a trainer's data sets; `evaluation` is one, several by name, or None."""
+    """`check_fit` for the data sets of a trainer; `evaluation` is one, a dict of several, or None."""
     check_fit(model, train, "train")
     several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
     for name, examples in several.items():
@@ -102,10 +99,11 @@ def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
 
 
 def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
-    """The control tokens that trained spans end with, the most frequent first.
+    """The special tokens at the end of trained spans, the most frequent first.
 
-    Tokens that training continues after, such as the end of an analysis before its answer, are left out:
-    a model that stopped there would not finish. So is what a cut response or a mask with holes ends with.
+    Tokens that are often followed by trained tokens, such as the end of an analysis before the answer, are
+    left
+    out: generation must not stop there. So are rare ones, from truncated responses or masks with gaps.
     """
     if examples is None or not len(examples) or tokenizer is None:
         return []
@@ -124,11 +122,11 @@ def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
             tokens = ids[chosen]
             found, times = np.unique(tokens[np.isin(tokens, candidates)], return_counts=True)
             counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
-    often = [t for t, n in ends.most_common() if t in known or n >= _SHARE * spans]
-    continued = [t for t in often if inside[t] > _SHARE * (inside[t] + ends[t])]
+    often = [t for t, n in ends.most_common() if t in known or n >= _MIN_FRACTION * spans]
+    continued = [t for t in often if inside[t] > _MIN_FRACTION * (inside[t] + ends[t])]
     if (unsaid := [t for t in continued if t in known]) and is_main():
         logger.warning(
-            "%s: not added to the saved eos_token_id, because training continues after it in a response",
+            "%s: not added to the saved eos_token_id, because trained tokens follow it",
             ", ".join(
                 f"{tokenizer.convert_ids_to_tokens(t)!r} ends {ends[t]} trained spans and is in {inside[t]}"
                 for t in unsaid
@@ -145,12 +143,12 @@ def _known_ends(tokenizer: Any) -> set[int]:
 
 
 def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
-    """Of some responses after each other: token ids, masks, and whether a token is a response's last."""
+    """Token ids, masks, and whether a token is the last of its response, of consecutive responses."""
     rows = examples.rows
     if not hasattr(rows, "with_format"):
         for row in rows:
             for ids, mask in zip(row["response_ids"], row["response_mask"], strict=True):
-                if 0 < len(ids) == len(mask):  # the collator refuses others, and names the row
+                if 0 < len(ids) == len(mask):  # the collator refuses others
                     last = np.arange(len(ids)) == len(ids) - 1
                     yield np.asarray(ids), np.asarray(mask, dtype=np.int64), last
         return
@@ -168,7 +166,7 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def longest_text(model: nn.Module, *sets: Any) -> int | None:
-    """Tokens of the longest text of the data sets; None where the model's layout does not depend on it."""
+    """Tokens of the longest text of the data sets; None if the layout of the model does not depend on it."""
     if rotary_limit(model) is None:
         return None
     each = [e for one in sets for e in (one.values() if isinstance(one, dict) else [one])]
@@ -176,10 +174,10 @@ def longest_text(model: nn.Module, *sets: Any) -> int | None:
 
 
 def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: int | None) -> None:
-    """Raises DataError for data with texts for which the layout was not proved.
+    """Raises DataError for data with texts that are too long for the chosen layout.
 
     Args:
-        longest: of the texts that the layout was found for.
+        longest: tokens of the longest text that the layout was checked for.
     """
     if longest is None or layout == "single":
         return
@@ -188,10 +186,10 @@ def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: 
         return
     if (length := _longest(examples)) > limit.positions:
         raise DataError(
-            f"the data has a text of {length} tokens, and the trainer was made for {limit.positions}",
+            f"the data has a text of {length} tokens, but the layout was checked for up to {limit.positions}",
             code="data.unproved-length",
-            why=f"the model's rotary embedding ({limit.kind}) changes there, for all texts of a batch",
-            fix="give the trainer this data as eval_dataset when it is made, or set layout='single'",
+            why=f"the rotary embedding ({limit.kind}) changes at this length for all texts of a batch",
+            fix="pass this data as eval_dataset to the constructor, or set layout='single'",
         )
 
 
@@ -200,7 +198,7 @@ def _longest(examples: Examples) -> int:
 
 
 def _extremes(examples: Examples) -> tuple[int, int, int]:
-    """Largest and smallest token id, and tokens of the longest prompt with its longest response."""
+    """Largest and smallest token id, and tokens of the longest prompt with response."""
     rows = examples.rows
     longest = _longest(examples)
     if not hasattr(rows, "with_format"):
@@ -223,5 +221,5 @@ def _extremes(examples: Examples) -> tuple[int, int, int]:
 
 
 def _tables(rows: Any, columns: list[str]) -> Iterator[Any]:
-    """The columns of a data set as Arrow tables of a few rows: they are not copied whole."""
+    """The columns of a data set as Arrow tables of a few rows, to avoid a copy of all rows."""
     yield from rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS)

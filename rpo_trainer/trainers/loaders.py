@@ -1,4 +1,4 @@
-"""Which examples reach which forward: the data loaders of training and evaluation."""
+"""Data loaders of training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 class EpochLoader(DataLoader[Any]):
-    """A loader that hands the epoch on to our sampler."""
+    """A loader that passes the epoch to its sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation of the next iteration."""
+        """Sets the epoch, which determines the permutation of the next iteration."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def train_loader(
     examples: Examples, args: BaseConfig, collate: PackingCollator, micro_batch_size: int
 ) -> DataLoader[Any]:
-    """Micro-batches of this rank; with a token budget whole optimizer steps (`StepCollator`)."""
+    """Micro-batches of this rank; with a token budget, entire optimizer steps (`StepCollator`)."""
     settings: dict[str, Any] = {
         "world_size": args.world_size,
         "rank": args.process_index,
@@ -46,8 +46,8 @@ def train_loader(
     longer = [cost for rows, length in shapes if (cost := rows * length) > args.micro_batch_tokens]
     if longer and args.process_index == 0:
         logger.warning(
-            "%d of %d examples alone take more than micro_batch_tokens (%d), the longest %d: each is "
-            "a forward of its own",
+            "%d of %d examples are longer than micro_batch_tokens (%d), the longest has %d tokens: each is a "
+            "forward by itself",
             len(longer), len(shapes), args.micro_batch_tokens, max(longer),
         )  # fmt: skip
     steps = TokenBudgetSampler(
@@ -80,7 +80,7 @@ def _loader(
 ) -> DataLoader[Any]:
     return EpochLoader(
         examples,
-        batch_sampler=sampler,  # type: ignore[arg-type]  # any iterable of batches will do
+        batch_sampler=sampler,  # type: ignore[arg-type]  # any iterable of batches
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),

@@ -1,6 +1,6 @@
-"""Metrics between two log lines, and over an evaluation: means over all micro-batches and ranks.
+"""Means of metrics between two log lines or over an evaluation, over all micro-batches and ranks.
 
-The sums stay on the device; each log line costs one reduction and one host sync.
+Sums stay on the device; each log line takes one reduction and one host sync.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from rpo_trainer.runtime.devices import widest
+
 
 class Metrics:
-    """What a trainer's log lines and evaluations are made of.
+    """Sums for the log lines and evaluations of a trainer.
 
     Attributes:
         training: sums since the last log line.
-        evaluation: sums since the evaluation began.
-        coefficients: of the terms of the loss, by the names of their metrics.
+        evaluation: sums since the start of the evaluation.
+        coefficients: coefficients of the loss terms, by the names of their metrics.
     """
 
     def __init__(self) -> None:
@@ -27,11 +29,11 @@ class Metrics:
         self._before_step = self.training, torch.zeros(())
 
     def keep(self, running_loss: Tensor) -> None:
-        """Notes the sums of training, and transformers' own of the loss, before a step."""
+        """Saves the sums before a step: ours, and the running loss of transformers."""
         self._before_step = self.training.copy(), running_loss.clone()
 
     def undo_step(self, running_loss: Tensor) -> None:
-        """Puts back what `keep` has noted: a step that is left out counts in no mean."""
+        """Restores what `keep` has saved: a skipped step does not count."""
         self.training, before = self._before_step
         running_loss.copy_(before)
 
@@ -41,11 +43,11 @@ class Metrics:
         router: Mapping[str, float],
         prefix: str,
     ) -> dict[str, float]:
-        """The means of an evaluation under their full names, and its loss.
+        """The means of an evaluation with prefix, and its loss.
 
         Args:
             reduce: see `MetricSums.drain`.
-            router: the term of the routers, which is no mean over examples; empty: there is none.
+            router: the load-balancing loss, which is not a mean over examples; empty: none.
         """
         means = {**self.evaluation.drain(reduce), **router}
         loss = sum(coefficient * means[name] for name, coefficient in self.coefficients.items())
@@ -56,32 +58,32 @@ class Metrics:
 
 
 class MetricSums:
-    """Means over everything added since the last `drain`, whatever micro-batch or rank it came from."""
+    """Weighted means over all values added since the last `drain`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Adds values, each counting as its weight says; the mean is Σ value·weight / Σ weight."""
-        values, weights = values.detach().double(), weights.detach().double()
+        """Adds values with weights; the mean is Σ value·weight / Σ weight."""
+        values, weights = widest(values.detach()), widest(weights.detach())
         pair = torch.stack([(values * weights).sum(), weights.sum()])
         known = self._sums.get(name)
         self._sums[name] = pair if known is None else known + pair
 
     def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
         """Adds to a mean given as numerator and denominator."""
-        pair = torch.stack([numerator.detach().double(), denominator.detach().double()])
+        pair = torch.stack([widest(numerator.detach()), widest(denominator.detach())])
         known = self._sums.get(name)
         self._sums[name] = pair if known is None else known + pair
 
     def copy(self) -> MetricSums:
-        """The same sums, to go back to."""
+        """A copy of the sums."""
         other = MetricSums()
         other._sums = dict(self._sums)
         return other
 
     def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """Means by name, and an empty start.
+        """Returns the means by name, and resets the sums.
 
         Args:
             reduce: sums a `[M, 2]` tensor over the ranks.

@@ -1,8 +1,8 @@
-"""Noise that a model makes in training: dropout, layer drop, router jitter, sampled experts.
+"""Noise of a model in training: dropout, layer drop, router jitter, sampled experts.
 
-Noise under a name is set to 0, wherever the family keeps it: an `nn.Dropout`, a number of a module, a field
-of a config that a forward reads. Whether any is left is tried out, and modules that still draw random
-numbers stay in eval mode.
+Named noise is set to 0 wherever a model family keeps it: in an `nn.Dropout`, an attribute of a module, or a
+field of a config that a forward reads. Two forwards then show whether any noise is left; modules that still
+draw random numbers are kept in eval mode.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DROPOUT = (
 
 
 def noise_of(config: Any) -> str:
-    """The noise that a configuration gives to the decoder, `name value, ...`; empty: none."""
+    """The noise of the decoder in a configuration, as `name value, ...`; empty: none."""
     return text_of(dict(_fields(config.get_text_config().to_dict())))
 
 
@@ -47,7 +47,7 @@ def text_of(found: Mapping[str, float]) -> str:
 
 
 def noise_in(model: nn.Module) -> dict[str, float]:
-    """Names and largest values of the noise that the model's modules are set to."""
+    """Names and largest values of the noise of the model's modules."""
     found: dict[str, float] = {}
     for path, module in model.named_modules():
         values = {name: getattr(module, name) for name in _attributes(module)}
@@ -69,7 +69,7 @@ def _fields(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _is_noise(name: Any, value: Any) -> bool:
-    if not isinstance(name, str) or not isinstance(value, float):  # numbers name labels
+    if not isinstance(name, str) or not isinstance(value, float):  # keys may be ints (labels)
         return False
     return bool(_NAMES.search(name)) and not name.startswith(_OF_OTHER_HEADS) and value > 0
 
@@ -79,7 +79,7 @@ def _attributes(module: nn.Module) -> list[str]:
 
 
 def _configs(module: nn.Module) -> Iterator[tuple[PreTrainedConfig, list[str]]]:
-    """Configs of a module, and the noise in each that its methods read while they run."""
+    """Configs of a module, and the names of noise in each that its methods read."""
     for config in vars(module).values():
         if isinstance(config, PreTrainedConfig):
             source = _source(type(module))  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _configs(module: nn.Module) -> Iterator[tuple[PreTrainedConfig, list[str]]]:
 
 @functools.cache
 def _source(cls: type) -> str:
-    """Source of the methods of a family's class, without its constructor's."""
+    """Source of the methods of a class, without its constructor."""
     found = []
     for base in cls.__mro__[:-1]:
         if any(base is stop for stop in (nn.Module, PreTrainedModel, GradientCheckpointingLayer)):
@@ -101,7 +101,7 @@ def _source(cls: type) -> str:
             if isinstance(method, types.FunctionType) and name != "__init__":
                 try:
                     found.append(inspect.getsource(method))
-                except OSError:  # of code that is in no file nothing is known
+                except OSError:  # there is no source file
                     continue
     return "\n".join(found)
 
@@ -110,50 +110,51 @@ def _source(cls: type) -> str:
 
 
 def disable_noise(model: nn.Module, why: str) -> None:
-    """Turns off what a model in training draws at random; a WARNING names it.
+    """Turns off all noise of a model in training, with a WARNING that names it.
 
-    The model's config, which is saved with it, keeps its values. A number that the model reads in eval mode
-    too is part of what it computes (Phi-3.5-MoE's `router_jitter_noise`), and stays.
+    The config that is saved with the model keeps its values. Values that also matter in eval mode are part of
+    the model's function (`router_jitter_noise` of Phi-3.5-MoE), and are kept.
 
     Args:
-        model: with whole weights, or sharded by an engine, on all ranks at once.
-        why: the noise cannot be.
+        model: the model; if it is sharded, called on all ranks.
+        why: reason for the warning.
     """
     found = noise_in(model)
-    undo = _silence(model, found)
+    undo = _set_noise_to_zero(model, found)
     if found:
-        silent = _forward(model, 0, training=False)
+        without = _forward(model, 0, training=False)
         _restore(undo)
-        if not _same(silent, lambda: _forward(model, 0, training=False)):
-            for name in [name for name in found if _matters(model, name)]:
+        if not _same(without, lambda: _forward(model, 0, training=False)):
+            for name in [name for name in found if _matters_in_eval(model, name)]:
                 del found[name]
-        _silence(model, found)
-    held = _hold(model)
+        _set_noise_to_zero(model, found)
+    kept = _keep_in_eval(model)
     left = is_noisy(model)
     if not is_main():
         return
     if found:
         logger.warning(
-            "the model has noise in training (%s): it is set to 0, since %s", text_of(found), why
+            "the model has noise in training (%s): set to 0, because %s", text_of(found), why
         )
-    if held:
+    if kept:
         logger.warning(
-            "the model draws random numbers in %s, which stay in eval mode, since %s",
-            ", ".join(held),
+            "the model draws random numbers in %s: these modules are kept in eval mode, because %s",
+            ", ".join(kept),
             why,
         )
     if left:
         logger.warning(
-            "two forwards of the model in training differ: it makes noise that cannot be turned off. "
-            "It should not, since %s", why,
+            "two forwards of the model in training differ: it has noise that cannot be turned off, although "
+            "%s",
+            why,
         )  # fmt: skip
 
 
 _Undo = list[tuple[Any, str, Any]]
 
 
-def _silence(model: nn.Module, names: Collection[str]) -> _Undo:
-    """Sets noise of these names to 0; gives what it was."""
+def _set_noise_to_zero(model: nn.Module, names: Collection[str]) -> _Undo:
+    """Sets noise of these names to 0; returns the previous values."""
     inner, undo = transformers_model(model), []
     for path, module in model.named_modules():
         changes: dict[str, Any] = {name: 0.0 for name in _attributes(module) if name in names}
@@ -162,7 +163,7 @@ def _silence(model: nn.Module, names: Collection[str]) -> _Undo:
         for config, read in _configs(module):
             if module is not inner and (hidden := tuple(name for name in read if name in names)):
                 attribute = next(name for name, value in vars(module).items() if value is config)
-                changes[attribute] = _quiet(config, hidden)
+                changes[attribute] = _zeroed_view(config, hidden)
         undo += [(module, name, getattr(module, name)) for name in changes]
         for name, value in changes.items():
             setattr(module, name, value)
@@ -174,22 +175,22 @@ def _restore(undo: _Undo) -> None:
         setattr(module, name, value)
 
 
-def _matters(model: nn.Module, name: str) -> bool:
+def _matters_in_eval(model: nn.Module, name: str) -> bool:
     """Whether noise of this name changes what the model computes in eval mode."""
     before = _forward(model, 0, training=False)
-    undo = _silence(model, [name])
+    undo = _set_noise_to_zero(model, [name])
     same = _same(before, lambda: _forward(model, 0, training=False))
     _restore(undo)
     return not same
 
 
-def _quiet(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig:
-    """The same config, whatever becomes of it later, but for fields that read as 0."""
+def _zeroed_view(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig:
+    """A view of a config in which some fields are 0; later changes of the config are visible."""
     cls = type(config)
     fields: dict[str, Any] = {
         "__class__": property(lambda self: cls),
-        # A copy of the model is to have a view of its own config.
-        "__reduce_ex__": lambda self, protocol: (_quiet, (config, names)),
+        # A copy of the model gets a view of its own config.
+        "__reduce_ex__": lambda self, protocol: (_zeroed_view, (config, names)),
         **{name: property(lambda self: 0.0) for name in names},
     }
     view: PreTrainedConfig = object.__new__(type(cls.__name__, (cls,), fields))
@@ -197,28 +198,28 @@ def _quiet(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig
     return view
 
 
-def say_noise(model: nn.Module) -> None:
-    """A log line with the noise that a model has in training."""
+def log_noise(model: nn.Module) -> None:
+    """Logs the noise of a model in training."""
     found = noise_in(model)
     if found and is_main():
         logger.info("noise in training: %s", text_of(found))
 
 
-# --- trying it out ---
+# --- forwards that show noise ---
 
 
 def is_noisy(model: nn.Module) -> bool:
-    """Whether two forwards in training differ by the random numbers that they draw.
+    """Whether two forwards in training differ because of random numbers.
 
     Args:
-        model: with whole weights.
+        model: a model that is not sharded.
     """
     first, second = _forward(model, 0), _forward(model, 1)
     return not _same(second, lambda: _forward(model, 0), first)
 
 
 def _same(expected: Tensor, forward: Callable[[], Tensor], found: Tensor | None = None) -> bool:
-    """Whether a forward gives what is expected, but for kernels that add up in another order each time."""
+    """Whether a forward gives the expected result, up to nondeterministic kernels."""
     found = forward() if found is None else found
     if torch.equal(found, expected):
         return True
@@ -235,7 +236,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
-    """Logits (scores, of a classifier) of a few tokens, with random numbers of its own."""
+    """Logits (or scores of a classifier) for a few tokens, with a given seed."""
     inner = transformers_model(model)
     device, before = device_of(model), model.training
     ids = (
@@ -252,24 +253,24 @@ def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
     return logits.float()
 
 
-def _hold(model: nn.Module) -> list[str]:
-    """Keeps modules that draw random numbers in eval mode; gives their classes."""
-    held = set()
+def _keep_in_eval(model: nn.Module) -> list[str]:
+    """Keeps modules that draw random numbers in eval mode; returns the names of their classes."""
+    kept = set()
     for module in _drawing(model):
-        # These are told by `training` whether they recompute their activations.
+        # These recompute their activations only if `training` is set.
         if not any(isinstance(part, GradientCheckpointingLayer) for part in module.modules()):
             module.eval()
-            module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
-            held.add(type(module).__name__)
-    return sorted(held)
+            module.train = types.MethodType(_ignore_train, module)  # type: ignore[method-assign]
+            kept.add(type(module).__name__)
+    return sorted(kept)
 
 
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+def _ignore_train(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
 def _drawing(model: nn.Module) -> list[nn.Module]:
-    """Modules whose own code draws random numbers in a forward in training, not that of their parts."""
+    """Modules whose own code, not that of their submodules, draws random numbers in training."""
     found: dict[nn.Module, None] = {}
     running: list[tuple[nn.Module, Tensor]] = []
 

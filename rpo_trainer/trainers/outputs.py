@@ -1,4 +1,4 @@
-"""What a trainer's outputs and checkpoints hold beside the weights, and nothing pickled among it."""
+"""Files of outputs and checkpoints besides the weights; none of them is pickled."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ logger = logging.getLogger(__name__)
 
 
 class OutputWriter:
-    """Decides what outputs are written with, and tests that it can be written.
+    """Prepares configs and tokenizer of the outputs, and checks that they can be saved.
 
     Args:
-        model: as it is before an engine wraps it.
-        tokenizer: the trainer's.
-        examples: the training data, for the tokens that it ends responses with.
+        model: the model before an engine wraps it.
+        tokenizer: the trainer's tokenizer.
+        examples: the training data, for the tokens at the end of responses.
         folder: the trainer's `output_dir`.
-        use_cache: of the model's config before transformers' Trainer changed it.
+        use_cache: `use_cache` of the model's config before transformers' Trainer changed it.
 
     Attributes:
-        written: the configs and the tokenizer of outputs.
+        written: configs and tokenizer of the outputs.
 
     Raises:
-        ModelError: the config, the generation config, the tokenizer or the adapter's config cannot be
-            saved, or parameters share memory in a way that safetensors cannot hold.
-        RunError: the output directory cannot be written to.
+        ModelError: config, generation config, tokenizer or adapter config cannot be saved, or parameters
+            share memory in a way that safetensors does not support.
+        RunError: the output directory is not writable.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class OutputWriter:
     ) -> None:
         self.folder = folder
         inner = transformers_model(model)
-        if use_cache is not None:  # every forward of a step says use_cache=False itself
+        if use_cache is not None:  # forwards of a step pass use_cache=False
             inner.config.use_cache = use_cache
         generation = getattr(inner, "generation_config", None)
         lines = [] if generation is None else [warn_repaired(repair_generation(generation))]
@@ -73,7 +73,7 @@ class OutputWriter:
             logger.warning("%s", line)
         if generation is not None and ends:
             generation.eos_token_id = joined_ends(ends, generation.eos_token_id)
-        # PEFT copies what an adapter shares with the base; its parameters have other names.
+        # PEFT copies weights that an adapter shares with the base.
         if whole_on_every_rank(model) and not is_adapted(model):
             check_unshared(inner)
         on_main(lambda: self._check_savable(model))
@@ -91,9 +91,9 @@ class OutputWriter:
             check_savable(parts, self.folder)
 
     def complete(self, model: nn.Module, folder: Path, *, checkpoint: bool) -> None:
-        """Adds to weights that are saved what loads them again, and removes transformers' pickle.
+        """Adds the files that are needed to load saved weights, and removes transformers' pickle.
 
-        The pickle of the arguments names absolute paths, and nothing reads it.
+        The pickle of the arguments contains absolute paths and is never read.
         """
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         inner = transformers_model(model)
@@ -102,14 +102,14 @@ class OutputWriter:
             return
         make_base_absolute(folder)
         if checkpoint:
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template
         generation = getattr(inner, "generation_config", None)
         if generation is not None and not is_classifier(model):
             generation.save_pretrained(folder)
 
     @contextmanager
     def tokenizer_in(self, trainer: Any) -> Iterator[None]:
-        """Within it the trainer's tokenizer is the one to be written."""
+        """Context in which the trainer has the tokenizer that is saved."""
         given, trainer.processing_class = trainer.processing_class, self.written.tokenizer
         try:
             yield
@@ -118,9 +118,9 @@ class OutputWriter:
 
     @contextmanager
     def pushed(self, trainer: Any) -> Iterator[None]:
-        """Within it transformers pushes a checkpoint with the tokenizer of outputs, and without its pickle.
+        """Context in which transformers pushes a checkpoint with the output tokenizer and without a pickle.
 
-        transformers saves the tokenizer and pickles the arguments anew, into the output directory.
+        Otherwise transformers saves its tokenizer and pickles the arguments to the output directory.
         """
         hidden = f"_{TRAINING_ARGS_NAME}"
         of_transformers.TRAINING_ARGS_NAME = hidden

@@ -1,4 +1,4 @@
-"""DPO and RPO: one trainer, two row kinds, the loss an entry of `rpo_trainer.losses`."""
+"""DPO and RPO trainers; the losses are entries of `rpo_trainer.losses`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from rpo_trainer.trainers.engine import shard_reference
 from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import check_fit
 from rpo_trainer.trainers.preference_terms import preference_terms
+from rpo_trainer.trainers.setup import loaded_dtype, loading_settings
 from rpo_trainer.trainers.step_result import StepResult
 from rpo_trainer.trainers.step_zero import StepZero
 
@@ -38,19 +39,20 @@ _REFERENCE_FILE = "reference.json"
 
 
 class PreferenceTrainer(BaseTrainer):
-    """What DPO and RPO share: reference log-probs, the step-0 check, loss and metrics.
+    """Base of DPO and RPO trainers: reference log-probs, step-0 check, loss and metrics.
 
     Args:
-        model: a causal language model, or a name or path to load one from.
-        ref_model: the reference; None: the policy as it is when training starts.
+        model: a causal language model, or its name or path.
+        ref_model: the reference model; None: the policy at the start of training.
         args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers: see
-            `SFTTrainer`. Rows: `prompt`, `chosen`, `rejected`, or `prompt`, `responses`, or tokenised.
+            `SFTTrainer`. Rows: `prompt`, `chosen`, `rejected`, or `prompt`, `responses`, or tokenized.
     """
 
     config_class: type[PreferenceConfig] = PreferenceConfig
     row_kind: Literal["sft", "pair"] = "pair"
+    token_metrics: Literal["tokens", "preferences"] | None = "preferences"
     args: PreferenceConfig
-    no_noise = "the reference has none"
+    no_noise = "the reference model has none"
 
     def __init__(
         self,
@@ -75,15 +77,20 @@ class PreferenceTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         if isinstance(ref_model, str):
-            ref_model = load_model_named(ref_model)
+            ref_model = load_model_named(
+                ref_model,
+                dtype=loaded_dtype(self.args, peft_config),
+                settings=loading_settings(ref_model, self.args),
+            )
         elif ref_model is not None and ref_model is not model:
             ref_model = unwrap_prepared_model(ref_model)
         if ref_model is not model and any(ref_model is part for part in self.model.modules()):
             raise RecipeError(
-                "ref_model is the model inside the policy's adapter",
+                "ref_model is the base model of the policy's adapter",
                 code="model.reference-in-policy",
-                why="it answers with the adapter, and would be trained",
-                fix="leave ref_model out (the policy as it starts), or load the reference anew",
+                why="its outputs include the adapter, which is trained",
+                fix="remove ref_model (the policy at the start is used), or load the reference model "
+                "separately",
             )
         self.ref_model: Any = None
         if isinstance(ref_model, nn.Module) and ref_model is not model:
@@ -116,19 +123,19 @@ class PreferenceTrainer(BaseTrainer):
         counts = examples.response_counts()
         if (counts < 2).any():
             raise DataError(
-                f"{int((counts < 2).sum())} rows of the {name} data have one response",
+                f"{int((counts < 2).sum())} rows of the {name} data have only one response",
                 code="data.response-count",
                 details={"data": name, "rows": int((counts < 2).sum())},
-                why="a preference lies between two responses to the same prompt",
-                fix="give these rows a second response, or leave them out",
+                why="a preference needs two responses to the same prompt",
+                fix="add a second response to these rows, or remove them",
             )
         if LOSSES[self.args.loss_type].pairs_only and (counts != 2).any():
             raise DataError(
                 f"{int((counts != 2).sum())} rows of the {name} data have more than two responses",
                 code="data.response-count",
                 details={"data": name, "rows": int((counts != 2).sum())},
-                why=f"{self.args.loss_type} is a loss of pairs",
-                fix="make pairs of them (best against worst), or use a loss of more responses: "
+                why=f"the loss {self.args.loss_type} is for pairs",
+                fix="use pairs (best and worst response), or a loss for more responses: "
                 + ", ".join(more_than_pairs()),
             )
         if self.needs_rewards:
@@ -138,19 +145,19 @@ class PreferenceTrainer(BaseTrainer):
                     f"{len(missing)} rows of the {name} data have no rewards, the first at {missing[:3]}",
                     code="data.missing-rewards",
                     details={"data": name, "rows": missing},
-                    why="RPO matches the gap of the rewards",
-                    fix="give chosen_reward and rejected_reward (or rewards), or use DPO",
+                    why="the target gap of RPO is computed from the rewards",
+                    fix="add chosen_reward and rejected_reward (or rewards), or use DPO",
                 )
 
     # --- reference ---
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
-        """Names the policy by its weights, while they are in float32 and in one piece."""
+        """Computes a key of the policy's weights, before they are cast or sharded."""
         if self._policy_key is None:
             self._policy_key = self._key_of(self.model)
 
     def policy_ready(self, resume_from_checkpoint: str | None) -> None:
-        """Reference log-probs of all data, while the policy still is what it starts from."""
+        """Computes the reference log-probs of all data, while the policy has its initial weights."""
         if self._reference_key is None:
             self._prepare_reference()
         at_start = resume_from_checkpoint is None and self.state.global_step == 0
@@ -160,12 +167,12 @@ class PreferenceTrainer(BaseTrainer):
             self._check_same_reference(Path(resume_from_checkpoint))
 
     def _prepare_reference(self) -> None:
-        """Fills in `reference_logps`, and whether the reference is the policy itself."""
+        """Computes `reference_logps`, and whether the reference model is the initial policy."""
         model = self.model
         if self._policy_key is None:
             self._policy_key = self._key_of(self.model)
         key = self._policy_key
-        silent = self.ref_model is not None and starts_as(self.model, self.ref_model)
+        same_start = self.ref_model is not None and starts_as(self.model, self.ref_model)
         if self.ref_model is not None:
             key = self._key_of(self.ref_model)
             model = shard_reference(self.ref_model, self.accelerator)
@@ -185,12 +192,14 @@ class PreferenceTrainer(BaseTrainer):
         self._reference_key = key
         if self.ref_model is not None:
             self.ref_model = self.ref_model.to("cpu") if whole_on_every_rank(model) else None
-            if key != self._policy_key and not silent:
-                logger.info("the reference is not the policy's start: no step-0 check")
-        self._reference_is_policy = silent or key == self._policy_key
+            if key != self._policy_key and not same_start:
+                logger.info(
+                    "step-0 check: off, because the reference model is not the initial policy"
+                )
+        self._reference_is_policy = same_start or key == self._policy_key
 
     def _key_of(self, model: nn.Module) -> str:
-        """The same on every rank; computed by one of them, with the others' help where it is sharded."""
+        """A key of the weights, equal on all ranks; computed on the main one unless the model is sharded."""
         key = ""
         if is_main() or has_shards(model):
             key = reference.model_key(model, arithmetic=str(self.args.mixed_precision_dtype()))
@@ -224,11 +233,11 @@ class PreferenceTrainer(BaseTrainer):
         path = folder / _REFERENCE_FILE
         if path.is_file() and json.loads(path.read_text())["key"] != self._reference_key:
             raise RunError(
-                "the reference is not the one this checkpoint was trained with",
+                "the reference model is not the one of this checkpoint",
                 code="run.other-reference",
                 where=str(folder),
-                why="with ref_model=None the reference is the model as it is given, which has changed",
-                fix="start again from the model that the run started from, or pass it as ref_model",
+                why="with ref_model=None the reference model is the model that is passed, which has changed",
+                fix="pass the model that the run started from as model or ref_model",
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -245,18 +254,18 @@ class PreferenceTrainer(BaseTrainer):
         if self._reference_key is None:
             self._prepare_reference()
         if "reference_logps" not in examples.extra:
-            # A data set nobody has seen yet: only a reference that is still at hand can tell.
+            # A new data set: the reference model must still be available.
             self._check_rows("eval", examples)
             model = self.ref_model
             if model is None and self.state.global_step == 0:
                 model = self.model
             if model is None:
                 raise RecipeError(
-                    "this eval data came after training",
+                    "reference log-probs of new evaluation data cannot be computed after training",
                     code="training.reference-gone",
                     where="eval_dataset",
-                    why="its reference is the policy as it started, whose weights have moved since",
-                    fix="give eval_dataset to the constructor, or pass ref_model",
+                    why="the reference model is the initial policy, whose weights have changed",
+                    fix="pass eval_dataset or ref_model to the constructor",
                 )
             examples.extra["reference_logps"] = self._reference_of(
                 model if self.engine.wraps_late else model.to(self.args.device),
@@ -268,7 +277,7 @@ class PreferenceTrainer(BaseTrainer):
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
         """The metrics of an evaluation."""
-        names = {"loss", "loss/preference", "loss/sft", *_METRICS}
+        names = super().metric_names(args, examples) | {"loss/preference", "loss/sft", *_METRICS}
         return names | {*_TARGET_METRICS} if cls.needs_rewards else names
 
     # --- the step ---
@@ -285,18 +294,20 @@ class PreferenceTrainer(BaseTrainer):
         )
 
     def before_update(self) -> bool:
-        """Guards of the base, then the step-0 check before the very first update."""
+        """Runs the guards, and the step-0 check before the first update."""
         taken = super().before_update()
         if self._step_zero is not None:
             check, self._step_zero = self._step_zero, None
             if taken:
                 self.step_zero = check.finish()
             else:
-                self._step_zero = self._watch_step_zero()  # nothing has moved: the next batch tells
+                self._step_zero = (
+                    self._watch_step_zero()
+                )  # weights are unchanged: check the next batch
         return taken
 
     def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        """Preference loss and weighted SFT term of each example, see `preference_terms`."""
+        """Preference loss and weighted SFT loss of each example, see `preference_terms`."""
         result = preference_terms(self.args, sums, batch, needs_rewards=self.needs_rewards)
         if self._step_zero is not None and self.model.training:
             self._step_zero.add(sums, batch, result.terms["preference"].numerators)
@@ -314,17 +325,17 @@ _TARGET_METRICS = ("rewards/target_gap", "rewards/gap_error", "rewards/target_sa
 class DPOTrainer(PreferenceTrainer):
     """Direct Preference Optimization with a weighted SFT loss on the chosen responses.
 
-    Per example: `dpo` (or `ipo`) loss + `sft_loss_weight` · SFT loss of the chosen response. Plain DPO
-    lowers the likelihood of both responses while their gap widens; the SFT term holds the chosen one.
+    Per example: `dpo` (or `ipo`) loss + `sft_loss_weight` · SFT loss of the chosen response. Plain DPO often
+    lowers the likelihood of both responses while the gap grows; the SFT loss counteracts this.
     """
 
     config_class = DPOConfig
 
 
 class RPOTrainer(PreferenceTrainer):
-    """Reward-aware Preference Optimization: the implicit gap is matched to the given rewards' gap.
+    """Reward-aware Preference Optimization: the implicit reward gap is fitted to the target gap.
 
-    Rows carry rewards: `chosen_reward` and `rejected_reward`, or `rewards` for K responses.
+    Rows need rewards: `chosen_reward` and `rejected_reward`, or `rewards` for K responses.
     """
 
     config_class = RPOConfig

@@ -1,4 +1,4 @@
-"""Terms of a preference stage's loss, with their metrics: the preference loss, and the weighted SFT term."""
+"""Terms of the loss of DPO and RPO, with metrics: the preference loss and the weighted SFT loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rpo_trainer.trainers.step_result import StepResult, Term
 def preference_terms(
     args: PreferenceConfig, sums: Tensor, batch: PackedBatch, *, needs_rewards: bool
 ) -> StepResult:
-    """Preference loss and SFT term of each example, in the order of the groups.
+    """Preference loss and SFT loss of each example, in the order of the groups.
 
     Args:
         sums: `[R]`, summed log-probs of the responses under the policy, nats.
-        batch: with the reference's log-probs.
-        needs_rewards: the loss takes the rewards of the rows.
+        batch: the micro-batch, with reference log-probs.
+        needs_rewards: whether the loss uses the rewards of the rows.
     """
     assert batch.reference_logps is not None  # computed before training
     policy, ref = sums, batch.reference_logps.to(sums.dtype)
@@ -56,7 +56,7 @@ def preference_terms(
 
 
 def _metrics(results: list[PreferenceLoss], sums: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """TRL's names, and ours beside them; for K > 2 "rejected" is the mean of the others."""
+    """Metrics of each example, mostly under TRL's names; for K > 2 "rejected" is the mean of the others."""
     groups = batch.groups
     assert batch.reference_logps is not None
     deltas = sums - batch.reference_logps

@@ -1,4 +1,4 @@
-"""Reward models: regression on the ratings of several attributes, or Bradley-Terry on pairs."""
+"""Reward models: regression on ratings of attributes, or Bradley-Terry on pairs."""
 
 from __future__ import annotations
 
@@ -33,34 +33,38 @@ from rpo_trainer.trainers.reward_data import (
 )
 from rpo_trainer.trainers.reward_losses import bradley_terry_loss, regression_losses
 from rpo_trainer.trainers.reward_metrics import Table, pair_metrics, rating_metrics
-from rpo_trainer.trainers.setup import tokenizer_in, tokenizer_of
+from rpo_trainer.trainers.setup import (
+    loaded_dtype,
+    loading_settings,
+    tokenizer_in,
+    tokenizer_of,
+)
 from rpo_trainer.trainers.step_result import StepOutputs, StepResult, Term
 
 logger = logging.getLogger(__name__)
 
 
 class RewardTrainer(BaseTrainer):
-    """Trains a sequence classifier whose score at a response's last token is its reward.
+    """Trains a sequence classifier; the score at the last token of a response is its reward.
 
-    `regression`: the squared error of each rated attribute, mean over all ratings of the global
-    batch; rows `prompt`, `response`, `attributes` (name → number or null) or HelpSteer2's columns.
-    `bradley_terry`: −log σ(r_c − r_r − margin), mean over pairs, r the weighted sum of the scores and
-    margin = `margin_scale` · (reward of c − reward of r); rows as for DPO.
+    `regression`: squared error of each rated attribute, mean over all ratings of the global batch; rows
+    `prompt`, `response`, `attributes` (name → number or null) or HelpSteer2's columns.
+    `bradley_terry`: −log σ(r_c − r_r − margin), mean over pairs, where r is the weighted sum of the scores
+    and margin = `margin_scale` · (reward of chosen − reward of rejected in the row); rows as for DPO.
 
-    After an evaluation `calibration` holds its tables: by prefix and attribute, bins of mean
-    prediction against mean rating.
+    After an evaluation `calibration` has its tables, by prefix and attribute: bins with mean prediction and
+    mean rating.
 
     Args:
-        model: a causal language model, which gets a new head, a sequence classifier, or a name or
-            path to load one from.
+        model: a causal language model, which gets a new head, or a sequence classifier, or a name or path.
         args: a `RewardConfig`.
-        train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers: see
-            `SFTTrainer`.
+        train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers,
+            optimizer_cls_and_kwargs: see `SFTTrainer`.
     """
 
     config_class = RewardConfig
     args: RewardConfig
-    no_noise = "the scores of a pair would differ by it"
+    no_noise = "it would change the scores of a pair"
 
     def __init__(
         self,
@@ -72,15 +76,22 @@ class RewardTrainer(BaseTrainer):
         peft_config: Any = None,
         callbacks: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = RewardConfig(output_dir="trainer_output") if args is None else args
-        if isinstance(args, RewardConfig):  # else the base says what is wrong
+        if isinstance(args, RewardConfig):  # otherwise the base class raises
             regression = args.objective == "regression"
             self.row_kind: Literal["pair", "rating"] = "rating" if regression else "pair"
             self.needs_rewards = args.margin_scale > 0
-            start = load_model_named(model, reward=True) if isinstance(model, str) else model
+            loading = loading_settings(model, args)
+            start: Any = model
+            if isinstance(model, str):
+                dtype = loaded_dtype(args, peft_config)
+                start = load_model_named(model, dtype=dtype, reward=True, settings=loading)
             processing_class = tokenizer_in(processing_class) or (
-                load_tokenizer_named(model) if isinstance(model, str) else tokenizer_of(model)
+                load_tokenizer_named(model, loading)
+                if isinstance(model, str)
+                else tokenizer_of(model, loading)
             )
             reward_model: nn.Module = as_reward_model(
                 start, attributes=args.attributes, weights=args.reward_weights, seed=args.seed
@@ -98,13 +109,14 @@ class RewardTrainer(BaseTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.attributes = attributes_of(self.model)
         self.weights = weights_of(self.model)
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
-        """The metrics of an evaluation; correlations are left out where they are not defined."""
+        """Names of the metrics of an evaluation; undefined correlations are missing."""
         if args.objective == "regression":
             attributes = list(args.attributes or ())
             attributes += ["reward"] if len(attributes) > 1 else []
@@ -120,7 +132,7 @@ class RewardTrainer(BaseTrainer):
     # --- data ---
 
     def data_options(self, args: BaseConfig) -> dict[str, Any]:
-        """What the ratings are of; every response has its end token, as when it is scored."""
+        """Attributes and range of ratings; for pairs, every response gets its end token."""
         assert isinstance(args, RewardConfig)
         if args.objective != "regression":
             return {"all_end": True}
@@ -152,7 +164,7 @@ class RewardTrainer(BaseTrainer):
         return response_scores(model, inputs.model_inputs)
 
     def losses(self, scores: Tensor, batch: PackedBatch) -> StepResult:
-        """The loss of each example; metrics for pairs, those of ratings come with evaluation."""
+        """The loss of each example; metrics of pairs (those of ratings need all evaluation data)."""
         if isinstance(batch, RatingBatch):
             errors = regression_losses(scores, batch.attributes).sum(-1)
             rows = torch.cat([group[:, 0] for group in batch.groups])
@@ -183,7 +195,7 @@ class RewardTrainer(BaseTrainer):
     # --- evaluation ---
 
     def evaluated(self, batch: PackedBatch, outputs: StepOutputs) -> None:
-        """Keeps the scores for the correlations."""
+        """Collects the scores for the correlations."""
         if bool(batch.weights.any()):  # not the filler of a rank without examples
             self._seen += self._predictions(outputs.per_response, batch)
 
@@ -204,7 +216,7 @@ class RewardTrainer(BaseTrainer):
         return [{"gap": g, "target": t} for g, t in zip(gaps, targets, strict=True)]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The base's loop, with accuracy, correlations and calibration over all ranks."""
+        """Adds accuracy, correlations and calibration over all ranks."""
         self._seen = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -215,14 +227,14 @@ class RewardTrainer(BaseTrainer):
         return output._replace(metrics=metrics)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """The base's, unless the metric is not defined, as a correlation with a constant."""
+        """Skips the comparison if the metric is undefined, such as a correlation with a constant."""
         wanted = self.args.metric_for_best_model
         name = f"eval_{(wanted or '').removeprefix('eval_')}"
         if wanted is None or name in metrics:
             return super()._determine_best_metric(metrics, trial)
         if is_main():
             logger.warning(
-                "%s is not defined in the evaluation of step %d: this step is not compared with the best one",
+                "%s is undefined in the evaluation of step %d: the step is not compared with the best one",
                 name, self.state.global_step,
             )  # fmt: skip
         return False

@@ -1,4 +1,4 @@
-"""What reward models are trained on: checks of tokenised rows, and their ratings in a micro-batch."""
+"""Data of reward models: checks of tokenized rows, and micro-batches with ratings."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rpo_trainer.trainers.examples import Examples, PackingCollator
 
 @dataclass
 class RatingBatch(PackedBatch):
-    """A micro-batch of rated responses; `counts` are examples and ratings.
+    """A micro-batch of rated responses; `counts` are numbers of examples and ratings.
 
     Attributes:
-        attributes: `[R, A]` float32, NaN where there is no rating.
-        prompt_keys: a hash of each prompt, R of them.
+        attributes: `[R, A]` float32, NaN for missing ratings.
+        prompt_keys: hash of the prompt of each response.
     """
 
     attributes: Tensor
@@ -30,7 +30,7 @@ class RatingBatch(PackedBatch):
 
 
 class RatingCollator(PackingCollator):
-    """Packs rated responses with their ratings, which it counts in place of tokens."""
+    """Packs responses with their ratings, and counts ratings instead of tokens."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> RatingBatch:
         batch = super().__call__(examples)
@@ -50,43 +50,42 @@ class RatingCollator(PackingCollator):
 
 
 def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> None:
-    """Raises DataError where rows are no single responses with ratings of these attributes."""
+    """Raises DataError if rows are not single responses with ratings of these attributes."""
     _check_counts(
         examples,
         1,
         name,
-        why="regression takes rated responses",
-        fix="give a row for each response",
+        why="regression requires rated responses",
+        fix="use one row per response",
     )
     _check_column(
         examples,
         "attributes",
         name,
         code="data.missing-ratings",
-        why="regression learns the ratings themselves",
-        fix="give ratings, or train on pairs",
+        why="regression is trained on ratings",
+        fix="add ratings, or train on pairs",
     )
     width = len(attributes)
     wrong = [i for i, row in enumerate(_column(examples, "attributes")) if not _fits(row, width)]
     if wrong:
         raise DataError(
-            f"{len(wrong)} rows of the {name} data are not rated by numbers or null, one for each of "
+            f"{len(wrong)} rows of the {name} data do not have one rating (a number or null) for each of "
             f"{', '.join(attributes)}, the first at {wrong[:3]}",
             code="data.invalid-ratings",
             details={"data": name, "rows": wrong},
-            why="a head learns the number at its place, and learns nothing from a null",
-            fix="give `attributes` as a list of that many numbers or nulls",
+            fix="set `attributes` to a list of as many numbers or nulls, at least one of them a number",
         )
 
 
 def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
-    """Raises DataError where rows are no pairs, or have no rewards where they must."""
+    """Raises DataError if rows are not pairs, or lack rewards that are needed."""
     _check_counts(
         examples,
         2,
         name,
-        why="Bradley-Terry is a loss of pairs",
-        fix="make pairs of them (best against worst)",
+        why="the Bradley-Terry loss is for pairs",
+        fix="use pairs (best and worst response)",
     )
     if needs_rewards:
         _check_column(
@@ -94,19 +93,19 @@ def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
             "rewards",
             name,
             code="data.missing-rewards",
-            why="the margin is margin_scale times the gap of the rewards",
-            fix="give chosen_reward and rejected_reward, or set margin_scale to 0",
+            why="the margin is margin_scale times the reward gap",
+            fix="add chosen_reward and rejected_reward, or set margin_scale to 0",
         )
 
 
 def check_ends(examples: Examples, tokenizer: Any, name: str) -> None:
-    """Raises ModelError where a response ends with the pad token: a classifier would not see its end."""
+    """Raises ModelError if a response ends with the pad token: a classifier would skip its end."""
     if tokenizer.pad_token_id in _last_tokens(examples):
         raise ModelError(
             f"responses of the {name} data end with the pad token {tokenizer.pad_token!r}",
             code="tokenizer.pad-ends-response",
-            why="a classifier reads its scores at the last token that is not padding",
-            fix="give the tokenizer another pad token",
+            why="the score of a classifier is read at the last token that is not padding",
+            fix="set another pad token of the tokenizer",
         )
 
 

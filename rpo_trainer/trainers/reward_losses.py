@@ -1,6 +1,6 @@
-"""Losses of reward models: pure functions of scores.
+"""Losses of reward models, as functions of scores.
 
-Shapes: `B` examples, `A` attributes (heads of the model), `R` responses.
+Shapes: `B` examples, `A` attributes (outputs of the head), `R` responses.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
     """−log σ(r_c − r_r − margin) of each pair.
 
-    Bradley and Terry's likelihood of a preference, as used for rewards since arXiv 2203.02155; the
-    margin asks for a gap of that size (arXiv 2307.09288, section 3.2.2).
+    Negative log-likelihood of the Bradley-Terry model, as in arXiv 2203.02155, with the margin of arXiv
+    2307.09288, section 3.2.2.
 
     Args:
-        chosen: `[B]`, rewards of the better responses.
-        rejected: `[B]`, rewards of the others.
+        chosen: `[B]`, rewards of the chosen responses.
+        rejected: `[B]`, rewards of the rejected responses.
         margin: `[B]`, in units of the reward; None: 0.
 
     Returns:
         `[B]`, nats.
 
     Raises:
-        ValueError: shapes that do not agree.
+        ValueError: the shapes differ.
     """
     for name, tensor in (("rejected", rejected), ("margin", margin)):
         if tensor is not None and tensor.shape != chosen.shape:
@@ -33,29 +33,29 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None =
     gap = chosen - rejected
     if margin is not None:
         gap = gap - margin.to(gap)
-    # Above the threshold softplus is linear; log1p is then below the resolution of the dtype.
+    # Above the threshold softplus is linear up to the resolution of the dtype.
     return F.softplus(-gap, threshold=40.0 if gap.dtype == torch.float64 else 20.0)
 
 
 def regression_losses(scores: Tensor, ratings: Tensor) -> Tensor:
-    """Squared errors of the attributes, 0 where an attribute was not rated (NaN).
+    """Squared errors of the attributes, 0 for missing ratings (NaN).
 
-    Divided by the number of ratings of the batch, their sum is the masked mean squared error with
-    which HelpSteer2's reward models are trained (arXiv 2406.08673, section 3).
+    Their sum divided by the number of ratings of the batch is the masked mean squared error of the reward
+    models of HelpSteer2 (arXiv 2406.08673, section 3).
 
     Args:
         scores: `[R, A]`.
-        ratings: `[R, A]`, NaN where there is none.
+        ratings: `[R, A]`, NaN for missing ratings.
 
     Returns:
         `[R, A]`; an entry without a rating has no gradient.
 
     Raises:
-        ValueError: shapes that do not agree.
+        ValueError: the shapes differ.
     """
     if scores.shape != ratings.shape:
         raise ValueError(f"ratings are {list(ratings.shape)}, scores {list(scores.shape)}")
     rated = ~ratings.isnan()
-    # Not multiplied by a mask: 0 · NaN is NaN.
+    # A mask as a factor would not do: 0 · NaN is NaN.
     target = torch.where(rated, ratings.to(scores), scores.detach())
     return (scores - target).square()

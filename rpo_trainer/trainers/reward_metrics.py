@@ -1,6 +1,6 @@
-"""How well a reward model agrees with held-out ratings or pairs: accuracy, correlation, calibration.
+"""Agreement of a reward model with held-out ratings or pairs: accuracy, correlation, calibration.
 
-What is not defined (the correlation with a constant, the accuracy without a pair) is left out.
+Undefined metrics (a correlation with a constant, accuracy without pairs) are missing.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Table = list[dict[str, float]]
 
 _BINS = 10
-_PER_BIN = 5  # at least so many values in a bin, or fewer bins
+_PER_BIN = 5  # minimum number of values per bin, or else fewer bins
 
 
 def pair_metrics(gaps: Array, targets: Array | None) -> tuple[dict[str, float], dict[str, Table]]:
-    """Of pairs, the better response first.
+    """Metrics of pairs.
 
     Args:
-        gaps: `[N]`, predicted reward of the better response less the other's.
-        targets: `[N]`, the same of given rewards, or None.
+        gaps: `[N]`, predicted reward gaps.
+        targets: `[N]`, reward gaps of the rows, or None.
 
     Returns:
-        `accuracy` (the better one has the larger reward), `pearson/gap` and `spearman/gap` (with the
-        given gap), `calibration/pairs`; and the table of the last: confidence σ(|gap|) against the
-        share of pairs that are right.
+        `accuracy` (fraction of positive gaps), `pearson/gap` and `spearman/gap` (correlation of the two
+        gaps), `calibration/pairs`; and the table of the last: confidence σ(|gap|) and fraction of positive
+        gaps.
     """
     right = (gaps > 0).astype(float)
     metrics = {"accuracy": float(right.mean())}
@@ -40,24 +40,24 @@ def pair_metrics(gaps: Array, targets: Array | None) -> tuple[dict[str, float], 
 def rating_metrics(
     scores: Array, ratings: Array, names: Sequence[str], weights: Array, prompts: Sequence[Any]
 ) -> tuple[dict[str, float], dict[str, Table]]:
-    """Of rated responses, for each attribute and, where there are several, for the reward.
+    """Metrics of rated responses, for each attribute and, if there are several, for the reward.
 
     Args:
-        scores: `[N, A]`, predicted.
-        ratings: `[N, A]`, NaN where there is none.
-        weights: `[A]`, of the attributes in the reward.
-        prompts: `[N]`, equal where the prompt is the same.
+        scores: `[N, A]`, predictions.
+        ratings: `[N, A]`, NaN for missing ratings.
+        weights: `[A]`, weights of the attributes in the reward.
+        prompts: `[N]`, equal for the same prompt.
 
     Returns:
-        `pearson/`, `spearman/`, `rmse/`, `bias/` (mean prediction less mean rating) and
-        `calibration/` with the attribute's name behind; `accuracy`: of pairs of responses to one
-        prompt with different rewards, how many are predicted in their order. And the tables of the
-        calibration: mean prediction against mean rating.
+        `pearson/`, `spearman/`, `rmse/`, `bias/` (mean prediction − mean rating) and `calibration/`, each
+        followed by the name of the attribute; `accuracy`: fraction of correctly ordered pairs, among
+        responses to the same prompt with different rewards. And the tables of the calibration: mean
+        prediction and mean rating.
     """
     columns = [(n, scores[:, i], ratings[:, i]) for i, n in enumerate(names)]
     used = weights != 0
     predicted = scores[:, used] @ weights[used]
-    rated = ratings[:, used] @ weights[used]  # NaN where one of them is
+    rated = ratings[:, used] @ weights[used]  # NaN if any of them is
     if len(names) > 1:
         columns.append(("reward", predicted, rated))
     metrics: dict[str, float] = {}
@@ -77,19 +77,19 @@ def rating_metrics(
 
 
 def pearson(x: Array, y: Array) -> float | None:
-    """Linear correlation, in [−1, 1]; None where one of them is constant."""
+    """Linear correlation, in [−1, 1]; None if either is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
 def spearman(x: Array, y: Array) -> float | None:
-    """Correlation of the ranks; equal values have their mean rank."""
+    """Rank correlation; ties have their mean rank."""
     return pearson(_ranks(x), _ranks(y))
 
 
 def calibration_table(predicted: Array, observed: Array) -> Table:
-    """Bins of equal count by prediction: `predicted` and `observed` means, `count`."""
+    """Bins of equal count, sorted by prediction: mean `predicted`, mean `observed`, `count`."""
     order = np.argsort(predicted, kind="stable")
     bins = max(1, min(_BINS, len(order) // _PER_BIN))
     return [
@@ -103,7 +103,7 @@ def calibration_table(predicted: Array, observed: Array) -> Table:
 
 
 def calibration_error(table: Table) -> float:
-    """Mean distance of the two means of a bin, each bin weighted by its count."""
+    """Mean absolute difference of the two means of a bin, weighted by its count."""
     total = sum(row["count"] for row in table)
     return sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in table) / total
 

@@ -1,4 +1,4 @@
-"""`loss/router_aux`: the load-balancing loss of a mixture of experts as a term of a trainer's loss."""
+"""`loss/router_aux`: the load-balancing loss of mixtures of experts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.models.sharding import device_of
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
+from rpo_trainer.runtime.devices import widest
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import PackedBatch, StepBatch
 from rpo_trainer.step.forward import router_sums_only
@@ -34,15 +35,15 @@ NAME = "loss/router_aux"
 
 
 class RouterTerm:
-    """The term, over the forwards of a step and over those of an evaluation.
+    """The loss over the forwards of a step, or of an evaluation.
 
-    How often each expert is chosen is a mean over the whole global batch, and a factor of every token's
-    gradient. Where a step is one forward, the ranks add their sums up between forward and backward. Where it
-    is several, `prepare` runs them once before, without gradients and without the head.
+    The frequency of each expert is a mean over the global batch, and a factor of the gradient of every token.
+    If a step is one forward, the sums are reduced over ranks between forward and backward. If it has several,
+    `prepare` runs them once before, without gradients and without the head.
 
     Attributes:
-        loss: how the model's loss is computed.
-        coefficient: its weight in the loss that is trained.
+        loss: how the loss of the model is computed.
+        coefficient: weight in the total loss.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class RouterTerm:
     # --- training ---
 
     def begin_step(self, batches: Sequence[PackedBatch | StepBatch]) -> None:
-        """Notes the micro-batches of the next optimizer step; a step of one needs no forward before it."""
+        """Sets the micro-batches of the next optimizer step."""
         forwards = [part for batch in batches for part in batch.micro_batches]
         self._pending = forwards if len(forwards) > 1 else ()
         self._step = None
 
     def prepare(self, forward: Callable[[PackedBatch], Tensor]) -> None:
-        """Finds the sums of the whole step, where it is several micro-batches and they are not known.
+        """Computes the sums of the step if it has several micro-batches, once per step.
 
         Args:
-            forward: gives the sums of a micro-batch. What it draws at random is drawn again in training.
+            forward: returns the sums of a micro-batch. Training will draw the same random numbers again.
         """
         if not self._pending:
             return
@@ -77,31 +78,31 @@ class RouterTerm:
         self._step, self._pending = self._reduce(total), ()
 
     def sums_only(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        """Sums of a micro-batch, `[2E + 1]` float64, from a forward of nothing else."""
+        """Sums of a micro-batch, `[2E + 1]` float64, from a forward without the head."""
         inputs = replace(batch.model_inputs)
         request(inputs, self.loss, only=True)
         return _real(router_sums_only(model, inputs), batch)
 
     def request(self, batch: PackedBatch) -> None:
-        """Has the forward of a micro-batch give the sums too."""
+        """Makes the forward of a micro-batch compute the sums too."""
         request(batch.model_inputs, self.loss)
 
     def add_to(self, loss: Tensor, batch: PackedBatch, metrics: MetricSums | None) -> Tensor:
-        """The loss of a micro-batch whose forward is done, with this term.
+        """Adds this term to the loss of a micro-batch after its forward.
 
         Args:
-            metrics: of training, to which the term is added; None: an evaluation, see `evaluated`.
+            metrics: the training metrics; None in evaluation, see `evaluated`.
         """
-        term, share = self._share(batch, training=metrics is not None)
+        term, fraction = self._fraction(batch, training=metrics is not None)
         if metrics is not None:
-            metrics.add_ratio(NAME, term, share)
+            metrics.add_ratio(NAME, term, fraction)
         return loss + self.coefficient * term.to(loss.dtype)
 
-    def _share(self, batch: PackedBatch, *, training: bool) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch, and its share of the global batch's tokens.
+    def _fraction(self, batch: PackedBatch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and its fraction of the tokens of the global batch.
 
-        Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In an
-        evaluation the loss is the micro-batch's own; that of the whole data is `evaluated`.
+        Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In
+        evaluation it is the loss of the micro-batch; `evaluated` is the loss over all data.
         """
         asked = batch.model_inputs.router
         assert asked is not None and asked.sums is not None  # its forward is done
@@ -127,7 +128,7 @@ class RouterTerm:
 def _real(sums: Tensor, batch: PackedBatch) -> Tensor:
     """0 for the filler of a rank that has no example left."""
     real: Tensor = batch.weights.max()
-    return sums.double() * real.double()
+    return widest(sums) * widest(real)
 
 
 def _same_noise_again() -> Any:
@@ -138,7 +139,7 @@ def _same_noise_again() -> Any:
 def router_term(
     model: nn.Module, args: BaseConfig, reduce: Callable[[Tensor], Tensor]
 ) -> RouterTerm | None:
-    """The term that the config, or else the model's own config, asks for; a log line says which.
+    """The term if the config, or else the config of the model, enables it; logged.
 
     Raises:
         RecipeError: `router_aux_loss_coef` is set, and the model's loss cannot be computed.
@@ -146,56 +147,57 @@ def router_term(
     inner, given = transformers_model(model), args.router_aux_loss_coef
     wanted = asked_by_config(inner.config)
     if given == 0.0 or (given is None and not wanted):
-        _say_off(inner.config, given)
+        _log_off(inner.config, given)
         return None
     try:
         kwargs = args.gradient_checkpointing_kwargs
         if args.gradient_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
-            raise NoRouterLoss("checkpointing with use_reentrant=True keeps no gradient of it")
+            raise NoRouterLoss(
+                "gradient checkpointing with use_reentrant=True has no gradient of it"
+            )
         loss = router_loss_of(inner, device_of(model))
         if is_classifier(model) and not inner._rpo_head.fused:
-            raise NoRouterLoss("the classifier's own forward does not give its router logits")
+            raise NoRouterLoss("the forward of the classifier does not return router logits")
     except NoRouterLoss as error:
         if given is not None:
             raise RecipeError(
-                f"router_aux_loss_coef is {given:g}, but {type(inner).__name__} has no load-balancing loss "
-                "that can be computed",
+                f"router_aux_loss_coef is {given:g}, but the load-balancing loss of {type(inner).__name__} "
+                "cannot be computed",
                 code="model.no-router-loss",
                 where=type(args).__name__,
                 why=str(error),
-                fix="set it to 0, or leave it out",
+                fix="set it to 0, or remove it",
             ) from error
         _warn_left_out(wanted, str(error))
         return None
     coefficient = loss.coefficient if given is None else given
     if given is None and not coefficient:
-        _warn_left_out(wanted, f"{type(inner).__name__} reads none of them")
+        _warn_left_out(wanted, f"{type(inner).__name__} does not use them")
         return None
     if is_main():
         logger.info(
-            "%s: the load-balancing loss of %d routers, %d of %d experts a token, times %g (%s); with "
-            "gradient accumulation the forwards of a step run once more without gradients",
+            "%s: load-balancing loss of %d routers, %d of %d experts per token, weight %g (%s); with "
+            "gradient accumulation each step runs an additional forward without gradients",
             NAME, loss.layers, loss.top_k, loss.experts, coefficient,
             "the model's config" if given is None else "router_aux_loss_coef",
         )  # fmt: skip
     return RouterTerm(loss, coefficient, reduce)
 
 
-def _say_off(config: Any, given: float | None) -> None:
+def _log_off(config: Any, given: float | None) -> None:
     if has_switch(config) and is_main():
         why = (
-            "the model's config does not ask for it (output_router_logits is false); to add it, set "
+            "the model's config does not enable it (output_router_logits is false); to add it, set "
             "router_aux_loss_coef"
             if given is None
             else "router_aux_loss_coef is 0"
         )
-        logger.info("%s: off, since %s", NAME, why)
+        logger.info("%s: off, because %s", NAME, why)
 
 
 def _warn_left_out(wanted: dict[str, float], why: str) -> None:
     if is_main():
         logger.warning(
-            "the model's config asks for a load-balancing loss of its routers (%s): it is not part of the "
-            "loss that is trained, since %s",
+            "the model's config enables a load-balancing loss (%s): it is not added to the loss, because %s",
             ", ".join(f"{name}={value}" for name, value in wanted.items()), why,
         )  # fmt: skip

@@ -1,15 +1,17 @@
-"""What a trainer makes of its model and tokenizer before it trains."""
+"""Prepares model and tokenizer for a trainer."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 
+from rpo_trainer.data import set_chat_template
 from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.models import adapters
 from rpo_trainer.models.adapter_methods import is_adapted, require_supported_adapter
@@ -18,7 +20,7 @@ from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
 from rpo_trainer.models.quantization import disable_bnb_cpu_bf16
 from rpo_trainer.models.sharding import whole_on_every_rank
-from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
+from rpo_trainer.models.unwrap import is_classifier, transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
@@ -32,20 +34,18 @@ logger = logging.getLogger(__name__)
 
 
 def require_config(trainer: Any, args: Any) -> None:
-    """Raises RecipeError where `args` is not the trainer's own config, or has a value that does not fit.
+    """Raises RecipeError if `args` is not a config of the trainer, or has an invalid value.
 
-    A config may have been changed since it was made, and transformers has changed it where it has served
-    another trainer.
+    The attributes of a config may have been changed since it was created.
     """
     wanted = trainer.config_class
     if not isinstance(args, wanted):
         kind = type(args)
         raise RecipeError(
-            f"{type(trainer).__name__} takes a {_full_name(wanted)}, got a {_full_name(kind)}",
+            f"{type(trainer).__name__} requires a {_full_name(wanted)}, got a {_full_name(kind)}",
             code="training.wrong-config",
             details={"wanted": _full_name(wanted), "given": _full_name(kind)},
             where="args",
-            why="settings that this config does not have (the loss, the layout) would have no value",
             fix=f"from rpo_trainer import {wanted.__name__}; it has all fields of TrainingArguments",
         )
     kwargs = args.accelerator_config.gradient_accumulation_kwargs
@@ -62,29 +62,92 @@ def _full_name(kind: type) -> str:
 def prepare_model(
     model: str | nn.Module, tokenizer: Any, peft_config: PeftConfig | None, args: BaseConfig
 ) -> tuple[nn.Module, Any]:
-    """The model as it is trained, its adapter included, and its tokenizer.
+    """The model that is trained, with its adapter, and its tokenizer.
 
     Args:
-        model: the model, or the name or path of one.
-        tokenizer: the trainer's `processing_class`; None: the one that the model was loaded with.
+        model: the model, or its name or path.
+        tokenizer: the trainer's `processing_class`; None: the tokenizer of the model's name or path.
     """
     if isinstance(model, str):
-        tokenizer = tokenizer or load_tokenizer_named(model)
-        model = load_model_named(model)
-    model = with_adapter(unwrap_prepared_model(model), peft_config, args.seed)
-    tokenizer = tokenizer_in(tokenizer) or tokenizer_of(model)
-    set_checkpointing(model, args)
-    return model, tokenizer
+        settings = loading_settings(model, args)
+        tokenizer = tokenizer or load_tokenizer_named(model, settings)
+        dtype = loaded_dtype(args, peft_config)
+        module: nn.Module = load_model_named(model, dtype=dtype, settings=settings)
+    else:
+        module = unwrap_prepared_model(model)
+        # `RewardTrainer` may have loaded a classifier itself.
+        settings = {} if is_classifier(module) else loading_settings(model, args)
+    module = with_adapter(module, peft_config, args.seed)
+    tokenizer = tokenizer_in(tokenizer) or tokenizer_of(module, settings)
+    set_tokens(tokenizer, args)
+    set_checkpointing(module, args)
+    return module, tokenizer
+
+
+def loaded_dtype(args: BaseConfig, peft_config: PeftConfig | None) -> torch.dtype:
+    """Return the dtype in which a named model is loaded: under an adapter, that of the computation.
+
+    Trained weights are float32, and all weights under DeepSpeed, which requires a single dtype.
+    """
+    half = args.mixed_precision_dtype()
+    if peft_config is None or half is None or getattr(args, "deepspeed_plugin", None) is not None:
+        return torch.float32
+    return half
+
+
+def loading_settings(model: str | nn.Module, args: BaseConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for what a trainer loads itself.
+
+    Raises:
+        RecipeError: `model_init_kwargs` for a model that is loaded already.
+    """
+    given: Any = args.model_init_kwargs  # a dict, once the config has read it
+    settings: dict[str, Any] = dict(given or {})
+    if args.model_init_kwargs and not isinstance(model, str):
+        raise RecipeError(
+            "model_init_kwargs has no effect: the model is loaded already",
+            code="training.no-effect",
+            details={"settings": ["model_init_kwargs"]},
+            where=type(args).__name__,
+            fix="pass the name of the model as `model`, or remove model_init_kwargs",
+        )
+    if args.trust_remote_code is not None:
+        settings["trust_remote_code"] = args.trust_remote_code
+    return settings
+
+
+def set_tokens(tokenizer: Any, args: BaseConfig) -> None:
+    """Sets the tokens and the chat template that the config names on the tokenizer.
+
+    Raises:
+        RecipeError: the tokenizer has no such token.
+        ModelError: the template cannot be read.
+    """
+    for name in ("pad_token", "eos_token"):
+        token = getattr(args, name, None)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise RecipeError(
+                f"{name}={token!r} is not a token of the tokenizer",
+                code="training.unknown-token",
+                details={"settings": [name]},
+                where=type(args).__name__,
+                fix=f"use one of its tokens, or add the token to tokenizer and model and remove {name}",
+            )
+        setattr(tokenizer, name, token)
+    if (path := getattr(args, "chat_template_path", None)) is not None:
+        set_chat_template(tokenizer, path)
 
 
 def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
-    """Turns gradient checkpointing off where it is only the default and the model cannot.
+    """Turns gradient checkpointing off if it is only the default and the model does not support it.
 
-    A model that has it on from an earlier training loses it where the config says no: transformers does not
-    turn it off.
+    If the config turns it off, it is also turned off in a model from an earlier training, which transformers
+    does not do.
 
     Raises:
-        RecipeError: it was asked for, and the model cannot.
+        RecipeError: it was set explicitly, and the model does not support it.
     """
     able = any(getattr(m, "supports_gradient_checkpointing", False) for m in model.modules())
     if args.checkpointing_is_default:
@@ -104,23 +167,22 @@ def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
             f"{type(transformers_model(model)).__name__} does not support gradient checkpointing",
             code="model.no-gradient-checkpointing",
             where="gradient_checkpointing",
-            why="transformers marks the classes that can recompute their activations",
             fix="set gradient_checkpointing=False",
         )
 
 
 def stop_input_gradients(model: nn.Module, args: Any) -> None:
-    """Removes the hooks by which transformers has gradients flow to frozen embeddings under checkpointing.
+    """Removes the hooks of transformers that make the outputs of frozen embeddings require gradients.
 
-    Only reentrant checkpointing needs them. They cost the backward of all that lies below the first adapter,
-    and fail in models that change their embeddings in place.
+    Only reentrant checkpointing needs them. They add the backward pass below the first adapter, and fail in
+    models that change their embeddings in place.
     """
     if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
         transformers_model(model).disable_input_require_grads()
 
 
 def note_defaults(args: BaseConfig) -> None:
-    """A WARNING, once in a process, on settings that have a default which differs from TRL's."""
+    """Logs a WARNING, once per process, about settings with a default that differs from TRL's."""
     if not args.compared_with_trl or not is_main():
         return
     own = defaults_of(type(args))
@@ -139,7 +201,7 @@ def _warn_once(line: str) -> None:
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
-    """Raises RecipeError where transformers would spread one process over several GPUs."""
+    """Raises RecipeError if transformers would use DataParallel over several GPUs."""
     if args.n_gpu > 1:
         raise RecipeError(
             f"{args.n_gpu} GPUs are visible to one process",
@@ -150,7 +212,7 @@ def require_one_gpu(args: TrainingArguments) -> None:
 
 
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
-    """The model with a fresh adapter where one is asked for; an adapter of its own must fit."""
+    """The model with a new adapter if there is a `peft_config`; an existing adapter is checked."""
     disable_bnb_cpu_bf16(model)
     require_kept_padding(transformers_model(model))
     _freeze_towers(transformers_model(model), adapted=peft_config is not None or is_adapted(model))
@@ -161,7 +223,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
         else:
             warn_of_random(model)
     else:
-        # The adapter's random start is part of the run: a resumed one needs the same again.
+        # A resumed run must initialize the adapter the same way.
         set_seed(seed)
         model = adapters.with_adapter(model, peft_config)
     halves = {p.dtype for p in model.parameters() if p.requires_grad} & {
@@ -170,18 +232,17 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
     }
     if halves and is_main():
         logger.warning(
-            "the weights that are trained are %s: small steps are rounded away (bfloat16 keeps 8 bits of a "
-            "weight, float16 11). Load the model with dtype=torch.float32, and set bf16=True for the "
-            "arithmetic",
+            "the trained weights are %s: small updates are lost to rounding (bfloat16 has 8 significant "
+            "bits, float16 11). Load the model with dtype=torch.float32, and set bf16=True for autocast",
             " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
         )  # fmt: skip
     return model
 
 
 def require_kept_padding(model: Any) -> None:
-    """Checks that the model, once saved, is read with the embedding of its padding token.
+    """Checks that loading the saved model does not change the embedding of its padding token.
 
-    A head tied to the embeddings trains that row too: then a WARNING says that it is read as zeros.
+    A head that is tied to the embeddings trains that row: a WARNING is logged that it is loaded as zeros.
 
     Raises:
         ModelError: the row is not zero, and transformers would set it to zero.
@@ -196,7 +257,7 @@ def require_kept_padding(model: Any) -> None:
             f"transformers sets the embedding of token {place} to zero whenever it loads a {name}, and this "
             "model's is not zero",
             code="model.padding-row",
-            why="the saved model would be read as another one",
+            why="the saved model would give other results once it is loaded",
             fix=f"zero that row of the embeddings, or set padding_idx of the {type(embedding).__name__} "
             "and pad_token_id of the config to None",
         )
@@ -204,16 +265,16 @@ def require_kept_padding(model: Any) -> None:
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     if tied and embedding.weight.requires_grad and is_main():
         logger.warning(
-            "transformers sets the embedding of token %d to zero whenever it loads a %s: what training "
-            "changes of it, through the head that is tied to it, is lost where the output is loaded",
+            "transformers sets the embedding of token %d to zero whenever it loads a %s: training changes it "
+            "through the tied head, and these changes are lost when the output is loaded",
             place, name,
         )  # fmt: skip
 
 
 def _zeroed_when_loaded(model: Any, place: int) -> bool:
-    """Whether the class initializes the row of an embedding that is marked as loaded."""
+    """Whether the class re-initializes the padding row of an embedding that is marked as loaded."""
     if model.is_remote_code():
-        return False  # transformers leaves what it has loaded of these alone
+        return False  # transformers does not re-initialize their weights
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         trial = nn.Embedding(place + 1, 1, padding_idx=place)
         trial.weight.fill_(1.0)
@@ -223,7 +284,7 @@ def _zeroed_when_loaded(model: Any, place: int) -> bool:
 
 
 def _freeze_towers(inner: Any, *, adapted: bool) -> None:
-    """Freezes what text does not use of a multimodal model, and says so."""
+    """Freezes the parts of a multimodal model that text does not use, with a WARNING."""
     line = towers_line(inner)
     if line is None:
         return
@@ -231,11 +292,11 @@ def _freeze_towers(inner: Any, *, adapted: bool) -> None:
         require_text_forward(inner)
     freeze_towers(inner)
     if is_main():
-        logger.warning("%s%s", line, "; a new adapter leaves them out" if adapted else "")
+        logger.warning("%s%s", line, "; a new adapter does not include them" if adapted else "")
 
 
 def tokenizer_in(processing_class: Any) -> Any:
-    """The tokenizer of a multimodal processor; any other processing class as it is."""
+    """The tokenizer of a multimodal processor; any other processing class unchanged."""
     if not isinstance(processing_class, ProcessorMixin):
         return processing_class
     inside: Any = processing_class.tokenizer
@@ -244,21 +305,25 @@ def tokenizer_in(processing_class: Any) -> Any:
     return inside
 
 
-def tokenizer_of(model: nn.Module) -> Any:
-    """The tokenizer of the name or path that the model was loaded from."""
+def tokenizer_of(model: nn.Module, settings: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer of the name or path that the model was loaded from.
+
+    Args:
+        settings: see `loading_settings`.
+    """
     name = getattr(getattr(model, "config", None), "name_or_path", "")
     if not name:
         raise ModelError(
             "there is no tokenizer",
             code="tokenizer.missing",
-            why="the model does not know from where it was loaded, so its own cannot be found",
+            why="the model has no name or path from which to load its tokenizer",
             fix="pass processing_class=tokenizer",
         )
-    return load_tokenizer_named(name)
+    return load_tokenizer_named(name, settings)
 
 
 def proved_layout(model: nn.Module, args: BaseConfig, longest: int | None) -> Layout:
-    """The fastest packing that gives what plain forwards of the model give; or the one that is asked for.
+    """The layout of the config; `auto`: the fastest that gives the log-probs of the model's own forward.
 
     Args:
         longest: tokens of the longest text, see `fits.longest_text`.
@@ -273,7 +338,7 @@ def proved_layout(model: nn.Module, args: BaseConfig, longest: int | None) -> La
 
 
 def pad_token_id_of(tokenizer: Any) -> int:
-    """Any token will do where the mask hides it: the pad token, else the end token, else 0."""
+    """The pad token, or else the end token, or else 0; it is always masked."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if value is not None:
@@ -282,6 +347,6 @@ def pad_token_id_of(tokenizer: Any) -> int:
 
 
 def flops_per_token(model: nn.Module) -> int:
-    """6 operations a weight for forward and backward, without the embeddings, as transformers estimates."""
+    """6 FLOPs per weight for forward and backward, without the embeddings: the estimate of transformers."""
     count: Any = getattr(model, "num_parameters", None)
     return 0 if count is None else 6 * int(count(exclude_embeddings=True))

@@ -1,15 +1,16 @@
-"""Supervised fine-tuning on assistant turns only, with NEFTune's noise where it is asked for.
+"""Supervised fine-tuning on assistant turns, optionally with NEFTune noise.
 
-NEFTune (arXiv 2310.05914) adds U(−1, 1) · α / √(L·H) to the embedding of a token, L the length of its example
-and H the hidden size. transformers takes the length of the whole row for L, which is many examples where rows
-are packed.
+NEFTune (arXiv 2310.05914) adds U(−1, 1) · α / √(L·H) to the embedding of a token, where L is the length of
+its example and H the hidden size. transformers uses the length of the row for L, which is wrong for packed
+rows.
 
 Shapes: `T` tokens of a packed row, `R` rows of length `L` when padded, `H` hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -22,56 +23,93 @@ from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import SFTConfig
 from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.given_rows import formatted_rows, text_rows
 from rpo_trainer.trainers.step_result import StepResult, Term
 
 
 class SFTTrainer(BaseTrainer):
-    """−log π of the trained tokens, averaged over all of them in the global batch.
+    """Minimizes −log π of the trained tokens, averaged over all of them in the global batch.
 
-    Rows: `messages`, or `prompt` and `response` (or `completion`), or tokenised already. Every assistant
-    turn is trained, its end token included, and nothing else.
+    Rows: `messages`, or `prompt` and `response` (or `completion`), or tokenized rows. All assistant turns are
+    trained, with their end tokens, and nothing else.
 
     Args:
-        model: a causal language model, or a name or path to load one from.
+        model: a causal language model, or its name or path.
         args: an `SFTConfig`.
         train_dataset: a `datasets.Dataset` or a list of rows.
         eval_dataset: the same, or a dict of them by name.
-        processing_class: the tokenizer; None: the one the model was loaded with.
-        peft_config: trains an adapter in place of the weights.
+        processing_class: the tokenizer; None: the tokenizer of the model's name or path.
+        peft_config: trains an adapter instead of the weights.
         callbacks: `transformers.TrainerCallback`s.
-        optimizers: (optimizer, scheduler) in place of those of `args`.
+        optimizers: (optimizer, scheduler) instead of those of `args`.
+        optimizer_cls_and_kwargs: class and arguments of an optimizer instead of that of `args`.
+        formatting_func: called with each row of the data sets; returns a text to train on, a list of
+            messages, or a row in any format.
     """
 
     config_class = SFTConfig
     row_kind: Literal["sft", "pair"] = "sft"
+    token_metrics: Literal["tokens", "preferences"] | None = "tokens"
     _noise: NeftuneNoise | None = None
+    _formatting: Callable[[Any], Any] | None = None
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        formatting_func: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._formatting = formatting_func
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
 
     def _examples(
         self, dataset: Any, tokenizer: Any, args: BaseConfig, name: str
     ) -> Examples | None:
+        if dataset is not None and not isinstance(dataset, Examples):
+            assert isinstance(args, SFTConfig)
+            dataset = text_rows(dataset, args.dataset_text_field)
+            if self._formatting is not None:
+                dataset = formatted_rows(dataset, self._formatting)
         examples = super()._examples(dataset, tokenizer, args, name)
         if examples is not None and (wrong := int((examples.response_counts() != 1).sum())):
             raise DataError(
-                f"{wrong} rows of the {name} data have more or less than one response",
+                f"{wrong} rows of the {name} data do not have exactly one response",
                 code="data.response-count",
                 details={"data": name, "rows": wrong},
-                why="supervised fine-tuning takes one response a row",
-                fix="give rows with messages, or with prompt and response",
+                why="supervised fine-tuning uses one response per row",
+                fix="use rows with messages, or with prompt and response",
             )
         return examples
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
         """The metrics of an evaluation."""
-        return {"loss", "loss/sft"}
+        return super().metric_names(args, examples) | {"loss/sft"}
 
     def before_forward(self, inputs: PackedBatch) -> None:
-        """Noise on the embeddings is scaled by the examples of this forward."""
+        """Sets the lengths of the examples for NEFTune noise."""
         if self._noise is not None:
             self._noise.lengths = example_lengths(inputs.model_inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`BaseTrainer.train`, with NEFTune's noise where `neftune_noise_alpha` is set."""
+        """`BaseTrainer.train`, with NEFTune noise if `neftune_noise_alpha` is set."""
         alpha = self.args.neftune_noise_alpha
         if alpha is None:
             return super().train(*args, **kwargs)
@@ -87,23 +125,28 @@ class SFTTrainer(BaseTrainer):
 # --- noise on the embeddings ---
 
 
-def example_lengths(inputs: ModelInputs) -> Tensor:
-    """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response."""
+def example_lengths(inputs: ModelInputs) -> Tensor | None:
+    """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response.
+
+    None: each forward of the model is one example (layout `single`).
+    """
     ids = inputs.input_ids
+    if inputs.rows is not None:
+        return None
     if inputs.plan is None:
         assert inputs.attention_mask is not None
         return inputs.attention_mask.sum(-1, keepdim=True).expand(ids.shape)
     counts = torch.tensor([s.stop - s.start for s in inputs.plan.segments])
     counts = counts.to(ids.device, non_blocking=True)
-    # With the size given, the host does not wait for the device.
+    # `output_size` avoids a host sync.
     return counts.repeat_interleave(counts, output_size=ids.shape[1])[None]
 
 
 class NeftuneNoise:
-    """Adds the noise to the output of an embedding while its module trains.
+    """Adds NEFTune noise to the output of an embedding in train mode.
 
     Args:
-        alpha: α of the paper; 5, 10 and 15 are its values.
+        alpha: α of the paper, which uses 5, 10 and 15.
 
     Attributes:
         lengths: of the rows of the next forward, see `example_lengths`.
@@ -115,7 +158,7 @@ class NeftuneNoise:
 
     @contextmanager
     def on(self, embeddings: nn.Module) -> Iterator[None]:
-        """The noise is added while it is entered."""
+        """Context in which the noise is added."""
         handle = embeddings.register_forward_hook(self._add)
         try:
             yield
@@ -123,10 +166,13 @@ class NeftuneNoise:
             handle.remove()
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if not module.training or self.lengths is None:
+        if not module.training:
             return output
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        if self.lengths is None:
+            length, width = output.shape[-2:]
+            return output + noise * (self.alpha / math.sqrt(length * width))
         size = (
             self.alpha / (self.lengths * output.shape[-1]).float().sqrt()
         )  # too large for float16
-        noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * size[..., None].to(output.dtype)

@@ -1,4 +1,4 @@
-"""Terms of a loss, and how they become the loss of a micro-batch."""
+"""Terms of a loss, and the loss of a micro-batch from them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rpo_trainer.trainers.metrics import MetricSums
 
 @dataclass
 class Term:
-    """One term of the loss: Σ over examples of `numerators`, divided by a count of the global batch.
+    """A term of the loss: the sum of `numerators` over examples, divided by a count of the global batch.
 
     Attributes:
-        numerators: `[B]`, with gradient where `coefficient` is not 0.
-        per: what it is a mean over: `examples`, or what `counts` counts beside them: `tokens` (trained
-            ones of the first responses) or `ratings`.
+        numerators: `[B]`, with gradient if `coefficient` is not 0.
+        per: the count to divide by: `examples`, `tokens` (trained tokens of the first responses) or
+            `ratings`.
     """
 
     numerators: Tensor
@@ -28,20 +28,20 @@ class Term:
 
 @dataclass
 class StepResult:
-    """Terms of the loss by name, and further metrics, each `[B]` in the order of the groups."""
+    """Terms of the loss by name, and additional metrics, each `[B]` in the order of the groups."""
 
     terms: dict[str, Term]
     metrics: dict[str, Tensor]
 
     @property
     def gaps(self) -> dict[str, Tensor]:
-        """`implicit_gap` and `target_gap` of preferences, `[B]` each, where the metrics have them."""
+        """`implicit_gap` and `target_gap`, `[B]` each, of preferences that have them."""
         names = {"implicit_gap": "rewards/margins", "target_gap": "rewards/target_gap"}
         return {gap: self.metrics[name] for gap, name in names.items() if name in self.metrics}
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Of the terms, by the names of their metrics."""
+        """Coefficients of the terms, by the names of their metrics."""
         return {f"loss/{name}": term.coefficient for name, term in self.terms.items()}
 
     def total(
@@ -50,8 +50,8 @@ class StepResult:
         """The loss of a micro-batch, a scalar; terms and metrics are added to `metrics`.
 
         Args:
-            counts: `[2]`, of the global batch: what terms are divided by.
-            dtype: of the loss.
+            counts: `[2]`, counts of the global batch.
+            dtype: dtype of the loss.
         """
         counts, weights = counts.clamp_min(1), batch.weights
         loss = torch.zeros((), dtype=dtype, device=weights.device)
@@ -68,11 +68,11 @@ class StepResult:
 
 @dataclass
 class StepOutputs:
-    """What `compute_loss` gives beside the loss of a micro-batch.
+    """Outputs of `compute_loss` besides the loss of a micro-batch.
 
     Attributes:
-        per_response: what `outputs` has given, without gradient: `[R]` summed log-probs, or `[R, A]` scores
-            of a reward model.
+        per_response: outputs of the model, without gradient: `[R]` summed log-probs, or `[R, A]` scores of a
+            reward model.
         gaps: `implicit_gap` and `target_gap` of each example, `[B]`, of preferences.
     """
 

@@ -1,4 +1,4 @@
-"""The step-0 check: with policy = reference the loss is a constant of the data, known in closed form."""
+"""The step-0 check: if policy and reference model are the same, the loss has a closed form."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rpo_trainer.errors import StepZeroError
 from rpo_trainer.losses import step_zero_losses
 from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.runtime.devices import move, widest, widest_float
 from rpo_trainer.runtime.distributed import all_gather_dict, rank
 from rpo_trainer.step.batch import Layout, PackedBatch
 from rpo_trainer.step.forward import token_logprobs
@@ -24,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 
 class StepZero:
-    """Watches the forwards of the first global batch, and judges them before the first update.
+    """Collects the forwards of the first global batch, and checks them before the first update.
 
-    What is compared are log-probs per token, policy against reference: the loss is a function of them,
-    and they keep one tolerance for every loss. The loss and its constant are reported.
+    The check compares log-probs per token of policy and reference: the loss is a function of them, and one
+    tolerance fits every loss. The loss and its expected value are reported.
 
     Args:
         model: the policy.
         args: the trainer's config.
-        layout: how its rows are packed.
-        has_ref_model: whether the reference is a model of its own.
-        use_rewards: whether the loss takes the rewards of the rows.
+        layout: the layout of its rows.
+        has_ref_model: whether the reference is a separate model.
+        use_rewards: whether the loss uses the rewards of the rows.
         reduce: sums a tensor over the ranks.
-        autocast: gives the context of the arithmetic that forwards run in.
+        autocast: returns the autocast context of the forwards.
     """
 
     def __init__(
@@ -59,39 +60,50 @@ class StepZero:
         self._autocast = autocast
         dtype = args.mixed_precision_dtype() or next(model.parameters()).dtype
         low = dtype in (torch.bfloat16, torch.float16)
-        # Nats per token: the mean over all of them, and any single response's.
+        # Nats per token: mean over all tokens, and for each response
         self.tolerance, self.tolerance_each = (0.05, 0.5) if low else (1e-4, 1e-3)
         # Σ |policy − reference|, tokens, responses that are off, Σ loss, Σ constant, examples
         self.sums: Tensor | None = None
         self.batches: list[PackedBatch] = []
 
+    def _rewards(self, batch: PackedBatch, group: Tensor) -> Tensor | None:
+        """Rewards of a group, where float64 is available for the closed forms; None: they are not used."""
+        if not self.use_rewards or batch.rewards is None:
+            return None
+        rewards = batch.rewards[group]
+        return rewards if widest_float(rewards.device) == torch.float64 else rewards.cpu()
+
     def add(self, sums: Tensor, batch: PackedBatch, losses: Tensor) -> None:
-        """One micro-batch: `[R]` policy log-probs, the batch, `[B]` preference losses."""
-        args, rewards = self.args, batch.rewards
+        """Adds a micro-batch: `[R]` policy log-probs, the batch, `[B]` preference losses."""
+        args = self.args
         assert batch.reference_logps is not None  # computed before training
-        weights = batch.weights.double()
+        weights = widest(batch.weights)
         constants = torch.cat(
             [
-                step_zero_losses(
-                    args.loss_type,
-                    beta=args.beta,
-                    shape=(group.shape[0], group.shape[1]),
-                    rewards=rewards[group] if self.use_rewards and rewards is not None else None,
-                    reward_scale=getattr(args, "reward_scale", 1.0),
-                    label_smoothing=getattr(args, "label_smoothing", 0.0),
-                ).to(sums.device, non_blocking=True)
+                move(
+                    step_zero_losses(
+                        args.loss_type,
+                        beta=args.beta,
+                        shape=(group.shape[0], group.shape[1]),
+                        rewards=self._rewards(batch, group),
+                        reward_scale=getattr(args, "reward_scale", 1.0),
+                        label_smoothing=getattr(args, "label_smoothing", 0.0),
+                    ),
+                    sums.device,
+                    non_blocking=True,
+                )
                 for group in batch.groups
             ]
         )
         real = weights.max()  # 0 for the filler of a rank without examples
-        off = (sums.detach() - batch.reference_logps).abs().double()
+        off = widest((sums.detach() - batch.reference_logps).abs())
         tokens = batch.response_tokens
         part = torch.stack(
             [
                 off.sum() * real,
-                tokens.sum().double() * real,
-                (off / tokens > self.tolerance_each).sum().double() * real,
-                (losses.detach().double() * weights).sum(),
+                widest(tokens.sum()) * real,
+                widest((off / tokens > self.tolerance_each).sum()) * real,
+                (widest(losses.detach()) * weights).sum(),
                 (constants * weights).sum(),
                 weights.sum(),
             ]
@@ -100,7 +112,7 @@ class StepZero:
         self.batches.append(batch)
 
     def finish(self) -> dict[str, float]:
-        """`loss`, `expected` and `nats_per_token` at step 0; raises StepZeroError if they disagree."""
+        """Returns `loss`, `expected` and `nats_per_token`; raises StepZeroError if the check fails."""
         assert self.sums is not None  # at least one micro-batch
         off, tokens, wrong, loss, expected, examples = self._reduce(self.sums).tolist()
         values = {
@@ -115,8 +127,8 @@ class StepZero:
             return values
         cause, what, fix = self._diagnose()
         error = StepZeroError(
-            f"before the first update the loss is {values['loss']:.6g}, where policy = reference gives "
-            f"{values['expected']:.6g}",
+            f"before the first update the loss is {values['loss']:.6g}, but {values['expected']:.6g} is "
+            "expected because policy and reference model are the same",
             code="training.step-zero",
             details={"cause": cause, **values},
             where="step-0 check",
@@ -128,13 +140,14 @@ class StepZero:
         raise error
 
     def _worst(self, plain: bool = False) -> tuple[float, float]:
-        """Nats per token that the response furthest off is off by, in eval mode, over all ranks.
+        """Largest difference from the reference of any response, in nats per token, in eval mode, over all
+        ranks.
 
         Args:
-            plain: also by forwards of the model's own, one response at a time.
+            plain: whether to run the model's own forward too, one response at a time.
 
         Returns:
-            Of the step, and of plain forwards (0 where not asked), against the reference.
+            The differences of the step's forward, and of plain forwards (0 without `plain`).
         """
         model, worst = self.model, [0.0, 0.0]
         model.eval()
@@ -153,7 +166,7 @@ class StepZero:
         return max(off[0] for off in of_ranks), max(off[1] for off in of_ranks)
 
     def _diagnose(self) -> tuple[str, str, str]:
-        """A name for the cause, what it is, and what to do."""
+        """Name of the cause, its description, and the fix."""
         model, each = self.model, self.tolerance_each
         whole = whole_on_every_rank(model)
         if self._worst()[0] <= each:
@@ -161,48 +174,49 @@ class StepZero:
                 names = text_of(noise_in(model))
                 return (
                     "noise",
-                    f"noise is on in the policy{names and f' ({names})'}",
-                    "report the model's type" if self.args.disable_dropout
+                    f"the policy has noise{names and f' ({names})'}",
+                    "report the type of the model" if self.args.disable_dropout
                     else "set disable_dropout=True (the default)",
                 )  # fmt: skip
             return (
                 "train-mode",
-                "the policy in train mode is not the policy in eval mode",
-                "look for noise in it",
+                "the policy differs between train and eval mode",
+                "check it for noise",
             )
         if self.has_ref_model:
-            return "ref-model", "ref_model does not give what the policy gives", "check ref_model"
+            return "ref-model", "ref_model and policy give different log-probs", "check ref_model"
         if not whole:
             return (
                 "reference",
-                "the reference log-probs are not the policy's: the cache is stale, the tokens have changed, "
-                "or the model's log-probs depend on the other examples of a forward",
-                "remove the folder reference-cache and start again; if that changes nothing, report the "
-                "model's type",
+                "the reference log-probs are not those of the policy: the cache is stale, the tokens have "
+                "changed, or log-probs depend on the other examples of a forward",
+                "remove the directory reference-cache and restart; if that does not help, report the type of "
+                "the model",
             )
         if not is_deterministic(model):
             return (
                 "not-deterministic",
                 "two forwards of the model in eval mode give different log-probs",
-                "train a model whose forward is deterministic, or set step0_check=False",
+                "use a model with a deterministic forward, or set step0_check=False",
             )
         step, plain = self._worst(plain=True)
         if plain <= each < step:
             return (
                 "layout",
-                f"in a batch of layout {self.layout} the policy's log-probs are not those of one response "
-                "at a time, which the reference log-probs agree with",
-                "set per_device_train_batch_size=1 or another layout, and report the model's type",
+                f"with layout {self.layout} the policy gives different log-probs than with one response at a "
+                "time, which match the reference log-probs",
+                "set per_device_train_batch_size=1 or another layout, and report the type of the model",
             )
         return (
             "reference",
-            "the reference log-probs are not the policy's: the cache is stale, or the tokens have changed",
-            "remove the folder reference-cache and start again",
+            "the reference log-probs are not those of the policy: the cache is stale, or the tokens have "
+            "changed",
+            "remove the directory reference-cache and restart",
         )
 
 
 def plain_sums(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Log-prob of each response of a micro-batch, `[R]`, by plain forwards of one response each."""
+    """Log-prob of each response of a micro-batch, `[R]`, from the model's own forward, one at a time."""
     inputs = batch.model_inputs
     ids, positions = inputs.input_ids, inputs.position_ids.reshape(-1)
     if inputs.rows is not None:

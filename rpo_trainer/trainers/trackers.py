@@ -1,4 +1,4 @@
-"""Trackers lie outside of a run: where one fails, the run goes on, and says so."""
+"""Fault-tolerant trackers: if one fails, training continues with a warning."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def fault_tolerant_callbacks(args: TrainingArguments) -> Iterator[list[TrainerCallback]]:
-    """The trackers that `report_to` names; one that raises is told nothing more, and training goes on.
+    """The trackers of `report_to`; if one raises, it is disabled, and training continues.
 
-    Inside, `report_to` is empty, so that the Trainer made there adds none of its own: it tells of its
-    making before anybody could guard them.
+    Within the context `report_to` is empty, so that a Trainer that is created there does not add its own
+    trackers.
     """
     report_to = args.report_to
     kinds: Any = get_reporting_integration_callbacks(report_to)  # type: ignore[no-untyped-call]
@@ -47,8 +47,8 @@ def _guard(tracker: Any) -> None:
             except Exception as error:
                 failed.append(error)
                 logger.warning(
-                    "the tracker %s has failed (%s: %s): it is told nothing more. The run goes on, and "
-                    "metrics.jsonl has everything",
+                    "the tracker %s failed (%s: %s) and is disabled; training continues, and metrics.jsonl "
+                    "has all metrics",
                     type(tracker).__name__, type(error).__name__, error,
                 )  # fmt: skip
                 return None

@@ -54,8 +54,12 @@ def test_ours_alone_at_real_lengths(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [[], ["--lora", "2", "--dtype", "bfloat16"], ["--lora", "2", "--frozen", "bfloat16"]],
-    ids=["full", "lora", "frozen bfloat16"],
+    [
+        [],
+        ["--lora", "2", "--dtype", "bfloat16"],
+        ["--lora", "2", "--dtype", "bfloat16", "--frozen", "float32"],
+    ],
+    ids=["full", "lora", "frozen float32"],
 )
 def test_planned_parts_are_the_measured_ones(options: list[str], tmp_path: Path) -> None:
     """Of so small a model the peak is noise on a CPU; weights, gradients and optimizer are not."""

@@ -400,7 +400,7 @@ def test_wrong_adapters_are_named_by_check(
         check_recipe(loaded, tmp_path / "run", only={"dpo"})
     found = with_code(error.value, code)
     assert "stages.dpo.peft" in str(found.where) and shown in str(found)
-    assert all(problem.why and problem.fix for problem in error.value.problems)
+    assert all(problem.fix for problem in error.value.problems)
 
 
 def test_4_bits_need_bitsandbytes_and_whole_bases(

@@ -47,7 +47,7 @@ def refused(
         with raises(code, RunError) as error:
             tiny.run(folder, recipe, **settings)
     assert error.value.exit_code == 2
-    assert error.value.where and error.value.what and error.value.why and error.value.fix
+    assert error.value.where and error.value.what and error.value.fix
     assert (tiny.content(folder / "run") if (folder / "run").is_dir() else {}) == before
     return error.value
 

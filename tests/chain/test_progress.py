@@ -5,17 +5,25 @@ from __future__ import annotations
 import io
 import logging
 import re
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rpo_trainer.chain import progress
-from rpo_trainer.chain.progress import ChainProgress, StageProgress
+from rpo_trainer.chain import progress, time_left
+from rpo_trainer.chain.progress import ChainProgress, StageProgress, duration
+from rpo_trainer.chain.time_left import TimeLeft
+from rpo_trainer.runtime import terminal
 
 ARGS = SimpleNamespace(examples_per_step=lambda: 32)
 LOGS = {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75, "grad_norm": 1}
+KINDS = ("sft", "sft", "dpo", "rpo", "rpo", "rpo")
+STAGES: list[Any] = [
+    SimpleNamespace(name=f"stage-{n}", kind=kind, max_steps=40, global_batch_size=32)
+    for n, kind in enumerate(KINDS, 1)
+]
 
 
 class Terminal(io.StringIO):
@@ -27,18 +35,33 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Seconds pass when a test says so."""
     now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.value))
+    fake = SimpleNamespace(monotonic=lambda: now.value)
+    monkeypatch.setattr(progress, "time", fake)
+    monkeypatch.setattr(time_left, "time", fake)
     return now
+
+
+@pytest.fixture(autouse=True)
+def terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    terminal.console.cache_clear()
+    yield
+    terminal.console.cache_clear()
 
 
 def state(step: int, first_rank: bool = True) -> Any:
     return SimpleNamespace(global_step=step, max_steps=40, is_world_process_zero=first_rank)
 
 
+def chain_at(number: int) -> ChainProgress:
+    return ChainProgress(len(STAGES), TimeLeft(STAGES[number - 1 :], {}))
+
+
 def train(callback: StageProgress, clock: Any, first_rank: bool = True) -> None:
     """Resumed at step 10; ten steps of half a second, then a log line."""
     callback.on_train_begin(ARGS, state(10, first_rank), None)
-    clock.value += 60  # an evaluation before the first step is no step
+    clock.value += 60  # an evaluation before the first step is not a step
     callback.on_step_begin(ARGS, state(10, first_rank), None)
     for step in range(11, 21):
         clock.value += 0.5
@@ -51,70 +74,111 @@ def train(callback: StageProgress, clock: Any, first_rank: bool = True) -> None:
 
 def test_without_a_terminal_it_is_plain_lines(caplog: pytest.LogCaptureFixture, clock: Any) -> None:
     caplog.set_level(logging.INFO)
-    chain = ChainProgress(6)
+    chain = chain_at(3)
     with chain.shown():
-        train(chain.callback("[3/6 dpo]", 3), clock)
-    # Two steps a second of 32 examples, and 20 steps are left.
-    line = "[3/6 dpo] step 20/40  loss 0.5  margin 0.25  acc 0.75  64 examples/s  00:10 left"
+        chain.begin(3, "stage-3")
+        train(chain.callback("[3/6 stage-3]"), clock)
+    # Two steps a second of 32 examples; 20 steps are left, and 3 stages of 40.
+    line = (
+        "[3/6 stage-3] step 20/40  loss 0.5  gap 0.25  acc 0.75  64 examples/s  00:10 left"
+        "  chain 01:10 left"
+    )
     assert caplog.messages == [line]
 
 
-def test_in_a_terminal_it_is_two_bars(caplog: pytest.LogCaptureFixture, clock: Any) -> None:
+def test_in_a_terminal_it_is_two_bars_that_fit_80_columns(
+    caplog: pytest.LogCaptureFixture, clock: Any
+) -> None:
     caplog.set_level(logging.INFO)
-    chain, terminal = ChainProgress(6), Terminal()
-    with redirect_stderr(terminal), chain.shown():
-        callback = chain.callback("[3/6 dpo]", 3)
+    chain, screen = chain_at(3), Terminal()
+    with redirect_stderr(screen), chain.shown():
+        chain.begin(3, "stage-3")
+        callback = chain.callback("[3/6 stage-3]")
         train(callback, clock)
-        assert (chain.stage_bar.n, chain.stage_bar.total) == (20, 40)
-        assert (chain.bar.n, chain.bar.total) == (2.5, 6)
-        chain.stage_bar.refresh()
+        lines = terminal.console().render_lines(chain.render())
+        texts = ["".join(part.text for part in line) for line in lines]
         callback.on_train_end(ARGS, state(40), None)
-        assert chain.stage_bar is None
-    shown = terminal.getvalue()
-    assert re.search(r"chain, stage 3 of 6  42% \|", shown)
-    assert re.search(r"\[3/6 dpo\]  50% \|.*step 20/40, \S+ left", shown)
-    assert "loss 0.5  margin 0.25  acc 0.75  64 examples/s" in shown
+    assert all(len(text) == 80 for text in texts)
+    stage, whole, figures = (text.rstrip() for text in texts)
+    assert re.fullmatch(r"stage-3 \S{40,} step 20/40, 00:10 left", stage)
+    assert re.fullmatch(r"chain   \S{40,} stage 3/6, 01:10 left", whole)
+    assert figures == "loss 0.5  gap 0.25  acc 0.75  64 examples/s"
+    assert "step 20/40, 00:10 left" in screen.getvalue()
     assert caplog.messages == []
 
 
-def test_a_terminal_without_width_gets_lines(
-    caplog: pytest.LogCaptureFixture, clock: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["a", "a-very-long-name-of-a-stage-that-somebody-has-chosen"])
+@pytest.mark.parametrize("steps", [1, 1_000_000])
+def test_the_bar_keeps_a_third_of_80_columns(name: str, steps: int, clock: Any) -> None:
+    stage: Any = SimpleNamespace(name=name, kind="sft", max_steps=steps, global_batch_size=1)
+    chain = ChainProgress(1, TimeLeft([stage], {}))
+    with redirect_stderr(Terminal()), chain.shown():
+        chain.begin(1, name)
+        chain.callback("").on_step_begin(ARGS, state(0), None)
+        clock.value += 10
+        chain.time_left.step_ended(1, steps)
+        chain.step(1, steps)
+        lines = terminal.console().render_lines(chain.render())
+        text = "".join(part.text for part in lines[0])
+    assert len(re.findall("[━╸╺]", text)) >= 22 and len(text) == 80
+
+
+@pytest.mark.parametrize("why", ["no columns", "dumb"])
+def test_a_terminal_that_cannot_redraw_gets_lines(
+    why: str, caplog: pytest.LogCaptureFixture, clock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(progress.os, "get_terminal_size", lambda _: SimpleNamespace(columns=0))
-    chain, terminal = ChainProgress(6), Terminal()
-    monkeypatch.setattr(terminal, "fileno", lambda: 2)
-    with redirect_stderr(terminal), chain.shown():
-        train(chain.callback("[3/6 dpo]", 3), clock)
-    assert len(caplog.messages) == 1 and terminal.getvalue() == ""
+    chain, screen = chain_at(3), Terminal()
+    if why == "dumb":
+        monkeypatch.setenv("TERM", "dumb")
+    else:
+        size = SimpleNamespace(columns=0)
+        monkeypatch.setattr(terminal.os, "get_terminal_size", lambda _: size)
+        monkeypatch.setattr(screen, "fileno", lambda: 2)
+    with redirect_stderr(screen), chain.shown():
+        chain.begin(3, "stage-3")
+        train(chain.callback("[3/6 stage-3]"), clock)
+    assert len(caplog.messages) == 1 and screen.getvalue() == ""
 
 
-def test_messages_go_above_the_bars_and_the_handlers_come_back() -> None:
-    package, terminal = logging.getLogger("rpo_trainer"), Terminal()
-    before, level = package.handlers, package.level
-    own = logging.StreamHandler(terminal)
-    package.handlers, package.level = [own], logging.INFO
+def test_lines_of_every_library_go_above_the_bars(clock: Any) -> None:
+    """Handlers that hold the stream itself, as those of libraries do, and plain prints."""
+    other, screen = logging.getLogger("some_library"), Terminal()
+    handler = logging.StreamHandler(screen)
+    other.addHandler(handler)
     try:
-        with redirect_stderr(terminal), ChainProgress(6).shown():
-            package.info("a message")
-            assert own not in package.handlers
-        assert package.handlers == [own]
+        with redirect_stderr(screen):
+            chain = chain_at(3)
+            with chain.shown():
+                chain.begin(3, "stage-3")
+                start = len(screen.getvalue())
+                other.warning("a line of a library")
+                print("a printed line", file=progress.sys.stderr)
+                drawn = screen.getvalue()[start:]
+            other.warning("after the bars")
     finally:
-        package.handlers, package.level = before, level
-    assert re.search(r"(^|\r|\n) *a message\n", terminal.getvalue())
+        other.removeHandler(handler)
+    # Each begins at the left: the display is erased before it, and drawn again below it.
+    for line in ("a line of a library", "a printed line"):
+        before, after = drawn.split(line)
+        assert before.endswith(("\x1b[2K", "\r", "\n")) or re.search(r"\x1b\[\dK$", before), before
+        assert "chain" in after
+    assert screen.getvalue().endswith("after the bars\n") and handler.stream is screen
 
 
-def test_an_error_in_training_leaves_no_bar_open(clock: Any) -> None:
-    chain = ChainProgress(6)
+def test_an_error_in_training_ends_the_display(clock: Any) -> None:
+    chain = chain_at(3)
+    before = progress.sys.stderr
 
     def broken() -> None:
         with redirect_stderr(Terminal()), chain.shown():
-            train(chain.callback("[3/6 dpo]", 3), clock)
+            chain.begin(3, "stage-3")
+            train(chain.callback("[3/6 stage-3]"), clock)
             raise ValueError("the loss is not finite")
 
     with pytest.raises(ValueError, match="loss"):
         broken()
-    assert chain.bar is None and chain.stage_bar is None
+    assert chain.live is None and progress.sys.stderr is before
 
 
 def test_other_ranks_are_quiet(
@@ -122,7 +186,47 @@ def test_other_ranks_are_quiet(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(progress.distributed, "is_main", lambda: False)
-    chain, terminal = ChainProgress(6), Terminal()
-    with redirect_stderr(terminal), chain.shown():
-        train(chain.callback("[3/6 dpo]", 3), clock, first_rank=False)
-    assert terminal.getvalue() == "" and caplog.messages == []
+    chain, screen = chain_at(3), Terminal()
+    with redirect_stderr(screen), chain.shown():
+        chain.begin(3, "stage-3")
+        train(chain.callback("[3/6 stage-3]"), clock, first_rank=False)
+    assert screen.getvalue() == "" and caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "00:00"), (59.6, "01:00"), (187, "03:07"), (3787, "1:03:07")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_chain_does_not_move_back_while_a_stage_is_evaluated(clock: Any) -> None:
+    chain = chain_at(3)
+
+    def filled() -> int:
+        """Columns of the chain's bar up to where it is."""
+        bar = [p for p in terminal.console().render_lines(chain.render())[1] if "━" in p.text]
+        return len(bar[0].text)
+
+    with redirect_stderr(Terminal()), chain.shown():
+        chain.begin(3, "stage-3")
+        callback = chain.callback("")
+        train(callback, clock)
+        callback.on_train_end(ARGS, state(40), None)
+        chain.step(40, 40)
+        chain.phase("evaluating")
+        evaluating = filled()
+        chain.begin(4, "stage-4")
+        assert evaluating == pytest.approx(filled(), abs=3) and evaluating > 20
+
+
+def test_a_single_stage_has_one_bar(clock: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    chain = ChainProgress(1, TimeLeft(STAGES[:1], {}))
+    with redirect_stderr(Terminal()), chain.shown():
+        chain.begin(1, "stage-1")
+        assert len(terminal.console().render_lines(chain.render())) == 1
+    chain = ChainProgress(1, TimeLeft(STAGES[:1], {}))
+    chain.begin(1, "stage-1")
+    train(chain.callback("[1/1 stage-1]"), clock)
+    assert "left" in caplog.text and "chain" not in caplog.messages[-1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.training import output_fingerprint
+from rpo_trainer.chain.outputs import output_fingerprint
 from rpo_trainer.errors import Problems, RecipeError
 from rpo_trainer.recipe import ModelSpec, Stage, expand_stages
 from rpo_trainer.recipe.schema import STAGE_KINDS
@@ -22,7 +22,7 @@ READ_ELSEWHERE = {
     "name": "folder", "kind": "class", "init": "chain", "reference": "chain", "data": "data",
     "micro_batch_size": "per_device_train_batch_size", "seed": "seed", "peft": "lora_config",
     "training_args": "all", "eval": "chain", "repeat": "expand_stages",
-    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing": "activation_checkpointing", "save_dtype": "chain",
 }  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def test_a_change_that_is_allowed_is_taken_over_and_kept(
     assert "--allow-changed stages.a.beta" in str(error.value.fix)
     state = allowed(tmp_path, new, "stages.a.beta")
     assert state.stage("a").spec["beta"] == 0.2 and state.stage("a").steps == 7
-    assert "allowed: stages.a.beta: 0.1 → 0.2" in caplog.text
+    assert "stages.a.beta: 0.1 → 0.2" in caplog.text
     state.save()
     state = allowed(tmp_path, new)  # the next time there is nothing to allow
     (change,) = state.changes
@@ -213,7 +213,7 @@ def test_an_allowed_key_that_is_none(key: str, tmp_path: Path) -> None:
     begun(tmp_path, beta=0.1)
     with raises("option.unknown-key", RecipeError, where=f"--allow-changed {key}") as error:
         allowed(tmp_path, [spec("a", beta=0.2), spec("b")], key)
-    assert f"`{key}`" in error.value.what and error.value.why and error.value.fix
+    assert f"`{key}`" in error.value.what and error.value.fix
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_run_shows_a_table_and_again_is_done(
     recipe = finished.parent / "recipe.yaml"
     assert call("run", recipe, "--run-dir", finished, "--no-report") == 0
     shown = capsys.readouterr()
-    assert "code" in shown.out and "done: " in shown.err
+    assert "code" in shown.out and "finished" in shown.err
     assert tiny.content(finished) == before
 
 

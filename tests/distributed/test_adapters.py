@@ -95,3 +95,35 @@ def test_qlora_on_two_ranks_is_that_of_one(engine: str, one_qlora: Path, tmp_pat
     assert max(tensor.abs().max() for key, tensor in alone.items() if "lora_B" in key) > 1e-3
     check = tiny.records(tmp_path / "run")["rpo"]["step0"]
     assert check["ok"] and check["nats_per_token"] < 1e-5
+
+
+def in_bfloat16(engine: str) -> tiny.Recipe:
+    """An adapter merged and one kept, over frozen weights in the dtype of the arithmetic."""
+    made = adapted(engine)
+    made["model"]["dtype"] = "bfloat16"
+    return made
+
+
+@pytest.fixture(scope="module")
+def one_in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return alone(tmp_path_factory.mktemp("one_bfloat16"), in_bfloat16("none"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_frozen_bfloat16_weights_below_float32_adapters(
+    engine: str, one_in_bfloat16: Path, tmp_path: Path
+) -> None:
+    """FSDP2 shards both dtypes; DeepSpeed holds the rounded weights in float32."""
+    require(engine)
+    tiny.write_recipe(tmp_path, in_bfloat16(engine))
+    code, output = start(tmp_path)
+    assert code == 0, output[-5000:]
+    for name in LEFT:
+        mine, alone = load_file(tmp_path / "run" / name), load_file(one_in_bfloat16 / name)
+        assert mine.keys() == alone.keys(), name
+        for key, tensor in alone.items():
+            assert mine[key].dtype == torch.float32 or "base_layer" in key
+            torch.testing.assert_close(mine[key].float(), tensor.float(), atol=0.05, rtol=0)
+    for record in tiny.records(tmp_path / "run").values():
+        if record["kind"] != "sft":
+            assert record["step0"]["ok"]

@@ -17,7 +17,7 @@ from typing import Any
 
 SETTINGS: dict[str, Any] = {
     "kind": "dpo", "accumulation": 1, "checkpointing": False, "bf16": False, "lora": None,
-    "nf4": False, "engine": "single", "folder": "", "micro_batch": 4,
+    "nf4": False, "frozen": False, "engine": "single", "folder": "", "micro_batch": 4,
 }  # fmt: skip
 RANKS = 2
 
@@ -77,7 +77,8 @@ def planned(settings: dict[str, Any]) -> int:
     memory = step_memory(
         make, rows[: settings["micro_batch"]], reference_batch=rows if settings["kind"] == "dpo" else (),
         accumulation=settings["accumulation"], checkpointing=settings["checkpointing"],
-        autocast=half, half_weights=bool(half) and engine in ("fsdp2", "zero3"),
+        autocast=half, frozen=half if settings["frozen"] and half else torch.float32,
+        half_weights=bool(half) and engine in ("fsdp2", "zero3"),
     )  # fmt: skip
     return per_device(memory, engine, ranks_of(settings), half=bool(half)).peak
 
@@ -104,7 +105,8 @@ def train(settings: dict[str, Any]) -> None:
     if settings["nf4"]:
         held["quantization_config"] = nf4(torch.bfloat16 if args.bf16 else torch.float32)
     trainer: Any = RewardTrainer if reward else DPOTrainer
-    model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype="float32", **held)
+    dtype = "bfloat16" if settings["frozen"] else "float32"  # below an adapter
+    model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=dtype, **held)
     for tensor in (
         model.parameters() if held else ()
     ):  # else the file that was quantised stays mapped

@@ -138,6 +138,40 @@ def test_an_adapter_has_gradients_of_its_own_weights_alone() -> None:
     assert found.parameters == memory().parameters + found.gradients
 
 
+def lora(dtype: torch.dtype) -> Any:
+    return get_peft_model(
+        llama(dtype), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+
+
+@pytest.mark.parametrize("half_weights", [False, True])
+def test_frozen_weights_are_counted_in_their_dtype(half_weights: bool) -> None:
+    """Two bytes for each frozen weight, whether an engine shards them or not; four for the adapter's."""
+    found = memory(lora, frozen=torch.bfloat16, autocast=torch.bfloat16, half_weights=half_weights)
+    buffers = sum(b.numel() * b.element_size() for b in llama().buffers())
+    assert found.gradients == 4 * LAYERS * 2 * 2 * H
+    assert found.parameters == pytest.approx(2 * WEIGHTS + found.gradients + buffers, abs=buffers)
+    plain = memory(lora, autocast=torch.bfloat16)
+    assert plain.parameters == 4 * WEIGHTS + found.gradients + buffers
+    assert (
+        plain.root + plain.layer == found.root + found.layer
+    )  # what is gathered: see `per_device`
+
+
+@pytest.mark.slow
+def test_an_8b_model_has_15_gib_of_frozen_weights() -> None:
+    def model(dtype: torch.dtype) -> Any:
+        config = LlamaConfig(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8,
+        )  # fmt: skip
+        spec = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(_in(config, dtype), spec)
+
+    found = memory(model, count=1, frozen=torch.bfloat16, autocast=torch.bfloat16)
+    assert found.parameters / 2**30 == pytest.approx(15.1, abs=0.2)
+
+
 def test_the_logit_tile_is_bounded() -> None:
     """Twice the tokens make twice the logits; with a small tile they do not."""
 
@@ -195,7 +229,9 @@ def test_a_reward_model_has_a_head_of_its_own_and_no_logits() -> None:
 ALL = {"r": 16, "target_modules": "all-linear"}
 SINGLE: dict[str, dict[str, Any]] = {
     "plain": {}, "accumulation": {"accumulation": 2}, "checkpointing": {"checkpointing": True},
-    "bfloat16": {"bf16": True}, "LoRA": {"lora": ALL}, "reward": {"kind": "reward"},
+    "bfloat16": {"bf16": True}, "LoRA": {"lora": ALL},
+    "LoRA in bfloat16": {"lora": ALL, "bf16": True, "frozen": True},
+    "reward": {"kind": "reward"},
     "QLoRA": {"lora": ALL, "nf4": True, "bf16": True, "micro_batch": 8},
 }  # fmt: skip
 

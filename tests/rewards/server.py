@@ -50,11 +50,12 @@ def completion(answer: Answer, path: str) -> bytes:
 
 
 class Server:
-    """`asked` holds every request; `seen` how often each (by its JSON) has come."""
+    """`asked` holds every request, `paths` its path; `seen` how often each (by its JSON) has come."""
 
     def __init__(self, answer: Callable[[dict[str, Any], int], Answer]) -> None:
         self.answer = answer
         self.asked: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.keys: list[str | None] = []
         self.seen: Counter[str] = Counter()
         self.sent = 0  # bytes of endless bodies
@@ -74,6 +75,7 @@ class Server:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with server._lock:
                     server.asked.append(request)
+                    server.paths.append(self.path)
                     server.keys.append(self.headers.get("authorization"))
                     key = json.dumps(request, sort_keys=True)
                     count = server.seen[key]

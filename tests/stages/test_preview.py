@@ -124,8 +124,8 @@ def test_of_a_long_text_both_ends_are_shown(tmp_path: Path) -> None:
 def test_a_stage_that_samples_shows_its_prompts_and_rounds_are_shown_once(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     text = plain(shown(path, 1))
-    assert "48 prompts; their responses are sampled when the stage runs" in text
-    assert "rpo-2 (rpo)\nthe same data as rpo-1" in text
+    assert "48 prompts; responses are sampled when the stage runs" in text
+    assert "rpo-2 (rpo)\nsame data as rpo-1" in text
     assert "code (sft)" in text
 
 

@@ -60,8 +60,30 @@ def test_logsumexp(rows, width, v0):
         logits[4, ::2] = before[4, 1:-2:2] = float("-inf")
     total, found = head_kernels.logsumexp(logits, labels, v0)
     torch.testing.assert_close(total.double(), logits.double().logsumexp(1))
-    _, wanted = logprobs._logsumexp(logits, labels, v0, in_place=False)
+    _, wanted, _ = logprobs._logsumexp(logits, labels, v0, in_place=False)
     assert torch.equal(found, wanted)
+    assert torch.equal(whole, before)
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("width", [1, 64, 4096, 9001])
+@pytest.mark.parametrize("v0", [1, 5000])
+def test_statistics(rows, width, v0):
+    from rpo_trainer.step import head_kernels
+    from rpo_trainer.step.token_stats import slice_stats
+
+    whole, logits, labels, *_ = tile(rows, width, v0=v0)
+    if rows == 7:
+        logits[3] = float("-inf")
+        logits[4, ::2] = float("-inf")
+    before = whole.clone()
+    total, found, stats = head_kernels.logsumexp_and_stats(logits, labels, v0)
+    wanted, lse = slice_stats(logits.double(), with_mean=True)
+    torch.testing.assert_close(total.double(), lse)
+    assert torch.equal(found, head_kernels.logsumexp(logits, labels, v0)[1])
+    for own, theirs in zip(stats, wanted, strict=True):
+        torch.testing.assert_close(own.double(), theirs, atol=1e-5, rtol=1e-5)
     assert torch.equal(whole, before)
 
 
@@ -187,7 +209,11 @@ def test_they_compile_for_a_gpu(arch, half, full, monkeypatch, tmp_path):
         "normalizer": "*fp32", "out": f"*{half}",
     }  # fmt: skip
     given = {"grad": "*fp32", "softcap": "fp32"}
-    for kernel in (head_kernels._logsumexp_kernel, head_kernels._slope_kernel):
+    kernels = (
+        head_kernels._logsumexp_kernel, head_kernels._logsumexp_and_stats_kernel,
+        head_kernels._slope_kernel,
+    )  # fmt: skip
+    for kernel in kernels:
         signature, values = {}, {}
         for name in kernel.arg_names:
             if name in constants or (name in given and not full):

@@ -65,7 +65,7 @@ def remove(folder: Path) -> str:
 
 def no_manifest(folder: Path) -> str:
     (folder / checkpoint.MANIFEST).unlink()
-    return "no manifest.json: it was not written to its end"
+    return "no manifest.json"
 
 
 def manifest_of(text: str | bytes):

@@ -77,11 +77,11 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     [
         (
             SFTConfig,
-            "logits_chunk_bytes (int, 536870912): Most memory for one tile of logits, in bytes.",
+            "logits_chunk_bytes (int, 536870912): Maximum size of a tile of logits, in bytes.",
         ),
-        (DPOConfig, "label_smoothing (float, 0.0): Share of labels taken to be wrong: cDPO"),
+        (DPOConfig, "label_smoothing (float, 0.0): Assumed fraction of wrong labels: cDPO"),
         (DPOConfig, "loss_type (str, 'dpo'): `dpo`: −log σ of the implicit gap"),
-        (RPOConfig, "reward_scale (float, 1.0): η: scale of the given rewards."),
+        (RPOConfig, "reward_scale (float, 1.0): η: scale of the rewards."),
         (RPOConfig, "loss_type (str, 'rpo_bwd_kl'): `rpo_bwd_kl`: KL(softmax of"),
         (RewardConfig, "objective (str, 'bradley_terry'): `bradley_terry` (pairs) or"),
         (RewardConfig, "learning_rate (float, 0.0001): Peak learning rate."),
@@ -120,7 +120,7 @@ def test_with_a_token_budget_any_number_of_examples_is_one_batch_to_the_loop(tmp
 
 
 @pytest.mark.parametrize(
-    ("micro", "batch", "nearest"), [(4, 30, "28 or 32"), (8, 3, "take 8"), (4, 0, "take 4")]
+    ("micro", "batch", "nearest"), [(4, 30, "28 or 32"), (8, 3, "use 8"), (4, 0, "use 4")]
 )
 def test_a_global_batch_that_does_not_divide_names_the_nearest(micro, batch, nearest, tmp_path):
     where = "SFTConfig.global_batch_size"

@@ -194,11 +194,11 @@ def test_reward_models_have_it_too(
 
 
 SAID = [
-    ("mixtral", ASKS, None, "INFO", "times 3 (the model's config)"),
-    ("mixtral", ASKS, 0.5, "INFO", "times 0.5 (router_aux_loss_coef)"),
-    ("mixtral", ASKS, 0.0, "INFO", "off, since router_aux_loss_coef is 0"),
-    ("mixtral", {"router_aux_loss_coef": 0.1}, None, "INFO", "off, since the model's config"),
-    ("mixtral", {"router_aux_loss_coef": 0.1}, 0.5, "INFO", "times 0.5"),
+    ("mixtral", ASKS, None, "INFO", "weight 3 (the model's config)"),
+    ("mixtral", ASKS, 0.5, "INFO", "weight 0.5 (router_aux_loss_coef)"),
+    ("mixtral", ASKS, 0.0, "INFO", "off, because router_aux_loss_coef is 0"),
+    ("mixtral", {"router_aux_loss_coef": 0.1}, None, "INFO", "off, because the model's config"),
+    ("mixtral", {"router_aux_loss_coef": 0.1}, 0.5, "INFO", "weight 0.5"),
     ("mixtral", {**ASKS, "router_aux_loss_coef": 0.0}, None, None, "router"),
     ("llama", {"aux_loss_alpha": 0.001}, None, "WARNING", "aux_loss_alpha=0.001"),
     ("llama", {}, None, None, "router"),
@@ -216,7 +216,7 @@ def test_the_start_says_which(
     said = [(r.levelname, r.getMessage()) for r in caplog.records if "router" in r.getMessage()]
     assert len(said) == (level is not None)
     assert level is None or (said[0][0] == level and text in said[0][1])
-    assert (trainer.router is not None) == bool(said and "times" in said[0][1])
+    assert (trainer.router is not None) == bool(said and "weight" in said[0][1])
 
 
 @pytest.mark.parametrize(

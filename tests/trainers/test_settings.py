@@ -299,6 +299,34 @@ def test_noise_on_embeddings_is_scaled_by_the_example(start, make_trainer):
         assert found.flatten().tolist() == wanted
 
 
+def test_noise_of_one_example_a_forward_is_scaled_by_its_length(start, make_trainer):
+    rows, sizes = make_rows(0, (1,) * 4), []
+    trainer = make_trainer(
+        "sft", copy.deepcopy(start), rows, layout="single", neftune_noise_alpha=5.0,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+    embeddings = trainer.model.get_input_embeddings()
+    plain = embeddings.weight.detach().clone()
+
+    def look(_: Any, args: Any, output: Any) -> None:
+        (ids,) = args
+        largest = (output - plain[ids]).abs().max().item()
+        sizes.append(largest * (ids.numel() * output.shape[-1]) ** 0.5 / 5.0)
+
+    train = trainer._inner_training_loop
+
+    def watched(*args: Any, **kwargs: Any) -> Any:  # its hook comes after the noise's
+        handle = embeddings.register_forward_hook(look)
+        try:
+            return train(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    trainer._inner_training_loop = watched
+    trainer.train()
+    assert len(sizes) == 4 and all(0.9 < size <= 1.0 + 1e-6 for size in sizes)
+
+
 def test_noise_acts_in_training_alone(start, make_trainer):
     rows, models, losses, hooks = make_rows(0, (1,) * 4), [], [], []
     for alpha in (None, 5.0):
@@ -396,9 +424,11 @@ def test_evaluation_leaves_the_weights(start, make_trainer):
     ("name", "word"),
     [
         ("compute_metrics", "evaluate"),
-        ("data_collator", "collator"),
-        ("tokenizer", "processing_class"),
-        ("formatting_func", "messages"),
+        ("data_collator", "packs"),
+        ("preprocess_logits_for_metrics", "logits"),
+        ("compute_loss_func", "LOSSES"),
+        ("max_seq_length", "max_length in the config"),
+        ("reward_processing_class", "processing_class"),
         ("model_init", "model"),
         ("callback", "callbacks"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig, SFTTrainer
-from rpo_trainer.trainers.argument_status import defaults_of
+from rpo_trainer.trainers.argument_status import by_name, defaults_of
 from rpo_trainer.trainers.setup import _warn_once
 from tests.trainers.plain import make_rows
 
@@ -26,6 +26,9 @@ def reasons(config: Any) -> dict[str, str]:
 def test_defaults_are_trls(ours: type) -> None:
     trl = pytest.importorskip("trl")
     own, theirs = defaults_of(ours), defaults_of(getattr(trl, ours.__name__))
+    foreign = by_name(ours.trl_table)  # None unless given
+    assert {own[name] for name in foreign} == {None}
+    own = {name: value for name, value in own.items() if name not in foreign}
     differ = {name for name in own.keys() & theirs.keys() if own[name] != theirs[name]}
     assert differ - reasons(ours).keys() == set()
     needless = {name for name in reasons(ours) if name in theirs and name not in differ}

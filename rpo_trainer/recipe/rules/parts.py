@@ -290,6 +290,20 @@ def fields_of_the_objective(raw: Raw) -> Errors:
             yield unread((field,), f"`{field}` cannot be set with `objective: {objective}`")
 
 
+def saved_dtype(raw: Raw) -> Errors:
+    """A stage that delivers an adapter alone saves it in float32."""
+    peft = raw.get("peft")
+    if raw.get("save_dtype", "auto") in ("auto", "float32") or not isinstance(peft, dict):
+        return
+    if peft.get("between_stages") == "keep" and not peft.get("merge"):
+        yield unread(
+            ("save_dtype",),
+            "`save_dtype` of a stage that saves an adapter alone",
+            "remove it, or add `merge: true` under `peft` for a merged model in that dtype",
+            why="the next stage trains this adapter further, and its weights are float32",
+        )
+
+
 def no_fields_of_a_policy(raw: Raw) -> Errors:
     """A reward stage has no `eval`, no adapter and no rounds."""
     if raw.get("eval") is not None:

@@ -16,6 +16,7 @@ from rpo_trainer.recipe.schema.rewards import (
     GenerateSpec,
     JudgeSpec,
     PairsSpec,
+    RewardEndpointSpec,
     ScoreSpec,
 )
 from rpo_trainer.recipe.schema.spec import Spec, Text
@@ -48,6 +49,7 @@ __all__ = [
     "RPOStage",
     "Recipe",
     "ReplaySpec",
+    "RewardEndpointSpec",
     "RewardStage",
     "SFTStage",
     "ScoreSpec",

@@ -88,6 +88,11 @@ class PeftSpec(Spec):
     quantization: Literal["nf4"] | None = Field(
         None, description="keep the frozen base weights in 4 bits (QLoRA); requires bitsandbytes"
     )
+    frozen_dtype: Literal["auto", "float32"] = Field(
+        "auto",
+        description="dtype of the frozen base weights; `auto`: that of the arithmetic (`model.dtype`). "
+        "Adapter weights are float32 either way",
+    )
 
     def lora_fields(self) -> dict[str, Any]:
         """Return the fields of `peft.LoraConfig`."""

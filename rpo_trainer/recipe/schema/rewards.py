@@ -38,6 +38,17 @@ class EndpointSpec(Spec):
     )
 
 
+class RewardEndpointSpec(EndpointSpec):
+    """A reward model behind an endpoint."""
+
+    api: Literal["rewards", "vllm_score", "vllm_classify"] | None = Field(
+        None,
+        description="wire format: `rewards` (chat completions that answer with scores by attribute), "
+        "`vllm_score` or `vllm_classify` (vLLM's `/score` and `/classify`); by default from the end of "
+        "the url",
+    )
+
+
 class JudgeSpec(EndpointSpec):
     """An LLM judge that compares two responses, in both orders."""
 
@@ -125,7 +136,7 @@ class ScoreSpec(Spec):
         None,
         description="reward model: name of an earlier reward stage, or path (with a slash)",
     )
-    endpoint: EndpointSpec | None = Field(
+    endpoint: RewardEndpointSpec | None = Field(
         None, description="reward endpoint, which returns scores by attribute"
     )
     judge: JudgeSpec | None = Field(

@@ -67,6 +67,7 @@ class StageBase(Spec):
         parts.data_of_the_kind,
         parts.responses_of_the_loss,
         parts.skipped_steps,
+        parts.saved_dtype,
     )
 
     name: str = Field(
@@ -129,6 +130,11 @@ class StageBase(Spec):
         description="optimizer steps between checkpoints; without it, a stage that is killed starts again",
     )
     save_total_limit: int = Field(1, ge=1, description="number of checkpoints to keep")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="dtype of the model that the stage delivers in `final`; `auto`: that of the model it "
+        "descends from. Later stages start from the exact float32 weights",
+    )
     eval_steps: int | None = Field(
         None, ge=1, description="optimizer steps between evaluations on held-out data (`data.eval`)"
     )

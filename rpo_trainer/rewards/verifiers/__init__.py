@@ -1,4 +1,4 @@
-"""Rewards computed from what a row says about right answers: no reward model, no judge."""
+"""Verifiers: rewards computed from the reference answers or checks in a row, without a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = [
     "VERIFIERS", "FailedChecks", "Verifier", "check_rows", "get_verifier", "score_rows",
 ]  # fmt: skip
 
-# All verifiers, by name. `VerifierName` in recipe/schema/rewards.py has the names once more, since the recipe
-# imports nothing of rewards.
+# All verifiers, by name. `VerifierName` in recipe/schema/rewards.py repeats the names: the recipe does
+# not import rewards.
 VERIFIERS = {
     verifier.name: verifier
     for verifier in (
@@ -29,36 +29,36 @@ VERIFIERS = {
 
 
 def get_verifier(name: str, *, allow_code_execution: bool = False) -> Verifier:
-    """The verifier of that name, one of `VERIFIERS`.
+    """Return the verifier with this name, one of `VERIFIERS`.
 
     Raises:
-        RecipeError: there is no such verifier, or it runs code and that has not been allowed.
+        RecipeError: the name is unknown, or the verifier executes code and that is not allowed.
     """
     if name not in VERIFIERS:
         raise RecipeError(
             f"unknown verifier '{name}'{suggestion(name, VERIFIERS)}",
             code="verifier.unknown",
-            why="each decides by another rule what is right, and none is taken in place of another",
+            why="each verifier applies a different rule",
             fix=f"use one of: {', '.join(VERIFIERS)}",
         )
     if VERIFIERS[name].runs_code and not allow_code_execution:
         raise RecipeError(
-            f"the verifier '{name}' runs code that a model has written",
+            f"the verifier '{name}' executes model-written code",
             code="recipe.code-execution-not-allowed",
-            why="that code can do harm; it runs with limits, which are no wall",
-            fix="allow_code_execution: true (--allow-code-execution), best inside a container",
+            why="that code may be harmful; its sandbox has limits but is not a security boundary",
+            fix="set allow_code_execution: true (--allow-code-execution), preferably in a container",
         )
     return VERIFIERS[name]
 
 
 def score_rows(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
-    """The rows with `rewards`, one for each of their `responses`.
+    """Return the rows with `rewards`, one for each of their `responses`.
 
-    Responses whose check fails get the reward 0; how many they are is logged as a warning.
+    Responses whose check fails get the reward 0; a warning counts them.
 
     Raises:
-        DataError, or Problems: rows that cannot be verified; all are counted, the first three of
-            each kind are named.
+        DataError, or Problems: rows cannot be verified; all are counted, the first three of each kind are
+            listed.
     """
     problems = RowProblems()
     failed = FailedChecks()
@@ -75,7 +75,7 @@ def score_rows(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
 
 
 def check_rows(rows: Sequence[Row], verifier: Verifier) -> None:
-    """Raises what `score_rows` would, before time is spent on sampling responses."""
+    """Raise the errors of `score_rows` before responses are sampled."""
     problems = RowProblems()
     for row in rows:
         try:
@@ -89,5 +89,5 @@ def _raise(problems: RowProblems, total: int, verifier: Verifier) -> None:
     problems.where = f"verifier '{verifier.name}'"
     problems.raise_if_any(
         total,
-        fix=f"give what it reads ({', '.join(verifier.columns)}), or leave these rows out",
+        fix=f"add the columns it reads ({', '.join(verifier.columns)}), or remove these rows",
     )

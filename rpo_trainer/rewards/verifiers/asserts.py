@@ -1,8 +1,8 @@
-"""The asserts verifier: a response's code is run against the row's tests, outside of this process.
+"""The `asserts` verifier: run the code of a response against the tests of the row, in other processes.
 
-The code and the tests run in two processes (`sandbox/`). The process of the code knows neither the
-tests nor what they expect, and has no way to report a result. Both processes have limits on time,
-memory, files, and other processes, and have no network and none of this process's environment.
+Code and tests run in two processes (`sandbox/`). The process of the code has neither the tests nor the
+expected values, and cannot report a result. Both processes have limits on time, memory, files and
+subprocesses, and no access to the network or to this process's environment.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.rewards.verifiers.base import Check, Verifier, required
 from rpo_trainer.rewards.verifiers.setup_code import Setup
 
-SECONDS = 10  # of one response's code and all its tests
+SECONDS = 10  # for the code of one response and all its tests
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _PYTHON = ("", "python", "py", "python3")
 _SANDBOX = Path(__file__).with_name("sandbox")
-# The folder is a package of its own there, so that nothing else of this one is imported.
+# `sandbox` is imported as a top-level package, so that nothing else of this package is imported.
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from sandbox.main import main; "
     "del sys.path[0], sys.argv[1:]; main()"
@@ -39,11 +39,12 @@ _START = (
 
 
 def _asserts(row: Row) -> Check:
-    """The share of the row's `tests` that pass: 1 where all do, 0 where the code does not run.
+    """Return the fraction of the row's `tests` that pass: 1 if all do, 0 if the code does not run.
 
-    `tests` is a list of statements (asserts), each run by itself after the response's code (that
-    of its Python fences, or all of it where it has none) and the row's `setup`, as in MBPP.
+    `tests` is a list of statements (asserts). Each runs separately after the code of the response (its Python
+    fences, or all of it without fences) and the row's `setup`, as in MBPP.
     """
+    require_sandbox()
     tests = required(row, "tests")
     if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
         raise RowError("`tests` is not a list of statements", code="verifier.bad-column")
@@ -54,6 +55,23 @@ def _asserts(row: Row) -> Check:
         _compile(what, code)
     setup = Setup(source, tests)
     return lambda response: _run(extract_code(response), tests, SECONDS, setup)
+
+
+def require_sandbox() -> None:
+    """Raises RunError on systems without the limits that the sandbox sets on foreign code."""
+    missing = [f"os.{name}" for name in ("fork", "killpg") if not hasattr(os, name)]
+    try:
+        import resource  # noqa: F401
+    except ModuleNotFoundError:
+        missing.append("resource")
+    if missing:
+        raise RunError(
+            f"the sandbox cannot run on this system: Python has no {', '.join(missing)}",
+            code="verifier.unsupported-system",
+            where="the verifier 'asserts'",
+            why="code of responses would run without limits on time, memory and files",
+            fix="use Linux or macOS (on Windows: WSL), or another verifier",
+        )
 
 
 def _compile(what: str, code: str) -> None:
@@ -70,16 +88,16 @@ def _compile(what: str, code: str) -> None:
 
 
 def extract_code(response: str) -> str:
-    """The Python code of a response."""
+    """Return the Python code of a response."""
     fences = [code for name, code in _FENCE.findall(response) if name.lower() in _PYTHON]
     return "\n".join(fences) if fences else response
 
 
 def run_tests(code: str, tests: list[str], seconds: int = SECONDS, setup: str = "") -> float:
-    """The share of tests that pass; those not reached within `seconds` have failed.
+    """Return the fraction of tests that pass; tests not reached within `seconds` fail.
 
     Raises:
-        DataError: `setup` fails, or a module is not installed that it or the tests import.
+        DataError: `setup` fails, or it or the tests import a module that is not installed.
         RunError: the sandbox does not start.
     """
     return _run(code, tests, seconds, Setup(setup, tests))
@@ -104,12 +122,12 @@ def _run(code: str, tests: list[str], seconds: int, setup: Setup) -> float:
             verdicts.decode(errors="replace"),
             code="verifier.setup-failed",
             where="the verifier 'asserts'",
-            why="it fails for every response, whatever that says",
-            fix="install what is missing, or correct the rows or leave them out",
+            why="it fails for every response",
+            fix="install the missing module, or correct or remove the rows",
         )
     if kind != b"s":
         raise _not_started(
-            f"no answer within {seconds + 2} s" if status is None else f"it ended with {status}"
+            f"no result within {seconds + 2} s" if status is None else f"exit status {status}"
         )
     return verdicts[: len(tests)].count(b"1") / len(tests)
 
@@ -120,14 +138,14 @@ def _not_started(reason: str) -> RunError:
         code="verifier.sandbox-failed",
         where="the verifier 'asserts'",
         why="without it every response would get the reward 0",
-        fix=f"check that {sys.executable} starts, and that {tempfile.gettempdir()} can be written"
+        fix=f"check that {sys.executable} starts and {tempfile.gettempdir()} is writable"
         if os.path.isdir(tempfile.tempdir or "")
-        else "set TMPDIR to a directory that can be written",
+        else "set TMPDIR to a writable directory",
     )
 
 
 def _start(home: str, task: bytes, seconds: int) -> tuple[bytes, int | None]:
-    """Runs the sandbox in `home`: what it wrote, and its exit status if it ended by itself."""
+    """Run the sandbox in `home`; return its output, and its exit status if it exited on its own."""
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _START, str(_SANDBOX.parent)],
@@ -148,7 +166,7 @@ def _start(home: str, task: bytes, seconds: int) -> tuple[bytes, int | None]:
                 return results, process.wait(timeout=2)
         return results, None
     finally:
-        # Before the leader of the group is waited for: until then its number stays its own.
+        # Before waiting for the group leader: until then its process id is not reused.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -159,7 +177,7 @@ def _start(home: str, task: bytes, seconds: int) -> tuple[bytes, int | None]:
 
 
 def _remove(home: str) -> None:
-    """Deletes a directory, however deep: directories are moved up before they are deleted."""
+    """Delete a directory of any depth: subdirectories are moved up before they are deleted."""
     rest, count = [home], 0
     while rest:
         place = rest.pop()
@@ -192,9 +210,10 @@ def _frame(part: dict[str, Any]) -> bytes:
 
 
 def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) -> tuple[bytes, bool]:
-    """Writes the task and reads the results, until the tester closes its end or time is up.
+    """Write the task and read the results until the tester closes its end or the deadline passes.
 
-    Returns the results, and whether the tester has closed its end.
+    Returns:
+        The results, and whether the tester closed its end.
     """
     assert process.stdin is not None and process.stdout is not None
     target, source = process.stdin.fileno(), process.stdout.fileno()
@@ -214,7 +233,7 @@ def _exchange(process: subprocess.Popen[bytes], task: bytes, deadline: float) ->
                     continue
                 try:
                     rest = rest[os.write(target, rest) :]
-                except BrokenPipeError:  # the sandbox has ended before it has read everything
+                except BrokenPipeError:  # the sandbox exited before it read everything
                     rest = rest[:0]
                 if not rest:
                     ready.unregister(target)

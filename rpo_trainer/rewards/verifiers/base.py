@@ -1,4 +1,4 @@
-"""What every verifier is: a row gives a check, and the check gives a response its reward."""
+"""Base of all verifiers: a row gives a check, which maps a response to its reward."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 Check = Callable[[str], float]
 
-SECONDS = 2.0  # time limit of all patterns that a row brings, per response
+SECONDS = 2.0  # time limit per response for the patterns of a row
 
 
 class FailedChecks:
-    """Responses whose check failed with an exception; each got the reward 0."""
+    """Counts responses whose check raised an exception; each gets the reward 0."""
 
     def __init__(self) -> None:
         self.checked = 0
@@ -28,22 +28,22 @@ class FailedChecks:
         self._lock = threading.Lock()
 
     def passed(self) -> None:
-        """Counts a response that was checked."""
+        """Count a checked response."""
         with self._lock:
             self.checked += 1
 
     def add(self, reason: str) -> None:
-        """Counts a response whose check failed."""
+        """Count a response whose check failed."""
         with self._lock:
             self.checked += 1
             self.count += 1
             self.first = self.first or reason
 
     def warn(self, verifier: str) -> None:
-        """Logs how many checks failed and why the first did; nothing where none failed."""
+        """Log the number of failed checks, if any, and the reason of the first."""
         if self.count:
             logger.warning(
-                "verifier '%s': the check of %d of %d responses failed, their reward is 0 "
+                "verifier '%s': the checks of %d of %d responses failed; their reward is 0 "
                 "(the first: %s)",
                 verifier,
                 self.count,
@@ -54,15 +54,15 @@ class FailedChecks:
 
 @dataclass(frozen=True)
 class Verifier:
-    """Rewards computed from what a row says about right answers.
+    """A verifier.
 
     Attributes:
         name: its name in recipes and on the command line.
-        maximum: the reward of a right answer, and of nothing else.
-        columns: what it reads of a row, the first of them required.
-        runs_code: it runs what a response says, in another process: users must allow it.
-        make_check: row → reward of a response; raises RowError where the row cannot be verified.
-            Call `prepare` instead, whose check does not raise.
+        maximum: the reward of a correct response, which no other response gets.
+        columns: the columns it reads; the first is required.
+        make_check: row → function from a response to its reward; raises RowError if the row cannot be
+            verified. Call `prepare` instead, whose function does not raise.
+        runs_code: whether it executes the code of a response, in another process; users must allow it.
     """
 
     name: str
@@ -72,12 +72,13 @@ class Verifier:
     runs_code: bool = False
 
     def prepare(self, row: Row, failed: FailedChecks | None = None) -> Check:
-        """The check of one row's responses.
+        """Return the check for the responses of one row.
 
-        A response cannot make the check raise: whatever goes wrong with it (a timeout, nesting that
-        is too deep, a number that is too long, ...) gives the lowest reward, 0.
+        The check does not raise because of a response: failures (a timeout, deep nesting, a long number,
+            ...) give the lowest reward, 0.
 
         Args:
+            row: the row.
             failed: counts such responses, for one warning at the end; None: each is logged.
 
         Raises:
@@ -96,7 +97,7 @@ class Verifier:
         def guarded(response: str) -> float:
             try:
                 reward = float(check(response))
-            # A fault of the installation, and a stop that was asked for, are not the response's.
+            # Problems of the installation are not the response's fault.
             except (RPOTrainerError, ImportError):
                 raise
             except Exception as error:
@@ -114,12 +115,12 @@ class Verifier:
         return guarded
 
     def __call__(self, response: str, row: Row) -> float:
-        """The reward of one response. Raises RowError: the row cannot be verified."""
+        """Return the reward of one response. Raises RowError if the row cannot be verified."""
         return self.prepare(row)(response)
 
 
 def _reason(error: Exception) -> str:
-    # Without the response's text, which some messages quote (a UnicodeError all of it).
+    # Without the text of the response, which some messages quote (UnicodeError quotes all of it).
     if isinstance(error, UnicodeError):
         return f"{type(error).__name__}: {error.reason if hasattr(error, 'reason') else ''}"
     text = " ".join(str(error).split())
@@ -127,17 +128,15 @@ def _reason(error: Exception) -> str:
 
 
 def ground_truth(row: Row) -> str:
-    """The row's right answer, without white space at its ends. Raises RowError without one."""
+    """Return the ground truth of a row, stripped. Raises RowError if there is none."""
     value = row.get("ground_truth")
     if not isinstance(value, str) or not value.strip():
-        raise RowError(
-            "no ground_truth to compare the responses with", code="verifier.missing-ground-truth"
-        )
+        raise RowError("the row has no ground_truth", code="verifier.missing-ground-truth")
     return value.strip()
 
 
 def required(row: Row, column: str) -> Any:
-    """A column that must be there. Raises RowError."""
+    """Return a required column. Raises RowError if it is absent or null."""
     if row.get(column) is None:
-        raise RowError(f"`{column}` is absent or null", code="verifier.missing-column")
+        raise RowError(f"`{column}` is missing or null", code="verifier.missing-column")
     return row[column]

@@ -1,8 +1,8 @@
-"""Verifiable instructions of the IFEval kind: does a response do what it was told.
+"""The `instructions` verifier: verifiable instructions as in IFEval.
 
-The ids and their arguments are those of the data set (instruction_id_list, kwargs); what each means
-is written here from its description in "Instruction-Following Evaluation for Large Language Models"
-(arXiv 2311.07911). Where the paper counts sentences with a trained splitter, a plain rule does here.
+The ids and arguments are those of the data set (instruction_id_list, kwargs); the checks are implemented
+from the descriptions in "Instruction-Following Evaluation for Large Language Models" (arXiv 2311.07911).
+Sentences are counted by a simple rule instead of the paper's trained splitter.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def _instruction(name: str) -> Callable[[Instruction], Instruction]:
 
 
 def _instructions(row: Row) -> Check:
-    """The share of the row's instructions that the response follows: 1 where it follows all.
+    """Return the fraction of the row's instructions that the response follows: 1 if all.
 
-    `instruction_id_list` names them, `kwargs` holds the arguments of each (null ones are absent).
+    `instruction_id_list` lists them, `kwargs` has the arguments of each (null arguments count as absent).
     """
     checks = [
         _bound(str(name), arguments)
@@ -49,20 +49,18 @@ def _lists_of(row: Row) -> tuple[list[Any], list[Any]]:
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            raise RowError(
-                "`kwargs` is text that is not JSON", code="verifier.bad-column"
-            ) from None
+            raise RowError("`kwargs` is not JSON", code="verifier.bad-column") from None
     if not isinstance(names, list) or not names:
         raise RowError("`instruction_id_list` is not a list of ids", code="verifier.bad-column")
     if not isinstance(arguments, list) or len(arguments) != len(names):
         raise RowError(
-            "`kwargs` is not a list with one object an instruction", code="verifier.bad-column"
+            "`kwargs` is not a list with one object per instruction", code="verifier.bad-column"
         )
     return names, arguments
 
 
 def _bound(name: str, arguments: object) -> Callable[[str], bool]:
-    """The instruction with its arguments, checked before any response is there."""
+    """Return the check of an instruction with its arguments, which are validated here."""
     if name not in INSTRUCTIONS:
         raise RowError(f"unknown instruction id {name!r}", code="verifier.unknown-instruction")
     if not isinstance(arguments, Mapping):
@@ -84,7 +82,7 @@ def _bound(name: str, arguments: object) -> Callable[[str], bool]:
 
 def _typed(value: Any, kind: str, what: str) -> Any:
     if kind == "int" and isinstance(value, float) and value.is_integer():
-        return int(value)  # Arrow and JavaScript write whole numbers so
+        return int(value)  # Arrow and JavaScript write integers as floats
     right = {
         "int": isinstance(value, int) and not isinstance(value, bool),
         "str": isinstance(value, str) and value.strip() != "",
@@ -94,7 +92,7 @@ def _typed(value: Any, kind: str, what: str) -> Any:
         raise RowError(f"{what} is not {kind}", code="verifier.bad-arguments")
     if what.split()[0].endswith("relation") and value not in RELATIONS:
         raise RowError(
-            f"{what} is neither of {', '.join(RELATIONS)}", code="verifier.bad-arguments"
+            f"{what} is not one of {', '.join(RELATIONS)}", code="verifier.bad-arguments"
         )
     return value
 
@@ -104,7 +102,7 @@ RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "less than": lambda count, limit: count < limit,
 }
 
-# ---------------------------------------------------------------- key words
+# ---------------------------------------------------------------- keywords
 
 
 @_instruction("keywords:existence")
@@ -132,22 +130,22 @@ def _letters(text: str, letter: str, let_frequency: int, let_relation: str) -> b
 
 # ---------------------------------------------------------------- length
 
-# Each run of stops is tried from its first one only, and the search for a list item ends with the
-# line: else the time would be quadratic in the length of a run.
+# A run of stops matches only from its first character, and a list item only within its line: otherwise the
+# time is quadratic in the length of a run.
 _ENDS = re.compile(
     r"(?:(?<![.!?…])[.!?…]+[\"'”’)\]*]*(?=\s|\Z))|[。！？]+|\n{2,}|\n(?=[^\S\n]*[-*•\d])"
 )
 _NO_END = re.compile(
     r"\b(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|vs|etc|Inc|Ltd|e\.g|i\.e|No|Fig)\.$"
 )
-_NO_END_LENGTH = 8  # more than the longest abbreviation, its dot and the character before it
+_NO_END_LENGTH = 8  # longer than any abbreviation with its period and the preceding character
 _WORD = re.compile(r"\w")
 
 
 def count_sentences(text: str) -> int:
-    """Stretches with a word in them, cut behind . ! ? and at empty lines and list items.
+    """Count sentences: parts that contain a word, split after . ! ? and at empty lines and list items.
 
-    A full stop behind an initial or a common abbreviation does not end one.
+    A period after an initial or a common abbreviation does not end a sentence.
     """
     count, begin = 0, 0
     for match in _ENDS.finditer(text):
@@ -173,7 +171,7 @@ def _words(text: str, num_words: int, relation: str) -> bool:
 
 @_instruction("length_constraints:number_paragraphs")
 def _paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Paragraphs with the divider `***` between them; none of them empty."""
+    """Nonempty paragraphs separated by `***`."""
     parts = [part.strip() for part in text.split("***")]
     if not parts[0]:
         parts = parts[1:]
@@ -184,7 +182,7 @@ def _paragraphs(text: str, num_paragraphs: int) -> bool:
 
 @_instruction("length_constraints:nth_paragraph_first_word")
 def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs with an empty line between them; the nth begins with a word."""
+    """Paragraphs separated by empty lines, the nth of which begins with the word."""
     parts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
     if len(parts) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
         return False
@@ -202,7 +200,7 @@ def _placeholders(text: str, num_placeholders: int) -> bool:
 
 @_instruction("detectable_content:postscript")
 def _postscript(text: str, postscript_marker: str) -> bool:
-    """The marker, its blanks and last dot as one likes, with something behind it."""
+    """The marker, with any blanks and optional last period, followed by text."""
     letters = [re.escape(part) for part in re.split(r"[.\s]+", postscript_marker) if part]
     return (
         re.search(r"(?<!\w)" + r"\.?\s?".join(letters) + r"\b[.:]?\s*[^\s.:]", text, re.IGNORECASE)
@@ -222,14 +220,14 @@ def _constrained(text: str) -> bool:
 
 @_instruction("detectable_format:number_highlighted_sections")
 def _highlights(text: str, num_highlights: int) -> bool:
-    """*So* or **so**, on one line and not empty."""
+    """*Nonempty* or **nonempty** text on one line."""
     found = re.findall(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*", text)
     return sum(bool((double or single).strip()) for double, single in found) >= num_highlights
 
 
 @_instruction("detectable_format:multiple_sections")
 def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """Sections that begin with the word and a number."""
+    """Sections that start with the word and a number."""
     found = re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)
     return len(found) >= num_sections
 
@@ -246,7 +244,7 @@ def _title(text: str) -> bool:
 
 @_instruction("combination:two_responses")
 def _two_responses(text: str) -> bool:
-    """Two different answers with six asterisks between them."""
+    """Two different answers separated by six asterisks."""
     parts = [part.strip() for part in text.split("******")]
     parts = [part for i, part in enumerate(parts) if part or 0 < i < len(parts) - 1]
     return len(parts) == 2 and all(parts) and parts[0] != parts[1]
@@ -310,7 +308,7 @@ def _need_language_library() -> None:
 
 
 def _language(text: str) -> str:
-    """The likeliest language, as its code of two letters; of no words, nothing."""
+    """Return the two-letter code of the most likely language; "" without words."""
     import py3langid
 
     if not re.search(r"[^\W\d_]", text):

@@ -1,4 +1,4 @@
-"""The JSON schema verifier: is the response JSON, and does it conform to the row's schema."""
+"""The `json_schema` verifier: whether the response is JSON that conforms to the row's schema."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rpo_trainer.rewards.verifiers.text import missing_library
 
 
 def _json_schema(row: Row) -> Check:
-    """1 where the response is JSON that conforms to the row's `schema`, 0 else.
+    """Return 1 if the response is JSON that conforms to the row's `schema`, else 0.
 
-    `schema` is an object, or its JSON text. One fence of backticks around the whole response is
-    taken off; with words beside the JSON it is not JSON. Nothing is fetched for a `$ref`. A response
-    that takes longer than `SECONDS` raises TimeoutError: the reward is 0.
+    `schema` is an object or its JSON text. One code fence around the entire response is removed; other text
+    beside the JSON makes it invalid. `$ref` never fetches anything. A response that takes longer than
+    `SECONDS` raises TimeoutError: its reward is 0.
     """
     try:
         import jsonschema
-        import regex  # noqa: F401 (its patterns have a time limit, those of re do not)
+        import regex  # noqa: F401 (its searches have a timeout, those of re do not)
     except ImportError:
         raise missing_library("json_schema", "jsonschema and regex") from None
     from rpo_trainer.rewards.verifiers import schemas
@@ -49,9 +49,7 @@ def _schema(value: object) -> Any:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise RowError(
-                "`schema` is text that is not JSON", code="verifier.bad-schema"
-            ) from None
+            raise RowError("`schema` is not JSON", code="verifier.bad-schema") from None
     if not isinstance(value, dict | bool):
         raise RowError("`schema` is not an object", code="verifier.bad-schema")
     return value
@@ -62,7 +60,7 @@ _FENCE = "```"
 
 
 def parse_json(text: str) -> Any:
-    """The value of a text that is JSON and nothing else; `_NOT_JSON` of any other."""
+    """Parse a text that is entirely JSON; `_NOT_JSON` for any other."""
     try:
         return json.loads(_unfenced(text), parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -70,7 +68,7 @@ def parse_json(text: str) -> Any:
 
 
 def _unfenced(text: str) -> str:
-    """What is inside the fence of a text that is one fenced block; any other text as it is."""
+    """Remove the fence of a text that is one fenced block; return other texts unchanged."""
     block = text.strip()
     opening, newline, body = block.partition("\n")
     language = opening.strip().removeprefix(_FENCE).lower()
@@ -80,7 +78,7 @@ def _unfenced(text: str) -> str:
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is JSON, perhaps inside one fence."""
+    """Whether a text is JSON, optionally in one fence."""
     return parse_json(text) is not _NOT_JSON
 
 

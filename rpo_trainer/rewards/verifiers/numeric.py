@@ -1,4 +1,4 @@
-"""The numeric verifier: the number a response ends with, compared exactly with the right one."""
+"""The `numeric` verifier: exact comparison of the final number of a response with the ground truth."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?![\d.]))?"
 _FRACTION = r"\\[dt]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}"
 _NUMBER = re.compile(
-    # Not inside a word, an exponent ("m^2") or a longer number. A minus is a sign unless
-    # something that can be subtracted from stands right in front of it.
+    # Not inside a word, an exponent ("m^2") or a longer number. A minus is a sign unless it directly
+    # follows something that can be subtracted from.
     rf"(?<![\w^])(?<!\d\.)(?<!\^\{{)"
     rf"(?P<sign>(?<![\w)%])[-−+](?=[\d.{_CURRENCY}\\]))?"
     rf"\\?[{_CURRENCY}]?\s?"
@@ -27,21 +27,21 @@ _NUMBER = re.compile(
     rf"|(?P<plain>{_DECIMAL}))"
     r"(?P<percent>\s?\\?%)?",
 )
-_LONGEST = 1000  # digits: longer ones are slow to read, and no answer
+_LONGEST = 1000  # digits: longer numbers are slow to parse and not plausible answers
 _SEPARATORS = re.compile(r",|\{,\}|\\,")
 
 
 def _numeric(row: Row) -> Check:
-    """1 where the response's answer is the number of `ground_truth`, 0 else and without a number.
+    """Return 1 if the response's answer equals the number in `ground_truth`, else 0.
 
-    The answer is the last number of the last \\boxed{…}, else the first behind the last `####`, else
-    the last of the whole response, as in GSM8K. Thousands separators, currencies, units, fractions
-    (3/4, 1 1/2, \\frac{3}{4}) and exponents are read; numbers are compared exactly. A percent sign
-    may be left out (50 for 50 %) or worked in (0.5 for 50 %).
+    The answer is the last number in the last \\boxed{…}, else the first after the last `####`, else the
+    last of the entire response, as in GSM8K. Thousands separators, currencies, units, fractions (3/4, 1
+    1/2, \\frac{3}{4}) and exponents are parsed; numbers are compared exactly. 50 % equals both 50 and
+    0.5.
     """
     truth = last_number(ground_truth(row))
     if truth is None:
-        raise RowError("ground_truth holds no number", code="verifier.bad-ground-truth")
+        raise RowError("ground_truth contains no number", code="verifier.bad-ground-truth")
 
     def check(response: str) -> float:
         found = last_number(response)
@@ -51,7 +51,7 @@ def _numeric(row: Row) -> Check:
 
 
 def last_number(text: str) -> set[Fraction] | None:
-    """The readings of a text's answer; None where it holds no number."""
+    """Return the possible values of the answer in a text; None without a number."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return _last_in(boxed)
@@ -81,7 +81,7 @@ def _readings(match: re.Match[str]) -> set[Fraction] | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """The size of a number; None for a division by zero and for what is too long to be read."""
+    """Return the absolute value of a number; None for division by zero and numbers that are too long."""
     try:
         if match["plain"]:
             return _decimal(match["plain"])
@@ -89,7 +89,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
             return _decimal(match["top"]) / _decimal(match["bottom"])
         if match["whole"]:
             return _decimal(match["whole"]) + _decimal(match["over"]) / _decimal(match["under"])
-        # The two groups of _FRACTION have no names: it could not be used twice else.
+        # The groups of _FRACTION have no names, so that it could be used twice.
         top, bottom = match.groups()[_FRACTION_AT : _FRACTION_AT + 2]
         return _decimal(match["mixed"] or "0") + _decimal(top) / _decimal(bottom)
     except (ZeroDivisionError, ValueError):
@@ -110,7 +110,7 @@ def _decimal(text: str) -> Fraction:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What stands between the braces of the last \\boxed{…}."""
+    """Return the text in the braces of the last \\boxed{…}."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -1,7 +1,7 @@
-"""JSON schemas with a time limit, and the faults of a schema that show without any response.
+"""Validate JSON schemas with a time limit, and check schemas before any response is validated.
 
-jsonschema searches for the patterns of a schema with `re`, which cannot be interrupted, and can take
-exponential time on nested alternatives. Here its keywords use `regex` and one deadline per response.
+jsonschema searches patterns with `re`, which cannot be interrupted, and may take exponential time on nested
+alternatives. Here its keywords use `regex` and one deadline per response.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _deadline = threading.local()
 
 
 def limited_validator(schema: Any, maker: Any) -> Callable[[Any], bool]:
-    """Whether a value conforms to a schema. It raises TimeoutError after `SECONDS`."""
-    # An empty registry: a reference to somewhere else is an error, not a download.
+    """Return a function that checks a value against a schema; it raises TimeoutError after `SECONDS`."""
+    # An empty registry: external references are errors and never downloaded.
     validator = _limited(maker)(schema, registry=referencing.Registry())
 
     def is_valid(value: Any) -> bool:
@@ -38,7 +38,7 @@ def limited_validator(schema: Any, maker: Any) -> Callable[[Any], bool]:
 
 
 class _Patterns:
-    """Stands in for the module `re` in the keywords of jsonschema."""
+    """Replaces the module `re` in the keywords of jsonschema."""
 
     @staticmethod
     def search(pattern: str, text: str) -> Any:
@@ -53,22 +53,22 @@ def _compiled(pattern: str) -> Any:
 def _left() -> float:
     left = float(_deadline.ends - time.monotonic())
     if left <= 0:
-        raise TimeoutError("the schema takes too long")
+        raise TimeoutError("validation takes too long")
     return left
 
 
 @cache
 def _limited(maker: Any) -> Any:
-    """A class of validators whose keywords search with a time limit.
+    """Return a validator class whose keywords search with a time limit.
 
-    The keywords are copies of jsonschema's functions that find `_Patterns` where they look for `re`;
-    `jsonschema.validators.extend` alone would not reach the patterns that `additionalProperties`
-    and `unevaluatedProperties` search for.
+    The keywords are copies of jsonschema's functions with `_Patterns` in place of `re`;
+    `jsonschema.validators.extend` alone does not cover the patterns of `additionalProperties` and
+    `unevaluatedProperties`.
     """
     copies: dict[int, Any] = {}
     keywords = {name: _timed(_copy(keyword, copies)) for name, keyword in maker.VALIDATORS.items()}
     limited = jsonschema.validators.extend(maker, keywords)
-    # Else a subschema with `$schema` would be validated by the class of that name, without a limit.
+    # Otherwise a subschema with `$schema` is validated by another class, without a limit.
     original = limited.evolve
 
     def evolve(self: Any, **changes: Any) -> Any:
@@ -97,7 +97,7 @@ def _timed(keyword: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _copy(function: Any, copies: dict[int, Any]) -> Any:
-    """The function with `re` replaced in its own globals and in those of the functions it calls."""
+    """Copy a function with `re` replaced in its globals and in those of the functions it calls."""
     if not isinstance(function, types.FunctionType):
         return function
     if id(function) in copies:
@@ -121,13 +121,13 @@ def _copy(function: Any, copies: dict[int, Any]) -> Any:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """The names that a function's code looks up, that of its comprehensions included."""
+    """Return the names that the code of a function looks up, including its comprehensions."""
     inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
     return set(code.co_names).union(*map(_names, inner))
 
 
 def _all_different(values: Any) -> bool:
-    """`uniqueItems` in linear time; jsonschema compares all pairs of arrays and objects."""
+    """Check `uniqueItems` in linear time; jsonschema compares all pairs of arrays and objects."""
     seen = set()
     for value in values:
         key = _hashable(value)
@@ -145,13 +145,13 @@ def _hashable(value: Any) -> Any:
     return ("boolean", value) if isinstance(value, bool) else value  # True is not 1
 
 
-# ---------------------------------------------------------------- faults of the schema
+# ---------------------------------------------------------------- checks of the schema
 
 _IN_PLACE = ("not", "if", "then", "else", "allOf", "anyOf", "oneOf", "extends")
 
 
 def check_references(schema: Any, maker: Any) -> None:
-    """Raises RowError for references to nowhere or in a circle, and for patterns that are none."""
+    """Raise RowError for unresolvable or circular references and invalid patterns."""
     specification = referencing.jsonschema.specification_with(
         maker.META_SCHEMA.get("$schema", ""), default=referencing.jsonschema.DRAFT202012
     )
@@ -163,7 +163,7 @@ def check_references(schema: Any, maker: Any) -> None:
         _check_patterns(resource.contents)
         _follow(resource.contents, resolver, specification, seen)
         for below in resource.subresources():
-            if isinstance(below.contents, dict):  # of `dependencies` some are lists of names
+            if isinstance(below.contents, dict):  # `dependencies` may contain lists of names
                 check(below, resolver.in_subresource(below))
 
     check(resource, resolver)
@@ -178,7 +178,7 @@ def _check_patterns(schema: Any) -> None:
                 _compiled(pattern)
         except regex.error as error:
             raise RowError(
-                f"`schema` holds {pattern!r}, not a regular expression ({error})",
+                f"`schema` has an invalid regular expression {pattern!r} ({error})",
                 code="verifier.bad-schema",
             ) from None
 
@@ -187,11 +187,11 @@ _OPEN, _DONE = 1, 2
 
 
 def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]) -> None:
-    """Follows all schemas that apply to the same value as this one; they must come to an end."""
+    """Follow all schemas that apply to the same value; raise RowError if this does not end."""
     if not isinstance(schema, dict) or seen.get(id(schema)) == _DONE:
         return
     if seen.get(id(schema)) == _OPEN:
-        raise RowError("`schema` refers to itself without an end", code="verifier.recursive-schema")
+        raise RowError("`schema` refers to itself endlessly", code="verifier.recursive-schema")
     seen[id(schema)] = _OPEN
     for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
         reference = schema.get(keyword)
@@ -200,7 +200,7 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
                 found = resolver.lookup(reference)
             except referencing.exceptions.Unresolvable as error:
                 raise RowError(
-                    f"`schema` refers to what is not in it ({error})",
+                    f"`schema` has a reference that cannot be resolved ({error})",
                     code="verifier.unknown-reference",
                 ) from None
             _follow(found.contents, found.resolver, specification, seen)

@@ -1,12 +1,12 @@
-"""The `setup` of a row's tests: what of it the process of the response gets, too.
+"""The `setup` of a row's tests: the parts that the process of the response gets too.
 
-All of `setup` runs with the tests. It may hold what they expect, so the response gets only
+All of `setup` runs with the tests. It may contain expected values, so the process of the response gets only
 
 - its imports, and
-- of its definitions those that the response's code names, with what these name in turn: classes, and
-  functions and constants that neither the tests nor other parts of `setup` name;
+- the definitions that the response's code uses, directly or indirectly: classes, and functions and constants
+  that neither the tests nor other parts of `setup` use;
 
-never a definition that asserts something.
+never a definition that contains an assertion.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _WORD = re.compile(r"[^\W\d]\w*")
-_BY_TEXT = {"eval", "exec", "globals", "locals", "vars"}  # find names that no word shows
+_BY_TEXT = {
+    "eval",
+    "exec",
+    "globals",
+    "locals",
+    "vars",
+}  # find names that do not appear in the text
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Statements of `setup` for the response's process, and which classes they define."""
+    """Statements of `setup` for the process of the response, and the classes they define."""
 
     statements: list[str]
     classes: list[str]
@@ -36,7 +42,7 @@ class Setup:
         tests: the row's tests.
 
     Raises:
-        SyntaxError, ValueError: it is not Python.
+        SyntaxError, ValueError: `source` is not valid Python.
     """
 
     def __init__(self, source: str, tests: Sequence[str]) -> None:
@@ -45,7 +51,7 @@ class Setup:
         self._words = {id(node): _words(ast.unparse(node)) for node in self._body}
         rest = [n for n in self._body if not (_names(n) or _is_import(n)) or _asserts(n)]
         used = _words("\n".join(tests)).union(*(self._words[id(node)] for node in rest))
-        # What the tests name, and what that names: these may hold what the tests expect.
+        # Names that the tests use, directly or indirectly: they may contain expected values.
         while True:
             more = used.union(*(self._words[id(n)] for n in self._body if used & set(_names(n))))
             if more == used:
@@ -61,7 +67,7 @@ class Setup:
         ]
 
     def shared_with(self, code: str) -> Shared:
-        """What the process gets that runs a response's code."""
+        """Return the statements for the process that runs this code."""
         wanted = _words(code) if self._for_response else set()
         chosen: set[int] = set()
         while True:
@@ -84,7 +90,7 @@ def _is_import(node: ast.stmt) -> bool:
 
 
 def _names(node: ast.stmt) -> list[str]:
-    """The names that a definition defines; none for another statement."""
+    """Return the names that a definition defines; [] for other statements."""
     if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else []
@@ -95,7 +101,7 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def _asserts(node: ast.stmt) -> bool:
-    """Whether a definition is part of the tests by itself, such as a TestCase."""
+    """Whether a definition is itself a test, such as a TestCase."""
     for part in ast.walk(node):
         name = part.attr if isinstance(part, ast.Attribute) else getattr(part, "id", "")
         if isinstance(part, ast.Assert) or name.startswith(("assert", "TestCase", "raises")):

@@ -1,4 +1,4 @@
-"""Verifiers that compare texts: exact, partial match, multiple choice, regular expression."""
+"""Text verifiers: exact match, partial match, multiple choice, regular expression."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _RIGHT, _WRONG_AT_MOST = 5.0, 4.0
 
 
 def _exact(row: Row) -> Check:
-    """1 for the right answer, 0 for any other; white space at the ends does not count."""
+    """Return 1 for the ground truth, else 0; leading and trailing white space is ignored."""
     truth = ground_truth(row)
     return lambda response: float(response.strip() == truth)
 
 
 def _partial_match(row: Row) -> Check:
-    """5 for the right answer, else 4 times the share of characters that are right, in [0, 4).
+    """Return 5 for the ground truth, else 4 times the fraction of matching characters, in [0, 4).
 
-    The share is the number of positions at which both texts have the same character, divided by
-    the length of the longer text.
+    The fraction is the number of positions with the same character in both texts, divided by the length
+    of the longer one.
     """
     truth = ground_truth(row)
 
@@ -39,9 +39,8 @@ def _partial_match(row: Row) -> Check:
 # ---------------------------------------------------------------- multiple choice
 
 _LETTER = r"\(?\b([A-Za-z])\b\)?"
-# From the plainest statement of an answer to the least plain; of several, the last one counts.
-# They read texts whose runs of white space are one blank: two `\s*` that meet in a long run would
-# take a time that is quadratic in its length.
+# From the most to the least explicit statement of an answer; the last match counts. White space is
+# collapsed to single blanks first: adjacent `\s*` take quadratic time on long runs.
 _STATED = (
     re.compile(r"\\boxed\{ ?(?:\\text\{)? ?" + _LETTER + r" ?\}"),
     re.compile(
@@ -55,11 +54,10 @@ _STATED = (
 
 
 def _multiple_choice(row: Row) -> Check:
-    """1 where the chosen letter is the right one, 0 else, and where no choice can be found.
+    """Return 1 if the chosen letter is correct, else 0 (also if no choice is found).
 
-    `ground_truth` is the letter, or the text of one of the row's `choices`. A response states its
-    choice as \\boxed{B}, "the answer is B", with the letter in front, as "(B)", or by the text of
-    the choice alone.
+    `ground_truth` is the letter, or the text of one of the row's `choices`. A response states its choice as
+    \\boxed{B}, "the answer is B", with a leading letter, as "(B)", or by the text of the choice alone.
     """
     choices = _choices(row)
     truth = _letter_of(ground_truth(row), choices)
@@ -79,7 +77,7 @@ def _choices(row: Row) -> Sequence[str]:
 
 
 def _letter_of(text: str, choices: Sequence[str]) -> str | None:
-    """A letter alone ("B", "(b)", "B."), or the letter of the choice with this text."""
+    """Return the letter of "B", "(b)" or "B.", or the letter of the choice with this text."""
     for index, choice in enumerate(choices):
         if text.strip().casefold() == choice.strip().casefold():
             return chr(ord("A") + index)
@@ -105,7 +103,7 @@ def _chosen(response: str, choices: Sequence[str]) -> str | None:
 
 
 def _regex(row: Row) -> Check:
-    """1 where the row's `pattern` is found in the response, 0 else; `^` and `$` anchor it.
+    """Return 1 if the row's `pattern` is found in the response, else 0; `^` and `$` anchor it.
 
     A search that takes longer than `SECONDS` raises TimeoutError: the reward is 0.
     """
@@ -115,25 +113,23 @@ def _regex(row: Row) -> Check:
         raise missing_library("regex", "regex") from None
     pattern = required(row, "pattern")
     if pattern == "":
-        raise RowError(
-            "`pattern` is empty: it would be found everywhere", code="verifier.bad-pattern"
-        )
+        raise RowError("`pattern` is empty: it matches everything", code="verifier.bad-pattern")
     try:
         compiled = regex.compile(pattern)
     except (regex.error, TypeError) as error:
         raise RowError(
-            f"`pattern` is no regular expression ({error})", code="verifier.bad-pattern"
+            f"`pattern` is not a regular expression ({error})", code="verifier.bad-pattern"
         ) from None
 
     return lambda response: float(compiled.search(response, timeout=SECONDS) is not None)
 
 
 def missing_library(verifier: str, library: str) -> RecipeError:
-    """The error of a verifier whose library is not installed."""
+    """Return the error for a verifier whose library is not installed."""
     return RecipeError(
-        f"the verifier '{verifier}' needs the library {library}",
+        f"the verifier '{verifier}' requires {library}, not installed",
         code="recipe.missing-library",
-        why="it is not installed: only some verifiers need more than the package itself",
+        why="only some verifiers use it",
         fix="pip install 'rpo-trainer[verifiers]'",
     )
 

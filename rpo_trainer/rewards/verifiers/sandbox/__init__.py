@@ -1,8 +1,8 @@
-"""What runs a response's code and a row's tests, in two processes without the rest of the package.
+"""Run the code of a response and the tests of a row in two processes, without the rest of the package.
 
-`main.py` starts both. The candidate process executes the response's code and holds nothing else. The
-tester process executes the tests, and reaches the response's objects through `wire.py` alone. Both
-run under `limits.py`. The modules import only the standard library: what they import, the
-response's code can reach. They import each other relatively, because this folder is a package called
-`sandbox` there (see `asserts.py`): an absolute import would bring in the rest of the package.
+`main.py` starts both. The candidate process executes the response's code and contains nothing else. The
+tester process executes the tests, and accesses the response's objects only through `wire.py`. Both run
+under `limits.py`. The modules import only the standard library, because the response's code can access
+everything they import. They use relative imports: this folder is the top-level package `sandbox` there
+(see `asserts.py`), and absolute imports would load the rest of the package.
 """

@@ -1,7 +1,7 @@
-"""Objects of the standard library that travel as copies: each is its class and plain arguments.
+"""Standard library objects that are sent as copies: their class and plain arguments.
 
-Immutable ones always travel so. The others stay where they are, since a test may watch them change;
-a comparison takes a copy of them (`Copy`).
+Immutable objects are always sent as copies. Others stay in their process, since a test may observe
+changes; for a comparison they are copied (`Copy`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _text(value: Any) -> list[Any]:
     return [str(value)]
 
 
-# By module and class: what an object is made of. Modules are imported when an object needs them.
+# The parts of an object, by module and class. Modules are imported on demand.
 _PARTS: dict[tuple[str, str], _Take] = {
     ("uuid", "UUID"): lambda value: [value.hex],
     ("zoneinfo", "ZoneInfo"): lambda value: [value.key],
@@ -60,19 +60,19 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 
 
 class Copy:
-    """Marks an object of which the other side gets a copy."""
+    """Marks an object that is sent as a copy."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 def copied(value: Any) -> Any:
-    """The object, marked as `Copy` if it belongs to one of the classes that stay where they are."""
+    """Return the object, wrapped in `Copy` if objects of its class are not sent otherwise."""
     return Copy(value) if type(value) in _COPIED else value
 
 
 def take_apart(value: Any) -> tuple[list[str], list[Any]] | None:
-    """The class and the parts of an object; None if it stays where it is."""
+    """Return the class and the parts of an object; None if it is not sent."""
     kind: Any = type(value)
     try:
         if kind is Copy:
@@ -82,12 +82,12 @@ def take_apart(value: Any) -> tuple[list[str], list[Any]] | None:
         if (module, name) in _PARTS and getattr(sys.modules[module], name) is kind:
             return [module, name], _PARTS[module, name](value)
     except Exception:
-        pass  # such as a zone that was read from a file
+        pass  # for example a time zone read from a file
     return None
 
 
 def put_together(kind: list[str], parts: list[Any]) -> Any:
-    """The object that `take_apart` has taken apart."""
+    """Rebuild the object from the result of `take_apart`."""
     if len(kind) == 1:
         return _MAKERS[kind[0]](*parts)
     module, name = kind

@@ -1,4 +1,4 @@
-"""Exceptions of the other process: which classes stand for them here."""
+"""Exceptions of the other process, and the classes that represent them here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib
 import sys
 from typing import Any
 
-# Modules whose exceptions both processes know. Not unittest, whose exceptions steer a test: a
-# response could skip it.
+# Modules whose exceptions both processes have. Not unittest, whose exceptions control tests: a response could
+# skip them.
 MODULES = {
     "argparse", "asyncio.exceptions", "asyncio.queues", "binascii", "concurrent.futures._base",
     "configparser", "copy", "csv", "_csv", "dataclasses", "decimal", "email.errors", "getopt",
@@ -19,9 +19,9 @@ MODULES = {
 
 
 def base_of(kind: Any) -> tuple[list[type], list[str | None]]:
-    """An exception class's own classes, and the module and name of the class below them.
+    """Return the user-defined classes of an exception class, and module and name of their known base.
 
-    That class is a builtin one or from `MODULES`; classes of other libraries are left out.
+    The base is builtin or from `MODULES`; classes of other libraries are skipped.
     """
     own: list[type] = []
     for below in kind.__mro__:
@@ -36,7 +36,7 @@ def base_of(kind: Any) -> tuple[list[type], list[str | None]]:
 
 
 def find(module: Any, name: Any) -> type[BaseException]:
-    """The class that `base_of` has named; Exception if it is not one of those."""
+    """Return the class that `base_of` named; Exception if it is not a known one."""
     found: Any = None
     if type(name) is str and (module is None or (type(module) is str and module in MODULES)):
         try:

@@ -1,9 +1,8 @@
 """Limits of a process that runs untrusted code: resources, files, network, other processes.
 
-On Linux the kernel enforces them where it can: Landlock (files, TCP, signals), seccomp (processes,
-sockets, signals), a user and network namespace, `no_new_privs`. The audit hook covers systems
-without these and refuses what they don't cover, but code that attacks the interpreter itself can
-get around a hook.
+On Linux the kernel enforces them if available: Landlock (files, TCP, signals), seccomp (processes, sockets,
+signals), user and network namespaces, `no_new_privs`. An audit hook covers systems without these, and
+operations that they do not cover, but code that attacks the interpreter itself can bypass it.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 # System calls of Landlock; the numbers are the same on all architectures.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-# Audit events that code under test has no reason to cause.
+# Audit events that tested code does not need.
 _FORBIDDEN = (
     "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
     "os.kill", "os.startfile", "os.setxattr", "os.removexattr", "os.lockf", "pty.", "webbrowser.",
     "urllib.", "ftplib.", "smtplib.", "http.", "ctypes.", "sqlite3.", "signal.pthread_kill",
     "syslog.", "resource.", "mmap.", "fcntl.",
 )  # fmt: skip
-# Events that change files: the positions of paths in their arguments, and of directory descriptors.
+# Events that change files: positions of paths and of directory descriptors in their arguments.
 _WRITES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "os.remove": ((0,), (1,)), "os.rename": ((0, 1), (2, 3)), "os.rmdir": ((0,), (1,)),
     "os.mkdir": ((0,), (2,)), "os.chmod": ((0,), (2,)), "os.chown": ((0,), (3,)),
@@ -42,7 +41,7 @@ _WRITES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "os.truncate": ((0,), ()), "os.utime": ((0,), (3,)), "shutil.rmtree": ((0,), ()),
     "shutil.move": ((0, 1), ()), "tempfile.mkstemp": ((0,), ()), "tempfile.mkdtemp": ((0,), ()),
 }  # fmt: skip
-# Functions that cause no audit event.
+# Functions without an audit event.
 _UNSEEN = {
     "os": ("mknod", "mkfifo", "pidfd_open", "setsid", "setpgid", "setpgrp", "setns", "unshare",
            "chroot", "tcsetpgrp", "setpriority", "eventfd", "memfd_create", "nice",
@@ -52,11 +51,13 @@ _UNSEEN = {
 
 
 def confine(home: str, seconds: int, *, candidate: bool) -> None:
-    """Applies every limit to this process; only `home` can be written.
+    """Apply all limits to this process; only `home` is writable.
 
-    The candidate also cannot send signals to a process outside of it, and dies with the tester.
+    The candidate also cannot send signals to other processes, and is killed when the tester ends.
     """
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # code can turn it off; the parent kills, too
+    signal.setitimer(
+        signal.ITIMER_REAL, seconds
+    )  # code can disable it; the parent also kills the process
     for what, value in (
         (resource.RLIMIT_CPU, seconds + 1),
         (resource.RLIMIT_AS, MEMORY),
@@ -68,7 +69,7 @@ def confine(home: str, seconds: int, *, candidate: bool) -> None:
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             _confine_linux(home, candidate)
-    gc.collect()  # the functions of the C library, which code could otherwise find and call
+    gc.collect()  # frees C library functions that code could otherwise find and call
     for module, names in _UNSEEN.items():
         for loaded in (sys.modules.get(module), sys.modules.get(_C_NAMES[module])):
             for name in names:
@@ -77,7 +78,7 @@ def confine(home: str, seconds: int, *, candidate: bool) -> None:
     with contextlib.suppress(ImportError):
         import _posixsubprocess
 
-        vars(_posixsubprocess)["fork_exec"] = _refuse_process  # it causes no audit event either
+        vars(_posixsubprocess)["fork_exec"] = _refuse_process  # it has no audit event either
     _guard(home)
 
 
@@ -90,9 +91,9 @@ _C_NAMES = {"os": "posix", "signal": "_signal"}
 
 def _confine_linux(home: str, candidate: bool) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)  # not every system allows it
+    libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)  # not allowed on every system
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads this process's memory
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # other processes cannot read this process's memory
     if candidate:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _landlock(libc, home, candidate)
@@ -100,7 +101,7 @@ def _confine_linux(home: str, candidate: bool) -> None:
 
 
 def landlock_version() -> int:
-    """The version of Landlock that the kernel offers; 0 without it."""
+    """Return the Landlock version of the kernel; 0 if it has none."""
     if not sys.platform.startswith("linux"):
         return 0
     return max(0, int(ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, 1)))
@@ -121,7 +122,7 @@ def _landlock(libc: Any, home: str, candidate: bool) -> None:
     ruleset = libc.syscall(_CREATE_RULESET, attributes, size, 0)
     if ruleset < 0:
         return
-    # Nothing is executed anywhere; everything may be read.
+    # No execution anywhere; reading is allowed everywhere.
     for path, rights in ((home, files & ~_EXECUTE), ("/", _READ_FILE | _READ_DIR)):
         place = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, place), 0)
@@ -131,7 +132,7 @@ def _landlock(libc: Any, home: str, candidate: bool) -> None:
 
 
 def _guard(home: str) -> None:
-    """Refuses `_FORBIDDEN`, changes to files outside `home`, and reading of other processes."""
+    """Refuse `_FORBIDDEN`, changes to files outside `home`, and reading other processes."""
     root = os.path.realpath(home)
     inside = root + os.sep
     real, decode, exists = os.path.realpath, os.fsdecode, os.path.isdir
@@ -144,7 +145,7 @@ def _guard(home: str) -> None:
         if isinstance(path, int) or path is None:
             return False
         text = decode(path)
-        # Relative to a directory descriptor, ".." leads where this function does not see it.
+        # With a directory descriptor, ".." cannot be resolved here.
         if not text.startswith("/") and ".." in text.split("/"):
             return True
         return not (real(text) + os.sep).startswith(inside)
@@ -156,7 +157,7 @@ def _guard(home: str) -> None:
         return place.startswith("/proc/") and place[6:7].isdigit() and not place.startswith(own)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        # A pair of connected sockets, as an event loop needs it, leads nowhere.
+        # A connected socket pair, which event loops need, has no access to the network.
         if event == "socket.__new__" and arguments[1] == unix:
             return
         if event.startswith(_FORBIDDEN):
@@ -164,7 +165,7 @@ def _guard(home: str) -> None:
         if event == "open":
             path, mode, flags = arguments
             writes = flags & writing or set(mode or "") & letters
-            # A descriptor of a directory outside would let later calls change files in it.
+            # With a descriptor of an outside directory, later calls could change files in it.
             if (writes or (mode is None and exists(path))) and outside(path):
                 raise PermissionError("only the working directory can be written")
             if other_process(path):

@@ -1,9 +1,8 @@
-"""Starts the candidate process and the tester process (see `__init__.py`).
+"""Start the candidate process and the tester process (see `__init__.py`).
 
-Standard input holds two messages: the code, then the tests. The candidate is forked when only the
-first has been read, so nothing of the tests is ever in its memory. It waits until the tester has
-started. Standard output gets `s`, then one byte for each test; or `e` and text for an error that is
-not the response's.
+Standard input has two messages: the code, then the tests. The candidate is forked after the first one is
+read, so that its memory never contains the tests. It waits until the tester starts it. Standard output
+gets `s`, then one byte per test; or `e` and a text for an error that the response did not cause.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from .wire import Channel
 
 
 def main() -> NoReturn:
-    """Runs the task on standard input."""
+    """Run the task on standard input."""
     if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(0)  # integers of any length travel between the processes
+        sys.set_int_max_str_digits(0)  # the processes exchange integers of any length
     task = Channel(0, -1, ahead=False)
     first = task.receive()
     to_candidate, to_tester = os.pipe(), os.pipe()
@@ -49,7 +48,7 @@ def main() -> NoReturn:
 
 
 def _only(keep: tuple[int, ...]) -> None:
-    """Closes all other descriptors; the standard ones lead nowhere."""
+    """Close all other descriptors; the standard ones are redirected to the null device."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
@@ -75,7 +74,7 @@ def _candidate(channel: Channel, task: dict[str, Any]) -> None:
         leave(1)
     try:
         for statement in task["setup"]:
-            # A definition that needs more of `setup` than there is here is left out.
+            # Definitions that require other parts of `setup` are skipped.
             with contextlib.suppress(Exception):
                 exec(compile(statement, "setup", "exec", dont_inherit=True), namespace)
         exec(compile(task["code"], "response", "exec", dont_inherit=True), namespace)
@@ -103,7 +102,7 @@ def _tester(channel: Channel, report: int, task: dict[str, Any], first: dict[str
         return
 
     def start() -> None:
-        """Lets the response run; until here, nothing of it has."""
+        """Let the response run; nothing of it has run before."""
         names.start = None
         os.write(report, b"s")
         channel.send("start")
@@ -114,7 +113,7 @@ def _tester(channel: Channel, report: int, task: dict[str, Any], first: dict[str
     try:
         exec(compile(setup, "setup", "exec", dont_inherit=True), names)
     except BaseException as error:
-        if names.start is not None:  # it has not asked for anything of the response
+        if names.start is not None:  # nothing of the response was requested yet
             os.write(report, b"e" + _text("setup", error).encode(errors="replace"))
         return
     if names.start is not None:
@@ -128,12 +127,12 @@ def _tester(channel: Channel, report: int, task: dict[str, Any], first: dict[str
                 passed = True
             except BaseException:  # SystemExit too
                 passed = False
-        # A test may take the end of the response for an exception that it expects.
+        # A test may mistake the exit of the response for an expected exception.
         os.write(report, b"1" if passed and not channel.closed else b"0")
 
 
 def _import(setup: str, tests: list[str], names: dict[str, Any]) -> str:
-    """Carries out the imports of `setup`; says what is missing there or for the tests."""
+    """Run the imports of `setup`; return an error for modules missing there or in the tests."""
     for node in ast.parse(setup).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             try:
@@ -141,7 +140,7 @@ def _import(setup: str, tests: list[str], names: dict[str, Any]) -> str:
             except Exception as error:
                 return _text("setup", error)
     for test in tests:
-        if "import" not in test or "sys." in test:  # such as a module that the test makes
+        if "import" not in test or "sys." in test:  # for example a module that the test creates
             continue
         for node in ast.parse(test).body:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

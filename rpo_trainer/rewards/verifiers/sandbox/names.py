@@ -1,4 +1,4 @@
-"""The names that tests see: their own, the builtins, then those of the response."""
+"""Name lookup of tests: their own names, builtins, then those of the response."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from .peer import Peer
 from .proxies import TEST_MODULE, Proxy
 
-# Modules without state. What the response has imported of them comes from the tester's own library
-# where a test uses it: a response's `math.isclose` doesn't decide a test.
+# Modules without state. If a test uses names that the response imported from them, the tester's own
+# library is used, so that a response's `math.isclose` does not decide a test.
 _LIBRARY = {
     "abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc",
     "contextlib", "copy", "dataclasses", "datetime", "decimal", "difflib", "enum", "fractions",
@@ -24,13 +24,13 @@ _LIBRARY = {
     "types", "typing", "unicodedata", "unittest", "unittest.mock", "urllib.parse", "uuid", "zlib",
     "zoneinfo",
 }  # fmt: skip
-# Names that mean the module whatever the response calls so.
+# Names that always mean the module, even if the response uses them for something else.
 _MODULES = {
     "cmath", "collections", "functools", "heapq", "itertools", "math", "np", "numpy", "operator",
     "re", "unittest",
 }  # fmt: skip
-# Names that mean the module where a test uses `NAME.something`. Elsewhere, the response may have a
-# function or plain data of that name.
+# Names that mean the module if a test uses `NAME.something`. Otherwise the response may have a function
+# or plain data of that name.
 _MODULES_OR_OTHER = {
     "bisect", "copy", "datetime", "decimal", "fractions", "json", "numbers", "statistics", "string",
     "typing",
@@ -38,9 +38,9 @@ _MODULES_OR_OTHER = {
 
 
 def look_up(namespace: dict[str, Any], name: str) -> list[Any]:
-    """In the candidate: the value of a name and what it is, or nothing.
+    """In the candidate: return the value of a name and its origin, or [] if it is undefined.
 
-    What it is: `["function"]`, `["module", its name]`, `["from", module, name]` for a class or
+    The origin is `["function"]`, `["module", its name]`, `["from", module, name]` for a class or
     function of a module, else `[]`.
     """
     if name not in namespace:
@@ -69,11 +69,11 @@ class _TypeOfType(type):
 
 
 class Type(type, metaclass=_TypeOfType):
-    """The builtin `type` for tests: an object of the response has the class that it has there."""
+    """The builtin `type` for tests: objects of the response have their class in the response."""
 
 
 def is_instance(value: Any, kinds: Any) -> bool:
-    """The builtin `isinstance` for tests: classes of the library hold for a response's objects."""
+    """The builtin `isinstance` for tests: library classes apply to objects of the response."""
     if type(value) is not Proxy:
         return isinstance(value, kinds)
     for kind in kinds if isinstance(kinds, tuple) else (kinds,):
@@ -94,9 +94,9 @@ def is_instance(value: Any, kinds: Any) -> bool:
 
 
 class _Module(types.ModuleType):
-    """The module of the tests, where `dataclasses` and `typing` look for names.
+    """The module of the tests, where `dataclasses` and `typing` look up names.
 
-    `pickle` doesn't find them: an object of a class that a test defines stays in this process.
+    `pickle` does not find them: objects of classes that a test defines stay in this process.
     """
 
     def __init__(self, names: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ class _Module(types.ModuleType):
 
 
 class Names(dict[str, Any]):
-    """The namespace of the tests: what it lacks is looked up in the response."""
+    """The namespace of the tests; missing names are looked up in the response."""
 
     def __init__(self, peer: Peer, source: str) -> None:
         super().__init__(
@@ -118,7 +118,7 @@ class Names(dict[str, Any]):
         sys.modules[TEST_MODULE] = _Module(self)
         self._peer = peer
         self._dotted = set(re.findall(r"\b(\w+)\s*\.", source)) & _MODULES_OR_OTHER
-        self.start: Callable[[], None] | None = None  # what the first request needs
+        self.start: Callable[[], None] | None = None  # called before the first request
 
     def _ask(self, name: str) -> list[Any]:
         if self.start is not None:
@@ -144,10 +144,10 @@ class Names(dict[str, Any]):
             origin = ["module", name]
         if origin and origin[0] in ("module", "from") and origin[1] in _LIBRARY:
             own = importlib.import_module(origin[1])
-            # Only under its own name: the tests' functions are the response's.
+            # Only under its own name: other functions that tests call are the response's.
             value = own if origin[0] == "module" else getattr(own, name)
             self[name] = value
-        elif origin == ["function"]:  # a function keeps its name: one request is enough
+        elif origin == ["function"]:  # functions do not change: one request is enough
             self[name] = value
         return value
 
@@ -156,10 +156,10 @@ class Names(dict[str, Any]):
         return bool(self._ask(name)[1] == ["function"])
 
     def take_tested_builtin(self, tests: list[str]) -> None:
-        """Resolves a builtin name in the response, where a task asks for a function `sum`.
+        """Resolve a builtin name in the response, for tasks that require a function named `sum`, for example.
 
-        Only where the tests use no other name of the response, and where one such function could be
-        what they are about: else a response could replace `abs` and with it the comparison.
+        Only if the tests use no other name of the response, and exactly one such function may be tested:
+        otherwise a response could replace `abs`, and with it the comparison.
         """
         others, about = _builtins_in(tests, self)
         optional = _MODULES | _MODULES_OR_OTHER
@@ -171,17 +171,16 @@ class Names(dict[str, Any]):
 
 
 def _builtins_in(tests: list[str], known: Container[str]) -> tuple[set[str], set[str]]:
-    """The names that tests take from the response, and the builtin functions they may be about.
+    """Return the names that tests use from the response, and the builtin functions they may test.
 
-    They are about a function that is called with values, not with what another call has returned,
-    as `abs` is in `abs(sum(x) - 1)`.
+    A tested function is called with values, not with results of other calls, as `abs` in `abs(sum(x) - 1)`.
     """
     loaded: set[str] = set()
     stored: set[str] = set()
     called: set[str] = set()
     helping: set[str] = set()
     for tree in filter(None, map(_parse, tests)):
-        computed: set[str] = set()  # names that hold what a call has returned
+        computed: set[str] = set()  # names with results of calls
         for node in ast.walk(tree):
             if isinstance(node, ast.Name):
                 (loaded if isinstance(node.ctx, ast.Load) else stored).add(node.id)
@@ -202,7 +201,7 @@ def _builtins_in(tests: list[str], known: Container[str]) -> tuple[set[str], set
             if isinstance(node.func, ast.Name):
                 nested = any(_calls(part, computed) for part in given)
                 (helping if nested else called).add(node.func.id)
-                if not hasattr(builtins, node.func.id):  # such as check(sum)
+                if not hasattr(builtins, node.func.id):  # for example check(sum)
                     called |= {part.id for part in given if isinstance(part, ast.Name)}
     loaded -= stored
     others = {name for name in loaded if name not in known and not hasattr(builtins, name)}
@@ -214,7 +213,7 @@ def _parse(test: str) -> ast.Module | None:
     try:
         return ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None  # that test fails by itself
+        return None  # the test fails on its own
 
 
 def _stored(node: ast.AST) -> set[str]:
@@ -226,7 +225,7 @@ def _stored(node: ast.AST) -> set[str]:
 
 
 def _calls(node: ast.AST, computed: set[str]) -> bool:
-    """Whether an expression calls something other than a builtin class, such as `list`."""
+    """Whether an expression calls anything but builtin classes such as `list`."""
     for part in ast.walk(node):
         if isinstance(part, ast.Name) and part.id in computed:
             return True

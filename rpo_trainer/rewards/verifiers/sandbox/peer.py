@@ -11,30 +11,30 @@ from . import exceptions, streams
 from .proxies import OPERATIONS, TEST_MODULE, Proxy
 from .wire import Channel, Codec, mutable, update
 
-# Classes of the library whose objects a test may pass for their interface.
+# Library classes whose objects a test may pass to a response.
 _FILES = (io.StringIO, io.BytesIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter,
           io.BufferedRandom)  # fmt: skip
 
 
 class Peer:
-    """One end of the connection: asks the other end, and serves its requests meanwhile."""
+    """One end of the connection: sends requests, and serves those of the other end meanwhile."""
 
     def __init__(self, channel: Channel, *, trusted: bool) -> None:
         self.channel, self.trusted = channel, trusted
         self.codec = Codec(trusted=trusted, make=self._make, proxy=Proxy)
         self.codec.describe = self._describe
         self.lookup: Callable[[str], Any] | None = None
-        # What goes with a message beside it: to the tester what was printed, to the candidate
-        # whether the test has replaced `print`.
+        # Sent with each message: printed text to the tester, and to the candidate whether the test replaced
+        # `print`.
         self.note: Callable[[], str] = str
         self.read_note: Callable[[str], Any] = str
-        self.serving = 0  # requests that are being served
+        self.serving = 0  # requests being served
         self.asked = 0
-        self.stops = False  # whether a test expects StopIteration from something else than next()
+        self.stops = False  # whether a test expects StopIteration from calls other than next()
         self._proxies: dict[int, Any] = {}
 
     def ask(self, operation: str, target: Any, arguments: tuple[Any, ...], named: Any) -> Any:
-        """Has the other side carry out an operation."""
+        """Have the other side perform an operation."""
         self.asked += 1
         values = [*arguments, *named.values()]
         sent = self._encode(values)
@@ -53,7 +53,7 @@ class Peer:
         if error is not None:
             raised = self._exception(error)
             if isinstance(raised, StopIteration) and operation != "next" and not self.stops:
-                # In the test it would end a loop over map() or the like as if all were done.
+                # In a test it would silently end a loop over map() or similar.
                 raise RuntimeError("the response raised StopIteration") from raised
             raise raised
         if type(result) is list and result[0] == "argument":
@@ -61,7 +61,7 @@ class Peer:
         return self.codec.decode(result)
 
     def serve(self, message: Any) -> None:
-        """Carries out one request of the other side, and answers."""
+        """Perform one request of the other side, and reply."""
         operation, target, arguments, named = message[:4]
         self.read_note(str(message[4]) if len(message) > 4 else "")
         result = error = None
@@ -76,7 +76,7 @@ class Peer:
             result = self._carry_out(operation, target, values, named)
             places = [i for i, value in enumerate(values) if value is result and mutable(value)]
             result = ["argument", places[0]] if places else self.codec.encode(result)
-        except BaseException as e:  # SystemExit too; the test decides what it means
+        except BaseException as e:  # SystemExit too; the test decides how to handle it
             if self.channel.closed:
                 raise
             result, error = None, self._raised(e)
@@ -96,7 +96,7 @@ class Peer:
         if operation == "print" and self.trusted:
             count = len(values) - len(named)
             return streams.show(*values[:count], **dict(zip(named, values[count:], strict=True)))
-        # The candidate may use what it was given, and nothing that it builds by a message.
+        # The candidate may use objects it received, not objects constructed in a message.
         if self.trusted and not (type(target) is list and target[0] == "yours"):
             raise TypeError("not an object of the test")
         where = self.codec.decode(target)
@@ -107,7 +107,7 @@ class Peer:
         return OPERATIONS[operation](where, *values[:count], **keywords)
 
     def _encode(self, values: list[Any]) -> list[Any]:
-        """The values; one that a call can change is sent once, however often it is passed."""
+        """Encode the values; a mutable value that is passed several times is sent once."""
         sent: list[Any] = []
         for i, value in enumerate(values):
             if i and mutable(value):
@@ -118,9 +118,9 @@ class Peer:
         return sent
 
     def _check(self, operation: str, target: Any, arguments: list[Any]) -> None:
-        """What the candidate may do with an object of the tester.
+        """Raise if the candidate may not perform an operation on an object of the tester.
 
-        It may call it and iterate, and use the interface of files and of the test's own classes.
+        It may call and iterate objects, and use the methods of files and of classes that the test defines.
         """
         if operation in ("call", "next", "iter"):
             return
@@ -128,7 +128,7 @@ class Peer:
             if self.codec.is_shared(type(target)):
                 return
             raise AttributeError("private attributes of the test's objects cannot be used")
-        texts = ("__name__", "__qualname__", "__doc__")  # which a decorator copies
+        texts = ("__name__", "__qualname__", "__doc__")  # which decorators copy
         if operation == "getattr" and arguments[0] in texts and type(target) is FunctionType:
             return
         file = type(target) in _FILES and operation in ("getattr", "enter", "exit")
@@ -142,7 +142,7 @@ class Peer:
             raise AttributeError("private attributes of the test's objects cannot be used")
 
     def _describe(self, value: Any) -> Any:
-        """What the other side must know of an object that it gets a proxy for."""
+        """Return what the other side needs to know about an object that it gets a proxy for."""
         if not (isinstance(value, type) and issubclass(value, BaseException)):
             return None
         own, base = exceptions.base_of(value)
@@ -178,7 +178,7 @@ class Peer:
         return cast(BaseException, raised)
 
     def _exception_class(self, own: list[Any], base: Any) -> Any:
-        """A class here for an exception class there, so that `except` finds it."""
+        """Return a local class for a remote exception class, so that `except` matches it."""
         kind: Any = exceptions.find(*base)
         for number, called in reversed(own):
             known = self._proxies.get(number)

@@ -1,11 +1,11 @@
-"""Objects of the other process: a `Proxy` forwards what is done with it.
+"""Objects of the other process: a `Proxy` forwards all operations.
 
-Comparisons that decide a test happen in the tester. A proxy equals no plain value unless its object
-extends a builtin type without changing its equality (a named tuple, an enum of integers); then the
-underlying value is fetched and compared in the tester. The other operand is not sent.
+Comparisons that decide a test happen in the tester. A proxy equals a plain value only if its object extends a
+builtin type without changing its equality (a named tuple, an integer enum); then the underlying value is
+fetched and compared in the tester. The other operand is not sent.
 
-An object that was computed with a value of the test ("fed") may know what the test expects. It gives
-the test no plain value by an operator: it is not equal to one, has no order, number, truth or length.
+An object computed from a value of the test ("fed") may contain the expected result. Its operators give
+the test no plain value: it is not equal to one, and has no order, number, truth value or length.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _UNARY = ("neg", "pos", "abs", "invert", "int", "float", "complex", "index", "ro
           "floor", "ceil", "bool", "len", "hash")  # fmt: skip
 _OTHERS = ("str", "repr", "format", "bytes", "iter", "next", "reversed", "getitem", "setitem",
            "delitem", "contains", "enter", "exit", "instancecheck", "subclasscheck", "missing")  # fmt: skip
-# Values with which a class of the response may well compute: its objects then keep their items,
-# attributes and text. With others (sets, dates, arrays, ...) it most likely poses as such a value.
+# Values that a class of the response may legitimately compute with: its objects then keep items,
+# attributes and text. With other values (sets, dates, arrays, ...) it most likely imitates such a value.
 _NUMBERS = (int, float, bool, complex, str, bytes, type(None), decimal.Decimal, fractions.Fraction)
 _CONTENTS = ("iter", "next", "reversed", "getitem", "str", "repr", "format", "bytes")
 _PLAIN_NAMES = {
@@ -70,7 +70,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def _value(target: Any) -> Any:
-    """The plain value under an object of a class that extends a builtin type; else the object."""
+    """Return the plain value of an object whose class extends a builtin type; else the object."""
     kind = type(target)
     if kind in _VIEWS:
         return _VIEWS[kind](target)
@@ -93,12 +93,12 @@ OPERATIONS.update(value=_value, isinstance=_isinstance)
 
 
 class Asks(Protocol):
-    """What a proxy needs of a `Peer`."""
+    """The part of `Peer` that proxies use."""
 
     trusted: bool
 
     def ask(self, operation: str, target: Any, arguments: tuple[Any, ...], named: Any) -> Any:
-        """Has the other side carry out an operation."""
+        """Have the other side perform an operation."""
 
 
 class Proxy:
@@ -109,12 +109,12 @@ class Proxy:
     def __init__(self, peer: Asks, number: int, fed: int = 0) -> None:
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
-        # Whether the object was computed with a value of the test: 1 a number or text, 2 another.
+        # Whether the object was computed from a value of the test: 1 a number or text, 2 another.
         object.__setattr__(self, "_fed", fed)
 
     @staticmethod
     def number(proxy: Proxy) -> int:
-        """The number under which the other side keeps the object."""
+        """Return the number of the object on the other side."""
         return cast(int, object.__getattribute__(proxy, "_number"))
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -128,7 +128,7 @@ class Proxy:
             return Proxy
 
     def __getattr__(self, name: str) -> Any:
-        # numpy would read the memory at the address that the object gives.
+        # numpy would read memory at an address that the object provides.
         if name in ("__array_interface__", "__array_struct__", "__array_priority__"):
             raise AttributeError(name)
         fed = _fed(self)
@@ -177,7 +177,7 @@ def _ask(proxy: Proxy, operation: str, *arguments: Any, **named: Any) -> Any:
 
 
 def _plain(proxy: Proxy) -> Any:
-    """The plain value of the object, the same at each comparison; the proxy if there is none."""
+    """Return the plain value of the object, the same for all comparisons; the proxy if there is none."""
     try:
         return object.__getattribute__(proxy, "_same")
     except AttributeError:
@@ -185,7 +185,7 @@ def _plain(proxy: Proxy) -> Any:
     value = _ask(proxy, "value")
     if type(value) in _FIXED:
         try:
-            hash(value)  # else something in it can change
+            hash(value)  # fails if a part of it is mutable
         except TypeError:
             return value
         object.__setattr__(proxy, "_same", value)
@@ -197,7 +197,7 @@ def _fed(value: Any) -> int:
 
 
 def _of_a_class(value: Any) -> bool:
-    """Whether the value belongs to a class of this side's code, whose own methods then decide."""
+    """Whether the class of the value is defined by the test or response, so that its methods decide."""
     return type(value).__module__ in (TEST_MODULE, RESPONSE_MODULE)
 
 
@@ -237,7 +237,7 @@ def _binary(name: str, reflected: bool) -> Callable[..., Any]:
             result = peer.ask(name, other, (self, *modulus), {})
         else:
             result = _ask(self, name, other, *modulus)
-        if fed and type(result) is not Proxy:  # it may be made to fit the test's value
+        if fed and type(result) is not Proxy:  # it may be tailored to the value of the test
             return _refuse(name)
         if fed:
             return Proxy(object.__getattribute__(self, "_peer"), Proxy.number(result), fed)

@@ -1,7 +1,7 @@
-"""A seccomp filter of Linux: system calls that code under test cannot make, whatever it runs as.
+"""Linux seccomp filter: system calls that tested code cannot make, whatever its user.
 
-New threads are allowed, new processes are not; neither are sockets other than pairs, and signals to
-other processes. The filter needs no privileges, and nothing takes it off again.
+New threads are allowed; new processes, sockets other than pairs, and signals to other processes are not.
+The filter requires no privileges and cannot be removed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 _CLONE_THREAD = 0x10000
-_X32 = 0x40000000  # numbers of x86's other calling convention start here
-# By machine: its audit number, clone, clone3, tgkill, and the calls that are refused.
+_X32 = 0x40000000  # first number of the x32 ABI
+# By machine: audit number, clone, clone3, tgkill, and the refused calls.
 _MACHINES: dict[str, tuple[int, int, int, int, dict[str, int]]] = {
     "x86_64": (0xC000003E, 56, 435, 234, {
         "socket": 41, "connect": 42, "bind": 49, "fork": 57, "vfork": 58, "execve": 59, "kill": 62,
@@ -39,7 +39,7 @@ _MACHINES: dict[str, tuple[int, int, int, int, dict[str, int]]] = {
 
 
 def forbid_calls(libc: Any) -> bool:
-    """Installs the filter in this process, which has set `no_new_privs`; False if it cannot."""
+    """Install the filter in this process, which must have set `no_new_privs`; False on failure."""
     program = _program()
     if not program:
         return False
@@ -49,7 +49,7 @@ def forbid_calls(libc: Any) -> bool:
 
 
 def _program() -> bytes:
-    """The filter as BPF instructions; empty on a machine whose numbers are not known here."""
+    """Return the filter as BPF instructions; empty for unknown machines."""
     if platform.machine() not in _MACHINES:
         return b""
     audit, clone, clone3, tgkill, refused = _MACHINES[platform.machine()]
@@ -59,7 +59,7 @@ def _program() -> bytes:
     steps = [
         (_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, audit), deny,
         (_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), deny,
-        # Flags of clone3 are in memory, where a filter cannot look: the C library then uses clone.
+        # A filter cannot read the flags of clone3 in memory: without clone3 the C library uses clone.
         (_EQUAL, 0, 1, clone3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
         (_EQUAL, 0, 4, clone), argument, (_ANY_BIT, 1, 0, _CLONE_THREAD), deny, allow,
         (_EQUAL, 0, 4, tgkill), argument, (_EQUAL, 1, 0, os.getpid()), deny, allow,

@@ -1,6 +1,6 @@
-"""Standard input and output of the candidate, which are those of the test that calls it.
+"""Standard input and output of the candidate, connected to those of the calling test.
 
-`input` and `print` are, too, where a test has replaced them.
+`input` and `print` are connected too, if a test replaces them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 1 << 24  # bytes of output that are kept of one call
+LARGEST = 1 << 24  # bytes of output kept per call
 
 _PRINT = builtins.print
 _Ask = Callable[[str, Any, tuple[Any, ...], Any], Any]
 
 
 class Output:
-    """Collects what the response prints until a message takes it to the tester."""
+    """Buffers the output of the response until the next message to the tester."""
 
     def __init__(self, ask: _Ask) -> None:
         self._ask = ask
@@ -30,18 +30,18 @@ class Output:
         sys.stdout = self._text
 
     def note(self, text: str) -> None:
-        """Reads the note with a request: whether the test has replaced `print`."""
+        """Read the note of a request: whether the test replaced `print`."""
         self._replaced = text == "print"
 
     def print(self, *values: Any, **options: Any) -> None:
-        """The builtin `print`, as the test has it."""
+        """Call the builtin `print`, or the replacement of the test."""
         if self._replaced and options.get("file") is None:
             self._ask("print", None, values, options)
         else:
             _PRINT(*values, **options)
 
     def take(self) -> str:
-        """What was printed since the last time."""
+        """Return the output since the last call."""
         try:
             if not self._bytes.tell():
                 return ""
@@ -49,38 +49,38 @@ class Output:
             self._bytes.seek(0)
             self._bytes.truncate()
             return data.decode("utf-8", "replace")
-        except ValueError:  # the response has closed it
+        except ValueError:  # the response closed it
             return ""
 
 
 class Input(io.TextIOBase):
-    """Reads from the standard input of the test; it is at its end while no test calls."""
+    """Reads the standard input of the test; empty while no test calls."""
 
     def __init__(self, ask: _Ask, called: Callable[[], bool]) -> None:
         super().__init__()
         self._ask, self._called = ask, called
 
     def readable(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def read(self, size: int | None = -1) -> str:
-        """Up to `size` characters."""
+        """Read up to `size` characters."""
         return str(self._ask("stdin", None, ("read", size), {})) if self._called() else ""
 
     def readline(self, size: int | None = -1) -> str:  # type: ignore[override]
-        """The next line, with its end."""
+        """Read the next line, with its line break."""
         return str(self._ask("stdin", None, ("readline", size), {})) if self._called() else ""
 
     def input(self, prompt: object = "") -> Any:
-        """The builtin `input`, as the test has it."""
+        """Call the builtin `input`, or the replacement of the test."""
         if not self._called():
             raise EOFError("there is no input while the code is loaded")
         return self._ask("stdin", None, ("input", str(prompt)), {})
 
 
 def connect(ask: _Ask, called: Callable[[], bool]) -> Output:
-    """Replaces the streams of this process; `called` says whether a test is waiting."""
+    """Replace the streams of this process; `called` returns whether a test is waiting."""
     source = Input(ask, called)
     sys.stdin = source
     builtins.input = source.input
@@ -90,12 +90,12 @@ def connect(ask: _Ask, called: Callable[[], bool]) -> Output:
 
 
 def note() -> str:
-    """In the tester: the note for `Output.note`."""
+    """In the tester: return the note for `Output.note`."""
     return "" if builtins.print is _PRINT else "print"
 
 
 def read(how: Any, argument: Any) -> str:
-    """Serves a request of `Input` in the tester."""
+    """Serve a request of `Input` in the tester."""
     if how == "input":
         line = builtins.input(argument)
         return line if type(line) is str else str(line)
@@ -105,6 +105,6 @@ def read(how: Any, argument: Any) -> str:
 
 
 def show(*values: Any, **options: Any) -> None:
-    """Serves a request of `Output.print` in the tester."""
+    """Serve a request of `Output.print` in the tester."""
     if builtins.print is not _PRINT:
         builtins.print(*values, **options)

@@ -1,9 +1,9 @@
 """Values and calls between the candidate process and the tester process.
 
-Messages are JSON: the tester must not unpickle what the candidate sends. Values of builtin types
-and a few data types of the standard library travel as copies, but only if the type is exactly that
-type: an `int` subclass with its own `__eq__` stays where it is, like every other object, and the
-other side gets a `Proxy` (proxies.py) for it.
+Messages are JSON: the tester must not unpickle data of the candidate. Values of builtin types and some
+standard library types are sent as copies, but only if the type matches exactly: an `int` subclass with
+its own `__eq__` stays in its process, like all other objects, and the other side gets a `Proxy`
+(proxies.py).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _DATES: dict[type, Callable[[Any], list[Any]]] = {
     datetime.time: lambda d: [d.hour, d.minute, d.second, d.microsecond],
     datetime.timedelta: lambda d: [d.days, d.seconds, d.microseconds],
 }
-_ZONES = (type(None), datetime.timezone)  # other zones: `classes`
+_ZONES = (type(None), datetime.timezone)  # for other zones see `classes`
 _DATE_NAMES: dict[str, Any] = {kind.__name__: kind for kind in _DATES}
 _MUTABLE = (list, dict, set, bytearray, collections.deque, collections.defaultdict,
             collections.OrderedDict, collections.Counter)  # fmt: skip
-_ARRAYS = "biufcSUmM"  # kinds of numpy arrays that hold no objects
+_ARRAYS = "biufcSUmM"  # kinds of numpy arrays without objects
 
 
 class Channel:
@@ -60,13 +60,13 @@ class Channel:
 
     def __init__(self, read: int, write: int, *, ahead: bool = True) -> None:
         self._read, self._write = read, write
-        self._ahead = ahead  # may read more than it was asked for
+        self._ahead = ahead  # may read more than requested
         self._buffer = b""
         self.closed = False
         self._os_read, self._os_write = os.read, os.write
 
     def send(self, message: Any) -> None:
-        """Writes one message."""
+        """Write one message."""
         data = _dumps(message).encode()
         rest = memoryview(struct.pack("=Q", len(data)) + data)
         try:
@@ -77,7 +77,7 @@ class Channel:
             raise
 
     def receive(self) -> Any:
-        """Reads one message; EOFError if the other side has closed."""
+        """Read one message; EOFError if the other side closed the pipe."""
         (size,) = struct.unpack("=Q", self.exactly(8))
         if size > LARGEST:
             self.closed = True
@@ -85,7 +85,7 @@ class Channel:
         return _loads(self.exactly(size).decode())
 
     def exactly(self, size: int) -> bytes:
-        """Reads `size` bytes."""
+        """Read `size` bytes."""
         parts = [self._buffer]
         missing = size - len(self._buffer)
         while missing > 0:
@@ -101,11 +101,10 @@ class Channel:
 
 
 class Codec:
-    """Encodes values for the other side; keeps the objects that stay on this one.
+    """Encodes values for the other side; keeps the objects that stay on this side.
 
-    `make` builds the object that stands for one of the other side's; `describe` adds what the other
-    side must know of an object that stays here. `shared` names the classes that both sides have, in
-    `names`.
+    `make` creates the local object for a remote one; `describe` adds what the other side needs to know
+    about an object that stays here. `shared` names the classes that both sides have, in `names`.
     """
 
     def __init__(self, *, trusted: bool, make: Callable[[int, Any], Any], proxy: Any) -> None:
@@ -118,7 +117,7 @@ class Codec:
         self.names: dict[str, Any] = {}
 
     def keep(self, value: Any) -> int:
-        """The number under which the other side refers to `value`."""
+        """Return the number that the other side uses for `value`."""
         number = self._numbers.get(id(value))
         if number is None:
             number = len(self.kept)
@@ -127,12 +126,12 @@ class Codec:
         return number
 
     def is_shared(self, kind: Any) -> bool:
-        """Whether the other side has this class, too."""
+        """Whether the other side has this class too."""
         name = getattr(kind, "__name__", None) if self.shared and isinstance(kind, type) else None
         return type(name) is str and name in self.shared and self.names.get(name) is kind
 
     def encode(self, value: Any) -> Any:
-        """What stands for `value` in a message."""
+        """Encode `value` for a message."""
         try:
             return self._encode(value)
         except RecursionError:  # it contains itself, or is nested too deeply
@@ -196,18 +195,18 @@ class Codec:
             try:
                 return ["pickle", pickle.dumps(value).decode("latin-1")]
             except Exception:
-                pass  # of a class that the test defines: it stays here
+                pass  # its class is defined by the test: it stays here
         if self.trusted and known:
             return ["builtin", name]
         return ["own", self.keep(value), self.describe(value)]
 
     def decode(self, data: Any) -> Any:
-        """The value that stands in a message."""
+        """Decode a value of a message."""
         if type(data) is not list:
             return data
         tag, *rest = data
         if tag == "flat":
-            return _SEQUENCES[rest[0]](rest[1])  # a copy: the message stays as it was
+            return _SEQUENCES[rest[0]](rest[1])  # a copy: the message is not changed
         if tag == "items":
             return _SEQUENCES[rest[0]](self.decode(item) for item in rest[1])
         if tag == "bounded":
@@ -267,14 +266,14 @@ def _array(kind: str, shape: list[int], data: str, scalar: bool) -> Any:
 
 
 def mutable(value: Any) -> bool:
-    """Whether a call can change the value, which travels as a copy."""
+    """Whether a call can change the value, which is sent as a copy."""
     if type(value) is tuple:
         return any(map(mutable, value))
     return type(value) in _MUTABLE or type(value).__name__ == "ndarray"
 
 
 def update(old: Any, new: Any) -> None:
-    """Gives `old` the contents of `new`, a copy that a call has changed."""
+    """Replace the contents of `old` by those of `new`, a copy that a call changed."""
     if type(old) is not type(new) or old is new:
         return
     if type(old) in (list, tuple, collections.deque):

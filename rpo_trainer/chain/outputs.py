@@ -1,0 +1,106 @@
+"""What a stage delivers in `final`, and the exact float32 weights beside it that later stages start from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from rpo_trainer.chain.state import ChainState
+from rpo_trainer.models.adapter_files import is_adapter
+from rpo_trainer.models.delivered import copy_in_dtype
+from rpo_trainer.models.dtypes import dtype_name, kept_in_float32
+from rpo_trainer.models.weight_files import stored_dtype
+from rpo_trainer.runtime import distributed
+from rpo_trainer.stages.output_dtype import EXACT, exact_is_needed
+from rpo_trainer.stages.prepare import StagePreparer
+from rpo_trainer.stages.record import OutputRecord
+from rpo_trainer.trainers.base import BaseTrainer
+from rpo_trainer.trainers.checkpoint import MANIFEST, write_manifest
+
+
+def write_output(
+    trainer: BaseTrainer, folder: Path, dtype: torch.dtype, *, keep_exact: bool
+) -> None:
+    """Write `final` of a stage that trains all weights: model and tokenizer, complete or absent.
+
+    Args:
+        dtype, keep_exact: see `commit_output`.
+    """
+    staged = folder / ".final"
+    distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
+    trainer.save_model(str(staged))
+    kept = kept_in_float32(trainer.model, dtype)
+    distributed.on_main(
+        lambda: commit_output(staged, folder, dtype, keep_exact=keep_exact, kept=kept)
+    )
+
+
+def commit_output(
+    staged: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    keep_exact: bool,
+    kept: re.Pattern[str] | None,
+) -> None:
+    """Turn a saved model into `final` of a stage, in the dtype that it delivers.
+
+    Args:
+        staged: the exact model, in float32; it is moved.
+        folder: of the stage.
+        dtype: what `final` is saved in.
+        keep_exact: move the exact model to `exact` if `final` is rounded; it is there before `final` is.
+        kept: see `copy_in_dtype`.
+    """
+    exact, delivered = folder / EXACT, folder / ".delivered"
+    shutil.rmtree(exact, ignore_errors=True)
+    if dtype != torch.float32 and copy_in_dtype(staged, delivered, dtype, kept):
+        if keep_exact:
+            write_manifest(staged)
+            os.replace(staged, exact)
+        else:
+            shutil.rmtree(staged)
+        staged = delivered
+    write_manifest(staged)
+    shutil.rmtree(folder / "final", ignore_errors=True)
+    os.replace(staged, folder / "final")
+
+
+def cast_output(folder: Path, dtype: torch.dtype, kept: re.Pattern[str] | None) -> None:
+    """Cast a saved model to `dtype` in its place; see `copy_in_dtype`."""
+    copied = folder.with_name(".delivered")
+    if dtype != torch.float32 and copy_in_dtype(folder, copied, dtype, kept):
+        shutil.rmtree(folder)
+        os.replace(copied, folder)
+
+
+def output_fingerprint(final: Path) -> str:
+    """Short content key of a stage's output: the hashes of its weights."""
+    files = json.loads((final / MANIFEST).read_text())["files"]
+    weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
+    return "+".join(digest[:16] for digest in weights)
+
+
+def output_record(final: Path) -> OutputRecord:
+    """What chain.json says of an output."""
+    exact = final.with_name(EXACT)
+    dtype = torch.float32 if is_adapter(final) else stored_dtype(final)
+    return OutputRecord(
+        output_fingerprint(final),
+        dtype=None if dtype is None else dtype_name(dtype),
+        exact=output_fingerprint(exact) if exact.is_dir() else None,
+    )
+
+
+def remove_exact(preparer: StagePreparer, state: ChainState, run_dir: Path) -> None:
+    """Remove exact weights that no stage will start from; `final` keeps what was delivered."""
+    done = {record.name for record in state.stages if record.state == "done"}
+    for name in done:
+        exact = run_dir / name / EXACT
+        if exact.is_dir() and not exact_is_needed(preparer, name, done):
+            shutil.rmtree(exact)

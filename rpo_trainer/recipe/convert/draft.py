@@ -1,0 +1,78 @@
+"""The recipe being written: its values, a comment for each, and its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rpo_trainer.recipe.yaml_document import Key, dump, parse
+
+
+@dataclass
+class Draft:
+    """A recipe of one or more stages as plain values, with the comments that its text has.
+
+    Attributes:
+        values: the recipe.
+        comments: of the keys.
+        sources: the first word of each comment that was given, most often the key of the other tool.
+    """
+
+    values: dict[str, Any] = field(default_factory=lambda: {"model": {}, "stages": []})
+    comments: dict[Key, str] = field(default_factory=dict)
+    sources: dict[Key, str] = field(default_factory=dict)
+
+    def put(self, key: Key, value: Any, comment: str = "") -> None:
+        """Set the value at a key, such as `("stages", 0, "beta")`; the mappings above it are made."""
+        here: Any = self.values
+        for part in key[:-1]:
+            if isinstance(here, list):
+                while len(here) <= int(part):
+                    here.append({})
+                here = here[int(part)]
+            else:
+                here = here.setdefault(part, {})
+        here[key[-1]] = value
+        self.sources[key] = comment.split(" ")[0]
+        if comment and comment != key[-1]:  # a key that keeps its name needs no word
+            self.comments[key] = comment
+
+    def get(self, key: Key) -> Any:
+        """The value at a key; None where there is none."""
+        here: Any = self.values
+        for part in key:
+            try:
+                here = here[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return here
+
+    def remove(self, key: Key) -> None:
+        """Remove a key, and the mappings above it that are then empty."""
+        above = self.get(key[:-1])
+        if isinstance(above, dict) and key[-1] in above:
+            del above[key[-1]]
+            self.comments.pop(key, None)
+            if not above and len(key) > 1:
+                self.remove(key[:-1])
+
+    def text(self, header: list[str]) -> str:
+        """YAML with the comments, `header` as comment lines at its top, and a blank line before each part."""
+        order = ("model", "seed", "run_dir", "defaults", "eval", "stages")
+        values = {key: self.values[key] for key in order if key in self.values}
+        plain = dump(values)
+        document = parse(plain)
+        lines = plain.splitlines()
+        for key, comment in self.comments.items():
+            if (number := document.lines.get(key)) is not None:
+                lines[number - 1] += f"  # {comment}"
+        out = [f"# {line}".rstrip() for line in header]
+        for number, line in enumerate(lines, start=1):
+            starts_part = any(document.lines[(key,)] == number for key in ("model", "stages"))
+            starts_stage = any(
+                document.lines[("stages", i)] == number for i in range(1, len(values["stages"]))
+            )
+            if starts_part or starts_stage:
+                out.append("")
+            out.append(line)
+        return "\n".join(out) + "\n"

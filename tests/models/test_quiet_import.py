@@ -1,0 +1,17 @@
+"""What libraries print when models are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def test_importing_bitsandbytes_prints_nothing() -> None:
+    pytest.importorskip("bitsandbytes")
+    done = subprocess.run(
+        [sys.executable, "-c", "import rpo_trainer.models, bitsandbytes"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "gemm_4bit_forward" not in done.stdout + done.stderr
