@@ -17,7 +17,11 @@ import click
     help="Also write the comparison as an HTML page with overlaid curves (extra `report`).",
 )
 def compare(run_dirs: tuple[Path, ...], target: Path | None) -> None:
-    """Compare runs: final figures with intervals, and differing settings."""
+    """Compare the final figures and the settings of runs.
+
+    Figures are those after the last measured stage of each run, with 95% intervals over held-out
+    prompts. Settings are the recipe keys, hardware and versions that differ.
+    """
     if len(run_dirs) < 2:
         raise click.UsageError("Give at least two run directories.")
     from rich.console import Console

@@ -51,6 +51,11 @@ EVERYTHING: dict[str, Any] = {
         },
     },
     "reward_scale": 2.0,
+    "system": {
+        "devices": {"CPU": 2}, "cores": 1, "threads": 1, "memory_bytes": 1024, "platform": "Linux x86_64",
+        "launcher": "torchrun", "engine": "MULTI_CPU", "world_size": 2, "precision": "float32",
+        "libraries": {"torch": "2.13.0"},
+    },
     "step0": {"loss": 0.69, "expected": 0.69, "nats_per_token": 0.0, "ok": True},
     "warnings": [{"step": 3, "name": "chosen_falling", "text": "falls", "advice": "raise beta"}],
     "skipped": [{"step": 2, "what": "loss", "rows": ["a.jsonl:1"]}],
