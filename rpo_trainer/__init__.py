@@ -32,6 +32,11 @@ _EXPORTS = {
 # It shows nothing; first of all handlers, it removes keys from what the others show.
 logging.getLogger(__name__).addHandler(RedactingHandler())
 
+# bitsandbytes advises on a CPU kernel whenever it is imported, by PEFT for example.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in str(record.msg)
+)
+
 shorten_waits()  # before torch is loaded, if it is not yet
 
 __all__ = [*_EXPORTS, "__version__"]
