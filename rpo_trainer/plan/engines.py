@@ -4,8 +4,8 @@
 
     ddp            everything on every device; the gradients once more in communication buckets
     fsdp2          1/W of everything; gathered weights of two layers and modules outside layers
-    zero2          all weights; 1/W of gradients, optimizer state and the optimizer's copy of the weights; plus
-                   a bucket of gradients
+    zero2          all weights; 1/W of gradients, optimizer state and the optimizer's copy of the weights;
+                   plus a bucket of gradients
     zero3          1/W of everything, that copy included; plus a bucket, and as many gathered weights as
                    DeepSpeed keeps live
     zero3_offload  as zero3, with optimizer state, its copy of the weights and sharded weights on the host
