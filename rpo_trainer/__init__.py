@@ -42,6 +42,11 @@ _INSTEAD = {
 # Logs nothing itself: as the first handler it removes keys from the records that others show.
 logging.getLogger(__name__).addHandler(RedactingHandler())
 
+# bitsandbytes advises on a CPU kernel whenever it is imported, by PEFT for example.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in str(record.msg)
+)
+
 shorten_waits()  # before torch is loaded, if it is not yet
 
 __all__ = [*_EXPORTS, "__version__"]

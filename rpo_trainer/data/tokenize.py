@@ -53,8 +53,8 @@ def tokenize_rows(
 
     Args:
         max_length: maximum number of tokens of the prompt and one response.
-        truncation: `drop` rows with a longer text, or `truncate` all texts at this length. A truncated response
-            has no end token.
+        truncation: `drop` rows with a longer text, or `truncate` all texts at this length. A truncated
+            response has no end token.
         processes: number of processes; None selects it automatically. The result does not depend on it.
         refuse_special_text: raise an error if most rows of a source contain the text of control tokens and
             `special_tokens` is not set; otherwise add a remark to the audit.

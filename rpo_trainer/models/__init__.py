@@ -18,13 +18,3 @@ unwrap            the transformers model inside DDP, FSDP, DeepSpeed and PEFT
 delivered         a model directory copied in another dtype
 saved_files       files saved beside the weights: end tokens, generation config, tokenizer, processor
 """
-
-import logging
-
-
-def _is_relevant(record: logging.LogRecord) -> bool:
-    """False for bitsandbytes' advice to install a CPU kernel, logged whenever it (or PEFT) is imported."""
-    return "gemm_4bit_forward" not in str(record.msg)
-
-
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)

@@ -3,9 +3,9 @@
 `n` weights on `W` devices. Weights, their gradients and Adam's state are 4 + 4 + 8 bytes each on one device.
 
     ddp            everything on every device; the gradients once more in communication buckets
-    fsdp2          1/W of everything; gathered weights of two layers and of modules outside the layers
-    zero2          all weights; 1/W of gradients, optimizer state and its copy of the weights; plus
-                   a bucket of gradients
+    fsdp2          1/W of everything; gathered weights of two layers and modules outside layers
+    zero2          all weights; 1/W of gradients, optimizer state and the optimizer's copy of the weights;
+                   plus a bucket of gradients
     zero3          1/W of everything, that copy included; plus a bucket, and as many gathered weights as
                    DeepSpeed keeps live
     zero3_offload  as zero3, with optimizer state, its copy of the weights and sharded weights on the host

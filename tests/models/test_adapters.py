@@ -146,7 +146,7 @@ def test_prompt_learning_is_refused_with_the_reason(number: int, wrapped: bool) 
     ("config", "code", "words"),
     [
         (lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
-         "unsupported-method", "ADALORA.*regulariser"),
+         "unsupported-method", "ADALORA.*regularizer"),
         (lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1),
          "unsupported-method", "ADAPTION_PROMPT"),
         (lambda: lora(alora_invocation_tokens=[5]), "unsupported-method", "activated LoRA"),
