@@ -257,7 +257,7 @@ class Evaluation:
         maximum = None if verifier is None else verifier.maximum
 
         def summary(answers: list[dict[str, Any]], rewards: list[Any]) -> dict[str, Any]:
-            result = evaluate.summarise(
+            result = evaluate.summarize(
                 rows, answers, rewards, maximum=maximum, seed=self.recipe.seed
             )
             return result.as_dict()

@@ -60,13 +60,13 @@ def _has_rewards(row: Row) -> bool:
     return None not in rewards
 
 
-def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
+def fit_reward_scale(gaps: Sequence[float], *, labeled: bool = True) -> Fit:
     """Fit η to these gaps, rounded to four digits.
 
     Args:
         gaps: reward(chosen) − reward(rejected); negative where the preference label contradicts the
             rewards. If none is negative, the labels carry no information about η.
-        labelled: whether the order of the responses is a preference label.
+        labeled: whether the order of the responses is a preference label.
 
     Raises:
         DataError: there are no gaps, all are 0, or most labels contradict the rewards.
@@ -82,7 +82,7 @@ def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
             details={"gaps": len(found)},
         )
     against = int((found < 0).sum())
-    if labelled and against:
+    if labeled and against:
         return Fit(_rounded(_likeliest(found)), "labels", len(found), against)
     middle = float(np.quantile(np.abs(unequal), QUANTILE))
     return Fit(_rounded(_logit(TARGET) / middle), "quantile", len(unequal), 0)

@@ -173,7 +173,7 @@ def to_score(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[
     return made
 
 
-def summarise(
+def summarize(
     rows: Sequence[Row],
     answers: Sequence[Mapping[str, Any]],
     rewards: Sequence[Sequence[float]],

@@ -250,7 +250,7 @@ class StagePreparer:
             scale = stage.reward_scale
             if scale == "auto":
                 against = any(gap < 0 for gap in given_gaps)
-                fit = fit_reward_scale(given_gaps if against else gaps, labelled=against)
+                fit = fit_reward_scale(given_gaps if against else gaps, labeled=against)
                 audit.calibration, scale = asdict(fit), fit.reward_scale
             audit.check_target_gaps(rows, scale)
         return rows, held

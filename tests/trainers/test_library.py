@@ -141,7 +141,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_raw_text_rows_are_tokenised(character_model, make_trainer, tokenizer):
+def test_raw_text_rows_are_tokenized(character_model, make_trainer, tokenizer):
     trainer = make_trainer("rpo", copy.deepcopy(character_model), TEXTS, max_length=None)
     row = trainer.train_dataset[0]
     assert tokenizer.decode(row["prompt_ids"]) == "<s>question 0: "
