@@ -125,7 +125,7 @@ class DataChecks:
             there = (folder / "config.json").is_file()
             if looks_like_path(name) and not there:
                 raise ModelError(
-                    "no reward model found here",
+                    "no reward model was found here",
                     code="model.no-reward-model",
                     where=f"{where}.model: {folder}",
                     fix="give a directory with config.json and safetensors weights, or a reward stage",

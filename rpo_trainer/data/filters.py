@@ -43,7 +43,7 @@ def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> l
 
     Raises:
         DataError: a threshold is set and rows have no rewards; more than 0.5 % of the rows are reversed
-            (`reversed: error`); or no row is left.
+            (`reversed: error`); or no rows are left.
     """
     used = spec or _NoFilter()
     if used.min_gap is not None or _quality(used) is not None:

@@ -65,7 +65,7 @@ def base_of(folder: Path) -> str:
             "the adapter does not name its base model",
             code="adapter.no-base",
             where=str(folder / CONFIG),
-            why="an adapter is only valid for its base",
+            why="an adapter works only with the base model that it was trained on",
             fix="set base_model_name_or_path to the model's directory or hub name",
         )
     for local in (folder / Path(name).expanduser(), Path(name).expanduser()):

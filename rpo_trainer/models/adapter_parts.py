@@ -39,7 +39,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
         raise ModelError(
             f"the adapter method {config.peft_type} cannot also train {', '.join(parts)}",
             code="adapter.cannot-save-parts",
-            why="these modules are new, or the head of a reward model: frozen, they would stay random",
+            why="these modules are newly initialized, and would stay random if they were frozen",
             fix="use LoRA",
         )
     asked = getattr(config.task_type, "value", config.task_type)
@@ -174,7 +174,7 @@ def require_trained_parts(model: nn.Module) -> None:
         raise ModelError(
             f"{', '.join(frozen[:4])} are newly initialized, and the adapter neither trains nor saves them",
             code="adapter.frozen-random-parts",
-            why="the files that the model was loaded from do not have them",
+            why="the model's files do not contain them",
             fix='name their modules in modules_to_save of the adapter\'s config (task_type="SEQ_CLS" '
             "includes the head of a reward model), or pass the model and peft_config",
         )

@@ -45,7 +45,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
             "this is a reward model (a sequence classifier), not a policy",
             code="model.not-a-policy",
             where=where,
-            why="it has no language head, so it gives no log-probs",
+            why="it has no language head, so it cannot compute log-probs",
             fix="start from a causal language model",
         )
     return AutoModelForSequenceClassification

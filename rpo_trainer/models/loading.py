@@ -75,7 +75,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
             "the tokenizer has no end token",
             code="tokenizer.no-end-token",
             where=f"model: {spec.tokenizer or spec.name_or_path}",
-            why="without one, a response has no end, in the data or when it is sampled",
+            why="without one, the end of a response can neither be trained nor recognized in sampling",
             fix="set eos_token in tokenizer_config.json",
         )
     return made
@@ -222,10 +222,10 @@ def _refuse_kernel(config: Any, where: str) -> None:
     """Refuse a config that names an attention kernel on the hub, which is remote code."""
     if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
         raise ModelError(
-            f"the model's configuration names attention code on the hub ({name})",
+            f"the model's configuration loads attention code from the hub ({name})",
             code="model.hub-kernel",
             where=where,
-            why="that code would run here with your permissions",
+            why="that code would run with your permissions",
             fix="remove attn_implementation from config.json",
         )
 
@@ -259,7 +259,7 @@ def _not_loaded(what: str, error: Exception, where: str, *, fix: str | None = No
             f"the {what} cannot be loaded: it requires code from its repository",
             code="model.needs-remote-code",
             where=where,
-            why="that code would run here with your permissions",
+            why="that code would run with your permissions",
             fix=fix
             or "use a model that transformers supports itself; or review the code and set "
             "`trust_remote_code: true` under `model`",

@@ -226,7 +226,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
     others = [name for name in files if name.endswith(".safetensors")]
     found = f", only {others[0]}, which transformers does not read" if others else ""
     raise ModelError(
-        f"the model cannot be loaded: no weights beside its configuration{found}",
+        f"the model cannot be loaded: there are no weights next to its configuration{found}",
         code="model.no-weights",
         where=where,
         why="the stage could not start",

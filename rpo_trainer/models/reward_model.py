@@ -80,7 +80,7 @@ def _names_of(classifier: Any, attributes: Sequence[str] | None) -> tuple[str, .
             f"the reward model scores {', '.join(own)}, not {', '.join(attributes)}",
             code="model.attribute-mismatch",
             where="attributes",
-            why="each score was trained for one attribute, and names decide its weight in the reward",
+            why="each score was trained for one attribute and is weighted by that attribute's name",
             fix="list its attributes in its order, or start from a language model",
         )
     return tuple(attributes)
@@ -125,7 +125,7 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
         raise ModelError(
             f"the sequence classifier of {config.model_type} models is not a decoder with a head",
             code="model.no-sequence-classifier",
-            why=f"the language model has nothing for {', '.join(missing)}",
+            why=f"the language model has no weights for {', '.join(missing)}",
             fix="use a model of another family",
         )
     made.score.to_empty(device=parameter.device).to(parameter.dtype)

@@ -290,7 +290,7 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
         return factory(weights, **settings)
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(
-            f"the memory of optimizer {optim!r} cannot be estimated here",
+            f"the memory of optimizer {optim!r} cannot be estimated",
             code="plan.unknown-optimizer",
             where="optim",
             why=f"the optimizer cannot be created: {error}",

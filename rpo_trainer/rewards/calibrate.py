@@ -179,12 +179,12 @@ def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibra
         reward_scale: η; None: the fitted one, or 1 if none fits.
 
     Raises:
-        DataError: no row has rewards.
+        DataError: none of the rows has rewards.
     """
     gaps = label_gaps(rows)
     if not gaps:
         raise DataError(
-            "no row has rewards",
+            "none of the rows has rewards",
             code="data.missing-rewards",
             fix="score the rows first (`rpo-trainer score`)",
         )

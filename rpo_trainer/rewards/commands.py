@@ -126,7 +126,7 @@ def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
     ):
         return True
     raise RunError(
-        "the output exists, and was made from other rows or with other settings",
+        "the output exists, and was created from other rows or with other settings",
         code="output.exists",
         where=str(out),
         why="existing files are not overwritten",
@@ -357,7 +357,7 @@ def pairs_file(
     audit.observe_pairs(made)
     if not made:
         raise DataError(
-            "no row is left",
+            "no rows are left",
             code="data.no-rows-left",
             where=str(source.path),
             why="; ".join(audit.summary_lines()),

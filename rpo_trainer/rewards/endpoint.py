@@ -86,10 +86,10 @@ class Endpoint:
                 openai.NotFoundError,
             ) as error:
                 raise RunError(
-                    f"the endpoint refuses the request: {_reason(error)}",
+                    f"the endpoint rejects the request: {_reason(error)}",
                     code="endpoint.refused",
                     where=self.spec.url,
-                    why="it would refuse all other requests too",
+                    why="it would reject all other requests too",
                     fix=f"check the url, the name of the model, and the key in {self.spec.api_key_env}",
                 ) from None
             except openai.APIStatusError as error:
@@ -103,7 +103,7 @@ class Endpoint:
                     unreadable = _reason(error)
                     continue
                 raise RowFailed(
-                    f"the endpoint refuses the request: {_reason(error)}",
+                    f"the endpoint rejects the request: {_reason(error)}",
                     code="endpoint.refused",
                     service=served,
                 ) from None
@@ -278,7 +278,7 @@ def message_of(answer: Any) -> str:
     content = message.get("content") if isinstance(message, Mapping) else message.content
     if isinstance(content, str) and content.strip():
         return encodable(content)
-    raise Unreadable("a completion without text", code="endpoint.no-text")
+    raise Unreadable("the endpoint returned a completion without text", code="endpoint.no-text")
 
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -65,7 +65,7 @@ def read_template(path: Path | None) -> str:
             f"the judge's template has no {', '.join(missing)}",
             code="judge.missing-placeholder",
             where=str(path),
-            why="the judge would not see what it compares",
+            why="without it, the judge does not receive the texts to compare",
             fix=f"add {', '.join(_PLACES)}, and request the verdict [[A]], [[B]] or [[C]]",
         )
     return text

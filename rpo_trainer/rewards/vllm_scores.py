@@ -115,7 +115,7 @@ def read_heads(answer: Any, names: Sequence[str]) -> dict[str, float]:
 def _data(answer: Any) -> list[dict[str, Any]]:
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list) or not data or not all(isinstance(e, dict) for e in data):
-        raise Unreadable("no `data` with scores", code="endpoint.no-scores")
+        raise Unreadable("the answer has no `data` with scores", code="endpoint.no-scores")
     return data
 
 

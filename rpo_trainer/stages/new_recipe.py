@@ -139,7 +139,7 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
     rows = adapt(raw, kind=row_kind, format=spec.get("format"), audit=Audit())
     if not rows:
         raise DataError(
-            "no row can be trained on", code="data.no-rows-left", where=path, fix="correct the rows"
+            "none of the rows can be trained on", code="data.no-rows-left", where=path, fix="correct the rows"
         )
     source = _Source(spec, rows, row_kind, "")
     what = "conversations" if row_kind == "sft" else "pairs"
@@ -159,14 +159,14 @@ def _stage_kinds(sources: Sequence[_Source], kind: RecipeKind | None) -> list[st
     if kind == "chain" and present != {"sft", "pair"}:
         lacking = "pairs (chosen and rejected)" if "pair" not in present else "conversations"
         raise RecipeError(
-            f"a chain needs conversations and pairs, and no file has {lacking}",
+            f"a chain needs conversations and pairs, but no file contains {lacking}",
             code="init.missing-data",
             where="--data",
             fix="give a file of each with --data, or another --kind",
         )
     if kind == "rpo" and not scored:
         raise RecipeError(
-            "not every response has a reward, which RPO learns from",
+            "some responses have no reward, which RPO requires",
             code="init.missing-rewards",
             where="--data",
             fix="score the responses first (`rpo-trainer score`), or give --kind dpo",
@@ -189,7 +189,7 @@ def _check_held_out(tests: Sequence[_Source], kinds: Sequence[str]) -> None:
             )
         if source.kind == "pair" and "rpo" in kinds and not source.scored:
             raise RecipeError(
-                "not every held-out response has a reward, which RPO compares with",
+                "some held-out responses have no reward, which RPO requires",
                 code="init.missing-rewards",
                 where=where,
                 fix="score the responses first (`rpo-trainer score`), or give --kind dpo",

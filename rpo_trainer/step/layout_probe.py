@@ -218,7 +218,7 @@ class _Proof:
             if device_failed(error):
                 raise
             raise ModelError(
-                f"a forward of {type(transformers_model(model)).__name__} fails",
+                f"the forward pass of a {type(transformers_model(model)).__name__} fails",
                 code="model.forward-fails",
                 why=f"{type(error).__name__}: {first_line(error)}",
                 fix="try another dtype (dtype=torch.float32) or another attn_implementation",

@@ -105,7 +105,7 @@ def tokenized(
         options: further arguments of `prepare_dataset`.
 
     Raises:
-        DataError: a row is invalid, or no row is left.
+        DataError: a row is invalid, or no rows are left.
     """
     from rpo_trainer.data import Audit, prepare_dataset
 

@@ -257,7 +257,7 @@ def require_kept_padding(model: Any) -> None:
             f"transformers sets the embedding of token {place} to zero whenever it loads a {name}, and this "
             "model's is not zero",
             code="model.padding-row",
-            why="the saved model would give other results once it is loaded",
+            why="the saved model would produce different outputs after it is loaded",
             fix=f"zero that row of the embeddings, or set padding_idx of the {type(embedding).__name__} "
             "and pad_token_id of the config to None",
         )
