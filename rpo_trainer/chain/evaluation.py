@@ -192,7 +192,7 @@ class Evaluation:
         source: str,
         baseline: str | None,
     ) -> None:
-        """Adds `tokens` of the sampled responses, and their `log_ratios` to a baseline's policy."""
+        """Add `tokens` of the sampled responses, and their `log_ratios` to a policy of the baseline."""
         examples = response_examples(rows, answers, self.tokenizer)
         flat = [one for row in examples for one in row if one is not None]
         ratios: Iterator[float] | None = None

@@ -181,7 +181,7 @@ class Models:
         return _Adapter(folder, base, None, None)
 
     def _adapter_of(self, stage: Stage, folder: Path) -> _Adapter:
-        """The adapter of a stage, in `folder`."""
+        """Return the adapter of a stage, in `folder`."""
         assert stage.peft is not None
         quantization = stage.peft.quantization
         return _Adapter(folder, self._base(stage), quantization, self._frozen_dtype(stage))
@@ -203,7 +203,7 @@ class Models:
         return dataclasses.replace(final, place=base.place) if saves_whole(stage) else base
 
     def delivered_dtype(self, stage: Stage) -> torch.dtype:
-        """The dtype of the whole model that a stage delivers."""
+        """Return the dtype of the full model that a stage outputs."""
         return output_dtype(self.preparer, stage)
 
     def _writes_base(self, stage: Stage) -> bool:

@@ -80,14 +80,14 @@ def cast_output(folder: Path, dtype: torch.dtype, kept: re.Pattern[str] | None) 
 
 
 def output_fingerprint(final: Path) -> str:
-    """Short content key of a stage's output: the hashes of its weights."""
+    """Return a short content key of a stage's output, computed from the hashes of its weights."""
     files = json.loads((final / MANIFEST).read_text())["files"]
     weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
     return "+".join(digest[:16] for digest in weights)
 
 
 def output_record(final: Path) -> OutputRecord:
-    """What chain.json says of an output."""
+    """Return the entry of an output in chain.json."""
     exact = final.with_name(EXACT)
     dtype = torch.float32 if is_adapter(final) else stored_dtype(final)
     return OutputRecord(

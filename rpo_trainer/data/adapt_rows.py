@@ -169,7 +169,7 @@ def adapt(
 
 
 def _read_of_common(kind: Kind) -> set[str]:
-    """Columns that are read in addition to those of a format."""
+    """Return the columns that are read in addition to those of a format."""
     read = {"id", "system", "tools", COLUMN}
     if kind in ("pair", "prompt"):
         read.add("ground_truth")

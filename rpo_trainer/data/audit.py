@@ -271,7 +271,7 @@ class Audit(AuditCounts):
         return lines
 
     def _settings(self) -> list[str]:
-        """Results of the filter, the calibration and the judge."""
+        """Return the results of the filter, the calibration and the judge."""
         lines = [filtered(self.filter)] if self.filter else []
         if self.calibration:
             how = {

@@ -138,7 +138,7 @@ def require_complete(model: Any, folder: Path) -> None:
 
 
 def _as_loaded(model: Any, stored: Mapping[str, tuple[str, list[int]]]) -> dict[str, list[int]]:
-    """Shapes of an adapter's tensors under the names that PEFT gives them when loading.
+    """Return the shapes of an adapter's tensors under the names that PEFT gives them when loading.
 
     Adapters of mixtures of experts made with transformers 4 have one pair for each expert.
     """

@@ -58,7 +58,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
 
 
 def _heads(classifier: Any) -> list[str]:
-    """Names of a classifier's modules beside its decoder."""
+    """Return the names of a classifier's modules other than its decoder."""
     return [
         name
         for name, part in classifier.named_children()
@@ -196,6 +196,6 @@ def _trains(inner: nn.Module, part: str) -> bool:
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without the prefix of `modules_to_save`."""
+    """Return a parameter's name without the prefix of `modules_to_save`."""
     before, mark, after = name.partition(".modules_to_save.")
     return before + "." + after.partition(".")[2] if mark else name

@@ -99,7 +99,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
 
 
 def _odd_targets(wrapped: nn.Module) -> list[str]:
-    """Names of adapted linear layers whose class overrides forward."""
+    """Return the names of adapted linear layers whose class overrides forward."""
     layers = ((name, getattr(part, "base_layer", None)) for name, part in wrapped.named_modules())
     return sorted(
         {
@@ -148,7 +148,7 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Base weights under their names without the adapter."""
+    """Return the base weights under their names without the adapter."""
     kept = {}
     for name, tensor in transformers_model(model).state_dict().items():
         plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".original_module.", ".")
@@ -170,7 +170,7 @@ def lowest_precision(model: nn.Module) -> torch.dtype:
 
 
 def _answers(model: nn.Module) -> Tensor | None:
-    """Log-probs (scores of a classifier) on a few random tokens; None if the weights are sharded."""
+    """Return log-probs (or scores) for a few random tokens, or None if the weights are sharded."""
     if not whole_on_every_rank(model):
         return None
     inner = transformers_model(model)

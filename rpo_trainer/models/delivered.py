@@ -24,7 +24,7 @@ _CONFIG = "config.json"
 
 
 def config_dtype(config: Any) -> torch.dtype | None:
-    """The dtype that a model's configuration names, or that of its text part; None: neither does."""
+    """Return the dtype in a model's configuration, or in that of its text part; None if neither has one."""
     for part in (config, config.get_text_config()):
         found = getattr(part, "dtype", None)
         found = getattr(torch, found, None) if isinstance(found, str) else found

@@ -23,7 +23,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as recipes and configurations have it: `bfloat16`."""
+    """Return the name of a dtype as in recipes and configurations: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -51,7 +51,7 @@ def warn_of_rounding(
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Names of the weights that transformers loads in float32 whatever `dtype` says; None: no such weights.
+    """Return a pattern of the weights that transformers always loads in float32, or None.
 
     These are the model class's `_keep_in_fp32_modules` (float16 alone) and `_keep_in_fp32_modules_strict`.
     """

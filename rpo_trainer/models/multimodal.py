@@ -125,7 +125,7 @@ def whole_config(model: Any) -> Any:
 
 
 def _one_of(kinds: Any, named: list[str]) -> Any:
-    """The class of a mapping's entry, which may be several: the named one, or the first."""
+    """Return the class of a mapping's entry: of several, the named one, or the first."""
     several = kinds if isinstance(kinds, tuple) else (kinds,)
     return next((kind for kind in several if kind.__name__ in named), several[0])
 
@@ -200,7 +200,7 @@ def require_text_forward(model: Any, where: str | None = None) -> None:
 
 
 def _tokens_of(config: Any) -> set[int]:
-    """Tokens that a configuration names, those of images among them."""
+    """Return the token ids in a configuration, including those of images."""
     fields = {**vars(config.get_text_config()), **vars(config)}
     return {v for k, v in fields.items() if "token_i" in k and isinstance(v, int)}
 
@@ -265,7 +265,7 @@ def tower_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def _of_other_configs(decoder: Any) -> Iterator[nn.Module]:
-    """Children of the decoder with a model of another configuration inside."""
+    """Yield the children of the decoder with a model of another configuration inside."""
     for child in decoder.children():
         if any(
             isinstance(part, PreTrainedModel) and type(part.config) is not type(decoder.config)
@@ -275,7 +275,7 @@ def _of_other_configs(decoder: Any) -> Iterator[nn.Module]:
 
 
 def _cross_attention(model: Any, decoder: Any) -> Iterator[nn.Module]:
-    """Layers of the decoder that are skipped without an image (Mllama)."""
+    """Yield the layers of the decoder that are skipped without an image (Mllama)."""
     layers = getattr(decoder, "layers", None)
     numbers = getattr(model.config.get_text_config(), "cross_attention_layers", None)
     if isinstance(layers, nn.ModuleList):
@@ -283,7 +283,7 @@ def _cross_attention(model: Any, decoder: Any) -> Iterator[nn.Module]:
 
 
 def _tower_names(model: nn.Module) -> list[str]:
-    """The largest modules that text does not use, and single parameters."""
+    """Return the largest modules that text does not use, and single parameters."""
     unused = {id(p) for p in tower_parameters(model).values()}
 
     def walk(prefix: str, module: nn.Module) -> Iterator[str]:

@@ -74,7 +74,7 @@ def check_unread(
     where: str,
     trust_remote_code: bool = False,
 ) -> int:
-    """What can be seen of a model before its weights are read.
+    """Check what is known of a model before its weights are loaded.
 
     Args:
         folder: where its files are; None: random weights, or a hub's.
@@ -129,7 +129,7 @@ def check_scorer(folder: Path, where: str) -> None:
 def check_written(
     config: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> str | None:
-    """Test-save the files that a stage which starts from this model saves beside the weights.
+    """Save the files that a stage writes next to the weights, as a test.
 
     Args:
         folder: of the model; None if it has no generation config.

@@ -179,7 +179,7 @@ def attributes_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def weights_of(model: nn.Module) -> Tensor:
-    """`[A]`, float64: the weight of each score in the reward; equal weights if the config has none."""
+    """Return `[A]`, float64: the weight of each score in the reward; equal if the config has none."""
     names = attributes_of(model)
     known = getattr(transformers_model(model).config, "reward_weights", None)
     weights = resolve_weights(known, names)

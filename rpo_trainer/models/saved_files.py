@@ -262,7 +262,7 @@ class Written:
             self._given = {(k, name): getattr(o, name, _MISSING) for k, o, name in self._fields()}
 
     def align(self, tokenizer: Any) -> None:
-        """Gives the configs the tokenizer's special tokens for the time of the training.
+        """Set the tokenizer's special tokens in the configs for the duration of training.
 
         `transformers.Trainer.train` would do the same, with a warning; outputs keep what `remember` has kept.
         """

@@ -15,7 +15,7 @@ from rpo_trainer.runtime import distributed
 
 
 def whole_on_every_rank(model: nn.Module) -> bool:
-    """False if weights are sharded, or loaded by one rank only until the model is wrapped."""
+    """Return False if weights are sharded, or on one rank only until the model is wrapped."""
     if is_fsdp_enabled():  # its name notwithstanding: memory-saving loading is on
         return False
     return not has_shards(model) and not any(p.is_meta for p in model.parameters())

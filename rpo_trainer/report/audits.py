@@ -155,7 +155,7 @@ class AuditView:
         return sum(reason.rows for reason in self.dropped)
 
     def dropped_fraction(self) -> float | None:
-        """Dropped rows as a fraction of `total`, in [0, 1]; None if unknown."""
+        """Return dropped rows as a fraction of `total`, in [0, 1]; None if unknown."""
         return min(1.0, self.dropped_rows / self.total) if self.total else None
 
     @property

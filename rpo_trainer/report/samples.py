@@ -100,7 +100,7 @@ def browse_samples(run: RunResults) -> Browser:
 
 
 def _start(run: RunResults, stages: Sequence[StageResults]) -> int:
-    """The stage that the first preference stage started from; else the first one with samples."""
+    """Return the index of the start of the first preference stage, else of the first stage with samples."""
     first = next((stage for stage in run.stages if stage.is_preference), None)
     seed = run.seed(first) if first is not None else None
     names = [stage.name for stage in stages]
@@ -156,7 +156,7 @@ def _capped(text: str) -> str:
 
 
 def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt as text; a conversation has one line per message."""
+    """Return a prompt as text; a conversation has one line per message."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{turn.get('role', '?')}: {turn.get('content', '')}" for turn in prompt)

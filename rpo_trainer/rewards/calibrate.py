@@ -41,7 +41,7 @@ class Fit:
     against: int
 
     def line(self) -> str:
-        """A sentence for the log."""
+        """Return a sentence for the log."""
         how = (
             f"by the likelihood of {self.pairs} labels, {self.against} of which contradict the rewards"
             if self.method == "labels"

@@ -171,11 +171,11 @@ class Endpoint:
             )
 
     def post(self, address: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Like `ask`, for a POST request with a JSON body; `read` gets the parsed JSON."""
+        """Send a POST request with a JSON body, like `ask`; `read` gets the parsed JSON."""
         return self.ask(lambda client: client.post(address, body=dict(body), cast_to=object), read)
 
     def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
-        """Like `ask`, for one chat completion."""
+        """Send a request for one chat completion, like `ask`."""
         given: Any = list(messages)
         return self.ask(
             lambda client: client.chat.completions.create(

@@ -226,7 +226,7 @@ def samples_of(
     wanted: int = SHOWN_SAMPLES,
     rewards: Sequence[Sequence[float]] | None = None,
 ) -> tuple[EvalSample, ...]:
-    """The samples of at most `wanted` rows, evenly spaced: the same rows for every policy."""
+    """Return the samples of at most `wanted` rows, evenly spaced: the same rows for every policy."""
     found = []
     for i in shown_rows(len(rows), wanted):
         answer, own = answers[i], None if rewards is None else rewards[i]
@@ -249,7 +249,7 @@ def samples_of(
 
 
 def shown_rows(count: int, wanted: int = SHOWN_SAMPLES) -> list[int]:
-    """Indices of at most `wanted` of `count` rows, evenly spaced."""
+    """Return the indices of at most `wanted` of `count` rows, evenly spaced."""
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 

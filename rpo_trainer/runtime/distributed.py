@@ -199,7 +199,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def all_reduce_max_float(value: float) -> float:
-    """As `all_reduce_max`, of floats (float64)."""
+    """Return the maximum over all ranks as `all_reduce_max` does, for floats (float64)."""
     if world_size() == 1:
         return value
     on_cpu = "gloo" in torch.distributed.get_backend_config()

@@ -43,7 +43,7 @@ def _staged(path: Path, text: str | Iterable[str]) -> Path:
 
 
 def write_with_digest(path: Path, text: str | Iterable[str]) -> None:
-    """`atomic_write`, with the digest of the content in a file beside it (`digest_path`).
+    """Write a file with `atomic_write`, and the digest of its content next to it (`digest_path`).
 
     The digest is written first, so a file without one is incomplete.
     """

@@ -209,7 +209,7 @@ def with_targets(stage: RewardStage, rows: list[Row], audit: Audit) -> list[Row]
 
 
 def held_out_prompts(stage: Stage, rows: Sequence[Row], *, seed: int) -> frozenset[bytes] | None:
-    """Keys of the prompts that `data.eval_fraction` holds out; None: it is not set.
+    """Return the keys of the prompts that `data.eval_fraction` holds out; None if it is not set.
 
     Args:
         rows: as read, before any is dropped for its rewards: so the same prompts are held out before a
@@ -224,7 +224,7 @@ def held_out_prompts(stage: Stage, rows: Sequence[Row], *, seed: int) -> frozens
 def set_aside(
     rows: list[Row], prompts: frozenset[bytes] | None, audit: Audit
 ) -> tuple[list[Row], list[Row] | None]:
-    """Rows to train on, and the rows of the held-out prompts; None without any such prompt.
+    """Return training rows and the rows of the held-out prompts; None without held-out prompts.
 
     Raises:
         DataError: all rows of the held-out prompts have been dropped before.

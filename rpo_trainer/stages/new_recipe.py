@@ -71,7 +71,7 @@ def new_recipe(
     kind: RecipeKind | None = None,
     lora: bool = False,
 ) -> NewRecipe:
-    """The recipe of one stage, or of SFT and a preference stage after it.
+    """Return the recipe of one stage, or of SFT and a preference stage after it.
 
     Args:
         recipe: where it is to be written; its paths are relative to this file's directory.
@@ -117,7 +117,7 @@ def new_recipe(
 
 
 def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
-    """A data file, with the format that its columns fit."""
+    """Read a data file, with the format that its columns match."""
     local = Path(path).expanduser()
     spec: dict[str, Any] = {"path": path}
     raw = load_source(SourceSpec.model_validate(spec), None, 0)
@@ -139,7 +139,10 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
     rows = adapt(raw, kind=row_kind, format=spec.get("format"), audit=Audit())
     if not rows:
         raise DataError(
-            "none of the rows can be trained on", code="data.no-rows-left", where=path, fix="correct the rows"
+            "none of the rows can be trained on",
+            code="data.no-rows-left",
+            where=path,
+            fix="correct the rows",
         )
     source = _Source(spec, rows, row_kind, "")
     what = "conversations" if row_kind == "sft" else "pairs"
@@ -148,7 +151,7 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
 
 
 def _stage_kinds(sources: Sequence[_Source], kind: RecipeKind | None) -> list[str]:
-    """The stages, in order.
+    """Return the stages, in order.
 
     Raises RecipeError: the rows do not fit `kind`.
     """
@@ -177,7 +180,7 @@ def _stage_kinds(sources: Sequence[_Source], kind: RecipeKind | None) -> list[st
 
 
 def _check_held_out(tests: Sequence[_Source], kinds: Sequence[str]) -> None:
-    """Raises RecipeError: a stage cannot read a held-out file, or no stage reads it."""
+    """Raise RecipeError if a stage cannot read a held-out file, or no stage reads it."""
     for source in tests:
         where = f"--eval {source.spec['path']}"
         if ("sft" not in kinds) if source.kind == "sft" else (set(kinds) == {"sft"}):
@@ -291,7 +294,7 @@ def _max_length(
     tokenizer: PreTrainedTokenizerBase | None,
     limit: int | None,
 ) -> tuple[int, str]:
-    """`max_length` for these rows, and where it comes from."""
+    """Return `max_length` for these rows, and a comment on its source."""
     if tokenizer is None:
         return _DEFAULT_LENGTH, "the model is not a local directory: lengths were not measured"
     lengths = _lengths(rows[:: max(1, len(rows) // _MEASURED_ROWS)], kind, tokenizer)
@@ -305,7 +308,7 @@ def _max_length(
 
 
 def _lengths(rows: Sequence[Row], kind: _RowKind, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Tokens of prompt and longest response of each row: [rows] int."""
+    """Return the tokens of prompt and longest response of each row: [rows] int."""
     from rpo_trainer.data.tokenize import tokenize_rows
 
     examples = tokenize_rows(

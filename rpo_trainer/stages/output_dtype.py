@@ -23,7 +23,7 @@ FOREVER = ""  # in place of the name of a last reader
 
 
 def output_dtype(preparer: StagePreparer, stage: Stage) -> torch.dtype:
-    """The dtype of the whole model that a stage delivers.
+    """Return the dtype of the full model that a stage outputs.
 
     `auto` is the dtype of the model that its weights descend from: that of its configuration, or else of its
     files, or else float32.
@@ -57,7 +57,7 @@ def saves_whole(stage: Stage) -> bool:
 
 
 def exact_readers(preparer: StagePreparer, name: str) -> list[Stage]:
-    """The stages that read the weights of another one in training: as start, reference or sampled policy."""
+    """Return the stages that train with the weights of a stage: as start, reference or sampled policy."""
     found = []
     for stage in preparer.stages:
         data = sampling_spec(stage.data, preparer.stages)
@@ -87,7 +87,7 @@ def needs_exact(preparer: StagePreparer, stage: Stage) -> bool:
 
 
 def exact_until(preparer: StagePreparer) -> dict[str, str]:
-    """By stage, the last stage that reads its exact weights; `FOREVER` if they are not removed."""
+    """Return, by stage, the last stage that reads its exact weights; `FOREVER` if they are kept."""
     return {
         stage.name: FOREVER
         if keeps_exact_base(preparer, stage.name)
@@ -108,13 +108,13 @@ def exact_is_needed(preparer: StagePreparer, name: str, done: Collection[str]) -
 
 
 def training_folder(run_dir: Path, stage: str) -> Path:
-    """Where a finished stage's exact weights are: `exact`, or `final` where that has them."""
+    """Return the directory of a finished stage's exact weights: `exact`, or `final` if it has them."""
     exact = run_dir / stage / EXACT
     return exact if exact.is_dir() else run_dir / stage / "final"
 
 
 def most_exact(sizes: Sequence[tuple[str, int]], until: Mapping[str, str]) -> int:
-    """Bytes of exact weights when most of them exist.
+    """Return the largest number of bytes of exact weights that exist at one time.
 
     Args:
         sizes: of each stage in order, by name.

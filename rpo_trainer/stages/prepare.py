@@ -223,7 +223,7 @@ class StagePreparer:
     def _split_rows(
         self, stage: Stage, audit: Audit, *, made: list[Row] | None, given: list[Row] | None
     ) -> tuple[list[Row], list[Row] | None]:
-        """Training rows, and held-out rows where `data.eval_fraction` is set."""
+        """Return training rows, and held-out rows if `data.eval_fraction` is set."""
         data, seed = stage.data, self.seed(stage)
         if isinstance(stage, SFTStage):
             rows = self._load(data.train, "sft", audit, seed=seed, dedup=data.dedup)

@@ -72,7 +72,7 @@ def packed_attention(
     packing_plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, with the signature that transformers calls.
+    """Compute attention of one layer, with the signature that transformers calls.
 
     Args:
         attention_mask: a tensor for regular attention, the plan itself, or None.
@@ -179,7 +179,7 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with explicit scores, for soft-capped scores and sinks without FlexAttention."""
+    """Compute attention with explicit scores, for soft-capping and sinks without FlexAttention."""
     key, value = _repeat(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(-1, -2) * scale

@@ -130,7 +130,7 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N, N]` bool → number of key blocks of each query block, and all key blocks with these first."""
+    """Return the number of key blocks of each query block, and all key blocks with these first."""
     counts = blocks.sum(-1, dtype=torch.int32)
     order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[None, None], order[None, None]
@@ -192,7 +192,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one layer over a packed row.
+    """Compute attention of one layer over a packed row.
 
     Args:
         query: `[1, heads, T, D]`.

@@ -126,7 +126,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attention of one layer over a packed row.
+    """Compute attention of one layer over a packed row.
 
     Args:
         query: `[1, heads, T, D]`.

@@ -358,7 +358,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or total = a @ b if it is the first product."""
+    """Compute total += a @ b, or total = a @ b if it is the first product."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:

@@ -25,7 +25,7 @@ This page is generated: `python -m rpo_trainer.trainers.argument_page > docs/tra
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the full page."""
     return "\n".join(
         [
             _HEAD,

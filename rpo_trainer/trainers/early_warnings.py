@@ -47,7 +47,7 @@ class EarlyWarning:
 
 
 def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarning]:
-    """The warnings for these metrics.
+    """Yield the warnings for these metrics.
 
     Args:
         means: training metrics of a preference trainer by name; missing ones are not checked.
@@ -97,7 +97,7 @@ def _below(fall: float, size: float) -> str:
 
 
 def _chosen_advice(args: Any) -> str:
-    """Advice to keep the chosen responses likely."""
+    """Return advice to keep the chosen responses likely."""
     weight = "set" if not args.sft_loss_weight else "raise"
     return (
         f"{weight} sft_loss_weight (now {args.sft_loss_weight:g}), raise beta (now {args.beta:g})"
@@ -125,7 +125,7 @@ class EarlyWarnings(TrainerCallback):
         self._step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finds the warnings of earlier log lines of a resumed run, so that they are not repeated."""
+        """Find the warnings of earlier log lines of a resumed run, so that they are not repeated."""
         self._forget()
         for line in state.log_history:
             self._look(args, line["step"], line)
@@ -145,7 +145,7 @@ class EarlyWarnings(TrainerCallback):
             self.note(self.found)
 
     def _look(self, args: Any, step: int, logs: Mapping[str, Any]) -> list[EarlyWarning]:
-        """New warnings after this log line."""
+        """Return new warnings after this log line."""
         if "loss" not in logs or "rewards/margins" not in logs:
             return []
         self._lines.append(((step - self._step) * args.examples_per_step(), logs))

@@ -26,7 +26,7 @@ _PACKING_NOTE = (
 
 
 def trl(help_text: str, **parsed: Any) -> Any:
-    """A field of TRL's.
+    """Return a field of TRL.
 
     Args:
         parsed: further arguments of `argparse`'s `add_argument`.
@@ -35,7 +35,7 @@ def trl(help_text: str, **parsed: Any) -> Any:
 
 
 def trl_switch(help_text: str) -> Any:
-    """A field of TRL's that is True, False or None; on a command line its name alone means True."""
+    """Return a field of TRL that is True, False or None; on a command line its name alone means True."""
     return trl(help_text, nargs="?", const=True)
 
 
@@ -60,11 +60,11 @@ class TrlArguments(TrainingArguments):
     activation_offloading: bool | None = trl_switch("Only False is accepted.")
 
     def trl_problems(self) -> Iterator[Problem]:
-        """A problem for each value of these arguments that would change the result."""
+        """Yield a problem for each value of these arguments that would change the result."""
         yield from refusals(self.trl_table, vars(self), {})
 
     def note_trl_arguments(self) -> None:
-        """A WARNING that lists the arguments that ask for what is done anyway, once in a process."""
+        """Log a WARNING, once per process, with the arguments that request the existing behavior."""
         rows = by_name(self.trl_table)
         known = {own.name for own in fields(self)}
         given = [
