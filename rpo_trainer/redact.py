@@ -154,7 +154,7 @@ def redact_record(record: logging.LogRecord) -> None:
     if clean != message:
         record.msg, record.args = clean, ()
     if record.exc_info and record.exc_info[1] is not None:
-        # Formatters use `exc_text` where it is set.
+        # Formatters use `exc_text` if it is set.
         record.exc_text = redacted_traceback(record.exc_info[1]).rstrip("\n")
     if record.stack_info:
         record.stack_info = redact(record.stack_info)

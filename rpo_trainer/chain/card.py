@@ -196,10 +196,10 @@ def _measured(record: EvaluationRecord) -> list[str]:
                 f"{short(measure.low, figure.digits)} to {short(measure.high, figure.digits)}"
             )
         rows.append([figure.name, short(measure.value, figure.digits), interval])
-    by = f" Rewards and win rates are given by {record.scorer}." if record.scorer else ""
+    by = f" Rewards and win rates were computed by {record.scorer}." if record.scorer else ""
     return [
         "## Evaluation on held-out data\n",
-        _table(("", "value", "95 % interval"), rows),
+        _table(("", "value", "95% interval"), rows),
         f"Confidence intervals are over prompts and rows, not over training seeds.{by}\n",
     ]
 

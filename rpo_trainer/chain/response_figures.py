@@ -55,7 +55,9 @@ def response_examples(
             audit=Audit(), processes=1,
         )  # fmt: skip
     except DataError as error:
-        logger.warning("no lengths and log-probs of the held-out responses: %s", error.what)
+        logger.warning(
+            "lengths and log-probs of the held-out responses are not computed: %s", error.what
+        )
         return found
     for example in examples:
         number, k = map(int, example["id"].split())

@@ -23,7 +23,7 @@ from rpo_trainer.stages.record import CHAIN_FILE
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_REPLACED = ".replaced"  # added to the name of a run directory while another takes its place
+_REPLACED = ".replaced"  # added to the name of a run directory while it is being replaced
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -85,7 +85,7 @@ class PartialFile:
         results, damaged = _read(self.path) if self.path.exists() else ([], 0)
         if damaged:
             logger.warning(
-                "%s: %d damaged lines are ignored, and their rows are computed again",
+                "%s: %d damaged lines are ignored, and their rows are recomputed",
                 self.path, damaged,
             )  # fmt: skip
         # Rewritten, not truncated at the first damaged line: the results after it may be expensive.

@@ -185,8 +185,8 @@ def require_trained_parts(model: nn.Module) -> None:
     heads = [name for name in _heads(inner) if not _trains(inner, name)]
     if heads and is_main():
         logger.warning(
-            "the adapter leaves the head of the reward model (%s) frozen and does not save it: that is "
-            "right only if it was trained before and the base keeps it",
+            "the adapter leaves the head of the reward model (%s) frozen and does not save it: this is "
+            "correct only if the head is already trained and saved with the base",
             ", ".join(heads),
         )
 

@@ -72,7 +72,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             code="adapter.bad-config",
             where="peft",
             why="the settings conflict with each other or with this model",
-            fix="correct them; target_modules must name layers of the model, and r and lora_alpha must be numbers",
+            fix="correct them: target_modules must name layers of the model; r and lora_alpha must be numbers",
         ) from error
     adapter_in_float32(wrapped)
     try:

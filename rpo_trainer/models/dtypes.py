@@ -45,7 +45,7 @@ def warn_of_rounding(
         )  # fmt: skip
     if held_in_float32 and dtype != torch.float32:
         logger.warning(
-            "%s: DeepSpeed needs one dtype for all weights: frozen base weights of %s are held in float32",
+            "%s: DeepSpeed requires one dtype for all weights: frozen base weights of %s are kept in float32",
             stage, dtype_name(dtype),
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ def make_config(settings: dict[str, Any]) -> Any:
         known = AutoConfig.for_model(settings["model_type"])
         config = AutoConfig.for_model(**settings)
     except (*_CONFIGURATION_ERRORS, StrictDataclassError) as error:
-        # Of an unknown model_type, what follows is the list of all known ones.
+        # For an unknown model_type, the list of all known ones follows.
         what = last_line(error).split(" Should contain one of")[0]
         raise ModelError(
             f"this is not a model configuration: {type(error).__name__}: {what}",

@@ -127,7 +127,7 @@ def _complete_multimodal(
     )
     if not files and not Path(source).is_dir() and is_main():
         logger.warning(
-            "%s: no processor files were found (%s): the output will have none, and needs them to "
+            "%s: no processor files were found (%s); the output lacks them, but requires them to "
             "accept images or sound",
             where, ", ".join(PROCESSOR_FILES),
         )  # fmt: skip

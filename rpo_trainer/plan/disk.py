@@ -168,7 +168,7 @@ def _of_stage(
 
 
 def _held(weights: Any) -> int:
-    return sum(weight.numel() * 4 for weight in weights)  # float32, whatever the arithmetic is
+    return sum(weight.numel() * 4 for weight in weights)  # float32, regardless of the compute dtype
 
 
 def _state(model: nn.Module, stage: Stage) -> int:

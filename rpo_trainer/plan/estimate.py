@@ -180,7 +180,7 @@ class _Planner:
             disk=stage_disk(
                 self.preparer,
                 stage,
-                parameters=4 * self.parameters,  # whatever holds them in training
+                parameters=4 * self.parameters,  # regardless of what holds them in training
                 trained=memory.gradients,
                 optimizer=memory.optimizer,
                 responses=int(examples.response_counts().sum()),
@@ -270,7 +270,7 @@ def _micro_batches(examples: Examples, config: BaseConfig) -> list[list[int]]:
         examples, config, collate, config.per_device_train_batch_size
     ).batch_sampler
     batches = list(sampler)
-    if config.micro_batch_tokens is not None:  # whole steps
+    if config.micro_batch_tokens is not None:  # complete steps
         batches = [batch for step in batches for batch in step]
     return [batch for batch in batches if batch]
 

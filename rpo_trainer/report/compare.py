@@ -252,7 +252,7 @@ def _differences(
     settings: Sequence[Mapping[str, Any]], folders: Sequence[Path]
 ) -> list[Difference]:
     keys = dict.fromkeys(key for own in settings for key in own)
-    # Where a run was written and what names its stages repeat says nothing about it.
+    # The run directory, and the names of repeated stages, are not settings of a run.
     left_out = {"run_dir"} | {key for key in keys if key.endswith(".name")}
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for key in keys:

@@ -195,8 +195,10 @@ def _rejected_too(stage: StageResults, chosen_change: float) -> str:
         return "Any gap then comes from lowering the rejected responses, not from raising the chosen ones."
     fall = short(-rejected.end())
     if rejected.end() < chosen_change:
-        return f"That of rejected responses fell by {fall}: the whole gap comes from lowering them."
-    return "That of rejected responses did not fall further, so there is no gap either."
+        return (
+            f"That of rejected responses fell by {fall}: the entire gap comes from lowering them."
+        )
+    return "That of rejected responses did not fall further, so the gap is not positive."
 
 
 def _decline_advice(stage: StageResults) -> str:

@@ -271,7 +271,7 @@ def _inline(svg: str, key: str) -> str:
     svg = re.sub(r'\bid="', f'id="{safe}-', svg)
     svg = svg.replace("url(#", f"url(#{safe}-").replace('href="#', f'href="#{safe}-')
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the entire page
     svg = re.sub(r"\s*\n\s*", " ", svg)
     for stand_in, variable in _COLORS.items():
         svg = svg.replace(stand_in, f"var({variable})")

@@ -202,7 +202,7 @@ def _wins(scores: Sequence[EvalScores]) -> Column:
     """Return the column of win rates; with different baselines, each cell names its baseline."""
     names = {score.baseline for score in scores if score.win_rate is not None}
     head = f"win rate against {names.pop()}" if len(names) == 1 else "win rate"
-    # In the terminal only if there are no rewards, as with a judge.
+    # Shown in the terminal only if there are no rewards, as with a judge.
     brief = None if any(score.reward_sampled for score in scores) else "win\nrate"
     column = _measures("win_rate", head, brief, [score.win_rate for score in scores], 3)
     if not names:  # a single baseline, named in the head

@@ -139,7 +139,7 @@ def _reward_model(stage: StageResults) -> Iterator[Finding]:
             stage.name,
             "agreement-unknown",
             "info",
-            "No held-out data, so the accuracy of the reward model is unknown.",
+            "The accuracy of the reward model is unknown, because there is no held-out data.",
             "Set `data.eval`, or hold out prompts with `data.eval_fraction`.",
         )
         return

@@ -98,7 +98,7 @@ class Endpoint:
                 served = error.status_code >= 500 or error.status_code in (408, 409, 429)
                 wait = _asked_wait(error.response.headers)
                 if served and tries_left and _CLIENT_WAITS < wait <= _LONGEST_WAIT:
-                    logger.info("%s requires a wait of %.0f s", self.spec.url, wait)
+                    logger.info("%s requested a wait of %.0f s", self.spec.url, wait)
                     time.sleep(wait)
                     unreadable = _reason(error)
                     continue
@@ -166,7 +166,7 @@ class Endpoint:
         if not self._told:
             self._told = True
             logger.warning(
-                "%s returns the API key in its answers; [redacted] replaces it in the rows",
+                "%s returns the API key in its answers; it is replaced by [redacted] in the rows",
                 self.spec.url,
             )
 

@@ -18,7 +18,7 @@ from rpo_trainer.stages.settings import frozen_dtype
 if TYPE_CHECKING:
     from rpo_trainer.stages.prepare import StagePreparer
 
-EXACT = "exact"  # the directory of the float32 weights, beside `final`
+EXACT = "exact"  # the directory of the float32 weights, next to `final`
 FOREVER = ""  # in place of the name of a last reader
 
 

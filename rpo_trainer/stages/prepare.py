@@ -207,7 +207,7 @@ class StagePreparer:
         on_overlap = stage.data.eval_overlap
         if inputs.held_out is not None:
             inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, on_overlap=on_overlap)
-        # Not `evaluation_of`: a reward model may give the rewards of an evaluation.
+        # Not `evaluation_of`: a reward model may score the responses of an evaluation.
         spec = stage.eval or self.recipe.eval
         for name, kind in _EVAL_KINDS.items():
             if spec is not None and (sources := getattr(spec, name)):
@@ -259,7 +259,7 @@ class StagePreparer:
         """Return digests of the stage's training files, see `source_digests`."""
         return source_digests(stage.data.train, self.loaded.base_dir, inputs)
 
-    # --- rows whose responses or rewards are made during the run ---
+    # --- rows whose responses or rewards are generated during the run ---
 
     def prompts(self, stage: Stage, audit: Audit) -> list[Row]:
         """Return the prompts of a stage that samples, or of the stage whose responses it uses.

@@ -185,7 +185,7 @@ def _explicit(
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # Not −inf: rows of padding may see no keys, and must not become NaN.
+    # Not −inf: rows of padding may attend to no keys, and must not become NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     at_least_float32 = torch.promote_types(scores.dtype, torch.float32)
     if sinks is not None:

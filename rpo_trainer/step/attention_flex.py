@@ -114,7 +114,7 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
     prefix_high = prefix_rows.amax(1)[:, None]
     stop_low, stop_high = (x[:, None] for x in stop_rows.aminmax(dim=1))
     first, last = low[:, None], high.clamp(max=tokens - 1)[:, None]
-    # A block that some query may see is visited; one that all queries see entirely needs no mask.
+    # A block that any query can attend to is visited; one that all queries fully attend to needs no mask.
     visited = (own_low <= high) & (last >= low)
     visited |= (prefix_low <= high) & (stop_high > low)
     whole = (own_high <= low) & (first >= high)

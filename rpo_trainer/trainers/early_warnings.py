@@ -2,11 +2,11 @@
 
 They compare means over at least the last 64 examples with thresholds:
 
-- `chosen_falling`: chosen log-probs are below the reference's by 10 % of their absolute value and by 2 nats
+- `chosen_falling`: chosen log-probs are below the reference's by 10% of their absolute value and by 2 nats
   per response;
 - `targets_saturated`: σ(target gap) is below 0.01 or above 0.99 for half of the examples (RPO's KL losses);
 - `margins_exploding`: the implicit reward gap is above 10 and, with rewards, above 3 times the target gap;
-- `chosen_unlearned`: pair accuracy is at least 0.99 while chosen log-probs are below the reference's by 2 %
+- `chosen_unlearned`: pair accuracy is at least 0.99 while chosen log-probs are below the reference's by 2%
   of their absolute value and by 0.5 nats per response.
 
 Each is logged once per run. They only depend on the log lines, so a resumed run does not repeat them.
@@ -60,7 +60,7 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
         yield EarlyWarning(
             "chosen_falling",
             f"chosen log-probs are {_below(fall, size)}: the chosen responses become less likely, in favor "
-            "of text that is in no example",
+            "of text outside the examples",
             f"{_chosen_advice(args)}, or lower learning_rate",
         )
     saturated = means.get("rewards/target_saturated", 0.0) > SATURATED_FRACTION

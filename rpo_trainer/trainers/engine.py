@@ -367,7 +367,7 @@ def check_same_engine(folder: Path, accelerator: Accelerator) -> None:
         why="DeepSpeed only resumes with the same number of ranks"
         if same
         else "each engine has its own format of optimizer files",
-        fix="use the same engine and number of ranks as before, or remove the checkpoints to restart the stage",
+        fix="use the same engine and number of ranks, or remove the checkpoints to restart the stage",
     )
 
 

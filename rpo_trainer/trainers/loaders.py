@@ -46,8 +46,8 @@ def train_loader(
     longer = [cost for rows, length in shapes if (cost := rows * length) > args.micro_batch_tokens]
     if longer and args.process_index == 0:
         logger.warning(
-            "%d of %d examples are longer than micro_batch_tokens (%d), the longest has %d tokens: each is a "
-            "forward by itself",
+            "%d of %d examples are longer than micro_batch_tokens (%d), the longest has %d tokens: each gets "
+            "its own forward pass",
             len(longer), len(shapes), args.micro_batch_tokens, max(longer),
         )  # fmt: skip
     steps = TokenBudgetSampler(

@@ -146,7 +146,8 @@ class StepZero:
             plain: whether to run the model's own forward too, one response at a time.
 
         Returns:
-            In nats per token, the differences of the step's forward, and of plain forwards (0 without `plain`).
+            The differences of the step's forward, and of plain forwards (0 without `plain`), in nats
+            per token.
         """
         model, worst = self.model, [0.0, 0.0]
         model.eval()

@@ -224,7 +224,7 @@ PREFERENCE_FORMATS: dict[str, Format] = {
         prompts=PROMPT_COLUMNS,
         ignored=("prompt_id", "messages"),
     ),
-    # By name alone without `system`: a question may need a template of its own.
+    # By name alone without `system`: a question may need its own template.
     "orca": Format(
         "pair",
         ("question", "chosen", "rejected"),

@@ -97,7 +97,7 @@ class Verifier:
         def guarded(response: str) -> float:
             try:
                 reward = float(check(response))
-            # Problems of the installation are not the response's fault.
+            # Problems of the installation do not depend on the response.
             except (RPOTrainerError, ImportError):
                 raise
             except Exception as error:
