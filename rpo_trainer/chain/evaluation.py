@@ -72,7 +72,7 @@ class Evaluation:
 
     Args:
         models: loads policies by source (a stage, `model`, a path).
-        scored_rows: makes the scorer of a recipe's `score`.
+        scored_rows: creates the scorer of a recipe's `score`.
     """
 
     def __init__(

@@ -345,7 +345,7 @@ class Models:
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: BaseTrainer, stage: Stage) -> None:
-        """Write `final` of a stage with an adapter, atomically, and `adapter` or `merged` beside it."""
+        """Write `final` of a stage with an adapter, atomically, and `adapter` or `merged` next to it."""
         assert stage.peft is not None
         folder = self.run_dir / stage.name
         staged = folder / ".final"

@@ -1,4 +1,4 @@
-"""What a stage delivers in `final`, and the exact float32 weights beside it that later stages start from."""
+"""The output of a stage in `final`, and the exact float32 weights that later stages start from."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def commit_output(
 
 
 def cast_output(folder: Path, dtype: torch.dtype, kept: re.Pattern[str] | None) -> None:
-    """Cast a saved model to `dtype` in its place; see `copy_in_dtype`."""
+    """Cast a saved model to `dtype` in place; see `copy_in_dtype`."""
     copied = folder.with_name(".delivered")
     if dtype != torch.float32 and copy_in_dtype(folder, copied, dtype, kept):
         shutil.rmtree(folder)

@@ -26,7 +26,7 @@ Examples = list[list[Mapping[str, Any] | None]]
 def response_examples(
     rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> Examples:
-    """Tokenize the sampled responses of the rows in `samples.jsonl`, each as an example of its own.
+    """Tokenize the sampled responses of the rows in `samples.jsonl`, each as a separate example.
 
     Args:
         rows: held-out prompts.

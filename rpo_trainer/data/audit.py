@@ -38,7 +38,7 @@ FLAT = 0.55  # σ(target gap) below which a target carries almost no information
 
 
 class Audit(AuditCounts):
-    """The counts of one data set, and the messages made from them."""
+    """The counts of one data set, and the messages about them."""
 
     def leave_out_all(self, reason: str, rows: Sequence[Row], kept: Sequence[Row]) -> None:
         """Count the rows that are not in `kept`, and count repeated prompts again, in `kept` alone."""

@@ -66,7 +66,7 @@ def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
 
 
 def discard_partials(path: Path, key: str) -> None:
-    """Delete the unfinished work for `path` that was made of other rows or settings."""
+    """Delete the unfinished work for `path` that was created from other rows or settings."""
     for partial in partial_paths(path):
         if partial.is_file() and any(own != key for own, _, _ in _read(partial)[0]):
             partial.unlink()

@@ -23,7 +23,7 @@ BASE = "adapter_base.json"  # path of the base relative to the adapter, so that 
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a directory holds an adapter and no full model; the base's config may be beside it."""
+    """Whether a directory holds an adapter and no full model; the base's config may be next to it."""
     return (folder / CONFIG).is_file() and not has_weights(folder)
 
 
@@ -138,9 +138,9 @@ def require_complete(model: Any, folder: Path) -> None:
 
 
 def _as_loaded(model: Any, stored: Mapping[str, tuple[str, list[int]]]) -> dict[str, list[int]]:
-    """Return the shapes of an adapter's tensors under the names that PEFT gives them when loading.
+    """Return the shapes of an adapter's tensors under the names that PEFT uses when loading.
 
-    Adapters of mixtures of experts made with transformers 4 have one pair for each expert.
+    Adapters of mixtures of experts created with transformers 4 have one pair for each expert.
     """
     from peft.utils.transformers_weight_conversion import (
         convert_peft_adapter_state_dict_for_transformers as convert,

@@ -72,7 +72,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             code="adapter.bad-config",
             where="peft",
             why="the settings conflict with each other or with this model",
-            fix="correct them: target_modules must name layers of the model; r and lora_alpha must be numbers",
+            fix="correct them: target_modules names layers of the model; r and lora_alpha are numbers",
         ) from error
     adapter_in_float32(wrapped)
     try:
@@ -280,12 +280,12 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Merge the adapter into the model, which stays trainable and gives the same outputs.
+    """Merge the adapter into the model, which stays trainable and has the same outputs.
 
     Tied embeddings and head are untied if the adapter has changed only one of them.
 
     Raises:
-        ModelError: the method cannot be merged, or the merged model gives other outputs.
+        ModelError: the method cannot be merged, or the merged model has other outputs.
     """
     before = _answers(model)
     tied = _untie(model.get_base_model())

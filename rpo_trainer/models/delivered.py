@@ -1,4 +1,4 @@
-"""A model directory copied in another dtype: what a stage delivers, beside the exact float32 weights."""
+"""A model directory copied in another dtype: the output of a stage, next to the exact float32 weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def copy_in_dtype(
     """Copy a model directory with its float32 weights cast to `dtype`, one file in memory at a time.
 
     Args:
-        source: a whole model in safetensors, as `save_pretrained` writes it.
+        source: a full model in safetensors, as `save_pretrained` writes it.
         target: replaced if it exists.
         kept: names of weights that stay float32, see `kept_in_float32`.
 

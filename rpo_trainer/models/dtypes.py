@@ -103,7 +103,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def adapter_in_float32(model: nn.Module) -> bool:
-    """Cast what an adapter trains to float32 in place, modules that it saves whole among it.
+    """Cast what an adapter trains to float32 in place, including modules that it saves in full.
 
     PEFT does so for the matrices of an adapter, and leaves `modules_to_save` in the dtype of the base.
     Modules in float32 between others in a lower dtype cast their inputs, and their outputs back, as PEFT's

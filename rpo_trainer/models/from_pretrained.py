@@ -72,7 +72,7 @@ def load_complete(
         settings: further arguments of `from_pretrained`.
 
     Raises:
-        ModelError: missing, unexpected or mismatched tensors; an adapter beside the model; a damaged
+        ModelError: missing, unexpected or mismatched tensors; an adapter next to the model; a damaged
             generation config.
         OSError, ValueError, ...: see `LOADING_ERRORS`.
     """

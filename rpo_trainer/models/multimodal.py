@@ -48,7 +48,7 @@ def random_model(
     """Create a model with random weights.
 
     Args:
-        factory: what `language_model_class` gives, or another Auto class.
+        factory: the result of `language_model_class`, or another Auto class.
         settings: `dtype`; by default that of the configuration.
     """
     if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
@@ -59,12 +59,12 @@ def random_model(
 
 
 def is_composite(config: Any) -> bool:
-    """Whether a configuration has a text part beside others."""
+    """Whether a configuration has other parts in addition to the text part."""
     return config.get_text_config() is not config
 
 
 def is_multimodal(config: Any) -> bool:
-    """Whether its models have parts beside a language model."""
+    """Whether its models have parts in addition to a language model."""
     return is_composite(config) or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
@@ -240,7 +240,7 @@ def text_decoder(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the module that gives the hidden states of a language model or sequence classifier."""
+    """Return the module that computes the hidden states of a language model or sequence classifier."""
     whole = type(model).__name__.endswith(CLASSIFIER) and not is_composite(model.config)
     return model.base_model if whole else text_decoder(model)
 

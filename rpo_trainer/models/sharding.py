@@ -61,7 +61,7 @@ def whole(tensor: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """Load models inside with all weights on every rank, whatever the engine."""
+    """Load models inside with all weights on every rank, regardless of the engine."""
     from transformers.integrations import deepspeed as integration
 
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -82,7 +82,7 @@ def full_state_dict(
 
     Args:
         keep: False takes part in the gathering and returns nothing.
-        trained_only: leave out frozen weights and buffers, except the base weights that PEFT saves beside an
+        trained_only: leave out frozen weights and buffers, except the base weights that PEFT saves next to an
             adapter of the embeddings or the head.
     """
     found: dict[str, Tensor] = {}

@@ -55,7 +55,7 @@ def weight_files(folder: Path, config: Any = None) -> list[Path]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a directory holds the weights of a whole model, in safetensors or pickled."""
+    """Whether a directory holds the weights of a full model, in safetensors or pickled."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any((folder / name).is_file() for name in names)
 

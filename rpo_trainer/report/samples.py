@@ -15,7 +15,7 @@ _LONGEST = 4000  # characters of a prompt or response that the page shows
 
 @dataclass(frozen=True)
 class Response:
-    """A response as text, with its reward; `right`: it equals the known answer."""
+    """A response as text, with its reward; `right`: whether it equals the known answer."""
 
     text: str
     reward: str

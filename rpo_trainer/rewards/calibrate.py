@@ -125,7 +125,7 @@ def _rounded(value: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The reward gaps of some rows, and the targets that η gives them.
+    """The reward gaps of some rows, and their targets for a value of η.
 
     Attributes:
         rows: number of rows with rewards.
@@ -172,7 +172,7 @@ class Calibration:
 
 
 def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibration:
-    """Compute the targets that η gives to the gaps of preference rows.
+    """Compute the targets of the gaps of preference rows for a value of η.
 
     Args:
         rows: preference rows, the chosen response first.

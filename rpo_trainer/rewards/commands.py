@@ -100,10 +100,10 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
-    """Whether the output is there, made of the same rows with the same settings.
+    """Whether the output exists, created from the same rows with the same settings.
 
     Args:
-        overwrite: it is made again, and replaced once the new one is complete. Unfinished work of other
+        overwrite: it is created again, and replaced once the new one is complete. Unfinished work of other
             rows or settings is deleted.
 
     Raises:

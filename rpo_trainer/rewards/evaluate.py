@@ -45,7 +45,7 @@ def estimate(
     Args:
         values: [n], one per row.
         seed: of the bootstrap.
-        weights: [n]; None: 1 each, which gives the mean.
+        weights: [n]; None: 1 each, which results in the mean.
     """
     numerators = np.asarray(values, dtype=np.float64)
     counts = np.ones_like(numerators) if weights is None else np.asarray(weights, dtype=np.float64)

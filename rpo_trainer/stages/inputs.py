@@ -213,7 +213,7 @@ def held_out_prompts(stage: Stage, rows: Sequence[Row], *, seed: int) -> frozens
 
     Args:
         rows: as read, before any is dropped for its rewards: so the same prompts are held out before a
-            run, when their responses are still to be sampled, and whatever the filter is.
+            run, when their responses are still to be sampled, and regardless of the filter.
     """
     fraction = stage.data.eval_fraction
     if fraction is None or not rows:

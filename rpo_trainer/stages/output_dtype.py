@@ -52,7 +52,7 @@ def _source_dtype(preparer: StagePreparer, source: str) -> torch.dtype:
 
 
 def saves_whole(stage: Stage) -> bool:
-    """Whether `final` holds a whole model, and not an adapter."""
+    """Whether `final` holds a full model, and not an adapter."""
     return stage.peft is None or stage.peft.between_stages == "merge"
 
 
@@ -80,7 +80,7 @@ def keeps_exact_base(preparer: StagePreparer, name: str) -> bool:
 
 
 def needs_exact(preparer: StagePreparer, stage: Stage) -> bool:
-    """Whether a stage writes its exact weights beside what it delivers."""
+    """Whether a stage writes its exact weights next to its output."""
     if not saves_whole(stage) or output_dtype(preparer, stage) == torch.float32:
         return False
     return bool(exact_readers(preparer, stage.name))

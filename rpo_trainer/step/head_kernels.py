@@ -29,7 +29,7 @@ def works_on(device: torch.device) -> bool:
     labels = torch.zeros(1, dtype=torch.long, device=device)
     try:
         logsumexp(tile, labels, 0)
-    except Exception as error:  # whatever the machine's compiler or driver raises
+    except Exception as error:  # any error of the machine's compiler or driver
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning(
             "Triton kernels cannot be compiled for %s (%s): the logit head uses slower torch operations; "

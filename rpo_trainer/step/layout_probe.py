@@ -108,7 +108,7 @@ def probe(
                     return candidate, tried
                 own = "" if tried.fused else f" with {_OWN_LOGITS}"
                 refused.append(f"{_NAMES[candidate]}{own}: {why}")
-                if why.startswith(_DEPENDS):  # whatever the head is
+                if why.startswith(_DEPENDS):  # regardless of the head
                     break
     finally:
         model.train(training)

@@ -1,4 +1,4 @@
-"""Statistics of each token's distribution, which the head computes beside its log-prob, tile by tile.
+"""Statistics of each token's distribution, which the head computes together with its log-prob, tile by tile.
 
 They are metrics: nothing has a gradient through them.
 
@@ -18,7 +18,7 @@ _SMALLEST = -200.0  # e to this power is 0 in float32, and below the resolution 
 
 @dataclass
 class TokenStats:
-    """What a forward gives of its tokens; None before the forward.
+    """The results of a forward pass for its tokens; None before it.
 
     Attributes:
         with_mean: whether `mean_logit` is computed.

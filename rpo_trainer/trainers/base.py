@@ -6,7 +6,7 @@ The steps of `train()` in order, each with its method. (T): method of `transform
     __init__                      config, model, tokenizer and rows are prepared and checked; (T) the rest
       DataSets, tokenized           rows to token ids; dropped rows are counted
       Engine, OutputWriter          DDP, FSDP2 or DeepSpeed is set up; output is checked to be writable
-      _prove_layout                 the fastest layout that gives the results of plain forwards
+      _prove_layout                 the fastest layout that reproduces plain forward passes
     train
       checkpoints.to_resume         a complete checkpoint of this engine
       before_training        [hook] the model as it was passed

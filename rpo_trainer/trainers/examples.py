@@ -104,7 +104,7 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class PackingCollator:
-    """Packs a list of examples into a micro-batch; an empty list gives a filler of weight 0."""
+    """Packs a list of examples into a micro-batch; an empty list results in a filler of weight 0."""
 
     def __init__(self, layout: Layout, pad_token_id: int, examples: Examples | None = None) -> None:
         self.layout = layout

@@ -186,7 +186,7 @@ def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: 
         return
     if (length := _longest(examples)) > limit.positions:
         raise DataError(
-            f"a text of the data has {length} tokens, but the layout was checked only up to {limit.positions}",
+            f"the data has a text of {length} tokens; the layout was checked only up to {limit.positions}",
             code="data.unproved-length",
             why=f"the rotary embedding ({limit.kind}) changes at this length for all texts of a batch",
             fix="pass this data as eval_dataset to the constructor, or set layout='single'",

@@ -219,7 +219,7 @@ def is_noisy(model: nn.Module) -> bool:
 
 
 def _same(expected: Tensor, forward: Callable[[], Tensor], found: Tensor | None = None) -> bool:
-    """Whether a forward gives the expected result, up to nondeterministic kernels."""
+    """Whether a forward pass has the expected result, up to nondeterministic kernels."""
     found = forward() if found is None else found
     if torch.equal(found, expected):
         return True

@@ -56,7 +56,7 @@ def add_to(metrics: MetricSums, batch: PackedBatch) -> None:
 class TokensSeen:
     """The number of tokens trained on so far, as `num_tokens`: prompts and responses, of all ranks.
 
-    A prompt counts once for each of its responses, as where each response is a row of its own.
+    A prompt counts once for each of its responses, as if each response were a separate row.
 
     Args:
         reduce: sums a tensor over the ranks.

@@ -1,4 +1,4 @@
-"""What becomes of the arguments that TRL's configs have beside those of transformers, field by field.
+"""Treatment of the arguments that TRL's configs have in addition to those of transformers, by field.
 
 Checked against TRL 1.16. None means that an argument was not given, and is always accepted.
 """

@@ -1,4 +1,4 @@
-"""Base of all verifiers: a row gives a check, which maps a response to its reward."""
+"""Base of all verifiers: each row has a check, which maps a response to its reward."""
 
 from __future__ import annotations
 
