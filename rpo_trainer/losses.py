@@ -334,7 +334,7 @@ def sft_loss(nll: Tensor, tokens: Tensor, reduction: SFTReduction) -> tuple[Tens
 
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
-    """Return KL(softmax(first) ‖ softmax(second)) over the K responses, `[B]`; Bernoulli where K = 2."""
+    """Return KL(softmax(first) ‖ softmax(second)) over the K responses, `[B]`; Bernoulli if K = 2."""
     import torch
 
     if first.shape[-1] == 2:

@@ -2,8 +2,7 @@
 
 Secrets are the values passed to `register`, and the values of environment variables whose names end in
 `_API_KEY`, `_TOKEN`, `_SECRET` and similar. They are also found in the encodings in which servers and
-libraries
-repeat them: JSON, URL, HTML, base64. `redact` also removes credentials in URLs.
+libraries repeat them: JSON, URL, HTML, base64. `redact` also removes credentials in URLs.
 """
 
 from __future__ import annotations

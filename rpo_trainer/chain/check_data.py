@@ -25,7 +25,7 @@ class DataChecks:
     """Checks the training data of the stages and the data that their outputs are evaluated on.
 
     Attributes:
-        responses: number of tokenized responses by stage name; absent where they are sampled later.
+        responses: number of tokenized responses by stage name; absent if they are sampled later.
     """
 
     def __init__(self, preparer: StagePreparer, findings: Findings, models: ModelChecks) -> None:

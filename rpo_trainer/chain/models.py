@@ -102,7 +102,7 @@ class Models:
 
         Args:
             dtype: of the weights; below the adapter of a stage they have the dtype of its training.
-            delivered: a stage's output as it is delivered, not its exact weights.
+            delivered: a stage's output in `final`, not its exact weights.
         """
         left = self._adapter(source)
         if left is None:
@@ -199,7 +199,7 @@ class Models:
         final = self._in_run(stage.init, "final")
         if self.delivered_dtype(self.stages[stage.init]) == self._frozen_dtype(stage):
             return final  # the same weights
-        # The exact weights go when they are merged; what is delivered stays.
+        # The exact weights are removed when they are merged; `final` is kept.
         return dataclasses.replace(final, place=base.place) if saves_whole(stage) else base
 
     def delivered_dtype(self, stage: Stage) -> torch.dtype:
@@ -337,7 +337,7 @@ class Models:
         os.replace(staged, own)
 
     def _merged(self, left: _Adapter) -> PreTrainedModel:
-        """Merge base and adapter in float32: the model that was trained, its base rounded as it was there."""
+        """Merge base and adapter in float32: the model that was trained, its base rounded as in training."""
         with loading_whole():
             dtype = left.dtype or torch.float32
             base = dequantized(self._load(left.base.place, dtype, left.quantization))
@@ -382,7 +382,7 @@ class Models:
             commit_output(staged, folder, dtype, keep_exact=keep_exact, kept=kept)
 
     def _write_merged(self, left: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
-        """Merge and save the adapter on disk, so that sharded weights of the trainer play no part."""
+        """Merge and save the adapter on disk, independently of sharded weights of the trainer."""
         shutil.rmtree(folder, ignore_errors=True)
         model = self._merged(left)
         set_ends(model, trainer.output.written.ends)

@@ -48,7 +48,7 @@ def commit_output(
     keep_exact: bool,
     kept: re.Pattern[str] | None,
 ) -> None:
-    """Turn a saved model into `final` of a stage, in the dtype that it delivers.
+    """Turn a saved model into `final` of a stage, in the dtype of its output.
 
     Args:
         staged: the exact model, in float32; it is moved.
@@ -98,7 +98,7 @@ def output_record(final: Path) -> OutputRecord:
 
 
 def remove_exact(preparer: StagePreparer, state: ChainState, run_dir: Path) -> None:
-    """Remove exact weights that no stage will start from; `final` keeps what was delivered."""
+    """Remove exact weights that no stage will start from; `final` is kept."""
     done = {record.name for record in state.stages if record.state == "done"}
     for name in done:
         exact = run_dir / name / EXACT

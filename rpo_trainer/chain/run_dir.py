@@ -139,7 +139,7 @@ class ReplacedRun:
     """A run directory that another run replaces: moved aside, then deleted or put back.
 
     It is deleted once the new run has passed its checks (`delete`), and put back if these fail, so that
-    a mistake in the recipe does not cost the old results.
+    a mistake in the recipe does not delete the old results.
 
     Raises:
         RunError: the directory is not a run directory, is in use, or cannot be moved.

@@ -43,7 +43,7 @@ WARNINGS = {
     "truth_not_chosen": "the ground truth is not one of the responses; the best one is chosen",
     "undecided_responses_removed": "responses without a consistent verdict removed",
     "blank_responses_removed": "blank responses removed",
-    "messages_as_text": "a JSON list of messages read as text, because few values of the column are such lists",
+    "messages_as_text": "a JSON list of messages read as text, since few values of the column are such lists",
     "unusable_rewards": "rewards that are not numbers, ignored by this stage",
     "tools_not_rendered": "`tools` not rendered: no chat template, or the template omits them",
     "text_left_out": "assistant text that the chat template leaves out (thinking, ...) or treats as thinking",

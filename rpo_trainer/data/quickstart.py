@@ -179,8 +179,7 @@ def require_known(what: str, name: str, known: tuple[str, ...], *, code: str) ->
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with 100 tokens: printable ASCII and newline, one per character, and 4 special
-    tokens.
+    """Return a tokenizer with 100 tokens: 96 characters (printable ASCII and newline), and 4 special ones.
 
     `<s>` begins a text, `</s>` ends a response, `<pad>` pads, and any other character is `<unk>`. It has no
     chat template.

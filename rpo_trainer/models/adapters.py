@@ -1,7 +1,7 @@
 """PEFT adapters: created, loaded and merged without a change of the model's outputs.
 
 This is verified on a few random tokens: a new adapter must not change the log-probs, and a merged model must
-give those of the adapted one.
+have those of the adapted one.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _odd_targets(wrapped: nn.Module) -> list[str]:
 
 @contextmanager
 def randomized_zero_init(model: nn.Module) -> Iterator[None]:
-    """Give zero-initialized adapter parameters random values inside, so that they have an effect."""
+    """Set zero-initialized adapter parameters to random values inside, so that they have an effect."""
     zeros = [
         p
         for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())

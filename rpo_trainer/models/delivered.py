@@ -75,7 +75,7 @@ def copy_in_dtype(
 def _cast_file(
     path: Path, target: Path, dtype: torch.dtype, kept: re.Pattern[str] | None
 ) -> str | None:
-    """Cast one file; the name of a weight that does not fit, or None."""
+    """Cast one file; return the name of a weight that does not fit, or None."""
     tensors: dict[str, Tensor] = {}
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

@@ -31,7 +31,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
 
     Args:
         config: the checkpoint's.
-        reward: accept a reward model, or a policy to make one from.
+        reward: accept a reward model, or a policy to create one from.
 
     Raises:
         ModelError: a reward model where a policy is needed (its language head would be random), or a model
@@ -84,7 +84,7 @@ def make_config(settings: dict[str, Any]) -> Any:
 def make_random_model(
     settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Make a model of this configuration with weights drawn by `seed`, the same ones in every dtype."""
+    """Create a model of this configuration with weights drawn with `seed`, the same in every dtype."""
     config = make_config(settings)
     set_seed(seed)
     factory = auto_class(config, reward=False, where="model.from_config")

@@ -95,8 +95,8 @@ def load_model(
     """Load the model that the first stage starts from.
 
     Args:
-        dtype: of the weights. Weights that are trained must be float32 regardless of `spec.dtype` (the dtype of
-            the arithmetic) says, because steps of 1e-7 are lost in bfloat16 weights.
+        dtype: of the weights. Weights that are trained must be float32 regardless of `spec.dtype` (the dtype
+            of the arithmetic), because steps of 1e-7 are lost in bfloat16 weights.
         quantization: how the linear layers are held, if they are frozen.
         reward: accept a reward model too (see `auto_class`).
     """
@@ -149,7 +149,7 @@ def load_weights(
     """Load a stage's output, or any local model directory.
 
     Args:
-        dtype: of the weights; float32 where they are trained.
+        dtype: of the weights; float32 if they are trained.
         quantization: how the linear layers are held, if they are frozen.
         reward: accept a reward model too (see `auto_class`).
 
@@ -182,7 +182,7 @@ def load_model_named(
     """Load the model of a name or path that a trainer was given.
 
     Args:
-        dtype: of the weights, regardless of the dtype of the files; float32 where they are trained, because
+        dtype: of the weights, regardless of the dtype of the files; float32 if they are trained, because
             lower dtypes round small steps away. `bf16` of the arguments is the arithmetic.
         reward: accept a reward model too (see `auto_class`).
         settings: further arguments of `from_pretrained`; a `dtype` that is not None replaces `dtype`.

@@ -79,14 +79,14 @@ def check_unread(
     Args:
         folder: where its files are; None: random weights, or a hub's.
         tokens: of the tokenizer.
-        reward: a reward model will do too (see `auto_class`).
+        reward: accept a reward model too (see `auto_class`).
 
     Returns:
-        The rows of its embeddings, as its configuration says; 0 where it does not.
+        The rows of its embeddings according to its configuration; 0 if unknown.
 
     Raises:
-        ModelError: weights in pickles alone, absent or cut, tensors that are missing, left over or of another
-            shape, a reward model where a policy is wanted, more tokens than embeddings.
+        ModelError: weights that are pickled, missing or truncated; tensors that are missing, unexpected or of
+            another shape; a reward model instead of a policy; more tokens than embeddings.
     """
     factory = auto_class(config, reward=reward, where=where)
     if folder is not None:

@@ -42,9 +42,9 @@ def as_reward_model(
 ) -> Any:
     """Create a reward model with these attributes from a causal language model or a reward model.
 
-    The decoder of a language model gets a new head, initialized with `seed`. For a
-    multimodal model without a classifier class, only the text decoder is used, with the text configuration. A
-    sequence classifier is kept as it is.
+    The decoder of a language model gets a new head, initialized with `seed`. For a multimodal model without a
+    classifier class, only the text decoder is used, with the text configuration. A sequence classifier is
+    kept as it is.
 
     Args:
         attributes: names of the scores, in order; None: those of the classifier, or one reward.

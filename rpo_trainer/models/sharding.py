@@ -16,7 +16,7 @@ from rpo_trainer.runtime import distributed
 
 def whole_on_every_rank(model: nn.Module) -> bool:
     """Return False if weights are sharded, or on one rank only until the model is wrapped."""
-    if is_fsdp_enabled():  # its name notwithstanding: memory-saving loading is on
+    if is_fsdp_enabled():  # despite its name: whether memory-saving loading is on
         return False
     return not has_shards(model) and not any(p.is_meta for p in model.parameters())
 
@@ -87,7 +87,7 @@ def full_state_dict(
     """
     found: dict[str, Tensor] = {}
     below = _below_adapters(model)
-    known: dict[int, Tensor] = {}  # tied weights stay one
+    known: dict[int, Tensor] = {}  # tied weights are gathered once
     for name, tensor in model.state_dict(keep_vars=True).items():
         if trained_only and not (tensor.requires_grad or name.startswith(below)):
             continue

@@ -63,8 +63,8 @@ class Browser:
 
     Attributes:
         stages: names of the stages with samples, in chain order.
-        start, end: indices of the stages whose rewards give the change.
-        of: number of held-out prompts, where more than the page shows; else None.
+        start, end: indices of the stages whose rewards are compared.
+        of: number of held-out prompts, if more than the page shows; else None.
     """
 
     stages: list[str]
@@ -93,7 +93,7 @@ def browse_samples(run: RunResults) -> Browser:
         _view(number, prompt, sample, answers, names, start, end)
         for number, (prompt, (sample, answers)) in enumerate(found.items(), 1)
     ]
-    # Without a change to sort by, the original order.
+    # Without a change to sort by, keep the original order.
     views.sort(key=lambda view: (view.change is None, view.change or 0.0))
     total = max((stage.scores.prompts or 0 for stage in stages), default=0)
     return Browser(names, start, end, views, total if total > len(views) else None)

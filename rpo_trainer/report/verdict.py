@@ -1,4 +1,4 @@
-"""Verdict of a run: whether each stage reached its goal, and what to change where it did not."""
+"""Verdict of a run: whether each stage reached its goal, and what to change if it did not."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Metrics of a policy on held-out prompts and responses, with confidence intervals.
 
-Intervals are 95 % bootstraps over prompts (or rows): they cover the choice of the prompts and sampling,
+Intervals are 95% bootstraps over prompts (or rows): they cover the choice of the prompts and sampling,
 not the training seed.
 """
 
@@ -30,7 +30,7 @@ SHOWN_SAMPLES = 200  # prompts in samples.jsonl: enough for histograms, and a pa
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the bounds of its 95 % interval."""
+    """A mean and the bounds of its 95% interval."""
 
     value: float
     low: float

@@ -1,6 +1,6 @@
 """Reward models served by vLLM: requests to `/score` and `/classify`, and the scores in the answers.
 
-`use_activation: false` returns raw scores: vLLM's default for a model with one label is a sigmoid of its score.
+`use_activation: false` returns raw scores: vLLM's default for a model with one label is a sigmoid.
 docs/rewards.md shows requests and answers.
 """
 

@@ -39,7 +39,7 @@ def widest(tensor: Tensor) -> Tensor:
 
 
 def empty_cache() -> None:
-    """Give back memory that the allocator of the accelerator keeps; on a CPU nothing is done."""
+    """Return memory that the allocator of the accelerator keeps; do nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():

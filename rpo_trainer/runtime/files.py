@@ -22,7 +22,7 @@ TRUNCATED = "a file could not be written to its end"
 # Of torch, which writes archives through C++ streams.
 _NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 DIGEST_SUFFIX = ".xxh3_128"
-# A file changed this shortly before it was read may be changed again without another time.
+# A file changed this shortly before it was read may change again with the same timestamp.
 _TIME_STEP_NS = 2 * 10**9
 
 
@@ -87,7 +87,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Create a directory and its parents; returns the new ones, the innermost first."""
+    """Create a directory and its parents, and return the new ones, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing

@@ -31,7 +31,7 @@ _LENGTH_STEP = 64
 _DEFAULT_LENGTH = 2048
 _UNLIMITED = 2**30
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_STEPS = 20  # optimizer steps of an epoch that a small data set should give, at least
+_STEPS = 20  # minimum number of optimizer steps per epoch, for small data sets
 _SFT_WEIGHT = {"dpo": 5e-3, "rpo": 1e-3}
 # Peak learning rates for full fine-tuning of a few billion weights, see docs/choosing.md; adapters take
 # about ten times as much.
@@ -202,7 +202,7 @@ def _check_held_out(tests: Sequence[_Source], kinds: Sequence[str]) -> None:
 def _put_model(
     draft: Draft, paths: Paths, model: str, sources: Sequence[_Source]
 ) -> tuple[PreTrainedTokenizerBase | None, int | None]:
-    """Put `model`; the tokenizer of a local one, and the longest text that it takes, in tokens."""
+    """Write `model`; return the tokenizer of a local one, and its longest text in tokens."""
     folder = Path(model).expanduser()
     if not folder.exists() and model.startswith((".", "/", "~")):
         raise RecipeError(
@@ -243,7 +243,7 @@ def _put_stage(
     tests: Sequence[_Source],
     lora: bool,
 ) -> None:
-    """Put one stage, all but its `max_length`."""
+    """Write one stage, all but its `max_length`."""
 
     def put(field: str, value: Any, comment: str = "") -> None:
         draft.put((*key, field), value, comment)
@@ -308,7 +308,7 @@ def _max_length(
 
 
 def _lengths(rows: Sequence[Row], kind: _RowKind, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the tokens of prompt and longest response of each row: [rows] int."""
+    """Return the number of tokens of prompt and longest response of each row: [rows] int."""
     from rpo_trainer.data.tokenize import tokenize_rows
 
     examples = tokenize_rows(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rpo_trainer.stages.prepare import StagePreparer
 
 EXACT = "exact"  # the directory of the float32 weights, next to `final`
-FOREVER = ""  # in place of the name of a last reader
+FOREVER = ""  # instead of the name of a last reader
 
 
 def output_dtype(preparer: StagePreparer, stage: Stage) -> torch.dtype:

@@ -143,7 +143,7 @@ class StagePreparer:
         """Prepare the inputs of this stage once and return them twice: for the check and for training.
 
         They stay in memory in between, so use this for the stage that trains first. Rows that a run samples
-        or scores are not kept: a check cannot make them.
+        or scores are not kept: a check cannot create them.
         """
         if stage.data.score is None and not needs_policy(stage.data):
             self._kept[stage.name] = None

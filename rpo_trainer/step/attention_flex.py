@@ -4,10 +4,10 @@ The scores of a row of `T` tokens are never written to memory, so memory is O(T)
 
 Shapes: `T` tokens of the row, `S` segments, `N` blocks of 128 tokens, `D` head size.
 
-A query attends to two ranges of keys: its own segment up to itself, and the segment's prefix (the shared prompt). A
-sliding window moves the first key of each range. `FlexIndex` computes the ranges and, from their bounds
-over each block of queries, which blocks of keys a kernel visits, in O(N²). torch's `create_block_mask`
-needs O(T²) memory.
+A query attends to two ranges of keys: its own segment up to itself, and the segment's prefix (the shared
+prompt). A sliding window moves the first key of each range. `FlexIndex` computes the ranges and, from their
+bounds over each block of queries, which blocks of keys a kernel visits, in O(N²). torch's
+`create_block_mask` needs O(T²) memory.
 """
 
 from __future__ import annotations

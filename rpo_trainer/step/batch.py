@@ -5,8 +5,8 @@
 Shapes: `B` examples, `R` responses of the micro-batch in order (those of example 1, of example 2, ...), `T`
 tokens of the packed row, `N` trained response tokens, `E` experts, `L` length of the longest padded row.
 
-The position ids of every response continue those of its prompt. A response attends to its prompt and itself, but no
-other response, which `AttentionPlan` defines for the attention function.
+The position ids of every response continue those of its prompt. A response attends to its prompt and
+itself, but to no other response, which `AttentionPlan` defines for the attention function.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reach(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Queries `[start, stop)` see all keys `[prefix_start, prefix_stop)`, and themselves causally."""
+    """Queries `[start, stop)` attend to keys `[prefix_start, prefix_stop)`, and causally to themselves."""
 
     start: int
     stop: int

@@ -145,7 +145,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     running.add(t0, t1, part, before, total, after)
                 normalizer[t0:t1] = after
                 tile = logits if keep else None
-                del logits  # before the next tile is made
+                del logits  # before the next tile is created
         if keep and n:
             width = min(v, max(1, (cells if hidden.is_cuda else min(cells, _CPU_CELLS)) // n))
             width = min(width, max(_LEAST_WIDTH, cells // n - v))

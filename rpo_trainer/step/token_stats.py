@@ -103,7 +103,7 @@ def slice_stats(
 ) -> tuple[SliceStats, Tensor]:
     """Return the statistics of a tile, `[t, w]`, and the log of each row's sum of exponentials, `[t]`.
 
-    In place it may use the tile up.
+    With `in_place` it may overwrite the tile.
     """
     total = logits.sum(dim=1) if with_mean else None
     largest = logits.amax(dim=1)

@@ -20,7 +20,7 @@ from rpo_trainer.trainers.argument_status import Problem, Setting, by_name, defa
 from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 
 _FILES = ("accelerator_config", "fsdp_config")  # may be the path of a JSON file
-# Cannot be the path of a file
+# cannot be the path of a file
 _DICTS = (
     "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs", "derived",
     "model_init_kwargs", "dataset_kwargs",
@@ -29,7 +29,7 @@ _SHOWN = 100  # characters of a value in a message
 # Metrics that transformers adds to an evaluation
 _SPEED = ("runtime", "samples_per_second", "steps_per_second")
 _MEMORY = "mem_"  # prefix of its memory metrics, with `skip_memory_metrics=False`
-# Parts of names of metrics that are better the lower they are, besides those that end with "loss"
+# Parts of names of metrics for which lower is better, besides those that end with "loss"
 _LOWEST_IS_BEST = ("loss/", "rmse/", "calibration/", "gap_error", "saturated", "chosen_falling")
 
 

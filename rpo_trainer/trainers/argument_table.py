@@ -1,8 +1,7 @@
 """The settings of `TrainingArguments`, `accelerator_config` and `fsdp_config`, field by field.
 
 Each row was checked against transformers' `trainer.py` and `training_args.py`, and against the methods that
-our
-trainers override: data loaders, loss, evaluation and checkpoints.
+our trainers override: data loaders, loss, evaluation and checkpoints.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class BaseTrainer(Trainer):
         """Return terms and metrics from `outputs` and a batch of `PackingCollator`."""
 
     def outputs(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
-        """Return inputs of the losses, for each response: `[R]` summed log-probs."""
+        """Return the inputs of the losses, for each response: `[R]` summed log-probs."""
         logps = token_logprobs(model, inputs.model_inputs)
         return response_sums(logps, inputs.response_index, len(inputs.response_tokens))
 
@@ -281,7 +281,7 @@ class BaseTrainer(Trainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Train as `transformers.Trainer.train`; `True` resumes from the newest complete checkpoint.
+        """Train as `transformers.Trainer` does; `True` resumes from the newest complete checkpoint.
 
         None: see `args.resume_from_checkpoint`.
         """
@@ -330,7 +330,7 @@ class BaseTrainer(Trainer):
         return model, train_dataloader
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Return examples of one optimizer step, over all ranks."""
+        """Return the number of examples of an optimizer step, over all ranks."""
         if args.micro_batch_tokens is not None:
             return int(args.examples_per_step())
         return int(super().get_total_train_batch_size(args))
@@ -375,7 +375,7 @@ class BaseTrainer(Trainer):
         return total
 
     def _router_sums(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        """Return sums for the load-balancing loss of a micro-batch, from a forward without the head."""
+        """Return the sums for the load-balancing loss of a micro-batch, from a forward without the head."""
         assert self.router is not None
         inputs = self._prepare_inputs(batch)
         self.before_forward(inputs)
@@ -463,7 +463,7 @@ class BaseTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """Return loss of an evaluation micro-batch; its metrics are added to the sums."""
+        """Return the loss of an evaluation micro-batch; its metrics are added to the sums."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -499,7 +499,7 @@ class BaseTrainer(Trainer):
                 super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `transformers.Trainer.save_model`; sharded weights are gathered and saved in float32."""
+        """Save the model as transformers does; sharded weights are gathered and saved in float32."""
         if not self.engine.wraps_late:
             super().save_model(output_dir, _internal_call)
         elif not (

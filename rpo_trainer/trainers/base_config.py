@@ -327,7 +327,7 @@ class BaseConfig(TrlArguments):
             self.train_sampling_strategy = "sequential"
 
     def examples_per_step(self) -> int:
-        """Return the examples per optimizer step, over all ranks."""
+        """Return the number of examples per optimizer step, over all ranks."""
         if self.micro_batch_tokens is not None and self.global_batch_size is not None:
             return self.global_batch_size
         micro = self.per_device_train_batch_size * self.world_size

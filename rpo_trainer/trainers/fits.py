@@ -102,8 +102,7 @@ def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
     """Return the special tokens at the end of trained spans, the most frequent first.
 
     Tokens that are often followed by trained tokens, such as the end of an analysis before the answer, are
-    left
-    out: generation must not stop there. So are rare ones, from truncated responses or masks with gaps.
+    omitted: generation must not stop there. So are rare ones, from truncated responses or masks with gaps.
     """
     if examples is None or not len(examples) or tokenizer is None:
         return []
@@ -166,7 +165,7 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def longest_text(model: nn.Module, *sets: Any) -> int | None:
-    """Return the tokens of the longest text, or None if the layout of the model does not depend on it."""
+    """Return the length of the longest text in tokens; None if the model's layout does not depend on it."""
     if rotary_limit(model) is None:
         return None
     each = [e for one in sets for e in (one.values() if isinstance(one, dict) else [one])]

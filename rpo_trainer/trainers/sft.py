@@ -109,7 +109,7 @@ class SFTTrainer(BaseTrainer):
             self._noise.lengths = example_lengths(inputs.model_inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `BaseTrainer.train`, with NEFTune noise if `neftune_noise_alpha` is set."""
+        """Train as `BaseTrainer` does, with NEFTune noise if `neftune_noise_alpha` is set."""
         alpha = self.args.neftune_noise_alpha
         if alpha is None:
             return super().train(*args, **kwargs)

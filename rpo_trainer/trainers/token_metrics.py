@@ -83,7 +83,7 @@ class TokensSeen:
                 self._own += part.model_inputs.token_uses.sum() * real
 
     def total(self) -> int:
-        """Return the tokens of all ranks; called on all of them."""
+        """Return the number of tokens of all ranks; called on all of them."""
         return self._before + int(self._reduce(self._own.to(self._device)))
 
     def write(self, checkpoint: Path, total: int) -> None:

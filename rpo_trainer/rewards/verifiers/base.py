@@ -75,7 +75,7 @@ class Verifier:
         """Return the check for the responses of one row.
 
         The check does not raise because of a response: failures (a timeout, deep nesting, a long number,
-            ...) give the lowest reward, 0.
+            ...) result in the lowest reward, 0.
 
         Args:
             row: the row.
