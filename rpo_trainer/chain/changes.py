@@ -137,7 +137,7 @@ def require_key(
         code="option.unknown-key",
         where=f"--allow-changed {key}",
         why="a key that does not exist would allow nothing",
-        fix="write the key as the refusal shows it, for example stages.dpo.beta, or a prefix of it, "
+        fix="write the key as in the error message, for example stages.dpo.beta, or a prefix of it, "
         "for example stages.dpo",
     )
 

@@ -74,7 +74,7 @@ class Audit(AuditCounts):
         if best > LONGER * worst:
             self.remark(
                 f"chosen responses are much longer than rejected ones "
-                f"({best:.0f} and {worst:.0f} characters on average): the model may learn length"
+                f"({best:.0f} and {worst:.0f} characters on average): the model may learn to prefer length"
             )
         if len(gaps) > 1 and gaps[0] == gaps[-1]:
             self.remark(f"all reward gaps are equal ({gaps[0]:g})")
@@ -109,14 +109,14 @@ class Audit(AuditCounts):
         if 2 * wide > len(gaps):
             self.remark(
                 f"{where}the target gap is so large that its sigmoid is 0 or 1 in {wide} of "
-                f"{len(gaps)} rows, where RPO is no different from DPO: use a smaller reward_scale"
+                f"{len(gaps)} rows, where RPO is equivalent to DPO: use a smaller reward_scale"
             )
         limit = math.log(FLAT / (1 - FLAT))
         flat = sum(abs(gap) < limit for gap in gaps)
         if 2 * flat > len(gaps):
             self.remark(
                 f"{where}the target gap is so small that its sigmoid is within {FLAT - 0.5:g} of 1/2 in "
-                f"{flat} of {len(gaps)} rows, from which RPO learns almost nothing: use a larger reward_scale"
+                f"{flat} of {len(gaps)} rows, which carry almost no signal: use a larger reward_scale"
             )
         return 2 * max(wide, flat) > len(gaps)
 

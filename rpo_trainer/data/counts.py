@@ -46,8 +46,8 @@ WARNINGS = {
     "messages_as_text": "a JSON list of messages read as text, since few values of the column are such lists",
     "unusable_rewards": "rewards that are not numbers, ignored by this stage",
     "tools_not_rendered": "`tools` not rendered: no chat template, or the template omits them",
-    "text_left_out": "assistant text that the chat template leaves out (thinking, ...) or treats as thinking",
-    "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
+    "text_left_out": "assistant text that the chat template omits (thinking, ...) or treats as thinking",
+    "prompt_text_left_out": "text of a system, user or tool turn that the chat template omits",
     "truncated": "truncated to max_length",
 }
 # Rows that are neither used nor dropped because of a setting of the recipe.

@@ -30,7 +30,7 @@ def require_supported_method(config: PeftConfig) -> None:
     if config.is_prompt_learning:
         why = (
             "its virtual tokens precede a row, and a packed row holds many examples, "
-            "of which only the first would see them"
+            "of which only the first could attend to them"
         )
     elif kind in _NOT_WEIGHTS:
         why = _NOT_WEIGHTS[kind]

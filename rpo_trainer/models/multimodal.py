@@ -105,7 +105,7 @@ def language_model_class(config: Any, where: str) -> Any:
         code="model.no-language-model",
         where=where,
         why="neither AutoModelForCausalLM nor AutoModelForMultimodalLM has a class for it"
-        + (f", and its architectures ({', '.join(named)}) name none" if named else ""),
+        + (f", and its architectures ({', '.join(named)}) do not name one" if named else ""),
         fix=_FIX,
     )
 
@@ -139,7 +139,7 @@ def _require_text(kind: Any, config: Any, where: str) -> None:
     if getattr(config, "is_encoder_decoder", False) and is_multimodal(config):
         why = "it is an encoder-decoder, whose decoder requires the encoder's output for an image"
     elif getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
-        why = "its text attention is bidirectional: each token would see the one that it predicts"
+        why = "its text attention is bidirectional: each token could attend to the one that it predicts"
     elif not inspect.isfunction(kind.forward) or kind.forward.__name__ != "forward":
         why = "it has no forward; it generates only, from several models"
     elif needed := _required_arguments(kind.forward):

@@ -177,7 +177,7 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where
     other = next((t for t, i in own.items() if known.get(t, i) != i), None)
     if other is not None:
         raise ModelError(
-            f"the model has a different tokenizer: {other!r} has id {own[other]} there, and "
+            f"the model has a different tokenizer: {other!r} has id {own[other]} in it, and "
             f"{known[other]} in the recipe's",
             code="tokenizer.mismatch",
             details={"token": other, "ids": (own[other], known[other])},
@@ -204,7 +204,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
                 pass
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(
-            f"the model cannot be loaded: {name} is damaged or is not a safetensors file "
+            f"the model cannot be loaded: {name} is damaged or not a safetensors file "
             f"({first_line(error)})",
             code="model.damaged-weights",
             where=where,

@@ -74,7 +74,9 @@ def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
     for dtype in sorted({stage.frozen for stage in plan.stages if stage.frozen is not None}):
         names = ", ".join(stage.name for stage in plan.stages if stage.frozen == dtype)
         why = (
-            ": DeepSpeed needs one dtype for all weights" if plan.engine.startswith("zero") else ""
+            ": DeepSpeed requires one dtype for all weights"
+            if plan.engine.startswith("zero")
+            else ""
         )
         yield f"frozen base weights: {dtype} ({names}){why}."
     if any(EXACT in stage.disk for stage in plan.stages):

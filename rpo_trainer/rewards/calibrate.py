@@ -165,8 +165,8 @@ class Calibration:
             )
         if self.flat > 0.5:
             return (
-                f"{self.flat:.0%} of the targets are within 0.05 of 1/2, so that there is little to "
-                "learn: use a larger reward_scale"
+                f"{self.flat:.0%} of the targets are within 0.05 of 1/2, so that they carry little "
+                "signal: use a larger reward_scale"
             )
         return None
 

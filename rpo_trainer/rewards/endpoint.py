@@ -330,9 +330,12 @@ def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
         scores = {encodable(str(token.token)): float(token.logprob) for token in tokens}
         text = ",".join(f"{name}:{score}" for name, score in scores.items())
     else:
-        raise Unreadable(f"no scores by attribute in {_short(text)!r}", code="endpoint.no-scores")
+        raise Unreadable(
+            f"the answer has no scores by attribute: {_short(text)!r}", code="endpoint.no-scores"
+        )
     if not all(map(math.isfinite, scores.values())):
         raise Unreadable(
-            f"a score that is not finite in {_short(text)!r}", code="endpoint.non-finite-scores"
+            f"the answer has a score that is not finite: {_short(text)!r}",
+            code="endpoint.non-finite-scores",
         )
     return scores, text

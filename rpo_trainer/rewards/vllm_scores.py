@@ -86,7 +86,8 @@ def read_scores(answer: Any, count: int) -> list[float]:
     entries = sorted(_data(answer), key=lambda entry: entry["index"])
     if [entry["index"] for entry in entries] != list(range(count)):
         raise Unreadable(
-            f"{len(entries)} scores for {count} responses", code="endpoint.missing-scores"
+            f"the answer has {len(entries)} scores for {count} responses",
+            code="endpoint.missing-scores",
         )
     return [_finite(entry["score"]) for entry in entries]
 
@@ -105,8 +106,8 @@ def read_heads(answer: Any, names: Sequence[str]) -> dict[str, float]:
     scores = [_finite(score) for score in entry["probs"]]
     if len(scores) != len(names):
         raise Unreadable(
-            f"{len(scores)} scores, for the attributes {', '.join(names)}; `weights` names them in the "
-            "order of the model's labels",
+            f"the answer has {len(scores)} scores for the attributes {', '.join(names)}; `weights` must "
+            "list them in the order of the model's labels",
             code="endpoint.missing-scores",
         )
     return dict(zip(names, scores, strict=True))
@@ -121,5 +122,7 @@ def _data(answer: Any) -> list[dict[str, Any]]:
 
 def _finite(score: Any) -> float:
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise Unreadable("a score that is not finite", code="endpoint.non-finite-scores")
+        raise Unreadable(
+            "the answer has a score that is not finite", code="endpoint.non-finite-scores"
+        )
     return float(score)

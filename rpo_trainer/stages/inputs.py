@@ -235,7 +235,7 @@ def set_aside(
     held = [row for row in rows if prompt_key(row) in prompts]
     if rows and not held:
         raise DataError(
-            f"no row of the {len(prompts)} held-out prompts is left",
+            f"no rows of the {len(prompts)} held-out prompts are left",
             code="data.no-held-out-rows",
             where="data.eval_fraction",
             why="the filter, ties or missing rewards dropped all of them",

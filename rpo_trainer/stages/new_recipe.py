@@ -106,7 +106,7 @@ def new_recipe(
         )
         draft.put((*key, "max_length"), length, comment)
         facts.append(f"{stage}: max_length {length} ({comment})")
-    header = ["Written by `rpo-trainer init`. docs/choosing.md says how to choose the values."]
+    header = ["Written by `rpo-trainer init`. See docs/choosing.md for how to choose the values."]
     text = draft.text(header)
     Recipe.model_validate(parse(text).data)
     if not tests:
@@ -225,7 +225,7 @@ def _put_model(
     tokenizer = load_tokenizer(ModelSpec.model_validate(own), Path())
     if tokenizer.chat_template is None and any(_is_messages(s.rows[0]) for s in sources):
         template = "chatml" if set(_CHATML_TOKENS) <= set(tokenizer.get_vocab()) else "plain"
-        draft.put(("model", "chat_template"), template, "the tokenizer has none of its own")
+        draft.put(("model", "chat_template"), template, "the tokenizer has no chat template")
         spec = ModelSpec.model_validate(own | {"chat_template": template})
         tokenizer = load_tokenizer(spec, Path())
     return tokenizer, limit
@@ -260,7 +260,7 @@ def _put_stage(
     if tests:
         draft.put((*key, "data", "eval"), [source.spec for source in tests])
     if kind != "sft":
-        put("beta", 0.1, "strength of the tie to the reference model")
+        put("beta", 0.1, "strength of the regularization toward the reference model")
         if kind == "rpo":
             put("reward_scale", "auto", "η, fitted to the rewards of the training rows")
         put("sft_loss_weight", _SFT_WEIGHT[kind], "keeps the chosen responses likely")
@@ -301,9 +301,9 @@ def _max_length(
     longest, most = int(lengths.max()), int(np.ceil(np.quantile(lengths, 0.99)))
     fitting = longest if longest <= 2 * most else most
     length = -(-fitting // _LENGTH_STEP) * _LENGTH_STEP
-    comment = f"99 % of the rows have at most {most} tokens, the longest has {longest}"
+    comment = f"99% of the rows have at most {most} tokens, the longest has {longest}"
     if limit is not None and length > limit:
-        return limit, f"{comment}; the model takes {limit}"
+        return limit, f"{comment}; the model supports {limit}"
     return length, comment
 
 

@@ -141,13 +141,13 @@ class BaseConfig(TrlArguments):
     )
     micro_batch_tokens: int | None = described(
         "Maximum number of tokens per training forward, instead of per_device_train_batch_size: each global "
-        "batch is split into as many forwards as needed. A longer example is a forward by itself.",
+        "batch is split into as many forwards as needed. A longer example gets its own forward.",
         None,
     )
     layout: str = described(
         "How responses are laid out: `shared` (each prompt once per packed row), `packed`, `padded` (one "
-        "response per row), `single` (one response per forward), or `auto`: the first of them that is shown "
-        "to give the same log-probs as the model's own forward.",
+        "response per row), `single` (one response per forward), or `auto`: the first of them that "
+        "reproduces the log-probs of the model's own forward.",
         "auto",
     )
     logits_chunk_bytes: int = described(

@@ -282,7 +282,7 @@ def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int
             code="run.incomplete-checkpoint",
             details={"missing": list(missing)},
             where=str(folder),
-            why="it would be replaced by a new one (save_only_model writes such checkpoints)",
+            why="training would resume with new state (save_only_model writes such checkpoints)",
             fix="start a new run from its weights (from_pretrained), or resume from a full checkpoint",
         )
     wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{r}.pth" for r in range(ranks)]

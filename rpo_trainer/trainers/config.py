@@ -56,7 +56,7 @@ class PreferenceConfig(TrlPreference, BaseConfig):
         "Divide the log-prob of each response by its number of tokens.", False
     )
     disable_dropout: bool = described(
-        "Turn off all noise in training (dropout, layer drop, router jitter): the reference has none.",
+        "Turn off all noise in training (dropout, layer drop, router jitter): the reference model has none.",
         True,
     )
     step0_check: bool = described(

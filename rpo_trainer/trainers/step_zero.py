@@ -184,7 +184,7 @@ class StepZero:
                 "check it for noise",
             )
         if self.has_ref_model:
-            return "ref-model", "ref_model and policy give different log-probs", "check ref_model"
+            return "ref-model", "ref_model and policy have different log-probs", "check ref_model"
         if not whole:
             return (
                 "reference",
@@ -196,15 +196,15 @@ class StepZero:
         if not is_deterministic(model):
             return (
                 "not-deterministic",
-                "two forwards of the model in eval mode give different log-probs",
+                "two forwards of the model in eval mode produce different log-probs",
                 "use a model with a deterministic forward, or set step0_check=False",
             )
         step, plain = self._worst(plain=True)
         if plain <= each < step:
             return (
                 "layout",
-                f"with layout {self.layout} the policy gives different log-probs than with one response at a "
-                "time, which match the reference log-probs",
+                f"with layout {self.layout} the policy computes different log-probs than with one response "
+                "at a time, which match the reference log-probs",
                 "set per_device_train_batch_size=1 or another layout, and report the type of the model",
             )
         return (

@@ -50,7 +50,7 @@ class TrlArguments(TrainingArguments):
         "Arguments of from_pretrained for a model that is given by name; a dict or JSON."
     )
     trust_remote_code: bool | None = trl_switch(
-        "Whether a model or tokenizer that is given by name may bring code of its own."
+        "Whether a model or tokenizer that is given by name may run code from its repository."
     )
     pad_token: str | None = trl("Padding token, set on the tokenizer.")
     truncation_mode: str | None = trl("`keep_start` is truncation=truncate.")
@@ -81,8 +81,8 @@ class TrlArguments(TrainingArguments):
             return
         packing = f". {_PACKING_NOTE}" if getattr(self, "packing", None) else ""
         _note_once(
-            f"{type(self).__name__}: arguments without effect, because they ask for what is done in any "
-            f"case: {', '.join(given)}{packing}"
+            f"{type(self).__name__}: arguments without effect, because they request the existing "
+            f"behavior: {', '.join(given)}{packing}"
         )
 
 
@@ -127,7 +127,7 @@ class TrlPreference:
     f_alpha_divergence_coef: float | None = trl("No effect with reverse_kl.")
     ld_alpha: float | None = trl("Only 1.0 is accepted.")
     use_weighting: bool | None = trl_switch("Only False is accepted.")
-    discopop_tau: float | None = trl("No effect: it belongs to a loss that is not offered.")
+    discopop_tau: float | None = trl("No effect: it belongs to a loss that is not supported.")
     sync_ref_model: bool | None = trl_switch("Only False is accepted.")
     ref_model_mixup_alpha: float | None = trl("No effect without sync_ref_model.")
     ref_model_sync_steps: int | None = trl("No effect without sync_ref_model.")

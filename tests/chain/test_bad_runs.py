@@ -148,7 +148,9 @@ def test_too_little_disk_for_the_plan(
     shown = capsys.readouterr().err
     assert end.value.code == 2
     # 3.4 M weights of 4 bytes; a checkpoint is three times that, two are kept and one is written.
-    assert re.search(r" 1\d\d MiB of disk, 1 MiB are free \[run\.disk-full\]", shown), shown
+    assert re.search(
+        r" 1\d\d MiB of disk space, but only 1 MiB is free \[run\.disk-full\]", shown
+    ), shown
     assert "rpo (output 1" in shown and "checkpoints " in shown
     assert "save_total_limit" in shown and "--run-dir" in shown
     assert not (tmp_path / "run").exists()
@@ -157,7 +159,7 @@ def test_too_little_disk_for_the_plan(
 def test_too_little_disk_for_what_is_left(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(2**40, 0, 2**10))
     error = refused("run.disk-full", again, recipe_of(again))
-    assert "0 MiB are free" in error.what
+    assert "0 MiB is free" in error.what
     there = sum(p.stat().st_size for p in (again / "run" / "rpo").rglob("*") if p.is_file())
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(2**40, 0, there))
     tiny.run(again, recipe_of(again))  # what lies there already is counted off

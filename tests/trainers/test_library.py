@@ -193,7 +193,7 @@ def test_what_is_dropped_is_a_warning_with_its_share(character_model, make_train
     assert (
         "75 % of train_dataset (6 of 8 rows) dropped: 6 rows, longer than max_length 40" in said[0]
     )
-    assert "50 % of eval_own_dataset (1 of 2 rows) dropped" in said[1]
+    assert "50% of eval_own_dataset (1 of 2 rows) dropped" in said[1]
 
 
 def test_special_tokens_are_parsed_where_the_config_says_so(
