@@ -128,7 +128,7 @@ class AuditView:
             yield Concern(
                 "unread-columns",
                 unread_columns(source, columns),
-                "To use one of them, map it with `columns: {ours: theirs}`.",
+                "To use one of them, map it with `columns: {expected name: name in the file}`.",
             )
 
     def _drops(self, key: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rpo_trainer.trainers.argument_status import Setting, harmless, read, refused
 
-_NO_PREDICTIONS = "metrics come from log-probabilities, without logits, labels or `compute_metrics`"
+_NO_PREDICTIONS = "metrics come from log-probs, without logits, labels or `compute_metrics`"
 _OWN_LOADER = "the trainer creates its own data loaders, which accelerate does not prepare"
 _METRICS = "the loss and its metrics are logged; for other metrics subclass the trainer and extend `evaluate`"
 _HUB = "transformers: used with `push_to_hub`"

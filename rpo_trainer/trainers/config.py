@@ -60,8 +60,8 @@ class PreferenceConfig(TrlPreference, BaseConfig):
         True,
     )
     step0_check: bool = described(
-        "Stop before the first update if the log-probs of policy and reference differ although the models "
-        "are the same.",
+        "Stop before the first update if the log-probs of policy and reference model differ although the "
+        "models are the same.",
         True,
     )
     reference_cache_dir: str | None = described(

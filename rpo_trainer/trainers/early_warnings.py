@@ -2,12 +2,12 @@
 
 They compare means over at least the last 64 examples with thresholds:
 
-- `chosen_falling`: chosen log-probs are below the reference's by 10% of their absolute value and by 2 nats
-  per response;
+- `chosen_falling`: chosen log-probs are below the reference model's by 10% of their absolute value and by
+  2 nats per response;
 - `targets_saturated`: σ(target gap) is below 0.01 or above 0.99 for half of the examples (RPO's KL losses);
 - `margins_exploding`: the implicit reward gap is above 10 and, with rewards, above 3 times the target gap;
-- `chosen_unlearned`: pair accuracy is at least 0.99 while chosen log-probs are below the reference's by 2%
-  of their absolute value and by 0.5 nats per response.
+- `chosen_unlearned`: pair accuracy is at least 0.99 while chosen log-probs are below the reference model's
+  by 2% of their absolute value and by 0.5 nats per response.
 
 Each is logged once per run. They only depend on the log lines, so a resumed run does not repeat them.
 """
@@ -93,7 +93,7 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
 
 def _below(fall: float, size: float) -> str:
     percent = f" ({fall / size:.0%})" if size else ""
-    return f"{fall:.3g} nats per response below the reference's{percent}"
+    return f"{fall:.3g} nats per response below the reference model's{percent}"
 
 
 def _chosen_advice(args: Any) -> str:
