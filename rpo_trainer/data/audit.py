@@ -41,7 +41,7 @@ class Audit(AuditCounts):
     """The counts of one data set, and the messages about them."""
 
     def leave_out_all(self, reason: str, rows: Sequence[Row], kept: Sequence[Row]) -> None:
-        """Count the rows that are not in `kept`, and count repeated prompts again, in `kept` alone."""
+        """Count the rows that are not in `kept`, and count repeated prompts again, in `kept` only."""
         own = {id(row) for row in kept}
         for row in rows:
             if id(row) not in own:

@@ -53,7 +53,7 @@ def warn_of_rounding(
 def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
     """Return a pattern of the weights that transformers always loads in float32, or None.
 
-    These are the model class's `_keep_in_fp32_modules` (float16 alone) and `_keep_in_fp32_modules_strict`.
+    These are the model class's `_keep_in_fp32_modules` (float16 only) and `_keep_in_fp32_modules_strict`.
     """
     inner = transformers_model(model)
     fields = ["_keep_in_fp32_modules_strict"]

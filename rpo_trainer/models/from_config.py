@@ -35,7 +35,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
 
     Raises:
         ModelError: a reward model where a policy is needed (its language head would be random), or a model
-            that cannot run on text alone (see `language_model_class`).
+            that cannot run on text only (see `language_model_class`).
     """
     names = map(str, getattr(config, "architectures", None) or ())
     if not any(name.endswith(CLASSIFIER) for name in names):

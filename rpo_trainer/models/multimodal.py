@@ -135,7 +135,7 @@ def _a(config: Any) -> str:
 
 
 def _require_text(kind: Any, config: Any, where: str) -> None:
-    """Raise ModelError if a class cannot compute log-probs of text alone, by its signature."""
+    """Raise ModelError if a class cannot compute log-probs of text only, by its signature."""
     if getattr(config, "is_encoder_decoder", False) and is_multimodal(config):
         why = "it is an encoder-decoder, whose decoder requires the encoder's output for an image"
     elif getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
@@ -161,7 +161,7 @@ def _required_arguments(forward: Callable[..., Any]) -> list[str]:
 
 def _not_on_text(name: str, why: str, where: str | None) -> ModelError:
     return ModelError(
-        f"a {name} cannot be trained on text alone",
+        f"a {name} cannot be trained on text only",
         code="model.not-text-only",
         where=where,
         why=why,

@@ -105,7 +105,7 @@ def check_towers(
     """Describe what is frozen of a multimodal model, from its configuration; None if nothing or not known.
 
     Raises:
-        ModelError: its forward does not accept text alone.
+        ModelError: its forward does not accept text without other inputs.
     """
     if not is_multimodal(config):
         return None

@@ -272,6 +272,6 @@ def exit_at_once(code: int) -> NoReturn:
     """Run the registered exit functions and end the process without Python's shutdown."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads it
+        with suppress(OSError, ValueError):  # closed, or not read by any process
             stream.flush()
     os._exit(code)

@@ -260,7 +260,7 @@ def _put_stage(
     if tests:
         draft.put((*key, "data", "eval"), [source.spec for source in tests])
     if kind != "sft":
-        put("beta", 0.1, "strength of the regularization toward the reference model")
+        put("beta", 0.1, "strength of the KL penalty toward the reference model")
         if kind == "rpo":
             put("reward_scale", "auto", "η, fitted to the rewards of the training rows")
         put("sft_loss_weight", _SFT_WEIGHT[kind], "keeps the chosen responses likely")

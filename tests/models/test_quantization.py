@@ -85,7 +85,7 @@ def test_4_bits_again_take_back_what_was_merged(quantized: Any, tmp_path: Path) 
         )
     )
     name = "model.layers.0.self_attn.q_proj.weight"
-    before, learnt, after = (m.state_dict()[name] for m in (start, merged, again))
-    kept = ((after - before) * (learnt - before)).sum() / (learnt - before).square().sum()
-    noise = (after - learnt).norm() / (learnt - before).norm()
+    before, learned, after = (m.state_dict()[name] for m in (start, merged, again))
+    kept = ((after - before) * (learned - before)).sum() / (learned - before).square().sum()
+    noise = (after - learned).norm() / (learned - before).norm()
     assert kept < 0.2 and noise > 0.9
