@@ -485,7 +485,7 @@ def test_what_deserves_attention_is_a_warning_and_is_counted(
     assert not ended.value.code
     shown = capsys.readouterr().out
     warnings = [line.strip() for line in shown.splitlines() if line.startswith("  WARNING: ")]
-    assert any("80 % of " in w and "max_length 40 (8)" in w for w in warnings)
+    assert any("80% of " in w and "max_length 40 (8)" in w for w in warnings)
     assert any("50% of " in w and "tied" in w for w in warnings)
     assert any("notes" in w and "columns" in w for w in warnings)
     assert any("temperature=0.5" in w for w in warnings)  # which transformers would not write

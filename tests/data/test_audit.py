@@ -114,7 +114,7 @@ def test_a_data_set_is_logged_in_two_lines(audit: Audit, caplog: pytest.LogCaptu
     (info, summary), (warning, warned) = shown
     assert (info, warning) == (logging.INFO, logging.WARNING)
     assert summary.startswith("train data: 2,000 rows") and warned.startswith(
-        "train data: 5.0 % of"
+        "train data: 5.0% of"
     )
     for part in ("a.jsonl 1,500", "b.jsonl 500", "1,900", "median 20", "max 12"):
         assert part in summary
