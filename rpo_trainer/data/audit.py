@@ -249,7 +249,9 @@ class Audit(AuditCounts):
             several = ", ".join(f"{source} {rows:,}" for source, rows in self.read.items())
             names = f" ({several})" if len(self.read) > 1 else f" from {next(iter(self.read))}"
             kept = f", {sum(self.kept.values()):,} kept" if self.kept else ""
-            parts.append(f"{total:,} rows read{names}{kept}")
+            held = sum(self.left_out.get(HELD_OUT, {}).values())
+            set_aside = f", {held:,} held out (eval_fraction)" if held else ""
+            parts.append(f"{total:,} rows read{names}{kept}{set_aside}")
         if self.replay:
             parts.append("{rows:,} rows of stage {stage} replayed".format(**self.replay))
         parts += self._settings()
