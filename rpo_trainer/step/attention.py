@@ -37,7 +37,7 @@ REACH_ATTRIBUTE = (
 
 @contextmanager
 def packing_masks(plan: AttentionPlan | None = None) -> Iterator[None]:
-    """Make transformers build no masks for models with `rpo_packed`, since the plan replaces them.
+    """Prevent transformers from building masks for models with `rpo_packed`; the plan replaces them.
 
     Args:
         plan: passed to the layers as their mask, for models whose layers do not pass other arguments to their
