@@ -102,7 +102,7 @@ else
     ablation="--batch 32 --micro 8" scaling="--rounds 1 --batch 4 --micro 4"
     tile="--batch 4 --micro 4 --steps 2"
     plan="--size 1b --dtype bfloat16 --batch 16 --micro 8 --steps 3 $lengths"
-    plan_lora="--size 8b --dtype bfloat16 --lora 16 --frozen bfloat16 --batch 8 --micro 4 --steps 3"
+    plan_lora="--size 8b --dtype bfloat16 --lora 16 --batch 8 --micro 4 --steps 3"
     sample="--size 1b --dtype bfloat16 --k 8 --prompts 32 --prompt 256 --batch 256 --max-new-tokens 192 --rounds 2"
     chain="" measure="--rows 100 --max-new-tokens 256 --batch-size 300"
     quickstart=""
