@@ -213,8 +213,8 @@ def matmul_flops(dtype: str, *, seconds: float = 1.5) -> float:
 def step_flops(rows: Sequence[Row], size: str, vocabulary: int) -> float:
     """Return the model FLOPs of a forward and backward pass, each prompt counted once.
 
-    6 per weight and token. The head counts for response tokens only, the embedding table not at all; attention
-    scores are omitted, as is usual.
+    6 per weight and token. The head counts for response tokens only, the embedding table not at all;
+    attention scores are omitted, as is usual.
     """
     shape = SIZES[size]
     hidden = shape.hidden
