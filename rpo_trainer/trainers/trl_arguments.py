@@ -64,7 +64,7 @@ class TrlArguments(TrainingArguments):
         yield from refusals(self.trl_table, vars(self), {})
 
     def note_trl_arguments(self) -> None:
-        """A WARNING that lists the arguments that ask for what is done anyway, once in a process."""
+        """Log one WARNING per process that lists the given arguments that have no effect."""
         rows = by_name(self.trl_table)
         known = {own.name for own in fields(self)}
         given = [
@@ -81,8 +81,8 @@ class TrlArguments(TrainingArguments):
             return
         packing = f". {_PACKING_NOTE}" if getattr(self, "packing", None) else ""
         _note_once(
-            f"{type(self).__name__}: arguments without effect, because they ask for what is done in any "
-            f"case: {', '.join(given)}{packing}"
+            f"{type(self).__name__}: accepted for compatibility with TRL, without effect: "
+            f"{', '.join(given)}{packing}"
         )
 
 
