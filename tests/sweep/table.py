@@ -29,8 +29,8 @@ and rows that exceed them. Log-probs and gradients of a DPO step, of a LoRA adap
 compared with forward passes of one response at a time, in float64 if the model supports it, and a saved model
 is loaded again. This page is generated: `python -m benchmarks.models --write`.
 
-- **layout**: how rows are arranged. *Shared prompts*: the responses to a prompt share a row, and the prompt is
-  computed once. *Packed*: one row, with the prompt once for each response. *Padded*: one response per row, as
+- **layout**: how rows are arranged. *Shared prompts*: the responses to a prompt share a row, and the prompt
+  is computed once. *Packed*: one row, with the prompt once for each response. *Padded*: one response per row, as
   in other trainers. *Single*: one response per forward pass, for attention that selects tokens and would
   also select padding. The trainer uses the fastest layout that is exact for the model at hand; a family whose
   layout depends on the length of its windows has both.
@@ -44,7 +44,7 @@ _COLUMNS = ("families", "layout", "head", "LoRA", "reward model", "notes")
 _SECTIONS = {
     "trained": "",
     "refused": "The trainers stop with the reason before training.",
-    "not swept": "No small model of these families can be created or compared; the trainers check them like any other model.",
+    "not swept": "No small model of these families can be created or compared; the trainers check them as usual.",
     "wrong": "These must not be trained.",
 }
 
