@@ -30,8 +30,8 @@ compared with forward passes of one response at a time, in float64 if the model 
 is loaded again. This page is generated: `python -m benchmarks.models --write`.
 
 - **layout**: how rows are arranged. *Shared prompts*: the responses to a prompt share a row, and the prompt
-  is computed once. *Packed*: one row, with the prompt once for each response. *Padded*: one response per row, as
-  in other trainers. *Single*: one response per forward pass, for attention that selects tokens and would
+  is computed once. *Packed*: one row, with the prompt once for each response. *Padded*: one response per row,
+  as in other trainers. *Single*: one response per forward pass, for attention that selects tokens and would
   also select padding. The trainer uses the fastest layout that is exact for the model at hand; a family whose
   layout depends on the length of its windows has both.
 - **head**: *fused*: log-probs without the full logits matrix. *Own logits*: the model's forward computes it.
@@ -44,7 +44,7 @@ _COLUMNS = ("families", "layout", "head", "LoRA", "reward model", "notes")
 _SECTIONS = {
     "trained": "",
     "refused": "The trainers stop with the reason before training.",
-    "not swept": "No small model of these families can be created or compared; the trainers check them as usual.",
+    "not swept": "No small model of these families can be created or compared. The trainers check them.",
     "wrong": "These must not be trained.",
 }
 
