@@ -44,7 +44,7 @@ def run(script: str, *options: str, folder: Path) -> tuple[str, dict[str, Any]]:
 @pytest.mark.parametrize("script", ["step.py", "sft.py"])
 def test_ours_alone(script: str, tmp_path: Path) -> None:
     printed, line = run(script, *MODEL, *ROWS, "--peers", folder=tmp_path)
-    assert "ours" in printed and "model FLOPs utilisation" in printed
+    assert "ours" in printed and "model FLOPs utilization" in printed
     assert line["ratios"] == {} and line["seconds"]["ours"] > 0 and 0 < line["utilisation"] < 1
 
 
@@ -183,4 +183,4 @@ def test_the_gpu_script_in_its_smallest_setting(tmp_path: Path) -> None:
     scripts = [json.loads(line)["script"] for line in lines.read_text().splitlines()]
     assert scripts == ["step.py", "head.py", "scaling.py"]
     (report,) = tmp_path.glob("*-tiny.md")
-    assert "## uf" in report.read_text() and "in all." in report.read_text()
+    assert "## uf" in report.read_text() and "in total." in report.read_text()
