@@ -1,17 +1,18 @@
-"""What each part of the step brings, one switched on after another.
+"""Measures the effect of each part of the step, enabled one after another.
 
 Plain → response-only head → packed → shared → cached reference → balanced.
 
-    python benchmarks/ablation.py                      # lengths of real pairs, 8 prompts, 2 a forward
+    python benchmarks/ablation.py                      # lengths of real pairs, 8 prompts, 2 per forward pass
     python benchmarks/ablation.py --k 4 --prompt 256 --response 128
 
-Every line has the switches of the lines above it. All are this package's own code: its layouts, its head or
-the model's whole logits, the reference by a second forward or given, examples in the order they come or dealt
-by cost. A step is forward and backward of every micro-batch and the optimizer's move.
+Each variant adds one part to the previous one. All parts are this package's own code: its layouts; its head
+or the model's full logits; reference log-probs from a second forward pass or cached; examples in the given
+order or balanced by cost. A step is the forward and backward pass of every micro-batch and the optimizer
+update.
 
-Balance saves nothing on one device, where the micro-batches of a step run one after another. It is about
-ranks that wait for the slowest: the second column is what as many ranks as micro-batches would wait, the
-slowest micro-batch's time, measured here one after another.
+Balancing has no effect on one device, which runs the micro-batches of a step in sequence. It helps ranks
+that wait for the slowest one, which the second column simulates with as many ranks as micro-batches: it has
+the time of the slowest micro-batch.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from rpo_trainer.step.packing import forward_tokens, pack
 
 @dataclass(frozen=True)
 class Variant:
-    """The switches of one line."""
+    """The parts that are enabled."""
 
     name: str
     layout: Layout = "padded"
@@ -61,22 +62,24 @@ VARIANTS = (
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     made = parser(__doc__)
-    made.add_argument("--batch", type=int, default=8, help="prompts of one optimizer step")
-    made.add_argument("--micro", type=int, default=2, help="prompts of one forward")
-    made.add_argument("--k", type=int, default=2)
-    made.add_argument("--prompt", type=int, help="in place of real lengths, with --response")
-    made.add_argument("--response", type=int)
+    made.add_argument("--batch", type=int, default=8, help="prompts per optimizer step")
+    made.add_argument("--micro", type=int, default=2, help="prompts per forward pass")
+    made.add_argument("--k", type=int, default=2, help="responses per prompt")
+    made.add_argument(
+        "--prompt", type=int, help="tokens per prompt instead of real lengths; requires --response"
+    )
+    made.add_argument("--response", type=int, help="tokens per response")
     made.add_argument("--lengths", type=Path, default=Path(__file__).with_name("ultrafeedback.csv"))
     args = made.parse_args()
     if (args.prompt is None) != (args.response is None):
-        made.error("--prompt and --response go together")
+        made.error("--prompt and --response must be given together")
     return args
 
 
 def examples_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One global batch."""
+    """Return one global batch."""
     if args.prompt is None:
         lengths = lengths_of(args.lengths, args.batch, args.k)
         rows = make_rows(args.batch, lengths, args.vocabulary, jitter=0.0)
@@ -88,14 +91,14 @@ def examples_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 def forward(
     model: Any, examples: Sequence[Mapping[str, Any]], layout: Layout
 ) -> tuple[Tensor, dict[str, Any]]:
-    """`[R]` sums of one micro-batch, and the micro-batch."""
+    """Return the log-probs `[R]` of the responses of a micro-batch, and the micro-batch."""
     batch = pack(examples, layout).to(torch.device(DEVICE))
     logps = token_logprobs(model, batch.model_inputs)
     return response_sums(logps, batch.response_index, len(batch.response_tokens)), batch
 
 
 class Step:
-    """Steps of one variant on one model."""
+    """Runs steps of a variant on one model."""
 
     def __init__(self, model: Any, optimizer: Any, args: argparse.Namespace, examples: Any) -> None:
         self.model = model
@@ -105,7 +108,7 @@ class Step:
         self.given: list[list[float]] | None = None
 
     def __call__(self, variant: Variant) -> list[float]:
-        """Seconds of each micro-batch; the optimizer's move is in the last."""
+        """Return the seconds of each micro-batch; the last one includes the optimizer update."""
         install(self.model)
         head = self.model._rpo_head
         head.fused, head.logits_chunk_bytes = variant.fused, self.args.tile_mib * 2**20
@@ -160,7 +163,7 @@ class Step:
 
 
 def main() -> None:
-    """Prints the table: seconds of a step, and of its slowest micro-batch, with ratios to the line above."""
+    """Print the seconds per step and of its slowest micro-batch, with ratios to the previous variant."""
     args = arguments()
     model = make_model(args.size, args.vocabulary, dtype=args.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -189,7 +192,9 @@ def _table(
 ) -> None:
     names = list(whole)
     ranks = -(-args.batch // args.micro)
-    print(f"| | s a step | of the line above | of plain | slowest of {ranks} | of the line above |")
+    print(
+        f"| | s per step | ratio to previous | ratio to plain | slowest of {ranks} | ratio to previous |"
+    )
     print("|---|---|---|---|---|---|")
     lines = []
     for above, name in zip([None, *names], names, strict=False):

@@ -1,10 +1,11 @@
-"""Attention of a layer with soft-capped scores or sinks, on a GPU: memory and time against the row's length.
+"""Measures memory and time of attention with soft-capped scores or sinks by row length, on a GPU.
 
     python benchmarks/attention.py                          # Gemma-2 9B and GPT-OSS, 4,096 to 16,384 tokens
     python benchmarks/attention.py --shape gpt-oss --lengths 4096,32768 --without explicit
 
-flex: FlexAttention. explicit: scores written out, as where FlexAttention does not apply. Forward and backward
-of one packed row, a prompt of a quarter of the row and two responses that share it. Needs a GPU.
+`flex` is FlexAttention; `explicit` computes the full score matrix, as is done where FlexAttention does not
+apply. Each figure is a forward and backward pass of one packed row: a prompt of a quarter of the row and
+two responses that share it. Requires a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rpo_trainer.step.attention import packed_attention
 from rpo_trainer.step.attention_flex import FlexIndex
 from rpo_trainer.step.batch import AttentionPlan, Segment
 
-# Query heads, heads of keys and values, head size, and what the attention function is called with.
+# Query heads, key-value heads, head size, and arguments of the attention function.
 SHAPES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "gemma-2": (16, 8, 256, {"softcap": 50.0, "scaling": 256**-0.5}),
     "gemma-2-window": (16, 8, 256, {"softcap": 50.0, "scaling": 256**-0.5, "sliding_window": 4096}),
@@ -37,17 +38,26 @@ SHAPES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Prints a line for each shape, way and length, and how memory grows: the slope in log-log."""
+    """Print a line for each shape, implementation and length, and the growth exponent of the memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="default: all")
-    parser.add_argument("--lengths", default="4096,8192,16384", help="tokens of the row")
-    parser.add_argument("--without", choices=["flex", "explicit"], help="leaves one of the two out")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        choices=SHAPES,
+        help="shape to measure; may be repeated; default: all",
+    )
+    parser.add_argument(
+        "--lengths", default="4096,8192,16384", help="row lengths in tokens, separated by commas"
+    )
+    parser.add_argument("--without", choices=["flex", "explicit"], help="implementation to omit")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the result to FILE as one line"
+    )
     args = parser.parse_args()
     if DEVICE != "cuda":
-        sys.exit("benchmarks/attention.py needs a GPU: FlexAttention is not used on a CPU")
+        sys.exit("benchmarks/attention.py requires a GPU: FlexAttention is not used on a CPU")
     lengths = [int(length) for length in args.lengths.split(",")]
     found: dict[str, Any] = {}
     for name in args.shape or SHAPES:
@@ -71,14 +81,14 @@ def main() -> None:
             if len(ends) > 1:
                 (first, low), (last, high) = ends[0], ends[-1]
                 slope = math.log(high / low) / math.log(last / first)
-                print(f"{name:15} {way:9} memory grows with length to the power of {slope:.2f}")
+                print(f"{name:15} {way:9} memory grows with exponent {slope:.2f} of the length")
     record.append(args, lengths=lengths, peak_and_seconds=found)
 
 
 def _measured(
     name: str, way: str, tokens: int, args: argparse.Namespace
 ) -> tuple[int | None, float]:
-    """Peak of one forward and backward beyond the inputs, in bytes (None: out of memory); median seconds."""
+    """Return the peak memory beyond the inputs, in bytes (None: out of memory), and the median seconds."""
     heads, kv_heads, size, settings = SHAPES[name]
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
@@ -107,7 +117,7 @@ def _measured(
             out, _ = packed_attention(nn.Module(), *leaves, None, packing_plan=plan, **settings)
             out.sum().backward()
             wait()
-            if turn:  # the first one compiles
+            if turn:  # the first round compiles
                 seconds.append(time.perf_counter() - start)
             peak = torch.cuda.max_memory_allocated() - before
             del out

@@ -1,7 +1,7 @@
-"""What the benchmarks share: a model, rows of given lengths, the work of a step, a machine's speed.
+"""Common parts of the benchmarks: models, rows of given lengths, FLOPs of a step, speed of the machine.
 
-Shapes: prompts of `p` tokens, responses of `r`, K responses each. Lengths vary by ± 25 % around the given
-ones, as real ones do, unless they come from a file.
+Shapes: prompts of `p` tokens with K responses of `r` tokens each. Lengths vary by ± 25 % around the given
+ones, unless they come from a file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's dimensions; `tied`: the head is the embedding table."""
+    """Dimensions of a Llama; `tied`: the head is the embedding table."""
 
     hidden: int
     layers: int
@@ -42,7 +42,7 @@ class Shape:
 
 
 SIZES = {
-    # 42 M parameters take part in a token's forward (the embedding table does not).
+    # 42 M parameters without the embedding table
     "42m": Shape(512, 8, 8, 8, 1376),
     "smollm2": Shape(576, 30, 9, 3, 1536, 49152, tied=True),  # SmolLM2-135M
     "1b": Shape(2048, 16, 32, 8, 8192, 128256, tied=True),  # Llama-3.2-1B
@@ -52,7 +52,7 @@ SIZES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Fills in the vocabulary of the size."""
+    """Sets the default of --vocabulary to that of the size."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)
@@ -62,19 +62,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """What every benchmark can be told."""
+    """Return a parser with the common options."""
     made = _Parser(description=(description or "").splitlines()[0], allow_abbrev=False)
-    made.add_argument("--size", default="42m", choices=SIZES)
-    made.add_argument("--vocabulary", type=int, help="default: that of the size")
-    made.add_argument("--dtype", default="float32", help="of the weights, and so of everything")
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--tile-mib", type=int, default=512, help="most memory of one tile of logits")
-    made.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    made.add_argument("--size", default="42m", choices=SIZES, help="model size")
+    made.add_argument("--vocabulary", type=int, help="vocabulary size; default: that of --size")
+    made.add_argument(
+        "--dtype", default="float32", help="dtype of weights, gradients and optimizer state"
+    )
+    made.add_argument("--rounds", type=int, default=3, help="number of measured rounds")
+    made.add_argument(
+        "--tile-mib", type=int, default=512, help="maximum size of a tile of logits, in MiB"
+    )
+    made.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the result to FILE as one line"
+    )
     return made
 
 
 def make_model(size: str, vocabulary: int, *, dtype: str) -> Any:
-    """A random Llama on the device; the same one for every call."""
+    """Return a random Llama on the device; every call returns equal weights."""
     shape = SIZES[size]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -96,7 +102,7 @@ def make_model(size: str, vocabulary: int, *, dtype: str) -> Any:
 
 @functools.cache
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word, `w2` to `w<V-1>`, so that lengths are exact for both."""
+    """Return a tokenizer with one token per word, `w2` to `w<V-1>`, so that lengths are exact."""
     words = {"<pad>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -113,7 +119,7 @@ class Row:
     responses: list[list[int]]
 
     def example(self, number: int) -> dict[str, Any]:
-        """As our trainers take it, best response first."""
+        """Return an example for rpo-trainer's trainers, best response first."""
         return {
             "id": str(number),
             "source": "bench",
@@ -131,7 +137,7 @@ def make_rows(
     *,
     jitter: float = 0.25,
 ) -> list[Row]:
-    """Random tokens; `lengths` (prompt, responses) are used in turn."""
+    """Return rows of random tokens; `lengths` (prompt, responses) are used in turn."""
     rng = random.Random(0)
 
     def tokens(n: int) -> list[int]:
@@ -148,12 +154,13 @@ def make_rows(
 def lengths_of(
     path: Path, count: int, k: int, *, longest: int = 1024, characters_per_token: float = 4.0
 ) -> list[tuple[int, list[int]]]:
-    """Prompt and response lengths of real rows, in tokens: `count` of them, evenly spread over their totals.
+    """Return the prompt and response lengths, in tokens, of `count` real rows, evenly spaced by total length.
 
     Args:
-        path: `prompt,chosen,rejected` as CSV; or JSONL of pairs, tokens then estimated from characters.
-        k: responses each; those of a pair are used in turn.
-        longest: rows with a longer part, or one of less than two tokens, are left out.
+        path: CSV with the lengths `prompt,chosen,rejected`, or JSONL of pairs (tokens are then estimated from
+            characters).
+        k: responses per prompt; the lengths of a pair are used in turn.
+        longest: rows with a longer part, or with a part of fewer than two tokens, are excluded.
     """
     with path.open(newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":
@@ -183,13 +190,13 @@ def _characters(text: Any) -> int:
 
 
 def wait() -> None:
-    """Until the device has done what it was told."""
+    """Synchronize with the device."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def matmul_flops(dtype: str, *, seconds: float = 1.5) -> float:
-    """Floating-point operations per second of a large matrix product, measured now."""
+    """Measure the floating-point operations per second of a large matrix product."""
     n = 8192 if DEVICE == "cuda" else 1536
     a, b = (torch.randn(n, n, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
     best = 0.0
@@ -204,10 +211,10 @@ def matmul_flops(dtype: str, *, seconds: float = 1.5) -> float:
 
 
 def step_flops(rows: Sequence[Row], size: str, vocabulary: int) -> float:
-    """Model FLOPs of one forward and backward with each prompt once: 6 per weight and token.
+    """Return the model FLOPs of a forward and backward pass, each prompt counted once.
 
-    The head counts for response tokens alone, tied or not: a look-up in the table multiplies nothing.
-    Attention scores are left out, as is usual.
+    6 per weight and token. The head counts for response tokens only, the embedding table not at all;
+    attention scores are omitted, as is usual.
     """
     shape = SIZES[size]
     hidden = shape.hidden
@@ -220,7 +227,7 @@ def step_flops(rows: Sequence[Row], size: str, vocabulary: int) -> float:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no log lines in a measurement's output."""
+    """Suppress progress bars and log lines."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

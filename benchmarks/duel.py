@@ -1,4 +1,4 @@
-"""Trainers against each other: the same work in turn in one process, or each one's peak in its own."""
+"""Compares trainers: alternating in one process, or the peak memory of each in its own process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from transformers import TrainerCallback
 
 from rpo_trainer.runtime.memory import peak_memory
 
-# What a trainer is built from: arguments, model, tokenizer, callbacks → trainer.
+# (arguments, model, tokenizer, callbacks) → trainer
 Builder = Callable[[argparse.Namespace, Any, Any, list[TrainerCallback]], Any]
 
 
 @dataclass
 class Work:
-    """One optimizer step, the same for all: how much of what, and its model FLOPs."""
+    """The work of one optimizer step, the same for all trainers."""
 
     amount: float
     unit: str
@@ -34,23 +34,31 @@ class Work:
 
 
 def duel_parser(description: str | None, peers: list[str]) -> argparse.ArgumentParser:
-    """The options of a comparison of trainers."""
+    """Return a parser with the options of a comparison of trainers."""
     made = parser(description)
-    made.add_argument("--batch", type=int, default=4, help="rows of one optimizer step")
+    made.add_argument("--batch", type=int, default=4, help="rows per optimizer step")
     made.add_argument(
-        "--micro", type=int, default=4, help="rows of one forward, accumulated to --batch"
+        "--micro", type=int, default=4, help="rows per forward pass, accumulated to --batch"
     )
-    made.add_argument("--steps", type=int, default=3, help="steps of one round, warm-up included")
     made.add_argument(
-        "--peers", nargs="*", default=peers, choices=peers, help="none: ours alone, without TRL"
+        "--steps", type=int, default=3, help="steps per round, including one warm-up step"
     )
-    made.add_argument("--memory", action="store_true", help="peak memory, one process each")
+    made.add_argument(
+        "--peers",
+        nargs="*",
+        default=peers,
+        choices=peers,
+        help="trainers to compare with; without a name: none",
+    )
+    made.add_argument(
+        "--memory", action="store_true", help="measure peak memory, in a process per trainer"
+    )
     made.add_argument("--only", help=argparse.SUPPRESS)
     return made
 
 
 def settings(args: argparse.Namespace, *, micro: int, accumulation: int) -> dict[str, Any]:
-    """What every trainer is told."""
+    """Return the settings that all trainers share."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="bench-"),
         "max_steps": args.steps,
@@ -63,20 +71,20 @@ def settings(args: argparse.Namespace, *, micro: int, accumulation: int) -> dict
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": DEVICE == "cpu",
-        "bf16": False,  # no autocast: weights, gradients and optimizer state are of --dtype in all
+        "bf16": False,  # no autocast: weights, gradients and optimizer state have --dtype in all trainers
         "gradient_checkpointing": False,
     }
 
 
 def accumulation_of(args: argparse.Namespace) -> int:
-    """Forwards of one optimizer step."""
+    """Return the number of forward passes per optimizer step."""
     if args.batch % args.micro:
-        raise SystemExit(f"--batch {args.batch} does not divide by --micro {args.micro}")
+        raise SystemExit(f"--batch {args.batch} is not divisible by --micro {args.micro}")
     return args.batch // args.micro
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, device work included."""
+    """Measures the seconds of each optimizer step, including device work."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -92,7 +100,7 @@ class StepTimes(TrainerCallback):
 
 
 def run(args: argparse.Namespace, builders: dict[str, Builder], work: Work) -> None:
-    """What the options ask for; the first builder is ours, the others are `--peers`."""
+    """Run the comparison; the first builder is rpo-trainer, the others are `--peers`."""
     first, *_ = builders
     names = [first, *(name for name in builders if name in args.peers)]
     if args.only:
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace, builders: dict[str, Builder], work: Work) -> N
 
 
 def build(args: argparse.Namespace, builder: Builder) -> tuple[Any, StepTimes]:
-    """A trainer with a model of its own."""
+    """Build a trainer with its own model."""
     times = StepTimes()
     tokenizer = make_tokenizer(args.vocabulary)
     model = make_model(args.size, args.vocabulary, dtype=args.dtype)
@@ -115,7 +123,7 @@ def build(args: argparse.Namespace, builder: Builder) -> tuple[Any, StepTimes]:
 def alternate(
     trainers: dict[str, tuple[Any, StepTimes]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Trains each in turn, round after round: seconds of the steps, and the first round's mean loss.
+    """Train each in turn; return the seconds of the steps and the mean loss of the first round.
 
     The first step of each training is warm-up.
     """
@@ -142,9 +150,7 @@ def _compare(args: argparse.Namespace, builders: dict[str, Builder], work: Work)
     middles = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: record.spread(seconds[ours], seconds[name]) for name in peers}
     for name, middle in middles.items():
-        line = (
-            f"{name:12} {middle:8.3f} s a step  {work.amount / middle:10.2f} {work.unit} a second"
-        )
+        line = f"{name:12} {middle:8.3f} s/step  {work.amount / middle:10.2f} {work.unit}/s"
         if name in ratios:
             line += "  {:.2f} × ours ({:.2f} to {:.2f})".format(*ratios[name])
         print(f"{line}  loss {losses[name]:.4f}")
@@ -181,7 +187,9 @@ def _memory(args: argparse.Namespace, names: list[str]) -> None:
         print(f"{name:12} {record.mib(found[name]['peak'])} peak  ({parts})")
     states = {name: figures["optimizer"] for name, figures in found.items()}
     if len(set(states.values())) > 1:
-        raise SystemExit(f"the optimizer states differ, so the peaks do not compare: {states}")
+        raise SystemExit(
+            f"the optimizer states differ in size, so the peaks cannot be compared: {states}"
+        )
     ours, *peers = names
     ratios = {name: found[ours]["peak"] / found[name]["peak"] for name in peers}
     for name, ratio in ratios.items():
@@ -190,7 +198,7 @@ def _memory(args: argparse.Namespace, names: list[str]) -> None:
 
 
 def measure(options: list[str], script: str) -> dict[str, int]:
-    """What `one` of these options finds, in a process of its own."""
+    """Return the result of `_one` for these options, run in its own process."""
     command = [sys.executable, script, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -199,10 +207,10 @@ def measure(options: list[str], script: str) -> dict[str, int]:
 
 
 def _one(args: argparse.Namespace, builder: Builder) -> None:
-    """Trains one and prints its peak and what that holds, in bytes, as JSON.
+    """Train with one trainer and print its peak memory and the parts, in bytes, as JSON.
 
-    `used` is the peak without what the process held before it had a model, libraries on a CPU; `rest` is what
-    is left of that without weights, gradients and optimizer state: activations, tiles, temporaries.
+    `used` is the peak without the memory that was in use before the model was created (libraries, on a CPU);
+    `rest` also excludes weights, gradients and optimizer state: activations, tiles, temporaries.
     """
     make_tokenizer(args.vocabulary)
     _load_libraries(args, builder)
@@ -214,7 +222,7 @@ def _one(args: argparse.Namespace, builder: Builder) -> None:
     found = {
         "peak": peak_memory(),
         "weights": weights,
-        "gradients": weights,  # all are trained, in the dtype of the weights
+        "gradients": weights,  # all weights are trained, in their dtype
         "optimizer": _state_bytes(trainer.optimizer),
     }
     found["used"] = found["peak"] - before
@@ -223,7 +231,7 @@ def _one(args: argparse.Namespace, builder: Builder) -> None:
 
 
 def _load_libraries(args: argparse.Namespace, builder: Builder) -> None:
-    """One step of a very small model, so that all imports are done and count as what was there before."""
+    """Train one step of a very small model, so that all libraries are loaded before memory is measured."""
     small = {
         "size": "tiny",
         "vocabulary": 64,

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# All measurements that need a GPU, most important first, part by part.
+# Runs all measurements that require a GPU, part by part, most important first.
 #
 #     bash benchmarks/gpu.sh                    # a Llama of the 1 B class, bfloat16 weights, full fine-tuning
-#     SIZE=tiny bash benchmarks/gpu.sh          # the same on a very small model, on a CPU too: a test of the script
-#     PACKED=.gpu bash benchmarks/gpu.sh        # first unpacks what gpu_prepare.sh has packed
+#     SIZE=tiny bash benchmarks/gpu.sh          # the same on a very small model, also on a CPU: tests the script
+#     PACKED=.gpu bash benchmarks/gpu.sh        # first unpacks the output of gpu_prepare.sh
 #
-# OUT     where results go: DATE-DEVICE.jsonl, a line for each run; DATE-DEVICE.md, what they printed; and
-#         DATE-DEVICE.done, the parts that have ended well, which a further call leaves out
-# ONLY    names of parts, to run no others, done or not: "uf ratio4"
-# LIMIT   seconds for all of it (default 530): a part that cannot start before is left for the next call
-# PYTHON  the interpreter, with this project's requirements; without TRL ours is measured alone
-# PACKED  folder of gpu_prepare.sh; its wheels, model and data are unpacked into WORK (default runs/gpu)
-# MODEL   folder of SmolLM2-135M-Instruct for the part `chain`, DATA the folder of its JSONL files; both default
-#         to what was unpacked, and without them the part is skipped
+# OUT     directory for results: DATE-DEVICE.jsonl, a line for each run; DATE-DEVICE.md, their output; and
+#         DATE-DEVICE.done, the finished parts, which the next call skips
+# ONLY    names of the parts to run, finished or not: "uf ratio4"
+# LIMIT   seconds for the whole script (default 530); parts that have not started by then are left for the next call
+# PYTHON  Python interpreter with this project's requirements; without TRL, only rpo-trainer is measured
+# PACKED  output folder of gpu_prepare.sh; its wheels, model and data are unpacked into WORK (default runs/gpu)
+# MODEL   directory of SmolLM2-135M-Instruct for the part `chain`, DATA the folder of its JSONL files; both default
+#         to the unpacked ones, and without them the part is skipped
 #
-# Ends with what was skipped or failed; status 1 if anything failed.
+# Ends with a list of what was skipped or failed; exit code 1 if anything failed.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -63,7 +63,7 @@ touch "$finished"
 
 lengths="--lengths benchmarks/ultrafeedback.csv"
 if [ "$SIZE" = tiny ]; then
-    # Everything small: this checks the script, and its figures mean nothing.
+    # Everything is small: this tests the script; the figures mean nothing.
     model="--size tiny --vocabulary 512 --rounds 1"
     half=""
     uf="--batch 4 --micro 2 --steps 2" ratio2="--batch 2 --micro 1 --steps 2 --prompt 32 --response 16"
@@ -102,17 +102,17 @@ else
     ablation="--batch 32 --micro 8" scaling="--rounds 1 --batch 4 --micro 4"
     tile="--batch 4 --micro 4 --steps 2"
     plan="--size 1b --dtype bfloat16 --batch 16 --micro 8 --steps 3 $lengths"
-    plan_lora="--size 8b --dtype bfloat16 --lora 16 --frozen bfloat16 --batch 8 --micro 4 --steps 3"
+    plan_lora="--size 8b --dtype bfloat16 --lora 16 --batch 8 --micro 4 --steps 3"
     sample="--size 1b --dtype bfloat16 --k 8 --prompts 32 --prompt 256 --batch 256 --max-new-tokens 192 --rounds 2"
     chain="" measure="--rows 100 --max-new-tokens 256 --batch-size 300"
     quickstart=""
 fi
 peers=""
-"$PYTHON" -c 'import trl' 2>/dev/null || { peers="--peers"; echo "no TRL: ours is measured alone" | tee -a "$report"; }
+"$PYTHON" -c 'import trl' 2>/dev/null || { peers="--peers"; echo "no TRL: only rpo-trainer is measured" | tee -a "$report"; }
 
 skipped=() failed=()
 
-# part NAME SECONDS COMMAND...: runs it for at most so long, and not at all where little time is left.
+# part NAME SECONDS COMMAND...: runs COMMAND for at most SECONDS, unless too little time is left.
 part() {
     local name=$1 limit=$2 left=$((LIMIT - SECONDS)) start=$SECONDS status log
     shift 2
@@ -153,7 +153,7 @@ bench() {
 
 # shellcheck disable=SC2086,SC2046  # the options are lists of words
 {
-    # Those that need a GPU: `gpu` is in their names. Few threads leave the processor to the rest.
+    # Tests that require a GPU have `gpu` in their names. Few threads leave the CPU to the other parts.
     part tests 200 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q -p no:cacheprovider -rf --tb=short -k gpu \
         tests/gpu $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench --exclude-dir gpu)
     part quickstart 150 "$PYTHON" -m rpo_trainer run recipes/quickstart/chain.yaml --run-dir "$WORK/quickstart" \
@@ -182,7 +182,7 @@ bench() {
 }
 
 {
-    printf '\n%s s in all. ' "$SECONDS"
+    printf '\n%s s in total. ' "$SECONDS"
     [ ${#skipped[@]} = 0 ] && echo "Nothing was skipped." || echo "Skipped: $(IFS=';'; echo "${skipped[*]}")."
     [ ${#failed[@]} = 0 ] || echo "Failed: $(IFS=';'; echo "${failed[*]}")."
 } | tee -a "$report"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Prepares, on a machine with a network, what gpu.sh needs on a GPU machine without one.
+# Packs, on a machine with network access, what gpu.sh needs on a GPU machine without it.
 #
 #     bash benchmarks/gpu_prepare.sh                                # into .gpu/
 #     MODEL=./SmolLM2-135M-Instruct DATA=./data bash benchmarks/gpu_prepare.sh
 #
-# FOLDER          where it goes: wheels/, model.part-*, data.tar.gz (default .gpu)
-# PYTHON_VERSION  of the GPU machine (default 3.12)
-# PACKAGES        wheels to take, in the versions of constraints.txt; the default is what an image with torch,
-#                 transformers, accelerate, peft, pyarrow, pandas and pytest lacks
-# MODEL           a model folder (or any file), packed as a tar in parts of PART (default 30M), so that each
-#                 can travel alone; gpu.sh joins them
-# DATA            a folder of JSONL files for recipes/real
+# FOLDER          output folder: wheels/, model.part-*, data.tar.gz (default .gpu)
+# PYTHON_VERSION  Python version of the GPU machine (default 3.12)
+# PACKAGES        packages to download, in the versions of constraints.txt; default: those that are missing from an
+#                 image with torch, transformers, accelerate, peft, pyarrow, pandas and pytest
+# MODEL           model directory (or any file), packed as a tar file split into parts of size PART (default 30M);
+#                 gpu.sh joins them
+# DATA            folder of JSONL files for recipes/real
 #
-# On the GPU machine, with FOLDER beside the checkout:
+# On the GPU machine, with FOLDER in the checkout:
 #
 #     PACKED=.gpu bash benchmarks/gpu.sh
 set -eu

@@ -1,11 +1,12 @@
-"""The head alone: log-probs of N tokens and their gradients, ours against others, alternating.
+"""Compares heads: log-probs of N tokens and their gradients, alternating in one process.
 
     python benchmarks/head.py                     # N = 1024, H = 512, V = 32,000
     python benchmarks/head.py --vocabulary 128256 --tile-mib 128
 
-dense: all logits, log_softmax, autograd. torch: `linear_cross_entropy` in chunks of its own choice, where
-torch has it (without options it makes all logits, as dense does). liger: Liger's fused linear cross-entropy,
-where it is installed and runs (it needs a GPU). On a GPU also the peak beyond the inputs, gradients included.
+`dense` computes all logits and uses log_softmax and autograd. `torch` is `linear_cross_entropy` with
+automatic chunking, if this version of torch has it (without options it computes all logits, like `dense`).
+`liger` is Liger's fused linear cross-entropy, if it is installed (requires a GPU). On a GPU, the peak
+memory beyond the inputs is printed too, including gradients.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from rpo_trainer.step.logprobs import linear_logprobs
 
 
 def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """All the logits at once."""
+    """Compute all logits at once."""
     logits = hidden @ weight.t()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
 def candidates(logits_chunk_bytes: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Functions of (hidden `[N, H]`, weight `[V, H]`, labels `[N]`) to log-probs `[N]`."""
+    """Return functions from hidden states `[N, H]`, weight `[V, H]`, labels `[N]` to log-probs `[N]`."""
     found = {
         "ours": lambda h, w, y: linear_logprobs(h, w, y, logits_chunk_bytes=logits_chunk_bytes),
         "dense": dense,
@@ -55,7 +56,7 @@ def candidates(logits_chunk_bytes: int) -> dict[str, Callable[[Tensor, Tensor, T
 
 
 def main() -> None:
-    """Prints a line for each: seconds, ratio to ours with its spread, distance from float64."""
+    """Print the time, the ratio to ours with its spread, and the error against float64 of each head."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=512)
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("--tile-mib", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the result to FILE as one line"
+    )
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
@@ -85,8 +88,8 @@ def main() -> None:
     for name, values in seconds.items():
         print(
             f"{name:6} {statistics.median(values) * 1e3:9.1f} ms   "
-            + "{:5.2f} of ours ({:.2f} to {:.2f})   ".format(*ratios[name])
-            + f"off by {errors[name]:.1e} nats"
+            + "{:5.2f} × ours ({:.2f} to {:.2f})   ".format(*ratios[name])
+            + f"error {errors[name]:.1e} nats"
             + (f"   {record.mib(peaks[name])}" if DEVICE == "cuda" else "")
         )
     record.append(

@@ -1,4 +1,4 @@
-"""Every causal language model class of transformers, tried on a tiny random model; writes docs/models.md.
+"""Tests every causal language model class of transformers on a small random model; writes docs/models.md.
 
 python -m benchmarks.models [family ...] [--reach narrow|wide] [--jobs N] [--json FILE] [--write]
 """
@@ -18,16 +18,20 @@ from tests.sweep.table import PAGE, incomplete, line_of, page
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 1 where a result is wrong or a crash."""
+    """Return 1 if a result is wrong or a crash, otherwise 0."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("families", nargs="*", help="families or variants; none: all")
-    parser.add_argument("--reach", choices=["narrow", "wide"], help="both by default")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of one case")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the results, one a line")
-    parser.add_argument("--from", type=Path, dest="given", metavar="FILE", help="results of --json")
+    parser.add_argument("families", nargs="*", help="families or variants; default: all")
+    parser.add_argument("--reach", choices=["narrow", "wide"], help="default: both")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit per case")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the results to FILE, one per line"
+    )
+    parser.add_argument(
+        "--from", type=Path, dest="given", metavar="FILE", help="read the results that --json wrote"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/models.md")
     args = parser.parse_args(arguments)
     reaches = [args.reach == "wide"] if args.reach else [False, True]
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(json.dumps(result) + "\n")
     if args.write:
         if missing := incomplete(results):
-            parser.error(f"--write takes all families in both reaches; missing: {missing}")
+            parser.error(f"--write requires all families in both reaches; missing: {missing}")
         PAGE.write_text(page(results), encoding="utf-8")
     return int(any(result["result"] in ("wrong", "crash") for result in results))
 

@@ -1,14 +1,14 @@
-"""What `rpo-trainer plan` predicts beside what training takes: memory of one device, by part.
+"""Compares the memory that `rpo-trainer plan` predicts with that of training, by part, on one device.
 
-    python benchmarks/planned.py                                   # 42 M weights, all trained
+    python benchmarks/planned.py                                   # 42 M parameters, all trained
     python benchmarks/planned.py --size 1b --dtype bfloat16
     python benchmarks/planned.py --size 8b --dtype bfloat16 --lora 16 --checkpointing
     python benchmarks/planned.py --size 8b --dtype bfloat16 --lora 16 --frozen float32
 
-It writes a recipe of one stage of DPO, plans it with the functions of the command, and trains a few steps by
-those of `rpo-trainer run`. Weights below an adapter have the dtype of the arithmetic, or float32 with
-`--frozen float32`. Measured is what torch has allocated on a GPU, and on a CPU what the process holds beyond
-what it held before it had a model.
+It writes a recipe with one DPO stage, plans it with the functions of `rpo-trainer plan`, and trains a few
+steps with those of `rpo-trainer run`. Frozen base weights have the dtype of the computation, or float32
+with `--frozen float32`. Measured memory is what torch has allocated on a GPU, and on a CPU what the process
+uses beyond what it used before the model was created.
 """
 
 from __future__ import annotations
@@ -38,36 +38,42 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "reference", "peak"
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--size", default="42m", choices=SIZES)
-    parser.add_argument("--vocabulary", type=int, help="default: that of the size")
-    parser.add_argument("--dtype", default="float32", help="the arithmetic, as in a recipe")
-    parser.add_argument("--lora", type=int, metavar="R", help="an adapter on all linear layers")
+    parser.add_argument("--size", default="42m", choices=SIZES, help="model size")
+    parser.add_argument("--vocabulary", type=int, help="vocabulary size; default: that of --size")
+    parser.add_argument(
+        "--dtype", default="float32", help="dtype of the computation, as in a recipe"
+    )
+    parser.add_argument(
+        "--lora", type=int, metavar="R", help="train an adapter of rank R on all linear layers"
+    )
     parser.add_argument(
         "--frozen",
         choices=["auto", "float32"],
         default="auto",
-        help="dtype of the weights below the adapter, as in a recipe",
+        help="dtype of the frozen base weights, as `frozen_dtype` in a recipe",
     )
-    parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing")
     parser.add_argument("--optim", default="adamw_torch")
-    parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
-    parser.add_argument("--micro", type=int, default=2, help="pairs of a forward")
+    parser.add_argument("--batch", type=int, default=4, help="pairs per optimizer step")
+    parser.add_argument("--micro", type=int, default=2, help="pairs per forward pass")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--response", type=int, default=256)
-    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs, see common.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs; see common.py")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the result to FILE as one line"
+    )
     args = parser.parse_args()
     args.vocabulary = args.vocabulary or SIZES[args.size].vocabulary
     if args.frozen != "auto" and args.lora is None:
-        parser.error("--frozen is the dtype of the weights below an adapter: give --lora too")
+        parser.error("--frozen requires --lora")
     return args
 
 
 def write_recipe(args: argparse.Namespace, folder: Path) -> Path:
-    """Recipe, tokenizer and rows; JSON is YAML too."""
+    """Write the recipe, the tokenizer and the rows. JSON is valid YAML."""
     make_tokenizer(args.vocabulary).save_pretrained(folder / "tokenizer")
     count = args.batch * args.steps
     if args.lengths:
@@ -120,7 +126,7 @@ def write_recipe(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def planned(loaded: LoadedRecipe) -> DeviceMemory:
-    """What the command computes."""
+    """Return what `rpo-trainer plan` computes."""
     return plan_recipe(loaded, loaded.base_dir / "run").stages[0].memory
 
 
@@ -128,9 +134,9 @@ def planned(loaded: LoadedRecipe) -> DeviceMemory:
 
 
 class Peaks(TrainerCallback):
-    """What is held at most: before the first step, in forwards and backwards, in the optimizer's move.
+    """Records peak memory: before the first step, in forward and backward passes, in optimizer updates.
 
-    On a CPU a process's peak cannot be reset, and all of them are the most since it began.
+    On a CPU, the peak of a process cannot be reset, so each is the peak since the start.
     """
 
     def __init__(self) -> None:
@@ -157,13 +163,13 @@ class Peaks(TrainerCallback):
 
 
 def measured(loaded: LoadedRecipe) -> tuple[dict[str, int], list[float]]:
-    """Bytes by part, and the losses of the steps."""
+    """Return bytes by part, and the losses of the steps."""
     preparer, peaks = StagePreparer(loaded), Peaks()
     (stage,) = preparer.stages
     config = preparer.settings(stage, loaded.base_dir / "run")
     config.logging_steps = 1
     inputs = preparer.prepare(stage)
-    for library in ("peft", "bitsandbytes", "torch._dynamo"):  # no part of what is planned
+    for library in ("peft", "bitsandbytes", "torch._dynamo"):  # not part of the plan
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     before = record.memory_now()
@@ -192,7 +198,7 @@ def measured(loaded: LoadedRecipe) -> tuple[dict[str, int], list[float]]:
 
 
 def start(loaded: LoadedRecipe, seed: int, vocabulary: int) -> Any:
-    """The stage's model, its random weights made where they are used."""
+    """Return the model of the stage, created on the device."""
     spec, (stage,) = loaded.recipe.model, expand_stages(loaded.recipe)
     adapter, dtype = lora_config(stage), frozen_dtype(stage, loaded.recipe.model)
     with torch.device(DEVICE):
@@ -203,12 +209,12 @@ def start(loaded: LoadedRecipe, seed: int, vocabulary: int) -> Any:
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    """Bytes."""
+    """Return the size in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
 def main() -> None:
-    """A table: planned, measured, and the ratio of the peaks."""
+    """Print planned and measured memory by part, and the ratio of the peaks."""
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_recipe(write_recipe(args, Path(folder)))
@@ -219,7 +225,7 @@ def main() -> None:
     ratio = found["peak"] / expected["peak"]
     print(f"{'MiB':12} {'planned':>10} {'measured':>10}")
     for name in PARTS:
-        # On a CPU the reference pass has no peak of its own.
+        # On a CPU, the reference pass has no separate peak.
         known = name != "reference" or DEVICE == "cuda"
         print(
             f"{name:12} {expected[name] / 2**20:10,.0f} "
@@ -227,8 +233,8 @@ def main() -> None:
         )
     if DEVICE == "cuda":
         print(
-            f"measured in forward and backward {record.mib(found['in backward'])}, "
-            f"in the optimizer's move {record.mib(found['in optimizer'])}"
+            f"measured in forward and backward passes {record.mib(found['in backward'])}, "
+            f"in optimizer updates {record.mib(found['in optimizer'])}"
         )
     print(f"measured / planned: {ratio:.3f}   losses {', '.join(f'{x:.4f}' for x in losses)}")
     record.append(args, planned=expected, measured=found, ratio=ratio, losses=losses)

@@ -1,4 +1,4 @@
-"""A JSON line for each run, with what is needed to judge it; and the memory of a process."""
+"""Appends a JSON line for each run, with what is needed to interpret it; measures memory in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "rpo-
 
 
 def append(args: argparse.Namespace, **figures: Any) -> None:
-    """Adds a line to `--json FILE`: date, command, device, versions and the figures; nothing without it."""
+    """Append date, command, device, versions and the figures to `--json FILE`, if given."""
     if args.json is None:
         return
     line = {
@@ -61,13 +61,13 @@ def _versions() -> dict[str, str]:
 
 
 def spread(mine: list[float], other: list[float]) -> tuple[float, float, float]:
-    """Median, least and largest of other / mine over the steps in their order."""
+    """Return median, minimum and maximum of other / mine, step by step."""
     pairs = [b / a for a, b in zip(mine, other, strict=True)]
     return statistics.median(pairs), min(pairs), max(pairs)
 
 
 def memory_now() -> int:
-    """Bytes in use: of the process on a CPU, allocated on a GPU."""
+    """Return the bytes in use: by the process on a CPU, allocated on a GPU."""
     if DEVICE == "cuda":
         return torch.cuda.memory_allocated()
     pages = Path("/proc/self/statm")
@@ -75,5 +75,5 @@ def memory_now() -> int:
 
 
 def mib(count: float) -> str:
-    """Bytes as MiB."""
+    """Format bytes as MiB."""
     return f"{count / 2**20:,.0f} MiB"

@@ -1,16 +1,17 @@
-"""Sampling K responses a prompt: ours against transformers, alternating in one process.
+"""Compares sampling K responses per prompt with transformers, alternating in one process.
 
-    python benchmarks/sample.py                                    # 42 M weights, K = 4, geometric lengths
+    python benchmarks/sample.py                                    # 42 M parameters, K = 4, geometric lengths
     python benchmarks/sample.py --k 4 8 --prompt 256 1024
     python benchmarks/sample.py --lengths benchmarks/ultrafeedback.csv --max-new-tokens 512
-    python benchmarks/sample.py --model FOLDER --dtype bfloat16    # a real model ends its responses itself
-    python benchmarks/sample.py --peers                            # ours alone
+    python benchmarks/sample.py --model FOLDER --dtype bfloat16    # a pretrained model
+    python benchmarks/sample.py --peers                            # without peers
 
-`generate` is transformers' own with `num_return_sequences`, prompts of like length together; `generate_batch`
-its continuous batching, each prompt prefilled once. All hold at most `--batch` responses at once and sample
-at temperature 1 from the whole vocabulary. A random model ends its responses by lengths that are in its
-weights (see lengths.py), the same for all. On a GPU also the limit of memory: a decode step reads all weights
-and the cache, and cannot be faster than that.
+`generate` is transformers' `generate` with `num_return_sequences`, on batches of prompts of similar length;
+`generate_batch` is its continuous batching, which prefills each prompt once. All sample at temperature 1
+from the whole vocabulary, at most `--batch` responses at a time. A random model ends its responses with
+lengths that are encoded in its weights (see lengths.py), the same for all engines. On a GPU, the memory
+bandwidth limit is printed too: a decode step reads all weights and the cache, and cannot be faster than
+that.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from rpo_trainer.rewards.sample import sample_responses
 
 _WORDS = ("river", "stone", "garden", "clock", "letter", "winter", "engine", "mirror", "island")
 _WARM_UP = 8  # tokens
-_PATIENCE = 30 if DEVICE == "cuda" else 300  # seconds between two responses of continuous batching
+_PATIENCE = (
+    30 if DEVICE == "cuda" else 300
+)  # maximum seconds between two responses of continuous batching
 
 
 @dataclass
 class Work:
-    """What every engine gets: one model, the same prompts, the same limits."""
+    """The input of every engine: one model, the same prompts, the same limits."""
 
     model: Any
     tokenizer: Any
@@ -53,7 +56,7 @@ class Work:
     longest: int
 
     def config(self, longest: int) -> Any:
-        """For transformers' engines."""
+        """Return the generation config for the engines of transformers."""
         from transformers import GenerationConfig
 
         pad = self.tokenizer.pad_token_id
@@ -64,15 +67,15 @@ class Work:
         )  # fmt: skip
 
     def length(self, tokens: Sequence[int]) -> int:
-        """Tokens of a response, its end token included."""
+        """Return the number of tokens of a response, including its end token."""
         return next((n for n, token in enumerate(tokens, 1) if token in self.ends), len(tokens))
 
 
-Engine = Callable[[Work, int], list[int]]  # (work, most new tokens) to the length of each response
+Engine = Callable[[Work, int], list[int]]  # (work, maximum new tokens) → length of each response
 
 
 def ours(work: Work, longest: int) -> list[int]:
-    """This project's sampling, from texts to texts."""
+    """Sample with rpo-trainer, from text to text."""
     found = sample_responses(
         work.model, work.tokenizer, work.prompts, responses=work.k, max_new_tokens=longest,
         batch_size=work.batch,
@@ -85,7 +88,7 @@ def ours(work: Work, longest: int) -> list[int]:
 
 
 def generate(work: Work, longest: int) -> list[int]:
-    """Padded batches of prompts of like length, longest first, each until its last response ends."""
+    """Sample with `generate`: padded batches of prompts of similar length, longest first."""
     order = sorted(work.ids, key=len, reverse=True)
     each, config, found = max(1, work.batch // work.k), work.config(longest), []
     for start in range(0, len(order), each):
@@ -104,12 +107,12 @@ def generate(work: Work, longest: int) -> list[int]:
 
 
 def generate_batch(work: Work, longest: int) -> list[int]:
-    """Continuous batching; the manager stays, so that no later call pays for its start.
+    """Sample with continuous batching; the manager is kept, so that only the first call starts it.
 
-    What the model's `generate_batch` does, written out: in transformers 5.17 it gives back one copy of each.
+    This replaces the model's `generate_batch`, which in transformers 5.17 returns one response per prompt.
 
     Raises:
-        RuntimeError: some responses did not come.
+        RuntimeError: if some responses are missing.
     """
     from transformers import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
@@ -134,7 +137,9 @@ def generate_batch(work: Work, longest: int) -> list[int]:
             output = manager.get_result(timeout=1)
             if output is None:
                 if not manager.is_running() or time.perf_counter() - last > _PATIENCE:
-                    raise RuntimeError(f"it stopped after {len(found)} of {wanted} responses")
+                    raise RuntimeError(
+                        f"continuous batching stopped after {len(found)} of {wanted} responses"
+                    )
             elif output.error:
                 raise RuntimeError(output.error)
             elif output.is_finished():
@@ -144,7 +149,7 @@ def generate_batch(work: Work, longest: int) -> list[int]:
 
 
 def _small_cache(work: Work) -> dict[str, int]:
-    """Room for the batch alone: on a CPU its own estimate would take most of the machine's memory."""
+    """Size the cache for the batch only: on a CPU, the default takes most of the machine's memory."""
     block, width = 256, max(map(len, work.ids))
     blocks = work.batch * (-(-(width + work.longest) // block) + 1)
     return {"block_size": block, "num_blocks": blocks, "max_batch_tokens": max(1024, width)}
@@ -155,7 +160,7 @@ PEERS: dict[str, Engine] = {"generate": generate, "generate_batch": generate_bat
 
 @dataclass
 class Case:
-    """Prompts of some lengths, K, and how long responses are."""
+    """Prompt lengths, K, and the distribution of response lengths."""
 
     name: str
     k: int
@@ -164,29 +169,37 @@ class Case:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--size", default="42m", choices=SIZES)
-    parser.add_argument("--vocabulary", type=int, help="default: that of the size")
-    parser.add_argument("--model", type=Path, help="a folder, in place of --size and --vocabulary")
-    parser.add_argument("--dtype", default="float32", help="of the weights, and so of everything")
-    parser.add_argument("--k", type=int, nargs="+", default=[4], help="responses for each prompt")
-    parser.add_argument("--prompts", type=int, default=32, help="how many")
-    parser.add_argument("--prompt", type=int, nargs="+", default=[256], help="tokens of each")
-    parser.add_argument("--mean", type=float, default=44.0, help="of geometric lengths")
-    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs, see common.py")
+    parser.add_argument("--size", default="42m", choices=SIZES, help="model size")
+    parser.add_argument("--vocabulary", type=int, help="vocabulary size; default: that of --size")
+    parser.add_argument(
+        "--model", type=Path, help="model directory, instead of --size and --vocabulary"
+    )
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights")
+    parser.add_argument("--k", type=int, nargs="+", default=[4], help="responses per prompt")
+    parser.add_argument("--prompts", type=int, default=32, help="number of prompts")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[256], help="tokens per prompt")
+    parser.add_argument(
+        "--mean", type=float, default=44.0, help="mean of the geometric response lengths"
+    )
+    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs; see common.py")
     parser.add_argument("--max-new-tokens", type=int, default=192)
-    parser.add_argument("--batch", type=int, default=64, help="most responses at once")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="maximum number of responses at a time"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the result as one line")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the result to FILE as one line"
+    )
     args = parser.parse_args()
     args.vocabulary = args.vocabulary or SIZES[args.size].vocabulary
     return args
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """One for each K and prompt length; with `--lengths` one for each K."""
+    """Return a case for each K and prompt length; with `--lengths`, one for each K."""
     if args.lengths:
         found = lengths_of(args.lengths, args.prompts, 2)
         rest = [n for _, lengths in found for n in lengths]
@@ -201,7 +214,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
-    """Model, tokenizer and end tokens."""
+    """Load the model and the tokenizer; return them and the end tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     if args.model is None:
@@ -218,13 +231,13 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     ends = sorted({n for n in (*listed, tokenizer.eos_token_id) if n is not None})
-    # What a checkpoint says about decoding would reach some engines and not others.
+    # Decoding settings of a checkpoint would affect only some engines.
     model.generation_config = GenerationConfig(eos_token_id=ends)
     return model.eval(), tokenizer, ends
 
 
 def prompt_of(args: argparse.Namespace, tokenizer: Any, length: int, rng: random.Random) -> Any:
-    """A text of exactly `length` tokens; for a real model a request of about that length."""
+    """Return a text of exactly `length` tokens; for a pretrained model, a request of about that length."""
     if args.model is None:
         words = prompt_words(args.vocabulary)
         return " ".join(f"w{rng.choice(words)}" for _ in range(length))
@@ -235,7 +248,7 @@ def prompt_of(args: argparse.Namespace, tokenizer: Any, length: int, rng: random
 
 
 def main() -> None:
-    """For each case a line for each engine, and on a GPU the limit of its memory."""
+    """Print a line for each case and engine, and on a GPU the memory bandwidth limit."""
     args = arguments()
     model, tokenizer, ends = load(args)
     speed = memory_speed() if DEVICE == "cuda" else None
@@ -256,7 +269,7 @@ def main() -> None:
 def compare(
     case: Case, work: Work, args: argparse.Namespace, speed: float | None
 ) -> dict[str, Any]:
-    """All engines in turn; prints and returns what was found."""
+    """Run all engines in turn; print and return the results."""
     engines: dict[str, Engine] = {"ours": ours, **{name: PEERS[name] for name in args.peers}}
     skipped: dict[str, str] = {}
     rates: dict[str, list[float]] = {name: [] for name in engines}
@@ -286,7 +299,7 @@ def compare(
         work.model.destroy_cached_continuous_batching_manager()
     ran = [name for name in engines if name not in skipped]
     mean = {name: statistics.mean(lengths[name]) for name in ran}
-    # Of rates: how many times the peer's is ours.
+    # Our rate divided by the peer's
     ratios = {name: record.spread(rates[name], rates["ours"]) for name in ran if name != "ours"}
     most = limit(work, mean["ours"], speed) if speed else None
     print(f"{case.name}, batch {work.batch}, at most {work.longest} new tokens")
@@ -297,10 +310,10 @@ def compare(
         print(
             f"  {name:14} {statistics.median(rates[name]):10,.0f} tokens/s   mean length {mean[name]:6.1f}"
             + (f"   {statistics.median(rates[name]) / most:5.1%} of the limit" if most else "")
-            + ("   ours is {:.2f} x ({:.2f} to {:.2f})".format(*ratios[name]) if name in ratios else "")
+            + ("   ours {:.2f} × as fast ({:.2f} to {:.2f})".format(*ratios[name]) if name in ratios else "")
         )  # fmt: skip
     if most and speed:
-        print(f"  limit of memory {most:9,.0f} tokens/s, at {speed / 1e9:,.0f} GB/s")
+        print(f"  memory bandwidth limit {most:9,.0f} tokens/s, at {speed / 1e9:,.0f} GB/s")
     return {
         "case": case.name, "k": case.k, "skipped": skipped, "rates": {n: rates[n] for n in ran},
         "ratios": ratios, "mean_length": mean, "limit": most,
@@ -308,7 +321,7 @@ def compare(
 
 
 def memory_speed() -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Measure the bytes per second that a large copy reads and writes."""
     size = 2 * 2**30
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     target, best = torch.empty_like(source), 0.0
@@ -322,9 +335,9 @@ def memory_speed() -> float:
 
 
 def limit(work: Work, mean: float, speed: float) -> float:
-    """Tokens a second, if a decode step of a full batch took as long as reading what it has to read.
+    """Return the tokens per second if a decode step of a full batch took only as long as its memory reads.
 
-    That is all weights but the table of embeddings, and keys and values of every token so far.
+    It reads all weights except the embedding table, and the keys and values of all tokens so far.
     """
     model, config = work.model, work.model.config.get_text_config()
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight

@@ -1,14 +1,14 @@
-"""How the step's cost grows with length, K and vocabulary, and with which exponent.
+"""Measures how the cost of a step grows with length, K and vocabulary, with fitted exponents.
 
-    python benchmarks/scaling.py                       # all of it, time
-    python benchmarks/scaling.py --over k              # one of: length, k, vocabulary
-    python benchmarks/scaling.py --memory              # peak memory, one process each
-    python benchmarks/scaling.py --over tile           # what of the peak grows with the vocabulary
-    python benchmarks/scaling.py --peers trl           # TRL beside ours
+    python benchmarks/scaling.py                       # time, over all three
+    python benchmarks/scaling.py --over k              # over one of: length, k, vocabulary
+    python benchmarks/scaling.py --memory              # peak memory, in a process per point
+    python benchmarks/scaling.py --over tile           # which part of the peak grows with the vocabulary
+    python benchmarks/scaling.py --peers trl           # also TRL
 
-Exponents are slopes of least squares in log-log: cost ~ size^exponent. Fixed parts (the optimizer's move, the
-vocabulary's share at another length) pull them below that of the part that grows. Each point is the trainer's
-whole step, as in step.py, whose options hold here too.
+Exponents are least-squares slopes in log-log space: cost ~ size^exponent. Parts that do not grow with the
+size in question (the optimizer update, the vocabulary in a sweep over lengths) lower them. Each point is a
+whole step of the trainer, as in step.py, whose options are accepted too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import duel
 import record
 import step
 
-# What varies: option → its values, and what else is set with it.
+# Name of a sweep → the options of its points
 OVER: dict[str, list[dict[str, Any]]] = {
     "length": [{"prompt": 2 * n // 3, "response": n // 3} for n in (192, 384, 768, 1536)],
     "k": [{"k": k} for k in (2, 4, 8)],
@@ -38,10 +38,12 @@ TILE = [{"vocabulary": v} for v in (32_000, 128_000, 256_000)]
 
 
 def arguments() -> argparse.Namespace:
-    """The command line: ours, then step.py's."""
+    """Parse the command line: the options of this script and those of step.py."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--over", nargs="+", choices=[*OVER, "tile"], default=list(OVER))
-    own.add_argument("--points", type=int, help="only the first so many of each")
+    own.add_argument(
+        "--over", nargs="+", choices=[*OVER, "tile"], default=list(OVER), help="sweeps to run"
+    )
+    own.add_argument("--points", type=int, help="use only the first POINTS points of each sweep")
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         own.print_help()
@@ -52,7 +54,7 @@ def arguments() -> argparse.Namespace:
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
-    """Slope of log cost over log size."""
+    """Return the slope of log cost over log size."""
     slope, _ = statistics.linear_regression(
         [math.log(x) for x in sizes], [math.log(y) for y in costs]
     )
@@ -60,21 +62,21 @@ def exponent(sizes: list[float], costs: list[float]) -> float:
 
 
 def size_of(over: str, args: argparse.Namespace) -> float:
-    """The number that a point is plotted at."""
+    """Return the size of a point."""
     if over == "length":
         return float(args.prompt + args.response)
     return float(getattr(args, over))
 
 
 def seconds(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
-    """Median seconds of a step, trainers in turn."""
+    """Return the median seconds per step, trainers alternating."""
     trainers = {name: duel.build(args, step.BUILDERS[name]) for name in names}
     found, _ = duel.alternate(trainers, args.rounds)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
 def options(args: argparse.Namespace) -> list[str]:
-    """The words of step.py's command line for these arguments."""
+    """Return the command line of step.py for these arguments."""
     words = []
     for name in _OPTIONS:
         value = getattr(args, name)
@@ -84,7 +86,7 @@ def options(args: argparse.Namespace) -> list[str]:
 
 
 def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
-    """Peak bytes of each in a process of its own, without its libraries."""
+    """Return the peak bytes of each, measured in its own process, without libraries."""
     script = str(Path(__file__).with_name("step.py"))
     return {
         name: float(duel.measure(["--only", name, *options(args)], script)["used"])
@@ -93,8 +95,8 @@ def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
 
 
 def curve(args: argparse.Namespace, over: str, layouts: list[str]) -> None:
-    """Prints and records the points of one curve for each layout of ours, and each peer."""
-    what = "MiB" if args.memory else "s a step"
+    """Print and record the points of a sweep for each of our layouts and each peer."""
+    what = "MiB" if args.memory else "s/step"
     points = OVER[over][: args.points]
     lines: dict[str, list[float]] = {}
     sizes: list[float] = []
@@ -103,7 +105,7 @@ def curve(args: argparse.Namespace, over: str, layouts: list[str]) -> None:
         sizes.append(size_of(over, here))
         for layout in layouts:
             here.layout = layout
-            # Peers know no layout: they run once, beside the first.
+            # Peers have no layouts: they run once, with the first.
             names = ["ours", *(args.peers if layout == layouts[0] else [])]
             found = (
                 {name: value / 2**20 for name, value in peaks(here, names).items()}
@@ -135,16 +137,16 @@ def _print_gain(
     points: list[dict[str, Any]],
     args: argparse.Namespace,
 ) -> None:
-    """Separate / shared, beside what the tokens alone say: K (p + r) / (p + K r)."""
+    """Print separate / shared, and the ratio of tokens: K (p + r) / (p + K r)."""
     p, r = args.prompt, args.response
     gains = [b / a for a, b in zip(shared, separate, strict=True)]
     tokens = [point["k"] * (p + r) / (p + point["k"] * r) for point in points]
     print("| separate / shared | " + " | ".join(f"{g:.2f}" for g in gains) + " | |")
-    print("| by tokens of the body | " + " | ".join(f"{t:.2f}" for t in tokens) + " | |")
+    print("| ratio of tokens | " + " | ".join(f"{t:.2f}" for t in tokens) + " | |")
 
 
 def tile(args: argparse.Namespace) -> None:
-    """What is left of the peak without weights, gradients and optimizer state, by vocabulary."""
+    """Print the peak without weights, gradients and optimizer state, by vocabulary."""
     print(f"\npeak without weights, gradients and optimizer state, tile {args.tile_mib} MiB\n")
     print("| vocabulary | peak | weights | rest |\n|---|---|---|---|")
     script = str(Path(__file__).with_name("step.py"))
@@ -159,7 +161,7 @@ def tile(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Each curve in turn."""
+    """Run the sweeps."""
     args = arguments()
     for over in args.over:
         if over == "tile":

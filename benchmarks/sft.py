@@ -1,13 +1,13 @@
-"""An SFT step: ours against TRL's SFTTrainer, alternating in one process, on the same rows.
+"""Compares an SFT step with TRL's SFTTrainer, alternating in one process, on the same rows.
 
     python benchmarks/sft.py                           # documents of about 128 + 256 tokens
     python benchmarks/sft.py --row 1024                # TRL's packed rows at its default length
-    python benchmarks/sft.py --memory                  # peak memory, one process each
+    python benchmarks/sft.py --memory                  # peak memory, in a process per trainer
 
-Completion-only loss in all. `trl-packed` is TRL with `packing=True`: best-fit bins of `--row` tokens, one a
-forward, by default as long as what ours takes at once. Without flash attention transformers keeps its
-documents apart by a dense mask over the row, made from the position ids. `trl-padded` pads `--micro` rows,
-of like length together. The ratio is to the faster of them; equal losses show that all do the same work.
+All use completion-only loss. `trl-packed` is TRL with `packing=True`: best-fit bins of `--row` tokens, one
+per forward pass, by default as long as our forward pass. Without flash attention, transformers keeps its
+documents apart by a dense mask over the row, derived from the position ids. `trl-padded` pads `--micro`
+rows of similar length. The ratio is to the faster of them. Equal losses show that all do the same work.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MIB = 2**20
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = duel.duel_parser(__doc__, ["trl-packed", "trl-padded"])
     parser.set_defaults(batch=8)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a row without loss")
-    parser.add_argument("--response", type=int, default=256, help="tokens of a row with loss")
-    parser.add_argument("--row", type=int, help="tokens of TRL's packed rows")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens per row without loss")
+    parser.add_argument("--response", type=int, default=256, help="tokens per row with loss")
+    parser.add_argument("--row", type=int, help="tokens per packed row of TRL")
     args = parser.parse_args()
     if args.row is None:
         longest = max(len(row.prompt) + len(row.responses[0]) for row in rows_of(args))
@@ -36,12 +36,12 @@ def arguments() -> argparse.Namespace:
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
-    """The documents of one optimizer step, the same at every step."""
+    """Return the documents of an optimizer step, the same in every step."""
     return make_rows(args.batch, [(args.prompt, [args.response])], args.vocabulary)
 
 
 def ours(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
-    """Our trainer."""
+    """Build rpo-trainer's trainer."""
     from rpo_trainer import SFTConfig, SFTTrainer
 
     settings = duel.settings(args, micro=args.micro, accumulation=duel.accumulation_of(args))
@@ -55,7 +55,7 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[A
 
 
 def _tokens(args: argparse.Namespace) -> Any:
-    """The rows as TRL takes tokens."""
+    """Return the rows in TRL's tokenized format."""
     from datasets import Dataset
 
     return Dataset.from_list(
@@ -70,13 +70,13 @@ def _tokens(args: argparse.Namespace) -> Any:
 
 
 def trl_packed(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
-    """TRL, packed: as many forwards a step as there are bins."""
+    """Build TRL's trainer with packing: a forward pass for each bin."""
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
     data = _tokens(args)
     longest = max(map(len, data["input_ids"]))
     if longest > args.row:
-        raise SystemExit(f"--row {args.row} would cut a document of {longest} tokens")
+        raise SystemExit(f"--row {args.row} would truncate a document of {longest} tokens")
     bins = len(pack_dataset(data.select_columns("input_ids"), args.row, "bfd"))
     return SFTTrainer(
         model=model,
@@ -91,7 +91,7 @@ def trl_packed(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: 
 
 
 def trl_padded(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
-    """TRL, padded, rows of like length together."""
+    """Build TRL's trainer with padding, grouped by length."""
     from trl import SFTConfig, SFTTrainer
 
     return SFTTrainer(
@@ -114,7 +114,7 @@ BUILDERS: dict[str, duel.Builder] = {
 
 
 def work(args: argparse.Namespace) -> duel.Work:
-    """One step's tokens and FLOPs."""
+    """Return the tokens and FLOPs of a step."""
     rows = rows_of(args)
     tokens = sum(len(row.prompt) + len(row.responses[0]) for row in rows)
     return duel.Work(tokens, "tokens", step_flops(rows, args.size, args.vocabulary))

@@ -1,17 +1,17 @@
-"""A preference step: ours against TRL's DPOTrainer, alternating in one process, on the same pairs.
+"""Compares a preference step with TRL's DPOTrainer, alternating in one process, on the same pairs.
 
-    python benchmarks/step.py                          # (256, 128), K = 2
+    python benchmarks/step.py                          # 256 + 128 tokens, K = 2
     python benchmarks/step.py --prompt 1024 --response 256 --batch 2 --micro 2
-    python benchmarks/step.py --k 4                    # TRL gets the pairs: best against each other one
+    python benchmarks/step.py --k 4                    # TRL gets pairs of the best and each other response
     python benchmarks/step.py --lengths benchmarks/ultrafeedback.csv
-    python benchmarks/step.py --peers ours-compiled    # torch_compile on against off
-    python benchmarks/step.py --memory                 # peak memory, one process each
+    python benchmarks/step.py --peers ours-compiled    # with and without torch_compile
+    python benchmarks/step.py --memory                 # peak memory, in a process per trainer
 
-Both read cached reference log-probs. `trl` is its fastest setting here: fused head (it has no other), the
-attention that transformers picks (`sdpa`), no checkpointing, and rows of like length together where a step
-has several forwards; it pads, its only way for DPO at present. `trl-plain` is the same without the grouping.
-`trl-default` is TRL as it comes, other work too: a reference model in every step, gradient checkpointing.
-`ours-compiled` is ours with `torch_compile`; a ratio below 1 says that compiling helps.
+Both use cached reference log-probs. `trl` is TRL's fastest setting here: fused head (it has no other), the
+attention that transformers selects (`sdpa`), no gradient checkpointing, and rows grouped by length if a
+step has several forward passes; it pads, its only option for DPO. `trl-plain` is the same without grouping.
+`trl-default` is TRL with its defaults, which do more work: a reference forward pass in every step, gradient
+checkpointing. `ours-compiled` is ours with `torch_compile`; a ratio below 1 means that compiling helps.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ MIB = 2**20
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = duel.duel_parser(__doc__, ["trl", "trl-plain", "trl-default", "ours-compiled"])
     parser.set_defaults(peers=["trl"])
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--response", type=int, default=128)
-    parser.add_argument("--k", type=int, default=2)
-    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs, see common.py")
-    parser.add_argument("--layout", default="auto", help="of ours: shared, packed, padded, single")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens per prompt")
+    parser.add_argument("--response", type=int, default=128, help="tokens per response")
+    parser.add_argument("--k", type=int, default=2, help="responses per prompt")
+    parser.add_argument("--lengths", type=Path, help="CSV or JSONL of real pairs; see common.py")
+    parser.add_argument(
+        "--layout", default="auto", help="our step layout: shared, packed, padded, single"
+    )
     return parser.parse_args(words)
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
-    """The prompts of one optimizer step, the same at every step: the work of each is the same."""
+    """Return the rows of an optimizer step, the same in every step."""
     if args.lengths:
         lengths = lengths_of(args.lengths, args.batch, args.k)
         return make_rows(args.batch, lengths, args.vocabulary, jitter=0.0)
@@ -55,7 +57,7 @@ def ours(
     *,
     compiled: bool = False,
 ) -> Any:
-    """Our trainer: DPO for pairs, RPO for K responses."""
+    """Build rpo-trainer's trainer: DPO for pairs, RPO for K responses."""
     from rpo_trainer import DPOConfig, DPOTrainer, RPOConfig, RPOTrainer
 
     pairs = args.k == 2
@@ -76,7 +78,7 @@ def ours(
 def ours_compiled(
     args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]
 ) -> Any:
-    """Our trainer with its layers compiled."""
+    """Build rpo-trainer's trainer with compiled layers."""
     return ours(args, model, tokenizer, callbacks, compiled=True)
 
 
@@ -89,7 +91,7 @@ def trl(
     grouped: bool = True,
     cached: bool = True,
 ) -> Any:
-    """TRL's trainer on the same pairs; K responses become K − 1 pairs with the best."""
+    """Build TRL's trainer on the same pairs; K responses become K − 1 pairs with the best one."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -106,7 +108,7 @@ def trl(
     ]
     settings = duel.settings(args, micro=args.micro * each, accumulation=duel.accumulation_of(args))
     if grouped:
-        # Off, or transformers drops the column of lengths before its sampler looks for it.
+        # Otherwise transformers removes the length column before its sampler uses it.
         settings |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
     if not cached:
         settings["gradient_checkpointing"] = True
@@ -121,12 +123,12 @@ def trl(
 
 
 def trl_plain(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
-    """TRL in the order that its sampler draws."""
+    """Build TRL's trainer with random order."""
     return trl(args, model, tokenizer, callbacks, grouped=False)
 
 
 def trl_default(args: argparse.Namespace, model: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
-    """TRL's defaults, but for what all are told."""
+    """Build TRL's trainer with its defaults, except for the common settings."""
     return trl(args, model, tokenizer, callbacks, grouped=False, cached=False)
 
 
@@ -140,7 +142,7 @@ BUILDERS: dict[str, duel.Builder] = {
 
 
 def work(args: argparse.Namespace) -> duel.Work:
-    """One step's prompts and FLOPs."""
+    """Return the prompts and FLOPs of a step."""
     rows = rows_of(args)
     return duel.Work(len(rows), "prompts", step_flops(rows, args.size, args.vocabulary))
 

@@ -1,11 +1,11 @@
-"""What each policy of a finished run says to held-out prompts of three tasks, decoded greedily.
+"""Evaluates each policy of a finished run on held-out prompts of three tasks, decoded greedily.
 
     python recipes/real/measure.py RUN --rows 200
 
-An evaluation in a recipe has one scorer; this measures GSM8K (the number), MBPP (all asserts) and IFEval
-(all instructions) side by side, and how long and how repetitive the answers are. Writes RUN/tasks.json,
-and prints a table with 95 % intervals (bootstrap over prompts); the last three columns are in the order
-of the tasks. The asserts run code that the model has written, see docs/security.md.
+An evaluation in a recipe has one scorer; this script measures GSM8K (correct number), MBPP (all asserts pass)
+and IFEval (all instructions followed), and the length and repetitiveness of the responses. Writes
+RUN/tasks.json and prints a table with 95 % intervals (bootstrap over prompts); the last three columns have
+the tasks in that order. The verifier `asserts` runs code written by the model: see docs/security.md.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from rpo_trainer.rewards.verifiers import get_verifier
 from rpo_trainer.runtime.cores import usable_cores
 
 TASKS = {"gsm8k": "numeric", "mbpp": "asserts", "ifeval": "instructions"}
-HEADER = """| after | GSM8K | MBPP | IFEval | tokens | repetition | cut |
+HEADER = """| after | GSM8K | MBPP | IFEval | tokens | repetition | truncated |
 |---|---|---|---|---|---|---|"""
-N = 4  # an n-gram is a repetition where it has stood in the same answer before
+N = 4  # size of the n-grams that count as repetitions
 
 
 def prompts(data: Path, task: str, count: int) -> list[dict[str, Any]]:
-    """The first held-out rows of a task."""
+    """Return the first held-out rows of a task."""
     lines = (data / f"{task}_heldout.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     rows = [json.loads(line) for line in lines]
     return [{**row, "ground_truth": row.get("response"), "task": task} for row in rows]
 
 
 def repetition(text: str) -> float:
-    """The share of n-grams of words that have stood in the text before."""
+    """Return the fraction of word n-grams that occur earlier in the text."""
     words = text.split()
     grams = [tuple(words[i : i + N]) for i in range(len(words) - N + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def rewards(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> list[float]:
-    """The reward of each answer, by the verifier of its task."""
+    """Return the reward of each response by the verifier of its task."""
 
     def reward(both: tuple[dict[str, Any], dict[str, Any]]) -> float:
         row, answer = both
@@ -59,7 +59,7 @@ def rewards(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -
 
 
 def measure(name: str, rows: list[dict[str, Any]], spec: GenerateSpec) -> dict[str, Any]:
-    """The figures of one policy by task, each with its interval."""
+    """Return the measurements of one policy by task, each with its interval."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model_named(name).to(device), load_tokenizer_named(name)
     answers = respond(model, tokenizer, rows, generate=spec, greedy=False, seed=0)
@@ -81,7 +81,7 @@ def measure(name: str, rows: list[dict[str, Any]], spec: GenerateSpec) -> dict[s
 
 
 def line(name: str, found: dict[str, Any]) -> str:
-    """A policy's row of the table."""
+    """Format the table row of a policy."""
     cells = []
     for task in TASKS:
         right = Estimate(**found[task]["right"])
@@ -92,12 +92,20 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures the policies of a run, one after the other."""
+    """Measure the policies of a run, one after another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="directory of a finished run")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
-    parser.add_argument("--stages", help="measure these alone, as in model,dpo (model: before all)")
-    parser.add_argument("--rows", type=int, default=200, help="prompts of each task")
+    parser.add_argument("run", type=Path, help="run directory of a finished run")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(__file__).parent / "data",
+        help="folder of the held-out files",
+    )
+    parser.add_argument(
+        "--stages",
+        help="stages to measure, such as model,dpo (model: the initial model); default: all",
+    )
+    parser.add_argument("--rows", type=int, default=200, help="prompts per task")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=600)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Writes the rows of the recipes in this folder: `python recipes/real/prepare.py --out DATA`.
+"""Writes the data files of the recipes in this folder: `python recipes/real/prepare.py --out DATA`.
 
-Reads the hub, or with `--local FOLDER` files of the same data sets (see `LOCAL`). Every task is split into
-a training and a held-out file, always in the same way, and the rows are in a random but fixed order, so
-that `max_rows` of a recipe takes a sample.
+Reads the data sets from the hub, or with `--local FOLDER` from files (see `LOCAL`). Every task is split
+into a training and a held-out file, always in the same way, and the rows are in a random but fixed order,
+so that `max_rows` of a recipe selects a sample.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# Name of a file of `--local`, without `.jsonl` → the data set on the hub: name, config, splits.
+# File name for `--local`, without `.jsonl` → data set on the hub: name, config, splits
 LOCAL = {
     "code_sft_mbpp": ("google-research-datasets/mbpp", "full", ["train", "validation", "test"]),
     "code_sft_gpteacher": ("sahil2801/CodeAlpaca-20k", None, ["train"]),
@@ -26,16 +26,16 @@ LOCAL = {
     "pref_scored_tulu_human": ("nvidia/HelpSteer3", "preference", ["train"]),
     "eval_ifeval": ("google/IFEval", None, ["train"]),
 }
-MOST = 20_000  # rows of a data set: smol-smoltalk has 460 K
+MOST = 20_000  # maximum rows per data set: smol-smoltalk has 460 K
 
 
 def user(text: str) -> list[Row]:
-    """A conversation of one turn."""
+    """Return a conversation of one turn."""
     return [{"role": "user", "content": text}]
 
 
 def mbpp(row: Row) -> Row:
-    """The prompt shows the first test, as usual: without it the name of the function is unknown."""
+    """Convert a row of MBPP; the prompt includes the first test, which has the name of the function."""
     if "messages" in row:
         prompt, response = row["messages"][:-1], row["messages"][-1]["content"]
         number, tests, setup = int(row["id"].split("-")[1]), row["tests"], row["setup"]
@@ -49,16 +49,16 @@ def mbpp(row: Row) -> Row:
 
 
 def gsm8k(row: Row) -> Row:
-    """The response is the whole solution, with the right number behind its `####`."""
+    """Convert a row of GSM8K; the response is the whole solution, which ends with `####` and the number."""
     question, answer = row.get("question"), row.get("answer") or row["answer_raw"]
     if question is None:
         question = row["prompt"] if "prompt" in row else row["messages"][0]["content"]
-    answer = re.sub("<<.*?>>", "", answer)  # the marks of a calculator
+    answer = re.sub("<<.*?>>", "", answer)  # calculator annotations
     return {"prompt": user(question), "response": answer}
 
 
 def conversation(row: Row) -> Row | None:
-    """Rows with tools are left out: the template of SmolLM2 does not write any."""
+    """Convert a conversation; rows with tools are omitted, because SmolLM2's template does not write them."""
     if "messages" not in row:
         text = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
         return {"messages": [*user(text), {"role": "assistant", "content": row["output"]}]}
@@ -66,7 +66,7 @@ def conversation(row: Row) -> Row | None:
 
 
 def pair(row: Row) -> Row | None:
-    """A pair of human judgments; ties are left out."""
+    """Convert a pair judged by people; ties are omitted."""
     if "overall_preference" in row:
         strength = row["overall_preference"]  # -3: the first is much better
         texts = [row["response1"], row["response2"]][:: 1 if strength < 0 else -1]
@@ -78,19 +78,19 @@ def pair(row: Row) -> Row | None:
 
 
 def ifeval(row: Row) -> Row:
-    """Arguments that are null are left out: the hub has all keys in every row."""
+    """Convert a row of IFEval without its null arguments: on the hub, every row has all keys."""
     kwargs = [{k: v for k, v in each.items() if v is not None} for each in row["kwargs"]]
     return {"id": f"ifeval-{row['key']}", "prompt": user(row["prompt"]), "kwargs": kwargs,
             "instruction_id_list": row["instruction_id_list"]}  # fmt: skip
 
 
 def mbpp_held_out(row: Row) -> bool:
-    """The test split of MBPP: tasks 11 to 510."""
+    """Return whether a row is in the test split of MBPP: tasks 11 to 510."""
     return 11 <= int(row["id"].split("-")[1]) <= 510
 
 
 def by_prompt(row: Row) -> bool:
-    """A quarter of the prompts is held out, with all rows of each and in every file that has them."""
+    """Return whether a prompt is held out, as a quarter of all prompts are, with all their rows."""
     return int(_digest(row.get("prompt") or row["messages"][:-1])[:8], 16) % 4 == 0
 
 
@@ -99,7 +99,7 @@ def _digest(value: object) -> str:
 
 
 def read(name: str, local: Path | None) -> Iterable[Row]:
-    """Raw rows of a data set."""
+    """Return the raw rows of a data set."""
     if local is not None:
         lines = (local / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         return (json.loads(line) for line in lines)
@@ -111,17 +111,19 @@ def read(name: str, local: Path | None) -> Iterable[Row]:
 
 
 def rows(name: str, local: Path | None, convert: Callable[[Row], Row | None]) -> Iterator[Row]:
-    """Converted rows in a fixed order that has nothing to do with that of the data set."""
+    """Yield converted rows in a fixed order that is independent of the order of the data set."""
     found = [made for row in read(name, local) if (made := convert(row)) is not None]
     for made in sorted(found, key=_digest):
         yield {"id": f"{name}-{_digest(made)[:12]}", **made}
 
 
 def main() -> None:
-    """Writes the files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     here = Path(__file__).parent
-    parser.add_argument("--out", type=Path, default=here / "data", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=here / "data", help="output folder; default: %(default)s"
+    )
     parser.add_argument("--local", type=Path, help="folder with the files named in LOCAL")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

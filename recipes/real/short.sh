@@ -1,14 +1,14 @@
 #!/bin/sh
-# The chain of chain.yaml in six to seven minutes on one GPU of the H100 class, evaluation of every stage included:
+# Runs chain.yaml in six to seven minutes on one GPU of the H100 class, including the evaluation of every stage:
 #
 #   MODEL=HuggingFaceTB/SmolLM2-135M-Instruct RUN=runs/real-short sh recipes/real/short.sh
 #
-# MODEL is a folder or a hub name. DATA, a folder with the files that prepare.py reads, is in place of the
-# hub. PYTHON is the interpreter, MEASURE the options of measure.py. Further arguments are overrides of the recipe.
+# MODEL is a directory or a hub name. DATA is a folder with the files that prepare.py reads; default: the hub.
+# PYTHON is the Python interpreter, MEASURE the options of measure.py. Further arguments override the recipe.
 set -eu
 HERE=$(dirname "$0")
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
-if [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd); fi  # a recipe's paths begin at its folder
+if [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd); fi  # paths in a recipe are relative to its folder
 RUN=${RUN:-runs/real-short}
 PYTHON=${PYTHON:-python3}
 MEASURE=${MEASURE:---rows 100 --max-new-tokens 256 --batch-size 300}
@@ -28,5 +28,5 @@ fi
     stages.rpo-code.data.generate.max_new_tokens=192 \
     stages.rpo-instructions.data.generate.max_new_tokens=256 \
     "$@"
-# shellcheck disable=SC2086  # options
+# shellcheck disable=SC2086  # MEASURE is a list of options
 "$PYTHON" "$HERE/measure.py" "$RUN" $MEASURE

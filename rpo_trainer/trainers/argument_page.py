@@ -25,7 +25,7 @@ This page is generated: `python -m rpo_trainer.trainers.argument_page > docs/tra
 
 
 def page() -> str:
-    """Return the full page."""
+    """Return the page."""
     return "\n".join(
         [
             _HEAD,
@@ -36,15 +36,15 @@ def page() -> str:
             *_section(
                 "Arguments of TRL",
                 ALL,
-                "In Python, the configs also take the arguments that TRL's configs have (1.16), so "
-                "that scripts written for TRL run. Those that request the existing behavior are "
-                "listed in one warning. This table is for all configs, the next ones for one each.",
+                "In Python, the configs also accept the arguments of TRL's configs (1.16), so that TRL "
+                "scripts run. Arguments that have no effect are listed in one warning. This table applies to "
+                "all configs, each of the following ones to one config.",
             ),
             *_section("Arguments of TRL's `SFTConfig`", SFT[len(ALL) :]),
             *_section(
                 "Arguments of TRL's `DPOConfig`",
                 PREFERENCE[len(ALL) :],
-                "`RPOConfig` takes them too.",
+                "`RPOConfig` accepts them too.",
             ),
             *_section("Arguments of TRL's `RewardConfig`", REWARD[len(ALL) :]),
             *_defaults(),
@@ -83,8 +83,8 @@ def _defaults() -> list[str]:
     lines = [
         "## Defaults that differ from TRL's",
         "",
-        "All other fields that TRL also has have TRL's default. Recipes set their own values and do not "
-        "depend on these.",
+        "All other fields that TRL also has have the same default. Recipes set their own values and do "
+        "not depend on these.",
         "",
         "| field | default | TRL | reason |",
         "|---|---|---|---|",

@@ -134,7 +134,7 @@ def disable_noise(model: nn.Module, why: str) -> None:
         return
     if found:
         logger.warning(
-            "the model has noise in training (%s): set to 0, because %s", text_of(found), why
+            "disabled dropout or other noise in training (%s), because %s", text_of(found), why
         )
     if kept:
         logger.warning(

@@ -58,8 +58,8 @@ class RewardTrainer(BaseTrainer):
     Args:
         model: a causal language model, which gets a new head, or a sequence classifier, or a name or path.
         args: a `RewardConfig`.
-        train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers,
-            optimizer_cls_and_kwargs: see `SFTTrainer`.
+        train_dataset, eval_dataset, processing_class, peft_config: see `SFTTrainer`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: see `SFTTrainer`.
     """
 
     config_class = RewardConfig

@@ -64,7 +64,7 @@ class TrlArguments(TrainingArguments):
         yield from refusals(self.trl_table, vars(self), {})
 
     def note_trl_arguments(self) -> None:
-        """Log a WARNING, once per process, with the arguments that request the existing behavior."""
+        """Log one WARNING per process that lists the given arguments that have no effect."""
         rows = by_name(self.trl_table)
         known = {own.name for own in fields(self)}
         given = [
@@ -81,8 +81,8 @@ class TrlArguments(TrainingArguments):
             return
         packing = f". {_PACKING_NOTE}" if getattr(self, "packing", None) else ""
         _note_once(
-            f"{type(self).__name__}: arguments without effect, because they request the existing "
-            f"behavior: {', '.join(given)}{packing}"
+            f"{type(self).__name__}: accepted for compatibility with TRL, without effect: "
+            f"{', '.join(given)}{packing}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Treatment of the arguments that TRL's configs have in addition to those of transformers, by field.
+"""How each argument that TRL's configs have in addition to those of transformers is handled.
 
 Checked against TRL 1.16. None means that an argument was not given, and is always accepted.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from rpo_trainer.trainers.argument_status import Setting, harmless, read, refused
 
 _PACKED = "rows are packed without padding wherever the model allows it (`layout`)"
-_OTHER_LOSS = "it changes the loss, and is not implemented"
-_SYNC = "it belongs to `sync_ref_model`"
+_OTHER_LOSS = "it changes the loss, and no supported loss has it"
+_SYNC = "used only with `sync_ref_model`"
 
 
 ALL: tuple[Setting, ...] = (
@@ -28,7 +28,7 @@ ALL: tuple[Setting, ...] = (
         "remove it; max_length and truncation determine what happens to long rows",
         taken=(None, "keep_start"),
     ),
-    harmless("dataset_num_proc", "the number of processes follows from the size of the data set"),
+    harmless("dataset_num_proc", "the number of processes is chosen by the size of the data set"),
     harmless("pad_to_multiple_of padding_free", _PACKED),
     refused(
         "activation_offloading", "activations are never moved to the CPU",
@@ -57,7 +57,8 @@ SFT: tuple[Setting, ...] = (
     ),
     refused(
         "completion_only_loss assistant_only_loss", "only the responses of the assistant are trained",
-        "remove it; to train on all tokens, pass rows of `text`", None, True,
+        "remove it; to train on all tokens of a conversation, pass a formatting_func that returns its text",
+        None, True,
     ),
     refused("loss_type", "SFT has one loss", "remove it", None, "nll", "chunked_nll"),
 )  # fmt: skip
@@ -69,7 +70,7 @@ PREFERENCE: tuple[Setting, ...] = (
         "reference log-probs are always computed once, before training, and kept",
     ),
     refused(
-        "reference_free", "every loss has a reference model", "remove it", None, False
+        "reference_free", "every loss uses a reference model", "remove it", None, False
     ),
     refused(
         "loss_weights", "there is one preference loss, of weight 1",
@@ -79,12 +80,12 @@ PREFERENCE: tuple[Setting, ...] = (
         ("f_divergence_type",), "refused", _OTHER_LOSS, "remove it",
         taken=(None, "reverse_kl"),
     ),
-    harmless("f_alpha_divergence_coef", "it belongs to another `f_divergence_type`"),
+    harmless("f_alpha_divergence_coef", "used only with another `f_divergence_type`"),
     refused("ld_alpha", _OTHER_LOSS, "remove it", None, 1.0),
     refused("use_weighting", _OTHER_LOSS, "remove it", None, False),
-    harmless("discopop_tau", "it belongs to a loss that is not supported"),
+    harmless("discopop_tau", "used only with a loss that is not supported"),
     refused(
-        "sync_ref_model", "the reference model is fixed",
+        "sync_ref_model", "the reference model does not change during training",
         "train in rounds: pass the model of one round as `model` and `ref_model` of the next", None, False,
     ),
     harmless("ref_model_mixup_alpha ref_model_sync_steps", _SYNC),

@@ -183,4 +183,4 @@ def test_the_gpu_script_in_its_smallest_setting(tmp_path: Path) -> None:
     scripts = [json.loads(line)["script"] for line in lines.read_text().splitlines()]
     assert scripts == ["step.py", "head.py", "scaling.py"]
     (report,) = tmp_path.glob("*-tiny.md")
-    assert "## uf" in report.read_text() and "in all." in report.read_text()
+    assert "## uf" in report.read_text() and "in total." in report.read_text()

@@ -24,27 +24,27 @@ _HEAD = """# Models
 {counts}
 
 Measured with transformers {transformers} and torch {torch}. A family is the `model_type` of a config. Each
-one is tried on a small random model, twice: with windows and chunks of a few tokens, and with long ones and
-rows that exceed them. Log-probs and gradients of a DPO step, of a LoRA adapter and of a reward model are
-compared with forwards of one response at a time, in float64 where the model can, and a saved model is loaded
-again. This page is generated: `python -m benchmarks.models --write`.
+family is tested on a small random model, twice: with windows and chunks of a few tokens, and with long ones
+and rows that exceed them. Log-probs and gradients of a DPO step, of a LoRA adapter and of a reward model are
+compared with forward passes of one response at a time, in float64 if the model supports it, and a saved model
+is loaded again. This page is generated: `python -m benchmarks.models --write`.
 
-- **layout**: how rows go through the model. *Shared prompts*: the responses to a prompt are one row and the
-  prompt is computed once. *Packed*: one row, the prompt once for each response. *Padded*: one response a row,
-  as in other trainers. *Single*: one response a forward, for attention that selects tokens and would select
-  padding too. The trainer finds the fastest layout that is exact for the model at hand; a family
-  whose layout depends on the length of its windows has both.
-- **head**: *fused*: log-probs without the matrix of logits. *Own logits*: the model's own forward makes them.
+- **layout**: how rows are arranged. *Shared prompts*: the responses to a prompt share a row, and the prompt
+  is computed once. *Packed*: one row, with the prompt once for each response. *Padded*: one response per row,
+  as in other trainers. *Single*: one response per forward pass, for attention that selects tokens and would
+  also select padding. The trainer uses the fastest layout that is exact for the model at hand; a family whose
+  layout depends on the length of its windows has both.
+- **head**: *fused*: log-probs without the full logits matrix. *Own logits*: the model's forward computes it.
 - **LoRA**: whether `target_modules: all-linear` trains and merges. *Not the experts*: the weights of the
-  experts are not linear layers, so `all-linear` leaves them as they are (see `target_parameters` of PEFT).
-- **reward model**: whether the family can become one. *No class*: transformers has no sequence classifier
-  for it. *Another head*: its classifier is not a decoder with one linear layer.
+  experts are not linear layers, so `all-linear` does not train them (see `target_parameters` of PEFT).
+- **reward model**: whether the family can be trained as one. *No class*: transformers has no sequence
+  classifier for it. *Another head*: its classifier is not a decoder with one linear layer.
 """
 _COLUMNS = ("families", "layout", "head", "LoRA", "reward model", "notes")
 _SECTIONS = {
     "trained": "",
-    "refused": "Each trainer stops with the reason before it trains.",
-    "not swept": "No small model of these can be made or compared; the trainers check them like any other.",
+    "refused": "The trainers stop with the reason before training.",
+    "not swept": "No small model of these families can be created or compared. The trainers check them.",
     "wrong": "These must not be trained.",
 }
 
@@ -133,7 +133,8 @@ def _reason(result: Result) -> str:
     """The reason of a refusal in a line, without what is true of this one model only."""
     why = result.get("why")
     text = f"{result['reason']}: {why}" if why else result["reason"]
-    return _plain(text.replace(result.get("class", "\n"), "the model"))
+    name = re.escape(result.get("class", "\n"))
+    return _plain(re.sub(rf"\b(?:an? )?{name}", "the model", text))
 
 
 def _plain(text: str) -> str:
@@ -187,7 +188,7 @@ def page(results: Sequence[Result]) -> str:
         if found:
             lines += [f"## {section.capitalize()}", "", *([text, ""] if text else [])]
             lines += [*_table(found), ""]
-    lines += ["## Settings", "", "Settings of a family that ask something else of the step.", ""]
+    lines += ["## Settings", "", "Settings of a family that change the step.", ""]
     return "\n".join([*lines, *_table(variants), ""])
 
 
@@ -197,8 +198,8 @@ def _counts(rows: Mapping[str, Row]) -> str:
     layouts = Counter(row.layout.split(";")[0] for row in trained)
     fused = sum(row.head.startswith(_HEADS[0]) for row in trained)
     return (
-        f"Of the {len(rows)} families of causal language models in transformers "
-        f"{sections['trained']} are trained: "
+        f"Of the {len(rows)} families of causal language models in transformers, "
+        f"{sections['trained']} can be trained: "
         + ", ".join(f"{layouts[name]} {name}" for name in _LAYOUTS.values())
         + f"; {fused} with the fused head, {sum(row.lora.startswith('yes') for row in trained)} with LoRA on "
         f"all linear layers, {sum(row.reward == 'yes' for row in trained)} as reward models. "
