@@ -271,13 +271,25 @@ def _put_stage(
         put("beta", 0.1, "larger values keep the policy closer to the reference model")
         if kind == "rpo":
             put("reward_scale", "auto", "η, fitted to the rewards of the training rows")
-        put("sft_loss_weight", _SFT_WEIGHT[kind], "weight of the SFT loss on the chosen responses, which keeps them likely")
+        put(
+            "sft_loss_weight",
+            _SFT_WEIGHT[kind],
+            "weight of the SFT loss on the chosen responses, which keeps them likely",
+        )
     put("max_length", _DEFAULT_LENGTH)
     put("global_batch_size", batch, "examples per optimizer step, over all processes")
-    put("micro_batch_size", min(4, batch), "affects memory and speed only; lower it if memory runs out")
+    put(
+        "micro_batch_size",
+        min(4, batch),
+        "affects memory and speed only; lower it if memory runs out",
+    )
     put("num_train_epochs", epochs, f"about {steps} steps")
     rate = _RATES[kind] * (_ADAPTER_FACTOR if lora else 1)
-    put("learning_rate", float(f"{rate:.1e}"), "peak value, for LoRA" if lora else "peak value, for full fine-tuning")
+    put(
+        "learning_rate",
+        float(f"{rate:.1e}"),
+        "peak value, for LoRA" if lora else "peak value, for full fine-tuning",
+    )
     warmup = steps // 10
     if kind == "sft":
         put("lr_scheduler_type", "cosine")
@@ -290,10 +302,14 @@ def _put_stage(
     every = max(1, min(200, steps // 4))
     put("save_steps", every, "a stopped run resumes from the last checkpoint")
     if tests or fraction is not None:
-        put("eval_steps", max(1, min(100, steps // 4)), "the held-out rows are evaluated this often")
+        put(
+            "eval_steps", max(1, min(100, steps // 4)), "the held-out rows are evaluated this often"
+        )
     if lora:
         put("peft", {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
-        comment = "final/ has the merged model, adapter/ the adapter; `keep`: final/ has the adapter"
+        comment = (
+            "final/ has the merged model, adapter/ the adapter; `keep`: final/ has the adapter"
+        )
         draft.put((*key, "peft", "between_stages"), "merge", comment)
 
 
