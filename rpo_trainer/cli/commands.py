@@ -59,8 +59,8 @@ from rpo_trainer.runtime.terminal import TerminalHandler, fitted
 def cli(verbose: bool) -> None:
     """Preference fine-tuning of language models: SFT, DPO, RPO and reward models.
 
-    A recipe (YAML) describes the model, the data and the training stages. `rpo-trainer init` writes one
-    for your model and data; `rpo-trainer recipes` lists those that come with the package.
+    A recipe (YAML) describes the model, the data and the training stages. Write one with `init`, convert
+    one of another tool with `convert`, or start from one that `recipes` lists.
     """
     _show_messages(verbose)
 

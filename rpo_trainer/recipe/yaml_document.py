@@ -121,7 +121,7 @@ class _PlainComposer(Composer):
                 "a second document starts here",
                 line=_line(event),
                 fix="remove the `---` and one of the documents",
-                why="a file has one recipe",
+                why="a file contains one recipe",
             )
         return root
 

@@ -129,8 +129,8 @@ class DatasetInfo:
             if columns and "query" not in columns and "input" in _columns_of(file):
                 notes.differs(
                     "columns",
-                    "LLaMA-Factory ignores the column `input`, because the entry does not list it; here it is "
-                    "added to the instruction, unless you remove it from the rows",
+                    "LLaMA-Factory ignores the column `input`, because the entry does not list it; here it "
+                    "is added to the instruction, unless you remove it from the rows",
                 )
         else:
             source |= self._sharegpt(entry, notes, pairs)
