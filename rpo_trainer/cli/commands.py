@@ -37,7 +37,7 @@ from rpo_trainer.cli.json_output import (
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.cli.watch import watch
 from rpo_trainer.errors import RPOTrainerError, RunError, error_text
-from rpo_trainer.recipe import json_schema, load_recipe, shipped
+from rpo_trainer.recipe import expand_stages, json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
     RedactingHandler,
@@ -223,11 +223,14 @@ def _run(
     from rpo_trainer.report import build_report
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per file
-    names = None if only is None else {select_stage(loaded, *only)}
-    folder = run_chain(loaded, run_dir, only=names, allow_changed=allowed, overwrite=overwrite)
+    name = expand_stages(loaded.recipe)[-1].name if only is None else select_stage(loaded, *only)
+    folder = run_chain(
+        loaded, run_dir, only=None if only is None else {name}, allow_changed=allowed, overwrite=overwrite,
+    )  # fmt: skip
     if _rank("RANK") != 0:
         return
     _table(folder)
+    click.echo(f"model: {folder / name / 'final'}")
     if with_report:
         try:
             click.echo(f"report: {build_report(folder)}")

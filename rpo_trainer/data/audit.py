@@ -297,5 +297,7 @@ class Audit(AuditCounts):
             lines.append(f"{name}: {q['rated']:g} ratings{spread}")
         for name, q in self.lengths().items():
             what = "tokens of rows longer than max_length" if name == TOO_LONG else f"{name} tokens"
-            lines.append(f"{what}: median {q['median']:g}, 95 % {q['p95']:g}, longest {q['max']:g}")
+            lines.append(
+                f"{what}: median {q['median']:g}, 95th percentile {q['p95']:g}, max {q['max']:g}"
+            )
         return lines
