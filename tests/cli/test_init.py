@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.recipe import load_recipe
+from tests.chain import tiny
 from tests.cli.test_convert import call
 
 Row = dict[str, Any]
@@ -210,3 +211,6 @@ def test_the_recipe_checks_and_trains(
     run = tmp_path / "run"
     assert call("run", tmp_path / "new.yaml", "--run-dir", run, "--no-report", *short) == 0
     assert (run / "rpo" / "final" / "model.safetensors").is_file()
+    found = {name: record["eval"] for name, record in tiny.records(run).items()}
+    assert found["sft"]["nll"] > 0
+    assert found["rpo"].get("nll") is None  # its SFT term is another quantity
