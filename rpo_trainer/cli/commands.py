@@ -260,7 +260,7 @@ def _table(run_dir: Path) -> None:
 
     from rpo_trainer.report import status_view
 
-    Console().print(status_view(run_dir))
+    Console(highlight=False).print(status_view(run_dir))
 
 
 def _show_messages(verbose: bool) -> None:

@@ -28,6 +28,6 @@ def compare(run_dirs: tuple[Path, ...], target: Path | None) -> None:
 
     from rpo_trainer.report import build_comparison, compare_view
 
-    Console().print(compare_view(run_dirs))
+    Console(highlight=False).print(compare_view(run_dirs))
     if target is not None:
         click.echo(f"comparison: {build_comparison(run_dirs, target)}")

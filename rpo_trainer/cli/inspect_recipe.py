@@ -133,7 +133,7 @@ def plan(
         )  # fmt: skip
         content |= {"run_dir": str(run_dir), **plan_content(planned)}
     if not as_json:
-        Console().print(plan_view(planned, run_dir))
+        Console(highlight=False).print(plan_view(planned, run_dir))
 
 
 @click.command(context_settings=OVERRIDES)

@@ -103,12 +103,11 @@ def _read(path: Path) -> ForeignConfig:
     tool = foreign_tool(document.data)
     if tool not in (LLAMA_FACTORY, AXOLOTL, TRL):
         what = f"this is a config of {tool}" if tool else "not a recognized training config"
-        raise RecipeError(
-            f"{what}; only those of {_CONVERTED} can be converted",
-            code="convert.unknown-file",
-            where=where,
-            fix="write a recipe with `rpo-trainer init`, from a model and data files",
-        )
+        what += f"; only those of {_CONVERTED} can be converted"
+        fix = "write a recipe with `rpo-trainer init`, from a model and data files"
+        if isinstance(document.data, dict) and "stages" in document.data:
+            what, fix = "this is already a recipe", f"check it with `rpo-trainer check {path}`"
+        raise RecipeError(what, code="convert.unknown-file", where=where, fix=fix)
     return ForeignConfig(tool, path, document.data, document.lines)
 
 

@@ -125,8 +125,8 @@ class FilterSpec(Spec):
     )
     reversed: Literal["error", "drop", "keep"] = Field(
         "error",
-        description="what to do with rows whose chosen response has the lower reward: `error` stops if they are "
-        "more than 0.5% of the rows, and drops them otherwise",
+        description="what to do with rows whose chosen response has the lower reward: `error` stops if they "
+        "are more than 0.5% of the rows, and drops them otherwise",
     )
 
 
