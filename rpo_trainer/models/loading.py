@@ -331,8 +331,8 @@ def _load(
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:
         offline = (
-            "check the name, which is neither an existing directory nor in the cache, and the network; to work "
-            f"offline, run `hf download {name}` first"
+            "check the name (it is neither a directory nor in the cache) and the network; to work offline, "
+            f"run `hf download {name}` first"
         )
         fix = None if known else offline
         raise _not_loaded(what, error, f"model: {name}", fix=fix) from error
